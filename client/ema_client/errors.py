@@ -1,0 +1,380 @@
+"""The one error tree of client and server.
+
+    EmaError
+    |-- TransportError            the answer never came
+    |   |-- ServiceUnreachable    nothing listens at the URL
+    |   +-- ConnectionLost        the connection broke in the middle
+    |-- ProtocolError             the answer came and is not one of ours
+    |-- UsageError                the caller's own mistake, seen before anything was sent
+    |   |-- NameCollision         two parameters share one canonical name
+    |   |-- NothingStored         restore() without store()
+    |   +-- AlreadyStored         store() over a stored copy; a scope inside a scope
+    |-- NotFound                  404
+    |   |-- RouteNotFound, RunNotFound, SnapshotNotFound, AverageNotFound
+    |-- MethodNotAllowed          405
+    |-- RequestTimeout            408
+    |-- Conflict                  409
+    |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep,
+    |   +-- StepNotReached, SnapshotExists, StorageDisabled, RunDegraded
+    |-- BodyTooLarge              413
+    |-- RangeNotSatisfiable       416
+    |-- Invalid                   422
+    |   |-- InvalidRequest        a field of the JSON body, the path or the query
+    |   |-- MalformedBody         not a well-formed safetensors stream
+    |   |-- LayoutMismatch        well-formed, but not the tensors of this run
+    |   +-- NonFinite             NaN or Inf where the run refuses them
+    |-- InternalError             500: a defect of the server
+    +-- Overloaded                503: out of a declared budget, try again later
+
+Each class carries ``code`` (its name on the wire), ``status`` (HTTP) and ``retryable``; each instance a ``detail``
+(what was wrong) and a ``hint`` (what to do). On the wire an error is RFC 9457 ``application/problem+json``; the
+client raises the class whose ``code`` the server sent.
+
+Knows: names, texts and the mapping code <-> class. Does not know: HTTP libraries, routes, or who raises what.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "AlreadyStored",
+    "AverageNotFound",
+    "AwaitingWeights",
+    "BodyTooLarge",
+    "Conflict",
+    "ConnectionLost",
+    "EmaError",
+    "InternalError",
+    "Invalid",
+    "InvalidRequest",
+    "LayoutMismatch",
+    "MalformedBody",
+    "MethodNotAllowed",
+    "NameCollision",
+    "NonFinite",
+    "NotFound",
+    "NothingStored",
+    "Overloaded",
+    "ProtocolError",
+    "RangeNotSatisfiable",
+    "RequestTimeout",
+    "RouteNotFound",
+    "RunDegraded",
+    "RunExists",
+    "RunNotFound",
+    "ServiceUnreachable",
+    "SnapshotExists",
+    "SnapshotNotFound",
+    "StaleStep",
+    "StepConflict",
+    "StepNotReached",
+    "StorageDisabled",
+    "TransportError",
+    "UsageError",
+    "WeightsExist",
+    "error_from_problem",
+]
+
+PROBLEM_JSON = "application/problem+json"
+
+
+class EmaError(Exception):
+    """Base of everything this project raises on purpose.
+
+    Args:
+        detail: what was wrong, naming the thing that was wrong.
+        hint: what the reader should do about it.
+        retry_after: seconds after which trying again makes sense (503 only).
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    title: ClassVar[str] = "Error"
+    default_hint: ClassVar[str] = ""
+
+    def __init__(self, detail: str, *, hint: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.hint = self.default_hint if hint is None else hint
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.detail} ({self.hint})" if self.hint else self.detail
+
+    def to_problem(self) -> dict[str, Any]:
+        """The RFC 9457 body of this error."""
+        return {
+            "type": f"urn:ema-service:error:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "hint": self.hint,
+            "retryable": self.retryable,
+        }
+
+
+class TransportError(EmaError):
+    """The answer never came. Retrying is safe: every write of the protocol is idempotent."""
+
+    code = "transport"
+    status = 0
+    retryable = True
+    title = "Transport failed"
+
+
+class ServiceUnreachable(TransportError):
+    """Nothing accepts connections at the service's URL."""
+
+    code = "unreachable"
+    title = "Service unreachable"
+    default_hint = "start a server with `ema-service serve`, or set EMA_SERVICE_URL to the address of a running one"
+
+
+class ConnectionLost(TransportError):
+    """The connection broke or timed out after the request was begun."""
+
+    code = "connection_lost"
+    title = "Connection lost"
+    default_hint = "look at the server's log; the request may be repeated, an update is applied once at most"
+
+
+class ProtocolError(EmaError):
+    """The answer is not what the protocol promises: another program, a proxy, or another version."""
+
+    code = "protocol"
+    status = 0
+    title = "Unexpected answer"
+    default_hint = "check that the URL is that of an ema-service, and that no proxy stands between"
+
+
+class UsageError(EmaError):
+    """The caller's own mistake, found before anything was sent or overwritten."""
+
+    code = "usage"
+    status = 0
+    title = "Wrong use"
+
+
+class NameCollision(UsageError):
+    """Two parameters share one name once wrappers' prefixes (or dots) are removed."""
+
+    code = "name_collision"
+    title = "Names collide"
+    default_hint = "rename one of the two modules"
+
+
+class NothingStored(UsageError):
+    """restore() was called with nothing stored."""
+
+    code = "nothing_stored"
+    title = "Nothing stored"
+    default_hint = "call store(parameters) before copy_to(model), or use `with ema.scope(model):`"
+
+
+class AlreadyStored(UsageError):
+    """store() was called while a stored copy waits to be restored."""
+
+    code = "already_stored"
+    title = "Already stored"
+    default_hint = "restore() first: storing again would lose the training weights"
+
+
+class NotFound(EmaError):
+    code = "not_found"
+    status = 404
+    title = "Not found"
+
+
+class RouteNotFound(NotFound):
+    code = "route_not_found"
+    title = "No such route"
+    default_hint = "see /docs on the server for the list of routes"
+
+
+class RunNotFound(NotFound):
+    code = "run_not_found"
+    title = "No such run"
+    default_hint = "`ema runs` lists the runs of this server; POST /v1/runs creates one"
+
+
+class SnapshotNotFound(NotFound):
+    code = "snapshot_not_found"
+    title = "No such snapshot"
+    default_hint = "GET /v1/runs/{run}/snapshots lists them"
+
+
+class AverageNotFound(NotFound):
+    code = "average_not_found"
+    title = "No such average"
+    default_hint = "the run's `averages` lists the names"
+
+
+class MethodNotAllowed(EmaError):
+    code = "method_not_allowed"
+    status = 405
+    title = "Method not allowed"
+    default_hint = "see /docs on the server for the methods of this route"
+
+
+class RequestTimeout(EmaError):
+    code = "request_timeout"
+    status = 408
+    retryable = True
+    title = "The body came too slowly"
+    default_hint = "send again; nothing was changed"
+
+
+class Conflict(EmaError):
+    code = "conflict"
+    status = 409
+    title = "Conflict"
+
+
+class RunExists(Conflict):
+    code = "run_exists"
+    title = "Run exists"
+    default_hint = "choose another run name, or delete the old run first"
+
+
+class AwaitingWeights(Conflict):
+    code = "awaiting_weights"
+    title = "Run has no weights yet"
+    default_hint = "PUT /v1/runs/{run}/weights with the initial parameters first"
+
+
+class WeightsExist(Conflict):
+    code = "weights_exist"
+    title = "Run has its initial weights"
+    default_hint = "push updates instead, or delete the run to begin anew"
+
+
+class StepConflict(Conflict):
+    code = "step_conflict"
+    title = "Step was applied with other bytes"
+    default_hint = "two trainers push to one run, or a step was used twice; each step is applied once"
+
+
+class StaleStep(Conflict):
+    code = "stale_step"
+    title = "Step is in the past"
+    default_hint = "push steps in growing order; GET /v1/runs/{run} tells the run's step"
+
+
+class StepNotReached(Conflict):
+    code = "step_not_reached"
+    retryable = True
+    title = "The run has not reached that step"
+    default_hint = "wait longer, or ask for a smaller min_step"
+
+
+class SnapshotExists(Conflict):
+    code = "snapshot_exists"
+    title = "Snapshot exists"
+    default_hint = "snapshots are immutable: choose another name, or delete the old one"
+
+
+class StorageDisabled(Conflict):
+    code = "storage_disabled"
+    title = "This server keeps nothing on disk"
+    default_hint = "start the server without --memory to keep snapshots and checkpoints"
+
+
+class RunDegraded(Conflict):
+    code = "run_degraded"
+    title = "The run's state cannot be read"
+    default_hint = "repair or restore its files and restart the server, or delete the run"
+
+
+class BodyTooLarge(EmaError):
+    code = "body_too_large"
+    status = 413
+    title = "Body too large"
+
+
+class RangeNotSatisfiable(EmaError):
+    code = "range_not_satisfiable"
+    status = 416
+    title = "Range not satisfiable"
+    default_hint = "ask for bytes that exist; HEAD or a GET without Range tells the length"
+
+
+class Invalid(EmaError):
+    code = "invalid"
+    status = 422
+    title = "Invalid"
+
+
+class InvalidRequest(Invalid):
+    code = "invalid_request"
+    title = "Invalid request"
+    default_hint = "correct the named field; /docs on the server shows what each accepts"
+
+
+class MalformedBody(Invalid):
+    code = "malformed_body"
+    title = "Not a safetensors body"
+    default_hint = "send a body as safetensors.torch.save_file writes it"
+
+
+class LayoutMismatch(Invalid):
+    code = "layout_mismatch"
+    title = "Tensors differ from the run's layout"
+    default_hint = "send exactly the tensors the run was created with, or create a new run for the changed model"
+
+
+class NonFinite(Invalid):
+    code = "non_finite"
+    title = "NaN or Inf in the parameters"
+    default_hint = "the EMA is as it was; look at the loss and the gradients of this step"
+
+
+class InternalError(EmaError):
+    code = "internal"
+    status = 500
+    title = "Defect of the server"
+    default_hint = "the server's log has the traceback under this request; please report it"
+
+
+class Overloaded(EmaError):
+    code = "overloaded"
+    status = 503
+    retryable = True
+    title = "Out of a declared budget"
+    default_hint = "try again after Retry-After seconds, or raise the budget named in the detail"
+
+
+def _tree(root: type[EmaError]) -> dict[str, type[EmaError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+#: code on the wire -> class
+BY_CODE: dict[str, type[EmaError]] = _tree(EmaError)
+
+
+def error_from_problem(problem: dict[str, Any], status: int, *, retry_after: float | None = None) -> EmaError:
+    """The error a problem+json body stands for.
+
+    A code this client does not know (a newer server) becomes the class of its HTTP status, or ProtocolError.
+    """
+    detail = str(problem.get("detail") or problem.get("title") or f"HTTP {status}")
+    hint = str(problem.get("hint") or "")
+    cls = BY_CODE.get(str(problem.get("code")))
+    if cls is None or cls.status != status:
+        general = (
+            NotFound,
+            MethodNotAllowed,
+            RequestTimeout,
+            Conflict,
+            BodyTooLarge,
+            Invalid,
+            InternalError,
+            Overloaded,
+        )
+        cls = next((c for c in general if c.status == status), ProtocolError)
+    return cls(detail, hint=hint, retry_after=retry_after)

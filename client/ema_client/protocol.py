@@ -1,0 +1,314 @@
+"""What both ends agree on: routes, header names, limits, and one frozen dataclass for each JSON body.
+
+Knows: the words of the protocol (client/PROTOCOL.md is its normative text) and nothing else; standard library only.
+Does not know: how bytes travel (transport), how tensors become bytes (wire), or what a server does with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import quote
+
+DEFAULT_URL = "http://127.0.0.1:8470"
+DEFAULT_PORT = 8470
+API = "/v1"
+
+#: The rule for names of runs, averages and snapshots: it keeps every name a plain file name.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+_NAME = re.compile(NAME_PATTERN.replace("$", r"\Z"))
+
+DEFAULT_AVERAGE = "ema"
+DEFAULT_DECAY = 0.9999
+
+#: Steps and counters fit a signed 64-bit integer, as SQLite and every client language can hold.
+MAX_STEP = 2**63 - 1
+#: As the reference implementation of safetensors limits it.
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSOR_NAME = 1024
+MAX_TENSORS = 200_000
+MAX_RANK = 32
+MAX_AVERAGES = 16
+#: Longest a GET may be held waiting for a step, in seconds.
+MAX_WAIT = 60.0
+
+HEADER_RUN = "Ema-Run"
+HEADER_AVERAGE = "Ema-Average"
+HEADER_VERSION = "Ema-Version"
+HEADER_STEP = "Ema-Step"
+HEADER_NUM_UPDATES = "Ema-Num-Updates"
+HEADER_DECAY = "Ema-Decay"
+
+#: bytes per element of the dtypes a run may hold, as safetensors writes their names
+LAYOUT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+RunStatus = Literal["awaiting_weights", "ready", "degraded"]
+ScheduleName = Literal["litema", "constant"]
+DecayPer = Literal["update", "step"]
+Durability = Literal["memory"]
+NonFinitePolicy = Literal["refuse", "allow"]
+UpdateState = Literal["applied", "staged", "unknown"]
+
+
+def is_name(value: str) -> bool:
+    """Whether ``value`` may name a run, an average or a snapshot."""
+    return _NAME.match(value) is not None
+
+
+# --- routes ---------------------------------------------------------------------------------------------------------
+
+
+def runs_path() -> str:
+    return f"{API}/runs"
+
+
+def run_path(run: str) -> str:
+    return f"{API}/runs/{quote(run, safe='')}"
+
+
+def reset_path(run: str) -> str:
+    return f"{run_path(run)}/reset-num-updates"
+
+
+def weights_path(run: str) -> str:
+    return f"{run_path(run)}/weights"
+
+
+def update_path(run: str, step: int) -> str:
+    return f"{run_path(run)}/updates/{step}"
+
+
+def snapshots_path(run: str) -> str:
+    return f"{run_path(run)}/snapshots"
+
+
+def snapshot_path(run: str, name: str) -> str:
+    return f"{snapshots_path(run)}/{quote(name, safe='')}"
+
+
+def snapshot_weights_path(run: str, name: str) -> str:
+    return f"{snapshot_path(run, name)}/weights"
+
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a layout. ``dtype`` as safetensors writes it: F64, F32, BF16, F16."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class AverageConfig:
+    """One average of a run. ``decay`` None means the run's decay."""
+
+    name: str = DEFAULT_AVERAGE
+    schedule: ScheduleName = "litema"
+    decay: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """What ``POST /v1/runs`` takes. All but ``run`` and ``layout`` is optional.
+
+    decay: the largest decay, 0 <= decay <= 1, kept as float32 as LitEma keeps it.
+    use_num_updates: LitEma's switch: with it, decay warms up as min(decay, (1 + n) / (10 + n)).
+    decay_per: "update", one decay for each update (LitEma's meaning), or "step", the product over the steps since the
+        last update, so that a trainer that pushes every k-th step keeps the meaning of its decay.
+    averages: the averages fed by every update; the first is what a pull gives by default.
+    non_finite: "refuse" updates with NaN or Inf, or "allow" them.
+    durability: "memory": what is acknowledged survives a clean stop of the server, not a crash.
+    """
+
+    run: str
+    layout: tuple[TensorSpec, ...]
+    decay: float = DEFAULT_DECAY
+    use_num_updates: bool = True
+    decay_per: DecayPer = "update"
+    averages: tuple[AverageConfig, ...] = (AverageConfig(),)
+    non_finite: NonFinitePolicy = "refuse"
+    durability: Durability = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class AverageInfo:
+    """One average as it stands. ``effective_decay`` is that of the latest update, None before it."""
+
+    name: str
+    schedule: ScheduleName
+    decay: float
+    effective_decay: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """A run as it stands. ``decay`` and ``effective_decay`` are those of its first average.
+
+    num_updates: LitEma's counter; -1 where use_num_updates is off.
+    step: the trainer's step of the latest update, None before it.
+    version: "epoch.n", None before the initial weights.
+    durable_step: the latest step that a restart would bring back, None if there is none.
+    parameters, bytes: elements of the layout, and bytes of all its shadows.
+    created_at, updated_at: seconds since 1970-01-01 UTC.
+    """
+
+    run: str
+    status: RunStatus
+    decay: float
+    num_updates: int
+    effective_decay: float | None
+    use_num_updates: bool
+    decay_per: DecayPer
+    step: int | None
+    version: str | None
+    durable_step: int | None
+    durability: Durability
+    non_finite: NonFinitePolicy
+    averages: tuple[AverageInfo, ...]
+    tensors: int
+    parameters: int
+    bytes: int
+    device: str
+    shadow_dtype: str
+    created_at: float
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunList:
+    runs: tuple[RunInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPatch:
+    """What ``PATCH /v1/runs/{run}`` takes: the decay from the next update on, of one average or (None) of the first."""
+
+    decay: float
+    average: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """The answer to an update. ``applied`` is False where the same bytes had been applied at this step before."""
+
+    applied: bool
+    step: int
+    num_updates: int
+    effective_decay: float | None
+    version: str
+    durable_step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStatus:
+    """What the server knows of one step. ``parts`` lists the parts received of a staged update."""
+
+    step: int
+    state: UpdateState
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A named, immutable, durable copy of all averages of a run. ``bytes`` is what its files take."""
+
+    run: str
+    name: str
+    version: str
+    step: int | None
+    num_updates: int
+    averages: tuple[str, ...]
+    bytes: int
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotList:
+    snapshots: tuple[SnapshotInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsInfo:
+    """What travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``."""
+
+    run: str
+    average: str
+    version: str
+    step: int | None
+    num_updates: int
+    decay: float
+    snapshot: str | None = field(default=None)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As safetensors metadata: strings only, a None left out."""
+        return {f"ema_{key}": _plain(value) for key, value in dataclasses.asdict(self).items() if value is not None}
+
+    def to_headers(self) -> dict[str, str]:
+        """As HTTP headers; ``Ema-Step`` is left out before the first update."""
+        pairs = {
+            HEADER_RUN: self.run,
+            HEADER_AVERAGE: self.average,
+            HEADER_VERSION: self.version,
+            HEADER_STEP: self.step,
+            HEADER_NUM_UPDATES: self.num_updates,
+            HEADER_DECAY: self.decay,
+        }
+        return {key: _plain(value) for key, value in pairs.items() if value is not None}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str]) -> WeightsInfo:
+        """Read back what to_metadata wrote. Raises ValueError or KeyError on anything else."""
+        step = metadata.get("ema_step")
+        return cls(
+            run=metadata["ema_run"],
+            average=metadata["ema_average"],
+            version=metadata["ema_version"],
+            step=None if step is None else int(step),
+            num_updates=int(metadata["ema_num_updates"]),
+            decay=float(metadata["ema_decay"]),
+            snapshot=metadata.get("ema_snapshot"),
+        )
+
+
+def _plain(value: object) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+# --- dataclass <-> JSON ---------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def to_json(body: Any) -> dict[str, Any]:
+    """The JSON object of one of the dataclasses above."""
+    return dataclasses.asdict(body)
+
+
+def from_json(cls: type[T], data: Any) -> T:
+    """One of the dataclasses above from its JSON object.
+
+    Unknown members are ignored, so that an older client reads a newer server. Raises ValueError naming what is missing.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{cls.__name__}: expected a JSON object, got {type(data).__name__}")
+    hints = get_type_hints(cls)
+    given = {f.name: _value(hints[f.name], data[f.name]) for f in dataclasses.fields(cls) if f.name in data}  # type: ignore[arg-type]
+    try:
+        return cls(**given)
+    except TypeError as missing:
+        raise ValueError(f"{cls.__name__}: {missing}") from None
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if get_origin(hint) is tuple and isinstance(value, list):
+        inner = get_args(hint)[0]
+        return tuple(_value(inner, item) for item in value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value)
+    return value

@@ -1,0 +1,174 @@
+"""The safetensors byte stream: 8 bytes of header length, a JSON header, then the tensors back to back.
+
+Format: https://github.com/huggingface/safetensors#format. This module reads it strictly (every length is checked before
+it is used; nothing is allocated here) and writes it canonically (one layout has one header, byte for byte).
+
+Knows: names, dtypes, shapes, offsets. Does not know: sockets, clocks, torch, or what a run is. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from ema_client.errors import MalformedBody
+from ema_client.protocol import MAX_HEADER_BYTES, MAX_RANK, MAX_TENSOR_NAME, TensorSpec
+
+__all__ = ["DTYPE_BYTES", "LENGTH_BYTES", "Entry", "Header", "build_header", "parse_header", "parse_length", "place"]
+
+#: The header's length stands in front of it: unsigned, 64 bits, little-endian.
+LENGTH_BYTES = 8
+#: A header is padded with spaces to this, so that tensor data starts aligned for every dtype (as the reference does).
+ALIGNMENT = 8
+
+#: dtype -> bytes per element, widest first: the order in which the reference implementation lays tensors out.
+DTYPE_BYTES: dict[str, int] = {
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4,
+    "BF16": 2, "F16": 2, "U16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
+
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a stream; ``begin`` and ``end`` are byte offsets into the data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.shape, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header: its entries in the order of their bytes, covering the data section without a gap."""
+
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def data_bytes(self) -> int:
+        return self.entries[-1].end if self.entries else 0
+
+
+def place(specs: Iterable[TensorSpec], *, sort: bool = True) -> tuple[Entry, ...]:
+    """Give each tensor its place in the data section.
+
+    sort: in canonical order (widest dtype first, then by name, as safetensors.torch.save_file does); else as given.
+    Raises KeyError for a dtype safetensors does not have.
+    """
+    ordered = sorted(specs, key=lambda spec: (_RANK[spec.dtype], spec.name.encode())) if sort else specs
+    entries, offset = [], 0
+    for spec in ordered:
+        end = offset + prod(spec.shape) * DTYPE_BYTES[spec.dtype]
+        entries.append(Entry(spec.name, spec.dtype, tuple(spec.shape), offset, end))
+        offset = end
+    return tuple(entries)
+
+
+def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The length prefix and the header, padded so that data starts aligned. Equal input gives equal bytes."""
+    table: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for entry in entries:
+        table[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % ALIGNMENT)
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
+
+
+def parse_length(prefix: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> int:
+    """The header's length from the first 8 bytes of a stream. Raises MalformedBody beyond ``limit``."""
+    if len(prefix) != LENGTH_BYTES:
+        raise MalformedBody(f"the body ends after {len(prefix)} bytes; 8 bytes of header length come first")
+    length = int.from_bytes(prefix, "little")
+    if not 2 <= length <= limit:
+        raise MalformedBody(f"the header claims {length} bytes; between 2 and {limit} are possible")
+    return length
+
+
+def parse_header(raw: bytes | memoryview) -> Header:
+    """Read the JSON header (without its length prefix). Raises MalformedBody naming the tensor and the fault."""
+    table = _load(bytes(raw))
+    metadata = table.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) and _encodable(key + value) for key, value in metadata.items()
+    ):
+        raise MalformedBody("__metadata__ is not an object of strings")
+    entries = sorted((_entry(name, value) for name, value in table.items()), key=lambda e: (e.begin, e.end))
+    _check_contiguous(entries)
+    return Header(tuple(entries), metadata)
+
+
+def _load(raw: bytes) -> dict[str, Any]:
+    if raw[:1] != b"{":
+        raise MalformedBody("the header does not begin with '{'")
+    try:
+        table: dict[str, Any] = json.loads(raw, object_pairs_hook=_unique)
+    except (UnicodeDecodeError, RecursionError, ValueError) as fault:
+        # ValueError covers JSONDecodeError and integers of thousands of digits.
+        raise MalformedBody(f"the header is not JSON: {type(fault).__name__}: {str(fault)[:120]}") from None
+    return table
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise MalformedBody(f"the header names {twice[:200]!r} twice")
+    return table
+
+
+def _entry(name: str, value: Any) -> Entry:
+    shown = repr(name[:200])
+    if not 0 < len(name) <= MAX_TENSOR_NAME:
+        raise MalformedBody(f"tensor name {shown} has {len(name)} characters; 1 to {MAX_TENSOR_NAME} are possible")
+    if not _encodable(name):
+        raise MalformedBody(f"tensor name {shown} is not valid Unicode")
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise MalformedBody(f"tensor {shown}: expected exactly the members dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise MalformedBody(f"tensor {shown}: unknown dtype {str(dtype)[:40]!r}")
+    if not _sizes(shape) or len(shape) > MAX_RANK:
+        raise MalformedBody(f"tensor {shown}: the shape is not a list of at most {MAX_RANK} sizes")
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise MalformedBody(f"tensor {shown}: data_offsets is not [begin, end]")
+    begin, end = offsets
+    needed = prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != needed:
+        raise MalformedBody(f"tensor {shown}: {dtype} {shape} takes {needed} bytes, data_offsets give {end - begin}")
+    return Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _encodable(text: str) -> bool:
+    # JSON can spell half of a surrogate pair; UTF-8 cannot.
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _sizes(value: Any) -> bool:
+    # bool is an int in Python; true is no size.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_contiguous(entries: list[Entry]) -> None:
+    offset = 0
+    for entry in entries:
+        if entry.begin != offset:
+            fault = "overlaps the tensor before it" if entry.begin < offset else "leaves a gap before it"
+            raise MalformedBody(f"tensor {entry.name[:200]!r} {fault}: it begins at {entry.begin}, expected {offset}")
+        offset = entry.end

@@ -1,0 +1,8 @@
+"""``python -m ema_service``: the same as the command ``ema-service``. Knows nothing but that command."""
+
+from __future__ import annotations
+
+from ema_service.cli import main
+
+if __name__ == "__main__":
+    main()

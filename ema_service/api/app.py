@@ -1,0 +1,98 @@
+"""The application: puts the parts together, opens them at start and closes them in order at the end.
+
+Knows every part by name. Does not know what any of them does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+import torch
+from fastapi import FastAPI
+
+from ema_service.api import errors, ops, runs, snapshots, updates, weights
+from ema_service.api.context import Context
+from ema_service.api.limits import JsonLimit
+from ema_service.metrics import Metrics
+from ema_service.runs import Memory, Registry
+from ema_service.settings import Settings
+from ema_service.storage import Store
+
+__all__ = ["create_app", "open_registry", "pick_device"]
+
+_log = logging.getLogger(__name__)
+
+_DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
+evaluators
+pull the averaged ones. Control is JSON; weights are one safetensors body; errors are problem+json (RFC 9457)."""
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is a CUDA device if there is one, else the CPU. Raises RuntimeError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    torch.empty(0, device=device)
+    return device
+
+
+def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
+    """The ASGI application of one server.
+
+    registry: the open runs, closed when the application stops; None opens them when it starts.
+    """
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
+        _watch(metrics, context.registry)
+        keeper = asyncio.create_task(_keep(context))
+        try:
+            yield
+        finally:
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
+            context.close()
+
+    app = FastAPI(
+        title="ema-service",
+        version=version("ema-service"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    errors.install(app, metrics)
+    app.add_middleware(JsonLimit, limit=settings.json_bytes)
+    for part in (runs, updates, weights, snapshots, ops):
+        app.include_router(part.router)
+
+    return app
+
+
+def open_registry(settings: Settings) -> Registry:
+    """Bring every run back. Raises RuntimeError (no such device), FolderLocked, CatalogTooNew, OSError."""
+    memory = Memory(pick_device(settings.device), keep_bytes=settings.staging_bytes)
+    store = Store(settings.data_dir) if settings.data_dir else None
+    return Registry(memory, store, staging_bytes=settings.staging_bytes, frozen_bytes=settings.frozen_bytes)
+
+
+def _watch(metrics: Metrics, registry: Registry) -> None:
+    metrics.watch("ema_runs", "Runs held.", lambda: len(registry.runs()))
+    metrics.watch("ema_shadow_bytes", "Bytes of shadows.", lambda: sum(run.info().bytes for run in registry.runs()))
+    metrics.watch("ema_staging_bytes", "Bytes of pushes in flight.", lambda: registry.staging.bytes_in_use)
+    metrics.watch("ema_frozen_bytes", "Bytes of versions being read.", lambda: registry.frozen.bytes_in_use)
+    metrics.watch("ema_idle_bytes", "Bytes kept for reuse.", lambda: registry.memory.pool.idle_bytes)
+
+
+async def _keep(context: Context) -> None:
+    """Take checkpoints of runs that moved, every so often."""
+    while True:
+        await asyncio.sleep(context.settings.checkpoint_interval)
+        await context.block(context.registry.checkpoint)

@@ -1,0 +1,122 @@
+"""Every error becomes ``application/problem+json`` here, and only here.
+
+Knows the error tree of the client package and what FastAPI and Starlette raise. Does not know the routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from ema_client.errors import (
+    PROBLEM_JSON,
+    EmaError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    RouteNotFound,
+)
+from ema_service.metrics import Metrics
+
+__all__ = ["install", "problem_response", "problem_responses"]
+
+_log = logging.getLogger(__name__)
+
+#: How many faulty fields a validation error lists.
+_NAMED_FIELDS = 5
+
+#: The schema of an error body, for OpenAPI.
+PROBLEM_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "code", "hint", "retryable"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string", "description": "What was wrong, naming the thing"},
+        "code": {"type": "string", "description": "Stable name of the error"},
+        "hint": {"type": "string", "description": "What to do about it"},
+        "retryable": {"type": "boolean"},
+    },
+}
+
+
+def problem_response(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The answer that carries ``error``."""
+    extra = dict(headers or {})
+    if error.retry_after is not None:
+        extra["Retry-After"] = str(math.ceil(error.retry_after))
+    return JSONResponse(error.to_problem(), status_code=error.status, headers=extra, media_type=PROBLEM_JSON)
+
+
+def problem_responses(*errors: type[EmaError]) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that may answer with these, for OpenAPI."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in sorted({error.status for error in errors}):
+        codes = ", ".join(error.code for error in errors if error.status == status)
+        found[status] = {"description": codes, "content": {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}}
+    return found
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Make every error of the app a problem, and count it."""
+
+    def answer(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
+        metrics.errors.labels(error.code).inc()
+        return problem_response(error, headers)
+
+    async def ours(_: Request, fault: Exception) -> Response:
+        return answer(fault if isinstance(fault, EmaError) else InternalError(str(fault)))
+
+    async def invalid(_: Request, fault: Exception) -> Response:
+        errors = fault.errors() if isinstance(fault, RequestValidationError) else []
+        return answer(InvalidRequest(_describe(errors)))
+
+    async def http(request: Request, fault: Exception) -> Response:
+        status, detail, headers = _http_fault(fault)
+        if status == 405:
+            error: EmaError = MethodNotAllowed(f"{request.method} is not possible on {request.url.path}")
+        elif status == 404:
+            error = RouteNotFound(f"there is no route {request.url.path}")
+        else:
+            error = InvalidRequest(detail)
+        return answer(error, headers)
+
+    async def gone(request: Request, _: Exception) -> Response:
+        _log.info("%s %s: the client went away", request.method, request.url.path)
+        return Response(status_code=499)  # nobody reads it
+
+    async def defect(request: Request, fault: Exception) -> Response:
+        # Starlette raises it again after this answer, so that the server's log has the traceback.
+        return answer(InternalError(f"{type(fault).__name__} in {request.method} {request.url.path}"))
+
+    app.add_exception_handler(EmaError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, defect)
+
+
+def _http_fault(fault: Exception) -> tuple[int, str, dict[str, str]]:
+    if isinstance(fault, HTTPException):
+        return fault.status_code, str(fault.detail), dict(fault.headers or {})
+    return 500, str(fault), {}
+
+
+def _describe(errors: Sequence[Any]) -> str:
+    """``decay: Input should be less than or equal to 1; layout.0.dtype: ...``"""
+    lines = []
+    for error in errors[:_NAMED_FIELDS]:
+        where = ".".join(str(part) for part in error["loc"] if part not in ("body", "path", "query"))
+        lines.append(f"{where or 'body'}: {error['msg']}")
+    if len(errors) > _NAMED_FIELDS:
+        lines.append(f"and {len(errors) - _NAMED_FIELDS} more")
+    return "; ".join(lines)

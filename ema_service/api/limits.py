@@ -1,0 +1,65 @@
+"""A limit on JSON bodies, applied before anything parses them.
+
+FastAPI reads a whole JSON body into memory whatever its size. This layer reads it first, up to the limit, and
+answers 413 beyond. Bodies of weights pass through untouched: their route knows their exact length (ingest).
+
+Knows ASGI messages. Does not know routes, beyond what a weights body looks like in a request.
+"""
+
+from __future__ import annotations
+
+import re
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ema_client.errors import BodyTooLarge
+from ema_service.api.errors import problem_response
+
+__all__ = ["JsonLimit"]
+
+_WEIGHTS_BODY = re.compile(r"/v1/runs/[^/]+/(weights|updates/.+)\Z")
+
+
+class JsonLimit:
+    """ASGI middleware: a request body that is no weights body has at most ``limit`` bytes."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["method"] == "PUT" and _WEIGHTS_BODY.match(scope["path"])):
+            await self._app(scope, receive, send)
+            return
+        body = await self._read(receive)
+        if body is None:
+            error = BodyTooLarge(
+                f"the JSON body has more than {self._limit} bytes", hint="send fewer or shorter fields"
+            )
+            await problem_response(error, {"Connection": "close"})(scope, receive, send)
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> list[Message] | None:
+        """The messages of the body, or None beyond the limit."""
+        messages: list[Message] = []
+        size = 0
+        while True:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            if size > self._limit:
+                return None
+            if not message.get("more_body", False):
+                return messages
+
+
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    waiting = iter(messages)
+
+    async def replayed() -> Message:
+        for message in waiting:
+            return message
+        return await receive()
+
+    return replayed

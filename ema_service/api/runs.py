@@ -1,0 +1,82 @@
+"""Routes of a run as a whole: create, list, show, change, delete.
+
+Knows the routes and their answers. Does not know how a run works.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter, Response
+
+from ema_client.errors import AverageNotFound, AwaitingWeights, BodyTooLarge, InvalidRequest, RunExists, RunNotFound
+from ema_client.protocol import RunInfo, RunList
+from ema_service.api.context import RunName, Server
+from ema_service.api.errors import problem_responses
+from ema_service.api.schemas import RunConfigBody, RunPatchBody
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/runs", tags=["runs"])
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Create a run",
+    responses={
+        200: {"model": RunInfo, "description": "The run exists with this very configuration"},
+        **problem_responses(RunExists, BodyTooLarge, InvalidRequest),
+    },
+)
+async def create_run(body: RunConfigBody, response: Response, server: Server) -> RunInfo:
+    """Create a run from its configuration. It awaits its initial weights;
+
+    the same configuration again changes nothing.
+    """
+    run, created = await server.block(partial(server.registry.create, body.to_config()))
+    response.status_code = 201 if created else 200
+    return run.info()
+
+
+@router.get("", summary="List runs")
+async def list_runs(server: Server) -> RunList:
+    """All runs, oldest first."""
+    return RunList(tuple(run.info() for run in server.registry.runs()))
+
+
+@router.get("/{run}", summary="Show a run", responses=problem_responses(RunNotFound, InvalidRequest))
+async def show_run(run: RunName, server: Server) -> RunInfo:
+    """The run as it stands: decay, num_updates, step, version, size."""
+    return server.registry.get(run).info()
+
+
+@router.patch(
+    "/{run}",
+    summary="Change the decay",
+    responses=problem_responses(RunNotFound, AverageNotFound, AwaitingWeights, InvalidRequest),
+)
+async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInfo:
+    """Change the decay of one average from the next update on. The change is kept in the run's history."""
+    changed = await server.block(partial(server.registry.set_decay, run, body.decay, body.average))
+    return changed.info()
+
+
+@router.post(
+    "/{run}/reset-num-updates",
+    summary="Begin the warm-up anew",
+    responses=problem_responses(RunNotFound, AwaitingWeights, InvalidRequest),
+)
+async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
+    """Set num_updates to 0. Where use_num_updates is off it stays -1."""
+    found = server.registry.get(run)
+    await server.block(found.reset_num_updates)
+    return found.info()
+
+
+@router.delete(
+    "/{run}", status_code=204, summary="Delete a run", responses=problem_responses(RunNotFound, InvalidRequest)
+)
+async def delete_run(run: RunName, server: Server) -> None:
+    """Delete the run with its weights and all its snapshots. There is no way back."""
+    await server.block(partial(server.registry.delete, run))

@@ -1,0 +1,101 @@
+"""Request bodies as FastAPI checks them, field by field; answers are the protocol's dataclasses as they stand.
+
+Knows the fields of ``ema_client.protocol`` and their limits. Does not know what a run makes of them. A contract
+test keeps the fields here and there the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ema_client.protocol import (
+    DEFAULT_AVERAGE,
+    DEFAULT_DECAY,
+    MAX_AVERAGES,
+    MAX_RANK,
+    MAX_STEP,
+    MAX_TENSOR_NAME,
+    MAX_TENSORS,
+    NAME_PATTERN,
+    AverageConfig,
+    DecayPer,
+    Durability,
+    NonFinitePolicy,
+    RunConfig,
+    ScheduleName,
+    TensorSpec,
+)
+
+__all__ = ["RunConfigBody", "RunPatchBody"]
+
+_Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+_Decay = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+
+
+class _Body(BaseModel):
+    # strict: "0.9", true or 1.5 steps are mistakes, not numbers to be converted.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _TensorSpecBody(_Body):
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)]
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=MAX_STEP)]], Field(max_length=MAX_RANK)]
+    dtype: Annotated[str, Field(description="As safetensors writes it: F64, F32, BF16, F16")]
+
+
+class _AverageConfigBody(_Body):
+    name: _Name = DEFAULT_AVERAGE
+    schedule: ScheduleName = "litema"
+    decay: Annotated[_Decay | None, Field(description="None: the run's decay")] = None
+
+
+class RunConfigBody(_Body):
+    """What a run is: its layout and how it averages."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "run": "digits",
+                    "decay": 0.9999,
+                    "layout": [
+                        {"name": "conv.weight", "shape": [8, 1, 3, 3], "dtype": "F32"},
+                        {"name": "conv.bias", "shape": [8], "dtype": "F32"},
+                    ],
+                }
+            ]
+        }
+    )
+
+    run: _Name
+    layout: Annotated[list[_TensorSpecBody], Field(min_length=1, max_length=MAX_TENSORS)]
+    decay: _Decay = DEFAULT_DECAY
+    use_num_updates: bool = Field(True, description="LitEma's warm-up: min(decay, (1 + n) / (10 + n))")
+    decay_per: DecayPer = Field("update", description="step: make good for the steps between two updates")
+    averages: Annotated[list[_AverageConfigBody], Field(min_length=1, max_length=MAX_AVERAGES)] = [_AverageConfigBody()]
+    non_finite: NonFinitePolicy = Field("refuse", description="What to do with NaN and Inf in an update")
+    durability: Durability = "memory"
+
+    def to_config(self) -> RunConfig:
+        """The same as the protocol's dataclass."""
+        return RunConfig(
+            run=self.run,
+            layout=tuple(TensorSpec(spec.name, tuple(spec.shape), spec.dtype) for spec in self.layout),
+            decay=self.decay,
+            use_num_updates=self.use_num_updates,
+            decay_per=self.decay_per,
+            averages=tuple(AverageConfig(a.name, a.schedule, a.decay) for a in self.averages),
+            non_finite=self.non_finite,
+            durability=self.durability,
+        )
+
+
+class RunPatchBody(_Body):
+    """What of a run can be changed."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"decay": 0.999}]})
+
+    decay: _Decay = Field(description="The decay from the next update on")
+    average: Annotated[_Name | None, Field(description="Which average; None: the first")] = None

@@ -1,0 +1,128 @@
+"""Runs the application under uvicorn: sockets, the announcement, the graceful end.
+
+Knows uvicorn and sockets. Does not know routes or the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from ema_service.api.app import create_app, open_registry
+from ema_service.settings import Settings
+
+__all__ = ["CannotListen", "serve"]
+
+#: Seconds that requests in hand get to finish once the server is told to stop.
+GRACE_SECONDS = 30
+
+
+class CannotListen(OSError):
+    """The address is taken or not ours to listen on."""
+
+
+def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then finish the requests in hand and keep every run.
+
+    announce: called with the http:// address once connections are accepted. uds: a Unix socket to listen on as well.
+    Raises CannotListen, and what open_registry() raises, before anything is served.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises the signal again once it has stopped; being told to stop and having stopped is success.
+        signal.signal(number, _exit)
+    # Addresses are taken first (that fails at once) and listened on last (until then a client is refused and tries
+    # again).
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(_tcp(host, port))]
+        if uds:
+            sockets.append(stack.enter_context(_unix(uds)))
+        app = create_app(settings, open_registry(settings))
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            loop="asyncio",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        _Server(config, lambda: announce(_url(host, sockets[0]))).run(sockets)
+
+
+def _exit(_number: int, _frame: object) -> None:
+    sys.exit(0)
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that says when it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def _url(host: str, sock: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{sock.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _tcp(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as fault:
+        raise CannotListen(
+            f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port"
+        ) from None
+    with sock:
+        yield sock
+
+
+@contextlib.contextmanager
+def _unix(path: Path) -> Iterator[socket.socket]:
+    """A Unix socket that only this user may connect to; one left behind by a dead server is replaced."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and not _answers(path):
+            path.unlink()
+        before = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as fault:
+        sock.close()
+        raise CannotListen(f"cannot listen on the Unix socket {path}: {fault}; choose another --uds") from None
+    with sock:
+        try:
+            yield sock
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        return True

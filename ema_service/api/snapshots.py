@@ -1,0 +1,74 @@
+"""Routes of snapshots: make one (copy_to on the server), list, show, delete. Their weights are served in weights.py.
+
+Knows the routes and their answers. Does not know how a snapshot is kept.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter, Response
+
+from ema_client.errors import (
+    AwaitingWeights,
+    InvalidRequest,
+    Overloaded,
+    RunNotFound,
+    SnapshotExists,
+    SnapshotNotFound,
+    StorageDisabled,
+)
+from ema_client.protocol import SnapshotInfo, SnapshotList
+from ema_service.api.context import RunName, Server, SnapshotName
+from ema_service.api.errors import problem_responses
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
+
+
+@router.put(
+    "/{name}",
+    status_code=201,
+    summary="Take a snapshot",
+    responses={
+        200: {"model": SnapshotInfo, "description": "The snapshot exists and is of this very version"},
+        **problem_responses(RunNotFound, AwaitingWeights, SnapshotExists, StorageDisabled, InvalidRequest, Overloaded),
+    },
+)
+async def put_snapshot(run: RunName, name: SnapshotName, response: Response, server: Server) -> SnapshotInfo:
+    """Copy all averages, as they are now, to files under this name.
+
+    On disk when it is answered, and never changed after.
+    """
+    info, created = await server.block(partial(server.registry.files(run).snapshot, name))
+    response.status_code = 201 if created else 200
+    return info
+
+
+@router.get("", summary="List snapshots", responses=problem_responses(RunNotFound, StorageDisabled, InvalidRequest))
+async def list_snapshots(run: RunName, server: Server) -> SnapshotList:
+    """The run's snapshots, oldest first."""
+    files = server.registry.files(run)
+    return SnapshotList(tuple(await server.block(files.snapshots)))
+
+
+@router.get(
+    "/{name}",
+    summary="Show a snapshot",
+    responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest),
+)
+async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> SnapshotInfo:
+    """Of which step and version the snapshot is, and how large."""
+    return await server.block(partial(server.registry.files(run).find_snapshot, name))
+
+
+@router.delete(
+    "/{name}",
+    status_code=204,
+    summary="Delete a snapshot",
+    responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest),
+)
+async def delete_snapshot(run: RunName, name: SnapshotName, server: Server) -> None:
+    """Delete the snapshot's files. A download under way goes on to its end."""
+    await server.block(partial(server.registry.files(run).delete_snapshot, name))

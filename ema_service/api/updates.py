@@ -1,0 +1,134 @@
+"""Routes that take weights in: the initial shadow, and updates.
+
+The order is that of the data: admit, reserve staging, receive, apply. Until the last, nothing of the run has changed.
+Knows that order and the answers. Does not know bytes (ingest, UpdateBody) or what an update computes (run).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query, Request
+
+from ema_client.errors import (
+    AwaitingWeights,
+    BodyTooLarge,
+    InvalidRequest,
+    LayoutMismatch,
+    MalformedBody,
+    NonFinite,
+    Overloaded,
+    RequestTimeout,
+    RunNotFound,
+    StaleStep,
+    StepConflict,
+    WeightsExist,
+)
+from ema_client.protocol import MAX_STEP, RunInfo, UpdateResult, UpdateStatus
+from ema_service.api import ingest
+from ema_service.api.context import Context, RunName, Server, Step
+from ema_service.api.errors import problem_responses
+from ema_service.runs import Run, Staged
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/runs/{run}", tags=["updates"])
+
+T = TypeVar("T")
+
+_SAFETENSORS_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "The run's tensors as one safetensors stream, as safetensors.torch.save_file writes them",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_BODY_ERRORS = (
+    RunNotFound,
+    RequestTimeout,
+    BodyTooLarge,
+    InvalidRequest,
+    MalformedBody,
+    LayoutMismatch,
+    NonFinite,
+    Overloaded,
+)
+
+
+@router.put(
+    "/weights",
+    summary="Give the initial weights",
+    openapi_extra=_SAFETENSORS_BODY,
+    responses=problem_responses(*_BODY_ERRORS, WeightsExist),
+)
+async def put_weights(
+    run: RunName,
+    request: Request,
+    server: Server,
+    num_updates: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
+    step: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
+) -> RunInfo:
+    """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
+    found = server.registry.get(run)
+    staged, digest = await _receive(found, request, server)
+    await server.compute(
+        partial(_release_after, staged, partial(found.initialise, staged, digest, num_updates=num_updates, step=step))
+    )
+    return found.info()
+
+
+@router.put(
+    "/updates/{step}",
+    summary="Push one update",
+    openapi_extra=_SAFETENSORS_BODY,
+    responses=problem_responses(*_BODY_ERRORS, AwaitingWeights, StaleStep, StepConflict),
+)
+async def put_update(run: RunName, step: Step, request: Request, server: Server) -> UpdateResult:
+    """Apply the parameters as of ``step``, exactly once and all or nothing.
+
+    The same bytes at the run's latest step again answer ``applied: false``; other bytes there are a conflict.
+    """
+    found = server.registry.get(run)
+    found.admit(step)
+    staged, digest = await _receive(found, request, server)
+    result = await server.compute(partial(_release_after, staged, partial(_apply, server, found, step, staged, digest)))
+    server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
+    return result
+
+
+@router.get(
+    "/updates/{step}",
+    summary="Ask about one update",
+    responses=problem_responses(RunNotFound, InvalidRequest),
+)
+async def get_update(run: RunName, step: Step, server: Server) -> UpdateStatus:
+    """Whether the step was applied, among the latest 1024 steps of this server's life; otherwise it is unknown."""
+    return server.registry.get(run).status_of(step)
+
+
+async def _receive(run: Run, request: Request, server: Context) -> tuple[Staged, bytes]:
+    staged = server.registry.staging.reserve(run.layout)
+    try:
+        digest = await ingest.receive(request, staged, silence=server.settings.body_timeout)
+    except BaseException:
+        staged.release()
+        raise
+    server.metrics.received.inc(run.layout.param_bytes)
+    return staged, digest
+
+
+def _apply(server: Context, run: Run, step: int, staged: Staged, digest: bytes) -> UpdateResult:
+    started = time.perf_counter()
+    result = run.apply(step, staged, digest)
+    server.metrics.update_seconds.observe(time.perf_counter() - started)
+    return result
+
+
+def _release_after(staged: Staged, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    finally:
+        staged.release()

@@ -1,0 +1,242 @@
+"""Routes that give weights out: the current EMA, and those of a snapshot.
+
+Knows HTTP's conditional and range requests, and how to stream a source to a socket. Does not know which bytes those are
+(WeightsStream) or what a version is made of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ema_client.errors import (
+    AverageNotFound,
+    AwaitingWeights,
+    InvalidRequest,
+    Overloaded,
+    RangeNotSatisfiable,
+    RunNotFound,
+    SnapshotNotFound,
+    StepNotReached,
+)
+from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
+from ema_service.api.context import Context, RunName, Server, SnapshotName
+from ema_service.api.errors import problem_responses
+from ema_service.runs import Run, WeightsStream
+from ema_service.runs.weights import ReadBytes
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/runs/{run}", tags=["weights"])
+
+_OCTETS = "application/octet-stream"
+_RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z", re.ASCII)
+
+AverageName = Annotated[str | None, Query(pattern=NAME_PATTERN, description="Which average; none: the first")]
+Dtype = Annotated[str | None, Query(description="Cast to F64, F32, BF16 or F16; none: as the shadows are kept")]
+Prefix = Annotated[str | None, Query(description="Only the tensors whose name begins so")]
+
+_OK: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One version, whole, as a safetensors stream", "content": {_OCTETS: {}}},
+    206: {"description": "The part asked for by Range", "content": {_OCTETS: {}}},
+    304: {"description": "The version named by If-None-Match is still the current one"},
+}
+
+
+@router.get(
+    "/weights",
+    summary="Read the current EMA weights",
+    response_class=Response,
+    responses={
+        **_OK,
+        **problem_responses(
+            RunNotFound,
+            AverageNotFound,
+            AwaitingWeights,
+            StepNotReached,
+            RangeNotSatisfiable,
+            InvalidRequest,
+            Overloaded,
+        ),
+    },
+)
+@router.head("/weights", include_in_schema=False)
+async def get_weights(
+    run: RunName,
+    request: Request,
+    server: Server,
+    average: AverageName = None,
+    dtype: Dtype = None,
+    prefix: Prefix = None,
+    min_step: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Wait for this step")] = None,
+    wait: Annotated[float, Query(ge=0, le=MAX_WAIT, description="How many seconds to wait for min_step")] = 0.0,
+) -> Response:
+    """The EMA of one version, whole, while updates go on. Range is answered for the version named by If-Range."""
+    found = server.registry.get(run)
+    if min_step is not None:
+        await _reach(found, min_step, wait)
+    state = found.ready_state()
+    chosen = found.average(state, average)
+    stream = WeightsStream(found.layout.shadows, found.weights_info(state, chosen), dtype=dtype, prefix=prefix)
+
+    async def open_source(stack: ExitStack) -> ReadBytes:
+        data = await server.block(partial(server.registry.frozen.acquire, chosen.arena))
+        stack.callback(server.registry.frozen.release, chosen.arena)
+        return lambda start, stop: data[start:stop]
+
+    return await _answer(request, server, stream, open_source, on_disk=False)
+
+
+@router.get(
+    "/snapshots/{name}/weights",
+    summary="Download a snapshot",
+    response_class=Response,
+    responses={
+        **_OK,
+        **problem_responses(RunNotFound, SnapshotNotFound, AverageNotFound, RangeNotSatisfiable, InvalidRequest),
+    },
+)
+@router.head("/snapshots/{name}/weights", include_in_schema=False)
+async def get_snapshot_weights(
+    run: RunName,
+    name: SnapshotName,
+    request: Request,
+    server: Server,
+    average: AverageName = None,
+    dtype: Dtype = None,
+    prefix: Prefix = None,
+) -> Response:
+    """The weights of a snapshot; with Range, a broken download goes on where it stopped."""
+    files = server.registry.files(run)
+    with ExitStack() as stack:
+        file, info = await server.block(partial(files.open_snapshot, name, average))
+        stack.callback(file.close)
+        stream = WeightsStream(file.header.entries, info, dtype=dtype, prefix=prefix)
+        kept = stack.pop_all()
+
+    async def open_source(stack: ExitStack) -> ReadBytes:
+        stack.push(kept)
+        return file.read
+
+    return await _answer(request, server, stream, open_source, on_disk=True)
+
+
+async def _reach(run: Run, step: int, wait: float) -> None:
+    """Return once the run has applied ``step`` or a later one. Raises StepNotReached after ``wait`` seconds."""
+    loop, moved = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell() -> None:
+        loop.call_soon_threadsafe(moved.set)
+
+    run.listeners.add(tell)
+    try:
+        async with asyncio.timeout(wait):
+            while (state := run.state) is None or state.step is None or state.step < step:
+                await moved.wait()
+                moved.clear()
+    except TimeoutError:
+        raise StepNotReached(f"run {run.config.run!r} did not reach step {step} within {wait:g} seconds") from None
+    finally:
+        run.listeners.discard(tell)
+
+
+async def _answer(
+    request: Request,
+    server: Context,
+    stream: WeightsStream,
+    open_source: Callable[[ExitStack], Awaitable[ReadBytes]],
+    *,
+    on_disk: bool,
+) -> Response:
+    headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
+    if _matches(request.headers.get("if-none-match"), stream.etag):
+        return Response(status_code=304, headers=headers)
+    part = _range(request, stream)
+    start, stop = part or (0, stream.length)
+    headers["Content-Length"] = str(stop - start)
+    if part:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{stream.length}"
+    if request.method == "HEAD":
+        return Response(status_code=200, headers=headers, media_type=_OCTETS)
+    with ExitStack() as stack:
+        read = await open_source(stack)
+        chunks = stream.chunks(read, start, stop)
+        body = _from_disk(server, chunks) if on_disk else _from_memory(chunks)
+        return _Streaming(stack.pop_all(), server, body, status_code=206 if part else 200, headers=headers)
+
+
+class _Streaming(StreamingResponse):
+    """Sends the chunks and, however that ends, closes the source."""
+
+    media_type = _OCTETS
+
+    def __init__(
+        self,
+        source: ExitStack,
+        server: Context,
+        body: AsyncIterator[memoryview],
+        *,
+        status_code: int,
+        headers: dict[str, str],
+    ):
+        super().__init__(self._counted(body, server), status_code=status_code, headers=headers)
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._source:
+            await super().__call__(scope, receive, send)
+
+    @staticmethod
+    async def _counted(body: AsyncIterator[memoryview], server: Context) -> AsyncIterator[memoryview]:
+        async for chunk in body:
+            yield chunk
+            server.metrics.sent.inc(len(chunk))
+
+
+async def _from_memory(chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
+    for chunk in chunks:
+        yield chunk
+
+
+async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
+    while (chunk := await server.block(partial(next, chunks, None))) is not None:
+        yield chunk
+
+
+def _matches(header: str | None, etag: str) -> bool:
+    """If-None-Match: a list of tags, weak or not, or ``*``."""
+    if header is None:
+        return False
+    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
+    return etag in tags or tags == ["*"]
+
+
+def _range(request: Request, stream: WeightsStream) -> tuple[int, int] | None:
+    """The part [start, stop) asked for; None for the whole: no Range, several, another unit, or another version.
+
+    Raises RangeNotSatisfiable.
+    """
+    asked = _RANGE.match(request.headers.get("range", ""))
+    pinned = request.headers.get("if-range")
+    if asked is None or asked.group() == "bytes=-" or (pinned is not None and pinned != stream.etag):
+        return None
+    first, last = asked.groups()
+    if not first:
+        start, stop = max(stream.length - int(last), 0), stream.length
+    else:
+        start, stop = int(first), min(int(last) + 1, stream.length) if last else stream.length
+        if last and int(last) < start:
+            return None
+    if start >= stop:
+        raise RangeNotSatisfiable(
+            f"Range: {asked.group()} lies beyond the {stream.length} bytes of version {stream.info.version}"
+        )
+    return start, stop

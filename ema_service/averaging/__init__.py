@@ -1,0 +1,11 @@
+"""Pure numerics of the exponential moving average: schedules (which decay) and the kernel (applied to memory).
+
+Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets or clocks.
+"""
+
+from __future__ import annotations
+
+from ema_service.averaging.kernel import average_into, cast_into
+from ema_service.averaging.schedules import SCHEDULES, Retention, Schedule
+
+__all__ = ["SCHEDULES", "Retention", "Schedule", "average_into", "cast_into"]

@@ -1,0 +1,140 @@
+"""The command ``ema-service``: serve and demo.
+
+Knows flags, their environment variables, and what is printed. Does not know how the server works: torch and the
+server are imported by the command that needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ema_client.protocol import DEFAULT_PORT
+from ema_service.settings import DEFAULT_DATA_DIR, Settings, quarter_of_ram
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="ema-service",
+    help="Holds the EMA shadow weights of many training runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ema-service {version('ema-service')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del show
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="EMA_SERVICE_HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
+    uds: Annotated[
+        Path | None, typer.Option(help="Listen on this Unix socket as well; only this user may connect.")
+    ] = None,
+    data_dir: Annotated[
+        Path, typer.Option(help="Where runs are kept.", envvar="EMA_SERVICE_DATA_DIR", file_okay=False)
+    ] = DEFAULT_DATA_DIR,
+    memory: Annotated[bool, typer.Option("--memory", help="Keep nothing on disk.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", envvar="EMA_SERVICE_DEVICE")] = "auto",
+    staging_bytes: Annotated[
+        int,
+        typer.Option(help="Most memory of pushes in flight.  [default: a quarter of RAM]", min=1, show_default=False),
+    ] = quarter_of_ram(),
+    frozen_bytes: Annotated[
+        int,
+        typer.Option(
+            help="Most memory of versions being read.  [default: a quarter of RAM]", min=1, show_default=False
+        ),
+    ] = quarter_of_ram(),
+    checkpoint_interval: Annotated[
+        float, typer.Option(help="Seconds between looks for runs that moved since their last checkpoint.", min=0.05)
+    ] = Settings.checkpoint_interval,
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds a sender may stay silent in the middle of a body.", min=0.1)
+    ] = Settings.body_timeout,
+    insecure_no_auth: Annotated[
+        bool, typer.Option("--insecure-no-auth", help="Listen beyond loopback although anyone may then read and write.")
+    ] = False,
+) -> None:
+    """Start the server. Ctrl-C or SIGTERM finishes the updates in hand, keeps every run, and stops."""
+    if not insecure_no_auth and not _is_loopback(host):
+        raise typer.BadParameter(
+            f"{host} can be reached by others, and without tokens anyone could read and write every run. "
+            "Listen on 127.0.0.1 behind a proxy that checks who comes, or say --insecure-no-auth.",
+            param_hint="--host",
+        )
+    settings = Settings(
+        data_dir=None if memory else data_dir,
+        device=device,
+        staging_bytes=staging_bytes,
+        frozen_bytes=frozen_bytes,
+        checkpoint_interval=checkpoint_interval,
+        body_timeout=body_timeout,
+    )
+    _run(settings, host, port, uds)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the picture goes.", dir_okay=False)] = Path("ema-demo.png"),
+) -> None:
+    """Train a small diffusion model on handwritten digits with its EMA in a server, and watch it from an evaluator."""
+    from ema_service.demo import run_demo
+
+    raise typer.Exit(run_demo(out))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
+    from ema_service.api.app import pick_device
+    from ema_service.api.server import serve as serve_http
+    from ema_service.storage import CatalogTooNew
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def announce(url: str) -> None:
+        typer.echo(f"ema-service {version('ema-service')} listens on {url}")
+        if uds:
+            typer.echo(f"  socket     unix://{uds.resolve()}")
+        typer.echo(f"  device     {pick_device(settings.device)}")
+        typer.echo(f"  data dir   {settings.data_dir or 'none: --memory keeps nothing'}")
+        typer.echo(f"  dashboard  {url}/    API docs  {url}/docs")
+
+    try:
+        serve_http(settings, host, port, uds, announce)
+    except (OSError, RuntimeError, CatalogTooNew) as fault:
+        # What keeps a server from starting: an address or a data dir in use, a device that is not there, a disk.
+        typer.echo(f"ema-service: {fault}", err=True)
+        raise typer.Exit(1) from None

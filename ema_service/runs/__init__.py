@@ -1,0 +1,31 @@
+"""The state of training runs: layouts, the memory of their shadows, updates, versions, readers.
+
+Knows what an update, a version and an average are, and the memory they lie in. Does not know HTTP or JSON, nor how
+files are written (storage) or numbers computed (averaging).
+"""
+
+from __future__ import annotations
+
+from ema_service.runs.arena import Arena, Memory
+from ema_service.runs.frozen import FrozenWeights
+from ema_service.runs.layout import Layout
+from ema_service.runs.persistence import RunFiles
+from ema_service.runs.registry import Registry
+from ema_service.runs.run import Run, State
+from ema_service.runs.staging import Staged, Staging, UpdateBody
+from ema_service.runs.weights import WeightsStream
+
+__all__ = [
+    "Arena",
+    "FrozenWeights",
+    "Layout",
+    "Memory",
+    "Registry",
+    "Run",
+    "RunFiles",
+    "Staged",
+    "Staging",
+    "State",
+    "UpdateBody",
+    "WeightsStream",
+]

@@ -1,0 +1,69 @@
+"""Frozen weights: the host memory of versions that someone is reading.
+
+One version costs one copy at most, however many readers it has, and it is dropped with the last of them. On the CPU the
+arena itself is that memory, so reading the current version costs nothing; what the budget bounds is the versions that
+stay alive because a reader is slower than the updates.
+
+Knows arenas and a budget. Does not know runs, sockets or files.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from ema_client.errors import Overloaded
+from ema_service.runs.arena import Arena, Memory
+
+__all__ = ["FrozenWeights"]
+
+
+@dataclass(slots=True)
+class _Held:
+    readers: int
+    data: memoryview
+
+
+class FrozenWeights:
+    """Hands out the bytes of arenas and counts who reads them. Thread-safe."""
+
+    def __init__(self, memory: Memory, budget: int) -> None:
+        self._memory = memory
+        self._budget = budget
+        self._held: dict[Arena, _Held] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def bytes_in_use(self) -> int:
+        return sum(len(held.data) for held in list(self._held.values()))
+
+    def acquire(self, arena: Arena) -> memoryview:
+        """The arena's bytes in host memory, unchanging until release() at least. Copies on a GPU: call off the loop.
+
+        Raises Overloaded where the versions being read leave no room for another; one is always possible.
+        """
+        with self._lock:
+            held = self._held.get(arena)
+            if held is None:
+                self._admit(arena.layout.shadow_bytes)
+                data = self._memory.to_host(arena.tensor).numpy().data
+                held = self._held[arena] = _Held(0, data)
+            held.readers += 1
+            return held.data
+
+    def release(self, arena: Arena) -> None:
+        """One reader of the arena is done."""
+        with self._lock:
+            held = self._held[arena]
+            held.readers -= 1
+            if not held.readers:
+                del self._held[arena]
+
+    def _admit(self, nbytes: int) -> None:
+        used = self.bytes_in_use
+        if used and used + nbytes > self._budget:
+            raise Overloaded(
+                f"versions held for readers take {used} of {self._budget} bytes (frozen_bytes); "
+                f"{nbytes} more do not fit",
+                retry_after=1.0,
+            )

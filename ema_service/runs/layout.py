@@ -1,0 +1,151 @@
+"""The layout of a run: which tensors, in which order, at which byte, as parameters and as shadows.
+
+Tensors lie in the canonical order of the wire (widest dtype first, then by name), so a body whose header equals
+``Layout.header`` is, byte for byte, the arena's memory. Knows names, dtypes and offsets. Does not know memory or
+devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ema_client.errors import InvalidRequest, LayoutMismatch
+from ema_client.protocol import LAYOUT_DTYPES, MAX_RANK, MAX_STEP, MAX_TENSOR_NAME, MAX_TENSORS, TensorSpec
+from ema_client.wire import Entry, build_header, place
+
+__all__ = ["SHADOW_DTYPES", "Layout", "Section"]
+
+#: dtype of a parameter -> dtype of its shadow. bf16 and fp16 lose updates of less than their spacing (at decay 0.9999
+#: all of them), so their shadow is float32.
+SHADOW_DTYPES = {"F64": "F64", "F32": "F32", "BF16": "F32", "F16": "F32"}
+
+#: How many tensors an error names before it counts the rest.
+_NAMED_IN_ERRORS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A stretch of tensors of one dtype: byte ranges among the parameters and among the shadows."""
+
+    param_dtype: str
+    shadow_dtype: str
+    param: slice
+    shadow: slice
+
+
+class Layout:
+    """The tensors of a run, fixed at creation.
+
+    params, shadows: entries in canonical order, as pushed and as kept. param_bytes, shadow_bytes: their data sections.
+    header: the header of a canonical push, with its length prefix. sections: one for each dtype.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        """Raises InvalidRequest naming the tensor that no run can hold."""
+        _check(specs)
+        self.params = place(specs)
+        self.shadows = place(
+            (TensorSpec(e.name, e.shape, SHADOW_DTYPES[e.dtype]) for e in self.params),
+            sort=False,
+        )
+        self.param_bytes = self.params[-1].end
+        self.shadow_bytes = self.shadows[-1].end
+        self.header = build_header(self.params)
+        self.sections = tuple(_sections(self.params, self.shadows))
+        self.elements = sum((e.end - e.begin) // LAYOUT_DTYPES[e.dtype] for e in self.params)
+        self._by_name = {entry.name: entry for entry in self.params}
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.params == other.params
+
+    __hash__ = None  # type: ignore[assignment]  # compared at creation only; never a key
+
+    @property
+    def shadow_dtype(self) -> str:
+        """The shadows' dtype; where there are two, both, widest first: ``F64+F32``."""
+        return "+".join(dict.fromkeys(section.shadow_dtype for section in self.sections))
+
+    def targets(self, entries: Sequence[Entry]) -> list[slice]:
+        """Where in the parameters' memory each stretch of a body with these entries belongs, in the body's order.
+
+        A canonical body is one stretch. Raises LayoutMismatch naming the tensors that are missing, unknown or differ.
+        """
+        self._check_same(entries)
+        stretches: list[slice] = []
+        for entry in entries:
+            mine = self._by_name[entry.name]
+            if stretches and stretches[-1].stop == mine.begin:
+                stretches[-1] = slice(stretches[-1].start, mine.end)
+            else:
+                stretches.append(slice(mine.begin, mine.end))
+        return [stretch for stretch in stretches if stretch.stop > stretch.start]
+
+    def _check_same(self, entries: Sequence[Entry]) -> None:
+        given = {entry.name: entry for entry in entries}
+        faults = [
+            _named("missing", [name for name in self._by_name if name not in given]),
+            _named("not in the layout", [name for name in given if name not in self._by_name]),
+            _named(
+                "different", [_difference(mine, given[name]) for name, mine in self._by_name.items() if name in given]
+            ),
+        ]
+        if any(faults):
+            raise LayoutMismatch("; ".join(filter(None, faults)))
+
+
+def _named(fault: str, names: Iterable[str]) -> str:
+    found = [name for name in names if name]
+    if not found:
+        return ""
+    rest = f" and {len(found) - _NAMED_IN_ERRORS} more" if len(found) > _NAMED_IN_ERRORS else ""
+    return f"{fault}: {', '.join(found[:_NAMED_IN_ERRORS])}{rest}"
+
+
+def _difference(mine: Entry, given: Entry) -> str:
+    if (mine.dtype, mine.shape) == (given.dtype, given.shape):
+        return ""
+    return f"{mine.name} is {given.dtype} {list(given.shape)}, expected {mine.dtype} {list(mine.shape)}"
+
+
+def _sections(params: Sequence[Entry], shadows: Sequence[Entry]) -> Iterable[Section]:
+    for dtype, pairs in groupby(zip(params, shadows, strict=True), key=lambda pair: pair[0].dtype):
+        group = list(pairs)
+        (first_param, first_shadow), (last_param, last_shadow) = group[0], group[-1]
+        yield Section(
+            dtype,
+            first_shadow.dtype,
+            slice(first_param.begin, last_param.end),
+            slice(first_shadow.begin, last_shadow.end),
+        )
+
+
+def _check(specs: Sequence[TensorSpec]) -> None:
+    if not 1 <= len(specs) <= MAX_TENSORS:
+        raise InvalidRequest(f"layout: {len(specs)} tensors; 1 to {MAX_TENSORS} are possible")
+    seen: set[str] = set()
+    for spec in specs:
+        _check_one(spec)
+        if spec.name in seen:
+            raise InvalidRequest(f"layout: the tensor {spec.name!r} stands there twice")
+        seen.add(spec.name)
+    if sum(e.end - e.begin for e in place(specs)) > MAX_STEP:
+        raise InvalidRequest("layout: the tensors together exceed 2**63 bytes")
+
+
+def _check_one(spec: TensorSpec) -> None:
+    shown = repr(spec.name[:200])
+    if not 0 < len(spec.name) <= MAX_TENSOR_NAME:
+        raise InvalidRequest(f"layout: tensor name {shown}: 1 to {MAX_TENSOR_NAME} characters are possible")
+    if spec.name == "__metadata__" or any("\ud800" <= char <= "\udfff" for char in spec.name):
+        raise InvalidRequest(f"layout: {shown} cannot name a tensor in a safetensors file")
+    if spec.dtype not in LAYOUT_DTYPES:
+        raise InvalidRequest(
+            f"layout: tensor {shown} has dtype {spec.dtype!r}; one of {', '.join(LAYOUT_DTYPES)} is possible"
+        )
+    if len(spec.shape) > MAX_RANK or any(not 0 <= size <= MAX_STEP for size in spec.shape):
+        raise InvalidRequest(f"layout: tensor {shown} has no possible shape: {list(spec.shape)[:MAX_RANK]}")

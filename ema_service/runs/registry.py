@@ -1,0 +1,145 @@
+"""All runs of a server: creating, finding, deleting, and keeping them.
+
+Knows the names of the runs and which are on disk. Does not know HTTP, the event loop, how an update is decided (run) or
+kept (persistence). Its methods may block: call them off the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+
+from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled
+from ema_client.protocol import MAX_AVERAGES, RunConfig, from_json, to_json
+from ema_service.runs.arena import Memory
+from ema_service.runs.frozen import FrozenWeights
+from ema_service.runs.layout import Layout
+from ema_service.runs.persistence import RunFiles
+from ema_service.runs.run import Run
+from ema_service.runs.staging import Staging
+from ema_service.storage import RunRow, Store
+
+__all__ = ["Registry"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    run: Run
+    files: RunFiles | None
+
+
+class Registry:
+    """The runs of one server. Thread-safe.
+
+    store: None keeps nothing on disk. staging, frozen: the budgets that pushes and reads draw from.
+    """
+
+    def __init__(self, memory: Memory, store: Store | None, *, staging_bytes: int, frozen_bytes: int) -> None:
+        """Brings back every run of the store; one whose files are damaged comes up ``degraded`` and says why."""
+        self.memory = memory
+        self.staging = Staging(memory, staging_bytes)
+        self.frozen = FrozenWeights(memory, frozen_bytes)
+        self._store = store
+        self._lock = threading.Lock()
+        self._kept: dict[str, _Kept] = {}
+        for row in store.runs() if store else []:
+            config = from_json(RunConfig, json.loads(row.config))
+            kept = self._kept[row.name] = self._keep(config, Layout(config.layout), row, row.created_at)
+            if kept.files:
+                kept.files.restore()
+
+    def close(self) -> None:
+        """Take a last checkpoint of every run that moved and let go of the store."""
+        for kept in self._all():
+            if kept.files:
+                kept.files.checkpoint(final=True)
+        if self._store:
+            self._store.close()
+
+    def checkpoint(self) -> None:
+        """Take a checkpoint of every run that moved since its last."""
+        for kept in self._all():
+            if kept.files:
+                kept.files.checkpoint()
+
+    def create(self, config: RunConfig) -> tuple[Run, bool]:
+        """The run of this configuration and whether it is new. Raises RunExists, InvalidRequest."""
+        _check_averages(config)
+        layout = Layout(config.layout)
+        config = replace(config, layout=tuple(entry.spec for entry in layout.params))
+        with self._lock:
+            kept = self._kept.get(config.run)
+            if kept is None:
+                created_at = time.time()
+                row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at) if self._store else None
+                kept = self._kept[config.run] = self._keep(config, layout, row, created_at)
+                return kept.run, True
+        if kept.run.config != config:
+            raise RunExists(f"run {config.run!r} exists with another {_difference(kept.run.config, config)}")
+        return kept.run, False
+
+    def get(self, name: str) -> Run:
+        """Raises RunNotFound."""
+        return self._find(name).run
+
+    def files(self, name: str) -> RunFiles:
+        """What is on disk of a run. Raises RunNotFound, StorageDisabled where nothing is."""
+        files = self._find(name).files
+        if files is None:
+            raise StorageDisabled("snapshots are files, and this server was started with --memory")
+        return files
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        return [kept.run for kept in self._all()]
+
+    def set_decay(self, name: str, decay: float, average: str | None) -> Run:
+        """Change a decay from the next update on and note it in the run's history. Raises as Run.set_decay()."""
+        kept = self._find(name)
+        kept.run.set_decay(decay, average)
+        if kept.files:
+            kept.files.record(f"decay of {average or kept.run.config.averages[0].name} set to {decay}")
+        return kept.run
+
+    def delete(self, name: str) -> None:
+        """Forget the run with its weights, checkpoint and snapshots, after the update in hand. Raises RunNotFound."""
+        with self._lock:
+            kept = self._kept.pop(name, None)
+            if kept is None:
+                raise RunNotFound(f"there is no run {name!r}")
+            kept.run.retire()
+            if kept.files:
+                kept.files.remove()
+
+    def _keep(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Kept:
+        run = Run(config, layout, self.memory, created_at=created_at)
+        files = RunFiles(run, row, self._store, self.memory, self.frozen) if self._store and row else None
+        return _Kept(run, files)
+
+    def _all(self) -> list[_Kept]:
+        with self._lock:
+            return list(self._kept.values())
+
+    def _find(self, name: str) -> _Kept:
+        kept = self._kept.get(name)
+        if kept is None:
+            raise RunNotFound(f"there is no run {name!r}")
+        return kept
+
+
+def _check_averages(config: RunConfig) -> None:
+    names = Counter(average.name for average in config.averages)
+    if not 1 <= len(config.averages) <= MAX_AVERAGES:
+        raise InvalidRequest(f"averages: {len(config.averages)} were given; 1 to {MAX_AVERAGES} are possible")
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        raise InvalidRequest(f"averages: the name {name!r} stands there {count} times")
+
+
+def _difference(old: RunConfig, new: RunConfig) -> str:
+    names = [f.name for f in fields(RunConfig) if getattr(old, f.name) != getattr(new, f.name)]
+    shown = [f"{name} ({getattr(old, name)}, not {getattr(new, name)})" for name in names if name != "layout"]
+    return " and ".join([*shown, *(["layout"] if "layout" in names else [])])

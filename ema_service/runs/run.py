@@ -1,0 +1,318 @@
+"""A run: its life cycle, its current state, and the one place where an update is decided.
+
+``awaiting_weights -> ready``. A state is immutable; an update computes the next one beside it, under the run's
+lock, and puts it in place with a single assignment. So a reader takes ``run.state`` without a lock and has one
+version, whole, for as long as it holds it, and an update that fails has changed nothing.
+
+Knows steps, counters, versions and which schedule feeds which average. Does not know HTTP, files, or how memory is
+pooled.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ema_client.errors import (
+    AverageNotFound,
+    AwaitingWeights,
+    InvalidRequest,
+    NonFinite,
+    RunDegraded,
+    RunNotFound,
+    StaleStep,
+    StepConflict,
+    WeightsExist,
+)
+from ema_client.protocol import AverageInfo, RunConfig, RunInfo, RunStatus, UpdateResult, UpdateStatus, WeightsInfo
+from ema_service.averaging import SCHEDULES, average_into, cast_into
+from ema_service.runs.arena import Arena, Memory
+from ema_service.runs.layout import Layout
+from ema_service.runs.staging import Staged
+
+__all__ = ["Average", "Run", "State"]
+
+#: How many applied steps a run remembers for ``GET updates/{step}``.
+_REMEMBERED_STEPS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """One average in one state. ``effective_decay`` is that of the latest update, None before it."""
+
+    name: str
+    decay: float
+    effective_decay: float | None
+    arena: Arena
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An immutable state of a run. ``digest`` is that of the bytes that made it (xxh3 of the push)."""
+
+    epoch: int
+    n: int
+    step: int | None
+    num_updates: int
+    digest: bytes
+    averages: tuple[Average, ...]
+    updated_at: float
+
+    @property
+    def version(self) -> str:
+        return f"{self.epoch}.{self.n}"
+
+
+class Run:
+    """One training run. Methods that change it take the run's lock and may block: call them off the event loop."""
+
+    def __init__(self, config: RunConfig, layout: Layout, memory: Memory, *, created_at: float) -> None:
+        self.config = config
+        self.layout = layout
+        self.created_at = created_at
+        self.state: State | None = None
+        #: The latest step that a restart would bring back; written by the registry when a checkpoint is complete.
+        self.durable_step: int | None = None
+        #: Called, from any thread, after each change of state.
+        self.listeners: set[Callable[[], None]] = set()
+        self._memory = memory
+        #: Why the stored state cannot be used, or None.
+        self.fault: str | None = None
+        self._retired = False
+        self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
+        self._lock = threading.Lock()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def ready_state(self) -> State:
+        """The current state.
+
+        Raises AwaitingWeights before the initial weights, RunDegraded, RunNotFound once deleted.
+        """
+        self._check_usable()
+        if self.state is None:
+            raise AwaitingWeights(f"run {self.config.run!r} was created but its initial weights never came")
+        return self.state
+
+    def _check_usable(self) -> None:
+        if self._retired:
+            raise RunNotFound(f"run {self.config.run!r} was deleted")
+        if self.fault:
+            raise RunDegraded(f"run {self.config.run!r}: {self.fault}")
+
+    def average(self, state: State, name: str | None) -> Average:
+        """One average of a state, by default the first. Raises AverageNotFound."""
+        names = [config.name for config in self.config.averages]
+        return state.averages[0 if name is None else names.index(self.known_average(name))]
+
+    def known_average(self, name: str) -> str:
+        """``name``, if the run has that average. Raises AverageNotFound."""
+        names = [config.name for config in self.config.averages]
+        if name not in names:
+            raise AverageNotFound(f"run {self.config.run!r} has no average {name!r}; it has {', '.join(names)}")
+        return name
+
+    def weights_info(self, state: State, average: Average) -> WeightsInfo:
+        return WeightsInfo(
+            run=self.config.run,
+            average=average.name,
+            version=state.version,
+            step=state.step,
+            num_updates=state.num_updates,
+            decay=average.decay,
+        )
+
+    def status_of(self, step: int) -> UpdateStatus:
+        """Whether ``step`` was applied, among the latest steps remembered."""
+        return UpdateStatus(step, "applied" if step in tuple(self._steps) else "unknown")
+
+    def info(self) -> RunInfo:
+        state, config = self.state, self.config
+        averages = self._average_infos(state)
+        return RunInfo(
+            run=config.run,
+            status=self._status(),
+            decay=averages[0].decay,
+            num_updates=state.num_updates if state else self._counter_at_start,
+            effective_decay=averages[0].effective_decay,
+            use_num_updates=config.use_num_updates,
+            decay_per=config.decay_per,
+            step=state.step if state else None,
+            version=state.version if state else None,
+            durable_step=self.durable_step,
+            durability=config.durability,
+            non_finite=config.non_finite,
+            averages=averages,
+            tensors=len(self.layout),
+            parameters=self.layout.elements,
+            bytes=self.layout.shadow_bytes * len(averages),
+            device=str(self._memory.device),
+            shadow_dtype=self.layout.shadow_dtype,
+            created_at=self.created_at,
+            updated_at=state.updated_at if state else self.created_at,
+        )
+
+    def _status(self) -> RunStatus:
+        if self.fault:
+            return "degraded"
+        return "awaiting_weights" if self.state is None else "ready"
+
+    def _average_infos(self, state: State | None) -> tuple[AverageInfo, ...]:
+        if state is None:
+            return tuple(
+                AverageInfo(c.name, c.schedule, self.config.decay if c.decay is None else c.decay, None)
+                for c in self.config.averages
+            )
+        return tuple(
+            AverageInfo(c.name, c.schedule, a.decay, a.effective_decay)
+            for c, a in zip(self.config.averages, state.averages, strict=True)
+        )
+
+    @property
+    def _counter_at_start(self) -> int:
+        return 0 if self.config.use_num_updates else -1
+
+    # --- changing ---------------------------------------------------------------------------------------------------
+
+    def initialise(self, staged: Staged, digest: bytes, *, num_updates: int | None, step: int | None) -> None:
+        """Make the pushed parameters the first shadow of every average, as LitEma's constructor clones them.
+
+        num_updates: the counter to carry on from, for an EMA that began elsewhere. step: the trainer's step they
+        are of. Doing it again with the same bytes changes nothing. Raises WeightsExist, NonFinite, InvalidRequest.
+        """
+        with self._lock:
+            self._check_usable()
+            if self.state is not None:
+                if self.state.n == 0 and self.state.digest == digest:
+                    return
+                raise WeightsExist(f"run {self.config.run!r} is at version {self.state.version}")
+            counter = self._initial_counter(num_updates)
+            arena = self._cast(staged)
+            averages = tuple(Average(a.name, a.decay, None, arena) for a in self._average_infos(None))
+            self._commit(State(1, 0, step, counter, digest, averages, time.time()))
+
+    def admit(self, step: int) -> None:
+        """Refuse, before its body is read, an update that cannot be applied. Raises AwaitingWeights, StaleStep."""
+        state = self.ready_state()
+        if state.step is not None and (step < state.step or (step == state.step and state.n == 0)):
+            origin = "its latest update" if state.n else "its initial weights"
+            raise StaleStep(f"step {step} is not after step {state.step} of {origin} (run {self.config.run!r})")
+
+    def apply(self, step: int, staged: Staged, digest: bytes) -> UpdateResult:
+        """Apply one update, all or nothing; the same bytes at the same step again are answered and not applied.
+
+        Takes ``staged``'s memory over for the next shadow. Raises as admit(), and StepConflict, NonFinite.
+        """
+        with self._lock:
+            self.admit(step)
+            state = self.ready_state()
+            if step == state.step:
+                if digest != state.digest:
+                    raise StepConflict(f"step {step} of run {self.config.run!r} was applied with other bytes")
+                return self._result(state, step, applied=False)
+            following = self._next(state, step, staged, digest)
+            self._commit(following)
+            self._steps.append(step)
+            return self._result(following, step, applied=True)
+
+    def set_decay(self, decay: float, average: str | None) -> None:
+        """Use ``decay`` from the next update on. Raises AverageNotFound, AwaitingWeights, InvalidRequest."""
+        if not 0.0 <= decay <= 1.0:
+            raise InvalidRequest(f"decay: {decay} is not between 0 and 1")
+        with self._lock:
+            state = self.ready_state()
+            chosen = self.average(state, average)
+            averages = tuple(replace(a, decay=decay) if a is chosen else a for a in state.averages)
+            self._commit(replace(state, averages=averages))
+
+    def reset_num_updates(self) -> None:
+        """Begin the warm-up anew. With the counter off it stays off (LitEma would switch the warm-up on)."""
+        with self._lock:
+            self._commit(replace(self.ready_state(), num_updates=self._counter_at_start))
+
+    def restore(self, state: State) -> None:
+        """Take up a state from storage; for a run that nobody uses yet."""
+        self.state = state
+        self.durable_step = state.step
+        if state.n and state.step is not None:
+            self._steps.append(state.step)
+
+    def retire(self) -> None:
+        """Take no update from now on: the run is deleted. Waits for the update in hand."""
+        with self._lock:
+            self._retired = True
+
+    def _next(self, state: State, step: int, staged: Staged, digest: bytes) -> State:
+        gap = self._gap(state, step)
+        target, params = staged.load()
+        averages = []
+        for index, (config, average) in enumerate(zip(self.config.averages, state.averages, strict=True)):
+            last = index == len(state.averages) - 1
+            arena = target if last else self._memory.new_arena(self.layout)
+            retention = SCHEDULES[config.schedule](average.decay, state.num_updates, gap)
+            self._average(arena, average.arena, params, retention.weight)
+            averages.append(replace(average, effective_decay=retention.decay, arena=arena))
+        return State(
+            epoch=state.epoch,
+            n=state.n + 1,
+            step=step,
+            num_updates=state.num_updates + gap if self.config.use_num_updates else -1,
+            digest=digest,
+            averages=tuple(averages),
+            updated_at=time.time(),
+        )
+
+    def _gap(self, state: State, step: int) -> int:
+        if self.config.decay_per == "update" or state.step is None:
+            return 1
+        return step - state.step
+
+    def _average(self, arena: Arena, shadow: Arena, params: list[Tensor], weight: float) -> None:
+        check = self.config.non_finite == "refuse"
+        finite = True
+        for index, param in enumerate(params):
+            finite &= average_into(arena.section(index), shadow.section(index), param, weight, check=check)
+        if not finite:
+            raise self._refusal(arena)
+
+    def _cast(self, staged: Staged) -> Arena:
+        check = self.config.non_finite == "refuse"
+        arena, params = staged.load()
+        finite = True
+        for index, param in enumerate(params):
+            finite &= cast_into(arena.section(index), param, check=check)
+        if not finite:
+            raise self._refusal(arena)
+        return arena
+
+    def _refusal(self, arena: Arena) -> NonFinite:
+        names = arena.non_finite()
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return NonFinite(f"NaN or Inf in {shown}")
+
+    def _initial_counter(self, num_updates: int | None) -> int:
+        if num_updates is None:
+            return self._counter_at_start
+        if not self.config.use_num_updates:
+            raise InvalidRequest(f"num_updates: {num_updates} was given, but use_num_updates is off in this run")
+        return num_updates
+
+    def _commit(self, state: State) -> None:
+        self.state = state
+        for listener in tuple(self.listeners):
+            listener()
+
+    def _result(self, state: State, step: int, *, applied: bool) -> UpdateResult:
+        return UpdateResult(
+            applied=applied,
+            step=step,
+            num_updates=state.num_updates,
+            effective_decay=state.averages[0].effective_decay,
+            version=state.version,
+            durable_step=self.durable_step,
+        )

@@ -1,0 +1,116 @@
+"""Weights as a byte stream: a selection of tensors, perhaps cast, as one safetensors body of known length.
+
+The same for an arena in memory and a snapshot on disk: both are a header and tensors back to back. Where nothing is
+cast, the stream is slices of the source's memory; a cast is made block by block while sending.
+
+Knows entries, dtypes and byte offsets. Does not know where the source lies, HTTP, or who reads.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+
+from ema_client.errors import InvalidRequest
+from ema_client.protocol import LAYOUT_DTYPES, TensorSpec, WeightsInfo
+from ema_client.wire import Entry, build_header, place
+from ema_service.runs.arena import TORCH_DTYPES
+
+__all__ = ["ReadBytes", "WeightsStream"]
+
+#: Reads [start, stop) of the source's data section.
+ReadBytes = Callable[[int, int], memoryview]
+
+#: Bytes handed over at once: large enough that the loop costs nothing, small enough that a cast stays in the cache.
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Adjacent tensors, adjacent in the source too, of one dtype there and one dtype here."""
+
+    source_dtype: str
+    dtype: str
+    source_begin: int
+    begin: int
+    end: int
+
+
+class WeightsStream:
+    """A body of ``length`` bytes; ``chunks(start, stop)`` gives any part of it. ``etag`` names its content.
+
+    Args:
+        source: the entries of the source, in the order of their bytes.
+        info: what the answer says of itself; it goes into the header's ``__metadata__``.
+        dtype: cast every tensor to this; None leaves each as it is.
+        prefix: only the tensors whose name begins with it.
+
+    Raises InvalidRequest for a dtype weights cannot be had in, or a prefix that no tensor has.
+    """
+
+    def __init__(
+        self, source: Sequence[Entry], info: WeightsInfo, *, dtype: str | None = None, prefix: str | None = None
+    ):
+        if dtype is not None and dtype not in LAYOUT_DTYPES:
+            raise InvalidRequest(f"dtype: {dtype!r} is none of {', '.join(LAYOUT_DTYPES)}")
+        chosen = [entry for entry in source if entry.name.startswith(prefix or "")]
+        if not chosen:
+            raise InvalidRequest(f"prefix: no tensor's name begins with {prefix!r}")
+        entries = place((TensorSpec(e.name, e.shape, dtype or e.dtype) for e in chosen), sort=False)
+        # "format: pt" is what loaders of the transformers family look for.
+        self._header = build_header(entries, {"format": "pt", **info.to_metadata()})
+        self._stretches = _merge(chosen, entries)
+        self._begins = [stretch.begin for stretch in self._stretches]
+        self.info = info
+        self.length = len(self._header) + entries[-1].end
+        self.etag = f'"{info.version}-{xxhash.xxh3_64_hexdigest(self._header)}"'
+
+    def chunks(self, read: ReadBytes, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        """The bytes [start, stop) of the body in pieces of about 1 MiB. ``read`` may block."""
+        stop = self.length if stop is None else stop
+        head = len(self._header)
+        if start < min(stop, head):
+            yield memoryview(self._header)[start : min(stop, head)]
+        position, stop = max(start - head, 0), stop - head
+        while position < stop:
+            stretch = self._stretches[bisect_right(self._begins, position) - 1]
+            end = min(stop, stretch.end, position + CHUNK_BYTES)
+            yield _piece(stretch, read, position, end)
+            position = end
+
+
+def _merge(source: Sequence[Entry], entries: Sequence[Entry]) -> list[_Stretch]:
+    merged: list[_Stretch] = []
+    for old, new in zip(source, entries, strict=True):
+        if new.begin == new.end:
+            continue
+        last = merged[-1] if merged else None
+        if last and (last.source_dtype, last.dtype) == (old.dtype, new.dtype) and _source_end(last) == old.begin:
+            merged[-1] = _Stretch(last.source_dtype, last.dtype, last.source_begin, last.begin, new.end)
+        else:
+            merged.append(_Stretch(old.dtype, new.dtype, old.begin, new.begin, new.end))
+    return merged
+
+
+def _source_end(stretch: _Stretch) -> int:
+    elements = (stretch.end - stretch.begin) // LAYOUT_DTYPES[stretch.dtype]
+    return stretch.source_begin + elements * LAYOUT_DTYPES[stretch.source_dtype]
+
+
+def _piece(stretch: _Stretch, read: ReadBytes, start: int, stop: int) -> memoryview:
+    """Bytes [start, stop) of the data section, which lie within the stretch."""
+    offset = start - stretch.begin
+    if stretch.dtype == stretch.source_dtype:
+        begin = stretch.source_begin + offset
+        return read(begin, begin + stop - start)
+    width, source_width = LAYOUT_DTYPES[stretch.dtype], LAYOUT_DTYPES[stretch.source_dtype]
+    first, last = offset // width, -(-(stop - stretch.begin) // width)
+    raw = read(stretch.source_begin + first * source_width, stretch.source_begin + last * source_width)
+    values = torch.frombuffer(raw, dtype=TORCH_DTYPES[stretch.source_dtype]).to(TORCH_DTYPES[stretch.dtype])
+    cast = values.view(torch.uint8).numpy().data
+    skipped = offset - first * width
+    return cast[skipped : skipped + stop - start]

@@ -1,0 +1,42 @@
+"""Every setting of the server, with its default and its reason.
+
+Knows plain values. Does not know what they are used for beyond this text; nothing here reads the environment or a file
+(the command line does, see cli.py).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["DEFAULT_DATA_DIR", "Settings", "quarter_of_ram"]
+
+DEFAULT_DATA_DIR = Path("ema-data")
+
+
+def quarter_of_ram() -> int:
+    """A quarter of this machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one server.
+
+    data_dir: where runs are kept; None keeps everything in memory (no snapshots, nothing survives the process).
+    device: where shadows live: "auto" (a CUDA device if there is one, else the CPU), or any torch device.
+    staging_bytes: most memory of pushes being received or applied.
+    frozen_bytes: most memory of versions held for readers beside the current ones.
+    checkpoint_interval: seconds between two looks for runs that moved since their last checkpoint.
+    body_timeout: seconds a sender may stay silent in the middle of a body.
+    json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.
+    """
+
+    data_dir: Path | None = DEFAULT_DATA_DIR
+    device: str = "auto"
+    staging_bytes: int = field(default_factory=quarter_of_ram)
+    frozen_bytes: int = field(default_factory=quarter_of_ram)
+    checkpoint_interval: float = 60.0
+    body_timeout: float = 60.0
+    json_bytes: int = 64 << 20

@@ -1,0 +1,134 @@
+"""The catalog: a SQLite database that says which runs, checkpoints and snapshots there are.
+
+A file counts only once its row is here; the row is written after the file's bytes are on disk. Configurations and
+states are JSON texts that this module does not read.
+
+Knows rows and SQL. Does not know files, JSON, torch, or what a run does.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FORMAT", "Catalog", "CatalogTooNew", "CheckpointRow", "RunRow", "SnapshotRow"]
+
+#: Version of the tables below and of the files they speak of.
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL);
+CREATE TABLE checkpoints (
+    run_id INTEGER PRIMARY KEY REFERENCES runs(id) ON DELETE CASCADE,
+    folder TEXT NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL);
+CREATE TABLE snapshots (
+    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
+CREATE TABLE history (
+    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
+"""
+
+
+class CatalogTooNew(Exception):
+    """The catalog was written by a newer version of this software."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    id: int
+    name: str
+    config: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """The one checkpoint of a run; ``folder`` is relative to the run's folder."""
+
+    run_id: int
+    folder: str
+    state: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    run_id: int
+    name: str
+    info: str
+    created_at: float
+
+
+class Catalog:
+    """The database. Thread-safe; each method is one transaction, on disk when it returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CatalogTooNew, or sqlite3.DatabaseError where the file is none of ours."""
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        self._migrate(path)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def add_run(self, name: str, config: str, created_at: float) -> RunRow:
+        cursor = self._write("INSERT INTO runs (name, config, created_at) VALUES (?, ?, ?)", name, config, created_at)
+        return RunRow(cursor.lastrowid or 0, name, config, created_at)
+
+    def remove_run(self, run_id: int) -> None:
+        """Remove the run with its checkpoint, snapshots and history."""
+        self._write("DELETE FROM runs WHERE id = ?", run_id)
+
+    def runs(self) -> list[RunRow]:
+        return [RunRow(*row) for row in self._read("SELECT id, name, config, created_at FROM runs ORDER BY id")]
+
+    def put_checkpoint(self, row: CheckpointRow) -> None:
+        """Make this the run's checkpoint instead of the one before."""
+        self._write("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", *astuple(row))
+
+    def checkpoint(self, run_id: int) -> CheckpointRow | None:
+        rows = self._read("SELECT run_id, folder, state, created_at FROM checkpoints WHERE run_id = ?", run_id)
+        return CheckpointRow(*rows[0]) if rows else None
+
+    def add_snapshot(self, row: SnapshotRow) -> None:
+        """Raises sqlite3.IntegrityError where the name is taken."""
+        self._write("INSERT INTO snapshots VALUES (?, ?, ?, ?)", *astuple(row))
+
+    def remove_snapshot(self, run_id: int, name: str) -> None:
+        self._write("DELETE FROM snapshots WHERE run_id = ? AND name = ?", run_id, name)
+
+    def snapshots(self, run_id: int) -> list[SnapshotRow]:
+        query = "SELECT run_id, name, info, created_at FROM snapshots WHERE run_id = ? ORDER BY created_at, name"
+        return [SnapshotRow(*row) for row in self._read(query, run_id)]
+
+    def add_history(self, run_id: int, at: float, event: str) -> None:
+        self._write("INSERT INTO history VALUES (?, ?, ?)", run_id, at, event)
+
+    def history(self, run_id: int) -> list[tuple[float, str]]:
+        return list(self._read("SELECT at, event FROM history WHERE run_id = ? ORDER BY rowid", run_id))
+
+    def _write(self, sql: str, *values: object) -> sqlite3.Cursor:
+        with self._lock:
+            return self._db.execute(sql, values)
+
+    def _read(self, sql: str, *values: object) -> list[Any]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    def _migrate(self, path: Path) -> None:
+        found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if found > FORMAT:
+            raise CatalogTooNew(
+                f"{path} has format {found}, this version reads up to {FORMAT}: "
+                "upgrade ema-service, or use another --data-dir"
+            )
+        if found == 0:
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")

@@ -1,0 +1,120 @@
+"""Files that are there whole or not at all: written to a temporary name, synced, renamed, and the folder synced.
+
+Knows paths and bytes. Does not know what the bytes mean, beyond the safetensors header in front of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ema_client.errors import MalformedBody
+from ema_client.wire import LENGTH_BYTES, Header, parse_header, parse_length
+
+__all__ = ["FolderLock", "FolderLocked", "TensorFile", "sync_folder", "write_whole"]
+
+_TEMPORARY = ".tmp"
+#: One write of this size keeps the page cache busy without holding a whole model in a system call.
+_WRITE_BYTES = 8 << 20
+
+
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    """Write a file that appears under its name only when every byte is on disk. Returns its size.
+
+    Raises OSError (no space, no permission); the temporary file is gone then and ``path`` is as it was.
+    """
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            written = sum(_write_all(file.fileno(), chunk) for chunk in chunks)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return written
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, chunk: bytes | memoryview) -> int:
+    rest = memoryview(chunk)
+    while rest:
+        rest = rest[os.write(descriptor, rest[:_WRITE_BYTES]) :]
+    return len(chunk)
+
+
+class TensorFile:
+    """A safetensors file open for reading. Reads are positional, so many threads may share it.
+
+    The file stays readable after its name was removed, until close().
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError, or MalformedBody where the file is not whole."""
+        self._file = path.open("rb", buffering=0)
+        try:
+            self.header, self._data_begin = self._read_header(path)
+        except (MalformedBody, OSError):
+            self._file.close()
+            raise
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of the data section. Raises OSError if the file ends before."""
+        buffer = memoryview(bytearray(stop - start))
+        self.read_into(buffer, start)
+        return buffer
+
+    def read_into(self, buffer: memoryview, start: int = 0) -> None:
+        """Fill ``buffer`` from byte ``start`` of the data section on. Raises OSError if the file ends before."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._file.fileno(), [buffer[done:]], self._data_begin + start + done)
+            if not count:
+                raise OSError(f"{self._file.name} ends at byte {self._data_begin + start + done}: it was cut short")
+            done += count
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_header(self, path: Path) -> tuple[Header, int]:
+        descriptor = self._file.fileno()
+        size = os.fstat(descriptor).st_size
+        length = parse_length(os.pread(descriptor, LENGTH_BYTES, 0))
+        header = parse_header(os.pread(descriptor, length, LENGTH_BYTES))
+        begin = LENGTH_BYTES + length
+        if size != begin + header.data_bytes:
+            raise MalformedBody(f"{path} has {size} bytes, its header says {begin + header.data_bytes}")
+        return header, begin
+
+
+class FolderLocked(OSError):
+    """Another process has the data folder."""
+
+
+class FolderLock:
+    """An exclusive lock on a folder that dies with the process (flock)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FolderLocked."""
+        self._file = (folder / "lock").open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise FolderLocked(
+                f"another server uses the data dir {folder}: stop it, or give this one another --data-dir"
+            ) from None
+
+    def release(self) -> None:
+        self._file.close()
