@@ -29,9 +29,9 @@ class Metrics:
         )
         self.received = Counter("ema_received_bytes", "Bytes of tensors received in pushes.", registry=self.registry)
         self.sent = Counter("ema_sent_bytes", "Bytes of weights sent to readers.", registry=self.registry)
-        self.update_seconds = Histogram(
-            "ema_update_seconds",
-            "Time to apply one update, without receiving it.",
+        self.commit_seconds = Histogram(
+            "ema_commit_seconds",
+            "Time from the last byte of an update to its being applied.",
             buckets=_SECONDS,
             registry=self.registry,
         )

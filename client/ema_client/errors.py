@@ -24,7 +24,8 @@
     |   |-- LayoutMismatch        well-formed, but not the tensors of this run
     |   +-- NonFinite             NaN or Inf where the run refuses them
     |-- InternalError             500: a defect of the server
-    +-- Overloaded                503: out of a declared budget, try again later
+    |-- Overloaded                503: out of a declared budget, try again later
+    +-- Superseded                503: the run changed while the update was on its way, send it again
 
 Each class carries ``code`` (its name on the wire), ``status`` (HTTP) and ``retryable``; each instance a ``detail``
 (what was wrong) and a ``hint`` (what to do). On the wire an error is RFC 9457 ``application/problem+json``; the
@@ -70,6 +71,7 @@ __all__ = [
     "StepConflict",
     "StepNotReached",
     "StorageDisabled",
+    "Superseded",
     "TransportError",
     "UsageError",
     "WeightsExist",
@@ -344,6 +346,14 @@ class Overloaded(EmaError):
     retryable = True
     title = "Out of a declared budget"
     default_hint = "try again after Retry-After seconds, or raise the budget named in the detail"
+
+
+class Superseded(EmaError):
+    code = "superseded"
+    status = 503
+    retryable = True
+    title = "The run changed meanwhile"
+    default_hint = "nothing was changed; send the update again"
 
 
 def _tree(root: type[EmaError]) -> dict[str, type[EmaError]]:

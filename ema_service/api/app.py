@@ -14,6 +14,7 @@ from importlib.metadata import version
 import torch
 from fastapi import FastAPI
 
+from ema_service import dashboard
 from ema_service.api import errors, ops, runs, snapshots, updates, weights
 from ema_service.api.context import Context
 from ema_service.api.limits import JsonLimit
@@ -72,6 +73,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     app.add_middleware(JsonLimit, limit=settings.json_bytes)
     for part in (runs, updates, weights, snapshots, ops):
         app.include_router(part.router)
+    dashboard.install(app)
 
     return app
 

@@ -6,6 +6,7 @@ Knows uvicorn and sockets. Does not know routes or the command line.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -14,11 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ema_service.api.app import create_app, open_registry
+from ema_service.api.ingest import FillingProtocol, uvicorn_fits
 from ema_service.settings import Settings
 
 __all__ = ["CannotListen", "serve"]
+
+_log = logging.getLogger(__name__)
 
 #: Seconds that requests in hand get to finish once the server is told to stop.
 GRACE_SECONDS = 30
@@ -46,7 +51,7 @@ def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: 
         app = create_app(settings, open_registry(settings))
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=_http_protocol(),
             loop="asyncio",
             ws="none",
             lifespan="on",
@@ -57,6 +62,17 @@ def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: 
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         _Server(config, lambda: announce(_url(host, sockets[0]))).run(sockets)
+
+
+def _http_protocol() -> type[HttpToolsProtocol]:
+    if uvicorn_fits():
+        return FillingProtocol
+    _log.warning(
+        "uvicorn %s is not as this server knows it: pushes are received the slow way; see the range of versions in "
+        "the package's requirements",
+        uvicorn.__version__,
+    )
+    return HttpToolsProtocol
 
 
 def _exit(_number: int, _frame: object) -> None:

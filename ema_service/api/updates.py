@@ -1,12 +1,12 @@
 """Routes that take weights in: the initial shadow, and updates.
 
-The order is that of the data: admit, reserve staging, receive, apply. Until the last, nothing of the run has changed.
+The order is that of the data: admit, reserve staging, receive and average as it comes, commit. Until the last, nothing
+of the run has changed.
 Knows that order and the answers. Does not know bytes (ingest, UpdateBody) or what an update computes (run).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -25,13 +25,14 @@ from ema_client.errors import (
     RunNotFound,
     StaleStep,
     StepConflict,
+    Superseded,
     WeightsExist,
 )
 from ema_client.protocol import MAX_STEP, RunInfo, UpdateResult, UpdateStatus
 from ema_service.api import ingest
 from ema_service.api.context import Context, RunName, Server, Step
 from ema_service.api.errors import problem_responses
-from ema_service.runs import Run, Staged
+from ema_service.runs import Run, Staged, Update
 
 __all__ = ["router"]
 
@@ -73,9 +74,10 @@ async def put_weights(
 ) -> RunInfo:
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
     found = server.registry.get(run)
-    staged, digest = await _receive(found, request, server)
+    staged = server.registry.staging.reserve(found.layout)
+    await _receive(request, server, staged)
     await server.compute(
-        partial(_release_after, staged, partial(found.initialise, staged, digest, num_updates=num_updates, step=step))
+        partial(_release_after, staged, partial(found.initialise, staged, num_updates=num_updates, step=step))
     )
     return found.info()
 
@@ -84,7 +86,7 @@ async def put_weights(
     "/updates/{step}",
     summary="Push one update",
     openapi_extra=_SAFETENSORS_BODY,
-    responses=problem_responses(*_BODY_ERRORS, AwaitingWeights, StaleStep, StepConflict),
+    responses=problem_responses(*_BODY_ERRORS, AwaitingWeights, StaleStep, StepConflict, Superseded),
 )
 async def put_update(run: RunName, step: Step, request: Request, server: Server) -> UpdateResult:
     """Apply the parameters as of ``step``, exactly once and all or nothing.
@@ -93,8 +95,10 @@ async def put_update(run: RunName, step: Step, request: Request, server: Server)
     """
     found = server.registry.get(run)
     found.admit(step)
-    staged, digest = await _receive(found, request, server)
-    result = await server.compute(partial(_release_after, staged, partial(_apply, server, found, step, staged, digest)))
+    staged = server.registry.staging.reserve(found.layout, len(found.config.averages))
+    update = found.begin(step, staged)
+    await _receive(request, server, staged, server.background(update.work.advance))
+    result = await server.compute(partial(_release_after, staged, partial(_commit, server, found, update)))
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
     return result
 
@@ -109,22 +113,20 @@ async def get_update(run: RunName, step: Step, server: Server) -> UpdateStatus:
     return server.registry.get(run).status_of(step)
 
 
-async def _receive(run: Run, request: Request, server: Context) -> tuple[Staged, bytes]:
-    staged = server.registry.staging.reserve(run.layout)
+async def _receive(
+    request: Request, server: Context, staged: Staged, on_data: Callable[[int], None] | None = None
+) -> None:
     try:
-        digest = await ingest.receive(request, staged, silence=server.settings.body_timeout)
+        await ingest.receive(request, staged, silence=server.settings.body_timeout, on_data=on_data)
     except BaseException:
         staged.release()
         raise
-    server.metrics.received.inc(run.layout.param_bytes)
-    return staged, digest
+    server.metrics.received.inc(staged.layout.param_bytes)
 
 
-def _apply(server: Context, run: Run, step: int, staged: Staged, digest: bytes) -> UpdateResult:
-    started = time.perf_counter()
-    result = run.apply(step, staged, digest)
-    server.metrics.update_seconds.observe(time.perf_counter() - started)
-    return result
+def _commit(server: Context, run: Run, update: Update) -> UpdateResult:
+    with server.metrics.commit_seconds.time():
+        return run.commit(update)
 
 
 def _release_after(staged: Staged, work: Callable[[], T]) -> T:

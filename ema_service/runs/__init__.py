@@ -11,7 +11,7 @@ from ema_service.runs.frozen import FrozenWeights
 from ema_service.runs.layout import Layout
 from ema_service.runs.persistence import RunFiles
 from ema_service.runs.registry import Registry
-from ema_service.runs.run import Run, State
+from ema_service.runs.run import Run, State, Update
 from ema_service.runs.staging import Staged, Staging, UpdateBody
 from ema_service.runs.weights import WeightsStream
 
@@ -26,6 +26,7 @@ __all__ = [
     "Staged",
     "Staging",
     "State",
+    "Update",
     "UpdateBody",
     "WeightsStream",
 ]

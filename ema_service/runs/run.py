@@ -16,26 +16,25 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from ema_client.errors import (
     AverageNotFound,
     AwaitingWeights,
     InvalidRequest,
-    NonFinite,
     RunDegraded,
     RunNotFound,
     StaleStep,
     StepConflict,
+    Superseded,
     WeightsExist,
 )
 from ema_client.protocol import AverageInfo, RunConfig, RunInfo, RunStatus, UpdateResult, UpdateStatus, WeightsInfo
-from ema_service.averaging import SCHEDULES, average_into, cast_into
+from ema_service.averaging import SCHEDULES
 from ema_service.runs.arena import Arena, Memory
 from ema_service.runs.layout import Layout
 from ema_service.runs.staging import Staged
+from ema_service.runs.update import Feed, Pass
 
-__all__ = ["Average", "Run", "State"]
+__all__ = ["Average", "Run", "State", "Update"]
 
 #: How many applied steps a run remembers for ``GET updates/{step}``.
 _REMEMBERED_STEPS = 1024
@@ -66,6 +65,20 @@ class State:
     @property
     def version(self) -> str:
         return f"{self.epoch}.{self.n}"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One update in the making. Owned by the request that pushes it; the run changes only at commit().
+
+    base: the state it was begun on. averages: those of the state it makes; none where ``step`` was applied before.
+    work: to be advanced as the parameters arrive.
+    """
+
+    step: int
+    base: State
+    averages: tuple[Average, ...]
+    work: Pass
 
 
 class Run:
@@ -179,22 +192,22 @@ class Run:
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
-    def initialise(self, staged: Staged, digest: bytes, *, num_updates: int | None, step: int | None) -> None:
+    def initialise(self, staged: Staged, *, num_updates: int | None = None, step: int | None = None) -> None:
         """Make the pushed parameters the first shadow of every average, as LitEma's constructor clones them.
 
         num_updates: the counter to carry on from, for an EMA that began elsewhere. step: the trainer's step they
         are of. Doing it again with the same bytes changes nothing. Raises WeightsExist, NonFinite, InvalidRequest.
         """
+        self._check_usable()
+        counter = self._initial_counter(num_updates)
+        digest = Pass(staged, [Feed(staged.arena, None, 0.0)], check=self._check).finish()
         with self._lock:
             self._check_usable()
-            if self.state is not None:
-                if self.state.n == 0 and self.state.digest == digest:
-                    return
+            if self.state is None:
+                averages = tuple(Average(a.name, a.decay, None, staged.arena) for a in self._average_infos(None))
+                self._commit(State(1, 0, step, counter, digest, averages, time.time()))
+            elif self.state.n or self.state.digest != digest:
                 raise WeightsExist(f"run {self.config.run!r} is at version {self.state.version}")
-            counter = self._initial_counter(num_updates)
-            arena = self._cast(staged)
-            averages = tuple(Average(a.name, a.decay, None, arena) for a in self._average_infos(None))
-            self._commit(State(1, 0, step, counter, digest, averages, time.time()))
 
     def admit(self, step: int) -> None:
         """Refuse, before its body is read, an update that cannot be applied. Raises AwaitingWeights, StaleStep."""
@@ -203,11 +216,30 @@ class Run:
             origin = "its latest update" if state.n else "its initial weights"
             raise StaleStep(f"step {step} is not after step {state.step} of {origin} (run {self.config.run!r})")
 
-    def apply(self, step: int, staged: Staged, digest: bytes) -> UpdateResult:
-        """Apply one update, all or nothing; the same bytes at the same step again are answered and not applied.
+    def begin(self, step: int, staged: Staged) -> Update:
+        """An update of the current state, to be fed as its parameters arrive, then committed. Raises as admit()."""
+        self.admit(step)
+        state = self.ready_state()
+        if step == state.step:
+            # It can only be the same again: what counts is its digest.
+            return Update(step, state, (), Pass(staged, (), check=False))
+        averages, feeds = [], []
+        for config, average in zip(self.config.averages, state.averages, strict=True):
+            last = average is state.averages[-1]
+            out = staged.arena if last else self._memory.new_arena(self.layout)
+            retention = SCHEDULES[config.schedule](average.decay, state.num_updates, self._gap(state, step))
+            feeds.append(Feed(out, average.arena, retention.weight))
+            averages.append(replace(average, effective_decay=retention.decay, arena=out))
+        return Update(step, state, tuple(averages), Pass(staged, feeds, check=self._check))
 
-        Takes ``staged``'s memory over for the next shadow. Raises as admit(), and StepConflict, NonFinite.
+    def commit(self, update: Update) -> UpdateResult:
+        """Make the update's result the state, if that is still the one it was begun on.
+
+        The same bytes at the same step again are answered and not applied. Raises as admit(), and NonFinite,
+        StepConflict, and Superseded where the run changed meanwhile.
         """
+        digest = update.work.finish()
+        step = update.step
         with self._lock:
             self.admit(step)
             state = self.ready_state()
@@ -215,7 +247,9 @@ class Run:
                 if digest != state.digest:
                     raise StepConflict(f"step {step} of run {self.config.run!r} was applied with other bytes")
                 return self._result(state, step, applied=False)
-            following = self._next(state, step, staged, digest)
+            if state is not update.base:
+                raise Superseded(f"run {self.config.run!r} changed while step {step} was received", retry_after=0.0)
+            following = self._following(update, digest)
             self._commit(following)
             self._steps.append(step)
             return self._result(following, step, applied=True)
@@ -247,23 +281,16 @@ class Run:
         with self._lock:
             self._retired = True
 
-    def _next(self, state: State, step: int, staged: Staged, digest: bytes) -> State:
-        gap = self._gap(state, step)
-        target, params = staged.load()
-        averages = []
-        for index, (config, average) in enumerate(zip(self.config.averages, state.averages, strict=True)):
-            last = index == len(state.averages) - 1
-            arena = target if last else self._memory.new_arena(self.layout)
-            retention = SCHEDULES[config.schedule](average.decay, state.num_updates, gap)
-            self._average(arena, average.arena, params, retention.weight)
-            averages.append(replace(average, effective_decay=retention.decay, arena=arena))
+    def _following(self, update: Update, digest: bytes) -> State:
+        base = update.base
+        gap = self._gap(base, update.step)
         return State(
-            epoch=state.epoch,
-            n=state.n + 1,
-            step=step,
-            num_updates=state.num_updates + gap if self.config.use_num_updates else -1,
+            epoch=base.epoch,
+            n=base.n + 1,
+            step=update.step,
+            num_updates=base.num_updates + gap if self.config.use_num_updates else -1,
             digest=digest,
-            averages=tuple(averages),
+            averages=update.averages,
             updated_at=time.time(),
         )
 
@@ -272,28 +299,9 @@ class Run:
             return 1
         return step - state.step
 
-    def _average(self, arena: Arena, shadow: Arena, params: list[Tensor], weight: float) -> None:
-        check = self.config.non_finite == "refuse"
-        finite = True
-        for index, param in enumerate(params):
-            finite &= average_into(arena.section(index), shadow.section(index), param, weight, check=check)
-        if not finite:
-            raise self._refusal(arena)
-
-    def _cast(self, staged: Staged) -> Arena:
-        check = self.config.non_finite == "refuse"
-        arena, params = staged.load()
-        finite = True
-        for index, param in enumerate(params):
-            finite &= cast_into(arena.section(index), param, check=check)
-        if not finite:
-            raise self._refusal(arena)
-        return arena
-
-    def _refusal(self, arena: Arena) -> NonFinite:
-        names = arena.non_finite()
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        return NonFinite(f"NaN or Inf in {shown}")
+    @property
+    def _check(self) -> bool:
+        return self.config.non_finite == "refuse"
 
     def _initial_counter(self, num_updates: int | None) -> int:
         if num_updates is None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
-import xxhash
 from torch import Tensor
 
 from ema_client.errors import BodyTooLarge, MalformedBody, Overloaded
@@ -30,36 +30,40 @@ class Staged:
     """The parameters of one push, in memory that becomes an arena. Owned by the request that received it.
 
     data: the host memory of the parameters, layout.param_bytes long.
+    arena: what the memory becomes once averages are written over the parameters; on the device.
     release(): gives the budget back; also happens when the object dies. The memory itself lives as long as its views.
     """
 
     def __init__(self, layout: Layout, memory: Memory) -> None:
         self.layout = layout
+        self.device = memory.device
         self._memory = memory
-        start = param_offset(layout)
-        self._buffer = memory.pool.lend(buffer_bytes(layout) if memory.on_host else layout.param_bytes)
-        host = self._buffer[start:] if memory.on_host else self._buffer
-        self.data = host[: layout.param_bytes].numpy().data
+        self._offset = param_offset(layout)
+        size = buffer_bytes(layout)
+        self._host = memory.pool.lend(size if memory.on_host else layout.param_bytes)
+        self._buffer = self._host if memory.on_host else memory.allocate(size)
+        start = self._offset if memory.on_host else 0
+        self.data = self._host[start : start + layout.param_bytes].numpy().data
+        self.arena = Arena(layout, self._buffer)
 
-    def load(self) -> tuple[Arena, list[Tensor]]:
-        """The parameters on the device:
+    def param(self, index: int, elements: slice) -> Tensor:
+        """Received parameters on the device: elements of one section, flat, in the dtype they came in."""
+        section = self.layout.sections[index]
+        dtype = TORCH_DTYPES[section.param_dtype]
+        start = section.param.start + elements.start * dtype.itemsize
+        stop = section.param.start + elements.stop * dtype.itemsize
+        param = self._buffer[self._offset + start : self._offset + stop]
+        if not self._memory.on_host:
+            param.copy_(self._host[start:stop], non_blocking=True)
+        return param.view(dtype)
 
-        one flat tensor for each section, lying at the end of the arena to be written.
-        """
-        buffer = self._buffer if self._memory.on_host else self._to_device()
-        params = buffer[param_offset(self.layout) :]
-        sections = [params[s.param].view(TORCH_DTYPES[s.param_dtype]) for s in self.layout.sections]
-        return Arena(self.layout, buffer), sections
+    def settle(self) -> None:
+        """Return when the device is done with the host memory."""
+        if not self._memory.on_host:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def release(self) -> None:
         self._give_back()
-
-    def _to_device(self) -> Tensor:
-        buffer = self._memory.allocate(buffer_bytes(self.layout))
-        start = param_offset(self.layout)
-        buffer[start : start + self.layout.param_bytes].copy_(self._buffer, non_blocking=True)
-        torch.cuda.current_stream(self._memory.device).synchronize()
-        return buffer
 
     def charge(self, budget: _Budget, nbytes: int) -> None:
         """Let this object's end, by release() or by death, return ``nbytes`` to ``budget``. Called once, by Staging."""
@@ -67,14 +71,12 @@ class Staged:
 
 
 class _Budget:
-    """Bytes in use out of a limit. Thread-safe;
-
-    giving back may happen in a garbage collection, hence the re-entrant lock.
-    """
+    """Bytes in use out of a limit. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        # Re-entrant: giving back may happen in a garbage collection, in a thread that holds it.
         self._lock = threading.RLock()
 
     def take(self, nbytes: int) -> bool:
@@ -100,12 +102,13 @@ class Staging:
     def bytes_in_use(self) -> int:
         return self._budget.used
 
-    def reserve(self, layout: Layout) -> Staged:
-        """Memory for one push of this layout.
+    def reserve(self, layout: Layout, averages: int = 1) -> Staged:
+        """Memory for one push of this layout, and the right to as many new shadows as the push will feed.
 
         Raises BodyTooLarge where the budget could never hold it, Overloaded where it cannot now.
         """
-        nbytes = buffer_bytes(layout)
+        # The push's own memory becomes one of the shadows.
+        nbytes = buffer_bytes(layout) + (averages - 1) * layout.shadow_bytes
         if nbytes > self._budget.limit:
             raise BodyTooLarge(
                 f"a push of this run takes {nbytes} bytes of staging, the budget is {self._budget.limit}",
@@ -130,9 +133,14 @@ class UpdateBody:
     """Takes the bytes of one push in order and puts each where it belongs.
 
     Use: ``while not body.complete: n = read_into(body.window()); body.advance(n)``, then ``body.finish()``.
+
+    on_data: told how many bytes of the parameters are there, from the first on, as they come in order. A body in
+    another order than the layout's tells it once, at the end.
     """
 
-    def __init__(self, staged: Staged, content_length: int | None = None) -> None:
+    def __init__(
+        self, staged: Staged, content_length: int | None = None, *, on_data: Callable[[int], None] | None = None
+    ) -> None:
         """Raises MalformedBody or BodyTooLarge where the announced length cannot be right."""
         layout = staged.layout
         most = LENGTH_BYTES + MAX_HEADER_BYTES + layout.param_bytes
@@ -141,7 +149,8 @@ class UpdateBody:
         self._layout = layout
         self._data = staged.data
         self._content_length = content_length
-        self._hash = xxhash.xxh3_128()
+        self._on_data = on_data
+        self._in_order = False
         self._header: bytearray | None = None
         self._targets: list[slice] | None = None
         self._window = memoryview(bytearray(LENGTH_BYTES))
@@ -162,6 +171,8 @@ class UpdateBody:
         Raises MalformedBody or LayoutMismatch at the first wrong byte.
         """
         self._filled += count
+        if self._in_order and self._on_data:
+            self._on_data(self._filled)
         while self._window and self._filled == len(self._window):
             filled, self._filled = self._window, 0
             if self._header is None:
@@ -169,28 +180,28 @@ class UpdateBody:
             elif self._targets is None:
                 self._begin_data(bytes(filled))
             else:
-                self._hash.update(filled)
                 self._next_target()
 
-    def feed(self, chunk: bytes | memoryview) -> None:
+    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take a chunk that lies elsewhere. Raises as advance(), and MalformedBody for bytes beyond the data."""
         rest = memoryview(chunk)
         while rest:
             window = self.window()
             if not window:
-                raise MalformedBody(
-                    f"the body is longer than its header says: {len(rest)} bytes or more follow the data"
-                )
+                raise self.surplus(len(rest))
             count = min(len(window), len(rest))
             window[:count] = rest[:count]
             self.advance(count)
             rest = rest[count:]
 
-    def finish(self) -> bytes:
-        """The digest (xxh3, 128 bits) of the whole body's tensors. Raises MalformedBody if bytes are missing."""
+    def surplus(self, count: int) -> MalformedBody:
+        """The error of a body that goes on behind its data."""
+        return MalformedBody(f"the body is longer than its header says: {count} bytes or more follow the data")
+
+    def finish(self) -> None:
+        """The sender has nothing more to send. Raises MalformedBody if bytes are missing."""
         if not self.complete:
             raise MalformedBody("the body ends before its header says")
-        return self._hash.digest()
 
     def _begin_header(self, prefix: memoryview) -> None:
         length = parse_length(prefix)
@@ -204,12 +215,9 @@ class UpdateBody:
             self._check_length(len(raw))
             self._targets = [slice(0, self._layout.param_bytes)] if self._layout.param_bytes else []
         else:
-            entries = parse_header(raw).entries
-            self._targets = self._layout.targets(entries)
+            self._targets = self._layout.targets(parse_header(raw).entries)
             self._check_length(len(raw))
-            if len(self._targets) > 1:
-                # The same bytes under exchanged names are another update.
-                self._hash.update("\0".join(entry.name for entry in entries).encode())
+        self._in_order = len(self._targets) == 1
         self._targets.reverse()
         self._next_target()
 

@@ -1,0 +1,105 @@
+"""One pass over the parameters of a push, as they arrive: digest, average (or cast), look for NaN.
+
+The pass runs behind the receiving: whatever part of the parameters has come is averaged while the next part is on the
+wire, and when the last byte is in, little is left to do. Nothing of the run is touched (the result lies in the
+push's own memory), so a push that breaks off or turns out wrong is simply dropped.
+
+Knows staged memory, arenas and the kernel. Does not know sockets, threads, or when a result becomes the run's state.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from ema_client.errors import NonFinite
+from ema_client.protocol import LAYOUT_DTYPES
+from ema_service.averaging import average_into, cast_into
+from ema_service.averaging.kernel import block_bytes
+from ema_service.runs.arena import Arena
+from ema_service.runs.layout import Section
+from ema_service.runs.staging import Staged
+
+__all__ = ["Feed", "Pass"]
+
+#: How many tensors an error names before it counts the rest.
+_NAMED_IN_ERRORS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What the parameters do to one average: out <- shadow - weight * (shadow - param);
+
+    without a shadow, out <- param.
+    """
+
+    out: Arena
+    shadow: Arena | None
+    weight: float
+
+
+class Pass:
+    """Feeds averages from a staged push, from its first byte to its last. Thread-safe: one thread at a time works.
+
+    feeds: in order; one whose ``out`` is the push's own memory comes last, for it overwrites the parameters. None: the
+    digest alone. check: whether NaN and Inf in a result are an error.
+    """
+
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool) -> None:
+        self._staged = staged
+        self._layout = staged.layout
+        self._feeds = feeds
+        self._check = check
+        self._position = 0
+        self._finite = [True] * len(feeds)
+        self._hash = xxhash.xxh3_128()
+        self._lock = threading.Lock()
+
+    def advance(self, received: int) -> None:
+        """Work through what is there: the first ``received`` bytes of the parameters."""
+        with self._lock:
+            for index, section in enumerate(self._layout.sections):
+                for start, stop in self._pieces(section, received):
+                    self._work(index, section, start, stop)
+                    self._position = stop
+
+    def finish(self) -> bytes:
+        """Work through the rest and return the digest (xxh3, 128 bits) of the parameters. Raises NonFinite."""
+        self.advance(self._layout.param_bytes)
+        for feed, finite in zip(self._feeds, self._finite, strict=True):
+            if not finite:
+                raise _refusal(feed.out)
+        return self._hash.digest()
+
+    def _pieces(self, section: Section, received: int) -> Iterator[tuple[int, int]]:
+        """The section's part of the bytes still to be worked through, in blocks and whole elements."""
+        width, block = LAYOUT_DTYPES[section.param_dtype], block_bytes(self._staged.device)
+        stop = min(received, section.param.stop)
+        stop -= (stop - section.param.start) % width
+        while self._position < stop:
+            yield self._position, min(self._position + block, stop)
+
+    def _work(self, index: int, section: Section, start: int, stop: int) -> None:
+        self._hash.update(self._staged.data[start:stop])
+        if not self._feeds:
+            return
+        width = LAYOUT_DTYPES[section.param_dtype]
+        elements = slice((start - section.param.start) // width, (stop - section.param.start) // width)
+        param = self._staged.param(index, elements)
+        for number, feed in enumerate(self._feeds):
+            out = feed.out.section(index)[elements]
+            if feed.shadow is None:
+                finite = cast_into(out, param, check=self._check)
+            else:
+                shadow = feed.shadow.section(index)[elements]
+                finite = average_into(out, shadow, param, feed.weight, check=self._check)
+            self._finite[number] &= finite
+
+
+def _refusal(arena: Arena) -> NonFinite:
+    names = arena.non_finite()
+    more = f" and {len(names) - _NAMED_IN_ERRORS} more" if len(names) > _NAMED_IN_ERRORS else ""
+    return NonFinite(f"NaN or Inf in {', '.join(names[:_NAMED_IN_ERRORS])}{more}")
