@@ -12,12 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import load, save
+from torch import Tensor
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
@@ -108,3 +113,114 @@ _numbers = itertools.count()
 def run_name() -> str:
     """A name no other test has."""
     return f"run-{os.getpid()}-{next(_numbers)}"
+
+
+# A busy machine is no failure, and the same commit gives the same result twice.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class PlainRun:
+    """A run, spoken to with plain HTTP and the safetensors library: none of our client's code."""
+
+    def __init__(self, http: httpx.Client, name: str) -> None:
+        self.http = http
+        self.name = name
+        self.path = f"/v1/runs/{name}"
+
+    def create(self, tensors: Mapping[str, Tensor], **config: object) -> httpx.Response:
+        layout = [{"name": n, "shape": list(t.shape), "dtype": _DTYPES[t.dtype]} for n, t in tensors.items()]
+        return self.http.post("/v1/runs", json={"run": self.name, "layout": layout, **config})
+
+    def begin(self, tensors: Mapping[str, Tensor], **query: int) -> httpx.Response:
+        """Give the initial weights."""
+        return self.http.put(f"{self.path}/weights", content=save(dict(tensors)), params=query)
+
+    def push(self, step: int, tensors: Mapping[str, Tensor]) -> httpx.Response:
+        return self.http.put(f"{self.path}/updates/{step}", content=save(dict(tensors)))
+
+    def pull(self, **query: str | int | float) -> httpx.Response:
+        return self.http.get(f"{self.path}/weights", params=query)
+
+    def weights(self, **query: str | int | float) -> dict[str, Tensor]:
+        """What load() of the safetensors library makes of a pull."""
+        weights: dict[str, Tensor] = load(self.pull(**query).raise_for_status().content)
+        return weights
+
+    def info(self) -> dict[str, Any]:
+        info: dict[str, Any] = self.http.get(self.path).raise_for_status().json()
+        return info
+
+
+@pytest.fixture(scope="session")
+def plain_run_at() -> Callable[..., PlainRun]:
+    """Make a run through an open connection: with tensors it has its initial weights, without it is not there.
+
+    Further keywords go into its configuration.
+    """
+
+    def make(
+        http: httpx.Client, name: str, tensors: Mapping[str, Tensor] | None = None, **config: object
+    ) -> PlainRun:
+        run = PlainRun(http, name)
+        if tensors is not None:
+            run.create(tensors, **config).raise_for_status()
+            run.begin(tensors).raise_for_status()
+        return run
+
+    return make
+
+
+@pytest.fixture
+def plain_run(run_name: str, plain_run_at: Callable[..., PlainRun]) -> Iterator[Callable[..., PlainRun]]:
+    """Make the test's own run on a server, or with ``name`` another: ``plain_run(server, tensors, decay=0.5)``."""
+    opened: list[httpx.Client] = []
+
+    def make(
+        server: ServerProcess, tensors: Mapping[str, Tensor] | None = None, *, name: str = run_name, **config: object
+    ) -> PlainRun:
+        opened.append(server.http())
+        run: PlainRun = plain_run_at(opened[-1], name, tensors, **config)
+        return run
+
+    yield make
+    for http in opened:
+        http.close()
+
+
+class LitEmaOracle:
+    """LitEma as latent-diffusion has it, in tensors of torch: float32 scalars, sub, mul, sub.
+
+    Differs where the service says it does: dotted names, and a shadow that is float32 for bf16 and fp16 parameters.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float = 0.9999, use_num_updates: bool = True) -> None:
+        self.decay = torch.tensor(decay, dtype=torch.float32)
+        self.num_updates = torch.tensor(0 if use_num_updates else -1, dtype=torch.int)
+        self.shadow = {name: _widened(tensor).clone() for name, tensor in tensors.items()}
+
+    def retention(self) -> tuple[Tensor, Tensor]:
+        """Count one update; its decay and one minus that, both 0-d float32."""
+        decay = self.decay
+        if self.num_updates >= 0:
+            self.num_updates += 1
+            decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        return decay, 1.0 - decay
+
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        _, one_minus_decay = self.retention()
+        for name, param in tensors.items():
+            shadow = self.shadow[name]
+            shadow.sub_(one_minus_decay * (shadow - param.to(shadow.dtype)))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+@pytest.fixture(scope="session")
+def litema() -> type[LitEmaOracle]:
+    """The class LitEma, written independently of the service, to compare with."""
+    return LitEmaOracle

@@ -1,0 +1,48 @@
+# Each target does its own set-up: Python 3.11 or later and make are all a machine needs. `make help` lists the targets.
+
+# Which Python makes .venv: the first of these that is new enough, or `make PYTHON=...`.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+# More words for the command of demo, test and bench: make test ARGS="-k decay"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Newer than what it depends on when the set-up below it has been done.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint bench clean
+
+help: ## Say what each target does
+	@echo 'make TARGET [ARGS="..."]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Make .venv and install everything into it (the other targets do this when it is needed)
+
+$(STAMP): pyproject.toml client/pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found. Install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON); torch is large, so the first time takes some minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,test,lint]'
+	@touch $@
+
+demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minute; ends with a table and a picture
+	$(BIN)/ema-service demo $(ARGS)
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ema_service client/ema_client
+
+bench: $(STAMP) ## Measure the update kernel beside its alternatives in one run (tests/benchmarks/kernel.py)
+	$(BIN)/python tests/benchmarks/kernel.py $(ARGS)
+
+clean: ## Delete .venv, caches and what make demo drew; the server's data (ema-data) is left alone
+	rm -rf $(VENV) ema-demo.png build dist client/dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find ema_service client tests -type d -name __pycache__ -prune -exec rm -rf {} +

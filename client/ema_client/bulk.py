@@ -1,0 +1,126 @@
+"""Connections for weights, kept between requests, and a large body on its way.
+
+Knows: which connection is free, which has gone stale. Does not know: how a connection speaks (connection), JSON,
+routes, tensors, retries but one: a kept connection that the server closed while it lay idle.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from ema_client.address import Address
+from ema_client.answers import Answer, error_of
+from ema_client.connection import Body, Connection, Timeouts
+from ema_client.errors import ConnectionLost, ProtocolError
+
+__all__ = ["BulkPool", "Download"]
+
+T = TypeVar("T")
+
+#: Idle connections kept; more threads than this at once open their own.
+MAX_IDLE = 4
+
+
+class BulkPool:
+    """Connections to one service. Thread-safe: each caller has a connection to itself while it uses one."""
+
+    def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
+        self._new = functools.partial(Connection, address, timeouts, context)
+        self._idle: list[Connection] = []
+        self._lock = threading.Lock()
+
+    def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
+        """Send a large body; the answer may be a refusal."""
+        connection, answer = self._exchange(lambda connection: connection.put(path, headers, body))
+        self.give_back(connection)
+        return answer
+
+    def get(self, path: str, headers: Mapping[str, str], *, patience: float = 0.0) -> Download:
+        """Ask for a large body. Raises the answer's error unless it is 200 or 206, ProtocolError without a length."""
+        connection, response = self._exchange(lambda connection: connection.get(path, headers, patience=patience))
+        if response.status not in (200, 206):
+            answer = connection.read(response)
+            self.give_back(connection)
+            raise error_of(answer)
+        if response.length is None:
+            connection.close()
+            raise ProtocolError(f"{connection.url} sent a body without Content-Length")
+        return Download(self, connection, response)
+
+    def give_back(self, connection: Connection) -> None:
+        with self._lock:
+            keep = connection.reusable and len(self._idle) < MAX_IDLE
+            if keep:
+                self._idle.append(connection)
+        if not keep:
+            connection.close()
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def _exchange(self, request: Callable[[Connection], T]) -> tuple[Connection, T]:
+        connection = self._take()
+        try:
+            return connection, request(connection)
+        except ConnectionLost as lost:
+            if not connection.used or not isinstance(lost.__cause__, ConnectionError):
+                raise
+        # The server closed a kept connection as the request went out. A request repeated is the same request: every
+        # write of the protocol is idempotent.
+        connection = self._new()
+        return connection, request(connection)
+
+    def _take(self) -> Connection:
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else self._new()
+            if not connection.used or not connection.stale:
+                return connection
+            connection.close()
+
+
+class Download:
+    """A body on its way: read it with readinto(), in a ``with`` block. Not thread-safe.
+
+    url, status, headers (lower-case names), length (bytes of this body; of a part, its own).
+    """
+
+    def __init__(self, pool: BulkPool, connection: Connection, response: http.client.HTTPResponse) -> None:
+        self._pool = pool
+        self._connection = connection
+        self._response = response
+        self.url = connection.url
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+        self.length = response.length or 0
+
+    def readinto(self, view: memoryview) -> None:
+        """Fill ``view`` with the next bytes of the body. Raises ConnectionLost if the body ends before that."""
+        filled = 0
+        while filled < len(view):
+            filled += self.read_some(view[filled:])
+
+    def read_some(self, view: memoryview) -> int:
+        """Put the next bytes of the body, one or more, at the front of ``view``. Raises ConnectionLost if none come."""
+        count = self._connection.readinto(self._response, view)
+        if count == 0:
+            self._connection.close()
+            raise ConnectionLost(f"{self.url} ended its answer before its Content-Length of {self.length}")
+        return count
+
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._response.isclosed():
+            self._pool.give_back(self._connection)
+        else:
+            self._connection.close()

@@ -1,0 +1,408 @@
+"""EmaClient: everything a trainer or an evaluator asks of the service, as Python calls.
+
+Knows: the routes and what their answers mean; the last step it pushed to each run. Does not know: sockets and retries
+(transport), how tensors become bytes (tensors). Imports torch only where a call needs it, so that whatever reads or
+steers runs does without.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ema_client import protocol
+from ema_client.errors import (
+    EmaError,
+    ProtocolError,
+    RunExists,
+    RunNotFound,
+    SnapshotNotFound,
+    StepNotReached,
+    UsageError,
+    WeightsExist,
+)
+from ema_client.protocol import (
+    AverageConfig,
+    DecayPer,
+    NonFinitePolicy,
+    RunConfig,
+    RunInfo,
+    RunList,
+    RunPatch,
+    SnapshotInfo,
+    SnapshotList,
+    UpdateResult,
+    WeightsInfo,
+)
+from ema_client.retry import RetryPolicy
+from ema_client.saving import Progress, save
+from ema_client.transport import Reply, Transport
+from ema_client.weights import Weights, read_header
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    State = Mapping[str, Tensor] | nn.Module
+
+__all__ = ["EmaClient", "InvalidDecay", "checked_decay"]
+
+T = TypeVar("T")
+
+#: Between two questions for a step that a server answers without waiting, in seconds.
+_POLL = 0.05
+
+
+class InvalidDecay(UsageError, ValueError):
+    """A decay outside [0, 1]: a ValueError, as LitEma raises it."""
+
+    code = "invalid_decay"
+    title = "Decay outside [0, 1]"
+    default_hint = "a decay is the share of the old average that an update keeps, such as 0.9999"
+
+
+class EmaClient:
+    """One service. Thread-safe; one client serves a process.
+
+    Args:
+        url: ``http://host:port``, ``https://host`` or ``unix:///path.sock``; else $EMA_SERVICE_URL, else
+            http://127.0.0.1:8470.
+        token: bearer token; else $EMA_SERVICE_TOKEN, else none.
+        retry: when to try again, by default for about ten seconds.
+
+    Every call raises an EmaError: the service's own, by the class of its code; ServiceUnreachable or ConnectionLost
+    once the retries are spent; UsageError for what is wrong before anything is sent.
+    """
+
+    def __init__(self, url: str | None = None, *, token: str | None = None, retry: RetryPolicy | None = None) -> None:
+        url = url or os.environ.get("EMA_SERVICE_URL") or protocol.DEFAULT_URL
+        token = token or os.environ.get("EMA_SERVICE_TOKEN") or None
+        # A token read from a file or a variable often ends in a newline.
+        self._transport = Transport(url.strip(), token=token.strip() if token else None, retry=retry)
+        # For the many programs that end without close(): no socket is left to the garbage collector.
+        weakref.finalize(self, self._transport.close)
+        self._steps: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """The service's address."""
+        return self._transport.url
+
+    def __repr__(self) -> str:
+        return f"EmaClient({self.url!r})"
+
+    def __enter__(self) -> EmaClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Calls after it raise UsageError."""
+        self._transport.close()
+
+    # --- a trainer's calls ------------------------------------------------------------------------------------------
+
+    def create_run(
+        self,
+        run: str,
+        state: State,
+        *,
+        decay: float = protocol.DEFAULT_DECAY,
+        use_num_updates: bool = True,
+        decay_per: DecayPer = "update",
+        averages: Sequence[AverageConfig] | None = None,
+        non_finite: NonFinitePolicy = "refuse",
+        num_updates: int | None = None,
+        step: int | None = None,
+        exist_ok: bool = False,
+    ) -> RunInfo:
+        """Create a run with the layout of ``state`` and send its initial weights.
+
+        Args:
+            run: its name, of letters, digits, ``.``, ``_`` and ``-``.
+            state: a mapping from name to tensor, or a module: then its parameters that require gradients, by their
+                canonical names. Read from its memory until the call returns; never copied as a whole.
+            decay, use_num_updates: as LitEma's.
+            decay_per: "update", or "step" for a trainer that pushes every k-th step.
+            averages: several averages of the one run; by default one, named "ema".
+            non_finite: whether updates with NaN or Inf are refused or allowed.
+            num_updates, step: to carry on an EMA from elsewhere.
+            exist_ok: return the run as it is, and send nothing, if it has its weights already.
+
+        Raises RunExists; InvalidDecay; NameCollision and UsageError for a state that cannot be sent.
+        """
+        _require_torch()
+        from ema_client import tensors
+
+        named = tensors.state_of(state)
+        config = RunConfig(
+            run=_name(run, "run"),
+            layout=tensors.specs_of(named),
+            decay=checked_decay(decay),
+            use_num_updates=use_num_updates,
+            decay_per=decay_per,
+            averages=(AverageConfig(),) if averages is None else tuple(averages),
+            non_finite=non_finite,
+        )
+        info = _parse(RunInfo, self._transport.json("POST", protocol.runs_path(), protocol.to_json(config)))
+        if info.status == "awaiting_weights":
+            try:
+                query = {"num_updates": num_updates, "step": step}
+                reply = self._transport.upload(protocol.weights_path(run), tensors.encode(named), query=query)
+                return self._seen(_parse(RunInfo, reply))
+            except WeightsExist:
+                # Another trainer sent its own between our two requests.
+                info = self.run(run)
+        if not exist_ok:
+            raise RunExists(f"run {run!r} exists already and is at step {info.step}")
+        return self._seen(info)
+
+    def push(self, run: str, state: State, *, step: int | None = None) -> UpdateResult:
+        """Send the parameters as of one trainer step; the service applies them once, all or nothing.
+
+        Args:
+            run: a run that has its initial weights.
+            state: as for create_run(); exactly the tensors of the run. Read from its memory until the call returns.
+            step: the trainer's step, growing from push to push; by default the one after the last.
+
+        Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, AwaitingWeights, RunNotFound.
+        """
+        _require_torch()
+        from ema_client import tensors
+
+        body = tensors.encode(tensors.state_of(state))
+        step = self._next_step(run) if step is None else step
+        if not 0 <= step <= protocol.MAX_STEP:
+            raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
+        try:
+            reply = self._transport.upload(protocol.update_path(_name(run, "run"), step), body)
+        except EmaError:
+            # Whether it was applied, and what others have pushed, the service knows better than we do.
+            self._forget(run)
+            raise
+        result = _parse(UpdateResult, reply)
+        self._remember(run, result.step)
+        return result
+
+    def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
+        """Change the decay from the next update on, of one average or of the run's first. Raises InvalidDecay."""
+        body = protocol.to_json(RunPatch(checked_decay(decay), average))
+        return _parse(RunInfo, self._transport.json("PATCH", protocol.run_path(_name(run, "run")), body))
+
+    def reset_num_updates(self, run: str) -> RunInfo:
+        """Let the warm-up begin anew. A run without counter stays without."""
+        return _parse(RunInfo, self._transport.json("POST", protocol.reset_path(_name(run, "run"))))
+
+    # --- an evaluator's calls ---------------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        run: str,
+        *,
+        average: str | None = None,
+        snapshot: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        prefix: str | None = None,
+        out: Mapping[str, Tensor] | None = None,
+        min_step: int | None = None,
+        wait: float | None = None,
+    ) -> Weights:
+        """The EMA weights of one version, whole, while updates go on.
+
+        Args:
+            run: the run's name.
+            average: one of the run's averages; by default its first.
+            snapshot: the weights of this snapshot instead of the current ones.
+            dtype: ``torch.float16`` or ``"F16"``, cast by the service; by default the shadow's own.
+            prefix: only the tensors whose names begin with it.
+            out: tensors to fill in place, on any device; exactly the names and shapes of the answer, which is checked
+                before a byte is written. Values are cast to their dtypes. Without it, new tensors on the CPU.
+            min_step, wait: not before the run has reached this step, waiting up to so many seconds.
+
+        Raises RunNotFound, SnapshotNotFound, AverageNotFound, AwaitingWeights, StepNotReached; UsageError for an
+        ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
+        """
+        _require_torch()
+        from ema_client.tensors import dtype_name
+
+        path = _weights_path(run, snapshot)
+        query = {
+            "average": average,
+            "dtype": None if dtype is None else dtype_name(dtype),
+            "prefix": prefix,
+            "min_step": min_step,
+        }
+        if min_step is None or wait is None:
+            return self._pull(path, query, out)
+        return self._pull_waiting(path, query, out, wait)
+
+    def copy_to(
+        self, run: str, module: nn.Module, *, average: str | None = None, snapshot: str | None = None
+    ) -> WeightsInfo:
+        """Write the EMA weights into ``module``'s own parameters, those that require gradients.
+
+        Raises UsageError, before anything is written, unless they are those of the run. After ConnectionLost the
+        parameters are part old, part new.
+        """
+        _require_torch()
+        from ema_client.tensors import parameters_of
+
+        return self.pull(run, average=average, snapshot=snapshot, out=parameters_of(module)).info
+
+    def download(
+        self,
+        run: str,
+        path: str | os.PathLike[str],
+        *,
+        average: str | None = None,
+        snapshot: str | None = None,
+        progress: Progress | None = None,
+    ) -> WeightsInfo:
+        """Save the EMA weights as a safetensors file, without torch and without holding them in memory.
+
+        The file appears under its name when it is whole. A broken transfer goes on where it stopped.
+
+        Args:
+            run, average, snapshot: as for pull().
+            path: the file; one that is there is replaced.
+            progress: called with (bytes that have come, bytes in all).
+        """
+        return save(self._transport, _weights_path(run, snapshot), {"average": average}, Path(path), progress)
+
+    def snapshot(self, run: str, name: str) -> SnapshotInfo:
+        """Keep the current EMA weights under a name, on the server, durably. Raises SnapshotExists, StorageDisabled."""
+        path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
+        return _parse(SnapshotInfo, self._transport.json("PUT", path))
+
+    def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
+        """The snapshots of a run."""
+        reply = self._transport.json("GET", protocol.snapshots_path(_name(run, "run")))
+        return _parse(SnapshotList, reply).snapshots
+
+    # --- anyone's calls ---------------------------------------------------------------------------------------------
+
+    def runs(self) -> tuple[RunInfo, ...]:
+        """All runs of the service."""
+        return _parse(RunList, self._transport.json("GET", protocol.runs_path())).runs
+
+    def run(self, run: str) -> RunInfo:
+        """One run as it stands. Raises RunNotFound."""
+        return _parse(RunInfo, self._transport.json("GET", protocol.run_path(_name(run, "run"))))
+
+    def delete_snapshot(self, run: str, name: str) -> None:
+        """Delete a snapshot. Raises SnapshotNotFound."""
+        path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
+        self._delete(path, SnapshotNotFound)
+
+    def delete_run(self, run: str) -> None:
+        """Delete a run, its weights and its snapshots. Raises RunNotFound."""
+        self._delete(protocol.run_path(_name(run, "run")), RunNotFound)
+        self._forget(run)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _pull(
+        self,
+        path: str,
+        query: Mapping[str, str | int | float | None],
+        out: Mapping[str, Tensor] | None,
+        patience: float = 0.0,
+    ) -> Weights:
+        from ema_client.tensors import receive
+
+        def attempt(_: int) -> Weights:
+            with self._transport.download(path, query=query, patience=patience) as download:
+                header, info = read_header(download)
+                return Weights(receive(header.entries, download.readinto, out), info)
+
+        return self._transport.retrying(attempt)
+
+    def _pull_waiting(
+        self, path: str, query: Mapping[str, str | int | None], out: Mapping[str, Tensor] | None, wait: float
+    ) -> Weights:
+        # The service holds a request for MAX_WAIT at most; a longer wait is several requests.
+        deadline = time.monotonic() + wait
+        while True:
+            now = max(0.0, min(deadline - time.monotonic(), protocol.MAX_WAIT))
+            try:
+                return self._pull(path, {**query, "wait": now}, out, patience=now)
+            except StepNotReached:
+                if time.monotonic() + _POLL >= deadline:
+                    raise
+            time.sleep(_POLL)
+
+    def _delete(self, path: str, gone: type[Exception]) -> None:
+        def attempt(number: int) -> None:
+            try:
+                self._transport.json_once("DELETE", path)
+            except gone:
+                # At a second try: the first one did it, and its answer was lost.
+                if number == 0:
+                    raise
+
+        self._transport.retrying(attempt)
+
+    def _next_step(self, run: str) -> int:
+        with self._lock:
+            last = self._steps.get(run)
+        if last is None:
+            last = self.run(run).step
+        return (last or 0) + 1
+
+    def _seen(self, info: RunInfo) -> RunInfo:
+        if info.step is None:
+            self._forget(info.run)
+        else:
+            self._remember(info.run, info.step)
+        return info
+
+    def _remember(self, run: str, step: int) -> None:
+        with self._lock:
+            self._steps[run] = step
+
+    def _forget(self, run: str) -> None:
+        with self._lock:
+            self._steps.pop(run, None)
+
+
+def _require_torch() -> None:
+    if find_spec("torch") is None:
+        raise UsageError("this call handles tensors and torch is not installed", hint="pip install 'ema-client[torch]'")
+
+
+def _weights_path(run: str, snapshot: str | None) -> str:
+    if snapshot is None:
+        return protocol.weights_path(_name(run, "run"))
+    return protocol.snapshot_weights_path(_name(run, "run"), _name(snapshot, "snapshot"))
+
+
+def _name(value: str, what: str) -> str:
+    if not protocol.is_name(value):
+        raise UsageError(
+            f"{value!r} cannot name a {what}",
+            hint="up to 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
+        )
+    return value
+
+
+def checked_decay(decay: float) -> float:
+    """``decay`` as a float. Raises InvalidDecay unless it lies in [0, 1]."""
+    # Written so that NaN fails.
+    if not 0.0 <= decay <= 1.0:
+        raise InvalidDecay(f"decay must be between 0 and 1, not {decay}")
+    return float(decay)
+
+
+def _parse(cls: type[T], reply: Reply) -> T:
+    try:
+        return protocol.from_json(cls, reply.data)
+    except ValueError as fault:
+        raise ProtocolError(f"{reply.url} answered without something that is needed: {fault}") from None

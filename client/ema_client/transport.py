@@ -1,0 +1,188 @@
+"""One service's HTTP: JSON control through httpx, weights through ``bulk``, tries again where that makes sense.
+
+The only module that imports httpx. Thread-safe: httpx.Client is, and each caller takes a bulk connection for itself
+from a pool. Proxies of the environment are not used: weights belong on the straight way.
+
+Knows: the token, timeouts, when to sleep between tries, which of httpx's faults is which of our errors. Does not know:
+what the routes mean, tensors, environment variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+import httpx
+
+from ema_client.address import parse_address
+from ema_client.answers import Answer, json_of
+from ema_client.bulk import BulkPool, Download
+from ema_client.connection import Body, Timeouts, no_tls, unreachable
+from ema_client.errors import ConnectionLost, EmaError, ProtocolError, UsageError
+from ema_client.retry import RetryPolicy
+
+__all__ = ["Reply", "Transport"]
+
+T = TypeVar("T")
+Query = Mapping[str, str | int | float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A success: what was asked, and the JSON object of the answer."""
+
+    url: str
+    data: dict[str, Any]
+
+
+class Transport:
+    """Requests to the service at ``url``.
+
+    Args:
+        url: ``http://``, ``https://`` or ``unix:///path.sock``.
+        token: sent as bearer token if given; never shown.
+        retry: when to try again. Every request of the protocol may be repeated.
+        timeouts: of single operations.
+
+    Every method raises the error that the service answered; ServiceUnreachable, ConnectionLost or ProtocolError where
+    it did not answer; UsageError for a URL or token that cannot be one, and after close().
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        retry: RetryPolicy | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        address = parse_address(url)
+        timeouts = timeouts or Timeouts()
+        context = ssl.create_default_context() if address.secure else None
+        self.url = address.url
+        self._retry = retry or RetryPolicy()
+        self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
+        self._bulk = BulkPool(address, timeouts, context)
+        self._http = httpx.Client(
+            base_url=address.base,
+            headers=self._headers,
+            timeout=httpx.Timeout(timeouts.transfer, connect=timeouts.connect),
+            # For a URL without TLS a context is not needed, and loading one takes 20 ms.
+            verify=context or False,
+            transport=httpx.HTTPTransport(uds=address.socket, verify=False) if address.socket else None,
+            trust_env=False,
+        )
+
+    def __repr__(self) -> str:
+        return f"Transport({self.url!r})"
+
+    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
+        """A control request, with retries. ``body`` is sent as JSON."""
+        return self.retrying(lambda _: self.json_once(method, path, body))
+
+    def json_once(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
+        """The same, tried once: for retrying() by a caller that must know which try it is."""
+        with self._faults():
+            response = self._http.request(method, path, json=body)
+        answer = Answer(self.url + path, response.status_code, response.headers, response.content)
+        return Reply(answer.url, json_of(answer))
+
+    def upload(self, path: str, body: Body, *, query: Query | None = None) -> Reply:
+        """PUT a large body, with retries, each from its beginning."""
+        headers = {**self._headers, "Content-Type": "application/octet-stream"}
+
+        def attempt(_: int) -> Reply:
+            self._check_open()
+            answer = self._bulk.put(_with_query(path, query), headers, body)
+            return Reply(answer.url, json_of(answer))
+
+        return self.retrying(attempt)
+
+    def download(
+        self,
+        path: str,
+        *,
+        query: Query | None = None,
+        start: int = 0,
+        etag: str | None = None,
+        patience: float = 0.0,
+    ) -> Download:
+        """GET a large body, tried once: what was read of it before a fault is the caller's, and so is trying again.
+
+        start, etag: from this byte on, if the body is still the one of this ETag (206); else all of the new one (200).
+        patience: seconds that the service was asked to wait before it answers.
+        """
+        self._check_open()
+        headers = dict(self._headers)
+        if start and etag:
+            headers |= {"Range": f"bytes={start}-", "If-Range": etag}
+        return self._bulk.get(_with_query(path, query), headers, patience=patience)
+
+    def retrying(self, operation: Callable[[int], T]) -> T:
+        """Call ``operation`` with the number of the try (from 0) until it succeeds or the policy gives up."""
+        attempt = 0
+        while True:
+            try:
+                return operation(attempt)
+            except EmaError as error:
+                pause = self._retry.delay(attempt, error, random.random)
+                if pause is None:
+                    raise
+            time.sleep(pause)
+            attempt += 1
+
+    def close(self) -> None:
+        """Close all connections. Requests after it raise UsageError."""
+        self._http.close()
+        self._bulk.close()
+
+    def _check_open(self) -> None:
+        if self._http.is_closed:
+            raise UsageError("this client is closed", hint="make a new EmaClient")
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        self._check_open()
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as fault:
+            if tls := _tls_fault(fault):
+                raise no_tls(self.url, tls) from fault
+            raise unreachable(self.url, fault) from fault
+        except (httpx.TimeoutException, httpx.NetworkError) as fault:
+            raise ConnectionLost(f"the connection to {self.url} broke: {str(fault) or type(fault).__name__}") from fault
+        except httpx.RemoteProtocolError as fault:
+            if _hung_up(fault):
+                raise ConnectionLost(f"the connection to {self.url} broke: {fault}") from fault
+            raise ProtocolError(f"{self.url} does not speak HTTP/1.1: {fault}") from fault
+        except httpx.HTTPError as fault:
+            raise ProtocolError(f"{self.url}: {type(fault).__name__}: {fault}") from fault
+
+
+def _checked(token: str) -> str:
+    # Checked here and not by the HTTP library, whose message would show the token.
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError("the token holds characters that no HTTP header may carry", hint="check EMA_SERVICE_TOKEN")
+    return token
+
+
+def _with_query(path: str, query: Query | None) -> str:
+    given = {key: value for key, value in (query or {}).items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path
+
+
+def _tls_fault(fault: BaseException | None) -> ssl.SSLError | None:
+    while fault is not None and not isinstance(fault, ssl.SSLError):
+        fault = fault.__cause__ or fault.__context__
+    return fault
+
+
+def _hung_up(fault: httpx.RemoteProtocolError) -> bool:
+    # One class for "closed too early" and for "not HTTP"; only the text tells them apart.
+    return "disconnected" in str(fault) or "closed connection" in str(fault)

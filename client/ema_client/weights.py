@@ -1,0 +1,81 @@
+"""Weights as they come from the service: one version of one average, and the reading of its safetensors stream.
+
+Knows: the stream's header, the metadata in it, and that its length must add up. Does not know: sockets, torch (but as a
+type), where the tensors are to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from ema_client import wire
+from ema_client.errors import MalformedBody, ProtocolError
+from ema_client.protocol import MAX_HEADER_BYTES, WeightsInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Source", "Weights", "read_header"]
+
+
+class Weights(Mapping[str, "Tensor"]):
+    """Pulled weights: a mapping from name to tensor, of one version, with its ``info``.
+
+    The tensors are the caller's: nothing else refers to them (those of ``pull(out=...)`` are the ones given).
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], info: WeightsInfo) -> None:
+        self._tensors = tensors
+        self.info = info
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"<Weights {self.info.run}/{self.info.average} version {self.info.version}: {len(self)} tensors>"
+
+
+class Source(Protocol):
+    """A body to read from its beginning: what Download is."""
+
+    url: str
+    length: int
+
+    def readinto(self, view: memoryview) -> None: ...
+
+
+def read_header(source: Source) -> tuple[wire.Header, WeightsInfo]:
+    """Read a weights stream up to its first tensor.
+
+    Raises ProtocolError if it is not one or its length does not add up.
+    """
+    if source.length < wire.LENGTH_BYTES:
+        raise ProtocolError(f"{source.url} sent no weights: {source.length} bytes")
+    try:
+        prefix = bytearray(wire.LENGTH_BYTES)
+        source.readinto(memoryview(prefix))
+        room = source.length - wire.LENGTH_BYTES
+        length = wire.parse_length(bytes(prefix), limit=min(MAX_HEADER_BYTES, room))
+        raw = bytearray(length)
+        source.readinto(memoryview(raw))
+        header = wire.parse_header(memoryview(raw))
+    except MalformedBody as fault:
+        raise ProtocolError(f"{source.url} sent no weights: {fault.detail}") from None
+    expected = wire.LENGTH_BYTES + length + header.data_bytes
+    if expected != source.length:
+        raise ProtocolError(f"{source.url} sent {source.length} bytes; its header describes {expected}")
+    return header, _info(source.url, header.metadata)
+
+
+def _info(url: str, metadata: Mapping[str, str]) -> WeightsInfo:
+    try:
+        return WeightsInfo.from_metadata(dict(metadata))
+    except (KeyError, ValueError) as fault:
+        raise ProtocolError(f"{url} sent weights without the metadata of a run: {fault}") from None

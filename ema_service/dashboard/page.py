@@ -1,0 +1,47 @@
+"""The dashboard's page and its static files.
+
+Knows files and response headers. Does not know runs: the page's script asks the API for them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+
+__all__ = ["mount_assets", "router", "serve_page"]
+
+STATIC = Path(__file__).parent / "static"
+
+#: The names of runs are whatever a trainer chose. Should one ever reach the page as markup, the browser still runs no
+#: script, and loads nothing, that this server did not serve.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+router = APIRouter()
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> FileResponse:
+    """The dashboard: all runs of this server, kept up to date."""
+    return serve_page("index.html", POLICY)
+
+
+def serve_page(name: str, policy: str) -> FileResponse:
+    """One of the HTML files. no-cache: after an upgrade of the server, page and script are of the same version."""
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return FileResponse(STATIC / name, headers=headers)
+
+
+def mount_assets(app: FastAPI) -> None:
+    """Serve scripts, styles and pictures under /assets."""
+    app.mount("/assets", StaticFiles(directory=STATIC), name="assets")

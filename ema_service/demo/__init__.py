@@ -1,0 +1,23 @@
+"""``ema-service demo``: a server, a trainer and an evaluator, three real processes, at work on real handwritten digits.
+
+    plan.py        what all processes agree on: names, numbers, the lines in which they report
+    model.py       the diffusion model: network, noise, loss, sampler
+    digits.py      scikit-learn's bundled digits, split into training and held-out images
+    trainer.py     process: trains, pushes with RemoteEma, keeps an EMA of its own, compares the two at the end
+    litema.py      that EMA of its own: LitEma's arithmetic in twenty lines
+    evaluator.py   process: polls, pulls, measures raw and EMA weights, draws the picture
+    picture.py     the picture
+    tether.py      what each process runs under, so that none outlives the parent
+    children.py    starting, hearing and ending the processes
+    screen.py      what the user sees
+    play.py        the parent: the order of events and the verdict
+
+Knows the order of its parts. Does not know the server: it is started by its command line and spoken to with the public
+client, as a user would. The server imports nothing of this; importing it imports neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+from ema_service.demo.play import run_demo
+
+__all__ = ["run_demo"]

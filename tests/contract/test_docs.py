@@ -1,0 +1,214 @@
+"""The documents are true: their links lead somewhere, their flags exist, and their snippets run against a real server.
+
+Snippets of README.md and client/README.md are run as a reader would, each file from top to bottom in one empty folder:
+```python blocks share one namespace, ```bash and ```console blocks are run if they call `curl` or `ema`. A block inside
+an HTML comment, `<!-- python` to `-->`, is run too: preparation that the page need not show.
+
+Knows Markdown, as far as links and code blocks go. Does not know what the snippets are about.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_URL = "http://127.0.0.1:8470"
+
+
+def _documents() -> list[str]:
+    """All Markdown files of the project, leaving out hidden folders and what was installed or built."""
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*.md"))
+    return sorted(
+        str(path)
+        for path in paths
+        if not any(part.startswith(".") or part in {"node_modules", "dist", "build"} for part in path.parts[:-1])
+    )
+
+
+DOCUMENTS = _documents()
+# Where a reader sees a refusal on the screen, the test has to fail.
+STRICT_CURL = 'set -euo pipefail\ncurl() { command curl --fail -sS --max-time 60 "$@"; }\n'
+WITH_SNIPPETS = ["README.md", "client/README.md"]
+
+
+def _prose(text: str) -> str:
+    """The text without its code, where brackets are no links."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def _anchor(heading: str) -> str:
+    """The anchor that a heading gets on GitHub."""
+    plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading)
+    return re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+
+
+def _anchors(path: Path) -> set[str]:
+    without_code = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return {_anchor(heading) for heading in re.findall(r"^#+ (.*)$", without_code, re.MULTILINE)}
+
+
+def test_documents_are_found() -> None:
+    """The documents that this file is about exist."""
+    named = {"README.md", "CHANGELOG.md", "client/README.md", "client/PROTOCOL.md", "ema_service/DESIGN.md"}
+
+    assert named - set(DOCUMENTS) == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_resolve(document: str) -> None:
+    """Every relative link leads to a file of the project, and to a heading that the file has."""
+    page = ROOT / document
+    links = re.findall(r'\]\(([^)\s]+)|(?:src|href)="([^"]+)"', _prose(page.read_text()))
+    targets = [markdown or html for markdown, html in links]
+    broken = [target for target in targets if "://" not in target and not _resolves(page, target)]
+
+    assert broken == []
+
+
+def _resolves(page: Path, target: str) -> bool:
+    name, _, anchor = target.partition("#")
+    path = page if not name else (page.parent / name).resolve()
+    if not path.exists() or not path.is_relative_to(ROOT):
+        return False
+    return not anchor or path.suffix != ".md" or anchor in _anchors(path)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_path_of_one_machine(document: str) -> None:
+    """No document names a folder that only one machine has."""
+    assert re.findall(r"(?<![\w.])/(?:home|root|Users|work|mnt)/\S*", (ROOT / document).read_text()) == []
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def serve_flags() -> set[str]:
+    return _flags(sys.executable, "-m", "ema_service", "serve", "--help") - {"--help"}
+
+
+def _flags(*command: str) -> set[str]:
+    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=env)
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", done.stdout))
+
+
+def _flags_of_serve_in(text: str) -> set[str]:
+    """Flags in commands `ema-service serve ...`, and in the first column of a table."""
+    commands = re.findall(r"ema-service serve([^`\n|]*)", text.replace("\\\n", " "))
+    rows = re.findall(r"^\|\s*(`--[^|]*)\|", text, re.MULTILINE)
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", " ".join(commands + rows)))
+
+
+def test_readme_names_every_flag(serve_flags: set[str]) -> None:
+    """Each flag of `ema-service serve` stands in the README."""
+    text = (ROOT / "README.md").read_text()
+
+    assert {flag for flag in serve_flags if not re.search(rf"{flag}(?![\w-])", text)} == set()
+
+
+@pytest.mark.parametrize("document", ["README.md", "ema_service/DESIGN.md", "docker/README.md"])
+def test_documented_flags_exist(document: str, serve_flags: set[str]) -> None:
+    """Each flag that a document gives to `ema-service serve` is one that it takes."""
+    assert _flags_of_serve_in((ROOT / document).read_text()) - serve_flags == set()
+
+
+# --- snippets -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block: its language, its text, and the line of the document on which the text begins."""
+
+    language: str
+    text: str
+    line: int
+
+
+_BLOCK = re.compile(r"^(?:```(\w+)[^\n]*\n(.*?)^```|<!-- (python)\n(.*?)^-->)$", re.MULTILINE | re.DOTALL)
+_RUN_IN_SHELL = re.compile(r"^(curl|ema) ", re.MULTILINE)
+
+
+def blocks(text: str) -> Iterator[Block]:
+    for match in _BLOCK.finditer(text):
+        language, code = match[1] or match[3], match[2] or match[4] or ""
+        yield Block(language, code, text[: match.start()].count("\n") + 2)
+
+
+def commands(block: Block) -> str:
+    """What a reader types of a shell block: of ```console the lines after `$ ` (and those they continue on)."""
+    if block.language != "console":
+        return block.text
+    typed, more = [], False
+    for line in block.text.splitlines():
+        if line.startswith("$ ") or more:
+            typed.append(line.removeprefix("$ "))
+            more = line.endswith("\\")
+    return "\n".join(typed) + "\n"
+
+
+def program(document: str, text: str) -> str:
+    """One Python program that does what the document's blocks do, in order; errors point at the document's lines."""
+    steps = ["namespace = {'__name__': '__main__'}", "import subprocess"]
+    for block in blocks(text):
+        if block.language == "python":
+            source = "\n" * (block.line - 1) + block.text
+            steps.append(f"exec(compile({source!r}, {document!r}, 'exec'), namespace)")
+        elif block.language in {"bash", "console"} and _RUN_IN_SHELL.search(commands(block)):
+            steps.append(f"print({f'{document}:{block.line}'!r}, flush=True)")
+            steps.append(f"subprocess.run(['bash', '-c', {STRICT_CURL + commands(block)!r}], check=True, timeout=90)")
+    return "\n".join(steps)
+
+
+def test_program_keeps_order_and_lines() -> None:
+    """The harness runs Python, hidden Python and curl in order, leaves out the rest, and keeps line numbers."""
+    page = (
+        "# Title\n```python\na = 1\n```\n```bash\nmake demo\n```\n"
+        "```console\n$ WORD=-V\n$ curl $WORD \\\n    -q\noutput\n```\n"
+        "<!-- python\nb = a\n-->\n```python title\nd = b + c\n```\n"
+    )
+
+    found = list(blocks(page))
+    assert [block.language for block in found] == ["python", "bash", "console", "python", "python"]
+    assert [block.line for block in found] == [3, 6, 9, 15, 18]
+    assert commands(found[2]) == "WORD=-V\ncurl $WORD \\\n    -q\n"
+    assert "make demo" not in program("page.md", page)
+    with pytest.raises(NameError) as error:
+        exec(program("page.md", page.replace("$ curl", "$ curl() { :; }; curl")))
+    assert error.traceback[-1].lineno + 1 == 18
+
+
+@pytest.mark.parametrize("document", WITH_SNIPPETS)
+def test_snippets_run(document: str, server: Any, tmp_path: Path) -> None:
+    """A reader who types the document from top to bottom beside a running server meets no error and no warning."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed, and the document's shell snippets use it")
+    text = (ROOT / document).read_text()
+    script = tmp_path / "snippets.py"
+    script.write_text(program(str(ROOT / document), text.replace(DEFAULT_URL, server.url)))
+    folder = tmp_path / "reader"
+    folder.mkdir()
+    # What README.md says the reader has.
+    save_file({"w": torch.arange(6.0).reshape(2, 3)}, folder / "weights.safetensors")
+
+    # Nothing of this shell's settings reaches the reader but where programs are.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {"PATH": path, "HOME": str(tmp_path), "EMA_SERVICE_URL": server.url, "MPLBACKEND": "Agg"}
+    command = [sys.executable, "-W", "error", str(script)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100, check=False)
+
+    assert any(block.language == "python" for block in blocks(text))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert all(load_file(path) for path in folder.glob("*.safetensors"))

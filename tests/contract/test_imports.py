@@ -1,0 +1,286 @@
+"""The import rules of the two packages, read from their source (nothing is imported here).
+
+Knows the layers and who may use which third-party package. Does not know what any module does.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
+
+# cli -> api -> dashboard -> runs -> {averaging, storage}: a part may use what stands to its right. settings and metrics
+# are leaves that every part may use.
+LEAVES = {"settings", "metrics"}
+SERVICE_PARTS: dict[str, set[str]] = {
+    "": set(),
+    "__main__": {"cli"},
+    "cli": {"api", "dashboard", "runs", "averaging", "storage", "demo"} | LEAVES,
+    "api": {"dashboard", "runs", "averaging", "storage"} | LEAVES,
+    "dashboard": {"runs", "averaging", "storage"} | LEAVES,
+    "runs": {"averaging", "storage"} | LEAVES,
+    "storage": LEAVES,
+    "averaging": set(),
+    "settings": set(),
+    "metrics": set(),
+    # The demo plays the trainer and the evaluator: it uses the public client, and starts the server as a process.
+    "demo": {"settings"},
+}
+CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
+#: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
+CLIENT_THIRD_PARTY = {
+    "httpx": {"ema_client.transport"},
+    "typer": {"ema_client.cli"},
+    "rich": {"ema_client.cli"},
+}
+CLIENT_TORCH_AT_TOP = {"ema_client.tensors", "ema_client.remote_ema"}
+
+_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES = {canonicalize_name(Requirement(text).name) for text in _PROJECT["dependencies"]}
+DEMO_DEPENDENCIES = {canonicalize_name(Requirement(text).name) for text in _PROJECT["optional-dependencies"]["demo"]}
+#: import name -> the distributions that bring it (sklearn -> scikit-learn)
+DISTRIBUTIONS = {name: {canonicalize_name(dist) for dist in dists} for name, dists in packages_distributions().items()}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module; ``top``: at module level, ``typing``: under TYPE_CHECKING, so never executed."""
+
+    target: str
+    line: int
+    top: bool
+    typing: bool
+
+    @property
+    def root(self) -> str:
+        return self.target.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Module:
+    name: str
+    imports: tuple[Import, ...]
+
+    @property
+    def package(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def part(self) -> str:
+        return part_of(self.name)
+
+
+def part_of(name: str) -> str:
+    """The service's part that a module belongs to: ema_service.api.runs -> api."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def module_names() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+def read(name: str, source: str, known: set[str]) -> Module:
+    return Module(name, tuple(_imports(ast.parse(source), known)))
+
+
+def _imports(node: ast.AST, known: set[str], *, top: bool = True, typing: bool = False) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, child.lineno, top, typing) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield from (Import(target, child.lineno, top, typing) for target in _from_targets(child, known))
+        elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            yield from _imports(child, known, top=top, typing=True)
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imports(child, known, top=top and not inside, typing=typing)
+
+
+def _from_targets(node: ast.ImportFrom, known: set[str]) -> set[str]:
+    """`from a import b` imports a.b where that is a module of ours, else a."""
+    base = "." * node.level + (node.module or "")
+    return {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+
+
+@pytest.fixture(scope="module")
+def modules() -> list[Module]:
+    paths = module_names()
+    for package in PACKAGES:
+        assert any(name.startswith(package) for name in paths), f"no module of {package} was found"
+    return [read(name, path.read_text(), set(paths)) for name, path in paths.items()]
+
+
+# --- the rules: each yields one sentence for each breach ------------------------------------------------------------
+
+
+def relative(module: Module) -> Iterator[str]:
+    yield from (f"line {i.line}: relative import {i.target}" for i in module.imports if i.target.startswith("."))
+
+
+def service_layers(module: Module) -> Iterator[str]:
+    if module.package != "ema_service":
+        return
+    if module.part not in SERVICE_PARTS:
+        yield f"{module.part} is a new part of the service: give it its place in SERVICE_PARTS"
+        return
+    may = SERVICE_PARTS[module.part] | {module.part}
+    for imported in module.imports:
+        part = part_of(imported.target)
+        if imported.root == "ema_service" and part not in may:
+            yield f"line {imported.line}: {module.part} must not import {imported.target}"
+
+
+def service_uses_of_client(module: Module) -> Iterator[str]:
+    if module.package != "ema_service" or module.part == "demo":
+        return
+    for imported in module.imports:
+        if imported.root == "ema_client" and imported.target not in CLIENT_MODULES_OF_SERVICE:
+            yield f"line {imported.line}: the service must not import {imported.target}"
+
+
+def client_is_alone(module: Module) -> Iterator[str]:
+    if module.package == "ema_client":
+        for imported in module.imports:
+            if imported.root == "ema_service":
+                yield f"line {imported.line}: the client must not import {imported.target}"
+
+
+def client_third_party(module: Module) -> Iterator[str]:
+    if module.package != "ema_client":
+        return
+    for imported in module.imports:
+        own = imported.root in sys.stdlib_module_names or imported.root in PACKAGES
+        if not own and imported.root != "torch" and module.name not in CLIENT_THIRD_PARTY.get(imported.root, ()):
+            yield f"line {imported.line}: {module.name} must not import {imported.target}"
+
+
+def client_torch(module: Module) -> Iterator[str]:
+    if module.package != "ema_client" or module.name in CLIENT_TORCH_AT_TOP:
+        return
+    for imported in module.imports:
+        if imported.root == "torch" and imported.top and not imported.typing:
+            yield f"line {imported.line}: {module.name} must do without torch when it is imported"
+
+
+def one_httpx(module: Module) -> Iterator[str]:
+    if module.name != "ema_client.transport":
+        yield from (
+            f"line {i.line}: httpx belongs to ema_client.transport" for i in module.imports if i.root == "httpx"
+        )
+
+
+def fastapi_in_its_place(module: Module) -> Iterator[str]:
+    if module.package == "ema_service" and module.part in {"api", "dashboard"}:
+        return
+    for imported in module.imports:
+        if imported.root in {"fastapi", "starlette"}:
+            yield f"line {imported.line}: {imported.root} belongs under api/ and dashboard/"
+
+
+def service_third_party(module: Module) -> Iterator[str]:
+    """What only happens to be installed because something else brought it is missing one day."""
+    if module.package != "ema_service":
+        return
+    declared = DEPENDENCIES | (DEMO_DEPENDENCIES if module.part == "demo" else set())
+    for imported in module.imports:
+        own = imported.root in sys.stdlib_module_names or imported.root in PACKAGES
+        if not own and not DISTRIBUTIONS.get(imported.root, set()) & declared:
+            yield f"line {imported.line}: {imported.root} is no dependency in pyproject.toml"
+
+
+def shared_words_are_stdlib_only(module: Module) -> Iterator[str]:
+    """protocol, wire and errors are what both sides load: they cost nobody a dependency."""
+    if module.name not in CLIENT_MODULES_OF_SERVICE:
+        return
+    for imported in module.imports:
+        if imported.root not in sys.stdlib_module_names and imported.target not in CLIENT_MODULES_OF_SERVICE:
+            yield f"line {imported.line}: {module.name} must not import {imported.target}"
+
+
+Rule = Callable[[Module], Iterator[str]]
+RULES: list[Rule] = [
+    relative,
+    service_layers,
+    service_uses_of_client,
+    client_is_alone,
+    client_third_party,
+    client_torch,
+    service_third_party,
+    one_httpx,
+    fastapi_in_its_place,
+    shared_words_are_stdlib_only,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
+    """Every module of both packages keeps the rule."""
+    assert [f"{module.name}, {breach}" for module in modules for breach in rule(module)] == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source"),
+    [
+        (relative, "ema_service.runs.run", "from . import arena"),
+        (service_layers, "ema_service.runs.run", "def f():\n    from ema_service.api import app"),
+        (service_layers, "ema_service.averaging.kernel", "import ema_service.settings"),
+        (service_layers, "ema_service.novelty", ""),
+        (service_uses_of_client, "ema_service.api.app", "from ema_client.client import EmaClient"),
+        (service_uses_of_client, "ema_service.cli", "import ema_client"),
+        (client_is_alone, "ema_client.cli", "import ema_service"),
+        (client_third_party, "ema_client.names", "import numpy"),
+        (client_third_party, "ema_client.client", "import rich"),
+        (client_torch, "ema_client.client", "try:\n    import torch\nexcept ImportError:\n    pass"),
+        (service_third_party, "ema_service.runs.run", "import matplotlib"),
+        (service_third_party, "ema_service.runs.run", "import anyio"),
+        (one_httpx, "ema_service.demo.evaluator", "import httpx"),
+        (fastapi_in_its_place, "ema_service.runs.run", "from fastapi import Request"),
+        (shared_words_are_stdlib_only, "ema_client.wire", "import torch"),
+    ],
+)
+def test_rule_sees_a_breach(rule: Rule, name: str, source: str) -> None:
+    """The rule fires on a module that breaks it, so its silence above means something."""
+    assert list(rule(read(name, source, {"ema_service.api.app"})))
+
+
+def test_imports_have_no_cycle(modules: list[Module]) -> None:
+    """No module imports itself through others, not even from inside a function."""
+    assert find_cycle(modules) == []
+
+
+def test_cycle_is_seen() -> None:
+    """Two modules that import each other, one of them lazily, are found; a type-only import is none."""
+    known = {"ema_client.a", "ema_client.b"}
+    lazy = read("ema_client.a", "def f():\n    from ema_client import b", known)
+    type_only = read("ema_client.a", "if TYPE_CHECKING:\n    from ema_client import b", known)
+    back = read("ema_client.b", "import ema_client.a", known)
+
+    assert find_cycle([lazy, back]) != []
+    assert find_cycle([type_only, back]) == []
+
+
+def find_cycle(modules: list[Module]) -> list[str]:
+    names = {module.name for module in modules}
+    graph = {m.name: {i.target for i in m.imports if not i.typing and i.target in names} for m in modules}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as cycle:
+        return list(cycle.args[1])
+    return []

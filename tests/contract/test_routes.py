@@ -1,0 +1,114 @@
+"""The server's routes, the design's list of them and client/PROTOCOL.md agree.
+
+Knows the list of routes and OpenAPI. Does not know what a route does.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+from ema_service.api.app import create_app
+from ema_service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PROTOCOL = ROOT / "client" / "PROTOCOL.md"
+
+#: What the design names and the server has.
+BUILT = {
+    "POST /v1/runs",
+    "GET /v1/runs",
+    "GET /v1/runs/{run}",
+    "PATCH /v1/runs/{run}",
+    "DELETE /v1/runs/{run}",
+    "POST /v1/runs/{run}/reset-num-updates",
+    "PUT /v1/runs/{run}/weights",
+    "GET /v1/runs/{run}/weights",
+    "PUT /v1/runs/{run}/updates/{step}",
+    "GET /v1/runs/{run}/updates/{step}",
+    "PUT /v1/runs/{run}/snapshots/{name}",
+    "GET /v1/runs/{run}/snapshots/{name}",
+    "DELETE /v1/runs/{run}/snapshots/{name}",
+    "GET /v1/runs/{run}/snapshots",
+    "GET /v1/runs/{run}/snapshots/{name}/weights",
+    "GET /healthz",
+    "GET /readyz",
+    "GET /metrics",
+}
+#: HTML for people, not in OpenAPI.
+PAGES = {"GET /", "GET /docs"}
+
+METHODS = {"get", "put", "post", "patch", "delete", "head", "options"}
+
+
+def _operations() -> dict[str, dict[str, Any]]:
+    paths = create_app(Settings(data_dir=None)).openapi()["paths"]
+    return {
+        f"{method.upper()} {path}": operation
+        for path, operations in paths.items()
+        for method, operation in operations.items()
+        if method in METHODS
+    }
+
+
+OPERATIONS = _operations()
+
+
+def _documented() -> set[str]:
+    """The routes in PROTOCOL.md's headings, as in: ### `PUT /v1/runs/{run}/updates/{step}`"""
+    headings = re.findall(r"^#+ .*$", PROTOCOL.read_text(), re.MULTILINE)
+    found = (re.findall(r"`([A-Z]+ /[^`?]*)[^`]*`", heading) for heading in headings)
+    return {route.strip() for routes in found for route in routes}
+
+
+def test_server_has_the_routes_of_the_design() -> None:
+    """The server offers exactly the designed routes (test_pages_answer has the pages)."""
+    assert set(OPERATIONS) == BUILT
+
+
+def test_protocol_document_names_every_route() -> None:
+    """PROTOCOL.md has a heading for each route that exists, and for none that does not."""
+    assert _documented() == set(OPERATIONS) | PAGES
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_pages_answer(page: str, server: Any) -> None:
+    """The dashboard and the API page are HTML that a browser can show."""
+    with urlopen(server.url + page.removeprefix("GET "), timeout=30) as answer:
+        assert (answer.status, answer.headers.get_content_type()) == (200, "text/html")
+
+
+@pytest.mark.parametrize("route", OPERATIONS)
+def test_route_is_explained(route: str) -> None:
+    """The API page gives each route a summary, a tag, and a description or an example."""
+    operation = OPERATIONS[route]
+
+    assert operation.get("summary")
+    assert operation.get("tags")
+    assert operation.get("description") or "example" in str(operation)
+
+
+@pytest.mark.parametrize("route", [route for route in OPERATIONS if "{" in route])
+def test_parameters_are_explained(route: str) -> None:
+    """Each parameter of a route says what it means, on the API page itself."""
+    parameters = OPERATIONS[route].get("parameters", [])
+
+    assert [p["name"] for p in parameters if not (p.get("description") or p.get("schema", {}).get("description"))] == []
+
+
+@pytest.mark.parametrize("route", [route for route in OPERATIONS if " /v1/" in route])
+def test_errors_are_documented_in_their_own_shape(route: str) -> None:
+    """No route announces FastAPI's own validation body: every 4xx on the API page is problem+json."""
+    answers = OPERATIONS[route]["responses"]
+    wrong = [
+        status
+        for status, answer in answers.items()
+        if status.startswith(("4", "5")) and set(answer.get("content", {})) != {"application/problem+json"}
+    ]
+
+    assert wrong == []
+    assert any(status.startswith("4") for status in answers) or "{" not in route
