@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from ema_client.errors import (
     PROBLEM_JSON,
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 #: How many faulty fields a validation error lists.
 _NAMED_FIELDS = 5
+
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 #: The schema of an error body, for OpenAPI.
 PROBLEM_SCHEMA = {
@@ -84,6 +87,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         status, detail, headers = _http_fault(fault)
         if status == 405:
             error: EmaError = MethodNotAllowed(f"{request.method} is not possible on {request.url.path}")
+            headers["Allow"] = ", ".join(sorted(_methods(request)))
         elif status == 404:
             error = RouteNotFound(f"there is no route {request.url.path}")
         else:
@@ -103,6 +107,13 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, defect)
+
+
+def _methods(request: Request) -> set[str]:
+    """Every method of the request's path; Starlette names those of the first route that has it."""
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
+    routes = request.app.routes
+    return {method for method, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)}
 
 
 def _http_fault(fault: Exception) -> tuple[int, str, dict[str, str]]:

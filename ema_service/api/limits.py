@@ -31,7 +31,7 @@ class JsonLimit:
         if scope["type"] != "http" or (scope["method"] == "PUT" and _WEIGHTS_BODY.match(scope["path"])):
             await self._app(scope, receive, send)
             return
-        body = await self._read(receive)
+        body = None if _announced(scope) > self._limit else await self._read(receive)
         if body is None:
             error = BodyTooLarge(
                 f"the JSON body has more than {self._limit} bytes", hint="send fewer or shorter fields"
@@ -52,6 +52,14 @@ class JsonLimit:
                 return None
             if not message.get("more_body", False):
                 return messages
+
+
+def _announced(scope: Scope) -> int:
+    """The Content-Length, 0 without one. uvicorn has refused what is no number."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:

@@ -21,7 +21,7 @@ from ema_service.api.app import create_app, open_registry
 from ema_service.api.ingest import FillingProtocol, uvicorn_fits
 from ema_service.settings import Settings
 
-__all__ = ["CannotListen", "serve"]
+__all__ = ["CannotListen", "http_protocol", "serve"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: 
         app = create_app(settings, open_registry(settings))
         config = uvicorn.Config(
             app,
-            http=_http_protocol(),
+            http=http_protocol(),
             loop="asyncio",
             ws="none",
             lifespan="on",
@@ -64,7 +64,7 @@ def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: 
         _Server(config, lambda: announce(_url(host, sockets[0]))).run(sockets)
 
 
-def _http_protocol() -> type[HttpToolsProtocol]:
+def http_protocol() -> type[HttpToolsProtocol]:
     if uvicorn_fits():
         return FillingProtocol
     _log.warning(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["average_into", "cast_into"]
+__all__ = ["average_into", "block_bytes", "cast_into"]
 
 #: Bytes of shadow per block and thread. A block is read and written three times and should stay in the 2 MiB L2 cache
 #: of a core together with its parameters. Measured on one core, GB/s of shadow: 64 KiB 3.0, 128 KiB 3.6, 256 KiB 3.8,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ema_service.runs.layout import Layout
 
-__all__ = ["TORCH_DTYPES", "Arena", "HostPool", "Memory"]
+__all__ = ["TORCH_DTYPES", "Arena", "HostPool", "Memory", "buffer_bytes", "param_offset"]
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
