@@ -54,7 +54,9 @@ class ServerProcess:
         command = [sys.executable, "-m", "ema_service", "serve", "--port", "0", *where, *self.arguments]
         command += ["--uds", str(self.folder / "ema.sock")]
         with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+            )
         deadline = time.monotonic() + _START_SECONDS
         while not (found := _LISTENS.search(self.log)):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -161,9 +163,7 @@ def plain_run_at() -> Callable[..., PlainRun]:
     Further keywords go into its configuration.
     """
 
-    def make(
-        http: httpx.Client, name: str, tensors: Mapping[str, Tensor] | None = None, **config: object
-    ) -> PlainRun:
+    def make(http: httpx.Client, name: str, tensors: Mapping[str, Tensor] | None = None, **config: object) -> PlainRun:
         run = PlainRun(http, name)
         if tensors is not None:
             run.create(tensors, **config).raise_for_status()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+from ema_client import __version__
 from ema_client.client import EmaClient
 from ema_client.errors import EmaError
 from ema_client.protocol import AverageInfo, RunInfo
@@ -36,6 +37,12 @@ else:
     ]
     Run = Annotated[str, typer.Argument(help="Name of the run.", show_default=False)]
     Average = Annotated[str | None, typer.Option(help="Which average; by default the first.", show_default=False)]
+    Version = Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=lambda asked: _print_version(asked), is_eager=True, help="Print the version."
+        ),
+    ]
     Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 __all__ = ["main"]
@@ -81,8 +88,15 @@ def _app() -> typer.Typer:
     return app
 
 
-def _common(context: typer.Context, url: Url = None, token: Token = None) -> None:
+def _print_version(asked: bool) -> None:
+    if asked:
+        _print(f"ema {__version__}")
+        raise typer.Exit
+
+
+def _common(context: typer.Context, url: Url = None, token: Token = None, version: Version = False) -> None:
     # Given before the command, for all of them; each takes both after its name as well.
+    del version
     context.obj = (url, token)
 
 

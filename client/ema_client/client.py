@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ema_client import protocol
 from ema_client.errors import (
     EmaError,
+    InvalidDecay,
     ProtocolError,
     RunExists,
     RunNotFound,
@@ -51,20 +52,12 @@ if TYPE_CHECKING:
 
     State = Mapping[str, Tensor] | nn.Module
 
-__all__ = ["EmaClient", "InvalidDecay", "checked_decay"]
+__all__ = ["EmaClient", "checked_decay"]
 
 T = TypeVar("T")
 
 #: Between two questions for a step that a server answers without waiting, in seconds.
 _POLL = 0.05
-
-
-class InvalidDecay(UsageError, ValueError):
-    """A decay outside [0, 1]: a ValueError, as LitEma raises it."""
-
-    code = "invalid_decay"
-    title = "Decay outside [0, 1]"
-    default_hint = "a decay is the share of the old average that an update keeps, such as 0.9999"
 
 
 class EmaClient:

@@ -6,6 +6,7 @@
     |   +-- ConnectionLost        the connection broke in the middle
     |-- ProtocolError             the answer came and is not one of ours
     |-- UsageError                the caller's own mistake, seen before anything was sent
+    |   |-- InvalidDecay          outside [0, 1]; also a ValueError
     |   |-- NameCollision         two parameters share one canonical name
     |   |-- NothingStored         restore() without store()
     |   +-- AlreadyStored         store() over a stored copy; a scope inside a scope
@@ -48,6 +49,7 @@ __all__ = [
     "EmaError",
     "InternalError",
     "Invalid",
+    "InvalidDecay",
     "InvalidRequest",
     "LayoutMismatch",
     "MalformedBody",
@@ -158,6 +160,14 @@ class UsageError(EmaError):
     code = "usage"
     status = 0
     title = "Wrong use"
+
+
+class InvalidDecay(UsageError, ValueError):
+    """A decay outside [0, 1]: a ValueError, as LitEma raises it."""
+
+    code = "invalid_decay"
+    title = "Decay outside [0, 1]"
+    default_hint = "a decay is the share of the old average that an update keeps, such as 0.9999"
 
 
 class NameCollision(UsageError):

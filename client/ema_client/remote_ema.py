@@ -32,8 +32,8 @@ class RemoteEma:
     Args:
         model: the model. Its parameters are sent once, as the initial shadow, and not kept.
         decay: the largest decay, between 0 and 1.
-        use_num_updates: whether the decay warms up as min(decay, (1 + n) / (10 + n)); None means True.
-            ``use_num_upates``, as LitEma spells it, is the same.
+        use_num_updates: whether the decay warms up as min(decay, (1 + n) / (10 + n)). ``use_num_upates``, as LitEma
+            spells it, is the same.
         run: the run's name on the service.
         url, token: as for EmaClient.
         averages: several averages of the one run; by default one, named "ema". copy_to() and decay are of the first.
@@ -49,7 +49,7 @@ class RemoteEma:
         self,
         model: nn.Module,
         decay: float = DEFAULT_DECAY,
-        use_num_updates: bool | None = None,
+        use_num_updates: bool = True,
         *,
         run: str,
         url: str | None = None,
@@ -243,14 +243,16 @@ class RemoteEma:
             self._client.close()
 
 
-def _one_spelling(use_num_updates: bool | None, use_num_upates: bool | None) -> bool:
-    given = {value for value in (use_num_updates, use_num_upates) if value is not None}
-    if len(given) > 1:
+def _one_spelling(use_num_updates: bool, use_num_upates: bool | None) -> bool:
+    # True is the default: only a False can have been meant.
+    if use_num_upates is None or use_num_upates == use_num_updates:
+        return use_num_updates
+    if not use_num_updates:
         raise UsageError(
-            f"use_num_updates={use_num_updates} and use_num_upates={use_num_upates} contradict each other",
+            "use_num_updates=False and use_num_upates=True contradict each other",
             hint="give one of the two; they mean the same",
         )
-    return given.pop() if given else True
+    return use_num_upates
 
 
 def _by_name(specs: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:

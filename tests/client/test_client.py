@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import AverageConfig, EmaClient, RetryPolicy, RunInfo, errors
-from ema_client.client import InvalidDecay
 from ema_client.errors import (
     AverageNotFound,
     AwaitingWeights,
+    InvalidDecay,
     LayoutMismatch,
     NonFinite,
     ProtocolError,

@@ -33,7 +33,7 @@ class Answer:
 def ask(url: str, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Answer:
     """One request; the headers are sent as given, so a length may be announced that never follows."""
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=10)
     try:
         connection.putrequest(method, path)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():

@@ -1,7 +1,7 @@
 """Bodies come in whatever pieces the network makes of them, over both ways of receiving.
 
-``filling`` is the server as it runs; ``stock`` is the same application under uvicorn's own h11 protocol, where bodies take
-``request.stream()``. Each test runs over both.
+``filling`` is the server as it runs; ``stock`` is the same application under uvicorn's own h11 protocol, where
+bodies take ``request.stream()``. Each test runs over both.
 
 Knows raw HTTP/1.1 over sockets. Does not know which path a body takes inside.
 """
@@ -265,7 +265,10 @@ def test_chunked_bodies_are_taken(url, run):
 
 
 def test_a_server_told_to_stop_finishes_the_push_in_hand(start_server):
-    """SIGTERM in the middle of a body: the rest is received, applied and answered; then the server ends with status 0."""
+    """SIGTERM in the middle of a body: the rest is received, applied and answered;
+
+    then the server ends with status 0.
+    """
     server = start_server()
     config = {"run": "last", "layout": LAYOUT, "decay": 0.0, "use_num_updates": False}
     with server.http() as http:
