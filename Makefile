@@ -8,6 +8,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # Newer than what it depends on when the set-up below it has been done.
 STAMP := $(VENV)/.installed
 
@@ -26,7 +27,7 @@ $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(PYTHON); torch is large, so the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,test,lint]'
+	$(PIP_INSTALL) -e '.[demo,test,lint]'
 	@touch $@
 
 demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minute; ends with a table and a picture
@@ -40,8 +41,12 @@ lint: $(STAMP) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ema_service client/ema_client
 
-bench: $(STAMP) ## Measure the update kernel beside its alternatives in one run (tests/benchmarks/kernel.py)
-	$(BIN)/python tests/benchmarks/kernel.py $(ARGS)
+bench: $(STAMP)-bench ## Measure speed and memory beside other libraries, in one run (some minutes; ARGS=--quick)
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+$(STAMP)-bench: $(STAMP)
+	$(PIP_INSTALL) -e '.[bench]'
+	@touch $@
 
 clean: ## Delete .venv, caches and what make demo drew; the server's data (ema-data) is left alone
 	rm -rf $(VENV) ema-demo.png build dist client/dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

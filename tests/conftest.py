@@ -224,3 +224,9 @@ def _widened(tensor: Tensor) -> Tensor:
 def litema() -> type[LitEmaOracle]:
     """The class LitEma, written independently of the service, to compare with."""
     return LitEmaOracle
+
+
+@pytest.fixture(scope="session")
+def server_class() -> type[ServerProcess]:
+    """For fixtures that start a server of another scope than start_server."""
+    return ServerProcess

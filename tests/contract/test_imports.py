@@ -27,7 +27,7 @@ LEAVES = {"settings", "metrics"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"api", "dashboard", "runs", "averaging", "storage", "demo"} | LEAVES,
+    "cli": {"api", "dashboard", "runs", "averaging", "storage", "demo", "bench"} | LEAVES,
     "api": {"dashboard", "runs", "averaging", "storage"} | LEAVES,
     "dashboard": {"runs", "averaging", "storage"} | LEAVES,
     "runs": {"averaging", "storage"} | LEAVES,
@@ -35,9 +35,11 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "averaging": set(),
     "settings": set(),
     "metrics": set(),
-    # The demo plays the trainer and the evaluator: it uses the public client, and starts the server as a process.
     "demo": {"settings"},
+    "bench": {"settings"},
 }
+#: These play the trainer and the evaluator: they use the public client, and start the server as a process.
+PARTS_OUTSIDE = {"demo", "bench"}
 CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
 #: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
 CLIENT_THIRD_PARTY = {
@@ -148,7 +150,7 @@ def service_layers(module: Module) -> Iterator[str]:
 
 
 def service_uses_of_client(module: Module) -> Iterator[str]:
-    if module.package != "ema_service" or module.part == "demo":
+    if module.package != "ema_service" or module.part in PARTS_OUTSIDE:
         return
     for imported in module.imports:
         if imported.root == "ema_client" and imported.target not in CLIENT_MODULES_OF_SERVICE:

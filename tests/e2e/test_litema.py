@@ -1,6 +1,6 @@
 """The promise of the whole service: through a real server, the numbers are those of in-process LitEma, bit for bit.
 
-Knows LitEma's arithmetic, written here anew as the oracle. Does not know how the service does it.
+Knows models and what LitEma makes of them (the fixture ``litema``). Does not know how the service does it.
 """
 
 from __future__ import annotations
@@ -15,37 +15,6 @@ from torch import nn
 
 from ema_client import AverageConfig, EmaClient, RemoteEma
 from ema_client.errors import NonFinite
-
-
-class Oracle:
-    """LitEma: float32 scalars, three roundings per update, warm-up from its own counter; the shadow is float32 at
-    least.
-
-    The counter is an int32 tensor and decay a float32 one, as LitEma registers them.
-    """
-
-    def __init__(self, state: Mapping[str, torch.Tensor], decay: float, use_num_updates: bool) -> None:
-        self.decay = torch.tensor(decay, dtype=torch.float32)
-        self.num_updates = torch.tensor(0 if use_num_updates else -1, dtype=torch.int)
-        self.shadow = {name: self._widened(tensor).clone() for name, tensor in state.items()}
-
-    def update(self, state: Mapping[str, torch.Tensor]) -> None:
-        decay = self.decay
-        if self.num_updates >= 0:
-            self.num_updates += 1
-            decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        one_minus_decay = 1.0 - decay
-        for name, shadow in self.shadow.items():
-            shadow.sub_(one_minus_decay * (shadow - self._widened(state[name])))
-
-    def reset(self) -> None:
-        if self.num_updates >= 0:
-            self.num_updates.zero_()
-
-    @staticmethod
-    def _widened(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()
-        return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class Odd(nn.Module):
@@ -97,12 +66,12 @@ def client(server):
 
 
 @pytest.mark.parametrize("use_num_updates", [True, False])
-def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_updates):
+def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_updates, litema):
     """Random updates of every shape, at decays from 0 to 1 and with a reset, end in LitEma's very bytes."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = Odd()
-    oracle = Oracle(parameters(model), 0.9999, use_num_updates)
+    oracle = litema(parameters(model), 0.9999, use_num_updates)
     changes = {120: 0.5, 180: 0.0, 183: 0.9999, 300: 1.0, 310: 0.999, 400: 0.9999}
     with RemoteEma(model, 0.9999, use_num_updates, run=run_name, url=server.url) as ema:
         for number in range(500):
@@ -111,7 +80,8 @@ def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_
                 oracle.decay.fill_(changes[number])
             if number == 250:
                 ema.reset_num_updates()
-                oracle.reset()
+                if use_num_updates:
+                    oracle.num_updates.zero_()
             disturb(model, generator)
             ema(model)
             oracle.update(parameters(model))
@@ -122,13 +92,13 @@ def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_have_a_float32_shadow(server, client, run_name, dtype):
+def test_half_precision_models_have_a_float32_shadow(server, client, run_name, dtype, litema):
     """100 updates of a bf16 or fp16 model equal the oracle that casts the parameter, never the shadow."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = Odd().to(dtype)
     model.norm.float()  # and mixed precisions in one model
-    oracle = Oracle(parameters(model), 0.9999, True)
+    oracle = litema(parameters(model), 0.9999, True)
     with RemoteEma(model, run=run_name, url=server.url) as ema:
         for _ in range(100):
             disturb(model, generator)
@@ -137,11 +107,11 @@ def test_half_precision_models_have_a_float32_shadow(server, client, run_name, d
     assert_same(client.pull(run_name), oracle.shadow)
 
 
-def test_a_bf16_shadow_moves_where_litemas_stands_still(client, run_name):
+def test_a_bf16_shadow_moves_where_litemas_stands_still(client, run_name, litema):
     """2,000 updates at decay .9999 toward 1.5 move the average; a bf16 shadow would still be 1.0."""
     start, target = torch.ones(4, dtype=torch.bfloat16), torch.full((4,), 1.5, dtype=torch.bfloat16)
     client.create_run(run_name, {"w": start}, use_num_updates=False)
-    oracle = Oracle({"w": start}, 0.9999, False)
+    oracle = litema({"w": start}, 0.9999, False)
     for _ in range(2000):
         client.push(run_name, {"w": target})
         oracle.update({"w": target})
@@ -150,16 +120,16 @@ def test_a_bf16_shadow_moves_where_litemas_stands_still(client, run_name):
     assert 1.09 < float(pulled["w"][0]) < 1.1  # 1.5 - 0.5 * 0.9999**2000 = 1.0906
 
 
-def test_one_push_feeds_several_averages(client, run_name):
+def test_one_push_feeds_several_averages(client, run_name, litema):
     """Each average of a run equals an oracle of its own, in every mixture of dtypes."""
     torch.manual_seed(0)
     state = {"d": torch.randn(9, dtype=torch.float64), "f": torch.randn(300_001), "h": torch.randn(5).bfloat16()}
     averages = [AverageConfig("slow"), AverageConfig("fast", decay=0.9), AverageConfig("flat", "constant", 0.5)]
     client.create_run(run_name, state, decay=0.999, averages=averages)
     oracles = {
-        "slow": Oracle(state, 0.999, True),
-        "fast": Oracle(state, 0.9, True),
-        "flat": Oracle(state, 0.5, False),
+        "slow": litema(state, 0.999, True),
+        "fast": litema(state, 0.9, True),
+        "flat": litema(state, 0.5, False),
     }
     for _ in range(20):
         state = {name: tensor + torch.randn(tensor.shape).to(tensor.dtype) for name, tensor in state.items()}
@@ -170,7 +140,7 @@ def test_one_push_feeds_several_averages(client, run_name):
         assert_same(client.pull(run_name, average=name), oracle.shadow)
 
 
-def test_names_that_confuse_litema(server, client, run_name):
+def test_names_that_confuse_litema(server, client, run_name, litema):
     """a.bc beside ab.c, and parameters called decay and num_updates, are tensors like any other."""
 
     class Confusing(nn.Module):
@@ -184,7 +154,7 @@ def test_names_that_confuse_litema(server, client, run_name):
             self.num_updates = nn.Parameter(torch.zeros(1))
 
     model = Confusing()
-    oracle = Oracle(parameters(model), 0.9, True)
+    oracle = litema(parameters(model), 0.9, True)
     with RemoteEma(model, 0.9, run=run_name, url=server.url) as ema:
         for _ in range(5):
             disturb(model, torch.Generator().manual_seed(2))

@@ -1,0 +1,261 @@
+"""The two benchmarks run to their end, print every row, and leave nothing behind. No figure is judged here.
+
+Knows the commands, their output, and how to find a process by its environment. Does not know what is fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROC = Path("/proc")
+MARK = "EMA_BENCH_TEST"
+WAIT = 110.0
+RAW = ("raw TCP loopback", "raw Unix socket")
+ACTIONS = ("push", "pull into tensors", "pull, new tensors")
+
+
+@dataclass
+class Bench:
+    """A benchmark as a process; it and whatever it starts carry one mark in their environment."""
+
+    command: list[str]
+    folder: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        env = {**os.environ, MARK: str(self.folder), "TMPDIR": str(self.folder), "COLUMNS": "140"}
+        with (self.folder / "output").open("wb") as output:
+            self.process = subprocess.Popen(self.command, cwd=self.folder, stdout=output, stderr=output, env=env)
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output").read_text()
+
+    def ends(self) -> int:
+        """Its exit status, after a look at what it left behind."""
+        status = self.process.wait(WAIT)
+        assert self.others() == []
+        assert list(self.folder.glob("ema-bench-*")) == [], "a temporary file was left behind"
+        return status
+
+    def others(self) -> list[int]:
+        """Pids of living processes that it started."""
+        found = []
+        for entry in PROC.iterdir():
+            if entry.name.isdigit() and int(entry.name) != self.process.pid:
+                try:
+                    if f"{MARK}={self.folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+                except OSError:
+                    continue  # it ended meanwhile, or is another user's
+        return found
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    """Start a benchmark with these words; whatever it leaves behind is ended after the test."""
+    if not PROC.is_dir():
+        pytest.skip("processes are looked for in /proc, which this system lacks")
+    started: list[Bench] = []
+
+    def start(*command: str) -> Bench:
+        started.append(Bench([sys.executable, *command], tmp_path))
+        return started[-1]
+
+    yield start
+    for bench in started:
+        if bench.process.poll() is None:
+            bench.process.kill()
+            bench.process.wait(WAIT)
+        for pid in bench.others():
+            os.kill(pid, signal.SIGKILL)
+
+
+def rows_of(output: str) -> list[str]:
+    """The names in the first column of every table, without the lines that go on below a name."""
+    cells = (line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│"))
+    return [cell for cell in cells if cell]
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
+
+
+def test_bench_of_a_user(start: Callable[..., Bench]) -> None:
+    """`ema-service bench` starts its own server, prints a row for each operation, link and size, and writes JSON."""
+    bench = start("-m", "ema_service", "bench", "--size", "300KB", "--rounds", "2", "--json", "found.json")
+
+    assert bench.ends() == 0, bench.output
+    expected = [
+        f"{what}, {link}, {size}" for link in ("TCP", "Unix") for what in ACTIONS for size in ("100 KB", "300 KB")
+    ]
+    assert rows_of(bench.output) == [*RAW, *expected]
+    fits = re.findall(r"^  (\S.*?)  +a = .* ms   b = .* GB/s$", bench.output, re.MULTILINE)
+    assert fits == [f"{what}, {link}" for link in ("TCP", "Unix") for what in ACTIONS]
+    found = json.loads((bench.folder / "found.json").read_text())
+    assert {"cpu", "cores", "python", "torch", "torch_threads", "date"} <= found["machine"].keys()
+    assert [row["name"] for row in found["groups"][0]["rows"]] == rows_of(bench.output)
+    assert all(len(row["values"]) == 2 for row in found["groups"][0]["rows"])
+    assert [fit["name"] for fit in found["fits"]] == fits
+
+
+def test_bench_of_a_given_server(start: Callable[..., Bench], server: Any) -> None:
+    """With --url that server is measured, beside the ceiling of its own kind, and its runs are gone afterwards."""
+    bench = start("-m", "ema_service", "bench", "--url", server.uds, "--size", "200KB", "--rounds", "1")
+
+    assert bench.ends() == 0, bench.output
+    assert rows_of(bench.output) == [*RAW, *(f"{a}, Unix, {size}" for a in ACTIONS for size in ("100 KB", "200 KB"))]
+    assert re.search(r"push, Unix, 200 KB.* x raw Unix socket", bench.output)
+    assert bench_runs(server) == []
+
+
+def test_ctrl_c_deletes_the_runs(start: Callable[..., Bench], server: Any) -> None:
+    """SIGINT in the middle of the rounds deletes the runs on the given server, ends all processes, and says so."""
+    bench = start("-m", "ema_service", "bench", "--url", server.url, "--size", "4MB", "--rounds", "100000")
+    wait_until(lambda: any((run["step"] or 0) > 5 for run in bench_runs(server)), "the first pushes")
+    assert bench.process.poll() is None
+
+    bench.process.send_signal(signal.SIGINT)
+
+    assert bench.ends() == 130, bench.output
+    assert "stopped by SIGINT" in bench.output
+    assert bench_runs(server) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--size", "much"), "'much' is no size"),
+        (("--size", "1B"), "nothing to measure"),
+        (("--json", "nowhere/found.json"), "there is no folder"),
+        (("--size", "1MB", "--url", "http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1"),
+    ],
+)
+def test_bench_says_what_is_wrong(start: Callable[..., Bench], words: tuple[str, ...], said: str) -> None:
+    """A size, file or service that cannot be is named, without a traceback."""
+    bench = start("-m", "ema_service", "bench", *words)
+
+    assert bench.ends() in (1, 2)
+    assert said in bench.output
+    assert "Traceback" not in bench.output
+
+
+def test_full_comparison(start: Callable[..., Bench]) -> None:
+    """Every group of tests/benchmarks runs, and every row is there: measured, or with the reason why it is not."""
+    bench = start(str(ROOT / "tests" / "benchmarks" / "run.py"), "--quick", "--json", "found.json")
+
+    assert bench.ends() == 0, bench.output
+    found = json.loads((bench.folder / "found.json").read_text())
+    assert found["failed"] == []
+    rows = {group["name"]: [row["name"] for row in group["rows"]] for group in found["groups"]}
+    assert rows == EXPECTED
+    assert rows_of(bench.output) == [name for names in rows.values() for name in names]
+    unmeasured = [row for group in found["groups"] for row in group["rows"] if not row["values"]]
+    assert [row["name"] for row in unmeasured if not row["note"].startswith(REASONS)] == []
+    assert demands(found) == DEMANDED
+
+
+#: Why a row may have no figures.
+REASONS = ("not installed: ", "does not run here: ", "skipped: ")
+#: Rows of the full comparison at its quick sizes.
+EXPECTED = {
+    "wire": [
+        *RAW,
+        "copy_ of every tensor",
+        "push, TCP",
+        "push, Unix",
+        "pull into tensors, TCP",
+        "pull into tensors, Unix",
+        "pull, new tensors, TCP",
+        "pull, new tensors, Unix",
+        "FastAPI, await request.body()",
+        "stock uvicorn, request.stream()",
+        "torchft pull, 1 chunk",
+        "torchft pull, 4 chunks",
+    ],
+    "sizes": [
+        *RAW,
+        *(f"{a}, {link}, {size}" for link in ("TCP", "Unix") for a in ACTIONS for size in ("100 KB", "8 MiB")),
+    ],
+    "latency": ["empty FastAPI PUT", "push of 100 KB, TCP", "push of 100 KB, Unix"],
+    "readers": ["raw TCP loopback", "all readers together", "frozen copies at most", "growth of the server's peak"],
+    "memory": [
+        "server at rest",
+        "server's peak, push and pull of 8 MiB",
+        "server's growth, pushes 10..20 of 1 MiB",
+        "client's peak beyond the trainer's model of 8 MiB",
+    ],
+    "kernel": ["lerp_", "kernel, float32", "kernel, bf16 into float32", "LitEma as written"],
+    "blocks": [f"blocks of {size} KiB" for size in (64, 128, 256, 512, 1024)],
+    "gpt2": [
+        "kernel on the flat arena",
+        "lerp_ on one flat tensor",
+        "LitEma as written",
+        "torch-ema",
+        "AveragedModel, foreach",
+        "timm ModelEmaV3",
+        "ema-pytorch, foreach",
+    ],
+    "gpu": [
+        "raw TCP loopback",
+        "pinned host to device",
+        "device to pinned host",
+        "push, TCP, --device cuda",
+        "pull into tensors, TCP, --device cuda",
+        "lerp_ on the device",
+        "kernel on the device, float32",
+    ],
+}
+#: What is demanded of rows that any machine can measure: (row, against, bound).
+DEMANDED = {
+    ("push, TCP", "raw TCP loopback", 0.9),
+    ("push, TCP", "stock uvicorn, request.stream()", 3),
+    ("push, TCP", "FastAPI, await request.body()", 10),
+    ("push, Unix", "raw Unix socket", 0.85),
+    ("pull into tensors, TCP", "raw TCP loopback", 0.95),
+    ("pull into tensors, Unix", "raw Unix socket", 0.85),
+    ("pull, new tensors, TCP", "raw TCP loopback", 0.7),
+    ("push of 100 KB, TCP", "empty FastAPI PUT", 3),
+    ("kernel, float32", "lerp_", 0.65),
+    ("kernel, float32", "LitEma as written", 3),
+    ("kernel, bf16 into float32", "lerp_", 0.6),
+    ("frozen copies at most", None, 1),
+}
+
+
+def demands(found: Mapping[str, Any]) -> set[tuple[str, str | None, float]]:
+    """The demands of a result file, but for those in MB and those that need torchft or a GPU."""
+    optional = ("torchft", "lerp_ on the device")
+    return {
+        (row["name"], demand["against"], demand["bound"])
+        for group in found["groups"]
+        for row in group["rows"]
+        for demand in row["comparisons"]
+        if demand["bound"] is not None and row["unit"] != "MB" and not (demand["against"] or "").startswith(optional)
+    }
+
+
+def bench_runs(server: Any) -> list[dict[str, Any]]:
+    """The runs of a benchmark that the server holds."""
+    runs = httpx.get(f"{server.url}/v1/runs", timeout=30).json()["runs"]
+    return [run for run in runs if run["run"].startswith("bench-")]
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < deadline, f"waited {WAIT:.0f} s for {what}"
+        time.sleep(0.05)

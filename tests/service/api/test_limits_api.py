@@ -1,0 +1,226 @@
+"""What bounds a request: its size, its depth, its time; and the budgets for many at once.
+
+Knows a server started with small limits. Does not know the server's code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save
+
+from ema_service.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import PlainRun, ServerProcess
+
+SILENCE = 0.5
+#: A push of TENSORS takes 40,000 bytes of staging: two fit, three do not.
+TENSORS = {"w": torch.zeros(10_000)}
+BODY = save(TENSORS)
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory, server_class: type[ServerProcess]) -> Iterator[ServerProcess]:
+    """A server with little patience and little memory."""
+    flags = ("--body-timeout", str(SILENCE), "--staging-bytes", "100000", "--frozen-bytes", "50000")
+    running = server_class(tmp_path_factory.mktemp("strict"), flags).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def run(strict: ServerProcess, plain_run: Callable[..., PlainRun]) -> PlainRun:
+    return plain_run(strict, TENSORS)
+
+
+class Slow:
+    """A request that sends as much as it is told, when it is told."""
+
+    def __init__(self, server: ServerProcess, method: str, path: str, headers: dict[str, str]) -> None:
+        address = urlsplit(server.url)
+        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=10 * SILENCE)
+        self._connection.putrequest(method, path)
+        for name, value in headers.items():
+            self._connection.putheader(name, value)
+        self._connection.endheaders()
+
+    def __enter__(self) -> Slow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def send(self, data: bytes) -> None:
+        self._connection.send(data)
+
+    def answer(self) -> tuple[int, dict[str, Any]]:
+        answer = self._connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+def metric(run: PlainRun, name: str) -> float:
+    lines = run.http.get("/metrics").text.splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# --- size and depth -------------------------------------------------------------------------------------------------
+
+
+def test_json_too_large_is_refused_unread(strict: ServerProcess) -> None:
+    """A JSON body announced beyond the limit is 413 before it is sent."""
+    too_long = str(Settings(data_dir=None).json_bytes + 1)
+    with Slow(strict, "POST", "/v1/runs", {**JSON, "Content-Length": too_long}) as request:
+        status, problem = request.answer()
+
+    assert (status, problem["code"]) == (413, "body_too_large")
+    assert str(Settings(data_dir=None).json_bytes) in problem["detail"]
+
+
+def test_json_too_large_in_chunks(run: PlainRun) -> None:
+    """A JSON body that grows beyond the limit without announcing it is 413, and the server lives on."""
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(80):
+            yield b" " * (1 << 20)
+
+    answer: httpx.Response | None = None
+    with contextlib.suppress(httpx.WriteError, httpx.ReadError):  # closed before all was sent
+        answer = run.http.post("/v1/runs", content=endless(), headers=JSON)
+    assert answer is None or answer.status_code == 413
+    assert run.http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"run": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"run": "\xff\xfe"}',
+        b"\xff" * 1000,
+        b'{"run": "\\ud800", "layout": []}',
+        b"{} {}",
+        b"NaN",
+    ],
+)
+def test_json_that_cannot_be_read(body: bytes, run: PlainRun) -> None:
+    """JSON nested without end, that is not UTF-8, or none at all, is 422 in the one shape."""
+    for method, path in (("POST", "/v1/runs"), ("PATCH", run.path)):
+        answer = run.http.request(method, path, content=body, headers=JSON)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [0, 5, 100, 20_000], ids=["nothing", "a piece of the length", "the header", "half"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["known length", "in chunks"])
+def test_silent_sender_loses_its_staging(sent: int, chunked: bool, run: PlainRun, strict: ServerProcess) -> None:
+    """Who falls silent in the middle of a push is answered 408 after --body-timeout, and holds no memory."""
+    headers = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": str(len(BODY))}
+    before = run.pull().content
+    with Slow(strict, "PUT", f"{run.path}/updates/1", headers) as request:
+        piece = BODY[:sent]
+        if piece:
+            request.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        status, problem = request.answer()
+
+        assert (status, problem["code"], problem["retryable"]) == (408, "request_timeout", True)
+        assert f"{SILENCE:g} seconds" in problem["detail"]
+        assert metric(run, "ema_staging_bytes") == 0
+    assert run.pull().content == before
+    assert run.push(1, TENSORS).json()["applied"]
+    assert "Traceback" not in strict.log
+
+
+def test_silent_sender_spoils_no_log(run: PlainRun, strict: ServerProcess) -> None:
+    """A sender that was given up and hangs up later leaves no error in the server's log."""
+    for _ in range(3):
+        with Slow(strict, "PUT", f"{run.path}/updates/1", {"Content-Length": str(len(BODY))}) as request:
+            request.send(BODY[:100])
+            assert request.answer()[0] == 408
+    run.push(1, TENSORS)
+
+    assert "Traceback" not in strict.log
+    assert "never retrieved" not in strict.log
+
+
+def test_slow_but_steady_sender_is_heard(run: PlainRun, strict: ServerProcess) -> None:
+    """The deadline is for silence: a body that takes longer in all, but keeps coming, is taken."""
+    with Slow(strict, "PUT", f"{run.path}/updates/1", {"Content-Length": str(len(BODY))}) as request:
+        for at in range(0, len(BODY), 5000):
+            request.send(BODY[at : at + 5000])
+            time.sleep(SILENCE / 4)
+        status, result = request.answer()
+
+    assert (status, result["applied"]) == (200, True)
+
+
+def test_silent_sender_of_json(strict: ServerProcess) -> None:
+    """A JSON body that never comes is given up as well: 408."""
+    with Slow(strict, "POST", "/v1/runs", {**JSON, "Content-Length": "100"}) as request:
+        request.send(b'{"run": ')
+        status, problem = request.answer()
+
+    assert (status, problem["code"]) == (408, "request_timeout")
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_pushes_beyond_the_budget(run: PlainRun, strict: ServerProcess) -> None:
+    """Pushes in flight beyond --staging-bytes are 503 with Retry-After, unread; afterwards there is room."""
+    headers = {"Content-Length": str(len(BODY))}
+    with (
+        Slow(strict, "PUT", f"{run.path}/updates/1", headers) as first,
+        Slow(strict, "PUT", f"{run.path}/updates/2", headers) as second,
+    ):
+        wait_until(lambda: metric(run, "ema_staging_bytes") == 80_000)
+        refused = run.push(3, TENSORS)
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        first.send(BODY)
+        assert first.answer()[0] == 200
+        second.send(BODY)
+        assert second.answer()[0] in (200, 503)  # superseded: it was begun before the first was applied
+
+    wait_until(lambda: metric(run, "ema_staging_bytes") == 0)
+    assert run.push(3, TENSORS).status_code == 200
+
+
+def test_run_that_never_fits(strict: ServerProcess, plain_run: Callable[..., PlainRun]) -> None:
+    """A run whose pushes could never fit the budget is 413, naming the setting."""
+    run = plain_run(strict)
+    run.create({"w": torch.zeros(30_000)}).raise_for_status()
+    answer = run.begin({"w": torch.zeros(30_000)})
+
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert "--staging-bytes" in answer.json()["hint"]
+
+
+def test_readers_of_different_runs_within_the_budget(
+    strict: ServerProcess, plain_run: Callable[..., PlainRun], run_name: str
+) -> None:
+    """Reading one after the other never meets the readers' budget: what was read is let go of."""
+    for number in range(4):
+        run = plain_run(strict, TENSORS, name=f"{run_name}-{number}")
+        assert run.pull().status_code == 200
+    assert metric(run, "ema_frozen_bytes") == 0

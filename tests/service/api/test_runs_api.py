@@ -1,0 +1,196 @@
+"""Routes of a run as a whole, over a real server.
+
+Knows JSON and status codes. Does not know the server's code; hostile bodies are in tests/e2e/test_attacks.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
+
+MakeRun = Callable[..., "PlainRun"]
+
+TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(5, dtype=torch.bfloat16), "s": torch.tensor(1.5)}
+
+
+def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> None:
+    """A run created with a layout alone has LitEma's defaults and awaits its weights."""
+    run = plain_run(server)
+    before = time.time()
+    answer = run.create(TENSORS)
+    info = answer.json()
+
+    assert answer.status_code == 201
+    assert before - 1 <= info.pop("created_at") == info.pop("updated_at") <= time.time() + 1
+    assert info == {
+        "run": run.name,
+        "status": "awaiting_weights",
+        "decay": 0.9999,
+        "num_updates": 0,
+        "effective_decay": None,
+        "use_num_updates": True,
+        "decay_per": "update",
+        "step": None,
+        "version": None,
+        "durable_step": None,
+        "durability": "memory",
+        "non_finite": "refuse",
+        "averages": [{"name": "ema", "schedule": "litema", "decay": 0.9999, "effective_decay": None}],
+        "tensors": 3,
+        "parameters": 12,
+        "bytes": 48,
+        "device": "cpu",
+        "shadow_dtype": "F32",
+    }
+
+
+def test_create_again(server: ServerProcess, plain_run: MakeRun) -> None:
+    """The same configuration again is 200 and changes nothing, also once the run is at work; another is 409."""
+    run = plain_run(server, TENSORS, decay=0.5)
+    run.push(1, TENSORS)
+    before = run.info()
+
+    again = run.create(dict(reversed(TENSORS.items())), decay=0.5, averages=[{"name": "ema"}])
+    assert (again.status_code, again.json()) == (200, before)
+    other = run.create(TENSORS, decay=0.6)
+    assert (other.status_code, other.json()["code"]) == (409, "run_exists")
+    assert run.name in other.json()["detail"]
+    assert run.info() == before
+
+
+def test_config_is_taken_over(server: ServerProcess, plain_run: MakeRun) -> None:
+    """Every field of the configuration shows in the run."""
+    config: dict[str, Any] = {
+        "decay": 0.25,
+        "use_num_updates": False,
+        "decay_per": "step",
+        "non_finite": "allow",
+        "durability": "memory",
+        "averages": [{"name": "a"}, {"name": "b", "schedule": "constant", "decay": 0.75}],
+    }
+    info = plain_run(server, TENSORS, **config).info()
+
+    averages = info.pop("averages")
+    assert {key: info[key] for key in config if key != "averages"} == {
+        k: v for k, v in config.items() if k != "averages"
+    }
+    assert [(a["name"], a["schedule"], a["decay"]) for a in averages] == [
+        ("a", "litema", 0.25),
+        ("b", "constant", 0.75),
+    ]
+    assert (info["num_updates"], info["bytes"]) == (-1, 96)
+
+
+def test_runs_are_listed(server: ServerProcess, plain_run: MakeRun, run_name: str) -> None:
+    """The list has each run as it stands, oldest first."""
+    runs = [plain_run(server, TENSORS, name=f"{run_name}-{letter}") for letter in "cab"]
+    listed = runs[0].http.get("/v1/runs").json()["runs"]
+
+    mine = [info for info in listed if info["run"].startswith(f"{run_name}-")]
+    assert mine == [run.info() for run in runs]
+
+
+def test_decay_is_changed_from_the_next_update_on(
+    server: ServerProcess, plain_run: MakeRun, litema: type[LitEmaOracle]
+) -> None:
+    """PATCH changes the decay of the first or a named average; the next update uses it, bit for bit."""
+    run = plain_run(server, TENSORS, decay=0.9, use_num_updates=False, averages=[{"name": "a"}, {"name": "b"}])
+    before = run.weights()
+    assert run.http.patch(run.path, json={"decay": 0.25}).json()["decay"] == 0.25
+    info = run.http.patch(run.path, json={"decay": 0.5, "average": "b"}).json()
+    assert [average["decay"] for average in info["averages"]] == [0.25, 0.5]
+    assert all(torch.equal(value, before[name]) for name, value in run.weights().items())
+
+    moved = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    run.push(1, moved).raise_for_status()
+    for average, decay in (("a", 0.25), ("b", 0.5)):
+        oracle = litema(TENSORS, decay, use_num_updates=False)
+        oracle.update(moved)
+        assert all(torch.equal(value, oracle.shadow[name]) for name, value in run.weights(average=average).items())
+
+
+def test_decay_of_an_unknown_average(server: ServerProcess, plain_run: MakeRun) -> None:
+    """PATCH of an average the run has not is 404 and names those it has."""
+    run = plain_run(server, TENSORS)
+    answer = run.http.patch(run.path, json={"decay": 0.5, "average": "none"})
+
+    assert (answer.status_code, answer.json()["code"]) == (404, "average_not_found")
+    assert "ema" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(("counting", "after"), [(True, 0), (False, -1)])
+def test_reset(counting: bool, after: int, server: ServerProcess, plain_run: MakeRun) -> None:
+    """reset-num-updates begins the warm-up anew where the counter is on, and leaves it off where it is off."""
+    run = plain_run(server, TENSORS, use_num_updates=counting)
+    first = run.push(1, TENSORS).json()
+    run.push(2, TENSORS)
+    answer = run.http.post(f"{run.path}/reset-num-updates")
+
+    assert (answer.status_code, answer.json()["num_updates"]) == (200, after)
+    assert run.push(3, TENSORS).json()["effective_decay"] == first["effective_decay"]
+
+
+def test_delete(server: ServerProcess, plain_run: MakeRun) -> None:
+    """A deleted run is 404 everywhere and its name is free."""
+    run = plain_run(server, TENSORS)
+    run.http.put(f"{run.path}/snapshots/s").raise_for_status()
+    answer = run.http.delete(run.path)
+
+    assert (answer.status_code, answer.content) == (204, b"")
+    for gone in (run.http.get(run.path), run.pull(), run.push(1, TENSORS), run.http.delete(run.path)):
+        assert (gone.status_code, gone.json()["code"]) == (404, "run_not_found")
+    assert run.create({"other": torch.zeros(1)}).status_code == 201
+    assert run.http.get(f"{run.path}/snapshots").json() == {"snapshots": []}
+
+
+def test_run_created_again_is_not_mistaken_for_the_old(server: ServerProcess, plain_run: MakeRun) -> None:
+    """What a reader holds of a deleted run is never answered 304, nor continued, from a new run of its name."""
+    run = plain_run(server, TENSORS)
+    old = run.pull()
+    run.http.delete(run.path)
+    plain_run(server, {name: tensor + 1 for name, tensor in TENSORS.items()})
+
+    tag = old.headers["etag"]
+    assert run.http.get(f"{run.path}/weights", headers={"If-None-Match": tag}).status_code == 200
+    assert run.http.get(f"{run.path}/weights", headers={"Range": "bytes=9-", "If-Range": tag}).status_code == 200
+
+
+ROUTES = [
+    ("GET", ""),
+    ("PATCH", ""),
+    ("DELETE", ""),
+    ("POST", "/reset-num-updates"),
+    ("PUT", "/weights"),
+    ("GET", "/weights"),
+    ("HEAD", "/weights"),
+    ("PUT", "/updates/1"),
+    ("GET", "/updates/1"),
+    ("GET", "/snapshots"),
+    ("PUT", "/snapshots/s"),
+    ("GET", "/snapshots/s"),
+    ("DELETE", "/snapshots/s"),
+    ("GET", "/snapshots/s/weights"),
+    ("HEAD", "/snapshots/s/weights"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_knows_what_is_no_run(method: str, path: str, server: ServerProcess, plain_run: MakeRun) -> None:
+    """Every route answers 404 run_not_found for an unknown run, and 422 for what is no name."""
+    http = plain_run(server).http
+    json = {"decay": 0.5} if method == "PATCH" else None
+    unknown = http.request(method, f"/v1/runs/nobody{path}", json=json)
+    no_name = http.request(method, f"/v1/runs/-x{path}", json=json)
+
+    assert (unknown.status_code, no_name.status_code) == (404, 422)
+    if method != "HEAD":
+        assert unknown.json()["code"] == "run_not_found"
+        assert "'nobody'" in unknown.json()["detail"]
+        assert no_name.json()["code"] == "invalid_request"

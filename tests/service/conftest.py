@@ -1,0 +1,156 @@
+"""Runs and registries in this process, for tests that need no server.
+
+Knows how a body becomes a staged push. Does not know what a test wants of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ema_client.protocol import RunConfig, RunInfo, TensorSpec, UpdateResult
+from ema_service.runs import Layout, Memory, Registry, Run, Staged, State, UpdateBody
+from ema_service.runs.arena import TORCH_DTYPES
+from ema_service.storage import Store
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+#: Every dtype, an empty and a 0-d tensor; sizes that are no multiple of a cache line.
+_SHAPES = {"wide": (3,), "conv.weight": (4, 3, 3), "scalar": (), "none": (0, 5), "emb": (7, 5), "half": (11,)}
+_DTYPES = {"wide": torch.float64, "emb": torch.bfloat16, "half": torch.float16}
+
+
+@pytest.fixture(scope="session")
+def model() -> Callable[[int], dict[str, Tensor]]:
+    """Parameters of a small model with every dtype; each seed gives other values."""
+
+    def make(seed: int) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(seed)
+        return {n: torch.randn(s, generator=random).to(_DTYPES.get(n, torch.float32)) for n, s in _SHAPES.items()}
+
+    return make
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory(torch.device("cpu"), keep_bytes=1 << 20)
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, tuple(tensor.shape), _NAMES[tensor.dtype]) for name, tensor in tensors.items())
+
+
+@pytest.fixture(scope="session")
+def layout_of() -> Callable[[Mapping[str, Tensor]], Layout]:
+    """The layout of a model."""
+    return lambda tensors: Layout(specs_of(tensors))
+
+
+def stage_body(staged: Staged, tensors: Mapping[str, Tensor]) -> Staged:
+    """Fill staged memory with a body as the safetensors library writes it."""
+    body = UpdateBody(staged)
+    body.feed(save(dict(tensors)))
+    body.finish()
+    return staged
+
+
+class LocalRun:
+    """A run in this process: what the routes do with it, without HTTP."""
+
+    def __init__(self, run: Run, memory: Memory) -> None:
+        self.run = run
+        self._memory = memory
+
+    @property
+    def state(self) -> State:
+        return self.run.ready_state()
+
+    @property
+    def info(self) -> RunInfo:
+        return self.run.info()
+
+    def staged(self, tensors: Mapping[str, Tensor]) -> Staged:
+        return stage_body(Staged(self.run.layout, self._memory), tensors)
+
+    def begin(self, tensors: Mapping[str, Tensor], **numbers: int) -> None:
+        """Give the initial weights."""
+        self.run.initialise(self.staged(tensors), **numbers)
+
+    def push(self, step: int, tensors: Mapping[str, Tensor]) -> UpdateResult:
+        return self.run.commit(self.run.begin(step, self.staged(tensors)))
+
+    def shadows(self, average: str | None = None) -> dict[str, Tensor]:
+        """The current shadows of one average by name: views, not copies."""
+        arena = self.run.average(self.state, average).arena
+        entries = self.run.layout.shadows
+        return {e.name: arena.tensor[e.begin : e.end].view(TORCH_DTYPES[e.dtype]).view(e.shape) for e in entries}
+
+
+@pytest.fixture
+def local_run(memory: Memory) -> Callable[..., LocalRun]:
+    """Make a run of a model; it has its initial weights unless ``begun=False``. Keywords go into its RunConfig."""
+
+    def make(tensors: Mapping[str, Tensor], *, begun: bool = True, **config: Any) -> LocalRun:
+        specs = specs_of(tensors)
+        run = LocalRun(Run(RunConfig("r", specs, **config), Layout(specs), memory, created_at=1.0), memory)
+        if begun:
+            run.begin(tensors)
+        return run
+
+    return make
+
+
+class LocalServer:
+    """A registry on a data dir. ``stop()`` ends it cleanly, ``crash()`` as a kill would; ``start()`` opens it again."""
+
+    def __init__(self, folder: Path | None, *, staging_bytes: int = 1 << 24, frozen_bytes: int = 1 << 24) -> None:
+        self.folder = folder
+        self._budgets = {"staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
+        self._open = False
+        self.start()
+
+    def start(self) -> None:
+        self.memory = Memory(torch.device("cpu"), keep_bytes=1 << 20)
+        self.store = Store(self.folder) if self.folder else None
+        self.registry = Registry(self.memory, self.store, **self._budgets)
+        self._open = True
+
+    def stop(self) -> None:
+        self.registry.close()
+        self._open = False
+
+    def crash(self) -> None:
+        if self.store:
+            self.store.close()
+        self._open = False
+
+    def end(self) -> None:
+        if self._open:
+            self.crash()
+
+    def create(self, name: str, tensors: Mapping[str, Tensor], **config: Any) -> LocalRun:
+        run, _ = self.registry.create(RunConfig(name, specs_of(tensors), **config))
+        return LocalRun(run, self.memory)
+
+    def run(self, name: str) -> LocalRun:
+        return LocalRun(self.registry.get(name), self.memory)
+
+
+@pytest.fixture
+def local_server(tmp_path: Path) -> Iterator[Callable[..., LocalServer]]:
+    """Open registries: on the test's data dir, or with ``memory=True`` on none. All are ended after the test."""
+    opened: list[LocalServer] = []
+
+    def start(*, memory: bool = False, **budgets: int) -> LocalServer:
+        opened.append(LocalServer(None if memory else tmp_path / "data", **budgets))
+        return opened[-1]
+
+    yield start
+    for server in opened:
+        server.end()

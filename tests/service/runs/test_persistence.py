@@ -1,0 +1,520 @@
+"""One run on disk: what a restart brings back, what damage does, snapshots.
+
+Knows data dirs, and registries opened on them again. Does not know HTTP or processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ema_client.errors import (
+    AverageNotFound,
+    AwaitingWeights,
+    EmaError,
+    RunDegraded,
+    RunNotFound,
+    SnapshotExists,
+    SnapshotNotFound,
+)
+from ema_client.protocol import AverageConfig, WeightsInfo
+from ema_service.runs import WeightsStream
+from ema_service.storage import files as storage_files
+from ema_service.storage import store as storage_store
+
+if TYPE_CHECKING:
+    from tests.service.conftest import LocalRun, LocalServer
+
+Model = Callable[[int], dict[str, Tensor]]
+
+TWO = (AverageConfig("slow"), AverageConfig("fast", decay=0.5))
+
+
+@pytest.fixture
+def server(local_server: Callable[..., LocalServer]) -> LocalServer:
+    return local_server()
+
+
+@pytest.fixture
+def run(server: LocalServer, model: Model) -> LocalRun:
+    """A run with two averages at step 30."""
+    run = server.create("r", model(0), averages=TWO)
+    run.begin(model(0))
+    for step in (10, 20, 30):
+        run.push(step, model(step))
+    return run
+
+
+def again(server: LocalServer) -> LocalRun:
+    """The run after a new start."""
+    server.start()
+    return server.run("r")
+
+
+def seen(run: LocalRun) -> dict[str, bytes]:
+    """The bytes of each average."""
+    return {a.name: a.arena.tensor.numpy().tobytes() for a in run.state.averages}
+
+
+def etag(run: LocalRun) -> str:
+    state = run.state
+    return WeightsStream(run.run.layout.shadows, run.run.weights_info(state, state.averages[0])).etag
+
+
+def data_files(server: LocalServer, pattern: str) -> list[Path]:
+    assert server.folder is not None
+    return sorted((server.folder / "runs").glob(pattern))
+
+
+# --- restart --------------------------------------------------------------------------------------------------------
+
+
+def test_clean_restart(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """After a clean stop everything is as it was, same version; the step is durable and exactly once still holds."""
+    run.run.set_decay(0.75, "fast")
+    before, info, tag = seen(run), run.info, etag(run)
+    server.stop()
+    run = again(server)
+
+    assert seen(run) == before
+    assert etag(run) == tag
+    assert (run.info.version, run.info.step, run.info.durable_step) == (info.version, 30, 30)
+    assert run.info.averages == info.averages
+    assert (run.info.num_updates, run.info.updated_at, run.info.created_at) == (3, info.updated_at, info.created_at)
+    assert not run.push(30, model(30)).applied
+    assert run.run.status_of(30).state == "applied"
+    assert run.push(40, model(40)).version == "1.4"
+
+
+def test_run_without_weights_restarts(server: LocalServer, model: Model) -> None:
+    """A run that awaits its weights comes back awaiting them."""
+    server.create("r", model(0), decay=0.5)
+    server.stop()
+
+    assert (again(server).info.status, server.run("r").info.decay) == ("awaiting_weights", 0.5)
+
+
+def test_run_without_updates_restarts(server: LocalServer, model: Model) -> None:
+    """A run with initial weights only comes back with them, and the same initial weights again change nothing."""
+    run = server.create("r", model(0))
+    run.begin(model(0), num_updates=5, step=100)
+    before = seen(run)
+    server.stop()
+    run = again(server)
+    run.begin(model(0), num_updates=5, step=100)
+
+    assert seen(run) == before
+    assert (run.info.version, run.info.num_updates, run.info.step, run.info.durable_step) == ("1.0", 5, 100, 100)
+
+
+def test_crash_brings_back_the_checkpoint(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """After a crash the run stands where its last checkpoint was taken, in a new epoch; durable_step had said so."""
+    server.registry.checkpoint()
+    before, tag = seen(run), etag(run)
+    assert run.info.durable_step == 30
+    assert run.push(40, model(40)).durable_step == 30
+    server.crash()
+    run = again(server)
+
+    assert (run.info.step, run.info.version, run.info.durable_step) == (30, "2.3", 30)
+    assert seen(run) == before
+    assert etag(run) != tag, "the version is another: its ETag is too"
+
+
+def test_each_crash_is_a_new_epoch(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """The epoch grows at each unclean stop and at no clean one, with or without updates in between."""
+    server.stop()
+    versions = []
+    for stop in (server.crash, server.crash, server.stop, server.stop, server.crash):
+        run = again(server)
+        versions.append(run.info.version)
+        stop()
+    run = again(server)
+    run.push(40, model(40))
+    server.crash()
+    versions.append(again(server).info.version)
+
+    assert versions == ["1.3", "2.3", "3.3", "3.3", "3.3", "5.3"]
+
+
+def test_crash_before_any_checkpoint(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """A run that was never kept comes back awaiting weights, and what a reader saw before has no ETag in common."""
+    tags = {etag(run)}
+    assert run.info.durable_step is None
+    server.crash()
+    run = again(server)
+    assert run.info.status == "awaiting_weights"
+    run.begin(model(99))
+    for step in (10, 20, 30):
+        run.push(step, model(step))
+
+    assert etag(run) not in tags
+
+
+def test_deleted_and_created_again(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """A run deleted and created anew under its name shares no ETag with the old one: its bytes are others."""
+    old = etag(run)
+    server.registry.delete("r")
+    run = server.create("r", model(0), averages=TWO)
+    run.begin(model(99))
+    for step in (10, 20, 30):
+        run.push(step, model(step))
+
+    assert etag(run) != old
+
+
+def test_checkpoint_only_of_what_moved(server: LocalServer, run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that did not move since its checkpoint is not written again, not at the end either."""
+    server.registry.checkpoint()
+    written: list[str] = []
+    save = storage_files.write_whole
+
+    def note(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+        written.append(path.name)
+        return save(path, chunks)
+
+    monkeypatch.setattr(storage_store, "write_whole", note)
+    server.registry.checkpoint()
+    assert written == []
+    run.run.set_decay(0.5, None)
+    server.registry.checkpoint()
+    assert sorted(written) == ["fast.safetensors", "slow.safetensors"]
+    server.stop()
+    assert len(written) == 2
+
+
+def test_failed_checkpoint_leaves_the_one_before(
+    server: LocalServer, run: LocalRun, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk costs a checkpoint, never the one before; durable_step stays true and the next one catches up."""
+    server.registry.checkpoint()
+    before = seen(run)
+    run.push(40, model(40))
+
+    def full(path: Path, _chunks: Iterable[bytes | memoryview]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_store, "write_whole", full)
+        server.registry.checkpoint()
+    assert run.info.durable_step == 30
+    server.crash()
+    run = again(server)
+    assert seen(run) == before
+    run.push(41, model(41))
+    server.registry.checkpoint()
+    assert run.info.durable_step == 41
+
+
+def test_checkpoint_does_not_need_frozen_budget(local_server: Callable[..., LocalServer], model: Model) -> None:
+    """However small the readers' budget, a run with several averages is kept at a clean stop."""
+    server = local_server(frozen_bytes=1)
+    run = server.create("r", model(0), averages=TWO)
+    run.begin(model(0))
+    run.push(1, model(1))
+    before = seen(run)
+    server.stop()
+
+    assert again(server).info.status == "ready"
+    assert seen(server.run("r")) == before
+
+
+def test_reader_does_not_keep_a_run_from_disk(local_server: Callable[..., LocalServer], model: Model) -> None:
+    """Readers that use up their budget do not keep a checkpoint from being written."""
+    server = local_server(frozen_bytes=1)
+    run = server.create("r", model(0))
+    run.begin(model(0))
+    server.registry.frozen.acquire(run.state.averages[0].arena)
+    run.push(1, model(1))
+    server.registry.checkpoint()
+
+    assert run.info.durable_step == 1
+
+
+def test_updates_go_on_while_a_checkpoint_is_written(
+    server: LocalServer, run: LocalRun, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is of one version although updates pass while its files are written, and no update waits for it."""
+    before = seen(run)
+    writing, go_on = threading.Event(), threading.Event()
+    save = storage_files.write_whole
+
+    def slowly(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+        writing.set()
+        assert go_on.wait(30)
+        return save(path, chunks)
+
+    monkeypatch.setattr(storage_store, "write_whole", slowly)
+    keeping = threading.Thread(target=server.registry.checkpoint)
+    keeping.start()
+    assert writing.wait(30)
+    for step in range(31, 60):
+        run.push(step, model(step))
+    go_on.set()
+    keeping.join(30)
+    assert run.info.durable_step == 30
+    server.crash()
+
+    assert seen(again(server)) == before
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut by a byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "cut in its header": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "a header of rubbish": lambda path: path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtyqe"', 1)),
+    "another layout": lambda path: path.write_bytes(path.read_bytes().replace(b'"scalar"', b'"scalax"', 1)),
+    "gone": lambda path: path.unlink(),
+    "its folder gone": lambda path: shutil.rmtree(path.parent),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("average", ["slow", "fast"])
+def test_damaged_checkpoint_degrades_the_run(
+    damage: str, average: str, server: LocalServer, run: LocalRun, model: Model
+) -> None:
+    """A damaged checkpoint makes that run degraded, saying why; it refuses work, and its files are left for a human."""
+    other = server.create("other", model(0))
+    other.begin(model(0))
+    server.stop()
+    [path] = data_files(server, f"r.*/checkpoint-*/{average}.safetensors")
+    DAMAGE[damage](path)
+    left = {each: each.read_bytes() for each in data_files(server, "r.*/checkpoint-*/*")}
+    run = again(server)
+
+    assert run.info.status == "degraded"
+    for act in (lambda: run.push(40, model(40)), lambda: run.begin(model(0)), lambda: run.state):
+        with pytest.raises(RunDegraded, match="checkpoint"):
+            act()
+    assert run.info.durable_step is None
+    assert server.run("other").info.status == "ready"
+    server.stop()
+    assert {each: each.read_bytes() for each in data_files(server, "r.*/checkpoint-*/*")} == left
+
+
+def test_repaired_run_comes_back(server: LocalServer, run: LocalRun) -> None:
+    """A degraded run whose file is put back is what it was after the next start."""
+    before = seen(run)
+    server.stop()
+    [path] = data_files(server, "r.*/checkpoint-*/slow.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert again(server).info.status == "degraded"
+    server.stop()
+    path.write_bytes(whole)
+
+    assert seen(again(server)) == before
+
+
+@pytest.mark.usefixtures("run")
+def test_degraded_run_can_be_deleted(server: LocalServer, model: Model) -> None:
+    """A degraded run can be deleted and created anew."""
+    server.stop()
+    data_files(server, "r.*/checkpoint-*/slow.safetensors")[0].unlink()
+    again(server)
+    server.registry.delete("r")
+
+    assert data_files(server, "r.*") == []
+    assert server.create("r", model(0)).info.status == "awaiting_weights"
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_is_plain_safetensors(server: LocalServer, run: LocalRun) -> None:
+    """A checkpoint's files open in the safetensors library, with the shadows' bytes and what they are of."""
+    shadows = {name: run.shadows(name) for name in ("slow", "fast")}
+    server.registry.checkpoint()
+    for name, expected in shadows.items():
+        [path] = data_files(server, f"r.*/checkpoint-*/{name}.safetensors")
+        loaded = load_file(path)
+        assert all(torch.equal(loaded[each], value) for each, value in expected.items())
+        with safe_open(path, "pt") as file:
+            info = WeightsInfo.from_metadata(file.metadata())
+        assert (info.run, info.average, info.version, info.step) == ("r", name, "1.3", 30)
+
+
+def test_only_one_checkpoint_is_kept(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """However many checkpoints were taken, the files of one lie on disk."""
+    for step in range(40, 46):
+        run.push(step, model(step))
+        server.registry.checkpoint()
+
+    assert len(data_files(server, "r.*/checkpoint-*/*")) == 2
+
+
+@pytest.mark.usefixtures("run")
+def test_deletion_removes_the_files(server: LocalServer) -> None:
+    """Deleting a run removes its folder, and after a restart it is still gone."""
+    server.registry.files("r").snapshot("s")
+    server.registry.checkpoint()
+    server.registry.delete("r")
+    assert data_files(server, "r.*") == []
+    server.stop()
+    server.start()
+
+    with pytest.raises(RunNotFound):
+        server.run("r")
+
+
+@pytest.mark.usefixtures("run")
+def test_deleted_run_is_not_kept_by_a_late_checkpoint(server: LocalServer) -> None:
+    """A checkpoint that comes after the deletion writes nothing."""
+    files = server.registry.files("r")
+    server.registry.delete("r")
+
+    assert not files.checkpoint(final=True)
+    assert data_files(server, "r.*") == []
+
+
+# --- snapshots ------------------------------------------------------------------------------------------------------
+
+
+def test_snapshot_is_a_version(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """A snapshot holds all averages as they were, whatever comes after, also after a restart."""
+    before = seen(run)
+    info, new = server.registry.files("r").snapshot("s")
+    assert new
+    assert (info.run, info.name, info.version, info.step, info.num_updates) == ("r", "s", "1.3", 30, 3)
+    assert info.averages == ("slow", "fast")
+    run.push(40, model(40))
+    server.stop()
+    again(server)
+
+    files = server.registry.files("r")
+    assert files.snapshots() == [info]
+    paths = data_files(server, "r.*/snapshots/s/*")
+    assert info.bytes == sum(path.stat().st_size for path in paths)
+    for name, expected in before.items():
+        file, about = files.open_snapshot("s", name)
+        assert bytes(file.read(0, len(expected))) == expected
+        assert (about.average, about.version, about.snapshot) == (name, "1.3", "s")
+        file.close()
+
+
+def test_snapshot_again(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """The same name again is the same snapshot as long as the run has not moved; then it is refused."""
+    files = server.registry.files("r")
+    first, _ = files.snapshot("s")
+
+    assert files.snapshot("s") == (first, False)
+    run.push(40, model(40))
+    with pytest.raises(SnapshotExists, match=r"1\.3.*1\.4"):
+        files.snapshot("s")
+    assert files.snapshot("t")[0].version == "1.4"
+    assert [info.name for info in files.snapshots()] == ["s", "t"]
+
+
+@pytest.mark.usefixtures("run")
+def test_snapshots_that_are_not_there(server: LocalServer, model: Model) -> None:
+    """Unknown snapshots and averages are named; a run without weights has nothing to copy."""
+    files = server.registry.files("r")
+    files.snapshot("s")
+    for act in (
+        lambda: files.find_snapshot("none"),
+        lambda: files.open_snapshot("none", None),
+        lambda: files.delete_snapshot("none"),
+    ):
+        with pytest.raises(SnapshotNotFound, match="'none'"):
+            act()
+    with pytest.raises(AverageNotFound, match="'none'"):
+        files.open_snapshot("s", "none")
+    server.create("empty", model(0))
+    with pytest.raises(AwaitingWeights):
+        server.registry.files("empty").snapshot("s")
+
+
+def test_snapshot_deleted_under_its_reader(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """Who reads a snapshot reads on to its end after it was deleted; its name is free for another version."""
+    before = seen(run)["slow"]
+    files = server.registry.files("r")
+    files.snapshot("s")
+    file, _ = files.open_snapshot("s", None)
+    files.delete_snapshot("s")
+    assert data_files(server, "r.*/snapshots/*") == []
+    run.push(40, model(40))
+    assert files.snapshot("s")[0].version == "1.4"
+
+    assert bytes(file.read(0, len(before))) == before
+    file.close()
+
+
+@pytest.mark.parametrize("damage", ["cut by a byte", "a header of rubbish", "gone"])
+@pytest.mark.usefixtures("run")
+def test_damaged_snapshot_is_not_the_readers_fault(damage: str, server: LocalServer) -> None:
+    """A damaged snapshot is an error of the server's, in the tree, naming the snapshot: not "send another body"."""
+    files = server.registry.files("r")
+    files.snapshot("s")
+    [path] = data_files(server, "r.*/snapshots/s/slow.safetensors")
+    DAMAGE[damage](path)
+
+    with pytest.raises(EmaError) as refusal:
+        files.open_snapshot("s", "slow")
+    assert refusal.value.status != 422
+    assert "'s'" in refusal.value.detail
+
+
+@pytest.mark.usefixtures("run")
+def test_snapshot_on_a_full_disk(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot that could not be written is not there, and can be taken once there is room."""
+    files = server.registry.files("r")
+
+    def full(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+        for _ in chunks:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_store, "write_whole", full)
+        with pytest.raises((OSError, EmaError)):
+            files.snapshot("s")
+    assert files.snapshots() == []
+    assert server.registry.frozen.bytes_in_use == 0
+
+    assert files.snapshot("s")[1]
+
+
+@pytest.mark.usefixtures("run")
+def test_everything_is_synced_before_it_counts(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot's files, and every folder that got a new entry for them, are on disk before its row is."""
+    synced: list[Path] = []
+    sync = storage_files.sync_folder
+
+    def note(folder: Path) -> None:
+        synced.append(folder)
+        sync(folder)
+
+    monkeypatch.setattr(storage_files, "sync_folder", note)
+    monkeypatch.setattr(storage_store, "sync_folder", note)
+    server.registry.files("r").snapshot("s")
+    [folder] = data_files(server, "r.*/snapshots/s")
+
+    assert {folder, folder.parent, folder.parent.parent} <= set(synced)
+
+
+@pytest.mark.usefixtures("run")
+def test_stored_state_is_json(server: LocalServer) -> None:
+    """What the catalog says of a checkpoint is JSON that names the state, for whoever has to repair it."""
+    server.registry.checkpoint()
+    assert server.store is not None
+    [row] = server.store.runs()
+    checkpoint = server.store.checkpoint(row)
+    assert checkpoint is not None
+    state = json.loads(checkpoint.state)
+
+    assert (state["epoch"], state["n"], state["step"], state["num_updates"], state["final"]) == (1, 3, 30, 3, False)

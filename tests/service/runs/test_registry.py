@@ -1,0 +1,181 @@
+"""The registry: creating, finding, deleting runs; budgets; and what it does without a disk.
+
+Knows registries in this process. Does not know HTTP, or how a state is kept (test_persistence).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled
+from ema_client.protocol import AverageConfig, RunConfig, TensorSpec
+
+if TYPE_CHECKING:
+    from tests.service.conftest import LocalServer
+
+Model = Callable[[int], dict[str, Tensor]]
+StartServer = Callable[..., "LocalServer"]
+
+
+@pytest.fixture(params=[False, True], ids=["disk", "memory"])
+def server(request: pytest.FixtureRequest, local_server: StartServer) -> LocalServer:
+    return local_server(memory=request.param)
+
+
+def test_same_config_again_is_the_same_run(server: LocalServer, model: Model) -> None:
+    """Creating a run again with the same configuration, its tensors in any order, gives that run."""
+    first = server.create("r", model(0), decay=0.5)
+    again = server.create("r", dict(reversed(model(0).items())), decay=0.5)
+
+    assert again.run is first.run
+    assert [run.config.run for run in server.registry.runs()] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decay": 0.6}, "decay (0.5, not 0.6)"),
+        ({"decay": 0.5, "use_num_updates": False}, "use_num_updates (True, not False)"),
+        ({"decay": 0.5, "decay_per": "step"}, "decay_per (update, not step)"),
+        ({"decay": 0.5, "non_finite": "allow"}, "non_finite (refuse, not allow)"),
+        ({"decay": 0.5, "averages": (AverageConfig("a"),)}, "averages"),
+    ],
+)
+def test_other_config_is_refused(changes: dict[str, Any], words: str, server: LocalServer, model: Model) -> None:
+    """Creating a run again with another configuration is refused, naming the run and what differs."""
+    server.create("r", model(0), decay=0.5)
+
+    with pytest.raises(RunExists) as refusal:
+        server.create("r", model(0), **changes)
+
+    assert "'r'" in refusal.value.detail
+    assert words in refusal.value.detail
+
+
+def test_other_layout_is_refused_without_listing_it(server: LocalServer, model: Model) -> None:
+    """A run with another layout is refused in one short line."""
+    server.create("r", model(0))
+
+    with pytest.raises(RunExists) as refusal:
+        server.create("r", {**model(0), "more": torch.zeros(1)})
+
+    assert refusal.value.detail == "run 'r' exists with another layout"
+
+
+@pytest.mark.parametrize(
+    ("averages", "word"),
+    [
+        ((), "0 were given"),
+        (tuple(AverageConfig(f"a{i}") for i in range(17)), "17 were given"),
+        ((AverageConfig("a"), AverageConfig("b"), AverageConfig("a")), "'a' stands there 2 times"),
+    ],
+)
+def test_impossible_averages_are_refused(
+    averages: tuple[AverageConfig, ...], word: str, server: LocalServer, model: Model
+) -> None:
+    """No averages, too many, or two of one name are refused, and no run is made."""
+    with pytest.raises(InvalidRequest, match=word):
+        server.create("r", model(0), averages=averages)
+
+    assert server.registry.runs() == []
+
+
+def test_impossible_layout_makes_no_run(server: LocalServer) -> None:
+    """A layout no run can hold leaves nothing behind: the name is free."""
+    with pytest.raises(InvalidRequest):
+        server.registry.create(RunConfig("r", (TensorSpec("w", (1,), "I8"),)))
+    server.create("r", {"w": torch.zeros(1)})
+
+
+def test_unknown_run(server: LocalServer) -> None:
+    """A run that is not there is named in the refusal, whatever is asked of it."""
+    for act in (
+        lambda: server.registry.get("nobody"),
+        lambda: server.registry.files("nobody"),
+        lambda: server.registry.delete("nobody"),
+        lambda: server.registry.set_decay("nobody", 0.5, None),
+    ):
+        with pytest.raises(RunNotFound, match="'nobody'"):
+            act()
+
+
+def test_deleted_run_is_gone(server: LocalServer, model: Model) -> None:
+    """A deleted run is not found, takes no update, and its name is free for another layout."""
+    run = server.create("r", model(0))
+    run.begin(model(0))
+    server.registry.delete("r")
+
+    with pytest.raises(RunNotFound):
+        server.registry.get("r")
+    with pytest.raises(RunNotFound):
+        run.push(1, model(1))
+    assert server.create("r", {"other": torch.zeros(3)}).info.status == "awaiting_weights"
+
+
+def test_runs_are_listed_oldest_first(server: LocalServer, model: Model) -> None:
+    """runs() lists the runs in the order of their creation."""
+    for name in ("c", "a", "b"):
+        server.create(name, model(0))
+
+    assert [run.config.run for run in server.registry.runs()] == ["c", "a", "b"]
+
+
+def test_one_name_created_by_many(server: LocalServer, model: Model) -> None:
+    """Eight threads that create one run at once get one run, and one of them made it."""
+    specs = server.create("other", model(0)).run.config.layout
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: server.registry.create(RunConfig("r", specs)), range(8)))
+
+    assert len({id(run) for run, _ in made}) == 1
+    assert sum(new for _, new in made) == 1
+
+
+def test_memory_mode_keeps_nothing(local_server: StartServer, model: Model) -> None:
+    """Without a data dir snapshots are refused by name, updates work, and closing asks nothing of a disk."""
+    server = local_server(memory=True)
+    run = server.create("r", model(0))
+    run.begin(model(0))
+    run.push(1, model(1))
+    server.registry.checkpoint()
+
+    with pytest.raises(StorageDisabled, match="--memory"):
+        server.registry.files("r")
+    assert run.info.durable_step is None
+    server.stop()
+
+
+def test_listing_does_not_wait_for_a_deletion(server: LocalServer, model: Model) -> None:
+    """While a deletion waits for the update in hand, other runs can be listed and found: the event loop does both."""
+    slow, _ = server.create("slow", model(0)), server.create("other", model(0))
+    seen: list[int] = []
+    with slow.run._lock:
+        deleting = threading.Thread(target=server.registry.delete, args=("slow",), daemon=True)
+        deleting.start()
+        reading = threading.Thread(target=lambda: seen.append(len(server.registry.runs())), daemon=True)
+        reading.start()
+        reading.join(2)
+        finished = not reading.is_alive()
+    deleting.join(30)
+    reading.join(30)
+
+    assert finished, "runs() waited for the deletion of another run"
+
+
+def test_set_decay_is_noted(local_server: StartServer, model: Model) -> None:
+    """A change of the decay is in the run's history on disk."""
+    server = local_server()
+    run = server.create("r", model(0), averages=(AverageConfig("a"), AverageConfig("b")))
+    run.begin(model(0))
+    server.registry.set_decay("r", 0.25, None)
+    server.registry.set_decay("r", 0.5, "b")
+    assert server.store is not None
+    history = server.store._catalog.history(server.store.runs()[0].id)
+
+    assert [event for _, event in history] == ["decay of a set to 0.25", "decay of b set to 0.5"]

@@ -1,0 +1,155 @@
+"""The pass over a push: the same result however the push arrives.
+
+Knows staged memory and arenas. Does not know runs, threads or sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import Tensor
+
+from ema_client.errors import NonFinite
+from ema_client.protocol import TensorSpec
+from ema_service.averaging import kernel
+from ema_service.runs import Layout, Memory, Staged
+from ema_service.runs.arena import Arena
+from ema_service.runs.update import Feed, Pass
+
+WEIGHTS = (0.25, 0.8)
+
+Model = Callable[[int], dict[str, Tensor]]
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory(torch.device("cpu"), keep_bytes=1 << 20)
+
+
+def data_of(tensors: dict[str, Tensor]) -> bytes:
+    body = save(tensors)
+    return body[8 + int.from_bytes(body[:8], "little") :]
+
+
+class Push:
+    """A push to two averages, arriving in parts: only what has arrived is in memory, the rest is rubbish.
+
+    ahead: how many bytes the receiving is ahead of the pass.
+    """
+
+    def __init__(
+        self, layout: Layout, memory: Memory, tensors: dict[str, Tensor], shadow: Arena, *, ahead: int = 0
+    ) -> None:
+        self._ahead = ahead
+        self._data = data_of(tensors)
+        self._staged = Staged(layout, memory)
+        self._staged.data[:] = b"\xff" * len(self._data)
+        self._arrived = 0
+        self.outs = [memory.new_arena(layout), self._staged.arena]
+        feeds = [Feed(out, shadow, weight) for out, weight in zip(self.outs, WEIGHTS, strict=True)]
+        self._pass = Pass(self._staged, feeds, check=True)
+
+    def arrive(self, count: int) -> None:
+        arrived = min(count + self._ahead, len(self._data))
+        self._staged.data[self._arrived : arrived] = self._data[self._arrived : arrived]
+        self._arrived = arrived
+        self._pass.advance(count)
+
+    def finish(self) -> tuple[bytes, list[bytes]]:
+        """The digest, and the bytes of each average."""
+        self._staged.data[self._arrived :] = self._data[self._arrived :]
+        return self._pass.finish(), [out.tensor.numpy().tobytes() for out in self.outs]
+
+
+@given(
+    parts=st.lists(st.integers(0, 500), max_size=12),
+    block=st.sampled_from([8, 24, 1 << 18]),
+    ahead=st.sampled_from([0, 1, 50, 500]),
+)
+@example(parts=[166], block=1 << 18, ahead=500)  # in the middle of the last float32 but one, before bf16
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_result_does_not_depend_on_how_it_arrives(
+    parts: list[int], block: int, ahead: int, model: Model, layout_of: Callable[..., Layout], memory: Memory
+) -> None:
+    """Worked through in any parts, cut anywhere, digest and averages are those of the whole, bit for bit."""
+    layout = layout_of(model(0))
+    shadow = memory.new_arena(layout)
+    shadow.tensor.zero_()
+    whole = Push(layout, memory, model(1), shadow).finish()
+
+    push = Push(layout, memory, model(1), shadow, ahead=ahead)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "CPU_BLOCK_BYTES", block)
+        for count in sorted(min(part, layout.param_bytes) for part in parts):
+            push.arrive(count)
+        arrived = push.finish()
+
+    assert arrived == whole
+
+
+def test_every_byte_may_be_the_last_of_a_part(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:
+    """Arriving byte by byte, through all dtypes, gives the same as the whole at once."""
+    layout = layout_of(model(0))
+    shadow = memory.new_arena(layout)
+    shadow.tensor.zero_()
+    push = Push(layout, memory, model(1), shadow)
+    for count in range(layout.param_bytes):
+        push.arrive(count)
+
+    assert push.finish() == Push(layout, memory, model(1), shadow).finish()
+
+
+def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:
+    """Each average is shadow - weight * (shadow - param) in the shadow's dtype; the shadow stays as it was."""
+    layout = layout_of(model(0))
+    shadow = memory.new_arena(layout)
+    for index in range(len(layout.sections)):
+        shadow.section(index).copy_(torch.linspace(-2, 2, shadow.section(index).numel()))
+    before = shadow.tensor.clone()
+    push = Push(layout, memory, model(1), shadow)
+    push.finish()
+
+    params = data_of(model(1))
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    for index, (section, dtype) in enumerate(zip(layout.sections, dtypes, strict=True)):
+        param = torch.frombuffer(bytearray(params[section.param]), dtype=dtype)
+        old = shadow.section(index)
+        for out, weight in zip(push.outs, WEIGHTS, strict=True):
+            assert torch.equal(
+                out.section(index), old - torch.tensor(weight, dtype=old.dtype) * (old - param.to(old.dtype))
+            )
+    assert torch.equal(shadow.tensor, before)
+
+
+def test_digest_is_of_the_parameters(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:
+    """One bit changed anywhere gives another digest; the averages it feeds do not matter."""
+    layout = layout_of(model(0))
+
+    def digest(data: bytes, *feeds: Feed) -> bytes:
+        staged = Staged(layout, memory)
+        staged.data[:] = data
+        return Pass(staged, feeds, check=False).finish()
+
+    data = data_of(model(0))
+    flipped = [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(0, len(data), 7)]
+    assert len({digest(each) for each in [data, *flipped]}) == len(flipped) + 1
+    assert digest(data) == digest(data, Feed(memory.new_arena(layout), None, 0.0))
+
+
+def test_non_finite_names_a_few_tensors(memory: Memory) -> None:
+    """The refusal names the first five tensors that hold NaN or Inf and counts the rest."""
+    tensors = {f"t{i}": torch.full((2,), float("nan") if i else 1.0) for i in range(9)}
+    staged = Staged(_layout(tensors), memory)
+    staged.data[:] = data_of(tensors)
+
+    with pytest.raises(NonFinite, match="NaN or Inf in t1, t2, t3, t4, t5 and 3 more"):
+        Pass(staged, [Feed(staged.arena, None, 0.0)], check=True).finish()
+
+
+def _layout(tensors: dict[str, Tensor]) -> Layout:
+    return Layout([TensorSpec(name, tuple(tensor.shape), "F32") for name, tensor in tensors.items()])
