@@ -1,4 +1,4 @@
-"""The command ``ema-service``: serve and demo.
+"""The command ``ema-service``: serve, demo and bench.
 
 Knows flags, their environment variables, and what is printed. Does not know how the server works: torch and the
 server are imported by the command that needs them, so that ``--help`` answers at once.
@@ -108,6 +108,20 @@ def demo(
     raise typer.Exit(run_demo(out))
 
 
+@app.command()
+def bench(
+    url: Annotated[str | None, typer.Option(help="Measure this service; without it one is started here.")] = None,
+    size: Annotated[str, typer.Option(help="Size of the largest run, such as 1GiB or 300MB.")] = "1GiB",
+    rounds: Annotated[int, typer.Option(help="Figures for each row.", min=1)] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    token: Annotated[str | None, typer.Option(help="Bearer token.", envvar="EMA_SERVICE_TOKEN")] = None,
+) -> None:
+    """Measure push and pull on this machine, or on your own link to a service."""
+    from ema_service.bench.play import run_bench
+
+    raise typer.Exit(run_bench(url, size, rounds, json_file, token=token))
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -120,7 +134,7 @@ def _is_loopback(host: str) -> bool:
 def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
     from ema_service.api.app import pick_device
     from ema_service.api.server import serve as serve_http
-    from ema_service.storage import CatalogTooNew
+    from ema_service.storage import CatalogUnusable
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
@@ -134,7 +148,7 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
 
     try:
         serve_http(settings, host, port, uds, announce)
-    except (OSError, RuntimeError, CatalogTooNew) as fault:
+    except (OSError, RuntimeError, CatalogUnusable) as fault:
         # What keeps a server from starting: an address or a data dir in use, a device that is not there, a disk.
         typer.echo(f"ema-service: {fault}", err=True)
         raise typer.Exit(1) from None

@@ -16,7 +16,7 @@
     |-- RequestTimeout            408
     |-- Conflict                  409
     |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep,
-    |   +-- StepNotReached, SnapshotExists, StorageDisabled, RunDegraded
+    |   +-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded
     |-- BodyTooLarge              413
     |-- RangeNotSatisfiable       416
     |-- Invalid                   422
@@ -25,6 +25,7 @@
     |   |-- LayoutMismatch        well-formed, but not the tensors of this run
     |   +-- NonFinite             NaN or Inf where the run refuses them
     |-- InternalError             500: a defect of the server
+    |-- StorageFailed             503: the server's disk is full or fails
     |-- Overloaded                503: out of a declared budget, try again later
     +-- Superseded                503: the run changed while the update was on its way, send it again
 
@@ -67,12 +68,14 @@ __all__ = [
     "RunExists",
     "RunNotFound",
     "ServiceUnreachable",
+    "SnapshotDamaged",
     "SnapshotExists",
     "SnapshotNotFound",
     "StaleStep",
     "StepConflict",
     "StepNotReached",
     "StorageDisabled",
+    "StorageFailed",
     "Superseded",
     "TransportError",
     "UsageError",
@@ -288,6 +291,12 @@ class SnapshotExists(Conflict):
     default_hint = "snapshots are immutable: choose another name, or delete the old one"
 
 
+class SnapshotDamaged(Conflict):
+    code = "snapshot_damaged"
+    title = "The snapshot's file cannot be read"
+    default_hint = "restore the file in the server's data dir, or delete the snapshot"
+
+
 class StorageDisabled(Conflict):
     code = "storage_disabled"
     title = "This server keeps nothing on disk"
@@ -356,6 +365,14 @@ class Overloaded(EmaError):
     retryable = True
     title = "Out of a declared budget"
     default_hint = "try again after Retry-After seconds, or raise the budget named in the detail"
+
+
+class StorageFailed(EmaError):
+    code = "storage_failed"
+    status = 503
+    retryable = True
+    title = "The server could not write to its disk"
+    default_hint = "make room in the server's data dir and try again; nothing was changed"
 
 
 class Superseded(EmaError):

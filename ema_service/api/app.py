@@ -36,8 +36,11 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is a CUDA device if there is one, else the CPU. Raises RuntimeError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    torch.empty(0, device=device)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as fault:  # what torch raises for a device it was built without
+        raise RuntimeError(f"the device {name!r} cannot be used: {str(fault).splitlines()[0]}") from None
     return device
 
 
@@ -57,9 +60,11 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
             yield
         finally:
             keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper
-            context.close()
+            try:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await keeper
+            finally:
+                context.close()
 
     app = FastAPI(
         title="ema-service",
@@ -68,9 +73,10 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     errors.install(app, metrics)
-    app.add_middleware(JsonLimit, limit=settings.json_bytes)
+    app.add_middleware(JsonLimit, limit=settings.json_bytes, silence=settings.body_timeout)
     for part in (runs, updates, weights, snapshots, ops):
         app.include_router(part.router)
     dashboard.install(app)
@@ -79,7 +85,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
 
 
 def open_registry(settings: Settings) -> Registry:
-    """Bring every run back. Raises RuntimeError (no such device), FolderLocked, CatalogTooNew, OSError."""
+    """Bring every run back. Raises RuntimeError (no such device), FolderLocked, CatalogUnusable, OSError."""
     memory = Memory(pick_device(settings.device), keep_bytes=settings.staging_bytes)
     store = Store(settings.data_dir) if settings.data_dir else None
     return Registry(memory, store, staging_bytes=settings.staging_bytes, frozen_bytes=settings.frozen_bytes)
@@ -87,10 +93,15 @@ def open_registry(settings: Settings) -> Registry:
 
 def _watch(metrics: Metrics, registry: Registry) -> None:
     metrics.watch("ema_runs", "Runs held.", lambda: len(registry.runs()))
+    metrics.watch("ema_degraded_runs", "Runs that are not as they should be.", lambda: _degraded(registry))
     metrics.watch("ema_shadow_bytes", "Bytes of shadows.", lambda: sum(run.info().bytes for run in registry.runs()))
     metrics.watch("ema_staging_bytes", "Bytes of pushes in flight.", lambda: registry.staging.bytes_in_use)
     metrics.watch("ema_frozen_bytes", "Bytes of versions being read.", lambda: registry.frozen.bytes_in_use)
     metrics.watch("ema_idle_bytes", "Bytes kept for reuse.", lambda: registry.memory.pool.idle_bytes)
+
+
+def _degraded(registry: Registry) -> int:
+    return sum(run.info().status == "degraded" for run in registry.runs())
 
 
 async def _keep(context: Context) -> None:

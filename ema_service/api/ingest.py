@@ -37,6 +37,9 @@ EXTENSION = "ema.fill"
 
 Fill = Callable[[UpdateBody, int, float], Awaitable[bool]]
 
+#: How long a client that asked for the connection to be closed gets to read the refusal of a body it is still sending.
+LINGER_SECONDS = 2.0
+
 #: Bytes of a refused body are read and dropped into this.
 _DISCARD_BYTES = 1 << 18
 
@@ -100,6 +103,22 @@ def uvicorn_fits() -> bool:
 
 class FillingProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol, offering the application to have a body received where it wants it."""
+
+    #: Whether the client asked for the connection to be closed after this answer.
+    _closes = False
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.cycle.scope is self.scope and not self.cycle.keep_alive:
+            # uvicorn would close with the last byte of the answer; what is unread of the body then turns the answer
+            # into a reset before the client has read it.
+            self._closes = self.cycle.keep_alive = True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._closes:
+            delay = LINGER_SECONDS if self.cycle.more_body else 0.0
+            self.loop.call_later(delay, self.transport.close)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -170,6 +189,7 @@ class _Filling(asyncio.BufferedProtocol):
                     raise _too_slow(silence)
             self._done.result()
         finally:
+            self._done.cancel()  # nobody will ask again
             if self._remaining and self._discarding is None:
                 self._discard()
 

@@ -103,9 +103,13 @@ def _tcp(host: str, port: int) -> Iterator[socket.socket]:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, proto)
+    except OSError as fault:
+        raise CannotListen(f"cannot listen on {host}: {fault.strerror}; choose another --host") from None
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as fault:
+        sock.close()
         raise CannotListen(
             f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port"
         ) from None

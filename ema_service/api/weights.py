@@ -29,7 +29,7 @@ from ema_client.errors import (
 )
 from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
 from ema_service.api.context import Context, RunName, Server, SnapshotName
-from ema_service.api.errors import problem_responses
+from ema_service.api.errors import problem_response, problem_responses
 from ema_service.runs import Run, WeightsStream
 from ema_service.runs.weights import ReadBytes
 
@@ -85,7 +85,8 @@ async def get_weights(
         await _reach(found, min_step, wait)
     state = found.ready_state()
     chosen = found.average(state, average)
-    stream = WeightsStream(found.layout.shadows, found.weights_info(state, chosen), dtype=dtype, prefix=prefix)
+    info = found.weights_info(state, chosen)
+    stream = WeightsStream(found.layout.shadows, info, lineage=found.lineage, dtype=dtype, prefix=prefix)
 
     async def open_source(stack: ExitStack) -> ReadBytes:
         data = await server.block(partial(server.registry.frozen.acquire, chosen.arena))
@@ -119,7 +120,7 @@ async def get_snapshot_weights(
     with ExitStack() as stack:
         file, info = await server.block(partial(files.open_snapshot, name, average))
         stack.callback(file.close)
-        stream = WeightsStream(file.header.entries, info, dtype=dtype, prefix=prefix)
+        stream = WeightsStream(file.header.entries, info, lineage=file.identity, dtype=dtype, prefix=prefix)
         kept = stack.pop_all()
 
     async def open_source(stack: ExitStack) -> ReadBytes:
@@ -159,7 +160,11 @@ async def _answer(
     headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
     if _matches(request.headers.get("if-none-match"), stream.etag):
         return Response(status_code=304, headers=headers)
-    part = _range(request, stream)
+    try:
+        part = _range(request, stream)
+    except RangeNotSatisfiable as fault:
+        server.metrics.errors.labels(fault.code).inc()
+        return problem_response(fault, {"Content-Range": f"bytes */{stream.length}"})
     start, stop = part or (0, stream.length)
     headers["Content-Length"] = str(stop - start)
     if part:
@@ -224,7 +229,7 @@ def _range(request: Request, stream: WeightsStream) -> tuple[int, int] | None:
 
     Raises RangeNotSatisfiable.
     """
-    asked = _RANGE.match(request.headers.get("range", ""))
+    asked = _RANGE.match(request.headers.get("range", "")) if request.method == "GET" else None
     pinned = request.headers.get("if-range")
     if asked is None or asked.group() == "bytes=-" or (pinned is not None and pinned != stream.etag):
         return None

@@ -47,8 +47,9 @@ def litema(decay: float, num_updates: int, gap: int = 1) -> Retention:
         return constant(decay, num_updates, gap)
     if gap > 1:
         return _wide(_litema_product(decay, num_updates, gap))
-    n = torch.tensor(num_updates + 1, dtype=torch.int64)
-    return _narrow(min(_float32(decay), (1 + n) / (10 + n)))
+    n = num_updates + 1
+    # LitEma divides an int32 tensor: both sides are rounded to float32, then the quotient.
+    return _narrow(min(_float32(decay), _float32(1 + n) / _float32(10 + n)))
 
 
 def constant(decay: float, num_updates: int, gap: int = 1) -> Retention:  # noqa: ARG001 - a Schedule takes it

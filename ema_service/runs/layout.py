@@ -21,6 +21,9 @@ __all__ = ["SHADOW_DTYPES", "Layout", "Section"]
 #: all of them), so their shadow is float32.
 SHADOW_DTYPES = {"F64": "F64", "F32": "F32", "BF16": "F32", "F16": "F32"}
 
+#: Room in a header for white space and metadata. More would only keep the server busy with reading it.
+_HEADER_SLACK = 1 << 20
+
 #: How many tensors an error names before it counts the rest.
 _NAMED_IN_ERRORS = 5
 
@@ -39,7 +42,8 @@ class Layout:
     """The tensors of a run, fixed at creation.
 
     params, shadows: entries in canonical order, as pushed and as kept. param_bytes, shadow_bytes: their data sections.
-    header: the header of a canonical push, with its length prefix. sections: one for each dtype.
+    header: the header of a canonical push, with its length prefix. max_header_bytes: as long as one may be that says
+    the same in other words. sections: one for each dtype.
     """
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
@@ -53,6 +57,7 @@ class Layout:
         self.param_bytes = self.params[-1].end
         self.shadow_bytes = self.shadows[-1].end
         self.header = build_header(self.params)
+        self.max_header_bytes = 2 * len(self.header) + _HEADER_SLACK
         self.sections = tuple(_sections(self.params, self.shadows))
         self.elements = sum((e.end - e.begin) // LAYOUT_DTYPES[e.dtype] for e in self.params)
         self._by_name = {entry.name: entry for entry in self.params}

@@ -11,16 +11,14 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from torch import Tensor
 
-from ema_client.errors import MalformedBody, Overloaded, SnapshotExists, SnapshotNotFound
+from ema_client.errors import MalformedBody, SnapshotDamaged, SnapshotExists, SnapshotNotFound, StorageFailed
 from ema_client.protocol import SnapshotInfo, WeightsInfo, from_json, to_json
 from ema_service.runs.arena import Arena, Memory
-from ema_service.runs.frozen import FrozenWeights
 from ema_service.runs.layout import Layout
 from ema_service.runs.run import Average, Run, State
 from ema_service.runs.weights import WeightsStream
@@ -35,12 +33,11 @@ _log = logging.getLogger(__name__)
 class RunFiles:
     """What the store keeps of one run. Thread-safe: one thing at a time is written or removed."""
 
-    def __init__(self, run: Run, row: RunRow, store: Store, memory: Memory, frozen: FrozenWeights) -> None:
+    def __init__(self, run: Run, row: RunRow, store: Store, memory: Memory) -> None:
         self._run = run
         self._row = row
         self._store = store
         self._memory = memory
-        self._frozen = frozen
         self._lock = threading.Lock()
         self._saved: State | None = None
         self._removed = False
@@ -61,7 +58,7 @@ class RunFiles:
         """Keep the current state if it moved since the last time, and say whether a restart now brings it back.
 
         final: nothing will be applied after it, so that the versions may go on from here when the run comes back.
-        A failure is logged and leaves the checkpoint before; the next call tries again.
+        A failure is logged, makes the run ``degraded`` and leaves the checkpoint before; the next call tries again.
         """
         with self._lock:
             state = self._run.state
@@ -69,9 +66,11 @@ class RunFiles:
                 return False
             try:
                 self._save(state, final=final)
-            except (OSError, sqlite3.Error, Overloaded) as fault:
-                _log.error("run %s: version %s has no checkpoint: %s", self._run.config.run, state.version, fault)
+            except (OSError, sqlite3.Error) as fault:
+                self._run.unkept = f"version {state.version} could not be kept: {fault}"
+                _log.error("run %s: %s", self._row.name, self._run.unkept)
                 return False
+            self._run.unkept = None
             self._saved, self._run.durable_step = state, state.step
             return True
 
@@ -133,7 +132,7 @@ class RunFiles:
     def snapshot(self, name: str) -> tuple[SnapshotInfo, bool]:
         """Keep all averages as they are now under ``name``, and say whether that is new.
 
-        Raises SnapshotExists where the name stands for another version, AwaitingWeights, Overloaded, OSError.
+        Raises SnapshotExists where the name stands for another version, AwaitingWeights, StorageFailed.
         """
         with self._lock:
             state = self._run.ready_state()
@@ -141,7 +140,12 @@ class RunFiles:
             if existing is None:
                 info = self._snapshot_info(state, name)
                 text = json.dumps(to_json(info))
-                self._write(state, name, lambda files: self._store.save_snapshot(self._row, name, text, files))
+                try:
+                    self._write(state, name, lambda files: self._store.save_snapshot(self._row, name, text, files))
+                except OSError as fault:
+                    raise StorageFailed(
+                        f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}"
+                    ) from fault
                 return info, True
             if existing.version != state.version:
                 raise SnapshotExists(
@@ -164,11 +168,14 @@ class RunFiles:
     def open_snapshot(self, name: str, average: str | None) -> tuple[TensorFile, WeightsInfo]:
         """The file of one average (by default the first), open: the caller closes it.
 
-        Raises SnapshotNotFound, AverageNotFound, and MalformedBody or OSError where the file is damaged.
+        Raises SnapshotNotFound, AverageNotFound, SnapshotDamaged.
         """
         info = self.find_snapshot(name)
         chosen = info.averages[0] if average is None else self._run.known_average(average)
-        file = self._store.open_snapshot(self._row, name, chosen)
+        try:
+            file = self._store.open_snapshot(self._row, name, chosen)
+        except (OSError, MalformedBody) as fault:
+            raise SnapshotDamaged(f"snapshot {name!r} of run {self._row.name!r} cannot be read: {fault}") from fault
         return file, WeightsInfo.from_metadata(dict(file.header.metadata))
 
     def delete_snapshot(self, name: str) -> None:
@@ -196,22 +203,20 @@ class RunFiles:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _write(self, state: State, snapshot: str | None, save: Callable[[Files], None]) -> None:
-        """Hand the files of a state to ``save``, one for each average, frozen while they are written."""
-        with ExitStack() as stack:
-            files = {}
-            for average in state.averages:
-                data = self._frozen.acquire(average.arena)
-                stack.callback(self._frozen.release, average.arena)
-                files[average.name] = self._stream(state, average, snapshot).chunks(_slices(data))
-            save(files)
+        """Hand the files of a state to ``save``, one for each average.
+
+        The state cannot change meanwhile; on a GPU, one average at a time is copied to the host. Readers' budgets are
+        left alone: what is kept must not depend on who reads.
+        """
+        save({average.name: self._chunks(state, average, snapshot) for average in state.averages})
+
+    def _chunks(self, state: State, average: Average, snapshot: str | None) -> Iterator[memoryview]:
+        data = self._memory.to_host(average.arena.tensor).numpy().data
+        yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
 
     def _stream(self, state: State, average: Average, snapshot: str | None) -> WeightsStream:
         info = replace(self._run.weights_info(state, average), snapshot=snapshot)
         return WeightsStream(self._run.layout.shadows, info)
-
-
-def _slices(data: memoryview) -> Callable[[int, int], memoryview]:
-    return lambda start, stop: data[start:stop]
 
 
 def _check_same(layout: Layout, file: TensorFile) -> None:

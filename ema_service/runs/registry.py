@@ -116,12 +116,12 @@ class Registry:
 
     def _keep(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Kept:
         run = Run(config, layout, self.memory, created_at=created_at)
-        files = RunFiles(run, row, self._store, self.memory, self.frozen) if self._store and row else None
+        files = RunFiles(run, row, self._store, self.memory) if self._store and row else None
         return _Kept(run, files)
 
     def _all(self) -> list[_Kept]:
-        with self._lock:
-            return list(self._kept.values())
+        # Without the lock, which may be held for a disk: the event loop asks too. (Copying a dict's values is atomic.)
+        return list(self._kept.values())
 
     def _find(self, name: str) -> _Kept:
         kept = self._kept.get(name)

@@ -10,6 +10,7 @@ pooled.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import deque
@@ -27,7 +28,16 @@ from ema_client.errors import (
     Superseded,
     WeightsExist,
 )
-from ema_client.protocol import AverageInfo, RunConfig, RunInfo, RunStatus, UpdateResult, UpdateStatus, WeightsInfo
+from ema_client.protocol import (
+    MAX_STEP,
+    AverageInfo,
+    RunConfig,
+    RunInfo,
+    RunStatus,
+    UpdateResult,
+    UpdateStatus,
+    WeightsInfo,
+)
 from ema_service.averaging import SCHEDULES
 from ema_service.runs.arena import Arena, Memory
 from ema_service.runs.layout import Layout
@@ -89,6 +99,8 @@ class Run:
         self.layout = layout
         self.created_at = created_at
         self.state: State | None = None
+        #: Another one for each life of the run, so that an ETag of an earlier life never fits.
+        self.lineage = secrets.token_hex(8)
         #: The latest step that a restart would bring back; written by the registry when a checkpoint is complete.
         self.durable_step: int | None = None
         #: Called, from any thread, after each change of state.
@@ -96,6 +108,8 @@ class Run:
         self._memory = memory
         #: Why the stored state cannot be used, or None.
         self.fault: str | None = None
+        #: Why the current state could not be kept on disk, or None.
+        self.unkept: str | None = None
         self._retired = False
         self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         self._lock = threading.Lock()
@@ -171,7 +185,7 @@ class Run:
         )
 
     def _status(self) -> RunStatus:
-        if self.fault:
+        if self.fault or self.unkept:
             return "degraded"
         return "awaiting_weights" if self.state is None else "ready"
 
@@ -288,7 +302,7 @@ class Run:
             epoch=base.epoch,
             n=base.n + 1,
             step=update.step,
-            num_updates=base.num_updates + gap if self.config.use_num_updates else -1,
+            num_updates=min(base.num_updates + gap, MAX_STEP) if self.config.use_num_updates else -1,
             digest=digest,
             averages=update.averages,
             updated_at=time.time(),

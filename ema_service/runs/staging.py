@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ema_client.errors import BodyTooLarge, MalformedBody, Overloaded
-from ema_client.protocol import MAX_HEADER_BYTES
 from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
 from ema_service.runs.arena import TORCH_DTYPES, Arena, Memory, buffer_bytes, param_offset
 from ema_service.runs.layout import Layout
@@ -143,7 +142,7 @@ class UpdateBody:
     ) -> None:
         """Raises MalformedBody or BodyTooLarge where the announced length cannot be right."""
         layout = staged.layout
-        most = LENGTH_BYTES + MAX_HEADER_BYTES + layout.param_bytes
+        most = LENGTH_BYTES + layout.max_header_bytes + layout.param_bytes
         if content_length is not None and content_length > most:
             raise BodyTooLarge(f"the body announces {content_length} bytes; a push of this run has at most {most}")
         self._layout = layout
@@ -204,7 +203,7 @@ class UpdateBody:
             raise MalformedBody("the body ends before its header says")
 
     def _begin_header(self, prefix: memoryview) -> None:
-        length = parse_length(prefix)
+        length = parse_length(prefix, limit=self._layout.max_header_bytes)
         if self._content_length is not None and LENGTH_BYTES + length > self._content_length:
             raise MalformedBody(f"the header claims {length} bytes, the whole body has {self._content_length}")
         self._header = bytearray(length)

@@ -69,6 +69,7 @@ class Pass:
     def finish(self) -> bytes:
         """Work through the rest and return the digest (xxh3, 128 bits) of the parameters. Raises NonFinite."""
         self.advance(self._layout.param_bytes)
+        self._staged.settle()
         for feed, finite in zip(self._feeds, self._finite, strict=True):
             if not finite:
                 raise _refusal(feed.out)
@@ -79,7 +80,8 @@ class Pass:
         width, block = LAYOUT_DTYPES[section.param_dtype], block_bytes(self._staged.device)
         stop = min(received, section.param.stop)
         stop -= (stop - section.param.start) % width
-        while self._position < stop:
+        # A part that ends inside an element leaves the sections behind it alone, though their bytes may have come.
+        while section.param.start <= self._position < stop:
             yield self._position, min(self._position + block, stop)
 
     def _work(self, index: int, section: Section, start: int, stop: int) -> None:

@@ -46,6 +46,8 @@ class WeightsStream:
     Args:
         source: the entries of the source, in the order of their bytes.
         info: what the answer says of itself; it goes into the header's ``__metadata__``.
+        lineage: tells apart what has the same name, version and layout and yet other bytes: a run that was deleted and
+            created again, or that began anew after a crash.
         dtype: cast every tensor to this; None leaves each as it is.
         prefix: only the tensors whose name begins with it.
 
@@ -53,7 +55,13 @@ class WeightsStream:
     """
 
     def __init__(
-        self, source: Sequence[Entry], info: WeightsInfo, *, dtype: str | None = None, prefix: str | None = None
+        self,
+        source: Sequence[Entry],
+        info: WeightsInfo,
+        *,
+        lineage: str = "",
+        dtype: str | None = None,
+        prefix: str | None = None,
     ):
         if dtype is not None and dtype not in LAYOUT_DTYPES:
             raise InvalidRequest(f"dtype: {dtype!r} is none of {', '.join(LAYOUT_DTYPES)}")
@@ -67,7 +75,7 @@ class WeightsStream:
         self._begins = [stretch.begin for stretch in self._stretches]
         self.info = info
         self.length = len(self._header) + entries[-1].end
-        self.etag = f'"{info.version}-{xxhash.xxh3_64_hexdigest(self._header)}"'
+        self.etag = f'"{info.version}-{xxhash.xxh3_64_hexdigest(self._header + lineage.encode())}"'
 
     def chunks(self, read: ReadBytes, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The bytes [start, stop) of the body in pieces of about 1 MiB. ``read`` may block."""

@@ -6,8 +6,8 @@ when it comes, stands here beside the checkpoints.
 
 from __future__ import annotations
 
-from ema_service.storage.catalog import CatalogTooNew, CheckpointRow, RunRow, SnapshotRow
+from ema_service.storage.catalog import CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
 from ema_service.storage.files import TensorFile
 from ema_service.storage.store import Store
 
-__all__ = ["CatalogTooNew", "CheckpointRow", "RunRow", "SnapshotRow", "Store", "TensorFile"]
+__all__ = ["CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow", "Store", "TensorFile"]

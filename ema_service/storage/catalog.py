@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "Catalog", "CatalogTooNew", "CheckpointRow", "RunRow", "SnapshotRow"]
+__all__ = ["FORMAT", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
 
 #: Version of the tables below and of the files they speak of.
 FORMAT = 1
@@ -33,8 +33,8 @@ CREATE TABLE history (
 """
 
 
-class CatalogTooNew(Exception):
-    """The catalog was written by a newer version of this software."""
+class CatalogUnusable(Exception):
+    """The catalog was written by a newer version of this software, or is no catalog."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +67,20 @@ class Catalog:
     """The database. Thread-safe; each method is one transaction, on disk when it returns."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CatalogTooNew, or sqlite3.DatabaseError where the file is none of ours."""
+        """Raises CatalogUnusable."""
         self._lock = threading.Lock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        self._migrate(path)
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._migrate(path)
+        except sqlite3.DatabaseError as fault:
+            self._db.close()
+            raise CatalogUnusable(f"{path} cannot be read: {fault}; restore it, or use another --data-dir") from None
+        except CatalogUnusable:
+            self._db.close()
+            raise
 
     def close(self) -> None:
         with self._lock:
@@ -126,7 +133,7 @@ class Catalog:
     def _migrate(self, path: Path) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
         if found > FORMAT:
-            raise CatalogTooNew(
+            raise CatalogUnusable(
                 f"{path} has format {found}, this version reads up to {FORMAT}: "
                 "upgrade ema-service, or use another --data-dir"
             )

@@ -84,6 +84,12 @@ class TensorFile:
                 raise OSError(f"{self._file.name} ends at byte {self._data_begin + start + done}: it was cut short")
             done += count
 
+    @property
+    def identity(self) -> str:
+        """Another one for each file ever written here, the same after a restart."""
+        status = os.fstat(self._file.fileno())
+        return f"{status.st_ino}-{status.st_mtime_ns}"
+
     def close(self) -> None:
         self._file.close()
 

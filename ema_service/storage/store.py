@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ema_service.storage.catalog import Catalog, CheckpointRow, RunRow, SnapshotRow
+from ema_service.storage.catalog import Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
 from ema_service.storage.files import FolderLock, TensorFile, sync_folder, write_whole
 
 __all__ = ["Files", "Store"]
@@ -35,11 +35,15 @@ class Store:
     """Everything a server keeps on disk. Names given to it are checked by the caller (protocol.NAME_PATTERN)."""
 
     def __init__(self, folder: Path) -> None:
-        """Open or make the data folder. Raises FolderLocked, CatalogTooNew, OSError."""
+        """Open or make the data folder. Raises FolderLocked, CatalogUnusable, OSError."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         self._lock = FolderLock(folder)
-        self._catalog = Catalog(folder / "catalog.db")
+        try:
+            self._catalog = Catalog(folder / "catalog.db")
+        except CatalogUnusable:
+            self._lock.release()
+            raise
         self._runs = folder / "runs"
         self._runs.mkdir(exist_ok=True)
 
@@ -54,7 +58,8 @@ class Store:
 
     def add_run(self, name: str, config: str, created_at: float) -> RunRow:
         row = self._catalog.add_run(name, config, created_at)
-        self._run_folder(row).mkdir(parents=True, exist_ok=True)
+        self._snapshots_folder(row).mkdir(parents=True, exist_ok=True)
+        sync_folder(self._run_folder(row))
         sync_folder(self._runs)
         return row
 
@@ -119,7 +124,10 @@ class Store:
         return self._runs / f"{row.name}.{row.id}"
 
     def _snapshot_folder(self, row: RunRow, name: str) -> Path:
-        return self._run_folder(row) / "snapshots" / name
+        return self._snapshots_folder(row) / name
+
+    def _snapshots_folder(self, row: RunRow) -> Path:
+        return self._run_folder(row) / "snapshots"
 
     def _write_files(self, folder: Path, files: Files) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ema_service.storage import CatalogTooNew, CheckpointRow, SnapshotRow
+from ema_service.storage import CatalogUnusable, CheckpointRow, SnapshotRow
 from ema_service.storage.catalog import FORMAT, Catalog
 
 
@@ -124,7 +124,7 @@ def test_newer_format_is_refused(path: Path) -> None:
     database.close()
     before = path.read_bytes()
 
-    with pytest.raises(CatalogTooNew) as refusal:
+    with pytest.raises(CatalogUnusable) as refusal:
         Catalog(path)
 
     assert str(path) in str(refusal.value)

@@ -1,0 +1,170 @@
+"""The benchmark's processes: started, waited for until they say where they listen, and ended whatever happens.
+
+Each is tethered to this process by a pipe (ema_service.demo.tether), so that it ends even if this one is killed, and
+leads a session of its own, so that Ctrl-C at the terminal reaches this process only.
+
+Knows processes and signals. Does not know what the children do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+from ema_service.bench import machine
+
+__all__ = ["BenchFailed", "Child", "Service", "Stopped", "stoppable", "undisturbed"]
+
+#: Importing torch on a busy machine takes ten seconds.
+START_SECONDS = 90.0
+STOP_SECONDS = 10.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LISTENS = re.compile(r"listens on (\S+)")
+
+
+class BenchFailed(Exception):
+    """The benchmark cannot go on; the text says why."""
+
+
+class Stopped(BaseException):
+    """The user, or the system, asked the benchmark to stop. As KeyboardInterrupt, no Exception."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, SIGINT, SIGTERM and SIGHUP raise Stopped, so that every ``with`` and ``finally`` does its work."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    with _handlers(stop):
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within, the same signals wait: what must be undone is undone even for an impatient user.
+
+    By a handler and not by SIG_IGN, which a child started within would inherit.
+    """
+    waiting: list[int] = []
+    with _handlers(lambda signum, _frame: waiting.append(signum)):
+        yield
+    if waiting:
+        signal.raise_signal(waiting[0])
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    former = {signum: signal.signal(signum, handler) for signum in _ENDING}
+    try:
+        yield
+    finally:
+        for signum, earlier in former.items():
+            signal.signal(signum, earlier)
+
+
+class Child:
+    """``python -m module arguments``: running within the ``with`` block, gone after it.
+
+    said: what it says once it is ready: by default the address in ``listens on ADDRESS``.
+    Raises BenchFailed, with what it printed, where it ends or stays silent instead.
+
+    path: a folder to find the module in. says: another sentence to wait for; its first group becomes ``said``.
+    """
+
+    def __init__(
+        self, module: str, arguments: Sequence[str] = (), *, path: Path | None = None, says: re.Pattern[str] = LISTENS
+    ) -> None:
+        self._module = module
+        self._says = says
+        self._command = [sys.executable, "-m", "ema_service.demo.tether", module, *arguments]
+        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if path is not None:
+            former = os.environ.get("PYTHONPATH")
+            self._environment["PYTHONPATH"] = os.pathsep.join([str(path), former] if former else [str(path)])
+        self._clean = contextlib.ExitStack()
+        self.said = ""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """Everything it printed so far."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def peak_bytes(self) -> int | None:
+        """As machine.peak_bytes()."""
+        return machine.peak_bytes(self.pid)
+
+    def __enter__(self) -> Self:
+        with undisturbed():
+            self._log = self._clean.enter_context(tempfile.NamedTemporaryFile(prefix="ema-bench-"))
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                env=self._environment,
+                start_new_session=True,
+            )
+            self._clean.callback(self._end)
+        try:
+            self.said = self._wait()
+        except BaseException:
+            self._clean.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with undisturbed():
+            self._clean.close()
+
+    def _wait(self) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while not (found := self._says.search(self.log)):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise BenchFailed(f"{self._module} did not get ready:\n{self.log}")
+            time.sleep(0.02)
+        return found[1]
+
+    def _end(self) -> None:
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+class Service(Child):
+    """``ema-service serve --memory`` of the benchmark's own; ``url`` and ``uds`` reach it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ema-bench-")
+        socket = Path(self._folder.name) / "ema.sock"
+        self.uds = f"unix://{socket}"
+        super().__init__("ema_service", ["serve", "--memory", "--port", "0", "--uds", str(socket), *arguments])
+        self._clean.callback(self._folder.cleanup)
+
+    @property
+    def url(self) -> str:
+        return self.said

@@ -1,0 +1,80 @@
+"""What a benchmark ran on: without it a figure means nothing. And how much memory a process has used at most.
+
+Knows where an operating system tells such things; what it does not tell is left out or None.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe", "one_line", "peak_bytes", "resident_bytes"]
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, memory, versions, threads, devices, load and date."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def one_line(about: dict[str, Any]) -> str:
+    """The description as one line for the screen."""
+    parts = [
+        about["cpu"],
+        f"{about['cores']} cores",
+        f"{about['memory_bytes'] / 2**30:.0f} GiB",
+        about["cuda"] or "no CUDA device",
+        f"Python {about['python']}",
+        f"torch {about['torch']} ({about['torch_threads']} threads)",
+        f"load {about['load_average']:.1f}",
+        about["date"],
+    ]
+    return " · ".join(parts)
+
+
+def peak_bytes(pid: int | None = None) -> int | None:
+    """Most memory that a process (this one by default) ever had resident; None where the system does not tell."""
+    return _status("VmHWM", pid)
+
+
+def resident_bytes(pid: int | None = None) -> int | None:
+    """Memory that a process has resident now; None where the system does not tell."""
+    return _status("VmRSS", pid)
+
+
+def _status(field: str, pid: int | None) -> int | None:
+    try:
+        text = Path(f"/proc/{pid or 'self'}/status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Those this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,50 @@
+"""All operations in turn, round after round, so that whatever disturbs the machine disturbs them alike.
+
+Knows the clock. Does not know what an operation does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import median
+from time import perf_counter
+
+__all__ = ["Operation", "interleave", "repeated", "timed"]
+
+#: Does one thing and says how many seconds it took; what it does to get ready is not counted.
+Operation = Callable[[], float]
+
+
+def timed(action: Callable[[], object]) -> Operation:
+    """``action`` as an operation, all of it counted."""
+
+    def operation() -> float:
+        start = perf_counter()
+        action()
+        return perf_counter() - start
+
+    return operation
+
+
+def repeated(operation: Operation, times: int) -> Operation:
+    """The median of ``times`` in a row: for what takes a millisecond."""
+    return lambda: median(operation() for _ in range(times))
+
+
+def interleave(
+    operations: Mapping[str, Operation], rounds: int, *, on_step: Callable[[str], object] | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each operation in each round, after one round of warming up that is not counted.
+
+    on_step: told in words what comes next.
+    """
+    found: dict[str, list[float]] = {name: [] for name in operations}
+    for number in range(rounds + 1):
+        when = f"round {number} of {rounds}" if number else "warming up"
+        for name, operation in operations.items():
+            if on_step:
+                on_step(f"{when}: {name}")
+            seconds = operation()
+            if number:
+                found[name].append(seconds)
+    return {name: tuple(values) for name, values in found.items()}

@@ -1,0 +1,132 @@
+"""Push and pull at several sizes over several links, and the line through the sizes.
+
+Knows the operations of a size, how often a small one is repeated, and the names of rows. Does not know where the
+service came from or how results are shown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from ema_client import EmaClient
+from ema_service.bench.ceiling import RAW_TCP, RAW_UNIX
+from ema_service.bench.fit import Fit, fit_line
+from ema_service.bench.rounds import Operation, repeated, timed
+from ema_service.bench.rows import GIGA, Need, Row
+from ema_service.bench.traffic import Traffic
+
+__all__ = ["SMALL_SIZES", "Link", "Seconds", "Sizes", "ceiling_rows", "parse_size", "show_size"]
+
+Seconds = Mapping[str, Sequence[float]]
+
+SMALL_SIZES = (100_000, 10_000_000)
+#: An operation of at most so many bytes is repeated so often in a round, and the median counts.
+_REPEATS = ((1_000_000, 20), (100_000_000, 5))
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """``1GiB``, ``100 MB``, ``4096`` as bytes. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", text, re.IGNORECASE)
+    if not found or found[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no size; write 1GiB, 100MB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def show_size(nbytes: int) -> str:
+    """Bytes as people say them: binary units where they come out even, else decimal ones."""
+    for unit in ("GIB", "MIB", "GB", "MB", "KIB", "KB"):
+        if nbytes >= _UNITS[unit] and nbytes % _UNITS[unit] == 0:
+            return f"{nbytes // _UNITS[unit]} {unit.replace('I', 'i')}"
+    return f"{nbytes} B"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A way to the service. ``ceiling`` names the raw row that it is compared with; empty where there is none."""
+
+    name: str
+    client: EmaClient
+    ceiling: str = ""
+
+
+class Sizes:
+    """A run for each size on one service. ``create()`` makes the runs, ``delete()`` takes them away."""
+
+    def __init__(self, prefix: str, sizes: Sequence[int], links: Sequence[Link]) -> None:
+        self.links = links
+        self._traffic = {size: Traffic(f"{prefix}-{size}", size) for size in sizes}
+
+    @property
+    def runs(self) -> list[str]:
+        return [traffic.run for traffic in self._traffic.values()]
+
+    def create(self) -> None:
+        """Raises BenchFailed where a link brings back other bytes than were pushed."""
+        for traffic in self._traffic.values():
+            traffic.create(self.links[0].client)
+            for link in self.links:
+                traffic.push(link.client)
+                traffic.check(link.client)
+
+    def operations(self) -> dict[str, Operation]:
+        return {
+            _name(what, link, size): repeated(timed(_bound(action, link.client)), _repeats(size))
+            for size, traffic in self._traffic.items()
+            for link in self.links
+            for what, action in _actions(traffic).items()
+        }
+
+    def rows(self, seconds: Seconds) -> tuple[Row, ...]:
+        """Milliseconds for the small sizes, GB/s for the others; the largest size beside its ceiling."""
+        return tuple(
+            self._row(_name(what, link, size), size, link, seconds)
+            for link in self.links
+            for what in _actions(next(iter(self._traffic.values())))
+            for size in self._traffic
+        )
+
+    def fits(self, seconds: Seconds) -> dict[str, Fit]:
+        """For each operation and link the line through its sizes."""
+        found = {}
+        for link in self.links:
+            for what in _actions(next(iter(self._traffic.values()))):
+                medians = [median(seconds[_name(what, link, size)]) for size in self._traffic]
+                if line := fit_line(list(self._traffic), medians):
+                    found[f"{what}, {link.name}"] = line
+        return found
+
+    def _row(self, name: str, size: int, link: Link, seconds: Seconds) -> Row:
+        if size <= SMALL_SIZES[0]:
+            return Row(name, "ms", tuple(1000 * s for s in seconds[name]))
+        beside = link.ceiling and link.ceiling in seconds and size == max(self._traffic)
+        needs = (Need(against=link.ceiling),) if beside else ()
+        return Row(name, "GB/s", tuple(size / s / GIGA for s in seconds[name]), needs)
+
+
+def ceiling_rows(nbytes: int, seconds: Seconds) -> tuple[Row, ...]:
+    """The raw loops, where they were measured."""
+    return tuple(
+        Row(name, "GB/s", tuple(nbytes / s / GIGA for s in seconds[name]))
+        for name in (RAW_TCP, RAW_UNIX)
+        if name in seconds
+    )
+
+
+def _actions(traffic: Traffic) -> dict[str, Callable[[EmaClient], None]]:
+    return {"push": traffic.push, "pull into tensors": traffic.pull_into, "pull, new tensors": traffic.pull_fresh}
+
+
+def _bound(action: Callable[[EmaClient], None], client: EmaClient) -> Callable[[], None]:
+    return lambda: action(client)
+
+
+def _name(what: str, link: Link, size: int) -> str:
+    return f"{what}, {link.name}, {show_size(size)}"
+
+
+def _repeats(size: int) -> int:
+    return next((times for most, times in _REPEATS if size <= most), 1)

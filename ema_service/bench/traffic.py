@@ -1,0 +1,73 @@
+"""One run on a service and the three things done with it: push, pull into tensors that are there, pull into new ones.
+
+What is pushed are the initial weights again and again. Their average is themselves, to the bit, so what is pulled can
+be compared with what was pushed: a benchmark that moves garbage says so.
+
+Knows tensors and the public client. Does not know clocks, links, or what the figures are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ema_client import EmaClient
+from ema_service.bench.children import BenchFailed
+
+__all__ = ["TENSORS", "Traffic", "make_state", "nbytes_of"]
+
+TENSORS = 256
+#: A tensor holds this much at least: a run of 100 KB has 25 tensors.
+SMALLEST_TENSOR = 4000
+
+
+def make_state(nbytes: int, tensors: int = TENSORS) -> dict[str, Tensor]:
+    """Float32 tensors, each of memory of its own, ``nbytes`` in all (to the last four bytes) and of nearly one size.
+
+    Values lie in 0.5..1.5: no denormal slows an operation down.
+    """
+    elements = max(1, nbytes // 4)
+    count = max(1, min(tensors, nbytes // SMALLEST_TENSOR))
+    sizes = [elements // count + (i < elements % count) for i in range(count)]
+    return {f"layer.{i:03d}.weight": torch.empty(size).uniform_(0.5, 1.5) for i, size in enumerate(sizes)}
+
+
+def nbytes_of(state: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+class Traffic:
+    """A run of one trainer, which may use several clients of one service. Not thread-safe."""
+
+    def __init__(self, run: str, nbytes: int) -> None:
+        self.run = run
+        self.state = make_state(nbytes)
+        self.out = {name: torch.empty_like(tensor) for name, tensor in self.state.items()}
+        self.nbytes = nbytes_of(self.state)
+        self._step = 0
+
+    def create(self, client: EmaClient) -> None:
+        client.create_run(self.run, self.state)
+
+    def push(self, client: EmaClient) -> None:
+        self._step += 1
+        client.push(self.run, self.state, step=self._step)
+
+    def pull_into(self, client: EmaClient) -> None:
+        client.pull(self.run, out=self.out)
+
+    def pull_fresh(self, client: EmaClient) -> None:
+        """The new tensors are dropped at once, as an evaluator drops the version before."""
+        client.pull(self.run)
+
+    def check(self, client: EmaClient) -> None:
+        """Raises BenchFailed unless a pull brings what was pushed, bit for bit."""
+        for tensor in self.out.values():
+            tensor.zero_()
+        self.pull_into(client)
+        wrong = [name for name, tensor in self.state.items() if not torch.equal(tensor, self.out[name])]
+        if wrong:
+            raise BenchFailed(f"{len(wrong)} tensors came back changed, such as {wrong[0]}")
