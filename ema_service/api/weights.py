@@ -93,7 +93,8 @@ async def get_weights(
         stack.callback(server.registry.frozen.release, chosen.arena)
         return lambda start, stop: data[start:stop]
 
-    return await _answer(request, server, stream, open_source, on_disk=False)
+    with ExitStack() as source:
+        return await _answer(request, server, stream, source, open_source, on_disk=False)
 
 
 @router.get(
@@ -117,17 +118,15 @@ async def get_snapshot_weights(
 ) -> Response:
     """The weights of a snapshot; with Range, a broken download goes on where it stopped."""
     files = server.registry.files(run)
-    with ExitStack() as stack:
+    with ExitStack() as source:
         file, info = await server.block(partial(files.open_snapshot, name, average))
-        stack.callback(file.close)
+        source.callback(file.close)
         stream = WeightsStream(file.header.entries, info, lineage=file.identity, dtype=dtype, prefix=prefix)
-        kept = stack.pop_all()
 
-    async def open_source(stack: ExitStack) -> ReadBytes:
-        stack.push(kept)
-        return file.read
+        async def open_source(_: ExitStack) -> ReadBytes:
+            return file.read
 
-    return await _answer(request, server, stream, open_source, on_disk=True)
+        return await _answer(request, server, stream, source, open_source, on_disk=True)
 
 
 async def _reach(run: Run, step: int, wait: float) -> None:
@@ -153,10 +152,15 @@ async def _answer(
     request: Request,
     server: Context,
     stream: WeightsStream,
+    source: ExitStack,
     open_source: Callable[[ExitStack], Awaitable[ReadBytes]],
     *,
     on_disk: bool,
 ) -> Response:
+    """The answer to a GET or HEAD. A body takes ``source`` over and closes it at its end;
+
+    else it stays the caller's.
+    """
     headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
     if _matches(request.headers.get("if-none-match"), stream.etag):
         return Response(status_code=304, headers=headers)
@@ -171,11 +175,9 @@ async def _answer(
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{stream.length}"
     if request.method == "HEAD":
         return Response(status_code=200, headers=headers, media_type=_OCTETS)
-    with ExitStack() as stack:
-        read = await open_source(stack)
-        chunks = stream.chunks(read, start, stop)
-        body = _from_disk(server, chunks) if on_disk else _from_memory(chunks)
-        return _Streaming(stack.pop_all(), server, body, status_code=206 if part else 200, headers=headers)
+    chunks = stream.chunks(await open_source(source), start, stop)
+    body = _from_disk(server, chunks) if on_disk else _from_memory(chunks)
+    return _Streaming(source.pop_all(), server, body, status_code=206 if part else 200, headers=headers)
 
 
 class _Streaming(StreamingResponse):

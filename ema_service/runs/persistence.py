@@ -88,16 +88,19 @@ class RunFiles:
         self._run.restore(state)
         self._saved = state
         # From here on the checkpoint may be followed by updates that a crash would lose.
-        self._store.amend_checkpoint(self._row, _dump(state, final=False))
+        self._store.amend_checkpoint(self._row, self._dump(state, final=False))
 
     def _save(self, state: State, *, final: bool) -> None:
         if state is not self._saved:
-            self._write(state, None, lambda files: self._store.save_checkpoint(self._row, _dump(state, final), files))
+            text = self._dump(state, final=final)
+            self._write(state, None, lambda files: self._store.save_checkpoint(self._row, text, files))
         elif final:
-            self._store.amend_checkpoint(self._row, _dump(state, final))
+            self._store.amend_checkpoint(self._row, self._dump(state, final=final))
 
     def _read_state(self, checkpoint: CheckpointRow) -> State:
         stored = json.loads(checkpoint.state)
+        if stored["final"]:
+            self._run.lineage = stored["lineage"]
         averages = [
             Average(a["name"], a["decay"], a["effective_decay"], self._read_arena(checkpoint, a["name"]))
             for a in stored["averages"]
@@ -111,6 +114,23 @@ class RunFiles:
             digest=bytes.fromhex(stored["digest"]),
             averages=tuple(averages),
             updated_at=stored["updated_at"],
+        )
+
+    def _dump(self, state: State, *, final: bool) -> str:
+        return json.dumps(
+            {
+                "lineage": self._run.lineage,
+                "epoch": state.epoch,
+                "n": state.n,
+                "step": state.step,
+                "num_updates": state.num_updates,
+                "digest": state.digest.hex(),
+                "updated_at": state.updated_at,
+                "final": final,
+                "averages": [
+                    {"name": a.name, "decay": a.decay, "effective_decay": a.effective_decay} for a in state.averages
+                ],
+            }
         )
 
     def _read_arena(self, checkpoint: CheckpointRow, average: str) -> Arena:
@@ -222,20 +242,3 @@ class RunFiles:
 def _check_same(layout: Layout, file: TensorFile) -> None:
     if file.header.entries != layout.shadows:
         raise MalformedBody("its tensors are not those of the run's layout")
-
-
-def _dump(state: State, final: bool) -> str:
-    return json.dumps(
-        {
-            "epoch": state.epoch,
-            "n": state.n,
-            "step": state.step,
-            "num_updates": state.num_updates,
-            "digest": state.digest.hex(),
-            "updated_at": state.updated_at,
-            "final": final,
-            "averages": [
-                {"name": a.name, "decay": a.decay, "effective_decay": a.effective_decay} for a in state.averages
-            ],
-        }
-    )

@@ -58,8 +58,7 @@ class Store:
 
     def add_run(self, name: str, config: str, created_at: float) -> RunRow:
         row = self._catalog.add_run(name, config, created_at)
-        self._snapshots_folder(row).mkdir(parents=True, exist_ok=True)
-        sync_folder(self._run_folder(row))
+        self._run_folder(row).mkdir(parents=True, exist_ok=True)
         sync_folder(self._runs)
         return row
 
@@ -124,16 +123,14 @@ class Store:
         return self._runs / f"{row.name}.{row.id}"
 
     def _snapshot_folder(self, row: RunRow, name: str) -> Path:
-        return self._snapshots_folder(row) / name
-
-    def _snapshots_folder(self, row: RunRow) -> Path:
-        return self._run_folder(row) / "snapshots"
+        return self._run_folder(row) / "snapshots" / name
 
     def _write_files(self, folder: Path, files: Files) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for average, chunks in files.items():
             write_whole(folder / _file_name(average), chunks)
-        sync_folder(folder.parent)
+        for parent in (folder.parent, folder.parent.parent):  # each may have a new entry
+            sync_folder(parent)
 
 
 def _file_name(average: str) -> str:

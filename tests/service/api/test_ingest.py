@@ -246,7 +246,7 @@ def test_a_refused_body_is_read_to_its_end(url, run):
     with Raw(url) as raw:
         raw.send(put(f"{run}/updates/1", body_of(2.0) + b"x" * surplus))
         status, answer = raw.answer()
-        assert (status, json.loads(answer)["code"]) == (422, "malformed_body")
+        assert (status, json.loads(answer)["code"]) == (413, "body_too_large")
         raw.send(put(f"{run}/updates/1", body_of(2.0)))
         assert raw.answer()[0] == 200
 

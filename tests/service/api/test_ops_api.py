@@ -25,6 +25,7 @@ NAMES = {
     "ema_sent_bytes",
     "ema_commit_seconds",
     "ema_runs",
+    "ema_degraded_runs",
     "ema_shadow_bytes",
     "ema_staging_bytes",
     "ema_frozen_bytes",

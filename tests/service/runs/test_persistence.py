@@ -69,7 +69,8 @@ def seen(run: LocalRun) -> dict[str, bytes]:
 
 def etag(run: LocalRun) -> str:
     state = run.state
-    return WeightsStream(run.run.layout.shadows, run.run.weights_info(state, state.averages[0])).etag
+    info = run.run.weights_info(state, state.averages[0])
+    return WeightsStream(run.run.layout.shadows, info, lineage=run.run.lineage).etag
 
 
 def data_files(server: LocalServer, pattern: str) -> list[Path]:

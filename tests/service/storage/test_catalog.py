@@ -136,7 +136,7 @@ def test_file_that_is_no_database(path: Path) -> None:
     """A file that is no database is refused and left alone."""
     path.write_bytes(b"this is no database" * 1000)
 
-    with pytest.raises(sqlite3.DatabaseError):
+    with pytest.raises(CatalogUnusable, match="not a database"):
         Catalog(path)
     assert path.read_bytes() == b"this is no database" * 1000
 
