@@ -30,9 +30,9 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     },
 )
 async def create_run(body: RunConfigBody, response: Response, server: Server) -> RunInfo:
-    """Create a run from its configuration. It awaits its initial weights;
+    """Create a run from its configuration. It then awaits its initial weights.
 
-    the same configuration again changes nothing.
+    The same configuration again changes nothing.
     """
     run, created = await server.block(partial(server.registry.create, body.to_config()))
     response.status_code = 201 if created else 200

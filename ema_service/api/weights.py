@@ -157,10 +157,7 @@ async def _answer(
     *,
     on_disk: bool,
 ) -> Response:
-    """The answer to a GET or HEAD. A body takes ``source`` over and closes it at its end;
-
-    else it stays the caller's.
-    """
+    """The answer to a GET or HEAD. A body takes ``source`` over and closes it at its end; else the caller does."""
     headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
     if _matches(request.headers.get("if-none-match"), stream.etag):
         return Response(status_code=304, headers=headers)

@@ -31,9 +31,9 @@ _NAMED_IN_ERRORS = 5
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """What the parameters do to one average: out <- shadow - weight * (shadow - param);
+    """What the parameters do to one average.
 
-    without a shadow, out <- param.
+    out <- shadow - weight * (shadow - param); without a shadow, out <- param.
     """
 
     out: Arena

@@ -18,10 +18,7 @@ from ema_client.errors import NonFinite
 
 
 class Odd(nn.Module):
-    """Every shape a model can have:
-
-    scalars, empty tensors, convolutions, an embedding of several blocks, odd lengths.
-    """
+    """Scalars, empty tensors, convolutions, an embedding of several blocks, odd lengths, something frozen."""
 
     def __init__(self) -> None:
         super().__init__()

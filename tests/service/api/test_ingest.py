@@ -265,10 +265,7 @@ def test_chunked_bodies_are_taken(url, run):
 
 
 def test_a_server_told_to_stop_finishes_the_push_in_hand(start_server):
-    """SIGTERM in the middle of a body: the rest is received, applied and answered;
-
-    then the server ends with status 0.
-    """
+    """SIGTERM in the middle of a body: the rest is received and answered, then the server ends with 0."""
     server = start_server()
     config = {"run": "last", "layout": LAYOUT, "decay": 0.0, "use_num_updates": False}
     with server.http() as http:
