@@ -21,6 +21,9 @@ __all__ = ["RAW_TCP", "RAW_UNIX", "Ceiling"]
 
 RAW_TCP = "raw TCP loopback"
 RAW_UNIX = "raw Unix socket"
+#: sendall() is given this much at a time, on sockets with a timeout, as ema_client does. Loopback TCP of a quiet 2-core
+#: machine: one sendall of everything on blocking sockets 2.1 GB/s, like this 3.9 (2.1 where the kernel has a bad day).
+PIECE = 4 << 20
 #: For one answer; a gigabyte takes a second on a slow machine.
 _SECONDS = 120.0
 
@@ -58,6 +61,7 @@ class Ceiling:
 
     def _send(self, connection: socket.socket) -> None:
         connection.sendall(self._nbytes.to_bytes(LENGTH_BYTES, "little"))
-        connection.sendall(self._buffer)
+        for start in range(0, self._nbytes, PIECE):
+            connection.sendall(self._buffer[start : start + PIECE])
         if connection.recv(1) != b"\1":
             raise BenchFailed("the receiving end of the raw loop has gone")

@@ -8,17 +8,21 @@ Knows sockets. Standard library only: torch would take seconds to import. Does n
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import socket
 import sys
 import threading
 
 LENGTH_BYTES = 8
+#: An idle sender is given this long. A socket with a timeout is also the faster one: it is polled, see ceiling.PIECE.
+SECONDS = 600.0
 
 
 def warm_buffer(nbytes: int) -> memoryview:
     """Memory whose pages are there, huge ones where the system has them: as the server's own staging."""
-    region = mmap.mmap(-1, nbytes)
+    # Private: the default for no file is shared memory, which gets no huge pages.
+    region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(region)
@@ -41,7 +45,8 @@ def receive(connection: socket.socket, buffer: memoryview) -> bool:
 def _serve(listener: socket.socket, buffer: memoryview) -> None:
     while True:
         connection, _ = listener.accept()
-        with connection:
+        with connection, contextlib.suppress(TimeoutError):
+            connection.settimeout(SECONDS)
             if connection.family == socket.AF_INET:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _follow(connection, buffer)
