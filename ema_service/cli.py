@@ -76,15 +76,19 @@ def serve(
     body_timeout: Annotated[
         float, typer.Option(help="Seconds a sender may stay silent in the middle of a body.", min=0.1)
     ] = Settings.body_timeout,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="Ask for tokens, those of this file (`ema-service token create`).", dir_okay=False),
+    ] = None,
     insecure_no_auth: Annotated[
         bool, typer.Option("--insecure-no-auth", help="Listen beyond loopback although anyone may then read and write.")
     ] = False,
 ) -> None:
     """Start the server. Ctrl-C or SIGTERM finishes the updates in hand, keeps every run, and stops."""
-    if not insecure_no_auth and not _is_loopback(host):
+    if token_file is None and not insecure_no_auth and not _is_loopback(host):
         raise typer.BadParameter(
             f"{host} can be reached by others, and without tokens anyone could read and write every run. "
-            "Listen on 127.0.0.1 behind a proxy that checks who comes, or say --insecure-no-auth.",
+            "Make tokens (`ema-service token create`) and give --token-file, or say --insecure-no-auth.",
             param_hint="--host",
         )
     settings = Settings(
@@ -94,6 +98,7 @@ def serve(
         frozen_bytes=frozen_bytes,
         checkpoint_interval=checkpoint_interval,
         body_timeout=body_timeout,
+        token_file=token_file,
     )
     _run(settings, host, port, uds)
 
@@ -122,6 +127,28 @@ def bench(
     raise typer.Exit(run_bench(url, size, rounds, json_file, token=token))
 
 
+tokens = typer.Typer(help="Tokens of a server that asks for them.", no_args_is_help=True)
+app.add_typer(tokens, name="token")
+
+
+@tokens.command()
+def create(
+    scope: Annotated[list[str], typer.Option(help="push, pull or admin; may be given several times.")],
+    run: Annotated[str, typer.Option(help="Pattern of the runs it is for, such as 'cogview*'.")] = "*",
+    token_file: Annotated[Path, typer.Option(help="The server's --token-file; made if it is not there.")] = Path(
+        "ema-tokens"
+    ),
+) -> None:
+    """Make a token and print it: only its hash is kept. A running server reads the file when it starts."""
+    from ema_service.api.auth import TokenFileError, create_token
+
+    try:
+        typer.echo(create_token(token_file, scope, run))
+    except (OSError, TokenFileError) as fault:
+        typer.echo(f"ema-service: {fault}", err=True)
+        raise typer.Exit(1) from None
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -133,6 +160,7 @@ def _is_loopback(host: str) -> bool:
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
     from ema_service.api.app import pick_device
+    from ema_service.api.auth import TokenFileError
     from ema_service.api.server import serve as serve_http
     from ema_service.storage import CatalogUnusable
 
@@ -148,7 +176,7 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
 
     try:
         serve_http(settings, host, port, uds, announce)
-    except (OSError, RuntimeError, CatalogUnusable) as fault:
+    except (OSError, RuntimeError, TokenFileError, CatalogUnusable) as fault:
         # What keeps a server from starting: an address or a data dir in use, a device that is not there, a disk.
         typer.echo(f"ema-service: {fault}", err=True)
         raise typer.Exit(1) from None

@@ -30,6 +30,7 @@ class Settings:
     frozen_bytes: most memory of versions held for readers beside the current ones.
     checkpoint_interval: seconds between two looks for runs that moved since their last checkpoint.
     body_timeout: seconds a sender may stay silent in the middle of a body.
+    token_file: tokens and what each may do; None asks nobody for one.
     json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.
     """
 
@@ -40,3 +41,4 @@ class Settings:
     checkpoint_interval: float = 60.0
     body_timeout: float = 60.0
     json_bytes: int = 64 << 20
+    token_file: Path | None = None

@@ -10,6 +10,8 @@
     |   |-- NameCollision         two parameters share one canonical name
     |   |-- NothingStored         restore() without store()
     |   +-- AlreadyStored         store() over a stored copy; a scope inside a scope
+    |-- Unauthorized              401: no token, or none the server knows
+    |-- Forbidden                 403: the token does not allow this
     |-- NotFound                  404
     |   |-- RouteNotFound, RunNotFound, SnapshotNotFound, AverageNotFound
     |-- MethodNotAllowed          405
@@ -48,6 +50,7 @@ __all__ = [
     "Conflict",
     "ConnectionLost",
     "EmaError",
+    "Forbidden",
     "InternalError",
     "Invalid",
     "InvalidDecay",
@@ -78,6 +81,7 @@ __all__ = [
     "StorageFailed",
     "Superseded",
     "TransportError",
+    "Unauthorized",
     "UsageError",
     "WeightsExist",
     "error_from_problem",
@@ -195,6 +199,20 @@ class AlreadyStored(UsageError):
     code = "already_stored"
     title = "Already stored"
     default_hint = "restore() first: storing again would lose the training weights"
+
+
+class Unauthorized(EmaError):
+    code = "unauthorized"
+    status = 401
+    title = "No valid token"
+    default_hint = "pass token=, or set EMA_SERVICE_TOKEN; `ema-service token create` on the server makes one"
+
+
+class Forbidden(EmaError):
+    code = "forbidden"
+    status = 403
+    title = "The token does not allow this"
+    default_hint = "ask for a token with that scope and a pattern that the run's name fits"
 
 
 class NotFound(EmaError):
@@ -404,6 +422,8 @@ def error_from_problem(problem: dict[str, Any], status: int, *, retry_after: flo
     cls = BY_CODE.get(str(problem.get("code")))
     if cls is None or cls.status != status:
         general = (
+            Unauthorized,
+            Forbidden,
             NotFound,
             MethodNotAllowed,
             RequestTimeout,

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from ema_service import dashboard
 from ema_service.api import errors, ops, runs, snapshots, updates, weights
+from ema_service.api.auth import Auth, read_token_file
 from ema_service.api.context import Context
 from ema_service.api.limits import JsonLimit
 from ema_service.metrics import Metrics
@@ -47,6 +48,8 @@ def pick_device(name: str) -> torch.device:
 def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     """The ASGI application of one server.
 
+    Raises OSError or TokenFileError where the token file cannot be read.
+
     registry: the open runs, closed when the application stops; None opens them when it starts.
     """
     metrics = Metrics()
@@ -77,6 +80,9 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     )
     errors.install(app, metrics)
     app.add_middleware(JsonLimit, limit=settings.json_bytes, silence=settings.body_timeout)
+    if settings.token_file:
+        # Added last, so it comes first: whoever may not is told so before anything is read.
+        app.add_middleware(Auth, grants=read_token_file(settings.token_file))
     for part in (runs, updates, weights, snapshots, ops):
         app.include_router(part.router)
     dashboard.install(app)

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from ema_client.errors import AverageNotFound, AwaitingWeights, BodyTooLarge, InvalidRequest, RunExists, RunNotFound
+from ema_client.errors import (
+    AverageNotFound,
+    AwaitingWeights,
+    BodyTooLarge,
+    Forbidden,
+    InvalidRequest,
+    RunExists,
+    RunNotFound,
+)
 from ema_client.protocol import RunInfo, RunList
+from ema_service.api.auth import access_of
 from ema_service.api.context import RunName, Server
 from ema_service.api.errors import problem_responses
 from ema_service.api.schemas import RunConfigBody, RunPatchBody
@@ -26,23 +35,25 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     summary="Create a run",
     responses={
         200: {"model": RunInfo, "description": "The run exists with this very configuration"},
-        **problem_responses(RunExists, BodyTooLarge, InvalidRequest),
+        **problem_responses(RunExists, BodyTooLarge, Forbidden, InvalidRequest),
     },
 )
-async def create_run(body: RunConfigBody, response: Response, server: Server) -> RunInfo:
+async def create_run(body: RunConfigBody, request: Request, response: Response, server: Server) -> RunInfo:
     """Create a run from its configuration. It then awaits its initial weights.
 
     The same configuration again changes nothing.
     """
+    access_of(request).check("push", body.run)
     run, created = await server.block(partial(server.registry.create, body.to_config()))
     response.status_code = 201 if created else 200
     return run.info()
 
 
 @router.get("", summary="List runs")
-async def list_runs(server: Server) -> RunList:
-    """All runs, oldest first."""
-    return RunList(tuple(run.info() for run in server.registry.runs()))
+async def list_runs(request: Request, server: Server) -> RunList:
+    """All runs that the token may see, oldest first."""
+    access = access_of(request)
+    return RunList(tuple(run.info() for run in server.registry.runs() if access.may("pull", run.config.run)))
 
 
 @router.get("/{run}", summary="Show a run", responses=problem_responses(RunNotFound, InvalidRequest))
