@@ -73,7 +73,8 @@ class HostPool:
     def _allocate(self, nbytes: int) -> _Raw:
         if self._pinned:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-        region = mmap.mmap(-1, max(nbytes, 1))
+        # Private: memory that is shared with children, mmap's default, gets no huge pages.
+        region = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(region, dtype=np.uint8, count=nbytes)
