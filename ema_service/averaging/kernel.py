@@ -22,7 +22,7 @@ __all__ = ["average_into", "block_bytes", "cast_into"]
 
 #: Bytes of shadow per block and thread. A block is read and written three times and should stay in the 2 MiB L2 cache
 #: of a core together with its parameters. Measured on one core, GB/s of shadow: 64 KiB 3.0, 128 KiB 3.6, 256 KiB 3.8,
-#: 512 KiB 3.6, 1 MiB 3.4 (tests/benchmarks/kernel.py).
+#: 512 KiB 3.6, 1 MiB 3.4 (`run.py --only blocks` in tests/benchmarks measures it).
 CPU_BLOCK_BYTES = 256 << 10
 #: On a GPU a block only bounds the scratch memory of a cast.
 GPU_BLOCK_BYTES = 64 << 20
