@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import sqlite3
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -176,7 +177,7 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
 
     try:
         serve_http(settings, host, port, uds, announce)
-    except (OSError, RuntimeError, TokenFileError, CatalogUnusable) as fault:
+    except (OSError, RuntimeError, sqlite3.Error, TokenFileError, CatalogUnusable) as fault:
         # What keeps a server from starting: an address or a data dir in use, a device that is not there, a disk.
         typer.echo(f"ema-service: {fault}", err=True)
         raise typer.Exit(1) from None

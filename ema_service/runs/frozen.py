@@ -10,7 +10,7 @@ Knows arenas and a budget. Does not know runs, sockets or files.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ema_client.errors import Overloaded
 from ema_service.runs.arena import Arena, Memory
@@ -20,8 +20,9 @@ __all__ = ["FrozenWeights"]
 
 @dataclass(slots=True)
 class _Held:
-    readers: int
-    data: memoryview
+    readers: int = 0
+    data: memoryview | None = None
+    copying: threading.Lock = field(default_factory=threading.Lock)
 
 
 class FrozenWeights:
@@ -35,7 +36,7 @@ class FrozenWeights:
 
     @property
     def bytes_in_use(self) -> int:
-        return sum(len(held.data) for held in list(self._held.values()))
+        return sum(arena.layout.shadow_bytes for arena in list(self._held))
 
     def acquire(self, arena: Arena) -> memoryview:
         """The arena's bytes in host memory, unchanging until release() at least. Copies on a GPU: call off the loop.
@@ -46,10 +47,17 @@ class FrozenWeights:
             held = self._held.get(arena)
             if held is None:
                 self._admit(arena.layout.shadow_bytes)
-                data = self._memory.to_host(arena.tensor).numpy().data
-                held = self._held[arena] = _Held(0, data)
+                held = self._held[arena] = _Held()
             held.readers += 1
-            return held.data
+        try:
+            # Not under the lock that release() takes: the event loop must not wait for a copy of gigabytes.
+            with held.copying:
+                if held.data is None:
+                    held.data = self._memory.to_host(arena.tensor).numpy().data
+                return held.data
+        except (MemoryError, OSError, RuntimeError):
+            self.release(arena)
+            raise
 
     def release(self, arena: Arena) -> None:
         """One reader of the arena is done."""

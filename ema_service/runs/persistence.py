@@ -54,8 +54,8 @@ class RunFiles:
 
     # --- checkpoint -------------------------------------------------------------------------------------------------
 
-    def checkpoint(self, *, final: bool = False) -> bool:
-        """Keep the current state if it moved since the last time, and say whether a restart now brings it back.
+    def checkpoint(self, *, final: bool = False) -> None:
+        """Keep the current state if it moved since the last time; ``durable_step`` says what a restart brings back.
 
         final: nothing will be applied after it, so that the versions may go on from here when the run comes back.
         A failure is logged, makes the run ``degraded`` and leaves the checkpoint before; the next call tries again.
@@ -63,16 +63,15 @@ class RunFiles:
         with self._lock:
             state = self._run.state
             if state is None or self._run.fault or self._removed:
-                return False
+                return
             try:
                 self._save(state, final=final)
             except (OSError, sqlite3.Error) as fault:
                 self._run.unkept = f"version {state.version} could not be kept: {fault}"
                 _log.error("run %s: %s", self._row.name, self._run.unkept)
-                return False
+                return
             self._run.unkept = None
             self._saved, self._run.durable_step = state, state.step
-            return True
 
     def restore(self) -> None:
         """Bring the run back from its checkpoint, if it has one; if that is damaged the run is ``degraded``."""

@@ -15,12 +15,18 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
+
+from ema_service.api import create_app
+from ema_service.api.ingest import FillingProtocol, uvicorn_fits
+from ema_service.settings import Settings
 
 STOCK = """
 import sys, uvicorn
@@ -285,12 +291,35 @@ def test_a_server_told_to_stop_finishes_the_push_in_hand(start_server):
     assert shadow(server.url, "/v1/runs/last") == {2.0}
 
 
+def test_bodies_of_known_length_do_not_take_the_slow_path(monkeypatch):
+    """Under the server's own protocol a push is received though streaming is broken; only a chunked one needs that."""
+    monkeypatch.setattr("ema_service.api.ingest._stream", None)
+    app = create_app(Settings(data_dir=None))
+    config = uvicorn.Config(app, port=0, http=FillingProtocol, ws="none", lifespan="on", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with httpx.Client(base_url=url) as http:
+            http.post("/v1/runs", json={"run": "r", "layout": LAYOUT})
+            assert http.put("/v1/runs/r/weights", content=body_of(1.0)).status_code == 200
+            assert http.put("/v1/runs/r/updates/1", content=body_of(2.0)).status_code == 200
+            message = put("/v1/runs/r/updates/2", body_of(3.0))
+            with Raw(url) as raw:
+                raw.send(message[:-20], message[-20:])
+                assert raw.answer()[0] == 200
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
 def test_an_unknown_uvicorn_means_the_slow_path_and_a_warning(monkeypatch, caplog):
     """Where uvicorn is not what the fast path relies on, the server starts with its own protocol and says so."""
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     from ema_service.api import server as module
-    from ema_service.api.ingest import FillingProtocol, uvicorn_fits
 
     assert uvicorn_fits()
     assert module.http_protocol() is FillingProtocol

@@ -6,9 +6,11 @@ Knows arenas and who reads them. Does not know runs.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from ema_client.errors import Overloaded
 from ema_client.protocol import TensorSpec
@@ -84,3 +86,45 @@ def test_budget_bounds_the_versions_held(memory: Memory, make_arena: Callable[[i
 def test_one_version_is_always_possible(memory: Memory, make_arena: Callable[[int], Arena]) -> None:
     """A budget smaller than the model still lets one version be read."""
     assert len(FrozenWeights(memory, 1).acquire(make_arena(0))) == SIZE
+
+
+def test_a_reader_who_is_done_does_not_wait_for_a_copy(
+    memory: Memory, make_arena: Callable[[int], Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """release() runs on the event loop: it returns while another version is still being copied from a device."""
+    frozen, read, copied = FrozenWeights(memory, 10 * SIZE), make_arena(1), make_arena(2)
+    frozen.acquire(read)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(tensor: torch.Tensor) -> torch.Tensor:
+        begun.set()
+        assert go_on.wait(30)
+        return tensor
+
+    monkeypatch.setattr(memory, "to_host", slow)
+    copying = threading.Thread(target=frozen.acquire, args=(copied,), daemon=True)
+    copying.start()
+    assert begun.wait(30)
+    releasing = threading.Thread(target=frozen.release, args=(read,), daemon=True)
+    releasing.start()
+    releasing.join(5)
+    finished = not releasing.is_alive()
+    go_on.set()
+    copying.join(30)
+    assert finished
+    assert frozen.bytes_in_use == SIZE
+
+
+def test_a_copy_that_fails_is_not_counted(
+    memory: Memory, make_arena: Callable[[int], Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no memory for the copy the reader is told, and the budget is as before."""
+    frozen = FrozenWeights(memory, SIZE)
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "to_host", fail)
+    with pytest.raises(MemoryError):
+        frozen.acquire(make_arena(1))
+    assert frozen.bytes_in_use == 0

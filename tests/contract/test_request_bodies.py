@@ -1,0 +1,44 @@
+"""What FastAPI accepts as a body is what the protocol says: the same fields, required or not, the same defaults.
+
+Knows both descriptions. Does not know what a server does with a body.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from ema_client import protocol
+from ema_service.api.schemas import RunConfigBody, RunPatchBody
+
+
+def required(kind: type[Any]) -> set[str]:
+    fields = dataclasses.fields(kind)
+    missing = dataclasses.MISSING
+    return {f.name for f in fields if f.default is missing and f.default_factory is missing}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"), [(RunConfigBody, protocol.RunConfig), (RunPatchBody, protocol.RunPatch)], ids=["config", "patch"]
+)
+def test_fields_are_the_protocols(body: type[BaseModel], kind: type[Any]) -> None:
+    """A field that only one side knows would be refused as unknown, or never sent."""
+    assert set(body.model_fields) == {field.name for field in dataclasses.fields(kind)}
+    assert {name for name, field in body.model_fields.items() if field.is_required()} == required(kind)
+
+
+def test_a_config_survives_the_way() -> None:
+    """Defaults, and every field with another value, come out of the check as they were sent."""
+    tensor = protocol.TensorSpec("w", (2, 3), "F32")
+    average = protocol.AverageConfig("fast", "constant", 0.5)
+    configs = [
+        protocol.RunConfig("r", (tensor,)),
+        protocol.RunConfig("r", (tensor,), 0.5, False, "step", (average, protocol.AverageConfig()), "allow", "memory"),
+    ]
+    for config in configs:
+        body = RunConfigBody.model_validate_json(json.dumps(protocol.to_json(config)))
+        assert body.to_config() == config
