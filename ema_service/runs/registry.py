@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled
 from ema_client.protocol import MAX_AVERAGES, RunConfig, from_json, to_json
+from ema_service.averaging import prepare
 from ema_service.runs.arena import Memory
 from ema_service.runs.frozen import FrozenWeights
 from ema_service.runs.layout import Layout
@@ -39,6 +40,7 @@ class Registry:
 
     def __init__(self, memory: Memory, store: Store | None, *, staging_bytes: int, frozen_bytes: int) -> None:
         """Brings back every run of the store; one whose files are damaged comes up ``degraded`` and says why."""
+        prepare()
         self.memory = memory
         self.staging = Staging(memory, staging_bytes)
         self.frozen = FrozenWeights(memory, frozen_bytes)

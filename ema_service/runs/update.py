@@ -18,13 +18,16 @@ import xxhash
 from ema_client.errors import NonFinite
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.averaging import average_into, cast_into
-from ema_service.averaging.kernel import block_bytes
 from ema_service.runs.arena import Arena
 from ema_service.runs.layout import Section
 from ema_service.runs.staging import Staged
 
 __all__ = ["Feed", "Pass"]
 
+#: Parameters are hashed and averaged in pieces of this: the averaging finds in the core's cache (2 MiB) what the hash
+#: has read, and the interpreter is asked for little between two pieces. A GPU is given more to do at once.
+PIECE_BYTES = 1 << 20
+GPU_PIECE_BYTES = 64 << 20
 #: How many tensors an error names before it counts the rest.
 _NAMED_IN_ERRORS = 5
 
@@ -76,13 +79,14 @@ class Pass:
         return self._hash.digest()
 
     def _pieces(self, section: Section, received: int) -> Iterator[tuple[int, int]]:
-        """The section's part of the bytes still to be worked through, in blocks and whole elements."""
-        width, block = LAYOUT_DTYPES[section.param_dtype], block_bytes(self._staged.device)
+        """The section's part of the bytes still to be worked through, in pieces of whole elements."""
+        width = LAYOUT_DTYPES[section.param_dtype]
+        piece = PIECE_BYTES if self._staged.device.type == "cpu" else GPU_PIECE_BYTES
         stop = min(received, section.param.stop)
         stop -= (stop - section.param.start) % width
         # A part that ends inside an element leaves the sections behind it alone, though their bytes may have come.
         while section.param.start <= self._position < stop:
-            yield self._position, min(self._position + block, stop)
+            yield self._position, min(self._position + piece, stop)
 
     def _work(self, index: int, section: Section, start: int, stop: int) -> None:
         self._hash.update(self._staged.data[start:stop])

@@ -1,4 +1,4 @@
-"""Groups kernel, blocks and gpt2: the averaging itself, in this process, beside other ways to do it.
+"""Groups kernel and gpt2: the averaging itself, in this process, beside other ways to do it.
 
 Knows the kernel, its alternatives on flat memory, and what is demanded. Does not know servers. The alternatives that
 take a whole model are in ``models``.
@@ -6,9 +6,7 @@ take a whole model are in ``models``.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from litema import LitEma
@@ -16,19 +14,17 @@ from scale import Scale
 from torch import Tensor, nn
 
 from ema_service.averaging import average_into
-from ema_service.averaging import kernel as averaging_kernel
 from ema_service.bench.rounds import Operation, interleave, timed
 from ema_service.bench.rows import Group, Need, rate_row
 from ema_service.bench.sizes import show_size
 
-__all__ = ["WEIGHT", "flat", "in_place", "measure", "measure_blocks"]
+__all__ = ["WEIGHT", "flat", "in_place", "measure"]
 
 WEIGHT = 1e-4
 LERP = "lerp_"
 LITEMA = "LitEma as written"
 OURS = "kernel, float32"
 OURS_BF16 = "kernel, bf16 into float32"
-BLOCKS = (64, 128, 256, 512, 1024)
 
 
 def flat(nbytes: int) -> Tensor:
@@ -70,17 +66,6 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
     )
 
 
-def measure_blocks(scale: Scale, on_step: Callable[[str], object]) -> Group:
-    """The kernel with other sizes of its blocks, on one thread: the reason of CPU_BLOCK_BYTES."""
-    shadow, param = flat(scale.flat_bytes), flat(scale.flat_bytes)
-    operation = in_place(shadow, param)
-    operations = {f"blocks of {size} KiB": partial(_with_blocks, size << 10, operation) for size in BLOCKS}
-    with _threads(1):
-        seconds = interleave(operations, scale.rounds, on_step=on_step)
-    rows = tuple(rate_row(name, scale.flat_bytes, seconds) for name in operations)
-    return Group("blocks", "blocks: the kernel on one thread, GB/s of shadow", rows, ("the server uses 256 KiB",))
-
-
 class _One(nn.Module):
     """A model of one parameter."""
 
@@ -104,21 +89,3 @@ def _average(shadow: Tensor, buffer: Tensor, received: Tensor, param: Tensor) ->
         return averaging()
 
     return operation
-
-
-def _with_blocks(nbytes: int, operation: Operation) -> float:
-    former, averaging_kernel.CPU_BLOCK_BYTES = averaging_kernel.CPU_BLOCK_BYTES, nbytes
-    try:
-        return operation()
-    finally:
-        averaging_kernel.CPU_BLOCK_BYTES = former
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)

@@ -7,7 +7,7 @@
     latency   a small push beside an empty PUT
     readers   sixteen pull one version
     memory    peaks of server and client
-    kernel    the averaging on flat memory; blocks: with other sizes of its blocks
+    kernel    the averaging on flat memory
     gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
     gpu       what a CUDA device adds, where there is one
 
@@ -51,7 +51,6 @@ GROUPS: dict[str, Measure] = {
     "readers": memory.measure_readers,
     "memory": memory.measure,
     "kernel": kernel.measure,
-    "blocks": kernel.measure_blocks,
     "gpt2": models.measure,
     "gpu": gpu.measure,
 }

@@ -92,6 +92,31 @@ def test_parameters_shifted_in_the_same_memory(size: int, shift: int) -> None:
     assert same_bits(out, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0, 4, 64, 4 << 20])
+def test_many_threads_read_before_they_overwrite(
+    dtype: torch.dtype, shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Split over threads, in the parameters' own memory and shifted in it, the bits stay those of three roundings."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    size = 3_000_001
+    shadow, param = random(size), random(size, dtype, seed=1)
+    out, late = behind(param, torch.float32, shift)
+
+    assert average_into(out, shadow, late, WEIGHTS[1])
+    assert same_bits(out, three_roundings(shadow, param, WEIGHTS[1]))
+
+
+@pytest.mark.parametrize("where", [0, 1_500_000, 2_999_999])
+def test_many_threads_find_one_bad_value(where: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread meets the NaN, the answer is False."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    param = random(3_000_000)
+    param[where] = float("nan")
+
+    assert not average_into(param, torch.zeros_like(param), param, 0.5)
+
+
 @pytest.mark.parametrize(
     ("shadow_dtype", "param_dtype"),
     [(torch.float64, torch.float64), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)],

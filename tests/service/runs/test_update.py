@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ema_client.errors import NonFinite
 from ema_client.protocol import TensorSpec
-from ema_service.averaging import kernel
-from ema_service.runs import Layout, Memory, Staged
+from ema_service.runs import Layout, Memory, Staged, update
 from ema_service.runs.arena import Arena
 from ema_service.runs.update import Feed, Pass
 
@@ -84,7 +83,7 @@ def test_result_does_not_depend_on_how_it_arrives(
 
     push = Push(layout, memory, model(1), shadow, ahead=ahead)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "CPU_BLOCK_BYTES", block)
+        patch.setattr(update, "PIECE_BYTES", block)
         for count in sorted(min(part, layout.param_bytes) for part in parts):
             push.arrive(count)
         arrived = push.finish()
