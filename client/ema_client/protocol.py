@@ -306,8 +306,10 @@ def from_json(cls: type[T], data: Any) -> T:
         raise ValueError(f"{cls.__name__}: {missing}") from None
 
 
-#: Evaluating annotations took a tenth of the time of a small push.
-_type_hints = functools.cache(get_type_hints)
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    # Evaluating the annotations each time took a tenth of the time of a small push.
+    return get_type_hints(cls)
 
 
 def _value(hint: Any, value: Any) -> Any:
