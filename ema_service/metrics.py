@@ -29,6 +29,8 @@ class Metrics:
         )
         self.received = Counter("ema_received_bytes", "Bytes of tensors received in pushes.", registry=self.registry)
         self.sent = Counter("ema_sent_bytes", "Bytes of weights sent to readers.", registry=self.registry)
+        self.watchers = Gauge("ema_watchers", "Streams of events that are open.", registry=self.registry)
+        self.events = Counter("ema_events", "Events sent to watchers, by kind.", ["kind"], registry=self.registry)
         self.commit_seconds = Histogram(
             "ema_commit_seconds",
             "Time from the last byte of an update to its being applied.",

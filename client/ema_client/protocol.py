@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import quote
 
@@ -50,6 +51,9 @@ DecayPer = Literal["update", "step"]
 Durability = Literal["memory"]
 NonFinitePolicy = Literal["refuse", "allow"]
 UpdateState = Literal["applied", "staged", "unknown"]
+EventKind = Literal[
+    "version", "decay_changed", "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted"
+]
 
 
 def is_name(value: str) -> bool:
@@ -78,6 +82,10 @@ def weights_path(run: str) -> str:
 
 def update_path(run: str, step: int) -> str:
     return f"{run_path(run)}/updates/{step}"
+
+
+def events_path(run: str) -> str:
+    return f"{run_path(run)}/events"
 
 
 def snapshots_path(run: str) -> str:
@@ -234,6 +242,28 @@ class SnapshotList:
 
 
 @dataclass(frozen=True, slots=True)
+class RunEvent:
+    """Something happened to a run; the data of one event of ``GET /v1/runs/{run}/events``.
+
+    kind: "version" (there is a new one, or several: this is the newest), "decay_changed" (of ``average``),
+        "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted".
+    average: whose ``decay`` and ``effective_decay`` these are: the run's first, unless its kind says otherwise.
+    step, version, num_updates: the run's as it stands.
+    snapshot: the one that was created or deleted, which may be of an older version than the run's.
+    """
+
+    kind: EventKind
+    run: str
+    version: str | None
+    step: int | None
+    num_updates: int
+    average: str
+    decay: float
+    effective_decay: float | None
+    snapshot: SnapshotInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsInfo:
     """What travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``."""
 
@@ -313,6 +343,8 @@ def _value(hint: Any, value: Any) -> Any:
     if get_origin(hint) is tuple and isinstance(value, list):
         inner = get_args(hint)[0]
         return tuple(_value(inner, item) for item in value)
+    if get_origin(hint) is UnionType and value is not None:
+        hint = get_args(hint)[0]
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value)
     return value

@@ -15,7 +15,7 @@ import torch
 from fastapi import FastAPI
 
 from ema_service import dashboard
-from ema_service.api import errors, ops, runs, snapshots, updates, weights
+from ema_service.api import errors, events, ops, runs, snapshots, updates, weights
 from ema_service.api.auth import Auth, read_token_file
 from ema_service.api.context import Context
 from ema_service.api.limits import JsonLimit
@@ -83,7 +83,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     if settings.token_file:
         # Added last, so it comes first: whoever may not is told so before anything is read.
         app.add_middleware(Auth, grants=read_token_file(settings.token_file))
-    for part in (runs, updates, weights, snapshots, ops):
+    for part in (runs, updates, weights, snapshots, events, ops):
         app.include_router(part.router)
     dashboard.install(app)
 

@@ -6,9 +6,10 @@ Knows the parts of a running server. Does not know HTTP beyond reaching the stat
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, TypeVar
 
@@ -17,7 +18,7 @@ from fastapi import Depends, Path, Request
 
 from ema_client.protocol import MAX_STEP, NAME_PATTERN
 from ema_service.metrics import Metrics
-from ema_service.runs import Registry
+from ema_service.runs import Registry, Run
 from ema_service.settings import Settings
 
 __all__ = ["Context", "RunName", "Server", "SnapshotName", "Step"]
@@ -41,6 +42,9 @@ class Context:
         self.settings = settings
         self.registry = registry
         self.metrics = metrics
+        #: Set once the server is told to stop: whoever waits for a run stops waiting.
+        self.stopping = False
+        self._waiting: set[asyncio.Event] = set()
         self._apply_threads = ThreadPoolExecutor(_APPLY_THREADS, "ema-apply", torch.set_num_threads, (_TORCH_THREADS,))
         self._file_threads = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="ema-files")
 
@@ -58,6 +62,31 @@ class Context:
     async def block(self, work: Callable[[], T]) -> T:
         """Run ``work``, which waits for a disk or a lock, on a thread for files."""
         return await asyncio.get_running_loop().run_in_executor(self._file_threads, work)
+
+    @contextlib.contextmanager
+    def watching(self, run: Run) -> Iterator[asyncio.Event]:
+        """An event that is set after each change of the run, and when the server is ``stopping``.
+
+        On the event loop only. Who waits clears it first and looks then, so that no change goes unseen.
+        """
+        loop, moved = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(moved.set)
+
+        run.listeners.add(tell)
+        self._waiting.add(moved)
+        try:
+            yield moved
+        finally:
+            self._waiting.discard(moved)
+            run.listeners.discard(tell)
+
+    def stop_watching(self) -> None:
+        """Send everyone away who waits for something to happen: a stream of events has no end of its own."""
+        self.stopping = True
+        for moved in self._waiting:
+            moved.set()
 
     def close(self) -> None:
         """Finish the updates and files in hand, then keep every run."""

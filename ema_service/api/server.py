@@ -12,12 +12,15 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ema_service.api.app import create_app, open_registry
+from ema_service.api.context import Context
 from ema_service.api.ingest import FillingProtocol, uvicorn_fits
 from ema_service.settings import Settings
 
@@ -61,7 +64,8 @@ def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: 
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        _Server(config, lambda: announce(_url(host, sockets[0]))).run(sockets)
+        stopping = partial(_let_go, app)
+        _Server(config, lambda: announce(_url(host, sockets[0])), stopping).run(sockets)
 
 
 def http_protocol() -> type[HttpToolsProtocol]:
@@ -80,15 +84,26 @@ def _exit(_number: int, _frame: object) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says when it accepts connections."""
+    """A uvicorn server that says when it accepts connections, and when it begins to stop."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None], stopping: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_started = started
+        self._on_stopping = stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stopping()
+        await super().shutdown(sockets)
+
+
+def _let_go(app: FastAPI) -> None:
+    context: Context | None = getattr(app.state, "context", None)
+    if context:
+        context.stop_watching()
 
 
 def _url(host: str, sock: socket.socket) -> str:

@@ -7,6 +7,7 @@ Knows HTTP's conditional and range requests, and how to stream a source to a soc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
@@ -82,7 +83,7 @@ async def get_weights(
     """The EMA of one version, whole, while updates go on. Range is answered for the version named by If-Range."""
     found = server.registry.get(run)
     if min_step is not None:
-        await _reach(found, min_step, wait)
+        await _reach(server, found, min_step, wait)
     state = found.ready_state()
     chosen = found.average(state, average)
     info = found.weights_info(state, chosen)
@@ -129,23 +130,26 @@ async def get_snapshot_weights(
         return await _answer(request, server, stream, source, open_source, on_disk=True)
 
 
-async def _reach(run: Run, step: int, wait: float) -> None:
-    """Return once the run has applied ``step`` or a later one. Raises StepNotReached after ``wait`` seconds."""
-    loop, moved = asyncio.get_running_loop(), asyncio.Event()
+async def _reach(server: Context, run: Run, step: int, wait: float) -> None:
+    """Return once the run has applied ``step`` or a later one.
 
-    def tell() -> None:
-        loop.call_soon_threadsafe(moved.set)
+    Raises StepNotReached after ``wait`` seconds or when the server stops, RunNotFound when the run is deleted.
+    """
+    with server.watching(run) as moved:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                while not (_reached(run, step) or run.retired or server.stopping):
+                    await moved.wait()
+                    moved.clear()
+        if run.retired:
+            raise RunNotFound(f"run {run.config.run!r} was deleted")
+        if not _reached(run, step):
+            raise StepNotReached(f"run {run.config.run!r} did not reach step {step} within {wait:g} seconds")
 
-    run.listeners.add(tell)
-    try:
-        async with asyncio.timeout(wait):
-            while (state := run.state) is None or state.step is None or state.step < step:
-                await moved.wait()
-                moved.clear()
-    except TimeoutError:
-        raise StepNotReached(f"run {run.config.run!r} did not reach step {step} within {wait:g} seconds") from None
-    finally:
-        run.listeners.discard(tell)
+
+def _reached(run: Run, step: int) -> bool:
+    state = run.state
+    return state is not None and state.step is not None and state.step >= step
 
 
 async def _answer(

@@ -41,6 +41,8 @@ class RunFiles:
         self._lock = threading.Lock()
         self._saved: State | None = None
         self._removed = False
+        #: Grows with each snapshot that is made or deleted, so that a watcher knows when to look again.
+        self.snapshots_changed = 0
 
     def record(self, event: str) -> None:
         """Add a line to the run's history."""
@@ -165,6 +167,7 @@ class RunFiles:
                     raise StorageFailed(
                         f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}"
                     ) from fault
+                self._tell_of_snapshots()
                 return info, True
             if existing.version != state.version:
                 raise SnapshotExists(
@@ -202,6 +205,11 @@ class RunFiles:
         with self._lock:
             self.find_snapshot(name)
             self._store.remove_snapshot(self._row, name)
+            self._tell_of_snapshots()
+
+    def _tell_of_snapshots(self) -> None:
+        self.snapshots_changed += 1
+        self._run.notify()
 
     def _snapshots(self) -> dict[str, SnapshotInfo]:
         return {row.name: from_json(SnapshotInfo, json.loads(row.info)) for row in self._store.snapshots(self._row)}

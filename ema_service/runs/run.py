@@ -103,7 +103,7 @@ class Run:
         self.lineage = secrets.token_hex(8)
         #: The latest step that a restart would bring back; written by the registry when a checkpoint is complete.
         self.durable_step: int | None = None
-        #: Called, from any thread, after each change of state.
+        #: Called, from any thread, after each change of state, of the snapshots, and once the run is deleted.
         self.listeners: set[Callable[[], None]] = set()
         self._memory = memory
         #: Why the stored state cannot be used, or None.
@@ -125,6 +125,11 @@ class Run:
         if self.state is None:
             raise AwaitingWeights(f"run {self.config.run!r} was created but its initial weights never came")
         return self.state
+
+    @property
+    def retired(self) -> bool:
+        """Whether the run was deleted."""
+        return self._retired
 
     def _check_usable(self) -> None:
         if self._retired:
@@ -294,6 +299,12 @@ class Run:
         """Take no update from now on: the run is deleted. Waits for the update in hand."""
         with self._lock:
             self._retired = True
+        self.notify()
+
+    def notify(self) -> None:
+        """Tell the listeners that something of the run changed."""
+        for listener in tuple(self.listeners):
+            listener()
 
     def _following(self, update: Update, digest: bytes) -> State:
         base = update.base
@@ -326,8 +337,7 @@ class Run:
 
     def _commit(self, state: State) -> None:
         self.state = state
-        for listener in tuple(self.listeners):
-            listener()
+        self.notify()
 
     def _result(self, state: State, step: int, *, applied: bool) -> UpdateResult:
         return UpdateResult(

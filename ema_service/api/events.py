@@ -1,0 +1,159 @@
+"""The route that tells watchers what happens to a run, as server-sent events.
+
+There is no queue. What a watcher is told is the difference between what it was told last and what is now, looked at
+when its socket has room: one that reads slowly is told of the newest version and misses those between, and costs the
+server no more memory than one that keeps up.
+
+Knows how a run may differ from one look to the next, and the text of an event stream. Does not know who changes
+runs, or what a watcher does with what it is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from fastapi import APIRouter
+from fastapi.sse import EventSourceResponse, format_sse_event
+
+from ema_client.errors import InvalidRequest, RunNotFound, StorageDisabled
+from ema_client.protocol import EventKind, RunEvent, SnapshotInfo, to_json
+from ema_service.api.context import Context, RunName, Server
+from ema_service.api.errors import problem_responses
+from ema_service.runs import Run, RunFiles, State
+
+__all__ = ["Look", "changes", "router", "stream"]
+
+router = APIRouter(prefix="/v1/runs/{run}", tags=["events"])
+
+#: A comment after so many silent seconds, as the standard advises: it keeps proxies from hanging up, and a watcher
+#: whose machine has died is noticed.
+HEARTBEAT_SECONDS = 15.0
+#: How long a browser waits before it connects again.
+_RETRY_MS = 1000
+#: Said at once, so that a client learns in one round trip whether events come through to it.
+_OPENING = format_sse_event(comment="events", retry=_RETRY_MS)
+_HEARTBEAT = format_sse_event(comment="")
+
+
+@router.get(
+    "/events",
+    summary="Watch a run",
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "An event for each new version, changed decay, reset, snapshot made or deleted",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **problem_responses(RunNotFound, InvalidRequest),
+    },
+)
+async def get_events(run: RunName, server: Server) -> EventSourceResponse:
+    """Server-sent events, beginning with the version as it is now; there is no backlog, whatever Last-Event-ID says.
+
+    A reader that falls behind is told of the newest version only. The stream ends when the run is deleted or the
+    server stops.
+    """
+    found, files = server.registry.get(run), _files(server, run)
+    # no-transform and X-Accel-Buffering: a proxy that gathers the events up would make them late.
+    headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+    return EventSourceResponse(stream(server, found, files), headers=headers)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is seen of a run at once. ``snapshots`` by name; ``changed`` is the files' count when they were read."""
+
+    state: State | None = None
+    snapshots: Mapping[str, SnapshotInfo] = field(default_factory=dict)
+    changed: int = -1
+
+
+async def stream(
+    server: Context, run: Run, files: RunFiles | None, *, heartbeat: float = HEARTBEAT_SECONDS
+) -> AsyncIterator[bytes]:
+    """The body: encoded events until the run is deleted or the server stops."""
+    with server.watching(run) as moved, server.metrics.watchers.track_inprogress():
+        yield _OPENING
+        # Snapshots that are there already are no news; the version is.
+        before = replace(await _look(server, run, files, Look()), state=None)
+        while True:
+            moved.clear()
+            gone = run.retired
+            now = before if gone else await _look(server, run, files, before)
+            for event in [*changes(run, before, now), *([_event(run, "run_deleted", now.state)] if gone else [])]:
+                server.metrics.events.labels(event.kind).inc()
+                yield _encode(event)
+            if gone or server.stopping:
+                return
+            before = now
+            try:
+                async with asyncio.timeout(heartbeat):
+                    await moved.wait()
+            except TimeoutError:
+                yield _HEARTBEAT
+
+
+def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
+    """What to tell someone who knows ``before``: a new version, then what else is different."""
+    old, new = before.state, now.state
+    if new is not None:
+        if old is None or new.version != old.version:
+            yield _event(run, "version", new)
+        if old is not None:
+            yield from _steered(run, old, new)
+    for name, snapshot in before.snapshots.items():
+        if now.snapshots.get(name) != snapshot:
+            yield _event(run, "snapshot_deleted", new, snapshot)
+    for name, snapshot in now.snapshots.items():
+        if before.snapshots.get(name) != snapshot:
+            yield _event(run, "snapshot_created", new, snapshot)
+
+
+def _steered(run: Run, old: State, new: State) -> Iterator[RunEvent]:
+    for was, average in zip(old.averages, new.averages, strict=True):
+        if was.decay != average.decay:
+            event = _event(run, "decay_changed", new)
+            yield replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
+    # In one epoch the counter falls by a reset only.
+    if new.epoch == old.epoch and new.num_updates < old.num_updates:
+        yield _event(run, "num_updates_reset", new)
+
+
+def _event(run: Run, kind: EventKind, state: State | None, snapshot: SnapshotInfo | None = None) -> RunEvent:
+    """An event of the run as it is in ``state``."""
+    info = run.info()
+    first = state.averages[0] if state else info.averages[0]
+    return RunEvent(
+        kind=kind,
+        run=run.config.run,
+        version=state.version if state else None,
+        step=state.step if state else None,
+        num_updates=state.num_updates if state else info.num_updates,
+        average=first.name,
+        decay=first.decay,
+        effective_decay=first.effective_decay,
+        snapshot=snapshot,
+    )
+
+
+def _encode(event: RunEvent) -> bytes:
+    return format_sse_event(event=event.kind, data_str=json.dumps(to_json(event)), id=event.version)
+
+
+async def _look(server: Context, run: Run, files: RunFiles | None, before: Look) -> Look:
+    """The run as it is now; the list of snapshots is read again only if it changed."""
+    changed = files.snapshots_changed if files else 0
+    if files is None or changed == before.changed:
+        return replace(before, state=run.state, changed=changed)
+    snapshots = await server.block(files.snapshots)
+    return Look(run.state, {snapshot.name: snapshot for snapshot in snapshots}, changed)
+
+
+def _files(server: Context, run: str) -> RunFiles | None:
+    try:
+        return server.registry.files(run)
+    except StorageDisabled:
+        return None
