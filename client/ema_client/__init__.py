@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ema_client import errors
 from ema_client.client import EmaClient
 from ema_client.errors import EmaError
-from ema_client.protocol import AverageConfig, RunInfo, SnapshotInfo, UpdateResult, WeightsInfo
+from ema_client.protocol import AverageConfig, RunEvent, RunInfo, SnapshotInfo, UpdateResult, WeightsInfo
 from ema_client.retry import RetryPolicy
 from ema_client.weights import Weights
 
@@ -26,6 +26,7 @@ __all__ = [
     "EmaError",
     "RemoteEma",
     "RetryPolicy",
+    "RunEvent",
     "RunInfo",
     "SnapshotInfo",
     "UpdateResult",

@@ -10,7 +10,7 @@ import functools
 import http.client
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from ema_client.address import Address
@@ -18,7 +18,7 @@ from ema_client.answers import Answer, error_of
 from ema_client.connection import Body, Connection, Timeouts
 from ema_client.errors import ConnectionLost, ProtocolError
 
-__all__ = ["BulkPool", "Download"]
+__all__ = ["BulkPool", "Download", "Stream"]
 
 T = TypeVar("T")
 
@@ -51,6 +51,16 @@ class BulkPool:
             connection.close()
             raise ProtocolError(f"{connection.url} sent a body without Content-Length")
         return Download(self, connection, response)
+
+    def stream(self, path: str, headers: Mapping[str, str], *, patience: float) -> Stream:
+        """Ask for an answer without end, on a connection of its own. Raises the answer's error unless it is 200."""
+        connection = self._new()
+        response = connection.stream(path, headers, patience=patience)
+        if response.status != 200:
+            answer = connection.read(response)
+            connection.close()
+            raise error_of(answer)
+        return Stream(connection, response)
 
     def give_back(self, connection: Connection) -> None:
         with self._lock:
@@ -124,3 +134,32 @@ class Download:
             self._pool.give_back(self._connection)
         else:
             self._connection.close()
+
+
+class Stream:
+    """An answer without end: read its lines on one thread; close() it from any.
+
+    url, headers (lower-case names).
+    """
+
+    def __init__(self, connection: Connection, response: http.client.HTTPResponse) -> None:
+        self._connection = connection
+        self._response = response
+        self.url = connection.url
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+
+    def lines(self) -> Iterator[bytes]:
+        """Lines as they come, until the service ends the answer or close() does. Closes the connection at the end."""
+        try:
+            yield from self._connection.lines(self._response)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Let go of the connection, on the thread that reads; lines() does so at its end."""
+        self._response.close()
+        self._connection.close()
+
+    def close(self) -> None:
+        """End lines(), from any thread."""
+        self._connection.interrupt()

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -31,8 +31,10 @@ from ema_client.errors import (
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
+    EventKind,
     NonFinitePolicy,
     RunConfig,
+    RunEvent,
     RunInfo,
     RunList,
     RunPatch,
@@ -44,6 +46,7 @@ from ema_client.protocol import (
 from ema_client.retry import RetryPolicy
 from ema_client.saving import Progress, save
 from ema_client.transport import Reply, Transport
+from ema_client.watching import VERSIONS, watch
 from ema_client.weights import Weights, read_header
 
 if TYPE_CHECKING:
@@ -279,6 +282,25 @@ class EmaClient:
         """The snapshots of a run."""
         reply = self._transport.json("GET", protocol.snapshots_path(_name(run, "run")))
         return _parse(SnapshotList, reply).snapshots
+
+    def watch(
+        self, run: str, *, kinds: Collection[EventKind] = VERSIONS, timeout: float | None = None
+    ) -> Iterator[RunEvent]:
+        """Each new version of a run as it comes, beginning with the present one.
+
+        A loop that takes its time is given the newest version next, not those between. Broken connections and restarts
+        of the service are waited out (and logged); where events do not come through, it asks again and again instead.
+        The iteration ends when the run is deleted. Close it, or break out of the loop and drop it, to stop watching.
+
+        Args:
+            run: the run's name.
+            kinds: what to be told of: "version", "snapshot_created", and what else RunEvent names.
+            timeout: end after so many seconds without an event; by default never.
+
+        Raises RunNotFound at once; in the loop what cannot be waited out, as Unauthorized or Forbidden.
+        """
+        self.run(run)
+        return watch(self._transport, self, run, frozenset(kinds), timeout)
 
     # --- anyone's calls ---------------------------------------------------------------------------------------------
 

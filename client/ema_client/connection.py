@@ -38,6 +38,8 @@ SMALL = 64 << 10
 JOINED = 1 << 20
 #: As much of a control answer as is read; a list of 10,000 runs fits.
 ANSWER_LIMIT = 16 << 20
+#: The longest line of an answer without end; an event of ours has less than a kilobyte.
+LINE_LIMIT = 1 << 20
 #: How long a broken upload waits for the answer that may explain it, in seconds.
 LAST_WORDS = 5.0
 
@@ -78,6 +80,7 @@ class Connection:
         #: What is being asked, for messages.
         self.url = address.url
         self.used = False
+        self._streaming: socket.socket | None = None
 
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         """Send ``body`` and read the answer. Raises the early answer's error where the server would not have it."""
@@ -113,6 +116,36 @@ class Connection:
         """As many bytes as came, 0 at the end of the stream."""
         with self._faults():
             return response.readinto(view)
+
+    def stream(self, path: str, headers: Mapping[str, str], *, patience: float) -> http.client.HTTPResponse:
+        """Ask for an answer without end, to be read with lines(). ``patience``: seconds for its head to come."""
+        with self._faults():
+            self._begin("GET", path, headers)
+            # http.client lets go of the socket if the answer says "Connection: close".
+            self._streaming = self._socket
+            self._streaming.settimeout(patience)
+            response = self._http.getresponse()
+            self._streaming.settimeout(self._timeouts.transfer)
+            self.used = True
+            return response
+
+    def lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """Lines as they come, each with its newline, until the answer ends.
+
+        Raises ConnectionLost if none comes in time, ProtocolError for one that does not end.
+        """
+        with self._faults():
+            while line := response.readline(LINE_LIMIT + 1):
+                if len(line) > LINE_LIMIT:
+                    raise ProtocolError(f"{self.url} sent a line of more than {LINE_LIMIT} bytes")
+                yield line
+
+    def interrupt(self) -> None:
+        """End lines(), from another thread: to the thread that reads, the answer is over."""
+        if self._streaming is not None:
+            with contextlib.suppress(OSError):
+                # Of the bare socket: a TLS socket's own would say goodbye, and race with who reads.
+                socket.socket.shutdown(self._streaming, socket.SHUT_RDWR)
 
     @property
     def reusable(self) -> bool:

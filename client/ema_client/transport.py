@@ -22,7 +22,7 @@ import httpx
 
 from ema_client.address import parse_address
 from ema_client.answers import Answer, json_of
-from ema_client.bulk import BulkPool, Download
+from ema_client.bulk import BulkPool, Download, Stream
 from ema_client.connection import Body, Timeouts, no_tls, unreachable
 from ema_client.errors import ConnectionLost, EmaError, ProtocolError, UsageError
 from ema_client.retry import RetryPolicy
@@ -63,7 +63,7 @@ class Transport:
         timeouts: Timeouts | None = None,
     ) -> None:
         address = parse_address(url)
-        timeouts = timeouts or Timeouts()
+        self._timeouts = timeouts = timeouts or Timeouts()
         context = ssl.create_default_context() if address.secure else None
         self.url = address.url
         self._retry = retry or RetryPolicy()
@@ -123,6 +123,17 @@ class Transport:
         if start and etag:
             headers |= {"Range": f"bytes={start}-", "If-Range": etag}
         return self._bulk.get(_with_query(path, query), headers, patience=patience)
+
+    def stream(self, path: str, *, accept: str, patience: float) -> Stream:
+        """GET an answer without end, tried once. ``patience``: seconds for its head to come."""
+        self._check_open()
+        return self._bulk.stream(path, {**self._headers, "Accept": accept}, patience=patience)
+
+    def head(self, path: str, *, query: Query, patience: float) -> int:
+        """The status that a GET would have, tried once. ``patience``: as for download()."""
+        with self._faults():
+            timeout = httpx.Timeout(self._timeouts.transfer + patience, connect=self._timeouts.connect)
+            return self._http.head(_with_query(path, query), timeout=timeout).status_code
 
     def retrying(self, operation: Callable[[int], T]) -> T:
         """Call ``operation`` with the number of the try (from 0) until it succeeds or the policy gives up."""

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from fastapi import APIRouter
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.responses import Response, StreamingResponse
+from fastapi.sse import format_sse_event
 
 from ema_client.errors import InvalidRequest, RunNotFound, StorageDisabled
 from ema_client.protocol import EventKind, RunEvent, SnapshotInfo, to_json
@@ -41,7 +42,7 @@ _HEARTBEAT = format_sse_event(comment="")
 @router.get(
     "/events",
     summary="Watch a run",
-    response_class=EventSourceResponse,
+    response_class=Response,
     responses={
         200: {
             "description": "An event for each new version, changed decay, reset, snapshot made or deleted",
@@ -50,7 +51,7 @@ _HEARTBEAT = format_sse_event(comment="")
         **problem_responses(RunNotFound, InvalidRequest),
     },
 )
-async def get_events(run: RunName, server: Server) -> EventSourceResponse:
+async def get_events(run: RunName, server: Server) -> Response:
     """Server-sent events, beginning with the version as it is now; there is no backlog, whatever Last-Event-ID says.
 
     A reader that falls behind is told of the newest version only. The stream ends when the run is deleted or the
@@ -59,7 +60,7 @@ async def get_events(run: RunName, server: Server) -> EventSourceResponse:
     found, files = server.registry.get(run), _files(server, run)
     # no-transform and X-Accel-Buffering: a proxy that gathers the events up would make them late.
     headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(stream(server, found, files), headers=headers)
+    return StreamingResponse(stream(server, found, files), headers=headers, media_type="text/event-stream")
 
 
 @dataclass(frozen=True, slots=True)

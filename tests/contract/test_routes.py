@@ -35,6 +35,7 @@ BUILT = {
     "DELETE /v1/runs/{run}/snapshots/{name}",
     "GET /v1/runs/{run}/snapshots",
     "GET /v1/runs/{run}/snapshots/{name}/weights",
+    "GET /v1/runs/{run}/events",
     "GET /healthz",
     "GET /readyz",
     "GET /metrics",

@@ -1,0 +1,63 @@
+"""The command line as a whole: every command by name, and what may be said before one.
+
+Knows: which commands there are. Does not know: what any of them does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from ema_client import __version__
+from ema_client.cli import runs, show, watch
+from ema_client.cli.options import Token, Url
+
+__all__ = ["app"]
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "runs": runs.runs,
+    "show": runs.show_run,
+    "pull": runs.pull,
+    "watch": watch.watch,
+    "snapshot": runs.snapshot,
+    "snapshots": runs.snapshots,
+    "set-decay": runs.set_decay,
+    "reset-num-updates": runs.reset_num_updates,
+    "delete": runs.delete,
+}
+
+
+def app() -> typer.Typer:
+    """The command ``ema``."""
+    made = typer.Typer(
+        name="ema",
+        help="Look at the runs of an ema-service, pull and watch their EMA weights, take snapshots.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    made.callback()(_common)
+    for name, command in _COMMANDS.items():
+        made.command(name)(command)
+    return made
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        show.say(f"ema {__version__}")
+        raise typer.Exit
+
+
+def _common(
+    context: typer.Context,
+    url: Url = None,
+    token: Token = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # Given before the command, for all of them; each takes both after its name as well.
+    del version
+    context.obj = (url, token)

@@ -1,0 +1,131 @@
+"""Commands on runs and their weights: list, show, pull, snapshot, steer, delete.
+
+Knows: their arguments, and what of an answer is shown. Does not know: HTTP, torch, how a table is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from ema_client.cli import show
+from ema_client.cli.options import Average, Json, Run, Token, Url, connect
+
+__all__ = ["delete", "pull", "reset_num_updates", "runs", "set_decay", "show_run", "snapshot", "snapshots"]
+
+
+def runs(context: typer.Context, as_json: Json = False, url: Url = None, token: Token = None) -> None:
+    """List the runs."""
+    with connect(context, url, token) as client:
+        found = client.runs()
+    if as_json:
+        show.print_json([dataclasses.asdict(info) for info in found])
+        return
+    rows = show.table("run", "status", "step", "num_updates", "decay", "effective", "bytes", "updated")
+    for info in found:
+        rows.add_row(*show.row(info))
+    show.say(rows if found else "no runs yet")
+
+
+def show_run(context: typer.Context, run: Run, as_json: Json = False, url: Url = None, token: Token = None) -> None:
+    """Show one run."""
+    with connect(context, url, token) as client:
+        info = client.run(run)
+    if as_json:
+        show.print_json(dataclasses.asdict(info))
+        return
+    rows = Table.grid(padding=(0, 2))
+    for field in dataclasses.fields(info):
+        rows.add_row(field.name, show.shown(field.name, getattr(info, field.name)))
+    show.say(rows)
+
+
+def pull(
+    context: typer.Context,
+    run: Run,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.", dir_okay=False)],
+    snapshot: Annotated[str | None, typer.Option(help="The weights of this snapshot.", show_default=False)] = None,
+    average: Average = None,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Save EMA weights as a safetensors file."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    with connect(context, url, token) as client, bar:
+        task = bar.add_task(run, total=None)
+        info = client.download(
+            run,
+            output,
+            average=average,
+            snapshot=snapshot,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    show.say(f"{output}: {info.run}/{info.average}, version {info.version}, step {info.step}, decay {info.decay:.6g}")
+
+
+def snapshot(
+    context: typer.Context,
+    run: Run,
+    name: Annotated[str, typer.Argument(help="Name of the snapshot.", show_default=False)],
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Keep the current EMA weights under a name, on the server."""
+    with connect(context, url, token) as client:
+        info = client.snapshot(run, name)
+    show.say(f"{info.run}/{info.name}: version {info.version}, step {info.step}, {show.size(info.bytes)}")
+
+
+def snapshots(context: typer.Context, run: Run, url: Url = None, token: Token = None) -> None:
+    """List the snapshots of a run."""
+    with connect(context, url, token) as client:
+        found = client.snapshots(run)
+    rows = show.table("snapshot", "version", "step", "num_updates", "averages", "bytes", "created")
+    for info in found:
+        averages = ", ".join(info.averages)
+        counts = (info.version, str(info.step), str(info.num_updates))
+        rows.add_row(info.name, *counts, averages, show.size(info.bytes), show.when(info.created_at))
+    show.say(rows if found else "no snapshots yet")
+
+
+def set_decay(
+    context: typer.Context,
+    run: Run,
+    decay: Annotated[float, typer.Argument(help="Between 0 and 1.", show_default=False)],
+    average: Average = None,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Change the decay from the next update on."""
+    with connect(context, url, token) as client:
+        info = client.set_decay(run, decay, average=average)
+    show.say(f"{run}: " + ", ".join(f"{one.name} {one.decay:.6g}" for one in info.averages))
+
+
+def reset_num_updates(context: typer.Context, run: Run, url: Url = None, token: Token = None) -> None:
+    """Let the warm-up of the decay begin anew."""
+    with connect(context, url, token) as client:
+        info = client.reset_num_updates(run)
+    show.say(f"{run}: num_updates {info.num_updates}")
+
+
+def delete(
+    context: typer.Context,
+    run: Run,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Delete a run with its weights and all its snapshots."""
+    if not yes:
+        typer.confirm(f"Delete run {run} with all its snapshots?", abort=True)
+    with connect(context, url, token) as client:
+        client.delete_run(run)
+    show.say(f"{run}: deleted")

@@ -1,0 +1,89 @@
+"""How the commands show things: text, tables, JSON, sizes and times.
+
+Knows: the terminal, and which fields of an answer need more than str(). Does not know: arguments, the service.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ema_client.protocol import AverageInfo, RunInfo
+
+__all__ = ["complain", "print_json", "row", "say", "shown", "size", "table", "when"]
+
+
+def say(thing: Any) -> None:
+    # No markup: what a server says is shown as it is. Into a pipe or a file lines are as long as they need to be.
+    width = None if sys.stdout.isatty() else 1000
+    Console(width=width, markup=False, highlight=False, soft_wrap=isinstance(thing, str)).print(thing)
+
+
+def table(*columns: str) -> Table:
+    return Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+
+
+def print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def row(info: RunInfo) -> tuple[str, ...]:
+    return (
+        info.run,
+        info.status,
+        shown("step", info.step),
+        str(info.num_updates),
+        f"{info.decay:.6g}",
+        shown("effective_decay", info.effective_decay),
+        size(info.bytes),
+        _age(time.time() - info.updated_at),
+    )
+
+
+def shown(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "bytes":
+        return f"{value} ({size(value)})"
+    if name.endswith("_at"):
+        return when(value)
+    if name == "averages":
+        return "\n".join(_average(average) for average in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _average(info: AverageInfo) -> str:
+    return f"{info.name}: {info.schedule}, decay {info.decay:.6g}"
+
+
+def size(count: int) -> str:
+    amount, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def _age(seconds: float) -> str:
+    """How long ago: one number, as far as a glance needs it."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def complain(text: str) -> None:
+    """A line on stderr, in the command's name."""
+    sys.stderr.write(f"ema: {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,177 @@
+"""``ema watch``: tell of each new version or snapshot of a run, keep it as a file, run a command on it.
+
+Knows: when a file is wanted and for how long, how a command is told of it. Does not know: how events come
+(EmaClient.watch), or what the command does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ema_client.cli import show
+from ema_client.cli.options import Average, Json, Run, Token, Url, connect
+from ema_client.client import EmaClient
+from ema_client.errors import RunNotFound, SnapshotNotFound
+from ema_client.protocol import EventKind, RunEvent, WeightsInfo
+
+__all__ = ["watch"]
+
+#: {step} and its like; ${step} is left to the shell.
+_PLACEHOLDER = re.compile(r"(?<!\$)\{(path|run|average|version|step|num_updates|snapshot)\}")
+
+Command = Annotated[
+    str | None,
+    typer.Option(
+        "--exec",
+        help="Run this in a shell for each. It is told by {path}, {run}, {average}, {version}, {step}, {num_updates}, "
+        "{snapshot}, and by the same in the environment: $EMA_PATH, $EMA_STEP and so on.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Keep each as this safetensors file; may hold the placeholders of --exec. Without them each replaces the "
+        "one before. Without --out, --exec is given a file that is deleted when the command ends.",
+        show_default=False,
+    ),
+]
+
+
+def watch(
+    context: typer.Context,
+    run: Run,
+    command: Command = None,
+    out: Out = None,
+    snapshots: Annotated[bool, typer.Option("--snapshots", help="Snapshots as they are made, not versions.")] = False,
+    average: Average = None,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many.", show_default=False)] = None,
+    once: Annotated[bool, typer.Option("--once", help="End after one: --count 1.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="End after so many seconds without a new one.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Tell of each new version of a run, beginning with the present one; --out keeps it, --exec runs a command on it.
+
+    What takes longer than the next version takes to come is given the newest next, not those between. A command that
+    fails is reported, and watching goes on; the exit code at the end is then 1.
+    """
+    limit = 1 if once else count
+    failed = False
+    with connect(context, url, token) as client:
+        watcher = _Watcher(client, run, average, command, out, as_json=as_json)
+        for number, ok in enumerate(watcher.follow(snapshots=snapshots, timeout=timeout), start=1):
+            failed |= not ok
+            if number == limit:
+                break
+    if failed:
+        raise typer.Exit(1)
+
+
+@dataclass
+class _Watcher:
+    client: EmaClient
+    run: str
+    average: str | None
+    command: str | None
+    out: str | None
+    as_json: bool
+
+    def follow(self, *, snapshots: bool, timeout: float | None) -> Iterator[bool]:
+        """See to each event; whether its command did well."""
+        done = None
+        kinds: tuple[EventKind, ...] = ("snapshot_created",) if snapshots else ("version",)
+        for event in self.client.watch(self.run, kinds=kinds, timeout=timeout):
+            if not snapshots and event.version == done:
+                # The download before was of this version already.
+                continue
+            if self.command is None and self.out is None:
+                self._tell(dataclasses.asdict(event), _described(event))
+                yield True
+                continue
+            with ExitStack() as stack:
+                try:
+                    path, info = self._download(event, stack)
+                except (RunNotFound, SnapshotNotFound) as gone:
+                    # Deleted since, or the run with it.
+                    show.complain(gone.detail)
+                    continue
+                done = info.version
+                self._tell({"path": str(path), **dataclasses.asdict(info)}, f"{path}: {_described(info)}")
+                yield self._execute(_words(path, info))
+
+    def _download(self, event: RunEvent, stack: ExitStack) -> tuple[Path, WeightsInfo]:
+        name = event.snapshot.name if event.snapshot else None
+        if self.out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-")))
+            path = folder / f"{self.run}.safetensors"
+            return path, self.client.download(self.run, path, average=self.average, snapshot=name)
+        if not _PLACEHOLDER.search(self.out):
+            path = Path(self.out)
+            return path, self.client.download(self.run, path, average=self.average, snapshot=name)
+        # What it is called depends on what comes, which may be newer than the event.
+        target = Path(self.out)
+        while _PLACEHOLDER.search(str(target.parent)):
+            target = target.parent
+        whole = target.parent / f".ema-{os.getpid()}.part"
+        stack.callback(whole.unlink, missing_ok=True)
+        info = self.client.download(self.run, whole, average=self.average, snapshot=name)
+        path = Path(_filled(self.out, _words(whole, info), quote=False))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return whole.replace(path), info
+
+    def _execute(self, words: Mapping[str, str]) -> bool:
+        if self.command is None:
+            return True
+        environment = {f"EMA_{name.upper()}": value for name, value in words.items()}
+        done = subprocess.run(
+            _filled(self.command, words, quote=True), shell=True, check=False, env={**os.environ, **environment}
+        )
+        if done.returncode:
+            how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
+            show.complain(f"the command failed with {how} on version {words['version']}; watching goes on")
+        return done.returncode == 0
+
+    def _tell(self, data: Mapping[str, object], text: str) -> None:
+        sys.stdout.write((json.dumps(data) if self.as_json else text) + "\n")
+        sys.stdout.flush()
+
+
+def _words(path: Path, info: WeightsInfo) -> dict[str, str]:
+    words = {"path": str(path), **dataclasses.asdict(info)}
+    return {
+        name: "" if words[name] is None else str(words[name])
+        for name in ("path", "run", "average", "version", "step", "num_updates", "snapshot")
+    }
+
+
+def _filled(template: str, words: Mapping[str, str], *, quote: bool) -> str:
+    return _PLACEHOLDER.sub(lambda found: shlex.quote(words[found[1]]) if quote else words[found[1]], template)
+
+
+def _described(of: RunEvent | WeightsInfo) -> str:
+    snapshot = of.snapshot if isinstance(of.snapshot, str | None) else of.snapshot.name
+    named = f", snapshot {snapshot}" if snapshot else ""
+    return (
+        f"{of.run}/{of.average}, version {of.version}, step {of.step}, num_updates {of.num_updates}, "
+        f"decay {of.decay:.6g}{named}"
+    )
