@@ -129,10 +129,9 @@ class _Watcher:
             path = Path(self.out)
             return path, self.client.download(self.run, path, average=self.average, snapshot=name)
         # What it is called depends on what comes, which may be newer than the event.
-        target = Path(self.out)
-        while _PLACEHOLDER.search(str(target.parent)):
-            target = target.parent
-        whole = target.parent / f".ema-{os.getpid()}.part"
+        folder = next(parent for parent in Path(self.out).parents if not _PLACEHOLDER.search(str(parent)))
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = folder / f".ema-{os.getpid()}.part"
         stack.callback(whole.unlink, missing_ok=True)
         info = self.client.download(self.run, whole, average=self.average, snapshot=name)
         path = Path(_filled(self.out, _words(whole, info), quote=False))
