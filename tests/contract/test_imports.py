@@ -49,7 +49,14 @@ CLIENT_THIRD_PARTY = {
     "typer": {"ema_client.cli.*"},
     "rich": {"ema_client.cli.*"},
 }
-CLIENT_TORCH_AT_TOP = {"ema_client.tensors", "ema_client.remote_ema"}
+CLIENT_TORCH_AT_TOP = {
+    "ema_client.tensors",
+    "ema_client.remote_ema",
+    # Imported by whoever reads or writes a checkpoint, which is tensors.
+    "ema_client.checkpoints.files",
+    "ema_client.checkpoints.reading",
+    "ema_client.checkpoints.writing",
+}
 
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {canonicalize_name(Requirement(text).name) for text in _PROJECT["dependencies"]}

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ema_client import __version__
-from ema_client.cli import runs, show, watch
+from ema_client.cli import checkpoints, runs, show, watch
 from ema_client.cli.options import Token, Url
 
 __all__ = ["app"]
@@ -26,6 +26,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "set-decay": runs.set_decay,
     "reset-num-updates": runs.reset_num_updates,
     "delete": runs.delete,
+    "import": checkpoints.import_run,
+    "export": checkpoints.export,
 }
 
 
@@ -33,7 +35,7 @@ def app() -> typer.Typer:
     """The command ``ema``."""
     made = typer.Typer(
         name="ema",
-        help="Look at the runs of an ema-service, pull and watch their EMA weights, take snapshots.",
+        help="Look at the runs of an ema-service, pull and watch their EMA weights, bring EMAs in and out.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -1,0 +1,134 @@
+"""Files of tensors: safetensors and torch.save, read without running what they say, written whole or not at all.
+
+Knows: file formats, memory maps. Does not know: what the tensors are, or whose they were.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import pickle
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_client import wire
+from ema_client.errors import MalformedBody, UsageError
+from ema_client.protocol import TensorSpec
+from ema_client.tensors import memory
+
+__all__ = ["Content", "read", "write_safetensors", "write_torch"]
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+#: The weights in a folder that diffusers or transformers saved; with ``.index.json`` in parts.
+_WEIGHTS = ("diffusion_pytorch_model", "model", "adapter_model")
+
+#: What a file holds: nested mappings and lists with tensors at their ends; and the strings that describe it.
+Content = tuple[Any, Mapping[str, Any]]
+
+
+def read(path: Path) -> Content:
+    """A ``.safetensors`` file, a folder of save_pretrained(), or else a file of torch.save (weights only).
+
+    Tensors are on the CPU and lie in the file where that is possible. Raises UsageError for what cannot be read or
+    would run code; OSError.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        return _read_safetensors(path)
+    return _read_torch(path), {}
+
+
+def _read_folder(path: Path) -> Content:
+    config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
+    for stem in _WEIGHTS:
+        if (single := path / f"{stem}.safetensors").exists():
+            return _read_safetensors(single)[0], config
+        if (index := path / f"{stem}.safetensors.index.json").exists():
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {k: v for part in parts for k, v in _read_safetensors(path / part)[0].items()}, config
+    names = ", ".join(f"{stem}.safetensors" for stem in _WEIGHTS)
+    raise UsageError(f"the folder {path} has none of {names}", hint="give the file of weights itself")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    with path.open("rb") as file:
+        if path.stat().st_size < wire.LENGTH_BYTES:
+            raise UsageError(f"{path} is no safetensors file: it has {path.stat().st_size} bytes")
+        # Copy on write: torch wants memory that may be written, and the file must not be.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        length = wire.parse_length(data[: wire.LENGTH_BYTES], limit=len(data) - wire.LENGTH_BYTES)
+        header = wire.parse_header(data[wire.LENGTH_BYTES : wire.LENGTH_BYTES + length])
+    except MalformedBody as fault:
+        raise UsageError(f"{path} is no safetensors file: {fault.detail}") from None
+    begin = wire.LENGTH_BYTES + length
+    if begin + header.data_bytes != len(data):
+        raise UsageError(f"{path} has {len(data)} bytes; its header describes {begin + header.data_bytes}")
+    return {entry.name: _tensor(path, data, begin, entry) for entry in header.entries}, header.metadata
+
+
+def _tensor(path: Path, data: mmap.mmap, begin: int, entry: wire.Entry) -> Tensor:
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise UsageError(f"{path}: {entry.name!r} is {entry.dtype}, which torch does not have")
+    if entry.end == entry.begin:
+        return torch.empty(entry.shape, dtype=dtype)
+    window = memoryview(data)[begin + entry.begin : begin + entry.end]
+    return torch.frombuffer(window, dtype=torch.uint8).view(dtype).view(entry.shape)
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except pickle.UnpicklingError as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise UsageError(
+            f"{path} holds more than tensors and plain values, and reading that could run code: {reason}",
+            hint="where the file is trusted: torch.save(torch.load(path, weights_only=False)['state_dict'], ...)",
+        ) from None
+    except (EOFError, RuntimeError, ValueError) as fault:
+        raise UsageError(f"{path} is neither safetensors nor a file of torch.save: {fault}") from None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """The tensors as one safetensors file, in the order that the safetensors library writes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    entries = wire.place(TensorSpec(name, tuple(t.shape), _NAMES[t.dtype]) for name, t in tensors.items())
+
+    def save(part: Path) -> None:
+        with part.open("xb") as file:
+            file.write(wire.build_header(entries, metadata))
+            for entry in entries:
+                file.write(memory(tensors[entry.name]))
+
+    _whole(path, save)
+
+
+def write_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """torch.save()."""
+    _whole(path, lambda part: torch.save(dict(content), part))
+
+
+def _whole(path: Path, save: Callable[[Path], None]) -> None:
+    """What ``save`` writes, under its name when all of it is there."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""From EMA weights of a run to a checkpoint that another program loads.
+
+Knows: how LitEma and diffusers' EMAModel keep their state. Does not know: the service, or how files are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_client.checkpoints import files
+from ema_client.errors import UsageError
+from ema_client.names import dotless_names
+from ema_client.protocol import WeightsInfo
+
+__all__ = ["FORMATS", "write"]
+
+
+def write(
+    path: Path,
+    format: str,
+    tensors: Mapping[str, Tensor],
+    info: WeightsInfo,
+    *,
+    like: Path | None = None,
+) -> None:
+    """Write weights so that the program called ``format`` loads them.
+
+    Args:
+        path: the file, replaced when it is whole; for "diffusers" with a folder as ``like``, a folder.
+        format: "litema": ``model_ema.*`` as in a checkpoint of sgm or latent-diffusion; as safetensors if ``path`` ends
+            so, else by torch.save under "state_dict". "diffusers": EMAModel's. "safetensors": the tensors by name.
+        like: for "diffusers", the model: its folder of save_pretrained(), whose config is taken over, or a state dict
+            of it, for the order of its parameters.
+
+    Raises NameCollision where two names are one without dots; UsageError; OSError.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"{format!r} cannot be written", hint=f"there are {', '.join(FORMATS)}")
+    FORMATS[format](path, tensors, info, like)
+
+
+def _safetensors(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Path | None) -> None:
+    files.write_safetensors(path, tensors, {"format": "pt", **info.to_metadata()})
+
+
+def _litema(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Path | None) -> None:
+    short = dotless_names(tensors)
+    state = {
+        "model_ema.decay": torch.tensor(info.decay, dtype=torch.float32),
+        "model_ema.num_updates": torch.tensor(info.num_updates, dtype=torch.int),
+        **{f"model_ema.{short[name]}": tensor for name, tensor in tensors.items()},
+    }
+    # LitEma keeps no dotted names; with them the file can come back alone.
+    names = {dotless: name for name, dotless in short.items()}
+    if path.suffix == ".safetensors":
+        metadata = {"format": "pt", **info.to_metadata(), "ema_names": json.dumps(list(names.values()))}
+        files.write_safetensors(path, state, metadata)
+    else:
+        files.write_torch(path, {"state_dict": state, "ema_names": names, "global_step": info.step or 0})
+
+
+def _diffusers(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, like: Path | None) -> None:
+    said: dict[str, Any] = {
+        "decay": info.decay,
+        "min_decay": 0.0,
+        "optimization_step": max(info.num_updates, 0),
+        "update_after_step": 0,
+        "use_ema_warmup": False,
+        "inv_gamma": 1.0,
+        "power": 2 / 3,
+    }
+    if info.num_updates < 0:
+        # Without LitEma's counter the decay is constant; diffusers has a smallest decay instead.
+        said["min_decay"] = info.decay
+    if like is None:
+        raise UsageError(
+            "EMAModel needs to know the model's config or the order of its parameters",
+            hint="give --like MODEL: the folder of its save_pretrained(), or its state dict as torch.save writes it",
+        )
+    if like.is_dir():
+        _write_folder(path, tensors, info, said, like)
+    else:
+        files.write_torch(path, said | {"shadow_params": _in_order(tensors, like)})
+
+
+def _write_folder(
+    path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, said: Mapping[str, Any], like: Path
+) -> None:
+    config = json.loads((like / "config.json").read_text())
+    path.mkdir(parents=True, exist_ok=True)
+    # The weights last: a folder without them is seen to be no model.
+    (path / "config.json").write_text(json.dumps({**config, **said}, indent=2) + "\n")
+    _safetensors(path / "diffusion_pytorch_model.safetensors", tensors, info, None)
+
+
+def _in_order(tensors: Mapping[str, Tensor], like: Path) -> list[Tensor]:
+    content, _ = files.read(like)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    order = [name for name in state if name in tensors]
+    if missing := [name for name in tensors if name not in state]:
+        raise UsageError(f"{like} has no {missing[0]!r} ({len(missing)} of {len(tensors)} names are missing)")
+    if like.suffix == ".safetensors":
+        raise UsageError(f"{like} is sorted by name", hint="give a state dict as torch.save writes it, in model order")
+    return [tensors[name] for name in order]
+
+
+FORMATS: dict[str, Callable[[Path, Mapping[str, Tensor], WeightsInfo, Path | None], None]] = {
+    "litema": _litema,
+    "safetensors": _safetensors,
+    "diffusers": _diffusers,
+}
