@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(PYTHON); torch is large, so the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(PIP_INSTALL) -e '.[demo,test,lint]'
+	$(PIP_INSTALL) -e '.[demo,test,lint,integrations]'
 	@touch $@
 
 demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minute; ends with a table and a picture

@@ -132,6 +132,16 @@ class RemoteEma:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
+    # --- what code written for an nn.Module asks -------------------------------------------------------------------
+
+    def buffers(self) -> Iterator[Tensor]:
+        """None: what LitEma holds as buffers, the service holds. sgm counts them when it starts."""
+        return iter(())
+
+    def parameters(self) -> Iterator[Tensor]:
+        """None: there is nothing here to train, move or save."""
+        return iter(())
+
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def copy_to(self, model: nn.Module) -> None:

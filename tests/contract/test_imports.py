@@ -45,6 +45,9 @@ CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_clie
 #: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
 CLIENT_THIRD_PARTY = {
     "httpx": {"ema_client.transport"},
+    "lightning": {"ema_client.integrations.lightning"},
+    "pytorch_lightning": {"ema_client.integrations.lightning"},
+    "transformers": {"ema_client.integrations.transformers"},
     # Parts of the command line, but not its __init__, which says what to install where these are missing.
     "typer": {"ema_client.cli.*"},
     "rich": {"ema_client.cli.*"},
@@ -52,6 +55,8 @@ CLIENT_THIRD_PARTY = {
 CLIENT_TORCH_AT_TOP = {
     "ema_client.tensors",
     "ema_client.remote_ema",
+    "ema_client.integrations.replica",
+    "ema_client.integrations.transformers",
     # Imported by whoever reads or writes a checkpoint, which is tensors.
     "ema_client.checkpoints.files",
     "ema_client.checkpoints.reading",

@@ -1,0 +1,142 @@
+"""Lightning: an EMA on the service, updated after each optimizer step, in whose weights validation and tests run.
+
+    trainer = Trainer(callbacks=[RemoteEmaCallback(run="my-unet")])
+
+Knows: Lightning's hooks, and what a step is there. Does not know: how weights travel or are swapped (replica).
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+from ema_client.integrations.replica import Replica
+from ema_client.protocol import DEFAULT_DECAY
+from ema_client.remote_ema import RemoteEma
+
+__all__ = ["RemoteEmaCallback"]
+
+
+class RemoteEmaCallback(Callback):
+    """Keeps the EMA of a LightningModule's trainable parameters on the service.
+
+    Updated once for each optimizer step, however many batches that takes. Validation, tests and predictions run with
+    EMA weights, which leave the module again at their end, also where they fail. Checkpoints hold the training
+    weights. With several processes the first sends; all evaluate. A training that goes on from a checkpoint goes on
+    with its run.
+
+    Args:
+        decay, use_num_updates, run, url, token: as for RemoteEma.
+        attribute: average this part of the module only, such as "model"; by default all of it.
+        evaluate: False evaluates the training weights.
+        resume: go on with the run of this name though the training begins anew.
+    """
+
+    def __init__(
+        self,
+        decay: float = DEFAULT_DECAY,
+        use_num_updates: bool = True,
+        *,
+        run: str,
+        url: str | None = None,
+        token: str | None = None,
+        attribute: str | None = None,
+        evaluate: bool = True,
+        resume: bool = False,
+    ) -> None:
+        self._options: dict[str, Any] = {"decay": decay, "use_num_updates": use_num_updates}
+        self._where: dict[str, Any] = {"run": run, "url": url, "token": token}
+        self._attribute = attribute
+        self._evaluate = evaluate
+        self._resume = resume
+        self._replica: Replica | None = None
+        self._steps = 0
+
+    @property
+    def ema(self) -> RemoteEma | None:
+        """The RemoteEma, during a training and in the process that sends."""
+        return self._replica.ema if self._replica else None
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+        self._replica = self._open(trainer, pl_module, trains=True)
+        self._steps = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        # global_step counts optimizer steps: a batch whose gradients are only accumulated is none.
+        if self._replica and trainer.global_step != self._steps:
+            self._steps = trainer.global_step
+            self._replica.update()
+
+    def on_train_end(self, *_: Any) -> None:
+        if self._replica:
+            self._replica.flush()
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(trainer, pl_module)
+
+    # Not at the end of the epoch, where the module's own hook, which may still evaluate, comes after the callbacks';
+    # and callbacks that save checkpoints come after all others.
+    def on_validation_end(self, *_: Any) -> None:
+        self._swap_out()
+
+    def on_test_end(self, *_: Any) -> None:
+        self._swap_out()
+
+    def on_predict_end(self, *_: Any) -> None:
+        self._swap_out()
+
+    def on_exception(self, *_: Any) -> None:
+        self._swap_out()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._close()
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self._where["run"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Another name than the checkpoint's is a branch: it begins with the weights of the checkpoint.
+        self._resume = state_dict.get("run") == self._where["run"]
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _open(self, trainer: Trainer, pl_module: LightningModule, *, trains: bool) -> Replica:
+        averaged = attrgetter(self._attribute)(pl_module) if self._attribute else pl_module
+        sends = trains and trainer.is_global_zero
+        options = {**self._options, "resume": self._resume} if sends else {}
+        return Replica(averaged, sends=sends, barrier=trainer.strategy.barrier, **self._where, **options)
+
+    def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before a training there is no EMA yet.
+        if not self._evaluate or trainer.sanity_checking:
+            return
+        if self._replica is None:
+            self._replica = self._open(trainer, pl_module, trains=False)
+        self._replica.swap_in()
+
+    def _swap_out(self) -> None:
+        if self._replica:
+            self._replica.swap_out()
+
+    def _close(self) -> None:
+        replica, self._replica = self._replica, None
+        if replica:
+            replica.close()

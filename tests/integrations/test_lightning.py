@@ -1,0 +1,209 @@
+"""The Lightning callback under real Trainers: when it updates, whose weights are evaluated, what stands in checkpoints.
+
+Knows Lightning. Does not know how weights travel.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ema_client import EmaClient
+from ema_client.errors import ServiceUnreachable
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    lightning = pytest.importorskip(
+        "lightning.pytorch", reason="lightning is not installed: pip install -e '.[integrations]'"
+    )
+    from ema_client.integrations.lightning import RemoteEmaCallback
+
+# Lightning and torch warn of each other's deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+BATCHES = 8
+
+
+class Module(lightning.LightningModule):
+    """Trains a little net, and remembers which weights it was trained, evaluated and tested with."""
+
+    def __init__(self, trained: Callable[[nn.Module], dict[str, Tensor]], oracle: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.aside = nn.Linear(3, 1)
+        self.copies = trained
+        self.oracle = oracle(trained(self), 0.9, True) if oracle else None
+        self.evaluated: list[dict[str, Tensor]] = []
+        self.at_end: list[dict[str, Tensor]] = []
+        self.stepped: dict[str, Tensor] = {}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.stepped = self.copies(self)
+        if self.oracle:
+            self.oracle.update(self.stepped)
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        if self.stepped:
+            assert all(torch.equal(p, self.stepped[name]) for name, p in self.copies(self).items())
+        return (self.net(batch) + self.aside(batch)).square().mean()
+
+    def validation_step(self, *_: Any) -> None:
+        self.evaluated.append(self.copies(self))
+
+    def on_validation_epoch_end(self) -> None:
+        self.at_end.append(self.copies(self))
+
+    def test_step(self, *_: Any) -> None:
+        self.evaluated.append(self.copies(self))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def batches() -> DataLoader[Tensor]:
+    return DataLoader(torch.randn(4 * BATCHES, 3, generator=torch.Generator().manual_seed(1)), batch_size=4)
+
+
+def trainer(folder: Path, *callbacks: Any, package: Any = lightning, **options: Any) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"max_epochs": 1, "enable_checkpointing": False, **options}
+    return package.Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **quiet, **options)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_one_update_for_each_optimizer_step(
+    client: EmaClient, run_name: str, tmp_path: Path, litema: Any, trained: Any, same: Any, accumulate: int
+) -> None:
+    """Batches that only accumulate gradients are no updates; the EMA is LitEma's over optimizer steps, bit for bit."""
+    module = Module(trained, litema)
+    trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name), accumulate_grad_batches=accumulate).fit(module, batches())
+    assert client.run(run_name).num_updates == BATCHES // accumulate
+    assert same(dict(client.pull(run_name)), module.oracle.shadow)
+
+
+def test_validation_has_ema_weights_and_checkpoints_have_not(
+    client: EmaClient, run_name: str, tmp_path: Path, trained: Any, same: Any
+) -> None:
+    """Validation, to the module's last hook, sees the EMA; training goes on, and is saved, with its own weights."""
+    module = Module(trained)
+    saver = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    fitter = trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name), saver, enable_checkpointing=True, max_epochs=2)
+    fitter.fit(module, batches(), DataLoader(torch.zeros(1, 3)))
+    # The sanity check before the training is of the weights as they came.
+    assert len(module.evaluated) == 3
+    now = dict(client.pull(run_name))
+    assert same(module.evaluated[-1], now)
+    assert same(module.at_end[-1], now)
+    assert not same(module.evaluated[1], now)
+    assert same(trained(module), module.stepped)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert same({name: saved[name] for name in module.stepped}, module.stepped)
+
+
+@pytest.mark.usefixtures("client")
+def test_a_validation_that_fails_gives_the_weights_back(run_name: str, tmp_path: Path, trained: Any, same: Any) -> None:
+    """Whatever validation raises, the module holds its training weights afterwards."""
+
+    class Failing(Module):
+        def validation_step(self, *_: Any) -> None:
+            if self.stepped:
+                assert not same(self.copies(self), self.stepped)
+                raise ZeroDivisionError
+
+    module = Failing(trained)
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name)).fit(module, batches(), DataLoader(torch.zeros(1, 3)))
+    assert same(trained(module), module.stepped)
+
+
+def test_a_test_later_reads_the_run(client: EmaClient, run_name: str, tmp_path: Path, trained: Any, same: Any) -> None:
+    """trainer.test() of another process has EMA weights without having trained; evaluate=False leaves them away."""
+    trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name)).fit(Module(trained), batches())
+    fresh = Module(trained)
+    before = trained(fresh)
+    trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name)).test(fresh, DataLoader(torch.zeros(1, 3)), verbose=False)
+    assert same(fresh.evaluated[-1], dict(client.pull(run_name)))
+    assert same(trained(fresh), before)
+    plain = RemoteEmaCallback(0.9, run=run_name, evaluate=False)
+    trainer(tmp_path, plain).test(fresh, DataLoader(torch.zeros(1, 3)), verbose=False)
+    assert same(fresh.evaluated[-1], before)
+
+
+def test_resuming_goes_on_with_the_run(client: EmaClient, run_name: str, tmp_path: Path, trained: Any) -> None:
+    """A training that goes on from its checkpoint needs no word about its run; another name begins a new one."""
+    saver = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    callback = RemoteEmaCallback(0.9, run=run_name)
+    trainer(tmp_path, callback, saver, enable_checkpointing=True).fit(Module(trained), batches())
+    last = tmp_path / "last.ckpt"
+
+    again = trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name), max_epochs=2)
+    again.fit(Module(trained), batches(), ckpt_path=last)
+    assert client.run(run_name).num_updates == 2 * BATCHES
+
+    branch = trainer(tmp_path, RemoteEmaCallback(0.9, run=f"{run_name}-branch"), max_epochs=2)
+    branch.fit(Module(trained), batches(), ckpt_path=last)
+    assert client.run(f"{run_name}-branch").num_updates == BATCHES
+
+
+def test_a_part_of_the_module(client: EmaClient, run_name: str, tmp_path: Path, trained: Any) -> None:
+    """attribute= averages that part alone, by the names it has itself, as sgm does with its model."""
+    module = Module(trained)
+    callback = RemoteEmaCallback(0.9, run=run_name, attribute="net")
+    trainer(tmp_path, callback).fit(module, batches(), DataLoader(torch.zeros(1, 3)))
+    assert set(client.pull(run_name)) == set(trained(module.net))
+    aside = module.stepped["aside.weight"]
+    assert torch.equal(module.evaluated[-1]["aside.weight"], aside)
+
+
+def test_the_older_package(client: EmaClient, run_name: str, tmp_path: Path) -> None:
+    """A Trainer of the package pytorch_lightning takes the callback too."""
+    package = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+
+    class Older(package.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 1)
+
+        def training_step(self, batch: Tensor, _: int) -> Tensor:
+            loss: Tensor = self.net(batch).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name), package=package).fit(Older(), batches())
+    assert client.run(run_name).num_updates == BATCHES
+
+
+def test_a_service_that_is_not_there(tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training does not begin, and says where nothing listens."""
+    nowhere = "http://127.0.0.1:9"  # the port "discard"
+    monkeypatch.setattr("ema_client.retry.RetryPolicy.delay", lambda *_: None)
+    with pytest.raises(ServiceUnreachable, match=nowhere):
+        trainer(tmp_path, RemoteEmaCallback(run="r", url=nowhere)).fit(Module(trained), batches())
+
+
+def test_two_processes(client: EmaClient, run_name: str, tmp_path: Path, server: Any) -> None:
+    """Under DDP the first process sends, once for each step, and both validate with the same EMA weights."""
+    env = {**os.environ, "EMA_SERVICE_URL": server.url, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(Path(__file__).parent / "programs" / "lightning_ddp.py"), run_name, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert client.run(run_name).num_updates == 4
+    pulled = dict(client.pull(run_name))
+    for rank in (0, 1):
+        seen = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert all(torch.equal(seen["validated"][name], pulled[name]) for name in pulled), rank
+        assert not torch.equal(seen["after"]["net.weight"], pulled["net.weight"])
