@@ -20,7 +20,9 @@ MakeRun = Callable[..., "PlainRun"]
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = {
     "ema_updates",
+    "ema_watchers",
     "ema_errors",
+    "ema_events",
     "ema_received_bytes",
     "ema_sent_bytes",
     "ema_commit_seconds",
