@@ -5,6 +5,7 @@ connection, bulk and transport are tested together, through the transport: what 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import shutil
@@ -797,3 +798,89 @@ def test_proxies_of_the_environment_are_not_used(
     monkeypatch.setenv("ALL_PROXY", free_url)
 
     assert transport(scripted(ok).url).json("GET", "/x").data == {}
+
+
+# --- answers without end --------------------------------------------------------------------------------------------
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n%s\r\n"
+
+
+@pytest.mark.parametrize("closing", [b"", b"Connection: close\r\n"], ids=["kept", "closing"])
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_a_stream_is_read_until_another_thread_closes_it(
+    scripted: Scripted,
+    transport: Callable[..., Transport],
+    request: pytest.FixtureRequest,
+    secure: bool,
+    closing: bytes,
+) -> None:
+    """Lines come as they are sent, cut anywhere; close() from another thread wakes the one that waits for more."""
+
+    def script(peer: Any) -> None:
+        assert peer.request().headers["accept"] == "text/event-stream"
+        peer.send(STREAM % closing + b"3\r\none\r\n" + b"5\r\n\ntwo\n\r\n")
+        # Silent, until the client has hung up.
+        assert peer.body(1) == b""
+
+    server = scripted(script, tls=request.getfixturevalue("tls") if secure else None)
+    stream = transport(server.url).stream("/x", accept="text/event-stream", patience=5.0)
+    lines = stream.lines()
+    assert [next(lines), next(lines)] == [b"one\n", b"two\n"]
+    rest: list[bytes] = []
+    reader = threading.Thread(target=lambda: rest.extend(_until_broken(lines)))
+    reader.start()
+    before = time.monotonic()
+    stream.close()
+    reader.join(TIMEOUTS.transfer * 2)
+    assert not reader.is_alive()
+    assert time.monotonic() - before < TIMEOUTS.transfer
+    assert rest == []
+
+
+def _until_broken(lines: Iterator[bytes]) -> Iterator[bytes]:
+    with contextlib.suppress(ConnectionLost):
+        yield from lines
+
+
+def test_a_stream_that_is_refused(scripted: Scripted, transport: Callable[..., Transport]) -> None:
+    """The error of the answer is raised; silence in place of an answer is a lost connection, after ``patience``."""
+
+    def refuses(peer: Any) -> None:
+        peer.request()
+        peer.problem(404, "run_not_found")
+
+    def waits(peer: Any) -> None:
+        peer.request()
+        peer.body(1)
+
+    one = transport(scripted(refuses, waits).url)
+    with pytest.raises(RunNotFound):
+        one.stream("/x", accept="*/*", patience=5.0)
+    with pytest.raises(ConnectionLost) as lost:
+        one.stream("/x", accept="*/*", patience=0.2)
+    assert isinstance(lost.value.__cause__, TimeoutError)
+
+
+def test_a_line_without_end(scripted: Scripted, transport: Callable[..., Transport]) -> None:
+    """A line beyond the limit is an error before it fills the memory."""
+
+    def script(peer: Any) -> None:
+        peer.request()
+        peer.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        for _ in range(40):
+            peer.send(b"x" * (1 << 16))
+
+    stream = transport(scripted(script).url).stream("/x", accept="*/*", patience=5.0)
+    with pytest.raises(ProtocolError, match="line of more than"):
+        next(stream.lines())
+
+
+def test_head_is_a_status(scripted: Scripted, transport: Callable[..., Transport]) -> None:
+    """What a GET would be answered with, without its body, and with as much patience as is asked of the service."""
+
+    def script(peer: Any) -> None:
+        asked = peer.request()
+        assert (asked.method, asked.target) == ("HEAD", "/x?min_step=3")
+        peer.send(b"HTTP/1.1 409 Conflict\r\nContent-Length: 99\r\n\r\n")
+
+    assert transport(scripted(script).url).head("/x", query={"min_step": 3}, patience=1.0) == 409

@@ -5,7 +5,6 @@ Knows the service, and servers that misbehave. Does not know how events travel.
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ema_client import EmaClient, watching
+from ema_client import EmaClient, RetryPolicy, watching
 from ema_client.errors import ProtocolError, RunNotFound, Unauthorized
 from ema_client.protocol import AverageInfo, RunEvent, RunInfo, SnapshotInfo, to_json
 from ema_client.watching import Mailbox, parse
@@ -131,7 +130,7 @@ def test_a_restart_of_the_service_is_waited_out(
     server = start_server()
     port = server.url.rsplit(":", 1)[1]
     server.arguments = ("--port", port)
-    with EmaClient(server.url) as client:
+    with EmaClient(server.url, retry=RetryPolicy(attempts=1)) as client:
         client.create_run("r", STATE)
         watch = client.watch("r", kinds=["version", "snapshot_created"], timeout=PATIENCE)
         assert next(watch).version == "1.0"
@@ -272,29 +271,6 @@ def test_mailbox_gives_events_before_the_fault() -> None:
 def test_parse(text: bytes, expected: list[str]) -> None:
     """Data lines up to an empty line are one event; comments and other fields are none; half an event is dropped."""
     assert list(parse(text.splitlines(keepends=True))) == expected
-
-
-def test_a_line_without_end_is_refused(scripted: Callable[..., Any]) -> None:
-    """Memory is not filled by a stream that never ends its line."""
-
-    def script(peer: Any) -> None:
-        while request := peer.request():
-            if request.target.endswith("/events"):
-                peer.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\ndata: ")
-                for _ in range(40):
-                    peer.send(b"x" * (1 << 16))
-                return
-            peer.answer(200, _info())
-
-    asked = itertools.count()
-
-    def then(peer: Any) -> None:
-        next(asked)
-        _problem("unauthorized")(peer)
-
-    with EmaClient(scripted(script, script, then).url) as client, pytest.raises(Unauthorized):
-        next(client.watch("r", timeout=PATIENCE))
-    assert next(asked) > 0
 
 
 def _event_stream(*events: dict[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,47 @@ def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_example(name: str, server: Any, run_name: str, tmp_path: Path) -> None:
-    """It ends well, says what it promises, and its updates are on the service."""
-    needed, last, updates = CASES[name]
-    for package in needed:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install -e '.[integrations]'")
+def missing(name: str) -> list[str]:
+    return [package for package in CASES[name][0] if importlib.util.find_spec(package) is None]
+
+
+@pytest.fixture(scope="module")
+def started(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All examples at once: most of the time of each goes into importing its framework."""
     env = {**os.environ, "EMA_SERVICE_URL": server.url, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(EXAMPLES / name), run_name]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(last), done.stdout
+    folder = tmp_path_factory.mktemp("examples")
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, str(EXAMPLES / name), run_of(name)],
+            cwd=folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name in CASES
+        if not missing(name)
+    }
+    yield processes
+    for process in processes.values():
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=60)
+
+
+def run_of(name: str) -> str:
+    return f"example-{os.getpid()}-{name}"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", CASES)
+def test_example(name: str, server: Any, started: dict[str, subprocess.Popen[str]]) -> None:
+    """It ends well, says what it promises, and its updates are on the service."""
+    _, last, updates = CASES[name]
+    if packages := missing(name):
+        pytest.skip(f"{packages[0]} is not installed: pip install -e '.[integrations]'")
+    out, err = started[name].communicate(timeout=200)
+    assert started[name].returncode == 0, err
+    assert out.splitlines()[-1].startswith(last), out
     with EmaClient(server.url) as client:
-        assert client.run(run_name).num_updates == updates
+        assert client.run(run_of(name)).num_updates == updates

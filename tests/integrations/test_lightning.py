@@ -195,11 +195,12 @@ def test_a_service_that_is_not_there(tmp_path: Path, trained: Any, monkeypatch: 
         trainer(tmp_path, RemoteEmaCallback(run="r", url=nowhere)).fit(Module(trained), batches())
 
 
+@pytest.mark.timeout(240)
 def test_two_processes(client: EmaClient, run_name: str, tmp_path: Path, server: Any) -> None:
     """Under DDP the first process sends, once for each step, and both validate with the same EMA weights."""
     env = {**os.environ, "EMA_SERVICE_URL": server.url, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(Path(__file__).parent / "programs" / "lightning_ddp.py"), run_name, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert client.run(run_name).num_updates == 4
     pulled = dict(client.pull(run_name))
