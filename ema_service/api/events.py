@@ -25,7 +25,7 @@ from ema_service.api.context import Context, RunName, Server
 from ema_service.api.errors import problem_responses
 from ema_service.runs import Run, RunFiles, State
 
-__all__ = ["Look", "changes", "router", "stream"]
+__all__ = ["HEARTBEAT_SECONDS", "Look", "changes", "router", "stream"]
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["events"])
 

@@ -20,7 +20,7 @@ import torch
 
 from ema_client.protocol import RunEvent, from_json
 from ema_service.api.context import Context
-from ema_service.api.events import Look, changes, stream
+from ema_service.api.events import HEARTBEAT_SECONDS, Look, changes, stream
 from ema_service.metrics import Metrics
 from ema_service.settings import Settings
 
@@ -137,8 +137,10 @@ def test_deletion_is_the_last_event(server: Any, plain_run: Callable[..., Any]) 
     run = plain_run(server, W)
     with events(server, run.name) as told:
         told.next()
+        before = time.monotonic()
         run.http.delete(run.path).raise_for_status()
         assert [event["event"] for event in told.rest()] == ["run_deleted"]
+        assert time.monotonic() - before < HEARTBEAT_SECONDS - 5, "nobody was woken"
 
 
 def test_no_such_run(server: Any) -> None:
