@@ -9,8 +9,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-# Newer than what it depends on when the set-up below it has been done.
+# Newer than what they depend on when the set-up below them has been done.
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,32 +21,40 @@ help: ## Say what each target does
 	@echo 'make TARGET [ARGS="..."]'
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP) ## Make .venv and install everything into it (the other targets do this when it is needed)
+setup: $(DEV) ## Make .venv and install everything into it (the other targets do this when it is needed)
 
 $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found. Install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON); torch is large, so the first time takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+# The frameworks that the integrations are tested with are large, and no demo needs them.
+$(DEV): $(STAMP)
 	$(PIP_INSTALL) -e '.[demo,test,lint,integrations]'
 	@touch $@
 
 demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minute; ends with a table and a picture
 	$(BIN)/ema-service demo $(ARGS)
 
-test: $(STAMP) ## Run all tests
+test: $(DEV) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP) ## Check style, formatting and types; changes nothing
+lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ema_service client/ema_client
 
-bench: $(STAMP)-bench ## Measure speed and memory beside other libraries, in one run (some minutes; ARGS=--quick)
-	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+bench: $(VENV)/bench/.installed ## Measure speed and memory beside other libraries, in one run (some minutes; ARGS=--quick)
+	$(VENV)/bench/bin/python tests/benchmarks/run.py $(ARGS)
 
-$(STAMP)-bench: $(STAMP)
-	$(PIP_INSTALL) -e '.[bench]'
+# An environment of its own: what the libraries to compare with bring (torchvision, for one) may not fit this torch, and would
+# keep the frameworks of the tests from being imported.
+$(VENV)/bench/.installed: $(STAMP)
+	$(BIN)/python -m venv $(VENV)/bench
+	$(VENV)/bench/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
 clean: ## Delete .venv, caches and what make demo drew; the server's data (ema-data) is left alone
