@@ -28,7 +28,8 @@ class Settings:
     device: where shadows live: "auto" (a CUDA device if there is one, else the CPU), or any torch device.
     staging_bytes: most memory of pushes being received or applied.
     frozen_bytes: most memory of versions held for readers beside the current ones.
-    checkpoint_interval: seconds between two looks for runs that moved since their last checkpoint.
+    checkpoint_interval: seconds between two looks for runs of durability ``memory`` that moved since their last
+        checkpoint.
     body_timeout: seconds a sender may stay silent in the middle of a body.
     token_file: tokens and what each may do; None asks nobody for one.
     json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.

@@ -31,11 +31,15 @@ _LISTENS = re.compile(r"listens on (http://\S+)")
 
 @dataclass
 class ServerProcess:
-    """A running server. ``url`` and ``uds`` (unix://...) reach it; ``data_dir`` is None with --memory."""
+    """A running server. ``url`` and ``uds`` (unix://...) reach it; ``data_dir`` is None with --memory.
+
+    program: what Python runs, if not the service itself.
+    """
 
     folder: Path
     arguments: tuple[str, ...] = ()
     data_dir: Path | None = None
+    program: tuple[str, ...] = ("-m", "ema_service")
     url: str = ""
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -51,7 +55,7 @@ class ServerProcess:
     def start(self) -> ServerProcess:
         """Start, or start again on the same data dir, and wait until it accepts connections."""
         where = ["--data-dir", str(self.data_dir)] if self.data_dir else ["--memory"]
-        command = [sys.executable, "-m", "ema_service", "serve", "--port", "0", *where, *self.arguments]
+        command = [sys.executable, *self.program, "serve", "--port", "0", *where, *self.arguments]
         command += ["--uds", str(self.folder / "ema.sock")]
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -224,6 +228,12 @@ def _widened(tensor: Tensor) -> Tensor:
 def litema() -> type[LitEmaOracle]:
     """The class LitEma, written independently of the service, to compare with."""
     return LitEmaOracle
+
+
+@pytest.fixture(scope="session")
+def plain_run_class() -> type[PlainRun]:
+    """For runs that a test makes itself."""
+    return PlainRun
 
 
 @pytest.fixture(scope="session")

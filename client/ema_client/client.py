@@ -31,6 +31,7 @@ from ema_client.errors import (
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
+    Durability,
     EventKind,
     NonFinitePolicy,
     RunConfig,
@@ -116,6 +117,7 @@ class EmaClient:
         decay_per: DecayPer = "update",
         averages: Sequence[AverageConfig] | None = None,
         non_finite: NonFinitePolicy = "refuse",
+        durability: Durability | None = None,
         num_updates: int | None = None,
         step: int | None = None,
         exist_ok: bool = False,
@@ -130,10 +132,12 @@ class EmaClient:
             decay_per: "update", or "step" for a trainer that pushes every k-th step.
             averages: several averages of the one run; by default one, named "ema".
             non_finite: whether updates with NaN or Inf are refused or allowed.
+            durability: what an answered update outlives: "memory" a clean stop of the server, "process" its sudden end,
+                "disk" a power loss. None: "process", or "memory" where the server keeps nothing on disk.
             num_updates, step: to carry on an EMA from elsewhere.
             exist_ok: return the run as it is, and send nothing, if it has its weights already.
 
-        Raises RunExists; InvalidDecay; NameCollision and UsageError for a state that cannot be sent.
+        Raises RunExists; StorageDisabled; InvalidDecay; NameCollision and UsageError for a state that cannot be sent.
         """
         _require_torch()
         from ema_client import tensors
@@ -147,6 +151,7 @@ class EmaClient:
             decay_per=decay_per,
             averages=(AverageConfig(),) if averages is None else tuple(averages),
             non_finite=non_finite,
+            durability=durability,
         )
         info = _parse(RunInfo, self._transport.json("POST", protocol.runs_path(), protocol.to_json(config)))
         if info.status == "awaiting_weights":

@@ -323,8 +323,8 @@ class StorageDisabled(Conflict):
 
 class RunDegraded(Conflict):
     code = "run_degraded"
-    title = "The run's state cannot be read"
-    default_hint = "repair or restore its files and restart the server, or delete the run"
+    title = "The run's latest state cannot be read"
+    default_hint = "restore its files from a backup and restart the server, or delete the run"
 
 
 class BodyTooLarge(EmaError):

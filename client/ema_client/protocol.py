@@ -48,7 +48,7 @@ LAYOUT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 RunStatus = Literal["awaiting_weights", "ready", "degraded"]
 ScheduleName = Literal["litema", "constant"]
 DecayPer = Literal["update", "step"]
-Durability = Literal["memory"]
+Durability = Literal["memory", "process", "disk"]
 NonFinitePolicy = Literal["refuse", "allow"]
 UpdateState = Literal["applied", "staged", "unknown"]
 EventKind = Literal[
@@ -131,7 +131,9 @@ class RunConfig:
         last update, so that a trainer that pushes every k-th step keeps the meaning of its decay.
     averages: the averages fed by every update; the first is what a pull gives by default.
     non_finite: "refuse" updates with NaN or Inf, or "allow" them.
-    durability: "memory": what is acknowledged survives a clean stop of the server, not a crash.
+    durability: what is acknowledged survives, "memory": a clean stop of the server; "process": its sudden end, such as
+        kill -9; "disk": a power loss. None: that of the run if it exists, else "process", or "memory" where the server
+        keeps nothing on disk.
     """
 
     run: str
@@ -141,7 +143,7 @@ class RunConfig:
     decay_per: DecayPer = "update"
     averages: tuple[AverageConfig, ...] = (AverageConfig(),)
     non_finite: NonFinitePolicy = "refuse"
-    durability: Durability = "memory"
+    durability: Durability | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +163,11 @@ class RunInfo:
     num_updates: LitEma's counter; -1 where use_num_updates is off.
     step: the trainer's step of the latest update, None before it.
     version: "epoch.n", None before the initial weights.
-    durable_step: the latest step that a restart would bring back, None if there is none.
+    durable_step: the step that the run would have after a crash, None if none: a sudden end of the server ("memory",
+        "process") or of its machine ("disk").
     parameters, bytes: elements of the layout, and bytes of all its shadows.
     created_at, updated_at: seconds since 1970-01-01 UTC.
+    reason: why the status is "degraded".
     """
 
     run: str
@@ -186,6 +190,7 @@ class RunInfo:
     shadow_dtype: str
     created_at: float
     updated_at: float
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,9 @@ __all__ = ["create_app", "open_registry", "pick_device"]
 
 _log = logging.getLogger(__name__)
 
+#: Between two looks for versions to be synced. Within a second of its answer a version is on its way to the medium.
+SYNC_SECONDS = 0.5
+
 _DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
 evaluators
 pull the averaged ones. Control is JSON; weights are one safetensors body; errors are problem+json (RFC 9457)."""
@@ -58,14 +61,16 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
         _watch(metrics, context.registry)
-        keeper = asyncio.create_task(_keep(context))
+        tasks = [asyncio.create_task(_keep(context)), asyncio.create_task(_sync(context))]
         try:
             yield
         finally:
-            keeper.cancel()
+            for task in tasks:
+                task.cancel()
             try:
-                with contextlib.suppress(asyncio.CancelledError):
-                    await keeper
+                for task in tasks:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
             finally:
                 context.close()
 
@@ -115,3 +120,10 @@ async def _keep(context: Context) -> None:
     while True:
         await asyncio.sleep(context.settings.checkpoint_interval)
         await context.block(context.registry.checkpoint)
+
+
+async def _sync(context: Context) -> None:
+    """Bring what was acknowledged to the medium."""
+    while True:
+        await asyncio.sleep(SYNC_SECONDS)
+        context.sync()

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from fastapi import Depends, Path, Request
 
 from ema_client.protocol import MAX_STEP, NAME_PATTERN
 from ema_service.metrics import Metrics
-from ema_service.runs import Registry, Run
+from ema_service.runs import Registry, Run, RunFiles
 from ema_service.settings import Settings
 
 __all__ = ["Context", "RunName", "Server", "SnapshotName", "Step"]
@@ -33,6 +34,8 @@ _TORCH_THREADS = max(1, (os.cpu_count() or 1) // 4)
 PIECE_BYTES = 8 << 20
 #: Threads that wait for disks.
 _FILE_THREADS = 8
+#: Threads that sync what was acknowledged; they may be as slow as the disk is.
+_SYNC_THREADS = 4
 
 
 class Context:
@@ -47,6 +50,8 @@ class Context:
         self._waiting: set[asyncio.Event] = set()
         self._apply_threads = ThreadPoolExecutor(_APPLY_THREADS, "ema-apply", torch.set_num_threads, (_TORCH_THREADS,))
         self._file_threads = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="ema-files")
+        self._sync_threads = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="ema-sync")
+        self._syncing: set[RunFiles] = set()
 
     async def compute(self, work: Callable[[], T]) -> T:
         """Run ``work`` on a thread for updates. Once begun it is finished, even if the request is given up."""
@@ -88,9 +93,22 @@ class Context:
         for moved in self._waiting:
             moved.set()
 
+    def sync(self) -> None:
+        """Begin to sync every run that moved, unless its last sync is still under way."""
+        for files in self.registry.unsynced():
+            if files not in self._syncing:
+                self._syncing.add(files)
+                done = asyncio.get_running_loop().run_in_executor(self._sync_threads, files.sync)
+                done.add_done_callback(partial(self._synced, files))
+
+    def _synced(self, files: RunFiles, done: asyncio.Future[None]) -> None:
+        self._syncing.discard(files)
+        done.result()
+
     def close(self) -> None:
         """Finish the updates and files in hand, then keep every run."""
         self._apply_threads.shutdown()
+        self._sync_threads.shutdown()
         self._file_threads.shutdown()
         self.registry.close()
 

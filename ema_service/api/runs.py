@@ -15,8 +15,11 @@ from ema_client.errors import (
     BodyTooLarge,
     Forbidden,
     InvalidRequest,
+    RunDegraded,
     RunExists,
     RunNotFound,
+    StorageDisabled,
+    StorageFailed,
 )
 from ema_client.protocol import RunInfo, RunList
 from ema_service.api.auth import access_of
@@ -35,7 +38,7 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     summary="Create a run",
     responses={
         200: {"model": RunInfo, "description": "The run exists with this very configuration"},
-        **problem_responses(RunExists, BodyTooLarge, Forbidden, InvalidRequest),
+        **problem_responses(RunExists, BodyTooLarge, Forbidden, InvalidRequest, StorageDisabled, StorageFailed),
     },
 )
 async def create_run(body: RunConfigBody, request: Request, response: Response, server: Server) -> RunInfo:
@@ -65,7 +68,9 @@ async def show_run(run: RunName, server: Server) -> RunInfo:
 @router.patch(
     "/{run}",
     summary="Change the decay",
-    responses=problem_responses(RunNotFound, AverageNotFound, AwaitingWeights, InvalidRequest),
+    responses=problem_responses(
+        RunNotFound, AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed
+    ),
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInfo:
     """Change the decay of one average from the next update on. The change is kept in the run's history."""
@@ -76,7 +81,7 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInf
 @router.post(
     "/{run}/reset-num-updates",
     summary="Begin the warm-up anew",
-    responses=problem_responses(RunNotFound, AwaitingWeights, InvalidRequest),
+    responses=problem_responses(RunNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed),
 )
 async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
     """Set num_updates to 0. Where use_num_updates is off it stays -1."""

@@ -76,7 +76,9 @@ class RunConfigBody(_Body):
     decay_per: DecayPer = Field("update", description="step: make good for the steps between two updates")
     averages: Annotated[list[_AverageConfigBody], Field(min_length=1, max_length=MAX_AVERAGES)] = [_AverageConfigBody()]
     non_finite: NonFinitePolicy = Field("refuse", description="What to do with NaN and Inf in an update")
-    durability: Durability = "memory"
+    durability: Annotated[
+        Durability | None, Field(description="What survives a crash; None: process, where there is a disk")
+    ] = None
 
     def to_config(self) -> RunConfig:
         """The same as the protocol's dataclass."""

@@ -12,11 +12,11 @@ from fastapi import APIRouter, Response
 from ema_client.errors import (
     AwaitingWeights,
     InvalidRequest,
-    Overloaded,
     RunNotFound,
     SnapshotExists,
     SnapshotNotFound,
     StorageDisabled,
+    StorageFailed,
 )
 from ema_client.protocol import SnapshotInfo, SnapshotList
 from ema_service.api.context import RunName, Server, SnapshotName
@@ -33,7 +33,9 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
     summary="Take a snapshot",
     responses={
         200: {"model": SnapshotInfo, "description": "The snapshot exists and is of this very version"},
-        **problem_responses(RunNotFound, AwaitingWeights, SnapshotExists, StorageDisabled, InvalidRequest, Overloaded),
+        **problem_responses(
+            RunNotFound, AwaitingWeights, SnapshotExists, StorageDisabled, InvalidRequest, StorageFailed
+        ),
     },
 )
 async def put_snapshot(run: RunName, name: SnapshotName, response: Response, server: Server) -> SnapshotInfo:

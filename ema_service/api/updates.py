@@ -22,9 +22,11 @@ from ema_client.errors import (
     NonFinite,
     Overloaded,
     RequestTimeout,
+    RunDegraded,
     RunNotFound,
     StaleStep,
     StepConflict,
+    StorageFailed,
     Superseded,
     WeightsExist,
 )
@@ -56,6 +58,8 @@ _BODY_ERRORS = (
     LayoutMismatch,
     NonFinite,
     Overloaded,
+    RunDegraded,
+    StorageFailed,
 )
 
 

@@ -7,6 +7,7 @@ files are written (storage) or numbers computed (averaging).
 from __future__ import annotations
 
 from ema_service.runs.arena import Arena, Memory
+from ema_service.runs.checkpoints import Checkpoints
 from ema_service.runs.frozen import FrozenWeights
 from ema_service.runs.layout import Layout
 from ema_service.runs.persistence import RunFiles
@@ -17,6 +18,7 @@ from ema_service.runs.weights import WeightsStream
 
 __all__ = [
     "Arena",
+    "Checkpoints",
     "FrozenWeights",
     "Layout",
     "Memory",

@@ -7,13 +7,14 @@ kept (persistence). Its methods may block: call them off the event loop.
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
-from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled
-from ema_client.protocol import MAX_AVERAGES, RunConfig, from_json, to_json
+from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, StorageFailed
+from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, from_json, to_json
 from ema_service.averaging import prepare
 from ema_service.runs.arena import Memory
 from ema_service.runs.frozen import FrozenWeights
@@ -21,7 +22,7 @@ from ema_service.runs.layout import Layout
 from ema_service.runs.persistence import RunFiles
 from ema_service.runs.run import Run
 from ema_service.runs.staging import Staging
-from ema_service.storage import RunRow, Store
+from ema_service.storage import CatalogUnusable, RunRow, Store
 
 __all__ = ["Registry"]
 
@@ -39,7 +40,10 @@ class Registry:
     """
 
     def __init__(self, memory: Memory, store: Store | None, *, staging_bytes: int, frozen_bytes: int) -> None:
-        """Brings back every run of the store; one whose files are damaged comes up ``degraded`` and says why."""
+        """Brings back every run of the store; one whose files are damaged comes up ``degraded`` and says why.
+
+        Raises CatalogUnusable, sqlite3.Error where the catalog is damaged.
+        """
         prepare()
         self.memory = memory
         self.staging = Staging(memory, staging_bytes)
@@ -48,7 +52,7 @@ class Registry:
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
         for row in store.runs() if store else []:
-            config = from_json(RunConfig, json.loads(row.config))
+            config = _config_of(row)
             kept = self._kept[row.name] = self._keep(config, Layout(config.layout), row, row.created_at)
             if kept.files:
                 kept.files.restore()
@@ -67,18 +71,27 @@ class Registry:
             if kept.files:
                 kept.files.checkpoint()
 
+    def unsynced(self) -> list[RunFiles]:
+        """The files of runs whose newest version a power loss would take: sync() them."""
+        return [kept.files for kept in self._all() if kept.files and kept.files.unsynced]
+
     def create(self, config: RunConfig) -> tuple[Run, bool]:
-        """The run of this configuration and whether it is new. Raises RunExists, InvalidRequest."""
+        """The run of this configuration and whether it is new.
+
+        A ``durability`` that is left out is that of the run if it exists, else ``process``, or ``memory`` where there
+        is no store. Raises RunExists, InvalidRequest, StorageDisabled, StorageFailed.
+        """
         _check_averages(config)
         layout = Layout(config.layout)
         config = replace(config, layout=tuple(entry.spec for entry in layout.params))
         with self._lock:
             kept = self._kept.get(config.run)
             if kept is None:
-                created_at = time.time()
-                row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at) if self._store else None
-                kept = self._kept[config.run] = self._keep(config, layout, row, created_at)
+                config = replace(config, durability=self._durability(config))
+                kept = self._kept[config.run] = self._add(config, layout)
                 return kept.run, True
+        if config.durability is None:
+            config = replace(config, durability=kept.run.config.durability)
         if kept.run.config != config:
             raise RunExists(f"run {config.run!r} exists with another {_difference(kept.run.config, config)}")
         return kept.run, False
@@ -116,6 +129,32 @@ class Registry:
             if kept.files:
                 kept.files.remove()
 
+    def _durability(self, config: RunConfig) -> Durability:
+        chosen = config.durability or ("process" if self._store else "memory")
+        if chosen != "memory" and not self._store:
+            raise StorageDisabled(
+                f"durability: {chosen!r} needs a disk, and this server was started with --memory",
+                hint='leave durability out or ask for "memory", or start the server with --data-dir',
+            )
+        return chosen
+
+    def _add(self, config: RunConfig, layout: Layout) -> _Kept:
+        created_at = time.time()
+        if self._store is None:
+            return self._keep(config, layout, None, created_at)
+        try:
+            row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at)
+            try:
+                kept = self._keep(config, layout, row, created_at)
+                if kept.files:
+                    kept.files.allocate()
+            except OSError:
+                self._store.remove_run(row)
+                raise
+        except (OSError, sqlite3.Error) as fault:
+            raise StorageFailed(f"run {config.run!r} was not created: {fault}", retry_after=1.0) from fault
+        return kept
+
     def _keep(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Kept:
         run = Run(config, layout, self.memory, created_at=created_at)
         files = RunFiles(run, row, self._store, self.memory) if self._store and row else None
@@ -130,6 +169,15 @@ class Registry:
         if kept is None:
             raise RunNotFound(f"there is no run {name!r}")
         return kept
+
+
+def _config_of(row: RunRow) -> RunConfig:
+    try:
+        return from_json(RunConfig, json.loads(row.config))
+    except ValueError as fault:
+        raise CatalogUnusable(
+            f"the catalog's row of run {row.name!r} is damaged: {fault}; restore the data dir from a backup"
+        ) from None
 
 
 def _check_averages(config: RunConfig) -> None:

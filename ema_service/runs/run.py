@@ -4,6 +4,9 @@
 lock, and puts it in place with a single assignment. So a reader takes ``run.state`` without a lock and has one
 version, whole, for as long as it holds it, and an update that fails has changed nothing.
 
+A run whose versions are kept on disk has a keeper: a state is written behind the averaging and committed there before
+it is put in place, so whatever anyone was told of comes back.
+
 Knows steps, counters, versions and which schedule feeds which average. Does not know HTTP, files, or how memory is
 pooled.
 """
@@ -14,8 +17,10 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 from ema_client.errors import (
     AverageNotFound,
@@ -43,8 +48,9 @@ from ema_service.runs.arena import Arena, Memory
 from ema_service.runs.layout import Layout
 from ema_service.runs.staging import Staged
 from ema_service.runs.update import Feed, Pass
+from ema_service.storage import Slot
 
-__all__ = ["Average", "Run", "State", "Update"]
+__all__ = ["Average", "Keeper", "Run", "State", "Update"]
 
 #: How many applied steps a run remembers for ``GET updates/{step}``.
 _REMEMBERED_STEPS = 1024
@@ -82,13 +88,30 @@ class Update:
     """One update in the making. Owned by the request that pushes it; the run changes only at commit().
 
     base: the state it was begun on. averages: those of the state it makes; none where ``step`` was applied before.
-    work: to be advanced as the parameters arrive.
+    work: to be advanced as the parameters arrive. slot: where the state is written to meanwhile, if it is kept.
     """
 
     step: int
     base: State
     averages: tuple[Average, ...]
     work: Pass
+    slot: Slot | None = None
+
+
+class Keeper(Protocol):
+    """Keeps every version of a run on disk (checkpoints.Checkpoints). Each method may raise StorageFailed."""
+
+    def take(self) -> Slot:
+        """Where a new version is written to. Touches no disk; dropping it gives it back."""
+
+    def write(self, slot: Slot, state: State) -> None:
+        """Finish the writing of the version."""
+
+    def commit(self, slot: Slot, state: State) -> None:
+        """From here on a restart brings back this state. Under the run's lock."""
+
+    def amend(self, state: State) -> None:
+        """From here on a restart brings back this state, whose weights are the current ones. Under the run's lock."""
 
 
 class Run:
@@ -106,7 +129,9 @@ class Run:
         #: Called, from any thread, after each change of state, of the snapshots, and once the run is deleted.
         self.listeners: set[Callable[[], None]] = set()
         self._memory = memory
-        #: Why the stored state cannot be used, or None.
+        #: Keeps every version before it is put in place; None keeps none (or now and then, see Checkpoints).
+        self.keeper: Keeper | None = None
+        #: Why the run takes no updates: its latest stored state was damaged. None if all is well.
         self.fault: str | None = None
         #: Why the current state could not be kept on disk, or None.
         self.unkept: str | None = None
@@ -117,12 +142,15 @@ class Run:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def ready_state(self) -> State:
-        """The current state.
+        """The current state, for reading.
 
-        Raises AwaitingWeights before the initial weights, RunDegraded, RunNotFound once deleted.
+        Raises AwaitingWeights before the initial weights, RunDegraded where nothing is left to read, RunNotFound once
+        deleted.
         """
-        self._check_usable()
+        if self._retired:
+            raise RunNotFound(f"run {self.config.run!r} was deleted")
         if self.state is None:
+            self._check_writable()
             raise AwaitingWeights(f"run {self.config.run!r} was created but its initial weights never came")
         return self.state
 
@@ -131,11 +159,16 @@ class Run:
         """Whether the run was deleted."""
         return self._retired
 
-    def _check_usable(self) -> None:
+    def _check_writable(self) -> None:
         if self._retired:
             raise RunNotFound(f"run {self.config.run!r} was deleted")
         if self.fault:
-            raise RunDegraded(f"run {self.config.run!r}: {self.fault}")
+            readable = f"version {self.state.version} can be read; " if self.state else ""
+            raise RunDegraded(f"run {self.config.run!r}: {self.fault}", hint=f"{readable}{RunDegraded.default_hint}")
+
+    def _writable_state(self) -> State:
+        self._check_writable()
+        return self.ready_state()
 
     def average(self, state: State, name: str | None) -> Average:
         """One average of a state, by default the first. Raises AverageNotFound."""
@@ -177,7 +210,7 @@ class Run:
             step=state.step if state else None,
             version=state.version if state else None,
             durable_step=self.durable_step,
-            durability=config.durability,
+            durability=config.durability or "memory",
             non_finite=config.non_finite,
             averages=averages,
             tensors=len(self.layout),
@@ -187,6 +220,7 @@ class Run:
             shadow_dtype=self.layout.shadow_dtype,
             created_at=self.created_at,
             updated_at=state.updated_at if state else self.created_at,
+            reason=self.fault or self.unkept,
         )
 
     def _status(self) -> RunStatus:
@@ -215,22 +249,28 @@ class Run:
         """Make the pushed parameters the first shadow of every average, as LitEma's constructor clones them.
 
         num_updates: the counter to carry on from, for an EMA that began elsewhere. step: the trainer's step they
-        are of. Doing it again with the same bytes changes nothing. Raises WeightsExist, NonFinite, InvalidRequest.
+        are of. Doing it again with the same bytes changes nothing.
+        Raises WeightsExist, NonFinite, InvalidRequest, StorageFailed.
         """
-        self._check_usable()
+        self._check_writable()
         counter = self._initial_counter(num_updates)
         digest = Pass(staged, [Feed(staged.arena, None, 0.0)], check=self._check).finish()
+        averages = tuple(Average(a.name, a.decay, None, staged.arena) for a in self._average_infos(None))
+        first = State(1, 0, step, counter, digest, averages, time.time())
+        slot = self._write(first) if self.state is None else None
         with self._lock:
-            self._check_usable()
+            self._check_writable()
             if self.state is None:
-                averages = tuple(Average(a.name, a.decay, None, staged.arena) for a in self._average_infos(None))
-                self._commit(State(1, 0, step, counter, digest, averages, time.time()))
+                self._commit(first, slot)
             elif self.state.n or self.state.digest != digest:
                 raise WeightsExist(f"run {self.config.run!r} is at version {self.state.version}")
 
     def admit(self, step: int) -> None:
-        """Refuse, before its body is read, an update that cannot be applied. Raises AwaitingWeights, StaleStep."""
-        state = self.ready_state()
+        """Refuse, before its body is read, an update that cannot be applied.
+
+        Raises AwaitingWeights, RunDegraded, StaleStep.
+        """
+        state = self._writable_state()
         if state.step is not None and (step < state.step or (step == state.step and state.n == 0)):
             origin = "its latest update" if state.n else "its initial weights"
             raise StaleStep(f"step {step} is not after step {state.step} of {origin} (run {self.config.run!r})")
@@ -242,23 +282,29 @@ class Run:
         if step == state.step:
             # It can only be the same again: what counts is its digest.
             return Update(step, state, (), Pass(staged, (), check=False))
+        keeper = self.keeper
+        slot = keeper.take() if keeper else None
         averages, feeds = [], []
         for config, average in zip(self.config.averages, state.averages, strict=True):
             last = average is state.averages[-1]
             out = staged.arena if last else self._memory.new_arena(self.layout)
             retention = SCHEDULES[config.schedule](average.decay, state.num_updates, self._gap(state, step))
-            feeds.append(Feed(out, average.arena, retention.weight))
+            sink = partial(slot.write, average.name) if slot and self._memory.on_host else None
+            feeds.append(Feed(out, average.arena, retention.weight, sink))
             averages.append(replace(average, effective_decay=retention.decay, arena=out))
-        return Update(step, state, tuple(averages), Pass(staged, feeds, check=self._check))
+        return Update(step, state, tuple(averages), Pass(staged, feeds, check=self._check), slot)
 
     def commit(self, update: Update) -> UpdateResult:
         """Make the update's result the state, if that is still the one it was begun on.
 
         The same bytes at the same step again are answered and not applied. Raises as admit(), and NonFinite,
-        StepConflict, and Superseded where the run changed meanwhile.
+        StepConflict, StorageFailed, and Superseded where the run changed meanwhile.
         """
         digest = update.work.finish()
         step = update.step
+        self.admit(step)
+        following = self._following(update, digest)
+        slot = self._write(following, update.slot) if update.averages else None
         with self._lock:
             self.admit(step)
             state = self.ready_state()
@@ -268,30 +314,36 @@ class Run:
                 return self._result(state, step, applied=False)
             if state is not update.base:
                 raise Superseded(f"run {self.config.run!r} changed while step {step} was received", retry_after=0.0)
-            following = self._following(update, digest)
-            self._commit(following)
+            self._commit(following, slot)
             self._steps.append(step)
             return self._result(following, step, applied=True)
 
     def set_decay(self, decay: float, average: str | None) -> None:
-        """Use ``decay`` from the next update on. Raises AverageNotFound, AwaitingWeights, InvalidRequest."""
+        """Use ``decay`` from the next update on.
+
+        Raises AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed.
+        """
         if not 0.0 <= decay <= 1.0:
             raise InvalidRequest(f"decay: {decay} is not between 0 and 1")
         with self._lock:
-            state = self.ready_state()
+            state = self._writable_state()
             chosen = self.average(state, average)
             averages = tuple(replace(a, decay=decay) if a is chosen else a for a in state.averages)
-            self._commit(replace(state, averages=averages))
+            self._amend(replace(state, averages=averages))
 
     def reset_num_updates(self) -> None:
-        """Begin the warm-up anew. With the counter off it stays off (LitEma would switch the warm-up on)."""
-        with self._lock:
-            self._commit(replace(self.ready_state(), num_updates=self._counter_at_start))
+        """Begin the warm-up anew. With the counter off it stays off (LitEma would switch the warm-up on).
 
-    def restore(self, state: State) -> None:
-        """Take up a state from storage; for a run that nobody uses yet."""
+        Raises AwaitingWeights, RunDegraded, StorageFailed.
+        """
+        with self._lock:
+            self._amend(replace(self._writable_state(), num_updates=self._counter_at_start))
+
+    def restore(self, state: State, steps: Iterable[int] = ()) -> None:
+        """Take up a state from storage, made by updates of ``steps`` among others; for a run that nobody uses yet."""
         self.state = state
         self.durable_step = state.step
+        self._steps.extend(steps)
         if state.n and state.step is not None:
             self._steps.append(state.step)
 
@@ -299,6 +351,7 @@ class Run:
         """Take no update from now on: the run is deleted. Waits for the update in hand."""
         with self._lock:
             self._retired = True
+            self.keeper = None  # which knows the run: the memory of both is free at once
         self.notify()
 
     def notify(self) -> None:
@@ -335,7 +388,28 @@ class Run:
             raise InvalidRequest(f"num_updates: {num_updates} was given, but use_num_updates is off in this run")
         return num_updates
 
-    def _commit(self, state: State) -> None:
+    def _write(self, state: State, slot: Slot | None = None) -> Slot | None:
+        """Write the state to disk, or what the pass has not written yet, if versions are kept."""
+        keeper = self.keeper
+        if keeper is None:
+            return None
+        slot = slot or keeper.take()
+        keeper.write(slot, state)
+        return slot
+
+    def _commit(self, state: State, slot: Slot | None) -> None:
+        """Put another version in place, once it is sure to come back."""
+        if self.keeper and slot:
+            self.keeper.commit(slot, state)
+        self._put_in_place(state)
+
+    def _amend(self, state: State) -> None:
+        """Put the current version in place with another decay or counter."""
+        if self.keeper:
+            self.keeper.amend(state)
+        self._put_in_place(state)
+
+    def _put_in_place(self, state: State) -> None:
         self.state = state
         self.notify()
 

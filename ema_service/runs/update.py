@@ -10,10 +10,12 @@ Knows staged memory, arenas and the kernel. Does not know sockets, threads, or w
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import xxhash
+from torch import Tensor
 
 from ema_client.errors import NonFinite
 from ema_client.protocol import LAYOUT_DTYPES
@@ -37,11 +39,13 @@ class Feed:
     """What the parameters do to one average.
 
     out <- shadow - weight * (shadow - param); without a shadow, out <- param.
+    sink: given the result's bytes in order, as they come; only where ``out`` is host memory.
     """
 
     out: Arena
     shadow: Arena | None
     weight: float
+    sink: Callable[[memoryview], None] | None = None
 
 
 class Pass:
@@ -103,6 +107,13 @@ class Pass:
                 shadow = feed.shadow.section(index)[elements]
                 finite = average_into(out, shadow, param, feed.weight, check=self._check)
             self._finite[number] &= finite
+            if feed.sink:
+                # While the result is still in the cache.
+                feed.sink(_bytes_of(out))
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return values.view(torch.uint8).numpy().data
 
 
 def _refusal(arena: Arena) -> NonFinite:

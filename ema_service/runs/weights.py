@@ -20,7 +20,7 @@ from ema_client.protocol import LAYOUT_DTYPES, TensorSpec, WeightsInfo
 from ema_client.wire import Entry, build_header, place
 from ema_service.runs.arena import TORCH_DTYPES
 
-__all__ = ["ReadBytes", "WeightsStream"]
+__all__ = ["ReadBytes", "WeightsStream", "header_of"]
 
 #: Reads [start, stop) of the source's data section.
 ReadBytes = Callable[[int, int], memoryview]
@@ -69,8 +69,7 @@ class WeightsStream:
         if not chosen:
             raise InvalidRequest(f"prefix: no tensor's name begins with {prefix!r}")
         entries = place((TensorSpec(e.name, e.shape, dtype or e.dtype) for e in chosen), sort=False)
-        # "format: pt" is what loaders of the transformers family look for.
-        self._header = build_header(entries, {"format": "pt", **info.to_metadata()})
+        self._header = header_of(entries, info)
         self._stretches = _merge(chosen, entries)
         self._begins = [stretch.begin for stretch in self._stretches]
         self.info = info
@@ -89,6 +88,12 @@ class WeightsStream:
             end = min(stop, stretch.end, position + CHUNK_BYTES)
             yield _piece(stretch, read, position, end)
             position = end
+
+
+def header_of(entries: Sequence[Entry], info: WeightsInfo) -> bytes:
+    """The header, with its length prefix, of weights that say what they are."""
+    # "format: pt" is what loaders of the transformers family look for.
+    return build_header(entries, {"format": "pt", **info.to_metadata()})
 
 
 def _merge(source: Sequence[Entry], entries: Sequence[Entry]) -> list[_Stretch]:

@@ -1,13 +1,24 @@
 """What is kept on disk: one folder, a SQLite catalog of what is in it, and safetensors files.
 
-Knows files, rows and bytes. Does not know torch, updates, or when something should be kept. The journal of pushes,
-when it comes, stands here beside the checkpoints.
+Knows files, rows and bytes. Does not know torch, updates, or when something should be kept.
 """
 
 from __future__ import annotations
 
 from ema_service.storage.catalog import CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
 from ema_service.storage.files import TensorFile
+from ema_service.storage.slots import Extent, Slot, Slots, padded_bytes
 from ema_service.storage.store import Store
 
-__all__ = ["CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow", "Store", "TensorFile"]
+__all__ = [
+    "CatalogUnusable",
+    "CheckpointRow",
+    "Extent",
+    "RunRow",
+    "Slot",
+    "Slots",
+    "SnapshotRow",
+    "Store",
+    "TensorFile",
+    "padded_bytes",
+]

@@ -1,7 +1,7 @@
 """The catalog: a SQLite database that says which runs, checkpoints and snapshots there are.
 
-A file counts only once its row is here; the row is written after the file's bytes are on disk. Configurations and
-states are JSON texts that this module does not read.
+A file counts only once its row is here; the row is written after the file's bytes. Configurations and states are JSON
+texts that this module does not read.
 
 Knows rows and SQL. Does not know files, JSON, torch, or what a run does.
 """
@@ -17,20 +17,34 @@ from typing import Any
 __all__ = ["FORMAT", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
 
 #: Version of the tables below and of the files they speak of.
-FORMAT = 1
+FORMAT = 2
 
-_SCHEMA = """
+_CHECKPOINTS = """
+CREATE TABLE checkpoints (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    folder TEXT NOT NULL, state TEXT NOT NULL, synced INTEGER NOT NULL, created_at REAL NOT NULL,
+    UNIQUE (run_id, folder));
+"""
+_SCHEMA = f"""
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL);
-CREATE TABLE checkpoints (
-    run_id INTEGER PRIMARY KEY REFERENCES runs(id) ON DELETE CASCADE,
-    folder TEXT NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL);
+{_CHECKPOINTS}
 CREATE TABLE snapshots (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
     name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
 CREATE TABLE history (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
 """
+#: format -> what makes the next of it. Format 1 had one checkpoint for each run, written and synced as a whole.
+_MIGRATIONS = {
+    1: f"""
+ALTER TABLE checkpoints RENAME TO checkpoints_1;
+{_CHECKPOINTS}
+INSERT INTO checkpoints (run_id, folder, state, synced, created_at)
+    SELECT run_id, folder, state, 1, created_at FROM checkpoints_1;
+DROP TABLE checkpoints_1;
+""",
+}
 
 
 class CatalogUnusable(Exception):
@@ -47,11 +61,16 @@ class RunRow:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow:
-    """The one checkpoint of a run; ``folder`` is relative to the run's folder."""
+    """What a slot of a run holds. Of a run's rows the one with the largest ``id`` is its newest.
 
+    folder: the slot, relative to the run's folder. synced: its bytes are on the medium.
+    """
+
+    id: int
     run_id: int
     folder: str
     state: str
+    synced: bool
     created_at: float
 
 
@@ -64,11 +83,17 @@ class SnapshotRow:
 
 
 class Catalog:
-    """The database. Thread-safe; each method is one transaction, on disk when it returns."""
+    """The database. Thread-safe; each method is one transaction.
+
+    A transaction outlives the process when its method returns, and outlives the machine unless it was asked for with
+    ``durable=False``: such a one survives a kill at once, and a power loss from the next durable one on, of any run
+    (the log is one, and is synced from its beginning). Every method may raise sqlite3.Error, and then changed nothing.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises CatalogUnusable."""
         self._lock = threading.Lock()
+        self._synchronous = "FULL"
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -97,13 +122,37 @@ class Catalog:
     def runs(self) -> list[RunRow]:
         return [RunRow(*row) for row in self._read("SELECT id, name, config, created_at FROM runs ORDER BY id")]
 
-    def put_checkpoint(self, row: CheckpointRow) -> None:
-        """Make this the run's checkpoint instead of the one before."""
-        self._write("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)", *astuple(row))
+    def last_run_id(self) -> int:
+        """The largest id a run ever had here, 0 if there was none."""
+        rows = self._read("SELECT seq FROM sqlite_sequence WHERE name = 'runs'")
+        return int(rows[0][0]) if rows else 0
 
-    def checkpoint(self, run_id: int) -> CheckpointRow | None:
-        rows = self._read("SELECT run_id, folder, state, created_at FROM checkpoints WHERE run_id = ?", run_id)
-        return CheckpointRow(*rows[0]) if rows else None
+    def put_checkpoint(
+        self, run_id: int, folder: str, state: str, created_at: float, *, synced: bool, durable: bool
+    ) -> CheckpointRow:
+        """Say what the slot holds now, in place of what it held before: the run's newest checkpoint."""
+        cursor = self._write(
+            "INSERT OR REPLACE INTO checkpoints (run_id, folder, state, synced, created_at) VALUES (?, ?, ?, ?, ?)",
+            *(run_id, folder, state, synced, created_at),
+            durable=durable,
+        )
+        return CheckpointRow(cursor.lastrowid or 0, run_id, folder, state, synced, created_at)
+
+    def amend_checkpoint(self, row_id: int, state: str, *, durable: bool) -> None:
+        """Replace what is said of the state; the slot's bytes are as they were."""
+        self._write("UPDATE checkpoints SET state = ? WHERE id = ?", state, row_id, durable=durable)
+
+    def mark_synced(self, row_id: int) -> None:
+        self._write("UPDATE checkpoints SET synced = 1 WHERE id = ?", row_id)
+
+    def checkpoints(self, run_id: int) -> list[CheckpointRow]:
+        """Newest first."""
+        query = (
+            "SELECT id, run_id, folder, state, synced, created_at FROM checkpoints WHERE run_id = ? ORDER BY id DESC"
+        )
+        return [
+            CheckpointRow(i, run, folder, s, bool(on), at) for i, run, folder, s, on, at in self._read(query, run_id)
+        ]
 
     def add_snapshot(self, row: SnapshotRow) -> None:
         """Raises sqlite3.IntegrityError where the name is taken."""
@@ -122,8 +171,12 @@ class Catalog:
     def history(self, run_id: int) -> list[tuple[float, str]]:
         return list(self._read("SELECT at, event FROM history WHERE run_id = ? ORDER BY rowid", run_id))
 
-    def _write(self, sql: str, *values: object) -> sqlite3.Cursor:
+    def _write(self, sql: str, *values: object, durable: bool = True) -> sqlite3.Cursor:
+        wanted = "FULL" if durable else "NORMAL"
         with self._lock:
+            if wanted != self._synchronous:
+                self._db.execute(f"PRAGMA synchronous = {wanted}")
+                self._synchronous = wanted
             return self._db.execute(sql, values)
 
     def _read(self, sql: str, *values: object) -> list[Any]:
@@ -139,3 +192,6 @@ class Catalog:
             )
         if found == 0:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+            return
+        for each in range(found, FORMAT):
+            self._db.executescript(f"BEGIN; {_MIGRATIONS[each]} PRAGMA user_version = {each + 1}; COMMIT;")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written to a temporary name, synced, renamed, and the folder synced.
+"""Files that are there whole or not at all (written to a temporary name, synced, renamed, the folder synced); reading.
 
 Knows paths and bytes. Does not know what the bytes mean, beyond the safetensors header in front of them.
 """
@@ -6,18 +6,30 @@ Knows paths and bytes. Does not know what the bytes mean, beyond the safetensors
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+import xxhash
 
 from ema_client.errors import MalformedBody
 from ema_client.wire import LENGTH_BYTES, Header, parse_header, parse_length
 
-__all__ = ["FolderLock", "FolderLocked", "TensorFile", "sync_folder", "write_whole"]
+__all__ = ["FolderLock", "FolderLocked", "TensorFile", "file_name", "remove_tree", "sync_folder", "write_whole"]
+
+_log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
 #: One write of this size keeps the page cache busy without holding a whole model in a system call.
 _WRITE_BYTES = 8 << 20
+#: One read of this size is still in the processor's cache when it is hashed.
+_READ_BYTES = 1 << 20
+
+
+def file_name(average: str) -> str:
+    return f"{average}.safetensors"
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
@@ -45,6 +57,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove what no row speaks of. A failure is logged: it costs disk space, never correctness."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        _log.warning("cannot remove %s: %s", folder, fault)
 
 
 def _write_all(descriptor: int, chunk: bytes | memoryview) -> int:
@@ -83,6 +105,18 @@ class TensorFile:
             if not count:
                 raise OSError(f"{self._file.name} ends at byte {self._data_begin + start + done}: it was cut short")
             done += count
+
+    def read_whole(self, buffer: memoryview) -> str:
+        """Fill ``buffer``, as long as the data section, and return its checksum.
+
+        Raises OSError if the file ends before.
+        """
+        checksum = xxhash.xxh3_128()
+        for start in range(0, len(buffer), _READ_BYTES):
+            piece = buffer[start : start + _READ_BYTES]
+            self.read_into(piece, start)
+            checksum.update(piece)
+        return checksum.hexdigest()
 
     @property
     def identity(self) -> str:

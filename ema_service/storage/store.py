@@ -4,7 +4,7 @@
         lock                     held while a server runs
         catalog.db               what counts
         runs/<name>.<id>/        id makes the folder of a run that was deleted and created again another one
-            checkpoint-{a,b}/<average>.safetensors
+            slots/<k>/<average>.safetensors        (format 1 had checkpoint-{a,b}, which are slots since)
             snapshots/<name>/<average>.safetensors
 
 Knows where files lie and in which order file, row and removal must happen so that a crash between any two leaves either
@@ -14,14 +14,15 @@ the old or the new. Does not know torch, updates, or when something is due. Safe
 from __future__ import annotations
 
 import logging
-import shutil
+import re
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from ema_service.storage.catalog import Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
-from ema_service.storage.files import FolderLock, TensorFile, sync_folder, write_whole
+from ema_service.storage.files import FolderLock, TensorFile, file_name, remove_tree, sync_folder, write_whole
+from ema_service.storage.slots import Extent, Slots
 
 __all__ = ["Files", "Store"]
 
@@ -30,22 +31,31 @@ _log = logging.getLogger(__name__)
 #: average -> the chunks of its file
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
+_RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
+#: The folders that checkpoints alternated between in format 1.
+_OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
+
 
 class Store:
     """Everything a server keeps on disk. Names given to it are checked by the caller (protocol.NAME_PATTERN)."""
 
     def __init__(self, folder: Path) -> None:
-        """Open or make the data folder. Raises FolderLocked, CatalogUnusable, OSError."""
+        """Open or make the data folder. Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         self._lock = FolderLock(folder)
+        self._runs = folder / "runs"
         try:
-            self._catalog = Catalog(folder / "catalog.db")
-        except CatalogUnusable:
+            self._catalog = self._open_catalog(folder / "catalog.db")
+        except (CatalogUnusable, sqlite3.Error):
             self._lock.release()
             raise
-        self._runs = folder / "runs"
-        self._runs.mkdir(exist_ok=True)
+        try:
+            self._runs.mkdir(exist_ok=True)
+            self._sweep()
+        except (OSError, sqlite3.Error):
+            self.close()
+            raise
 
     def close(self) -> None:
         self._catalog.close()
@@ -65,7 +75,7 @@ class Store:
     def remove_run(self, row: RunRow) -> None:
         """The row goes first: a crash in between leaves files that no row speaks of, never a row without its files."""
         self._catalog.remove_run(row.id)
-        _remove_tree(self._run_folder(row))
+        remove_tree(self._run_folder(row))
 
     def record(self, row: RunRow, event: str) -> None:
         """Add a line to the run's history."""
@@ -73,36 +83,41 @@ class Store:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, row: RunRow, state: str, files: Files) -> None:
-        """Write a checkpoint and make it the run's; the one before is removed after. Raises OSError."""
-        old = self._catalog.checkpoint(row.id)
-        name = _other_folder(old.folder if old else None)
-        folder = self._run_folder(row) / name
-        _remove_tree(folder)
-        self._write_files(folder, files)
-        self._catalog.put_checkpoint(CheckpointRow(row.id, name, state, time.time()))
-        if old:
-            _remove_tree(self._run_folder(row) / old.folder)
+    def slots(self, row: RunRow, extents: Mapping[str, Extent]) -> Slots:
+        """The run's slots: those that rows speak of, those that lie there, and as many more as are taken."""
+        self._run_folder(row).mkdir(exist_ok=True)  # a power loss may have left the row alone
+        known = [checkpoint.folder for checkpoint in self._catalog.checkpoints(row.id)]
+        for name in _OLD_FOLDERS:
+            if name not in known:
+                remove_tree(self._run_folder(row) / name)
+        return Slots(self._run_folder(row), extents, known)
 
-    def checkpoint(self, row: RunRow) -> CheckpointRow | None:
-        return self._catalog.checkpoint(row.id)
+    def checkpoints(self, row: RunRow) -> list[CheckpointRow]:
+        """What the run's slots hold, newest first. All but the newest may have been written over since."""
+        return self._catalog.checkpoints(row.id)
 
-    def amend_checkpoint(self, row: RunRow, state: str) -> None:
-        """Replace what the run's checkpoint says of its state; its files stay."""
-        checkpoint = self._catalog.checkpoint(row.id)
-        if checkpoint:
-            self._catalog.put_checkpoint(replace(checkpoint, state=state))
+    def put_checkpoint(self, row: RunRow, slot: str, state: str, *, synced: bool, durable: bool) -> CheckpointRow:
+        """Make what the slot holds the run's newest checkpoint. durable: also beyond a power loss, at once."""
+        return self._catalog.put_checkpoint(row.id, slot, state, time.time(), synced=synced, durable=durable)
+
+    def amend_checkpoint(self, checkpoint: CheckpointRow, state: str, *, durable: bool) -> None:
+        """Replace what a checkpoint says of its state; its files stay."""
+        self._catalog.amend_checkpoint(checkpoint.id, state, durable=durable)
+
+    def mark_synced(self, checkpoint: CheckpointRow) -> None:
+        """The slot's bytes are on the medium; so is, when this returns, everything the catalog was told before."""
+        self._catalog.mark_synced(checkpoint.id)
 
     def open_checkpoint(self, row: RunRow, checkpoint: CheckpointRow, average: str) -> TensorFile:
         """Raises FileNotFoundError, MalformedBody."""
-        return TensorFile(self._run_folder(row) / checkpoint.folder / _file_name(average))
+        return TensorFile(self._run_folder(row) / checkpoint.folder / file_name(average))
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
     def save_snapshot(self, row: RunRow, name: str, info: str, files: Files) -> None:
         """Write a snapshot under a name that is free. Raises OSError."""
         folder = self._snapshot_folder(row, name)
-        _remove_tree(folder)  # of a snapshot whose row was never written
+        remove_tree(folder)  # of a snapshot whose row was never written
         self._write_files(folder, files)
         self._catalog.add_snapshot(SnapshotRow(row.id, name, info, time.time()))
 
@@ -111,13 +126,38 @@ class Store:
 
     def open_snapshot(self, row: RunRow, name: str, average: str) -> TensorFile:
         """Raises FileNotFoundError, MalformedBody."""
-        return TensorFile(self._snapshot_folder(row, name) / _file_name(average))
+        return TensorFile(self._snapshot_folder(row, name) / file_name(average))
 
     def remove_snapshot(self, row: RunRow, name: str) -> None:
         self._catalog.remove_snapshot(row.id, name)
-        _remove_tree(self._snapshot_folder(row, name))
+        remove_tree(self._snapshot_folder(row, name))
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _open_catalog(self, path: Path) -> Catalog:
+        if not path.exists() and self._runs.is_dir() and any(self._runs.iterdir()):
+            raise CatalogUnusable(
+                f"{path} is missing, but there are runs beside it: restore it from a backup, or use another --data-dir"
+            )
+        return Catalog(path)
+
+    def _sweep(self) -> None:
+        """Remove the folders of runs that were deleted, where a crash kept them.
+
+        Only of ids that this catalog gave out: an older catalog, restored from a backup, must not cost the runs that it
+        does not know.
+        """
+        known = {row.id for row in self._catalog.runs()}
+        last = self._catalog.last_run_id()
+        for folder in self._runs.iterdir():
+            found = _RUN_FOLDER.fullmatch(folder.name)
+            if found and int(found[1]) in known:
+                continue
+            if found and int(found[1]) <= last:
+                _log.info("removing %s: its run was deleted", folder)
+                remove_tree(folder)
+            else:
+                _log.warning("%s belongs to no run that the catalog knows; it is left alone", folder)
 
     def _run_folder(self, row: RunRow) -> Path:
         return self._runs / f"{row.name}.{row.id}"
@@ -128,25 +168,6 @@ class Store:
     def _write_files(self, folder: Path, files: Files) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for average, chunks in files.items():
-            write_whole(folder / _file_name(average), chunks)
+            write_whole(folder / file_name(average), chunks)
         for parent in (folder.parent, folder.parent.parent):  # each may have a new entry
             sync_folder(parent)
-
-
-def _file_name(average: str) -> str:
-    return f"{average}.safetensors"
-
-
-def _other_folder(name: str | None) -> str:
-    """Checkpoints alternate between two folders: the one that counts is never written to."""
-    return "checkpoint-b" if name == "checkpoint-a" else "checkpoint-a"
-
-
-def _remove_tree(folder: Path) -> None:
-    """Remove what no row speaks of. A failure is logged: it costs disk space, never correctness."""
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        return
-    except OSError as fault:
-        _log.warning("cannot remove %s: %s", folder, fault)

@@ -138,6 +138,13 @@ def test_run_that_awaits_weights_gets_them(client: EmaClient, server: Any, run_n
     assert client.create_run(run_name, STATE).status == "ready"
 
 
+def test_durability_is_chosen(client: EmaClient, run_name: str) -> None:
+    """create_run hands the durability on; left out it is the server's default, or that of the run."""
+    assert client.create_run(run_name, STATE, durability="disk").durability == "disk"
+    assert client.create_run(run_name, STATE, exist_ok=True).durability == "disk"
+    assert client.create_run(f"{run_name}-default", STATE).durability == "process"
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 def test_lost_answer_does_not_spoil_create_run(
     relay: Callable[..., Any], client: EmaClient, run_name: str, method: str

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -77,16 +78,17 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 # --- a clean stop ---------------------------------------------------------------------------------------------------
 
 
-def test_clean_restart_brings_everything_back(start_server: Start, plain_run: MakeRun) -> None:
+@pytest.mark.parametrize("durability", ["memory", "process"])
+def test_clean_restart_brings_everything_back(durability: str, start_server: Start, plain_run: MakeRun) -> None:
     """After SIGTERM and a new start each run is what it was, to the byte, and goes on as if nothing had happened."""
     server = start_server(*SELDOM)
     averages = [{"name": "ema"}, {"name": "fast", "decay": 0.9}, {"name": "flat", "schedule": "constant", "decay": 0.5}]
-    several = plain_run(server, tensors(0), name="several", averages=averages)
-    fixed = plain_run(server, tensors(0), name="fixed", decay=0.99, use_num_updates=False)
-    spaced = plain_run(server, tensors(0), name="spaced", decay_per="step")
-    begun = plain_run(server, tensors(0), name="begun")
+    several = plain_run(server, tensors(0), name="several", averages=averages, durability=durability)
+    fixed = plain_run(server, tensors(0), name="fixed", durability=durability, decay=0.99, use_num_updates=False)
+    spaced = plain_run(server, tensors(0), name="spaced", durability=durability, decay_per="step")
+    begun = plain_run(server, tensors(0), name="begun", durability=durability)
     empty = plain_run(server, name="empty")
-    empty.create(tensors(0), decay=0.25).raise_for_status()
+    empty.create(tensors(0), decay=0.25, durability=durability).raise_for_status()
     runs = [several, fixed, spaced, begun, empty]
 
     push_all(several, range(1, 8))
@@ -100,7 +102,8 @@ def test_clean_restart_brings_everything_back(start_server: Start, plain_run: Ma
     begun.http.post(f"{begun.path}/reset-num-updates").raise_for_status()
     before = {run.name: stands_as(run) for run in runs}
 
-    assert all(run.info()["durable_step"] is None for run in runs), "nothing is on disk yet"
+    told = {run.info()["durable_step"] for run in (several, fixed, spaced, begun)}
+    assert told == ({None} if durability == "memory" else {11, 3, 30, 2})
     assert server.stop() == 0
     server.start()
     runs = [forget_connections(run, server) for run in runs]
@@ -109,12 +112,12 @@ def test_clean_restart_brings_everything_back(start_server: Start, plain_run: Ma
         seen = stands_as(run)
         assert _without_durable_step(seen) == _without_durable_step(before[run.name])
         assert seen["info"]["durable_step"] == seen["info"]["step"]
-    _goes_on(runs, before)
+    _goes_on(runs, before, durable_step=11 if durability == "memory" else 12)
     for run in runs:
         run.http.close()
 
 
-def _goes_on(runs: list[PlainRun], before: dict[str, Any]) -> None:
+def _goes_on(runs: list[PlainRun], before: dict[str, Any], *, durable_step: int) -> None:
     several, fixed, spaced, _, empty = runs
     again = several.push(11, tensors(11)).json()
     assert (again["applied"], again["version"]) == (False, before["several"]["info"]["version"])
@@ -122,7 +125,7 @@ def _goes_on(runs: list[PlainRun], before: dict[str, Any]) -> None:
     assert several.push(10, tensors(10)).json()["code"] == "stale_step"
     assert several.create(tensors(0), averages=_averages(before)).status_code == 200
     assert several.push(12, tensors(12)).json() == {
-        **again, "applied": True, "step": 12, "num_updates": 12, "version": "1.12", "durable_step": 11,
+        **again, "applied": True, "step": 12, "num_updates": 12, "version": "1.12", "durable_step": durable_step,
         "effective_decay": torch.div(13, torch.tensor(22.0)).item(),
     }  # fmt: skip
     assert fixed.push(4, tensors(4)).json()["num_updates"] == -1
@@ -147,9 +150,9 @@ def _without_durable_step(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_kill_brings_back_the_last_checkpoint(start_server: Start, plain_run: MakeRun) -> None:
-    """After SIGKILL the run stands at a step no older than the last durable_step it told of, in a new epoch."""
+    """After SIGKILL a run of durability memory stands at its last durable_step or a later one, in a new epoch."""
     server = start_server(*OFTEN)
-    run = plain_run(server, tensors(0))
+    run = plain_run(server, tensors(0), durability="memory")
     weights, told = {}, -1
     for step in range(1, 3000):
         answer = run.push(step, tensors(step % 50)).raise_for_status().json()
@@ -199,7 +202,7 @@ class HalfPush:
 def test_kill_in_the_middle_of_a_push(start_server: Start, plain_run: MakeRun) -> None:
     """SIGKILL while half a body has come leaves the run as its checkpoint has it, ready for the same push again."""
     server = start_server(*OFTEN)
-    run = plain_run(server, tensors(0))
+    run = plain_run(server, tensors(0), durability="memory")
     push_all(run, range(1, 3))
     wait_for(lambda: run.info()["durable_step"] == 2, "no checkpoint was taken")
     before = run.weights()

@@ -144,11 +144,14 @@ class LocalServer:
 
 @pytest.fixture
 def local_server(tmp_path: Path) -> Iterator[Callable[..., LocalServer]]:
-    """Open registries: on the test's data dir, or with ``memory=True`` on none. All are ended after the test."""
+    """Open registries: on the test's data dir or another folder, or with ``memory=True`` on none.
+
+    All are ended after the test.
+    """
     opened: list[LocalServer] = []
 
-    def start(*, memory: bool = False, **budgets: int) -> LocalServer:
-        opened.append(LocalServer(None if memory else tmp_path / "data", **budgets))
+    def start(*, memory: bool = False, folder: Path | None = None, **budgets: int) -> LocalServer:
+        opened.append(LocalServer(None if memory else folder or tmp_path / "data", **budgets))
         return opened[-1]
 
     yield start

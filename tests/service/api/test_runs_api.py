@@ -40,7 +40,8 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "step": None,
         "version": None,
         "durable_step": None,
-        "durability": "memory",
+        "durability": "process",
+        "reason": None,
         "non_finite": "refuse",
         "averages": [{"name": "ema", "schedule": "litema", "decay": 0.9999, "effective_decay": None}],
         "tensors": 3,
@@ -72,7 +73,7 @@ def test_config_is_taken_over(server: ServerProcess, plain_run: MakeRun) -> None
         "use_num_updates": False,
         "decay_per": "step",
         "non_finite": "allow",
-        "durability": "memory",
+        "durability": "disk",
         "averages": [{"name": "a"}, {"name": "b", "schedule": "constant", "decay": 0.75}],
     }
     info = plain_run(server, TENSORS, **config).info()

@@ -114,7 +114,7 @@ def test_updates_are_litemas(
             "num_updates": step,
             "effective_decay": torch.div(1 + step, torch.tensor(10.0 + step)).item(),
             "version": f"1.{step}",
-            "durable_step": None,
+            "durable_step": step,
         }
 
 

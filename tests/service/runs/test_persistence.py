@@ -1,5 +1,6 @@
-"""One run on disk: what a restart brings back, what damage does, snapshots.
+"""One run of durability ``memory`` on disk: what a restart brings back, what damage does; snapshots.
 
+What holds beyond ``memory`` is in test_checkpoints.py.
 Knows data dirs, and registries opened on them again. Does not know HTTP or processes.
 """
 
@@ -7,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +33,7 @@ from ema_client.errors import (
 )
 from ema_client.protocol import AverageConfig, WeightsInfo
 from ema_service.runs import WeightsStream
+from ema_service.storage import Slot
 from ema_service.storage import files as storage_files
 from ema_service.storage import store as storage_store
 
@@ -49,7 +53,7 @@ def server(local_server: Callable[..., LocalServer]) -> LocalServer:
 @pytest.fixture
 def run(server: LocalServer, model: Model) -> LocalRun:
     """A run with two averages at step 30."""
-    run = server.create("r", model(0), averages=TWO)
+    run = server.create("r", model(0), averages=TWO, durability="memory")
     run.begin(model(0))
     for step in (10, 20, 30):
         run.push(step, model(step))
@@ -108,7 +112,7 @@ def test_run_without_weights_restarts(server: LocalServer, model: Model) -> None
 
 def test_run_without_updates_restarts(server: LocalServer, model: Model) -> None:
     """A run with initial weights only comes back with them, and the same initial weights again change nothing."""
-    run = server.create("r", model(0))
+    run = server.create("r", model(0), durability="memory")
     run.begin(model(0), num_updates=5, step=100)
     before = seen(run)
     server.stop()
@@ -167,7 +171,7 @@ def test_deleted_and_created_again(server: LocalServer, run: LocalRun, model: Mo
     """A run deleted and created anew under its name shares no ETag with the old one: its bytes are others."""
     old = etag(run)
     server.registry.delete("r")
-    run = server.create("r", model(0), averages=TWO)
+    run = server.create("r", model(0), averages=TWO, durability="memory")
     run.begin(model(99))
     for step in (10, 20, 30):
         run.push(step, model(step))
@@ -179,18 +183,18 @@ def test_checkpoint_only_of_what_moved(server: LocalServer, run: LocalRun, monke
     """A run that did not move since its checkpoint is not written again, not at the end either."""
     server.registry.checkpoint()
     written: list[str] = []
-    save = storage_files.write_whole
+    write = Slot.write
 
-    def note(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
-        written.append(path.name)
-        return save(path, chunks)
+    def note(slot: Slot, average: str, data: memoryview) -> None:
+        written.append(average)
+        write(slot, average, data)
 
-    monkeypatch.setattr(storage_store, "write_whole", note)
+    monkeypatch.setattr(Slot, "write", note)
     server.registry.checkpoint()
     assert written == []
     run.run.set_decay(0.5, None)
     server.registry.checkpoint()
-    assert sorted(written) == ["fast.safetensors", "slow.safetensors"]
+    assert sorted(written) == ["fast", "slow"]
     server.stop()
     assert len(written) == 2
 
@@ -203,13 +207,14 @@ def test_failed_checkpoint_leaves_the_one_before(
     before = seen(run)
     run.push(40, model(40))
 
-    def full(path: Path, _chunks: Iterable[bytes | memoryview]) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def full(_: int, __: memoryview, ___: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage_store, "write_whole", full)
+        patch.setattr(os, "pwrite", full)
         server.registry.checkpoint()
     assert run.info.durable_step == 30
+    assert (run.info.status, "No space left" in (run.info.reason or "")) == ("degraded", True)
     server.crash()
     run = again(server)
     assert seen(run) == before
@@ -221,7 +226,7 @@ def test_failed_checkpoint_leaves_the_one_before(
 def test_checkpoint_does_not_need_frozen_budget(local_server: Callable[..., LocalServer], model: Model) -> None:
     """However small the readers' budget, a run with several averages is kept at a clean stop."""
     server = local_server(frozen_bytes=1)
-    run = server.create("r", model(0), averages=TWO)
+    run = server.create("r", model(0), averages=TWO, durability="memory")
     run.begin(model(0))
     run.push(1, model(1))
     before = seen(run)
@@ -234,7 +239,7 @@ def test_checkpoint_does_not_need_frozen_budget(local_server: Callable[..., Loca
 def test_reader_does_not_keep_a_run_from_disk(local_server: Callable[..., LocalServer], model: Model) -> None:
     """Readers that use up their budget do not keep a checkpoint from being written."""
     server = local_server(frozen_bytes=1)
-    run = server.create("r", model(0))
+    run = server.create("r", model(0), durability="memory")
     run.begin(model(0))
     server.registry.frozen.acquire(run.state.averages[0].arena)
     run.push(1, model(1))
@@ -249,14 +254,14 @@ def test_updates_go_on_while_a_checkpoint_is_written(
     """A checkpoint is of one version although updates pass while its files are written, and no update waits for it."""
     before = seen(run)
     writing, go_on = threading.Event(), threading.Event()
-    save = storage_files.write_whole
+    write = Slot.write
 
-    def slowly(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    def slowly(slot: Slot, average: str, data: memoryview) -> None:
         writing.set()
         assert go_on.wait(30)
-        return save(path, chunks)
+        write(slot, average, data)
 
-    monkeypatch.setattr(storage_store, "write_whole", slowly)
+    monkeypatch.setattr(Slot, "write", slowly)
     keeping = threading.Thread(target=server.registry.checkpoint)
     keeping.start()
     assert writing.wait(30)
@@ -293,9 +298,9 @@ def test_damaged_checkpoint_degrades_the_run(
     other = server.create("other", model(0))
     other.begin(model(0))
     server.stop()
-    [path] = data_files(server, f"r.*/checkpoint-*/{average}.safetensors")
+    [path] = data_files(server, f"r.*/slots/*/{average}.safetensors")
     DAMAGE[damage](path)
-    left = {each: each.read_bytes() for each in data_files(server, "r.*/checkpoint-*/*")}
+    left = {each: each.read_bytes() for each in data_files(server, "r.*/slots/*/*")}
     run = again(server)
 
     assert run.info.status == "degraded"
@@ -305,14 +310,14 @@ def test_damaged_checkpoint_degrades_the_run(
     assert run.info.durable_step is None
     assert server.run("other").info.status == "ready"
     server.stop()
-    assert {each: each.read_bytes() for each in data_files(server, "r.*/checkpoint-*/*")} == left
+    assert {each: each.read_bytes() for each in data_files(server, "r.*/slots/*/*")} == left
 
 
 def test_repaired_run_comes_back(server: LocalServer, run: LocalRun) -> None:
     """A degraded run whose file is put back is what it was after the next start."""
     before = seen(run)
     server.stop()
-    [path] = data_files(server, "r.*/checkpoint-*/slow.safetensors")
+    [path] = data_files(server, "r.*/slots/*/slow.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert again(server).info.status == "degraded"
@@ -326,7 +331,7 @@ def test_repaired_run_comes_back(server: LocalServer, run: LocalRun) -> None:
 def test_degraded_run_can_be_deleted(server: LocalServer, model: Model) -> None:
     """A degraded run can be deleted and created anew."""
     server.stop()
-    data_files(server, "r.*/checkpoint-*/slow.safetensors")[0].unlink()
+    data_files(server, "r.*/slots/*/slow.safetensors")[0].unlink()
     again(server)
     server.registry.delete("r")
 
@@ -342,7 +347,7 @@ def test_checkpoint_is_plain_safetensors(server: LocalServer, run: LocalRun) -> 
     shadows = {name: run.shadows(name) for name in ("slow", "fast")}
     server.registry.checkpoint()
     for name, expected in shadows.items():
-        [path] = data_files(server, f"r.*/checkpoint-*/{name}.safetensors")
+        [path] = data_files(server, f"r.*/slots/*/{name}.safetensors")
         loaded = load_file(path)
         assert all(torch.equal(loaded[each], value) for each, value in expected.items())
         with safe_open(path, "pt") as file:
@@ -350,13 +355,20 @@ def test_checkpoint_is_plain_safetensors(server: LocalServer, run: LocalRun) -> 
         assert (info.run, info.average, info.version, info.step) == ("r", name, "1.3", 30)
 
 
-def test_only_one_checkpoint_is_kept(server: LocalServer, run: LocalRun, model: Model) -> None:
-    """However many checkpoints were taken, the files of one lie on disk."""
+def test_checkpoints_take_turns_in_two_slots(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """However many checkpoints are taken, two slots are enough; the one that counts is never written to."""
+    seen = []
     for step in range(40, 46):
+        before = {path: path.read_bytes() for path in data_files(server, "r.*/slots/*/*")}
         run.push(step, model(step))
         server.registry.checkpoint()
+        seen.append(
+            {path.parent.name for path in data_files(server, "r.*/slots/*/*") if before.get(path) != path.read_bytes()}
+        )
 
-    assert len(data_files(server, "r.*/checkpoint-*/*")) == 2
+    assert [len(each) for each in seen] == [1] * 6
+    assert len(set.union(*seen)) == 2
+    assert all(one != other for one, other in pairwise(seen))
 
 
 @pytest.mark.usefixtures("run")
@@ -514,8 +526,7 @@ def test_stored_state_is_json(server: LocalServer) -> None:
     server.registry.checkpoint()
     assert server.store is not None
     [row] = server.store.runs()
-    checkpoint = server.store.checkpoint(row)
-    assert checkpoint is not None
+    [checkpoint] = server.store.checkpoints(row)
     state = json.loads(checkpoint.state)
 
     assert (state["epoch"], state["n"], state["step"], state["num_updates"], state["final"]) == (1, 3, 30, 3, False)

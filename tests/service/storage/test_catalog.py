@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,39 +32,72 @@ def catalog(path: Path) -> Iterator[Catalog]:
 def test_rows_are_there_for_the_next(catalog: Catalog, path: Path) -> None:
     """What a call has written another connection reads at once, without a close in between."""
     run = catalog.add_run("r", "{}", 1.5)
-    catalog.put_checkpoint(CheckpointRow(run.id, "checkpoint-a", "{1}", 2.5))
+    row = catalog.put_checkpoint(run.id, "slots/0", "{1}", 2.5, synced=False, durable=False)
     catalog.add_snapshot(SnapshotRow(run.id, "s", "{2}", 3.5))
     catalog.add_history(run.id, 4.5, "created")
     other = Catalog(path)
 
     assert other.runs() == [run]
-    assert other.checkpoint(run.id) == CheckpointRow(run.id, "checkpoint-a", "{1}", 2.5)
+    assert other.checkpoints(run.id) == [row] == [CheckpointRow(row.id, run.id, "slots/0", "{1}", False, 2.5)]
     assert other.snapshots(run.id) == [SnapshotRow(run.id, "s", "{2}", 3.5)]
     assert other.history(run.id) == [(4.5, "created")]
     other.close()
 
 
-def test_one_checkpoint_for_each_run(catalog: Catalog) -> None:
-    """A checkpoint takes the place of the one before; runs do not share them."""
+def test_one_row_for_each_slot(catalog: Catalog) -> None:
+    """A slot's row takes the place of the one before and is the newest; runs do not share them."""
     first, second = catalog.add_run("a", "{}", 1.0), catalog.add_run("b", "{}", 2.0)
-    for folder in ("checkpoint-a", "checkpoint-b"):
-        catalog.put_checkpoint(CheckpointRow(first.id, folder, "{}", 3.0))
+    for folder, state in (("slots/0", "{0}"), ("slots/1", "{1}"), ("slots/0", "{2}")):
+        catalog.put_checkpoint(first.id, folder, state, 3.0, synced=True, durable=True)
 
-    assert catalog.checkpoint(first.id) == CheckpointRow(first.id, "checkpoint-b", "{}", 3.0)
-    assert catalog.checkpoint(second.id) is None
+    assert [(row.folder, row.state) for row in catalog.checkpoints(first.id)] == [
+        ("slots/0", "{2}"),
+        ("slots/1", "{1}"),
+    ]
+    assert catalog.checkpoints(second.id) == []
+
+
+def test_row_is_amended(catalog: Catalog) -> None:
+    """What is said of a state, and whether it is synced, change apart from one another; the order of rows stays."""
+    run = catalog.add_run("r", "{}", 1.0)
+    rows = [catalog.put_checkpoint(run.id, f"slots/{k}", "{}", 3.0, synced=False, durable=False) for k in range(2)]
+    catalog.mark_synced(rows[0].id)
+    catalog.amend_checkpoint(rows[0].id, "{new}", durable=True)
+
+    assert catalog.checkpoints(run.id) == [rows[1], replace(rows[0], synced=True, state="{new}")]
+
+
+def test_durable_is_synced(catalog: Catalog) -> None:
+    """Only a transaction asked to be durable, as all are by default, has the database sync its log."""
+    run = catalog.add_run("r", "{}", 1.0)
+    row = catalog.put_checkpoint(run.id, "slots/0", "{}", 3.0, synced=False, durable=False)
+    assert _synchronous(catalog) == _NORMAL
+    catalog.mark_synced(row.id)
+    assert _synchronous(catalog) == _FULL
+    catalog.amend_checkpoint(row.id, "{}", durable=False)
+    assert _synchronous(catalog) == _NORMAL
+    catalog.add_history(run.id, 1.0, "x")
+    assert _synchronous(catalog) == _FULL
+
+
+_NORMAL, _FULL = 1, 2
+
+
+def _synchronous(catalog: Catalog) -> int:
+    return int(catalog._db.execute("PRAGMA synchronous").fetchone()[0])
 
 
 def test_removed_run_takes_everything_along(catalog: Catalog) -> None:
     """Removing a run removes its checkpoint, snapshots and history; its id is never given again."""
     run, other = catalog.add_run("r", "{}", 1.0), catalog.add_run("other", "{}", 1.0)
     for each in (run, other):
-        catalog.put_checkpoint(CheckpointRow(each.id, "checkpoint-a", "{}", 2.0))
+        catalog.put_checkpoint(each.id, "slots/0", "{}", 2.0, synced=True, durable=True)
         catalog.add_snapshot(SnapshotRow(each.id, "s", "{}", 3.0))
         catalog.add_history(each.id, 4.0, "created")
     catalog.remove_run(other.id)
 
     assert catalog.runs() == [run]
-    assert (catalog.checkpoint(other.id), catalog.snapshots(other.id), catalog.history(other.id)) == (None, [], [])
+    assert (catalog.checkpoints(other.id), catalog.snapshots(other.id), catalog.history(other.id)) == ([], [], [])
     assert len(catalog.snapshots(run.id)) == 1
     assert catalog.add_run("other", "{}", 5.0).id > other.id
 
@@ -130,6 +164,39 @@ def test_newer_format_is_refused(path: Path) -> None:
     assert str(path) in str(refusal.value)
     assert f"format {FORMAT + 1}" in str(refusal.value)
     assert path.read_bytes() == before
+
+
+FORMAT_1 = """
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL);
+CREATE TABLE checkpoints (
+    run_id INTEGER PRIMARY KEY REFERENCES runs(id) ON DELETE CASCADE,
+    folder TEXT NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL);
+CREATE TABLE snapshots (
+    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
+CREATE TABLE history (
+    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
+PRAGMA user_version = 1;
+INSERT INTO runs VALUES (7, 'r', '{}', 1.5);
+INSERT INTO checkpoints VALUES (7, 'checkpoint-b', '{1}', 2.5);
+"""
+
+
+def test_format_1_is_migrated(path: Path) -> None:
+    """A catalog of format 1 keeps its runs and checkpoints, which were synced; its format is the present one then."""
+    database = sqlite3.connect(path)
+    database.executescript(FORMAT_1)
+    database.close()
+    catalog = Catalog(path)
+    run = catalog.runs()[0]
+
+    assert (run.id, run.name) == (7, "r")
+    assert catalog.checkpoints(7) == [CheckpointRow(1, 7, "checkpoint-b", "{1}", True, 2.5)]
+    assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
+    catalog.remove_run(7)
+    assert catalog.checkpoints(7) == []
+    catalog.close()
 
 
 def test_file_that_is_no_database(path: Path) -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ema_service.storage import RunRow, Store, store
+from ema_service.storage import CatalogUnusable, Extent, RunRow, Slot, Store, store
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.files import FolderLocked
+
+EXTENTS = {"ema": Extent(4096, 12)}
 
 
 class Crash(BaseException):
@@ -51,12 +53,26 @@ def opened(folder: Path) -> Iterator[Callable[[], Store]]:
         each.close()
 
 
-def checkpoint_of(opened: Store, row: RunRow) -> tuple[str, bytes] | None:
-    """State and data of the run's checkpoint."""
-    found = opened.checkpoint(row)
+def keep(store: Store, row: RunRow, state: str, value: float) -> Slot:
+    """Write a version to a slot and make it the run's newest checkpoint."""
+    slot = store.slots(row, EXTENTS).take()
+    write(slot, value)
+    store.put_checkpoint(row, slot.name, state, synced=True, durable=True)
+    return slot
+
+
+def write(slot: Slot, value: float) -> None:
+    for average in EXTENTS:
+        slot.write(average, memoryview(data(value)))
+    slot.finish(dict.fromkeys(EXTENTS, body(value)[:-12]))
+
+
+def newest(store: Store, row: RunRow) -> tuple[str, bytes] | None:
+    """State and data of the run's newest checkpoint."""
+    found = next(iter(store.checkpoints(row)), None)
     if found is None:
         return None
-    file = opened.open_checkpoint(row, found, "ema")
+    file = store.open_checkpoint(row, found, "ema")
     try:
         return found.state, bytes(file.read(0, file.header.data_bytes))
     finally:
@@ -86,74 +102,70 @@ def test_run_that_comes_again_has_another_folder(folder: Path, opened: Callable[
     """A run deleted and created again under its name shares no file with the old one."""
     first_store = opened()
     row = first_store.add_run("r", "{}", 1.0)
-    first_store.save_checkpoint(row, "old", {"ema": [body(1)]})
+    keep(first_store, row, "old", 1)
     first_store.remove_run(row)
     again = first_store.add_run("r", "{}", 2.0)
 
     assert again.id != row.id
-    assert checkpoint_of(first_store, again) is None
+    assert newest(first_store, again) is None
     assert names(folder / "runs") == [f"r.{again.id}"]
 
 
-def test_checkpoints_alternate(folder: Path, opened: Callable[[], Store]) -> None:
-    """The checkpoint that counts is never written to: two folders alternate, and one is left at the end."""
+def test_newest_checkpoint_counts(opened: Callable[[], Store]) -> None:
+    """Of several slots the one whose row came last counts, for the next process too; amending it keeps the files."""
     kept = opened()
     row = kept.add_run("r", "{}", 1.0)
-    seen = []
-    for number in range(4):
-        kept.save_checkpoint(row, f"state {number}", {"ema": [body(number)]})
-        assert checkpoint_of(kept, row) == (f"state {number}", data(number))
-        seen.append(names(folder / "runs" / f"r.{row.id}"))
+    slots = kept.slots(row, EXTENTS)
+    held = []
+    for number in range(3):
+        held.append(slots.take())
+        write(held[-1], number)
+        kept.put_checkpoint(row, held[-1].name, f"state {number}", synced=False, durable=False)
+        assert newest(kept, row) == (f"state {number}", data(number))
+    kept.amend_checkpoint(kept.checkpoints(row)[0], "amended", durable=False)
 
-    assert seen == [["checkpoint-a"], ["checkpoint-b"]] * 2
-
-
-def test_amended_state_keeps_the_files(opened: Callable[[], Store]) -> None:
-    """amend_checkpoint changes what is said of the state, not the weights; without a checkpoint it does nothing."""
-    kept = opened()
-    row = kept.add_run("r", "{}", 1.0)
-    kept.amend_checkpoint(row, "nothing")
-    assert kept.checkpoint(row) is None
-    kept.save_checkpoint(row, "first", {"ema": [body(1)]})
-    kept.amend_checkpoint(row, "second")
-
-    assert checkpoint_of(kept, row) == ("second", data(1))
+    assert newest(opened(), row) == ("amended", data(2))
 
 
-@pytest.mark.parametrize("where", ["first file", "last file", "row", "removal"])
-def test_crash_in_the_middle_of_a_checkpoint(
-    where: str, opened: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
+def test_folders_of_deleted_runs_are_removed(
+    folder: Path, opened: Callable[[], Store], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Wherever a crash comes while a checkpoint is written, the old or the new one counts, whole."""
+    """What a crash kept of a deleted run goes at the next start; what no row ever spoke of is left alone, and said."""
     kept = opened()
-    row = kept.add_run("r", "{}", 1.0)
-    kept.save_checkpoint(row, "old", {"ema": [body(1)], "fast": [body(1)]})
-
-    def crash(*_: object) -> None:
-        raise Crash
-
-    def chunks(here: bool) -> Iterator[bytes]:
-        yield body(2)[:30]
-        if here:
-            crash()
-        yield body(2)[30:]
-
-    with monkeypatch.context() as patch:
-        if where == "row":
-            patch.setattr(Catalog, "put_checkpoint", crash)
-        if where == "removal":
-            # The first removal clears the folder to be written, the second what counted before.
-            removals: Iterator[Callable[[Path], None]] = iter([store._remove_tree, crash])
-            patch.setattr(store, "_remove_tree", lambda path: next(removals)(path))
-        with pytest.raises(Crash):
-            kept.save_checkpoint(
-                row, "new", {"ema": chunks(where == "first file"), "fast": chunks(where == "last file")}
-            )
+    gone, row = kept.add_run("gone", "{}", 1.0), kept.add_run("r", "{}", 1.0)
+    keep(kept, row, "state", 1)
+    kept._catalog.remove_run(gone.id)
+    for stranger in ("another.99", "notes"):
+        (folder / "runs" / stranger).mkdir()
+    caplog.set_level("INFO")
     kept = opened()
 
-    assert checkpoint_of(kept, row) == (("new", data(2)) if where == "removal" else ("old", data(1)))
-    kept.save_checkpoint(row, "newest", {"ema": [body(3)], "fast": [body(3)]})
-    assert checkpoint_of(kept, row) == ("newest", data(3))
+    assert names(folder / "runs") == ["another.99", "notes", f"r.{row.id}"]
+    assert newest(kept, row) == ("state", data(1))
+    assert "gone.1" in caplog.text
+    assert "another.99" in caplog.text
+
+
+def test_missing_catalog_is_no_empty_one(folder: Path, opened: Callable[[], Store]) -> None:
+    """Where runs lie without a catalog the store does not begin anew over them."""
+    kept = opened()
+    kept.add_run("r", "{}", 1.0)
+    for path in folder.glob("catalog.db*"):
+        path.unlink()
+
+    with pytest.raises(CatalogUnusable, match="restore it from a backup"):
+        opened()
+    assert names(folder / "runs") == ["r.1"]
+
+
+def test_run_whose_folder_was_never_made(folder: Path, opened: Callable[[], Store]) -> None:
+    """A power loss may leave the row of a run without its folder: the run can be written to all the same."""
+    row = opened().add_run("r", "{}", 1.0)
+    shutil.rmtree(folder / "runs" / "r.1")
+    kept = opened()
+    keep(kept, row, "state", 1)
+
+    assert newest(kept, row) == ("state", data(1))
 
 
 @pytest.mark.parametrize("where", ["file", "row"])
@@ -189,13 +201,13 @@ def test_crash_in_the_middle_of_a_removal(opened: Callable[[], Store], monkeypat
     """A run whose files could not all be removed is gone all the same: its row went first."""
     kept = opened()
     row = kept.add_run("r", "{}", 1.0)
-    kept.save_checkpoint(row, "old", {"ema": [body(1)]})
+    keep(kept, row, "old", 1)
 
     def crash(_: Path) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_remove_tree", crash)
+        patch.setattr(store, "remove_tree", crash)
         with pytest.raises(Crash):
             kept.remove_run(row)
 

@@ -1,0 +1,93 @@
+"""``ema-service``, that kills itself with SIGKILL at a phase: ``dying.py PHASE_FILE serve ...``.
+
+It dies when it reaches the phase whose name stands in PHASE_FILE; while there is no such file it lives. The service
+itself has no hooks: what is known here of its inside is which function begins or ends which phase.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ema_service.cli import main
+from ema_service.runs.staging import UpdateBody
+from ema_service.storage.catalog import Catalog
+from ema_service.storage.files import TensorFile
+from ema_service.storage.slots import Slot
+from ema_service.storage.store import Store
+
+PHASE_FILE = Path(sys.argv[1])
+
+
+def die(phase: str) -> None:
+    """If the phase is the one."""
+    if PHASE_FILE.exists() and PHASE_FILE.read_text() == phase:
+        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
+
+
+def patch(owner: Any, name: str, phases: Callable[..., tuple[str, str]]) -> None:
+    """Make ``owner.name`` die before or after it did its work; ``phases`` gives the names of the two."""
+    inner = getattr(owner, name)
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        before, after = phases(*args, **kwargs)
+        die(before)
+        result = inner(*args, **kwargs)
+        die(after)
+        return result
+
+    setattr(owner, name, outer)
+
+
+def named(before: str, after: str = "") -> Callable[..., tuple[str, str]]:
+    return lambda *_, **__: (before, after)
+
+
+def write_half(write: Callable[[Slot, str, memoryview], None]) -> Callable[[Slot, str, memoryview], None]:
+    def outer(slot: Slot, average: str, data: memoryview) -> None:
+        phase = f"half of a slot by {threading.current_thread().name.rpartition('_')[0]}"
+        if PHASE_FILE.exists() and len(data) > 10_000:
+            write(slot, average, data[: len(data) // 2])
+            die(phase)
+            data = data[len(data) // 2 :]
+        write(slot, average, data)
+
+    return outer
+
+
+def half_of_a_file(chunks: Any) -> Any:
+    for number, chunk in enumerate(chunks):
+        if number:
+            die("half of a snapshot")
+        yield chunk
+
+
+def save_snapshot(save: Callable[..., None]) -> Callable[..., None]:
+    def outer(store: Store, row: object, name: str, info: str, files: dict[str, Any]) -> None:
+        save(store, row, name, info, {average: half_of_a_file(chunks) for average, chunks in files.items()})
+
+    return outer
+
+
+patch(UpdateBody, "advance", lambda _, count: ("receiving" if count > 10_000 else "", ""))
+Slot.write = write_half(Slot.write)  # type: ignore[method-assign]
+patch(Slot, "finish", named("slot without its header"))
+patch(Slot, "sync", named("before a sync", "after a sync"))
+patch(Catalog, "put_checkpoint", named("before the row", "row committed"))
+patch(Catalog, "mark_synced", named("before the anchor's row", "after the anchor's row"))
+patch(Catalog, "amend_checkpoint", named("before a change", "after a change"))
+Store.save_snapshot = save_snapshot(Store.save_snapshot)  # type: ignore[method-assign]
+patch(Catalog, "add_snapshot", named("snapshot before its row", "snapshot committed"))
+patch(TensorFile, "read_into", lambda _, __, start=0: ("half of a restart" if start else "", ""))
+patch(Catalog, "add_run", named("before a run's row", "run's row committed"))
+patch(Catalog, "remove_run", named("before a deletion", "half of a deletion"))
+
+if __name__ == "__main__":
+    del sys.argv[1]
+    main()

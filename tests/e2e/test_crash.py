@@ -1,0 +1,396 @@
+"""kill -9 at every phase, a full disk, a read-only one: nothing acknowledged is lost, nothing is applied twice.
+
+One server holds a run of each durability. Each test has it killed at one named phase of one request
+(processes/dying.py), starts it again and compares every bit with LitEma in this process.
+
+Knows processes, signals, mounts and plain HTTP. Does not know how a run is kept; power loss is simulated in
+tests/service/runs/test_checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from ema_client import EmaClient
+
+if TYPE_CHECKING:
+    from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
+
+WAIT_SECONDS = 30.0
+DYING = Path(__file__).parent / "processes" / "dying.py"
+AVERAGES = [{"name": "slow"}, {"name": "fast", "decay": 0.5}]
+#: Large enough to come, and to be written, in several parts.
+SHAPE = (700, 1000)
+
+
+def params(step: int) -> dict[str, Tensor]:
+    return {"w": torch.randn(SHAPE, generator=torch.Generator().manual_seed(step)), "s": torch.tensor(float(step))}
+
+
+class Tracked:
+    """A run and what it must be: LitEma fed with every acknowledged update, once."""
+
+    def __init__(self, run: PlainRun, litema: type[LitEmaOracle], durability: str) -> None:
+        self.run = run
+        self.step = 0
+        self._oracles = {"slow": litema(params(0)), "fast": litema(params(0), decay=0.5)}
+        run.create(params(0), averages=AVERAGES, durability=durability).raise_for_status()
+        run.begin(params(0)).raise_for_status()
+
+    def push(self) -> dict[str, Any]:
+        """The next step; raises what httpx raises if the server dies of it."""
+        answer = self.run.push(self.step + 1, params(self.step + 1)).raise_for_status().json()
+        assert (answer["applied"], answer["durable_step"]) == (True, self.step + 1)
+        self.applied()
+        return dict(answer)
+
+    def applied(self) -> None:
+        self.step += 1
+        for oracle in self._oracles.values():
+            oracle.update(params(self.step))
+
+    def check(self) -> None:
+        """The run is what it must be, to the bit, in the epoch it began in."""
+        info = self.run.info()
+        version = f"1.{self.step}"
+        expected = ("ready", self.step or None, self.step or None, self.step, version)
+        assert tuple(info[key] for key in ("status", "step", "durable_step", "num_updates", "version")) == expected
+        for name, oracle in self._oracles.items():
+            weights = self.run.weights(average=name)
+            assert all(torch.equal(weights[each], value) for each, value in oracle.shadow.items())
+
+
+class Life:
+    """A server that is killed again and again, and its runs."""
+
+    def __init__(self, server: ServerProcess, plain_run: type[PlainRun], litema: type[LitEmaOracle]) -> None:
+        self.server = server
+        self._phase = server.folder / "phase"
+        server.program = (str(DYING), str(self._phase))
+        server.start()
+        self._plain_run = plain_run
+        self.http = server.http()
+        self.runs = {name: Tracked(self.plain(name), litema, name) for name in ("process", "disk")}
+
+    def plain(self, name: str) -> PlainRun:
+        return self._plain_run(self.http, name)
+
+    def doom(self, phase: str, act: Callable[[], object]) -> None:
+        """Do what makes the server die at the phase; it is dead then, and starts again."""
+        self._phase.write_text(phase)
+        with contextlib.suppress(httpx.TransportError, RuntimeError):
+            act()
+        assert self.server.process.wait(WAIT_SECONDS) == -signal.SIGKILL, f"{phase} was never reached"
+        self._phase.unlink()
+        self.start()
+
+    def start(self) -> None:
+        self.http.close()
+        self.server.start()
+        self.http = self.server.http()
+        for name, tracked in self.runs.items():
+            tracked.run = self.plain(name)
+
+    def check(self) -> None:
+        for tracked in self.runs.values():
+            tracked.check()
+
+    def end(self) -> None:
+        self.http.close()
+        if self.server.process.poll() is None:
+            self.server.kill()
+
+
+@pytest.fixture(scope="module")
+def life(
+    tmp_path_factory: pytest.TempPathFactory,
+    server_class: type[ServerProcess],
+    plain_run_class: type[PlainRun],
+    litema: type[LitEmaOracle],
+) -> Iterator[Life]:
+    folder = tmp_path_factory.mktemp("life")
+    server = server_class(folder, ("--checkpoint-interval", "0.1"), folder / "data")
+    begun = Life(server, plain_run_class, litema)
+    yield begun
+    begun.end()
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+#: phase -> whether the update is there after it
+PUSH_PHASES = {
+    "receiving": False,
+    "half of a slot by ema-apply": False,
+    "slot without its header": False,
+    "before the row": False,
+    "row committed": True,
+}
+
+
+@pytest.mark.parametrize("phase", PUSH_PHASES)
+@pytest.mark.parametrize("durability", ["process", "disk"])
+def test_kill_in_a_push(durability: str, phase: str, life: Life) -> None:
+    """Killed in a push: it is there or not, whole; sent again it is applied once. The slots were in use before."""
+    tracked = life.runs[durability]
+    while tracked.step < 4:
+        tracked.push()
+    life.doom(phase, tracked.push)
+    if PUSH_PHASES[phase]:
+        tracked.applied()
+    life.check()
+    step = tracked.step + (0 if PUSH_PHASES[phase] else 1)
+    state = life.http.get(f"{tracked.run.path}/updates/{step}").json()["state"]
+    assert state == ("applied" if PUSH_PHASES[phase] else "unknown")
+    again = tracked.run.push(step, params(step)).raise_for_status().json()
+    assert again["applied"] is not PUSH_PHASES[phase]
+    if again["applied"]:
+        tracked.applied()
+    tracked.push()
+
+    life.check()
+
+
+SYNC_PHASES = ["before a sync", "after a sync", "before the anchor's row", "after the anchor's row"]
+
+
+@pytest.mark.parametrize("phase", SYNC_PHASES)
+def test_kill_in_a_sync(phase: str, life: Life) -> None:
+    """Killed while versions are synced behind the updates: every acknowledged update is there."""
+    tracked = life.runs["process"]
+
+    def push_until_it_dies() -> None:
+        for _ in range(1000):
+            tracked.push()
+
+    # The push that the server dies in may have been committed without its answer.
+    life.doom(phase, push_until_it_dies)
+    if tracked.run.info()["step"] == tracked.step + 1:
+        tracked.applied()
+    life.check()
+    tracked.push()
+    life.check()
+
+
+@pytest.mark.parametrize("durability", ["process", "disk"])
+@pytest.mark.parametrize("phase", ["before a change", "after a change"])
+def test_kill_in_a_change_of_decay(phase: str, durability: str, life: Life) -> None:
+    """Killed while a decay is changed: it has the one or the other value, and the weights are as they were."""
+    tracked = life.runs[durability]
+    life.doom(phase, lambda: life.http.patch(tracked.run.path, json={"decay": 0.75}))
+    decay = tracked.run.info()["decay"]
+    life.http.patch(tracked.run.path, json={"decay": 0.9999}).raise_for_status()
+
+    assert decay == (0.75 if phase == "after a change" else 0.9999)
+    life.check()
+
+
+@pytest.mark.parametrize("phase", ["half of a snapshot", "snapshot before its row", "snapshot committed"])
+def test_kill_in_a_snapshot(phase: str, life: Life) -> None:
+    """Killed while a snapshot is taken: it is not there or it is whole; asked for again it is of that version."""
+    run = life.runs["process"].run
+    name = phase.replace(" ", "-").replace("'", "")
+    life.doom(phase, lambda: run.http.put(f"{run.path}/snapshots/{name}"))
+    run = life.runs["process"].run
+    found = run.http.get(f"{run.path}/snapshots/{name}").status_code
+    again = run.http.put(f"{run.path}/snapshots/{name}")
+    weights = load(run.http.get(f"{run.path}/snapshots/{name}/weights").content)
+
+    assert (found, again.status_code) == ((200, 200) if phase == "snapshot committed" else (404, 201))
+    assert all(torch.equal(weights[each], value) for each, value in run.weights().items())
+    life.check()
+
+
+def test_kill_in_a_restart(life: Life) -> None:
+    """Killed while it comes back: the next start brings everything back all the same."""
+    life.server.kill()
+    life.doom("half of a restart", life.server.start)
+
+    life.check()
+
+
+@pytest.mark.parametrize("phase", ["before a run's row", "run's row committed"])
+def test_kill_in_a_creation(phase: str, life: Life) -> None:
+    """Killed while a run is created: it is there or not; created again it can be used."""
+    name = phase.replace(" ", "-").replace("'", "")
+    life.doom(phase, lambda: life.plain(name).create(params(0)))
+    run = life.plain(name)
+    assert run.create(params(0)).status_code == (200 if phase == "run's row committed" else 201)
+    run.begin(params(0)).raise_for_status()
+
+    assert run.push(1, params(1)).json()["applied"]
+
+
+@pytest.mark.parametrize("phase", ["before a deletion", "half of a deletion"])
+def test_kill_in_a_deletion(phase: str, life: Life) -> None:
+    """Killed while a run is deleted: it is whole or gone, and no files of it stay behind."""
+    name = phase.replace(" ", "-")
+    run = life.plain(name)
+    run.create(params(0)).raise_for_status()
+    run.begin(params(0)).raise_for_status()
+    life.doom(phase, lambda: life.http.delete(run.path))
+    run = life.plain(name)
+    assert life.server.data_dir is not None
+    folders = list((life.server.data_dir / "runs").glob(f"{name}.*"))
+
+    if phase == "before a deletion":
+        assert torch.equal(run.weights()["w"], params(0)["w"])
+        assert len(folders) == 1
+    else:
+        assert life.http.get(run.path).status_code == 404
+        assert folders == []
+
+
+def test_kill_in_a_checkpoint(life: Life) -> None:
+    """Killed while a checkpoint of a run of durability memory is half written: the one before comes back, whole."""
+    run = life.plain("memory")
+    run.create(params(0), durability="memory").raise_for_status()
+    run.begin(params(0)).raise_for_status()
+    run.push(1, params(1)).raise_for_status()
+    wait_for(lambda: run.info()["durable_step"] == 1, "no checkpoint was taken")
+    kept = run.weights()
+    life.doom("half of a slot by ema-files", lambda: run.push(2, params(2)))
+    run = life.plain("memory")
+
+    assert (run.info()["step"], run.info()["version"]) == (1, "2.1")
+    assert all(torch.equal(value, kept[name]) for name, value in run.weights().items())
+    life.http.delete(run.path).raise_for_status()
+
+
+def test_server_dies_under_a_trainer(life: Life, litema: type[LitEmaOracle]) -> None:
+    """A trainer that pushes while its server is killed and started again ends with the EMA it would have had anyway."""
+    oracle, done = litema(params(0)), threading.Event()
+
+    def train() -> None:
+        with EmaClient(life.server.uds) as client:
+            client.create_run("trained", params(0))
+            for step in range(1, 41):
+                client.push("trained", params(step), step=step)
+                oracle.update(params(step))
+        done.set()
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    for moment in (5, 20):
+        wait_for(lambda at=moment: int(oracle.num_updates) >= at, "the trainer makes no progress")  # type: ignore[misc]
+        life.server.kill()
+        life.start()
+    trainer.join(60)
+    assert done.is_set()
+    run = life.plain("trained")
+
+    assert (run.info()["num_updates"], run.info()["version"]) == (40, "1.40")
+    assert all(torch.equal(value, oracle.shadow[name]) for name, value in run.weights().items())
+    life.check()
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a small disk needs root: the full disk and the read-only one are not tested here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk(
+    disk: Path, server_class: type[ServerProcess], plain_run_class: type[PlainRun], litema: type[LitEmaOracle]
+) -> None:
+    """On a full disk pushes and runs are refused with Retry-After and nothing is lost; with room it goes on."""
+    server = server_class(disk.parent, (), disk / "data").start()
+    try:
+        with server.http() as http:
+            tracked = Tracked(plain_run_class(http, "process"), litema, "process")
+            for _ in range(5):
+                tracked.push()
+            filler = disk / "filler"
+            _fill(filler)
+            refused = plain_run_class(http, "new").create(params(0))
+            assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (
+                503,
+                "storage_failed",
+                "1",
+            )
+            assert not list((disk / "data" / "runs").glob("new.*"))
+            answer = _push_until_refused(tracked, filler)
+            assert (answer.json()["code"], answer.headers["retry-after"]) == ("storage_failed", "1")
+            info = tracked.run.info()
+            assert (info["status"], info["step"], info["durable_step"]) == ("degraded", tracked.step, tracked.step)
+            assert str(tracked.step + 1) in info["reason"]
+            metrics = http.get("/metrics").text
+            assert "ema_degraded_runs 1.0" in metrics
+            assert 'ema_errors_total{code="storage_failed"} 2.0' in metrics
+            filler.unlink()
+            tracked.push()
+            tracked.check()
+        server.kill()
+        server.start()
+        with server.http() as http:
+            tracked.run = plain_run_class(http, "process")
+            tracked.check()
+    finally:
+        server.kill()
+
+
+def _fill(path: Path) -> None:
+    with path.open("ab", buffering=0) as file:
+        for size in (1 << 20, 4096):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                continue
+
+
+def _push_until_refused(tracked: Tracked, filler: Path) -> httpx.Response:
+    """The slots have their room; what grows with every update is the catalog's log."""
+    for _ in range(200):
+        answer = tracked.run.push(tracked.step + 1, params(tracked.step + 1))
+        if answer.status_code != 200:
+            return answer
+        tracked.applied()
+        _fill(filler)
+    raise AssertionError("the disk never became full")
+
+
+def test_read_only_data_dir(disk: Path, server_class: type[ServerProcess]) -> None:
+    """A data dir that cannot be written keeps the server from starting: one line that names it."""
+    server = server_class(disk.parent, (), disk / "data").start()
+    server.stop()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    command = [sys.executable, "-m", "ema_service", "serve", "--port", "0", "--data-dir", str(disk / "data")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("ema-service: ")
+    assert str(disk / "data") in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert os.statvfs(disk).f_flag & os.ST_RDONLY

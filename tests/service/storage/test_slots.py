@@ -1,0 +1,216 @@
+"""Slots: files written in place, who has which, what a full disk does to them.
+
+Knows folders and bytes. Does not know rows or runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from safetensors.torch import load_file, save
+
+from ema_service.storage import Extent, Slot, Slots, TensorFile, padded_bytes
+
+TENSORS = {"w": torch.arange(5000.0), "v": torch.full((3,), 2.5)}
+BODY = save(TENSORS)
+HEADER, DATA = BODY[: -5003 * 4], BODY[-5003 * 4 :]
+EXTENTS = {"slow": Extent(padded_bytes(HEADER), len(DATA)), "fast": Extent(8192, len(DATA))}
+
+
+@pytest.fixture
+def slots(tmp_path: Path) -> Slots:
+    return Slots(tmp_path, EXTENTS, [])
+
+
+def fill(slot: Slot, data: bytes = DATA) -> None:
+    for average in EXTENTS:
+        for start in range(0, len(data), 7000):
+            slot.write(average, memoryview(data)[start : start + 7000])
+    slot.finish(dict.fromkeys(EXTENTS, HEADER))
+
+
+def test_slot_is_plain_safetensors(slots: Slots, tmp_path: Path) -> None:
+    """A slot's files open in the safetensors library; data begin at a page; checksums are of the data."""
+    slot = slots.take()
+    fill(slot)
+
+    for average, extent in EXTENTS.items():
+        path = tmp_path / slot.name / f"{average}.safetensors"
+        assert all(torch.equal(value, TENSORS[name]) for name, value in load_file(path).items())
+        assert path.read_bytes()[extent.header :] == DATA
+        assert extent.header % 4096 == 0
+        file = TensorFile(path)
+        buffer = memoryview(bytearray(len(DATA)))
+        assert file.read_whole(buffer) == slot.checksums[average] == xxhash.xxh3_128_hexdigest(DATA)
+        assert buffer == DATA
+        file.close()
+
+
+def test_slot_is_ones_own_while_it_is_held(slots: Slots) -> None:
+    """Nobody gets a slot that is held; a dropped one is given out again, the latest first, before a new one is made."""
+    first, second, third = slots.take(), slots.take(), slots.take()
+    assert [first.name, second.name, third.name] == ["slots/0", "slots/1", "slots/2"]
+    del first, third
+    again = [slots.take(), slots.take(), slots.take()]
+
+    assert [slot.name for slot in again] == ["slots/2", "slots/0", "slots/3"]
+    assert second.name == "slots/1"
+
+
+def test_slots_that_lie_there_are_used(slots: Slots, tmp_path: Path) -> None:
+    """After a start, slots without a row are taken first, then those with the oldest rows; held ones never."""
+    for slot in [slots.take() for _ in range(4)]:
+        fill(slot)
+    opened = Slots(tmp_path, EXTENTS, ["slots/3", "slots/0", "checkpoint-a"])
+    newest = opened.hold("slots/3")
+    taken = [opened.take() for _ in range(5)]
+
+    assert newest.name == "slots/3"
+    assert [slot.name for slot in taken] == ["slots/2", "slots/1", "checkpoint-a", "slots/0", "slots/4"]
+
+
+def test_reuse_writes_in_place(slots: Slots, tmp_path: Path) -> None:
+    """The files of a slot are the same files, of the same size and blocks, whatever they held before."""
+    slot = slots.take()
+    fill(slot)
+    path = tmp_path / slot.name / "slow.safetensors"
+    before = path.stat()
+    del slot
+    slot = slots.take()
+    fill(slot, DATA[::-1])
+
+    after = path.stat()
+    assert (after.st_ino, after.st_size, after.st_blocks) == (before.st_ino, before.st_size, before.st_blocks)
+    assert path.read_bytes()[-len(DATA) :] == DATA[::-1]
+
+
+def test_file_of_another_size_is_made_anew(slots: Slots, tmp_path: Path) -> None:
+    """A file that was cut short, or is longer, gets its size back before it is written."""
+    slot = slots.take()
+    fill(slot)
+    path = tmp_path / slot.name / "slow.safetensors"
+    del slot
+    for content in (b"", path.read_bytes()[:-1], path.read_bytes() + b"x"):
+        path.write_bytes(content)
+        slot = slots.take()
+        fill(slot)
+        assert load_file(path).keys() == TENSORS.keys()
+        del slot
+
+
+def test_space_is_taken_before_it_is_written(slots: Slots, tmp_path: Path) -> None:
+    """allocate() makes slots with all their blocks; taken later they are these."""
+    slots.allocate(2)
+    paths = sorted(tmp_path.glob("slots/*/*"))
+
+    assert len(paths) == 4
+    assert all(path.stat().st_blocks * 512 >= len(DATA) for path in paths)
+    assert {slots.take().name for _ in range(2)} <= {"slots/0", "slots/1"}
+
+
+def _descriptors() -> set[str]:
+    """Where the open ones lead, without that of the listing itself."""
+    return {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists()}
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_full_disk_leaves_nothing(nth: int, slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot that there is no room for is not there, and no descriptor stays open; with room it can be made."""
+    calls = iter(range(1, 100))
+    allocate = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        if next(calls) >= nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(descriptor, offset, length)
+
+    before = _descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            slots.allocate(1)
+    assert list(tmp_path.glob("slots/*")) == []
+    assert _descriptors() == before
+    slots.allocate(1)
+    assert len(list(tmp_path.glob("slots/*/*"))) == 2
+
+
+def test_without_preallocation(slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot preallocate has slots all the same."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    slot = slots.take()
+    fill(slot)
+
+    assert load_file(tmp_path / slot.name / "fast.safetensors").keys() == TENSORS.keys()
+
+
+def _fails(*_: object) -> int:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_failed_write_is_told_at_the_end(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """write() never raises, for it runs behind the receiving; finish() tells of it, the next holder starts afresh."""
+    slot = slots.take()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", _fails)
+        slot.write("slow", memoryview(DATA))
+    with pytest.raises(OSError, match="Input/output error"):
+        slot.finish(dict.fromkeys(EXTENTS, HEADER))
+    name = slot.name
+    del slot
+    slot = slots.take()
+
+    assert slot.name == name
+    fill(slot)
+
+
+def test_unfinished_slot_is_refused(slots: Slots) -> None:
+    """finish() does not pass off a slot that lacks bytes."""
+    slot = slots.take()
+    slot.write("slow", memoryview(DATA))
+
+    with pytest.raises(OSError, match="fast has 0 bytes"):
+        slot.finish(dict.fromkeys(EXTENTS, HEADER))
+
+
+def test_short_writes_are_continued(slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system call that writes less than it was given is called again for the rest."""
+    pwrite: Callable[[int, memoryview, int], int] = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:1000], at))
+    slot = slots.take()
+    fill(slot)
+
+    assert (tmp_path / slot.name / "slow.safetensors").read_bytes()[-len(DATA) :] == DATA
+
+
+def test_deleted_run_does_not_come_back(tmp_path: Path) -> None:
+    """A slot of a run whose folder was removed meanwhile is not made."""
+    slot = Slots(tmp_path / "gone", EXTENTS, []).take()
+    slot.write("slow", memoryview(DATA))
+
+    with pytest.raises(FileNotFoundError):
+        slot.finish(dict.fromkeys(EXTENTS, HEADER))
+    assert not (tmp_path / "gone").exists()
+
+
+def test_synced_slot_holds_no_descriptor(slots: Slots) -> None:
+    """A slot that is on the medium keeps no file open, however long it is held; it can be synced again."""
+    before = _descriptors()
+    slot = slots.take()
+    fill(slot)
+    assert len(_descriptors()) == len(before) + 2
+    slot.sync()
+
+    assert _descriptors() == before
+    slot.sync()
+    assert _descriptors() == before
