@@ -34,6 +34,7 @@ from ema_client.protocol import (
     Durability,
     EventKind,
     NonFinitePolicy,
+    Rewind,
     RunConfig,
     RunEvent,
     RunInfo,
@@ -43,6 +44,7 @@ from ema_client.protocol import (
     SnapshotList,
     UpdateResult,
     WeightsInfo,
+    Writer,
 )
 from ema_client.retry import RetryPolicy
 from ema_client.saving import Progress, save
@@ -166,15 +168,16 @@ class EmaClient:
             raise RunExists(f"run {run!r} exists already and is at step {info.step}")
         return self._seen(info)
 
-    def push(self, run: str, state: State, *, step: int | None = None) -> UpdateResult:
+    def push(self, run: str, state: State, *, step: int | None = None, writer: int | None = None) -> UpdateResult:
         """Send the parameters as of one trainer step; the service applies them once, all or nothing.
 
         Args:
             run: a run that has its initial weights.
             state: as for create_run(); exactly the tensors of the run. Read from its memory until the call returns.
             step: the trainer's step, growing from push to push; by default the one after the last.
+            writer: what attach() gave; needed once a trainer has attached to the run.
 
-        Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, AwaitingWeights, RunNotFound.
+        Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, Fenced, AwaitingWeights, RunNotFound.
         """
         _require_torch()
         from ema_client import tensors
@@ -184,7 +187,8 @@ class EmaClient:
         if not 0 <= step <= protocol.MAX_STEP:
             raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
         try:
-            reply = self._transport.upload(protocol.update_path(_name(run, "run"), step), body)
+            path = protocol.update_path(_name(run, "run"), step)
+            reply = self._transport.upload(path, body, headers=_writer_header(writer))
         except EmaError:
             # Whether it was applied, and what others have pushed, the service knows better than we do.
             self._forget(run)
@@ -192,6 +196,25 @@ class EmaClient:
         result = _parse(UpdateResult, reply)
         self._remember(run, result.step)
         return result
+
+    def attach(self, run: str) -> int:
+        """A number for this trainer, to be given to push(): from now on the pushes of trainers before it are refused.
+
+        So a trainer that was replaced, and does not know, cannot push. Raises RunNotFound.
+        """
+        return _parse(Writer, self._transport.json("POST", protocol.writers_path(_name(run, "run")))).writer
+
+    def rewind(self, run: str, snapshot: str | None) -> RunInfo:
+        """Go back to a snapshot: its weights, step, counter and decays, in a new epoch.
+
+        Steps after the snapshot's can be pushed again. Attach before it: a trainer that still runs could push in
+        between. None: let a run that is ``degraded`` go on with the version that is there.
+
+        Raises SnapshotNotFound, SnapshotDamaged, StorageDisabled.
+        """
+        self._forget(run)
+        body = protocol.to_json(Rewind(None if snapshot is None else _name(snapshot, "snapshot")))
+        return self._seen(_parse(RunInfo, self._transport.json("POST", protocol.rewind_path(_name(run, "run")), body)))
 
     def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
         """Change the decay from the next update on, of one average or of the run's first. Raises InvalidDecay."""
@@ -391,6 +414,10 @@ class EmaClient:
     def _forget(self, run: str) -> None:
         with self._lock:
             self._steps.pop(run, None)
+
+
+def _writer_header(writer: int | None) -> dict[str, str]:
+    return {} if writer is None else {protocol.HEADER_WRITER: str(writer)}
 
 
 def _require_torch() -> None:

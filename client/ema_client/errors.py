@@ -17,7 +17,7 @@
     |-- MethodNotAllowed          405
     |-- RequestTimeout            408
     |-- Conflict                  409
-    |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep,
+    |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep, Fenced,
     |   +-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded
     |-- BodyTooLarge              413
     |-- RangeNotSatisfiable       416
@@ -50,6 +50,7 @@ __all__ = [
     "Conflict",
     "ConnectionLost",
     "EmaError",
+    "Fenced",
     "Forbidden",
     "InternalError",
     "Invalid",
@@ -296,6 +297,12 @@ class StaleStep(Conflict):
     default_hint = "push steps in growing order; GET /v1/runs/{run} tells the run's step"
 
 
+class Fenced(Conflict):
+    code = "fenced"
+    title = "Another trainer has taken over"
+    default_hint = "stop this trainer; if it is the right one, attach anew: POST /v1/runs/{run}/writers"
+
+
 class StepNotReached(Conflict):
     code = "step_not_reached"
     retryable = True
@@ -324,7 +331,10 @@ class StorageDisabled(Conflict):
 class RunDegraded(Conflict):
     code = "run_degraded"
     title = "The run's latest state cannot be read"
-    default_hint = "restore its files from a backup and restart the server, or delete the run"
+    default_hint = (
+        "go back to a snapshot, or accept the version that is there: POST /v1/runs/{run}/rewind; or restore the run's "
+        "files from a backup and restart the server"
+    )
 
 
 class BodyTooLarge(EmaError):

@@ -41,6 +41,8 @@ HEADER_VERSION = "Ema-Version"
 HEADER_STEP = "Ema-Step"
 HEADER_NUM_UPDATES = "Ema-Num-Updates"
 HEADER_DECAY = "Ema-Decay"
+#: Of a push: the number that attaching gave the trainer.
+HEADER_WRITER = "Ema-Writer"
 
 #: bytes per element of the dtypes a run may hold, as safetensors writes their names
 LAYOUT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -74,6 +76,14 @@ def run_path(run: str) -> str:
 
 def reset_path(run: str) -> str:
     return f"{run_path(run)}/reset-num-updates"
+
+
+def writers_path(run: str) -> str:
+    return f"{run_path(run)}/writers"
+
+
+def rewind_path(run: str) -> str:
+    return f"{run_path(run)}/rewind"
 
 
 def weights_path(run: str) -> str:
@@ -168,6 +178,7 @@ class RunInfo:
     parameters, bytes: elements of the layout, and bytes of all its shadows.
     created_at, updated_at: seconds since 1970-01-01 UTC.
     reason: why the status is "degraded".
+    writer: the number of the trainer that attached last, 0 before any did.
     """
 
     run: str
@@ -191,6 +202,7 @@ class RunInfo:
     created_at: float
     updated_at: float
     reason: str | None = None
+    writer: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +216,24 @@ class RunPatch:
 
     decay: float
     average: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """The answer to ``POST /v1/runs/{run}/writers``: from now on pushes with a smaller number are refused."""
+
+    run: str
+    writer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """What ``POST /v1/runs/{run}/rewind`` takes: the snapshot to go back to.
+
+    None, for a run that is degraded: go on with the version that is there.
+    """
+
+    snapshot: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

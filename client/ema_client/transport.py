@@ -93,9 +93,11 @@ class Transport:
         answer = Answer(self.url + path, response.status_code, response.headers, response.content)
         return Reply(answer.url, json_of(answer))
 
-    def upload(self, path: str, body: Body, *, query: Query | None = None) -> Reply:
+    def upload(
+        self, path: str, body: Body, *, query: Query | None = None, headers: Mapping[str, str] | None = None
+    ) -> Reply:
         """PUT a large body, with retries, each from its beginning."""
-        headers = {**self._headers, "Content-Type": "application/octet-stream"}
+        headers = {**self._headers, "Content-Type": "application/octet-stream", **(headers or {})}
 
         def attempt(_: int) -> Reply:
             self._check_open()

@@ -15,14 +15,14 @@ from functools import partial
 from typing import Annotated, TypeVar
 
 import torch
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Header, Path, Request
 
-from ema_client.protocol import MAX_STEP, NAME_PATTERN
+from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry, Run, RunFiles
 from ema_service.settings import Settings
 
-__all__ = ["Context", "RunName", "Server", "SnapshotName", "Step"]
+__all__ = ["Context", "RunName", "Server", "SnapshotName", "Step", "WriterNumber"]
 
 T = TypeVar("T")
 
@@ -151,3 +151,6 @@ Server = Annotated[Context, Depends(_context)]
 RunName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the run", examples=["cogview3-base"])]
 SnapshotName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the snapshot", examples=["epoch-10"])]
 Step = Annotated[int, Path(ge=0, le=MAX_STEP, description="The trainer's step", examples=[1000])]
+WriterNumber = Annotated[
+    int | None, Header(alias=HEADER_WRITER, ge=1, le=MAX_STEP, description="What attaching gave this trainer")
+]

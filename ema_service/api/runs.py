@@ -18,14 +18,17 @@ from ema_client.errors import (
     RunDegraded,
     RunExists,
     RunNotFound,
+    SnapshotDamaged,
+    SnapshotNotFound,
     StorageDisabled,
     StorageFailed,
+    Superseded,
 )
-from ema_client.protocol import RunInfo, RunList
+from ema_client.protocol import RunInfo, RunList, Writer
 from ema_service.api.auth import access_of
 from ema_service.api.context import RunName, Server
 from ema_service.api.errors import problem_responses
-from ema_service.api.schemas import RunConfigBody, RunPatchBody
+from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody
 
 __all__ = ["router"]
 
@@ -88,6 +91,43 @@ async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
     found = server.registry.get(run)
     await server.block(found.reset_num_updates)
     return found.info()
+
+
+@router.post(
+    "/{run}/writers",
+    status_code=201,
+    summary="Attach a trainer",
+    responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
+)
+async def attach_writer(run: RunName, server: Server) -> Writer:
+    """A number to send with each push (``Ema-Writer``).
+
+    From now on pushes with an earlier number, and without one, are refused: a trainer that was replaced cannot push.
+    """
+    return await server.block(partial(server.registry.attach, run))
+
+
+@router.post(
+    "/{run}/rewind",
+    summary="Go back to a snapshot",
+    responses=problem_responses(
+        RunNotFound,
+        SnapshotNotFound,
+        SnapshotDamaged,
+        StorageDisabled,
+        RunDegraded,
+        InvalidRequest,
+        StorageFailed,
+        Superseded,
+    ),
+)
+async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
+    """Make the snapshot's weights, step, counter and decays the current ones, in a new epoch.
+
+    For a trainer that resumed from an older checkpoint. Without a snapshot: let a degraded run go on with the version
+    that is there.
+    """
+    return (await server.block(partial(server.registry.rewind, run, body.snapshot))).info()
 
 
 @router.delete(

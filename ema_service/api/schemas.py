@@ -28,7 +28,7 @@ from ema_client.protocol import (
     TensorSpec,
 )
 
-__all__ = ["RunConfigBody", "RunPatchBody"]
+__all__ = ["RewindBody", "RunConfigBody", "RunPatchBody"]
 
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -101,3 +101,13 @@ class RunPatchBody(_Body):
 
     decay: _Decay = Field(description="The decay from the next update on")
     average: Annotated[_Name | None, Field(description="Which average; None: the first")] = None
+
+
+class RewindBody(_Body):
+    """Where to go back to."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"snapshot": "epoch-10"}]})
+
+    snapshot: Annotated[
+        _Name | None, Field(description="The snapshot's name; None: accept the version of a degraded run")
+    ] = None

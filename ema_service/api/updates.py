@@ -16,6 +16,7 @@ from fastapi import APIRouter, Query, Request
 from ema_client.errors import (
     AwaitingWeights,
     BodyTooLarge,
+    Fenced,
     InvalidRequest,
     LayoutMismatch,
     MalformedBody,
@@ -32,7 +33,7 @@ from ema_client.errors import (
 )
 from ema_client.protocol import MAX_STEP, RunInfo, UpdateResult, UpdateStatus
 from ema_service.api import ingest
-from ema_service.api.context import Context, RunName, Server, Step
+from ema_service.api.context import Context, RunName, Server, Step, WriterNumber
 from ema_service.api.errors import problem_responses
 from ema_service.runs import Run, Staged, Update
 
@@ -90,17 +91,19 @@ async def put_weights(
     "/updates/{step}",
     summary="Push one update",
     openapi_extra=_SAFETENSORS_BODY,
-    responses=problem_responses(*_BODY_ERRORS, AwaitingWeights, StaleStep, StepConflict, Superseded),
+    responses=problem_responses(*_BODY_ERRORS, AwaitingWeights, Fenced, StaleStep, StepConflict, Superseded),
 )
-async def put_update(run: RunName, step: Step, request: Request, server: Server) -> UpdateResult:
+async def put_update(
+    run: RunName, step: Step, request: Request, server: Server, writer: WriterNumber = None
+) -> UpdateResult:
     """Apply the parameters as of ``step``, exactly once and all or nothing.
 
     The same bytes at the run's latest step again answer ``applied: false``; other bytes there are a conflict.
     """
     found = server.registry.get(run)
-    found.admit(step)
+    found.admit(step, writer)
     staged = server.registry.staging.reserve(found.layout, len(found.config.averages))
-    update = found.begin(step, staged)
+    update = found.begin(step, staged, writer)
     await _receive(request, server, staged, server.background(update.work.advance))
     result = await server.compute(partial(_release_after, staged, partial(_commit, server, found, update)))
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()

@@ -130,6 +130,10 @@ class Memory:
             return tensor
         return self.pool.lend(tensor.numel()).copy_(tensor)
 
+    def to_device(self, host: Tensor) -> Tensor:
+        """The bytes of ``host`` on the device: itself where it lies there, else a copy."""
+        return host if self.on_host else host.to(self.device)
+
 
 def param_offset(layout: Layout) -> int:
     """Where parameters begin in a buffer that is to become an arena: as late as they fit, on a cache line.

@@ -24,16 +24,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ema_client.errors import MalformedBody, StorageFailed
 from ema_client.protocol import MAX_STEP, WeightsInfo
 from ema_service.runs.arena import Arena, Memory
+from ema_service.runs.layout import Layout
 from ema_service.runs.run import Average, Run, State
 from ema_service.runs.weights import header_of
-from ema_service.storage import CheckpointRow, Extent, RunRow, Slot, Store, padded_bytes
+from ema_service.storage import CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "read_arena"]
 
 _log = logging.getLogger(__name__)
 
@@ -230,6 +229,7 @@ class Checkpoints:
         Raises sqlite3.Error.
         """
         rows = [_Row(row, _parse(row.state)) for row in self._store.checkpoints(self._row)]
+        self._run.last_epoch = max((row.stored.get("epoch", 0) for row in rows), default=0)
         damaged: list[_Row] = []
         faults = []
         for position, row in enumerate(rows):
@@ -310,21 +310,11 @@ class Checkpoints:
         return state, checksums
 
     def _read_arena(self, row: CheckpointRow, average: str, checksum: str | None) -> tuple[Arena, str]:
-        layout = self._run.layout
         file = self._store.open_checkpoint(self._row, row, average)
         try:
-            if file.header.entries != layout.shadows:
-                raise MalformedBody(f"the tensors of {average} are not those of the run's layout")
-            host = self._memory.pool.lend(layout.shadow_bytes)
-            found = file.read_whole(host.numpy().data)
+            return read_arena(file, self._run.layout, self._memory, checksum)
         finally:
             file.close()
-        if found != (checksum or found):
-            raise MalformedBody(f"the bytes of {average} in {row.folder} are not those that were written")
-        return Arena(layout, self._on_device(host)), found
-
-    def _on_device(self, host: Tensor) -> Tensor:
-        return host if self._memory.on_host else host.to(self._memory.device)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -364,6 +354,20 @@ class Checkpoints:
     def _remark(self, event: str) -> None:
         _log.warning("run %s is %s", self._row.name, event)
         self._store.record(self._row, event)
+
+
+def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str | None) -> tuple[Arena, str]:
+    """The shadows of a file, and the checksum of their bytes. None: not known, so not compared.
+
+    Raises OSError; MalformedBody where they are not the layout's, or not those that were written.
+    """
+    if file.header.entries != layout.shadows:
+        raise MalformedBody(f"{file.name} has other tensors than the run's layout")
+    host = memory.pool.lend(layout.shadow_bytes)
+    found = file.read_whole(host.numpy().data)
+    if found != (checksum or found):
+        raise MalformedBody(f"the bytes of {file.name} are not those that were written")
+    return Arena(layout, memory.to_device(host)), found
 
 
 def _parse(state: str) -> dict[str, Any]:

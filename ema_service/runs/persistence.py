@@ -7,22 +7,26 @@ durable (storage), how an update is decided (run), or HTTP. Its methods block: c
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+
+import xxhash
 
 from ema_client.errors import MalformedBody, SnapshotDamaged, SnapshotExists, SnapshotNotFound, StorageFailed
 from ema_client.protocol import SnapshotInfo, WeightsInfo, from_json, to_json
 from ema_service.runs.arena import Memory
-from ema_service.runs.checkpoints import Checkpoints
+from ema_service.runs.checkpoints import Checkpoints, read_arena
 from ema_service.runs.run import Average, Run, State
 from ema_service.runs.weights import WeightsStream
 from ema_service.storage import RunRow, Store, TensorFile
-from ema_service.storage.store import Files
 
 __all__ = ["RunFiles"]
+
+_log = logging.getLogger(__name__)
 
 
 class RunFiles:
@@ -40,14 +44,26 @@ class RunFiles:
         self.snapshots_changed = 0
 
     def record(self, event: str) -> None:
-        """Add a line to the run's history."""
-        self._store.record(self._row, event)
+        """Add a line to the run's history. A failure is logged: what the line tells of has happened all the same."""
+        try:
+            self._store.record(self._row, event)
+        except sqlite3.Error as fault:
+            _log.error("run %s: %s; not noted in its history: %s", self._row.name, event, fault)
 
     def remove(self) -> None:
         """Remove everything of the run from the store."""
         with self._lock:
             self._removed = True
             self._store.remove_run(self._row)
+
+    def keep_writer(self, writer: int) -> None:
+        """Remember the number of the writer that attached last. Raises StorageFailed."""
+        try:
+            self._store.set_writer(self._row, writer)
+        except sqlite3.Error as fault:
+            raise StorageFailed(
+                f"the writer of run {self._row.name!r} could not be kept: {fault}", retry_after=1.0
+            ) from fault
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -86,9 +102,8 @@ class RunFiles:
             existing = self._snapshots().get(name)
             if existing is None:
                 info = self._snapshot_info(state, name)
-                text = json.dumps(to_json(info))
                 try:
-                    self._write(state, name, lambda files: self._store.save_snapshot(self._row, name, text, files))
+                    self._write(state, info)
                 except (OSError, sqlite3.Error) as fault:
                     raise StorageFailed(
                         f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}", retry_after=1.0
@@ -110,7 +125,7 @@ class RunFiles:
         """Raises SnapshotNotFound."""
         found = self._snapshots().get(name)
         if found is None:
-            raise SnapshotNotFound(f"run {self._row.name!r} has no snapshot {name!r}")
+            raise self._no_snapshot(name)
         return found
 
     def open_snapshot(self, name: str, average: str | None) -> tuple[TensorFile, WeightsInfo]:
@@ -123,8 +138,30 @@ class RunFiles:
         try:
             file = self._store.open_snapshot(self._row, name, chosen)
         except (OSError, MalformedBody) as fault:
-            raise SnapshotDamaged(f"snapshot {name!r} of run {self._row.name!r} cannot be read: {fault}") from fault
+            raise self._damaged(name, fault) from fault
         return file, WeightsInfo.from_metadata(dict(file.header.metadata))
+
+    def rewind(self, name: str) -> None:
+        """Go back to a snapshot; it outlives a crash from when this returns, whatever the run's durability.
+
+        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound, StorageFailed.
+        """
+        with self._lock:
+            info, checksums = self._snapshots_with_checksums().get(name, (None, {}))
+            if info is None:
+                raise self._no_snapshot(name)
+            averages = tuple(self._read_average(info, each, checksums) for each in info.averages)
+            self._run.rewind(averages, info)
+            self._checkpoints.save(final=False)
+            self._checkpoints.sync()
+            self.record(f"rewound to snapshot {name} (version {info.version}, step {info.step})")
+
+    def accept(self) -> None:
+        """Go on with the version that is there. Raises as Run.accept()."""
+        with self._lock:
+            self._run.accept()
+            self._checkpoints.save(final=False)
+        self.record("the version that is there was accepted")
 
     def delete_snapshot(self, name: str) -> None:
         """Raises SnapshotNotFound. Whoever reads it reads on to its end."""
@@ -138,7 +175,28 @@ class RunFiles:
         self._run.notify()
 
     def _snapshots(self) -> dict[str, SnapshotInfo]:
-        return {row.name: from_json(SnapshotInfo, json.loads(row.info)) for row in self._store.snapshots(self._row)}
+        return {name: info for name, (info, _) in self._snapshots_with_checksums().items()}
+
+    def _snapshots_with_checksums(self) -> dict[str, tuple[SnapshotInfo, dict[str, str]]]:
+        texts = {row.name: json.loads(row.info) for row in self._store.snapshots(self._row)}
+        # Format 1 had no checksums.
+        return {name: (from_json(SnapshotInfo, text), text.get("checksums", {})) for name, text in texts.items()}
+
+    def _no_snapshot(self, name: str) -> SnapshotNotFound:
+        return SnapshotNotFound(f"run {self._row.name!r} has no snapshot {name!r}")
+
+    def _damaged(self, name: str, fault: Exception) -> SnapshotDamaged:
+        return SnapshotDamaged(f"snapshot {name!r} of run {self._row.name!r} cannot be read: {fault}")
+
+    def _read_average(self, info: SnapshotInfo, name: str, checksums: dict[str, str]) -> Average:
+        file, weights = self.open_snapshot(info.name, name)
+        try:
+            arena, _ = read_arena(file, self._run.layout, self._memory, checksums.get(name))
+        except (OSError, MalformedBody) as fault:
+            raise self._damaged(info.name, fault) from fault
+        finally:
+            file.close()
+        return Average(name, weights.decay, None, arena)
 
     def _snapshot_info(self, state: State, name: str) -> SnapshotInfo:
         streams = [self._stream(state, average, name) for average in state.averages]
@@ -155,17 +213,24 @@ class RunFiles:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _write(self, state: State, snapshot: str | None, save: Callable[[Files], None]) -> None:
-        """Hand the files of a state to ``save``, one for each average.
+    def _write(self, state: State, info: SnapshotInfo) -> None:
+        """Write the files of a state, one for each average, then the row, which has their checksums.
 
         The state cannot change meanwhile; on a GPU, one average at a time is copied to the host. Readers' budgets are
         left alone: what is kept must not depend on who reads.
         """
-        save({average.name: self._chunks(state, average, snapshot) for average in state.averages})
+        checksums: dict[str, str] = {}
+        files = {average.name: self._chunks(state, average, info.name, checksums) for average in state.averages}
+        self._store.save_snapshot(
+            self._row, info.name, lambda: json.dumps({**to_json(info), "checksums": checksums}), files
+        )
 
-    def _chunks(self, state: State, average: Average, snapshot: str | None) -> Iterator[memoryview]:
+    def _chunks(
+        self, state: State, average: Average, snapshot: str, checksums: dict[str, str]
+    ) -> Iterator[memoryview]:
         data = self._memory.to_host(average.arena.tensor).numpy().data
         yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
+        checksums[average.name] = xxhash.xxh3_128(data).hexdigest()
 
     def _stream(self, state: State, average: Average, snapshot: str | None) -> WeightsStream:
         info = replace(self._run.weights_info(state, average), snapshot=snapshot)

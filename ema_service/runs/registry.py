@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, StorageFailed
-from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, from_json, to_json
+from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, from_json, to_json
 from ema_service.averaging import prepare
 from ema_service.runs.arena import Memory
 from ema_service.runs.frozen import FrozenWeights
@@ -119,6 +119,21 @@ class Registry:
             kept.files.record(f"decay of {average or kept.run.config.averages[0].name} set to {decay}")
         return kept.run
 
+    def attach(self, name: str) -> Writer:
+        """A number for a trainer that takes over the run; earlier ones are fenced off. Raises as Run.attach()."""
+        kept = self._find(name)
+        keep = kept.files.keep_writer if kept.files else _nothing
+        return Writer(name, kept.run.attach(keep))
+
+    def rewind(self, name: str, snapshot: str | None) -> Run:
+        """Go back to a snapshot, or (None) go on with a degraded run's version. Raises as RunFiles does."""
+        files = self.files(name)
+        if snapshot is None:
+            files.accept()
+        else:
+            files.rewind(snapshot)
+        return self.get(name)
+
     def delete(self, name: str) -> None:
         """Forget the run with its weights, checkpoint and snapshots, after the update in hand. Raises RunNotFound."""
         with self._lock:
@@ -158,6 +173,7 @@ class Registry:
     def _keep(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Kept:
         run = Run(config, layout, self.memory, created_at=created_at)
         files = RunFiles(run, row, self._store, self.memory) if self._store and row else None
+        run.writer = row.writer if row else 0
         return _Kept(run, files)
 
     def _all(self) -> list[_Kept]:
@@ -169,6 +185,10 @@ class Registry:
         if kept is None:
             raise RunNotFound(f"there is no run {name!r}")
         return kept
+
+
+def _nothing(_: int) -> None:
+    """Where nothing is kept on disk."""
 
 
 def _config_of(row: RunRow) -> RunConfig:

@@ -25,6 +25,7 @@ from typing import Protocol
 from ema_client.errors import (
     AverageNotFound,
     AwaitingWeights,
+    Fenced,
     InvalidRequest,
     RunDegraded,
     RunNotFound,
@@ -39,6 +40,7 @@ from ema_client.protocol import (
     RunConfig,
     RunInfo,
     RunStatus,
+    SnapshotInfo,
     UpdateResult,
     UpdateStatus,
     WeightsInfo,
@@ -88,13 +90,14 @@ class Update:
     """One update in the making. Owned by the request that pushes it; the run changes only at commit().
 
     base: the state it was begun on. averages: those of the state it makes; none where ``step`` was applied before.
-    work: to be advanced as the parameters arrive. slot: where the state is written to meanwhile, if it is kept.
+    writer: as for Run.begin(). work: to be advanced as the parameters arrive. slot: where the state is written to meanwhile, if it is kept.
     """
 
     step: int
     base: State
     averages: tuple[Average, ...]
     work: Pass
+    writer: int | None = None
     slot: Slot | None = None
 
 
@@ -135,6 +138,10 @@ class Run:
         self.fault: str | None = None
         #: Why the current state could not be kept on disk, or None.
         self.unkept: str | None = None
+        #: The number of the trainer that attached last; 0 before any did.
+        self.writer = 0
+        #: Versions of epochs up to this one may have been read, though their files are damaged.
+        self.last_epoch = 0
         self._retired = False
         self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         self._lock = threading.Lock()
@@ -221,6 +228,7 @@ class Run:
             created_at=self.created_at,
             updated_at=state.updated_at if state else self.created_at,
             reason=self.fault or self.unkept,
+            writer=self.writer,
         )
 
     def _status(self) -> RunStatus:
@@ -265,23 +273,38 @@ class Run:
             elif self.state.n or self.state.digest != digest:
                 raise WeightsExist(f"run {self.config.run!r} is at version {self.state.version}")
 
-    def admit(self, step: int) -> None:
+    def attach(self, keep: Callable[[int], None]) -> int:
+        """A writer's number: from here on updates of earlier writers, and of none, are refused.
+
+        keep: makes the number outlive the server, before it counts. Raises what that raises, RunNotFound.
+        """
+        with self._lock:
+            if self._retired:
+                raise RunNotFound(f"run {self.config.run!r} was deleted")
+            number = self.writer + 1
+            keep(number)
+            self.writer = number
+            return number
+
+    def admit(self, step: int, writer: int | None = None) -> None:
         """Refuse, before its body is read, an update that cannot be applied.
 
-        Raises AwaitingWeights, RunDegraded, StaleStep.
+        writer: the number of the trainer that sends it, None where it did not attach.
+        Raises Fenced, AwaitingWeights, RunDegraded, StaleStep.
         """
         state = self._writable_state()
+        self._check_writer(writer)
         if state.step is not None and (step < state.step or (step == state.step and state.n == 0)):
             origin = "its latest update" if state.n else "its initial weights"
             raise StaleStep(f"step {step} is not after step {state.step} of {origin} (run {self.config.run!r})")
 
-    def begin(self, step: int, staged: Staged) -> Update:
+    def begin(self, step: int, staged: Staged, writer: int | None = None) -> Update:
         """An update of the current state, to be fed as its parameters arrive, then committed. Raises as admit()."""
-        self.admit(step)
+        self.admit(step, writer)
         state = self.ready_state()
         if step == state.step:
             # It can only be the same again: what counts is its digest.
-            return Update(step, state, (), Pass(staged, (), check=False))
+            return Update(step, state, (), Pass(staged, (), check=False), writer)
         keeper = self.keeper
         slot = keeper.take() if keeper else None
         averages, feeds = [], []
@@ -292,7 +315,7 @@ class Run:
             sink = partial(slot.write, average.name) if slot and self._memory.on_host else None
             feeds.append(Feed(out, average.arena, retention.weight, sink))
             averages.append(replace(average, effective_decay=retention.decay, arena=out))
-        return Update(step, state, tuple(averages), Pass(staged, feeds, check=self._check), slot)
+        return Update(step, state, tuple(averages), Pass(staged, feeds, check=self._check), writer, slot)
 
     def commit(self, update: Update) -> UpdateResult:
         """Make the update's result the state, if that is still the one it was begun on.
@@ -302,11 +325,11 @@ class Run:
         """
         digest = update.work.finish()
         step = update.step
-        self.admit(step)
+        self.admit(step, update.writer)
         following = self._following(update, digest)
         slot = self._write(following, update.slot) if update.averages else None
         with self._lock:
-            self.admit(step)
+            self.admit(step, update.writer)
             state = self.ready_state()
             if step == state.step:
                 if digest != state.digest:
@@ -338,6 +361,39 @@ class Run:
         """
         with self._lock:
             self._amend(replace(self._writable_state(), num_updates=self._counter_at_start))
+
+    def rewind(self, averages: tuple[Average, ...], info: SnapshotInfo) -> None:
+        """Go back to what a snapshot holds, in a new epoch; updates after it are as if they had never been.
+
+        Also the way out of ``degraded``. Raises RunNotFound, StorageFailed.
+        """
+        before = self.state
+        epoch = max(self.last_epoch, before.epoch if before else 0) + 1
+        state = State(epoch, 0, info.step, info.num_updates, b"", averages, time.time())
+        slot = self._write(state)
+        with self._lock:
+            if self._retired:
+                raise RunNotFound(f"run {self.config.run!r} was deleted")
+            if self.state and self.state.epoch >= epoch:
+                raise Superseded(f"run {self.config.run!r} was rewound by someone else meanwhile", retry_after=0.0)
+            self._commit(state, slot)
+            self._forget_steps_after(info.step)
+            self.fault = None
+
+    def accept(self) -> None:
+        """Go on with the version that is there although later updates are gone: the other way out of ``degraded``.
+
+        Raises InvalidRequest where the run is well, RunDegraded where there is no version, StorageFailed.
+        """
+        if self.fault is None:
+            raise InvalidRequest(f"run {self.config.run!r} is not degraded: name the snapshot to go back to")
+        state = self.ready_state()
+        # Written anew, although nothing in it is: a restart finds it before what was damaged.
+        slot = self._write(state)
+        with self._lock:
+            if self.state is state:
+                self._commit(replace(state), slot)
+                self.fault = None
 
     def restore(self, state: State, steps: Iterable[int] = ()) -> None:
         """Take up a state from storage, made by updates of ``steps`` among others; for a run that nobody uses yet."""
@@ -371,6 +427,18 @@ class Run:
             averages=update.averages,
             updated_at=time.time(),
         )
+
+    def _check_writer(self, writer: int | None) -> None:
+        if (writer or 0) == self.writer:
+            return
+        if (writer or 0) > self.writer:
+            raise InvalidRequest(f"run {self.config.run!r} never gave the writer's number {writer}")
+        sent = "without a writer's number" if writer is None else f"of writer {writer}"
+        raise Fenced(f"an update {sent} came, and writer {self.writer} has taken over run {self.config.run!r}")
+
+    def _forget_steps_after(self, step: int | None) -> None:
+        kept = [] if step is None else [each for each in self._steps if each <= step]
+        self._steps = deque(kept, maxlen=_REMEMBERED_STEPS)
 
     def _gap(self, state: State, step: int) -> int:
         if self.config.decay_per == "update" or state.step is None:

@@ -27,7 +27,8 @@ CREATE TABLE checkpoints (
 """
 _SCHEMA = f"""
 CREATE TABLE runs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL,
+    writer INTEGER NOT NULL DEFAULT 0);
 {_CHECKPOINTS}
 CREATE TABLE snapshots (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
@@ -43,6 +44,7 @@ ALTER TABLE checkpoints RENAME TO checkpoints_1;
 INSERT INTO checkpoints (run_id, folder, state, synced, created_at)
     SELECT run_id, folder, state, 1, created_at FROM checkpoints_1;
 DROP TABLE checkpoints_1;
+ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
 """,
 }
 
@@ -57,6 +59,7 @@ class RunRow:
     name: str
     config: str
     created_at: float
+    writer: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,11 @@ class Catalog:
         self._write("DELETE FROM runs WHERE id = ?", run_id)
 
     def runs(self) -> list[RunRow]:
-        return [RunRow(*row) for row in self._read("SELECT id, name, config, created_at FROM runs ORDER BY id")]
+        query = "SELECT id, name, config, created_at, writer FROM runs ORDER BY id"
+        return [RunRow(*row) for row in self._read(query)]
+
+    def set_writer(self, run_id: int, writer: int) -> None:
+        self._write("UPDATE runs SET writer = ? WHERE id = ?", writer, run_id)
 
     def last_run_id(self) -> int:
         """The largest id a run ever had here, 0 if there was none."""

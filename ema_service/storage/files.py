@@ -119,6 +119,11 @@ class TensorFile:
         return checksum.hexdigest()
 
     @property
+    def name(self) -> str:
+        """Where it lies, for messages."""
+        return str(self._file.name)
+
+    @property
     def identity(self) -> str:
         """Another one for each file ever written here, the same after a restart."""
         status = os.fstat(self._file.fileno())

@@ -17,7 +17,7 @@ import logging
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ema_service.storage.catalog import Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
@@ -77,6 +77,10 @@ class Store:
         self._catalog.remove_run(row.id)
         remove_tree(self._run_folder(row))
 
+    def set_writer(self, row: RunRow, writer: int) -> None:
+        """Remember the number of the writer that attached last. Raises sqlite3.Error."""
+        self._catalog.set_writer(row.id, writer)
+
     def record(self, row: RunRow, event: str) -> None:
         """Add a line to the run's history."""
         self._catalog.add_history(row.id, time.time(), event)
@@ -114,12 +118,15 @@ class Store:
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def save_snapshot(self, row: RunRow, name: str, info: str, files: Files) -> None:
-        """Write a snapshot under a name that is free. Raises OSError."""
+    def save_snapshot(self, row: RunRow, name: str, info: Callable[[], str], files: Files) -> None:
+        """Write a snapshot under a name that is free. ``info`` is asked for once the files are written.
+
+        Raises OSError, sqlite3.Error.
+        """
         folder = self._snapshot_folder(row, name)
         remove_tree(folder)  # of a snapshot whose row was never written
         self._write_files(folder, files)
-        self._catalog.add_snapshot(SnapshotRow(row.id, name, info, time.time()))
+        self._catalog.add_snapshot(SnapshotRow(row.id, name, info(), time.time()))
 
     def snapshots(self, row: RunRow) -> list[SnapshotRow]:
         return self._catalog.snapshots(row.id)
