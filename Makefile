@@ -15,7 +15,7 @@ DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test soak lint bench clean
 
 help: ## Say what each target does
 	@echo 'make TARGET [ARGS="..."]'
@@ -41,6 +41,9 @@ demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minut
 
 test: $(DEV) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle; prints its seeds
+	$(BIN)/python -m pytest tests/fuzz/test_life.py --soak 600 --timeout 900 $(ARGS)
 
 lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .

@@ -1,0 +1,289 @@
+"""Whatever happens to runs, in whatever order, they are what LitEma in the trainer's own process would be.
+
+Hypothesis plays trainers, evaluators, operators and accidents against one real server: pushes, repeats, conflicting and
+broken-off bodies, snapshots, rewinds, changes, replaced trainers, clean stops and kill -9, also in the middle of a push
+whose outcome nobody learns. After each restart every run is compared, bit for bit, with an oracle in this process.
+
+A short round runs with the tests; ``make soak`` goes on for ten minutes and prints its seeds.
+
+Knows plain HTTP, sockets, signals and LitEma's arithmetic. Does not know how a state is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import httpx
+import pytest
+import torch
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from safetensors.torch import load, save
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tests.conftest import LitEmaOracle, ServerProcess
+
+SHAPES = {"a.weight": (300, 7), "a.bias": (7,), "b": (), "c.half": (1000,)}
+#: The second one's decay is LitEma's too, with its own ceiling.
+AVERAGES = {"ema": None, "fast": 0.5}
+
+SOME = settings(
+    max_examples=4, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+
+seeds = st.integers(0, 2**31)
+names = st.sampled_from(["s", "t", "epoch-1"])
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return {name: tensor.bfloat16() if "half" in name else tensor for name, tensor in made.items()}
+
+
+@dataclass
+class Moment:
+    """What a run should be: its averages by LitEma's own arithmetic, and what is counted."""
+
+    averages: dict[str, LitEmaOracle]
+    step: int = 0
+    last: bytes = b""
+
+    def push(self, step: int, seed: int) -> None:
+        for average in self.averages.values():
+            average.update(tensors(seed))
+        self.step, self.last = step, save(tensors(seed))
+
+
+@dataclass
+class Life:
+    """One run as its trainer and the oracle know it."""
+
+    name: str
+    now: Moment
+    snapshots: dict[str, Moment] = field(default_factory=dict)
+    writers: int = 0
+
+
+class Lives(RuleBasedStateMachine):
+    """One run of one server; ``server`` and ``litema`` are set by the test."""
+
+    server: ClassVar[ServerProcess]
+    litema: ClassVar[Callable[..., LitEmaOracle]]
+    count: ClassVar[int] = 0
+
+    @initialize(durability=st.sampled_from(["process", "disk"]), counted=st.booleans(), seed=seeds)
+    def create(self, durability: str, counted: bool, seed: int) -> None:
+        Lives.count += 1
+        dtypes = {torch.float32: "F32", torch.bfloat16: "BF16"}
+        layout = [{"name": n, "shape": list(t.shape), "dtype": dtypes[t.dtype]} for n, t in tensors(seed).items()]
+        averages = [{"name": name, "decay": decay} for name, decay in AVERAGES.items()]
+        self.http = self.server.http()
+        oracles = {
+            name: self.litema(tensors(seed), 0.9999 if decay is None else decay, counted)
+            for name, decay in AVERAGES.items()
+        }
+        self.life = Life(f"life-{self.count}", Moment(oracles))
+        config = {"run": self.life.name, "layout": layout, "averages": averages, "use_num_updates": counted}
+        self.http.post("/v1/runs", json={**config, "durability": durability}).raise_for_status()
+        self.http.put(f"{self.path}/weights", content=save(tensors(seed)), params={"step": 0}).raise_for_status()
+
+    def teardown(self) -> None:
+        if hasattr(self, "http"):
+            self.compare()
+            self.http.delete(self.path).raise_for_status()
+            self.http.close()
+
+    # --- trainers ---------------------------------------------------------------------------------------------------
+
+    @rule(seed=seeds, gap=st.integers(1, 3))
+    def push(self, seed: int, gap: int) -> None:
+        step = self.life.now.step + gap
+        answer = self.put(step, save(tensors(seed)))
+        self.life.now.push(step, seed)
+        assert answer.json() == {**answer.json(), "applied": True, "step": step, "durable_step": step}
+
+    @precondition(lambda self: self.life.now.last)
+    @rule()
+    def repeat(self) -> None:
+        assert self.put(self.life.now.step, self.life.now.last).json()["applied"] is False
+
+    @precondition(lambda self: self.life.now.last)
+    @rule(seed=seeds)
+    def conflict(self, seed: int) -> None:
+        answer = self.put(self.life.now.step, save(tensors(seed)))
+        assert answer.json().get("code") == "step_conflict" or save(tensors(seed)) == self.life.now.last
+
+    @rule(seed=seeds)
+    def stale(self, seed: int) -> None:
+        if self.life.now.step:
+            assert self.put(self.life.now.step - 1, save(tensors(seed))).json()["code"] == "stale_step"
+
+    @rule(seed=seeds, where=st.sampled_from(list(SHAPES)))
+    def not_finite(self, seed: int, where: str) -> None:
+        bad = tensors(seed)
+        bad[where].fill_(float("nan"))
+        answer = self.put(self.life.now.step + 1, save(bad))
+        assert (answer.json()["code"], where in answer.json()["detail"]) == ("non_finite", True)
+
+    @rule(seed=seeds, part=st.floats(0, 0.999))
+    def broken_off(self, seed: int, part: float) -> None:
+        body = save(tensors(seed))
+        with socket.create_connection(self.address) as sock:
+            sock.sendall(self.head(self.life.now.step + 1, len(body)) + body[: int(len(body) * part)])
+
+    @rule(seed=seeds, wait=st.floats(0, 0.02))
+    def outcome_unknown(self, seed: int, wait: float) -> None:
+        """The server dies around a push; the trainer repeats it, and it counts once."""
+        step, body = self.life.now.step + 1, save(tensors(seed))
+        with socket.create_connection(self.address) as sock:
+            sock.sendall(self.head(step, len(body)))
+            sender = threading.Thread(target=_send, args=(sock, body))
+            sender.start()
+            time.sleep(wait)
+            self.server.kill()
+            sender.join(10)
+        self.restart()
+        assert self.put(step, body).json()["step"] == step
+        self.life.now.push(step, seed)
+        self.compare()
+
+    @rule(seed=seeds)
+    def replaced(self, seed: int) -> None:
+        """Another trainer attaches; the one before cannot push any more."""
+        before = self.life.writers
+        answer = self.http.post(f"{self.path}/writers").raise_for_status()
+        self.life.writers += 1
+        assert answer.json()["writer"] == self.life.writers
+        old = {"Ema-Writer": str(before)} if before else {}
+        refused = self.http.put(
+            f"{self.path}/updates/{self.life.now.step + 1}", content=save(tensors(seed)), headers=old
+        )
+        assert refused.json()["code"] == "fenced"
+
+    # --- operators --------------------------------------------------------------------------------------------------
+
+    @rule(decay=st.floats(0, 1, width=32), average=st.sampled_from(list(AVERAGES)))
+    def change_decay(self, decay: float, average: str) -> None:
+        self.http.patch(self.path, json={"decay": decay, "average": average}).raise_for_status()
+        self.life.now.averages[average].decay = torch.tensor(decay, dtype=torch.float32)
+
+    @rule()
+    def reset(self) -> None:
+        self.http.post(f"{self.path}/reset-num-updates").raise_for_status()
+        for average in self.life.now.averages.values():
+            if average.num_updates >= 0:
+                average.num_updates.zero_()
+
+    @rule(name=names)
+    def snapshot(self, name: str) -> None:
+        answer = self.http.put(f"{self.path}/snapshots/{name}")
+        if answer.status_code == 201:
+            self.life.snapshots[name] = copy.deepcopy(self.life.now)
+        else:
+            assert answer.status_code == 200 or answer.json()["code"] == "snapshot_exists"
+
+    @rule(name=names)
+    def rewind(self, name: str) -> None:
+        answer = self.http.post(f"{self.path}/rewind", json={"snapshot": name})
+        if name not in self.life.snapshots:
+            assert answer.json()["code"] == "snapshot_not_found"
+            return
+        answer.raise_for_status()
+        self.life.now = copy.deepcopy(self.life.snapshots[name])
+        self.life.now.last = b""
+
+    @rule(name=names)
+    def delete_snapshot(self, name: str) -> None:
+        known = self.life.snapshots.pop(name, None)
+        assert self.http.delete(f"{self.path}/snapshots/{name}").status_code == (204 if known else 404)
+
+    @rule(clean=st.booleans())
+    def end(self, clean: bool) -> None:
+        self.server.stop() if clean else self.server.kill()
+        self.restart()
+        self.compare()
+
+    # --- evaluators -------------------------------------------------------------------------------------------------
+
+    @rule()
+    def compare(self) -> None:
+        info = self.http.get(self.path).raise_for_status().json()
+        counter = int(next(iter(self.life.now.averages.values())).num_updates)
+        expected = {"step": self.life.now.step, "num_updates": counter, "status": "ready", "writer": self.life.writers}
+        assert info == {**info, **expected, "durable_step": self.life.now.step}
+        self.check_weights("weights", self.life.now)
+        listed = self.http.get(f"{self.path}/snapshots").json()["snapshots"]
+        assert {each["name"]: each["step"] for each in listed} == {n: m.step for n, m in self.life.snapshots.items()}
+        for name, moment in self.life.snapshots.items():
+            self.check_weights(f"snapshots/{name}/weights", moment)
+
+    def check_weights(self, path: str, moment: Moment) -> None:
+        for name, average in moment.averages.items():
+            answer = self.http.get(f"{self.path}/{path}", params={"average": name}).raise_for_status()
+            found = load(answer.content)
+            assert found.keys() == average.shadow.keys()
+            assert [n for n, tensor in found.items() if not torch.equal(tensor, average.shadow[n])] == []
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        return f"/v1/runs/{self.life.name}"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.server.url)
+        return url.host, url.port or 80
+
+    def put(self, step: int, body: bytes) -> httpx.Response:
+        headers = {"Ema-Writer": str(self.life.writers)} if self.life.writers else {}
+        return self.http.put(f"{self.path}/updates/{step}", content=body, headers=headers)
+
+    def head(self, step: int, length: int) -> bytes:
+        writer = f"Ema-Writer: {self.life.writers}\r\n" if self.life.writers else ""
+        return (
+            f"PUT {self.path}/updates/{step} HTTP/1.1\r\nHost: x\r\n{writer}Content-Length: {length}\r\n\r\n"
+        ).encode()
+
+    def restart(self) -> None:
+        self.http.close()
+        self.server.start()
+        self.http = self.server.http()
+
+
+def _send(sock: socket.socket, body: bytes) -> None:
+    try:
+        sock.sendall(body)
+        sock.recv(1)
+    except OSError:
+        """The server is gone: that is what is tried."""
+
+
+def test_lives(
+    start_server: Callable[..., ServerProcess],
+    litema: Callable[..., LitEmaOracle],
+    soak_seconds: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A few lives, always the same; then, where soaking is asked for, as many more as fit into the time."""
+    Lives.server, Lives.litema = start_server(), staticmethod(litema)
+    run_state_machine_as_test(Lives, settings=settings(SOME, derandomize=True))  # type: ignore[no-untyped-call]
+    end = time.monotonic() + soak_seconds
+    first = random.randrange(2**32)
+    for number in itertools.count(first):
+        if time.monotonic() > end:
+            break
+        with capsys.disabled():
+            print(f"seed {number}, {Lives.count} lives so far")  # noqa: T201 - for whoever soaks
+        run_state_machine_as_test(seed(number)(Lives), settings=SOME)  # type: ignore[no-untyped-call]
