@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -31,6 +31,7 @@ from ema_client.errors import (
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
+    Durability,
     NonFinitePolicy,
     RunConfig,
     RunInfo,
@@ -49,6 +50,8 @@ from ema_client.weights import Weights, read_header
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from ema_client.connection import Body
 
     State = Mapping[str, Tensor] | nn.Module
 
@@ -88,6 +91,11 @@ class EmaClient:
         """The service's address."""
         return self._transport.url
 
+    @property
+    def retry(self) -> RetryPolicy:
+        """When calls try again."""
+        return self._transport.retry
+
     def __repr__(self) -> str:
         return f"EmaClient({self.url!r})"
 
@@ -113,6 +121,7 @@ class EmaClient:
         decay_per: DecayPer = "update",
         averages: Sequence[AverageConfig] | None = None,
         non_finite: NonFinitePolicy = "refuse",
+        durability: Durability | None = None,
         num_updates: int | None = None,
         step: int | None = None,
         exist_ok: bool = False,
@@ -127,6 +136,7 @@ class EmaClient:
             decay_per: "update", or "step" for a trainer that pushes every k-th step.
             averages: several averages of the one run; by default one, named "ema".
             non_finite: whether updates with NaN or Inf are refused or allowed.
+            durability: what of the run survives a crash of the service; by default as the protocol has it.
             num_updates, step: to carry on an EMA from elsewhere.
             exist_ok: return the run as it is, and send nothing, if it has its weights already.
 
@@ -144,6 +154,7 @@ class EmaClient:
             decay_per=decay_per,
             averages=(AverageConfig(),) if averages is None else tuple(averages),
             non_finite=non_finite,
+            **({} if durability is None else {"durability": durability}),
         )
         info = _parse(RunInfo, self._transport.json("POST", protocol.runs_path(), protocol.to_json(config)))
         if info.status == "awaiting_weights":
@@ -173,10 +184,17 @@ class EmaClient:
 
         body = tensors.encode(tensors.state_of(state))
         step = self._next_step(run) if step is None else step
+        return self._push(run, body, step, self._transport.upload)
+
+    def push_once(self, run: str, body: Body, *, step: int) -> UpdateResult:
+        """push(), tried once, of a body that is made already: for a sender that has its own way of trying again."""
+        return self._push(run, body, step, self._transport.upload_once)
+
+    def _push(self, run: str, body: Body, step: int, upload: Callable[[str, Body], Reply]) -> UpdateResult:
         if not 0 <= step <= protocol.MAX_STEP:
             raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
         try:
-            reply = self._transport.upload(protocol.update_path(_name(run, "run"), step), body)
+            reply = upload(protocol.update_path(_name(run, "run"), step), body)
         except EmaError:
             # Whether it was applied, and what others have pushed, the service knows better than we do.
             self._forget(run)

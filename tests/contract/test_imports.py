@@ -47,7 +47,12 @@ CLIENT_THIRD_PARTY = {
     "typer": {"ema_client.cli"},
     "rich": {"ema_client.cli"},
 }
-CLIENT_TORCH_AT_TOP = {"ema_client.tensors", "ema_client.remote_ema"}
+CLIENT_TORCH_AT_TOP = {
+    "ema_client.remote_ema",
+    "ema_client.selection",
+    "ema_client.sending",
+    "ema_client.tensors",
+}
 
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {canonicalize_name(Requirement(text).name) for text in _PROJECT["dependencies"]}
