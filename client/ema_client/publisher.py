@@ -137,7 +137,7 @@ class Publisher:
         self.check_usable()
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._free or self.stuck)
+                self._changed.wait_for(lambda: self._free or self.stuck or self._dead is not None)
             if not self._free:
                 self._skip()
             return self._free
