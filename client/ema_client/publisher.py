@@ -17,6 +17,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ __all__ = ["EXIT_SECONDS", "Publisher", "Stats", "Update"]
 SLOTS = 2
 #: How long the end of the program may wait for updates that are still on their way, for all publishers together.
 EXIT_SECONDS = 30.0
+#: How long a thread is given that has nothing more to do at the end of the program.
+LAST_SECONDS = 1.0
 #: Pauses between two rounds of tries while the service stays away, in seconds: the first, and the longest.
 STUCK_PAUSE = 2.0
 LONGEST_STUCK_PAUSE = 30.0
@@ -149,7 +152,7 @@ class Publisher:
             self._updates.append(update)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=f"ema {self._name}", daemon=True)
-                _watch(self)
+                _watch(self, self._thread)
                 self._thread.start()
             self._changed.notify_all()
 
@@ -193,6 +196,16 @@ class Publisher:
             if self._updates:
                 _log.warning("%s was dropped without close(); %d updates are on their way", self._name, self.pending)
             self._end()
+
+    def end_with_program(self, deadline: float) -> None:
+        """flush() until ``deadline`` (time.monotonic), without raising, then close()."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            self._wait_until_sent(max(0.0, deadline - time.monotonic()))
+            if self._updates:
+                _log.error("%s: the program ends with %d updates not applied", self._name, len(self._updates))
+        self.close()
 
     def close(self) -> None:
         """Give up what is pending, and end the thread. flush() comes first where it shall not be lost."""
@@ -363,11 +376,14 @@ def _worth_a_line(count: int) -> bool:
 # --- the end of the program -----------------------------------------------------------------------------------------
 
 _running: set[Publisher] = set()
+#: Those of ended publishers too, as long as they live.
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _running_lock = threading.Lock()
 
 
-def _watch(publisher: Publisher) -> None:
+def _watch(publisher: Publisher, thread: threading.Thread) -> None:
     with _running_lock:
+        _threads.add(thread)
         if not _running:
             # Anew, so that it runs before what was registered meanwhile, such as the closing of the connections.
             atexit.unregister(_flush_all)
@@ -384,22 +400,18 @@ def _flush_all() -> None:
     """At the end of the program: wait for what is pending, at most EXIT_SECONDS and not for a service that is away."""
     deadline = time.monotonic() + EXIT_SECONDS
     for publisher in list(_running):
-        if publisher._pid == os.getpid():
-            _last_flush(publisher, max(0.0, deadline - time.monotonic()))
-
-
-def _last_flush(publisher: Publisher, seconds: float) -> None:
-    with publisher._changed:
         # Whoever presses Ctrl-C once more at the end wants the end.
         with contextlib.suppress(KeyboardInterrupt):
-            publisher._wait_until_sent(seconds)
-        if publisher.pending:
-            _log.error("%s: the program ends with %d updates not applied", publisher._name, publisher.pending)
+            publisher.end_with_program(deadline)
+    # A thread that frees a tensor while the interpreter ends crashes it. One that hangs in a socket is left.
+    for thread in list(_threads):
+        thread.join(LAST_SECONDS)
 
 
 def _forget_after_fork() -> None:
     global _running_lock
     _running.clear()
+    _threads.clear()
     _running_lock = threading.Lock()
 
 

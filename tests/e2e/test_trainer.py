@@ -107,7 +107,7 @@ def trainer(tmp_path: Path, run_name: str) -> Iterator[Callable[..., Trainer]]:
         ("sys.exit(3)", 3),
         ("raise RuntimeError('the training failed')", 1),
         ("os.kill(os.getpid(), __import__('signal').SIGINT); time.sleep(30)", -signal.SIGINT),
-        ("del ema", 0),
+        ("del ema, client", 0),
     ],
 )
 def test_the_end_loses_nothing(
