@@ -34,7 +34,7 @@ class Scale:
     growth_bytes: int = 16 << 20
     growth_pushes: int = 500
     growth_warm: int = 50
-    gap_steps: int = 2000
+    gap_steps: int = 1000
 
 
 FULL = Scale()
