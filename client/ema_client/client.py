@@ -11,7 +11,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ema_client.connection import Body
+
     State = Mapping[str, Tensor] | nn.Module
 
 __all__ = ["EmaClient", "checked_decay"]
@@ -93,6 +96,11 @@ class EmaClient:
     def url(self) -> str:
         """The service's address."""
         return self._transport.url
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """When calls try again."""
+        return self._transport.retry
 
     def __repr__(self) -> str:
         return f"EmaClient({self.url!r})"
@@ -184,11 +192,17 @@ class EmaClient:
 
         body = tensors.encode(tensors.state_of(state))
         step = self._next_step(run) if step is None else step
+        return self._push(run, body, step, partial(self._transport.upload, headers=_writer_header(writer)))
+
+    def push_once(self, run: str, body: Body, *, step: int, writer: int | None = None) -> UpdateResult:
+        """push(), tried once, of a body that is made already: for a sender that has its own way of trying again."""
+        return self._push(run, body, step, partial(self._transport.upload_once, headers=_writer_header(writer)))
+
+    def _push(self, run: str, body: Body, step: int, upload: Callable[[str, Body], Reply]) -> UpdateResult:
         if not 0 <= step <= protocol.MAX_STEP:
             raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
         try:
-            path = protocol.update_path(_name(run, "run"), step)
-            reply = self._transport.upload(path, body, headers=_writer_header(writer))
+            reply = upload(protocol.update_path(_name(run, "run"), step), body)
         except EmaError:
             # Whether it was applied, and what others have pushed, the service knows better than we do.
             self._forget(run)

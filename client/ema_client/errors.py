@@ -3,7 +3,8 @@
     EmaError
     |-- TransportError            the answer never came
     |   |-- ServiceUnreachable    nothing listens at the URL
-    |   +-- ConnectionLost        the connection broke in the middle
+    |   |-- ConnectionLost        the connection broke in the middle
+    |   +-- UpdatesPending        flush(timeout=) ended before all updates were applied
     |-- ProtocolError             the answer came and is not one of ours
     |-- UsageError                the caller's own mistake, seen before anything was sent
     |   |-- InvalidDecay          outside [0, 1]; also a ValueError
@@ -83,6 +84,7 @@ __all__ = [
     "Superseded",
     "TransportError",
     "Unauthorized",
+    "UpdatesPending",
     "UsageError",
     "WeightsExist",
     "error_from_problem",
@@ -151,6 +153,14 @@ class ConnectionLost(TransportError):
     code = "connection_lost"
     title = "Connection lost"
     default_hint = "look at the server's log; the request may be repeated, an update is applied once at most"
+
+
+class UpdatesPending(TransportError):
+    """flush() was given a time, and updates were still on their way at its end. They go on being sent."""
+
+    code = "updates_pending"
+    title = "Updates still on their way"
+    default_hint = "flush again, with more time; ema.stats and the log tell how the sending goes"
 
 
 class ProtocolError(EmaError):

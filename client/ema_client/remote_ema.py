@@ -1,25 +1,36 @@
 """RemoteEma: in the place of LitEma in a training loop, with the shadow weights on the server.
 
-Knows: LitEma's calls and what they mean, the layout a run was made with, the trainer's step. Does not know: HTTP, how
-tensors travel, or the averaging itself, which is the server's.
+Knows: LitEma's calls and what they mean, the trainer's step, when an update is due and what must wait for it. Does not
+know: HTTP, which tensors are averaged (selection), how they are copied (sending) and sent (publisher), or the averaging
+itself, which is the server's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
-from ema_client.errors import AlreadyStored, NothingStored, RunExists, UsageError
-from ema_client.protocol import DEFAULT_DECAY, AverageConfig, RunInfo, TensorSpec
-from ema_client.tensors import parameters_of, specs_of, state_of
+from ema_client.errors import AlreadyStored, EmaError, NothingStored, RunExists, UsageError
+from ema_client.protocol import DEFAULT_DECAY, AverageConfig, DecayPer, Durability, RunInfo
+from ema_client.publisher import Publisher, Stats
+from ema_client.selection import BufferPolicy, FrozenPolicy, Selection
+from ema_client.sending import Sending, StepHook
 
-__all__ = ["RemoteEma"]
+__all__ = ["BusyPolicy", "RemoteEma"]
+
+#: What an update does while earlier ones are on their way: wait for room, or be left out and counted.
+BusyPolicy = Literal["block", "skip"]
+
+_log = logging.getLogger("ema_client")
 
 
 class RemoteEma:
@@ -27,7 +38,11 @@ class RemoteEma:
 
     Called where LitEma is: ``ema(model)`` after each optimizer step, ``with ema.scope(model):`` around an evaluation.
     Averaged are the parameters that require gradients, by their canonical names. Not an nn.Module: it has no weights of
-    its own to save, move or cast. One thread at a time.
+    its own to save, move or cast. One thread at a time, and the process that made it.
+
+    update() takes the parameters and returns; a thread sends them. What goes wrong with the sending is logged, counted
+    (``stats``) and raised by flush(), close() and whatever reads: these wait for the updates before them. The end of
+    the program waits for what is on its way, for at most 30 seconds.
 
     Args:
         model: the model. Its parameters are sent once, as the initial shadow, and not kept.
@@ -40,6 +55,18 @@ class RemoteEma:
         resume: go on with the run of this name. Its decay and its counter are then the service's, and its steps go on
             from the latest. Without it a run of this name must not exist.
         client: an EmaClient to use instead of a new one; close() then leaves it open.
+        update_every: send each k-th update only. The step counts the calls all the same.
+        decay_per: "update", LitEma's meaning: one decay for each update applied; "step": the product of the decays of
+            all calls since the last update applied, so that updates left out are made good.
+        on_busy: "block": wait while two updates are on their way, so that none is left out, as with LitEma; "skip":
+            never wait, leave this update out. Where the service is away nobody waits: updates are left out.
+        push_dtype: send the parameters as this: torch.bfloat16 for half the traffic. The shadow is float32 all the
+            same, beginning with the parameters as they were sent.
+        borrow: send the parameters from where they lie, on the CPU, and let the next step of a torch optimizer wait
+            until they are sent. Saves the copy. Nothing but an optimizer may change them between update() and step().
+        frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError.
+        buffers: "none", or "average" for the floating-point buffers too, such as BatchNorm's statistics.
+        durability: what survives a crash of the service; by default the protocol's.
 
     Raises InvalidDecay (a ValueError, as LitEma raises it), RunExists, with ``resume`` RunNotFound, and what
     EmaClient.create_run() raises.
@@ -57,26 +84,62 @@ class RemoteEma:
         averages: Sequence[AverageConfig] | None = None,
         resume: bool = False,
         client: EmaClient | None = None,
+        update_every: int = 1,
+        decay_per: DecayPer = "update",
+        on_busy: BusyPolicy = "block",
+        push_dtype: str | torch.dtype | None = None,
+        borrow: bool = False,
+        frozen: FrozenPolicy = "hold",
+        buffers: BufferPolicy = "none",
+        durability: Durability | None = None,
         use_num_upates: bool | None = None,
     ) -> None:
         counted = _one_spelling(use_num_updates, use_num_upates)
         decay = checked_decay(decay)
-        state = state_of(model)
+        _check_cadence(update_every, on_busy)
+        self._selection = Selection(model, buffers=buffers, frozen=frozen, dtype=push_dtype)
         if client is not None and (url is not None or token is not None):
             raise UsageError("both a client and a url or token are given", hint="give one: a client has its own url")
         self._run = run
-        self._layout = _by_name(specs_of(state))
+        self._update_every = update_every
+        self._decay_per: DecayPer = decay_per
+        self._waits = on_busy == "block"
+        self._borrows = borrow
         self._stored: list[Tensor] | None = None
+        self._frozen: set[str] = set()
+        tensors, _ = self._selection.of(model)
+        on_device = any(tensor.is_cuda for tensor in tensors)
+        self._sending = Sending(self._selection.specs, pinned=on_device)
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
         try:
             info = self._attach(decay, counted) if resume else None
             if info is None or info.status == "awaiting_weights":
-                info = self._create(state, decay, counted, averages)
+                info = self._create(self._initial(tensors), decay, counted, averages, durability)
         except BaseException:
             self._release()
             raise
-        self._step = info.step or 0
+        self._step = self._first_step = info.step or 0
+        self._start(hooked=borrow or on_device)
+
+    def _start(self, *, hooked: bool) -> None:
+        client, run = self._client, self._run
+        # Neither the thread nor the hook knows this object: one that is dropped without close() ends both.
+        self._publisher = Publisher(
+            lambda step, body: client.push_once(run, body, step=step), client.retry, name=f"run {run!r} at {client.url}"
+        )
+        publisher, devices = self._publisher, self._sending.devices
+
+        def before_step() -> None:
+            devices.before_step()
+            publisher.recall()
+
+        self._hook = StepHook(before_step) if hooked else None
+        if self._hook is not None:
+            publisher.at_end(self._hook.remove)
+        self._dropped = weakref.finalize(self, publisher.finish)
+        # The end of the program is the publisher's own, which waits.
+        self._dropped.atexit = False
 
     @property
     def run(self) -> str:
@@ -86,12 +149,24 @@ class RemoteEma:
     @property
     def decay(self) -> float:
         """The largest decay, asked of the service. LitEma and the service compute with its float32 value."""
+        self.flush()
         return self._client.run(self._run).decay
 
     @property
     def num_updates(self) -> int:
         """LitEma's counter, asked of the service; -1 where it is off."""
+        self.flush()
         return self._client.run(self._run).num_updates
+
+    @property
+    def pending(self) -> int:
+        """Updates taken and not yet applied: 0, 1 or 2."""
+        return self._publisher.pending
+
+    @property
+    def stats(self) -> Stats:
+        """How many updates were sent, skipped and failed."""
+        return self._publisher.stats
 
     def __repr__(self) -> str:
         return f"RemoteEma(run={self._run!r}, url={self._client.url!r})"
@@ -105,32 +180,57 @@ class RemoteEma:
     def update(self, model: nn.Module) -> None:
         """One EMA step with the model's parameters as they are. They may change again once this returns.
 
-        Raises UsageError if the parameters are no longer those the run was made with; NonFinite, and then the EMA stays
-        as it was; what EmaClient.push() raises. An update that failed is not made up for: the next one is a new step.
+        Call it once for each optimizer step, also where gradients are accumulated over several batches. Never raises
+        for what the service or the network does. Raises UsageError if the parameters are no longer those the run was
+        made with, and after close(). An update that failed is not made up for: the next one is a new step.
         """
-        state = state_of(model)
-        self._check_layout(specs_of(state))
+        self._publisher.check_usable()
+        # Asked at every call: what counts is a step since the last one.
+        hooked = self._hook is not None and self._hook.fired()
+        due = (self._step + 1 - self._first_step) % self._update_every == 0
+        tensors = self._tensors(model) if due else []
         self._step += 1
-        self._send(state, self._step)
+        if due and self._publisher.room(wait=self._waits):
+            self._send(tensors, self._step, hooked=hooked)
 
     def reset_num_updates(self) -> None:
         """Let the warm-up begin anew. With the counter off it stays off (LitEma's switched on)."""
         self.flush()
         self._client.reset_num_updates(self._run)
 
-    def flush(self) -> None:
-        """Return when every update so far has been applied. Updates are not queued yet: they have been."""
+    def flush(self, timeout: float | None = None) -> None:
+        """Return when every update so far has been applied. Raises what went wrong with those since the last flush.
 
-    def close(self) -> None:
-        """Flush, and close the connections. The run stays on the service."""
-        self.flush()
-        self._release()
+        Raises UpdatesPending after ``timeout`` seconds; ServiceUnreachable or ConnectionLost where the service is away
+        for longer than the client's retries (about ten seconds). What is pending is sent on, and training can go on.
+        """
+        self._publisher.flush(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Flush, and close the connections. The run stays on the service.
+
+        Raises as flush(), and everything is closed all the same: what is not sent by then is lost, and logged.
+        """
+        if not self._dropped.alive:
+            return
+        try:
+            self.flush(timeout)
+        finally:
+            self._dropped.detach()
+            self._publisher.close()
+            self._release()
 
     def __enter__(self) -> RemoteEma:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except EmaError as fault:
+            if error is None:
+                raise
+            # What the block raised is what its caller has to see.
+            _log.error("run %r was closed with: %s", self._run, fault)
 
     # --- what code written for an nn.Module asks -------------------------------------------------------------------
 
@@ -145,13 +245,17 @@ class RemoteEma:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def copy_to(self, model: nn.Module) -> None:
-        """Write the EMA weights into the model's parameters, those that require gradients.
+        """Write the EMA weights into the model's parameters (and buffers, if they are averaged), frozen ones too.
 
         Includes every update so far. Raises UsageError, before anything is written, if the parameters are not those of
         the run.
         """
         self.flush()
-        self._client.copy_to(self._run, model)
+        targets, twins = self._selection.targets(model)
+        self._client.pull(self._run, out=targets)
+        with torch.no_grad():
+            for twin, name in twins:
+                twin.copy_(targets[name])
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of ``parameters``, on their devices, until restore(). Raises AlreadyStored if there are some."""
@@ -181,7 +285,8 @@ class RemoteEma:
         """
         self._check_nothing_stored()
         # The very tensors: what is frozen inside the block is restored all the same.
-        parameters = list(parameters_of(model).values())
+        targets, twins = self._selection.targets(model)
+        parameters = [*targets.values(), *(twin for twin, _ in twins)]
         self.store(parameters)
         try:
             self.copy_to(model)
@@ -191,16 +296,51 @@ class RemoteEma:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _send(self, state: dict[str, Tensor], step: int) -> None:
+    def _send(self, tensors: list[Tensor], step: int, *, hooked: bool) -> None:
         """The one place where an update leaves the trainer."""
-        self._client.push(self._run, state, step=step)
+        # A service that is away may need the bytes for longer than a step takes.
+        if self._borrows and hooked and not self._publisher.stuck and self._sending.can_borrow(tensors):
+            update = self._sending.borrowed(step, tensors)
+        else:
+            update = self._sending.copied(step, tensors, hooked=hooked)
+        self._publisher.submit(update)
+
+    def _tensors(self, model: nn.Module) -> list[Tensor]:
+        tensors, frozen = self._selection.of(model)
+        if news := set(frozen) - self._frozen:
+            self._frozen |= news
+            warnings.warn(
+                f"parameters of run {self._run!r} were frozen; their average goes on, towards the values they have: "
+                + ", ".join(sorted(news)[:5])
+                + (f" and {len(news) - 5} more" if len(news) > 5 else ""),
+                stacklevel=3,
+            )
+        return tensors
+
+    def _initial(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are sent; where they are copied, in the memory that updates will be copied to."""
+        live = self._borrows and self._sending.can_borrow(tensors)
+        sent = tensors if live else self._sending.warmed(tensors)
+        return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
     def _create(
-        self, state: dict[str, Tensor], decay: float, counted: bool, averages: Sequence[AverageConfig] | None
+        self,
+        state: dict[str, Tensor],
+        decay: float,
+        counted: bool,
+        averages: Sequence[AverageConfig] | None,
+        durability: Durability | None,
     ) -> RunInfo:
         try:
             return self._client.create_run(
-                self._run, state, decay=decay, use_num_updates=counted, averages=averages, step=0
+                self._run,
+                state,
+                decay=decay,
+                use_num_updates=counted,
+                decay_per=self._decay_per,
+                averages=averages,
+                durability=durability,
+                step=0,
             )
         except RunExists as exists:
             hint = "pass resume=True to go on with it, choose another name, or delete the old run first"
@@ -213,36 +353,24 @@ class RemoteEma:
                 f"run {self._run!r} has use_num_updates={info.use_num_updates}",
                 hint=f"resume it with use_num_updates={info.use_num_updates}, or make a new run",
             )
+        if info.decay_per != self._decay_per:
+            raise UsageError(
+                f"run {self._run!r} has decay_per={info.decay_per!r}",
+                hint=f"resume it with decay_per={info.decay_per!r}, or make a new run",
+            )
         if _float32(info.decay) != _float32(decay):
             warnings.warn(
                 f"run {self._run!r} goes on with its decay {info.decay:.6g}, not {decay:.6g}; set_decay() changes it",
                 stacklevel=3,
             )
-        elements = sum(_elements(spec) for spec in self._layout.values())
-        if (info.tensors, info.parameters) != (len(self._layout), elements):
+        tensors, elements = len(self._selection.specs), self._selection.elements
+        if (info.tensors, info.parameters) != (tensors, elements):
             raise UsageError(
                 f"run {self._run!r} has {info.tensors} tensors with {info.parameters} elements in all, "
-                f"the model {len(self._layout)} with {elements}",
+                f"the model {tensors} with {elements}",
                 hint="resume with the model the run was made with, frozen as it was then",
             )
         return info
-
-    def _check_layout(self, specs: tuple[TensorSpec, ...]) -> None:
-        now = _by_name(specs)
-        if now == self._layout:
-            return
-        faults = [f"{name!r} is missing or frozen" for name in self._layout if name not in now]
-        faults += [f"{name!r} is new or no longer frozen" for name in now if name not in self._layout]
-        faults += [
-            f"{name!r} is {spec.dtype} {spec.shape}, was {self._layout[name].dtype} {self._layout[name].shape}"
-            for name, spec in now.items()
-            if name in self._layout and spec != self._layout[name]
-        ]
-        raise UsageError(
-            f"the model's parameters are not those of run {self._run!r}: {'; '.join(faults[:5])}"
-            + (f" and {len(faults) - 5} more" if len(faults) > 5 else ""),
-            hint="freeze and unfreeze before the RemoteEma is made, or make a new run for the changed model",
-        )
 
     def _check_nothing_stored(self) -> None:
         if self._stored is not None:
@@ -265,16 +393,15 @@ def _one_spelling(use_num_updates: bool, use_num_upates: bool | None) -> bool:
     return use_num_upates
 
 
-def _by_name(specs: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
-    return {spec.name: spec for spec in specs}
-
-
 def _float32(decay: float) -> float:
     return float(torch.tensor(decay, dtype=torch.float32))
 
 
-def _elements(spec: TensorSpec) -> int:
-    return torch.Size(spec.shape).numel()
+def _check_cadence(update_every: int, on_busy: str) -> None:
+    if update_every < 1:
+        raise UsageError(f"update_every={update_every} is less than 1", hint="1 sends every update, 10 each tenth")
+    if on_busy not in get_args(BusyPolicy):
+        raise UsageError(f"on_busy={on_busy!r} is unknown", hint="give 'block' or 'skip'")
 
 
 def _check_same_shapes(stored: list[Tensor], targets: list[Tensor]) -> None:

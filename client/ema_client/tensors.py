@@ -21,7 +21,7 @@ from ema_client.errors import ProtocolError, UsageError
 from ema_client.names import canonical_names
 from ema_client.protocol import TensorSpec
 
-__all__ = ["dtype_name", "encode", "memory", "parameters_of", "receive", "specs_of", "state_of"]
+__all__ = ["dtype_name", "dtype_of", "encode", "memory", "on_host", "parameters_of", "receive", "specs_of", "state_of"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -74,7 +74,7 @@ def encode(state: Mapping[str, Tensor]) -> Body:
     def pieces() -> Iterator[memoryview]:
         yield memoryview(header)
         for entry in entries:
-            yield memory(_on_host(state[entry.name]))
+            yield memory(on_host(state[entry.name]))
 
     return Body(len(header) + (entries[-1].end if entries else 0), pieces)
 
@@ -92,7 +92,7 @@ def receive(
     ``readinto`` raises passes through, and ``out`` is then part old, part new.
     """
     entries = tuple(entries)
-    dtypes = [_dtype_of(entry) for entry in entries]
+    dtypes = [dtype_of(entry) for entry in entries]
     if out is None:
         out = {entry.name: torch.empty(entry.shape, dtype=dtype) for entry, dtype in zip(entries, dtypes, strict=True)}
     else:
@@ -176,12 +176,13 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def _on_host(tensor: Tensor) -> Tensor:
+def on_host(tensor: Tensor) -> Tensor:
     """The tensor itself if its memory can be sent, else a copy that lives until it is sent."""
     return tensor if _is_plain(tensor) else tensor.detach().to("cpu").contiguous()
 
 
-def _dtype_of(entry: wire.Entry) -> torch.dtype:
+def dtype_of(entry: wire.Entry) -> torch.dtype:
+    """The dtype of one tensor of a stream. Raises ProtocolError for one that no run holds."""
     if entry.dtype not in _DTYPES:
         raise ProtocolError(f"{entry.name!r} came as {entry.dtype}, which this client does not read")
     return _DTYPES[entry.dtype]
@@ -195,7 +196,7 @@ class _Scratch:
 
     def tensor(self, entry: wire.Entry) -> Tensor:
         """Memory of the entry's dtype and shape, until the next call."""
-        dtype = _dtype_of(entry)
+        dtype = dtype_of(entry)
         size = prod(entry.shape) * dtype.itemsize
         if self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=torch.uint8)

@@ -66,7 +66,7 @@ class Transport:
         self._timeouts = timeouts = timeouts or Timeouts()
         context = ssl.create_default_context() if address.secure else None
         self.url = address.url
-        self._retry = retry or RetryPolicy()
+        self.retry = retry or RetryPolicy()
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
         self._bulk = BulkPool(address, timeouts, context)
         self._http = httpx.Client(
@@ -97,14 +97,16 @@ class Transport:
         self, path: str, body: Body, *, query: Query | None = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
         """PUT a large body, with retries, each from its beginning."""
+        return self.retrying(lambda _: self.upload_once(path, body, query=query, headers=headers))
+
+    def upload_once(
+        self, path: str, body: Body, *, query: Query | None = None, headers: Mapping[str, str] | None = None
+    ) -> Reply:
+        """The same, tried once: for a caller that has its own way of trying again."""
+        self._check_open()
         headers = {**self._headers, "Content-Type": "application/octet-stream", **(headers or {})}
-
-        def attempt(_: int) -> Reply:
-            self._check_open()
-            answer = self._bulk.put(_with_query(path, query), headers, body)
-            return Reply(answer.url, json_of(answer))
-
-        return self.retrying(attempt)
+        answer = self._bulk.put(_with_query(path, query), headers, body)
+        return Reply(answer.url, json_of(answer))
 
     def download(
         self,
@@ -144,7 +146,7 @@ class Transport:
             try:
                 return operation(attempt)
             except EmaError as error:
-                pause = self._retry.delay(attempt, error, random.random)
+                pause = self.retry.delay(attempt, error, random.random)
                 if pause is None:
                     raise
             time.sleep(pause)

@@ -225,9 +225,7 @@ class RunFiles:
             self._row, info.name, lambda: json.dumps({**to_json(info), "checksums": checksums}), files
         )
 
-    def _chunks(
-        self, state: State, average: Average, snapshot: str, checksums: dict[str, str]
-    ) -> Iterator[memoryview]:
+    def _chunks(self, state: State, average: Average, snapshot: str, checksums: dict[str, str]) -> Iterator[memoryview]:
         data = self._memory.to_host(average.arena.tensor).numpy().data
         yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
         checksums[average.name] = xxhash.xxh3_128(data).hexdigest()

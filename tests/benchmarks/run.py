@@ -9,6 +9,9 @@
     memory    peaks of server and client
     kernel    the averaging on flat memory
     gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
+    trainer   time inside update() on a GPT-2-sized model, beside one copy and the libraries that average in the trainer
+    loop      a whole training step with and without an EMA
+    gap       how far off an EMA is that gets each k-th step only, with the decay made good and without
     gpu       what a CUDA device adds, where there is one
 
 The libraries to compare with come with the extra ``[bench]``; one that is not installed is said to be missing.
@@ -26,11 +29,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gap
 import gpu
 import kernel
 import latency
 import memory
 import models
+import training
 import wire
 from scale import FULL, QUICK, Scale
 
@@ -52,6 +57,9 @@ GROUPS: dict[str, Measure] = {
     "memory": memory.measure,
     "kernel": kernel.measure,
     "gpt2": models.measure,
+    "trainer": training.measure,
+    "loop": training.measure_loop,
+    "gap": gap.measure,
     "gpu": gpu.measure,
 }
 

@@ -20,6 +20,7 @@ class Scale:
     readers, reader_bytes: how many pull one version at once, and its size.
     growth_bytes, growth_pushes, growth_warm: pushes after which the server should be as large as before; counted from
     the push ``growth_warm`` on.
+    gap_steps: of the training that is followed with gaps.
     """
 
     rounds: int = 5
@@ -33,6 +34,7 @@ class Scale:
     growth_bytes: int = 16 << 20
     growth_pushes: int = 500
     growth_warm: int = 50
+    gap_steps: int = 1000
 
 
 FULL = Scale()
@@ -48,4 +50,5 @@ QUICK = replace(
     growth_bytes=1 << 20,
     growth_pushes=20,
     growth_warm=10,
+    gap_steps=200,
 )

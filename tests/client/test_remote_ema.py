@@ -5,6 +5,8 @@ Knows what a training loop does with a LitEma. Does not know how updates travel 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from ema_client.errors import (
     RunExists,
     RunNotFound,
     ServiceUnreachable,
+    TransportError,
     UsageError,
 )
 
@@ -145,8 +148,8 @@ def test_bit_identical_to_litema(
         train(model)
         ema(model)
         oracle(model)
-        assert same(client.pull(ema.run), oracle.shadow), f"after update {number}"
         assert ema.num_updates == int(oracle.num_updates)
+        assert same(client.pull(ema.run), oracle.shadow), f"after update {number}"
     assert torch.equal(torch.tensor(ema.decay, dtype=torch.float32), oracle.decay)
 
 
@@ -160,6 +163,7 @@ def test_other_dtypes_keep_a_wide_shadow(make: Callable[..., RemoteEma], client:
         train(model)
         ema.update(model)
         oracle(model)
+    ema.flush()
 
     assert same(client.pull(ema.run), oracle.shadow)
 
@@ -193,6 +197,7 @@ def test_run_is_made_at_step_zero(make: Callable[..., RemoteEma], client: EmaCli
     assert (info.status, info.step, info.num_updates, info.tensors) == ("ready", 0, 0, 9)
     for step in (1, 2, 3):
         ema(model)
+        ema.flush()
         assert client.run(ema.run).step == step
 
 
@@ -253,6 +258,7 @@ def test_several_averages(make: Callable[..., RemoteEma], client: EmaClient) -> 
     ema = make(model, 0.5, False, averages=[AverageConfig("ema"), AverageConfig("raw", decay=0.0)])
     train(model)
     ema(model)
+    ema.flush()
 
     assert ema.decay == 0.5
     assert same(client.pull(ema.run, average="raw"), values(model))
@@ -319,7 +325,7 @@ def test_wrapped_model_is_the_same_model(make: Callable[..., RemoteEma], client:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: model.conv.requires_grad_(False), r"'conv\.weight' is missing or frozen"),
+        (lambda model: delattr(model, "conv"), r"'conv\.bias' is missing; 'conv\.weight' is missing"),
         (lambda model: model.frozen.requires_grad_(True), r"'frozen\.weight' is new or no longer frozen"),
         (lambda model: setattr(model, "gain", nn.Parameter(torch.ones(2))), r"'gain' is F32 \(2,\), was F32 \(\)"),
         (lambda model: model.half(), r"is F16 .*, was F32"),
@@ -329,7 +335,7 @@ def test_wrapped_model_is_the_same_model(make: Callable[..., RemoteEma], client:
 def test_changed_parameters_are_named(
     make: Callable[..., RemoteEma], client: EmaClient, change: Callable[[Zoo], object], message: str
 ) -> None:
-    """A parameter frozen, unfrozen, added or changed later is an error that names it, and the EMA stays as it was."""
+    """A parameter removed, unfrozen, added or changed later is an error that names it, and the EMA stays as it was."""
     model = Zoo()
     ema = make(model)
     before = client.pull(ema.run)
@@ -360,8 +366,9 @@ def test_refused_update_does_not_stop_the_next(make: Callable[..., RemoteEma], c
     good = values(model)
     with torch.no_grad():
         model.conv.weight[0, 0, 0, 0] = float("nan")
+    ema(model)
     with pytest.raises(NonFinite, match=r"conv\.weight"):
-        ema(model)
+        ema.flush()
     assert same(client.pull(ema.run), oracle.shadow)
 
     with torch.no_grad():
@@ -369,6 +376,7 @@ def test_refused_update_does_not_stop_the_next(make: Callable[..., RemoteEma], c
     train(model)
     ema(model)
     oracle(model)
+    ema.flush()
     assert same(client.pull(ema.run), oracle.shadow)
     assert client.run(ema.run).step == 2
 
@@ -376,11 +384,11 @@ def test_refused_update_does_not_stop_the_next(make: Callable[..., RemoteEma], c
 def test_update_of_unknown_outcome_does_not_stop_the_next(
     relay: Callable[..., Any], client: EmaClient, run_name: str
 ) -> None:
-    """Where an update was applied and its answer lost for good, the next update is not taken for the same step."""
+    """Where an update was applied and its answer lost, it is sent again, applied once, and the next one follows."""
     lost: list[str] = []
 
     def loses(request: Any) -> bool:
-        if request.method == "PUT" and "/updates/1" in request.target:
+        if request.method == "PUT" and "/updates/1" in request.target and len(lost) < 3:
             lost.append(request.target)
             return True
         return False
@@ -390,14 +398,250 @@ def test_update_of_unknown_outcome_does_not_stop_the_next(
         ema, oracle = RemoteEma(model, 0.5, run=run_name, client=shaky), LitEmaOracle(model, 0.5)
         train(model)
         oracle(model)
+        ema(model)
         with pytest.raises(ConnectionLost):
-            ema(model)
+            ema.flush()
         train(model)
         oracle(model)
         ema(model)
+        while ema.pending:
+            with contextlib.suppress(ConnectionLost):
+                ema.flush()
+        ema.close()
 
-    assert lost
+    assert len(lost) == 3
     assert same(client.pull(run_name), oracle.shadow)
+
+
+def test_step_is_decayed_for_what_was_left_out(make: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """update_every=k sends each k-th call with its own step; with decay_per="step" a constant model's EMA is exact."""
+    model = nn.Linear(3, 3)
+    ema, oracle = make(model, 0.9, update_every=5, decay_per="step"), LitEmaOracle(model, 0.9)
+    train(model)
+    for _ in range(23):
+        ema(model)
+        oracle(model)
+    ema.flush()
+
+    info = client.run(ema.run)
+    assert (info.step, ema.num_updates, ema.stats.sent) == (20, 20, 4)
+    for _ in range(2):
+        ema(model)
+        oracle(model)
+    ema.flush()
+    pulled = client.pull(ema.run)
+    assert all(torch.allclose(pulled[name], shadow, rtol=1e-6, atol=0) for name, shadow in oracle.shadow.items())
+
+
+def test_each_kth_update_is_an_update(make: Callable[..., RemoteEma]) -> None:
+    """With decay_per="update", as with a LitEma that is called each k-th time."""
+    model = nn.Linear(2, 2)
+    ema, oracle = make(model, 0.9, update_every=3), LitEmaOracle(model, 0.9)
+    for number in range(1, 10):
+        train(model)
+        ema(model)
+        if number % 3 == 0:
+            oracle(model)
+    ema.copy_to(model)
+
+    assert ema.num_updates == 3
+    assert same(values(model), oracle.shadow)
+
+
+@pytest.mark.parametrize("options", [{"update_every": 0}, {"on_busy": "wait"}])
+def test_unknown_cadence(free_url: str, options: dict[str, Any]) -> None:
+    """What cannot be meant is refused before the service is asked for anything."""
+    with pytest.raises(UsageError, match=next(iter(options))):
+        RemoteEma(nn.Linear(1, 1), run="r", url=free_url, **options)
+
+
+def test_push_dtype_halves_the_traffic(make: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """Parameters are sent in bf16, of which the float32 shadow is the average that LitEma's arithmetic gives."""
+    model = nn.Linear(3, 3)
+    ema = make(model, 0.9, push_dtype=torch.bfloat16)
+    sent = nn.Linear(3, 3).bfloat16()
+    sent.load_state_dict(model.state_dict())
+    oracle = LitEmaOracle(sent, 0.9)
+    for _ in range(5):
+        train(model)
+        ema(model)
+        sent.load_state_dict(model.state_dict())
+        oracle(sent)
+    ema.copy_to(model)
+
+    assert client.run(ema.run).shadow_dtype == "F32"
+    assert same(values(model), oracle.shadow)
+
+
+def test_buffers_are_averaged_if_asked_for(make: Callable[..., RemoteEma]) -> None:
+    """BatchNorm's statistics become tensors of the run; copy_to() and scope() write and restore them; counters stay."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    ema = make(model, 0.5, False, buffers="average")
+    began = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.randn(8, 2) + 3)
+    ema(model)
+    now = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with ema.scope(model):
+        inside = dict(model.named_buffers())
+        middle = began["1.running_mean"] - 0.5 * (began["1.running_mean"] - now["1.running_mean"])
+        assert torch.equal(inside["1.running_mean"], middle)
+        assert inside["1.num_batches_tracked"] == 1
+
+    assert all(torch.equal(buffer, now[name]) for name, buffer in model.named_buffers())
+
+
+def test_frozen_later(make: Callable[..., RemoteEma]) -> None:
+    """A parameter frozen in the middle goes on being averaged, with one warning; copy_to() and scope() include it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema, oracle = make(model, 0.5), LitEmaOracle(model, 0.5)
+    train(model)
+    ema(model)
+    oracle(model)
+    model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"were frozen; .*: 0\.bias, 0\.weight") as warned:
+        ema(model)
+    ema(model)
+    model[0].requires_grad_(True)
+    for _ in range(2):
+        oracle(model)
+    model[0].requires_grad_(False)
+    training = values(model)
+    with ema.scope(model):
+        assert same(values(model), oracle.shadow)
+
+    assert len(warned) == 1
+    assert same(values(model), training)
+
+
+def test_tied_weights_in_a_model_that_has_them_apart(make: Callable[..., RemoteEma]) -> None:
+    """The average of a tied tensor goes to both of its names, and scope() gives both back."""
+    model = Zoo()
+    ema = make(model, 0.5)
+    train(model)
+    ema(model)
+    apart = Zoo()
+    apart.head.weight = nn.Parameter(torch.zeros_like(apart.head.weight))
+    before = values(apart)
+    with ema.scope(apart):
+        assert torch.equal(apart.head.weight, apart.table.weight)
+
+    assert same(values(apart), before)
+
+
+def test_reads_wait_for_what_was_sent(make: Callable[..., RemoteEma]) -> None:
+    """Right after update(), each of them is of the state with it."""
+    model = nn.Linear(300, 300)
+    ema = make(model, 0.0, False)
+    for _ in range(5):
+        train(model)
+        ema(model)
+        target = nn.Linear(300, 300)
+        ema.copy_to(target)
+        assert same(values(target), values(model))
+    counted = make(model, run=ema.run + "-counted")
+    for number in range(1, 5):
+        counted(model)
+        assert counted.num_updates == number
+        assert counted.pending == 0
+    assert counted.stats.sent == 4
+
+
+@pytest.mark.parametrize("borrow", [False, True])
+def test_optimizer_right_after_the_update(make: Callable[..., RemoteEma], borrow: bool) -> None:
+    """What the optimizer does while the update is on its way is not in it: the EMA is LitEma's, bit for bit."""
+    model = nn.Sequential(*(nn.Linear(400, 400) for _ in range(5)))
+    ema, oracle = make(model, 0.9, borrow=borrow), LitEmaOracle(model, 0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(20):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        ema(model)
+        oracle(model)
+    ema.copy_to(model)
+
+    assert same(values(model), oracle.shadow)
+
+
+def test_borrowing_waits_in_the_optimizers_step(make: Callable[..., RemoteEma]) -> None:
+    """update() returns while the parameters are being sent; the step that would change them waits. Before a step was
+    seen, and where no optimizer is, a copy is sent."""
+    model = nn.Linear(2000, 2000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = make(model, borrow=True)
+    made: list[bool] = []
+    submit = ema._publisher.submit
+    ema._publisher.submit = lambda update: (made.append(update.borrowed), submit(update))[1]  # type: ignore[method-assign,func-returns-value]
+    ema(model)
+    optimizer.step()
+    assert ema.pending == 1
+    ema(model)
+    optimizer.step()
+    assert ema.pending == 0
+    ema(model)
+    ema(model)
+
+    assert made == [False, True, True, False]
+
+
+def test_dropped_without_close(server: Any, client: EmaClient, run_name: str) -> None:
+    """What was sent is applied, and neither thread nor hook is left."""
+    model = nn.Linear(50, 50)
+    ema = RemoteEma(model, run=run_name, url=server.url, borrow=True)
+    ema(model)
+    thread = ema._publisher._thread
+    hook = ema._hook
+    assert thread is not None
+    assert hook is not None
+    del ema
+    gc.collect()
+    thread.join(20)
+
+    assert not thread.is_alive()
+    assert client.run(run_name).step == 1
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not hook.fired()
+
+
+def test_close_reports_what_failed_and_closes(make: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """close() raises what nobody was told of yet, once; a block that raised keeps its own error."""
+    model = nn.Linear(2, 2)
+    ema = make(model)
+    client.delete_run(ema.run)
+    ema(model)
+    with pytest.raises(RunNotFound):
+        ema.close()
+    ema.close()
+    with pytest.raises(UsageError, match="closed"):
+        ema(model)
+    other = make(model)
+    client.delete_run(other.run)
+    with pytest.raises(_Oops), other:
+        raise _oops_after(lambda: other(model))
+
+
+def test_service_gone_for_good(relay: Callable[..., Any], run_name: str) -> None:
+    """A trainer whose service never comes back trains on; flush() and reads say so, and close() ends it."""
+    model = nn.Linear(2, 2)
+    gate = relay(lambda _: False)
+    with EmaClient(gate.url, retry=ONCE) as client:
+        ema = RemoteEma(model, run=run_name, client=client)
+        ema(model)
+        ema.flush()
+        gate.close()
+        for _ in range(100):
+            ema(model)
+        with pytest.raises(TransportError):
+            ema.flush()
+        with pytest.raises(TransportError):
+            _ = ema.num_updates
+        with pytest.raises(TransportError):
+            ema.copy_to(model)
+        with pytest.raises(TransportError):
+            ema.close()
+
+    assert ema.stats.sent == 1
+    assert ema.stats.skipped >= 98
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -419,8 +663,9 @@ def test_resume_goes_on_where_the_run_is(make: Callable[..., RemoteEma], client:
     again(model)
     oracle(model)
 
+    assert again.num_updates == 4
     assert same(client.pull(again.run), oracle.shadow)
-    assert (client.run(again.run).step, again.num_updates) == (4, 4)
+    assert client.run(again.run).step == 4
 
 
 def test_resume_of_no_run(make: Callable[..., RemoteEma], run_name: str) -> None:
@@ -573,6 +818,11 @@ def test_scope(swapped: tuple[RemoteEma, nn.Sequential]) -> None:
 
 class _Oops(Exception):
     pass
+
+
+def _oops_after(action: Callable[[], object]) -> _Oops:
+    action()
+    return _Oops()
 
 
 def test_scope_whose_body_raises(swapped: tuple[RemoteEma, nn.Sequential]) -> None:

@@ -73,6 +73,7 @@ def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_
     with RemoteEma(model, 0.9999, use_num_updates, run=run_name, url=server.url) as ema:
         for number in range(500):
             if number in changes:
+                ema.flush()
                 client.set_decay(run_name, changes[number])
                 oracle.decay.fill_(changes[number])
             if number == 250:
@@ -83,6 +84,7 @@ def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_
             ema(model)
             oracle.update(parameters(model))
             if number in (0, 7, 182, 251, 305):
+                ema.flush()
                 assert_same(client.pull(run_name), oracle.shadow)
         assert ema.num_updates == int(oracle.num_updates)
     assert_same(client.pull(run_name), oracle.shadow)

@@ -1,0 +1,224 @@
+"""Which tensors of a model are averaged: chosen once, found again in the model at every update.
+
+Finding them costs microseconds while the model stays as it was: the identities, dtypes, shapes and flags of all its
+tensors are compared with those of the last update. Only where one differs are the names looked at again, and what is
+wrong is said by name.
+
+Knows modules, parameters and buffers, and their canonical names. Does not know the service, or how tensors travel.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ema_client import wire
+from ema_client.errors import NameCollision, UsageError
+from ema_client.names import canonical_name
+from ema_client.protocol import TensorSpec
+from ema_client.tensors import dtype_name, parameters_of, specs_of, state_of
+
+__all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
+
+#: What becomes of buffers: left alone, or averaged where they are floating point and saved with the model.
+BufferPolicy = Literal["none", "average"]
+#: What becomes of a parameter that is frozen later: it goes on being averaged, with a value that stays; or an error.
+FrozenPolicy = Literal["hold", "error"]
+
+#: So many tensors are named in a message before "and n more".
+_NAMED = 5
+
+
+class Selection:
+    """The averaged tensors of a model: parameters that require gradients now and, if asked for, buffers.
+
+    Args:
+        model: not kept.
+        buffers, frozen: see BufferPolicy and FrozenPolicy.
+        dtype: what the tensors are sent as; by default each as it is.
+
+    Raises UsageError for a model without such parameters, or with one that cannot be sent; NameCollision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        buffers: BufferPolicy = "none",
+        frozen: FrozenPolicy = "hold",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        _check_choice("buffers", buffers, BufferPolicy)
+        _check_choice("frozen", frozen, FrozenPolicy)
+        self._frozen_policy = frozen
+        self._buffers = buffers == "average"
+        self._dtype = None if dtype is None else dtype_name(dtype)
+        named = self._all_named(model)
+        chosen = parameters_of(model)
+        if self._buffers:
+            chosen |= _averaged_buffers(model)
+        specs = [self._sent(spec) for spec in specs_of(state_of(chosen))]
+        #: In canonical order.
+        self.specs = tuple(entry.spec for entry in wire.place(specs))
+        self._by_name = {spec.name: spec for spec in self.specs}
+        #: Other name of a tied tensor -> the name that it is averaged by.
+        names = {id(tensor): name for name, tensor in chosen.items()}
+        self._twins = {
+            name: names[id(tensor)] for name, tensor in named.items() if id(tensor) in names and name not in chosen
+        }
+        self._model: weakref.ref[nn.Module] | None = None
+        self._signature: list[tuple[Any, ...]] = []
+        self._positions: list[int] = []
+
+    @property
+    def elements(self) -> int:
+        return sum(torch.Size(spec.shape).numel() for spec in self.specs)
+
+    def of(self, model: nn.Module) -> tuple[list[Tensor], list[str]]:
+        """The model's tensors of now, in the order of ``specs``, and the names of those frozen since the last call.
+
+        Raises UsageError naming what is missing, new or changed.
+        """
+        tensors = list(_tensors(model))
+        signature = [(id(t), t.requires_grad, t.dtype, t.shape) for t in tensors]
+        if self._model is not None and self._model() is model and signature == self._signature:
+            return [tensors[position] for position in self._positions], []
+        found = self._found(model)
+        places = {id(tensor): place for place, tensor in enumerate(tensors)}
+        self._positions = [places[id(tensor)] for tensor in found]
+        self._model, self._signature = weakref.ref(model), signature
+        return found, [spec.name for spec, t in zip(self.specs, found, strict=True) if _is_frozen(t)]
+
+    def targets(self, model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Tensor, str]]]:
+        """The model's tensors to fill, by name, frozen ones too; and those tied elsewhere that are not so in it.
+
+        Raises UsageError, naming them, for missing ones and for those that require gradients and are not averaged.
+        """
+        named = self._all_named(model)
+        faults = self._missing(named) + self._new(model, named, untied=False)
+        if faults:
+            raise _mismatch(faults)
+        targets = {spec.name: self._at(named, spec.name) for spec in self.specs}
+        twins = [
+            (named[twin], name)
+            for twin, name in self._twins.items()
+            if twin in named and named[twin] is not targets[name]
+        ]
+        return targets, twins
+
+    def _found(self, model: nn.Module) -> list[Tensor]:
+        named = self._all_named(model)
+        faults = self._missing(named) + self._new(model, named, untied=True)
+        if not faults:
+            present = {spec.name: self._at(named, spec.name) for spec in self.specs}
+            faults = self._changed(present)
+            if not faults:
+                return list(state_of(present).values())
+        raise _mismatch(faults)
+
+    def _all_named(self, model: nn.Module) -> dict[str, Tensor]:
+        """Parameters, trained or not, and buffers where they are averaged, by every canonical name they have."""
+        named: dict[str, Tensor] = {}
+        originals: dict[str, str] = {}
+        parameters = list(model.named_parameters(remove_duplicate=False))
+        for original, tensor in [*parameters, *(_kept_buffers(model) if self._buffers else ())]:
+            name = canonical_name(original)
+            first = originals.setdefault(name, original)
+            if named.setdefault(name, tensor) is not tensor:
+                raise NameCollision(f"{first!r} and {original!r} are both {name!r} without wrappers' prefixes")
+        return named
+
+    def _missing(self, named: dict[str, Tensor]) -> list[str]:
+        twins = set(self._twins.values())
+        return [f"{n!r} is missing" for n in self._by_name if n not in named and n not in twins]
+
+    def _at(self, named: dict[str, Tensor], name: str) -> Tensor:
+        """A tied tensor may stand first under its other name in a model wrapped otherwise."""
+        if name in named:
+            return named[name]
+        twins = (twin for twin, averaged in self._twins.items() if averaged == name and twin in named)
+        if (twin := next(twins, None)) is None:
+            raise _mismatch([f"{name!r} is missing"])
+        return named[twin]
+
+    def _new(self, model: nn.Module, named: dict[str, Tensor], *, untied: bool) -> list[str]:
+        """Trained parameters that are not averaged. untied: also those that were one with an averaged one."""
+        averaged = {id(named[name]) for name in self._by_name if name in named}
+        twins = set() if untied else set(self._twins)
+        trained = (canonical_name(name) for name, tensor in model.named_parameters() if tensor.requires_grad)
+        new = [n for n in trained if n not in self._by_name and n not in twins and id(named[n]) not in averaged]
+        return [
+            f"{n!r} is no longer tied to {self._twins[n]!r}"
+            if n in self._twins
+            else f"{n!r} is new or no longer frozen"
+            for n in new
+        ]
+
+    def _changed(self, present: dict[str, Tensor]) -> list[str]:
+        now = {spec.name: self._sent(spec) for spec in specs_of(state_of(present))}
+        faults = [
+            f"{name!r} is {spec.dtype} {spec.shape}, was {was.dtype} {was.shape}"
+            for name, spec in now.items()
+            if spec != (was := self._by_name[name])
+        ]
+        if self._frozen_policy == "error":
+            faults += [f"{name!r} is frozen" for name, tensor in present.items() if _is_frozen(tensor)]
+        return faults
+
+    def _sent(self, spec: TensorSpec) -> TensorSpec:
+        return spec if self._dtype is None else TensorSpec(spec.name, spec.shape, self._dtype)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers, in an order that is the same while the model is. Quicker than named_parameters()."""
+    seen = set()
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        waiting += module._modules.values()
+        for group in (module._parameters, module._buffers):
+            for tensor in group.values():
+                if tensor is not None:
+                    yield tensor
+
+
+def _averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    seen = set()
+    for name, buffer in _kept_buffers(model):
+        if id(buffer) not in seen:
+            seen.add(id(buffer))
+            found[canonical_name(name)] = buffer
+    return found
+
+
+def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point buffers that are saved with the model: not counters, not tables made anew at each start."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                yield (f"{path}.{name}" if path else name), buffer
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def _check_choice(what: str, given: str, policy: Any) -> None:
+    if given not in get_args(policy):
+        raise UsageError(f"{what}={given!r} is unknown", hint=f"give one of {', '.join(map(repr, get_args(policy)))}")
+
+
+def _mismatch(faults: list[str]) -> UsageError:
+    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    return UsageError(
+        f"the model's tensors are not those of the run: {'; '.join(faults[:_NAMED])}{more}",
+        hint="unfreeze and add parameters before the RemoteEma is made, or make a new run for the changed model",
+    )

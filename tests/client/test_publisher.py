@@ -1,0 +1,429 @@
+"""The background sender by itself: its queue, its tries, what it tells and when, with a sending end made by the test.
+
+Knows the publisher's promises. Does not know tensors or HTTP (test_remote_ema.py, tests/e2e/test_trainer.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ema_client import publisher as publishing
+from ema_client.connection import Body
+from ema_client.errors import EmaError, NonFinite, ServiceUnreachable, StaleStep, UpdatesPending, UsageError
+from ema_client.publisher import Publisher, Stats, Update
+from ema_client.retry import RetryPolicy
+
+PATIENCE = 20.0
+QUICK = RetryPolicy(attempts=3, base=0.001, cap=0.002)
+BODY = Body(0, lambda: ())
+
+
+class Service:
+    """A sending end that waits where it is told to, and fails as often as it is told to."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.begun = threading.Semaphore(0)
+        self.tries: list[int] = []
+        self.applied: list[int] = []
+        self.errors: dict[int, list[EmaError]] = {}
+        self.down = False
+
+    def __call__(self, step: int, _body: Body) -> None:
+        self.tries.append(step)
+        self.begun.release()
+        assert self.open.wait(PATIENCE)
+        if self.down:
+            raise ServiceUnreachable("down")
+        if self.errors.get(step):
+            raise self.errors[step].pop(0)
+        self.applied.append(step)
+
+    def wait_begun(self) -> None:
+        assert self.begun.acquire(timeout=PATIENCE)
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service()
+
+
+@pytest.fixture
+def publisher(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
+    monkeypatch.setattr(publishing, "STUCK_PAUSE", 0.01)
+    made = Publisher(service, QUICK, name="run 'r' at http://here")
+    yield made
+    service.open.set()
+    made.close()
+    thread = made._thread
+    if thread is not None:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+class Given:
+    """An update, and whether its memory was given back."""
+
+    def __init__(self, step: int, *, borrowed: bool = False, ready: Callable[[], None] = lambda: None) -> None:
+        self.back = threading.Event()
+        self.update = Update(step, BODY, ready, self.back.set, borrowed)
+
+
+def push(publisher: Publisher, step: int, *, wait: bool = True, borrowed: bool = False) -> Given | None:
+    if not publisher.room(wait=wait):
+        return None
+    given = Given(step, borrowed=borrowed)
+    publisher.submit(given.update)
+    return given
+
+
+def wait_for(condition: Callable[[], object], what: str = "it never happened") -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.002)
+
+
+# --- the queue ------------------------------------------------------------------------------------------------------
+
+
+def test_updates_are_sent_in_order(publisher: Publisher, service: Service) -> None:
+    """Each once, in the order they were given, and flush() returns when all are applied and their memory is free."""
+    given = [push(publisher, step) for step in range(1, 50)]
+    publisher.flush(PATIENCE)
+
+    assert service.applied == list(range(1, 50))
+    assert all(one is not None and one.back.is_set() for one in given)
+    assert (publisher.stats, publisher.pending) == (Stats(sent=49), 0)
+
+
+def test_no_thread_before_the_first_update(publisher: Publisher) -> None:
+    """A publisher that sends nothing starts nothing, and has nothing to flush."""
+    publisher.flush()
+
+    assert publisher._thread is None
+
+
+def test_skip_leaves_out_what_finds_no_room(publisher: Publisher, service: Service) -> None:
+    """One is on its way, one waits, the third is left out at once and counted; those taken are sent all the same."""
+    service.open.clear()
+    push(publisher, 1)
+    service.wait_begun()
+    push(publisher, 2)
+
+    assert publisher.pending == 2
+    assert push(publisher, 3, wait=False) is None
+    assert publisher.stats == Stats(skipped=1)
+    service.open.set()
+    publisher.flush(PATIENCE)
+    assert service.applied == [1, 2]
+
+
+def test_block_waits_for_room(publisher: Publisher, service: Service) -> None:
+    """The third waits until the first is applied; none is left out."""
+    service.open.clear()
+    push(publisher, 1)
+    service.wait_begun()
+    push(publisher, 2)
+    threading.Timer(0.1, service.open.set).start()
+    push(publisher, 3)
+
+    assert 1 in service.applied
+    publisher.flush(PATIENCE)
+    assert (service.applied, publisher.stats) == ([1, 2, 3], Stats(sent=3))
+
+
+def test_what_is_not_ready_is_waited_for_by_the_sender(publisher: Publisher, service: Service) -> None:
+    """submit() returns although a copy is still on its way; the body is sent after it."""
+    copied = threading.Event()
+    assert publisher.room(wait=True)
+    publisher.submit(Given(1, ready=lambda: assert_set(copied)).update)
+
+    assert service.tries == []
+    copied.set()
+    publisher.flush(PATIENCE)
+    assert service.applied == [1]
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(PATIENCE)
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_passing_fault_is_tried_again(publisher: Publisher, service: Service) -> None:
+    """The same step again, and nothing is told of it."""
+    service.errors[1] = [ServiceUnreachable("gone"), ServiceUnreachable("gone")]
+    push(publisher, 1)
+    publisher.flush(PATIENCE)
+
+    assert (service.tries, service.applied) == ([1, 1, 1], [1])
+
+
+def test_a_refusal_is_told_once_and_training_goes_on(
+    publisher: Publisher, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What can never be applied is not tried again; it is logged with URL and step, counted, raised by one flush."""
+    service.errors |= {2: [NonFinite("NaN in w")], 3: [StaleStep("3 is old")]}
+    with caplog.at_level(logging.WARNING, "ema_client"):
+        for step in (1, 2, 3, 4):
+            push(publisher, step)
+        with pytest.raises(NonFinite, match="NaN in w") as raised:
+            publisher.flush(PATIENCE)
+    publisher.flush(PATIENCE)
+
+    assert raised.value.__notes__ == [
+        "update of step 2, run 'r' at http://here",
+        "1 updates failed after it; see the log",
+    ]
+    assert (service.tries, service.applied) == ([1, 2, 3, 4], [1, 4])
+    assert publisher.stats == Stats(sent=2, failed=2)
+    assert any("run 'r' at http://here: step 2 failed: NaN in w" in line for line in caplog.messages)
+
+
+def test_a_service_that_is_away_stops_nobody(
+    publisher: Publisher, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through an outage what was taken is kept, the rest is left out without waiting; back again, all goes on."""
+    service.down = True
+    with caplog.at_level(logging.WARNING, "ema_client"):
+        push(publisher, 1)
+        wait_for(lambda: publisher.stuck)
+        push(publisher, 2)
+        assert all(push(publisher, step) is None for step in range(3, 20))
+        with pytest.raises(ServiceUnreachable):
+            publisher.flush(PATIENCE)
+        assert publisher.pending == 2
+        service.down = False
+        publisher.flush(PATIENCE)
+        push(publisher, 20)
+        publisher.flush(PATIENCE)
+
+    assert service.applied == [1, 2, 20]
+    assert publisher.stats == Stats(sent=3, skipped=17)
+    assert not publisher.stuck
+    assert sum("cannot be sent" in line for line in caplog.messages) == 1
+    assert sum("skipped in a row" in line for line in caplog.messages) == 5
+    assert "run 'r' at http://here: updates are applied again; 17 were skipped" in caplog.messages
+
+
+def test_waiting_for_room_ends_where_the_service_goes_away(publisher: Publisher, service: Service) -> None:
+    """Who waits for room is let go when the tries are spent."""
+    service.open.clear()
+    service.down = True
+    push(publisher, 1)
+    push(publisher, 2)
+    threading.Timer(0.05, service.open.set).start()
+
+    assert push(publisher, 3) is None
+
+
+def test_a_hanging_try_ends_the_round(publisher: Publisher, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one try took longer than a round may, the service counts as away after it, however many tries are left."""
+    monkeypatch.setattr(publishing, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(publishing, "STUCK_PAUSE", 1000.0)
+    service.down = True
+    push(publisher, 1)
+    wait_for(lambda: publisher.stuck)
+
+    assert service.tries == [1]
+
+
+def test_flush_does_not_wait_for_the_next_round(
+    publisher: Publisher, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two rounds a flush has the update tried at once."""
+    monkeypatch.setattr(publishing, "STUCK_PAUSE", 1e6)
+    monkeypatch.setattr(publishing, "LONGEST_STUCK_PAUSE", 1e6)
+    service.down = True
+    push(publisher, 1)
+    wait_for(lambda: publisher.stuck)
+    service.down = False
+    publisher.flush(PATIENCE)
+
+    assert service.applied == [1]
+
+
+def test_flush_with_a_time(publisher: Publisher, service: Service) -> None:
+    """UpdatesPending, with how many; they are sent on."""
+    service.open.clear()
+    push(publisher, 1)
+    with pytest.raises(UpdatesPending, match=r"1 updates of run 'r' .* not applied after 0\.01 s"):
+        publisher.flush(0.01)
+    service.open.set()
+    publisher.flush(PATIENCE)
+
+    assert service.applied == [1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_of_the_sender_hangs_nobody() -> None:
+    """Where the thread ends by something that is no EmaError, flush() says so and updates are left out."""
+
+    def broken(_step: int, _body: Body) -> None:
+        raise RuntimeError("a defect")
+
+    publisher = Publisher(broken, QUICK, name="r")
+    given = push(publisher, 1)
+    assert publisher._thread is not None
+    publisher._thread.join(PATIENCE)
+
+    assert given is not None
+    assert given.back.is_set()
+    for _ in range(2):
+        with pytest.raises(EmaError, match="RuntimeError: a defect"):
+            publisher.flush(PATIENCE)
+    assert push(publisher, 2) is None
+    assert publisher.stats == Stats(skipped=2)
+
+
+# --- borrowed memory ------------------------------------------------------------------------------------------------
+
+
+def test_recall_waits_for_what_is_borrowed(publisher: Publisher, service: Service) -> None:
+    """Before it returns, the last byte of borrowed memory is sent."""
+    service.open.clear()
+    given = push(publisher, 1, borrowed=True)
+    service.wait_begun()
+    threading.Timer(0.1, service.open.set).start()
+    publisher.recall()
+
+    assert given is not None
+    assert given.back.is_set()
+    assert service.applied == [1]
+
+
+def test_recall_does_not_wait_for_a_service_that_is_away(publisher: Publisher, service: Service) -> None:
+    """A failed try of borrowed memory is given up and counted; the service counts as away, so the next is copied."""
+    service.down = True
+    given = push(publisher, 1, borrowed=True)
+    service.wait_begun()
+    publisher.recall()
+
+    assert given is not None
+    assert given.back.is_set()
+    assert publisher.stats == Stats(skipped=1)
+    assert publisher.stuck
+
+
+def test_recall_leaves_copies_alone(publisher: Publisher, service: Service) -> None:
+    """Memory of our own may be sent for as long as it takes."""
+    service.open.clear()
+    push(publisher, 1)
+    publisher.recall()
+
+    assert publisher.pending == 1
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_closed_publisher(publisher: Publisher, service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """What is pending is given up, logged and counted, and nothing is taken any more."""
+    ended = threading.Event()
+    publisher.at_end(ended.set)
+    service.down = True
+    push(publisher, 1)
+    wait_for(lambda: publisher.stuck)
+    with caplog.at_level(logging.ERROR, "ema_client"):
+        publisher.close()
+        assert ended.wait(PATIENCE)
+
+    assert publisher.stats == Stats(skipped=1)
+    with pytest.raises(UsageError, match="is closed"):
+        publisher.room(wait=True)
+    with pytest.raises(UsageError, match="is closed"):
+        publisher.flush()
+
+
+def test_finish_sends_what_is_pending(publisher: Publisher, service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """An owner that is gone without close() loses nothing, is told of in the log, and leaves no thread."""
+    service.open.clear()
+    push(publisher, 1)
+    push(publisher, 2)
+    with caplog.at_level(logging.WARNING, "ema_client"):
+        publisher.finish()
+    service.open.set()
+    thread = publisher._thread
+    assert thread is not None
+    thread.join(PATIENCE)
+
+    assert not thread.is_alive()
+    assert service.applied == [1, 2]
+    assert caplog.messages == ["run 'r' at http://here was dropped without close(); 2 updates are on their way"]
+
+
+def test_finish_with_the_service_away(publisher: Publisher, service: Service) -> None:
+    """Nobody is left to come back to: after a round of tries the thread ends."""
+    service.down = True
+    push(publisher, 1)
+    publisher.finish()
+    thread = publisher._thread
+    assert thread is not None
+    thread.join(PATIENCE)
+
+    assert not thread.is_alive()
+
+
+def test_collected_in_the_sender_itself() -> None:
+    """The garbage collector may run finish() in the very thread that it ends."""
+    publisher = Publisher(lambda _step, _body: publisher.finish(), QUICK, name="r")
+    push(publisher, 1)
+    thread = publisher._thread
+    assert thread is not None
+    thread.join(PATIENCE)
+
+    assert not thread.is_alive()
+    assert publisher.stats == Stats(sent=1)
+
+
+def test_ended_publishers_are_forgotten(service: Service) -> None:
+    """Nothing of a publisher that has ended is kept for the program's end."""
+    publisher = Publisher(service, QUICK, name="r")
+    push(publisher, 1)
+    publisher.flush(PATIENCE)
+    publisher.close()
+    wait_for(lambda: publisher not in publishing._running)
+    gc.collect()
+
+    assert publisher not in publishing._running
+
+
+def test_fork(publisher: Publisher, service: Service) -> None:
+    """A forked process neither sends nor waits, even if it was forked while a thread held the lock."""
+    service.open.clear()
+    push(publisher, 1)
+    service.wait_begun()
+    read, write = os.pipe()
+    with publisher._changed:
+        child = os.fork()
+    if child == 0:
+        try:
+            publisher.recall()
+            publisher.finish()
+            publisher.close()
+            publishing._flush_all()
+            try:
+                publisher.room(wait=True)
+            except UsageError as refused:
+                os.write(write, str(refused).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+
+    assert "is a fork of it" in said
+    service.open.set()
+    publisher.flush(PATIENCE)
+    assert service.applied == [1]
