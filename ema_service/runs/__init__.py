@@ -9,23 +9,28 @@ from __future__ import annotations
 from ema_service.runs.arena import Arena, Memory
 from ema_service.runs.frozen import FrozenWeights
 from ema_service.runs.layout import Layout
+from ema_service.runs.parts import Part, Parts, Terms
 from ema_service.runs.persistence import RunFiles
 from ema_service.runs.registry import Registry
 from ema_service.runs.run import Run, State, Update
-from ema_service.runs.staging import Staged, Staging, UpdateBody
+from ema_service.runs.staging import Body, Staged, Staging, UpdateBody
 from ema_service.runs.weights import WeightsStream
 
 __all__ = [
     "Arena",
+    "Body",
     "FrozenWeights",
     "Layout",
     "Memory",
+    "Part",
+    "Parts",
     "Registry",
     "Run",
     "RunFiles",
     "Staged",
     "Staging",
     "State",
+    "Terms",
     "Update",
     "UpdateBody",
     "WeightsStream",

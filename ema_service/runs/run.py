@@ -253,20 +253,37 @@ class Run:
         StepConflict, and Superseded where the run changed meanwhile.
         """
         digest = update.work.finish()
-        step = update.step
         with self._lock:
-            self.admit(step)
-            state = self.ready_state()
-            if step == state.step:
-                if digest != state.digest:
-                    raise StepConflict(f"step {step} of run {self.config.run!r} was applied with other bytes")
-                return self._result(state, step, applied=False)
-            if state is not update.base:
-                raise Superseded(f"run {self.config.run!r} changed while step {step} was received", retry_after=0.0)
-            following = self._following(update, digest)
-            self._commit(following)
-            self._steps.append(step)
-            return self._result(following, step, applied=True)
+            return self._settle(update, digest)
+
+    def apply(self, step: int, staged: Staged) -> UpdateResult:
+        """begin() and commit() as one, for parameters that are all there: nothing comes in between.
+
+        Raises as commit(), but never Superseded.
+        """
+        with self._lock:
+            update = self.begin(step, staged)
+            return self._settle(update, update.work.finish())
+
+    def repeated(self, step: int) -> UpdateResult:
+        """The answer to the latest step again, the same bytes. Raises as admit()."""
+        self.admit(step)
+        return self._result(self.ready_state(), step, applied=False)
+
+    def _settle(self, update: Update, digest: bytes) -> UpdateResult:
+        step = update.step
+        self.admit(step)
+        state = self.ready_state()
+        if step == state.step:
+            if digest != state.digest:
+                raise StepConflict(f"step {step} of run {self.config.run!r} was applied with other bytes")
+            return self._result(state, step, applied=False)
+        if state is not update.base:
+            raise Superseded(f"run {self.config.run!r} changed while step {step} was received", retry_after=0.0)
+        following = self._following(update, digest)
+        self._commit(following)
+        self._steps.append(step)
+        return self._result(following, step, applied=True)
 
     def set_decay(self, decay: float, average: str | None) -> None:
         """Use ``decay`` from the next update on. Raises AverageNotFound, AwaitingWeights, InvalidRequest."""
