@@ -51,6 +51,7 @@ CLIENT_TORCH_AT_TOP = {
     "ema_client.remote_ema",
     "ema_client.selection",
     "ema_client.sending",
+    "ema_client.sharding",
     "ema_client.tensors",
 }
 
