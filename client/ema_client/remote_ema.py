@@ -11,9 +11,9 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,6 @@ __all__ = ["BusyPolicy", "RemoteEma"]
 BusyPolicy = Literal["block", "skip"]
 
 _log = logging.getLogger("ema_client")
-
-T = TypeVar("T")
 
 _EXISTS_HINT = "pass resume=True to go on with it, choose another name, or delete the old run first"
 
@@ -119,7 +117,7 @@ class RemoteEma:
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
         try:
-            info = self._together(lambda: self._attach(decay, counted)) if resume else None
+            info = self._attached(decay, counted) if resume else None
             if info is None or info.status == "awaiting_weights":
                 info = self._create(tensors, decay, counted, averages, durability)
         except BaseException:
@@ -332,10 +330,6 @@ class RemoteEma:
         sent = tensors if live else self._sending.warmed(tensors)
         return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
-    def _together(self, work: Callable[[], T]) -> T:
-        """``work`` on this rank; in a sharded trainer no rank goes on where one failed."""
-        return together(work) if self._plan.sharded else work()
-
     def _create(
         self,
         tensors: list[Tensor],
@@ -401,7 +395,13 @@ class RemoteEma:
         together(send)
         return client.wait_for_step(run, 0)
 
-    def _attach(self, decay: float, counted: bool) -> RunInfo:
+    def _attached(self, decay: float, counted: bool) -> RunInfo:
+        if self._plan.sharded:
+            # No rank goes on where one failed.
+            return together(lambda: self._attach(decay, counted))
+        return self._attach(decay, counted, stacklevel=4)
+
+    def _attach(self, decay: float, counted: bool, *, stacklevel: int = 6) -> RunInfo:
         info = self._client.run(self._run)
         if info.use_num_updates != counted:
             raise UsageError(
@@ -416,7 +416,7 @@ class RemoteEma:
         if _float32(info.decay) != _float32(decay):
             warnings.warn(
                 f"run {self._run!r} goes on with its decay {info.decay:.6g}, not {decay:.6g}; set_decay() changes it",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
         tensors = len(self._plan.layout)
         elements = sum(torch.Size(spec.shape).numel() for spec in self._plan.layout)
