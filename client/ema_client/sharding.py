@@ -1,8 +1,8 @@
 """Sharded models: which slices of which tensors this rank holds, and which of them it sends.
 
 A model is read where it lies: parameters that are DTensors (FSDP2's ``fully_shard``, tensor parallelism, any mesh),
-flat shards of FSDP1, whole tensors (DDP). Each rank sends what it holds as one part of an update; of replicas, the
-first sends. Nothing is gathered.
+flat shards of FSDP1 and ZeRO-3, whole tensors (DDP). Each rank sends what it holds as one part of an update; of
+replicas, the first sends. Nothing is gathered.
 
 Knows: torch.distributed and how it lays tensors out over ranks. Does not know: HTTP, runs, steps.
 """
@@ -109,7 +109,9 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether ranks hold different parts of the model's parameters."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    return any(_is_dtensor(p) for p in model.parameters()) or any(_handle(module) for module in model.modules())
+    if any(_is_dtensor(p) or _is_zero3(p) for p in model.parameters()):
+        return True
+    return any(_handle(module) is not None for module in model.modules())
 
 
 class ShardedSelection:
@@ -212,6 +214,9 @@ def reshard(model: nn.Module) -> None:
 
     After a forward pass without a backward one FSDP keeps those of the outermost module, and would use them again.
     """
+    held: list[Any] = [p for p in model.parameters() if _is_zero3(p) and p.data.numel()]
+    for parameter in held:
+        parameter.partition()
     for module in model.modules():
         if (handle := _handle(module)) is not None:
             # Before its first forward pass it has gathered nothing, and cannot be asked.
@@ -248,6 +253,8 @@ def _mismatch(faults: list[str]) -> UsageError:
 
 
 def _shard(name: str, parameter: Tensor) -> Shard:
+    if _is_zero3(parameter):
+        return _zero3_shard(name, parameter)
     if not _is_dtensor(parameter):
         return Shard(spec_of(name, parameter), (_whole(parameter.shape),), parameter)
     tensor: Any = parameter
@@ -282,6 +289,8 @@ def _box(
 
 def _local(parameter: Tensor) -> Tensor:
     """This rank's memory of a parameter."""
+    if _is_zero3(parameter):
+        return _zero3_shard("", parameter).local
     if not _is_dtensor(parameter):
         return parameter
     tensor: Any = parameter
@@ -319,6 +328,30 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+# --- DeepSpeed's ZeRO-3: each parameter flattened and cut into equal ranges, the last one padded ----------------------
+
+
+def _zero3_shard(name: str, parameter: Any) -> Shard:
+    data: Tensor = parameter.ds_tensor.detach().view(-1)
+    ranks = tuple(dist.get_process_group_ranks(parameter.ds_process_group))
+    start = ranks.index(dist.get_rank()) * data.numel()
+    stop = min(start + data.numel(), parameter.ds_numel)
+    spec = TensorSpec(name, tuple(parameter.ds_shape), spec_of(name, data).dtype)
+    return _range_shard(spec, start, stop, data[: max(0, stop - start)], ranks, 0)
+
+
+def _range_shard(spec: TensorSpec, start: int, stop: int, local: Tensor, ranks: tuple[int, ...], replica: int) -> Shard:
+    """The elements [start, stop) of a flattened tensor."""
+    boxes = boxes_of_range(start, stop, spec.shape)
+    if len(boxes) == 1:
+        local = local.view([last - first for first, last in boxes[0]])
+    return Shard(spec, boxes, local, ranks, replica)
+
+
+def _is_zero3(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_tensor") and hasattr(parameter, "ds_shape")
+
+
 # --- FSDP1: one flat parameter for a whole module, cut into equal ranges ---------------------------------------------
 
 
@@ -346,11 +379,8 @@ def _flat_shard(name: str, shape: Sequence[int], info: Any, flat: Any, ranks: tu
     spec = TensorSpec(name, tuple(shape), spec_of(name, data).dtype)
     if not info.in_shard:
         return Shard(spec, (), data[:0], ranks, replica)
-    boxes = boxes_of_range(info.intra_param_start_idx, info.intra_param_end_idx + 1, spec.shape)
     local = data[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
-    if len(boxes) == 1:
-        local = local.view([stop - start for start, stop in boxes[0]])
-    return Shard(spec, boxes, local, ranks, replica)
+    return _range_shard(spec, info.intra_param_start_idx, info.intra_param_end_idx + 1, local, ranks, replica)
 
 
 def _handle(module: nn.Module) -> Any:

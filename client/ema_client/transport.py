@@ -122,7 +122,7 @@ class Transport:
         """
         self._check_open()
         headers = dict(self._headers)
-        if start or stop is not None:
+        if stop is not None or (start and etag):
             headers["Range"] = f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"
             if etag:
                 headers["If-Range"] = etag

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ema_service.runs.arena import Arena, Memory
 from ema_service.runs.frozen import FrozenWeights
+from ema_service.runs.gathering import Part, Terms
 from ema_service.runs.layout import Layout
-from ema_service.runs.parts import Part, Parts, Terms
+from ema_service.runs.parts import Parts
 from ema_service.runs.persistence import RunFiles
 from ema_service.runs.registry import Registry
 from ema_service.runs.run import Run, State, Update

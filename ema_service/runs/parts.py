@@ -15,14 +15,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-import xxhash
-
 from ema_client.errors import (
-    BodyTooLarge,
     EmaError,
     InvalidRequest,
     LayoutMismatch,
@@ -32,12 +29,13 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import RunInfo, UpdateResult
-from ema_client.wire import LENGTH_BYTES, Box, parse_header
+from ema_client.wire import Box
+from ema_service.runs.gathering import Gathering, Part, Terms
 from ema_service.runs.run import Run
-from ema_service.runs.slices import Cover, Piece, pieces_of, slices_of
-from ema_service.runs.staging import Body, Staged
+from ema_service.runs.slices import Cover
+from ema_service.runs.staging import Staged
 
-__all__ = ["Expired", "Outcome", "Part", "Parts", "Terms"]
+__all__ = ["Expired", "Outcome", "Parts"]
 
 #: What became of a part: it waits for the others; its update was applied before; it was the last one missing.
 Outcome = Literal["staged", "applied", "complete"]
@@ -49,24 +47,8 @@ _MOST_STEPS = 3
 #: A step of which nothing has come for so long makes room for a newer one where there is no other.
 _STALLED_SECONDS = 5.0
 
-#: Where the rest of a part that is no longer wanted is read into.
-_STRAY_BYTES = 256 << 10
-
 #: How many parts or tensors an error names before it counts the rest.
 _NAMED_IN_ERRORS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What all parts of a step must agree on.
-
-    of: how many there are. group: which start of which trainer they come from. num_updates, step: of initial weights.
-    """
-
-    of: int
-    group: str = ""
-    num_updates: int | None = None
-    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +65,6 @@ class Expired:
         return f"{_what(self.step)} was given up: of {self.of} parts, {shown}{more} did not come"
 
 
-@dataclass
-class _Gathering:
-    """The parts of one step that are there or on their way. ``done``: index -> fingerprint."""
-
-    step: int | None
-    terms: Terms
-    staged: Staged
-    covers: dict[str, Cover]
-    touched: float = field(default_factory=time.monotonic)
-    done: dict[int, bytes] = field(default_factory=dict)
-    coming: dict[int, Part] = field(default_factory=dict)
-    applying: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class _Applied:
     """What the latest applied set was made of. ``digest``: of the state it made."""
@@ -107,89 +75,6 @@ class _Applied:
     digest: bytes
 
 
-class Part(Body):
-    """One part on its way. Owned by the request that receives it, from Parts.begin() to complete() or give_up().
-
-    It goes into the memory of its gathering; one that is there already is only read and compared with ``known``.
-    """
-
-    def __init__(self, parts: Parts, gathering: _Gathering | None, index: int, known: bytes | None) -> None:
-        super().__init__(parts.max_header_bytes, None)
-        self.index = index
-        self.gathering = gathering
-        self.known = known
-        self.received = 0
-        #: Set, from any thread, once it is no longer wanted.
-        self.fault: EmaError | None = None
-        self._parts = parts
-        self._slices: dict[str, tuple[Box, ...]] = {}
-        self._hashes: dict[str, xxhash.xxh3_128] = {}
-        self._pieces: Iterator[Piece] = iter(())
-        self._piece: Piece | None = None
-        self._scratch = bytearray()
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Of its slices and their bytes; in which order they came does not matter."""
-        whole = xxhash.xxh3_128()
-        for name in sorted(self._slices):
-            whole.update(repr((name, self._slices[name])).encode())
-            whole.update(self._hashes[name].digest())
-        return whole.digest()
-
-    def announce(self, content_length: int | None) -> None:
-        """The length of the whole body. Raises BodyTooLarge where no part can be as long."""
-        most = LENGTH_BYTES + self._max_header_bytes + self._parts.layout.param_bytes
-        if content_length is not None and content_length > most:
-            raise BodyTooLarge(f"the body announces {content_length} bytes; a part of this run has at most {most}")
-        self._content_length = content_length
-
-    def window(self) -> memoryview:
-        # What still comes of a part that is no longer wanted goes nowhere.
-        return memoryview(bytearray(_STRAY_BYTES)) if self.fault else super().window()
-
-    def advance(self, count: int) -> None:
-        """As of every body; raises what the part was given up for, and LayoutMismatch where another has its slices."""
-        if self.fault:
-            raise self.fault
-        if self.gathering:
-            self.gathering.touched = time.monotonic()
-        super().advance(count)
-
-    def _begin_data(self, raw: bytes) -> None:
-        header = parse_header(raw)
-        self._check_length(len(raw), header.data_bytes)
-        self._slices = slices_of(header, self._parts.layout)
-        self._hashes = {name: xxhash.xxh3_128() for name in self._slices}
-        self._pieces = pieces_of(self._slices, self._parts.layout)
-        self.received = header.data_bytes
-        if self.known is None:
-            self._parts.claim(self, self._slices)
-
-    def _next_window(self) -> memoryview:
-        if self._piece:
-            self._place(self._piece)
-        self._piece = next(self._pieces, None)
-        if self._piece is None:
-            return memoryview(b"")
-        if self.known is None and self._piece.stretch:
-            return self._data[self._piece.stretch]
-        if len(self._scratch) < self._piece.nbytes:
-            self._scratch = bytearray(self._piece.nbytes)
-        return memoryview(self._scratch)[: self._piece.nbytes]
-
-    def _place(self, piece: Piece) -> None:
-        self._hashes[piece.entry.name].update(self._window)
-        if self.known is None and piece.stretch is None:
-            piece.scatter(self._window, self._data)
-
-    @property
-    def _data(self) -> memoryview:
-        if self.gathering is None:
-            raise RuntimeError("a part that is only compared has no place of its own")
-        return self.gathering.staged.data
-
-
 class Parts:
     """The parts of one run. Thread-safe."""
 
@@ -198,7 +83,7 @@ class Parts:
         #: A part's header names each tensor in its metadata as well.
         self.max_header_bytes = 2 * run.layout.max_header_bytes
         self._run = run
-        self._gatherings: list[_Gathering] = []
+        self._gatherings: list[Gathering] = []
         self._applied: _Applied | None = None
         self._lock = threading.Lock()
 
@@ -341,10 +226,10 @@ class Parts:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _find(self, step: int | None) -> _Gathering | None:
+    def _find(self, step: int | None) -> Gathering | None:
         return next((gathering for gathering in self._gatherings if gathering.step == step), None)
 
-    def _open(self, step: int | None, terms: Terms, reserve: Callable[[], Staged]) -> _Gathering:
+    def _open(self, step: int | None, terms: Terms, reserve: Callable[[], Staged]) -> Gathering:
         self._check_not_given_up(step)
         staged = self._reserve(step, reserve)
         # Only now: where there is no room, nothing is dropped for nothing.
@@ -354,7 +239,7 @@ class Parts:
             oldest = min((g for g in self._gatherings if not g.applying), key=_order, default=None)
             if oldest:
                 self._drop(oldest, StaleStep(f"{_what(oldest.step)} was given up: newer ones came before its parts"))
-        gathering = _Gathering(step, terms, staged, {})
+        gathering = Gathering(step, terms, staged, {})
         self._gatherings.append(gathering)
         return gathering
 
@@ -387,13 +272,13 @@ class Parts:
             return None
         return applied.fingerprints.get(index)
 
-    def _outcome_of_gone(self, gathering: _Gathering) -> Outcome:
+    def _outcome_of_gone(self, gathering: Gathering) -> Outcome:
         applied = self._applied
         if applied and (applied.step, applied.terms) == (gathering.step, gathering.terms):
             return "applied"
         raise Superseded(f"{_what(gathering.step)} was given up meanwhile", retry_after=0.0)
 
-    def _check_gaps(self, gathering: _Gathering, part: Part) -> None:
+    def _check_gaps(self, gathering: Gathering, part: Part) -> None:
         if len(gathering.done) + 1 < gathering.terms.of:
             return
         entries = [entry for entry in self.layout.params if entry.end > entry.begin]
@@ -413,24 +298,24 @@ class Parts:
             del part.gathering.coming[part.index]
             self._release(part.gathering, part.index)
 
-    def _release(self, gathering: _Gathering, index: int) -> None:
+    def _release(self, gathering: Gathering, index: int) -> None:
         for cover in gathering.covers.values():
             cover.release(index)
 
-    def _drop(self, gathering: _Gathering, fault: EmaError) -> None:
+    def _drop(self, gathering: Gathering, fault: EmaError) -> None:
         self._gatherings.remove(gathering)
         for part in gathering.coming.values():
             part.fault = fault
         gathering.staged.release()
 
-    def _decide(self, gathering: _Gathering) -> UpdateResult | RunInfo:
+    def _decide(self, gathering: Gathering) -> UpdateResult | RunInfo:
         if gathering.step is not None:
             return self._run.apply(gathering.step, gathering.staged)
         terms = gathering.terms
         self._run.initialise(gathering.staged, num_updates=terms.num_updates, step=terms.step)
         return self._run.info()
 
-    def _note(self, gathering: _Gathering) -> None:
+    def _note(self, gathering: Gathering) -> None:
         state = self._run.state
         with self._lock:
             if gathering in self._gatherings:
@@ -442,11 +327,11 @@ class Parts:
                 self._drop(older, StaleStep(f"{_what(older.step)} is older than {_what(gathering.step)}, now applied"))
 
 
-def _order(gathering: _Gathering) -> int:
+def _order(gathering: Gathering) -> int:
     return -1 if gathering.step is None else gathering.step
 
 
-def _missing(gathering: _Gathering) -> tuple[int, ...]:
+def _missing(gathering: Gathering) -> tuple[int, ...]:
     return tuple(index for index in range(gathering.terms.of) if index not in gathering.done)
 
 

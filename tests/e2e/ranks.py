@@ -78,6 +78,8 @@ def shard(model: Model, how: str) -> nn.Module:
             sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
             device_id=torch.device("cpu"),
         )
+    if how == "zero3":
+        return zero3(model)
     options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (world,))}
     if how == "hsdp":
         options["mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -92,6 +94,27 @@ def shard(model: Model, how: str) -> nn.Module:
         options["mesh"] = mesh["dp"]
     fully_shard(model.first, **options)
     return fully_shard(model, **options)
+
+
+def zero3(model: Model) -> nn.Module:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    os.environ |= {"LOCAL_RANK": os.environ["RANK"], "LOCAL_SIZE": os.environ["WORLD_SIZE"]}
+    import deepspeed
+
+    # Beside small parameters that every rank keeps whole, larger ones that are cut up.
+    stage = {"stage": 3, "stage3_param_persistence_threshold": 20, "stage3_model_persistence_threshold": 1000}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": stage,
+            "zero_allow_untested_optimizer": True,
+        },
+        dist_init_required=False,
+    )
+    module: nn.Module = engine
+    return module
 
 
 def main() -> None:

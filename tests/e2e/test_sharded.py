@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,16 @@ def test_each_rank_moves_a_quarter(four: dict[str, list[Any]], servers: tuple[Se
     # Each rank pulls the whole once, to compare, and copies twice: in scope() and by itself.
     copied = float(metrics["ema_sent_bytes_total"]) - 4 * 4 * elements
     assert copied < 2 * 4 * elements * 1.2
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero3(servers: tuple[ServerProcess, ServerProcess], tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3, whose ranks hold flat ranges of each parameter, gives the unsharded EMA bit for bit."""
+    said = train(tmp_path / "ranks", 3, [scene(servers[0], "zero3", "zero3", [1, 2])])
+    with EmaClient(servers[0].url) as client:
+        assert_same(client, "zero3", unsharded(client, "zero3", 13, [1, 2]))
+    for rank in said["zero3"]:
+        assert (rank["inside"], rank["changed"], rank["after"], rank["own"], rank["sent"]) == (*[True] * 4, 2)
 
 
 @pytest.mark.parametrize("run", ["fewer", "otherwise"])
