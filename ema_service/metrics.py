@@ -22,7 +22,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.updates = Counter(
-            "ema_updates", "Updates answered, by result: applied or repeated.", ["result"], registry=self.registry
+            "ema_updates",
+            "Updates by result: applied, repeated, or expired for want of parts.",
+            ["result"],
+            registry=self.registry,
         )
         self.errors = Counter(
             "ema_errors", "Requests answered with an error, by code.", ["code"], registry=self.registry

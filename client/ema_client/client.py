@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ema_client import protocol
+from ema_client.bulk import Download
 from ema_client.errors import (
     EmaError,
     InvalidDecay,
@@ -47,11 +48,13 @@ from ema_client.protocol import (
     WeightsInfo,
     Writer,
 )
+from ema_client.ranges import Wanted, fetch
 from ema_client.retry import RetryPolicy
 from ema_client.saving import Progress, save
 from ema_client.transport import Reply, Transport
 from ema_client.watching import VERSIONS, watch
 from ema_client.weights import Weights, read_header
+from ema_client.wire import Box
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +70,8 @@ T = TypeVar("T")
 
 #: Between two questions for a step that a server answers without waiting, in seconds.
 _POLL = 0.05
+#: Between two questions for a step that another rank sends.
+_WAIT_POLL = 0.02
 
 
 class EmaClient:
@@ -230,6 +235,91 @@ class EmaClient:
         body = protocol.to_json(Rewind(None if snapshot is None else _name(snapshot, "snapshot")))
         return self._seen(_parse(RunInfo, self._transport.json("POST", protocol.rewind_path(_name(run, "run")), body)))
 
+    def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
+        """Create a run whose initial weights come later, in parts: see send_weights_part().
+
+        exist_ok: return the run as it is if it has its weights already. Raises RunExists.
+        """
+        info = _parse(RunInfo, self._transport.json("POST", protocol.runs_path(), protocol.to_json(config)))
+        if info.status != "awaiting_weights" and not exist_ok:
+            raise RunExists(f"run {config.run!r} exists already and is at step {info.step}")
+        return self._seen(info)
+
+    def push_part(
+        self,
+        run: str,
+        state: Mapping[str, Tensor],
+        *,
+        slices: Mapping[str, Sequence[Box]],
+        step: int,
+        part: int,
+        of: int,
+        group: str = "",
+    ) -> bool:
+        """Send one of ``of`` parts of an update, as a rank of a sharded trainer does; True if it was the last one.
+
+        Args:
+            run: a run that has its initial weights.
+            state: what this rank holds: whole tensors, or slices of them. Read from its memory until the call returns.
+            slices: for each tensor that is not whole, the slices that lie in it back to back (row-major; flat where
+                there are several): each a ``(start, stop)`` for every dimension of the run's tensor.
+            step: the trainer's step; all ranks must give the same.
+            part, of: this part's number, from 0, and how many there are.
+            group: a string that is the same on all ranks, and another one at each start of the trainer: parts of two
+                starts are never put together.
+
+        The update is applied when all parts are there, as one; until then, and if one never comes, the EMA stays as it
+        is. Raises as push() does, LayoutMismatch also where parts overlap or leave a gap.
+        """
+        path = protocol.part_path(_name(run, "run"), step, part)
+        reply = self._transport.upload(path, _part_body(state, slices), query={"of": of, "group": group or None})
+        return reply.data.get("state") != "staged"
+
+    def push_part_once(self, run: str, body: Body, *, step: int, part: int, of: int, group: str = "") -> bool:
+        """push_part(), tried once, of a body that is made already: for a sender that tries again in its own way."""
+        path = protocol.part_path(_name(run, "run"), step, part)
+        reply = self._transport.upload_once(path, body, query={"of": of, "group": group or None})
+        return reply.data.get("state") != "staged"
+
+    def send_weights_part(
+        self,
+        run: str,
+        state: Mapping[str, Tensor],
+        *,
+        slices: Mapping[str, Sequence[Box]],
+        part: int,
+        of: int,
+        group: str = "",
+        num_updates: int | None = None,
+        step: int | None = None,
+    ) -> bool:
+        """Send one of ``of`` parts of the initial weights; True if it was the last one. As push_part()."""
+        path = protocol.part_path(_name(run, "run"), None, part)
+        query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step}
+        reply = self._transport.upload(path, _part_body(state, slices), query=query)
+        return reply.data.get("state") != "staged"
+
+    def wait_for_step(self, run: str, step: int, *, wait: float = protocol.MAX_WAIT) -> RunInfo:
+        """Return once the run has reached ``step``. Raises StepNotReached after ``wait`` seconds."""
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                info = self.run(run)
+                reached = info.step
+            except RunNotFound:
+                # Another rank is about to create it.
+                if time.monotonic() > deadline:
+                    raise
+                reached = None
+            if reached is not None and reached >= step:
+                return info
+            if time.monotonic() > deadline:
+                raise StepNotReached(
+                    f"run {run!r} is at step {reached}, not at {step}, after {wait:g} seconds",
+                    hint="a part of the update is missing or was refused: see the other ranks' messages",
+                )
+            time.sleep(_WAIT_POLL)
+
     def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
         """Change the decay from the next update on, of one average or of the run's first. Raises InvalidDecay."""
         body = protocol.to_json(RunPatch(checked_decay(decay), average))
@@ -281,6 +371,32 @@ class EmaClient:
         if min_step is None or wait is None:
             return self._pull(path, query, out)
         return self._pull_waiting(path, query, out, wait)
+
+    def pull_slices(
+        self,
+        run: str,
+        wanted: Mapping[str, Wanted],
+        *,
+        average: str | None = None,
+        snapshot: str | None = None,
+        min_step: int | None = None,
+    ) -> WeightsInfo:
+        """Write slices of the EMA weights into tensors, fetching little more than their bytes; all of one version.
+
+        wanted: by name; see ``ema_client.ranges.Wanted``. The others as for pull(); a ``min_step`` is waited for as
+        long as one request may (60 seconds).
+        """
+        _require_torch()
+        path, wait = _weights_path(run, snapshot), protocol.MAX_WAIT
+        query: dict[str, str | int | float | None] = {"average": average}
+        waiting = {"min_step": min_step, "wait": wait} if min_step is not None else {}
+
+        def open_range(start: int, stop: int | None, etag: str | None) -> Download:
+            # Only the first request waits: the others are of its version.
+            asked, patience = (query, 0.0) if etag else ({**query, **waiting}, wait)
+            return self._transport.download(path, query=asked, start=start, stop=stop, etag=etag, patience=patience)
+
+        return self._transport.retrying(lambda _: fetch(open_range, wanted))
 
     def copy_to(
         self, run: str, module: nn.Module, *, average: str | None = None, snapshot: str | None = None
@@ -437,6 +553,14 @@ def _writer_header(writer: int | None) -> dict[str, str]:
 def _require_torch() -> None:
     if find_spec("torch") is None:
         raise UsageError("this call handles tensors and torch is not installed", hint="pip install 'ema-client[torch]'")
+
+
+def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]]) -> Body:
+    _require_torch()
+    from ema_client import tensors
+
+    # A rank that has no element sends an empty part all the same.
+    return tensors.encode(tensors.state_of(state) if state else {}, slices)
 
 
 def _weights_path(run: str, snapshot: str | None) -> str:

@@ -32,6 +32,8 @@ MAX_TENSOR_NAME = 1024
 MAX_TENSORS = 200_000
 MAX_RANK = 32
 MAX_AVERAGES = 16
+#: Most parts that one update may come in.
+MAX_PARTS = 65_536
 #: Longest a GET may be held waiting for a step, in seconds.
 MAX_WAIT = 60.0
 
@@ -96,6 +98,12 @@ def update_path(run: str, step: int) -> str:
 
 def events_path(run: str) -> str:
     return f"{run_path(run)}/events"
+
+
+def part_path(run: str, step: int | None, part: int) -> str:
+    """Of an update; of the initial weights where ``step`` is None."""
+    whole = weights_path(run) if step is None else update_path(run, step)
+    return f"{whole}/parts/{part}"
 
 
 def snapshots_path(run: str) -> str:

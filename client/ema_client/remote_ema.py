@@ -13,17 +13,19 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
+from ema_client.connection import Body
 from ema_client.errors import AlreadyStored, EmaError, NothingStored, RunExists, UsageError
-from ema_client.protocol import DEFAULT_DECAY, AverageConfig, DecayPer, Durability, RunInfo
+from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig, RunInfo
 from ema_client.publisher import Publisher, Stats
 from ema_client.selection import BufferPolicy, FrozenPolicy, Selection
 from ema_client.sending import Sending, StepHook
+from ema_client.sharding import Plan, ShardedSelection, is_sharded, plan_whole, reshard, together
 
 __all__ = ["BusyPolicy", "RemoteEma"]
 
@@ -31,6 +33,8 @@ __all__ = ["BusyPolicy", "RemoteEma"]
 BusyPolicy = Literal["block", "skip"]
 
 _log = logging.getLogger("ema_client")
+
+_EXISTS_HINT = "pass resume=True to go on with it, choose another name, or delete the old run first"
 
 
 class RemoteEma:
@@ -97,7 +101,7 @@ class RemoteEma:
         counted = _one_spelling(use_num_updates, use_num_upates)
         decay = checked_decay(decay)
         _check_cadence(update_every, on_busy)
-        self._selection = Selection(model, buffers=buffers, frozen=frozen, dtype=push_dtype)
+        self._selection, self._plan = _selected(model, buffers, frozen, push_dtype, on_busy)
         if client is not None and (url is not None or token is not None):
             raise UsageError("both a client and a url or token are given", hint="give one: a client has its own url")
         self._run = run
@@ -109,25 +113,29 @@ class RemoteEma:
         self._frozen: set[str] = set()
         tensors, _ = self._selection.of(model)
         on_device = any(tensor.is_cuda for tensor in tensors)
-        self._sending = Sending(self._selection.specs, pinned=on_device)
+        self._sending = Sending(self._selection.specs, pinned=on_device, slices=self._plan.slices)
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
         try:
-            info = self._attach(decay, counted) if resume else None
+            info = self._attached(decay, counted) if resume else None
             if info is None or info.status == "awaiting_weights":
-                info = self._create(self._initial(tensors), decay, counted, averages, durability)
+                info = self._create(tensors, decay, counted, averages, durability)
         except BaseException:
             self._release()
             raise
-        self._step = self._first_step = info.step or 0
+        self._step = self._first_step = self._sent_step = (info.step if info else None) or 0
         self._start(hooked=borrow or on_device)
 
     def _start(self, *, hooked: bool) -> None:
-        client, run = self._client, self._run
+        client, run, plan = self._client, self._run, self._plan
+
+        def send(step: int, body: Body) -> object:
+            if plan.sharded and plan.part is not None:
+                return client.push_part_once(run, body, step=step, part=plan.part, of=plan.of, group=plan.group)
+            return client.push_once(run, body, step=step)
+
         # Neither the thread nor the hook knows this object: one that is dropped without close() ends both.
-        self._publisher = Publisher(
-            lambda step, body: client.push_once(run, body, step=step), client.retry, name=f"run {run!r} at {client.url}"
-        )
+        self._publisher = Publisher(send, client.retry, name=f"run {run!r} at {client.url}")
         publisher, devices = self._publisher, self._sending.devices
 
         def before_step() -> None:
@@ -190,7 +198,9 @@ class RemoteEma:
         due = (self._step + 1 - self._first_step) % self._update_every == 0
         tensors = self._tensors(model) if due else []
         self._step += 1
-        if due and self._publisher.room(wait=self._waits):
+        if due:
+            self._sent_step = self._step
+        if due and self._plan.part is not None and self._publisher.room(wait=self._waits):
             self._send(tensors, self._step, hooked=hooked)
 
     def reset_num_updates(self) -> None:
@@ -205,6 +215,8 @@ class RemoteEma:
         for longer than the client's retries (about ten seconds). What is pending is sent on, and training can go on.
         """
         self._publisher.flush(timeout)
+        if self._plan.others:
+            self._client.wait_for_step(self._run, self._sent_step, wait=MAX_WAIT if timeout is None else timeout)
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, and close the connections. The run stays on the service.
@@ -251,6 +263,10 @@ class RemoteEma:
         the run.
         """
         self.flush()
+        if isinstance(self._selection, ShardedSelection):
+            # Nobody waits for the others here: no newer update can be applied before each has sent its part of it.
+            self._client.pull_slices(self._run, self._selection.wanted(model), min_step=self._sent_step)
+            return
         targets, twins = self._selection.targets(model)
         self._client.pull(self._run, out=targets)
         with torch.no_grad():
@@ -292,6 +308,7 @@ class RemoteEma:
             self.copy_to(model)
             yield
         finally:
+            reshard(model)
             self.restore(parameters)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -325,12 +342,18 @@ class RemoteEma:
 
     def _create(
         self,
-        state: dict[str, Tensor],
+        tensors: list[Tensor],
         decay: float,
         counted: bool,
         averages: Sequence[AverageConfig] | None,
         durability: Durability | None,
-    ) -> RunInfo:
+    ) -> RunInfo | None:
+        if self._plan.sharded:
+            return self._create_in_parts(tensors, decay, counted, averages, durability)
+        if self._plan.part is None:
+            # Rank 0 does it.
+            return None
+        state = self._initial(tensors)
         try:
             return self._client.create_run(
                 self._run,
@@ -343,10 +366,52 @@ class RemoteEma:
                 step=0,
             )
         except RunExists as exists:
-            hint = "pass resume=True to go on with it, choose another name, or delete the old run first"
-            raise RunExists(exists.detail, hint=hint) from None
+            raise RunExists(exists.detail, hint=_EXISTS_HINT) from None
 
-    def _attach(self, decay: float, counted: bool) -> RunInfo:
+    def _create_in_parts(
+        self,
+        tensors: list[Tensor],
+        decay: float,
+        counted: bool,
+        averages: Sequence[AverageConfig] | None,
+        durability: Durability | None,
+    ) -> RunInfo:
+        plan, client, run = self._plan, self._client, self._run
+
+        def declare() -> None:
+            if plan.part != 0:
+                return
+            kept: dict[str, Any] = {} if durability is None else {"durability": durability}
+            config = RunConfig(
+                run=run,
+                layout=plan.layout,
+                decay=decay,
+                use_num_updates=counted,
+                decay_per=self._decay_per,
+                averages=(AverageConfig(),) if averages is None else tuple(averages),
+                **kept,
+            )
+            try:
+                client.declare_run(config)
+            except RunExists as exists:
+                raise RunExists(exists.detail, hint=_EXISTS_HINT) from None
+
+        def send() -> None:
+            if plan.part is not None:
+                state, part = self._initial(tensors), {"part": plan.part, "of": plan.of}
+                client.send_weights_part(run, state, slices=plan.slices, group=plan.group, step=0, **part)
+
+        together(declare)
+        together(send)
+        return client.wait_for_step(run, 0)
+
+    def _attached(self, decay: float, counted: bool) -> RunInfo:
+        if self._plan.sharded:
+            # No rank goes on where one failed.
+            return together(lambda: self._attach(decay, counted))
+        return self._attach(decay, counted, stacklevel=4)
+
+    def _attach(self, decay: float, counted: bool, *, stacklevel: int = 6) -> RunInfo:
         info = self._client.run(self._run)
         if info.use_num_updates != counted:
             raise UsageError(
@@ -361,9 +426,10 @@ class RemoteEma:
         if _float32(info.decay) != _float32(decay):
             warnings.warn(
                 f"run {self._run!r} goes on with its decay {info.decay:.6g}, not {decay:.6g}; set_decay() changes it",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
-        tensors, elements = len(self._selection.specs), self._selection.elements
+        tensors = len(self._plan.layout)
+        elements = sum(torch.Size(spec.shape).numel() for spec in self._plan.layout)
         if (info.tensors, info.parameters) != (tensors, elements):
             raise UsageError(
                 f"run {self._run!r} has {info.tensors} tensors with {info.parameters} elements in all, "
@@ -379,6 +445,24 @@ class RemoteEma:
     def _release(self) -> None:
         if self._owns_client:
             self._client.close()
+
+
+def _selected(
+    model: nn.Module,
+    buffers: BufferPolicy,
+    frozen: FrozenPolicy,
+    dtype: str | torch.dtype | None,
+    on_busy: BusyPolicy,
+) -> tuple[Selection | ShardedSelection, Plan]:
+    if not is_sharded(model):
+        whole = Selection(model, buffers=buffers, frozen=frozen, dtype=dtype)
+        return whole, plan_whole(whole.specs)
+    if buffers != "none":
+        raise UsageError("the buffers of a sharded model are not averaged", hint="leave buffers='none'")
+    if on_busy == "skip":
+        raise UsageError("each rank would leave out updates of its own", hint="use on_busy='block', update_every=k")
+    sharded = ShardedSelection(model, frozen=frozen, dtype=dtype)
+    return sharded, sharded.plan
 
 
 def _one_spelling(use_num_updates: bool, use_num_upates: bool | None) -> bool:

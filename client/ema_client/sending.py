@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,14 @@ class Sending:
     Args:
         specs: of the tensors of every update, in canonical order and with the dtypes that are sent.
         pinned: whether they lie on a CUDA device.
+        slices: which slices of the run's tensors they are, for a rank of a sharded model; the others are whole.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], *, pinned: bool) -> None:
+    def __init__(
+        self, specs: Sequence[TensorSpec], *, pinned: bool, slices: Mapping[str, Sequence[wire.Box]] | None = None
+    ) -> None:
         self._entries = wire.place(specs)
-        self._header = wire.build_header(self._entries)
+        self._header = wire.build_header(self._entries, wire.write_slices(slices or {}))
         self._pinned = pinned
         self._free: deque[_Buffer] = deque()
         self.devices = DeviceCopies()

@@ -9,7 +9,7 @@ Knows: torch. Does not know: HTTP, runs, or what the numbers mean.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import torch
@@ -21,7 +21,20 @@ from ema_client.errors import ProtocolError, UsageError
 from ema_client.names import canonical_names
 from ema_client.protocol import TensorSpec
 
-__all__ = ["dtype_name", "dtype_of", "encode", "memory", "on_host", "parameters_of", "receive", "specs_of", "state_of"]
+__all__ = [
+    "dtype_name",
+    "dtype_of",
+    "encode",
+    "memory",
+    "on_host",
+    "parameters_of",
+    "receive",
+    "spec_of",
+    "specs_of",
+    "state_of",
+    "take_flat",
+    "take_strided",
+]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -60,16 +73,25 @@ def state_of(state: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
 
 def specs_of(state: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     """The layout of checked tensors, in their order."""
-    return tuple(TensorSpec(name, tuple(tensor.shape), _NAMES[tensor.dtype]) for name, tensor in state.items())
+    return tuple(spec_of(name, tensor) for name, tensor in state.items())
 
 
-def encode(state: Mapping[str, Tensor]) -> Body:
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """One tensor of a layout. Raises UsageError for a dtype that no run can hold."""
+    if tensor.dtype not in _NAMES:
+        raise _unsendable(name, tensor)
+    return TensorSpec(name, tuple(tensor.shape), _NAMES[tensor.dtype])
+
+
+def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]] | None = None) -> Body:
     """The safetensors body of checked tensors, in canonical order and without metadata.
 
     The body is read from the tensors' memory as it is sent: they must not change until then.
+
+    slices: which slices of the run's tensors these are, in a part of an update; the others are whole.
     """
     entries = wire.place(specs_of(state))
-    header = wire.build_header(entries)
+    header = wire.build_header(entries, wire.write_slices(slices or {}))
 
     def pieces() -> Iterator[memoryview]:
         yield memoryview(header)
@@ -110,6 +132,27 @@ def receive(
     return {entry.name: out[entry.name] for entry in entries}
 
 
+def take_flat(readinto: Callable[[memoryview], None], target: Tensor, dtype: str) -> None:
+    """Read as many elements as ``target`` has, in its order, cast to its dtype and moved to its device."""
+    if _is_plain(target) and _NAMES.get(target.dtype) == dtype:
+        readinto(memory(target))
+        return
+    host = torch.empty(target.shape, dtype=_DTYPES[dtype])
+    readinto(memory(host))
+    with torch.no_grad():
+        target.copy_(host)
+
+
+def take_strided(
+    readinto: Callable[[memoryview], None], target: Tensor, dtype: str, elements: int, strides: Sequence[int]
+) -> None:
+    """Read ``elements`` elements, and put those that lie at ``strides`` into ``target``."""
+    host = torch.empty(elements, dtype=_DTYPES[dtype])
+    readinto(memory(host))
+    with torch.no_grad():
+        target.copy_(host.as_strided(target.shape, strides))
+
+
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor: its own memory, writable, kept alive by the view."""
     size = tensor.numel() * tensor.element_size()
@@ -133,11 +176,15 @@ def _check_sendable(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise UsageError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
     if tensor.dtype not in _NAMES:
-        raise UsageError(
-            f"{name!r} is of {tensor.dtype}; an EMA is kept of {', '.join(_DTYPES)}",
-            hint="leave out what is not averaged (counters, masks), or cast it",
-        )
+        raise _unsendable(name, tensor)
     _check_dense(name, tensor)
+
+
+def _unsendable(name: str, tensor: Tensor) -> UsageError:
+    return UsageError(
+        f"{name!r} is of {tensor.dtype}; an EMA is kept of {', '.join(_DTYPES)}",
+        hint="leave out what is not averaged (counters, masks), or cast it",
+    )
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:

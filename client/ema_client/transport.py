@@ -114,18 +114,22 @@ class Transport:
         *,
         query: Query | None = None,
         start: int = 0,
+        stop: int | None = None,
         etag: str | None = None,
         patience: float = 0.0,
     ) -> Download:
         """GET a large body, tried once: what was read of it before a fault is the caller's, and so is trying again.
 
-        start, etag: from this byte on, if the body is still the one of this ETag (206); else all of the new one (200).
+        start, stop: only the bytes from ``start`` on, before ``stop`` (206).
+        etag: only if the body is still the one of this ETag; else all of the new one (200).
         patience: seconds that the service was asked to wait before it answers.
         """
         self._check_open()
         headers = dict(self._headers)
-        if start and etag:
-            headers |= {"Range": f"bytes={start}-", "If-Range": etag}
+        if stop is not None or (start and etag):
+            headers["Range"] = f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"
+            if etag:
+                headers["If-Range"] = etag
         return self._bulk.get(_with_query(path, query), headers, patience=patience)
 
     def stream(self, path: str, *, accept: str, patience: float) -> Stream:

@@ -1,7 +1,8 @@
 """The safetensors byte stream: 8 bytes of header length, a JSON header, then the tensors back to back.
 
 Format: https://github.com/huggingface/safetensors#format. This module reads it strictly (every length is checked before
-it is used; nothing is allocated here) and writes it canonically (one layout has one header, byte for byte).
+it is used; nothing is allocated here) and writes it canonically (one layout has one header, byte for byte). A part
+of an update says in the header's metadata which slices of which tensors it carries.
 
 Knows: names, dtypes, shapes, offsets. Does not know: sockets, clocks, torch, or what a run is. Standard library only.
 """
@@ -9,7 +10,7 @@ Knows: names, dtypes, shapes, offsets. Does not know: sockets, clocks, torch, or
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -17,7 +18,23 @@ from typing import Any
 from ema_client.errors import MalformedBody
 from ema_client.protocol import MAX_HEADER_BYTES, MAX_RANK, MAX_TENSOR_NAME, TensorSpec
 
-__all__ = ["DTYPE_BYTES", "LENGTH_BYTES", "Entry", "Header", "build_header", "parse_header", "parse_length", "place"]
+__all__ = [
+    "DTYPE_BYTES",
+    "LENGTH_BYTES",
+    "SLICES",
+    "Box",
+    "Entry",
+    "Header",
+    "box_shape",
+    "boxes_of_range",
+    "build_header",
+    "parse_header",
+    "parse_length",
+    "place",
+    "range_of_box",
+    "read_slices",
+    "write_slices",
+]
 
 #: The header's length stands in front of it: unsigned, 64 bits, little-endian.
 LENGTH_BYTES = 8
@@ -32,6 +49,13 @@ DTYPE_BYTES: dict[str, int] = {
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
 
 _METADATA = "__metadata__"
+
+#: The metadata in which a part of an update says which slices of which tensors it carries.
+SLICES = "ema.slices"
+#: A slice of a tensor: start and stop in each dimension.
+Box = tuple[tuple[int, int], ...]
+#: Slices of one tensor in one part: a flat range of a tensor of rank r is at most 2r - 1 of them.
+MAX_SLICES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,3 +196,92 @@ def _check_contiguous(entries: list[Entry]) -> None:
             fault = "overlaps the tensor before it" if entry.begin < offset else "leaves a gap before it"
             raise MalformedBody(f"tensor {entry.name[:200]!r} {fault}: it begins at {entry.begin}, expected {offset}")
         offset = entry.end
+
+
+# --- slices: what a part of an update carries -----------------------------------------------------------------------
+
+
+def write_slices(slices: Mapping[str, Sequence[Box]]) -> dict[str, str]:
+    """The metadata of a part: for each tensor of which it does not carry the whole, its slices."""
+    table = {name: [[list(bounds) for bounds in box] for box in boxes] for name, boxes in slices.items()}
+    return {SLICES: json.dumps(table, separators=(",", ":"), ensure_ascii=False)} if table else {}
+
+
+def read_slices(header: Header) -> dict[str, tuple[Box, ...]]:
+    """The slices that each tensor of a part is of; a tensor that is not named there is whole.
+
+    The bytes of a tensor are those of its slices, back to back, and its shape is that of the slice, or flat where there
+    are several. Raises MalformedBody where that does not fit.
+    """
+    raw = header.metadata.get(SLICES)
+    if raw is None:
+        return {}
+    try:
+        table = json.loads(raw, object_pairs_hook=_unique)
+    except (RecursionError, ValueError) as fault:
+        raise MalformedBody(f"{SLICES} is not JSON: {str(fault)[:120]}") from None
+    if not isinstance(table, dict):
+        raise MalformedBody(f"{SLICES} is not a JSON object")
+    shapes = {entry.name: entry.shape for entry in header.entries}
+    slices = {name: _boxes(name, value) for name, value in table.items()}
+    for name, boxes in slices.items():
+        if name not in shapes:
+            raise MalformedBody(f"{SLICES} names {name[:200]!r}, which is no tensor of this body")
+        expected = box_shape(boxes[0]) if len(boxes) == 1 else (sum(prod(box_shape(box)) for box in boxes),)
+        if shapes[name] != expected:
+            shown = f"{list(shapes[name])}, its slices in {SLICES} make {list(expected)}"
+            raise MalformedBody(f"tensor {name[:200]!r} has shape {shown}")
+    return slices
+
+
+def _boxes(name: str, value: Any) -> tuple[Box, ...]:
+    fits = isinstance(value, list) and 0 < len(value) <= MAX_SLICES and all(_is_box(item) for item in value)
+    if not fits:
+        raise MalformedBody(
+            f"{SLICES} of tensor {name[:200]!r}: expected 1 to {MAX_SLICES} slices, each with [start, stop], "
+            "start < stop, for every dimension"
+        )
+    return tuple(tuple((start, stop) for start, stop in box) for box in value)
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > MAX_RANK:
+        return False
+    return all(_sizes(bounds) and len(bounds) == 2 and bounds[0] < bounds[1] for bounds in value)
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    """The shape of a slice."""
+    return tuple(stop - start for start, stop in box)
+
+
+def range_of_box(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
+    """The elements [start, stop) of the flat tensor that the slice is; None where they are not in one stretch."""
+    start, below, whole = 0, 1, True
+    for (first, last), size in zip(reversed(box), reversed(shape), strict=True):
+        if last - first > 1 and not whole:
+            return None
+        start += first * below
+        below *= size
+        whole = whole and (first, last) == (0, size)
+    return start, start + prod(box_shape(box))
+
+
+def boxes_of_range(start: int, stop: int, shape: Sequence[int]) -> tuple[Box, ...]:
+    """The elements [start, stop) of a flat tensor as slices, in order: at most 2 * rank - 1 of them."""
+    if start >= stop:
+        return ()
+    if not shape:
+        return ((),)
+    below = prod(shape[1:])
+    first, last = -(-start // below), stop // below
+    if first > last:  # within one index of the outermost dimension
+        return _under(start // below, start % below, stop - start // below * below, shape)
+    head = _under(first - 1, start - (first - 1) * below, below, shape) if start < first * below else ()
+    rest = ((first, last), *((0, size) for size in shape[1:]))
+    tail = _under(last, 0, stop - last * below, shape) if last * below < stop else ()
+    return (*head, *((rest,) if first < last else ()), *tail)
+
+
+def _under(index: int, start: int, stop: int, shape: Sequence[int]) -> tuple[Box, ...]:
+    return tuple(((index, index + 1), *box) for box in boxes_of_range(start, stop, shape[1:]))

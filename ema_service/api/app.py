@@ -61,16 +61,16 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
         _watch(metrics, context.registry)
-        tasks = [asyncio.create_task(_keep(context)), asyncio.create_task(_sync(context))]
+        keepers = [asyncio.create_task(keep(context)) for keep in (_keep, _sync, _expire)]
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
+            for keeper in keepers:
+                keeper.cancel()
             try:
-                for task in tasks:
+                for keeper in keepers:
                     with contextlib.suppress(asyncio.CancelledError):
-                        await task
+                        await keeper
             finally:
                 context.close()
 
@@ -107,6 +107,7 @@ def _watch(metrics: Metrics, registry: Registry) -> None:
     metrics.watch("ema_degraded_runs", "Runs that are not as they should be.", lambda: _degraded(registry))
     metrics.watch("ema_shadow_bytes", "Bytes of shadows.", lambda: sum(run.info().bytes for run in registry.runs()))
     metrics.watch("ema_staging_bytes", "Bytes of pushes in flight.", lambda: registry.staging.bytes_in_use)
+    metrics.watch("ema_partial_updates", "Updates of which parts are awaited.", lambda: registry.gathering)
     metrics.watch("ema_frozen_bytes", "Bytes of versions being read.", lambda: registry.frozen.bytes_in_use)
     metrics.watch("ema_idle_bytes", "Bytes kept for reuse.", lambda: registry.memory.pool.idle_bytes)
 
@@ -127,3 +128,13 @@ async def _sync(context: Context) -> None:
     while True:
         await asyncio.sleep(SYNC_SECONDS)
         context.sync()
+
+
+async def _expire(context: Context) -> None:
+    """Give up updates of which a part never comes: a rank of their trainer died."""
+    silence = context.settings.body_timeout
+    while True:
+        await asyncio.sleep(min(1.0, silence / 4))
+        for run, expired in context.registry.expire_parts(silence):
+            _log.warning("run %s: %s within %g seconds", run, expired, silence)
+            context.metrics.updates.labels("expired").inc()

@@ -6,7 +6,7 @@ buffer (``asyncio.BufferedProtocol``), and then goes back to uvicorn for the ans
 application sees this as an ASGI extension, ``scope["extensions"]["ema.fill"]``; under any other server, and for a
 body of unannounced length, ``request.stream()`` does the same job slower.
 
-Knows transports, uvicorn's httptools protocol, and deadlines. Does not know what the bytes mean (UpdateBody does)
+Knows transports, uvicorn's httptools protocol, and deadlines. Does not know what the bytes mean (a Body does)
 or what becomes of them.
 """
 
@@ -26,16 +26,16 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
-from ema_service.runs import Staged, UpdateBody
+from ema_service.runs import Body, Staged, UpdateBody
 
-__all__ = ["EXTENSION", "FillingProtocol", "content_length", "receive", "uvicorn_fits"]
+__all__ = ["EXTENSION", "FillingProtocol", "content_length", "receive", "receive_into", "uvicorn_fits"]
 
 _log = logging.getLogger(__name__)
 
 #: Name of the ASGI extension: ``await fill(body, length, silence)``, False where the body has to be streamed.
 EXTENSION = "ema.fill"
 
-Fill = Callable[[UpdateBody, int, float], Awaitable[bool]]
+Fill = Callable[[Body, int, float], Awaitable[bool]]
 
 #: How long a client that asked for the connection to be closed gets to read the refusal of a body it is still sending.
 LINGER_SECONDS = 2.0
@@ -59,18 +59,22 @@ async def receive(
 ) -> None:
     """Fill ``staged`` from the body.
 
-    silence: seconds the sender may stay silent. on_data: as for UpdateBody. Raises what UpdateBody raises,
+    silence: seconds the sender may stay silent. on_data: as for UpdateBody. Raises what a Body raises,
     RequestTimeout, and ClientDisconnect where the sender went away.
     """
+    await receive_into(request, UpdateBody(staged, content_length(request), on_data=on_data), silence=silence)
+
+
+async def receive_into(request: Request, body: Body, *, silence: float) -> None:
+    """Fill ``body``, made for the announced length. Raises as receive()."""
     length = content_length(request)
-    body = UpdateBody(staged, length, on_data=on_data)
     fill: Fill | None = request.scope.get("extensions", {}).get(EXTENSION)
     if fill is None or length is None or not await fill(body, length, silence):
         await _stream(request, body, silence)
     body.finish()
 
 
-async def _stream(request: Request, body: UpdateBody, silence: float) -> None:
+async def _stream(request: Request, body: Body, silence: float) -> None:
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(silence) as deadline:
@@ -125,7 +129,7 @@ class FillingProtocol(HttpToolsProtocol):
         extensions: dict[str, Any] = {EXTENSION: functools.partial(self._fill, self.scope)}
         self.scope["extensions"] = extensions
 
-    async def _fill(self, scope: object, body: UpdateBody, length: int, silence: float) -> bool:
+    async def _fill(self, scope: object, body: Body, length: int, silence: float) -> bool:
         """Receive the body of the request of ``scope``, ``length`` bytes in all, into ``body``.
 
         False, and nothing done, where another request has come in behind it: then its body is parsed already.
@@ -163,7 +167,7 @@ class _Filling(asyncio.BufferedProtocol):
     broken connection; uvicorn's keep-alive timeout ends that if the sender does not.
     """
 
-    def __init__(self, http: FillingProtocol, body: UpdateBody, remaining: int) -> None:
+    def __init__(self, http: FillingProtocol, body: Body, remaining: int) -> None:
         self._http = http
         self._body = body
         self._remaining = remaining
@@ -180,7 +184,7 @@ class _Filling(asyncio.BufferedProtocol):
         self._finish_if_over()
 
     async def wait(self, silence: float) -> None:
-        """Return when the body is whole. Raises what UpdateBody raises, RequestTimeout, ClientDisconnect."""
+        """Return when the body is whole. Raises what a Body raises, RequestTimeout, ClientDisconnect."""
         try:
             while not self._done.done():
                 before = self._received

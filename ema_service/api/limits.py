@@ -18,7 +18,7 @@ from ema_service.api.errors import problem_response
 
 __all__ = ["JsonLimit"]
 
-_WEIGHTS_BODY = re.compile(r"/v1/runs/[^/]+/(weights|updates/.+)\Z")
+_WEIGHTS_BODY = re.compile(r"/v1/runs/[^/]+/(weights(/parts/.+)?|updates/.+)\Z")
 
 
 class JsonLimit:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from ema_client.errors import (
     AwaitingWeights,
@@ -31,11 +31,12 @@ from ema_client.errors import (
     Superseded,
     WeightsExist,
 )
-from ema_client.protocol import MAX_STEP, RunInfo, UpdateResult, UpdateStatus
+from ema_client.protocol import MAX_PARTS, MAX_STEP, RunInfo, UpdateResult, UpdateStatus
 from ema_service.api import ingest
 from ema_service.api.context import Context, RunName, Server, Step, WriterNumber
 from ema_service.api.errors import problem_responses
-from ema_service.runs import Run, Staged, Update
+from ema_service.runs import Part, Parts, Run, Staged, Terms, Update
+from ema_service.runs.parts import Outcome
 
 __all__ = ["router"]
 
@@ -50,6 +51,22 @@ _SAFETENSORS_BODY: dict[str, Any] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+_PART_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Slices of the run's tensors as one safetensors stream; its metadata `ema.slices` says which: "
+        '{"w": [[[0, 512], [0, 1024]]]}. A tensor not named there is whole',
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+_STAGED: dict[int | str, dict[str, Any]] = {202: {"description": "Kept until the other parts come"}}
+
+PartIndex = Annotated[int, Path(ge=0, lt=MAX_PARTS, description="Which part, from 0")]
+PartCount = Annotated[int, Query(ge=1, le=MAX_PARTS, description="How many parts there are")]
+PartGroup = Annotated[
+    str, Query(max_length=128, description="Parts of one group only are put together: one start of one trainer")
+]
+
 _BODY_ERRORS = (
     RunNotFound,
     RequestTimeout,
@@ -110,14 +127,96 @@ async def put_update(
     return result
 
 
+@router.put(
+    "/weights/parts/{part}",
+    summary="Give one part of the initial weights",
+    openapi_extra=_PART_BODY,
+    responses={**_STAGED, **problem_responses(*_BODY_ERRORS, WeightsExist, StepConflict, Superseded)},
+)
+async def put_weights_part(
+    run: RunName,
+    part: PartIndex,
+    of: PartCount,
+    request: Request,
+    response: Response,
+    server: Server,
+    group: PartGroup = "",
+    num_updates: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
+    step: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
+) -> RunInfo | UpdateStatus:
+    """One of ``of`` parts. The one that completes them makes them the first shadow; the others answer 202."""
+    found = server.registry.get(run)
+    outcome, result = await _receive_part(request, server, run, None, part, Terms(of, group, num_updates, step))
+    if outcome != "staged":
+        return found.info() if result is None else cast(RunInfo, result)
+    response.status_code = 202
+    return UpdateStatus(step or 0, "staged", server.registry.parts(run).staged(None) or ())
+
+
+@router.put(
+    "/updates/{step}/parts/{part}",
+    summary="Push one part of an update",
+    openapi_extra=_PART_BODY,
+    responses={
+        **_STAGED,
+        **problem_responses(*_BODY_ERRORS, AwaitingWeights, Fenced, StaleStep, StepConflict, Superseded),
+    },
+)
+async def put_update_part(
+    run: RunName,
+    step: Step,
+    part: PartIndex,
+    of: PartCount,
+    request: Request,
+    response: Response,
+    server: Server,
+    group: PartGroup = "",
+    writer: WriterNumber = None,
+) -> UpdateResult | UpdateStatus:
+    """One of ``of`` parts of one step. The one that completes them applies the update, as one; the others answer 202.
+
+    The same part with the same bytes again changes nothing; with other bytes it is a conflict.
+    """
+    found = server.registry.get(run)
+    outcome, result = await _receive_part(request, server, run, step, part, Terms(of, group, writer=writer))
+    if outcome == "staged":
+        response.status_code = 202
+        return UpdateStatus(step, "staged", server.registry.parts(run).staged(step) or ())
+    answer = found.repeated(step, writer) if result is None else cast(UpdateResult, result)
+    server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
+    return answer
+
+
 @router.get(
     "/updates/{step}",
     summary="Ask about one update",
     responses=problem_responses(RunNotFound, InvalidRequest),
 )
 async def get_update(run: RunName, step: Step, server: Server) -> UpdateStatus:
-    """Whether the step was applied, among the latest 1024 steps of this server's life; otherwise it is unknown."""
-    return server.registry.get(run).status_of(step)
+    """Whether the step was applied, among the latest 1024 steps of this server's life, or which of its parts are there;
+    otherwise it is unknown."""
+    status = server.registry.get(run).status_of(step)
+    staged = None if status.state == "applied" else server.registry.parts(run).staged(step)
+    return status if staged is None else UpdateStatus(step, "staged", staged)
+
+
+async def _receive_part(
+    request: Request, server: Context, run: str, step: int | None, index: int, terms: Terms
+) -> tuple[Outcome, UpdateResult | RunInfo | None]:
+    """Receive a part and, where it is the last one missing, have the whole applied: then there is a result."""
+    found, parts = server.registry.get(run), server.registry.parts(run)
+    parts.admit(step, index, terms)
+    averages = 1 if step is None else len(found.config.averages)
+    part = parts.begin(step, index, terms, lambda: server.registry.staging.reserve(found.layout, averages))
+    try:
+        part.announce(ingest.content_length(request))
+        await ingest.receive_into(request, part, silence=server.settings.body_timeout)
+        outcome = parts.complete(part)
+    except BaseException:
+        parts.give_up(part)
+        raise
+    server.metrics.received.inc(part.received)
+    return outcome, await server.compute(partial(_apply, server, parts, part)) if outcome == "complete" else None
 
 
 async def _receive(
@@ -134,6 +233,11 @@ async def _receive(
 def _commit(server: Context, run: Run, update: Update) -> UpdateResult:
     with server.metrics.commit_seconds.time():
         return run.commit(update)
+
+
+def _apply(server: Context, parts: Parts, part: Part) -> UpdateResult | RunInfo:
+    with server.metrics.commit_seconds.time():
+        return parts.apply(part)
 
 
 def _release_after(staged: Staged, work: Callable[[], T]) -> T:

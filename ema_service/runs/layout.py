@@ -75,6 +75,14 @@ class Layout:
         """The shadows' dtype; where there are two, both, widest first: ``F64+F32``."""
         return "+".join(dict.fromkeys(section.shadow_dtype for section in self.sections))
 
+    def find(self, name: str) -> Entry | None:
+        """The tensor of this name as it is pushed, if there is one."""
+        return self._by_name.get(name)
+
+    def entry(self, name: str) -> Entry:
+        """The tensor of this name as it is pushed. Raises KeyError."""
+        return self._by_name[name]
+
     def targets(self, entries: Sequence[Entry]) -> list[slice]:
         """Where in the parameters' memory each stretch of a body with these entries belongs, in the body's order.
 

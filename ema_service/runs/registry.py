@@ -19,6 +19,7 @@ from ema_service.averaging import prepare
 from ema_service.runs.arena import Memory
 from ema_service.runs.frozen import FrozenWeights
 from ema_service.runs.layout import Layout
+from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.persistence import RunFiles
 from ema_service.runs.run import Run
 from ema_service.runs.staging import Staging
@@ -30,6 +31,7 @@ __all__ = ["Registry"]
 @dataclass(frozen=True, slots=True)
 class _Kept:
     run: Run
+    parts: Parts
     files: RunFiles | None
 
 
@@ -100,6 +102,19 @@ class Registry:
         """Raises RunNotFound."""
         return self._find(name).run
 
+    def parts(self, name: str) -> Parts:
+        """The parts of a run's updates that are being put together. Raises RunNotFound."""
+        return self._find(name).parts
+
+    @property
+    def gathering(self) -> int:
+        """How many updates are being put together from parts."""
+        return sum(kept.parts.count() for kept in self._all())
+
+    def expire_parts(self, silence: float) -> list[tuple[str, Expired]]:
+        """Give up the steps of which no part has come for ``silence`` seconds, each with the name of its run."""
+        return [(kept.run.config.run, expired) for kept in self._all() for expired in kept.parts.expire(silence)]
+
     def files(self, name: str) -> RunFiles:
         """What is on disk of a run. Raises RunNotFound, StorageDisabled where nothing is."""
         files = self._find(name).files
@@ -141,6 +156,7 @@ class Registry:
             if kept is None:
                 raise RunNotFound(f"there is no run {name!r}")
             kept.run.retire()
+            kept.parts.close()
             if kept.files:
                 kept.files.remove()
 
@@ -174,7 +190,7 @@ class Registry:
         run = Run(config, layout, self.memory, created_at=created_at)
         files = RunFiles(run, row, self._store, self.memory) if self._store and row else None
         run.writer = row.writer if row else 0
-        return _Kept(run, files)
+        return _Kept(run, Parts(run), files)
 
     def _all(self) -> list[_Kept]:
         # Without the lock, which may be held for a disk: the event loop asks too. (Copying a dict's values is atomic.)

@@ -324,22 +324,41 @@ class Run:
         StepConflict, StorageFailed, and Superseded where the run changed meanwhile.
         """
         digest = update.work.finish()
-        step = update.step
-        self.admit(step, update.writer)
+        self.admit(update.step, update.writer)
         following = self._following(update, digest)
         slot = self._write(following, update.slot) if update.averages else None
         with self._lock:
-            self.admit(step, update.writer)
-            state = self.ready_state()
-            if step == state.step:
-                if digest != state.digest:
-                    raise StepConflict(f"step {step} of run {self.config.run!r} was applied with other bytes")
-                return self._result(state, step, applied=False)
-            if state is not update.base:
-                raise Superseded(f"run {self.config.run!r} changed while step {step} was received", retry_after=0.0)
-            self._commit(following, slot)
-            self._steps.append(step)
-            return self._result(following, step, applied=True)
+            return self._settle(update, following, slot)
+
+    def apply(self, step: int, staged: Staged, writer: int | None = None) -> UpdateResult:
+        """begin() and commit() as one, for parameters that are all there: nothing comes in between.
+
+        Raises as commit(), but never Superseded.
+        """
+        with self._lock:
+            update = self.begin(step, staged, writer)
+            following = self._following(update, update.work.finish())
+            slot = self._write(following, update.slot) if update.averages else None
+            return self._settle(update, following, slot)
+
+    def repeated(self, step: int, writer: int | None = None) -> UpdateResult:
+        """The answer to the latest step again, the same bytes. Raises as admit()."""
+        self.admit(step, writer)
+        return self._result(self.ready_state(), step, applied=False)
+
+    def _settle(self, update: Update, following: State, slot: Slot | None) -> UpdateResult:
+        step = update.step
+        self.admit(step, update.writer)
+        state = self.ready_state()
+        if step == state.step:
+            if following.digest != state.digest:
+                raise StepConflict(f"step {step} of run {self.config.run!r} was applied with other bytes")
+            return self._result(state, step, applied=False)
+        if state is not update.base:
+            raise Superseded(f"run {self.config.run!r} changed while step {step} was received", retry_after=0.0)
+        self._commit(following, slot)
+        self._steps.append(step)
+        return self._result(following, step, applied=True)
 
     def set_decay(self, decay: float, average: str | None) -> None:
         """Use ``decay`` from the next update on.

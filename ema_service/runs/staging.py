@@ -1,6 +1,6 @@
 """Staging: the memory a push lands in, and the parser that decides where each of its bytes goes.
 
-A push is received straight into the buffer that becomes the next shadow. ``UpdateBody`` tells whoever holds the socket
+A push is received straight into the buffer that becomes the next shadow. A ``Body`` tells whoever holds the socket
 where the next bytes belong (``window``) and is told how many came (``advance``); nothing of a run changes until the
 body is whole and right.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
 from ema_service.runs.arena import TORCH_DTYPES, Arena, Memory, buffer_bytes, param_offset
 from ema_service.runs.layout import Layout
 
-__all__ = ["Staged", "Staging", "UpdateBody"]
+__all__ = ["Body", "Staged", "Staging", "UpdateBody"]
 
 
 class Staged:
@@ -128,37 +129,24 @@ class Staging:
         return staged
 
 
-class UpdateBody:
-    """Takes the bytes of one push in order and puts each where it belongs.
+class Body(ABC):
+    """Takes the bytes of one safetensors stream in order and puts each where it belongs.
 
     Use: ``while not body.complete: n = read_into(body.window()); body.advance(n)``, then ``body.finish()``.
-
-    on_data: told how many bytes of the parameters are there, from the first on, as they come in order. A body in
-    another order than the layout's tells it once, at the end.
     """
 
-    def __init__(
-        self, staged: Staged, content_length: int | None = None, *, on_data: Callable[[int], None] | None = None
-    ) -> None:
-        """Raises MalformedBody or BodyTooLarge where the announced length cannot be right."""
-        layout = staged.layout
-        most = LENGTH_BYTES + layout.max_header_bytes + layout.param_bytes
-        if content_length is not None and content_length > most:
-            raise BodyTooLarge(f"the body announces {content_length} bytes; a push of this run has at most {most}")
-        self._layout = layout
-        self._data = staged.data
+    def __init__(self, max_header_bytes: int, content_length: int | None) -> None:
+        self._max_header_bytes = max_header_bytes
         self._content_length = content_length
-        self._on_data = on_data
-        self._in_order = False
         self._header: bytearray | None = None
-        self._targets: list[slice] | None = None
+        self._begun = False
         self._window = memoryview(bytearray(LENGTH_BYTES))
         self._filled = 0
 
     @property
     def complete(self) -> bool:
         """Every byte of the data has come; one more would be too many."""
-        return self._targets is not None and not self._window
+        return self._begun and not self._window
 
     def window(self) -> memoryview:
         """Where the next bytes belong; empty once complete."""
@@ -170,16 +158,15 @@ class UpdateBody:
         Raises MalformedBody or LayoutMismatch at the first wrong byte.
         """
         self._filled += count
-        if self._in_order and self._on_data:
-            self._on_data(self._filled)
         while self._window and self._filled == len(self._window):
             filled, self._filled = self._window, 0
             if self._header is None:
                 self._begin_header(filled)
-            elif self._targets is None:
-                self._begin_data(bytes(filled))
             else:
-                self._next_target()
+                if not self._begun:
+                    self._begin_data(bytes(filled))
+                    self._begun = True
+                self._window = self._next_window()
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take a chunk that lies elsewhere. Raises as advance(), and MalformedBody for bytes beyond the data."""
@@ -202,29 +189,63 @@ class UpdateBody:
         if not self.complete:
             raise MalformedBody("the body ends before its header says")
 
+    @abstractmethod
+    def _begin_data(self, raw: bytes) -> None:
+        """The header, without its length prefix, is there. Raises MalformedBody or LayoutMismatch."""
+
+    @abstractmethod
+    def _next_window(self) -> memoryview:
+        """The memory of the next bytes of the data; empty behind the last."""
+
     def _begin_header(self, prefix: memoryview) -> None:
-        length = parse_length(prefix, limit=self._layout.max_header_bytes)
+        length = parse_length(prefix, limit=self._max_header_bytes)
         if self._content_length is not None and LENGTH_BYTES + length > self._content_length:
             raise MalformedBody(f"the header claims {length} bytes, the whole body has {self._content_length}")
         self._header = bytearray(length)
         self._window = memoryview(self._header)
 
-    def _begin_data(self, raw: bytes) -> None:
-        if raw == self._layout.header[LENGTH_BYTES:]:
-            self._check_length(len(raw))
-            self._targets = [slice(0, self._layout.param_bytes)] if self._layout.param_bytes else []
-        else:
-            self._targets = self._layout.targets(parse_header(raw).entries)
-            self._check_length(len(raw))
-        self._in_order = len(self._targets) == 1
-        self._targets.reverse()
-        self._next_target()
-
-    def _check_length(self, header_bytes: int) -> None:
-        whole = LENGTH_BYTES + header_bytes + self._layout.param_bytes
+    def _check_length(self, header_bytes: int, data_bytes: int) -> None:
+        whole = LENGTH_BYTES + header_bytes + data_bytes
         if self._content_length is not None and self._content_length != whole:
             fault = "longer" if self._content_length > whole else "shorter"
             raise MalformedBody(f"the body has {self._content_length} bytes, {fault} than its header says ({whole})")
 
-    def _next_target(self) -> None:
-        self._window = self._data[self._targets.pop()] if self._targets else memoryview(b"")
+
+class UpdateBody(Body):
+    """A push that carries every tensor of the run.
+
+    on_data: told how many bytes of the parameters are there, from the first on, as they come in order. A body in
+    another order than the layout's tells it once, at the end.
+    """
+
+    def __init__(
+        self, staged: Staged, content_length: int | None = None, *, on_data: Callable[[int], None] | None = None
+    ) -> None:
+        """Raises MalformedBody or BodyTooLarge where the announced length cannot be right."""
+        layout = staged.layout
+        most = LENGTH_BYTES + layout.max_header_bytes + layout.param_bytes
+        if content_length is not None and content_length > most:
+            raise BodyTooLarge(f"the body announces {content_length} bytes; a push of this run has at most {most}")
+        super().__init__(layout.max_header_bytes, content_length)
+        self._layout = layout
+        self._data = staged.data
+        self._on_data = on_data
+        self._in_order = False
+        self._targets: list[slice] = []
+
+    def advance(self, count: int) -> None:
+        if self._in_order and self._on_data:
+            self._on_data(self._filled + count)
+        super().advance(count)
+
+    def _begin_data(self, raw: bytes) -> None:
+        if raw == self._layout.header[LENGTH_BYTES:]:
+            self._targets = [slice(0, self._layout.param_bytes)] if self._layout.param_bytes else []
+        else:
+            self._targets = self._layout.targets(parse_header(raw).entries)
+        self._check_length(len(raw), self._layout.param_bytes)
+        self._in_order = len(self._targets) == 1
+        self._targets.reverse()
+
+    def _next_window(self) -> memoryview:
+        return self._data[self._targets.pop()] if self._targets else memoryview(b"")

@@ -3,6 +3,7 @@
 ``python tests/benchmarks/run.py [--quick] [--rounds N] [--only GROUP]...``
 
     wire      one gigabyte by every way, ours and others', beside the raw sockets
+    connections   one gigabyte pushed over one connection, and split over several
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
     latency   a small push beside an empty PUT
     readers   sixteen pull one version
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import connections
 import gap
 import gpu
 import kernel
@@ -51,6 +53,7 @@ RESULTS = Path(__file__).parent / "results"
 Measure = Callable[[Scale, Callable[[str], object]], Group | tuple[Group, dict[str, Fit]]]
 GROUPS: dict[str, Measure] = {
     "wire": wire.measure,
+    "connections": connections.measure,
     "sizes": latency.measure_sizes,
     "latency": latency.measure,
     "readers": memory.measure_readers,

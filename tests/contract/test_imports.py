@@ -57,6 +57,7 @@ CLIENT_TORCH_AT_TOP = {
     "ema_client.remote_ema",
     "ema_client.selection",
     "ema_client.sending",
+    "ema_client.sharding",
     "ema_client.integrations.replica",
     "ema_client.integrations.transformers",
     # Imported by whoever reads or writes a checkpoint, which is tensors.

@@ -169,7 +169,7 @@ def test_goes_on_as_if_what_came_after_had_never_been(
 
 
 def test_updates_after_the_snapshot_are_forgotten(run: PlainRun, model: Model) -> None:
-    """Steps that were applied after the snapshot are unknown again; those before it are not, nor can they come again."""
+    """Steps applied after the snapshot are unknown again; those before it are not, nor can they come again."""
     push(run, 1, model(1))
     run.http.put(f"{run.path}/snapshots/s")
     push(run, 2, model(2))

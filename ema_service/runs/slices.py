@@ -1,0 +1,167 @@
+"""Slices of a run's tensors: where their bytes belong, and whether every element comes exactly once.
+
+Knows boxes, layouts and offsets. Does not know which update they are of, memory budgets, or who sends them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ema_client.errors import LayoutMismatch
+from ema_client.protocol import LAYOUT_DTYPES
+from ema_client.wire import Box, Entry, Header, box_shape, range_of_box, read_slices
+from ema_service.runs.layout import Layout
+
+__all__ = ["Cover", "Piece", "pieces_of", "slices_of"]
+
+#: Bytes received at a time: large enough that the loop costs nothing, small enough to be hashed while in the cache.
+_PIECE_BYTES = 4 << 20
+#: A stretch of this length is worth a read of its own. Shorter ones are received together and put in place by one copy.
+_STRETCH_BYTES = 64 << 10
+#: As much is put in place by one copy: it is made on the event loop and takes a fraction of a millisecond.
+_SCATTERED_BYTES = 1 << 20
+
+#: How many tensors an error names before it counts the rest.
+_NAMED_IN_ERRORS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes that come together: of one stretch of the data, or (``stretch`` None) of a ``box`` that is scattered there.
+
+    entry: the tensor as the layout has it.
+    """
+
+    entry: Entry
+    nbytes: int
+    stretch: slice | None
+    box: Box = ()
+
+    def scatter(self, received: memoryview, data: memoryview) -> None:
+        """Put the received bytes where they belong."""
+        dtype = np.dtype(f"u{LAYOUT_DTYPES[self.entry.dtype]}")
+        whole = np.frombuffer(data[self.entry.begin : self.entry.end], dtype).reshape(self.entry.shape)
+        target = whole[tuple(slice(start, stop) for start, stop in self.box)]
+        target[...] = np.frombuffer(received, dtype).reshape(box_shape(self.box))
+
+
+def slices_of(header: Header, layout: Layout) -> dict[str, tuple[Box, ...]]:
+    """The slices that a part's tensors are, in the order of their bytes; a whole tensor is one slice.
+
+    Raises MalformedBody; LayoutMismatch naming tensors that the layout does not have so.
+    """
+    given = read_slices(header)
+    faults, slices = [], {}
+    for entry in header.entries:
+        mine = layout.find(entry.name)
+        boxes = given.get(entry.name, (tuple((0, size) for size in entry.shape),))
+        fault = _fault(entry, mine, boxes, sliced=entry.name in given)
+        if fault or mine is None:
+            faults.append(fault)
+        elif entry.end > entry.begin:
+            slices[entry.name] = boxes
+    if faults:
+        more = f" and {len(faults) - _NAMED_IN_ERRORS} more" if len(faults) > _NAMED_IN_ERRORS else ""
+        raise LayoutMismatch("; ".join(faults[:_NAMED_IN_ERRORS]) + more)
+    return slices
+
+
+def _fault(entry: Entry, mine: Entry | None, boxes: tuple[Box, ...], *, sliced: bool) -> str:
+    name = entry.name[:200]
+    if mine is None:
+        return f"not in the layout: {name}"
+    if entry.dtype != mine.dtype:
+        return f"{name} is {entry.dtype}, expected {mine.dtype}"
+    if not sliced:
+        return "" if entry.shape == mine.shape else f"{name} is {list(entry.shape)}, expected {list(mine.shape)}"
+    for box in boxes:
+        if len(box) != len(mine.shape) or any(stop > size for (_, stop), size in zip(box, mine.shape, strict=True)):
+            return f"{name}: the slice {_shown(box)} is not within {list(mine.shape)}"
+    return ""
+
+
+def pieces_of(slices: Mapping[str, tuple[Box, ...]], layout: Layout) -> Iterator[Piece]:
+    """The bytes of a part in the order in which they come, cut into pieces of at most a few MiB."""
+    for name, boxes in slices.items():
+        entry = layout.entry(name)
+        for box in boxes:
+            yield from _pieces(entry, box)
+
+
+def _pieces(entry: Entry, box: Box) -> Iterator[Piece]:
+    width = LAYOUT_DTYPES[entry.dtype]
+    found = range_of_box(box, entry.shape)
+    if found:
+        stop = entry.begin + found[1] * width
+        for begin in range(entry.begin + found[0] * width, stop, _PIECE_BYTES):
+            end = min(begin + _PIECE_BYTES, stop)
+            yield Piece(entry, end - begin, slice(begin, end))
+        return
+    axis = next(axis for axis, (start, stop) in enumerate(box) if stop - start > 1)
+    below = prod(box_shape(box[axis + 1 :])) * width
+    count = 1 if below >= _STRETCH_BYTES else _SCATTERED_BYTES // below
+    first, last = box[axis]
+    for start in range(first, last, count):
+        inner = (*box[:axis], (start, min(start + count, last)), *box[axis + 1 :])
+        if count == 1:
+            yield from _pieces(entry, inner)
+        else:
+            yield Piece(entry, prod(box_shape(inner)) * width, None, inner)
+
+
+class Cover:
+    """Which elements of one tensor are claimed, and by which part: none by two."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        # Slices that are one stretch of the tensor, sorted: those of the usual sharding by rows all are.
+        self._stretches: list[tuple[int, int, int, Box]] = []
+        self._scattered: list[tuple[int, Box]] = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether every element is claimed."""
+        claimed = sum(stop - start for start, stop, _, _ in self._stretches)
+        return claimed + sum(prod(box_shape(box)) for _, box in self._scattered) == prod(self._shape)
+
+    def claim(self, part: int, boxes: tuple[Box, ...]) -> int | None:
+        """Claim slices for a part; the answer is None, or the part that has some of them (then claim() is undone)."""
+        for box in boxes:
+            found = range_of_box(box, self._shape)
+            other = self._other(box, found)
+            if other is not None:
+                self.release(part)
+                return other
+            if found:
+                insort(self._stretches, (*found, part, box))
+            else:
+                self._scattered.append((part, box))
+        return None
+
+    def release(self, part: int) -> None:
+        """Forget what a part claimed."""
+        self._stretches = [item for item in self._stretches if item[2] != part]
+        self._scattered = [item for item in self._scattered if item[0] != part]
+
+    def _other(self, box: Box, found: tuple[int, int] | None) -> int | None:
+        if found:
+            index = bisect_left(self._stretches, (found[0],))
+            if index < len(self._stretches) and self._stretches[index][0] < found[1]:
+                return self._stretches[index][2]
+            if index and self._stretches[index - 1][1] > found[0]:
+                return self._stretches[index - 1][2]
+        others = [] if found else [(part, other) for _, _, part, other in self._stretches]
+        return next((part for part, other in [*others, *self._scattered] if _overlap(box, other)), None)
+
+
+def _overlap(box: Box, other: Box) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True))
+
+
+def _shown(box: Box) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -1,0 +1,187 @@
+"""One rank of a sharded trainer, as test_sharded.py starts it: ``python ranks.py PLAN.json RANK``.
+
+Trains a small model whose parameters are the same whatever the sharding: gradients are made from the step's number, so
+that every way of sharding must leave the same average. Knows torch.distributed and our client. Does not know what the
+test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ema_client import RemoteEma
+
+
+class Model(nn.Module):
+    """Sizes that no number of ranks divides, a bias shorter than four ranks, a scalar."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, width)
+        self.second = nn.Linear(width, 10, bias=False)
+        self.tiny = nn.Parameter(torch.ones(3))
+        self.dead = nn.Parameter(torch.ones(5), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu()) * self.tiny.sum()
+
+
+def initial(width: int) -> Model:
+    torch.manual_seed(0)
+    return Model(width)
+
+
+def set_to(model: nn.Module, width: int, step: int) -> None:
+    """Give the whole model the values of one step, each rank its own slices: through the sharding's own means."""
+    from ema_client.sharding import shards_of
+
+    values = at(width, step)
+    with torch.no_grad():
+        for name, shard in shards_of(model).items():
+            taken = [values[name][tuple(slice(*bounds) for bounds in box)].reshape(-1) for box in shard.boxes]
+            if taken:
+                shard.local.copy_(torch.cat(taken).view(shard.local.shape))
+
+
+def at(width: int, step: int) -> dict[str, torch.Tensor]:
+    """The parameters as of one step."""
+    random = torch.Generator().manual_seed(step)
+    return {
+        name: torch.randn(p.shape, generator=random) for name, p in initial(width).named_parameters() if p.requires_grad
+    }
+
+
+def shard(model: Model, how: str) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    world = dist.get_world_size()
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if how == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if how == "fsdp1-flat":
+        return FullyShardedDataParallel(
+            model,
+            ignored_states=[model.dead],
+            sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+            device_id=torch.device("cpu"),
+        )
+    if how == "zero3":
+        return zero3(model)
+    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (world,))}
+    if how == "hsdp":
+        options["mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    if how == "columns":
+        options["shard_placement_fn"] = lambda p: Shard(1 if p.dim() == 2 and p.shape[1] % world == 0 else 0)
+    if how == "tp":
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        options["mesh"] = mesh["dp"]
+    fully_shard(model.first, **options)
+    return fully_shard(model, **options)
+
+
+def zero3(model: Model) -> nn.Module:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    os.environ |= {"LOCAL_RANK": os.environ["RANK"], "LOCAL_SIZE": os.environ["WORLD_SIZE"]}
+    import deepspeed
+
+    # Beside small parameters that every rank keeps whole, larger ones that are cut up.
+    stage = {"stage": 3, "stage3_param_persistence_threshold": 20, "stage3_model_persistence_threshold": 1000}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": stage,
+            "zero_allow_untested_optimizer": True,
+        },
+        dist_init_required=False,
+    )
+    module: nn.Module = engine
+    return module
+
+
+def main() -> None:
+    plan, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = dist.FileStore(plan["store"], plan["world"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=plan["world"])
+    for scene in plan["scenes"]:
+        said = play(scene, rank)
+        Path(plan["out"]).joinpath(f"{scene['run']}.{rank}.json").write_text(json.dumps(said))
+    if "killed" not in plan["scenes"][-1]:
+        dist.barrier()
+    os._exit(0)
+
+
+def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Train one run; the rank ``killed`` dies before it sends its last update."""
+    width, steps, killed = scene["width"], scene["steps"], scene.get("killed")
+    model = shard(initial(width), scene["how"])
+    set_to(model, width, 0)
+    ema = RemoteEma(model, 0.9, run=scene["run"], url=scene["url"], resume=scene.get("resume", False))
+    for step in steps:
+        set_to(model, width, step)
+        if killed is not None and step == steps[-1]:
+            ema.flush()  # what is before it, all ranks have sent
+        if (rank, step) == (killed, steps[-1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        ema(model)
+    if killed is not None:
+        ema._publisher.flush()
+        return {}
+    said = checks(ema, model, scene) | {"sent": ema.stats.sent}
+    ema.close()
+    return said
+
+
+def checks(ema: RemoteEma, model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
+    """What only this process can see, as JSON."""
+    from ema_client.sharding import shards_of
+
+    out: dict[str, Any] = {"num_updates": ema.num_updates}
+    batch = torch.ones(2, 7)
+    with torch.no_grad():
+        before = model(batch)
+        with ema.scope(model):
+            inside = model(batch)
+        after = model(batch)
+    reference = initial(plan["width"])
+    pulled = ema._client.pull(plan["run"])
+    reference.load_state_dict(dict(pulled), strict=False)
+    with torch.no_grad():
+        out["inside"] = torch.allclose(inside, reference(batch), rtol=1e-4, atol=1e-4)
+    out["changed"] = not torch.equal(before, inside)
+    out["after"] = torch.equal(before, after)
+    ema.copy_to(model)
+    out["own"] = all(
+        torch.equal(
+            shard.local.reshape(-1),
+            torch.cat([pulled[name][tuple(slice(*b) for b in box)].reshape(-1) for box in shard.boxes]),
+        )
+        for name, shard in shards_of(model).items()
+        if shard.boxes
+    )
+    out["elements"] = sum(t.numel() for t in ema._selection.of(model)[0]) if ema._plan.part is not None else 0
+    return out
+
+
+if __name__ == "__main__":
+    main()

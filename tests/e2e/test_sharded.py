@@ -1,0 +1,189 @@
+"""Sharded trainers: real processes that talk gloo among themselves, and a real server.
+
+Knows the kinds of sharding, the unsharded run to compare with, and how a rank dies. Does not know how slices are found
+or travel; what a rank does is in ranks.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_client import EmaClient
+
+if TYPE_CHECKING:
+    from tests.conftest import ServerProcess
+
+_RANKS = Path(__file__).with_name("ranks.py")
+_SECONDS = 90.0
+
+
+#: How the model is cut up -> how many of four ranks have something to send.
+_KINDS = {"ddp": 1, "fsdp2": 4, "columns": 4, "hsdp": 2, "tp": 4, "fsdp1": 4, "fsdp1-flat": 4}
+#: What torch itself asks of columns (a multiple of the ranks) and of a forward pass in tensor parallel (of two).
+_WIDTHS = {"columns": 16, "tp": 14}
+_WIDE = 40_000
+
+
+def train(folder: Path, world: int, scenes: list[dict[str, Any]], killed: int | None = None) -> dict[str, list[Any]]:
+    """Start a trainer's ranks, wait for all of them, and return what each said of each run."""
+    folder.mkdir()
+    plan = {"store": str(folder / "store"), "out": str(folder), "world": world, "scenes": scenes}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    processes = []
+    for rank in range(world):
+        with (folder / f"{rank}.log").open("wb") as log:
+            command = [sys.executable, str(_RANKS), str(folder / "plan.json"), str(rank)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    codes = _wait(processes)
+    logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
+    assert codes == [-signal.SIGKILL if rank == killed else 0 for rank in range(world)], logs
+    said = {scene["run"]: [folder / f"{scene['run']}.{rank}.json" for rank in range(world)] for scene in scenes}
+    return {run: [json.loads(p.read_text()) for p in paths if p.exists()] for run, paths in said.items()}
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    deadline = time.monotonic() + _SECONDS
+    try:
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def servers(
+    server_class: type[ServerProcess], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ServerProcess, ServerProcess]]:
+    """One for all runs, and one whose traffic is counted."""
+    arguments = ("--body-timeout", "3")
+    running = tuple(server_class(tmp_path_factory.mktemp("server"), arguments).start() for _ in range(2))
+    yield running  # type: ignore[misc]
+    for server in running:
+        server.stop()
+
+
+def scene(server: ServerProcess, run: str, how: str, steps: list[int], **more: Any) -> dict[str, Any]:
+    return {"url": server.url, "run": run, "how": how, "steps": steps, "width": _WIDTHS.get(how, 13), **more}
+
+
+@pytest.fixture(scope="module")
+def four(
+    servers: tuple[ServerProcess, ServerProcess], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Any]]:
+    """Four ranks that train one run after the other, until rank 2 is killed in the last one."""
+    server, counted = servers
+    scenes = [scene(server, kind, kind, [1, 2, 3]) for kind in _KINDS]
+    scenes.append(scene(server, "fewer", "fsdp2", [1, 2]))
+    scenes.append(scene(server, "otherwise", "hsdp", [1, 2]))
+    scenes.append(scene(counted, "wide", "fsdp2", [1], width=_WIDE))
+    scenes.append(scene(server, "killed", "fsdp2", [1, 2], killed=2))
+    return train(tmp_path_factory.mktemp("four") / "ranks", 4, scenes, killed=2)
+
+
+@pytest.fixture(scope="module")
+def two(
+    servers: tuple[ServerProcess, ServerProcess], four: dict[str, list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Any]]:
+    """Two ranks that go on with what the four left."""
+    kinds = {"fewer": "fsdp2", "otherwise": "fsdp1", "killed": "fsdp2"}
+    scenes = [scene(servers[0], run, kind, [3, 4], resume=True) for run, kind in kinds.items()]
+    assert four
+    return train(tmp_path_factory.mktemp("two") / "ranks", 2, scenes)
+
+
+def unsharded(client: EmaClient, run: str, width: int, steps: list[int]) -> dict[str, Tensor]:
+    """The same updates pushed whole."""
+    at = runpy.run_path(str(_RANKS))["at"]
+    client.create_run(f"{run}-whole", at(width, 0), decay=0.9, step=0)
+    for step in steps:
+        client.push(f"{run}-whole", at(width, step))
+    return dict(client.pull(f"{run}-whole"))
+
+
+def assert_same(client: EmaClient, run: str, expected: dict[str, Tensor]) -> None:
+    found = client.pull(run)
+    assert {*found} == {*expected}
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("how", _KINDS)
+def test_sharded_equals_unsharded(
+    how: str, four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]
+) -> None:
+    """Four ranks, sharded any way, give the unsharded EMA bit for bit; copy_to() and scope() work on every rank.
+
+    The sizes are such that no rank holds as much as another, and some hold nothing of a tensor.
+    """
+    with EmaClient(servers[0].url) as client:
+        expected = unsharded(client, how, _WIDTHS.get(how, 13), [1, 2, 3])
+        assert_same(client, how, expected)
+        assert client.run(how).num_updates == 3
+    for rank in four[how]:
+        assert (rank["num_updates"], rank["inside"], rank["changed"], rank["after"], rank["own"]) == (3, *[True] * 4)
+    assert [rank["sent"] for rank in four[how]] == [3] * _KINDS[how] + [0] * (4 - _KINDS[how])
+    assert sum(rank["elements"] for rank in four[how]) == sum(tensor.numel() for tensor in expected.values())
+
+
+def test_each_rank_moves_a_quarter(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
+    """Of a large model each of four ranks sends a quarter, and fetches about a quarter in copy_to()."""
+    with servers[1].http() as http:
+        lines = http.get("/metrics").text.splitlines()
+    metrics = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    elements = 8 * _WIDE + 10 * _WIDE + 3
+
+    assert float(metrics["ema_received_bytes_total"]) == 2 * 4 * elements  # the initial weights and one update
+    assert max(rank["elements"] for rank in four["wide"]) < elements * 0.26 + _WIDE
+    # Each rank pulls the whole once, to compare, and copies twice: in scope() and by itself.
+    copied = float(metrics["ema_sent_bytes_total"]) - 4 * 4 * elements
+    assert copied < 2 * 4 * elements * 1.2
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero3(servers: tuple[ServerProcess, ServerProcess], tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3, whose ranks hold flat ranges of each parameter, gives the unsharded EMA bit for bit."""
+    said = train(tmp_path / "ranks", 3, [scene(servers[0], "zero3", "zero3", [1, 2])])
+    with EmaClient(servers[0].url) as client:
+        assert_same(client, "zero3", unsharded(client, "zero3", 13, [1, 2]))
+    for rank in said["zero3"]:
+        assert (rank["inside"], rank["changed"], rank["after"], rank["own"], rank["sent"]) == (*[True] * 4, 2)
+
+
+@pytest.mark.parametrize("run", ["fewer", "otherwise"])
+def test_resume_with_another_world(
+    run: str, two: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]
+) -> None:
+    """A trainer that comes back with other ranks, or sharded otherwise, goes on with the same EMA, bit for bit."""
+    with EmaClient(servers[0].url) as client:
+        assert_same(client, run, unsharded(client, run, 13, [1, 2, 3, 4]))
+        assert client.run(run).step == 4
+    assert [rank["own"] for rank in two[run]] == [True, True]
+
+
+def test_killed_rank(two: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
+    """A rank killed before it sends leaves the EMA as it was, as if that step had not been; the trainer comes back with
+    fewer ranks and goes on, and what the others had sent of that step is given back."""
+    with EmaClient(servers[0].url) as client:
+        assert_same(client, "killed", unsharded(client, "killed", 13, [1, 3, 4]))
+    assert [rank["own"] for rank in two["killed"]] == [True, True]
+    deadline = time.monotonic() + 30
+    with servers[0].http() as http:
+        while "ema_staging_bytes 0.0" not in http.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
