@@ -90,7 +90,8 @@ class Update:
     """One update in the making. Owned by the request that pushes it; the run changes only at commit().
 
     base: the state it was begun on. averages: those of the state it makes; none where ``step`` was applied before.
-    writer: as for Run.begin(). work: to be advanced as the parameters arrive. slot: where the state is written to meanwhile, if it is kept.
+    work: to be advanced as the parameters arrive. writer: as for
+    Run.begin(). slot: where the state is written to meanwhile, if it is kept.
     """
 
     step: int
