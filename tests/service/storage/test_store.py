@@ -188,10 +188,10 @@ def test_crash_in_the_middle_of_a_snapshot(
         if where == "row":
             patch.setattr(Catalog, "add_snapshot", crash)
         with pytest.raises(Crash):
-            kept.save_snapshot(row, "s", "{}", {"gone": [body(1)], "ema": chunks()})
+            kept.save_snapshot(row, "s", lambda: "{}", {"gone": [body(1)], "ema": chunks()})
     kept = opened()
     assert kept.snapshots(row) == []
-    kept.save_snapshot(row, "s", "{}", {"ema": [body(2)]})
+    kept.save_snapshot(row, "s", lambda: "{}", {"ema": [body(2)]})
 
     assert [each.name for each in kept.snapshots(row)] == ["s"]
     assert names(folder / "runs" / f"r.{row.id}" / "snapshots" / "s") == ["ema.safetensors"]
@@ -220,7 +220,7 @@ def test_files_that_cannot_be_removed_are_logged(
     """What cannot be removed costs disk space and a line in the log, nothing else."""
     kept = opened()
     row = kept.add_run("r", "{}", 1.0)
-    kept.save_snapshot(row, "s", "{}", {"ema": [body(1)]})
+    kept.save_snapshot(row, "s", lambda: "{}", {"ema": [body(1)]})
 
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
