@@ -255,6 +255,7 @@ class EmaClient:
         part: int,
         of: int,
         group: str = "",
+        writer: int | None = None,
     ) -> bool:
         """Send one of ``of`` parts of an update, as a rank of a sharded trainer does; True if it was the last one.
 
@@ -267,18 +268,23 @@ class EmaClient:
             part, of: this part's number, from 0, and how many there are.
             group: a string that is the same on all ranks, and another one at each start of the trainer: parts of two
                 starts are never put together.
+            writer: as for push(), the same for all parts.
 
         The update is applied when all parts are there, as one; until then, and if one never comes, the EMA stays as it
         is. Raises as push() does, LayoutMismatch also where parts overlap or leave a gap.
         """
         path = protocol.part_path(_name(run, "run"), step, part)
-        reply = self._transport.upload(path, _part_body(state, slices), query={"of": of, "group": group or None})
+        query, headers = {"of": of, "group": group or None}, _writer_header(writer)
+        reply = self._transport.upload(path, _part_body(state, slices), query=query, headers=headers)
         return reply.data.get("state") != "staged"
 
-    def push_part_once(self, run: str, body: Body, *, step: int, part: int, of: int, group: str = "") -> bool:
+    def push_part_once(
+        self, run: str, body: Body, *, step: int, part: int, of: int, group: str = "", writer: int | None = None
+    ) -> bool:
         """push_part(), tried once, of a body that is made already: for a sender that tries again in its own way."""
         path = protocol.part_path(_name(run, "run"), step, part)
-        reply = self._transport.upload_once(path, body, query={"of": of, "group": group or None})
+        query, headers = {"of": of, "group": group or None}, _writer_header(writer)
+        reply = self._transport.upload_once(path, body, query=query, headers=headers)
         return reply.data.get("state") != "staged"
 
     def send_weights_part(
@@ -431,10 +437,14 @@ class EmaClient:
         """
         return save(self._transport, _weights_path(run, snapshot), {"average": average}, Path(path), progress)
 
-    def snapshot(self, run: str, name: str) -> SnapshotInfo:
-        """Keep the current EMA weights under a name, on the server, durably. Raises SnapshotExists, StorageDisabled."""
+    def snapshot(self, run: str, name: str, *, keep: int | None = None) -> SnapshotInfo:
+        """Keep the current EMA weights under a name, on the server, durably.
+
+        keep: of the snapshots whose names are the same up to the last "-", let only so many, the newest, stay.
+        Raises SnapshotExists, StorageDisabled.
+        """
         path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
-        return _parse(SnapshotInfo, self._transport.json("PUT", path))
+        return _parse(SnapshotInfo, self._transport.json("PUT", path if keep is None else f"{path}?keep={keep}"))
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""

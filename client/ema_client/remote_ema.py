@@ -11,7 +11,7 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -20,17 +20,21 @@ from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
 from ema_client.connection import Body
-from ema_client.errors import AlreadyStored, EmaError, NothingStored, RunExists, UsageError
+from ema_client.errors import AlreadyStored, EmaError, NothingStored, RunExists, StorageDisabled, UsageError
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig, RunInfo
 from ema_client.publisher import Publisher, Stats
 from ema_client.selection import BufferPolicy, FrozenPolicy, Selection
 from ema_client.sending import Sending, StepHook
-from ema_client.sharding import Plan, ShardedSelection, is_sharded, plan_whole, reshard, together
+from ema_client.sharding import Plan, ShardedSelection, agreed, is_sharded, plan_whole, reshard, together
 
 __all__ = ["BusyPolicy", "RemoteEma"]
 
 #: What an update does while earlier ones are on their way: wait for room, or be left out and counted.
 BusyPolicy = Literal["block", "skip"]
+
+#: state_dict() takes snapshots named so, and this many of them stay: trainers keep a few checkpoints, not all.
+_STATES = "state"
+_KEPT_STATES = 10
 
 _log = logging.getLogger("ema_client")
 
@@ -117,9 +121,12 @@ class RemoteEma:
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
         try:
+            # First of all: no trainer that was replaced pushes from here on.
+            writer = self._take_over() if resume else None
             info = self._attached(decay, counted) if resume else None
             if info is None or info.status == "awaiting_weights":
                 info = self._create(tensors, decay, counted, averages, durability)
+            self._writer = writer or self._take_over()
         except BaseException:
             self._release()
             raise
@@ -127,12 +134,13 @@ class RemoteEma:
         self._start(hooked=borrow or on_device)
 
     def _start(self, *, hooked: bool) -> None:
-        client, run, plan = self._client, self._run, self._plan
+        client, run, plan, writer = self._client, self._run, self._plan, self._writer
 
         def send(step: int, body: Body) -> object:
             if plan.sharded and plan.part is not None:
-                return client.push_part_once(run, body, step=step, part=plan.part, of=plan.of, group=plan.group)
-            return client.push_once(run, body, step=step)
+                part = {"part": plan.part, "of": plan.of}
+                return client.push_part_once(run, body, step=step, group=plan.group, writer=writer, **part)
+            return client.push_once(run, body, step=step, writer=writer)
 
         # Neither the thread nor the hook knows this object: one that is dropped without close() ends both.
         self._publisher = Publisher(send, client.retry, name=f"run {run!r} at {client.url}")
@@ -253,6 +261,54 @@ class RemoteEma:
     def parameters(self) -> Iterator[Tensor]:
         """None: there is nothing here to train, move or save."""
         return iter(())
+
+    # --- going on from a checkpoint ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the training needs to come back to the EMA as it is now; strings and numbers only.
+
+        The weights stay on the service, as a snapshot. The ten newest such snapshots of a run are kept. Where the
+        service keeps nothing on disk there is none, and load_state_dict() can only go on from the very same version.
+        """
+        self.flush()
+        info = self._client.run(self._run)
+        state = {"run": self._run, "version": info.version, "step": info.step, "num_updates": info.num_updates}
+        try:
+            snapshot = self._client.snapshot(self._run, f"{_STATES}-{info.version}", keep=_KEPT_STATES)
+        except StorageDisabled:
+            warnings.warn(f"the service keeps no snapshot of run {self._run!r}: it has no disk", stacklevel=2)
+            return {**state, "snapshot": None}
+        return {**state, "snapshot": snapshot.name}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to the EMA of state_dict(): weights, counter, decay and step. Updates after it are done away with.
+
+        For a RemoteEma of the same run, made with ``resume=True``. Raises UsageError for another run's state, and where
+        there is no snapshot to go back to; SnapshotNotFound where that was deleted since.
+        """
+        if state["run"] != self._run:
+            raise UsageError(
+                f"the state is of run {state['run']!r}, this is {self._run!r}",
+                hint="give the RemoteEma the run's name of the checkpoint, and resume=True",
+            )
+        self.flush()
+        if self._plan.sharded:
+            together(lambda: self._rewind(state))
+        else:
+            self._rewind(state)
+        self._step = self._first_step = self._sent_step = state["step"] or 0
+
+    def _rewind(self, state: Mapping[str, Any]) -> None:
+        if self._plan.part != 0:
+            return
+        if self._client.run(self._run).version == state["version"]:
+            return
+        if state["snapshot"] is None:
+            raise UsageError(
+                f"run {self._run!r} went on since version {state['version']}, of which there is no snapshot",
+                hint="let the service keep runs on disk (--data-dir), or begin a new run with the model as it is",
+            )
+        self._client.rewind(self._run, state["snapshot"])
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -437,6 +493,12 @@ class RemoteEma:
                 hint="resume with the model the run was made with, frozen as it was then",
             )
         return info
+
+    def _take_over(self) -> int | None:
+        """The number that fences off trainers before this one, the same on all ranks that send."""
+        if self._plan.sharded:
+            return agreed(lambda: self._client.attach(self._run) if self._plan.part == 0 else None)
+        return self._client.attach(self._run) if self._plan.part is not None else None
 
     def _check_nothing_stored(self) -> None:
         if self._stored is not None:

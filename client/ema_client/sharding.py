@@ -241,6 +241,11 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def agreed(work: Callable[[], T | None]) -> T | None:
+    """together(), for work that makes something on one rank only: that, on all."""
+    return next((made for made in _gather(together(work)) if made is not None), None)
+
+
 def _mismatch(faults: list[str]) -> UsageError:
     more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
     return UsageError(

@@ -6,11 +6,13 @@ Knows the routes and their answers. Does not know how a snapshot is kept.
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from ema_client.errors import (
     AwaitingWeights,
+    Forbidden,
     InvalidRequest,
     RunNotFound,
     SnapshotExists,
@@ -18,7 +20,8 @@ from ema_client.errors import (
     StorageDisabled,
     StorageFailed,
 )
-from ema_client.protocol import SnapshotInfo, SnapshotList
+from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
+from ema_service.api.auth import access_of
 from ema_service.api.context import RunName, Server, SnapshotName
 from ema_service.api.errors import problem_responses
 
@@ -34,16 +37,27 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
     responses={
         200: {"model": SnapshotInfo, "description": "The snapshot exists and is of this very version"},
         **problem_responses(
-            RunNotFound, AwaitingWeights, SnapshotExists, StorageDisabled, InvalidRequest, StorageFailed
+            RunNotFound, AwaitingWeights, Forbidden, SnapshotExists, StorageDisabled, InvalidRequest, StorageFailed
         ),
     },
 )
-async def put_snapshot(run: RunName, name: SnapshotName, response: Response, server: Server) -> SnapshotInfo:
+async def put_snapshot(
+    run: RunName,
+    name: SnapshotName,
+    request: Request,
+    response: Response,
+    server: Server,
+    keep: Annotated[int | None, Query(ge=1, le=MAX_STEP, description="How many of its series stay")] = None,
+) -> SnapshotInfo:
     """Copy all averages, as they are now, to files under this name.
 
-    On disk when it is answered, and never changed after.
+    On disk when it is answered, and never changed after. ``keep``: of the snapshots whose names are the same up to the
+    last "-", only so many, the newest, stay.
     """
-    info, created = await server.block(partial(server.registry.files(run).snapshot, name))
+    if keep is not None:
+        # The rest of the series is deleted: more than a reader may do.
+        access_of(request).check("push", run)
+    info, created = await server.block(partial(server.registry.files(run).snapshot, name, keep=keep))
     response.status_code = 201 if created else 200
     return info
 

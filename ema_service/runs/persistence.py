@@ -92,9 +92,10 @@ class RunFiles:
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def snapshot(self, name: str) -> tuple[SnapshotInfo, bool]:
+    def snapshot(self, name: str, *, keep: int | None = None) -> tuple[SnapshotInfo, bool]:
         """Keep all averages as they are now under ``name``, and say whether that is new.
 
+        keep: of the snapshots whose names are the same up to the last "-", only so many, the newest, stay.
         Raises SnapshotExists where the name stands for another version, AwaitingWeights, StorageFailed.
         """
         with self._lock:
@@ -104,6 +105,7 @@ class RunFiles:
                 info = self._snapshot_info(state, name)
                 try:
                     self._write(state, info)
+                    self._drop_oldest(name, keep)
                 except (OSError, sqlite3.Error) as fault:
                     raise StorageFailed(
                         f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}", retry_after=1.0
@@ -181,6 +183,12 @@ class RunFiles:
         texts = {row.name: json.loads(row.info) for row in self._store.snapshots(self._row)}
         # Format 1 had no checksums.
         return {name: (from_json(SnapshotInfo, text), text.get("checksums", {})) for name, text in texts.items()}
+
+    def _drop_oldest(self, name: str, keep: int | None) -> None:
+        series = name.rpartition("-")[0]
+        names = [each for each in self._snapshots() if each.rpartition("-")[0] == series]
+        for old in names[:-keep] if keep else ():
+            self._store.remove_snapshot(self._row, old)
 
     def _no_snapshot(self, name: str) -> SnapshotNotFound:
         return SnapshotNotFound(f"run {self._row.name!r} has no snapshot {name!r}")

@@ -169,7 +169,8 @@ class Catalog:
         self._write("DELETE FROM snapshots WHERE run_id = ? AND name = ?", run_id, name)
 
     def snapshots(self, run_id: int) -> list[SnapshotRow]:
-        query = "SELECT run_id, name, info, created_at FROM snapshots WHERE run_id = ? ORDER BY created_at, name"
+        # In the order they were made: the clock may have jumped.
+        query = "SELECT run_id, name, info, created_at FROM snapshots WHERE run_id = ? ORDER BY rowid"
         return [SnapshotRow(*row) for row in self._read(query, run_id)]
 
     def add_history(self, run_id: int, at: float, event: str) -> None:

@@ -26,6 +26,8 @@ BUILT = {
     "PATCH /v1/runs/{run}",
     "DELETE /v1/runs/{run}",
     "POST /v1/runs/{run}/reset-num-updates",
+    "POST /v1/runs/{run}/writers",
+    "POST /v1/runs/{run}/rewind",
     "PUT /v1/runs/{run}/weights",
     "GET /v1/runs/{run}/weights",
     "PUT /v1/runs/{run}/weights/parts/{part}",

@@ -27,8 +27,8 @@ class RemoteEmaCallback(Callback):
 
     Updated once for each optimizer step, however many batches that takes. Validation, tests and predictions run with
     EMA weights, which leave the module again at their end, also where they fail. Checkpoints hold the training
-    weights. With several processes the first sends; all evaluate. A training that goes on from a checkpoint goes on
-    with its run.
+    weights and a reference to the EMA of their step: a training that goes on from one goes on with its run and that
+    EMA (RemoteEma.state_dict() says how long it is there). With several processes the first sends; all evaluate.
 
     Args:
         decay, use_num_updates, run, url, token: as for RemoteEma.
@@ -54,6 +54,7 @@ class RemoteEmaCallback(Callback):
         self._attribute = attribute
         self._evaluate = evaluate
         self._resume = resume
+        self._state: dict[str, Any] | None = None
         self._replica: Replica | None = None
         self._steps = 0
 
@@ -67,6 +68,9 @@ class RemoteEmaCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
         self._replica = self._open(trainer, pl_module, trains=True)
+        state, self._state = self._state, None
+        if self.ema and state:
+            self.ema.load_state_dict(state)
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -110,11 +114,13 @@ class RemoteEmaCallback(Callback):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"run": self._where["run"]}
+        return self.ema.state_dict() if self.ema else {"run": self._where["run"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Another name than the checkpoint's is a branch: it begins with the weights of the checkpoint.
         self._resume = state_dict.get("run") == self._where["run"]
+        # The EMA of that step, where the checkpoint was written by a process that had it.
+        self._state = state_dict if self._resume and "snapshot" in state_dict else None
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -188,3 +188,13 @@ def test_beyond_loopback_only_with_tokens():
     assert done.returncode == 2
     assert "--token-file" in done.stderr
     assert SCOPES == ("push", "pull", "admin")
+
+
+def test_reader_cannot_end_a_series(url: str, tokens: dict[str, str]) -> None:
+    """A token that may only read takes a snapshot, but not one that lets older ones go."""
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {tokens['pull']}"}) as http:
+        assert http.put("/v1/runs/alpha-1/snapshots/kept-1").status_code == 201
+        refused = http.put("/v1/runs/alpha-1/snapshots/kept-2", params={"keep": 1})
+        assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        names = [each["name"] for each in http.get("/v1/runs/alpha-1/snapshots").json()["snapshots"]]
+        assert "kept-1" in names
