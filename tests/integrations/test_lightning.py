@@ -141,8 +141,13 @@ def test_a_test_later_reads_the_run(client: EmaClient, run_name: str, tmp_path: 
     assert same(fresh.evaluated[-1], before)
 
 
-def test_resuming_goes_on_with_the_run(client: EmaClient, run_name: str, tmp_path: Path, trained: Any) -> None:
-    """A training that goes on from its checkpoint needs no word about its run; another name begins a new one."""
+def test_resuming_goes_on_with_the_run(
+    client: EmaClient, run_name: str, tmp_path: Path, trained: Any, same: Any
+) -> None:
+    """A training that goes on from its checkpoint needs no word about its run, and has the EMA it had there.
+
+    Also where the run had gone on since. Another name begins a new run.
+    """
     saver = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     callback = RemoteEmaCallback(0.9, run=run_name)
     trainer(tmp_path, callback, saver, enable_checkpointing=True).fit(Module(trained), batches())
@@ -151,6 +156,12 @@ def test_resuming_goes_on_with_the_run(client: EmaClient, run_name: str, tmp_pat
     again = trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name), max_epochs=2)
     again.fit(Module(trained), batches(), ckpt_path=last)
     assert client.run(run_name).num_updates == 2 * BATCHES
+    once = {name: tensor.clone() for name, tensor in client.pull(run_name).items()}
+
+    more = trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name), max_epochs=2)
+    more.fit(Module(trained), batches(), ckpt_path=last)
+    assert client.run(run_name).num_updates == 2 * BATCHES
+    assert same(dict(client.pull(run_name)), once)
 
     branch = trainer(tmp_path, RemoteEmaCallback(0.9, run=f"{run_name}-branch"), max_epochs=2)
     branch.fit(Module(trained), batches(), ckpt_path=last)
