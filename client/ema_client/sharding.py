@@ -34,6 +34,7 @@ __all__ = [
     "Plan",
     "Shard",
     "ShardedSelection",
+    "agreed",
     "is_sharded",
     "plan_whole",
     "reshard",

@@ -104,6 +104,19 @@ def test_snapshots(ema: Ema, run: str, client: EmaClient, tmp_path: Path) -> Non
     assert torch.equal(safetensors.torch.load_file(tmp_path / "w.safetensors")["w"], STATE["w"] + 0.5)
 
 
+def test_rewind(ema: Ema, run: str, client: EmaClient) -> None:
+    """A run goes back to a snapshot; without a snapshot and without --accept nothing happens."""
+    ema("snapshot", run, "best")
+    at = client.run(run)
+    client.push(run, {"w": STATE["w"] + 9})
+    assert ema("rewind", run)[0] == 2
+    assert ema("rewind", run, "best", "--accept")[0] == 2
+    code, out, _ = ema("rewind", run, "best")
+
+    assert (code, out) == (0, f"{run}: version 2.0, step {at.step}, num_updates {at.num_updates}\n")
+    assert torch.equal(client.pull(run)["w"], STATE["w"] + 0.5)
+
+
 def test_steering(ema: Ema, run: str, client: EmaClient) -> None:
     """Decay and counter can be changed."""
     assert ema("set-decay", run, "0.25")[:2] == (0, f"{run}: ema 0.25\n")

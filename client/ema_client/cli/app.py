@@ -25,6 +25,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "snapshots": runs.snapshots,
     "set-decay": runs.set_decay,
     "reset-num-updates": runs.reset_num_updates,
+    "rewind": runs.rewind,
     "delete": runs.delete,
     "import": checkpoints.import_run,
     "export": checkpoints.export,

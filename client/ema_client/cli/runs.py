@@ -17,7 +17,7 @@ from rich.table import Table
 from ema_client.cli import show
 from ema_client.cli.options import Average, Json, Run, Token, Url, connect
 
-__all__ = ["delete", "pull", "reset_num_updates", "runs", "set_decay", "show_run", "snapshot", "snapshots"]
+__all__ = ["delete", "pull", "reset_num_updates", "rewind", "runs", "set_decay", "show_run", "snapshot", "snapshots"]
 
 
 def runs(context: typer.Context, as_json: Json = False, url: Url = None, token: Token = None) -> None:
@@ -114,6 +114,22 @@ def reset_num_updates(context: typer.Context, run: Run, url: Url = None, token: 
     with connect(context, url, token) as client:
         info = client.reset_num_updates(run)
     show.say(f"{run}: num_updates {info.num_updates}")
+
+
+def rewind(
+    context: typer.Context,
+    run: Run,
+    snapshot: Annotated[str | None, typer.Argument(help="Name of the snapshot.", show_default=False)] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="A degraded run: go on with what is there.")] = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Go back to a snapshot: updates after it are done away with."""
+    if (snapshot is None) != accept:
+        raise typer.BadParameter("give the name of a snapshot, or --accept")
+    with connect(context, url, token) as client:
+        info = client.rewind(run, snapshot)
+    show.say(f"{run}: version {info.version}, step {info.step}, num_updates {info.num_updates}")
 
 
 def delete(
