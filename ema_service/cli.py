@@ -75,7 +75,10 @@ def serve(
         float, typer.Option(help="Seconds between looks for runs that moved since their last checkpoint.", min=0.05)
     ] = Settings.checkpoint_interval,
     body_timeout: Annotated[
-        float, typer.Option(help="Seconds a sender may stay silent in the middle of a body.", min=0.1)
+        float,
+        typer.Option(
+            help="Seconds a sender may stay silent in the middle of a body, or a reader take nothing.", min=0.1
+        ),
     ] = Settings.body_timeout,
     token_file: Annotated[
         Path | None,
