@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -70,16 +70,22 @@ def test_nothing_is_written_through_a_link(planted: tuple[ServerProcess, PlainRu
     assert contents(outside) == before
 
 
-def test_a_link_to_a_file_is_not_written_to(planted: tuple[ServerProcess, PlainRun, Path], outside: Path) -> None:
-    """Links where the next checkpoint's files go are replaced, not followed."""
+def test_a_link_in_the_place_of_weights_is_not_followed(
+    planted: tuple[ServerProcess, PlainRun, Path], outside: Path
+) -> None:
+    """Links where the run's weights are kept are not written through, whether the run comes back or not."""
     server, run, folder = planted
     before = contents(outside)
-    for checkpoint in ("checkpoint-a", "checkpoint-b"):
-        (folder.parent / checkpoint).mkdir(exist_ok=True)
-        for name in ("ema.safetensors", "ema.safetensors.tmp"):
-            (folder.parent / checkpoint / name).unlink(missing_ok=True)
-            (folder.parent / checkpoint / name).symlink_to(outside / "ema.safetensors")
-    run.push(1, {"w": torch.zeros(100)}).raise_for_status()
+    assert server.stop() == 0
+    kept = list(folder.parent.glob("slots/*/ema.safetensors"))
+    assert kept
+    for path in kept:
+        path.unlink()
+        path.symlink_to(outside / "ema.safetensors")
+        path.with_name("ema.safetensors.tmp").symlink_to(outside / "ema.safetensors")
+    server.start()
+    with server.http() as http:
+        assert http.put(f"{run.path}/updates/1", content=save({"w": torch.zeros(100)})).status_code in (409, 503)
     server.stop()
 
     assert contents(outside) == before
