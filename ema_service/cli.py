@@ -75,12 +75,19 @@ def serve(
         float, typer.Option(help="Seconds between looks for runs that moved since their last checkpoint.", min=0.05)
     ] = Settings.checkpoint_interval,
     body_timeout: Annotated[
-        float, typer.Option(help="Seconds a sender may stay silent in the middle of a body.", min=0.1)
+        float,
+        typer.Option(
+            help="Seconds a sender may stay silent in the middle of a body, or a reader take nothing.", min=0.1
+        ),
     ] = Settings.body_timeout,
     token_file: Annotated[
         Path | None,
         typer.Option(help="Ask for tokens, those of this file (`ema-service token create`).", dir_okay=False),
     ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="Speak TLS: the certificate, then those between it and its authority; PEM.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Key of the certificate, not encrypted; PEM.")] = None,
     insecure_no_auth: Annotated[
         bool, typer.Option("--insecure-no-auth", help="Listen beyond loopback although anyone may then read and write.")
     ] = False,
@@ -92,6 +99,8 @@ def serve(
             "Make tokens (`ema-service token create`) and give --token-file, or say --insecure-no-auth.",
             param_hint="--host",
         )
+    if (ssl_certfile is None) != (ssl_keyfile is None):
+        raise typer.BadParameter("a certificate and its key come together", param_hint="--ssl-certfile, --ssl-keyfile")
     settings = Settings(
         data_dir=None if memory else data_dir,
         device=device,
@@ -101,7 +110,7 @@ def serve(
         body_timeout=body_timeout,
         token_file=token_file,
     )
-    _run(settings, host, port, uds)
+    _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
 
 
 @app.command()
@@ -159,10 +168,11 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
+def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
     from ema_service.api.app import pick_device
     from ema_service.api.auth import TokenFileError
     from ema_service.api.server import serve as serve_http
+    from ema_service.api.tls import CertificateUnusable, server_context
     from ema_service.storage import CatalogUnusable
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -176,8 +186,9 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None) -> None:
         typer.echo(f"  dashboard  {url}/    API docs  {url}/docs")
 
     try:
-        serve_http(settings, host, port, uds, announce)
-    except (OSError, RuntimeError, sqlite3.Error, TokenFileError, CatalogUnusable) as fault:
+        tls = server_context(*certificate) if certificate else None
+        serve_http(settings, host, port, uds, announce, tls)
+    except (OSError, RuntimeError, sqlite3.Error, CatalogUnusable, CertificateUnusable, TokenFileError) as fault:
         # What keeps a server from starting: an address or a data dir in use, a device that is not there, a disk.
         typer.echo(f"ema-service: {fault}", err=True)
         raise typer.Exit(1) from None

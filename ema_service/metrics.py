@@ -34,12 +34,19 @@ class Metrics:
         self.sent = Counter("ema_sent_bytes", "Bytes of weights sent to readers.", registry=self.registry)
         self.watchers = Gauge("ema_watchers", "Streams of events that are open.", registry=self.registry)
         self.events = Counter("ema_events", "Events sent to watchers, by kind.", ["kind"], registry=self.registry)
+        self.slow_readers = Counter(
+            "ema_slow_readers", "Readers cut off because they took too little.", registry=self.registry
+        )
         self.commit_seconds = Histogram(
             "ema_commit_seconds",
             "Time from the last byte of an update to its being applied.",
             buckets=_SECONDS,
             registry=self.registry,
         )
+
+    def refused(self, code: str) -> None:
+        """Count a request that was answered with an error."""
+        self.errors.labels(code).inc()
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A gauge read when someone asks."""

@@ -30,7 +30,7 @@ class Settings:
     frozen_bytes: most memory of versions held for readers beside the current ones.
     checkpoint_interval: seconds between two looks for runs of durability ``memory`` that moved since their last
         checkpoint.
-    body_timeout: seconds a sender may stay silent in the middle of a body.
+    body_timeout: seconds a sender may stay silent in the middle of a body, and a reader may take nothing.
     token_file: tokens and what each may do; None asks nobody for one.
     json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.
     """

@@ -20,13 +20,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import trustme
 from hypothesis import settings
 from safetensors.torch import load, save
 from torch import Tensor
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
-_LISTENS = re.compile(r"listens on (http://\S+)")
+_LISTENS = re.compile(r"listens on (https?://\S+)")
 
 
 @dataclass
@@ -228,6 +229,32 @@ def _widened(tensor: Tensor) -> Tensor:
 def litema() -> type[LitEmaOracle]:
     """The class LitEma, written independently of the service, to compare with."""
     return LitEmaOracle
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate for 127.0.0.1 and localhost, and who signed it: an authority that no machine knows."""
+
+    cert: Path
+    key: Path
+    authority: Path
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What makes ``ema-service serve`` speak TLS with it."""
+        return ("--ssl-certfile", str(self.cert), "--ssl-keyfile", str(self.key))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1", "localhost")
+    made = Certificate(folder / "cert.pem", folder / "key.pem", folder / "authority.pem")
+    made.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    made.key.write_bytes(issued.private_key_pem.bytes())
+    made.authority.write_bytes(authority.cert_pem.bytes())
+    return made
 
 
 @pytest.fixture(scope="session")

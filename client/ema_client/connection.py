@@ -282,7 +282,13 @@ def unreachable(url: str, fault: Exception) -> ServiceUnreachable:
 
 def no_tls(url: str, fault: Exception) -> ProtocolError:
     """The error of a connection that could not be made secure; trying again would not change that."""
-    return ProtocolError(f"no TLS with {url}: {fault}", hint="check the scheme of the URL and the server's certificate")
+    hint = "check the scheme of the URL and the server's certificate"
+    if isinstance(fault, ssl.SSLCertVerificationError):
+        hint = (
+            "if an authority of your own signed it, name that authority's certificate: SSL_CERT_FILE=/path/to/ca.pem; "
+            "the URL's host must be one the certificate is for"
+        )
+    return ProtocolError(f"no TLS with {url}: {fault}", hint=hint)
 
 
 def _readable(sock: socket.socket, timeout: float) -> bool:

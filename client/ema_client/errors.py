@@ -11,6 +11,7 @@
     |   |-- NameCollision         two parameters share one canonical name
     |   |-- NothingStored         restore() without store()
     |   +-- AlreadyStored         store() over a stored copy; a scope inside a scope
+    |-- BadRequest                400: not HTTP/1.1
     |-- Unauthorized              401: no token, or none the server knows
     |-- Forbidden                 403: the token does not allow this
     |-- NotFound                  404
@@ -19,14 +20,17 @@
     |-- RequestTimeout            408
     |-- Conflict                  409
     |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep, Fenced,
-    |   +-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded
+    |   |-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded,
+    |   +-- TooManyRuns
     |-- BodyTooLarge              413
+    |-- UnsupportedEncoding       415: a compressed body
     |-- RangeNotSatisfiable       416
     |-- Invalid                   422
     |   |-- InvalidRequest        a field of the JSON body, the path or the query
     |   |-- MalformedBody         not a well-formed safetensors stream
     |   |-- LayoutMismatch        well-formed, but not the tensors of this run
     |   +-- NonFinite             NaN or Inf where the run refuses them
+    |-- HeadTooLarge              431: too many or too long header fields
     |-- InternalError             500: a defect of the server
     |-- StorageFailed             503: the server's disk is full or fails
     |-- Overloaded                503: out of a declared budget, try again later
@@ -47,12 +51,14 @@ __all__ = [
     "AlreadyStored",
     "AverageNotFound",
     "AwaitingWeights",
+    "BadRequest",
     "BodyTooLarge",
     "Conflict",
     "ConnectionLost",
     "EmaError",
     "Fenced",
     "Forbidden",
+    "HeadTooLarge",
     "InternalError",
     "Invalid",
     "InvalidDecay",
@@ -82,8 +88,10 @@ __all__ = [
     "StorageDisabled",
     "StorageFailed",
     "Superseded",
+    "TooManyRuns",
     "TransportError",
     "Unauthorized",
+    "UnsupportedEncoding",
     "UpdatesPending",
     "UsageError",
     "WeightsExist",
@@ -212,6 +220,13 @@ class AlreadyStored(UsageError):
     default_hint = "restore() first: storing again would lose the training weights"
 
 
+class BadRequest(EmaError):
+    code = "bad_request"
+    status = 400
+    title = "Not HTTP/1.1"
+    default_hint = "send one Content-Length or chunks, not both, lines that end in CRLF, and no folded header lines"
+
+
 class Unauthorized(EmaError):
     code = "unauthorized"
     status = 401
@@ -267,7 +282,7 @@ class RequestTimeout(EmaError):
     code = "request_timeout"
     status = 408
     retryable = True
-    title = "The body came too slowly"
+    title = "The request came too slowly"
     default_hint = "send again; nothing was changed"
 
 
@@ -338,6 +353,12 @@ class StorageDisabled(Conflict):
     default_hint = "start the server without --memory to keep snapshots and checkpoints"
 
 
+class TooManyRuns(Conflict):
+    code = "too_many_runs"
+    title = "No room for another run"
+    default_hint = "delete runs that are done: `ema delete`"
+
+
 class RunDegraded(Conflict):
     code = "run_degraded"
     title = "The run's latest state cannot be read"
@@ -351,6 +372,13 @@ class BodyTooLarge(EmaError):
     code = "body_too_large"
     status = 413
     title = "Body too large"
+
+
+class UnsupportedEncoding(EmaError):
+    code = "unsupported_encoding"
+    status = 415
+    title = "Encoded body"
+    default_hint = "send the body as it is, without Content-Encoding"
 
 
 class RangeNotSatisfiable(EmaError):
@@ -388,6 +416,13 @@ class NonFinite(Invalid):
     code = "non_finite"
     title = "NaN or Inf in the parameters"
     default_hint = "the EMA is as it was; look at the loss and the gradients of this step"
+
+
+class HeadTooLarge(EmaError):
+    code = "head_too_large"
+    status = 431
+    title = "Header fields too large"
+    default_hint = "send fewer or shorter header fields, or a shorter URL"
 
 
 class InternalError(EmaError):
@@ -442,6 +477,7 @@ def error_from_problem(problem: dict[str, Any], status: int, *, retry_after: flo
     cls = BY_CODE.get(str(problem.get("code")))
     if cls is None or cls.status != status:
         general = (
+            BadRequest,
             Unauthorized,
             Forbidden,
             NotFound,

@@ -17,8 +17,9 @@ from fastapi import FastAPI
 from ema_service import dashboard
 from ema_service.api import errors, events, ops, runs, snapshots, updates, weights
 from ema_service.api.auth import Auth, read_token_file
+from ema_service.api.connection import STATE, Guard
 from ema_service.api.context import Context
-from ema_service.api.limits import JsonLimit
+from ema_service.api.limits import BodyLimits
 from ema_service.metrics import Metrics
 from ema_service.runs import Memory, Registry
 from ema_service.settings import Settings
@@ -58,12 +59,12 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     metrics = Metrics()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
-        _watch(metrics, context.registry)
+        _watch(metrics, context)
         keepers = [asyncio.create_task(keep(context)) for keep in (_keep, _sync, _expire)]
         try:
-            yield
+            yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
         finally:
             for keeper in keepers:
                 keeper.cancel()
@@ -84,10 +85,10 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app, metrics)
-    app.add_middleware(JsonLimit, limit=settings.json_bytes, silence=settings.body_timeout)
+    app.add_middleware(BodyLimits, limit=settings.json_bytes, silence=settings.body_timeout, refused=metrics.refused)
     if settings.token_file:
         # Added last, so it comes first: whoever may not is told so before anything is read.
-        app.add_middleware(Auth, grants=read_token_file(settings.token_file))
+        app.add_middleware(Auth, grants=read_token_file(settings.token_file), refused=metrics.refused)
     for part in (runs, updates, weights, snapshots, events, ops):
         app.include_router(part.router)
     dashboard.install(app)
@@ -102,12 +103,15 @@ def open_registry(settings: Settings) -> Registry:
     return Registry(memory, store, staging_bytes=settings.staging_bytes, frozen_bytes=settings.frozen_bytes)
 
 
-def _watch(metrics: Metrics, registry: Registry) -> None:
+def _watch(metrics: Metrics, context: Context) -> None:
+    registry = context.registry
     metrics.watch("ema_runs", "Runs held.", lambda: len(registry.runs()))
     metrics.watch("ema_degraded_runs", "Runs that are not as they should be.", lambda: _degraded(registry))
     metrics.watch("ema_shadow_bytes", "Bytes of shadows.", lambda: sum(run.info().bytes for run in registry.runs()))
     metrics.watch("ema_staging_bytes", "Bytes of pushes in flight.", lambda: registry.staging.bytes_in_use)
     metrics.watch("ema_partial_updates", "Updates of which parts are awaited.", lambda: registry.gathering)
+    metrics.watch("ema_waiting_pushes", "Pushes that wait for staging.", lambda: context.pushers.waiting)
+    metrics.watch("ema_waiting_readers", "Reads that wait for room.", lambda: context.readers.waiting)
     metrics.watch("ema_frozen_bytes", "Bytes of versions being read.", lambda: registry.frozen.bytes_in_use)
     metrics.watch("ema_idle_bytes", "Bytes kept for reuse.", lambda: registry.memory.pool.idle_bytes)
 

@@ -19,7 +19,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -110,9 +110,10 @@ def create_token(path: Path, scopes: Collection[str], runs: str) -> str:
 class Auth:
     """ASGI middleware: a request without a token that allows it is answered 401 or 403, before its body is read."""
 
-    def __init__(self, app: ASGIApp, grants: tuple[Grant, ...]) -> None:
+    def __init__(self, app: ASGIApp, grants: tuple[Grant, ...], refused: Callable[[str], None]) -> None:
         self._app = app
         self._grants = grants
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["method"] in ("GET", "HEAD") and _OPEN.match(scope["path"])):
@@ -122,8 +123,10 @@ class Auth:
             access = scope["ema.access"] = self._access(scope)
             access.check(_needed(scope["method"], scope["path"]), _run(scope["path"]))
         except Unauthorized as error:
+            self._refused(error.code)
             await problem_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         except Forbidden as error:
+            self._refused(error.code)
             await problem_response(error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -73,7 +73,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     """Make every error of the app a problem, and count it."""
 
     def answer(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
-        metrics.errors.labels(error.code).inc()
+        metrics.refused(error.code)
         return problem_response(error, headers)
 
     async def ours(_: Request, fault: Exception) -> Response:

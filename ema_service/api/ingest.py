@@ -18,14 +18,15 @@ import functools
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import httptools
 from fastapi import Request
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
+from ema_service.api.connection import LINGER_SECONDS, GuardedProtocol
 from ema_service.runs import Body, Staged, UpdateBody
 
 __all__ = ["EXTENSION", "FillingProtocol", "content_length", "receive", "receive_into", "uvicorn_fits"]
@@ -37,8 +38,9 @@ EXTENSION = "ema.fill"
 
 Fill = Callable[[Body, int, float], Awaitable[bool]]
 
-#: How long a client that asked for the connection to be closed gets to read the refusal of a body it is still sending.
-LINGER_SECONDS = 2.0
+#: Bytes a second that a sender keeps up on average, beyond a grace as long as the silence it is allowed. A trickle
+#: would hold its staging for ever; other servers ask for 240 to 500, but of bodies that hold no gigabytes of memory.
+MIN_BYTES_PER_SECOND = 16 << 10
 
 #: Bytes of a refused body are read and dropped into this.
 _DISCARD_BYTES = 1 << 18
@@ -75,37 +77,76 @@ async def receive_into(request: Request, body: Body, *, silence: float) -> None:
 
 
 async def _stream(request: Request, body: Body, silence: float) -> None:
-    loop = asyncio.get_running_loop()
+    pace = _Pace(silence)
     try:
-        async with asyncio.timeout(silence) as deadline:
+        async with asyncio.timeout_at(pace.deadline) as deadline:
             async for chunk in request.stream():
-                body.feed(chunk)
-                deadline.reschedule(loop.time() + silence)
+                if body.long_header:
+                    await asyncio.to_thread(body.feed, chunk)
+                else:
+                    body.feed(chunk)
+                pace.moved(len(chunk))
+                deadline.reschedule(pace.deadline)
     except TimeoutError:
-        raise _too_slow(silence) from None
+        raise pace.fault() from None
 
 
-def _too_slow(silence: float) -> RequestTimeout:
-    return RequestTimeout(f"no byte of the body came for {silence:g} seconds")
+class _Pace:
+    """How long a sender is waited for: ``silence`` seconds for its next byte, and for a minimum rate on average."""
+
+    def __init__(self, silence: float) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._silence = silence
+        self._begun = self._last = self._clock()
+        self._received = 0
+
+    def moved(self, count: int) -> None:
+        if count:
+            self._received += count
+            self._last = self._clock()
+
+    @property
+    def deadline(self) -> float:
+        """When it is given up unless more comes, in the event loop's time."""
+        return min(self._last, self._begun + self._received / MIN_BYTES_PER_SECOND) + self._silence
+
+    def fault(self) -> RequestTimeout:
+        """Why it was given up."""
+        if self._last + self._silence <= self._clock():
+            return RequestTimeout(f"no byte of the body came for {self._silence:g} seconds")
+        seconds = self._clock() - self._begun
+        return RequestTimeout(
+            f"{self._received} bytes of the body came in {seconds:.1f} seconds; "
+            f"after the first {self._silence:g} it takes {MIN_BYTES_PER_SECOND} a second on average"
+        )
 
 
 def uvicorn_fits() -> bool:
     """Whether this uvicorn has what FillingProtocol relies on; if not, bodies take the slow path."""
     needed = {
-        HttpToolsProtocol: ("on_message_begin", "on_message_complete", "connection_lost", "data_received"),
+        HttpToolsProtocol: (
+            *("connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing"),
+            *("on_message_begin", "on_header", "on_headers_complete", "on_body", "on_message_complete"),
+            *("on_response_complete", "send_400_response", "timeout_keep_alive_handler"),
+        ),
         RequestResponseCycle: ("receive",),
+        FlowControl: ("resume_reading",),
     }
-    attributes = ("self.parser", "self.flow", "self.transport", "self.cycle", "self.scope", "self.pipeline")
+    attributes = (
+        *("self.parser", "self.flow", "self.transport", "self.cycle", "self.scope", "self.pipeline"),
+        *("self.url", "self.app_state", "self.loop"),
+    )
     source = inspect.getsource(HttpToolsProtocol)
     cycle = inspect.getsource(RequestResponseCycle)
     return (
         all(hasattr(cls, name) for cls, names in needed.items() for name in names)
         and all(name in source for name in attributes)
         and all(name in cycle for name in ("self.waiting_for_100_continue", "self.body", "self.more_body"))
+        and all(name in cycle for name in ("self.disconnected", "self.response_started", "self.response_complete"))
     )
 
 
-class FillingProtocol(HttpToolsProtocol):
+class FillingProtocol(GuardedProtocol):
     """uvicorn's HTTP/1.1 protocol, offering the application to have a body received where it wants it."""
 
     #: Whether the client asked for the connection to be closed after this answer.
@@ -121,13 +162,13 @@ class FillingProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._closes:
+            self._closes = False
             delay = LINGER_SECONDS if self.cycle.more_body else 0.0
-            self.loop.call_later(delay, self.transport.close)
+            self.loop.call_later(delay, self._close)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        extensions: dict[str, Any] = {EXTENSION: functools.partial(self._fill, self.scope)}
-        self.scope["extensions"] = extensions
+        self.extensions[EXTENSION] = functools.partial(self._fill, self.scope)
 
     async def _fill(self, scope: object, body: Body, length: int, silence: float) -> bool:
         """Receive the body of the request of ``scope``, ``length`` bytes in all, into ``body``.
@@ -137,18 +178,18 @@ class FillingProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle.scope is not scope:
             return False
-        if cycle.waiting_for_100_continue and not self.transport.is_closing():
+        if cycle.disconnected or self.transport.is_closing():
+            raise ClientDisconnect
+        if cycle.waiting_for_100_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             cycle.waiting_for_100_continue = False
         parsed, cycle.body = cycle.body, bytearray()
-        filling = _Filling(self, body, length - len(parsed))
-        if cycle.more_body and not cycle.disconnected:
+        filling = _Filling(self, body, length - len(parsed), _Pace(silence))
+        if cycle.more_body:
             self.transport.set_protocol(filling)
             self.flow.resume_reading()
-        elif cycle.disconnected:
-            raise ClientDisconnect
         filling.begin(parsed)
-        await filling.wait(silence)
+        await filling.wait()
         return True
 
     def take_back(self) -> None:
@@ -167,30 +208,31 @@ class _Filling(asyncio.BufferedProtocol):
     broken connection; uvicorn's keep-alive timeout ends that if the sender does not.
     """
 
-    def __init__(self, http: FillingProtocol, body: Body, remaining: int) -> None:
+    def __init__(self, http: FillingProtocol, body: Body, remaining: int, pace: _Pace) -> None:
         self._http = http
         self._body = body
         self._remaining = remaining
-        self._received = 0
+        self._pace = pace
         self._discarding: memoryview | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin(self, parsed: bytearray) -> None:
         """Take the part of the body that came along with the headers."""
+        self._pace.moved(len(parsed))
         try:
             self._body.feed(parsed)
         except EmaError as fault:
             self._fail(fault)
         self._finish_if_over()
 
-    async def wait(self, silence: float) -> None:
+    async def wait(self) -> None:
         """Return when the body is whole. Raises what a Body raises, RequestTimeout, ClientDisconnect."""
+        clock = asyncio.get_running_loop().time
         try:
             while not self._done.done():
-                before = self._received
-                await asyncio.wait([self._done], timeout=silence)
-                if not self._done.done() and self._received == before:
-                    raise _too_slow(silence)
+                if (left := self._pace.deadline - clock()) <= 0:
+                    raise self._pace.fault()
+                await asyncio.wait([self._done], timeout=left)
             self._done.result()
         finally:
             self._done.cancel()  # nobody will ask again
@@ -203,13 +245,29 @@ class _Filling(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._remaining -= nbytes
-        self._received += nbytes
+        self._pace.moved(nbytes)
         if self._discarding is None:
             try:
                 self._body.advance(nbytes)
             except EmaError as fault:
                 self._fail(fault)
+            if self._body.unread:
+                self._read_header()
+                return
         self._finish_if_over()
+
+    def _read_header(self) -> None:
+        """Read it on a thread, and nothing of the socket meanwhile."""
+        self._http.flow.pause_reading()
+        reading = asyncio.get_running_loop().run_in_executor(None, self._body.read_header)
+        reading.add_done_callback(self._header_is_read)
+
+    def _header_is_read(self, reading: asyncio.Future[None]) -> None:
+        if fault := reading.exception():
+            self._fail(fault)
+        if not self._http.transport.is_closing():
+            self._http.flow.resume_reading()
+            self._finish_if_over()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._http.connection_lost(exc)
@@ -232,7 +290,7 @@ class _Filling(asyncio.BufferedProtocol):
             # Never an endless loop on an empty window: what is announced beyond the data is not part of it.
             self._fail(self._body.surplus(self._remaining))
 
-    def _fail(self, fault: EmaError) -> None:
+    def _fail(self, fault: BaseException) -> None:
         self._discard()
         if not self._done.done():
             self._done.set_exception(fault)

@@ -1,7 +1,8 @@
-"""A limit on JSON bodies, applied before anything parses them.
+"""Limits on bodies, applied before anything parses them.
 
 FastAPI reads a whole JSON body into memory whatever its size. This layer reads it first, up to the limit, and
-answers 413 beyond. Bodies of weights pass through untouched: their route knows their exact length (ingest).
+answers 413 beyond. Bodies of weights pass through untouched: their route knows their exact length (ingest). Encoded
+bodies are refused whatever they hold: a kilobyte of gzip may be a gigabyte of zeros.
 
 Knows ASGI messages. Does not know routes, beyond what a weights body looks like in a request.
 """
@@ -10,36 +11,43 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ema_client.errors import BodyTooLarge, RequestTimeout
+from ema_client.errors import BodyTooLarge, EmaError, RequestTimeout, UnsupportedEncoding
 from ema_service.api.errors import problem_response
 
-__all__ = ["JsonLimit"]
+__all__ = ["BodyLimits"]
 
 _WEIGHTS_BODY = re.compile(r"/v1/runs/[^/]+/(weights(/parts/.+)?|updates/.+)\Z")
 
 
-class JsonLimit:
-    """ASGI middleware: a request body that is no weights body has at most ``limit`` bytes and comes
-    within ``silence`` seconds."""
+class BodyLimits:
+    """ASGI middleware: no body is encoded, and one that is no weights body has at most ``limit`` bytes and comes
+    within ``silence`` seconds. refused: told the code of each refusal."""
 
-    def __init__(self, app: ASGIApp, limit: int, silence: float) -> None:
+    def __init__(self, app: ASGIApp, limit: int, silence: float, refused: Callable[[str], None]) -> None:
         self._app = app
+        self._refused = refused
         self._limit = limit
         self._silence = silence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"] == "PUT" and _WEIGHTS_BODY.match(scope["path"])):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
-            body = await self._read(_announced(scope), receive)
-        except (BodyTooLarge, RequestTimeout) as error:
-            await problem_response(error, {"Connection": "close"})(scope, receive, send)
+            _check_encoding(scope)
+            if not (scope["method"] == "PUT" and _WEIGHTS_BODY.match(scope["path"])):
+                receive = _replay(await self._read(_announced(scope), receive), receive)
+        except EmaError as error:
+            self._refused(error.code)
+            # An encoded body is of bounded length, or nobody reads it: what follows on the connection is read again.
+            headers = None if isinstance(error, UnsupportedEncoding) else {"Connection": "close"}
+            await problem_response(error, headers)(scope, receive, send)
             return
-        await self._app(scope, _replay(body, receive), send)
+        await self._app(scope, receive, send)
 
     async def _read(self, announced: int, receive: Receive) -> list[Message]:
         """The messages of the body. Raises BodyTooLarge, RequestTimeout."""
@@ -66,6 +74,14 @@ class JsonLimit:
     def _too_large(self) -> BodyTooLarge:
         hint = "send fewer or shorter fields"
         return BodyTooLarge(f"the JSON body has more than {self._limit} bytes", hint=hint)
+
+
+def _check_encoding(scope: Scope) -> None:
+    for name, value in scope["headers"]:
+        plain = {b"content-encoding": b"identity", b"transfer-encoding": b"chunked"}.get(name)
+        if plain and value.strip().lower() != plain:
+            shown = f"{name.decode().title()}: {value[:40].decode('latin-1')}"
+            raise UnsupportedEncoding(f"{shown}: bodies are taken as they are")
 
 
 def _announced(scope: Scope) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 from ema_client.errors import (
     AverageNotFound,
@@ -23,12 +25,13 @@ from ema_client.errors import (
     StorageDisabled,
     StorageFailed,
     Superseded,
+    TooManyRuns,
 )
-from ema_client.protocol import RunInfo, RunList, Writer
+from ema_client.protocol import RunConfig, RunInfo, RunList, Writer
 from ema_service.api.auth import access_of
 from ema_service.api.context import RunName, Server
 from ema_service.api.errors import problem_responses
-from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody
+from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody, json_body
 
 __all__ = ["router"]
 
@@ -39,20 +42,32 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     "",
     status_code=201,
     summary="Create a run",
+    openapi_extra=json_body(RunConfigBody),
     responses={
         200: {"model": RunInfo, "description": "The run exists with this very configuration"},
-        **problem_responses(RunExists, BodyTooLarge, Forbidden, InvalidRequest, StorageDisabled, StorageFailed),
+        **problem_responses(
+            RunExists, TooManyRuns, BodyTooLarge, Forbidden, InvalidRequest, StorageDisabled, StorageFailed
+        ),
     },
 )
-async def create_run(body: RunConfigBody, request: Request, response: Response, server: Server) -> RunInfo:
+async def create_run(request: Request, response: Response, server: Server) -> RunInfo:
     """Create a run from its configuration. It then awaits its initial weights.
 
     The same configuration again changes nothing.
     """
-    access_of(request).check("push", body.run)
-    run, created = await server.block(partial(server.registry.create, body.to_config()))
+    config = await server.block(partial(_read_config, await request.body()))
+    access_of(request).check("push", config.run)
+    run, created = await server.block(partial(server.registry.create, config))
     response.status_code = 201 if created else 200
     return run.info()
+
+
+def _read_config(raw: bytes) -> RunConfig:
+    """Not by FastAPI, on the event loop: a layout of 200,000 tensors takes seconds. Raises RequestValidationError."""
+    try:
+        return RunConfigBody.model_validate_json(raw).to_config()
+    except ValidationError as fault:
+        raise RequestValidationError(fault.errors(include_url=False, include_context=False)) from None
 
 
 @router.get("", summary="List runs")

@@ -5,11 +5,13 @@ Knows uvicorn and sockets. Does not know routes or the command line.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,11 +38,19 @@ class CannotListen(OSError):
     """The address is taken or not ours to listen on."""
 
 
-def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: Callable[[str], None]) -> None:
+def serve(
+    settings: Settings,
+    host: str,
+    port: int,
+    uds: Path | None,
+    announce: Callable[[str], None],
+    tls: ssl.SSLContext | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM, then finish the requests in hand and keep every run.
 
-    announce: called with the http:// address once connections are accepted. uds: a Unix socket to listen on as well.
-    Raises CannotListen, and what open_registry() raises, before anything is served.
+    announce: called with the http:// or https:// address once connections are accepted. uds: a Unix socket to listen on
+    as well. tls: for the address; the Unix socket never leaves the machine and stays plain. Raises CannotListen, and
+    what open_registry() raises, before anything is served.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again once it has stopped; being told to stop and having stopped is success.
@@ -48,9 +58,8 @@ def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: 
     # Addresses are taken first (that fails at once) and listened on last (until then a client is refused and tries
     # again).
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(_tcp(host, port))]
-        if uds:
-            sockets.append(stack.enter_context(_unix(uds)))
+        tcp = stack.enter_context(_tcp(host, port))
+        unix = stack.enter_context(_unix(uds)) if uds else None
         app = create_app(settings, open_registry(settings))
         config = uvicorn.Config(
             app,
@@ -63,9 +72,10 @@ def serve(settings: Settings, host: str, port: int, uds: Path | None, announce: 
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
+            ssl_context_factory=(lambda _config, _default: tls) if tls else None,
         )
-        stopping = partial(_let_go, app)
-        _Server(config, lambda: announce(_url(host, sockets[0])), stopping).run(sockets)
+        announced = partial(_url, host, tcp, secure=tls is not None)
+        _Server(config, unix, lambda: announce(announced()), partial(_let_go, app)).run([tcp])
 
 
 def http_protocol() -> type[HttpToolsProtocol]:
@@ -84,20 +94,35 @@ def _exit(_number: int, _frame: object) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says when it accepts connections, and when it begins to stop."""
+    """A uvicorn server that listens on a plain Unix socket as well, and says when it accepts connections and when it
+    begins to stop."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None], stopping: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        unix: socket.socket | None,
+        started: Callable[[], None],
+        stopping: Callable[[], None],
+    ) -> None:
         super().__init__(config)
+        self._unix = unix
         self._on_started = started
         self._on_stopping = stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._unix:
+            # uvicorn has one TLS context for all sockets.
+            self.servers.append(await asyncio.get_running_loop().create_server(self._protocol, sock=self._unix))
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stopping()
         await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
 def _let_go(app: FastAPI) -> None:
@@ -106,9 +131,9 @@ def _let_go(app: FastAPI) -> None:
         context.stop_watching()
 
 
-def _url(host: str, sock: socket.socket) -> str:
+def _url(host: str, sock: socket.socket, *, secure: bool) -> str:
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{sock.getsockname()[1]}"
+    return f"{'https' if secure else 'http'}://{shown}:{sock.getsockname()[1]}"
 
 
 @contextlib.contextmanager

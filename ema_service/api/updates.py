@@ -33,7 +33,7 @@ from ema_client.errors import (
 )
 from ema_client.protocol import MAX_PARTS, MAX_STEP, RunInfo, UpdateResult, UpdateStatus
 from ema_service.api import ingest
-from ema_service.api.context import Context, RunName, Server, Step, WriterNumber
+from ema_service.api.context import Context, Number, RunName, Server, Step, WriterNumber
 from ema_service.api.errors import problem_responses
 from ema_service.runs import Part, Parts, Run, Staged, Terms, Update
 from ema_service.runs.parts import Outcome
@@ -91,12 +91,12 @@ async def put_weights(
     run: RunName,
     request: Request,
     server: Server,
-    num_updates: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
-    step: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
+    num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
+    step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
 ) -> RunInfo:
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
     found = server.registry.get(run)
-    staged = server.registry.staging.reserve(found.layout)
+    staged = await server.stage(request, found.layout)
     await _receive(request, server, staged)
     await server.compute(
         partial(_release_after, staged, partial(found.initialise, staged, num_updates=num_updates, step=step))
@@ -119,7 +119,7 @@ async def put_update(
     """
     found = server.registry.get(run)
     found.admit(step, writer)
-    staged = server.registry.staging.reserve(found.layout, len(found.config.averages))
+    staged = await server.stage(request, found.layout, len(found.config.averages))
     update = found.begin(step, staged, writer)
     await _receive(request, server, staged, server.background(update.work.advance))
     result = await server.compute(partial(_release_after, staged, partial(_commit, server, found, update)))
@@ -141,8 +141,8 @@ async def put_weights_part(
     response: Response,
     server: Server,
     group: PartGroup = "",
-    num_updates: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
-    step: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
+    num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
+    step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
 ) -> RunInfo | UpdateStatus:
     """One of ``of`` parts. The one that completes them makes them the first shadow; the others answer 202."""
     found = server.registry.get(run)
@@ -205,9 +205,15 @@ async def _receive_part(
 ) -> tuple[Outcome, UpdateResult | RunInfo | None]:
     """Receive a part and, where it is the last one missing, have the whole applied: then there is a result."""
     found, parts = server.registry.get(run), server.registry.parts(run)
-    parts.admit(step, index, terms)
     averages = 1 if step is None else len(found.config.averages)
-    part = parts.begin(step, index, terms, lambda: server.registry.staging.reserve(found.layout, averages))
+    reserve = partial(server.registry.staging.reserve, found.layout, averages)
+    begin = partial(parts.begin, step, index, terms, reserve)
+    if parts.admit(step, index, terms):
+        server.registry.staging.needed(found.layout, averages)
+        part = await server.pushers.take(request, begin)
+    else:
+        # It has its staging, and may be what those who wait for room wait for.
+        part = begin()
     try:
         part.announce(ingest.content_length(request))
         await ingest.receive_into(request, part, silence=server.settings.body_timeout)

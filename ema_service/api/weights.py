@@ -29,7 +29,7 @@ from ema_client.errors import (
     StepNotReached,
 )
 from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
-from ema_service.api.context import Context, RunName, Server, SnapshotName
+from ema_service.api.context import Context, Number, RunName, Server, SnapshotName
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.runs import Run, WeightsStream
 from ema_service.runs.weights import ReadBytes
@@ -77,7 +77,7 @@ async def get_weights(
     average: AverageName = None,
     dtype: Dtype = None,
     prefix: Prefix = None,
-    min_step: Annotated[int | None, Query(ge=0, le=MAX_STEP, description="Wait for this step")] = None,
+    min_step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Wait for this step")] = None,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT, description="How many seconds to wait for min_step")] = 0.0,
 ) -> Response:
     """The EMA of one version, whole, while updates go on. Range is answered for the version named by If-Range."""
@@ -87,11 +87,14 @@ async def get_weights(
     state = found.ready_state()
     chosen = found.average(state, average)
     info = found.weights_info(state, chosen)
-    stream = WeightsStream(found.layout.shadows, info, lineage=found.lineage, dtype=dtype, prefix=prefix)
+    stream = await server.block(
+        partial(WeightsStream, found.layout.shadows, info, lineage=found.lineage, dtype=dtype, prefix=prefix)
+    )
 
     async def open_source(stack: ExitStack) -> ReadBytes:
-        data = await server.block(partial(server.registry.frozen.acquire, chosen.arena))
+        await server.hold(request, chosen.arena)
         stack.callback(server.registry.frozen.release, chosen.arena)
+        data = await server.block(partial(server.registry.frozen.data, chosen.arena))
         return lambda start, stop: data[start:stop]
 
     with ExitStack() as source:
@@ -122,7 +125,9 @@ async def get_snapshot_weights(
     with ExitStack() as source:
         file, info = await server.block(partial(files.open_snapshot, name, average))
         source.callback(file.close)
-        stream = WeightsStream(file.header.entries, info, lineage=file.identity, dtype=dtype, prefix=prefix)
+        stream = await server.block(
+            partial(WeightsStream, file.header.entries, info, lineage=file.identity, dtype=dtype, prefix=prefix)
+        )
 
         async def open_source(_: ExitStack) -> ReadBytes:
             return file.read
@@ -168,7 +173,7 @@ async def _answer(
     try:
         part = _range(request, stream)
     except RangeNotSatisfiable as fault:
-        server.metrics.errors.labels(fault.code).inc()
+        server.metrics.refused(fault.code)
         return problem_response(fault, {"Content-Range": f"bytes */{stream.length}"})
     start, stop = part or (0, stream.length)
     headers["Content-Length"] = str(stop - start)

@@ -10,6 +10,7 @@ Knows arenas and a budget. Does not know runs, sockets or files.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ema_client.errors import Overloaded
@@ -33,13 +34,15 @@ class FrozenWeights:
         self._budget = budget
         self._held: dict[Arena, _Held] = {}
         self._lock = threading.Lock()
+        #: Called whenever room comes free, in whatever thread.
+        self.on_room: Callable[[], None] = lambda: None
 
     @property
     def bytes_in_use(self) -> int:
         return sum(arena.layout.shadow_bytes for arena in list(self._held))
 
-    def acquire(self, arena: Arena) -> memoryview:
-        """The arena's bytes in host memory, unchanging until release() at least. Copies on a GPU: call off the loop.
+    def hold(self, arena: Arena) -> None:
+        """One more reader of the arena, until release(). Does not block.
 
         Raises Overloaded where the versions being read leave no room for another; one is always possible.
         """
@@ -49,12 +52,21 @@ class FrozenWeights:
                 self._admit(arena.layout.shadow_bytes)
                 held = self._held[arena] = _Held()
             held.readers += 1
+
+    def data(self, arena: Arena) -> memoryview:
+        """The bytes of an arena that is held, in host memory, unchanging. Copies on a GPU: call off the loop."""
+        held = self._held[arena]
+        # Not under the lock that release() takes: the event loop must not wait for a copy of gigabytes.
+        with held.copying:
+            if held.data is None:
+                held.data = self._memory.to_host(arena.tensor).numpy().data
+            return held.data
+
+    def acquire(self, arena: Arena) -> memoryview:
+        """hold() and data() in one."""
+        self.hold(arena)
         try:
-            # Not under the lock that release() takes: the event loop must not wait for a copy of gigabytes.
-            with held.copying:
-                if held.data is None:
-                    held.data = self._memory.to_host(arena.tensor).numpy().data
-                return held.data
+            return self.data(arena)
         except (MemoryError, OSError, RuntimeError):
             self.release(arena)
             raise
@@ -64,8 +76,10 @@ class FrozenWeights:
         with self._lock:
             held = self._held[arena]
             held.readers -= 1
-            if not held.readers:
-                del self._held[arena]
+            if held.readers:
+                return
+            del self._held[arena]
+        self.on_room()
 
     def _admit(self, nbytes: int) -> None:
         used = self.bytes_in_use

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
-from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, StorageFailed
+from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, StorageFailed, TooManyRuns
 from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, from_json, to_json
 from ema_service.averaging import prepare
 from ema_service.runs.arena import Memory
@@ -25,7 +25,10 @@ from ema_service.runs.run import Run
 from ema_service.runs.staging import Staging
 from ema_service.storage import CatalogUnusable, RunRow, Store
 
-__all__ = ["Registry"]
+__all__ = ["MAX_RUNS", "Registry"]
+
+#: Most runs of a server. Each costs a row, its layout in memory and a line of every list, with weights or without.
+MAX_RUNS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class Registry:
         """The run of this configuration and whether it is new.
 
         A ``durability`` that is left out is that of the run if it exists, else ``process``, or ``memory`` where there
-        is no store. Raises RunExists, InvalidRequest, StorageDisabled, StorageFailed.
+        is no store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed.
         """
         _check_averages(config)
         layout = Layout(config.layout)
@@ -89,6 +92,8 @@ class Registry:
         with self._lock:
             kept = self._kept.get(config.run)
             if kept is None:
+                if len(self._kept) >= MAX_RUNS:
+                    raise TooManyRuns(f"this server holds {len(self._kept)} runs; {MAX_RUNS} are possible")
                 config = replace(config, durability=self._durability(config))
                 kept = self._kept[config.run] = self._add(config, layout)
                 return kept.run, True

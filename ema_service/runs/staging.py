@@ -71,11 +71,12 @@ class Staged:
 
 
 class _Budget:
-    """Bytes in use out of a limit. Thread-safe."""
+    """Bytes in use out of a limit. Thread-safe. on_room: called whenever some come free, in whatever thread."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        self.on_room: Callable[[], None] = lambda: None
         # Re-entrant: giving back may happen in a garbage collection, in a thread that holds it.
         self._lock = threading.RLock()
 
@@ -89,6 +90,7 @@ class _Budget:
     def give_back(self, nbytes: int) -> None:
         with self._lock:
             self.used -= nbytes
+        self.on_room()
 
 
 class Staging:
@@ -102,11 +104,12 @@ class Staging:
     def bytes_in_use(self) -> int:
         return self._budget.used
 
-    def reserve(self, layout: Layout, averages: int = 1) -> Staged:
-        """Memory for one push of this layout, and the right to as many new shadows as the push will feed.
+    def on_room(self, tell: Callable[[], None]) -> None:
+        """Have ``tell`` called whenever room comes free: in any thread, perhaps in a garbage collection."""
+        self._budget.on_room = tell
 
-        Raises BodyTooLarge where the budget could never hold it, Overloaded where it cannot now.
-        """
+    def needed(self, layout: Layout, averages: int = 1) -> int:
+        """Bytes of the budget that one push takes. Raises BodyTooLarge where the budget could never hold it."""
         # The push's own memory becomes one of the shadows.
         nbytes = buffer_bytes(layout) + (averages - 1) * layout.shadow_bytes
         if nbytes > self._budget.limit:
@@ -114,6 +117,14 @@ class Staging:
                 f"a push of this run takes {nbytes} bytes of staging, the budget is {self._budget.limit}",
                 hint="start the server with a larger --staging-bytes",
             )
+        return nbytes
+
+    def reserve(self, layout: Layout, averages: int = 1) -> Staged:
+        """Memory for one push of this layout, and the right to as many new shadows as the push will feed.
+
+        Raises BodyTooLarge where the budget could never hold it, Overloaded where it cannot now.
+        """
+        nbytes = self.needed(layout, averages)
         if not self._budget.take(nbytes):
             raise Overloaded(
                 f"pushes in flight take {self._budget.used} of {self._budget.limit} bytes (staging_bytes); "
@@ -129,6 +140,10 @@ class Staging:
         return staged
 
 
+#: A header that has to be read and is longer than this takes more than 30 ms: off the event loop.
+READ_AT_ONCE = 256 << 10
+
+
 class Body(ABC):
     """Takes the bytes of one safetensors stream in order and puts each where it belongs.
 
@@ -139,6 +154,7 @@ class Body(ABC):
         self._max_header_bytes = max_header_bytes
         self._content_length = content_length
         self._header: bytearray | None = None
+        self._unread: bytes | None = None
         self._begun = False
         self._window = memoryview(bytearray(LENGTH_BYTES))
         self._filled = 0
@@ -147,6 +163,22 @@ class Body(ABC):
     def complete(self) -> bool:
         """Every byte of the data has come; one more would be too many."""
         return self._begun and not self._window
+
+    @property
+    def unread(self) -> bool:
+        """The header is there and takes long to read: call read_header(), off the event loop, before window()."""
+        return self._unread is not None
+
+    @property
+    def long_header(self) -> bool:
+        """A header is coming that feed() may take long to read."""
+        return not self._begun and self._header is not None and len(self._header) > READ_AT_ONCE
+
+    def read_header(self) -> None:
+        """Raises MalformedBody or LayoutMismatch."""
+        if self._unread is not None:
+            raw, self._unread = self._unread, None
+            self._begin(raw)
 
     def window(self) -> memoryview:
         """Where the next bytes belong; empty once complete."""
@@ -162,14 +194,18 @@ class Body(ABC):
             filled, self._filled = self._window, 0
             if self._header is None:
                 self._begin_header(filled)
-            else:
-                if not self._begun:
-                    self._begin_data(bytes(filled))
-                    self._begun = True
+            elif self._begun:
                 self._window = self._next_window()
+            elif len(filled) > READ_AT_ONCE and not self._is_known(raw := bytes(filled)):
+                self._unread, self._window = raw, memoryview(b"")
+            else:
+                self._begin(bytes(filled))
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Take a chunk that lies elsewhere. Raises as advance(), and MalformedBody for bytes beyond the data."""
+        """Take a chunk that lies elsewhere, and read the header at once if it ends there.
+
+        Raises as advance() and read_header(), and MalformedBody for bytes beyond the data.
+        """
         rest = memoryview(chunk)
         while rest:
             window = self.window()
@@ -178,6 +214,7 @@ class Body(ABC):
             count = min(len(window), len(rest))
             window[:count] = rest[:count]
             self.advance(count)
+            self.read_header()
             rest = rest[count:]
 
     def surplus(self, count: int) -> MalformedBody:
@@ -188,6 +225,15 @@ class Body(ABC):
         """The sender has nothing more to send. Raises MalformedBody if bytes are missing."""
         if not self.complete:
             raise MalformedBody("the body ends before its header says")
+
+    def _begin(self, raw: bytes) -> None:
+        self._begin_data(raw)
+        self._begun = True
+        self._window = self._next_window()
+
+    def _is_known(self, raw: bytes) -> bool:  # noqa: ARG002 - of no header, unless a body says otherwise
+        """Whether the header need not be read."""
+        return False
 
     @abstractmethod
     def _begin_data(self, raw: bytes) -> None:
@@ -238,8 +284,11 @@ class UpdateBody(Body):
             self._on_data(self._filled + count)
         super().advance(count)
 
+    def _is_known(self, raw: bytes) -> bool:
+        return raw == self._layout.header[LENGTH_BYTES:]
+
     def _begin_data(self, raw: bytes) -> None:
-        if raw == self._layout.header[LENGTH_BYTES:]:
+        if self._is_known(raw):
             self._targets = [slice(0, self._layout.param_bytes)] if self._layout.param_bytes else []
         else:
             self._targets = self._layout.targets(parse_header(raw).entries)

@@ -39,7 +39,8 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
     """
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        with temporary.open("wb", buffering=0) as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb", buffering=0) as file:  # a new file: a link that was planted there is not followed
             written = sum(_write_all(file.fileno(), chunk) for chunk in chunks)
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -60,9 +61,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove what no row speaks of. A failure is logged: it costs disk space, never correctness."""
+    """Remove what no row speaks of. A failure is logged: it costs disk space, never correctness.
+
+    Of a link only the link is removed.
+    """
     try:
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
     except FileNotFoundError:
         return
     except OSError as fault:

@@ -179,7 +179,9 @@ class Slot:
     def _open_file(self, average: str, extent: Extent) -> bool:
         """Whether the file was not there, or of another size."""
         path, size = self._folder / file_name(average), extent.header + extent.data
-        descriptor = self._descriptors[average] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = self._descriptors[average] = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+        )
         if os.fstat(descriptor).st_size == size:
             return False
         os.ftruncate(descriptor, 0)  # what is left of another use or another version of this software

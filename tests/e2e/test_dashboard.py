@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from ema_service.api.auth import create_token
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser test needs chromium")
@@ -163,6 +165,42 @@ def test_details_and_snapshots(server: Any, browsing: Browsing, run_name: str, t
     button.click()
     expect(snapshots).to_have_count(0)
     assert browsing.errors == []
+
+
+def test_token(start_server: Callable[..., Any], browsing: Browsing, tmp_path: Path) -> None:
+    """Where tokens are asked for the page asks for one, keeps it in the tab, and never writes it into a URL."""
+    tokens = tmp_path / "tokens"
+    token = create_token(tokens, ["pull", "push"], "*")
+    server = start_server("--token-file", str(tokens))
+    headers = {"Authorization": f"Bearer {token}"}
+    with server.http() as http:
+        layout = [{"name": "weight", "shape": [3, 4], "dtype": "F32"}]
+        http.post("/v1/runs", json={"run": "secret", "layout": layout}, headers=headers).raise_for_status()
+    page = browsing.open(server.url)
+    field, show = page.get_by_label("Token"), page.get_by_role("button", name="Show the runs")
+    expect(page.get_by_text("This server wants a bearer token.")).to_be_visible()
+    expect(row_of(page, "secret")).to_have_count(0)
+
+    field.fill("wrong")
+    show.click()
+    expect(page.get_by_text("This server does not know that token.")).to_be_visible()
+    field.fill(token)
+    show.click()
+    expect(row_of(page, "secret")).to_contain_text("awaiting weights")
+    expect(field).to_be_hidden()
+    page.reload()
+    expect(row_of(page, "secret")).to_be_visible()
+
+    assert page.evaluate("JSON.stringify([document.cookie, {...localStorage}])") == '["",{}]'
+    assert not any(token in url for url in browsing.requests)
+    assert token not in server.log
+
+
+def test_no_token_is_asked_for_without_need(server: Any, browsing: Browsing) -> None:
+    """A server without tokens shows no field for one."""
+    page = browsing.open(server.url)
+    expect(page.get_by_role("status")).to_have_text("live")
+    expect(page.get_by_label("Token")).to_be_hidden()
 
 
 def test_names_are_text(server: Any, browsing: Browsing, run_name: str) -> None:

@@ -16,6 +16,41 @@ const views = new Map(); // run name -> RunView
 let lastAnswer = null; // when the server last answered, by this machine's clock
 let clockSkew = 0; // the server's clock minus ours, in ms
 
+// --- the token, where the server asks for one ------------------------------------------------------------------------
+
+// In this tab only, and never in a URL: those end up in logs and histories.
+const TOKEN = "ema-token";
+const token = () => sessionStorage.getItem(TOKEN);
+
+function ask(path) {
+  const headers = token() ? { Authorization: `Bearer ${token()}` } : {};
+  return fetch(path, { headers, signal: AbortSignal.timeout(TIMEOUT_MS), cache: "no-store" });
+}
+
+function signIn(why) {
+  sessionStorage.removeItem(TOKEN);
+  if (!byId("sign-in").hidden) return; // the reader may be typing
+  say(byId("refusal"), `${why[0].toUpperCase()}${why.slice(1)}.`);
+  byId("sign-in").hidden = false;
+  byId("link").dataset.state = "lost";
+  say(byId("link"), "token wanted");
+  showRuns([], performance.now());
+  byId("empty").hidden = true;
+}
+
+byId("sign-in").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const given = byId("token").value.trim();
+  byId("token").value = "";
+  if (!/^[\x21-\x7e]+$/.test(given)) {
+    say(byId("refusal"), "A token is one word of plain characters.");
+    return;
+  }
+  sessionStorage.setItem(TOKEN, given);
+  byId("sign-in").hidden = true;
+  poll();
+});
+
 // --- words for numbers ---------------------------------------------------------------------------------------------
 
 const whole = new Intl.NumberFormat("en");
@@ -288,7 +323,7 @@ class RunView {
     let found = [];
     let note = "";
     try {
-      const answer = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS) });
+      const answer = await ask(path);
       const body = await answer.json();
       if (answer.ok) found = body.snapshots;
       else note = body.detail;
@@ -309,6 +344,8 @@ class RunView {
 }
 
 function download(href, name) {
+  // A link cannot carry the token, and fetching gigabytes into the page to save them would not do.
+  if (token()) return "by ema pull";
   const link = element("a", "", "download");
   link.href = href;
   link.download = name;
@@ -371,17 +408,18 @@ function lost(why) {
   byId("lost").hidden = false;
 }
 
-async function ask(path) {
-  const answer = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), cache: "no-store" });
+async function askForRuns() {
+  const answer = await ask("v1/runs");
   const body = await answer.json();
-  if (!answer.ok) throw new Error(body.detail ?? `status ${answer.status}`);
-  return { answer, body };
+  const refused = answer.status === 401 || answer.status === 403;
+  if (!answer.ok && !refused) throw new Error(body.detail ?? `status ${answer.status}`);
+  return { answer, body, refused };
 }
 
 async function poll() {
   let got;
   try {
-    got = await ask("v1/runs");
+    got = await askForRuns();
   } catch (fault) {
     // What fetch says of a refused connection ("Failed to fetch") is a TypeError in every browser, in words of its own.
     const why = { TimeoutError: "it took more than five seconds", TypeError: "no connection" };
@@ -389,6 +427,10 @@ async function poll() {
     return;
   }
   connected(got.answer);
+  if (got.refused) {
+    signIn(got.body.detail);
+    return;
+  }
   showRuns(got.body.runs, performance.now());
 }
 

@@ -1,7 +1,7 @@
 """Bodies come in whatever pieces the network makes of them, over both ways of receiving.
 
-``filling`` is the server as it runs; ``stock`` is the same application under uvicorn's own h11 protocol, where
-bodies take ``request.stream()``. Each test runs over both.
+``filling`` is the server as it runs, ``tls`` the same with a certificate; ``stock`` is the same application under
+uvicorn's own h11 protocol, where bodies take ``request.stream()``. Each test runs over all three.
 
 Knows raw HTTP/1.1 over sockets. Does not know which path a body takes inside.
 """
@@ -12,6 +12,7 @@ import contextlib
 import json
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -55,6 +56,8 @@ class Raw:
         parts = urlsplit(url)
         self.socket = socket.create_connection((parts.hostname, parts.port), timeout=20)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if parts.scheme == "https":
+            self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=parts.hostname)
         self.file = self.socket.makefile("rb")
 
     def __enter__(self) -> Raw:
@@ -90,10 +93,22 @@ def put(path: str, body: bytes, *headers: str, length: int | None = None) -> byt
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-@pytest.fixture(scope="module", params=["filling", "stock"])
+@pytest.fixture(scope="module")
+def tls_url(tmp_path_factory, server_class, certificate) -> Iterator[str]:
+    """A server that speaks TLS; Python's clients trust its authority, which SSL_CERT_FILE names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(certificate.authority))
+        running = server_class(tmp_path_factory.mktemp("tls-server"), certificate.flags).start()
+        assert running.url.startswith("https://")
+        yield running.url
+        assert running.stop() == 0
+        assert "Traceback" not in running.log
+
+
+@pytest.fixture(scope="module", params=["filling", "tls", "stock"])
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "filling":
-        yield request.getfixturevalue("server").url
+    if request.param != "stock":
+        yield request.getfixturevalue("tls_url") if request.param == "tls" else request.getfixturevalue("server").url
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from ema_service.api.ingest import MIN_BYTES_PER_SECOND
 from ema_service.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ SILENCE = 0.5
 #: A push of TENSORS takes 40,000 bytes of staging: two fit, three do not.
 TENSORS = {"w": torch.zeros(10_000)}
 BODY = save(TENSORS)
+#: More than the sockets between the server and a reader hold.
+LARGE = {"w": torch.zeros(4_000_000)}
 JSON = {"Content-Type": "application/json"}
 
 
@@ -42,6 +47,15 @@ def strict(tmp_path_factory: pytest.TempPathFactory, server_class: type[ServerPr
 @pytest.fixture
 def run(strict: ServerProcess, plain_run: Callable[..., PlainRun]) -> PlainRun:
     return plain_run(strict, TENSORS)
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory, server_class: type[ServerProcess]) -> Iterator[ServerProcess]:
+    """A server with little patience and enough memory."""
+    folder = tmp_path_factory.mktemp("patient")
+    running = server_class(folder, ("--body-timeout", str(SILENCE)), folder / "data").start()
+    yield running
+    running.stop()
 
 
 class Slow:
@@ -63,6 +77,10 @@ class Slow:
 
     def send(self, data: bytes) -> None:
         self._connection.send(data)
+
+    def answered(self, seconds: float) -> bool:
+        """Whether an answer comes within that time."""
+        return bool(select.select([self._connection.sock], [], [], seconds)[0])
 
     def answer(self) -> tuple[int, dict[str, Any]]:
         answer = self._connection.getresponse()
@@ -183,27 +201,104 @@ def test_silent_sender_of_json(strict: ServerProcess) -> None:
     assert (status, problem["code"]) == (408, "request_timeout")
 
 
+TRICKLE = 0.02
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["known length", "in chunks"])
+def test_trickling_sender_loses_its_staging(chunked: bool, run: PlainRun, strict: ServerProcess) -> None:
+    """Who is never silent but keeps below the minimum rate is answered 408 as well, and holds no memory."""
+    headers = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": str(len(BODY))}
+    began = time.monotonic()
+    with Slow(strict, "PUT", f"{run.path}/updates/1", headers) as request:
+        for at in range(0, len(BODY), 10):
+            piece = BODY[at : at + 10]
+            request.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            if request.answered(TRICKLE):
+                break
+        status, problem = request.answer()
+
+        assert (status, problem["code"]) == (408, "request_timeout")
+        assert f"{MIN_BYTES_PER_SECOND} a second" in problem["detail"]
+        assert metric(run, "ema_staging_bytes") == 0
+    assert time.monotonic() - began < 10 * SILENCE
+    assert run.push(1, TENSORS).json()["applied"]
+
+
+def test_head_that_never_ends(strict: ServerProcess) -> None:
+    """A request line and headers that trickle in are given up after the same time: 408, and closed."""
+    address = urlsplit(strict.url)
+    with socket.create_connection((address.hostname, address.port), timeout=20 * SILENCE) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\n")
+        answer = raw.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "request_timeout"
+        assert raw.recv(1000) == b""
+    with socket.create_connection((address.hostname, address.port), timeout=20 * SILENCE) as silent:
+        assert silent.recv(1000) == b""  # nothing was asked: nothing is said
+    with socket.create_connection((address.hostname, address.port), timeout=20 * SILENCE) as kept:
+        kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while b"alive" not in answer:
+            answer += kept.recv(1000)
+        kept.sendall(b"GET /healthz")  # the next one on a kept connection
+        assert kept.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def read_to_its_end(raw: socket.socket) -> int:
+    """How many bytes came before the connection ended."""
+    count = 0
+    while piece := raw.recv(1 << 20):
+        count += len(piece)
+    return count
+
+
+def read_slowly(server: ServerProcess, path: str, *, buffer: int = 4096) -> socket.socket:
+    """Ask for ``path`` and read nothing."""
+    address = urlsplit(server.url)
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    raw.settimeout(20)
+    raw.connect((address.hostname, address.port))
+    raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return raw
+
+
+@pytest.mark.parametrize("what", ["the run", "a snapshot"])
+def test_reader_that_takes_nothing_is_cut_off(
+    what: str, patient: ServerProcess, plain_run: Callable[..., PlainRun]
+) -> None:
+    """Who asks for weights and does not read them loses the connection, and the version's memory is free again."""
+    run = plain_run(patient, LARGE)
+    path = f"{run.path}/weights"
+    if what == "a snapshot":
+        run.http.put(f"{run.path}/snapshots/s").raise_for_status()
+        path = f"{run.path}/snapshots/s/weights"
+    cut = metric(run, "ema_slow_readers_total")
+    with read_slowly(patient, path) as raw:
+        if what == "the run":
+            wait_until(lambda: metric(run, "ema_frozen_bytes") > 0)
+        wait_until(lambda: metric(run, "ema_slow_readers_total") == cut + 1)
+        wait_until(lambda: metric(run, "ema_frozen_bytes") == 0)
+        assert read_to_its_end(raw) < LARGE["w"].nbytes  # what the sockets held; the rest never comes
+    assert "Traceback" not in patient.log
+
+
+def test_slow_but_steady_reader_gets_all(patient: ServerProcess, plain_run: Callable[..., PlainRun]) -> None:
+    """The deadline is for each piece: a read that takes longer in all, but goes on, is served to its end."""
+    run = plain_run(patient, LARGE)
+    length = int(run.http.head(f"{run.path}/weights").headers["content-length"])
+    began, received = time.monotonic(), 0
+    with read_slowly(patient, f"{run.path}/weights", buffer=1 << 20) as raw:
+        while received < length:
+            piece = raw.recv(200_000)
+            assert piece, f"cut off after {received} of {length} bytes"
+            received += len(piece)
+            if received < length / 2:
+                time.sleep(SILENCE / 40)
+    assert time.monotonic() - began > SILENCE
+
+
 # --- budgets --------------------------------------------------------------------------------------------------------
-
-
-def test_pushes_beyond_the_budget(run: PlainRun, strict: ServerProcess) -> None:
-    """Pushes in flight beyond --staging-bytes are 503 with Retry-After, unread; afterwards there is room."""
-    headers = {"Content-Length": str(len(BODY))}
-    with (
-        Slow(strict, "PUT", f"{run.path}/updates/1", headers) as first,
-        Slow(strict, "PUT", f"{run.path}/updates/2", headers) as second,
-    ):
-        wait_until(lambda: metric(run, "ema_staging_bytes") == 80_000)
-        refused = run.push(3, TENSORS)
-        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
-        assert int(refused.headers["retry-after"]) >= 1
-        first.send(BODY)
-        assert first.answer()[0] == 200
-        second.send(BODY)
-        assert second.answer()[0] in (200, 503)  # superseded: it was begun before the first was applied
-
-    wait_until(lambda: metric(run, "ema_staging_bytes") == 0)
-    assert run.push(3, TENSORS).status_code == 200
 
 
 def test_run_that_never_fits(strict: ServerProcess, plain_run: Callable[..., PlainRun]) -> None:

@@ -29,7 +29,11 @@ NAMES = {
     "ema_runs",
     "ema_degraded_runs",
     "ema_shadow_bytes",
+    "ema_partial_updates",
+    "ema_slow_readers",
     "ema_staging_bytes",
+    "ema_waiting_pushes",
+    "ema_waiting_readers",
     "ema_frozen_bytes",
     "ema_idle_bytes",
 }

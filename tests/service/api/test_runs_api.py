@@ -1,6 +1,6 @@
 """Routes of a run as a whole, over a real server.
 
-Knows JSON and status codes. Does not know the server's code; hostile bodies are in tests/e2e/test_attacks.py.
+Knows JSON and status codes. Does not know the server's code; hostile bodies are in tests/fuzz/attacks/.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled
+from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, TooManyRuns
 from ema_client.protocol import AverageConfig, RunConfig, TensorSpec
 
 if TYPE_CHECKING:
@@ -57,6 +57,19 @@ def test_other_config_is_refused(changes: dict[str, Any], words: str, server: Lo
 
     assert "'r'" in refusal.value.detail
     assert words in refusal.value.detail
+
+
+def test_runs_are_counted(server: LocalServer, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the most runs a server holds another is refused; those that exist are found, a deleted one makes room."""
+    monkeypatch.setattr("ema_service.runs.registry.MAX_RUNS", 2)
+    for name in ("a", "b", "a"):
+        server.create(name, model(0))
+
+    with pytest.raises(TooManyRuns, match="holds 2 runs"):
+        server.create("c", model(0))
+    server.registry.delete("a")
+    server.create("c", model(0))
+    assert {run.config.run for run in server.registry.runs()} == {"b", "c"}
 
 
 def test_other_layout_is_refused_without_listing_it(server: LocalServer, model: Model) -> None:

@@ -1,0 +1,206 @@
+"""One connection of a stranger: bounded heads, bounded patience, and refusals in the one shape.
+
+uvicorn bounds none of these by itself: a head may grow, or trickle in, for ever; an answer that nobody reads keeps its
+memory for ever; what is no HTTP is answered in plain text. ``GuardedProtocol`` is uvicorn's protocol with these closed.
+
+Knows uvicorn's httptools protocol, transports and timers. Does not know routes, or bodies of weights (ingest).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from ema_client.errors import PROBLEM_JSON, BadRequest, EmaError, HeadTooLarge, RequestTimeout
+
+__all__ = ["LINGER_SECONDS", "MAX_HEAD_BYTES", "STATE", "Guard", "GuardedProtocol", "on_lost"]
+
+_log = logging.getLogger(__name__)
+
+#: Where the application's lifespan leaves its Guard for the connections (ASGI's lifespan state).
+STATE = "ema.guard"
+
+#: Where a request finds the set of functions that are called when its connection is lost (an ASGI extension).
+_LOST = "ema.lost"
+
+#: Request line and header fields together, trailers too; 64 KiB is what h11 allows.
+MAX_HEAD_BYTES = 64 << 10
+
+#: How long who is still sending gets to read the refusal of it, in seconds.
+LINGER_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What an application asks of its connections.
+
+    patience: seconds that a head may take to come, and that a reader may take for what was last given to its socket
+    (1 MiB of weights). refused: told the code of each request refused here. cut: told of each reader cut off.
+    """
+
+    patience: float = 60.0
+    refused: Callable[[str], None] = lambda code: None  # noqa: ARG005 - a function that does nothing
+    cut: Callable[[], None] = lambda: None
+
+
+@contextlib.contextmanager
+def on_lost(request: Request, callback: Callable[[], None]) -> Iterator[None]:
+    """Have ``callback`` called, on the event loop, if the client goes away within the block."""
+    watchers: set[Callable[[], None]] = request.scope.get("extensions", {}).get(_LOST, set())
+    watchers.add(callback)
+    try:
+        yield
+    finally:
+        watchers.discard(callback)
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol among strangers."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._guard: Guard = self.app_state.get(STATE) or Guard()
+        self._watchers: set[Callable[[], None]] = set()
+        self._fault: EmaError | None = None
+        self._refused = False
+        self._stalled: asyncio.TimerHandle | None = None
+        self._closing: asyncio.TimerHandle | None = None
+        #: Bytes since the parser last came to the end of a head, or to a piece of a body; and of the fields it found.
+        self._unparsed = self._fields = 0
+        self._in_head = True
+        self._head_timer: asyncio.TimerHandle | None = self._later(self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._stalled, self._closing):
+            if timer:
+                timer.cancel()
+        super().connection_lost(exc)
+        for callback in tuple(self._watchers):
+            callback()
+
+    # --- what comes in
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._unparsed += len(data)
+        super().data_received(data)
+        if self._unparsed > MAX_HEAD_BYTES and not self._refused:
+            self._refuse(_too_large())
+        elif self._in_head and self._unparsed and self._head_timer is None:
+            self._head_timer = self._later(self._head_is_late)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._fields = 0
+        self.extensions: dict[str, Any] = {_LOST: self._watchers}
+        self.scope["extensions"] = self.extensions
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += len(name) + len(value)
+        if self._fields + len(self.url) > MAX_HEAD_BYTES:
+            self._fault = _too_large()
+            raise self._fault  # the parser's error, which ends in send_400_response()
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._unparsed = False, 0
+        if self._head_timer:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._unparsed = True, 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's text says less than ours
+        self._refuse(self._fault or BadRequest("the request cannot be read as HTTP/1.1"))
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._unparsed:
+            self._refuse(RequestTimeout(f"the request's head did not come within {self._guard.patience:g} seconds"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, fault: EmaError) -> None:
+        """Answer what is no request the application could answer, listen to no more, and close."""
+        self._refused = True
+        self._guard.refused(fault.code)
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request
+        unanswered = cycle if cycle is not None and not cycle.response_complete else None
+        if self.pipeline or (unanswered and unanswered.response_started):
+            self._close()  # the refusal would stand in the middle of another answer
+            return
+        if unanswered:
+            unanswered.disconnected = True  # what the application says of it is not sent any more
+            unanswered.message_event.set()
+        self.transport.write(_plain_answer(fault))
+        # The rest is read and dropped for a while: closed at once, the connection would be reset under the answer.
+        self.flow.resume_reading()
+        self._closing = self.loop.call_later(LINGER_SECONDS, self._close)
+
+    # --- what goes out
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self._stalled or self._later(self._cut)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def _cut(self) -> None:
+        _log.info("a reader took nothing, or too little, for %g seconds and is cut off", self._guard.patience)
+        self._guard.cut()
+        self.transport.abort()
+
+    def _close(self) -> None:
+        """Close once everything is sent; what is not taken in time is dropped."""
+        if not self.transport.is_closing():
+            self.transport.close()
+        if self._closing:
+            self._closing.cancel()
+        self._closing = self._later(self.transport.abort)
+
+    def _later(self, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.loop.call_later(self._guard.patience, callback)
+
+
+def _plain_answer(fault: EmaError) -> bytes:
+    body = json.dumps(fault.to_problem()).encode()
+    lines = [
+        f"HTTP/1.1 {fault.status} {http.HTTPStatus(fault.status).phrase}",
+        f"content-type: {PROBLEM_JSON}",
+        f"content-length: {len(body)}",
+        "connection: close",
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def _too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"the request line and header fields have more than {MAX_HEAD_BYTES} bytes")

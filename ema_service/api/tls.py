@@ -1,0 +1,54 @@
+"""TLS of the server: a certificate and its key, read once at the start.
+
+Knows the standard library's contexts, and what may be wrong with two PEM files. Does not know sockets, or who issued
+the certificate.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+__all__ = ["CertificateUnusable", "server_context"]
+
+
+class CertificateUnusable(ValueError):
+    """The certificate or its key cannot be read, or they do not belong together."""
+
+
+class _Encrypted(Exception):
+    pass
+
+
+def server_context(certfile: Path, keyfile: Path) -> ssl.SSLContext:
+    """The context of a server that shows this certificate; TLS 1.2 and later, no certificate asked of clients.
+
+    certfile: PEM, the server's own first, then those between it and the authority. keyfile: PEM, not encrypted.
+    Raises CertificateUnusable naming the file and what to do.
+    """
+    for flag, path in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
+        _check_readable(flag, path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # Without a password of our own OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(certfile, keyfile, password=_no_password)
+    except _Encrypted:
+        raise CertificateUnusable(f"{keyfile} is encrypted: a server needs a key it can read by itself") from None
+    except ssl.SSLError as fault:
+        if fault.reason == "KEY_VALUES_MISMATCH":
+            raise CertificateUnusable(f"{keyfile} is not the key of the certificate {certfile}") from None
+        raise CertificateUnusable(
+            f"{certfile} and {keyfile} are not a certificate and its key in PEM ({fault.reason or fault})"
+        ) from None
+    return context
+
+
+def _check_readable(flag: str, path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as fault:
+        raise CertificateUnusable(f"{flag} {path}: {fault.strerror}") from None
+
+
+def _no_password() -> str:
+    raise _Encrypted
