@@ -156,13 +156,17 @@ class Child:
 
 
 class Service(Child):
-    """``ema-service serve --memory`` of the benchmark's own; ``url`` and ``uds`` reach it."""
+    """``ema-service serve`` of the benchmark's own; ``url`` and ``uds`` reach it.
 
-    def __init__(self, *arguments: str) -> None:
+    data_dir: where runs are kept; None: ``--memory``.
+    """
+
+    def __init__(self, *arguments: str, data_dir: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ema-bench-")
         socket = Path(self._folder.name) / "ema.sock"
         self.uds = f"unix://{socket}"
-        super().__init__("ema_service", ["serve", "--memory", "--port", "0", "--uds", str(socket), *arguments])
+        where = ["--memory"] if data_dir is None else ["--data-dir", str(data_dir)]
+        super().__init__("ema_service", ["serve", *where, "--port", "0", "--uds", str(socket), *arguments])
         self._clean.callback(self._folder.cleanup)
 
     @property

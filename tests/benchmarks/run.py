@@ -8,6 +8,7 @@
     latency   a small push beside an empty PUT
     readers   sixteen pull one version
     memory    peaks of server and client
+    durability   pushes that survive a crash beside the disk's own rate, and a restart
     kernel    the averaging on flat memory
     gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
     trainer   time inside update() on a GPT-2-sized model, beside one copy and the libraries that average in the trainer
@@ -31,6 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import connections
+import durability
 import gap
 import gpu
 import kernel
@@ -58,6 +60,7 @@ GROUPS: dict[str, Measure] = {
     "latency": latency.measure,
     "readers": memory.measure_readers,
     "memory": memory.measure,
+    "durability": durability.measure,
     "kernel": kernel.measure,
     "gpt2": models.measure,
     "trainer": training.measure,
