@@ -30,6 +30,12 @@ class Metrics:
         self.errors = Counter(
             "ema_errors", "Requests answered with an error, by code.", ["code"], registry=self.registry
         )
+        self.pushes = Counter(
+            "ema_pushes",
+            "Pushes received whole, by link: Unix socket, TCP on this host, TCP, or shared memory.",
+            ["link"],
+            registry=self.registry,
+        )
         self.received = Counter("ema_received_bytes", "Bytes of tensors received in pushes.", registry=self.registry)
         self.sent = Counter("ema_sent_bytes", "Bytes of weights sent to readers.", registry=self.registry)
         self.watchers = Gauge("ema_watchers", "Streams of events that are open.", registry=self.registry)

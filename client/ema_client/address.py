@@ -7,6 +7,7 @@ environment variables, or whether anything listens there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import SplitResult, urlsplit
 
 from ema_client.errors import UsageError
@@ -34,6 +35,19 @@ class Address:
     @property
     def secure(self) -> bool:
         return self.scheme == "https"
+
+    @property
+    def same_host(self) -> bool:
+        """Whether the service is on this host for sure: by a Unix socket, or a loopback address."""
+        try:
+            return self.socket is not None or self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def link(self) -> str:
+        """How bodies travel to it, in words."""
+        return "Unix socket" if self.socket is not None else "TCP"
 
     @property
     def base(self) -> str:

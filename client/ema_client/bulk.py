@@ -1,27 +1,41 @@
 """Connections for weights, kept between requests, and a large body on its way.
 
-Knows: which connection is free, which has gone stale. Does not know: how a connection speaks (connection), JSON,
-routes, tensors, retries but one: a kept connection that the server closed while it lay idle.
+A body that lies in shared memory is handed to a service on this host by name. Where the service will not have that,
+this is logged once, and bodies are sent from then on.
+
+Knows: which connection is free, which has gone stale, how bodies travel. Does not know: how a connection speaks
+(connection), JSON, routes, tensors, retries but one: a kept connection that the server closed while it lay idle.
 """
 
 from __future__ import annotations
 
 import functools
 import http.client
+import logging
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from ema_client.address import Address
 from ema_client.answers import Answer, error_of
 from ema_client.connection import Body, Connection, Timeouts
-from ema_client.errors import ConnectionLost, ProtocolError
+from ema_client.errors import ConnectionLost, EmaError, MalformedBody, ProtocolError, SegmentUnusable
+from ema_client.protocol import HEADER_SEGMENT
+
+if TYPE_CHECKING:
+    from ema_client.segment import SharedBody
 
 __all__ = ["BulkPool", "Download", "Stream"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger("ema_client")
+
+#: A body below this is sent as quickly as it is handed over.
+SHARE_ABOVE = 1 << 20
+#: A body handed over is read and averaged before a byte of the answer comes: at the pace of one slow core, at least.
+SHARED_BYTES_PER_SECOND = 200e6
 #: Idle connections kept; more threads than this at once open their own.
 MAX_IDLE = 4
 
@@ -31,14 +45,40 @@ class BulkPool:
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
         self._new = functools.partial(Connection, address, timeouts, context)
+        self._address = address
+        self._shares = address.same_host
+        #: How the bodies of this client travel, in words.
+        self.link = address.link
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
 
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
-        """Send a large body; the answer may be a refusal."""
-        connection, answer = self._exchange(lambda connection: connection.put(path, headers, body))
+        """Send a large body, or hand it over; the answer may be a refusal."""
+        if body.shared is not None and self._shares and body.length > SHARE_ABOVE:
+            answer = self._hand_over(path, headers, body.shared)
+            fault = None if answer.status < 400 else error_of(answer)
+            if not _unshareable(fault):
+                return answer
+            self._send_from_now_on(fault)
+        return self._put(path, headers, body)
+
+    def _put(self, path: str, headers: Mapping[str, str], body: Body, patience: float = 0.0) -> Answer:
+        connection, answer = self._exchange(lambda it: it.put(path, headers, body, patience=patience))
         self.give_back(connection)
         return answer
+
+    def _hand_over(self, path: str, headers: Mapping[str, str], shared: SharedBody) -> Answer:
+        with shared.offered() as segment:
+            named = {**headers, HEADER_SEGMENT: segment.to_header()}
+            answer = self._put(path, named, Body(0, lambda: ()), shared.length / SHARED_BYTES_PER_SECOND)
+        if answer.status < 400:
+            self.link = "shared memory"
+        return answer
+
+    def _send_from_now_on(self, fault: EmaError) -> None:
+        self._shares = False
+        self.link = f"{self._address.link}; shared memory was refused: {fault.detail}"
+        _log.warning("pushes to %s are sent and not shared: %s", self._address.url, fault.detail)
 
     def get(self, path: str, headers: Mapping[str, str], *, patience: float = 0.0) -> Download:
         """Ask for a large body. Raises the answer's error unless it is 200 or 206, ProtocolError without a length."""
@@ -95,6 +135,14 @@ class BulkPool:
             if not connection.used or not connection.stale:
                 return connection
             connection.close()
+
+
+def _unshareable(fault: EmaError | None) -> TypeGuard[EmaError]:
+    """Whether a body that was handed over is to be sent.
+
+    A service that knows nothing of segments, or a proxy that drops the header, finds an empty body.
+    """
+    return isinstance(fault, SegmentUnusable | MalformedBody)
 
 
 class Download:

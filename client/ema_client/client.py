@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ema_client.connection import Body
+    from ema_client.shared import SharedState
 
     State = Mapping[str, Tensor] | nn.Module
 
@@ -106,6 +107,12 @@ class EmaClient:
     def retry(self) -> RetryPolicy:
         """When calls try again."""
         return self._transport.retry
+
+    @property
+    def link(self) -> str:
+        """How this client's pushes travel: "TCP", "Unix socket" or "shared memory"; and why not by shared memory,
+        where the service refused it."""
+        return self._transport.link
 
     def __repr__(self) -> str:
         return f"EmaClient({self.url!r})"
@@ -156,6 +163,7 @@ class EmaClient:
         """
         _require_torch()
         from ema_client import tensors
+        from ema_client.shared import SharedState
 
         named = tensors.state_of(state)
         config = RunConfig(
@@ -172,7 +180,8 @@ class EmaClient:
         if info.status == "awaiting_weights":
             try:
                 query = {"num_updates": num_updates, "step": step}
-                reply = self._transport.upload(protocol.weights_path(run), tensors.encode(named), query=query)
+                body = state.body if isinstance(state, SharedState) else tensors.encode(named)
+                reply = self._transport.upload(protocol.weights_path(run), body, query=query)
                 return self._seen(_parse(RunInfo, reply))
             except WeightsExist:
                 # Another trainer sent its own between our two requests.
@@ -194,8 +203,9 @@ class EmaClient:
         """
         _require_torch()
         from ema_client import tensors
+        from ema_client.shared import SharedState
 
-        body = tensors.encode(tensors.state_of(state))
+        body = state.body if isinstance(state, SharedState) else tensors.encode(tensors.state_of(state))
         step = self._next_step(run) if step is None else step
         return self._push(run, body, step, partial(self._transport.upload, headers=_writer_header(writer)))
 
@@ -325,6 +335,20 @@ class EmaClient:
                     hint="a part of the update is missing or was refused: see the other ranks' messages",
                 )
             time.sleep(_WAIT_POLL)
+
+    def shared_state(self, state: State) -> SharedState:
+        """A copy of ``state`` in memory that a service on this host can read: pushed from there, it is not sent.
+
+        Fill its tensors, in place or by ``fill(state)``, and ``push()`` it; do not change them meanwhile. Its memory,
+        as much as the tensors take, is freed with the last of them. Where there is no shared memory, or the service is
+        elsewhere, it is pushed as any other state (``link`` says which).
+
+        Raises UsageError for a state that cannot be sent.
+        """
+        _require_torch()
+        from ema_client.shared import SharedState
+
+        return SharedState(state)
 
     def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
         """Change the decay from the next update on, of one average or of the run's first. Raises InvalidDecay."""

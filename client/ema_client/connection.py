@@ -21,10 +21,14 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ema_client.address import Address
 from ema_client.answers import Answer
 from ema_client.errors import ConnectionLost, ProtocolError, ServiceUnreachable
+
+if TYPE_CHECKING:
+    from ema_client.segment import SharedBody
 
 __all__ = ["Body", "Connection", "Timeouts", "no_tls", "unreachable"]
 
@@ -64,10 +68,12 @@ class Body:
 
     pieces: gives the body anew at each call. A piece belongs to the sender until it asks for the next one; it is not
     copied, so its memory must not change meanwhile.
+    shared: memory with these very bytes that a service on this host can read: they need not be sent to it.
     """
 
     length: int
     pieces: Callable[[], Iterable[memoryview]]
+    shared: SharedBody | None = None
 
 
 class Connection:
@@ -82,14 +88,17 @@ class Connection:
         self.used = False
         self._streaming: socket.socket | None = None
 
-    def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
-        """Send ``body`` and read the answer. Raises the early answer's error where the server would not have it."""
+    def put(self, path: str, headers: Mapping[str, str], body: Body, *, patience: float = 0.0) -> Answer:
+        """Send ``body`` and read the answer. Raises the early answer's error where the server would not have it.
+
+        patience: extra seconds that the answer may take to come.
+        """
         asks = body.length > EXPECT_ABOVE
         extra = {"Content-Length": str(body.length)} | ({"Expect": "100-continue"} if asks else {})
         with self._faults():
             self._begin("PUT", path, {**headers, **extra})
             early = self._early_answer(self._timeouts.expect) if asks else b""
-            return self._refused(early) if early else self._send(body)
+            return self._refused(early) if early else self._send(body, patience)
 
     def get(self, path: str, headers: Mapping[str, str], *, patience: float = 0.0) -> http.client.HTTPResponse:
         """Ask for ``path``; the answer's body is still to be read. ``patience``: extra seconds it may take to come."""
@@ -184,7 +193,7 @@ class Connection:
             raise unreachable(self._address.url, fault) from None
         self._socket.settimeout(self._timeouts.transfer)
 
-    def _send(self, body: Body) -> Answer:
+    def _send(self, body: Body, patience: float) -> Answer:
         sent = 0
         try:
             for piece in _pieces(body.pieces()):
@@ -196,7 +205,10 @@ class Connection:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return self._last_words()
             raise
+        self._socket.settimeout(self._timeouts.transfer + patience)
         response = self._http.getresponse()
+        if self._http.sock is not None:
+            self._socket.settimeout(self._timeouts.transfer)
         self.used = True
         return self.read(response)
 

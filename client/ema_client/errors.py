@@ -21,7 +21,7 @@
     |-- Conflict                  409
     |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep, Fenced,
     |   |-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded,
-    |   +-- TooManyRuns
+    |   +-- SegmentUnusable, TooManyRuns
     |-- BodyTooLarge              413
     |-- UnsupportedEncoding       415: a compressed body
     |-- RangeNotSatisfiable       416
@@ -78,6 +78,7 @@ __all__ = [
     "RunDegraded",
     "RunExists",
     "RunNotFound",
+    "SegmentUnusable",
     "ServiceUnreachable",
     "SnapshotDamaged",
     "SnapshotExists",
@@ -366,6 +367,12 @@ class RunDegraded(Conflict):
         "go back to a snapshot, or accept the version that is there: POST /v1/runs/{run}/rewind; or restore the run's "
         "files from a backup and restart the server"
     )
+
+
+class SegmentUnusable(Conflict):
+    code = "segment_unusable"
+    title = "The shared memory cannot be used"
+    default_hint = "send the tensors in the body; client and server share memory on one host, as one user"
 
 
 class BodyTooLarge(EmaError):

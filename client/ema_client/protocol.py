@@ -45,6 +45,15 @@ HEADER_NUM_UPDATES = "Ema-Num-Updates"
 HEADER_DECAY = "Ema-Decay"
 #: Of a push: the number that attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
+#: In place of a body: where in this host's memory the body lies. See Segment.
+HEADER_SEGMENT = "Ema-Segment"
+
+#: A segment's name for memfd_create(2), and the length of the secret it begins with.
+SEGMENT_NAME = "ema-push"
+SECRET_BYTES = 32
+_SEGMENT = re.compile(
+    r"pid=(\d{1,10}), fd=(\d{1,10}), offset=(\d{1,19}), length=(\d{1,19}), secret=([0-9a-f]{64})\Z", re.ASCII
+)
 
 #: bytes per element of the dtypes a run may hold, as safetensors writes their names
 LAYOUT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -187,6 +196,7 @@ class RunInfo:
     created_at, updated_at: seconds since 1970-01-01 UTC.
     reason: why the status is "degraded".
     writer: the number of the trainer that attached last, 0 before any did.
+    link: how the latest push came to this server, for people to read; None before one has come since it started.
     """
 
     run: str
@@ -211,6 +221,7 @@ class RunInfo:
     updated_at: float
     reason: str | None = None
     writer: int = 0
+    link: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +358,34 @@ class WeightsInfo:
             decay=float(metadata["ema_decay"]),
             snapshot=metadata.get("ema_snapshot"),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where a body lies in shared memory: ``length`` bytes from ``offset`` on, in descriptor ``fd`` of process ``pid``.
+
+    secret: what the segment begins with, for as long as its content is what this request is to take.
+    """
+
+    pid: int
+    fd: int
+    offset: int
+    length: int
+    secret: bytes
+
+    def to_header(self) -> str:
+        """The value of ``Ema-Segment``."""
+        numbers = f"pid={self.pid}, fd={self.fd}, offset={self.offset}, length={self.length}"
+        return f"{numbers}, secret={self.secret.hex()}"
+
+    @classmethod
+    def from_header(cls, value: str) -> Segment:
+        """Read back what to_header wrote. Raises ValueError on anything else."""
+        match = _SEGMENT.match(value)
+        if match is None:
+            raise ValueError(f"{HEADER_SEGMENT} is not `pid=N, fd=N, offset=N, length=N, secret=HEX`")
+        pid, fd, offset, length = map(int, match.groups()[:4])
+        return cls(pid, fd, offset, length, bytes.fromhex(match[5]))
 
 
 def _plain(value: object) -> str:

@@ -82,6 +82,11 @@ class Transport:
     def __repr__(self) -> str:
         return f"Transport({self.url!r})"
 
+    @property
+    def link(self) -> str:
+        """How large bodies travel to the service, in words."""
+        return self._bulk.link
+
     def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
         """A control request, with retries. ``body`` is sent as JSON."""
         return self.retrying(lambda _: self.json_once(method, path, body))

@@ -35,6 +35,8 @@ _NUMBER = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
 #: must leave cores to the socket: on 2 cores one thread gave 1.8 GB/s end to end where two gave 1.5.
 _APPLY_THREADS = 2
 _TORCH_THREADS = max(1, (os.cpu_count() or 1) // 4)
+#: A push in shared memory has no socket to leave cores to: all work through it.
+_HELPERS = os.cpu_count() or 1
 #: Received bytes are worked through in pieces of this at least: a thread is not woken for less.
 PIECE_BYTES = 8 << 20
 #: Threads that wait for disks.
@@ -44,8 +46,11 @@ _SYNC_THREADS = 4
 
 
 class Context:
-    """One running server: its settings, registry and metrics, two kinds of threads, for updates and for files, and the
-    queues before its two budgets. Made where the event loop runs."""
+    """One running server: its settings, registry and metrics, its threads, for updates and for files, and the queues
+    before its two budgets. Made where the event loop runs.
+
+    helpers: threads that updates are divided among where they do not arrive by a socket.
+    """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
         self.settings = settings
@@ -55,6 +60,7 @@ class Context:
         self.stopping = False
         self._waiting: set[asyncio.Event] = set()
         self._apply_threads = ThreadPoolExecutor(_APPLY_THREADS, "ema-apply", torch.set_num_threads, (_TORCH_THREADS,))
+        self.helpers = ThreadPoolExecutor(_HELPERS, "ema-help", torch.set_num_threads, (1,))
         self._file_threads = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="ema-files")
         self._sync_threads = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="ema-sync")
         self._syncing: set[RunFiles] = set()
@@ -130,6 +136,7 @@ class Context:
         """Finish the updates and files in hand, then keep every run."""
         self._apply_threads.shutdown()
         self._sync_threads.shutdown()
+        self.helpers.shutdown()
         self._file_threads.shutdown()
         self.registry.close()
 

@@ -16,8 +16,11 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import ipaddress
 import logging
+import socket
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 import httptools
 from fastapi import Request
@@ -29,12 +32,27 @@ from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
 from ema_service.api.connection import LINGER_SECONDS, GuardedProtocol
 from ema_service.runs import Body, Staged, UpdateBody
 
-__all__ = ["EXTENSION", "FillingProtocol", "content_length", "receive", "receive_into", "uvicorn_fits"]
+__all__ = [
+    "EXTENSION",
+    "LINK",
+    "FillingProtocol",
+    "Link",
+    "content_length",
+    "link_of",
+    "receive",
+    "receive_into",
+    "uvicorn_fits",
+]
 
 _log = logging.getLogger(__name__)
 
 #: Name of the ASGI extension: ``await fill(body, length, silence)``, False where the body has to be streamed.
 EXTENSION = "ema.fill"
+
+#: Name of the ASGI extension that says how the connection came: a Link.
+LINK = "ema.link"
+
+Link = Literal["Unix socket", "TCP on this host", "TCP"]
 
 Fill = Callable[[Body, int, float], Awaitable[bool]]
 
@@ -54,6 +72,12 @@ def content_length(request: Request) -> int | None:
     if not (value.isascii() and value.isdigit()):
         raise InvalidRequest(f"Content-Length: {value[:40]!r} is not a number of bytes")
     return int(value)
+
+
+def link_of(request: Request) -> Link:
+    """How the request came. "TCP" also where the ASGI server does not say."""
+    link: Link = request.scope.get("extensions", {}).get(LINK, "TCP")
+    return link
 
 
 async def receive(
@@ -151,6 +175,11 @@ class FillingProtocol(GuardedProtocol):
 
     #: Whether the client asked for the connection to be closed after this answer.
     _closes = False
+    _link: Link = "TCP"
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._link = _link(transport)
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
@@ -169,6 +198,7 @@ class FillingProtocol(GuardedProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.extensions[EXTENSION] = functools.partial(self._fill, self.scope)
+        self.extensions[LINK] = self._link
 
     async def _fill(self, scope: object, body: Body, length: int, silence: float) -> bool:
         """Receive the body of the request of ``scope``, ``length`` bytes in all, into ``body``.
@@ -199,6 +229,19 @@ class FillingProtocol(GuardedProtocol):
         with contextlib.suppress(AttributeError):  # as uvicorn does it, for httptools before 0.6.3
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.transport.set_protocol(self)
+
+
+def _link(transport: asyncio.BaseTransport) -> Link:
+    """By the socket, which no header of the request can talk over."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family == socket.AF_UNIX:
+        return "Unix socket"
+    try:
+        peer = ipaddress.ip_address(transport.get_extra_info("peername")[0])
+    except (TypeError, IndexError, ValueError):  # closed already, or no address of the internet
+        return "TCP"
+    mapped = getattr(peer, "ipv4_mapped", None) or peer
+    return "TCP on this host" if mapped.is_loopback else "TCP"
 
 
 class _Filling(asyncio.BufferedProtocol):

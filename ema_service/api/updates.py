@@ -25,17 +25,19 @@ from ema_client.errors import (
     RequestTimeout,
     RunDegraded,
     RunNotFound,
+    SegmentUnusable,
     StaleStep,
     StepConflict,
     StorageFailed,
     Superseded,
     WeightsExist,
 )
-from ema_client.protocol import MAX_PARTS, MAX_STEP, RunInfo, UpdateResult, UpdateStatus
+from ema_client.protocol import HEADER_SEGMENT, MAX_PARTS, MAX_STEP, RunInfo, Segment, UpdateResult, UpdateStatus
 from ema_service.api import ingest
 from ema_service.api.context import Context, Number, RunName, Server, Step, WriterNumber
 from ema_service.api.errors import problem_responses
-from ema_service.runs import Part, Parts, Run, Staged, Terms, Update
+from ema_service.api.segment import named, take_over
+from ema_service.runs import Body, Part, Parts, Run, Staged, Terms, Update, UpdateBody
 from ema_service.runs.parts import Outcome
 
 __all__ = ["router"]
@@ -77,6 +79,7 @@ _BODY_ERRORS = (
     NonFinite,
     Overloaded,
     RunDegraded,
+    SegmentUnusable,
     StorageFailed,
 )
 
@@ -97,7 +100,7 @@ async def put_weights(
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
     found = server.registry.get(run)
     staged = await server.stage(request, found.layout)
-    await _receive(request, server, staged)
+    await _receive(request, server, found, staged)
     await server.compute(
         partial(_release_after, staged, partial(found.initialise, staged, num_updates=num_updates, step=step))
     )
@@ -121,7 +124,7 @@ async def put_update(
     found.admit(step, writer)
     staged = await server.stage(request, found.layout, len(found.config.averages))
     update = found.begin(step, staged, writer)
-    await _receive(request, server, staged, server.background(update.work.advance))
+    await _receive(request, server, found, staged, server.background(update.work.advance))
     result = await server.compute(partial(_release_after, staged, partial(_commit, server, found, update)))
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
     return result
@@ -214,26 +217,67 @@ async def _receive_part(
     else:
         # It has its staging, and may be what those who wait for room wait for.
         part = begin()
+    header = request.headers.get(HEADER_SEGMENT)
     try:
-        part.announce(ingest.content_length(request))
-        await ingest.receive_into(request, part, silence=server.settings.body_timeout)
+        if header is None:
+            part.announce(ingest.content_length(request))
+            await ingest.receive_into(request, part, silence=server.settings.body_timeout)
+        else:
+            segment = _segment(request, found, header)
+            part.announce(segment.length)
+            await _take_over(server, found, segment, part)
         outcome = parts.complete(part)
     except BaseException:
         parts.give_up(part)
         raise
+    _count(request, server, found)
     server.metrics.received.inc(part.received)
     return outcome, await server.compute(partial(_apply, server, parts, part)) if outcome == "complete" else None
 
 
 async def _receive(
-    request: Request, server: Context, staged: Staged, on_data: Callable[[int], None] | None = None
+    request: Request, server: Context, run: Run, staged: Staged, on_data: Callable[[int], None] | None = None
 ) -> None:
+    header = request.headers.get(HEADER_SEGMENT)
     try:
-        await ingest.receive(request, staged, silence=server.settings.body_timeout, on_data=on_data)
+        if header is None:
+            await ingest.receive(request, staged, silence=server.settings.body_timeout, on_data=on_data)
+        else:
+            segment = _segment(request, run, header)
+            await _take_over(server, run, segment, UpdateBody(staged, segment.length, on_data=on_data))
     except BaseException:
         staged.release()
         raise
+    _count(request, server, run)
     server.metrics.received.inc(staged.layout.param_bytes)
+
+
+def _segment(request: Request, run: Run, header: str) -> Segment:
+    """The shared memory that a request names in place of a body."""
+    if ingest.content_length(request) or "transfer-encoding" in request.headers:
+        raise InvalidRequest(f"a request with {HEADER_SEGMENT} has a body as well; it is one or the other")
+    try:
+        return named(header, same_host=ingest.link_of(request) != "TCP")
+    except SegmentUnusable as fault:
+        run.unshared = fault.detail
+        raise
+
+
+async def _take_over(server: Context, run: Run, segment: Segment, body: Body) -> None:
+    try:
+        await server.block(partial(take_over, segment, body, server.helpers))
+    except SegmentUnusable as fault:
+        run.unshared = fault.detail
+        raise
+
+
+def _count(request: Request, server: Context, run: Run) -> None:
+    shared = HEADER_SEGMENT in request.headers
+    link = "shared memory" if shared else ingest.link_of(request)
+    server.metrics.pushes.labels(link).inc()
+    if shared:
+        run.unshared = None
+    run.link = link + (f"; shared memory was refused: {run.unshared}" if run.unshared else "")
 
 
 def _commit(server: Context, run: Run, update: Update) -> UpdateResult:

@@ -15,7 +15,7 @@ from ema_service.runs.parts import Parts
 from ema_service.runs.persistence import RunFiles
 from ema_service.runs.registry import Registry
 from ema_service.runs.run import Run, State, Update
-from ema_service.runs.staging import Body, Staged, Staging, UpdateBody
+from ema_service.runs.staging import Body, Shared, Staged, Staging, UpdateBody
 from ema_service.runs.weights import WeightsStream
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Registry",
     "Run",
     "RunFiles",
+    "Shared",
     "Staged",
     "Staging",
     "State",

@@ -143,6 +143,10 @@ class Run:
         self.writer = 0
         #: Versions of epochs up to this one may have been read, though their files are damaged.
         self.last_epoch = 0
+        #: How the latest push came, in words.
+        self.link: str | None = None
+        #: Why a push could not come through shared memory, or None; told with the link.
+        self.unshared: str | None = None
         self._retired = False
         self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         self._lock = threading.Lock()
@@ -230,6 +234,7 @@ class Run:
             updated_at=state.updated_at if state else self.created_at,
             reason=self.fault or self.unkept,
             writer=self.writer,
+            link=self.link,
         )
 
     def _status(self) -> RunStatus:

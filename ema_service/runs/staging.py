@@ -14,16 +14,37 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ema_client.errors import BodyTooLarge, MalformedBody, Overloaded
+from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
 from ema_service.runs.arena import TORCH_DTYPES, Arena, Memory, buffer_bytes, param_offset
 from ema_service.runs.layout import Layout
 
-__all__ = ["Body", "Staged", "Staging", "UpdateBody"]
+__all__ = ["Body", "Shared", "Staged", "Staging", "UpdateBody"]
+
+#: A body that lies in shared memory and has to be copied is copied in pieces of this, by all of torch's threads.
+COPY_BYTES = 8 << 20
+#: Bytes of the widest dtype.
+_WIDEST = max(LAYOUT_DTYPES.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A body that lies, whole, in memory that another process shares with this one.
+
+    body: the memory; it lives as long as its views. check: raises if the body was withdrawn, and perhaps changed.
+    helpers: threads to work through it. There is no socket to leave cores to.
+    """
+
+    body: memoryview
+    check: Callable[[], None]
+    helpers: Executor
 
 
 class Staged:
@@ -31,6 +52,7 @@ class Staged:
 
     data: the host memory of the parameters, layout.param_bytes long.
     arena: what the memory becomes once averages are written over the parameters; on the device.
+    shared: where the parameters lie instead, or None; then ``data`` is that memory, and whoever reads it settles.
     release(): gives the budget back; also happens when the object dies. The memory itself lives as long as its views.
     """
 
@@ -45,6 +67,20 @@ class Staged:
         start = self._offset if memory.on_host else 0
         self.data = self._host[start : start + layout.param_bytes].numpy().data
         self.arena = Arena(layout, self._buffer)
+        self.shared: Shared | None = None
+        self._adopted: Tensor | None = None
+
+    def adopt(self, shared: Shared, start: int) -> bool:
+        """Let the parameters stay where they lie: in order, from byte ``start`` of the shared body on.
+
+        False, and nothing done, where they cannot be read there: on a GPU, or out of line.
+        """
+        data = shared.body[start : start + self.layout.param_bytes]
+        adopted = torch.frombuffer(data, dtype=torch.uint8)
+        if not self._memory.on_host or adopted.data_ptr() % _WIDEST:
+            return False
+        self.shared, self.data, self._adopted = shared, data, adopted
+        return True
 
     def param(self, index: int, elements: slice) -> Tensor:
         """Received parameters on the device: elements of one section, flat, in the dtype they came in."""
@@ -52,18 +88,26 @@ class Staged:
         dtype = TORCH_DTYPES[section.param_dtype]
         start = section.param.start + elements.start * dtype.itemsize
         stop = section.param.start + elements.stop * dtype.itemsize
+        if self._adopted is not None:
+            return self._adopted[start:stop].view(dtype)
         param = self._buffer[self._offset + start : self._offset + stop]
         if not self._memory.on_host:
             param.copy_(self._host[start:stop], non_blocking=True)
         return param.view(dtype)
 
     def settle(self) -> None:
-        """Return when the device is done with the host memory."""
+        """Return when the parameters have been read, and were what they are said to be: raises as Shared.check()."""
         if not self._memory.on_host:
             torch.cuda.current_stream(self.device).synchronize()
+        if self.shared is not None:
+            self.shared.check()
 
     def release(self) -> None:
         self._give_back()
+        if self.shared is not None:
+            # Another process' memory is held no longer than it is read.
+            self.shared = self._adopted = None
+            self.data = memoryview(b"")
 
     def charge(self, budget: _Budget, nbytes: int) -> None:
         """Let this object's end, by release() or by death, return ``nbytes`` to ``budget``. Called once, by Staging."""
@@ -217,6 +261,25 @@ class Body(ABC):
             self.read_header()
             rest = rest[count:]
 
+    def take_over(self, shared: Shared) -> None:
+        """Take a whole body that lies in shared memory. Raises as feed(), finish() and shared.check()."""
+        self.feed(shared.body[:LENGTH_BYTES])
+        start = LENGTH_BYTES + len(self.window())
+        self.feed(shared.body[LENGTH_BYTES:start])
+        self._take_data(shared, start)
+        self.finish()
+
+    def _take_data(self, shared: Shared, start: int) -> None:
+        # By torch and not as feed() does it: on many threads, and without the interpreter lock.
+        data = shared.body[start:]
+        while data and (window := self.window()[:COPY_BYTES]):
+            count = min(len(window), len(data))
+            target, source = torch.frombuffer(window, dtype=torch.uint8), torch.frombuffer(data, dtype=torch.uint8)
+            target[:count].copy_(source[:count])
+            self.advance(count)
+            data = data[count:]
+        shared.check()
+
     def surplus(self, count: int) -> MalformedBody:
         """The error of a body that goes on behind its data."""
         return MalformedBody(f"the body is longer than its header says: {count} bytes or more follow the data")
@@ -274,6 +337,7 @@ class UpdateBody(Body):
             raise BodyTooLarge(f"the body announces {content_length} bytes; a push of this run has at most {most}")
         super().__init__(layout.max_header_bytes, content_length)
         self._layout = layout
+        self._staged = staged
         self._data = staged.data
         self._on_data = on_data
         self._in_order = False
@@ -298,3 +362,9 @@ class UpdateBody(Body):
 
     def _next_window(self) -> memoryview:
         return self._data[self._targets.pop()] if self._targets else memoryview(b"")
+
+    def _take_data(self, shared: Shared, start: int) -> None:
+        if self._in_order and self._staged.adopt(shared, start):
+            self._window = memoryview(b"")
+        else:
+            super()._take_data(shared, start)

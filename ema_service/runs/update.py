@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ __all__ = ["Feed", "Pass"]
 #: has read, and the interpreter is asked for little between two pieces. A GPU is given more to do at once.
 PIECE_BYTES = 1 << 20
 GPU_PIECE_BYTES = 64 << 20
+#: The digest of the parameters is the hash of the hashes of blocks of so many bytes: several threads can work it out.
+BLOCK_BYTES = 8 << 20
 #: How many tensors an error names before it counts the rest.
 _NAMED_IN_ERRORS = 5
 
@@ -62,42 +65,68 @@ class Pass:
         self._check = check
         self._position = 0
         self._finite = [True] * len(feeds)
-        self._hash = xxhash.xxh3_128()
+        self._digest = _BlockDigest()
         self._lock = threading.Lock()
 
     def advance(self, received: int) -> None:
         """Work through what is there: the first ``received`` bytes of the parameters."""
         with self._lock:
-            for index, section in enumerate(self._layout.sections):
-                for start, stop in self._pieces(section, received):
-                    self._work(index, section, start, stop)
-                    self._position = stop
+            for index, section, start, stop in self._pieces(self._position, received):
+                self._digest.update(self._staged.data[start:stop])
+                self._average(index, section, start, stop)
+                self._keep(index, section, start, stop)
+                self._position = stop
 
     def finish(self) -> bytes:
-        """Work through the rest and return the digest (xxh3, 128 bits) of the parameters. Raises NonFinite."""
-        self.advance(self._layout.param_bytes)
+        """Work through the rest and return the digest (xxh3, 128 bits) of the parameters.
+
+        Raises NonFinite, and what the parameters' memory raises where it was withdrawn (Staged.settle).
+        """
+        if self._staged.shared is None:
+            self.advance(self._layout.param_bytes)
+            digests = self._digest.finish()
+        else:
+            digests = self._divide(self._staged.shared.helpers)
         self._staged.settle()
         for feed, finite in zip(self._feeds, self._finite, strict=True):
             if not finite:
                 raise _refusal(feed.out)
-        return self._hash.digest()
+        return xxhash.xxh3_128_digest(b"".join(digests))
 
-    def _pieces(self, section: Section, received: int) -> Iterator[tuple[int, int]]:
-        """The section's part of the bytes still to be worked through, in pieces of whole elements."""
-        width = LAYOUT_DTYPES[section.param_dtype]
+    def _divide(self, helpers: Executor) -> list[bytes]:
+        """Work through all blocks, of parameters that lie apart from every ``out``: in any order, on many threads."""
+        stop = self._layout.param_bytes
+        blocks = [(start, min(start + BLOCK_BYTES, stop)) for start in range(0, stop, BLOCK_BYTES)]
+        digests = []
+        for block, digest in zip(blocks, helpers.map(self._block, blocks), strict=True):
+            digests.append(digest)
+            for piece in self._pieces(*block):
+                self._keep(*piece)
+        return digests
+
+    def _block(self, block: tuple[int, int]) -> bytes:
+        digest = xxhash.xxh3_128()
+        for index, section, start, stop in self._pieces(*block):
+            digest.update(self._staged.data[start:stop])
+            self._average(index, section, start, stop)
+        return digest.digest()
+
+    def _pieces(self, position: int, received: int) -> Iterator[tuple[int, Section, int, int]]:
+        """The bytes from ``position`` to ``received`` in pieces of whole elements of one section."""
         piece = PIECE_BYTES if self._staged.device.type == "cpu" else GPU_PIECE_BYTES
-        stop = min(received, section.param.stop)
-        stop -= (stop - section.param.start) % width
-        # A part that ends inside an element leaves the sections behind it alone, though their bytes may have come.
-        while section.param.start <= self._position < stop:
-            yield self._position, min(self._position + piece, stop)
+        for index, section in enumerate(self._layout.sections):
+            stop = min(received, section.param.stop)
+            stop -= (stop - section.param.start) % LAYOUT_DTYPES[section.param_dtype]
+            # A part that ends inside an element leaves the sections behind it alone, though their bytes may have come.
+            while section.param.start <= position < stop:
+                end = min(position + piece, stop)
+                yield index, section, position, end
+                position = end
 
-    def _work(self, index: int, section: Section, start: int, stop: int) -> None:
-        self._hash.update(self._staged.data[start:stop])
+    def _average(self, index: int, section: Section, start: int, stop: int) -> None:
         if not self._feeds:
             return
-        width = LAYOUT_DTYPES[section.param_dtype]
-        elements = slice((start - section.param.start) // width, (stop - section.param.start) // width)
+        elements = _elements(section, start, stop)
         param = self._staged.param(index, elements)
         for number, feed in enumerate(self._feeds):
             out = feed.out.section(index)[elements]
@@ -106,10 +135,40 @@ class Pass:
             else:
                 shadow = feed.shadow.section(index)[elements]
                 finite = average_into(out, shadow, param, feed.weight, check=self._check)
-            self._finite[number] &= finite
+            if not finite:
+                self._finite[number] = False
+
+    def _keep(self, index: int, section: Section, start: int, stop: int) -> None:
+        """Give the sinks the result of one piece, while it is still in the cache. Pieces come in order."""
+        for feed in self._feeds:
             if feed.sink:
-                # While the result is still in the cache.
-                feed.sink(_bytes_of(out))
+                feed.sink(_bytes_of(feed.out.section(index)[_elements(section, start, stop)]))
+
+
+class _BlockDigest:
+    """The digests of the blocks of a stream, whatever pieces it comes in."""
+
+    def __init__(self) -> None:
+        self._digests: list[bytes] = []
+        self._block = xxhash.xxh3_128()
+        self._room = BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        while len(data) >= self._room:
+            self._block.update(data[: self._room])
+            data = data[self._room :]
+            self._digests.append(self._block.digest())
+            self._block, self._room = xxhash.xxh3_128(), BLOCK_BYTES
+        self._block.update(data)
+        self._room -= len(data)
+
+    def finish(self) -> list[bytes]:
+        return self._digests if self._room == BLOCK_BYTES else [*self._digests, self._block.digest()]
+
+
+def _elements(section: Section, start: int, stop: int) -> slice:
+    width = LAYOUT_DTYPES[section.param_dtype]
+    return slice((start - section.param.start) // width, (stop - section.param.start) // width)
 
 
 def _bytes_of(values: Tensor) -> memoryview:

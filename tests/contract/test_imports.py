@@ -58,6 +58,7 @@ CLIENT_TORCH_AT_TOP = {
     "ema_client.selection",
     "ema_client.sending",
     "ema_client.sharding",
+    "ema_client.shared",
     "ema_client.integrations.replica",
     "ema_client.integrations.transformers",
     # Imported by whoever reads or writes a checkpoint, which is tensors.

@@ -1,0 +1,78 @@
+"""Memory that a service on this host can read: a push in it is handed over by name instead of being sent.
+
+A segment is an anonymous file in memory (memfd) of this process: no name in any folder, gone with its last user however
+that ends. In front stands a secret, and a service takes the segment only from who knows it. The secret is there while a
+hand-over is under way and at no other time, so whoever has given up waiting for an answer may fill the segment anew: a
+service that still reads it finds the secret gone, and drops what it has.
+
+Knows memfds. Does not know: torch, HTTP, or whether the service is on this host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Iterator
+
+from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
+
+__all__ = ["SharedBody"]
+
+#: fcntl(2): no more seals, no shrinking, no growing. A reader must not meet memory that is gone.
+_SEALS = 0x0001 | 0x0002 | 0x0004
+
+
+class SharedBody:
+    """A body in shared memory: ``header`` in front, then ``size`` bytes that begin at a page. Thread-safe.
+
+    data: these bytes, writable; zeros at first. length: of the whole body. The memory lives until this object and every
+    view of the data is gone; a process forked off shares it, as all memory, until its own end.
+
+    Raises OSError where the system has no such memory, or no more of it.
+    """
+
+    def __init__(self, header: bytes, size: int) -> None:
+        start = -(-(SECRET_BYTES + len(header)) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._offset = start - len(header)
+        self._pid = os.getpid()
+        self._descriptor = _create(start + size)
+        weakref.finalize(self, os.close, self._descriptor)
+        region = mmap.mmap(self._descriptor, start + size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            region.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memoryview(region)
+        self._memory[self._offset : start] = header
+        self._lock = threading.Lock()
+        self.data = self._memory[start:]
+        self.length = len(header) + size
+
+    @contextlib.contextmanager
+    def offered(self) -> Iterator[Segment]:
+        """What a service needs to know to read the body as it is now, inside the block and not after it."""
+        with self._lock:
+            secret = secrets.token_bytes(SECRET_BYTES)
+            self._memory[:SECRET_BYTES] = secret
+            try:
+                yield Segment(self._pid, self._descriptor, self._offset, self.length, secret)
+            finally:
+                self._memory[:SECRET_BYTES] = bytes(SECRET_BYTES)
+
+
+def _create(size: int) -> int:
+    """A sealed memfd."""
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this system has no memfd_create")
+    import fcntl  # not on every system, but where memfds are
+
+    descriptor = os.memfd_create(SEGMENT_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

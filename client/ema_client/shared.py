@@ -1,0 +1,74 @@
+"""Tensors in memory that a service on this host can read.
+
+Knows: torch, where in a body each tensor lies. Does not know: how the memory is shared (segment), runs, HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ema_client import wire
+from ema_client.connection import Body
+from ema_client.errors import UsageError
+from ema_client.segment import SharedBody
+from ema_client.tensors import dtype_of, memory, specs_of, state_of
+
+__all__ = ["SharedState", "shared_body"]
+
+_log = logging.getLogger("ema_client")
+
+
+class SharedState(Mapping[str, Tensor]):
+    """Named tensors, in the order and memory of a push: see EmaClient.shared_state().
+
+    body: what is pushed. Owned by who made it; its memory lives as long as this object or one of its tensors.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor] | nn.Module) -> None:
+        named = state_of(state)
+        entries = wire.place(specs_of(named))
+        self.body, flat = shared_body(wire.build_header(entries), entries)
+        self._tensors = {e.name: flat[e.begin : e.end].view(dtype_of(e)).view(e.shape) for e in entries}
+        self.fill(named)
+
+    def fill(self, state: Mapping[str, Tensor] | nn.Module) -> None:
+        """Copy the values of ``state``, whose tensors must have these names and shapes, cast where dtypes differ.
+
+        Raises UsageError, before anything is written, where they do not.
+        """
+        named = state_of(state)
+        if {name: t.shape for name, t in named.items()} != {name: t.shape for name, t in self.items()}:
+            raise UsageError("the state has other tensors than this one", hint="make a new shared_state() for it")
+        with torch.no_grad():
+            for name, tensor in self.items():
+                tensor.copy_(named[name])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def shared_body(header: bytes, entries: Sequence[wire.Entry]) -> tuple[Body, Tensor]:
+    """A body of these tensors, and the memory of its data as uint8: shared if the system has such memory, else not."""
+    size = entries[-1].end
+    shared = _share(header, size)
+    # torch makes no tensor of no bytes of somebody else's.
+    flat = torch.frombuffer(shared.data, dtype=torch.uint8) if shared and size else torch.zeros(size, dtype=torch.uint8)
+    return Body(len(header) + size, lambda: (memoryview(header), memory(flat)), shared), flat
+
+
+def _share(header: bytes, size: int) -> SharedBody | None:
+    try:
+        return SharedBody(header, size)
+    except OSError as fault:
+        _log.warning("there is no shared memory for pushes: %s", fault)
+        return None

@@ -1,0 +1,117 @@
+"""Takes over a push that lies in shared memory of a client on this host, in place of a body from the socket.
+
+The memory is the client's: a memfd with a secret in front, which a request names by process, descriptor and place. It
+is opened for one push and let go with it, so the server keeps nothing between two, and it is gone with the client and
+the pushes it has under way. What a stranger could do by naming other files, processes or lengths is looked at first;
+whatever is wrong is one error, upon which a client sends an ordinary body.
+
+Knows /proc, memfds and their seals. Does not know what the bytes mean (Body does) or who asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hmac
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+from ema_client.errors import SegmentUnusable
+from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
+from ema_service.runs import Body, Shared
+
+__all__ = ["named", "take_over"]
+
+#: fcntl(2); Python has a name for F_GET_SEALS and for the seals on Linux only.
+_GET_SEALS = getattr(fcntl, "F_GET_SEALS", None)
+_SEAL_SHRINK = 0x0002
+
+
+def named(header: str, *, same_host: bool) -> Segment:
+    """The segment that a request names. Raises SegmentUnusable where it is none, or the client is on another host."""
+    if not same_host:
+        raise SegmentUnusable("the connection does not come over loopback or a Unix socket")
+    if _GET_SEALS is None:
+        raise SegmentUnusable("this server runs on a system without memfd")
+    try:
+        return Segment.from_header(header)
+    except ValueError as fault:
+        raise SegmentUnusable(str(fault)) from None
+
+
+def take_over(segment: Segment, body: Body, helpers: Executor) -> None:
+    """Make the segment's bytes the body. The push holds the segment until it is released.
+
+    helpers: threads to work through it. Raises SegmentUnusable, and what UpdateBody raises. May take long.
+    """
+    with _opened(segment) as descriptor:
+        end = segment.offset + segment.length
+        # A copy on write, of which nothing is written: torch takes no memory that it may not write to.
+        memory = memoryview(mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY))
+        secret = _Secret(os.dup(descriptor), segment.secret)
+    secret.check()
+    body.take_over(Shared(memory[segment.offset :], secret.check, helpers))
+
+
+class _Secret:
+    """The secret of an open segment. A client that gives a push up changes it before it changes the rest."""
+
+    def __init__(self, descriptor: int, secret: bytes) -> None:
+        self._descriptor = descriptor
+        self._secret = secret
+
+    def check(self) -> None:
+        """Raises SegmentUnusable unless it is what the request said."""
+        if not hmac.compare_digest(os.pread(self._descriptor, SECRET_BYTES, 0), self._secret):
+            raise SegmentUnusable("the segment does not begin with the secret of the request")
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def _opened(segment: Segment) -> Iterator[int]:
+    try:
+        # By path only at first: that opens nothing, so a FIFO or a device that somebody names does not notice.
+        path = os.open(f"/proc/{segment.pid}/fd/{segment.fd}", os.O_PATH | os.O_CLOEXEC)
+        try:
+            _check_kind(path, segment)
+            descriptor = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(path)
+    except OSError as fault:
+        where = f"descriptor {segment.fd} of process {segment.pid}"
+        raise SegmentUnusable(f"{where} cannot be opened: {fault.strerror}") from None
+    try:
+        _check_memory(descriptor, segment)
+        yield descriptor
+    except OSError as fault:
+        raise SegmentUnusable(f"the segment cannot be mapped: {fault.strerror}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _check_kind(path: int, segment: Segment) -> None:
+    found = os.fstat(path)
+    name = str(Path(f"/proc/self/fd/{path}").readlink())
+    if not stat.S_ISREG(found.st_mode) or name != f"/memfd:{SEGMENT_NAME} (deleted)":
+        raise SegmentUnusable(f"descriptor {segment.fd} of process {segment.pid} is no memfd named {SEGMENT_NAME}")
+    if found.st_uid != os.geteuid():
+        raise SegmentUnusable(f"the segment belongs to user {found.st_uid}, this server to user {os.geteuid()}")
+
+
+def _check_memory(descriptor: int, segment: Segment) -> None:
+    """A segment that shrinks while it is read would end the server by SIGBUS. Sealed first, then measured."""
+    seals = fcntl.fcntl(descriptor, _GET_SEALS) if _GET_SEALS is not None else 0
+    if not seals & _SEAL_SHRINK:
+        raise SegmentUnusable("the segment is not sealed against shrinking")
+    end, size = segment.offset + segment.length, os.fstat(descriptor).st_size
+    if segment.offset < SECRET_BYTES or end > size:
+        raise SegmentUnusable(
+            f"the body is said to lie at {segment.offset} to {end} of a segment of {size} bytes, "
+            f"{SECRET_BYTES} of which are its secret"
+        )
