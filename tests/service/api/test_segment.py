@@ -1,0 +1,437 @@
+"""Pushes handed over in shared memory: the same as other pushes, and refused where anything is wrong with the memory.
+
+The segments are made here, with none of our client's code. Knows memfds and what a stranger could name instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ema_client.errors import SegmentUnusable
+from ema_client.protocol import Segment
+from ema_service.api.segment import named, take_over
+from ema_service.runs import Staged, UpdateBody, update
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
+
+STATE = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)}
+PAGE = 4096
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if sys.platform == "linux" else 0
+
+
+def plus(amount: float) -> dict[str, Tensor]:
+    return {name: tensor + amount for name, tensor in STATE.items()}
+
+
+class Offer:
+    """A body in a memfd of this process, as the protocol has it; each part of it can be wrong on purpose."""
+
+    def __init__(self, body: bytes, *, name: str = "ema-push", seals: int = SEALS, offset: int = PAGE) -> None:
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.secret = secrets.token_bytes(32)
+        os.ftruncate(self.fd, offset + len(body))
+        os.pwrite(self.fd, body, offset)
+        os.pwrite(self.fd, self.secret, 0)
+        if seals:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+        self.fields: dict[str, Any] = {"pid": os.getpid(), "fd": self.fd, "offset": offset, "length": len(body)}
+
+    def header(self, **other: object) -> dict[str, str]:
+        fields = {**self.fields, "secret": self.secret.hex(), **other}
+        return {"Ema-Segment": ", ".join(f"{key}={value}" for key, value in fields.items())}
+
+
+@pytest.fixture
+def offer() -> Iterator[Callable[..., Offer]]:
+    """Make segments; closed after the test."""
+    made: list[Offer] = []
+
+    def make(body: bytes | dict[str, Tensor], **options: Any) -> Offer:
+        made.append(Offer(save(body) if isinstance(body, dict) else body, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        with contextlib.suppress(OSError):
+            os.close(one.fd)
+
+
+def push(run: Any, step: int, headers: dict[str, str], content: bytes = b"") -> httpx.Response:
+    response: httpx.Response = run.http.put(f"{run.path}/updates/{step}", headers=headers, content=content)
+    return response
+
+
+def metric(run: Any, line: str) -> float:
+    text = run.http.get("/metrics").text
+    return next((float(found.split()[-1]) for found in text.splitlines() if found.startswith(line)), 0.0)
+
+
+def held_by(server: Any) -> list[str]:
+    """Mappings and descriptors of segments in the server's process."""
+    process = Path(f"/proc/{server.process.pid}")
+    found = [line for line in (process / "maps").read_text().splitlines() if "memfd:ema-push" in line]
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += [str(link)] if "memfd:ema-push" in str(link.readlink()) else []
+    return found
+
+
+# --- the same as other pushes ---------------------------------------------------------------------------------------
+
+
+def large(seed: int) -> dict[str, Tensor]:
+    """Three dtypes and several blocks of 8 MiB, one of them with the end of one dtype and the beginning of another."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {"wide": (3, 700_001), "mid": (1_100_003,), "small": (5, 2_000_003), "one": ()}
+    dtypes = {"wide": torch.float64, "small": torch.bfloat16}
+    return {n: torch.randn(s, generator=random).to(dtypes.get(n, torch.float32)) for n, s in shapes.items()}
+
+
+def test_result_is_that_of_a_body(server: Any, plain_run: Callable[..., Any], offer: Callable[..., Offer]) -> None:
+    """Shared memory and a body give the same averages, bit for bit, and count as the same bytes."""
+    averages = [{"name": "fast", "decay": 0.5}, {"name": "slow", "decay": 0.999}]
+    sent = plain_run(server, large(0), name="segment-sent", averages=averages)
+    shared = plain_run(server, large(0), name="segment-shared", averages=averages)
+    first, counted = offer(large(1)), metric(shared, 'ema_pushes_total{link="shared memory"}')
+
+    sent.push(1, large(1)).raise_for_status()
+    answer = push(shared, 1, first.header())
+
+    assert answer.json()["applied"] is True
+    for name in ("fast", "slow"):
+        ours, theirs = shared.weights(average=name), sent.weights(average=name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert shared.push(1, large(1)).json()["applied"] is False
+    assert push(sent, 1, first.header()).json()["applied"] is False
+    assert push(sent, 1, offer(large(2)).header()).json()["code"] == "step_conflict"
+    assert metric(shared, 'ema_pushes_total{link="shared memory"}') == counted + 3
+    assert shared.info()["link"] == "TCP on this host"
+    assert push(shared, 2, first.header()).is_success
+    assert shared.info()["link"] == "shared memory"
+
+
+@pytest.mark.parametrize("pad", [0, 1, 8], ids=["reversed", "out of line", "spaced"])
+def test_other_spellings_of_a_body(
+    server: Any, plain_run: Callable[..., Any], offer: Callable[..., Offer], pad: int
+) -> None:
+    """Tensors in another order, a header of another length, data out of line: all are what they say."""
+    run = plain_run(server, STATE, decay=0.5, use_num_updates=False)
+    new = plus(1.0)
+    names = ["w", "b"] if pad else ["b", "w"]
+    table, data = {}, b""
+    for name in names:
+        raw = new[name].view(torch.uint8).numpy().tobytes()
+        dtype = "F32" if name == "w" else "BF16"
+        offsets = [len(data), len(data) + len(raw)]
+        table[name] = {"dtype": dtype, "shape": list(new[name].shape), "data_offsets": offsets}
+        data += raw
+    head = json.dumps(table).encode()
+    head += b" " * ((-len(head) % 8) + pad)
+
+    answer = push(run, 1, offer(struct.pack("<Q", len(head)) + head + data).header())
+
+    assert answer.is_success
+    assert torch.equal(run.weights()["w"], STATE["w"] + 0.5)
+    assert torch.equal(run.weights()["b"], STATE["b"].float() + 0.5)
+    assert run.push(1, new).json()["applied"] is False
+
+
+def test_initial_weights(server: Any, plain_run: Callable[..., Any], offer: Callable[..., Offer]) -> None:
+    """The first shadow can come through shared memory as well."""
+    run = plain_run(server)
+    run.create(STATE).raise_for_status()
+
+    answer = run.http.put(f"{run.path}/weights", headers=offer(STATE).header())
+
+    assert answer.json()["status"] == "ready"
+    assert torch.equal(run.weights()["w"], STATE["w"])
+    assert run.begin(STATE).is_success
+
+
+def test_over_a_unix_socket(server: Any, plain_run: Callable[..., Any], offer: Callable[..., Offer]) -> None:
+    """A Unix socket is a connection of this host."""
+    run = plain_run(server, STATE)
+    way = httpx.HTTPTransport(uds=server.uds.removeprefix("unix://"))
+    with httpx.Client(transport=way, base_url="http://localhost", timeout=30) as run.http:
+        assert push(run, 1, offer(STATE).header()).is_success
+
+
+def test_nothing_is_held_between_pushes(
+    server: Any, plain_run: Callable[..., Any], offer: Callable[..., Offer]
+) -> None:
+    """Once a push is answered, well or badly, the server has neither the memory nor the file any more."""
+    run = plain_run(server, large(0))
+    answers = [
+        push(run, 1, offer(large(1)).header()),
+        push(run, 1, offer(large(2)).header()),
+        push(run, 2, offer({**large(2), "one": torch.tensor(float("nan"))}).header()),
+        push(run, 2, offer(STATE).header()),
+        push(run, 2, offer(large(1)).header(secret="0" * 64)),
+    ]
+
+    assert [a.json().get("code") for a in answers] == [
+        *(None, "step_conflict", "non_finite", "layout_mismatch", "segment_unusable")
+    ]
+    assert held_by(server) == []
+    assert metric(run, "ema_staging_bytes") == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def refused(run: Any, headers: dict[str, str], says: str) -> None:
+    before = run.info()
+    answer = push(run, 1, headers)
+    assert (answer.status_code, answer.json()["code"]) == (409, "segment_unusable"), answer.text
+    assert says in answer.json()["detail"]
+    assert answer.json()["hint"]
+    after = run.info()
+    assert (after["version"], after["num_updates"]) == (before["version"], before["num_updates"])
+
+
+@pytest.fixture
+def run(server: Any, plain_run: Callable[..., Any]) -> Any:
+    return plain_run(server, STATE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"secret": "ab" * 32}, "does not begin with the secret"),
+        ({"pid": 2**31}, "cannot be opened"),
+        ({"pid": 1 << 33}, "cannot be opened"),
+        ({"fd": 9999}, "cannot be opened"),
+        ({"length": 1000}, "is said to lie at"),
+        ({"offset": 0}, "its secret"),
+        ({"offset": 31}, "its secret"),
+        ({"offset": 10**19 - 1}, "is said to lie at"),
+        ({"pid": -1}, "is not `pid=N"),
+        ({"fd": "../../1/mem"}, "is not `pid=N"),
+        ({"secret": ""}, "is not `pid=N"),
+        ({"more": 1}, "is not `pid=N"),
+    ],
+)
+def test_wrong_words(run: Any, offer: Callable[..., Offer], fields: dict[str, object], says: str) -> None:
+    """A request that names what is not there, or without knowing the secret, is refused; nothing is changed."""
+    refused(run, offer(plus(1.0)).header(**fields), says)
+
+
+def test_memory_that_could_shrink(run: Any, offer: Callable[..., Offer]) -> None:
+    """An unsealed segment is refused: its owner could end the server by cutting it off."""
+    refused(run, offer(plus(1.0), seals=0).header(), "not sealed")
+    refused(run, offer(plus(1.0), seals=fcntl.F_SEAL_GROW).header(), "not sealed")
+
+
+def test_memory_of_another_purpose(run: Any, offer: Callable[..., Offer]) -> None:
+    """A memfd of another name is somebody else's business, even with the right words in it."""
+    refused(run, offer(plus(1.0), name="other").header(), "is no memfd named ema-push")
+
+
+def test_other_kinds_of_files(run: Any, offer: Callable[..., Offer], tmp_path: Path) -> None:
+    """Devices, FIFOs, sockets, folders and files of that name are not opened, though this process has them open."""
+    (tmp_path / "memfd:ema-push (deleted)").write_bytes(os.pread(offer(plus(1.0)).fd, 1 << 20, 0))
+    os.mkfifo(tmp_path / "fifo")
+    good = offer(plus(1.0))
+    with contextlib.ExitStack() as stack:
+        opened = [os.open("/dev/zero", os.O_RDONLY), os.open(tmp_path, os.O_RDONLY)]
+        opened += [os.open(tmp_path / "fifo", os.O_RDWR), os.open(tmp_path / "memfd:ema-push (deleted)", os.O_RDONLY)]
+        for fd in opened:
+            stack.callback(os.close, fd)
+        sock = stack.enter_context(socket.socket())
+        for fd in (*opened, sock.fileno()):
+            refused(run, good.header(fd=fd), "is no memfd" if fd != sock.fileno() else "")
+    # Still usable after all that.
+    assert push(run, 1, good.header()).is_success
+
+
+def test_memory_of_another_process(run: Any, offer: Callable[..., Offer]) -> None:
+    """Who may push, but does not know the secret, cannot have another process' segment applied."""
+    program = (
+        "import os, sys, fcntl\n"
+        "fd = os.memfd_create('ema-push', os.MFD_ALLOW_SEALING); os.pwrite(fd, bytes(range(32)) + bytes(9000), 0)\n"
+        f"fcntl.fcntl(fd, fcntl.F_ADD_SEALS, {SEALS}); print(fd, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        assert other.stdin
+        fd = int(other.stdout.readline())
+        refused(run, offer(plus(1.0)).header(pid=other.pid, fd=fd), "does not begin with the secret")
+        other.stdin.close()
+        assert other.wait(20) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_memory_of_another_user(run: Any, offer: Callable[..., Offer]) -> None:
+    """A segment that another user made is refused, even by a server that could read it."""
+    made: list[Offer] = []
+    os.seteuid(65534)
+    try:
+        made.append(offer(plus(1.0)))
+    finally:
+        os.seteuid(0)
+
+    refused(run, made[0].header(), "belongs to user 65534")
+
+
+def test_from_another_host(start_server: Callable[..., Any], plain_run: Callable[..., Any]) -> None:
+    """A connection that does not come over loopback hands nothing over, whatever it knows."""
+    address = _own_address()
+    if address is None:
+        pytest.skip("this machine has no address but loopback")
+    server = start_server("--host", "0.0.0.0", "--insecure-no-auth", memory=True)
+    run = plain_run(server, STATE)
+    one = Offer(save(plus(1.0)))
+    port = server.url.rpartition(":")[2]
+    with httpx.Client(base_url=f"http://{address}:{port}", timeout=30) as far:
+        answer = far.put(f"{run.path}/updates/1", headers=one.header())
+        # A header does not make a connection local.
+        posing = far.put(f"{run.path}/updates/1", headers={**one.header(), "X-Forwarded-For": "127.0.0.1"})
+    os.close(one.fd)
+
+    assert [(a.status_code, a.json()["code"]) for a in (answer, posing)] == [(409, "segment_unusable")] * 2
+    assert "loopback" in answer.json()["detail"]
+
+
+def _own_address() -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; of the range for documentation
+        except OSError:
+            return None
+        address: str = probe.getsockname()[0]
+    return None if address.startswith("127.") or address == "0.0.0.0" else address
+
+
+def test_server_that_does_not_say_whence() -> None:
+    """Under an ASGI server that does not say how a connection came, nothing is handed over."""
+    with pytest.raises(SegmentUnusable, match="loopback"):
+        named(Segment(1, 2, 4096, 10, bytes(32)).to_header(), same_host=False)
+
+
+@pytest.mark.parametrize("extra", [{"content": b"x"}, {"content": iter([b"x"])}], ids=["length", "chunks"])
+def test_a_body_as_well(run: Any, offer: Callable[..., Offer], extra: dict[str, Any]) -> None:
+    """A push has a segment or a body; with both it is not guessed which one is meant."""
+    answer = push(run, 1, offer(plus(1.0)).header(), **extra)
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+def test_faults_of_the_content(run: Any, offer: Callable[..., Offer]) -> None:
+    """What lies in the segment is held to what a body is held to: lengths, header, layout, finite values."""
+    whole = save(plus(1.0))
+    nan = {**plus(1.0), "b": torch.tensor([1.0, float("nan")], dtype=torch.bfloat16)}
+    cases = {
+        b"": "malformed_body",
+        whole[:5]: "malformed_body",
+        whole[:20]: "malformed_body",
+        whole[:-1]: "malformed_body",
+        whole + b"x": "malformed_body",
+        struct.pack("<Q", 2**40) + whole[8:]: "malformed_body",
+        b"\xff" * 8 + whole[8:]: "malformed_body",
+        save({"w": STATE["w"]}): "layout_mismatch",
+        save(nan): "non_finite",
+        whole + bytes(4 << 20): "body_too_large",
+    }
+
+    assert {body: push(run, 1, offer(body).header()).json()["code"] for body in cases} == cases
+    assert run.info()["num_updates"] == 0
+
+
+def test_tokens_come_first(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    """Without a token nothing is looked at."""
+    token = secrets.token_urlsafe(32)
+    (tmp_path / "tokens").write_text(f"{hashlib.sha256(token.encode()).hexdigest()} admin *\n")
+    server = start_server("--token-file", str(tmp_path / "tokens"), memory=True)
+    one = Offer(save(plus(1.0)))
+    with server.http() as http:
+        answer = http.put("/v1/runs/r/updates/1", headers=one.header())
+    os.close(one.fd)
+
+    assert answer.json()["code"] == "unauthorized"
+
+
+# --- a client that gives up -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def helpers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as threads:
+        yield threads
+
+
+@pytest.mark.parametrize("order", ["canonical", "other"])
+def test_withdrawn_while_it_is_read(
+    local_run: Callable[..., Any],
+    memory: Any,
+    offer: Callable[..., Offer],
+    helpers: ThreadPoolExecutor,
+    order: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that gave a push up changes the secret, then the content; a mixture of two contents is never applied."""
+    run = local_run(STATE)
+    one = offer(plus(1.0))
+    staged = Staged(run.run.layout, memory)
+    body = UpdateBody(staged, one.fields["length"])
+    if order == "other":
+        # A GPU's way: the body is copied. Withdrawn while that goes on.
+        monkeypatch.setattr(Staged, "adopt", lambda *_: False)
+        copy = UpdateBody._copy
+        monkeypatch.setattr(UpdateBody, "_copy", lambda *a: (copy(*a), os.pwrite(one.fd, bytes(32), 0)))
+        with pytest.raises(SegmentUnusable, match="secret"):
+            take_over(Segment(secret=one.secret, **one.fields), body, helpers)
+        return
+    take_over(Segment(secret=one.secret, **one.fields), body, helpers)
+    begun = run.run.begin(1, staged)
+
+    os.pwrite(one.fd, bytes(32), 0)
+    os.pwrite(one.fd, b"\x7f" * 8, PAGE + one.fields["length"] - 8)
+
+    with pytest.raises(SegmentUnusable, match="secret"):
+        run.run.commit(begun)
+    assert run.info.version == "1.0"
+
+
+def test_blocks_do_not_depend_on_threads(
+    local_run: Callable[..., Any],
+    memory: Any,
+    model: Callable[[int], dict[str, Tensor]],
+    offer: Callable[..., Offer],
+    helpers: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Divided into blocks that end anywhere among dtypes and pieces, digest and averages are those of one pass."""
+    for block in (8, 24, 64, 1 << 20):
+        monkeypatch.setattr(update, "BLOCK_BYTES", block)
+        monkeypatch.setattr(update, "PIECE_BYTES", 16)
+        alone, divided = local_run(model(0)), local_run(model(0))
+        alone.push(1, model(1))
+        one = offer(model(1))
+        staged = Staged(divided.run.layout, memory)
+        take_over(Segment(secret=one.secret, **one.fields), UpdateBody(staged, one.fields["length"]), helpers)
+        assert staged.shared is not None
+        divided.run.commit(divided.run.begin(1, staged))
+
+        assert divided.state.digest == alone.state.digest
+        assert all(torch.equal(a, b) for a, b in zip(*(r.shadows().values() for r in (divided, alone)), strict=True))
