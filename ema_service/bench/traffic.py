@@ -52,9 +52,10 @@ class Traffic:
     def create(self, client: EmaClient) -> None:
         client.create_run(self.run, self.state)
 
-    def push(self, client: EmaClient) -> None:
+    def push(self, client: EmaClient, state: Mapping[str, Tensor] | None = None) -> None:
+        """Push ``state`` if it is given, which must have the values of the traffic's own."""
         self._step += 1
-        client.push(self.run, self.state, step=self._step)
+        client.push(self.run, self.state if state is None else state, step=self._step)
 
     def pull_into(self, client: EmaClient) -> None:
         client.pull(self.run, out=self.out)

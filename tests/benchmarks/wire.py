@@ -35,6 +35,8 @@ WHOLE_BODY = "FastAPI, await request.body()"
 STREAMED = "stock uvicorn, request.stream()"
 TORCHFT = {1: "torchft pull, 1 chunk", 4: "torchft pull, 4 chunks"}
 COPY = "copy_ of every tensor"
+SHARED = "push, shared memory"
+SHARED_ALREADY = "push, state already in shared memory"
 
 #: Rows in the order of the table, and what is demanded of them.
 NEEDS: dict[str, tuple[Need, ...]] = {
@@ -43,6 +45,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     COPY: (Need(against=RAW_TCP),),
     "push, TCP": (Need(0.90, RAW_TCP), Need(3, STREAMED), Need(10, WHOLE_BODY)),
     "push, Unix": (Need(0.85, RAW_UNIX),),
+    SHARED: (Need(2.5, RAW_TCP), Need(against=COPY)),
+    SHARED_ALREADY: (Need(against=RAW_TCP), Need(against=COPY)),
     "pull into tensors, TCP": (Need(0.95, RAW_TCP), *(Need(1, name) for name in TORCHFT.values())),
     "pull into tensors, Unix": (Need(0.85, RAW_UNIX),),
     "pull, new tensors, TCP": (Need(0.7, RAW_TCP),),
@@ -82,7 +86,21 @@ def _ours(traffic: Traffic, stack: contextlib.ExitStack, service: Service) -> di
             f"pull into tensors, {link}": timed(partial(traffic.pull_into, client)),
             f"pull, new tensors, {link}": timed(partial(traffic.pull_fresh, client)),
         }
-    return operations
+    return operations | _shared(traffic, clients["TCP"])
+
+
+def _shared(traffic: Traffic, client: EmaClient) -> dict[str, Operation]:
+    shared = client.shared_state(traffic.state)
+
+    def fill_and_push() -> None:
+        shared.fill(traffic.state)
+        traffic.push(client, shared)
+
+    fill_and_push()
+    if client.link != "shared memory":
+        raise BenchFailed(f"pushes travel by {client.link}")
+    traffic.check(client)
+    return {SHARED: timed(fill_and_push), SHARED_ALREADY: timed(partial(traffic.push, client, shared))}
 
 
 def _copy(traffic: Traffic) -> None:
@@ -138,7 +156,7 @@ def _facts() -> tuple[str, ...]:
     return (
         "raw: sendall from one warm buffer to a process that only receives, with one byte back; "
         "service: --memory, its own process, as is every other server",
-        f"{COPY}: within this process, {torch.get_num_threads()} threads; "
+        f"{COPY}: within this process, {torch.get_num_threads()} threads; {SHARED}: this copy and the push together; "
         f"{STREAMED} copies the body into a buffer made beforehand and averages nothing",
         "torchft receives into new tensors; a pull of ours that is compared with it fills tensors that are there",
     )
