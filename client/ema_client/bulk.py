@@ -26,7 +26,7 @@ from ema_client.protocol import HEADER_SEGMENT
 if TYPE_CHECKING:
     from ema_client.segment import SharedBody
 
-__all__ = ["BulkPool", "Download", "Stream"]
+__all__ = ["SHARE_ABOVE", "BulkPool", "Download", "Stream"]
 
 T = TypeVar("T")
 

@@ -109,6 +109,11 @@ class EmaClient:
         return self._transport.retry
 
     @property
+    def same_host(self) -> bool:
+        """Whether the service is on this host for sure (a Unix socket, or loopback), so that memory can be shared."""
+        return self._transport.same_host
+
+    @property
     def link(self) -> str:
         """How this client's pushes travel: "TCP", "Unix socket" or "shared memory"; and why not by shared memory,
         where the service refused it."""

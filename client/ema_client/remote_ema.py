@@ -117,9 +117,10 @@ class RemoteEma:
         self._frozen: set[str] = set()
         tensors, _ = self._selection.of(model)
         on_device = any(tensor.is_cuda for tensor in tensors)
-        self._sending = Sending(self._selection.specs, pinned=on_device, slices=self._plan.slices)
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
+        same_host = self._client.same_host
+        self._sending = Sending(self._selection.specs, pinned=on_device, slices=self._plan.slices, shared=same_host)
         try:
             # First of all: no trainer that was replaced pushes from here on.
             writer = self._take_over() if resume else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ema_client import wire
+from ema_client.bulk import SHARE_ABOVE
 from ema_client.connection import Body
 from ema_client.protocol import TensorSpec
 from ema_client.publisher import Update
+from ema_client.shared import shared_body
 from ema_client.tensors import dtype_of, memory, on_host
 
 __all__ = ["DeviceCopies", "Sending", "StepHook"]
@@ -35,14 +38,20 @@ class Sending:
         specs: of the tensors of every update, in canonical order and with the dtypes that are sent.
         pinned: whether they lie on a CUDA device.
         slices: which slices of the run's tensors they are, for a rank of a sharded model; the others are whole.
+        shared: whether copies are to lie in memory that a service on this host can read. Not while they are pinned.
     """
 
     def __init__(
-        self, specs: Sequence[TensorSpec], *, pinned: bool, slices: Mapping[str, Sequence[wire.Box]] | None = None
+        self,
+        specs: Sequence[TensorSpec],
+        *,
+        pinned: bool,
+        slices: Mapping[str, Sequence[wire.Box]] | None = None,
+        shared: bool = False,
     ) -> None:
         self._entries = wire.place(specs)
         self._header = wire.build_header(self._entries, wire.write_slices(slices or {}))
-        self._pinned = pinned
+        self._body = partial(_body, self._header, self._entries, pinned=pinned, shared=shared)
         self._free: deque[_Buffer] = deque()
         self.devices = DeviceCopies()
 
@@ -51,7 +60,7 @@ class Sending:
 
         hooked: whether before_step() will be called before the tensors change.
         """
-        buffer = self._free.popleft() if self._free else _Buffer(self._header, self._entries, self._pinned)
+        buffer = self._free.popleft() if self._free else _Buffer(self._entries, *self._body())
         ready = buffer.fill(tensors, self.devices)
         if not hooked:
             ready()
@@ -59,7 +68,7 @@ class Sending:
 
     def warmed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """A copy of the tensors as they are sent, in the memory of the first update to come; valid until that one."""
-        buffer = _Buffer(self._header, self._entries, self._pinned)
+        buffer = _Buffer(self._entries, *self._body())
         buffer.fill(tensors, self.devices)()
         self._free.append(buffer)
         return buffer.targets
@@ -135,11 +144,9 @@ class DeviceCopies:
 class _Buffer:
     """Host memory for one update, its tensors in the order of the stream."""
 
-    def __init__(self, header: bytes, entries: Sequence[wire.Entry], pinned: bool) -> None:
-        size = entries[-1].end if entries else 0
-        flat = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else _pages(size)
+    def __init__(self, entries: Sequence[wire.Entry], body: Body, flat: Tensor) -> None:
         self.targets = [flat[e.begin : e.end].view(dtype_of(e)).view(e.shape) for e in entries]
-        self.body = Body(len(header) + size, lambda: (memoryview(header), memory(flat)))
+        self.body = body
 
     def fill(self, sources: Sequence[Tensor], devices: DeviceCopies) -> Callable[[], None]:
         """Copy the sources, cast where they are of another dtype. What it returns waits until all is here."""
@@ -172,6 +179,15 @@ def _by_device(
         into.append(target)
         of.append(source)
     return groups
+
+
+def _body(header: bytes, entries: Sequence[wire.Entry], *, pinned: bool, shared: bool) -> tuple[Body, Tensor]:
+    """A body of these tensors, and the memory of its data."""
+    size = entries[-1].end if entries else 0
+    if shared and not pinned and size > SHARE_ABOVE:
+        return shared_body(header, entries)
+    flat = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else _pages(size)
+    return Body(len(header) + size, lambda: (memoryview(header), memory(flat))), flat
 
 
 def _pages(size: int) -> Tensor:

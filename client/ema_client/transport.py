@@ -66,6 +66,7 @@ class Transport:
         self._timeouts = timeouts = timeouts or Timeouts()
         context = ssl.create_default_context() if address.secure else None
         self.url = address.url
+        self.same_host = address.same_host
         self.retry = retry or RetryPolicy()
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
         self._bulk = BulkPool(address, timeouts, context)

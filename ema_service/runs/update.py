@@ -31,6 +31,9 @@ __all__ = ["Feed", "Pass"]
 #: has read, and the interpreter is asked for little between two pieces. A GPU is given more to do at once.
 PIECE_BYTES = 1 << 20
 GPU_PIECE_BYTES = 64 << 20
+#: Threads that share the work of a push wait for the interpreter between two pieces, one for another: on 2 cores and
+#: 1 GiB, pieces of 256 KiB took 290 ms, 1 MiB 209, 4 MiB 189.
+SHARED_PIECE_BYTES = 4 << 20
 #: The digest of the parameters is the hash of the hashes of blocks of so many bytes: several threads can work it out.
 BLOCK_BYTES = 8 << 20
 #: How many tensors an error names before it counts the rest.
@@ -71,7 +74,8 @@ class Pass:
     def advance(self, received: int) -> None:
         """Work through what is there: the first ``received`` bytes of the parameters."""
         with self._lock:
-            for index, section, start, stop in self._pieces(self._position, received):
+            piece = PIECE_BYTES if self._staged.device.type == "cpu" else GPU_PIECE_BYTES
+            for index, section, start, stop in self._pieces(self._position, received, piece):
                 self._digest.update(self._staged.data[start:stop])
                 self._average(index, section, start, stop)
                 self._keep(index, section, start, stop)
@@ -100,20 +104,19 @@ class Pass:
         digests = []
         for block, digest in zip(blocks, helpers.map(self._block, blocks), strict=True):
             digests.append(digest)
-            for piece in self._pieces(*block):
+            for piece in self._pieces(*block, SHARED_PIECE_BYTES):
                 self._keep(*piece)
         return digests
 
     def _block(self, block: tuple[int, int]) -> bytes:
         digest = xxhash.xxh3_128()
-        for index, section, start, stop in self._pieces(*block):
+        for index, section, start, stop in self._pieces(*block, SHARED_PIECE_BYTES):
             digest.update(self._staged.data[start:stop])
             self._average(index, section, start, stop)
         return digest.digest()
 
-    def _pieces(self, position: int, received: int) -> Iterator[tuple[int, Section, int, int]]:
+    def _pieces(self, position: int, received: int, piece: int) -> Iterator[tuple[int, Section, int, int]]:
         """The bytes from ``position`` to ``received`` in pieces of whole elements of one section."""
-        piece = PIECE_BYTES if self._staged.device.type == "cpu" else GPU_PIECE_BYTES
         for index, section in enumerate(self._layout.sections):
             stop = min(received, section.param.stop)
             stop -= (stop - section.param.start) % LAYOUT_DTYPES[section.param_dtype]

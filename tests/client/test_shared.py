@@ -22,16 +22,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_client import EmaClient, RetryPolicy, segment
+from ema_client import EmaClient, RemoteEma, RetryPolicy, segment
 from ema_client.address import parse_address
 from ema_client.errors import ConnectionLost, NonFinite, UsageError
-from ema_client.protocol import Segment
+from ema_client.protocol import Segment, TensorSpec
 from ema_client.segment import SharedBody
+from ema_client.sending import Sending
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
 #: Above the size from which a state is handed over.
-ELEMENTS = 300_000
+ELEMENTS = 600_000
 
 
 def state(value: float) -> dict[str, Tensor]:
@@ -138,6 +139,43 @@ def test_fill_checks_first() -> None:
                 shared.fill(other)
 
     assert float(shared["w"][0]) == 1.0
+
+
+def test_remote_ema_hands_its_copies_over(server: Any, client: EmaClient, run_name: str, litema: Any) -> None:
+    """RemoteEma copies the parameters all the same: into shared memory, and then nothing is sent. LitEma's bits."""
+    model = nn.Linear(700, 700)
+    oracle, before, was_sent = litema(dict(model.named_parameters())), handed_over(client), sent(client)
+    with RemoteEma(model, run=run_name, url=server.url) as ema, torch.no_grad():
+        for _ in range(5):
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            ema(model)
+            oracle.update({name: parameter.detach() for name, parameter in model.named_parameters()})
+    weights = client.pull(run_name)
+
+    assert all(torch.equal(weights[name], shadow) for name, shadow in oracle.shadow.items())
+    assert (handed_over(client) - before, sent(client) - was_sent) == (5, 1)  # the initial weights are sent
+    assert client.run(run_name).link == "shared memory"
+
+
+def test_parts_are_handed_over(client: EmaClient, run: str) -> None:
+    """The ranks of a sharded trainer hand their slices over, each its own memory."""
+    half, before = ELEMENTS // 2, handed_over(client)
+    for part, start in enumerate((0, half)):
+        specs = (TensorSpec("w", (half,), "F32"),)
+        slices = {"w": [((start, start + half),)]}
+        tensors = [torch.full((half,), 2.0 + part)]
+        if part == 0:
+            specs, tensors = (*specs, TensorSpec("b", (3,), "BF16")), [*tensors, state(2.0)["b"]]
+        body = Sending(specs, pinned=False, slices=slices, shared=True).copied(1, tensors, hooked=False).body
+        last = client.push_part_once(run, body, step=1, part=part, of=2)
+        assert last is (part == 1)
+
+    weights = client.pull(run)
+    assert torch.equal(weights["w"], torch.cat([torch.full((half,), 1.0), torch.full((half,), 1.5)]))
+    assert torch.equal(weights["b"], torch.full((3,), 1.0))
+    assert handed_over(client) - before == 2
+    assert client.link == "shared memory"
 
 
 # --- where it cannot be ---------------------------------------------------------------------------------------------

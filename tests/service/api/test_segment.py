@@ -397,8 +397,8 @@ def test_withdrawn_while_it_is_read(
     if order == "other":
         # A GPU's way: the body is copied. Withdrawn while that goes on.
         monkeypatch.setattr(Staged, "adopt", lambda *_: False)
-        copy = UpdateBody._copy
-        monkeypatch.setattr(UpdateBody, "_copy", lambda *a: (copy(*a), os.pwrite(one.fd, bytes(32), 0)))
+        advance = UpdateBody.advance
+        monkeypatch.setattr(UpdateBody, "advance", lambda *a: (advance(*a), os.pwrite(one.fd, bytes(32), 0)))
         with pytest.raises(SegmentUnusable, match="secret"):
             take_over(Segment(secret=one.secret, **one.fields), body, helpers)
         return
@@ -425,6 +425,7 @@ def test_blocks_do_not_depend_on_threads(
     for block in (8, 24, 64, 1 << 20):
         monkeypatch.setattr(update, "BLOCK_BYTES", block)
         monkeypatch.setattr(update, "PIECE_BYTES", 16)
+        monkeypatch.setattr(update, "SHARED_PIECE_BYTES", 40)
         alone, divided = local_run(model(0)), local_run(model(0))
         alone.push(1, model(1))
         one = offer(model(1))
