@@ -118,3 +118,26 @@ def test_server_is_killed(start_server: Callable[..., Any]) -> None:
         assert client.push("run", shared, step=step).applied
         assert client.link == "shared memory"
         assert float(client.pull("run")["w"][0]) == step
+
+
+@pytest.mark.parametrize("durability", ["process", "disk"])
+def test_what_was_acknowledged_survives(start_server: Callable[..., Any], durability: str) -> None:
+    """A version made from shared memory is on disk before the answer, as any other: it comes back after kill -9."""
+    server = start_server()
+    random = torch.Generator().manual_seed(1)
+    state = {"w": torch.randn(5_000_003, generator=random), "b": torch.randn(700_001).bfloat16()}
+    with EmaClient(server.url) as client:
+        shared = client.shared_state(state)
+        client.create_run("run", shared, decay=0.5, durability=durability)
+        for step in range(1, 4):
+            shared["w"].mul_(1.25)
+            assert client.push("run", shared, step=step).durable_step == step
+        assert client.link == "shared memory"
+        before = client.pull("run")
+    server.kill()
+    server.start()
+    with EmaClient(server.url) as client:
+        after = client.pull("run")
+        assert after.info.step == 3
+        assert all(torch.equal(after[name], before[name]) for name in state)
+        assert client.push("run", state | {"w": shared["w"]}, step=3).applied is False

@@ -30,6 +30,7 @@ from ema_client.errors import SegmentUnusable
 from ema_client.protocol import Segment
 from ema_service.api.segment import named, take_over
 from ema_service.runs import Staged, UpdateBody, update
+from ema_service.runs.staging import _Budget
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
@@ -436,3 +437,24 @@ def test_blocks_do_not_depend_on_threads(
 
         assert divided.state.digest == alone.state.digest
         assert all(torch.equal(a, b) for a, b in zip(*(r.shadows().values() for r in (divided, alone)), strict=True))
+
+
+def test_memory_is_let_go_at_release(
+    local_run: Callable[..., Any], memory: Any, offer: Callable[..., Offer], helpers: ThreadPoolExecutor
+) -> None:
+    """What is released is let go, even while something still refers to the push, such as the traceback of an error."""
+    run, one = local_run(STATE), offer(plus(1.0))
+    staged = Staged(run.run.layout, memory)
+    body = UpdateBody(staged, one.fields["length"])
+    take_over(Segment(secret=one.secret, **one.fields), body, helpers)
+    update_in_hand = run.run.begin(1, staged)
+
+    def mapped() -> bool:
+        return "memfd:ema-push" in Path("/proc/self/maps").read_text()
+
+    assert mapped()
+    staged.charge(_Budget(100), 0)
+    staged.release()
+
+    assert not mapped()
+    assert update_in_hand.work is not None
