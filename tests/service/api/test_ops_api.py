@@ -23,6 +23,7 @@ NAMES = {
     "ema_watchers",
     "ema_errors",
     "ema_events",
+    "ema_pushes",
     "ema_received_bytes",
     "ema_sent_bytes",
     "ema_commit_seconds",
