@@ -46,8 +46,13 @@ def push_all(run: PlainRun, steps: range) -> None:
 
 
 def stands_as(run: PlainRun) -> dict[str, Any]:
-    """Everything a reader can see of a run: its info, the bytes of each average, its snapshots and their bytes."""
+    """Everything a reader can see of a run: its info, the bytes of each average, its snapshots and their bytes.
+
+    But for its link, which is that of the latest push to this life of the server.
+    """
     seen: dict[str, Any] = {"info": run.info(), "list": run.http.get("/v1/runs").json()}
+    for info in (seen["info"], *seen["list"]["runs"]):
+        info.pop("link")
     for average in seen["info"]["averages"]:
         answer = run.pull(average=average["name"])
         if answer.status_code == 200:
