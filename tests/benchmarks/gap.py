@@ -49,6 +49,9 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
     torch.manual_seed(0)
     model = Denoiser()
     with contextlib.ExitStack() as stack:
+        # Small tensors: a second thread would only wait.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         service = stack.enter_context(Service())
         client = stack.enter_context(EmaClient(service.uds))
         exact = {decay: _Exact(model, decay) for decay in DECAYS}

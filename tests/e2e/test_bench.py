@@ -169,7 +169,7 @@ def test_full_comparison(start: Callable[..., Bench]) -> None:
 
 
 #: Why a row may have no figures.
-REASONS = ("not installed: ", "does not run here: ", "skipped: ")
+REASONS = ("not installed", "does not run here: ", "skipped: ")
 #: Rows of the full comparison at its quick sizes.
 EXPECTED = {
     "wire": [
@@ -188,6 +188,11 @@ EXPECTED = {
         "torchft pull, 1 chunk",
         "torchft pull, 4 chunks",
     ],
+    "connections": [
+        "raw TCP loopback",
+        "push, whole",
+        *(f"push in {k} part{'s' if k > 1 else ''}, as many connections" for k in (1, 2, 4)),
+    ],
     "sizes": [
         *RAW,
         *(f"{a}, {link}, {size}" for link in ("TCP", "Unix") for a in ACTIONS for size in ("100 KB", "8 MiB")),
@@ -200,8 +205,14 @@ EXPECTED = {
         "server's growth, pushes 10..20 of 1 MiB",
         "client's peak beyond the trainer's model of 8 MiB",
     ],
+    "durability": [
+        "raw TCP loopback",
+        "write a file again and fdatasync",
+        *(f"push, durability {durability}" for durability in ("memory", "process", "disk")),
+        "read the run's file",
+        "restart: the run back in memory",
+    ],
     "kernel": ["lerp_", "kernel, float32", "kernel, bf16 into float32", "LitEma as written"],
-    "blocks": [f"blocks of {size} KiB" for size in (64, 128, 256, 512, 1024)],
     "gpt2": [
         "kernel on the flat arena",
         "lerp_ on one flat tensor",
@@ -210,6 +221,34 @@ EXPECTED = {
         "AveragedModel, foreach",
         "timm ModelEmaV3",
         "ema-pytorch, foreach",
+    ],
+    "trainer": [
+        "copy_ of every parameter",
+        "RemoteEma.update",
+        "RemoteEma.update, the last one still on its way",
+        "RemoteEma.update, borrow=True",
+        "RemoteEma.update, update_every=10, amortised",
+        "LitEma as written",
+        "torch-ema",
+        "AveragedModel, foreach",
+        "timm ModelEmaV3",
+        "ema-pytorch, foreach",
+    ],
+    "loop": [
+        "no EMA",
+        "copy_ of every parameter",
+        "RemoteEma",
+        "RemoteEma, borrow=True",
+        "LitEma as written",
+        "AveragedModel, foreach",
+    ],
+    "gap": [
+        row
+        for decay in ("0.999", "0.9999")
+        for row in (
+            f"decay {decay}, k = 1",
+            *(f"decay {decay}, k = {k}, {how}" for k in (10, 100) for how in ("compensated", "not compensated")),
+        )
     ],
     "gpu": [
         "raw TCP loopback",
@@ -236,6 +275,15 @@ DEMANDED = {
     ("kernel, float32", "LitEma as written", 3),
     ("kernel, bf16 into float32", "lerp_", 0.6),
     ("frozen copies at most", None, 1),
+    ("push, durability process", "raw TCP loopback", 0.75),
+    ("push, durability disk", "write a file again and fdatasync", 0.8),
+    ("restart: the run back in memory", "read the run's file", 0.5),
+    ("RemoteEma.update", "copy_ of every parameter", 1.3),
+    ("RemoteEma.update, update_every=10, amortised", "copy_ of every parameter", 0.13),
+    ("LitEma as written", "RemoteEma.update", 4),
+    ("RemoteEma", "copy_ of every parameter", 1.05),
+    ("decay 0.999, k = 1", None, 0.1),
+    ("decay 0.9999, k = 1", None, 0.1),
 }
 
 

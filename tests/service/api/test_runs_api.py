@@ -42,6 +42,8 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "durable_step": None,
         "durability": "process",
         "reason": None,
+        "writer": 0,
+        "link": None,
         "non_finite": "refuse",
         "averages": [{"name": "ema", "schedule": "litema", "decay": 0.9999, "effective_decay": None}],
         "tensors": 3,
