@@ -1,8 +1,9 @@
 """RemoteEma: in the place of LitEma in a training loop, with the shadow weights on the server.
 
 Knows: LitEma's calls and what they mean, the trainer's step, when an update is due and what must wait for it. Does not
-know: HTTP, which tensors are averaged (selection), how they are copied (sending) and sent (publisher), or the averaging
-itself, which is the server's.
+know: HTTP, how a trainer joins its run (joining), which tensors are averaged (selection), how they are copied (sending)
+and sent (publisher), what is kept in a checkpoint (rewinding) and aside (stored), or the averaging itself, which is the
+server's.
 """
 
 from __future__ import annotations
@@ -20,25 +21,22 @@ from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
 from ema_client.connection import Body
-from ema_client.errors import AlreadyStored, EmaError, NothingStored, RunExists, StorageDisabled, UsageError
-from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig, RunInfo
+from ema_client.errors import EmaError, UsageError
+from ema_client.joining import Joining
+from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
 from ema_client.publisher import Publisher, Stats
+from ema_client.rewinding import check_state_is_of, rewind_to, saved_state
 from ema_client.selection import BufferPolicy, FrozenPolicy, Selection
 from ema_client.sending import Sending, StepHook
-from ema_client.sharding import Plan, ShardedSelection, agreed, is_sharded, plan_whole, reshard, together
+from ema_client.sharding import Plan, ShardedSelection, is_sharded, plan_whole, reshard, together
+from ema_client.stored import Stored
 
 __all__ = ["BusyPolicy", "RemoteEma"]
 
 #: What an update does while earlier ones are on their way: wait for room, or be left out and counted.
 BusyPolicy = Literal["block", "skip"]
 
-#: state_dict() takes snapshots named so, and this many of them stay: trainers keep a few checkpoints, not all.
-_STATES = "state"
-_KEPT_STATES = 10
-
 _log = logging.getLogger("ema_client")
-
-_EXISTS_HINT = "pass resume=True to go on with it, choose another name, or delete the old run first"
 
 
 class RemoteEma:
@@ -110,10 +108,9 @@ class RemoteEma:
             raise UsageError("both a client and a url or token are given", hint="give one: a client has its own url")
         self._run = run
         self._update_every = update_every
-        self._decay_per: DecayPer = decay_per
         self._waits = on_busy == "block"
         self._borrows = borrow
-        self._stored: list[Tensor] | None = None
+        self._stored = Stored()
         self._frozen: set[str] = set()
         tensors, _ = self._selection.of(model)
         on_device = any(tensor.is_cuda for tensor in tensors)
@@ -121,13 +118,18 @@ class RemoteEma:
         self._owns_client = client is None
         same_host = self._client.same_host
         self._sending = Sending(self._selection.specs, pinned=on_device, slices=self._plan.slices, shared=same_host)
+        config = RunConfig(
+            run=run,
+            layout=self._plan.layout,
+            decay=decay,
+            use_num_updates=counted,
+            decay_per=decay_per,
+            averages=(AverageConfig(),) if averages is None else tuple(averages),
+            durability=durability,
+        )
+        joining = Joining(self._client, config, self._plan, lambda: self._initial(tensors))
         try:
-            # First of all: no trainer that was replaced pushes from here on.
-            writer = self._take_over() if resume else None
-            info = self._attached(decay, counted) if resume else None
-            if info is None or info.status == "awaiting_weights":
-                info = self._create(tensors, decay, counted, averages, durability)
-            self._writer = writer or self._take_over()
+            info, self._writer = joining.join(resume=resume)
         except BaseException:
             self._release()
             raise
@@ -272,14 +274,7 @@ class RemoteEma:
         service keeps nothing on disk there is none, and load_state_dict() can only go on from the very same version.
         """
         self.flush()
-        info = self._client.run(self._run)
-        state = {"run": self._run, "version": info.version, "step": info.step, "num_updates": info.num_updates}
-        try:
-            snapshot = self._client.snapshot(self._run, f"{_STATES}-{info.version}", keep=_KEPT_STATES)
-        except StorageDisabled:
-            warnings.warn(f"the service keeps no snapshot of run {self._run!r}: it has no disk", stacklevel=2)
-            return {**state, "snapshot": None}
-        return {**state, "snapshot": snapshot.name}
+        return saved_state(self._client, self._run)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to the EMA of state_dict(): weights, counter, decay and step. Updates after it are done away with.
@@ -287,29 +282,18 @@ class RemoteEma:
         For a RemoteEma of the same run, made with ``resume=True``. Raises UsageError for another run's state, and where
         there is no snapshot to go back to; SnapshotNotFound where that was deleted since.
         """
-        if state["run"] != self._run:
-            raise UsageError(
-                f"the state is of run {state['run']!r}, this is {self._run!r}",
-                hint="give the RemoteEma the run's name of the checkpoint, and resume=True",
-            )
+        check_state_is_of(self._run, state)
         self.flush()
-        if self._plan.sharded:
-            together(lambda: self._rewind(state))
-        else:
-            self._rewind(state)
-        self._step = self._first_step = self._sent_step = state["step"] or 0
 
-    def _rewind(self, state: Mapping[str, Any]) -> None:
-        if self._plan.part != 0:
-            return
-        if self._client.run(self._run).version == state["version"]:
-            return
-        if state["snapshot"] is None:
-            raise UsageError(
-                f"run {self._run!r} went on since version {state['version']}, of which there is no snapshot",
-                hint="let the service keep runs on disk (--data-dir), or begin a new run with the model as it is",
-            )
-        self._client.rewind(self._run, state["snapshot"])
+        def rewind() -> None:
+            if self._plan.part == 0:
+                rewind_to(self._client, state)
+
+        if self._plan.sharded:
+            together(rewind)
+        else:
+            rewind()
+        self._step = self._first_step = self._sent_step = state["step"] or 0
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -332,8 +316,7 @@ class RemoteEma:
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of ``parameters``, on their devices, until restore(). Raises AlreadyStored if there are some."""
-        self._check_nothing_stored()
-        self._stored = [parameter.detach().clone() for parameter in parameters]
+        self._stored.store(parameters)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write back what store() kept, and let go of it.
@@ -341,14 +324,7 @@ class RemoteEma:
         Raises NothingStored; UsageError, before anything is written and with the copies kept, if ``parameters`` are not
         as many, and of the same shapes, as those stored.
         """
-        if self._stored is None:
-            raise NothingStored("restore() was called, and nothing is stored")
-        targets = list(parameters)
-        _check_same_shapes(self._stored, targets)
-        with torch.no_grad():
-            for stored, target in zip(self._stored, targets, strict=True):
-                target.copy_(stored)
-        self._stored = None
+        self._stored.restore(parameters)
 
     @contextlib.contextmanager
     def scope(self, model: nn.Module) -> Iterator[None]:
@@ -356,7 +332,7 @@ class RemoteEma:
 
         Raises AlreadyStored, before anything is overwritten, inside another scope or after store().
         """
-        self._check_nothing_stored()
+        self._stored.check_empty()
         # The very tensors: what is frozen inside the block is restored all the same.
         targets, twins = self._selection.targets(model)
         parameters = [*targets.values(), *(twin for twin, _ in twins)]
@@ -397,114 +373,6 @@ class RemoteEma:
         sent = tensors if live else self._sending.warmed(tensors)
         return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
-    def _create(
-        self,
-        tensors: list[Tensor],
-        decay: float,
-        counted: bool,
-        averages: Sequence[AverageConfig] | None,
-        durability: Durability | None,
-    ) -> RunInfo | None:
-        if self._plan.sharded:
-            return self._create_in_parts(tensors, decay, counted, averages, durability)
-        if self._plan.part is None:
-            # Rank 0 does it.
-            return None
-        state = self._initial(tensors)
-        try:
-            return self._client.create_run(
-                self._run,
-                state,
-                decay=decay,
-                use_num_updates=counted,
-                decay_per=self._decay_per,
-                averages=averages,
-                durability=durability,
-                step=0,
-            )
-        except RunExists as exists:
-            raise RunExists(exists.detail, hint=_EXISTS_HINT) from None
-
-    def _create_in_parts(
-        self,
-        tensors: list[Tensor],
-        decay: float,
-        counted: bool,
-        averages: Sequence[AverageConfig] | None,
-        durability: Durability | None,
-    ) -> RunInfo:
-        plan, client, run = self._plan, self._client, self._run
-
-        def declare() -> None:
-            if plan.part != 0:
-                return
-            kept: dict[str, Any] = {} if durability is None else {"durability": durability}
-            config = RunConfig(
-                run=run,
-                layout=plan.layout,
-                decay=decay,
-                use_num_updates=counted,
-                decay_per=self._decay_per,
-                averages=(AverageConfig(),) if averages is None else tuple(averages),
-                **kept,
-            )
-            try:
-                client.declare_run(config)
-            except RunExists as exists:
-                raise RunExists(exists.detail, hint=_EXISTS_HINT) from None
-
-        def send() -> None:
-            if plan.part is not None:
-                state, part = self._initial(tensors), {"part": plan.part, "of": plan.of}
-                client.send_weights_part(run, state, slices=plan.slices, group=plan.group, step=0, **part)
-
-        together(declare)
-        together(send)
-        return client.wait_for_step(run, 0)
-
-    def _attached(self, decay: float, counted: bool) -> RunInfo:
-        if self._plan.sharded:
-            # No rank goes on where one failed.
-            return together(lambda: self._attach(decay, counted))
-        return self._attach(decay, counted, stacklevel=4)
-
-    def _attach(self, decay: float, counted: bool, *, stacklevel: int = 6) -> RunInfo:
-        info = self._client.run(self._run)
-        if info.use_num_updates != counted:
-            raise UsageError(
-                f"run {self._run!r} has use_num_updates={info.use_num_updates}",
-                hint=f"resume it with use_num_updates={info.use_num_updates}, or make a new run",
-            )
-        if info.decay_per != self._decay_per:
-            raise UsageError(
-                f"run {self._run!r} has decay_per={info.decay_per!r}",
-                hint=f"resume it with decay_per={info.decay_per!r}, or make a new run",
-            )
-        if _float32(info.decay) != _float32(decay):
-            warnings.warn(
-                f"run {self._run!r} goes on with its decay {info.decay:.6g}, not {decay:.6g}; set_decay() changes it",
-                stacklevel=stacklevel,
-            )
-        tensors = len(self._plan.layout)
-        elements = sum(torch.Size(spec.shape).numel() for spec in self._plan.layout)
-        if (info.tensors, info.parameters) != (tensors, elements):
-            raise UsageError(
-                f"run {self._run!r} has {info.tensors} tensors with {info.parameters} elements in all, "
-                f"the model {tensors} with {elements}",
-                hint="resume with the model the run was made with, frozen as it was then",
-            )
-        return info
-
-    def _take_over(self) -> int | None:
-        """The number that fences off trainers before this one, the same on all ranks that send."""
-        if self._plan.sharded:
-            return agreed(lambda: self._client.attach(self._run) if self._plan.part == 0 else None)
-        return self._client.attach(self._run) if self._plan.part is not None else None
-
-    def _check_nothing_stored(self) -> None:
-        if self._stored is not None:
-            raise AlreadyStored("training weights are stored and wait for restore()")
-
     def _release(self) -> None:
         if self._owns_client:
             self._client.close()
@@ -540,26 +408,8 @@ def _one_spelling(use_num_updates: bool, use_num_upates: bool | None) -> bool:
     return use_num_upates
 
 
-def _float32(decay: float) -> float:
-    return float(torch.tensor(decay, dtype=torch.float32))
-
-
 def _check_cadence(update_every: int, on_busy: str) -> None:
     if update_every < 1:
         raise UsageError(f"update_every={update_every} is less than 1", hint="1 sends every update, 10 each tenth")
     if on_busy not in get_args(BusyPolicy):
         raise UsageError(f"on_busy={on_busy!r} is unknown", hint="give 'block' or 'skip'")
-
-
-def _check_same_shapes(stored: list[Tensor], targets: list[Tensor]) -> None:
-    if len(stored) != len(targets):
-        raise UsageError(
-            f"{len(stored)} tensors are stored, {len(targets)} are to be restored",
-            hint="restore the parameters that were stored; nothing was written",
-        )
-    for index, (kept, target) in enumerate(zip(stored, targets, strict=True)):
-        if kept.shape != target.shape:
-            raise UsageError(
-                f"tensor {index} was stored with shape {tuple(kept.shape)} and now has {tuple(target.shape)}",
-                hint="restore the parameters that were stored, in the same order; nothing was written",
-            )

@@ -54,11 +54,13 @@ CLIENT_THIRD_PARTY = {
 }
 CLIENT_TORCH_AT_TOP = {
     "ema_client.tensors",
+    "ema_client.joining",
     "ema_client.remote_ema",
     "ema_client.selection",
     "ema_client.sending",
     "ema_client.sharding",
     "ema_client.shared",
+    "ema_client.stored",
     "ema_client.integrations.replica",
     "ema_client.integrations.transformers",
     # Imported by whoever reads or writes a checkpoint, which is tensors.

@@ -1,0 +1,57 @@
+"""The training weights, kept aside while a model holds its EMA: LitEma's store() and restore().
+
+Knows copies of tensors and their shapes. Does not know models, names, or what is written to them meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ema_client.errors import AlreadyStored, NothingStored, UsageError
+
+__all__ = ["Stored"]
+
+
+class Stored:
+    """At most one set of copies at a time, on the devices of the tensors they are of."""
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] | None = None
+
+    def check_empty(self) -> None:
+        """Raises AlreadyStored where there are copies."""
+        if self._copies is not None:
+            raise AlreadyStored("training weights are stored and wait for restore()")
+
+    def store(self, parameters: Iterable[Tensor]) -> None:
+        """Copy them. Raises AlreadyStored."""
+        self.check_empty()
+        self._copies = [parameter.detach().clone() for parameter in parameters]
+
+    def restore(self, parameters: Iterable[Tensor]) -> None:
+        """Write the copies back and let go of them. Raises NothingStored, or UsageError before anything is written."""
+        if self._copies is None:
+            raise NothingStored("restore() was called, and nothing is stored")
+        targets = list(parameters)
+        _check_same_shapes(self._copies, targets)
+        with torch.no_grad():
+            for stored, target in zip(self._copies, targets, strict=True):
+                target.copy_(stored)
+        self._copies = None
+
+
+def _check_same_shapes(stored: list[Tensor], targets: list[Tensor]) -> None:
+    if len(stored) != len(targets):
+        raise UsageError(
+            f"{len(stored)} tensors are stored, {len(targets)} are to be restored",
+            hint="restore the parameters that were stored; nothing was written",
+        )
+    for index, (kept, target) in enumerate(zip(stored, targets, strict=True)):
+        if kept.shape != target.shape:
+            raise UsageError(
+                f"tensor {index} was stored with shape {tuple(kept.shape)} and now has {tuple(target.shape)}",
+                hint="restore the parameters that were stored, in the same order; nothing was written",
+            )
