@@ -9,8 +9,6 @@ import itertools
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +22,8 @@ import trustme
 from hypothesis import settings
 from safetensors.torch import load, save
 from torch import Tensor
+
+from tests.forked import Forked
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
@@ -42,7 +42,7 @@ class ServerProcess:
     data_dir: Path | None = None
     program: tuple[str, ...] = ("-m", "ema_service")
     url: str = ""
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: Forked = field(init=False)
 
     @property
     def uds(self) -> str:
@@ -56,12 +56,10 @@ class ServerProcess:
     def start(self) -> ServerProcess:
         """Start, or start again on the same data dir, and wait until it accepts connections."""
         where = ["--data-dir", str(self.data_dir)] if self.data_dir else ["--memory"]
-        command = [sys.executable, *self.program, "serve", "--port", "0", *where, *self.arguments]
-        command += ["--uds", str(self.folder / "ema.sock")]
-        with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-            )
+        command = [*self.program, "serve", "--port", "0", *where, *self.arguments]
+        log = self.folder / "log"
+        log.write_bytes(b"")
+        self.process = Forked([*command, "--uds", str(self.folder / "ema.sock")], log)
         deadline = time.monotonic() + _START_SECONDS
         while not (found := _LISTENS.search(self.log)):
             if self.process.poll() is not None or time.monotonic() > deadline:

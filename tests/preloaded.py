@@ -1,0 +1,16 @@
+"""What a server loads before it does anything, imported by the process that servers are forked from (forked.py).
+
+A fork keeps one thread only, so nothing here may begin any: modules are imported, and the averaging loops loaded. Knows
+which modules ``ema-service serve`` needs. Does not know processes.
+"""
+
+from __future__ import annotations
+
+import ema_service.api.server
+import ema_service.cli
+import ema_service.storage
+from ema_service.averaging import fused
+
+__all__ = ["ema_service"]
+
+fused.prepare()
