@@ -50,5 +50,5 @@ QUICK = replace(
     growth_bytes=1 << 20,
     growth_pushes=20,
     growth_warm=10,
-    gap_steps=100,
+    gap_steps=20,
 )
