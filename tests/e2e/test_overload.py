@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CONNECTIONS = 64
 #: How long they push. Longer changes nothing but the certainty.
-SECONDS = 6.0
+SECONDS = 4.0
 #: Each body is sent in pieces with a pause between, so that it holds its staging for half a second at least: four at a
 #: time are eight a second, and 64 connections offer four times what can be let in while they wait.
 PIECES, PAUSE = 4, 0.15

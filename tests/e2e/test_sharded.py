@@ -7,11 +7,8 @@ or travel; what a rank does is in ranks.py.
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -23,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ema_client import EmaClient
+from tests.forked import Forked
 
 if TYPE_CHECKING:
     from tests.conftest import ServerProcess
@@ -45,10 +43,9 @@ def train(folder: Path, world: int, scenes: list[dict[str, Any]], killed: int | 
     (folder / "plan.json").write_text(json.dumps(plan))
     processes = []
     for rank in range(world):
-        with (folder / f"{rank}.log").open("wb") as log:
-            command = [sys.executable, str(_RANKS), str(folder / "plan.json"), str(rank)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        log = folder / f"{rank}.log"
+        log.touch()
+        processes.append(Forked([str(_RANKS), str(folder / "plan.json"), str(rank)], log))
     codes = _wait(processes)
     logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
     assert codes == [-signal.SIGKILL if rank == killed else 0 for rank in range(world)], logs
@@ -56,7 +53,7 @@ def train(folder: Path, world: int, scenes: list[dict[str, Any]], killed: int | 
     return {run: [json.loads(p.read_text()) for p in paths if p.exists()] for run, paths in said.items()}
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+def _wait(processes: list[Forked]) -> list[int]:
     deadline = time.monotonic() + _SECONDS
     try:
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]

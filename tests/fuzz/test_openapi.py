@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
 
 #: Requests for each operation and each kind of them.
-EXAMPLES = 25
+EXAMPLES = 20
 #: What may stay of all of them: what the allocator keeps, and the runs that were created.
 GROWTH_BYTES = 64 << 20
 TENSORS = {"w": torch.ones(3), "b": torch.zeros(())}
