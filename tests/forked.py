@@ -1,4 +1,4 @@
-"""Servers in a second less: forked from one process that has what each of them would load first (preloaded.py).
+"""Servers, and ranks of trainers, in a second less: forked from one process that has what each of them would load first (preloaded.py).
 
 What runs in each is what ``python -m ema_service`` runs, in a process of its own; the interpreter's own start, the
 imports and the loading of the compiled loops are what it is spared. The command itself is started by
