@@ -1,8 +1,8 @@
-"""Servers, and ranks of trainers, in a second less: forked from one process that has what each of them would load first (preloaded.py).
+"""Processes in a second less: forked from one that has loaded what each of them would load first (preloaded.py).
 
-What runs in each is what ``python -m ema_service`` runs, in a process of its own; the interpreter's own start, the
-imports and the loading of the compiled loops are what it is spared. The command itself is started by
-tests/e2e/test_bench.py and test_demo.py.
+Servers, and ranks of trainers, are so. What runs in each is what ``python -m ema_service`` or ``python FILE`` runs, in a
+process of its own that is killed and ends like any other; spared are the start of the interpreter, the imports, and the
+loading of the compiled loops. The command itself is started by tests/e2e/test_bench.py and test_demo.py.
 
 Knows processes and how Python is told what to run. Does not know flags, or when a server is ready.
 """
@@ -26,7 +26,7 @@ _CONTEXT.set_forkserver_preload(["pytest", "tests.preloaded"])
 
 
 class Forked:
-    """A process, with as much of subprocess.Popen as servers need. It ends with the process that started it.
+    """A process, with as much of subprocess.Popen as servers need. It is ended at the latest when the tests are.
 
     command: what follows ``python``: a file or "-m" and a module, then the arguments. log: where its output goes.
     """
