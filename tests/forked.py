@@ -1,8 +1,8 @@
 """Processes in a second less: forked from one that has loaded what each of them would load first (preloaded.py).
 
-Servers, and ranks of trainers, are so. What runs in each is what ``python -m ema_service`` or ``python FILE`` runs, in a
-process of its own that is killed and ends like any other; spared are the start of the interpreter, the imports, and the
-loading of the compiled loops. The command itself is started by tests/e2e/test_bench.py and test_demo.py.
+Servers, and ranks of trainers, are so. What runs in each is what ``python -m ema_service`` or ``python FILE`` runs, in
+a process of its own that is killed and ends like any other; spared are the start of the interpreter, the imports, and
+the loading of the compiled loops. The command itself is started by tests/e2e/test_bench.py and test_demo.py.
 
 Knows processes and how Python is told what to run. Does not know flags, or when a server is ready.
 """

@@ -1,7 +1,8 @@
 """What a server loads before it does anything, imported by the process that servers are forked from (forked.py).
 
-A fork keeps one thread only, so nothing here may begin any: modules are imported, and the averaging loops loaded. Knows
-which modules ``ema-service serve`` needs. Does not know processes.
+A fork keeps one thread only, so nothing here may begin any: modules are imported, and the averaging loops loaded. (The
+threads of numpy's OpenBLAS are begun anew by itself.) Knows which modules ``ema-service serve`` needs. Does not know
+processes.
 """
 
 from __future__ import annotations
