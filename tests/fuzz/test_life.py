@@ -38,7 +38,7 @@ SHAPES = {"a.weight": (300, 7), "a.bias": (7,), "b": (), "c.half": (1000,)}
 AVERAGES = {"ema": None, "fast": 0.5}
 
 SOME = settings(
-    max_examples=4, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=8, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 
 seeds = st.integers(0, 2**31)

@@ -167,16 +167,22 @@ def test_command_prints_the_token_once(tmp_path):
         (f"{'0' * 64} read *", "'read' is no scope"),
     ],
 )
-def test_a_wrong_token_file_is_refused_at_the_start(tmp_path, line, fault):
-    """The server does not start with a token file it cannot read, and says which line is wrong."""
+def test_a_wrong_token_file_is_refused(tmp_path, line, fault):
+    """A token file that cannot be read is refused, with the line that is wrong."""
     file = tmp_path / "tokens"
     file.write_text(line + "\n")
     with pytest.raises(TokenFileError, match=fault):
         read_token_file(file)
+
+
+def test_the_server_does_not_start_with_a_wrong_token_file(tmp_path):
+    """It ends at once, and says which line is wrong."""
+    file = tmp_path / "tokens"
+    file.write_text("secret push *\n")
     command = [sys.executable, "-m", "ema_service", "serve", "--memory", "--port", "0", "--token-file", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert fault in done.stderr
+    assert "line 1: expected the SHA-256" in done.stderr
     assert "Traceback" not in done.stderr
 
 
