@@ -104,6 +104,7 @@ async def put_weights(
     await server.compute(
         partial(_release_after, staged, partial(found.initialise, staged, num_updates=num_updates, step=step))
     )
+    _note_link(request, server, found)
     return found.info()
 
 
@@ -127,6 +128,7 @@ async def put_update(
     await _receive(request, server, found, staged, server.background(update.work.advance))
     result = await server.compute(partial(_release_after, staged, partial(_commit, server, found, update)))
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
+    _note_link(request, server, found)
     return result
 
 
@@ -230,9 +232,10 @@ async def _receive_part(
     except BaseException:
         parts.give_up(part)
         raise
-    _count(request, server, found)
     server.metrics.received.inc(part.received)
-    return outcome, await server.compute(partial(_apply, server, parts, part)) if outcome == "complete" else None
+    result = await server.compute(partial(_apply, server, parts, part)) if outcome == "complete" else None
+    _note_link(request, server, found)
+    return outcome, result
 
 
 async def _receive(
@@ -248,7 +251,6 @@ async def _receive(
     except BaseException:
         staged.release()
         raise
-    _count(request, server, run)
     server.metrics.received.inc(staged.layout.param_bytes)
 
 
@@ -271,7 +273,8 @@ async def _take_over(server: Context, run: Run, segment: Segment, body: Body) ->
         raise
 
 
-def _count(request: Request, server: Context, run: Run) -> None:
+def _note_link(request: Request, server: Context, run: Run) -> None:
+    """Say how the push came, now that nothing was wrong with it."""
     shared = HEADER_SEGMENT in request.headers
     link = "shared memory" if shared else ingest.link_of(request)
     server.metrics.pushes.labels(link).inc()
