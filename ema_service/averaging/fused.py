@@ -35,6 +35,8 @@ def _compiled(function: Any) -> Any:
         return njit(nogil=True, error_model="numpy")(function)
 
 
+# A loop of its own: given one array twice, the compiler has to fear an overlap and gives up vectors (2.1 instead of 7.7
+# GB/s on one core).
 @_compiled
 def _in_place(out, shadow, weight):  # type: ignore[no-untyped-def]  # numba infers the types
     bits, largest = out.view(np.int32), np.int32(0)

@@ -317,12 +317,13 @@ def test_block_waits_and_leaves_nothing_out(server: ServerProcess, run_name: str
 def test_a_dataloaders_workers(server: ServerProcess, trainer: Callable[..., Trainer]) -> None:
     """Workers forked in the middle of pushes send nothing, hang nobody and end nothing of the trainer's."""
     body = """
+        from ema_client.errors import UsageError
         class Data(torch.utils.data.Dataset):
             def __len__(self): return 8
             def __getitem__(self, index):
                 try:
                     ema(model)
-                except Exception as fault:
+                except UsageError as fault:
                     return "is a fork of it" in str(fault)
                 return False
         refused = []
