@@ -6,7 +6,7 @@ Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets o
 from __future__ import annotations
 
 from ema_service.averaging.fused import prepare
-from ema_service.averaging.kernel import average_into, cast_into
+from ema_service.averaging.kernel import average_into, averaging, cast_into, casting
 from ema_service.averaging.schedules import SCHEDULES, Retention, Schedule
 
-__all__ = ["SCHEDULES", "Retention", "Schedule", "average_into", "cast_into", "prepare"]
+__all__ = ["SCHEDULES", "Retention", "Schedule", "average_into", "averaging", "cast_into", "casting", "prepare"]

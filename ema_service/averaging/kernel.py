@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ema_service.averaging import fused
 
-__all__ = ["average_into", "cast_into"]
+__all__ = ["average_into", "averaging", "cast_into", "casting"]
 
 #: Bytes of shadow per block and thread, where torch does the work (float64, fp16). A block is read and written three
 #: times and should stay in the 2 MiB L2 cache of a core together with its parameters. Measured on one core, GB/s of
@@ -38,19 +38,36 @@ GPU_BLOCK_BYTES = 64 << 20
 
 
 def average_into(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True) -> bool:
-    """Write ``shadow - weight * (shadow - param)`` to ``out`` and say whether every value of it is finite.
+    """averaging() of all elements."""
+    return averaging(out, shadow, param, weight, check=check)(0, out.numel())
+
+
+def averaging(
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True
+) -> Callable[[int, int], bool]:
+    """A function that takes two indices, writes ``shadow - weight * (shadow - param)`` to the elements of ``out``
+    from the first up to the second, and says whether every value written is finite.
 
     All three are one-dimensional, of equal length, on one device; ``out`` and ``shadow`` have one dtype. ``param`` may
-    be ``out`` itself, or lie behind it in the same memory, each element no earlier than the element of ``out``.
-    ``shadow`` must not overlap either. ``param`` is cast to the shadow's dtype, never the shadow to the parameter's.
+    be ``out`` itself, or lie behind it in the same memory, each element no earlier than the element of ``out``: then
+    elements are to be taken in order. ``shadow`` must not overlap either. ``param`` is cast to the shadow's dtype,
+    never the shadow to the parameter's.
 
     weight: 1 - decay, 0..1, rounded to the dtype of the shadow by the multiplication.
     check: without it the values are not looked at and the answer is True.
     """
     loop = _compiled_loop(out, shadow, param, weight)
-    if loop is not None:
-        return _run(loop, out, param) or not check
-    return _average_blocks(out, shadow, param, weight, check=check)
+    if loop is None:
+        return lambda start, stop: _average_blocks(
+            out[start:stop], shadow[start:stop], param[start:stop], weight, check=check
+        )
+    few = _SPLIT_BYTES // out.element_size()
+
+    def run(start: int, stop: int) -> bool:
+        finite = loop(start, stop) if stop - start < few else _run(loop, out, param, start, stop)
+        return finite or not check
+
+    return run
 
 
 def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool) -> bool:
@@ -66,50 +83,48 @@ def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *
     return _all_finite(out, sums)
 
 
-def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) -> Callable[[slice], bool] | None:
+def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) -> Callable[[int, int], bool] | None:
     """What averages a part of the elements in one pass, where there is a compiled loop for these dtypes."""
     if out.device.type != "cpu" or out.dtype != torch.float32:
         return None
     result, old = out.numpy(), shadow.numpy()
     if _same_memory(out, param):
-        return lambda part: fused.average_f32_in_place(result[part], old[part], weight)
+        return fused.in_place(result, old, weight)
     if param.dtype == torch.float32:
-        new = param.numpy()
-        return lambda part: fused.average_f32(result[part], old[part], new[part], weight)
+        return fused.from_f32(result, old, param.numpy(), weight)
     if param.dtype == torch.bfloat16:
-        bits = param.view(torch.int16).numpy().view(np.uint16)
-        return lambda part: fused.average_bf16(result[part], old[part], bits[part], weight)
+        return fused.from_bf16(result, old, param.view(torch.int16).numpy().view(np.uint16), weight)
     return None
 
 
-def _run(loop: Callable[[slice], bool], out: Tensor, param: Tensor) -> bool:
-    """The loop over all elements, on as many threads as torch may use here."""
-    finite, start = True, 0
-    while (stop := _independent(out, param, start)) - start >= _SPLIT_BYTES // out.element_size():
-        finite &= _split(loop, start, stop, out.element_size())
-        start = stop
-    return loop(slice(start, None)) and finite
+def _run(loop: Callable[[int, int], bool], out: Tensor, param: Tensor, start: int, stop: int) -> bool:
+    """The loop over many elements, on as many threads as torch may use here."""
+    finite = True
+    while (end := _independent(out, param, start, stop)) - start >= _SPLIT_BYTES // out.element_size():
+        finite &= _split(loop, start, end, out.element_size())
+        start = end
+    return loop(start, stop) and finite
 
 
-def _independent(out: Tensor, param: Tensor, start: int) -> int:
+def _independent(out: Tensor, param: Tensor, start: int, stop: int) -> int:
     """The end of the elements from ``start`` on whose results overwrite none of their parameters: any order will do.
 
     Parameters at the end of the output are behind it by less and less: half of what is left, then half of that.
     """
     ahead = param.data_ptr() + start * param.element_size() - out.data_ptr() - start * out.element_size()
     if _same_memory(out, param) or ahead < 0:
-        return out.numel()
-    return min(start + ahead // out.element_size(), out.numel())
+        return stop
+    return min(start + ahead // out.element_size(), stop)
 
 
-def _split(loop: Callable[[slice], bool], start: int, stop: int, width: int) -> bool:
+def _split(loop: Callable[[int, int], bool], start: int, stop: int, width: int) -> bool:
     threads = min(torch.get_num_threads(), (stop - start) * width // _SPLIT_BYTES)
     if threads < 2:
-        return loop(slice(start, stop))
+        return loop(start, stop)
     bounds = [start + (stop - start) * i // threads for i in range(threads + 1)]
-    parts = [slice(*pair) for pair in pairwise(bounds)]
-    others = [_threads().submit(loop, part) for part in parts[1:]]
-    return all([loop(parts[0]), *(other.result() for other in others)])
+    parts = list(pairwise(bounds))
+    others = [_threads().submit(loop, *part) for part in parts[1:]]
+    return all([loop(*parts[0]), *(other.result() for other in others)])
 
 
 @cache
@@ -118,10 +133,16 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def cast_into(out: Tensor, param: Tensor, *, check: bool = True) -> bool:
-    """Write ``param`` to ``out`` in its dtype and say whether every value is finite: the first shadow of a run.
+    """casting() of all elements."""
+    return casting(out, param, check=check)(0, out.numel())
 
-    The tensors may share memory as in average_into.
-    """
+
+def casting(out: Tensor, param: Tensor, *, check: bool = True) -> Callable[[int, int], bool]:
+    """As averaging(), for the first shadow of a run: writes ``param`` to ``out`` in its dtype."""
+    return lambda start, stop: _cast_blocks(out[start:stop], param[start:stop], check=check)
+
+
+def _cast_blocks(out: Tensor, param: Tensor, *, check: bool) -> bool:
     sums = []
     scratch = None if _same_memory(out, param) else _scratch(out)
     for start, stop in _blocks(out):
