@@ -39,10 +39,10 @@ _log = logging.getLogger(__name__)
 #: Slots made when a run is created, so that a disk too small for it says so then: one being written beside the newest,
 #: and where syncing runs behind, the anchor.
 _SLOTS = {"memory": 0, "process": 3, "disk": 2}
+#: So much of a version that is there already is hashed at a time, while what came before is written.
+_PIECE_BYTES = 16 << 20
 #: A write that failed may succeed after this many seconds.
 _RETRY_SECONDS = 1.0
-#: A piece of this size is still in the processor's cache when it is written and hashed.
-_PIECE_BYTES = 1 << 20
 #: What the state of every row has, in every format.
 _MEMBERS = {"lineage", "epoch", "n", "step", "num_updates", "digest", "updated_at", "final", "averages"}
 
@@ -80,7 +80,7 @@ class Checkpoints:
         self._durability = run.config.durability or "memory"
         names = [average.name for average in run.config.averages]
         self._extents = {name: Extent(_header_bytes(run, name), run.layout.shadow_bytes) for name in names}
-        self._slots = store.slots(row, self._extents)
+        self._slots = store.slots(row, self._extents, patient=self._durability == "disk")
         self._newest: _Kept | None = None
         self._anchor: Slot | None = None
         #: Slots whose row could not be committed. It may be in the catalog's log all the same, and come up after a
@@ -113,8 +113,9 @@ class Checkpoints:
                 if slot.written(average.name) < self._run.layout.shadow_bytes:
                     # Not written behind the averaging: on a GPU, and the initial weights.
                     data = self._memory.to_host(average.arena.tensor).numpy().data
-                    for start in range(slot.written(average.name), len(data), _PIECE_BYTES):
-                        slot.write(average.name, data[start : start + _PIECE_BYTES])
+                    begun = slot.written(average.name) + _PIECE_BYTES
+                    for stop in (*range(begun, len(data), _PIECE_BYTES), len(data)):
+                        slot.write(average.name, data, stop)
             slot.finish({a.name: self._header(state, a) for a in state.averages})
             if self._durability == "disk":
                 slot.sync()

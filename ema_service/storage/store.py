@@ -23,10 +23,14 @@ from pathlib import Path
 from ema_service.storage.catalog import Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
 from ema_service.storage.files import FolderLock, TensorFile, file_name, remove_tree, sync_folder, write_whole
 from ema_service.storage.slots import Extent, Slots
+from ema_service.threads import Threads
 
 __all__ = ["Files", "Store"]
 
 _log = logging.getLogger(__name__)
+
+#: Threads that write versions behind their computation, most of the time waiting for the disk.
+_WRITE_THREADS = 4
 
 #: average -> the chunks of its file
 Files = Mapping[str, Iterable[bytes | memoryview]]
@@ -44,6 +48,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         self._lock = FolderLock(folder)
+        self._writers = Threads(_WRITE_THREADS, "ema-write")
         self._runs = folder / "runs"
         try:
             self._catalog = self._open_catalog(folder / "catalog.db")
@@ -58,6 +63,7 @@ class Store:
             raise
 
     def close(self) -> None:
+        self._writers.shutdown()
         self._catalog.close()
         self._lock.release()
 
@@ -87,14 +93,17 @@ class Store:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def slots(self, row: RunRow, extents: Mapping[str, Extent]) -> Slots:
-        """The run's slots: those that rows speak of, those that lie there, and as many more as are taken."""
+    def slots(self, row: RunRow, extents: Mapping[str, Extent], *, patient: bool) -> Slots:
+        """The run's slots: those that rows speak of, those that lie there, and as many more as are taken.
+
+        patient: as for Slots.
+        """
         self._run_folder(row).mkdir(exist_ok=True)  # a power loss may have left the row alone
         known = [checkpoint.folder for checkpoint in self._catalog.checkpoints(row.id)]
         for name in _OLD_FOLDERS:
             if name not in known:
                 remove_tree(self._run_folder(row) / name)
-        return Slots(self._run_folder(row), extents, known)
+        return Slots(self._run_folder(row), extents, known, self._writers, patient=patient)
 
     def checkpoints(self, row: RunRow) -> list[CheckpointRow]:
         """What the run's slots hold, newest first. All but the newest may have been written over since."""

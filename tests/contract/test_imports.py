@@ -22,9 +22,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
-# cli -> api -> dashboard -> runs -> {averaging, storage}: a part may use what stands to its right. settings and metrics
-# are leaves that every part may use.
-LEAVES = {"settings", "metrics"}
+# cli -> api -> dashboard -> runs -> {averaging, storage}: a part may use what stands to its right. settings, metrics
+# and threads are leaves that every part may use.
+LEAVES = {"settings", "metrics", "threads"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
@@ -36,6 +36,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "averaging": set(),
     "settings": set(),
     "metrics": set(),
+    "threads": set(),
     "demo": {"settings"},
     "bench": {"settings"},
 }

@@ -185,9 +185,9 @@ def test_checkpoint_only_of_what_moved(server: LocalServer, run: LocalRun, monke
     written: list[str] = []
     write = Slot.write
 
-    def note(slot: Slot, average: str, data: memoryview) -> None:
+    def note(slot: Slot, average: str, data: memoryview, upto: int) -> None:
         written.append(average)
-        write(slot, average, data)
+        write(slot, average, data, upto)
 
     monkeypatch.setattr(Slot, "write", note)
     server.registry.checkpoint()
@@ -256,10 +256,10 @@ def test_updates_go_on_while_a_checkpoint_is_written(
     writing, go_on = threading.Event(), threading.Event()
     write = Slot.write
 
-    def slowly(slot: Slot, average: str, data: memoryview) -> None:
+    def slowly(slot: Slot, average: str, data: memoryview, upto: int) -> None:
         writing.set()
         assert go_on.wait(30)
-        write(slot, average, data)
+        write(slot, average, data, upto)
 
     monkeypatch.setattr(Slot, "write", slowly)
     keeping = threading.Thread(target=server.registry.checkpoint)

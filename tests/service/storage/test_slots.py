@@ -6,32 +6,38 @@ Knows folders and bytes. Does not know rows or runs.
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import xxhash
 from safetensors.torch import load_file, save
 
 from ema_service.storage import Extent, Slot, Slots, TensorFile, padded_bytes
+from ema_service.threads import Threads
 
 TENSORS = {"w": torch.arange(5000.0), "v": torch.full((3,), 2.5)}
 BODY = save(TENSORS)
 HEADER, DATA = BODY[: -5003 * 4], BODY[-5003 * 4 :]
+THREADS = Threads(1)
 EXTENTS = {"slow": Extent(padded_bytes(HEADER), len(DATA)), "fast": Extent(8192, len(DATA))}
 
 
 @pytest.fixture
 def slots(tmp_path: Path) -> Slots:
-    return Slots(tmp_path, EXTENTS, [])
+    return Slots(tmp_path, EXTENTS, [], THREADS)
 
 
 def fill(slot: Slot, data: bytes = DATA) -> None:
     for average in EXTENTS:
         for start in range(0, len(data), 7000):
-            slot.write(average, memoryview(data)[start : start + 7000])
+            slot.write(average, memoryview(data), min(start + 7000, len(data)))
     slot.finish(dict.fromkeys(EXTENTS, HEADER))
 
 
@@ -67,7 +73,7 @@ def test_slots_that_lie_there_are_used(slots: Slots, tmp_path: Path) -> None:
     """After a start, slots without a row are taken first, then those with the oldest rows; held ones never."""
     for slot in [slots.take() for _ in range(4)]:
         fill(slot)
-    opened = Slots(tmp_path, EXTENTS, ["slots/3", "slots/0", "checkpoint-a"])
+    opened = Slots(tmp_path, EXTENTS, ["slots/3", "slots/0", "checkpoint-a"], THREADS)
     newest = opened.hold("slots/3")
     taken = [opened.take() for _ in range(5)]
 
@@ -163,7 +169,7 @@ def test_failed_write_is_told_at_the_end(slots: Slots, monkeypatch: pytest.Monke
     slot = slots.take()
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", _fails)
-        slot.write("slow", memoryview(DATA))
+        slot.write("slow", memoryview(DATA), len(DATA))
     with pytest.raises(OSError, match="Input/output error"):
         slot.finish(dict.fromkeys(EXTENTS, HEADER))
     name = slot.name
@@ -177,7 +183,7 @@ def test_failed_write_is_told_at_the_end(slots: Slots, monkeypatch: pytest.Monke
 def test_unfinished_slot_is_refused(slots: Slots) -> None:
     """finish() does not pass off a slot that lacks bytes."""
     slot = slots.take()
-    slot.write("slow", memoryview(DATA))
+    slot.write("slow", memoryview(DATA), len(DATA))
 
     with pytest.raises(OSError, match="fast has 0 bytes"):
         slot.finish(dict.fromkeys(EXTENTS, HEADER))
@@ -193,10 +199,134 @@ def test_short_writes_are_continued(slots: Slots, tmp_path: Path, monkeypatch: p
     assert (tmp_path / slot.name / "slow.safetensors").read_bytes()[-len(DATA) :] == DATA
 
 
+#: Enough to be written behind the caller, and not a whole number of pages.
+LARGE = 40 * 1024 * 1024 + 300
+
+
+@pytest.fixture(scope="module")
+def large() -> memoryview:
+    """Bytes that begin at a page, as arenas do."""
+    data = mmap.mmap(-1, LARGE)
+    data.write(np.random.default_rng(0).bytes(LARGE))
+    return memoryview(data)
+
+
+class Writes:
+    """Looks on as os.pwrite() is called: how many bytes go past the page cache, and how many into it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.direct = self.cached = 0
+        self._pwrite: Callable[[int, memoryview, int], int] = os.pwrite
+        patch.setattr(os, "pwrite", self)
+
+    def __call__(self, descriptor: int, data: memoryview, position: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            self.direct += len(data)
+        else:
+            self.cached += len(data)
+        return self._pwrite(descriptor, data, position)
+
+
+@pytest.mark.parametrize("step", [1 << 18, 1 << 20, 3_333_333, LARGE])
+@pytest.mark.parametrize("patient", [True, False])
+def test_large_versions_are_written_as_they_are_made(
+    tmp_path: Path, large: memoryview, step: int, patient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a version comes to be, its file holds it; past the page cache, but for odd ends and what has to hurry."""
+    slots = Slots(tmp_path, {"ema": Extent(8192, LARGE)}, [], THREADS, patient=patient)
+    slot = slots.take()
+    slot.open()
+    if ("ema", True) not in slot._descriptors:
+        pytest.skip("the file system of the tests' folder has no direct writes")
+    writes = Writes(monkeypatch)
+    for stop in [*range(step, LARGE, step), LARGE]:
+        slot.write("ema", large, stop)
+    THREADS.submit(int).result()  # what was begun is done
+    begun = writes.direct
+    slot.finish({"ema": HEADER})
+
+    path = tmp_path / slot.name / "ema.safetensors"
+    assert path.read_bytes()[8192:] == large
+    assert slot.checksums["ema"] == xxhash.xxh3_128_hexdigest(large)
+    assert writes.direct + writes.cached == LARGE + 8192
+    assert begun >= 16 << 20
+    if patient:
+        assert writes.cached <= 8192 + 4 * 4096
+    else:
+        assert writes.direct == begun
+
+
+def test_memory_that_begins_within_a_page(tmp_path: Path, large: memoryview) -> None:
+    """What cannot be written past the page cache is written through it."""
+    data = large[100:]
+    slot = Slots(tmp_path, {"ema": Extent(4096, len(data))}, [], THREADS, patient=True).take()
+    slot.write("ema", data, len(data))
+    slot.finish({"ema": HEADER})
+
+    assert (tmp_path / slot.name / "ema.safetensors").read_bytes()[4096:] == data
+
+
+def test_file_system_without_direct_writes(tmp_path: Path, large: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions are kept there all the same."""
+    real: Callable[..., int] = os.open
+
+    def refuse(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    slot = Slots(tmp_path, {"ema": Extent(4096, LARGE)}, [], THREADS, patient=True).take()
+    slot.write("ema", large, LARGE)
+    slot.finish({"ema": HEADER})
+
+    assert (tmp_path / slot.name / "ema.safetensors").read_bytes()[4096:] == large
+
+
+def test_failed_write_behind_is_told_at_the_end(
+    tmp_path: Path, large: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the thread met is raised where the writer can hear it, and the slot is given back."""
+    slots = Slots(tmp_path, {"ema": Extent(4096, LARGE)}, [], THREADS, patient=True)
+    slot = slots.take()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", _fails)
+        for stop in range(1 << 20, LARGE, 1 << 20):
+            slot.write("ema", large, stop)
+        with pytest.raises(OSError, match="Input/output error"):
+            slot.finish({"ema": HEADER})
+    name = slot.name
+    del slot
+
+    assert slots.take().name == name
+
+
+def test_slot_dropped_while_it_is_written(tmp_path: Path, large: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push that breaks off leaves its slot to the thread that writes, and nobody else gets it before that is done."""
+    going_on = threading.Event()
+    pwrite: Callable[[int, memoryview, int], int] = os.pwrite
+
+    def slow(descriptor: int, data: memoryview, position: int) -> int:
+        assert going_on.wait(30)
+        return pwrite(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    slots = Slots(tmp_path, {"ema": Extent(4096, LARGE)}, [], THREADS, patient=True)
+    slot = slots.take()
+    slot.write("ema", large, LARGE)
+    del slot
+    meanwhile = slots.take()
+    going_on.set()
+    THREADS.submit(int).result()
+
+    assert meanwhile.name == "slots/1"
+    assert slots.take().name == "slots/0"
+
+
 def test_deleted_run_does_not_come_back(tmp_path: Path) -> None:
     """A slot of a run whose folder was removed meanwhile is not made."""
-    slot = Slots(tmp_path / "gone", EXTENTS, []).take()
-    slot.write("slow", memoryview(DATA))
+    slot = Slots(tmp_path / "gone", EXTENTS, [], THREADS).take()
+    slot.write("slow", memoryview(DATA), len(DATA))
 
     with pytest.raises(FileNotFoundError):
         slot.finish(dict.fromkeys(EXTENTS, HEADER))
