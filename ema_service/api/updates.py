@@ -223,7 +223,7 @@ async def _receive_part(
     try:
         if header is None:
             part.announce(ingest.content_length(request))
-            await ingest.receive_into(request, part, silence=server.settings.body_timeout)
+            await ingest.receive(request, part, server.receivers, silence=server.settings.body_timeout)
         else:
             segment = _segment(request, found, header)
             part.announce(segment.length)
@@ -244,7 +244,8 @@ async def _receive(
     header = request.headers.get(HEADER_SEGMENT)
     try:
         if header is None:
-            await ingest.receive(request, staged, silence=server.settings.body_timeout, on_data=on_data)
+            body = UpdateBody(staged, ingest.content_length(request), on_data=on_data)
+            await ingest.receive(request, body, server.receivers, silence=server.settings.body_timeout)
         else:
             segment = _segment(request, run, header)
             await _take_over(server, run, segment, UpdateBody(staged, segment.length, on_data=on_data))

@@ -82,18 +82,20 @@ class Staged:
         self.shared, self.data, self._adopted = shared, data, adopted
         return True
 
-    def param(self, index: int, elements: slice) -> Tensor:
-        """Received parameters on the device: elements of one section, flat, in the dtype they came in."""
+    def param(self, index: int) -> Tensor:
+        """The parameters of one section on the device, flat, in the dtype they came in: what was uploaded of them."""
         section = self.layout.sections[index]
-        dtype = TORCH_DTYPES[section.param_dtype]
-        start = section.param.start + elements.start * dtype.itemsize
-        stop = section.param.start + elements.stop * dtype.itemsize
         if self._adopted is not None:
-            return self._adopted[start:stop].view(dtype)
-        param = self._buffer[self._offset + start : self._offset + stop]
+            param = self._adopted[section.param]
+        else:
+            param = self._buffer[self._offset + section.param.start : self._offset + section.param.stop]
+        return param.view(TORCH_DTYPES[section.param_dtype])
+
+    def upload(self, start: int, stop: int) -> None:
+        """Bring bytes ``start`` to ``stop`` of the received parameters to the device. On the host they are there."""
         if not self._memory.on_host:
+            param = self._buffer[self._offset + start : self._offset + stop]
             param.copy_(self._host[start:stop], non_blocking=True)
-        return param.view(dtype)
 
     def settle(self) -> None:
         """Return when the parameters have been read, and were what they are said to be: raises as Shared.check()."""
