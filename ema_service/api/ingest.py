@@ -84,23 +84,26 @@ _IDLE_MS = 20
 
 
 class Receivers:
-    """Threads that read sockets, each one body at a time. On the event loop only."""
+    """Threads that read sockets, each one body at a time. On the event loop only.
+
+    free: how many of them have nothing to read.
+    """
 
     def __init__(self, threads: Threads, count: int) -> None:
         self._threads = threads
-        self._free = count
+        self.free = count
 
     def lend(self, work: Callable[[], None]) -> asyncio.Future[None] | None:
         """Have a thread do ``work``; None where none is free."""
-        if not self._free:
+        if not self.free:
             return None
-        self._free -= 1
+        self.free -= 1
         working = asyncio.get_running_loop().run_in_executor(self._threads, work)
         working.add_done_callback(self._give_back)
         return working
 
     def _give_back(self, _working: asyncio.Future[None]) -> None:
-        self._free += 1
+        self.free += 1
 
 
 def content_length(request: Request) -> int | None:

@@ -8,8 +8,10 @@ Knows raw HTTP/1.1 over sockets. Does not know which path a body takes inside.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import json
+import os
 import signal
 import socket
 import ssl
@@ -24,9 +26,11 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from ema_service.api import create_app
 from ema_service.api.ingest import FillingProtocol, uvicorn_fits
+from ema_service.runs.update import Pass
 from ema_service.settings import Settings
 
 STOCK = """
@@ -285,6 +289,153 @@ def test_chunked_bodies_are_taken(url, run):
     assert shadow(url, run) == {2.0}
 
 
+# --- bodies so long that a thread reads them
+
+#: float32 in a long push: 3 MiB.
+LONG = 3 << 18
+LONG_LAYOUT = [{"name": "b", "shape": [5], "dtype": "F32"}, {"name": "w", "shape": [LONG - 5], "dtype": "F32"}]
+
+
+def long_body(value: float) -> bytes:
+    header = json.dumps(
+        {
+            "b": {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]},
+            "w": {"dtype": "F32", "shape": [LONG - 5], "data_offsets": [20, 4 * LONG]},
+        }
+    ).encode()
+    return struct.pack("<Q", len(header)) + header + struct.pack("<f", value) * LONG
+
+
+@pytest.fixture
+def long_run(url: str, run_name: str) -> str:
+    """As ``run``, of 3 MiB."""
+    config = {"run": run_name, "layout": LONG_LAYOUT, "decay": 0.0, "use_num_updates": False}
+    assert httpx.post(f"{url}/v1/runs", json=config).status_code == 201
+    assert httpx.put(f"{url}/v1/runs/{run_name}/weights", content=long_body(1.0)).status_code == 200
+    return f"/v1/runs/{run_name}"
+
+
+def long_shadow(url: str, run: str) -> set[float]:
+    data = httpx.get(f"{url}{run}/weights").content[-4 * LONG :]
+    return set(array.array("f", data))
+
+
+def test_a_long_body_may_come_in_any_pieces(url, long_run):
+    """At once, in pieces that end anywhere, and with pauses in which its thread goes back and another takes over."""
+    header = len(long_body(0.0)) - 4 * LONG
+    cuts = [(), (3,), (8,), (header - 1,), (header,), (header + 1, header + 70_001), (100_003, 1_500_001), (3 << 20,)]
+    for step, places in enumerate(cuts, start=1):
+        message = put(f"{long_run}/updates/{step}", long_body(float(step)))
+        before = len(message) - len(long_body(0.0))
+        with Raw(url) as raw:
+            start = 0
+            for place in places:
+                raw.send(message[start : before + place])
+                start = before + place
+                time.sleep(0.06)  # longer than a thread waits
+            raw.send(message[start:])
+            status, answer = raw.answer()
+            assert (status, json.loads(answer)["applied"]) == (200, True), (places, answer)
+            raw.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert raw.answer()[0] == 200
+        assert long_shadow(url, long_run) == {float(step)}
+
+
+def test_what_follows_a_long_body_is_the_next_request(url, long_run):
+    """The thread takes the body and not a byte more, however much has come."""
+    with Raw(url) as raw:
+        raw.send(
+            put(f"{long_run}/updates/1", long_body(2.0))
+            + put(f"{long_run}/updates/2", long_body(3.0))
+            + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+        )
+        assert [json.loads(raw.answer()[1])["step"] for _ in range(2)] == [1, 2]
+        assert json.loads(raw.answer()[1]) == {"status": "alive"}
+    assert long_shadow(url, long_run) == {3.0}
+
+
+def test_a_wrong_long_body_is_refused_and_read_to_its_end(url, long_run):
+    """What is wrong in it is found on the thread; the sender reads why, and the connection stays usable."""
+    good = long_body(2.0)
+    other = good.replace(b'"w"', b'"v"', 1)
+    with Raw(url) as raw:
+        for body, status, code in [
+            (other, 422, "layout_mismatch"),
+            (good[:-4] + struct.pack("<f", float("nan")), 422, "non_finite"),
+            (good[:-4], 422, "malformed_body"),
+            (b"\xff" * len(good), 422, "malformed_body"),
+        ]:
+            raw.send(put(f"{long_run}/updates/1", body))
+            answered, answer = raw.answer()
+            assert (answered, json.loads(answer)["code"]) == (status, code)
+        raw.send(put(f"{long_run}/updates/1", good))
+        assert raw.answer()[0] == 200
+    assert long_shadow(url, long_run) == {2.0}
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_sender_that_goes_away_within_a_long_body(url, long_run, reset):
+    """By a closed connection as by a reset one: the run is as it was, the staging is free, the step can come again."""
+    body = long_body(8.0)
+    with Raw(url) as raw:
+        raw.send(put(f"{long_run}/updates/1", body[: 2 << 20], length=len(body)))
+        wait_until(lambda: staging(url) > 0)
+        if reset:
+            raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: staging(url) == 0)
+    assert long_shadow(url, long_run) == {1.0}
+    assert httpx.put(f"{url}{long_run}/updates/1", content=body).json()["applied"]
+
+
+def test_more_long_bodies_than_threads(url, run_name):
+    """Each is received, whoever reads it; and those who stand still in the middle keep nobody's thread."""
+    count = 3 * (os.cpu_count() or 1) + 1
+    runs = [f"{run_name}-{k}" for k in range(count)]
+    for name in runs:
+        httpx.post(f"{url}/v1/runs", json={"run": name, "layout": LONG_LAYOUT, "decay": 0.0}).raise_for_status()
+        httpx.put(f"{url}/v1/runs/{name}/weights", content=long_body(1.0)).raise_for_status()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(Raw(url)) for _ in runs]
+        messages = [put(f"/v1/runs/{name}/updates/1", long_body(2.0 + k)) for k, name in enumerate(runs)]
+        for raw, message in zip(connections, messages, strict=True):
+            raw.send(message[: 1 << 20])
+        for raw, message in reversed(list(zip(connections, messages, strict=True))):
+            raw.send(message[1 << 20 :])
+            assert raw.answer()[0] == 200
+    assert [long_shadow(url, f"/v1/runs/{name}") for name in runs] == [{2.0 + k} for k in range(count)]
+
+
+def test_long_bodies_are_read_and_averaged_on_a_thread(running_app, monkeypatch):
+    """The event loop reads nothing of what comes fast; the thread that reads it averages it, and is free afterwards."""
+    app, url = running_app
+    reading, averaging = [], []
+    readv, advance = os.readv, Pass.advance
+
+    def watched_readv(*arguments):
+        reading.append(threading.current_thread().name)
+        return readv(*arguments)
+
+    def watched_advance(*arguments):
+        averaging.append(threading.current_thread().name)
+        return advance(*arguments)
+
+    with httpx.Client(base_url=url) as http:
+        http.post("/v1/runs", json={"run": "long", "layout": LONG_LAYOUT})
+        http.put("/v1/runs/long/weights", content=long_body(1.0)).raise_for_status()
+        monkeypatch.setattr(os, "readv", watched_readv)
+        monkeypatch.setattr(Pass, "advance", watched_advance)
+        message = put("/v1/runs/long/updates/1", long_body(2.0))
+        with Raw(url) as raw:
+            raw.send(message[: 2 << 20])
+            wait_until(lambda: reading)
+            wait_until(lambda: app.state.context.receivers.free == os.cpu_count())  # though the body is not over
+            raw.send(message[2 << 20 :])
+            assert raw.answer()[0] == 200
+    assert reading
+    assert {name.rstrip("0123456789") for name in reading} == {"ema-receive_"}
+    assert sum(name.startswith("ema-receive_") for name in averaging) >= 2
+
+
 def test_a_server_told_to_stop_finishes_the_push_in_hand(start_server):
     """SIGTERM in the middle of a body: the rest is received and answered, then the server ends with 0."""
     server = start_server()
@@ -306,9 +457,9 @@ def test_a_server_told_to_stop_finishes_the_push_in_hand(start_server):
     assert shadow(server.url, "/v1/runs/last") == {2.0}
 
 
-def test_bodies_of_known_length_do_not_take_the_slow_path(monkeypatch):
-    """Under the server's own protocol a push is received though streaming is broken; only a chunked one needs that."""
-    monkeypatch.setattr("ema_service.api.ingest._stream", None)
+@pytest.fixture
+def running_app() -> Iterator[tuple[FastAPI, str]]:
+    """An application and its address, under the server's own protocol in this process."""
     app = create_app(Settings(data_dir=None))
     config = uvicorn.Config(app, port=0, http=FillingProtocol, ws="none", lifespan="on", log_config=None)
     server = uvicorn.Server(config)
@@ -316,18 +467,24 @@ def test_bodies_of_known_length_do_not_take_the_slow_path(monkeypatch):
     thread.start()
     try:
         wait_until(lambda: server.started)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        with httpx.Client(base_url=url) as http:
-            http.post("/v1/runs", json={"run": "r", "layout": LAYOUT})
-            assert http.put("/v1/runs/r/weights", content=body_of(1.0)).status_code == 200
-            assert http.put("/v1/runs/r/updates/1", content=body_of(2.0)).status_code == 200
-            message = put("/v1/runs/r/updates/2", body_of(3.0))
-            with Raw(url) as raw:
-                raw.send(message[:-20], message[-20:])
-                assert raw.answer()[0] == 200
+        yield app, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+def test_bodies_of_known_length_do_not_take_the_slow_path(running_app, monkeypatch):
+    """Under the server's own protocol a push is received though streaming is broken; only a chunked one needs that."""
+    monkeypatch.setattr("ema_service.api.ingest._stream", None)
+    _, url = running_app
+    with httpx.Client(base_url=url) as http:
+        http.post("/v1/runs", json={"run": "r", "layout": LAYOUT})
+        assert http.put("/v1/runs/r/weights", content=body_of(1.0)).status_code == 200
+        assert http.put("/v1/runs/r/updates/1", content=body_of(2.0)).status_code == 200
+        message = put("/v1/runs/r/updates/2", body_of(3.0))
+        with Raw(url) as raw:
+            raw.send(message[:-20], message[-20:])
+            assert raw.answer()[0] == 200
 
 
 def test_an_unknown_uvicorn_means_the_slow_path_and_a_warning(monkeypatch, caplog):
