@@ -181,7 +181,8 @@ class _Background:
             self._advance(self._begun)
 
 
-def _context(request: Request) -> Context:
+# A plain function would be called on a thread, for each request.
+async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+import numpy as np
 
 __all__ = ["SCHEDULES", "Retention", "Schedule", "constant", "litema"]
 
@@ -49,12 +49,13 @@ def litema(decay: float, num_updates: int, gap: int = 1) -> Retention:
         return _wide(_litema_product(decay, num_updates, gap))
     n = num_updates + 1
     # LitEma divides an int32 tensor: both sides are rounded to float32, then the quotient.
-    return _narrow(min(_float32(decay), _float32(1 + n) / _float32(10 + n)))
+    # As numpy's scalars: torch's would take a tenth of a small push.
+    return _narrow(min(np.float32(decay), np.float32(1 + n) / np.float32(10 + n)))
 
 
 def constant(decay: float, num_updates: int, gap: int = 1) -> Retention:  # noqa: ARG001 - a Schedule takes it
     """The same decay at each step, whatever the counter says."""
-    return _wide(decay**gap) if gap > 1 else _narrow(_float32(decay))
+    return _wide(decay**gap) if gap > 1 else _narrow(np.float32(decay))
 
 
 #: name in a RunConfig -> schedule
@@ -79,13 +80,9 @@ def _warm_steps(decay: float, num_updates: int, gap: int) -> int:
     return min(max(last - num_updates, 0), gap)
 
 
-def _float32(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def _narrow(decay: torch.Tensor) -> Retention:
+def _narrow(decay: np.float32) -> Retention:
     """Float32 scalars, as LitEma computes them: 1.0 - decay rounds once."""
-    return Retention(decay=float(decay), weight=float(1.0 - decay))
+    return Retention(decay=float(decay), weight=float(np.float32(1.0) - decay))
 
 
 def _wide(decay: float) -> Retention:
