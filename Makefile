@@ -42,8 +42,8 @@ demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minut
 test: $(DEV) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle; prints its seeds
-	$(BIN)/python -m pytest tests/fuzz/test_life.py --soak 600 --timeout 900 $(ARGS)
+soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), then one of overload; 15 at most
+	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 $(ARGS)
 
 lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .

@@ -30,6 +30,18 @@ _STOP_SECONDS = 60.0
 _LISTENS = re.compile(r"listens on (https?://\S+)")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak", type=float, default=0.0, metavar="SECONDS", help="go on with random lives, and overload, for so long"
+    )
+
+
+@pytest.fixture
+def soak_seconds(request: pytest.FixtureRequest) -> float:
+    """Seconds to go on for after the short round; 0 unless --soak was given."""
+    return float(request.config.getoption("--soak"))
+
+
 @dataclass
 class ServerProcess:
     """A running server. ``url`` and ``uds`` (unix://...) reach it; ``data_dir`` is None with --memory.
