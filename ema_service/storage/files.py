@@ -5,6 +5,7 @@ Knows paths and bytes. Does not know what the bytes mean, beyond the safetensors
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,7 +18,16 @@ import xxhash
 from ema_client.errors import MalformedBody
 from ema_client.wire import LENGTH_BYTES, Header, parse_header, parse_length
 
-__all__ = ["FolderLock", "FolderLocked", "TensorFile", "file_name", "remove_tree", "sync_folder", "write_whole"]
+__all__ = [
+    "FolderLock",
+    "FolderLocked",
+    "TensorFile",
+    "file_name",
+    "refuse_link",
+    "remove_tree",
+    "sync_folder",
+    "write_whole",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +68,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises OSError where a symbolic link stands in the place of a run's folder: what it leads to is not ours."""
+    if folder.is_symlink():
+        raise OSError(
+            errno.ELOOP,
+            f"{folder} is a symbolic link, which is not followed: put the run's folder itself there and restart the "
+            "server, or delete the run",
+        )
 
 
 def remove_tree(folder: Path) -> None:

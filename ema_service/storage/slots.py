@@ -33,7 +33,7 @@ import numpy as np
 import xxhash
 
 from ema_client.wire import LENGTH_BYTES
-from ema_service.storage.files import file_name, remove_tree, sync_folder
+from ema_service.storage.files import file_name, refuse_link, remove_tree, sync_folder
 
 __all__ = ["Extent", "Slot", "Slots", "padded_bytes"]
 
@@ -114,7 +114,7 @@ class Slots:
 
     def _lend(self, name: str) -> Slot:
         descriptors: dict[tuple[str, bool], int] = {}
-        slot = Slot(name, self._folder / name, self._extents, descriptors, self._threads, patient=self._patient)
+        slot = Slot(name, self._folder, self._extents, descriptors, self._threads, patient=self._patient)
         weakref.finalize(slot, self._take_back, name, descriptors).atexit = False
         return slot
 
@@ -134,7 +134,7 @@ class Slot:
     def __init__(
         self,
         name: str,
-        folder: Path,
+        run_folder: Path,
         extents: Mapping[str, Extent],
         descriptors: dict[tuple[str, bool], int],
         threads: Executor,
@@ -143,7 +143,8 @@ class Slot:
     ) -> None:
         """Made by Slots, which closes ``descriptors`` when the slot dies."""
         self.name = name
-        self._folder = folder
+        self._run_folder = run_folder
+        self._folder = run_folder / name
         self._extents = extents
         self._descriptors = descriptors
         self._threads = threads
@@ -247,6 +248,7 @@ class Slot:
         """Open the files and make them if they are not there, with all the space they take. Raises OSError."""
         if self._descriptors:
             return
+        refuse_link(self._run_folder)
         new = not self._folder.exists()
         try:
             if new:

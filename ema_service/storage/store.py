@@ -21,7 +21,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ema_service.storage.catalog import Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
-from ema_service.storage.files import FolderLock, TensorFile, file_name, remove_tree, sync_folder, write_whole
+from ema_service.storage.files import (
+    FolderLock,
+    TensorFile,
+    file_name,
+    refuse_link,
+    remove_tree,
+    sync_folder,
+    write_whole,
+)
 from ema_service.storage.slots import Extent, Slots
 from ema_service.threads import Threads
 
@@ -74,7 +82,10 @@ class Store:
 
     def add_run(self, name: str, config: str, created_at: float) -> RunRow:
         row = self._catalog.add_run(name, config, created_at)
-        self._run_folder(row).mkdir(parents=True, exist_ok=True)
+        folder = self._run_folder(row)
+        if folder.is_symlink():
+            folder.unlink()  # planted there before the run was: it is nobody's
+        folder.mkdir(parents=True, exist_ok=True)
         sync_folder(self._runs)
         return row
 
@@ -82,6 +93,10 @@ class Store:
         """The row goes first: a crash in between leaves files that no row speaks of, never a row without its files."""
         self._catalog.remove_run(row.id)
         remove_tree(self._run_folder(row))
+
+    def check_folder(self, row: RunRow) -> None:
+        """Raises OSError where a symbolic link stands in the place of the run's folder: none is followed."""
+        refuse_link(self._run_folder(row))
 
     def set_writer(self, row: RunRow, writer: int) -> None:
         """Remember the number of the writer that attached last. Raises sqlite3.Error."""
@@ -98,12 +113,14 @@ class Store:
 
         patient: as for Slots.
         """
-        self._run_folder(row).mkdir(exist_ok=True)  # a power loss may have left the row alone
+        folder = self._run_folder(row)
         known = [checkpoint.folder for checkpoint in self._catalog.checkpoints(row.id)]
-        for name in _OLD_FOLDERS:
-            if name not in known:
-                remove_tree(self._run_folder(row) / name)
-        return Slots(self._run_folder(row), extents, known, self._writers, patient=patient)
+        if not folder.is_symlink():  # else check_folder() says so, and the slots refuse to be opened
+            folder.mkdir(exist_ok=True)  # a power loss may have left the row alone
+            for name in _OLD_FOLDERS:
+                if name not in known:
+                    remove_tree(folder / name)
+        return Slots(folder, extents, known, self._writers, patient=patient)
 
     def checkpoints(self, row: RunRow) -> list[CheckpointRow]:
         """What the run's slots hold, newest first. All but the newest may have been written over since."""
@@ -122,7 +139,7 @@ class Store:
         self._catalog.mark_synced(checkpoint.id)
 
     def open_checkpoint(self, row: RunRow, checkpoint: CheckpointRow, average: str) -> TensorFile:
-        """Raises FileNotFoundError, MalformedBody."""
+        """Of a run that passed check_folder(). Raises FileNotFoundError, MalformedBody."""
         return TensorFile(self._run_folder(row) / checkpoint.folder / file_name(average))
 
     # --- snapshots --------------------------------------------------------------------------------------------------
@@ -132,6 +149,7 @@ class Store:
 
         Raises OSError, sqlite3.Error.
         """
+        self.check_folder(row)
         folder = self._snapshot_folder(row, name)
         remove_tree(folder)  # of a snapshot whose row was never written
         self._write_files(folder, files)
@@ -141,12 +159,14 @@ class Store:
         return self._catalog.snapshots(row.id)
 
     def open_snapshot(self, row: RunRow, name: str, average: str) -> TensorFile:
-        """Raises FileNotFoundError, MalformedBody."""
+        """Raises OSError, MalformedBody."""
+        self.check_folder(row)
         return TensorFile(self._snapshot_folder(row, name) / file_name(average))
 
     def remove_snapshot(self, row: RunRow, name: str) -> None:
         self._catalog.remove_snapshot(row.id, name)
-        remove_tree(self._snapshot_folder(row, name))
+        if not self._run_folder(row).is_symlink():  # behind a link there is nothing of ours to remove
+            remove_tree(self._snapshot_folder(row, name))
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ def outside(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -88,4 +88,107 @@ def test_a_link_in_the_place_of_weights_is_not_followed(
         assert http.put(f"{run.path}/updates/1", content=save({"w": torch.zeros(100)})).status_code in (409, 503)
     server.stop()
 
+    assert contents(outside) == before
+
+
+def moved_behind_a_link(folder: Path, to: Path) -> dict[str, bytes]:
+    """Plant a link in the place of a run's folder that leads to all that was there; what that is."""
+    folder.rename(to)
+    folder.symlink_to(to)
+    return contents(to)
+
+
+def test_a_link_in_the_place_of_a_run_is_not_followed(
+    planted: tuple[ServerProcess, PlainRun, Path], tmp_path: Path
+) -> None:
+    """The run comes up degraded and says which path to mend; nothing behind the link is served, written or deleted.
+
+    With its own folder in its place again it is what it was.
+    """
+    server, run, snapshots = planted
+    folder, elsewhere = snapshots.parent, tmp_path / "elsewhere"
+    run.http.put(f"{run.path}/snapshots/second").raise_for_status()
+    assert server.stop() == 0
+    (folder / "checkpoint-a").mkdir()  # as format 1 left them: removed where they are ours
+    (folder / "checkpoint-a" / "ema.safetensors").touch()
+    before = moved_behind_a_link(folder, elsewhere)
+    server.start()
+    with server.http() as http:
+        info = http.get(run.path).json()
+        assert info["status"] == "degraded"
+        assert f"{folder} is a symbolic link" in info["reason"]
+        refused = [
+            http.put(f"{run.path}/updates/1", content=save(TENSORS)),
+            http.put(f"{run.path}/snapshots/third"),
+            http.get(f"{run.path}/snapshots/first/weights"),
+            http.post(f"{run.path}/rewind", json={"snapshot": "first"}),
+            http.post(f"{run.path}/rewind", json={}),
+        ]
+        codes = ["run_degraded", "run_degraded", "snapshot_damaged", "snapshot_damaged", "run_degraded"]
+        assert [answer.json()["code"] for answer in refused] == codes
+        assert http.delete(f"{run.path}/snapshots/second").status_code == 204
+    assert server.stop() == 0
+    assert contents(elsewhere) == before
+
+    folder.unlink()
+    elsewhere.rename(folder)
+    server.start()
+    with server.http() as http:
+        assert http.get(run.path).json()["status"] == "ready"
+        assert http.put(f"{run.path}/updates/1", content=save(TENSORS)).status_code == 200
+
+
+def test_a_link_in_the_place_of_a_run_without_weights(
+    start_server: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun], outside: Path
+) -> None:
+    """A run that has nothing on disk yet is degraded as well, and its weights are not written through the link."""
+    server = start_server()
+    run = plain_run(server)
+    run.create(TENSORS).raise_for_status()
+    assert server.stop() == 0
+    assert server.data_dir
+    folder = next((server.data_dir / "runs").iterdir())
+    moved_behind_a_link(folder, outside / "run")
+    before = contents(outside)
+    server.start()
+    with server.http() as http:
+        assert http.get(run.path).json()["status"] == "degraded"
+        assert http.put(f"{run.path}/weights", content=save(TENSORS)).status_code == 409
+
+    assert contents(outside) == before
+
+
+def test_a_link_planted_under_a_running_server(planted: tuple[ServerProcess, PlainRun, Path], tmp_path: Path) -> None:
+    """Pushes and snapshots are refused from then on, and deleting the run removes the link alone."""
+    _, run, snapshots = planted
+    folder, elsewhere = snapshots.parent, tmp_path / "elsewhere"
+    before = moved_behind_a_link(folder, elsewhere)
+
+    for answer in (run.push(1, TENSORS), run.http.put(f"{run.path}/snapshots/second")):
+        assert (answer.status_code, answer.json()["code"]) == (503, "storage_failed")
+        assert f"{folder} is a symbolic link" in answer.json()["detail"]
+    assert run.http.delete(run.path).status_code == 204
+    assert not folder.is_symlink()
+    assert contents(elsewhere) == before
+
+
+def test_a_link_in_the_place_of_a_deleted_or_coming_run(
+    planted: tuple[ServerProcess, PlainRun, Path], plain_run: Callable[..., PlainRun], outside: Path
+) -> None:
+    """The sweep at the start removes the link alone; a link under a coming run's name makes way for its folder."""
+    server, run, snapshots = planted
+    folder, before = snapshots.parent, contents(outside)
+    assert run.http.delete(run.path).status_code == 204
+    assert server.stop() == 0
+    folder.symlink_to(outside)
+    number = int(folder.suffix[1:])
+    coming = folder.with_name(f"coming.{number + 1}")
+    coming.symlink_to(outside)
+    server.start()
+    assert not folder.is_symlink()
+    again = plain_run(server, TENSORS, name="coming", durability="memory")
+    again.http.put(f"{again.path}/snapshots/first").raise_for_status()
+
+    assert coming.is_dir()
+    assert not coming.is_symlink()
     assert contents(outside) == before
