@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,25 +38,30 @@ DYING = Path(__file__).parent / "processes" / "dying.py"
 AVERAGES = [{"name": "slow"}, {"name": "fast", "decay": 0.5}]
 #: Large enough to come, and to be written, in several parts.
 SHAPE = (700, 1000)
+#: Large enough to be received, and to be written, by threads of their own.
+LARGE = (4500, 1000)
 
 
-def params(step: int) -> dict[str, Tensor]:
-    return {"w": torch.randn(SHAPE, generator=torch.Generator().manual_seed(step)), "s": torch.tensor(float(step))}
+def params(step: int, shape: tuple[int, int] = SHAPE) -> dict[str, Tensor]:
+    return {"w": torch.randn(shape, generator=torch.Generator().manual_seed(step)), "s": torch.tensor(float(step))}
 
 
 class Tracked:
     """A run and what it must be: LitEma fed with every acknowledged update, once."""
 
-    def __init__(self, run: PlainRun, litema: type[LitEmaOracle], durability: str) -> None:
+    def __init__(
+        self, run: PlainRun, litema: type[LitEmaOracle], durability: str, shape: tuple[int, int] = SHAPE
+    ) -> None:
         self.run = run
         self.step = 0
-        self._oracles = {"slow": litema(params(0)), "fast": litema(params(0), decay=0.5)}
-        run.create(params(0), averages=AVERAGES, durability=durability).raise_for_status()
-        run.begin(params(0)).raise_for_status()
+        self.params = partial(params, shape=shape)
+        self._oracles = {"slow": litema(self.params(0)), "fast": litema(self.params(0), decay=0.5)}
+        run.create(self.params(0), averages=AVERAGES, durability=durability).raise_for_status()
+        run.begin(self.params(0)).raise_for_status()
 
     def push(self) -> dict[str, Any]:
         """The next step; raises what httpx raises if the server dies of it."""
-        answer = self.run.push(self.step + 1, params(self.step + 1)).raise_for_status().json()
+        answer = self.run.push(self.step + 1, self.params(self.step + 1)).raise_for_status().json()
         assert (answer["applied"], answer["durable_step"]) == (True, self.step + 1)
         self.applied()
         return dict(answer)
@@ -63,7 +69,7 @@ class Tracked:
     def applied(self) -> None:
         self.step += 1
         for oracle in self._oracles.values():
-            oracle.update(params(self.step))
+            oracle.update(self.params(self.step))
 
     def check(self) -> None:
         """The run is what it must be, to the bit, in the epoch it began in."""
@@ -169,6 +175,25 @@ def test_kill_in_a_push(durability: str, phase: str, life: Life) -> None:
     tracked.push()
 
     life.check()
+
+
+@pytest.mark.parametrize("phase", ["receiving", "half of a slot by ema-write", "before the row"])
+@pytest.mark.parametrize("durability", ["process", "disk"])
+def test_kill_while_threads_receive_and_write(
+    durability: str, phase: str, life: Life, litema: type[LitEmaOracle]
+) -> None:
+    """As above, of a push that one thread receives while another writes what it makes past the page cache."""
+    name = f"large-{durability}-{phase.replace(' ', '-')}"
+    tracked = life.runs[name] = Tracked(life.plain(name), litema, durability, LARGE)
+    try:
+        for _ in range(4):
+            tracked.push()
+        life.doom(phase, tracked.push)
+        life.check()
+        tracked.push()
+        life.check()
+    finally:
+        life.http.delete(life.runs.pop(name).run.path).raise_for_status()
 
 
 SYNC_PHASES = ["before a sync", "after a sync", "before the anchor's row", "after the anchor's row"]

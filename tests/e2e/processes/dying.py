@@ -52,10 +52,11 @@ def named(before: str, after: str = "") -> Callable[..., tuple[str, str]]:
 def write_half(write: Callable[[Slot, str, memoryview], None]) -> Callable[[Slot, str, memoryview], None]:
     def outer(slot: Slot, average: str, data: memoryview) -> None:
         phase = f"half of a slot by {threading.current_thread().name.rpartition('_')[0]}"
-        if PHASE_FILE.exists() and len(data) > 10_000:
-            write(slot, average, data[: len(data) // 2])
+        half = len(data) // 2 // 4096 * 4096
+        if PHASE_FILE.exists() and half:
+            write(slot, average, data[:half])
             die(phase)
-            data = data[len(data) // 2 :]
+            data = data[half:]
         write(slot, average, data)
 
     return outer
@@ -76,7 +77,7 @@ def save_snapshot(save: Callable[..., None]) -> Callable[..., None]:
 
 
 patch(UpdateBody, "advance", lambda _, count: ("receiving" if count > 10_000 else "", ""))
-Slot.write = write_half(Slot.write)  # type: ignore[method-assign]
+Slot._write = write_half(Slot._write)  # type: ignore[method-assign]
 patch(Slot, "finish", named("slot without its header"))
 patch(Slot, "sync", named("before a sync", "after a sync"))
 patch(Catalog, "put_checkpoint", named("before the row", "row committed"))
