@@ -32,7 +32,16 @@ from ema_client.errors import (
     Superseded,
     WeightsExist,
 )
-from ema_client.protocol import HEADER_SEGMENT, MAX_PARTS, MAX_STEP, RunInfo, Segment, UpdateResult, UpdateStatus
+from ema_client.protocol import (
+    HEADER_SEGMENT,
+    MAX_PARTS,
+    MAX_STEP,
+    SECRET_BYTES,
+    RunInfo,
+    Segment,
+    UpdateResult,
+    UpdateStatus,
+)
 from ema_service.api import ingest
 from ema_service.api.context import Context, Number, RunName, Server, Step, WriterNumber
 from ema_service.api.errors import problem_responses
@@ -46,20 +55,31 @@ router = APIRouter(prefix="/v1/runs/{run}", tags=["updates"])
 
 T = TypeVar("T")
 
+# For the API page alone: FastAPI does not look at the header, as a bad one has an answer of its own (segment_unusable).
+_SEGMENT_HEADER: dict[str, Any] = {
+    "name": HEADER_SEGMENT,
+    "in": "header",
+    "required": False,
+    "description": "In place of a body, on the server's host: where it lies in shared memory (PROTOCOL.md)",
+    "schema": {"type": "string"},
+    "example": f"pid=4242, fd=7, offset=4096, length=1073745920, secret={bytes(SECRET_BYTES).hex()}",
+}
 _SAFETENSORS_BODY: dict[str, Any] = {
+    "parameters": [_SEGMENT_HEADER],
     "requestBody": {
         "required": True,
         "description": "The run's tensors as one safetensors stream, as safetensors.torch.save_file writes them",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
+    },
 }
 _PART_BODY: dict[str, Any] = {
+    "parameters": [_SEGMENT_HEADER],
     "requestBody": {
         "required": True,
         "description": "Slices of the run's tensors as one safetensors stream; its metadata `ema.slices` says which: "
         '{"w": [[[0, 512], [0, 1024]]]}. A tensor not named there is whole',
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
+    },
 }
 _STAGED: dict[int | str, dict[str, Any]] = {202: {"description": "Kept until the other parts come"}}
 

@@ -28,9 +28,11 @@ from torch import Tensor
 
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import Segment
+from ema_service.api import create_app
 from ema_service.api.segment import named, take_over
 from ema_service.runs import Staged, UpdateBody, update
 from ema_service.runs.staging import _Budget
+from ema_service.settings import Settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
@@ -94,6 +96,21 @@ def held_by(server: Any) -> list[str]:
         with contextlib.suppress(OSError):
             found += [str(link)] if "memfd:ema-push" in str(link.readlink()) else []
     return found
+
+
+def test_header_is_on_the_api_page() -> None:
+    """Each route that takes tensors names the header beside its other parameters; no other route does."""
+    paths = create_app(Settings(data_dir=None)).openapi()["paths"]
+    operations = [each for path in paths.values() for each in path.values()]
+    taking = [each for each in operations if "octet-stream" in str(each.get("requestBody"))]
+    naming = [each for each in operations if "Ema-Segment" in [p["name"] for p in each.get("parameters", [])]]
+
+    assert len(taking) == 4
+    assert naming == taking
+    for each in taking:
+        found = {p["name"]: p for p in each["parameters"]}
+        assert "run" in found
+        assert (found["Ema-Segment"]["in"], found["Ema-Segment"]["required"]) == ("header", False)
 
 
 # --- the same as other pushes ---------------------------------------------------------------------------------------
