@@ -5,6 +5,7 @@ Knows transformers. Does not know how weights travel.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ema_client import EmaClient
 from ema_client.errors import UsageError
+from ema_client.protocol import WeightsInfo
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -162,3 +164,114 @@ def test_training_on(client: EmaClient, run_name: str, tmp_path: Path) -> None:
     trainer.train()
     assert client.run(run_name).num_updates == 32
     ema.close()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class Follower(transformers.TrainerCallback):
+    """After the EMA's callback: the EMA as the service has it at each of some events, by event and step."""
+
+    def __init__(self, client: EmaClient, run: str) -> None:
+        self.client, self.run = client, run
+        self.seen: dict[tuple[str, int], tuple[dict[str, Tensor], WeightsInfo]] = {}
+
+    def _see(self, event: str, step: int) -> None:
+        pulled = self.client.pull(self.run)
+        self.seen[event, step] = {name: tensor.clone() for name, tensor in pulled.items()}, pulled.info
+
+    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        self._see("begin", state.global_step)
+
+    def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        self._see("save", state.global_step)
+
+
+def train_from(
+    client: EmaClient, run: str, folder: Path, checkpoint: Any = None, *, attach: bool = True, resume: bool = False
+) -> Follower:
+    """One epoch in a Trainer of its own, of 16 steps with a checkpoint at each 4th."""
+    trainer = a_trainer(folder, Net(), save_strategy="steps", save_steps=4)
+    ema = RemoteEmaCallback(0.9, run=run, resume=resume)
+    if attach:
+        ema.attach(trainer)
+    else:
+        trainer.add_callback(ema)
+    follower = Follower(client, run)
+    trainer.add_callback(follower)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    ema.close()
+    return follower
+
+
+@pytest.mark.parametrize("where", ["named", "newest", "elsewhere", "not attached"])
+def test_resuming_goes_on_with_the_ema_of_the_checkpoint(
+    client: EmaClient, run_name: str, tmp_path: Path, same: Any, where: str
+) -> None:
+    """A training that goes on from a checkpoint has the EMA, step and counter that were there, bit for bit.
+
+    Also where the run had gone on since; wherever the checkpoint is now; and without a word about its run.
+    """
+    whole = train_from(client, run_name, tmp_path).seen
+    checkpoint: Any = tmp_path / "checkpoint-8"
+    if where == "newest":
+        for later in (12, 16):
+            shutil.rmtree(tmp_path / f"checkpoint-{later}")
+    if where == "elsewhere":
+        checkpoint = shutil.move(checkpoint, tmp_path / "kept")
+    given = True if where == "newest" else str(checkpoint)
+    again = train_from(client, run_name, tmp_path, given, attach=where != "not attached").seen
+
+    assert list(again) == [("begin", 8), ("save", 12), ("save", 16)]
+    for (_, step), (weights, info) in again.items():
+        expected, then = whole["save", step]
+        assert same(weights, expected), step
+        assert (info.step, info.num_updates, info.decay) == (step, step, then.decay)
+    assert not same(again["begin", 8][0], whole["save", 16][0])
+
+
+def test_checkpoints_without_the_ema(client: EmaClient, run_name: str, tmp_path: Path, same: Any) -> None:
+    """From one of an older version a run goes on as the service has it, and says so; another name begins a new run."""
+    whole = train_from(client, run_name, tmp_path).seen
+    (tmp_path / "checkpoint-8" / f"ema-{run_name}.json").unlink()
+    checkpoint = str(tmp_path / "checkpoint-8")
+    with pytest.warns(UserWarning, match=f"no .*checkpoint-8/ema-{run_name}.json: .* another step than .* 8"):
+        again = train_from(client, run_name, tmp_path, checkpoint, resume=True).seen
+    assert same(again["begin", 8][0], whole["save", 16][0])
+    assert client.run(run_name).num_updates == 24
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_from(client, f"{run_name}-branch", tmp_path, checkpoint)
+    assert not [warning for warning in caught if "another step" in str(warning.message)]
+    assert client.run(f"{run_name}-branch").num_updates == 8
+
+
+def test_checkpoints_elsewhere(client: EmaClient, run_name: str, tmp_path: Path) -> None:
+    """Where a Trainer saves in folders of its own, as in a hyperparameter search, they are left as they are."""
+
+    class Searching(Trainer):
+        def _get_output_dir(self, *_: Any, **__: Any) -> str:
+            return str(tmp_path / "run-0")
+
+    trainer = a_trainer(tmp_path, Net(), cls=Searching, save_strategy="steps", save_steps=16)
+    ema = RemoteEmaCallback(0.9, run=run_name).attach(trainer)
+    trainer.train()
+    ema.close()
+    assert (tmp_path / "run-0" / "checkpoint-16").is_dir()
+    assert not list(tmp_path.rglob("ema-*.json"))
+    assert not client.snapshots(run_name)
+
+
+def test_runs_of_one_trainer_have_their_own(client: EmaClient, run_name: str, tmp_path: Path) -> None:
+    """Each callback of several finds its own run's EMA again."""
+    runs = [run_name, f"{run_name}-slow"]
+    for checkpoint in (None, str(tmp_path / "checkpoint-8")):
+        trainer = a_trainer(tmp_path, Net(), save_strategy="steps", save_steps=8)
+        callbacks = [RemoteEmaCallback(decay, run=run) for decay, run in zip((0.9, 0.99), runs, strict=True)]
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert [client.run(run).num_updates for run in runs] == [16, 16]
+        for callback in callbacks:
+            callback.close()

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ema_client.errors import UsageError
 from ema_client.integrations.replica import Replica
@@ -33,8 +38,12 @@ class RemoteEmaCallback(TrainerCallback):
     of its ``callbacks`` instead, it updates only. What is trained on, and saved, are the training weights;
     ``with callback.scope():`` around ``save_model()`` saves the EMA.
 
+    Checkpoints hold a reference to the EMA of their step: a training that goes on from one goes on with its run and
+    that EMA (RemoteEma.state_dict() says how long it is there). Without ``attach`` it is looked for in ``output_dir``.
+
     Args:
-        decay, use_num_updates, run, url, token, resume: as for RemoteEma.
+        decay, use_num_updates, run, url, token: as for RemoteEma.
+        resume: go on with the run of this name though the training begins anew, or from a checkpoint without it.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class RemoteEmaCallback(TrainerCallback):
         self._options: dict[str, Any] = {"decay": decay, "use_num_updates": use_num_updates, "resume": resume}
         self._where: dict[str, Any] = {"run": run, "url": url, "token": token}
         self._replica: Replica | None = None
+        self._resumed_from: Path | None = None
 
     @property
     def ema(self) -> RemoteEma | None:
@@ -59,9 +69,11 @@ class RemoteEmaCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> RemoteEmaCallback:
         """Add it to a Trainer, whose evaluate() and predict() then run with EMA weights once a training has begun.
 
-        The Trainer has no event before an evaluation and none after one that fails, so its two methods are wrapped.
+        The Trainer has no event before an evaluation and none after one that fails, so its two methods are wrapped;
+        train() is because no event says which checkpoint a training goes on from.
         """
         trainer.add_callback(self)
+        trainer.train = self._noting_checkpoint(trainer.train)
         trainer.evaluate = self._with_ema(trainer.evaluate)
         trainer.predict = self._with_ema(trainer.predict)
         return self
@@ -93,21 +105,69 @@ class RemoteEmaCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        del args, control
+        del control
         if self._replica:
             # The same Trainer trains on: with its run.
             self._options["resume"] = True
             self.close()
         sends = state.is_world_process_zero
-        self._replica = Replica(model, sends=sends, barrier=_barrier, **self._where, **(self._options if sends else {}))
+        saved = self._saved(args, state) if sends else None
+        options = {**self._options, "resume": self._options["resume"] or saved is not None} if sends else {}
+        self._replica = Replica(model, sends=sends, barrier=_barrier, **self._where, **options)
+        if self.ema and saved:
+            self.ema.load_state_dict(saved)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._replica:
             self._replica.update()
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        folder = _checkpoint(args, state)
+        # The trials of a hyperparameter search have theirs elsewhere.
+        if self.ema and folder.is_dir():
+            self._reference(folder).write_text(json.dumps(self.ema.state_dict()))
+
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._replica:
             self._replica.flush()
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    # Not as a transformers.ExportableState: the Trainer may restore those by making another callback of the checkpoint,
+    # which would have to hold the token; and that callback would not be the one that is attached.
+
+    def _reference(self, checkpoint: Path) -> Path:
+        """Where it is in a checkpoint; by the run's name, as a Trainer may have a callback for each of several runs."""
+        return checkpoint / f"ema-{self._where['run']}.json"
+
+    def _saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+        """The reference in the checkpoint that this training goes on from, where there is one."""
+        if not state.global_step:
+            return None
+        path = self._reference(self._resumed_from or _checkpoint(args, state))
+        if path.is_file():
+            saved: dict[str, Any] = json.loads(path.read_text())
+            return saved
+        # Without resume=True a new run begins, with the weights of the checkpoint.
+        if self._options["resume"]:
+            warnings.warn(
+                f"there is no {path}: run {self._where['run']!r} goes on with the EMA that the service has now, "
+                f"which may be of another step than the checkpoint's, {state.global_step}",
+                stacklevel=2,
+            )
+        return None
+
+    def _noting_checkpoint(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(train)
+        def train_noted(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            # True is the newest in output_dir, which its step tells.
+            told = isinstance(resume_from_checkpoint, str | os.PathLike)
+            self._resumed_from = Path(resume_from_checkpoint) if told else None
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        return train_noted
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _with_ema(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(evaluate)
@@ -116,6 +176,11 @@ class RemoteEmaCallback(TrainerCallback):
                 return evaluate(*args, **kwargs)
 
         return evaluate_ema
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer saves the checkpoint of its present step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _barrier() -> None:
