@@ -91,11 +91,15 @@ class Pass:
 
         Raises NonFinite, and what the parameters' memory raises where it was withdrawn (Staged.settle).
         """
-        if self._staged.shared is None:
-            self.advance(self._layout.param_bytes)
-            digests = self._digest.finish()
-        else:
-            digests = self._divide(self._staged.shared.helpers)
+        try:
+            if self._staged.shared is None:
+                self.advance(self._layout.param_bytes)
+                digests = self._digest.finish()
+            else:
+                digests = self._divide(self._staged.shared.helpers)
+        finally:
+            # Views of the parameters: another process' memory is held no longer than it is read.
+            self._kernels.clear()
         self._staged.settle()
         for feed, finite in zip(self._feeds, self._finite, strict=True):
             if not finite:
