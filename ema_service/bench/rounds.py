@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 
 __all__ = ["Operation", "interleave", "repeated", "timed"]
+
+#: Seconds between two operations. What the one leaves behind (torch's threads, which spin for 0.2 s after their work,
+#: memory being given back) is not the other's: pushes right after a copy by two threads took a sixth longer.
+PAUSE = 0.5
 
 #: Does one thing and says how many seconds it took; what it does to get ready is not counted.
 Operation = Callable[[], float]
@@ -44,6 +48,7 @@ def interleave(
         for name, operation in operations.items():
             if on_step:
                 on_step(f"{when}: {name}")
+            sleep(PAUSE)
             seconds = operation()
             if number:
                 found[name].append(seconds)
