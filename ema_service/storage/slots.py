@@ -169,7 +169,7 @@ class Slot:
         self._made[average] = upto
         self._sources[average] = data
         if self._small:
-            self._write_made(0)
+            self._write_made(1)
         elif not self._busy and upto - self._written[average] >= _PIECE_BYTES:
             self._busy = True
             self._writing = self._threads.submit(self._write_behind)
@@ -180,11 +180,11 @@ class Slot:
         self._busy = False
 
     def _write_made(self, least: int) -> bool:
-        """Write of each average what is made, if that is more than ``least``; say whether there was something."""
+        """Write of each average what is made, if that is ``least`` bytes or more; say whether there was something."""
         found = False
         for average, data in tuple(self._sources.items()):
             start, stop = self._written[average], self._made[average]
-            while stop - start > least and not self._fault:
+            while stop - start >= least and not self._fault:
                 found, end = True, min(start + _PIECE_BYTES, stop)
                 self._write(average, data[start:end])
                 start = self._written[average]
@@ -208,8 +208,16 @@ class Slot:
         if direct is None or self._hurried or not whole or (_address(data) + before) % _PAGE:
             _write_all(cached, data, position)
             return
+        try:
+            _write_all(direct, data[before : before + whole], position + before)
+        except OSError as fault:
+            if fault.errno != errno.EINVAL:
+                raise
+            # A file system that wants more than whole pages.
+            os.close(self._descriptors.pop((average, True)))
+            _write_all(cached, data, position)
+            return
         _write_all(cached, data[:before], position)
-        _write_all(direct, data[before : before + whole], position + before)
         _write_all(cached, data[before + whole :], position + before + whole)
 
     def written(self, average: str) -> int:
@@ -221,7 +229,7 @@ class Slot:
         self._hurried = not self._patient
         if self._writing:
             self._writing.result()
-        self._write_made(0)
+        self._write_made(1)
         self._sources.clear()
         if self._fault:
             raise OSError(*self._fault, str(self._folder))

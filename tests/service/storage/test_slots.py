@@ -283,6 +283,26 @@ def test_file_system_without_direct_writes(tmp_path: Path, large: memoryview, mo
     assert (tmp_path / slot.name / "ema.safetensors").read_bytes()[4096:] == large
 
 
+def test_file_system_that_wants_more_than_pages(
+    tmp_path: Path, large: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where direct writes turn out to be refused, versions go through the page cache."""
+    pwrite: Callable[[int, memoryview, int], int] = os.pwrite
+
+    def refuse(descriptor: int, data: memoryview, position: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    slot = Slots(tmp_path, {"ema": Extent(4096, LARGE)}, [], THREADS, patient=True).take()
+    for stop in (1 << 24, LARGE):
+        slot.write("ema", large, stop)
+    slot.finish({"ema": HEADER})
+
+    assert (tmp_path / slot.name / "ema.safetensors").read_bytes()[4096:] == large
+
+
 def test_failed_write_behind_is_told_at_the_end(
     tmp_path: Path, large: memoryview, monkeypatch: pytest.MonkeyPatch
 ) -> None:
