@@ -136,9 +136,9 @@ class Pass:
                 position = end
 
     def _average(self, index: int, section: Section, start: int, stop: int) -> None:
-        kernels = self._kernels.get(index)
-        if kernels is None:
-            kernels = self._bind(index)
+        if not self._feeds:
+            return
+        kernels = self._kernels.get(index) or self._bind(index)
         self._staged.upload(start, stop)
         first, last = _elements(section, start, stop)
         for number, kernel in enumerate(kernels):

@@ -103,6 +103,24 @@ def test_every_byte_may_be_the_last_of_a_part(model: Model, layout_of: Callable[
     assert push.finish() == Push(layout, memory, model(1), shadow).finish()
 
 
+def test_what_is_made_ends_at_whole_pieces(
+    layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a push arrives, its results are told of by whole pieces: the disk takes whole pages, and only those."""
+    monkeypatch.setattr(update, "PIECE_BYTES", 64)
+    layout = layout_of({"w": torch.zeros(100)})
+    shadow = memory.new_arena(layout)
+    shadow.tensor.zero_()
+    staged, told = Staged(layout, memory), []
+    staged.data[:] = bytes(layout.param_bytes)
+    work = Pass(staged, [Feed(staged.arena, shadow, 0.5, lambda _, upto: told.append(upto))], check=True)
+    for received in range(7, layout.param_bytes, 7):
+        work.advance(received)
+    work.finish()
+
+    assert told == [*range(64, layout.param_bytes, 64), layout.param_bytes]
+
+
 def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:
     """Each average is shadow - weight * (shadow - param) in the shadow's dtype; the shadow stays as it was."""
     layout = layout_of(model(0))
