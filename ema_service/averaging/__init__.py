@@ -5,8 +5,23 @@ Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets o
 
 from __future__ import annotations
 
+from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest
 from ema_service.averaging.fused import prepare
-from ema_service.averaging.kernel import average_into, averaging, cast_into, casting
+from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting
 from ema_service.averaging.schedules import SCHEDULES, Retention, Schedule
 
-__all__ = ["SCHEDULES", "Retention", "Schedule", "average_into", "averaging", "cast_into", "casting", "prepare"]
+__all__ = [
+    "BLOCK_BYTES",
+    "GULP_BYTES",
+    "SCHEDULES",
+    "Accumulators",
+    "BlockDigest",
+    "Retention",
+    "Schedule",
+    "average_into",
+    "averaging",
+    "cast_into",
+    "casting",
+    "digesting",
+    "prepare",
+]

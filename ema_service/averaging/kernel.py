@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ema_service.averaging import fused
+from ema_service.averaging.digest import Accumulators
 
-__all__ = ["average_into", "averaging", "cast_into", "casting"]
+__all__ = ["average_into", "averaging", "cast_into", "casting", "digesting"]
 
 #: Bytes of shadow per block and thread, where torch does the work (float64, fp16). A block is read and written three
 #: times and should stay in the 2 MiB L2 cache of a core together with its parameters. Measured on one core, GB/s of
@@ -70,6 +71,15 @@ def averaging(
     return run
 
 
+def digesting(
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True
+) -> Callable[[int, int, Accumulators], bool] | None:
+    """As averaging(), on the calling thread, but the parameters are taken into the accumulators of their digest in the
+    same reading, gulp for gulp; None where no compiled loop is there for it."""
+    loop = _compiled_loop(out, shadow, param, weight)
+    return loop and (lambda start, stop, digest: loop(start, stop, digest) or not check)
+
+
 def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool) -> bool:
     sums = []
     scratch = None if _same_memory(out, param) else _scratch(out)
@@ -83,7 +93,7 @@ def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *
     return _all_finite(out, sums)
 
 
-def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) -> Callable[[int, int], bool] | None:
+def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) -> fused.Loop | None:
     """What averages a part of the elements in one pass, where there is a compiled loop for these dtypes."""
     if out.device.type != "cpu" or out.dtype != torch.float32:
         return None
@@ -97,7 +107,7 @@ def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) ->
     return None
 
 
-def _run(loop: Callable[[int, int], bool], out: Tensor, param: Tensor, start: int, stop: int) -> bool:
+def _run(loop: fused.Loop, out: Tensor, param: Tensor, start: int, stop: int) -> bool:
     """The loop over many elements, on as many threads as torch may use here."""
     finite = True
     while (end := _independent(out, param, start, stop)) - start >= _SPLIT_BYTES // out.element_size():
@@ -117,7 +127,7 @@ def _independent(out: Tensor, param: Tensor, start: int, stop: int) -> int:
     return min(start + ahead // out.element_size(), stop)
 
 
-def _split(loop: Callable[[int, int], bool], start: int, stop: int, width: int) -> bool:
+def _split(loop: fused.Loop, start: int, stop: int, width: int) -> bool:
     threads = min(torch.get_num_threads(), (stop - start) * width // _SPLIT_BYTES)
     if threads < 2:
         return loop(start, stop)

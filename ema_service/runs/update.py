@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ema_client.errors import NonFinite
 from ema_client.protocol import LAYOUT_DTYPES
-from ema_service.averaging import averaging, casting
+from ema_service.averaging import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, averaging, casting, digesting
 from ema_service.runs.arena import Arena
 from ema_service.runs.layout import Section
 from ema_service.runs.staging import Staged
@@ -27,14 +27,9 @@ from ema_service.runs.staging import Staged
 __all__ = ["Feed", "Pass"]
 
 #: Parameters are hashed and averaged in pieces of this: what was just received is still in the core's cache (2 MiB),
-#: with room for the shadow beside it. A GPU is given more to do at once.
+#: with room for the shadow beside it. A GPU is given more to do at once. A block of the digest is whole pieces.
 PIECE_BYTES = 256 << 10
-GPU_PIECE_BYTES = 64 << 20
-#: Threads that share the work of a push wait for the interpreter between two pieces, one for another: on 2 cores and
-#: 1 GiB, pieces of 256 KiB took 290 ms, 1 MiB 209, 4 MiB 189.
-SHARED_PIECE_BYTES = 4 << 20
-#: The digest of the parameters is the hash of the hashes of blocks of so many bytes: several threads can work it out.
-BLOCK_BYTES = 8 << 20
+GPU_PIECE_BYTES = BLOCK_BYTES
 #: How many tensors an error names before it counts the rest.
 _NAMED_IN_ERRORS = 5
 
@@ -54,6 +49,15 @@ class Feed:
     sink: Callable[[memoryview, int], None] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What feeds each average from one section, given the elements to take; and the first of them with the digest
+    worked out in the same reading, where there is such a loop."""
+
+    kernels: list[Callable[[int, int], bool]]
+    digesting: Callable[[int, int, Accumulators], bool] | None
+
+
 class Pass:
     """Feeds averages from a staged push, from its first byte to its last. Thread-safe: one thread at a time works.
 
@@ -69,8 +73,9 @@ class Pass:
         self._position = 0
         self._finite = [True] * len(feeds)
         self._results = [_bytes_of(feed.out.tensor) if feed.sink else memoryview(b"") for feed in feeds]
-        self._kernels: dict[int, list[Callable[[int, int], bool]]] = {}
-        self._digest = _BlockDigest()
+        self._bound: dict[int, _Bound] = {}
+        self._block = BlockDigest(compiled=False)
+        self._digests: list[bytes] = []
         self._lock = threading.Lock()
 
     def advance(self, received: int) -> None:
@@ -81,8 +86,11 @@ class Pass:
                 # Whole pieces until the end, so that what is made of them is whole pages for the disk.
                 received -= received % piece
             for index, section, start, stop in self._pieces(self._position, received, piece):
-                self._digest.update(self._staged.data[start:stop])
-                self._average(index, section, start, stop)
+                if start % BLOCK_BYTES == 0:
+                    self._block = self._begin_block(index, section, start)
+                self._take(self._block, index, section, start, stop)
+                if stop % BLOCK_BYTES == 0 or stop == self._layout.param_bytes:
+                    self._digests.append(self._block.digest())
                 self._keep(section, stop)
                 self._position = stop
 
@@ -94,69 +102,91 @@ class Pass:
         try:
             if self._staged.shared is None:
                 self.advance(self._layout.param_bytes)
-                digests = self._digest.finish()
             else:
-                digests = self._divide(self._staged.shared.helpers)
+                self._divide(self._staged.shared.helpers)
         finally:
             # Views of the parameters: another process' memory is held no longer than it is read.
-            self._kernels.clear()
+            self._bound.clear()
         self._staged.settle()
         for feed, finite in zip(self._feeds, self._finite, strict=True):
             if not finite:
                 raise _refusal(feed.out)
-        return xxhash.xxh3_128_digest(b"".join(digests))
+        return xxhash.xxh3_128_digest(b"".join(self._digests))
 
-    def _divide(self, helpers: Executor) -> list[bytes]:
+    def _divide(self, helpers: Executor) -> None:
         """Work through all blocks, of parameters that lie apart from every ``out``: in any order, on many threads."""
         stop = self._layout.param_bytes
         blocks = [(start, min(start + BLOCK_BYTES, stop)) for start in range(0, stop, BLOCK_BYTES)]
-        digests = []
-        for block, digest in zip(blocks, helpers.map(self._block, blocks), strict=True):
-            digests.append(digest)
+        for block, digest in zip(blocks, helpers.map(self._divided, blocks), strict=True):
+            self._digests.append(digest)
             for _, section, _, stop in self._pieces(*block, BLOCK_BYTES):
                 self._keep(section, stop)
-        return digests
 
-    def _block(self, block: tuple[int, int]) -> bytes:
-        digest = xxhash.xxh3_128()
-        for index, section, start, stop in self._pieces(*block, SHARED_PIECE_BYTES):
-            digest.update(self._staged.data[start:stop])
-            self._average(index, section, start, stop)
-        return digest.digest()
+    def _divided(self, block: tuple[int, int]) -> bytes:
+        # In one piece where that can be: threads wait for the interpreter between two, one for another.
+        digest: BlockDigest | None = None
+        for index, section, start, stop in self._pieces(*block, BLOCK_BYTES):
+            digest = digest or self._begin_block(index, section, start)
+            self._take(digest, index, section, start, stop)
+        return digest.digest() if digest else b""
 
     def _pieces(self, position: int, received: int, piece: int) -> Iterator[tuple[int, Section, int, int]]:
-        """The bytes from ``position`` to ``received`` in pieces of whole elements of one section."""
+        """The bytes from ``position`` to ``received`` in pieces of whole elements of one section, cut where all bytes
+        from the first on would be: no piece lies in two blocks."""
         for index, section in enumerate(self._layout.sections):
             stop = min(received, section.param.stop)
             stop -= (stop - section.param.start) % LAYOUT_DTYPES[section.param_dtype]
             # A part that ends inside an element leaves the sections behind it alone, though their bytes may have come.
             while section.param.start <= position < stop:
-                end = min(position + piece, stop)
+                end = min(position + piece - position % piece, stop)
                 yield index, section, position, end
                 position = end
 
-    def _average(self, index: int, section: Section, start: int, stop: int) -> None:
-        if not self._feeds:
-            return
-        kernels = self._kernels.get(index) or self._bind(index)
-        self._staged.upload(start, stop)
-        first, last = _elements(section, start, stop)
-        for number, kernel in enumerate(kernels):
-            if not kernel(first, last):
-                self._finite[number] = False
+    def _begin_block(self, index: int, section: Section, start: int) -> BlockDigest:
+        """The averaging works out the digest of blocks that are whole and of one section; the library does the rest."""
+        whole = start + BLOCK_BYTES <= section.param.stop
+        return BlockDigest(compiled=whole and self._bind(index).digesting is not None)
 
-    def _bind(self, index: int) -> list[Callable[[int, int], bool]]:
-        """What feeds each average from one section. Once for a section: its views take longer than a small piece."""
-        param = self._staged.param(index)
-        kernels = []
-        for feed in self._feeds:
-            out = feed.out.section(index)
+    def _take(self, block: BlockDigest, index: int, section: Section, start: int, stop: int) -> None:
+        """Digest and average one piece."""
+        data, bound = self._staged.data[start:stop], self._bind(index)
+        first, last = _elements(section, start, stop)
+        done = first
+        if bound.kernels:
+            self._staged.upload(start, stop)
+        if bound.digesting and block.accumulators is not None:
+            done = last
+            if stop % BLOCK_BYTES == 0:
+                done -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
+            self._note(0, finite=bound.digesting(first, done, block.accumulators))
+            if done < last:
+                block.end(data[-GULP_BYTES:])
+        else:
+            block.update(data)
+        for number, kernel in enumerate(bound.kernels):
+            begin = first if number else done
+            if begin < last:
+                self._note(number, finite=kernel(begin, last))
+
+    def _note(self, number: int, *, finite: bool) -> None:
+        if not finite:
+            self._finite[number] = False
+
+    def _bind(self, index: int) -> _Bound:
+        """What works on one section. Once for a section: its views take longer than a small piece."""
+        if bound := self._bound.get(index):
+            return bound
+        kernels, digest = [], None
+        for number, feed in enumerate(self._feeds):
+            out, param = feed.out.section(index), self._staged.param(index)
             if feed.shadow is None:
                 kernels.append(casting(out, param, check=self._check))
-            else:
-                kernels.append(averaging(out, feed.shadow.section(index), param, feed.weight, check=self._check))
-        self._kernels[index] = kernels
-        return kernels
+                continue
+            shadow = feed.shadow.section(index)
+            kernels.append(averaging(out, shadow, param, feed.weight, check=self._check))
+            if number == 0:
+                digest = digesting(out, shadow, param, feed.weight, check=self._check)
+        return self._bound.setdefault(index, _Bound(kernels, digest))
 
     def _keep(self, section: Section, stop: int) -> None:
         """Tell the sinks how far the results are, while the last of them are in the cache. In order."""
@@ -165,27 +195,6 @@ class Pass:
         for feed, result in zip(self._feeds, self._results, strict=True):
             if feed.sink:
                 feed.sink(result, upto)
-
-
-class _BlockDigest:
-    """The digests of the blocks of a stream, whatever pieces it comes in."""
-
-    def __init__(self) -> None:
-        self._digests: list[bytes] = []
-        self._block = xxhash.xxh3_128()
-        self._room = BLOCK_BYTES
-
-    def update(self, data: memoryview) -> None:
-        while len(data) >= self._room:
-            self._block.update(data[: self._room])
-            data = data[self._room :]
-            self._digests.append(self._block.digest())
-            self._block, self._room = xxhash.xxh3_128(), BLOCK_BYTES
-        self._block.update(data)
-        self._room -= len(data)
-
-    def finish(self) -> list[bytes]:
-        return self._digests if self._room == BLOCK_BYTES else [*self._digests, self._block.digest()]
 
 
 def _elements(section: Section, start: int, stop: int) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from ema_client.errors import SegmentUnusable
 from ema_client.protocol import Segment
 from ema_service.api import create_app
 from ema_service.api.segment import named, take_over
+from ema_service.averaging import digest
 from ema_service.runs import Staged, UpdateBody, update
 from ema_service.runs.staging import _Budget
 from ema_service.settings import Settings
@@ -434,19 +435,23 @@ def test_withdrawn_while_it_is_read(
 def test_blocks_do_not_depend_on_threads(
     local_run: Callable[..., Any],
     memory: Any,
-    model: Callable[[int], dict[str, Tensor]],
     offer: Callable[..., Offer],
     helpers: ThreadPoolExecutor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Divided into blocks that end anywhere among dtypes and pieces, digest and averages are those of one pass."""
-    for block in (8, 24, 64, 1 << 20):
-        monkeypatch.setattr(update, "BLOCK_BYTES", block)
-        monkeypatch.setattr(update, "PIECE_BYTES", 16)
-        monkeypatch.setattr(update, "SHARED_PIECE_BYTES", 40)
-        alone, divided = local_run(model(0)), local_run(model(0))
-        alone.push(1, model(1))
-        one = offer(model(1))
+    dtypes = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+    def model(value: float) -> dict[str, Tensor]:
+        return {name: torch.linspace(-value, value, 5001).to(dtype) for name, dtype in dtypes.items()}
+
+    for block in (2048, 8192, 1 << 20):
+        for module in (update, digest):
+            monkeypatch.setattr(module, "BLOCK_BYTES", block)
+        monkeypatch.setattr(update, "PIECE_BYTES", 1024)
+        alone, divided = local_run(model(1.0)), local_run(model(1.0))
+        alone.push(1, model(3.0))
+        one = offer(model(3.0))
         staged = Staged(divided.run.layout, memory)
         take_over(Segment(secret=one.secret, **one.fields), UpdateBody(staged, one.fields["length"]), helpers)
         assert staged.shared is not None

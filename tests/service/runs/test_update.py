@@ -6,9 +6,11 @@ Knows staged memory and arenas. Does not know runs, threads or sockets.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from ema_client.errors import NonFinite
 from ema_client.protocol import TensorSpec
+from ema_service.averaging import BlockDigest
+from ema_service.averaging import digest as digest_module
 from ema_service.runs import Layout, Memory, Staged, update
 from ema_service.runs.arena import Arena
+from ema_service.runs.staging import Shared
 from ema_service.runs.update import Feed, Pass
 
 WEIGHTS = (0.25, 0.8)
@@ -141,6 +146,46 @@ def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], me
                 out.section(index), old - torch.tensor(weight, dtype=old.dtype) * (old - param.to(old.dtype))
             )
     assert torch.equal(shadow.tensor, before)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["received", "in shared memory"])
+@pytest.mark.parametrize("averages", [0, 1, 2])
+def test_digest_is_xxh3_of_blocks(
+    averages: int, shared: bool, layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever works it out. Blocks that are whole and of one dtype are left to the averaging, others to the library."""
+    block, given = 4096, []
+    for module in (update, digest_module):
+        monkeypatch.setattr(module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(update, "PIECE_BYTES", block // 2)
+    to_library = BlockDigest.update
+    monkeypatch.setattr(BlockDigest, "update", lambda it, data: (given.append(len(data)), to_library(it, data)))
+    random = torch.Generator().manual_seed(0)
+    sizes = {torch.float64: 700, torch.float32: 6000, torch.bfloat16: 9001, torch.float16: 5}
+    tensors = {str(dtype): torch.randn(size, generator=random).to(dtype) for dtype, size in sizes.items()}
+    layout, data = layout_of(tensors), data_of(tensors)
+    shadow = memory.new_arena(layout)
+    shadow.tensor.zero_()
+    staged = Staged(layout, memory)
+    staged.data[:] = data
+    feeds = [Feed(memory.new_arena(layout), shadow, 0.5), Feed(staged.arena, shadow, 0.5)][2 - averages :]
+
+    with ThreadPoolExecutor(2) as helpers:
+        if shared:
+            apart = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone().numpy().data
+            assert staged.adopt(Shared(apart, lambda: None, helpers), 0)
+            feeds = [Feed(memory.new_arena(layout), shadow, 0.5) for _ in feeds]
+        made = Pass(staged, feeds, check=False).finish()
+
+    blocks = [data[start : start + block] for start in range(0, len(data), block)]
+    assert made == xxhash.xxh3_128_digest(b"".join(map(xxhash.xxh3_128_digest, blocks)))
+    averaged = [s.param for s in layout.sections if s.param_dtype in ("F32", "BF16")]
+    whole = [b for b in range(0, len(data), block) if any(s.start <= b and b + block <= s.stop for s in averaged)]
+    assert len(whole) > 6
+    assert sum(given) == len(data) - (len(whole) * block if averages else 0)
+    for feed in feeds:
+        for index, dtype in enumerate(sizes):
+            assert torch.equal(feed.out.section(index), tensors[str(dtype)].to(feed.out.section(index).dtype) / 2)
 
 
 def test_digest_is_of_the_parameters(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:
