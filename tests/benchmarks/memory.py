@@ -84,13 +84,26 @@ def _growth(scale: Scale, service: Service, client: EmaClient, on_step: Callable
 
 
 def _client_peak(scale: Scale, service: Service, on_step: Callable[[str], object]) -> list[Row]:
-    on_step("client's peak")
-    arguments = [service.url, str(scale.wire_bytes), str(PUSHES)]
+    size = scale.wire_bytes
+    trained = _grown(service, scale, "train", on_step)
+    pushed = _grown(service, scale, "push", on_step)
+    return [
+        _megabytes(
+            f"client's peak beyond the model of {show_size(size)}, steps longer than sending",
+            trained,
+            size + CLIENT_SLACK,
+        ),
+        # This one does nothing but push, so one update waits while another is on its way: two copies.
+        _megabytes("the same, nothing but updates", pushed, 2 * size + CLIENT_SLACK),
+    ]
+
+
+def _grown(service: Service, scale: Scale, way: str, on_step: Callable[[str], object]) -> float | None:
+    on_step(f"client's peak: {way}")
+    arguments = [service.url, str(scale.wire_bytes), str(PUSHES), way]
     with Child("trainer", arguments, path=PROCESSES, says=_PEAKS) as trainer:
         before, after = (int(number) for number in trainer.said.split())
-    what = f"client's peak beyond the trainer's model of {show_size(scale.wire_bytes)}"
-    # This trainer does nothing but push, so one update waits while another is on its way: two copies.
-    return [_megabytes(what, after - before if before else None, 2 * scale.wire_bytes + CLIENT_SLACK)]
+    return after - before if before else None
 
 
 def measure_readers(scale: Scale, on_step: Callable[[str], object]) -> Group:

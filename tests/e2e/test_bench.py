@@ -203,7 +203,8 @@ EXPECTED = {
         "server at rest",
         "server's peak, push and pull of 8 MiB",
         "server's growth, pushes 10..20 of 1 MiB",
-        "client's peak beyond the trainer's model of 8 MiB",
+        "client's peak beyond the model of 8 MiB, steps longer than sending",
+        "the same, nothing but updates",
     ],
     "durability": [
         "raw TCP loopback",
