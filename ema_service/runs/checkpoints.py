@@ -227,13 +227,13 @@ class Checkpoints:
         """Bring the run back from the newest checkpoint that is whole. For a run that nobody uses yet.
 
         Where a newer one was damaged the run is ``degraded``: with the older one's weights, if there is an older one.
-        So it is, without weights, where its folder is not its own.
+        So it is, without weights, where its folder, or a slot in it, is not its own.
         Raises sqlite3.Error.
         """
         rows = [_Row(row, _parse(row.state)) for row in self._store.checkpoints(self._row)]
         self._run.last_epoch = max((row.stored.get("epoch", 0) for row in rows), default=0)
         try:
-            self._store.check_folder(self._row)
+            self._slots.check()
         except OSError as fault:
             # Told here and not by reading: there may be no row yet, or only one that a power loss would excuse.
             self._run.fault = f"its files cannot be read: {fault}"

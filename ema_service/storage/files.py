@@ -70,14 +70,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_link(folder: Path) -> None:
-    """Raises OSError where a symbolic link stands in the place of a run's folder: what it leads to is not ours."""
-    if folder.is_symlink():
-        raise OSError(
-            errno.ELOOP,
-            f"{folder} is a symbolic link, which is not followed: put the run's folder itself there and restart the "
-            "server, or delete the run",
-        )
+def refuse_link(folder: Path, within: str = "") -> None:
+    """Raises OSError where a symbolic link stands in the place of a run's folder: what it leads to is not ours.
+
+    within: a path in the folder, none of whose parts may be one either.
+    """
+    path = folder
+    for part in ("", *Path(within).parts):
+        path /= part
+        if path.is_symlink():
+            raise OSError(
+                errno.ELOOP,
+                f"{path} is a symbolic link, which is not followed: put the run's own folder or file there and "
+                "restart the server, or delete the run",
+            )
 
 
 def remove_tree(folder: Path) -> None:

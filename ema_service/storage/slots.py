@@ -107,6 +107,13 @@ class Slots:
         for slot in [self.take() for _ in range(count)]:
             slot.open()
 
+    def check(self) -> None:
+        """Raises OSError where a symbolic link stands in the place of the run's folder, of a slot or of its files."""
+        refuse_link(self._folder, _FOLDER)  # there may be no slot yet
+        for name in self._names:
+            for average in self._extents:
+                refuse_link(self._folder, f"{name}/{file_name(average)}")
+
     def _new_name(self) -> str:
         name = next(name for k in itertools.count() if (name := f"{_FOLDER}/{k}") not in self._names)
         self._names.add(name)
@@ -256,7 +263,7 @@ class Slot:
         """Open the files and make them if they are not there, with all the space they take. Raises OSError."""
         if self._descriptors:
             return
-        refuse_link(self._run_folder)
+        refuse_link(self._run_folder, self.name)
         new = not self._folder.exists()
         try:
             if new:
@@ -276,6 +283,7 @@ class Slot:
     def _open_file(self, average: str, extent: Extent) -> bool:
         """Whether the file was not there, or of another size."""
         path, size = self._folder / file_name(average), extent.header + extent.data
+        refuse_link(self._run_folder, f"{self.name}/{path.name}")  # says more than what O_NOFOLLOW makes of it
         descriptor = self._descriptors[average, False] = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
         )

@@ -13,6 +13,7 @@ the old or the new. Does not know torch, updates, or when something is due. Safe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sqlite3
@@ -43,6 +44,7 @@ _WRITE_THREADS = 4
 #: average -> the chunks of its file
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
+_SNAPSHOTS = "snapshots"
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
 #: The folders that checkpoints alternated between in format 1.
 _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
@@ -94,10 +96,6 @@ class Store:
         self._catalog.remove_run(row.id)
         remove_tree(self._run_folder(row))
 
-    def check_folder(self, row: RunRow) -> None:
-        """Raises OSError where a symbolic link stands in the place of the run's folder: none is followed."""
-        refuse_link(self._run_folder(row))
-
     def set_writer(self, row: RunRow, writer: int) -> None:
         """Remember the number of the writer that attached last. Raises sqlite3.Error."""
         self._catalog.set_writer(row.id, writer)
@@ -115,7 +113,7 @@ class Store:
         """
         folder = self._run_folder(row)
         known = [checkpoint.folder for checkpoint in self._catalog.checkpoints(row.id)]
-        if not folder.is_symlink():  # else check_folder() says so, and the slots refuse to be opened
+        if not folder.is_symlink():  # else Slots.check() says so, and they refuse to be opened
             folder.mkdir(exist_ok=True)  # a power loss may have left the row alone
             for name in _OLD_FOLDERS:
                 if name not in known:
@@ -139,7 +137,7 @@ class Store:
         self._catalog.mark_synced(checkpoint.id)
 
     def open_checkpoint(self, row: RunRow, checkpoint: CheckpointRow, average: str) -> TensorFile:
-        """Of a run that passed check_folder(). Raises FileNotFoundError, MalformedBody."""
+        """Of a run whose slots passed check(). Raises FileNotFoundError, MalformedBody."""
         return TensorFile(self._run_folder(row) / checkpoint.folder / file_name(average))
 
     # --- snapshots --------------------------------------------------------------------------------------------------
@@ -149,7 +147,7 @@ class Store:
 
         Raises OSError, sqlite3.Error.
         """
-        self.check_folder(row)
+        refuse_link(self._run_folder(row), _SNAPSHOTS)
         folder = self._snapshot_folder(row, name)
         remove_tree(folder)  # of a snapshot whose row was never written
         self._write_files(folder, files)
@@ -160,12 +158,14 @@ class Store:
 
     def open_snapshot(self, row: RunRow, name: str, average: str) -> TensorFile:
         """Raises OSError, MalformedBody."""
-        self.check_folder(row)
-        return TensorFile(self._snapshot_folder(row, name) / file_name(average))
+        path = self._snapshot_folder(row, name) / file_name(average)
+        refuse_link(self._run_folder(row), f"{_SNAPSHOTS}/{name}/{path.name}")
+        return TensorFile(path)
 
     def remove_snapshot(self, row: RunRow, name: str) -> None:
         self._catalog.remove_snapshot(row.id, name)
-        if not self._run_folder(row).is_symlink():  # behind a link there is nothing of ours to remove
+        with contextlib.suppress(OSError):  # behind a link there is nothing of ours to remove
+            refuse_link(self._run_folder(row), _SNAPSHOTS)
             remove_tree(self._snapshot_folder(row, name))
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Store:
         return self._runs / f"{row.name}.{row.id}"
 
     def _snapshot_folder(self, row: RunRow, name: str) -> Path:
-        return self._run_folder(row) / "snapshots" / name
+        return self._run_folder(row) / _SNAPSHOTS / name
 
     def _write_files(self, folder: Path, files: Files) -> None:
         folder.mkdir(parents=True, exist_ok=True)

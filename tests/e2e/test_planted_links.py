@@ -91,10 +91,10 @@ def test_a_link_in_the_place_of_weights_is_not_followed(
     assert contents(outside) == before
 
 
-def moved_behind_a_link(folder: Path, to: Path) -> dict[str, bytes]:
-    """Plant a link in the place of a run's folder that leads to all that was there; what that is."""
-    folder.rename(to)
-    folder.symlink_to(to)
+def moved_behind_a_link(path: Path, to: Path) -> dict[str, bytes]:
+    """Plant a link in the place of a folder or file that leads to all that was there; what that is."""
+    path.rename(to)
+    path.symlink_to(to)
     return contents(to)
 
 
@@ -170,6 +170,129 @@ def test_a_link_planted_under_a_running_server(planted: tuple[ServerProcess, Pla
     assert run.http.delete(run.path).status_code == 204
     assert not folder.is_symlink()
     assert contents(elsewhere) == before
+
+
+@pytest.mark.parametrize("place", ["slots", "slots/*", "slots/*/ema.safetensors"])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_link_in_the_place_of_a_slot(
+    planted: tuple[ServerProcess, PlainRun, Path], outside: Path, place: str, which: int
+) -> None:
+    """The run comes up degraded, whether that slot counts or is free, and is what it was once it has its own again."""
+    server, run, snapshots = planted
+    assert server.stop() == 0
+    path = sorted(snapshots.parent.glob(place))[which]
+    moved_behind_a_link(path, outside / "moved")
+    before = contents(outside)
+    server.start()
+    with server.http() as http:
+        info = http.get(run.path).json()
+        assert info["status"] == "degraded"
+        assert f"{path} is a symbolic link" in info["reason"]
+        assert http.get(f"{run.path}/weights").json()["code"] == "run_degraded"
+        assert http.put(f"{run.path}/updates/1", content=save(TENSORS)).json()["code"] == "run_degraded"
+    assert server.stop() == 0
+    assert contents(outside) == before
+
+    path.unlink()
+    (outside / "moved").rename(path)
+    server.start()
+    with server.http() as http:
+        assert http.get(run.path).json()["status"] == "ready"
+        assert http.put(f"{run.path}/updates/1", content=save(TENSORS)).status_code == 200
+
+
+def test_a_link_where_slots_will_be(
+    start_server: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun], outside: Path
+) -> None:
+    """A run that has no slot yet is degraded as well where a link waits for the first."""
+    server = start_server()
+    run = plain_run(server, TENSORS, durability="memory")
+    server.kill()
+    assert server.data_dir
+    slots = next((server.data_dir / "runs").iterdir()) / "slots"
+    assert not slots.exists()
+    (outside / "empty").mkdir()
+    slots.symlink_to(outside / "empty")
+    server.start()
+    with server.http() as http:
+        info = http.get(run.path).json()
+        assert info["status"] == "degraded"
+        assert f"{slots} is a symbolic link" in info["reason"]
+
+
+@pytest.mark.parametrize("place", ["slots", "slots/*", "slots/*/ema.safetensors"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_link_in_the_place_of_a_slot_of_a_running_server(
+    planted: tuple[ServerProcess, PlainRun, Path], outside: Path, place: str, empty: bool
+) -> None:
+    """Pushes are refused from then on, wherever the link leads, and deleting the run leaves that as it is."""
+    _, run, snapshots = planted
+    found = list(snapshots.parent.glob(place))
+    for number, path in enumerate(found):
+        moved_behind_a_link(path, outside / f"moved-{number}")
+        if empty:
+            path.unlink()
+            path.symlink_to(outside / f"nothing-{number}")
+    before = contents(outside)
+
+    for _ in range(2):
+        answer = run.push(1, TENSORS)
+        assert (answer.status_code, answer.json()["code"]) == (503, "storage_failed")
+        assert any(f"{path} is a symbolic link" in answer.json()["detail"] for path in found)
+    assert run.http.delete(run.path).status_code == 204
+    assert contents(outside) == before
+
+
+@pytest.mark.parametrize("place", ["snapshots", "snapshots/first", "snapshots/first/ema.safetensors"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_link_in_the_place_of_a_snapshot(
+    planted: tuple[ServerProcess, PlainRun, Path], outside: Path, place: str, restart: bool
+) -> None:
+    """The snapshot is neither read nor deleted through it, and none is written through it; the run goes on."""
+    server, run, snapshots = planted
+    path = snapshots.parent / place
+    moved_behind_a_link(path, outside / "moved")
+    if place == "snapshots":
+        (outside / "moved" / "second").mkdir()
+        (outside / "moved" / "second" / "ema.safetensors").touch()
+    before = contents(outside)
+    if restart:
+        assert server.stop() == 0
+        server.start()
+    with server.http() as http:
+        assert http.put(f"{run.path}/updates/1", content=save(TENSORS)).status_code == 200
+        refused = [
+            http.get(f"{run.path}/snapshots/first/weights"),
+            http.post(f"{run.path}/rewind", json={"snapshot": "first"}),
+        ]
+        for answer in refused:
+            assert answer.json()["code"] == "snapshot_damaged"
+            assert f"{path} is a symbolic link" in answer.json()["detail"]
+        made = http.put(f"{run.path}/snapshots/second")
+        assert made.status_code == (503 if place == "snapshots" else 201)
+        assert http.delete(f"{run.path}/snapshots/first").status_code == 204
+        assert contents(outside) == before
+        assert http.delete(run.path).status_code == 204
+    assert not snapshots.parent.exists()
+    assert contents(outside) == before
+
+
+def test_links_in_the_folder_of_a_coming_run(
+    planted: tuple[ServerProcess, PlainRun, Path], plain_run: Callable[..., PlainRun], outside: Path
+) -> None:
+    """A folder planted under a coming run's name, with links in it, keeps the run from coming, once."""
+    server, _, snapshots = planted
+    folder, before = snapshots.parent, contents(outside)
+    coming = folder.with_name(f"coming.{int(folder.suffix[1:]) + 1}")
+    coming.mkdir()
+    (coming / "slots").symlink_to(outside)
+    run = plain_run(server, name="coming")
+    answer = run.create(TENSORS)
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "storage_failed")
+    assert not coming.exists()
+    run.create(TENSORS).raise_for_status()
+    assert contents(outside) == before
 
 
 def test_a_link_in_the_place_of_a_deleted_or_coming_run(
