@@ -80,6 +80,9 @@ def serve(
             help="Seconds a sender may stay silent in the middle of a body, or a reader take nothing.", min=0.1
         ),
     ] = Settings.body_timeout,
+    max_watchers: Annotated[
+        int, typer.Option(help="Most streams of events (`ema watch`) at once.", min=1)
+    ] = Settings.max_watchers,
     token_file: Annotated[
         Path | None,
         typer.Option(help="Ask for tokens, those of this file (`ema-service token create`).", dir_okay=False),
@@ -108,6 +111,7 @@ def serve(
         frozen_bytes=frozen_bytes,
         checkpoint_interval=checkpoint_interval,
         body_timeout=body_timeout,
+        max_watchers=max_watchers,
         token_file=token_file,
     )
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)

@@ -31,6 +31,8 @@ class Settings:
     checkpoint_interval: seconds between two looks for runs of durability ``memory`` that moved since their last
         checkpoint.
     body_timeout: seconds a sender may stay silent in the middle of a body, and a reader may take nothing.
+    max_watchers: most streams of events at once. Each keeps a connection: half of the 1,024 descriptors that a process
+        often may have are left to trainers, readers and files.
     token_file: tokens and what each may do; None asks nobody for one.
     json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.
     """
@@ -42,4 +44,5 @@ class Settings:
     checkpoint_interval: float = 60.0
     body_timeout: float = 60.0
     json_bytes: int = 64 << 20
+    max_watchers: int = 512
     token_file: Path | None = None

@@ -2,7 +2,7 @@
 
 A thread reads, a mailbox keeps the newest of each kind, the loop takes. The thread prefers the service's stream of
 events; where that does not come through (an older service, a proxy that holds answers back), it asks for the next step
-and waits for the answer, again and again.
+and waits for the answer, again and again. So it does while a service has as many streams as it allows.
 
 Knows: the text of an event stream, which events make others old, when to connect again. Does not know: sockets,
 tensors, what the loop does.
@@ -16,6 +16,7 @@ import logging
 import random
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from ema_client.errors import (
     ConnectionLost,
     EmaError,
     MethodNotAllowed,
+    Overloaded,
     ProtocolError,
     RouteNotFound,
     RunNotFound,
@@ -134,6 +136,8 @@ class _Reader:
         self._stopped = threading.Event()
         self._stream: Stream | None = None
         self._streams = True
+        #: No stream is asked for before: the service had no room for one. On the monotonic clock.
+        self._full_until = 0.0
         self._failures = 0
         #: What was seen last: the run's latest event, and when asking, the run and its snapshots.
         self._latest: RunEvent | None = None
@@ -165,7 +169,7 @@ class _Reader:
 
     def _read_on(self) -> None:
         self._look_for_snapshots()
-        if not self._streams:
+        if not self._streams or time.monotonic() < self._full_until:
             self._ask()
             return
         try:
@@ -173,6 +177,11 @@ class _Reader:
         except (RouteNotFound, MethodNotAllowed, ProtocolError) as fault:
             _log.info("run %s: no events come through, asking instead: %s", self._run, fault.detail)
             self._streams = False
+            return
+        except Overloaded as full:
+            _log.info("run %s: asking for a while, %s", self._run, full.detail)
+            # Not all who were refused at once come back at once.
+            self._full_until = time.monotonic() + (full.retry_after or 0.0) + random.uniform(0.1, 1.0)
             return
         try:
             self._follow(stream)
@@ -203,6 +212,8 @@ class _Reader:
 
     def _follow(self, stream: Stream) -> None:
         """Deliver what the service says, until it ends. Raises RunNotFound where that is because the run is deleted."""
+        # What the stream tells is not to be told again as a difference when asking goes on after it.
+        self._info = None
         # Once more, for those between the first look and the beginning of the stream.
         self._look_for_snapshots()
         for data in parse(stream.lines()):

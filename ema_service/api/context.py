@@ -61,6 +61,8 @@ class Context:
         self.metrics = metrics
         #: Set once the server is told to stop: whoever waits for a run stops waiting.
         self.stopping = False
+        #: Streams of events that are open, for their limit.
+        self.watchers = 0
         self._waiting: set[asyncio.Event] = set()
         self._apply_threads = Threads(_APPLY_THREADS, "ema-apply", torch.set_num_threads, (_TORCH_THREADS,))
         self._receive_threads = Threads(_RECEIVE_THREADS, "ema-receive", torch.set_num_threads, (1,))

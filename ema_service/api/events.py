@@ -15,11 +15,11 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import Response, StreamingResponse
 from fastapi.sse import format_sse_event
 
-from ema_client.errors import InvalidRequest, RunNotFound, StorageDisabled
+from ema_client.errors import InvalidRequest, Overloaded, RunNotFound, StorageDisabled
 from ema_client.protocol import EventKind, RunEvent, SnapshotInfo, to_json
 from ema_service.api.context import Context, RunName, Server
 from ema_service.api.errors import problem_responses
@@ -37,18 +37,33 @@ _RETRY_MS = 1000
 #: Said at once, so that a client learns in one round trip whether events come through to it.
 _OPENING = format_sse_event(comment="events", retry=_RETRY_MS)
 _HEARTBEAT = format_sse_event(comment="")
+#: Watchers stay: one that is refused may ask for versions meanwhile, and looks for a place as often as a poll lasts.
+_FULL_SECONDS = 10.0
+
+
+async def _place(server: Server) -> AsyncIterator[None]:
+    """A place among the watchers, held to the end of the answer. Raises Overloaded where all are taken."""
+    limit = server.settings.max_watchers
+    if server.watchers >= limit:
+        raise Overloaded(f"{limit} watchers are there already (max_watchers)", retry_after=_FULL_SECONDS)
+    server.watchers += 1
+    try:
+        yield
+    finally:
+        server.watchers -= 1
 
 
 @router.get(
     "/events",
     summary="Watch a run",
+    dependencies=[Depends(_place)],
     response_class=Response,
     responses={
         200: {
             "description": "An event for each new version, changed decay, reset, snapshot made or deleted",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
-        **problem_responses(RunNotFound, InvalidRequest),
+        **problem_responses(RunNotFound, InvalidRequest, Overloaded),
     },
 )
 async def get_events(run: RunName, server: Server) -> Response:

@@ -194,6 +194,36 @@ def test_without_events_it_asks(
         client.push(run, STATE)
 
 
+def test_without_room_it_asks_until_there_is(
+    scripted: Callable[..., Any], server: Any, run: str, client: EmaClient
+) -> None:
+    """A service with as many watchers as it allows is asked meanwhile, and for a stream again when it said. What either
+    told is not told again by the other."""
+    halved = to_json(an_event("decay_changed"))
+    left: list[Callable[[Any], None]] = [
+        lambda peer: peer.problem(503, "overloaded", Retry_After="0"),
+        lambda peer: peer.send(_event_stream(halved)),
+        lambda peer: peer.problem(503, "overloaded", Retry_After="60"),
+    ]
+    proxy = _proxy(scripted, server.url, lambda peer: left.pop(0)(peer))
+    with EmaClient(proxy.url) as watching_client:
+        watch = watching_client.watch(run, kinds=["version", "decay_changed"], timeout=PATIENCE)
+        assert next(watch).version == "1.0"
+        _until(lambda: any("min_step" in target for target in proxy.targets))
+        time.sleep(1.1)  # until it may ask for a stream again
+        client.set_decay(run, 0.5)
+        client.push(run, STATE)
+        assert {next(watch).kind for _ in range(2)} == {"version", "decay_changed"}
+        _until(lambda: not left)
+        client.push(run, STATE)
+        while (event := next(watch)).version != "1.2":
+            assert event.kind == "version"
+        watch.close()  # type: ignore[attr-defined]
+        # Wakes the thread from its last question.
+        client.push(run, STATE)
+    assert len([target for target in proxy.targets if target.endswith("/events")]) == 3
+
+
 def test_a_refusal_is_raised(scripted: Callable[..., Any]) -> None:
     """What cannot be waited out, such as a token that was withdrawn, ends the loop with its error."""
 

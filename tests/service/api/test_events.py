@@ -6,11 +6,11 @@ Knows server-sent events as text, and plain HTTP. Does not know our client.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,7 +55,7 @@ class Events:
                 return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def events(server: Any, run: str, **headers: str) -> Iterator[Events]:
     with server.http() as http, http.stream("GET", f"/v1/runs/{run}/events", headers=headers) as response:
         yield Events(response.raise_for_status())
@@ -196,6 +196,29 @@ def test_watchers_and_events_are_counted(start_server: Callable[..., Any], plain
         assert _metric(server, "ema_watchers") == 1
         assert _metric(server, 'ema_events_total{kind="version"}') == 2
     _until(lambda: _metric(server, "ema_watchers") == 0)
+
+
+def test_watchers_are_limited(start_server: Callable[..., Any], plain_run: Callable[..., Any]) -> None:
+    """Of many that come at once as many as may watch do; the others are told when to come again, and counted. Whoever
+    leaves makes room."""
+    server = start_server("--max-watchers", "3", memory=True)
+    run = plain_run(server, W)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_connection(_address(server), timeout=PATIENCE)) for _ in range(12)]
+        for sock in sockets:
+            sock.sendall(f"GET {run.path}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        statuses = [sock.makefile("rb").readline().split()[1] for sock in sockets]
+        assert sorted(statuses) == [b"200"] * 3 + [b"503"] * 9
+        assert _metric(server, 'ema_errors_total{code="overloaded"}') == 9
+
+        answer = run.http.get(f"{run.path}/events")
+        assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
+        assert int(answer.headers["Retry-After"]) > 1
+        assert "max_watchers" in answer.json()["detail"]
+        sockets[statuses.index(b"200")].close()
+        _until(lambda: _metric(server, "ema_watchers") == 2)
+        with events(server, run.name) as told:
+            assert told.next()["event"] == "version"
 
 
 def test_silence_is_broken_by_comments(local_server: Callable[..., Any]) -> None:
