@@ -18,7 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ema_client.errors import BodyTooLarge, EmaError, RequestTimeout, UnsupportedEncoding
 from ema_service.api.errors import problem_response
 
-__all__ = ["BodyLimits"]
+__all__ = ["JSON_REFUSALS", "BodyLimits"]
+
+#: What a route with a JSON body may answer before it is called, for OpenAPI.
+JSON_REFUSALS = (BodyTooLarge, RequestTimeout)
 
 _WEIGHTS_BODY = re.compile(r"/v1/runs/[^/]+/(weights(/parts/.+)?|updates/.+)\Z")
 

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from ema_client.errors import (
     AverageNotFound,
     AwaitingWeights,
-    BodyTooLarge,
     Forbidden,
     InvalidRequest,
     RunDegraded,
@@ -31,6 +30,7 @@ from ema_client.protocol import RunConfig, RunInfo, RunList, Writer
 from ema_service.api.auth import access_of
 from ema_service.api.context import RunName, Server
 from ema_service.api.errors import problem_responses
+from ema_service.api.limits import JSON_REFUSALS
 from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody, json_body
 
 __all__ = ["router"]
@@ -46,7 +46,7 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     responses={
         200: {"model": RunInfo, "description": "The run exists with this very configuration"},
         **problem_responses(
-            RunExists, TooManyRuns, BodyTooLarge, Forbidden, InvalidRequest, StorageDisabled, StorageFailed
+            *JSON_REFUSALS, RunExists, TooManyRuns, Forbidden, InvalidRequest, StorageDisabled, StorageFailed
         ),
     },
 )
@@ -87,7 +87,7 @@ async def show_run(run: RunName, server: Server) -> RunInfo:
     "/{run}",
     summary="Change the decay",
     responses=problem_responses(
-        RunNotFound, AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed
+        *JSON_REFUSALS, RunNotFound, AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed
     ),
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInfo:
@@ -126,6 +126,7 @@ async def attach_writer(run: RunName, server: Server) -> Writer:
     "/{run}/rewind",
     summary="Go back to a snapshot",
     responses=problem_responses(
+        *JSON_REFUSALS,
         RunNotFound,
         SnapshotNotFound,
         SnapshotDamaged,

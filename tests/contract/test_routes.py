@@ -105,6 +105,12 @@ def test_parameters_are_explained(route: str) -> None:
     assert [p["name"] for p in parameters if not (p.get("description") or p.get("schema", {}).get("description"))] == []
 
 
+@pytest.mark.parametrize("route", [route for route in OPERATIONS if OPERATIONS[route].get("requestBody")])
+def test_bodies_may_be_late_or_too_large(route: str) -> None:
+    """What any body may be refused for, whatever is in it, stands at each route that takes one."""
+    assert OPERATIONS[route]["responses"].keys() >= {"408", "413"}
+
+
 @pytest.mark.parametrize("route", [route for route in OPERATIONS if " /v1/" in route])
 def test_errors_are_documented_in_their_own_shape(route: str) -> None:
     """No route announces FastAPI's own validation body: every 4xx on the API page is problem+json."""

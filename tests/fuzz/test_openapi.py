@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 #: Requests for each operation and each kind of them.
 EXAMPLES = 20
+#: Seconds to wait for one answer; and for a sender, who on a busy machine may pause between a head and its body, or
+#: before its head, after which a connection is closed without an answer.
+PATIENCE, SILENCE = 20.0, "10"
 #: What may stay of all of them: what the allocator keeps, and the runs that were created.
 GROWTH_BYTES = 64 << 20
 TENSORS = {"w": torch.ones(3), "b": torch.zeros(())}
@@ -55,7 +58,8 @@ def fuzzed(
 ) -> Iterator[ServerProcess]:
     """A server with a run and a snapshot to be found. Afterwards it lives, complains of nothing, and has not grown."""
     folder = tmp_path_factory.mktemp("fuzzed")
-    running = server_class(folder, ("--body-timeout", "2", "--staging-bytes", str(1 << 26)), folder / "data").start()
+    flags = ("--body-timeout", SILENCE, "--staging-bytes", str(1 << 26))
+    running = server_class(folder, flags, folder / "data").start()
     with running.http() as http:
         run = plain_run_at(http, FOUND["run"], TENSORS)
         http.put(f"{run.path}/snapshots/{FOUND['name']}").raise_for_status()
@@ -106,6 +110,6 @@ def test_answers_are_the_documented_ones(label: str, kind: str, fuzzed: ServerPr
         aim(case, data)
         if label.startswith("DELETE"):
             case.path_parameters["run"] = "nobody"  # what the others find stays there
-        case.call_and_validate(base_url=fuzzed.url, checks=DOCUMENTED, timeout=20)
+        case.call_and_validate(base_url=fuzzed.url, checks=DOCUMENTED, timeout=PATIENCE)
 
     ask()
