@@ -13,6 +13,7 @@ Knows how a state becomes rows and files and back, and in which order. Does not 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sqlite3
@@ -175,6 +176,11 @@ class Checkpoints:
         final: nothing will be applied after it, so that the versions may go on from here when the run comes back.
         A failure is logged, makes the run ``degraded`` and leaves the checkpoint before; the next call tries again.
         """
+        with contextlib.suppress(StorageFailed):
+            self.keep(final=final)
+
+    def keep(self, *, final: bool = False) -> None:
+        """As save(), for whoever promised that it is kept: raises StorageFailed as well."""
         state = self._run.state
         if state is None or self._run.fault or (self._durability != "memory" and not final):
             return
@@ -182,11 +188,8 @@ class Checkpoints:
             self.sync()
         try:
             self._save(state, final=final)
-        except StorageFailed:
-            return
         except (OSError, sqlite3.Error) as fault:
-            self._note(f"version {state.version} could not be kept: {fault}")
-            return
+            raise self._failed(f"version {state.version} could not be kept: {fault}") from fault
         self._run.unkept = None
 
     def _save(self, state: State, *, final: bool) -> None:

@@ -146,7 +146,8 @@ class RunFiles:
     def rewind(self, name: str) -> None:
         """Go back to a snapshot; it outlives a crash from when this returns, whatever the run's durability.
 
-        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound, StorageFailed.
+        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound; StorageFailed where it would not outlive one: the run may
+        be at the snapshot all the same, and the rewinding can be repeated.
         """
         with self._lock:
             info, checksums = self._snapshots_with_checksums().get(name, (None, {}))
@@ -154,15 +155,15 @@ class RunFiles:
                 raise self._no_snapshot(name)
             averages = tuple(self._read_average(info, each, checksums) for each in info.averages)
             self._run.rewind(averages, info)
-            self._checkpoints.save(final=False)
+            self._checkpoints.keep()
             self._checkpoints.sync()
             self.record(f"rewound to snapshot {name} (version {info.version}, step {info.step})")
 
     def accept(self) -> None:
-        """Go on with the version that is there. Raises as Run.accept()."""
+        """Go on with the version that is there. Raises as Run.accept(), and StorageFailed as rewind()."""
         with self._lock:
             self._run.accept()
-            self._checkpoints.save(final=False)
+            self._checkpoints.keep()
         self.record("the version that is there was accepted")
 
     def delete_snapshot(self, name: str) -> None:

@@ -30,6 +30,7 @@ from ema_client.errors import (
     RunNotFound,
     SnapshotExists,
     SnapshotNotFound,
+    StorageFailed,
 )
 from ema_client.protocol import AverageConfig, WeightsInfo
 from ema_service.runs import WeightsStream
@@ -197,6 +198,30 @@ def test_checkpoint_only_of_what_moved(server: LocalServer, run: LocalRun, monke
     assert sorted(written) == ["fast", "slow"]
     server.stop()
     assert len(written) == 2
+
+
+def test_rewinding_that_would_not_last_says_so(
+    server: LocalServer, run: LocalRun, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of durability memory is rewound for good or the trainer is told; asking again is all it takes."""
+    server.registry.files("r").snapshot("there")
+    at_snapshot = seen(run)
+    run.push(40, model(40))
+
+    def full(_: int, __: memoryview, ___: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StorageFailed, match="No space left") as refusal:
+            server.registry.rewind("r", "there")
+    assert refusal.value.retryable
+    server.registry.rewind("r", "there")
+    server.crash()
+
+    run = again(server)
+    assert run.info.step == 30
+    assert seen(run) == at_snapshot
 
 
 def test_failed_checkpoint_leaves_the_one_before(
