@@ -145,6 +145,7 @@ class EmaClient:
         averages: Sequence[AverageConfig] | None = None,
         non_finite: NonFinitePolicy = "refuse",
         durability: Durability | None = None,
+        copied: Collection[str] = (),
         num_updates: int | None = None,
         step: int | None = None,
         exist_ok: bool = False,
@@ -161,6 +162,8 @@ class EmaClient:
             non_finite: whether updates with NaN or Inf are refused or allowed.
             durability: what an answered update outlives: "memory" a clean stop of the server, "process" its sudden end,
                 "disk" a power loss. None: "process", or "memory" where the server keeps nothing on disk.
+            copied: names of tensors of ``state`` that are not averaged: their newest value is kept, bit for bit, such
+                as that of BatchNorm's statistics.
             num_updates, step: to carry on an EMA from elsewhere.
             exist_ok: return the run as it is, and send nothing, if it has its weights already.
 
@@ -180,6 +183,7 @@ class EmaClient:
             averages=(AverageConfig(),) if averages is None else tuple(averages),
             non_finite=non_finite,
             durability=durability,
+            copied=tuple(copied),
         )
         info = _parse(RunInfo, self._transport.json("POST", protocol.runs_path(), protocol.to_json(config)))
         if info.status == "awaiting_weights":

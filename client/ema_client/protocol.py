@@ -161,6 +161,7 @@ class RunConfig:
     durability: what is acknowledged survives, "memory": a clean stop of the server; "process": its sudden end, such as
         kill -9; "disk": a power loss. None: that of the run if it exists, else "process", or "memory" where the server
         keeps nothing on disk.
+    copied: names of tensors of which every average holds the newest value, bit for bit, instead of an average.
     """
 
     run: str
@@ -171,6 +172,7 @@ class RunConfig:
     averages: tuple[AverageConfig, ...] = (AverageConfig(),)
     non_finite: NonFinitePolicy = "refuse"
     durability: Durability | None = None
+    copied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,7 @@ class RunInfo:
     reason: why the status is "degraded".
     writer: the number of the trainer that attached last, 0 before any did.
     link: how the latest push came to this server, for people to read; None before one has come since it started.
+    copied: how many of the tensors are copied, not averaged.
     """
 
     run: str
@@ -222,6 +225,7 @@ class RunInfo:
     reason: str | None = None
     writer: int = 0
     link: str | None = None
+    copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)

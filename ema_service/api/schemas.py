@@ -108,6 +108,9 @@ class RunConfigBody(_Body):
     durability: Annotated[
         Durability | None, Field(description="What survives a crash; None: process, where there is a disk")
     ] = None
+    copied: Annotated[
+        list[str], Field(max_length=MAX_TENSORS, description="Tensors whose newest value is kept, not an average")
+    ] = []
 
     def to_config(self) -> RunConfig:
         """The same as the protocol's dataclass."""
@@ -120,6 +123,7 @@ class RunConfigBody(_Body):
             averages=tuple(AverageConfig(a.name, a.schedule, a.decay) for a in self.averages),
             non_finite=self.non_finite,
             durability=self.durability,
+            copied=tuple(self.copied),
         )
 
 

@@ -148,7 +148,7 @@ def cast_into(out: Tensor, param: Tensor, *, check: bool = True) -> bool:
 
 
 def casting(out: Tensor, param: Tensor, *, check: bool = True) -> Callable[[int, int], bool]:
-    """As averaging(), for the first shadow of a run: writes ``param`` to ``out`` in its dtype."""
+    """As averaging(), for the first shadow of a run and tensors that are copied: writes ``param`` to ``out``."""
     return lambda start, stop: _cast_blocks(out[start:stop], param[start:stop], check=check)
 
 

@@ -7,7 +7,7 @@ devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -30,12 +30,16 @@ _NAMED_IN_ERRORS = 5
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A stretch of tensors of one dtype: byte ranges among the parameters and among the shadows."""
+    """A stretch of tensors of one dtype and one policy: byte ranges among the parameters and among the shadows.
+
+    copied: the shadow is the newest value, not an average.
+    """
 
     param_dtype: str
     shadow_dtype: str
     param: slice
     shadow: slice
+    copied: bool
 
 
 class Layout:
@@ -43,11 +47,13 @@ class Layout:
 
     params, shadows: entries in canonical order, as pushed and as kept. param_bytes, shadow_bytes: their data sections.
     header: the header of a canonical push, with its length prefix. max_header_bytes: as long as one may be that says
-    the same in other words. sections: one for each dtype.
+    the same in other words. copied: names of the tensors of which a shadow is the newest value, in canonical order.
+    sections: one for each dtype, more where averaged and copied tensors take turns. shadow_dtype: the shadows' dtype;
+    where there are two, both, widest first: ``F64+F32``.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        """Raises InvalidRequest naming the tensor that no run can hold."""
+    def __init__(self, specs: Sequence[TensorSpec], copied: Collection[str] = ()) -> None:
+        """Raises InvalidRequest naming the tensor that no run can hold, or that is to be copied and not there."""
         _check(specs)
         self.params = place(specs)
         self.shadows = place(
@@ -58,7 +64,9 @@ class Layout:
         self.shadow_bytes = self.shadows[-1].end
         self.header = build_header(self.params)
         self.max_header_bytes = 2 * len(self.header) + _HEADER_SLACK
-        self.sections = tuple(_sections(self.params, self.shadows))
+        self.copied = _known(copied, self.params)
+        self.sections = tuple(_sections(self.params, self.shadows, frozenset(self.copied)))
+        self.shadow_dtype = "+".join(dict.fromkeys(section.shadow_dtype for section in self.sections))
         self.elements = sum((e.end - e.begin) // LAYOUT_DTYPES[e.dtype] for e in self.params)
         self._by_name = {entry.name: entry for entry in self.params}
 
@@ -66,14 +74,9 @@ class Layout:
         return len(self.params)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self.params == other.params
+        return isinstance(other, Layout) and (self.params, self.copied) == (other.params, other.copied)
 
     __hash__ = None  # type: ignore[assignment]  # compared at creation only; never a key
-
-    @property
-    def shadow_dtype(self) -> str:
-        """The shadows' dtype; where there are two, both, widest first: ``F64+F32``."""
-        return "+".join(dict.fromkeys(section.shadow_dtype for section in self.sections))
 
     def find(self, name: str) -> Entry | None:
         """The tensor of this name as it is pushed, if there is one."""
@@ -125,8 +128,17 @@ def _difference(mine: Entry, given: Entry) -> str:
     return f"{mine.name} is {given.dtype} {list(given.shape)}, expected {mine.dtype} {list(mine.shape)}"
 
 
-def _sections(params: Sequence[Entry], shadows: Sequence[Entry]) -> Iterable[Section]:
-    for dtype, pairs in groupby(zip(params, shadows, strict=True), key=lambda pair: pair[0].dtype):
+def _known(copied: Collection[str], params: Sequence[Entry]) -> tuple[str, ...]:
+    wanted = set(copied)
+    known = tuple(entry.name for entry in params if entry.name in wanted)
+    if unknown := sorted(wanted.difference(known)):
+        raise InvalidRequest(_named("copied: not in the layout", [name[:200] for name in unknown]))
+    return known
+
+
+def _sections(params: Sequence[Entry], shadows: Sequence[Entry], copied: Collection[str]) -> Iterable[Section]:
+    pairs_in_order = zip(params, shadows, strict=True)
+    for (dtype, kept), pairs in groupby(pairs_in_order, key=lambda pair: (pair[0].dtype, pair[0].name in copied)):
         group = list(pairs)
         (first_param, first_shadow), (last_param, last_shadow) = group[0], group[-1]
         yield Section(
@@ -134,6 +146,7 @@ def _sections(params: Sequence[Entry], shadows: Sequence[Entry]) -> Iterable[Sec
             first_shadow.dtype,
             slice(first_param.begin, last_param.end),
             slice(first_shadow.begin, last_shadow.end),
+            kept,
         )
 
 

@@ -30,6 +30,11 @@ __all__ = ["MAX_RUNS", "Registry"]
 #: Most runs of a server. Each costs a row, its layout in memory and a line of every list, with weights or without.
 MAX_RUNS = 10_000
 
+#: How many tensors an error names before it counts the rest.
+_NAMED_IN_ERRORS = 5
+#: What of a configuration names tensors: too long to be shown as it is.
+_LONG = ("layout", "copied")
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
@@ -58,7 +63,8 @@ class Registry:
         self._kept: dict[str, _Kept] = {}
         for row in store.runs() if store else []:
             config = _config_of(row)
-            kept = self._kept[row.name] = self._keep(config, Layout(config.layout), row, row.created_at)
+            layout = Layout(config.layout, config.copied)
+            kept = self._kept[row.name] = self._keep(config, layout, row, row.created_at)
             if kept.files:
                 kept.files.restore()
 
@@ -87,8 +93,8 @@ class Registry:
         is no store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed.
         """
         _check_averages(config)
-        layout = Layout(config.layout)
-        config = replace(config, layout=tuple(entry.spec for entry in layout.params))
+        layout = Layout(config.layout, config.copied)
+        config = replace(config, layout=tuple(entry.spec for entry in layout.params), copied=layout.copied)
         with self._lock:
             kept = self._kept.get(config.run)
             if kept is None:
@@ -232,5 +238,9 @@ def _check_averages(config: RunConfig) -> None:
 
 def _difference(old: RunConfig, new: RunConfig) -> str:
     names = [f.name for f in fields(RunConfig) if getattr(old, f.name) != getattr(new, f.name)]
-    shown = [f"{name} ({getattr(old, name)}, not {getattr(new, name)})" for name in names if name != "layout"]
+    shown = [f"{name} ({getattr(old, name)}, not {getattr(new, name)})" for name in names if name not in _LONG]
+    if "copied" in names:
+        tensors = sorted(set(old.copied) ^ set(new.copied))
+        more = f" and {len(tensors) - _NAMED_IN_ERRORS} more" if len(tensors) > _NAMED_IN_ERRORS else ""
+        shown.append(f"choice of copied tensors ({', '.join(tensors[:_NAMED_IN_ERRORS])}{more})")
     return " and ".join([*shown, *(["layout"] if "layout" in names else [])])

@@ -235,6 +235,7 @@ class Run:
             reason=self.fault or self.unkept,
             writer=self.writer,
             link=self.link,
+            copied=len(self.layout.copied),
         )
 
     def _status(self) -> RunStatus:

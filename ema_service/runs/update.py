@@ -10,6 +10,7 @@ Knows staged memory, arenas and the kernel. Does not know sockets, threads, or w
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ _NAMED_IN_ERRORS = 5
 class Feed:
     """What the parameters do to one average.
 
-    out <- shadow - weight * (shadow - param); without a shadow, out <- param.
+    out <- shadow - weight * (shadow - param); without a shadow, and in copied sections, out <- param.
     sink: given all of the result's bytes, and how many of them are final, as they come; only where ``out`` is host
     memory.
     """
@@ -68,6 +69,7 @@ class Pass:
     def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool) -> None:
         self._staged = staged
         self._layout = staged.layout
+        self._starts = [section.param.start for section in self._layout.sections]
         self._feeds = feeds
         self._check = check
         self._position = 0
@@ -133,7 +135,10 @@ class Pass:
     def _pieces(self, position: int, received: int, piece: int) -> Iterator[tuple[int, Section, int, int]]:
         """The bytes from ``position`` to ``received`` in pieces of whole elements of one section, cut where all bytes
         from the first on would be: no piece lies in two blocks."""
-        for index, section in enumerate(self._layout.sections):
+        for index in range(bisect_right(self._starts, position) - 1, len(self._starts)):
+            section = self._layout.sections[index]
+            if section.param.start >= received:
+                return
             stop = min(received, section.param.stop)
             stop -= (stop - section.param.start) % LAYOUT_DTYPES[section.param_dtype]
             # A part that ends inside an element leaves the sections behind it alone, though their bytes may have come.
@@ -177,9 +182,10 @@ class Pass:
         if bound := self._bound.get(index):
             return bound
         kernels, digest = [], None
+        copied = self._layout.sections[index].copied
         for number, feed in enumerate(self._feeds):
             out, param = feed.out.section(index), self._staged.param(index)
-            if feed.shadow is None:
+            if feed.shadow is None or copied:
                 kernels.append(casting(out, param, check=self._check))
                 continue
             shadow = feed.shadow.section(index)

@@ -92,6 +92,16 @@ def test_new_run_has_the_weights_it_was_made_from(client: EmaClient, run_name: s
     assert_equal(client.pull(run_name), STATE)
 
 
+def test_copied_tensors_are_the_newest(client: EmaClient, run_name: str) -> None:
+    """Of the tensors that are to be copied a pull gives the last push's values, of the others averages."""
+    assert client.create_run(run_name, STATE, copied=["scale"]).copied == 1
+    client.push(run_name, {name: tensor + 1 for name, tensor in STATE.items()})
+    pulled = client.pull(run_name)
+
+    assert pulled["scale"] == STATE["scale"] + 1
+    assert not torch.equal(pulled["a.bias"], STATE["a.bias"] + 1)
+
+
 def test_module_is_its_trained_parameters(client: EmaClient, run_name: str) -> None:
     """A module stands for its parameters that require gradients, by canonical names."""
     model = nn.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).requires_grad_(False)))

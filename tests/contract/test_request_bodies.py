@@ -37,7 +37,9 @@ def test_a_config_survives_the_way() -> None:
     average = protocol.AverageConfig("fast", "constant", 0.5)
     configs = [
         protocol.RunConfig("r", (tensor,)),
-        protocol.RunConfig("r", (tensor,), 0.5, False, "step", (average, protocol.AverageConfig()), "allow", "memory"),
+        protocol.RunConfig(
+            "r", (tensor,), 0.5, False, "step", (average, protocol.AverageConfig()), "allow", "memory", ("w",)
+        ),
     ]
     for config in configs:
         body = RunConfigBody.model_validate_json(json.dumps(protocol.to_json(config)))

@@ -98,7 +98,10 @@ def local_run(memory: Memory) -> Callable[..., LocalRun]:
 
     def make(tensors: Mapping[str, Tensor], *, begun: bool = True, **config: Any) -> LocalRun:
         specs = specs_of(tensors)
-        run = LocalRun(Run(RunConfig("r", specs, **config), Layout(specs), memory, created_at=1.0), memory)
+        run = LocalRun(
+            Run(RunConfig("r", specs, **config), Layout(specs, config.get("copied", ())), memory, created_at=1.0),
+            memory,
+        )
         if begun:
             run.begin(tensors)
         return run

@@ -44,6 +44,7 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "reason": None,
         "writer": 0,
         "link": None,
+        "copied": 0,
         "non_finite": "refuse",
         "averages": [{"name": "ema", "schedule": "litema", "decay": 0.9999, "effective_decay": None}],
         "tensors": 3,
@@ -89,6 +90,20 @@ def test_config_is_taken_over(server: ServerProcess, plain_run: MakeRun) -> None
         ("b", "constant", 0.75),
     ]
     assert (info["num_updates"], info["bytes"]) == (-1, 96)
+
+
+def test_copied_tensors_are_counted_and_kept(server: ServerProcess, plain_run: MakeRun) -> None:
+    """The run says how many tensors are copied; an update gives those as they are. An unknown name is 422."""
+    name = next(iter(TENSORS))
+    run = plain_run(server, TENSORS, copied=[name])
+    run.push(1, {key: tensor + 1 for key, tensor in TENSORS.items()}).raise_for_status()
+
+    assert run.info()["copied"] == 1
+    found = {key for key, value in run.weights().items() if torch.equal(value, TENSORS[key] + 1)}
+    assert found == {name}
+    refused = plain_run(server).create(TENSORS, copied=["nobody"])
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    assert "nobody" in refused.json()["detail"]
 
 
 def test_runs_are_listed(server: ServerProcess, plain_run: MakeRun, run_name: str) -> None:

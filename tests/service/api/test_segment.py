@@ -439,17 +439,17 @@ def test_blocks_do_not_depend_on_threads(
     helpers: ThreadPoolExecutor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Divided into blocks that end anywhere among dtypes and pieces, digest and averages are those of one pass."""
+    """Divided into blocks that end anywhere among dtypes, copies and pieces, digest and averages are those of one."""
     dtypes = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
     def model(value: float) -> dict[str, Tensor]:
-        return {name: torch.linspace(-value, value, 5001).to(dtype) for name, dtype in dtypes.items()}
+        return {name: torch.linspace(-value, value, 5119).to(dtype) for name, dtype in dtypes.items()}
 
     for block in (2048, 8192, 1 << 20):
         for module in (update, digest):
             monkeypatch.setattr(module, "BLOCK_BYTES", block)
         monkeypatch.setattr(update, "PIECE_BYTES", 1024)
-        alone, divided = local_run(model(1.0)), local_run(model(1.0))
+        alone, divided = (local_run(model(1.0), copied=("f32", "f16")) for _ in range(2))
         alone.push(1, model(3.0))
         one = offer(model(3.0))
         staged = Staged(divided.run.layout, memory)

@@ -115,6 +115,27 @@ def test_sections_are_the_dtypes(layout_of: Callable[..., Layout], model: Callab
     assert len(layout) == len(model(0))
 
 
+def test_copied_tensors_have_sections_of_their_own() -> None:
+    """Sections end where averaged and copied tensors take turns, and still cover everything in order."""
+    specs = [TensorSpec(name, (2,), dtype) for name, dtype in zip("abcde", ["F32"] * 4 + ["BF16"], strict=True)]
+    layout = Layout(specs, ["e", "c", "b", "c"])
+
+    assert layout.copied == ("b", "c", "e")
+    assert [(s.param, s.shadow, s.copied) for s in layout.sections] == [
+        (slice(0, 8), slice(0, 8), False),
+        (slice(8, 24), slice(8, 24), True),
+        (slice(24, 32), slice(24, 32), False),
+        (slice(32, 36), slice(32, 40), True),
+    ]
+    assert layout != Layout(specs)
+
+
+def test_copied_tensors_have_to_be_there() -> None:
+    """A name that is no tensor's is refused: a misspelt one would be averaged unnoticed."""
+    with pytest.raises(InvalidRequest, match="copied: not in the layout: statistics, zeal"):
+        Layout([TensorSpec("w", (1,), "F32")], ["zeal", "w", "statistics"])
+
+
 @given(specs)
 def test_bytes_of_parameters_and_shadows(given_specs: list[TensorSpec]) -> None:
     """Parameters take their dtype's width, shadows 8 bytes for F64 and else 4; both lie in one order."""

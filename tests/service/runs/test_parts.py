@@ -213,6 +213,17 @@ def test_update_waits_for_its_last_part(gatherer: Gatherer, model: Callable[[int
     assert gatherer.parts.staged(1) is None
 
 
+def test_copied_tensors(local_run: MakeRun, model: Callable[[int], dict[str, Tensor]]) -> None:
+    """Of a copied tensor the newest value is kept, also where it came in slices."""
+    run = local_run(model(0), copied=("conv.weight",))
+    gatherer = Gatherer(run.run)
+    for index in range(2):
+        gatherer.send(1, index, 2, part_body(model(1), rows(model(1), index, 2)))
+
+    assert torch.equal(run.shadows()["conv.weight"], model(1)["conv.weight"])
+    assert not torch.equal(run.shadows()["wide"], model(1)["wide"])
+
+
 def test_other_bytes_are_a_conflict(gatherer: Gatherer, model: Callable[[int], dict[str, Tensor]]) -> None:
     """A part sent again with other bytes is refused, before and after its update is applied, and changes nothing."""
     mine, other = (part_body(model(seed), rows(model(seed), 0, 2)) for seed in (1, 2))

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -101,6 +102,37 @@ def test_clean_restart(server: LocalServer, run: LocalRun, model: Model) -> None
     assert not run.push(30, model(30)).applied
     assert run.run.status_of(30).state == "applied"
     assert run.push(40, model(40)).version == "1.4"
+
+
+def test_copied_tensors_restart(server: LocalServer, model: Model) -> None:
+    """What is copied goes on being copied, also after a rewind; what a snapshot holds of it comes back."""
+    run = server.create("r", model(0), copied=("emb",))
+    run.begin(model(0))
+    run.push(1, model(1))
+    server.registry.files("r").snapshot("s")
+    run.push(2, model(2))
+    server.stop()
+    run = again(server)
+
+    assert run.info.copied == 1
+    assert torch.equal(run.shadows()["emb"], model(2)["emb"].float())
+    server.registry.rewind("r", "s")
+    assert torch.equal(run.shadows()["emb"], model(1)["emb"].float())
+    run.push(2, model(3))
+    assert torch.equal(run.shadows()["emb"], model(3)["emb"].float())
+
+
+def test_row_that_knows_of_no_copied_tensors(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """A run of a version that averaged everything goes on so."""
+    server.stop()
+    assert server.folder is not None
+    with sqlite3.connect(server.folder / "catalog.db") as db:
+        db.execute("UPDATE runs SET config = json_remove(config, '$.copied')")
+    run = again(server)
+
+    assert run.info.copied == 0
+    run.push(40, model(40))
+    assert not torch.equal(run.shadows()["conv.weight"], model(40)["conv.weight"])
 
 
 def test_run_without_weights_restarts(server: LocalServer, model: Model) -> None:

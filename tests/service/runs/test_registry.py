@@ -46,6 +46,7 @@ def test_same_config_again_is_the_same_run(server: LocalServer, model: Model) ->
         ({"decay": 0.5, "decay_per": "step"}, "decay_per (update, not step)"),
         ({"decay": 0.5, "non_finite": "allow"}, "non_finite (refuse, not allow)"),
         ({"decay": 0.5, "averages": (AverageConfig("a"),)}, "averages"),
+        ({"decay": 0.5, "copied": ("wide", "emb")}, "choice of copied tensors (emb, wide)"),
     ],
 )
 def test_other_config_is_refused(changes: dict[str, Any], words: str, server: LocalServer, model: Model) -> None:
@@ -80,6 +81,18 @@ def test_other_layout_is_refused_without_listing_it(server: LocalServer, model: 
         server.create("r", {**model(0), "more": torch.zeros(1)})
 
     assert refusal.value.detail == "run 'r' exists with another layout"
+
+
+def test_copied_tensors_are_a_set(server: LocalServer, model: Model) -> None:
+    """Their order does not matter; where others are copied a few of them are named; an unknown one makes no run."""
+    run = server.create("r", model(0), copied=("emb", "wide"))
+
+    assert server.create("r", model(0), copied=["wide", "emb"]).run is run.run
+    with pytest.raises(RunExists, match=r"copied tensors \(conv\.weight, emb, half, none, scalar and 1 more\)"):
+        server.create("r", model(0), copied=("conv.weight", "half", "none", "scalar"))
+    with pytest.raises(InvalidRequest, match="copied: not in the layout: w"):
+        server.create("other", model(0), copied=("w",))
+    assert len(server.registry.runs()) == 1
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,26 @@ def test_several_averages_of_one_push(local_run: MakeRun, model: Model, litema: 
     assert run.info.bytes == 4 * run.run.layout.shadow_bytes
 
 
+def test_copied_tensors(local_run: MakeRun, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Every average holds their newest value, from the first weights on and after gaps; the others are averaged."""
+    averages = (AverageConfig("slow"), AverageConfig("fast", decay=0.3))
+    run = local_run(model(0), averages=averages, copied=("conv.weight", "emb"))
+    oracles = {"slow": litema(model(0), 0.9999), "fast": litema(model(0), 0.3)}
+    newest = model(0)
+    for step in (1, 2, 7):
+        for name, oracle in oracles.items():
+            expected = {**oracle.shadow, "conv.weight": newest["conv.weight"], "emb": newest["emb"].float()}
+            assert_equal(run.shadows(name), expected)
+        newest = model(step)
+        run.push(step, newest)
+        for oracle in oracles.values():
+            oracle.update(newest)
+
+    assert run.info.copied == 2
+    with pytest.raises(NonFinite, match=r"conv\.weight"):
+        run.push(8, with_nan(model(8), "conv.weight"))
+
+
 def test_unknown_average_is_named(local_run: MakeRun, model: Model) -> None:
     """Asking for an average the run has not is refused with those it has."""
     run = local_run(model(0), averages=(AverageConfig("a"), AverageConfig("b")))

@@ -21,7 +21,7 @@ from ema_client.protocol import TensorSpec
 from ema_service.averaging import BlockDigest
 from ema_service.averaging import digest as digest_module
 from ema_service.runs import Layout, Memory, Staged, update
-from ema_service.runs.arena import Arena
+from ema_service.runs.arena import TORCH_DTYPES, Arena
 from ema_service.runs.staging import Shared
 from ema_service.runs.update import Feed, Pass
 
@@ -106,6 +106,34 @@ def test_every_byte_may_be_the_last_of_a_part(model: Model, layout_of: Callable[
         push.arrive(count)
 
     assert push.finish() == Push(layout, memory, model(1), shadow).finish()
+
+
+@pytest.mark.parametrize(("piece", "block"), [(1024, 2048), (1024, 1 << 20)])
+def test_copied_tensors_are_the_parameters(
+    piece: int, block: int, layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every average, however they arrive, they are the pushed bits, widened; averages of the others, and the digest,
+    are as ever, with blocks of it that are averaged, copied, or both."""
+    for module in (update, digest_module):
+        monkeypatch.setattr(module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(update, "PIECE_BYTES", piece)
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    tensors = {f"{n}.{dtype}": torch.linspace(-n, 3.0, 1501).to(dtype) for n in range(1, 5) for dtype in dtypes}
+    averaged = layout_of(tensors)
+    mixed = Layout([entry.spec for entry in averaged.params], [entry.name for entry in averaged.params[::2]])
+    shadow = memory.new_arena(averaged)
+    shadow.tensor.zero_()
+    whole, push = (Push(layout, memory, tensors, Arena(layout, shadow.tensor)) for layout in (averaged, mixed))
+    for count in range(0, mixed.param_bytes, 777):
+        push.arrive(count)
+    (digest, plain), (same, found) = whole.finish(), push.finish()
+
+    assert digest == same
+    for result, without in zip(found, plain, strict=True):
+        for entry in mixed.shadows:
+            param = tensors[entry.name].to(TORCH_DTYPES[entry.dtype]).numpy().tobytes()
+            expected = param if entry.name in mixed.copied else without[entry.begin : entry.end]
+            assert result[entry.begin : entry.end] == expected, entry.name
 
 
 def test_what_is_made_ends_at_whole_pieces(
