@@ -20,6 +20,9 @@ from ema_client.sharding import Plan, agreed, together
 
 __all__ = ["Joining"]
 
+#: So many tensors are named in a message before "and n more".
+_NAMED = 5
+
 _EXISTS_HINT = "pass resume=True to go on with it, choose another name, or delete the old run first"
 
 
@@ -74,6 +77,7 @@ class Joining:
         info = self.client.run(self._run)
         self._check_same("use_num_updates", info.use_num_updates, self.config.use_num_updates)
         self._check_same("decay_per", info.decay_per, self.config.decay_per)
+        self._check_same_copied(info.copied)
         layout = self.config.layout
         tensors, elements = len(layout), sum(torch.Size(spec.shape).numel() for spec in layout)
         if (info.tensors, info.parameters) != (tensors, elements):
@@ -88,6 +92,16 @@ class Joining:
         if theirs != ours:
             raise UsageError(
                 f"run {self._run!r} has {name}={theirs!r}", hint=f"resume it with {name}={theirs!r}, or make a new run"
+            )
+
+    def _check_same_copied(self, theirs: int) -> None:
+        ours = self.config.copied
+        if theirs != len(ours):
+            named = f": {', '.join(ours[:_NAMED])}" if ours else ""
+            more = f" and {len(ours) - _NAMED} more" if len(ours) > _NAMED else ""
+            raise UsageError(
+                f"run {self._run!r} copies {theirs} of its tensors, this trainer {len(ours)}{named}{more}",
+                hint="resume with the choice of buffers that the run was made with, or make a new run",
             )
 
     # --- a new run --------------------------------------------------------------------------------------------------
@@ -111,6 +125,7 @@ class Joining:
                 decay_per=config.decay_per,
                 averages=config.averages,
                 durability=config.durability,
+                copied=config.copied,
                 step=0,
             )
         except RunExists as exists:

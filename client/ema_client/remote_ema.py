@@ -67,11 +67,13 @@ class RemoteEma:
         on_busy: "block": wait while two updates are on their way, so that none is left out, as with LitEma; "skip":
             never wait, leave this update out. Where the service is away nobody waits: updates are left out.
         push_dtype: send the parameters as this: torch.bfloat16 for half the traffic. The shadow is float32 all the
-            same, beginning with the parameters as they were sent.
+            same, beginning with the parameters as they were sent. Buffers that are copied are sent as they are.
         borrow: send the parameters from where they lie, on the CPU, and let the next step of a torch optimizer wait
             until they are sent. Saves the copy. Nothing but an optimizer may change them between update() and step().
         frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError.
-        buffers: "none", or "average" for the floating-point buffers too, such as BatchNorm's statistics.
+        buffers: what becomes of floating-point buffers that are saved with the model, such as BatchNorm's statistics:
+            "none": they stay the model's own; "average": they are averaged as well; "copy": beside the averages are
+            those of the latest update sent. Others, such as BatchNorm's counter of batches, stay the model's own.
         durability: what survives a crash of the service; by default the protocol's.
 
     Raises InvalidDecay (a ValueError, as LitEma raises it), RunExists, with ``resume`` RunNotFound, and what
@@ -110,6 +112,7 @@ class RemoteEma:
         self._update_every = update_every
         self._waits = on_busy == "block"
         self._borrows = borrow
+        self._buffers = buffers != "none"
         self._stored = Stored()
         self._frozen: set[str] = set()
         tensors, _ = self._selection.of(model)
@@ -126,6 +129,7 @@ class RemoteEma:
             decay_per=decay_per,
             averages=(AverageConfig(),) if averages is None else tuple(averages),
             durability=durability,
+            copied=tuple(sorted(self._selection.copied)),
         )
         joining = Joining(self._client, config, self._plan, lambda: self._initial(tensors))
         try:
@@ -298,7 +302,7 @@ class RemoteEma:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def copy_to(self, model: nn.Module) -> None:
-        """Write the EMA weights into the model's parameters (and buffers, if they are averaged), frozen ones too.
+        """Write the EMA weights into the model's parameters (and buffers, unless left alone), frozen ones too.
 
         Includes every update so far. Raises UsageError, before anything is written, if the parameters are not those of
         the run.
@@ -348,6 +352,9 @@ class RemoteEma:
 
     def _send(self, tensors: list[Tensor], step: int, *, hooked: bool) -> None:
         """The one place where an update leaves the trainer."""
+        if hooked and self._buffers:
+            # The next forward pass changes buffers, before there is a step that would wait for the sending or the copy.
+            tensors = [each if isinstance(each, nn.Parameter) else each.detach().clone() for each in tensors]
         # A service that is away may need the bytes for longer than a step takes.
         if self._borrows and hooked and not self._publisher.stuck and self._sending.can_borrow(tensors):
             update = self._sending.borrowed(step, tensors)
@@ -389,7 +396,7 @@ def _selected(
         whole = Selection(model, buffers=buffers, frozen=frozen, dtype=dtype)
         return whole, plan_whole(whole.specs)
     if buffers != "none":
-        raise UsageError("the buffers of a sharded model are not averaged", hint="leave buffers='none'")
+        raise UsageError("the buffers of a sharded model are not averaged or copied", hint="leave buffers='none'")
     if on_busy == "skip":
         raise UsageError("each rank would leave out updates of its own", hint="use on_busy='block', update_every=k")
     sharded = ShardedSelection(model, frozen=frozen, dtype=dtype)

@@ -24,8 +24,8 @@ from ema_client.tensors import dtype_name, parameters_of, specs_of, state_of
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 
-#: What becomes of buffers: left alone, or averaged where they are floating point and saved with the model.
-BufferPolicy = Literal["none", "average"]
+#: What becomes of buffers: left alone or, where they are floating point and saved with the model, averaged or copied.
+BufferPolicy = Literal["none", "average", "copy"]
 #: What becomes of a parameter that is frozen later: it goes on being averaged, with a value that stays; or an error.
 FrozenPolicy = Literal["hold", "error"]
 
@@ -39,7 +39,7 @@ class Selection:
     Args:
         model: not kept.
         buffers, frozen: see BufferPolicy and FrozenPolicy.
-        dtype: what the tensors are sent as; by default each as it is.
+        dtype: what the tensors are sent as; by default, and where they are copied, each as it is.
 
     Raises UsageError for a model without such parameters, or with one that cannot be sent; NameCollision.
     """
@@ -55,12 +55,14 @@ class Selection:
         _check_choice("buffers", buffers, BufferPolicy)
         _check_choice("frozen", frozen, FrozenPolicy)
         self._frozen_policy = frozen
-        self._buffers = buffers == "average"
+        self._buffers = buffers != "none"
         self._dtype = None if dtype is None else dtype_name(dtype)
         named = self._all_named(model)
         chosen = parameters_of(model)
-        if self._buffers:
-            chosen |= _averaged_buffers(model)
+        kept = _chosen_buffers(model) if self._buffers else {}
+        chosen |= kept
+        #: Names of the tensors that are copied, not averaged.
+        self.copied = frozenset(kept if buffers == "copy" else ())
         specs = [self._sent(spec) for spec in specs_of(state_of(chosen))]
         #: In canonical order.
         self.specs = tuple(entry.spec for entry in wire.place(specs))
@@ -121,7 +123,7 @@ class Selection:
         raise _mismatch(faults)
 
     def _all_named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Parameters, trained or not, and buffers where they are averaged, by every canonical name they have."""
+        """Parameters, trained or not, and buffers if they are asked for, by every canonical name they have."""
         named: dict[str, Tensor] = {}
         originals: dict[str, str] = {}
         parameters = list(model.named_parameters(remove_duplicate=False))
@@ -170,7 +172,10 @@ class Selection:
         return faults
 
     def _sent(self, spec: TensorSpec) -> TensorSpec:
-        return spec if self._dtype is None else TensorSpec(spec.name, spec.shape, self._dtype)
+        # What is copied is to be the trainer's, bit for bit.
+        if self._dtype is None or spec.name in self.copied:
+            return spec
+        return TensorSpec(spec.name, spec.shape, self._dtype)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -189,7 +194,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
                     yield tensor
 
 
-def _averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
+def _chosen_buffers(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen = set()
     for name, buffer in _kept_buffers(model):

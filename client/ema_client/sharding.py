@@ -119,10 +119,12 @@ class ShardedSelection:
     """The slices of a sharded model's parameters that this rank sends, found again in it at every update.
 
     Made by all ranks of the default group together. As Selection: ``specs`` are those of the tensors that are sent,
-    here of this rank's slices; ``plan.layout`` is of the whole model.
+    here of this rank's slices; ``plan.layout`` is of the whole model. Buffers are not among them, so none is copied.
 
     Raises UsageError for a model that cannot be sent; NameCollision.
     """
+
+    copied: frozenset[str] = frozenset()
 
     def __init__(self, model: nn.Module, *, frozen: FrozenPolicy = "hold", dtype: str | torch.dtype | None = None):
         self._policy = frozen

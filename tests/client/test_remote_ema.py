@@ -6,6 +6,7 @@ Knows what a training loop does with a LitEma. Does not know how updates travel 
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ema_client import AverageConfig, EmaClient, RemoteEma, RetryPolicy
 from ema_client.errors import (
@@ -27,6 +29,9 @@ from ema_client.errors import (
     TransportError,
     UsageError,
 )
+from ema_client.selection import BufferPolicy
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 ONCE = RetryPolicy(attempts=1)
 
@@ -490,6 +495,65 @@ def test_buffers_are_averaged_if_asked_for(make: Callable[..., RemoteEma]) -> No
     assert all(torch.equal(buffer, now[name]) for name, buffer in model.named_buffers())
 
 
+def test_buffers_are_copied_if_asked_for(make: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """Beside averages are the statistics of the latest update, in every average, as with torch's AveragedModel."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    averages = (AverageConfig("slow"), AverageConfig("fast", decay=0.1))
+    ema = make(model, 0.5, False, buffers="copy", averages=averages, update_every=2, push_dtype=torch.bfloat16)
+    theirs = AveragedModel(model, use_buffers=False)
+    for step in range(1, 6):
+        model(torch.randn(8, 2) + 3)
+        train(model)
+        ema(model)
+        if step % 2 == 0:
+            theirs.update_parameters(model)
+    newest = {n: b for n, b in theirs.module.named_buffers() if b.is_floating_point()}
+    now = {**values(model), **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+    with ema.scope(model):
+        inside = dict(model.named_buffers())
+        assert all(torch.equal(inside[name], buffer) for name, buffer in newest.items())
+        assert inside["1.num_batches_tracked"] == 5
+        assert not torch.equal(model[0].weight, now["0.weight"])
+
+    assert all(torch.equal(tensor, now[name]) for name, tensor in model.state_dict().items())
+    for average in ("slow", "fast"):
+        pulled = client.pull(ema.run, average=average)
+        assert all(torch.equal(pulled[name], buffer) for name, buffer in newest.items())
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_forward_right_after_the_update(make: Callable[..., RemoteEma], buffers: BufferPolicy) -> None:
+    """Buffers change in the next forward pass, where no step of an optimizer waits: that is not in the update."""
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.BatchNorm1d(1000))
+    ema = make(model, 0.0, False, borrow=True, buffers=buffers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(10):
+        optimizer.step()
+        ema(model)
+        mean = model[1].running_mean.clone()
+        model[1].running_mean.add_(1)
+        target = copy.deepcopy(model)
+        ema.copy_to(target)
+        assert torch.equal(target[1].running_mean, mean)
+
+
+@needs_cuda
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_forward_on_a_gpu_right_after_the_update(make: Callable[..., RemoteEma], buffers: BufferPolicy) -> None:
+    """The same where the copy to the host runs beside the training, behind 256 MiB of parameters."""
+    model = nn.Sequential(nn.Linear(8192, 8192, device="cuda"), nn.BatchNorm1d(8192, device="cuda"))
+    ema = make(model, 0.0, False, buffers=buffers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.step()
+        ema(model)
+        mean = model[1].running_mean.clone()
+        model[1].running_mean.add_(1)
+        target = copy.deepcopy(model)
+        ema.copy_to(target)
+        assert torch.equal(target[1].running_mean, mean)
+
+
 def test_frozen_later(make: Callable[..., RemoteEma]) -> None:
     """A parameter frozen in the middle goes on being averaged, with one warning; copy_to() and scope() include it."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -680,6 +744,25 @@ def test_resume_with_another_model(make: Callable[..., RemoteEma]) -> None:
 
     with pytest.raises(UsageError, match="2 tensors with 6 elements in all, the model 2 with 12"):
         make(nn.Linear(3, 3), resume=True)
+
+
+def test_resume_with_another_choice_of_buffers(make: Callable[..., RemoteEma]) -> None:
+    """What is copied cannot become averaged, or the other way round; the same choice goes on."""
+    model = nn.BatchNorm1d(3)
+    copying = make(model, buffers="copy")
+    for buffers in ("average", "none"):
+        with pytest.raises(UsageError, match="copies 2 of its tensors, this trainer 0"):
+            make(model, resume=True, buffers=buffers)
+    model(torch.randn(8, 3))
+    again = make(model, resume=True, buffers="copy")
+    again(model)
+    mean = model.running_mean.clone()
+    with again.scope(model):
+        assert torch.equal(model.running_mean, mean)
+    make(model, run=f"{copying.run}-averaging", buffers="average")
+
+    with pytest.raises(UsageError, match="copies 0 of its tensors, this trainer 2: running_mean, running_var"):
+        make(model, run=f"{copying.run}-averaging", resume=True, buffers="copy")
 
 
 def test_resume_with_another_counter(make: Callable[..., RemoteEma]) -> None:

@@ -50,6 +50,16 @@ def test_trained_parameters_once() -> None:
 
     assert names(Selection(model)) == {"table.weight"} | BODY
     assert names(Selection(model, buffers="average")) == {"table.weight"} | BODY | STATISTICS
+    assert names(Selection(model, buffers="copy")) == {"table.weight"} | BODY | STATISTICS
+
+
+def test_copied_buffers() -> None:
+    """They are told from what is averaged, and sent as they are where the parameters are sent as something narrower."""
+    selection = Selection(Model(), buffers="copy", dtype=torch.bfloat16)
+
+    assert selection.copied == STATISTICS
+    assert {spec.name for spec in selection.specs if spec.dtype == "F32"} == STATISTICS
+    assert not Selection(Model(), buffers="average").copied
 
 
 def test_the_models_own_tensors_are_found() -> None:
@@ -198,10 +208,10 @@ def test_colliding_names() -> None:
         Selection(model)
 
 
-@pytest.mark.parametrize("options", [{"buffers": "copy"}, {"frozen": "drop"}])
+@pytest.mark.parametrize("options", [{"buffers": "drop"}, {"frozen": "drop"}])
 def test_unknown_policies(options: dict[str, str]) -> None:
     """A policy that does not exist is an error that lists those that do."""
-    with pytest.raises(UsageError, match=r"is unknown \(give one of '(none', 'average|hold', 'error)'"):
+    with pytest.raises(UsageError, match=r"is unknown \(give one of '(none', 'average', 'copy|hold', 'error)'"):
         Selection(Model(), **options)  # type: ignore[arg-type]
 
 
