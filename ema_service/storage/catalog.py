@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["FORMAT", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
 
 #: Version of the tables below and of the files they speak of.
-FORMAT = 2
+FORMAT = 3
 
 _CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -36,7 +36,8 @@ CREATE TABLE snapshots (
 CREATE TABLE history (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
 """
-#: format -> what makes the next of it. Format 1 had one checkpoint for each run, written and synced as a whole.
+#: format -> what makes the next of it. Format 1 had one checkpoint for each run, written and synced as a whole. Format
+#: 2 knew no copied tensors: its servers would average them, so they must refuse what is written now.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -46,6 +47,7 @@ INSERT INTO checkpoints (run_id, folder, state, synced, created_at)
 DROP TABLE checkpoints_1;
 ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
 """,
+    2: "",
 }
 
 

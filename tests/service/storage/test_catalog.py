@@ -199,6 +199,22 @@ def test_format_1_is_migrated(path: Path) -> None:
     catalog.close()
 
 
+def test_format_2_is_migrated(path: Path) -> None:
+    """A catalog of format 2 keeps what it has and says so no longer: its servers know no copied tensors."""
+    catalog = Catalog(path)
+    catalog.add_run("r", "{}", 1.5)
+    before = catalog.runs()
+    catalog.close()
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 2")
+    database.close()
+
+    catalog = Catalog(path)
+    assert catalog.runs() == before
+    assert catalog._read("PRAGMA user_version") == [(3,)]
+    catalog.close()
+
+
 def test_file_that_is_no_database(path: Path) -> None:
     """A file that is no database is refused and left alone."""
     path.write_bytes(b"this is no database" * 1000)
