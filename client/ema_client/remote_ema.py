@@ -283,8 +283,8 @@ class RemoteEma:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to the EMA of state_dict(): weights, counter, decay and step. Updates after it are done away with.
 
-        For a RemoteEma of the same run, made with ``resume=True``. Raises UsageError for another run's state, and where
-        there is no snapshot to go back to; SnapshotNotFound where that was deleted since.
+        For a RemoteEma of the same run, made with ``resume=True``. Raises UsageError for another run's state, for what
+        is none, and where there is no snapshot to go back to; SnapshotNotFound where that was deleted since.
         """
         check_state_is_of(self._run, state)
         self.flush()

@@ -18,6 +18,10 @@ __all__ = ["check_state_is_of", "rewind_to", "saved_state"]
 #: Snapshots of states are named so, and this many of them stay: trainers keep a few checkpoints, not all.
 _STATES = "state"
 _KEPT_STATES = 10
+#: What a state must say.
+_FIELDS = {"run": str, "version": str, "step": int | None, "snapshot": str | None}
+#: So much of what is no state is shown.
+_SHOWN = 80
 
 
 def saved_state(client: EmaClient, run: str) -> dict[str, Any]:
@@ -33,8 +37,15 @@ def saved_state(client: EmaClient, run: str) -> dict[str, Any]:
     return {**state, "snapshot": snapshot.name}
 
 
-def check_state_is_of(run: str, state: Mapping[str, Any]) -> None:
-    """Raises UsageError for another run's state."""
+def check_state_is_of(run: str, state: object) -> None:
+    """Raises UsageError for another run's state, and for what is none."""
+    if not isinstance(state, Mapping) or not all(
+        isinstance(state.get(key, ...), kind) for key, kind in _FIELDS.items()
+    ):
+        raise UsageError(
+            f"this is not the state of a run: {str(state)[:_SHOWN]!r}",
+            hint="give what RemoteEma.state_dict() returned",
+        )
     if state["run"] != run:
         raise UsageError(
             f"the state is of run {state['run']!r}, this is {run!r}",

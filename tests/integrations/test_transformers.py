@@ -247,6 +247,64 @@ def test_checkpoints_without_the_ema(client: EmaClient, run_name: str, tmp_path:
     assert client.run(f"{run_name}-branch").num_updates == 8
 
 
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda whole: whole[:10], "Unterminated string"),
+        (lambda _: b"", "Expecting value"),
+        (lambda _: b"\x80\x00 PNG", "can't decode byte 0x80"),
+        (lambda _: b"[1, 2]", r"not the state of a run: '\[1, 2\]'"),
+        (lambda _: b'{"epoch": 3}', "not the state of a run"),
+        (lambda whole: whole.replace(b'"step": 8', b'"step": "8"'), "not the state of a run"),
+        (lambda whole: whole.replace(b'"run": "', b'"run": "other-'), "the state is of run 'other-"),
+    ],
+    ids=["half", "empty", "binary", "list", "foreign", "mistyped", "other run"],
+)
+def test_a_damaged_reference(client: EmaClient, run_name: str, tmp_path: Path, damage: Any, what: str) -> None:
+    """Half a file, or somebody else's, is refused by name, with what to do about it; the run stays as it is."""
+    train_from(client, run_name, tmp_path)
+    path = tmp_path / "checkpoint-8" / f"ema-{run_name}.json"
+    path.write_bytes(damage(path.read_bytes()))
+    version = client.run(run_name).version
+    with pytest.raises(UsageError, match=what) as caught:
+        train_from(client, run_name, tmp_path, str(tmp_path / "checkpoint-8"))
+    assert caught.value.detail.startswith(f"{path} does not say which EMA the checkpoint had: ")
+    assert "or delete it, and with resume=True" in caught.value.hint
+    assert client.run(run_name).version == version
+
+
+@pytest.mark.parametrize("method", ["write_text", "replace"])
+def test_a_reference_is_whole_or_not_there(
+    client: EmaClient, run_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """A training that ends while it is written leaves what was there before, whole, and nothing beside it."""
+    train_from(client, run_name, tmp_path)
+    folder = tmp_path / "checkpoint-16"
+    path = folder / f"ema-{run_name}.json"
+    before, names = path.read_bytes(), sorted(folder.iterdir())
+    real, opened = getattr(Path, method), []
+
+    def ends(self: Path, *args: Any) -> Any:
+        if "ema-" in self.name:
+            opened.append(self)
+            # Half of it is on the disk by then.
+            self.write_bytes(b"{")
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    callback = RemoteEmaCallback(0.9, run=run_name, resume=True)
+    trainer = a_trainer(tmp_path, Net())
+    trainer.add_callback(callback)
+    trainer.train()
+    monkeypatch.setattr(Path, method, ends)
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_save(trainer.args, trainer.state)
+    callback.close()
+    assert [part.parent for part in opened] == [folder]
+    assert path.read_bytes() == before
+    assert sorted(folder.iterdir()) == names
+
+
 def test_checkpoints_elsewhere(client: EmaClient, run_name: str, tmp_path: Path) -> None:
     """Where a Trainer saves in folders of its own, as in a hyperparameter search, they are left as they are."""
 

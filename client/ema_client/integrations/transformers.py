@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from ema_client.errors import UsageError
 from ema_client.integrations.replica import Replica
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
+from ema_client.rewinding import check_state_is_of
 
 __all__ = ["RemoteEmaCallback"]
 
@@ -125,7 +127,7 @@ class RemoteEmaCallback(TrainerCallback):
         folder = _checkpoint(args, state)
         # The trials of a hyperparameter search have theirs elsewhere.
         if self.ema and folder.is_dir():
-            self._reference(folder).write_text(json.dumps(self.ema.state_dict()))
+            _write(self._reference(folder), self.ema.state_dict())
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._replica:
@@ -146,8 +148,7 @@ class RemoteEmaCallback(TrainerCallback):
             return None
         path = self._reference(self._resumed_from or _checkpoint(args, state))
         if path.is_file():
-            saved: dict[str, Any] = json.loads(path.read_text())
-            return saved
+            return _read(path, self._where["run"])
         # Without resume=True a new run begins, with the weights of the checkpoint.
         if self._options["resume"]:
             warnings.warn(
@@ -181,6 +182,30 @@ class RemoteEmaCallback(TrainerCallback):
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """Where the Trainer saves the checkpoint of its present step."""
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """The file is whole or not there: a training that is killed leaves no checkpoint that cannot be gone on from."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_text(json.dumps(state))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path, run: str) -> dict[str, Any]:
+    """What _write() wrote of this run. Raises UsageError for anything else."""
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        check_state_is_of(run, state)
+    except (ValueError, UsageError) as fault:
+        raise UsageError(
+            f"{path} does not say which EMA the checkpoint had: {getattr(fault, 'detail', fault)}",
+            hint="put back a copy of it, or go on from another checkpoint; or delete it, and with resume=True the run "
+            "goes on with the EMA that the service has now",
+        ) from fault
+    return state
 
 
 def _barrier() -> None:
