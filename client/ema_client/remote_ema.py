@@ -287,15 +287,17 @@ class RemoteEma:
         is none, and where there is no snapshot to go back to; SnapshotNotFound where that was deleted since.
         """
         check_state_is_of(self._run, state)
-        self.flush()
 
         def rewind() -> None:
             if self._plan.part == 0:
                 rewind_to(self._client, state)
 
         if self._plan.sharded:
+            # All have flushed before one rewinds: a rank that is late would wait for a step that is no more.
+            together(self.flush)
             together(rewind)
         else:
+            self.flush()
             rewind()
         self._step = self._first_step = self._sent_step = state["step"] or 0
 

@@ -35,6 +35,7 @@ __all__ = [
     "Shard",
     "ShardedSelection",
     "agreed",
+    "gathered",
     "is_sharded",
     "plan_whole",
     "reshard",
@@ -135,7 +136,7 @@ class ShardedSelection:
         sends = {name: shard for name, shard in shards.items() if shard.is_sent(dist.get_rank(), firsts[name])}
         specs = [self._sent(spec_of(name, shard.local)) for name, shard in sends.items()]
         self.specs = tuple(entry.spec for entry in wire.place(specs))
-        senders = [rank for rank, sending in enumerate(_gather(bool(sends))) if sending]
+        senders = [rank for rank, sending in enumerate(gathered(bool(sends))) if sending]
         part = senders.index(dist.get_rank()) if sends else None
         slices = {name: shard.boxes for name, shard in sends.items() if shard.sliced}
         self.plan = Plan(layout, part, len(senders), group, slices, others=True)
@@ -237,7 +238,7 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except EmaError as error:
         fault = error
-    for rank, other in enumerate(_gather(fault)):
+    for rank, other in enumerate(gathered(fault)):
         if other is not None:
             other.add_note(f"on rank {rank}")
             raise other
@@ -246,7 +247,7 @@ def together(work: Callable[[], T]) -> T:
 
 def agreed(work: Callable[[], T | None]) -> T | None:
     """together(), for work that makes something on one rank only: that, on all."""
-    return next((made for made in _gather(together(work)) if made is not None), None)
+    return next((made for made in gathered(together(work)) if made is not None), None)
 
 
 def _mismatch(faults: list[str]) -> UsageError:
@@ -407,13 +408,13 @@ def _trained(flat: Any) -> list[bool]:
 def _agreed(mine: tuple[TensorSpec, ...]) -> tuple[tuple[TensorSpec, ...], dict[str, int], str]:
     """The whole layout, the lowest rank that knows each of its tensors, and rank 0's choice of a group."""
     digest = hashlib.sha256(repr(sorted(mine, key=lambda spec: spec.name)).encode()).hexdigest()
-    answers: list[tuple[str, str]] = _gather((digest, secrets.token_hex(8)))
+    answers: list[tuple[str, str]] = gathered((digest, secrets.token_hex(8)))
     group = answers[0][1]
     if len({digest for digest, _ in answers}) == 1:
         return mine, dict.fromkeys((spec.name for spec in mine), 0), group
     # The ranks of a pipeline hold different tensors.
     first: dict[str, tuple[int, TensorSpec]] = {}
-    for other, specs in enumerate(_gather(mine)):
+    for other, specs in enumerate(gathered(mine)):
         for spec in specs:
             if first.setdefault(spec.name, (other, spec))[1] != spec:
                 raise UsageError(
@@ -422,7 +423,8 @@ def _agreed(mine: tuple[TensorSpec, ...]) -> tuple[tuple[TensorSpec, ...], dict[
     return tuple(s for _, s in first.values()), {name: rank for name, (rank, _) in first.items()}, group
 
 
-def _gather(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
+    """Each rank's ``value``, by rank, on all ranks: they call it together."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -321,6 +321,14 @@ def test_checkpoints_elsewhere(client: EmaClient, run_name: str, tmp_path: Path)
     assert not client.snapshots(run_name)
 
 
+def test_checkpoints_that_transformers_refuses(tmp_path: Path) -> None:
+    """Of a model that it sharded itself transformers makes none to go on from, whatever a callback does."""
+    model = Net()
+    model.is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="Resuming is not supported"):
+        a_trainer(tmp_path, model, save_strategy="steps", save_steps=4)
+
+
 def test_runs_of_one_trainer_have_their_own(client: EmaClient, run_name: str, tmp_path: Path) -> None:
     """Each callback of several finds its own run's EMA again."""
     runs = [run_name, f"{run_name}-slow"]

@@ -8,16 +8,20 @@ Knows: Lightning's hooks, and what a step is there. Does not know: how weights t
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
+from ema_client.errors import UsageError
 from ema_client.integrations.replica import Replica
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["RemoteEmaCallback"]
 
@@ -28,7 +32,8 @@ class RemoteEmaCallback(Callback):
     Updated once for each optimizer step, however many batches that takes. Validation, tests and predictions run with
     EMA weights, which leave the module again at their end, also where they fail. Checkpoints hold the training
     weights and a reference to the EMA of their step: a training that goes on from one goes on with its run and that
-    EMA (RemoteEma.state_dict() says how long it is there). With several processes the first sends; all evaluate.
+    EMA (RemoteEma.state_dict() says how long it is there). With several processes the first sends, or, of a sharded
+    model, each its own shards; all evaluate.
 
     Args:
         decay, use_num_updates, run, url, token: as for RemoteEma.
@@ -60,7 +65,7 @@ class RemoteEmaCallback(Callback):
 
     @property
     def ema(self) -> RemoteEma | None:
-        """The RemoteEma, during a training and in the process that sends."""
+        """The RemoteEma, during a training and in a process that sends."""
         return self._replica.ema if self._replica else None
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -125,10 +130,28 @@ class RemoteEmaCallback(Callback):
     # ----------------------------------------------------------------------------------------------------------------
 
     def _open(self, trainer: Trainer, pl_module: LightningModule, *, trains: bool) -> Replica:
-        averaged = attrgetter(self._attribute)(pl_module) if self._attribute else pl_module
-        sends = trains and trainer.is_global_zero
-        options = {**self._options, "resume": self._resume} if sends else {}
-        return Replica(averaged, sends=sends, barrier=trainer.strategy.barrier, **self._where, **options)
+        return Replica(
+            self._averaged(trainer, pl_module),
+            trains=trains,
+            first=trainer.is_global_zero,
+            barrier=trainer.strategy.barrier,
+            resume=self._resume,
+            **self._where,
+            **self._options,
+        )
+
+    def _averaged(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
+        # FSDP1 around the whole module has the parameters, and says which of them this rank holds.
+        wrapped: nn.Module = trainer.model
+        if not hasattr(wrapped, "_fsdp_wrapped_module"):
+            averaged: nn.Module = attrgetter(self._attribute)(pl_module) if self._attribute else pl_module
+            return averaged
+        if self._attribute:
+            raise UsageError(
+                f"FSDP1 around the whole module keeps {self._attribute!r} in flat parameters with the rest of it",
+                hint="leave attribute away, or wrap that part only, in configure_model(), or use FSDP2's fully_shard",
+            )
+        return wrapped
 
     def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before a training there is no EMA yet.

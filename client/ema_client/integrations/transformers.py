@@ -28,6 +28,7 @@ from ema_client.integrations.replica import Replica
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
 from ema_client.rewinding import check_state_is_of
+from ema_client.sharding import agreed, is_sharded
 
 __all__ = ["RemoteEmaCallback"]
 
@@ -35,10 +36,10 @@ __all__ = ["RemoteEmaCallback"]
 class RemoteEmaCallback(TrainerCallback):
     """Keeps the EMA of a model's trainable parameters on the service.
 
-    Updated once for each optimizer step, however many batches that takes. With several processes the first sends; all
-    evaluate. ``attach(trainer)`` adds it to a Trainer and has that evaluate and predict with EMA weights; given as one
-    of its ``callbacks`` instead, it updates only. What is trained on, and saved, are the training weights;
-    ``with callback.scope():`` around ``save_model()`` saves the EMA.
+    Updated once for each optimizer step, however many batches that takes. With several processes the first sends, or,
+    of a sharded model, each its own shards; all evaluate. ``attach(trainer)`` adds it to a Trainer and has that
+    evaluate and predict with EMA weights; given as one of its ``callbacks`` instead, it updates only. What is trained
+    on, and saved, are the training weights; ``with callback.scope():`` around ``save_model()`` saves the EMA.
 
     Checkpoints hold a reference to the EMA of their step: a training that goes on from one goes on with its run and
     that EMA (RemoteEma.state_dict() says how long it is there). Without ``attach`` it is looked for in ``output_dir``.
@@ -65,7 +66,7 @@ class RemoteEmaCallback(TrainerCallback):
 
     @property
     def ema(self) -> RemoteEma | None:
-        """The RemoteEma, from the beginning of a training on and in the process that sends."""
+        """The RemoteEma, from the beginning of a training on and in a process that sends."""
         return self._replica.ema if self._replica else None
 
     def attach(self, trainer: Trainer) -> RemoteEmaCallback:
@@ -112,10 +113,15 @@ class RemoteEmaCallback(TrainerCallback):
             # The same Trainer trains on: with its run.
             self._options["resume"] = True
             self.close()
-        sends = state.is_world_process_zero
-        saved = self._saved(args, state) if sends else None
-        options = {**self._options, "resume": self._options["resume"] or saved is not None} if sends else {}
-        self._replica = Replica(model, sends=sends, barrier=_barrier, **self._where, **options)
+        first = state.is_world_process_zero
+
+        def find() -> dict[str, Any] | None:
+            return self._saved(args, state) if first else None
+
+        # The first process may be the only one that sees the file.
+        saved = agreed(find) if is_sharded(model) else find()
+        options = {**self._options, "resume": self._options["resume"] or saved is not None}
+        self._replica = Replica(model, first=first, barrier=_barrier, **self._where, **options)
         if self.ema and saved:
             self.ema.load_state_dict(saved)
 
@@ -125,8 +131,9 @@ class RemoteEmaCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         folder = _checkpoint(args, state)
-        # The trials of a hyperparameter search have theirs elsewhere.
-        if self.ema and folder.is_dir():
+        # The trials of a hyperparameter search have theirs elsewhere. Of a sharded model each process has an EMA, of
+        # which no newer update is applied before this one has sent its part.
+        if self.ema and state.is_world_process_zero and folder.is_dir():
             _write(self._reference(folder), self.ema.state_dict())
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
