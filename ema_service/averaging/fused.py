@@ -86,6 +86,7 @@ def _in_place(out, shadow, weight, digest):  # type: ignore[no-untyped-def]  # n
     bits, largest, whole = out.view(np.int32), np.int32(0), out.size - out.size % _BLOCK
     for begin in range(0, whole, _BLOCK):
         _fetch(shadow, begin + _AHEAD)
+        _fetch(out, begin + _AHEAD)  # what was received is not all in the cache (a push: 0.36 s, with it 0.35)
         if digest.size:
             take_in(digest, out, begin)  # type: ignore[call-arg]
         for i in range(begin, begin + _BLOCK):
