@@ -97,14 +97,13 @@ def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) ->
     """What averages a part of the elements in one pass, where there is a compiled loop for these dtypes."""
     if out.device.type != "cpu" or out.dtype != torch.float32:
         return None
-    result, old = out.numpy(), shadow.numpy()
-    if _same_memory(out, param):
-        return fused.in_place(result, old, weight)
     if param.dtype == torch.float32:
-        return fused.from_f32(result, old, param.numpy(), weight)
-    if param.dtype == torch.bfloat16:
-        return fused.from_bf16(result, old, param.view(torch.int16).numpy().view(np.uint16), weight)
-    return None
+        values = param.numpy()
+    elif param.dtype == torch.bfloat16:
+        values = param.view(torch.int16).numpy().view(np.uint16)
+    else:
+        return None
+    return fused.loop_of(out.numpy(), shadow.numpy(), values, weight)
 
 
 def _run(loop: fused.Loop, out: Tensor, param: Tensor, start: int, stop: int) -> bool:
