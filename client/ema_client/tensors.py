@@ -9,6 +9,7 @@ Knows: torch. Does not know: HTTP, runs, or what the numbers mean.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 
@@ -90,8 +91,7 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
 
     slices: which slices of the run's tensors these are, in a part of an update; the others are whole.
     """
-    entries = wire.place(specs_of(state))
-    header = wire.build_header(entries, wire.write_slices(slices or {}))
+    entries, header = _framed(specs_of(state), tuple(wire.write_slices(slices or {}).items()))
     # Beforehand: between two calls to the kernel, which empties the core's caches, this would take ten times as long.
     views = {entry.name: memory(state[entry.name]) for entry in entries if _is_plain(state[entry.name])}
 
@@ -101,6 +101,15 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
             yield views[name] if name in views else memory(on_host(state[name]))
 
     return Body(len(header) + (entries[-1].end if entries else 0), pieces)
+
+
+@functools.lru_cache(maxsize=2)
+def _framed(
+    specs: tuple[TensorSpec, ...], metadata: tuple[tuple[str, str], ...]
+) -> tuple[tuple[wire.Entry, ...], bytes]:
+    """Where each tensor goes, and the header. A trainer pushes the same layout for weeks."""
+    entries = wire.place(specs)
+    return entries, wire.build_header(entries, dict(metadata))
 
 
 def receive(
