@@ -43,7 +43,7 @@ test: $(DEV) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), then one of overload; 15 at most
-	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 $(ARGS)
+	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 -o faulthandler_timeout=800 $(ARGS)
 
 lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .
