@@ -11,8 +11,9 @@ from time import perf_counter, sleep
 
 __all__ = ["Operation", "interleave", "repeated", "timed"]
 
-#: Seconds between two operations. What the one leaves behind (torch's threads, which spin for 0.2 s after their work,
-#: memory being given back) is not the other's: pushes right after a copy by two threads took a sixth longer.
+#: Seconds of rest before an operation that is counted. What the one before leaves behind (torch's threads, which spin
+#: for 0.2 s after their work, memory being given back) is not its own: pushes right after a copy by two threads took a
+#: sixth longer.
 PAUSE = 0.5
 
 #: Does one thing and says how many seconds it took; what it does to get ready is not counted.
@@ -40,6 +41,8 @@ def interleave(
 ) -> dict[str, tuple[float, ...]]:
     """Seconds of each operation in each round, after one round of warming up that is not counted.
 
+    What is counted starts after a rest; a single round is a look at whether everything runs, and goes without.
+
     on_step: told in words what comes next.
     """
     found: dict[str, list[float]] = {name: [] for name in operations}
@@ -48,7 +51,8 @@ def interleave(
         for name, operation in operations.items():
             if on_step:
                 on_step(f"{when}: {name}")
-            sleep(PAUSE)
+            if number and rounds > 1:
+                sleep(PAUSE)
             seconds = operation()
             if number:
                 found[name].append(seconds)

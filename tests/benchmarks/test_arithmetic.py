@@ -81,6 +81,17 @@ def test_operations_take_turns() -> None:
     assert found == {"a": (3.0, 5.0), "b": (4.0, 6.0)}
 
 
+@pytest.mark.parametrize(("rounds", "rests"), [(1, 0), (2, 4)])
+def test_rest_before_what_is_counted(monkeypatch: pytest.MonkeyPatch, rounds: int, rests: int) -> None:
+    """What one operation leaves behind is not charged to the next; warming up and a quick look wait for nothing."""
+    rested: list[float] = []
+    monkeypatch.setattr("ema_service.bench.rounds.sleep", rested.append)
+
+    interleave({"a": lambda: 1.0, "b": lambda: 1.0}, rounds)
+
+    assert rested == [0.5] * rests
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"), [("1GiB", 1 << 30), ("1.5 MB", 1_500_000), ("64kib", 65536), ("4096", 4096), ("2G", 0), ("", 0)]
 )

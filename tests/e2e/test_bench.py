@@ -279,6 +279,7 @@ DEMANDED = {
     ("kernel, float32", "LitEma as written", 3),
     ("kernel, bf16 into float32", "lerp_", 0.6),
     ("frozen copies at most", None, 1),
+    ("push, durability memory, during a checkpoint", "push, durability memory", 1 / 1.5),
     ("push, durability process", "raw TCP loopback", 0.75),
     ("push, durability disk", "write a file again and fdatasync", 0.8),
     ("restart: the run back in memory", "read the run's file", 0.5),
