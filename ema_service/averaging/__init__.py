@@ -5,7 +5,7 @@ Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets o
 
 from __future__ import annotations
 
-from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest
+from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
 from ema_service.averaging.fused import prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting
 from ema_service.averaging.schedules import SCHEDULES, Retention, Schedule
@@ -16,6 +16,7 @@ __all__ = [
     "SCHEDULES",
     "Accumulators",
     "BlockDigest",
+    "Digest",
     "Retention",
     "Schedule",
     "average_into",

@@ -1,9 +1,9 @@
-"""The digest of a block of parameters: XXH3 with 128 bits, worked out by the library or by the averaging loop itself.
+"""Digests: XXH3 with 128 bits of each block, worked out by the library or by the averaging loop itself, and of those.
 
 XXH3 takes in 1024 bytes at a time. The compiled loop has just that much of the parameters at hand whenever it goes on,
 so it takes them in before it averages them: one reading of the memory for both (1 GiB on one core: 146 ms instead of
-185, of which 141 are the averaging). The result is the library's, bit for bit; which of the two worked it out nobody
-can tell.
+185, of which 141 are the averaging); so it does with the results, which then are in its registers. The result is the
+library's, bit for bit; which of the two worked it out nobody can tell.
 
 The algorithm and its constants: xxHash specification, version 0.2.0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md),
 "XXH3 algorithm for inputs larger than 240 bytes", without a seed and with the default secret.
@@ -24,7 +24,17 @@ from numba.extending import intrinsic
 
 from ema_service.averaging.compiling import compiled
 
-__all__ = ["BLOCK_BYTES", "GULP_BYTES", "Accumulators", "BlockDigest", "take_in"]
+__all__ = [
+    "BLOCK_BYTES",
+    "GULP_BYTES",
+    "STRIPE_BYTES",
+    "Accumulators",
+    "BlockDigest",
+    "Digest",
+    "mix_stripe",
+    "scramble",
+    "take_in",
+]
 
 #: The digest of a stream is the hash of the hashes of blocks of so many bytes: several threads can work it out.
 BLOCK_BYTES = 8 << 20
@@ -43,14 +53,15 @@ _SECRET = bytes.fromhex(
     "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
     "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
-_STRIPE_BYTES = 64
-_STRIPES = GULP_BYTES // _STRIPE_BYTES
+#: What is mixed in at a time.
+STRIPE_BYTES = 64
+_STRIPES = GULP_BYTES // STRIPE_BYTES
 _LANES = 8
 _MASK = (1 << 64) - 1
 #: Where in the secret stands what is mixed in: for each stripe, for the scrambling, for the last stripe of all, and for
 #: the two halves of the result.
 _STRIPE_AT = 8
-_SCRAMBLE_AT = len(_SECRET) - _STRIPE_BYTES
+_SCRAMBLE_AT = len(_SECRET) - STRIPE_BYTES
 _LAST_AT = _SCRAMBLE_AT - 7
 _LOW_AT = 11
 _HIGH_AT = _SCRAMBLE_AT - 11
@@ -59,14 +70,45 @@ _LANE = ir.IntType(64)
 _VECTOR = ir.VectorType(_LANE, _LANES)
 
 
-class BlockDigest:
-    """Of one block, in order: update() with all of it; or the accumulators given to take_in() gulp for gulp, and end().
+class Digest:
+    """Of a stream of bytes: the hash of its blocks' hashes."""
 
-    The second way is for whole blocks of BLOCK_BYTES.
+    def __init__(self) -> None:
+        self._whole, self._block = xxhash.xxh3_128(), xxhash.xxh3_128()
+        self._room = BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        """Take in bytes, as many as there are."""
+        while data:
+            part, data = data[: self._room], data[self._room :]
+            self._block.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self.add(self._block.digest())
+
+    def add(self, block: bytes) -> None:
+        """Take in a whole block of which this is the digest, where one begins."""
+        self._whole.update(block)
+        self._block.reset()
+        self._room = BLOCK_BYTES
+
+    def digest(self) -> bytes:
+        """16 bytes, once all are taken in."""
+        if self._room < BLOCK_BYTES:
+            self.add(self._block.digest())
+        return self._whole.digest()
+
+
+class BlockDigest:
+    """Of one block, in order: update() with all of it; or, where it is to be ``compiled``, the accumulators given to
+    take_in() gulp for gulp, and end().
+
+    The second way is for whole blocks of BLOCK_BYTES. For the first there are no accumulators (an empty array).
     """
 
     def __init__(self, *, compiled: bool) -> None:
-        self.accumulators: Accumulators | None = np.array(_START, np.uint64) if compiled else None
+        self.compiled = compiled
+        self.accumulators: Accumulators = np.array(_START if compiled else (), np.uint64)
         self._library = xxhash.xxh3_128()
 
     def update(self, data: memoryview) -> None:
@@ -78,7 +120,7 @@ class BlockDigest:
 
     def digest(self) -> bytes:
         """16 bytes, the most significant first."""
-        if self.accumulators is None:
+        if not self.compiled:
             return self._library.digest()
         words = [int(word) for word in self.accumulators]
         low = _merge(words, _LOW_AT, BLOCK_BYTES * _PRIMES_64[0])
@@ -111,9 +153,7 @@ def take_in(_typing, accumulators, values, index):  # type: ignore[no-untyped-de
     def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         state, data, align = _pointers(context, builder, signature, arguments)
         lanes = _stripes(builder, state, data, align, [i * _STRIPE_AT for i in range(_STRIPES)])
-        lanes = builder.xor(lanes, builder.lshr(lanes, _all(47)))
-        lanes = builder.mul(builder.xor(lanes, _key(_SCRAMBLE_AT)), _all(_PRIMES_32[0]))
-        builder.store(lanes, state, align=8)
+        builder.store(scramble(builder, lanes), state, align=8)
         return context.get_dummy_value()
 
     return types.void(accumulators, values, index), code
@@ -149,15 +189,29 @@ def _pointers(context: Any, builder: Any, signature: Any, arguments: Any) -> tup
 def _stripes(builder: Any, state: Any, data: Any, align: int, keys: list[int]) -> Any:
     """The accumulators after one stripe for each key."""
     lanes = builder.load(state, align=8)
-    number = ir.IntType(32)
-    swap = ir.Constant(ir.VectorType(number, _LANES), [lane ^ 1 for lane in range(_LANES)])
     for i, at in enumerate(keys):
-        stripe = builder.load(builder.gep(data, [number(i)]), align=align)
-        mixed = builder.xor(stripe, _key(at))
-        product = builder.mul(builder.and_(mixed, _all(0xFFFFFFFF)), builder.lshr(mixed, _all(32)))
-        swapped = builder.shuffle_vector(stripe, ir.Constant(_VECTOR, ir.Undefined), swap)
-        lanes = builder.add(lanes, builder.add(product, swapped))
+        stripe = builder.load(builder.gep(data, [ir.IntType(32)(i)]), align=align)
+        lanes = _mix(builder, lanes, stripe, at)
     return lanes
+
+
+def mix_stripe(builder: Any, lanes: Any, stripe: Any, index: int) -> Any:
+    """The accumulators after one more stripe, both as vectors of eight lanes: the ``index``-th of its gulp."""
+    return _mix(builder, lanes, builder.bitcast(stripe, _VECTOR), index * _STRIPE_AT)
+
+
+def scramble(builder: Any, lanes: Any) -> Any:
+    """The accumulators at the end of a gulp."""
+    lanes = builder.xor(lanes, builder.lshr(lanes, _all(47)))
+    return builder.mul(builder.xor(lanes, _key(_SCRAMBLE_AT)), _all(_PRIMES_32[0]))
+
+
+def _mix(builder: Any, lanes: Any, stripe: Any, at: int) -> Any:
+    swap = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [lane ^ 1 for lane in range(_LANES)])
+    mixed = builder.xor(stripe, _key(at))
+    product = builder.mul(builder.and_(mixed, _all(0xFFFFFFFF)), builder.lshr(mixed, _all(32)))
+    swapped = builder.shuffle_vector(stripe, ir.Constant(_VECTOR, ir.Undefined), swap)
+    return builder.add(lanes, builder.add(product, swapped))
 
 
 def _key(at: int) -> Any:

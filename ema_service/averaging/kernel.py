@@ -73,11 +73,11 @@ def averaging(
 
 def digesting(
     out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True
-) -> Callable[[int, int, Accumulators], bool] | None:
-    """As averaging(), on the calling thread, but the parameters are taken into the accumulators of their digest in the
-    same reading, gulp for gulp; None where no compiled loop is there for it."""
+) -> Callable[[int, int, Accumulators, Accumulators], bool] | None:
+    """As averaging(), on the calling thread, but the parameters and the results are taken into the accumulators of
+    their digests on the way, gulp for gulp (see fused.Loop); None where no compiled loop is there for it."""
     loop = _compiled_loop(out, shadow, param, weight)
-    return loop and (lambda start, stop, digest: loop(start, stop, digest) or not check)
+    return loop and (lambda start, stop, params, results: loop(start, stop, params, results) or not check)
 
 
 def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool) -> bool:

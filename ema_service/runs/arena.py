@@ -83,14 +83,16 @@ class HostPool:
 class Arena:
     """The shadows of one average of one version, in the layout's order. Never changed once it is part of a version.
 
-    tensor: uint8, layout.shadow_bytes long, on the arena's device.
+    tensor: uint8, layout.shadow_bytes long, on the arena's device. digest: of its bytes (averaging.Digest), None where
+    nobody has worked it out.
     """
 
-    __slots__ = ("__weakref__", "layout", "tensor")
+    __slots__ = ("__weakref__", "digest", "layout", "tensor")
 
     def __init__(self, layout: Layout, tensor: Tensor) -> None:
         self.layout = layout
         self.tensor = tensor[: layout.shadow_bytes]
+        self.digest: bytes | None = None
 
     def section(self, section_index: int) -> Tensor:
         """The flat tensor of one of the layout's sections."""

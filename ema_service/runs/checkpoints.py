@@ -25,8 +25,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ema_client.errors import MalformedBody, StorageFailed
 from ema_client.protocol import MAX_STEP, WeightsInfo
+from ema_service.averaging import Digest
 from ema_service.runs.arena import Arena, Memory
 from ema_service.runs.layout import Layout
 from ema_service.runs.run import Average, Run, State
@@ -40,7 +43,7 @@ _log = logging.getLogger(__name__)
 #: Slots made when a run is created, so that a disk too small for it says so then: one being written beside the newest,
 #: and where syncing runs behind, the anchor.
 _SLOTS = {"memory": 0, "process": 3, "disk": 2}
-#: So much of a version that is there already is hashed at a time, while what came before is written.
+#: So much of a version that is there already is digested at a time, while what came before is written.
 _PIECE_BYTES = 16 << 20
 #: A write that failed may succeed after this many seconds.
 _RETRY_SECONDS = 1.0
@@ -58,7 +61,6 @@ class _Kept:
     row: CheckpointRow
     slot: Slot
     text: str
-    checksums: dict[str, str]
     synced: bool
 
 
@@ -113,15 +115,23 @@ class Checkpoints:
             for average in state.averages:
                 if slot.written(average.name) < self._run.layout.shadow_bytes:
                     # Not written behind the averaging: on a GPU, and the initial weights.
-                    data = self._memory.to_host(average.arena.tensor).numpy().data
-                    begun = slot.written(average.name) + _PIECE_BYTES
-                    for stop in (*range(begun, len(data), _PIECE_BYTES), len(data)):
-                        slot.write(average.name, data, stop)
+                    self._write_whole(slot, average)
             slot.finish({a.name: self._header(state, a) for a in state.averages})
             if self._durability == "disk":
                 slot.sync()
         except OSError as fault:
             raise self._failed(f"version {state.version} could not be written: {fault}") from fault
+
+    def _write_whole(self, slot: Slot, average: Average) -> None:
+        data = self._memory.to_host(average.arena.tensor).numpy().data
+        digest = Digest() if average.arena.digest is None else None
+        for start in range(0, len(data), _PIECE_BYTES):
+            stop = min(start + _PIECE_BYTES, len(data))
+            if digest:
+                digest.update(data[start:stop])
+            slot.write(average.name, data, stop)
+        if digest:
+            average.arena.digest = digest.digest()
 
     def commit(self, slot: Slot, state: State) -> None:
         """Make the state what a restart brings back, as far as the run's durability goes. Raises StorageFailed."""
@@ -194,7 +204,7 @@ class Checkpoints:
 
     def _save(self, state: State, *, final: bool) -> None:
         newest = self._newest
-        if newest is None or not newest.synced or newest.text != self._dump(state, newest.checksums, final=False):
+        if newest is None or not newest.synced or newest.text != self._dump(state, final=False):
             slot = self._slots.take()
             self.write(slot, state)
             slot.sync()
@@ -203,20 +213,20 @@ class Checkpoints:
             self._amend(newest, state, final=True, durable=True)
 
     def _put(self, slot: Slot, state: State, *, final: bool, synced: bool) -> None:
-        text = self._dump(state, slot.checksums, final=final)
+        text = self._dump(state, final=final)
         try:
             row = self._store.put_checkpoint(self._row, slot.name, text, synced=synced, durable=synced)
         except sqlite3.Error as fault:
             self._doubtful.append(slot)
             raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
         self._doubtful.clear()
-        self._newest = _Kept(row, slot, text, slot.checksums, synced)
+        self._newest = _Kept(row, slot, text, synced)
         if synced:
             self._anchor = slot
         self._run.durable_step = state.step
 
     def _amend(self, kept: _Kept, state: State, *, final: bool, durable: bool) -> None:
-        text = self._dump(state, kept.checksums, final=final)
+        text = self._dump(state, final=final)
         if text != kept.text:
             self._store.amend_checkpoint(kept.row, text, durable=durable)
             kept.text = text
@@ -246,22 +256,20 @@ class Checkpoints:
         faults = []
         for position, row in enumerate(rows):
             try:
-                state, checksums = self._read(row)
+                state = self._read(row)
             except (OSError, MalformedBody) as fault:
                 damaged.append(row)
                 faults.append(f"its checkpoint of {time.ctime(row.row.created_at)} cannot be read: {fault}")
                 _log.error("run %s: %s", self._row.name, faults[-1])
                 continue
-            self._take_up(row, state, checksums, damaged, rows[position + 1 :])
+            self._take_up(row, state, damaged, rows[position + 1 :])
             break
         lost = [fault for row, fault in zip(damaged, faults, strict=True) if not self._excused(row)]
         if lost:
             self._run.fault = f"{self._missing(rows[0])}{lost[0]}"
             _log.error("run %s is degraded: %s", self._row.name, self._run.fault)
 
-    def _take_up(
-        self, row: _Row, state: State, checksums: dict[str, str], damaged: Sequence[_Row], older: Sequence[_Row]
-    ) -> None:
+    def _take_up(self, row: _Row, state: State, damaged: Sequence[_Row], older: Sequence[_Row]) -> None:
         if damaged or self._may_have_moved(row.stored):
             # Later versions may have been read by someone, and no version may name two states.
             epoch = max(each.stored.get("epoch", 0) for each in (row, *damaged))
@@ -271,7 +279,7 @@ class Checkpoints:
         before = [each.stored for each in older if each.stored.get("epoch") == row.stored["epoch"] and each.stored["n"]]
         self._run.restore(state, [each["step"] for each in before])
         slot = self._slots.hold(row.row.folder)
-        self._newest = _Kept(row.row, slot, row.row.state, checksums, synced=row.row.synced)
+        self._newest = _Kept(row.row, slot, row.row.state, synced=row.row.synced)
         anchor = next((each.row for each in (row, *older) if each.row.synced), None)
         if anchor is row.row:
             self._anchor = self._newest.slot
@@ -301,16 +309,16 @@ class Checkpoints:
             return f"the updates after step {state.step} are gone: "
         return f"the updates after step {state.step} up to step {step} are gone: "
 
-    def _read(self, row: _Row) -> tuple[State, dict[str, str]]:
+    def _read(self, row: _Row) -> State:
         stored = row.stored
         if not stored:
             raise MalformedBody("the catalog's row of it is damaged")
-        averages, checksums = [], {}
+        averages = []
         for each in stored["averages"]:
             # Format 1 had no checksums.
-            arena, checksums[each["name"]] = self._read_arena(row.row, each["name"], each.get("checksum"))
+            arena = self._read_arena(row.row, each["name"], each.get("checksum"))
             averages.append(Average(each["name"], each["decay"], each["effective_decay"], arena))
-        state = State(
+        return State(
             epoch=stored["epoch"],
             n=stored["n"],
             step=stored["step"],
@@ -319,9 +327,8 @@ class Checkpoints:
             averages=tuple(averages),
             updated_at=stored["updated_at"],
         )
-        return state, checksums
 
-    def _read_arena(self, row: CheckpointRow, average: str, checksum: str | None) -> tuple[Arena, str]:
+    def _read_arena(self, row: CheckpointRow, average: str, checksum: str | None) -> Arena:
         file = self._store.open_checkpoint(self._row, row, average)
         try:
             return read_arena(file, self._run.layout, self._memory, checksum)
@@ -330,7 +337,7 @@ class Checkpoints:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _dump(self, state: State, checksums: dict[str, str], *, final: bool) -> str:
+    def _dump(self, state: State, *, final: bool) -> str:
         """What a row says of a state, for whoever has to repair it as well."""
         return json.dumps(
             {
@@ -348,7 +355,7 @@ class Checkpoints:
                         "name": a.name,
                         "decay": a.decay,
                         "effective_decay": a.effective_decay,
-                        "checksum": checksums[a.name],
+                        "checksum": a.arena.digest.hex() if a.arena.digest else None,
                     }
                     for a in state.averages
                 ],
@@ -368,18 +375,23 @@ class Checkpoints:
         self._store.record(self._row, event)
 
 
-def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str | None) -> tuple[Arena, str]:
-    """The shadows of a file, and the checksum of their bytes. None: not known, so not compared.
+def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str | None) -> Arena:
+    """The shadows of a file, with their digest. checksum: what it was when they were written, None where nobody knows.
 
     Raises OSError; MalformedBody where they are not the layout's, or not those that were written.
     """
     if file.header.entries != layout.shadows:
         raise MalformedBody(f"{file.name} has other tensors than the run's layout")
-    host = memory.pool.lend(layout.shadow_bytes)
-    found = file.read_whole(host.numpy().data)
-    if found != (checksum or found):
+    host, digest = memory.pool.lend(layout.shadow_bytes), Digest()
+    data = host.numpy().data
+    for piece in file.read_whole(data):
+        digest.update(piece)
+    # Before format 4 a checksum was that of all bytes as one.
+    if checksum and checksum not in (digest.digest().hex(), xxhash.xxh3_128_hexdigest(data)):
         raise MalformedBody(f"the bytes of {file.name} are not those that were written")
-    return Arena(layout, memory.to_device(host)), found
+    arena = Arena(layout, memory.to_device(host))
+    arena.digest = digest.digest()
+    return arena
 
 
 def _parse(state: str) -> dict[str, Any]:

@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import xxhash
-
 from ema_client.errors import MalformedBody, SnapshotDamaged, SnapshotExists, SnapshotNotFound, StorageFailed
 from ema_client.protocol import SnapshotInfo, WeightsInfo, from_json, to_json
+from ema_service.averaging import Digest
 from ema_service.runs.arena import Memory
 from ema_service.runs.checkpoints import Checkpoints, read_arena
 from ema_service.runs.run import Average, Run, State
@@ -200,7 +199,7 @@ class RunFiles:
     def _read_average(self, info: SnapshotInfo, name: str, checksums: dict[str, str]) -> Average:
         file, weights = self.open_snapshot(info.name, name)
         try:
-            arena, _ = read_arena(file, self._run.layout, self._memory, checksums.get(name))
+            arena = read_arena(file, self._run.layout, self._memory, checksums.get(name))
         except (OSError, MalformedBody) as fault:
             raise self._damaged(info.name, fault) from fault
         finally:
@@ -237,7 +236,12 @@ class RunFiles:
     def _chunks(self, state: State, average: Average, snapshot: str, checksums: dict[str, str]) -> Iterator[memoryview]:
         data = self._memory.to_host(average.arena.tensor).numpy().data
         yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
-        checksums[average.name] = xxhash.xxh3_128(data).hexdigest()
+        digest = average.arena.digest
+        if digest is None:
+            whole = Digest()
+            whole.update(data)
+            digest = average.arena.digest = whole.digest()
+        checksums[average.name] = digest.hex()
 
     def _stream(self, state: State, average: Average, snapshot: str | None) -> WeightsStream:
         info = replace(self._run.weights_info(state, average), snapshot=snapshot)

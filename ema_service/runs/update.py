@@ -1,4 +1,4 @@
-"""One pass over the parameters of a push, as they arrive: digest, average (or cast), look for NaN.
+"""One pass over the parameters of a push, as they arrive: digest them, average (or cast), look for NaN, digest results.
 
 The pass runs behind the receiving: whatever part of the parameters has come is averaged while the next part is on the
 wire, and when the last byte is in, little is left to do. Nothing of the run is touched (the result lies in the
@@ -13,14 +13,22 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import xxhash
 from torch import Tensor
 
 from ema_client.errors import NonFinite
 from ema_client.protocol import LAYOUT_DTYPES
-from ema_service.averaging import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, averaging, casting, digesting
+from ema_service.averaging import (
+    BLOCK_BYTES,
+    GULP_BYTES,
+    Accumulators,
+    BlockDigest,
+    Digest,
+    averaging,
+    casting,
+    digesting,
+)
 from ema_service.runs.arena import Arena
 from ema_service.runs.layout import Section
 from ema_service.runs.staging import Staged
@@ -41,7 +49,7 @@ class Feed:
 
     out <- shadow - weight * (shadow - param); without a shadow, and in copied sections, out <- param.
     sink: given all of the result's bytes, and how many of them are final, as they come; only where ``out`` is host
-    memory.
+    memory. Such a result gets its digest.
     """
 
     out: Arena
@@ -56,7 +64,27 @@ class _Bound:
     worked out in the same reading, where there is such a loop."""
 
     kernels: list[Callable[[int, int], bool]]
-    digesting: Callable[[int, int, Accumulators], bool] | None
+    digesting: Callable[[int, int, Accumulators, Accumulators], bool] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block of the parameters at work. results: of the first average; compiled where they are the same bytes of it
+    and someone follows it, else nothing of them is taken in here."""
+
+    params: BlockDigest
+    results: BlockDigest
+
+
+@dataclass(slots=True)
+class _Result:
+    """A result that someone follows. made: how many of its bytes are final."""
+
+    arena: Arena
+    sink: Callable[[memoryview, int], None]
+    data: memoryview
+    digest: Digest = field(default_factory=Digest)
+    made: int = 0
 
 
 class Pass:
@@ -74,10 +102,12 @@ class Pass:
         self._check = check
         self._position = 0
         self._finite = [True] * len(feeds)
-        self._results = [_bytes_of(feed.out.tensor) if feed.sink else memoryview(b"") for feed in feeds]
+        self._results = [
+            _Result(feed.out, feed.sink, _bytes_of(feed.out.tensor)) if feed.sink else None for feed in feeds
+        ]
         self._bound: dict[int, _Bound] = {}
-        self._block = BlockDigest(compiled=False)
-        self._digests: list[bytes] = []
+        self._block: _Block | None = None
+        self._digest = Digest()
         self._lock = threading.Lock()
 
     def advance(self, received: int) -> None:
@@ -88,12 +118,13 @@ class Pass:
                 # Whole pieces until the end, so that what is made of them is whole pages for the disk.
                 received -= received % piece
             for index, section, start, stop in self._pieces(self._position, received, piece):
-                if start % BLOCK_BYTES == 0:
+                if self._block is None:
                     self._block = self._begin_block(index, section, start)
                 self._take(self._block, index, section, start, stop)
-                if stop % BLOCK_BYTES == 0 or stop == self._layout.param_bytes:
-                    self._digests.append(self._block.digest())
-                self._keep(section, stop)
+                ended = stop % BLOCK_BYTES == 0 or stop == self._layout.param_bytes
+                self._keep(self._block, section, stop, ended=ended)
+                if ended:
+                    self._block = None
                 self._position = stop
 
     def finish(self) -> bytes:
@@ -113,24 +144,26 @@ class Pass:
         for feed, finite in zip(self._feeds, self._finite, strict=True):
             if not finite:
                 raise _refusal(feed.out)
-        return xxhash.xxh3_128_digest(b"".join(self._digests))
+        for result in self._results:
+            if result:
+                result.arena.digest = result.digest.digest()
+        return self._digest.digest()
 
     def _divide(self, helpers: Executor) -> None:
         """Work through all blocks, of parameters that lie apart from every ``out``: in any order, on many threads."""
         stop = self._layout.param_bytes
         blocks = [(start, min(start + BLOCK_BYTES, stop)) for start in range(0, stop, BLOCK_BYTES)]
-        for block, digest in zip(blocks, helpers.map(self._divided, blocks), strict=True):
-            self._digests.append(digest)
-            for _, section, _, stop in self._pieces(*block, BLOCK_BYTES):
-                self._keep(section, stop)
+        for bounds, block in zip(blocks, helpers.map(self._divided, blocks), strict=True):
+            for _, section, _, end in self._pieces(*bounds, BLOCK_BYTES):
+                self._keep(block, section, end, ended=end == bounds[1])
 
-    def _divided(self, block: tuple[int, int]) -> bytes:
+    def _divided(self, bounds: tuple[int, int]) -> _Block:
         # In one piece where that can be: threads wait for the interpreter between two, one for another.
-        digest: BlockDigest | None = None
-        for index, section, start, stop in self._pieces(*block, BLOCK_BYTES):
-            digest = digest or self._begin_block(index, section, start)
-            self._take(digest, index, section, start, stop)
-        return digest.digest() if digest else b""
+        pieces = list(self._pieces(*bounds, BLOCK_BYTES))
+        block = self._begin_block(*pieces[0][:3])
+        for piece in pieces:
+            self._take(block, *piece)
+        return block
 
     def _pieces(self, position: int, received: int, piece: int) -> Iterator[tuple[int, Section, int, int]]:
         """The bytes from ``position`` to ``received`` in pieces of whole elements of one section, cut where all bytes
@@ -147,27 +180,30 @@ class Pass:
                 yield index, section, position, end
                 position = end
 
-    def _begin_block(self, index: int, section: Section, start: int) -> BlockDigest:
-        """The averaging works out the digest of blocks that are whole and of one section; the library does the rest."""
-        whole = start + BLOCK_BYTES <= section.param.stop
-        return BlockDigest(compiled=whole and self._bind(index).digesting is not None)
+    def _begin_block(self, index: int, section: Section, start: int) -> _Block:
+        """The averaging works out digests of blocks that are whole and of one section; the library does the rest."""
+        compiled = start + BLOCK_BYTES <= section.param.stop and self._bind(index).digesting is not None
+        same = section.param.start == section.shadow.start and section.param_dtype == section.shadow_dtype
+        results = compiled and same and self._results[0] is not None
+        return _Block(BlockDigest(compiled=compiled), BlockDigest(compiled=results))
 
-    def _take(self, block: BlockDigest, index: int, section: Section, start: int, stop: int) -> None:
+    def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> None:
         """Digest and average one piece."""
         data, bound = self._staged.data[start:stop], self._bind(index)
         first, last = _elements(section, start, stop)
         done = first
         if bound.kernels:
             self._staged.upload(start, stop)
-        if bound.digesting and block.accumulators is not None:
+        if bound.digesting and block.params.compiled:
             done = last
             if stop % BLOCK_BYTES == 0:
                 done -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
-            self._note(0, finite=bound.digesting(first, done, block.accumulators))
+            accumulators = block.params.accumulators, block.results.accumulators
+            self._note(0, finite=bound.digesting(first, done, *accumulators))
             if done < last:
-                block.end(data[-GULP_BYTES:])
+                block.params.end(data[-GULP_BYTES:])
         else:
-            block.update(data)
+            block.params.update(data)
         for number, kernel in enumerate(bound.kernels):
             begin = first if number else done
             if begin < last:
@@ -194,13 +230,23 @@ class Pass:
                 digest = digesting(out, shadow, param, feed.weight, check=self._check)
         return self._bound.setdefault(index, _Bound(kernels, digest))
 
-    def _keep(self, section: Section, stop: int) -> None:
-        """Tell the sinks how far the results are, while the last of them are in the cache. In order."""
+    def _keep(self, block: _Block, section: Section, stop: int, *, ended: bool = False) -> None:
+        """Say how far the results are, while the last of them are in the cache, and with the block its digests. In
+        order."""
+        if ended:
+            self._digest.add(block.params.digest())
         _, made = _elements(section, section.param.start, stop)
         upto = section.shadow.start + made * LAYOUT_DTYPES[section.shadow_dtype]
-        for feed, result in zip(self._feeds, self._results, strict=True):
-            if feed.sink:
-                feed.sink(result, upto)
+        for result in self._results:
+            if result is None:
+                continue
+            if not block.results.compiled or result is not self._results[0]:
+                result.digest.update(result.data[result.made : upto])
+            elif ended:
+                block.results.end(result.data[upto - GULP_BYTES : upto])
+                result.digest.add(block.results.digest())
+            result.made = upto
+            result.sink(result.data, upto)
 
 
 def _elements(section: Section, start: int, stop: int) -> tuple[int, int]:

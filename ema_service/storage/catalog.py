@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["FORMAT", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
 
 #: Version of the tables below and of the files they speak of.
-FORMAT = 3
+FORMAT = 4
 
 _CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -37,7 +37,8 @@ CREATE TABLE history (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
 """
 #: format -> what makes the next of it. Format 1 had one checkpoint for each run, written and synced as a whole. Format
-#: 2 knew no copied tensors: its servers would average them, so they must refuse what is written now.
+#: 2 knew no copied tensors: its servers would average them, so they must refuse what is written now. Format 3 had other
+#: checksums: its servers would take what is written now for damaged.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -48,6 +49,7 @@ DROP TABLE checkpoints_1;
 ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
 """,
     2: "",
+    3: "",
 }
 
 

@@ -10,10 +10,8 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import xxhash
 
 from ema_client.errors import MalformedBody
 from ema_client.wire import LENGTH_BYTES, Header, parse_header, parse_length
@@ -34,7 +32,7 @@ _log = logging.getLogger(__name__)
 _TEMPORARY = ".tmp"
 #: One write of this size keeps the page cache busy without holding a whole model in a system call.
 _WRITE_BYTES = 8 << 20
-#: One read of this size is still in the processor's cache when it is hashed.
+#: One read of this size is still in the processor's cache when it is looked at.
 _READ_BYTES = 1 << 20
 
 
@@ -139,17 +137,15 @@ class TensorFile:
                 raise OSError(f"{self._file.name} ends at byte {self._data_begin + start + done}: it was cut short")
             done += count
 
-    def read_whole(self, buffer: memoryview) -> str:
-        """Fill ``buffer``, as long as the data section, and return its checksum.
+    def read_whole(self, buffer: memoryview) -> Iterator[memoryview]:
+        """Fill ``buffer``, as long as the data section, piece by piece: each while it is in the processor's cache.
 
         Raises OSError if the file ends before.
         """
-        checksum = xxhash.xxh3_128()
         for start in range(0, len(buffer), _READ_BYTES):
             piece = buffer[start : start + _READ_BYTES]
             self.read_into(piece, start)
-            checksum.update(piece)
-        return checksum.hexdigest()
+            yield piece
 
     @property
     def name(self) -> str:

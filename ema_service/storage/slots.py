@@ -4,16 +4,17 @@ A slot is a folder with one safetensors file for each average, allocated once an
 use of a disk's blocks runs at 0.3 GB/s, their reuse at 8.7. So that the pages of one use are those of the next, the
 header is padded with spaces (which the format allows) to a fixed multiple of the page size.
 
-A version of many bytes is written behind its computation, on a thread: write() takes note of what is to be written, and
+A version of many bytes is written behind its computation, on threads: write() takes note of what is to be written, and
 finish() waits for it. It is written past the page cache where that can be (O_DIRECT): 1 GiB took 0.37 s of the disk's
 time and 0.01 s of a core's, where through the cache, fdatasync included, it took 0.6 s and 0.2 s. That is a core which
-receives the next push, and a cache that keeps what others read.
+receives the next push, and a cache that keeps what others read. Two threads take turns, so that the disk has something
+to do while one is waited for by a busy core: with one, a quarter of 1 GiB was left for the end.
 
 Whoever takes a slot has it for as long as the object lives: as with the memory of arenas there is no call that gives it
 back, to be forgotten or made too early while another thread still writes.
 
-Knows folders, bytes and checksums. Does not know what a slot holds, which one counts (rows of the catalog say so), or
-when something must be on the medium.
+Knows folders and bytes. Does not know what a slot holds, which one counts (rows of the catalog say so), or when
+something must be on the medium.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from ema_client.wire import LENGTH_BYTES
 from ema_service.storage.files import file_name, refuse_link, remove_tree, sync_folder
@@ -41,9 +42,10 @@ _PAGE = 4096
 _FOLDER = "slots"
 #: A slot of so many bytes is written on a thread; less is written sooner than a thread is woken.
 _BEHIND_BYTES = 4 << 20
-#: Written at a time. Past the page cache, 1 MiB at a time took 0.45 s for 1 GiB, 4 MiB 0.37, 16 MiB 0.36; while the
-#: cores were busy receiving it took twice that in pieces of 4 MiB, each a thread to be woken.
-_PIECE_BYTES = 16 << 20
+#: Written at a time, and by how many threads. Past the page cache, 1 MiB at a time took 0.45 s for 1 GiB, 4 MiB 0.37,
+#: 16 MiB 0.36; while the cores were busy receiving it took one thread twice that in pieces of 4 MiB.
+_PIECE_BYTES = 8 << 20
+_WRITERS = 2
 
 
 def padded_bytes(header: bytes) -> int:
@@ -159,10 +161,11 @@ class Slot:
         self._small = sum(extent.data for extent in extents.values()) < _BEHIND_BYTES
         self._made = dict.fromkeys(extents, 0)
         self._sources: dict[str, memoryview] = {}
-        self._writing: Future[None] | None = None
-        self._busy = self._hurried = False
-        self._written = dict.fromkeys(extents, 0)
-        self._hashes = {average: xxhash.xxh3_128() for average in extents}
+        #: Bytes of each average's data that are written, or that someone is writing.
+        self._taken = dict.fromkeys(extents, 0)
+        self._writing: list[Future[None]] = []
+        self._lock = threading.Lock()
+        self._hurried = self._cached = False
         self._fault: tuple[int, str] | None = None
 
     def write(self, average: str, data: memoryview, upto: int) -> None:
@@ -171,45 +174,43 @@ class Slot:
         data: all of them, the same at each call. upto: bytes that do not change any more, more each time. Never raises:
         what goes wrong is told by finish().
         """
-        # Here and not on the thread that writes: what was just made is in this core's cache.
-        self._hashes[average].update(data[self._made[average] : upto])
-        self._made[average] = upto
         self._sources[average] = data
+        self._made[average] = upto
         if self._small:
             self._write_made(1)
-        elif not self._busy and upto - self._written[average] >= _PIECE_BYTES:
-            self._busy = True
-            self._writing = self._threads.submit(self._write_behind)
+        elif upto - self._taken[average] >= _PIECE_BYTES:
+            # One that met a defect stays: finish() must raise it, for its bytes are nowhere.
+            self._writing = [each for each in self._writing if not each.done() or each.exception()]
+            if len(self._writing) < _WRITERS:
+                self._writing.append(self._threads.submit(partial(self._write_made, _PIECE_BYTES)))
 
-    def _write_behind(self) -> None:
-        while self._write_made(_PIECE_BYTES):
-            pass
-        self._busy = False
+    def _write_made(self, least: int) -> None:
+        """Write of each average what is made and nobody else writes, as long as that is ``least`` bytes or more."""
+        while piece := self._take(least):
+            self._write(*piece)
 
-    def _write_made(self, least: int) -> bool:
-        """Write of each average what is made, if that is ``least`` bytes or more; say whether there was something."""
-        found = False
-        for average, data in tuple(self._sources.items()):
-            start, stop = self._written[average], self._made[average]
-            while stop - start >= least and not self._fault:
-                found, end = True, min(start + _PIECE_BYTES, stop)
-                self._write(average, data[start:end])
-                start = self._written[average]
-        return found
+    def _take(self, least: int) -> tuple[str, int, int] | None:
+        with self._lock:
+            for average, start in self._taken.items():
+                stop = min(start + _PIECE_BYTES, self._made[average])
+                if stop - start >= least and not self._fault:
+                    self._taken[average] = stop
+                    return average, start, stop
+        return None
 
-    def _write(self, average: str, data: memoryview) -> None:
+    def _write(self, average: str, start: int, stop: int) -> None:
         try:
-            self.open()
-            self._put(average, data, self._extents[average].header + self._written[average])
+            with self._lock:
+                self.open()
+            self._put(average, self._sources[average][start:stop], self._extents[average].header + start)
         except OSError as fault:
             # Without its traceback, whose frames hold this slot: it would live on until a garbage collection.
             self._fault = (fault.errno or 0, fault.strerror or str(fault))
-            return
-        self._written[average] += len(data)
 
     def _put(self, average: str, data: memoryview, position: int) -> None:
         """Write data, past the page cache where whole pages of memory are to become whole pages of the file."""
-        cached, direct = self._descriptors[average, False], self._descriptors.get((average, True))
+        cached = self._descriptors[average, False]
+        direct = None if self._cached else self._descriptors.get((average, True))
         before = min(-position % _PAGE, len(data))
         whole = (len(data) - before) // _PAGE * _PAGE
         if direct is None or self._hurried or not whole or (_address(data) + before) % _PAGE:
@@ -220,8 +221,8 @@ class Slot:
         except OSError as fault:
             if fault.errno != errno.EINVAL:
                 raise
-            # A file system that wants more than whole pages.
-            os.close(self._descriptors.pop((average, True)))
+            # A file system that wants more than whole pages. The other thread may be using the descriptor.
+            self._cached = True
             _write_all(cached, data, position)
             return
         _write_all(cached, data[:before], position)
@@ -234,22 +235,17 @@ class Slot:
     def finish(self, headers: Mapping[str, bytes]) -> None:
         """Put the headers in front: the files are whole. Raises OSError, also for what write() met."""
         self._hurried = not self._patient
-        if self._writing:
-            self._writing.result()
+        for writing in self._writing:
+            writing.result()
         self._write_made(1)
         self._sources.clear()
         if self._fault:
             raise OSError(*self._fault, str(self._folder))
         self.open()
         for average, header in headers.items():
-            if self._written[average] != self._extents[average].data:
-                raise OSError(f"{self._folder}: {average} has {self._written[average]} bytes")
+            if self._taken[average] != self._extents[average].data:
+                raise OSError(f"{self._folder}: {average} has {self._taken[average]} bytes")
             _write_all(self._descriptors[average, False], memoryview(_padded(header, self._extents[average].header)), 0)
-
-    @property
-    def checksums(self) -> dict[str, str]:
-        """Of each average's data, once finished: xxh3, 128 bits, hexadecimal."""
-        return {average: each.hexdigest() for average, each in self._hashes.items()}
 
     def sync(self) -> None:
         """Return when its bytes are on the medium. Raises OSError; then a later call must not be believed."""

@@ -49,15 +49,15 @@ def named(before: str, after: str = "") -> Callable[..., tuple[str, str]]:
     return lambda *_, **__: (before, after)
 
 
-def write_half(write: Callable[[Slot, str, memoryview], None]) -> Callable[[Slot, str, memoryview], None]:
-    def outer(slot: Slot, average: str, data: memoryview) -> None:
+def write_half(write: Callable[[Slot, str, int, int], None]) -> Callable[[Slot, str, int, int], None]:
+    def outer(slot: Slot, average: str, start: int, stop: int) -> None:
         phase = f"half of a slot by {threading.current_thread().name.rpartition('_')[0]}"
-        half = len(data) // 2 // 4096 * 4096
-        if PHASE_FILE.exists() and half:
-            write(slot, average, data[:half])
+        half = start + (stop - start) // 2 // 4096 * 4096
+        if PHASE_FILE.exists() and half > start:
+            write(slot, average, start, half)
             die(phase)
-            data = data[half:]
-        write(slot, average, data)
+            start = half
+        write(slot, average, start, stop)
 
     return outer
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from ema_service.averaging import BLOCK_BYTES, GULP_BYTES, BlockDigest, fused
+from ema_service.averaging import BLOCK_BYTES, GULP_BYTES, BlockDigest, Digest, fused
+from ema_service.averaging import digest as digest_module
 
 LINE_BYTES = 64
 
@@ -54,21 +55,25 @@ def from_bf16(data: bytes, off: int) -> tuple[fused.Loop, np.ndarray]:
 @pytest.mark.parametrize("off", [0, 3], ids=["past the cache", "through the cache"])
 @pytest.mark.parametrize("make", [in_place, from_f32, from_bf16])
 def test_is_the_librarys(make: Callable[[bytes, int], tuple[fused.Loop, np.ndarray]], off: int, kind: str) -> None:
-    """A block averaged in calls of any number of gulps; the averages and what is said of them stay what they were."""
+    """A block averaged in calls of any number of gulps, and its results, taken in as if they were parameters; the
+    averages and what is said of them stay what they were."""
     data = block_of(kind)
     plain, expected = make(data, 1)
     loop, out = make(data, off)
     gulp = len(out) * GULP_BYTES // BLOCK_BYTES
     calls = [0, 1, 2, 255, 256, 5000, BLOCK_BYTES // GULP_BYTES - 1]
-    digest = BlockDigest(compiled=True)
-    assert digest.accumulators is not None
+    digest, results = BlockDigest(compiled=True), BlockDigest(compiled=True)
 
     whole = [plain(start, start + 1000) for start in range(0, len(out), 1000)]
-    finite = [loop(start * gulp, stop * gulp, digest.accumulators) for start, stop in pairwise(calls)]
+    accumulators = digest.accumulators, results.accumulators
+    finite = [loop(start * gulp, stop * gulp, *accumulators) for start, stop in pairwise(calls)]
     digest.end(memoryview(data)[-GULP_BYTES:])
     finite.append(loop(calls[-1] * gulp, len(out)))
+    as_params = BlockDigest(compiled=True)
+    fused.loop_of(np.empty_like(out), np.ones_like(out), expected, 0.25)(0, calls[-1] * gulp, as_params.accumulators)
 
     assert digest.digest() == xxhash.xxh3_128_digest(data)
+    assert results.accumulators.tolist() == as_params.accumulators.tolist()
     assert out.tobytes() == expected.tobytes()
     assert all(finite) == all(whole)
 
@@ -79,5 +84,33 @@ def test_library_alone() -> None:
     digest.update(memoryview(b"a"))
     digest.update(memoryview(b"bc"))
 
-    assert digest.accumulators is None
+    assert not digest.accumulators.size
     assert digest.digest() == xxhash.xxh3_128_digest(b"abc")
+
+
+@pytest.mark.parametrize("length", [0, 1, 999, 1000, 1001, 3000, 4500])
+@pytest.mark.parametrize("piece", [7, 1000, 2300, 5000])
+def test_stream(length: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash of the hashes of its blocks, in whatever pieces it comes, and whoever hashed the blocks."""
+    monkeypatch.setattr(digest_module, "BLOCK_BYTES", 1000)
+    data = np.random.default_rng(1).bytes(length)
+    blocks = [xxhash.xxh3_128_digest(data[start : start + 1000]) for start in range(0, length, 1000)]
+    stream, apart = Digest(), Digest()
+    for start in range(0, length, piece):
+        stream.update(memoryview(data)[start : start + piece])
+    for block in blocks:
+        apart.add(block)
+
+    assert stream.digest() == apart.digest() == xxhash.xxh3_128_digest(b"".join(blocks))
+
+
+def test_blocks_between_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that someone else hashed may stand anywhere among blocks that come as bytes."""
+    monkeypatch.setattr(digest_module, "BLOCK_BYTES", 10)
+    mixed, plain = Digest(), Digest()
+    plain.update(memoryview(b"0123456789" * 3 + b"end"))
+    mixed.update(memoryview(b"0123456789"))
+    mixed.add(xxhash.xxh3_128_digest(b"0123456789"))
+    mixed.update(memoryview(b"0123456789end"))
+
+    assert mixed.digest() == plain.digest()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -545,6 +546,41 @@ def test_checkpoint_without_checksums(server: LocalServer, model: Model) -> None
     before = seen(run)
     server.stop()
     assert seen(again(server)) == before
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_checksums_of_all_bytes_as_one(damaged: bool, server: LocalServer, model: Model) -> None:
+    """Before format 4 files had those: they are compared all the same, and what was right then is right now."""
+    run = server.create("r", model(0), averages=TWO, durability="process")
+    run.begin(model(0))
+    run.push(10, model(10))
+    server.registry.files("r").snapshot("s")
+    before = seen(run)
+    server.stop()
+    slot = newest_slot(server)
+    data = {path.stem: path.read_bytes()[-run.run.layout.shadow_bytes :] for path in slot.glob("*.safetensors")}
+    flat = {average: xxhash.xxh3_128_hexdigest(each) for average, each in data.items()}
+    assert server.folder is not None
+    with closing(sqlite3.connect(server.folder / "catalog.db")) as catalog, catalog:
+        for row, text in catalog.execute("SELECT id, state FROM checkpoints").fetchall():
+            state = json.loads(text)
+            for each in state["averages"]:
+                each["checksum"] = flat[each["name"]]
+            catalog.execute("UPDATE checkpoints SET state = ? WHERE id = ?", (json.dumps(state), row))
+        [(text,)] = catalog.execute("SELECT info FROM snapshots").fetchall()
+        catalog.execute("UPDATE snapshots SET info = ?", (json.dumps({**json.loads(text), "checksums": flat}),))
+    if damaged:
+        path = next(slot.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    run = again(server)
+
+    if damaged:
+        assert run.info.status == "degraded"
+    else:
+        assert seen(run) == before
+        run.push(20, model(20))
+    server.registry.files("r").rewind("s")
+    assert {a.name: seen(run)[a.name][2] for a in TWO} == {a.name: before[a.name][2] for a in TWO}
 
 
 # --- power loss -----------------------------------------------------------------------------------------------------

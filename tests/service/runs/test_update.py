@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ema_client.errors import NonFinite
 from ema_client.protocol import TensorSpec
-from ema_service.averaging import BlockDigest
+from ema_service.averaging import BlockDigest, Digest
 from ema_service.averaging import digest as digest_module
 from ema_service.runs import Layout, Memory, Staged, update
 from ema_service.runs.arena import TORCH_DTYPES, Arena
@@ -181,13 +181,17 @@ def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], me
 def test_digest_is_xxh3_of_blocks(
     averages: int, shared: bool, layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever works it out. Blocks that are whole and of one dtype are left to the averaging, others to the library."""
-    block, given = 4096, []
+    """Whoever works it out. Blocks that are whole and of one dtype are left to the averaging, others to the library. So
+    are those of results that are followed, where they are of the same bytes as the parameters' and the first average's.
+    """
+    block, given, followed = 4096, [], []
     for module in (update, digest_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", block)
     monkeypatch.setattr(update, "PIECE_BYTES", block // 2)
     to_library = BlockDigest.update
     monkeypatch.setattr(BlockDigest, "update", lambda it, data: (given.append(len(data)), to_library(it, data)))
+    to_stream = Digest.update
+    monkeypatch.setattr(Digest, "update", lambda it, data: (followed.append(len(data)), to_stream(it, data)))
     random = torch.Generator().manual_seed(0)
     sizes = {torch.float64: 700, torch.float32: 6000, torch.bfloat16: 9001, torch.float16: 5}
     tensors = {str(dtype): torch.randn(size, generator=random).to(dtype) for dtype, size in sizes.items()}
@@ -196,24 +200,60 @@ def test_digest_is_xxh3_of_blocks(
     shadow.tensor.zero_()
     staged = Staged(layout, memory)
     staged.data[:] = data
-    feeds = [Feed(memory.new_arena(layout), shadow, 0.5), Feed(staged.arena, shadow, 0.5)][2 - averages :]
+    outs = [memory.new_arena(layout), staged.arena][2 - averages :]
+    feeds = [Feed(out, shadow, 0.5, lambda *_: None) for out in outs]
 
     with ThreadPoolExecutor(2) as helpers:
         if shared:
             apart = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone().numpy().data
             assert staged.adopt(Shared(apart, lambda: None, helpers), 0)
-            feeds = [Feed(memory.new_arena(layout), shadow, 0.5) for _ in feeds]
+            feeds = [Feed(memory.new_arena(layout), shadow, 0.5, feed.sink) for feed in feeds]
         made = Pass(staged, feeds, check=False).finish()
 
-    blocks = [data[start : start + block] for start in range(0, len(data), block)]
-    assert made == xxhash.xxh3_128_digest(b"".join(map(xxhash.xxh3_128_digest, blocks)))
+    assert made == digest_of(data, block)
+    assert [feed.out.digest for feed in feeds] == [
+        digest_of(feed.out.tensor.numpy().tobytes(), block) for feed in feeds
+    ]
     averaged = [s.param for s in layout.sections if s.param_dtype in ("F32", "BF16")]
     whole = [b for b in range(0, len(data), block) if any(s.start <= b and b + block <= s.stop for s in averaged)]
     assert len(whole) > 6
     assert sum(given) == len(data) - (len(whole) * block if averages else 0)
+    [same] = [s.param for s in layout.sections if s.param_dtype == "F32" and s.param == s.shadow]
+    whole = [start for start in whole if same.start <= start and start + block <= same.stop]
+    assert len(whole) > 4
+    assert sum(followed) == averages * layout.shadow_bytes - (len(whole) * block if averages else 0)
     for feed in feeds:
         for index, dtype in enumerate(sizes):
             assert torch.equal(feed.out.section(index), tensors[str(dtype)].to(feed.out.section(index).dtype) / 2)
+
+
+@pytest.mark.parametrize("piece", [1024, 1536, 5000])
+def test_digest_of_results_that_arrive(
+    piece: int, layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any pieces; and of nobody's results, unless someone follows them."""
+    for module in (update, digest_module):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 2048)
+    monkeypatch.setattr(update, "PIECE_BYTES", 1024)
+    tensors = {"a": torch.linspace(-1, 1, 3001), "b": torch.linspace(5, 6, 777).bfloat16()}
+    layout = layout_of(tensors)
+    shadow = memory.new_arena(layout)
+    shadow.tensor.zero_()
+    staged = Staged(layout, memory)
+    staged.data[:] = data_of(tensors)
+    alone, out = memory.new_arena(layout), staged.arena
+    work = Pass(staged, [Feed(alone, shadow, 0.5), Feed(out, shadow, 0.25, lambda *_: None)], check=True)
+    for received in range(0, layout.param_bytes, piece):
+        work.advance(received)
+    work.finish()
+
+    assert alone.digest is None
+    assert out.digest == digest_of(out.tensor.numpy().tobytes(), 2048)
+
+
+def digest_of(data: bytes, block: int) -> bytes:
+    blocks = [data[start : start + block] for start in range(0, len(data), block)]
+    return xxhash.xxh3_128_digest(b"".join(map(xxhash.xxh3_128_digest, blocks)))
 
 
 def test_digest_is_of_the_parameters(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:

@@ -199,19 +199,21 @@ def test_format_1_is_migrated(path: Path) -> None:
     catalog.close()
 
 
-def test_format_2_is_migrated(path: Path) -> None:
-    """A catalog of format 2 keeps what it has and says so no longer: its servers know no copied tensors."""
+@pytest.mark.parametrize("old", [2, 3])
+def test_later_formats_are_migrated(old: int, path: Path) -> None:
+    """Their catalogs keep what they have and say so no longer: the servers of format 2 know no copied tensors, those of
+    3 other checksums."""
     catalog = Catalog(path)
     catalog.add_run("r", "{}", 1.5)
     before = catalog.runs()
     catalog.close()
     database = sqlite3.connect(path)
-    database.execute("PRAGMA user_version = 2")
+    database.execute(f"PRAGMA user_version = {old}")
     database.close()
 
     catalog = Catalog(path)
     assert catalog.runs() == before
-    assert catalog._read("PRAGMA user_version") == [(3,)]
+    assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
     catalog.close()
 
 
