@@ -54,10 +54,10 @@ bench: $(VENV)/bench/.installed ## Measure speed and memory beside other librari
 	$(VENV)/bench/bin/python tests/benchmarks/run.py $(ARGS)
 
 # An environment of its own: what the libraries to compare with bring (torchvision, for one) may not fit this torch, and would
-# keep the frameworks of the tests from being imported.
+# keep the frameworks of the tests from being imported. What gaps cost is seen in the demo's training, hence its extra.
 $(VENV)/bench/.installed: $(STAMP)
 	$(BIN)/python -m venv $(VENV)/bench
-	$(VENV)/bench/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(VENV)/bench/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench,demo]'
 	@touch $@
 
 clean: ## Delete .venv, caches and what make demo drew; the server's data (ema-data) is left alone
