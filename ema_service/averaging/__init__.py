@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
 from ema_service.averaging.fused import prepare
-from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting
+from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.schedules import SCHEDULES, Retention, Schedule
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "cast_into",
     "casting",
     "digesting",
+    "finite",
     "prepare",
 ]

@@ -26,7 +26,7 @@ from torch import Tensor
 from ema_service.averaging import fused
 from ema_service.averaging.digest import Accumulators
 
-__all__ = ["average_into", "averaging", "cast_into", "casting", "digesting"]
+__all__ = ["average_into", "averaging", "cast_into", "casting", "digesting", "finite"]
 
 #: Bytes of shadow per block and thread, where torch does the work (float64, fp16). A block is read and written three
 #: times and should stay in the 2 MiB L2 cache of a core together with its parameters. Measured on one core, GB/s of
@@ -161,6 +161,11 @@ def _cast_blocks(out: Tensor, param: Tensor, *, check: bool) -> bool:
         if check:
             sums.append(block.sum())
     return _all_finite(out, sums)
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value of a flat tensor is NaN or Inf. On a GPU: waits for all that is to be done there before."""
+    return _all_finite(values, [values[start:stop].sum() for start, stop in _blocks(values)])
 
 
 def _all_finite(values: Tensor, sums: list[Tensor]) -> bool:

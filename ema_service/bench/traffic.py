@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ema_client import EmaClient
+from ema_client.protocol import Durability
 from ema_service.bench.children import BenchFailed
 
 __all__ = ["TENSORS", "Traffic", "make_state", "nbytes_of"]
@@ -49,8 +50,8 @@ class Traffic:
         self.nbytes = nbytes_of(self.state)
         self._step = 0
 
-    def create(self, client: EmaClient) -> None:
-        client.create_run(self.run, self.state)
+    def create(self, client: EmaClient, *, durability: Durability | None = None) -> None:
+        client.create_run(self.run, self.state, durability=durability)
 
     def push(self, client: EmaClient, state: Mapping[str, Tensor] | None = None) -> None:
         """Push ``state`` if it is given, which must have the values of the traffic's own."""

@@ -319,7 +319,7 @@ class Run:
             last = average is state.averages[-1]
             out = staged.arena if last else self._memory.new_arena(self.layout)
             retention = SCHEDULES[config.schedule](average.decay, state.num_updates, self._gap(state, step))
-            sink = partial(slot.write, average.name) if slot and self._memory.on_host else None
+            sink = partial(slot.write, average.name) if slot else None
             feeds.append(Feed(out, average.arena, retention.weight, sink))
             averages.append(replace(average, effective_decay=retention.decay, arena=out))
         return Update(step, state, tuple(averages), Pass(staged, feeds, check=self._check), writer, slot)

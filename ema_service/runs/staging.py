@@ -23,7 +23,7 @@ from torch import Tensor
 from ema_client.errors import BodyTooLarge, MalformedBody, Overloaded
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
-from ema_service.runs.arena import TORCH_DTYPES, Arena, Memory, buffer_bytes, param_offset
+from ema_service.runs.arena import TORCH_DTYPES, Arena, Mark, Memory, buffer_bytes, param_offset
 from ema_service.runs.layout import Layout
 
 __all__ = ["Body", "Shared", "Staged", "Staging", "UpdateBody"]
@@ -50,7 +50,7 @@ class Shared:
 class Staged:
     """The parameters of one push, in memory that becomes an arena. Owned by the request that received it.
 
-    data: the host memory of the parameters, layout.param_bytes long.
+    data: the host memory of the parameters, layout.param_bytes long. on_host: whether they are averaged there.
     arena: what the memory becomes once averages are written over the parameters; on the device.
     shared: where the parameters lie instead, or None; then ``data`` is that memory, and whoever reads it settles.
     release(): gives the budget back; also happens when the object dies. The memory itself lives as long as its views.
@@ -58,7 +58,7 @@ class Staged:
 
     def __init__(self, layout: Layout, memory: Memory) -> None:
         self.layout = layout
-        self.device = memory.device
+        self.on_host = memory.on_host
         self._memory = memory
         self._offset = param_offset(layout)
         size = buffer_bytes(layout)
@@ -73,11 +73,12 @@ class Staged:
     def adopt(self, shared: Shared, start: int) -> bool:
         """Let the parameters stay where they lie: in order, from byte ``start`` of the shared body on.
 
-        False, and nothing done, where they cannot be read there: on a GPU, or out of line.
+        False, and nothing done, where they cannot be taken from there in any order: out of line, or on a device if they
+        are narrower than their shadows, which are written over them.
         """
         data = shared.body[start : start + self.layout.param_bytes]
         adopted = torch.frombuffer(data, dtype=torch.uint8)
-        if not self._memory.on_host or adopted.data_ptr() % _WIDEST:
+        if adopted.data_ptr() % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
             return False
         self.shared, self.data, self._adopted = shared, data, adopted
         return True
@@ -85,7 +86,7 @@ class Staged:
     def param(self, index: int) -> Tensor:
         """The parameters of one section on the device, flat, in the dtype they came in: what was uploaded of them."""
         section = self.layout.sections[index]
-        if self._adopted is not None:
+        if self._adopted is not None and self.on_host:
             param = self._adopted[section.param]
         else:
             param = self._buffer[self._offset + section.param.start : self._offset + section.param.stop]
@@ -93,14 +94,28 @@ class Staged:
 
     def upload(self, start: int, stop: int) -> None:
         """Bring bytes ``start`` to ``stop`` of the received parameters to the device. On the host they are there."""
-        if not self._memory.on_host:
+        if not self.on_host:
+            if self._adopted is not None:
+                self._host[start:stop].copy_(self._adopted[start:stop])
             param = self._buffer[self._offset + start : self._offset + stop]
             param.copy_(self._host[start:stop], non_blocking=True)
 
+    def host_twin(self, arena: Arena) -> Tensor:
+        """Host memory, uint8, for the bytes that an arena of the device will hold."""
+        return self._memory.pool.lend(arena.tensor.numel())
+
+    def mark(self) -> Mark:
+        """As Memory.mark()."""
+        return self._memory.mark()
+
+    @property
+    def followers(self) -> Executor:
+        return self._memory.followers
+
     def settle(self) -> None:
         """Return when the parameters have been read, and were what they are said to be: raises as Shared.check()."""
-        if not self._memory.on_host:
-            torch.cuda.current_stream(self.device).synchronize()
+        if not self.on_host:
+            self.mark().synchronize()
         if self.shared is not None:
             self.shared.check()
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,8 +29,9 @@ from ema_service.averaging import (
     averaging,
     casting,
     digesting,
+    finite,
 )
-from ema_service.runs.arena import Arena
+from ema_service.runs.arena import Arena, Mark
 from ema_service.runs.layout import Section
 from ema_service.runs.staging import Staged
 
@@ -43,19 +45,23 @@ GPU_PIECE_BYTES = BLOCK_BYTES
 _NAMED_IN_ERRORS = 5
 
 
+#: Given bytes in host memory, always the same, and how many of them are final.
+Sink = Callable[[memoryview, int], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Feed:
     """What the parameters do to one average.
 
     out <- shadow - weight * (shadow - param); without a shadow, and in copied sections, out <- param.
-    sink: given all of the result's bytes, and how many of them are final, as they come; only where ``out`` is host
-    memory. Such a result gets its digest.
+    sink: given all of the result's bytes, and how many of them are final, as they come, in host memory. Such a result
+    gets its digest.
     """
 
     out: Arena
     shadow: Arena | None
     weight: float
-    sink: Callable[[memoryview, int], None] | None = None
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +82,73 @@ class _Block:
     results: BlockDigest
 
 
-@dataclass(slots=True)
 class _Result:
-    """A result that someone follows. made: how many of its bytes are final."""
+    """A result that someone follows, in host memory."""
 
-    arena: Arena
-    sink: Callable[[memoryview, int], None]
-    data: memoryview
-    digest: Digest = field(default_factory=Digest)
-    made: int = 0
+    def __init__(self, arena: Arena, sink: Sink, data: Tensor) -> None:
+        self.arena = arena
+        self._sink = sink
+        self._data = data.numpy().data
+        self._digest = Digest()
+        self._told = 0
+
+    def made(self, upto: int, block: BlockDigest | None = None, *, ended: bool = False) -> None:
+        """So many of its bytes are final. block: took in what is made of the block that ``ended``, but for its last
+        gulp."""
+        if block is None:
+            self._digest.update(self._data[self._told : upto])
+        elif ended:
+            block.end(self._data[upto - GULP_BYTES : upto])
+            self._digest.add(block.digest())
+        self._told = upto
+        self._sink(self._data, upto)
+
+    def finish(self) -> None:
+        """All is made: tell the last of it, and let the arena have its digest."""
+        self.arena.digest = self._digest.digest()
+
+
+class _DeviceResult(_Result):
+    """A result on a device: copied to the host behind the averaging, and told by a thread as it arrives there.
+
+    twin: that memory. It is nobody else's before everything has arrived: the thread holds this object.
+    """
+
+    def __init__(self, arena: Arena, sink: Sink, twin: Tensor, staged: Staged) -> None:
+        super().__init__(arena, sink, twin)
+        self._twin = twin
+        self._mark = staged.mark
+        self._followers = staged.followers
+        self._copied = 0
+        self._under_way = deque[tuple[int, Mark]]()
+        self._follower: Future[None] | None = None
+        self._lock = threading.Lock()
+
+    def made(self, upto: int, block: BlockDigest | None = None, *, ended: bool = False) -> None:  # noqa: ARG002 - None
+        if upto == self._copied:
+            return
+        piece = slice(self._copied, upto)
+        self._twin[piece].copy_(self.arena.tensor[piece], non_blocking=True)
+        self._copied = upto
+        with self._lock:
+            self._under_way.append((upto, self._mark()))
+            if len(self._under_way) == 1:
+                self._follower = self._followers.submit(self._follow)
+
+    def finish(self) -> None:
+        if self._follower:
+            self._follower.result()
+        super().finish()
+
+    def _follow(self) -> None:
+        while True:
+            upto, mark = self._under_way[0]
+            mark.synchronize()
+            super().made(upto)
+            with self._lock:
+                self._under_way.popleft()
+                if not self._under_way:
+                    return
 
 
 class Pass:
@@ -100,11 +164,12 @@ class Pass:
         self._starts = [section.param.start for section in self._layout.sections]
         self._feeds = feeds
         self._check = check
-        self._position = 0
+        #: At each piece as it is made. To a device each look is a wait: there it is one look at the end.
+        self._looks = staged.on_host
+        #: Bytes of the parameters that are digested, and averaged.
+        self._position = self._averaged = 0
         self._finite = [True] * len(feeds)
-        self._results = [
-            _Result(feed.out, feed.sink, _bytes_of(feed.out.tensor)) if feed.sink else None for feed in feeds
-        ]
+        self._results = [self._followed(feed.out, feed.sink) if feed.sink else None for feed in feeds]
         self._bound: dict[int, _Bound] = {}
         self._block: _Block | None = None
         self._digest = Digest()
@@ -113,16 +178,19 @@ class Pass:
     def advance(self, received: int) -> None:
         """Work through what is there: the first ``received`` bytes of the parameters."""
         with self._lock:
-            piece = PIECE_BYTES if self._staged.device.type == "cpu" else GPU_PIECE_BYTES
             if received < self._layout.param_bytes:
                 # Whole pieces until the end, so that what is made of them is whole pages for the disk.
-                received -= received % piece
-            for index, section, start, stop in self._pieces(self._position, received, piece):
+                received -= received % PIECE_BYTES
+            for index, section, start, stop in self._pieces(self._position, received, PIECE_BYTES):
                 if self._block is None:
                     self._block = self._begin_block(index, section, start)
-                self._take(self._block, index, section, start, stop)
+                if self._staged.on_host:
+                    self._take(self._block, index, section, start, stop)
+                    self._averaged = stop
+                else:
+                    self._take_for_device(self._block, index, section, start, stop)
                 ended = stop % BLOCK_BYTES == 0 or stop == self._layout.param_bytes
-                self._keep(self._block, section, stop, ended=ended)
+                self._keep(self._block, section, self._averaged, ended=ended)
                 if ended:
                     self._block = None
                 self._position = stop
@@ -141,13 +209,21 @@ class Pass:
             # Views of the parameters: another process' memory is held no longer than it is read.
             self._bound.clear()
         self._staged.settle()
-        for feed, finite in zip(self._feeds, self._finite, strict=True):
-            if not finite:
+        for feed, as_made in zip(self._feeds, self._finite, strict=True):
+            if not (as_made if self._looks else self._is_finite(feed.out)):
                 raise _refusal(feed.out)
         for result in self._results:
             if result:
-                result.arena.digest = result.digest.digest()
+                result.finish()
         return self._digest.digest()
+
+    def _followed(self, out: Arena, sink: Sink) -> _Result:
+        if self._staged.on_host:
+            return _Result(out, sink, out.tensor)
+        return _DeviceResult(out, sink, self._staged.host_twin(out), self._staged)
+
+    def _is_finite(self, out: Arena) -> bool:
+        return not self._check or all(finite(out.section(index)) for index in range(len(self._starts)))
 
     def _divide(self, helpers: Executor) -> None:
         """Work through all blocks, of parameters that lie apart from every ``out``: in any order, on many threads."""
@@ -192,8 +268,6 @@ class Pass:
         data, bound = self._staged.data[start:stop], self._bind(index)
         first, last = _elements(section, start, stop)
         done = first
-        if bound.kernels:
-            self._staged.upload(start, stop)
         if bound.digesting and block.params.compiled:
             done = last
             if stop % BLOCK_BYTES == 0:
@@ -204,10 +278,23 @@ class Pass:
                 block.params.end(data[-GULP_BYTES:])
         else:
             block.params.update(data)
+        if bound.kernels:
+            self._staged.upload(start, stop)
         for number, kernel in enumerate(bound.kernels):
             begin = first if number else done
             if begin < last:
                 self._note(number, finite=kernel(begin, last))
+
+    def _take_for_device(self, block: _Block, index: int, section: Section, start: int, stop: int) -> None:
+        """Digest a piece that is still in the core's cache; average once there is enough for a device."""
+        block.params.update(self._staged.data[start:stop])
+        if stop % GPU_PIECE_BYTES and stop < section.param.stop:
+            return
+        bound, begun, self._averaged = self._bind(index), self._averaged, stop
+        if bound.kernels:
+            self._staged.upload(begun, stop)
+        for kernel in bound.kernels:
+            kernel(*_elements(section, begun, stop))
 
     def _note(self, number: int, *, finite: bool) -> None:
         if not finite:
@@ -218,16 +305,17 @@ class Pass:
         if bound := self._bound.get(index):
             return bound
         kernels, digest = [], None
+        check = self._check and self._looks
         copied = self._layout.sections[index].copied
         for number, feed in enumerate(self._feeds):
             out, param = feed.out.section(index), self._staged.param(index)
             if feed.shadow is None or copied:
-                kernels.append(casting(out, param, check=self._check))
+                kernels.append(casting(out, param, check=check))
                 continue
             shadow = feed.shadow.section(index)
-            kernels.append(averaging(out, shadow, param, feed.weight, check=self._check))
+            kernels.append(averaging(out, shadow, param, feed.weight, check=check))
             if number == 0:
-                digest = digesting(out, shadow, param, feed.weight, check=self._check)
+                digest = digesting(out, shadow, param, feed.weight, check=check)
         return self._bound.setdefault(index, _Bound(kernels, digest))
 
     def _keep(self, block: _Block, section: Section, stop: int, *, ended: bool = False) -> None:
@@ -237,25 +325,15 @@ class Pass:
             self._digest.add(block.params.digest())
         _, made = _elements(section, section.param.start, stop)
         upto = section.shadow.start + made * LAYOUT_DTYPES[section.shadow_dtype]
-        for result in self._results:
-            if result is None:
-                continue
-            if not block.results.compiled or result is not self._results[0]:
-                result.digest.update(result.data[result.made : upto])
-            elif ended:
-                block.results.end(result.data[upto - GULP_BYTES : upto])
-                result.digest.add(block.results.digest())
-            result.made = upto
-            result.sink(result.data, upto)
+        for number, result in enumerate(self._results):
+            if result:
+                compiled = block.results if block.results.compiled and number == 0 else None
+                result.made(upto, compiled, ended=ended)
 
 
 def _elements(section: Section, start: int, stop: int) -> tuple[int, int]:
     width = LAYOUT_DTYPES[section.param_dtype]
     return (start - section.param.start) // width, (stop - section.param.start) // width
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    return values.numpy().data
 
 
 def _refusal(arena: Arena) -> NonFinite:

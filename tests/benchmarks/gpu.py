@@ -7,7 +7,9 @@ uses its device.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from kernel import WEIGHT
@@ -27,14 +29,17 @@ __all__ = ["measure"]
 TO_DEVICE, TO_HOST = "pinned host to device", "device to pinned host"
 LERP, OURS = "lerp_ on the device", "kernel on the device, float32"
 PUSH, PULL = "push, TCP, --device cuda", "pull into tensors, TCP, --device cuda"
+KEPT, SHARED = "push, TCP, --device cuda, durability process", "push, state in shared memory, --device cuda"
 NEEDS: dict[str, tuple[Need, ...]] = {
     RAW_TCP: (),
     TO_DEVICE: (),
     TO_HOST: (),
     PUSH: (Need(against=RAW_TCP), Need(against=TO_DEVICE)),
+    KEPT: (Need(against=RAW_TCP), Need(against=PUSH)),
+    SHARED: (Need(against=RAW_TCP),),
     PULL: (Need(against=RAW_TCP), Need(against=TO_HOST)),
     LERP: (),
-    OURS: (Need(0.65, LERP),),
+    OURS: (Need(against=LERP),),
 }
 
 
@@ -67,13 +72,22 @@ def _device(nbytes: int) -> dict[str, Operation]:
 
 
 def _served(nbytes: int, stack: contextlib.ExitStack) -> dict[str, Operation]:
-    service = stack.enter_context(Service("--device", "cuda"))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-bench-")))
+    service = stack.enter_context(Service("--device", "cuda", data_dir=folder))
     client = stack.enter_context(EmaClient(service.url))
-    traffic = Traffic("gpu", nbytes)
-    traffic.create(client)
-    traffic.push(client)
-    traffic.check(client)
-    return {PUSH: timed(lambda: traffic.push(client)), PULL: timed(lambda: traffic.pull_into(client))}
+    traffics = {name: Traffic(name, nbytes) for name in ("memory", "process")}
+    for durability, traffic in traffics.items():
+        traffic.create(client, durability=durability)
+        traffic.push(client)
+        traffic.check(client)
+    fast, kept = traffics.values()
+    shared = client.shared_state(fast.state)
+    return {
+        PUSH: timed(lambda: fast.push(client)),
+        KEPT: timed(lambda: kept.push(client)),
+        SHARED: timed(lambda: fast.push(client, shared)),
+        PULL: timed(lambda: fast.pull_into(client)),
+    }
 
 
 def _synchronised(action: Callable[[], object]) -> Operation:

@@ -259,9 +259,22 @@ EXPECTED = {
         "pinned host to device",
         "device to pinned host",
         "push, TCP, --device cuda",
+        "push, TCP, --device cuda, durability process",
+        "push, state in shared memory, --device cuda",
         "pull into tensors, TCP, --device cuda",
         "lerp_ on the device",
         "kernel on the device, float32",
+    ],
+    "gpu-trainer": [
+        "no EMA",
+        "RemoteEma",
+        "RemoteEma, on_busy='skip', the sender never idle",
+        "LitEma on the device",
+        "AveragedModel on the device, foreach",
+        "inside RemoteEma.update",
+        "copy of the parameters to the host",
+        "RemoteEma: memory of the device",
+        "LitEma: memory of the device",
     ],
 }
 #: What is demanded of rows that any machine can measure: (row, against, bound).
@@ -294,7 +307,7 @@ DEMANDED = {
 
 def demands(found: Mapping[str, Any]) -> set[tuple[str, str | None, float]]:
     """The demands of a result file, but for those in MB and those that need torchft or a GPU."""
-    optional = ("torchft", "lerp_ on the device")
+    optional = ("torchft",)
     return {
         (row["name"], demand["against"], demand["bound"])
         for group in found["groups"]

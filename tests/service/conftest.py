@@ -37,9 +37,13 @@ def model() -> Callable[[int], dict[str, Tensor]]:
     return make
 
 
+def host_memory() -> Memory:
+    return Memory(torch.device("cpu"), keep_bytes=1 << 20)
+
+
 @pytest.fixture
 def memory() -> Memory:
-    return Memory(torch.device("cpu"), keep_bytes=1 << 20)
+    return host_memory()
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
@@ -112,14 +116,22 @@ def local_run(memory: Memory) -> Callable[..., LocalRun]:
 class LocalServer:
     """A registry on a data dir. ``stop()`` ends it cleanly, ``crash()`` as a kill would; ``start()`` opens it again."""
 
-    def __init__(self, folder: Path | None, *, staging_bytes: int = 1 << 24, frozen_bytes: int = 1 << 24) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        staging_bytes: int = 1 << 24,
+        frozen_bytes: int = 1 << 24,
+        new_memory: Callable[[], Memory] = host_memory,
+    ) -> None:
         self.folder = folder
+        self._new_memory = new_memory
         self._budgets = {"staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
         self._open = False
         self.start()
 
     def start(self) -> None:
-        self.memory = Memory(torch.device("cpu"), keep_bytes=1 << 20)
+        self.memory = self._new_memory()
         self.store = Store(self.folder) if self.folder else None
         self.registry = Registry(self.memory, self.store, **self._budgets)
         self._open = True
@@ -153,8 +165,8 @@ def local_server(tmp_path: Path) -> Iterator[Callable[..., LocalServer]]:
     """
     opened: list[LocalServer] = []
 
-    def start(*, memory: bool = False, folder: Path | None = None, **budgets: int) -> LocalServer:
-        opened.append(LocalServer(None if memory else folder or tmp_path / "data", **budgets))
+    def start(*, memory: bool = False, folder: Path | None = None, **options: Any) -> LocalServer:
+        opened.append(LocalServer(None if memory else folder or tmp_path / "data", **options))
         return opened[-1]
 
     yield start

@@ -39,6 +39,8 @@ NAMES = {
     "ema_idle_bytes",
 }
 TENSORS = {"w": torch.zeros(1000)}
+#: What --device auto picks.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def values(run: PlainRun) -> dict[str, float]:
@@ -55,7 +57,7 @@ def test_healthz_and_readyz(server: ServerProcess) -> None:
     """Liveness and readiness are 200; readiness names the device."""
     with server.http() as http:
         assert (http.get("/healthz").status_code, http.get("/healthz").json()) == (200, {"status": "alive"})
-        assert http.get("/readyz").json() == {"status": "ready", "device": "cpu"}
+        assert http.get("/readyz").json() == {"status": "ready", "device": DEVICE}
 
 
 def test_metrics_have_their_names(server: ServerProcess) -> None:

@@ -50,7 +50,7 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "tensors": 3,
         "parameters": 12,
         "bytes": 48,
-        "device": "cpu",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "shadow_dtype": "F32",
     }
 

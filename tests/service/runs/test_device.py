@@ -1,0 +1,267 @@
+"""Shadows that do not lie in the host's memory: the same results, and kept as those of the host are.
+
+Most of it runs twice: on a GPU, where there is one, and on a device that is none, whose memory is the host's but whose
+work is done once someone waits for it.
+
+Knows runs, arenas and the pass. Does not know sockets.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ema_client.errors import NonFinite
+from ema_client.protocol import TensorSpec
+from ema_service.averaging import Digest
+from ema_service.runs import Layout, Memory, Staged, update
+from ema_service.runs.checkpoints import Checkpoints
+from ema_service.runs.staging import Shared
+from ema_service.runs.update import Feed, Pass
+
+Model = Callable[[int], dict[str, Tensor]]
+
+WAIT_SECONDS = 30.0
+#: Parameters of every dtype; the float32 ones come in many pieces.
+SIZES = {"F64": 700, "F32": 60_000, "BF16": 9001, "F16": 5}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Mark:
+    """Passed once someone waited for it, and the device may go on."""
+
+    def __init__(self, may_go_on: threading.Event) -> None:
+        self._may_go_on = may_go_on
+        self.passed = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        assert self._may_go_on.wait(WAIT_SECONDS)
+        self.passed = True
+
+
+class Elsewhere(Memory):
+    """A device on the host."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), keep_bytes=1 << 24)
+        self.on_host = False
+        self.marks: list[Mark] = []
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def allocate(self, nbytes: int) -> Tensor:
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+
+    def mark(self) -> Mark:
+        self.marks.append(Mark(self.may_go_on))
+        return self.marks[-1]
+
+    def to_device(self, host: Tensor) -> Tensor:
+        return host.clone()
+
+
+@pytest.fixture(
+    params=[
+        Elsewhere,
+        pytest.param(
+            lambda: Memory(torch.device("cuda"), keep_bytes=1 << 24),
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+            id="cuda",
+        ),
+    ]
+)
+def new_memory(request: pytest.FixtureRequest) -> Callable[[], Memory]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "PIECE_BYTES", 1024)
+    monkeypatch.setattr(update, "GPU_PIECE_BYTES", 4096)
+
+
+def tensors_of(seed: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(size, generator=random).to(DTYPES[name]) for name, size in SIZES.items()}
+
+
+LAYOUT = Layout(tuple(TensorSpec(name, (size,), name) for name, size in SIZES.items()))
+
+
+def staged_in(memory: Memory, tensors: dict[str, Tensor]) -> Staged:
+    staged = Staged(LAYOUT, memory)
+    body = save(tensors)
+    staged.data[:] = body[8 + int.from_bytes(body[:8], "little") :]
+    return staged
+
+
+class Follower:
+    """Keeps the bytes it is told of, at the time it is told."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def __call__(self, data: memoryview, upto: int) -> None:
+        self.data += data[len(self.data) : upto]
+
+
+def averaged(memory: Memory, follow: Callable[[memoryview, int], None] | None) -> tuple[bytes, bytes, bytes | None]:
+    """The result, the digest of the parameters and of the result: of a push that arrives piece by piece."""
+    first = Staged(LAYOUT, memory)
+    first.data[:] = staged_in(memory, tensors_of(1)).data
+    Pass(first, [Feed(first.arena, None, 0.0)], check=True).finish()
+    staged = staged_in(memory, tensors_of(2))
+    work = Pass(staged, [Feed(staged.arena, first.arena, 0.25, follow)], check=True)
+    for received in range(0, LAYOUT.param_bytes, 10_007):
+        work.advance(received)
+    digest = work.finish()
+    return staged.arena.tensor.cpu().numpy().tobytes(), digest, staged.arena.digest
+
+
+def test_equals_the_host(new_memory: Callable[[], Memory]) -> None:
+    """Bit for bit, with the same digests; who follows a result is told of every byte of it, as it is."""
+    host, on_host = Follower(), Memory(torch.device("cpu"))
+    device = Follower()
+
+    assert averaged(new_memory(), device) == averaged(on_host, host)
+    assert device.data == host.data
+    assert averaged(new_memory(), None)[2] is None
+
+
+def test_shared_memory(new_memory: Callable[[], Memory]) -> None:
+    """Taken from where it lies, by many threads, where no result overwrites what others still read; else copied."""
+    memory, tensors = new_memory(), {"F32": tensors_of(2)["F32"]}
+    layout = Layout((TensorSpec("F32", (SIZES["F32"],), "F32"),))
+    apart = memoryview(bytearray(tensors["F32"].numpy().tobytes()))
+    oracle = three_roundings(torch.zeros(SIZES["F32"]), tensors["F32"], 0.25)
+
+    with ThreadPoolExecutor(3) as helpers:
+        shared = Shared(apart, lambda: None, helpers)
+        assert not Staged(LAYOUT, memory).adopt(shared, 0)
+        staged, shadow, follower = Staged(layout, memory), memory.new_arena(layout), Follower()
+        shadow.tensor.zero_()
+        assert staged.adopt(shared, 0)
+        Pass(staged, [Feed(staged.arena, shadow, 0.25, follower)], check=True).finish()
+
+    assert torch.equal(staged.arena.section(0).cpu(), oracle)
+    assert follower.data == oracle.numpy().tobytes()
+
+
+def three_roundings(shadow: Tensor, param: Tensor, weight: float) -> Tensor:
+    return shadow - weight * (shadow - param)
+
+
+def test_told_once_it_is_there() -> None:
+    """Not of a byte whose copy is still under way; and of what has arrived while the push goes on."""
+    memory, told = Elsewhere(), []
+
+    def follow(_: memoryview, upto: int) -> None:
+        told.append((upto, sum(mark.passed for mark in memory.marks)))
+
+    staged, shadow = staged_in(memory, tensors_of(1)), memory.new_arena(LAYOUT)
+    work = Pass(staged, [Feed(staged.arena, shadow, 0.25, follow)], check=False)
+    work.advance(100_000)
+    wait_until(lambda: told and all(mark.passed for mark in memory.marks))
+    before_the_end = len(told)
+    work.finish()
+
+    assert before_the_end > 20
+    assert told[-1][0] == LAYOUT.shadow_bytes
+    assert all(passed >= number for number, (_, passed) in enumerate(told, 1))
+
+
+def test_given_up_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a result that nobody wants any more is lent to others only once no copy to it is under way."""
+    memory = Elsewhere()
+    staged, shadow = staged_in(memory, tensors_of(1)), memory.new_arena(LAYOUT)
+    lent, take_back = [], memory.pool._take_back
+    monkeypatch.setattr(memory.pool, "_take_back", lambda raw: (lent.append(memory.marks[-1].passed), take_back(raw)))
+    memory.may_go_on.clear()
+    work = Pass(staged, [Feed(staged.arena, shadow, 0.25, Follower())], check=False)
+    work.advance(100_000)
+    del work
+    gc.collect()
+    lent_too_early = list(lent)
+    memory.may_go_on.set()
+    wait_until(lambda: lent)
+
+    assert lent_too_early == []
+    assert lent == [True]
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("at", [0, 30_000, 59_999])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_finds_one_bad_value(at: int, value: float, new_memory: Callable[[], Memory]) -> None:
+    """Wherever it is: the update is refused with the tensor's name. Without the check it is not."""
+    memory, tensors = new_memory(), tensors_of(1)
+    tensors["F32"][at] = value
+
+    staged = staged_in(memory, tensors)
+    with pytest.raises(NonFinite, match="F32"):
+        Pass(staged, [Feed(staged.arena, None, 0.0)], check=True).finish()
+    staged = staged_in(memory, tensors)
+    Pass(staged, [Feed(staged.arena, None, 0.0)], check=False).finish()
+
+
+@pytest.mark.parametrize("durability", ["process", "disk", "memory"])
+def test_kept(
+    durability: str,
+    new_memory: Callable[[], Memory],
+    local_server: Callable[..., Any],
+    litema: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Versions are written behind the averaging, and come back to the device; snapshots too, and what they rewind."""
+    server = local_server(new_memory=new_memory)
+    run = server.create("r", tensors_of(0), durability=durability)
+    run.begin(tensors_of(0))
+    oracle = litema({"F32": tensors_of(0)["F32"]})
+    if durability != "memory":
+        monkeypatch.delattr(Checkpoints, "_write_whole")
+    for step in range(1, 6):
+        run.push(step, tensors_of(step))
+        oracle.update({"F32": tensors_of(step)["F32"]})
+        if step == 3:
+            server.registry.files("r").snapshot("third")
+    before = {name: value.cpu().clone() for name, value in run.shadows().items()}
+    digest = run.run.average(run.state, None).arena.digest
+    if durability == "memory":
+        server.stop()
+    else:
+        server.crash()
+    server.start()
+    again = server.run("r")
+
+    assert torch.equal(before["F32"], oracle.shadow["F32"])
+    assert same({name: value.cpu() for name, value in again.shadows().items()}, before)
+    assert again.state.averages[0].arena.digest == (digest or again.state.averages[0].arena.digest)
+    whole = Digest()
+    whole.update(again.state.averages[0].arena.tensor.cpu().numpy().data)
+    assert again.state.averages[0].arena.digest == whole.digest()
+    monkeypatch.undo()
+    server.registry.files("r").rewind("third")
+    assert not same({name: value.cpu() for name, value in again.shadows().items()}, before)
+    again.push(100, tensors_of(100))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
