@@ -15,6 +15,7 @@
     loop      a whole training step with and without an EMA
     gap       how far off an EMA is that gets each k-th step only, with the decay made good and without
     gpu       what a CUDA device adds, where there is one
+    gpu-trainer   time and memory that an EMA costs a training on a CUDA device
 
 The libraries to compare with come with the extra ``[bench]``; one that is not installed is said to be missing.
 Tables go to the screen, every figure of every round to ``tests/benchmarks/results/`` (not kept in git). A demand that
@@ -35,6 +36,7 @@ import connections
 import durability
 import gap
 import gpu
+import gpu_training
 import kernel
 import latency
 import memory
@@ -67,6 +69,7 @@ GROUPS: dict[str, Measure] = {
     "loop": training.measure_loop,
     "gap": gap.measure,
     "gpu": gpu.measure,
+    "gpu-trainer": gpu_training.measure,
 }
 
 

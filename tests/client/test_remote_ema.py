@@ -68,6 +68,7 @@ class LitEmaOracle:
 
     @staticmethod
     def _wide(tensor: Tensor) -> Tensor:
+        tensor = tensor.cpu()
         return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -324,7 +325,8 @@ def test_wrapped_model_is_the_same_model(make: Callable[..., RemoteEma], client:
     ema.copy_to(wrapped)
 
     assert same(client.pull(ema.run), oracle.shadow)
-    assert same(values(model), oracle.shadow)
+    # Where there is a GPU, DataParallel has moved it there.
+    assert same(values(model.cpu()), oracle.shadow)
 
 
 @pytest.mark.parametrize(
@@ -537,6 +539,7 @@ def test_forward_right_after_the_update(make: Callable[..., RemoteEma], buffers:
         assert torch.equal(target[1].running_mean, mean)
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("buffers", ["average", "copy"])
 def test_forward_on_a_gpu_right_after_the_update(make: Callable[..., RemoteEma], buffers: BufferPolicy) -> None:

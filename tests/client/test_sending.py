@@ -5,7 +5,10 @@ Knows tensors and bytes. Does not know threads or the service.
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ema_client.publisher import Update
-from ema_client.sending import DeviceCopies, Sending, StepHook
+from ema_client.sending import DeviceCopies, Sending, StepHook, _Asked
 from ema_client.tensors import specs_of
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -174,14 +177,27 @@ def test_a_copy_under_way_is_waited_for(hooked: bool, monkeypatch: pytest.Monkey
     assert sent(update) == reference(state)
 
 
+def test_a_copy_that_could_not_be_asked_for() -> None:
+    """It is the sender who is told: an optimizer's step goes on."""
+    asking: Future[torch.cuda.Event] = Future()
+    asking.set_exception(RuntimeError("CUDA out of memory"))
+    copies, asked = DeviceCopies(), _Asked(asking)
+    copies._latest[torch.device("cuda", 0)] = asked
+    copies.before_step()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asked.synchronize()
+
+
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("hooked", [False, True])
-def test_copies_from_a_device(hooked: bool) -> None:
+def test_copies_from_a_device(hooked: bool, shared: bool) -> None:
     """The bytes are those of before the step, though the step follows at once on the device's stream, and the device's
     memory is as before."""
     state = {"w": torch.randn(64 << 20, device="cuda"), "x": torch.randn(3, 5, device="cuda")}
-    maker = Sending(specs_of(state), pinned=True)
+    maker = Sending(specs_of(state), pinned=True, shared=shared)
     maker.copied(1, values(state), hooked=False).done()
     expected = reference({name: tensor.cpu() for name, tensor in state.items()})
     torch.cuda.synchronize()
@@ -194,4 +210,45 @@ def test_copies_from_a_device(hooked: bool) -> None:
         tensor.zero_()
 
     assert sent(update) == expected
+    assert (update.body.shared is not None) == shared
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_copies_to_pages_that_are_locked() -> None:
+    """The device is asked and nobody waits for it; the pages are free again with the last that held them."""
+    state = {"w": torch.randn(256 << 20, device="cuda")}
+    maker = Sending(specs_of(state), pinned=True)
+    maker.copied(1, values(state), hooked=False).done()
+    torch.cuda.synchronize()
+    update = maker.copied(2, values(state), hooked=True)
+    [copy] = maker.devices._latest.values()
+    still_under_way = not copy.end().query()
+    *_, data = update.body.pieces()
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+
+    assert still_under_way
+    assert flat.is_pinned()
+    # Given up with the copy under way: the memory goes only once it is there.
+    del update, maker, copy
+    gc.collect()
+    assert not flat.is_pinned()
+    assert torch.equal(flat.view(torch.float32), state["w"].cpu())
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_fork_while_copying() -> None:
+    """A loader's worker that is forked off between copies takes nothing of them: the next one arrives here."""
+    state = {"w": torch.zeros(1 << 20, device="cuda")}
+    maker = Sending(specs_of(state), pinned=True)
+    for value in (1, 2, 3):
+        state["w"].fill_(value)
+        update = maker.copied(value, values(state), hooked=False)
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        assert load(sent(update))["w"].eq(value).all()
+        os.waitpid(child, 0)
+        update.done()
