@@ -21,6 +21,7 @@ from pydantic import BeforeValidator
 from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN
 from ema_service.api.admission import Admission
 from ema_service.api.ingest import Receivers
+from ema_service.api.segment import Mappings
 from ema_service.metrics import Metrics
 from ema_service.runs import Arena, Layout, Registry, Run, RunFiles, Staged
 from ema_service.settings import Settings
@@ -52,7 +53,8 @@ class Context:
     """One running server: its settings, registry and metrics, its threads, for updates and for files, and the queues
     before its two budgets. Made where the event loop runs.
 
-    helpers: threads that updates are divided among where they do not arrive by a socket.
+    helpers: threads that updates are divided among where they do not arrive by a socket. mappings: of the memory that
+    such updates lie in.
     """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
@@ -68,6 +70,7 @@ class Context:
         self._receive_threads = Threads(_RECEIVE_THREADS, "ema-receive", torch.set_num_threads, (1,))
         self.receivers = Receivers(self._receive_threads, _RECEIVE_THREADS)
         self.helpers = Threads(_HELPERS, "ema-help", torch.set_num_threads, (1,))
+        self.mappings = Mappings()
         self._file_threads = Threads(_FILE_THREADS, "ema-files")
         self._sync_threads = Threads(_SYNC_THREADS, "ema-sync")
         self._syncing: set[RunFiles] = set()

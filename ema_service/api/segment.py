@@ -1,9 +1,9 @@
 """Takes over a push that lies in shared memory of a client on this host, in place of a body from the socket.
 
 The memory is the client's: a memfd with a secret in front, which a request names by process, descriptor and place. It
-is opened for one push and let go with it, so the server keeps nothing between two, and it is gone with the client and
-the pushes it has under way. What a stranger could do by naming other files, processes or lengths is looked at first;
-whatever is wrong is one error, upon which a client sends an ordinary body.
+is opened for each push anew, and what a stranger could do by naming other files, processes or lengths is looked at
+first; whatever is wrong is one error, upon which a client sends an ordinary body. Only its pages stay mapped for the
+next push, for seconds and not beyond the end of the client's process.
 
 Knows /proc, memfds and their seals. Does not know what the bytes mean (Body does) or who asks for it.
 """
@@ -15,16 +15,27 @@ import fcntl
 import hmac
 import mmap
 import os
+import select
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
 from ema_service.runs import Body, Shared
 
-__all__ = ["named", "take_over"]
+__all__ = ["KEEP_SECONDS", "Mappings", "named", "take_over"]
+
+#: How long a mapping is kept that nobody pushes from. A trainer's steps are shorter, or 40 ms a GiB are nothing.
+KEEP_SECONDS = 3.0
+#: Mappings kept at once; each takes a descriptor.
+_MOST_KEPT = 256
+#: How often is looked which of them to let go, in milliseconds; the end of a process is noticed at once.
+_SWEEP_MS = 500
 
 #: fcntl(2); Python has a name for F_GET_SEALS and for the seals on Linux only.
 _GET_SEALS = getattr(fcntl, "F_GET_SEALS", None)
@@ -43,17 +54,89 @@ def named(header: str, *, same_host: bool) -> Segment:
         raise SegmentUnusable(str(fault)) from None
 
 
-def take_over(segment: Segment, body: Body, helpers: Executor) -> None:
+@dataclass(slots=True)
+class _Kept:
+    """memory: mapped pages. owner: a descriptor of the process (pidfd), readable once it ended. used: time.monotonic"""
+
+    memory: memoryview
+    owner: int
+    used: float
+
+
+class Mappings:
+    """Pages of segments, mapped for one push and kept for the next: a third of a push is mapping. Thread-safe.
+
+    A mapping is let go KEEP_SECONDS after its last push or when its process ends, whichever is first, by a thread that
+    runs while there is one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], _Kept] = {}
+        self._sweeper: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def map(self, descriptor: int, end: int, process: int) -> memoryview:
+        """The first ``end`` bytes of a memfd, which ``process`` has. Raises OSError."""
+        found = os.fstat(descriptor)
+        place = (found.st_dev, found.st_ino)
+        with self._lock:
+            kept = self._kept.get(place)
+            if kept is None or len(kept.memory) < end:
+                # A copy on write, of which nothing is written: torch takes no memory that it may not write to.
+                memory = memoryview(mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY))
+                if kept is None and len(self._kept) < _MOST_KEPT and (owner := _watched(process)) is not None:
+                    self._kept[place] = _Kept(memory, owner, time.monotonic())
+                    self._begin_sweeping()
+                return memory[:end]
+            kept.used = time.monotonic()
+            return kept.memory[:end]
+
+    def _begin_sweeping(self) -> None:
+        if self._sweeper is None:
+            self._sweeper = threading.Thread(target=self._sweep, name="ema-segments", daemon=True)
+            self._sweeper.start()
+
+    def _sweep(self) -> None:
+        while True:
+            with self._lock:
+                if not self._kept:
+                    self._sweeper = None
+                    return
+                owners = [kept.owner for kept in self._kept.values()]
+            # No mapping is held here while waiting.
+            ends = select.poll()
+            for owner in owners:
+                ends.register(owner, select.POLLIN)
+            ended = {owner for owner, _ in ends.poll(_SWEEP_MS)}
+            self._let_go(ended, before=time.monotonic() - KEEP_SECONDS)
+
+    def _let_go(self, ended: set[int], before: float) -> None:
+        with self._lock:
+            places = [place for place, kept in self._kept.items() if kept.owner in ended or kept.used < before]
+            gone = [self._kept.pop(place) for place in places]
+        for kept in gone:
+            os.close(kept.owner)
+
+
+def _watched(process: int) -> int | None:
+    """A descriptor that tells of the end of a process; None where there is no such thing."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(process)
+    except OSError:
+        return None
+
+
+def take_over(segment: Segment, body: Body, helpers: Executor, mappings: Mappings) -> None:
     """Make the segment's bytes the body. The push holds the segment until it is released.
 
     helpers: threads to work through it. Raises SegmentUnusable, and what UpdateBody raises. May take long.
     """
     with _opened(segment) as descriptor:
-        end = segment.offset + segment.length
-        # A copy on write, of which nothing is written: torch takes no memory that it may not write to.
-        memory = memoryview(mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY))
         secret = _Secret(os.dup(descriptor), segment.secret)
-    secret.check()
+        secret.check()
+        memory = mappings.map(descriptor, segment.offset + segment.length, segment.pid)
     body.take_over(Shared(memory[segment.offset :], secret.check, helpers))
 
 

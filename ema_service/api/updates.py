@@ -288,7 +288,7 @@ def _segment(request: Request, run: Run, header: str) -> Segment:
 
 async def _take_over(server: Context, run: Run, segment: Segment, body: Body) -> None:
     try:
-        await server.block(partial(take_over, segment, body, server.helpers))
+        await server.block(partial(take_over, segment, body, server.helpers, server.mappings))
     except SegmentUnusable as fault:
         run.unshared = fault.detail
         raise

@@ -9,12 +9,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +31,8 @@ from torch import Tensor
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import Segment
 from ema_service.api import create_app
-from ema_service.api.segment import named, take_over
+from ema_service.api import segment as segment_module
+from ema_service.api.segment import Mappings, named, take_over
 from ema_service.averaging import digest
 from ema_service.runs import Staged, UpdateBody, update
 from ema_service.runs.staging import _Budget
@@ -194,10 +197,8 @@ def test_over_a_unix_socket(server: Any, plain_run: Callable[..., Any], offer: C
         assert push(run, 1, offer(STATE).header()).is_success
 
 
-def test_nothing_is_held_between_pushes(
-    server: Any, plain_run: Callable[..., Any], offer: Callable[..., Offer]
-) -> None:
-    """Once a push is answered, well or badly, the server has neither the memory nor the file any more."""
+def test_nothing_is_held_for_long(server: Any, plain_run: Callable[..., Any], offer: Callable[..., Offer]) -> None:
+    """Soon after a push is answered, well or badly, the server has neither the memory nor the file any more."""
     run = plain_run(server, large(0))
     answers = [
         push(run, 1, offer(large(1)).header()),
@@ -210,7 +211,7 @@ def test_nothing_is_held_between_pushes(
     assert [a.json().get("code") for a in answers] == [
         *(None, "step_conflict", "non_finite", "layout_mismatch", "segment_unusable")
     ]
-    assert held_by(server) == []
+    wait_until(lambda: held_by(server) == [])
     assert metric(run, "ema_staging_bytes") == 0
 
 
@@ -225,6 +226,13 @@ def refused(run: Any, headers: dict[str, str], says: str) -> None:
     assert answer.json()["hint"]
     after = run.info()
     assert (after["version"], after["num_updates"]) == (before["version"], before["num_updates"])
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -399,12 +407,21 @@ def helpers() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
+@pytest.fixture
+def mappings() -> Iterator[Mappings]:
+    """Lets go of all after the test."""
+    made = Mappings()
+    yield made
+    made._let_go(set(), before=math.inf)
+
+
 @pytest.mark.parametrize("order", ["canonical", "other"])
 def test_withdrawn_while_it_is_read(
     local_run: Callable[..., Any],
     memory: Any,
     offer: Callable[..., Offer],
     helpers: ThreadPoolExecutor,
+    mappings: Mappings,
     order: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -419,9 +436,9 @@ def test_withdrawn_while_it_is_read(
         advance = UpdateBody.advance
         monkeypatch.setattr(UpdateBody, "advance", lambda *a: (advance(*a), os.pwrite(one.fd, bytes(32), 0)))
         with pytest.raises(SegmentUnusable, match="secret"):
-            take_over(Segment(secret=one.secret, **one.fields), body, helpers)
+            take_over(Segment(secret=one.secret, **one.fields), body, helpers, mappings)
         return
-    take_over(Segment(secret=one.secret, **one.fields), body, helpers)
+    take_over(Segment(secret=one.secret, **one.fields), body, helpers, mappings)
     begun = run.run.begin(1, staged)
 
     os.pwrite(one.fd, bytes(32), 0)
@@ -437,6 +454,7 @@ def test_blocks_do_not_depend_on_threads(
     memory: Any,
     offer: Callable[..., Offer],
     helpers: ThreadPoolExecutor,
+    mappings: Mappings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Divided into blocks that end anywhere among dtypes, copies and pieces, digest and averages are those of one."""
@@ -453,7 +471,8 @@ def test_blocks_do_not_depend_on_threads(
         alone.push(1, model(3.0))
         one = offer(model(3.0))
         staged = Staged(divided.run.layout, memory)
-        take_over(Segment(secret=one.secret, **one.fields), UpdateBody(staged, one.fields["length"]), helpers)
+        body = UpdateBody(staged, one.fields["length"])
+        take_over(Segment(secret=one.secret, **one.fields), body, helpers, mappings)
         assert staged.shared is not None
         divided.run.commit(divided.run.begin(1, staged))
 
@@ -462,21 +481,93 @@ def test_blocks_do_not_depend_on_threads(
 
 
 def test_memory_is_let_go_at_release(
-    local_run: Callable[..., Any], memory: Any, offer: Callable[..., Offer], helpers: ThreadPoolExecutor
+    local_run: Callable[..., Any],
+    memory: Any,
+    offer: Callable[..., Offer],
+    helpers: ThreadPoolExecutor,
+    mappings: Mappings,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is released is let go, even while something still refers to the push, such as the traceback of an error."""
+    monkeypatch.setattr(segment_module, "_MOST_KEPT", 0)
     run, one = local_run(STATE), offer(plus(1.0))
     staged = Staged(run.run.layout, memory)
     body = UpdateBody(staged, one.fields["length"])
-    take_over(Segment(secret=one.secret, **one.fields), body, helpers)
+    take_over(Segment(secret=one.secret, **one.fields), body, helpers, mappings)
     update_in_hand = run.run.begin(1, staged)
-
-    def mapped() -> bool:
-        return "memfd:ema-push" in Path("/proc/self/maps").read_text()
-
-    assert mapped()
+    assert mapped_here()
     staged.charge(_Budget(100), 0)
     staged.release()
 
-    assert not mapped()
+    assert not mapped_here()
     assert update_in_hand.work is not None
+
+
+# --- what is kept between two pushes --------------------------------------------------------------------------------
+
+
+def mapped_here() -> bool:
+    return "memfd:ema-push" in Path("/proc/self/maps").read_text()
+
+
+def test_pages_stay_for_the_next_push(offer: Callable[..., Offer], mappings: Mappings) -> None:
+    """The same mapping, with what is there by then; a longer one where more of the memory is named."""
+    one = offer(plus(1.0))
+    first = mappings.map(one.fd, PAGE, os.getpid())
+    os.pwrite(one.fd, b"new", 0)
+    again, longer = mappings.map(one.fd, 10, os.getpid()), mappings.map(one.fd, PAGE + 10, os.getpid())
+
+    assert again.obj is first.obj
+    assert bytes(again[:3]) == b"new"
+    assert (len(again), len(longer)) == (10, PAGE + 10)
+    assert longer.obj is not first.obj
+
+
+def test_pages_nobody_pushes_from_are_let_go(
+    offer: Callable[..., Offer], mappings: Mappings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a while, and with them the thread that looked after them; while they are in use they stay."""
+    monkeypatch.setattr(segment_module, "KEEP_SECONDS", 0.2)
+    monkeypatch.setattr(segment_module, "_SWEEP_MS", 20)
+    one = offer(plus(1.0))
+    in_use = mappings.map(one.fd, PAGE, os.getpid())
+    [kept] = mappings._kept.values()
+    thread = mappings._sweeper
+    assert thread
+    thread.join(30)
+
+    assert not thread.is_alive()
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(kept.owner)
+    del kept
+    assert mapped_here()
+    in_use.release()
+    del in_use
+    assert not mapped_here()
+    assert mappings.map(one.fd, PAGE, os.getpid())[:2] == one.secret[:2]
+
+
+def test_pages_of_a_process_that_ended_are_let_go(
+    offer: Callable[..., Offer], mappings: Mappings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, however long others are kept: a trainer that was killed has no memory any more."""
+    monkeypatch.setattr(segment_module, "KEEP_SECONDS", 1000.0)
+    one, other = offer(plus(1.0)), offer(plus(2.0))
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        mappings.map(one.fd, PAGE, process.pid)
+        mappings.map(other.fd, PAGE, os.getpid())
+        process.kill()
+    wait_until(lambda: len(mappings._kept) == 1)
+
+    assert [*mappings._kept] == [(os.fstat(other.fd).st_dev, os.fstat(other.fd).st_ino)]
+
+
+def test_pages_of_nobody_known_are_not_kept(
+    offer: Callable[..., Offer], mappings: Mappings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the end of a process cannot be seen, as on an old kernel, each push maps its own."""
+    monkeypatch.delattr(os, "pidfd_open")
+    one = offer(plus(1.0))
+
+    assert mappings.map(one.fd, PAGE, os.getpid()).obj is not mappings.map(one.fd, PAGE, os.getpid()).obj
+    assert not mapped_here()
