@@ -146,7 +146,8 @@ async def put_update(
     staged = await server.stage(request, found.layout, len(found.config.averages))
     update = found.begin(step, staged, writer)
     await _receive(request, server, found, staged, server.background(update.work.advance))
-    result = await server.compute(partial(_release_after, staged, partial(_commit, server, found, update)))
+    commit = partial(_release_after, staged, partial(_commit, server, found, update))
+    result = commit() if found.quick else await server.compute(commit)
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
     _note_link(request, server, found)
     return result

@@ -158,15 +158,21 @@ class Child:
 class Service(Child):
     """``ema-service serve`` of the benchmark's own; ``url`` and ``uds`` reach it.
 
-    data_dir: where runs are kept; None: ``--memory``.
+    data_dir: where runs are kept; None: ``--memory``. program, path: as for Child, where it is not the service itself.
     """
 
-    def __init__(self, *arguments: str, data_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        data_dir: Path | None = None,
+        program: str = "ema_service",
+        path: Path | None = None,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ema-bench-")
         socket = Path(self._folder.name) / "ema.sock"
         self.uds = f"unix://{socket}"
         where = ["--memory"] if data_dir is None else ["--data-dir", str(data_dir)]
-        super().__init__("ema_service", ["serve", *where, "--port", "0", "--uds", str(socket), *arguments])
+        super().__init__(program, ["serve", *where, "--port", "0", "--uds", str(socket), *arguments], path=path)
         self._clean.callback(self._folder.cleanup)
 
     @property

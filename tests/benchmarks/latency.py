@@ -17,40 +17,49 @@ from ema_client.transport import Transport
 from ema_service.bench.ceiling import RAW_TCP, RAW_UNIX, Ceiling
 from ema_service.bench.children import Child, Service
 from ema_service.bench.fit import Fit
-from ema_service.bench.rounds import interleave, repeated, timed
+from ema_service.bench.rounds import Operation, interleave, repeated, timed
 from ema_service.bench.rows import Group, Need, Row
 from ema_service.bench.sizes import SMALL_SIZES, Link, Sizes, ceiling_rows, show_size
 from ema_service.bench.traffic import Traffic
 
 __all__ = ["measure", "measure_sizes"]
 
-EMPTY = "empty FastAPI PUT"
+EMPTY, BARE = "empty PUT, the same server", "empty PUT, bare FastAPI"
 
 
 def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
-    """One small push, there and back, beside a PUT that does nothing; the same client code sends both."""
+    """One small push, there and back, beside a PUT that does nothing; the same client code sends all."""
     push = f"push of {show_size(scale.small_bytes)}, TCP"
     push_unix = f"push of {show_size(scale.small_bytes)}, Unix"
     with contextlib.ExitStack() as stack:
-        service = stack.enter_context(Service())
-        transport = Transport(stack.enter_context(Child("empty", path=PROCESSES)).said)
-        stack.callback(transport.close)
+        service = stack.enter_context(Service(program="with_empty_put", path=PROCESSES))
+        servers = {EMPTY: service.url, BARE: stack.enter_context(Child("empty", path=PROCESSES)).said}
         tcp = stack.enter_context(EmaClient(service.url))
         unix = stack.enter_context(EmaClient(service.uds))
         traffic = Traffic("latency", scale.small_bytes)
         traffic.create(tcp)
-        nothing = Body(0, lambda: ())
         operations = {
-            EMPTY: timed(lambda: transport.upload("/empty", nothing)),
+            **{
+                name: _nothing(stack.enter_context(contextlib.closing(Transport(url)))) for name, url in servers.items()
+            },
             push: timed(lambda: traffic.push(tcp)),
             push_unix: timed(lambda: traffic.push(unix)),
         }
         many = {name: repeated(operation, scale.small_repeats) for name, operation in operations.items()}
         seconds = interleave(many, scale.rounds, on_step=on_step)
-    needs = {push: (Need(3, EMPTY, most=True),), push_unix: (Need(against=EMPTY),)}
+    needs = {
+        BARE: (Need(against=EMPTY),),
+        push: (Need(3, EMPTY, most=True), Need(against=BARE)),
+        push_unix: (Need(against=EMPTY),),
+    }
     rows = tuple(Row(name, "ms", tuple(1000 * s for s in seconds[name]), needs.get(name, ())) for name in operations)
     facts = (f"each figure is the median of {scale.small_repeats} in a row; both servers: uvicorn, asyncio, httptools",)
     return Group("latency", "latency: one round trip", rows, facts)
+
+
+def _nothing(transport: Transport) -> Operation:
+    body = Body(0, lambda: ())
+    return timed(lambda: transport.upload("/empty", body))
 
 
 def measure_sizes(scale: Scale, on_step: Callable[[str], object]) -> tuple[Group, dict[str, Fit]]:

@@ -197,7 +197,12 @@ EXPECTED = {
         *RAW,
         *(f"{a}, {link}, {size}" for link in ("TCP", "Unix") for a in ACTIONS for size in ("100 KB", "8 MiB")),
     ],
-    "latency": ["empty FastAPI PUT", "push of 100 KB, TCP", "push of 100 KB, Unix"],
+    "latency": [
+        "empty PUT, the same server",
+        "empty PUT, bare FastAPI",
+        "push of 100 KB, TCP",
+        "push of 100 KB, Unix",
+    ],
     "readers": ["raw TCP loopback", "all readers together", "frozen copies at most", "growth of the server's peak"],
     "memory": [
         "server at rest",
@@ -287,7 +292,7 @@ DEMANDED = {
     ("pull into tensors, TCP", "raw TCP loopback", 0.95),
     ("pull into tensors, Unix", "raw Unix socket", 0.85),
     ("pull, new tensors, TCP", "raw TCP loopback", 0.7),
-    ("push of 100 KB, TCP", "empty FastAPI PUT", 3),
+    ("push of 100 KB, TCP", "empty PUT, the same server", 3),
     ("kernel, float32", "lerp_", 0.65),
     ("kernel, float32", "LitEma as written", 3),
     ("kernel, bf16 into float32", "lerp_", 0.6),

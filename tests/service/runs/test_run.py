@@ -30,6 +30,7 @@ from ema_client.errors import (
 from ema_client.protocol import AverageConfig
 
 if TYPE_CHECKING:
+    from ema_service.runs import Memory
     from tests.conftest import LitEmaOracle
     from tests.service.conftest import LocalRun
 
@@ -497,3 +498,20 @@ def test_state_is_read_without_waiting(local_run: MakeRun, model: Model) -> None
         reader.join(10)
 
     assert seen == ["1.0"]
+
+
+def test_commit_on_the_event_loop(local_run: MakeRun, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where it waits for nothing: no disk, no device, nobody else who changes the run, and little to average."""
+    run = local_run({"w": torch.zeros(1000)}).run
+
+    assert run.quick
+    with run._lock:
+        assert not run.quick
+    with monkeypatch.context() as change:
+        change.setattr(run, "keeper", object())
+        assert not run.quick
+    with monkeypatch.context() as change:
+        change.setattr(memory, "on_host", False)
+        assert not run.quick
+    assert not local_run({"w": torch.zeros(300_000)}).run.quick
+    assert run.quick
