@@ -218,12 +218,12 @@ def _average(out, shadow, param, weight, params, results, past_cache):  # type: 
 def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float) -> Loop:
     """out <- shadow - weight * (shadow - param). ``param``: float32, perhaps ``out`` itself, or the bits of bf16."""
     w, address = np.float32(weight), out.ctypes.data
-    # What is overwritten as it is read is in the cache in any case.
-    apart = not np.may_share_memory(out, param)
 
     def loop(start: int, stop: int, params: Accumulators = NO_DIGEST, results: Accumulators = NO_DIGEST) -> bool:
-        past_cache = apart and stop - start >= _PAST_CACHE and (address // 4 + start) % _LINE == 0
         arrays = out[start:stop], shadow[start:stop], param[start:stop]
+        aligned = stop - start >= _PAST_CACHE and (address // 4 + start) % _LINE == 0
+        # What is overwritten as it is read is in the cache in any case.
+        past_cache = aligned and not np.may_share_memory(arrays[0], arrays[2])
         return cast(bool, _average(*arrays, w, params, results, past_cache))
 
     return loop

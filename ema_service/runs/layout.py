@@ -111,7 +111,14 @@ class Layout:
             ),
         ]
         if any(faults):
-            raise LayoutMismatch("; ".join(filter(None, faults)))
+            cast_would_do = not any(faults[:2]) and all(
+                given[n].shape == mine.shape for n, mine in self._by_name.items()
+            )
+            raise LayoutMismatch("; ".join(filter(None, faults)), hint=_CAST_HINT if cast_would_do else None)
+
+
+#: A run may have been made, or imported, with the dtypes of another trainer.
+_CAST_HINT = "send the tensors as the run has them: RemoteEma(push_dtype=...) casts each; the shadow has its own dtype"
 
 
 def _named(fault: str, names: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from ema_client.errors import (
     AlreadyStored,
     ConnectionLost,
     EmaError,
+    LayoutMismatch,
     NonFinite,
     NothingStored,
     RunExists,
@@ -460,6 +461,25 @@ def test_unknown_cadence(free_url: str, options: dict[str, Any]) -> None:
     """What cannot be meant is refused before the service is asked for anything."""
     with pytest.raises(UsageError, match=next(iter(options))):
         RemoteEma(nn.Linear(1, 1), run="r", url=free_url, **options)
+
+
+def test_a_trainer_of_another_dtype_goes_on_with_a_run(
+    make: Callable[..., RemoteEma], client: EmaClient, run_name: str
+) -> None:
+    """A float32 EMA, imported for example, that a bf16 model goes on with: refused with the way out, which works."""
+    model = nn.Linear(3, 2).bfloat16()
+    average = {name: torch.randn(parameter.shape) for name, parameter in model.named_parameters()}
+    client.create_run(run_name, average, decay=0.5, use_num_updates=False)
+    refused = make(model, 0.5, False, resume=True)
+    refused(model)
+    with pytest.raises(LayoutMismatch, match="push_dtype"):
+        refused.flush()
+    ema = make(model, 0.5, False, resume=True, push_dtype=torch.float32)
+    ema(model)
+    ema.flush()
+
+    expected = {n: average[n] - 0.5 * (average[n] - p.detach().float()) for n, p in model.named_parameters()}
+    assert same(client.pull(run_name), expected)
 
 
 def test_push_dtype_halves_the_traffic(make: Callable[..., RemoteEma], client: EmaClient) -> None:

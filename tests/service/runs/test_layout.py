@@ -179,6 +179,22 @@ def test_mismatch_names_the_tensors(entries: tuple[Entry, ...], words: list[str]
         assert word in refusal.value.detail
 
 
+@pytest.mark.parametrize(
+    ("entries", "says_cast"),
+    [
+        (changed("c", TensorSpec("c", (), "F32")), True),
+        (changed("c", TensorSpec("c", (1,), "F32")), False),
+        (changed("c", TensorSpec("d", (), "BF16")), False),
+    ],
+)
+def test_mismatch_of_dtypes_alone_says_how_to_cast(entries: tuple[Entry, ...], says_cast: bool) -> None:
+    """The way out of it is another than for a changed model."""
+    with pytest.raises(LayoutMismatch) as refusal:
+        LAYOUT.targets(entries)
+
+    assert ("push_dtype" in refusal.value.hint) == says_cast
+
+
 def test_mismatch_names_a_few_and_counts_the_rest() -> None:
     """An error about a thousand tensors stays short: five names and how many more."""
     layout = Layout([TensorSpec(f"t{i:04}", (1,), "F32") for i in range(1000)])
