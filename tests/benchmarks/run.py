@@ -2,6 +2,10 @@
 
 ``python tests/benchmarks/run.py [--quick] [--rounds N] [--only GROUP]...``
 
+    trainer   time inside update() on a GPT-2-sized model, beside one copy and the libraries that average in the trainer
+    loop      a whole training step with and without an EMA
+    kernel    the averaging on flat memory
+    gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
     wire      one gigabyte by every way, ours and others', beside the raw sockets
     connections   one gigabyte pushed over one connection, and split over several
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
@@ -9,10 +13,6 @@
     readers   sixteen pull one version
     memory    peaks of server and client
     durability   pushes that survive a crash beside the disk's own rate, and a restart
-    kernel    the averaging on flat memory
-    gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
-    trainer   time inside update() on a GPT-2-sized model, beside one copy and the libraries that average in the trainer
-    loop      a whole training step with and without an EMA
     gap       how far off an EMA is that gets each k-th step only, with the decay made good and without
     gpu       what a CUDA device adds, where there is one
     gpu-trainer   time and memory that an EMA costs a training on a CUDA device
@@ -55,7 +55,12 @@ from ema_service.bench.screen import Screen, fits_json, write_json
 RESULTS = Path(__file__).parent / "results"
 
 Measure = Callable[[Scale, Callable[[str], object]], Group | tuple[Group, dict[str, Fit]]]
+#: First those that time this process' own allocations: what the C library does with freed memory depends on all before.
 GROUPS: dict[str, Measure] = {
+    "trainer": training.measure,
+    "loop": training.measure_loop,
+    "kernel": kernel.measure,
+    "gpt2": models.measure,
     "wire": wire.measure,
     "connections": connections.measure,
     "sizes": latency.measure_sizes,
@@ -63,10 +68,6 @@ GROUPS: dict[str, Measure] = {
     "readers": memory.measure_readers,
     "memory": memory.measure,
     "durability": durability.measure,
-    "kernel": kernel.measure,
-    "gpt2": models.measure,
-    "trainer": training.measure,
-    "loop": training.measure_loop,
     "gap": gap.measure,
     "gpu": gpu.measure,
     "gpu-trainer": gpu_training.measure,
