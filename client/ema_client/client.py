@@ -71,6 +71,8 @@ T = TypeVar("T")
 
 #: Between two questions for a step that a server answers without waiting, in seconds.
 _POLL = 0.05
+#: Lengths of weights that are remembered.
+_MOST_LENGTHS = 1000
 #: Between two questions for a step that another rank sends.
 _WAIT_POLL = 0.02
 
@@ -96,6 +98,8 @@ class EmaClient:
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._steps: dict[str, int] = {}
+        #: How long the bodies of weights were, by what was asked for.
+        self._lengths: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @property
@@ -532,14 +536,33 @@ class EmaClient:
         out: Mapping[str, Tensor] | None,
         patience: float = 0.0,
     ) -> Weights:
+        from ema_client.halves import SPLIT_ABOVE, pull_halves
         from ema_client.tensors import receive
 
+        what = {key: value for key, value in query.items() if key not in ("min_step", "wait")}
+        place = f"{path} {what}"
+
+        def open_range(start: int, stop: int | None, etag: str | None) -> Download:
+            # Only the first request waits: the other is of its version.
+            asked, seconds = (what, 0.0) if etag else (query, patience)
+            return self._transport.download(path, query=asked, start=start, stop=stop, etag=etag, patience=seconds)
+
         def attempt(_: int) -> Weights:
+            length = self._lengths.get(place, 0)
+            halves = pull_halves(open_range, length, out) if length > SPLIT_ABOVE else None
+            if halves is not None:
+                return halves
             with self._transport.download(path, query=query, patience=patience) as download:
                 header, info = read_header(download)
+                self._remember_length(place, download.length)
                 return Weights(receive(header.entries, download.readinto, out), info)
 
         return self._transport.retrying(attempt)
+
+    def _remember_length(self, place: str, length: int) -> None:
+        if len(self._lengths) >= _MOST_LENGTHS:
+            self._lengths.clear()
+        self._lengths[place] = length
 
     def _pull_waiting(
         self, path: str, query: Mapping[str, str | int | None], out: Mapping[str, Tensor] | None, wait: float

@@ -23,7 +23,7 @@ from ema_client.weights import read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Open", "Wanted", "fetch"]
+__all__ = ["Open", "Wanted", "fetch", "whole_length"]
 
 #: Opens the bytes [start, stop) of the body, of the version with this ETag if one is given.
 Open = Callable[[int, int | None, str | None], Download]
@@ -95,7 +95,7 @@ class _Head:
 
     def __init__(self, first: Download, open_range: Open, etag: str) -> None:
         self.url = first.url
-        self.length = _whole_length(first)
+        self.length = whole_length(first)
         self.position = 0
         self._etag = etag
         self._open = open_range
@@ -113,7 +113,8 @@ class _Head:
         self.position += len(view)
 
 
-def _whole_length(first: Download) -> int:
+def whole_length(first: Download) -> int:
+    """Bytes of the body of which this is a part, or all. Raises ProtocolError where that is not said."""
     if first.status != 206:
         return first.length
     whole = first.headers.get("content-range", "").rpartition("/")[2]

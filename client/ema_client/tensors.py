@@ -23,10 +23,12 @@ from ema_client.names import canonical_names
 from ema_client.protocol import TensorSpec
 
 __all__ = [
+    "check_targets",
     "dtype_name",
     "dtype_of",
     "encode",
     "memory",
+    "new_tensors",
     "on_host",
     "parameters_of",
     "receive",
@@ -125,11 +127,10 @@ def receive(
     ``readinto`` raises passes through, and ``out`` is then part old, part new.
     """
     entries = tuple(entries)
-    dtypes = [dtype_of(entry) for entry in entries]
     if out is None:
-        out = {entry.name: torch.empty(entry.shape, dtype=dtype) for entry, dtype in zip(entries, dtypes, strict=True)}
+        out = new_tensors(entries)
     else:
-        _check_targets(entries, out)
+        check_targets(entries, out)
     scratch = _Scratch()
     for entry in entries:
         target = out[entry.name]
@@ -141,6 +142,11 @@ def receive(
             with torch.no_grad():
                 target.copy_(host)
     return {entry.name: out[entry.name] for entry in entries}
+
+
+def new_tensors(entries: Iterable[wire.Entry]) -> dict[str, Tensor]:
+    """Tensors for a stream, on the CPU, with arbitrary values. Raises ProtocolError for a dtype that no run holds."""
+    return {entry.name: torch.empty(entry.shape, dtype=dtype_of(entry)) for entry in entries}
 
 
 def take_flat(readinto: Callable[[memoryview], None], target: Tensor, dtype: str) -> None:
@@ -209,7 +215,8 @@ def _check_dense(name: str, tensor: Tensor) -> None:
         raise UsageError(f"{name!r} ({kind}) has no memory of its own", hint="gather sharded tensors first")
 
 
-def _check_targets(entries: tuple[wire.Entry, ...], out: Mapping[str, Tensor]) -> None:
+def check_targets(entries: tuple[wire.Entry, ...], out: Mapping[str, Tensor]) -> None:
+    """Raises UsageError unless ``out`` is what receive() may fill."""
     shapes = {entry.name: entry.shape for entry in entries}
     faults = [f"{name!r} is missing" for name in shapes if name not in out]
     faults += [f"{name!r} is not among the weights" for name in out if name not in shapes]

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator
 
 from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN
 from ema_service.api.admission import Admission
-from ema_service.api.ingest import Receivers
+from ema_service.api.ingest import Lenders
 from ema_service.api.segment import Mappings
 from ema_service.metrics import Metrics
 from ema_service.runs import Arena, Layout, Registry, Run, RunFiles, Staged
@@ -35,6 +35,8 @@ _NUMBER = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
 
 #: Threads that receive large pushes and average them on the way. A core each; more would only take turns.
 _RECEIVE_THREADS = os.cpu_count() or 1
+#: Threads that send weights, likewise.
+_SEND_THREADS = os.cpu_count() or 1
 #: Threads that apply updates, and how many cores each may use. Averaging runs while the push is still arriving, so it
 #: must leave cores to the socket: on 2 cores one thread gave 1.8 GB/s end to end where two gave 1.5.
 _APPLY_THREADS = 2
@@ -68,7 +70,9 @@ class Context:
         self._waiting: set[asyncio.Event] = set()
         self._apply_threads = Threads(_APPLY_THREADS, "ema-apply", torch.set_num_threads, (_TORCH_THREADS,))
         self._receive_threads = Threads(_RECEIVE_THREADS, "ema-receive", torch.set_num_threads, (1,))
-        self.receivers = Receivers(self._receive_threads, _RECEIVE_THREADS)
+        self.receivers = Lenders(self._receive_threads, _RECEIVE_THREADS)
+        self._send_threads = Threads(_SEND_THREADS, "ema-send", torch.set_num_threads, (1,))
+        self.senders = Lenders(self._send_threads, _SEND_THREADS)
         self.helpers = Threads(_HELPERS, "ema-help", torch.set_num_threads, (1,))
         self.mappings = Mappings()
         self._file_threads = Threads(_FILE_THREADS, "ema-files")
@@ -146,6 +150,7 @@ class Context:
     def close(self) -> None:
         """Finish the updates and files in hand, then keep every run."""
         self._receive_threads.shutdown()
+        self._send_threads.shutdown()
         self._apply_threads.shutdown()
         self._sync_threads.shutdown()
         self.helpers.shutdown()

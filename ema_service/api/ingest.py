@@ -1,4 +1,4 @@
-"""Receives the body of a push straight from the socket into staging.
+"""Receives the body of a push straight from the socket into staging, and sends weights straight from memory.
 
 uvicorn hands a body to its application through five copies (measured: 1.0 GB/s where the socket gives 3). Here the
 connection itself is lent to the receiving of one body: once the headers are in, the transport reads into the staging
@@ -8,7 +8,8 @@ body of unannounced length, ``request.stream()`` does the same job slower.
 
 While the bytes of a large body come faster than they are worked through, a thread of its own reads the socket: what it
 has just received it averages at once, out of the core's cache, and the event loop is free for everyone else. Where
-nothing comes for a moment the loop waits for more, so that a slow sender holds no thread.
+nothing comes for a moment the loop waits for more, so that a slow sender holds no thread. Likewise a thread writes
+weights while they are taken as fast as it does (the extension ``ema.pour``); the rest is the loop's.
 
 Knows transports, sockets, uvicorn's httptools protocol, and deadlines. Does not know what the bytes mean (a Body does)
 or what becomes of them.
@@ -25,7 +26,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Literal
 
 import httptools
@@ -43,10 +44,11 @@ __all__ = [
     "EXTENSION",
     "LINK",
     "FillingProtocol",
+    "Lenders",
     "Link",
-    "Receivers",
     "content_length",
     "link_of",
+    "pour",
     "receive",
     "uvicorn_fits",
 ]
@@ -56,12 +58,16 @@ _log = logging.getLogger(__name__)
 #: Name of the ASGI extension: ``await fill(body, length, silence)``, False where the body has to be streamed.
 EXTENSION = "ema.fill"
 
+#: Name of the ASGI extension: ``await pour(left, more, senders)``, see pour().
+POUR = "ema.pour"
+
 #: Name of the ASGI extension that says how the connection came: a Link.
 LINK = "ema.link"
 
 Link = Literal["Unix socket", "TCP on this host", "TCP"]
 
-Fill = Callable[[Body, int, float, "Receivers"], Awaitable[bool]]
+Fill = Callable[[Body, int, float, "Lenders"], Awaitable[bool]]
+Pour = Callable[[memoryview, Iterator[memoryview], "Lenders"], Awaitable[tuple[int, memoryview]]]
 
 #: Bytes a second that a sender keeps up on average, beyond a grace as long as the silence it is allowed. A trickle
 #: would hold its staging for ever; other servers ask for 240 to 500, but of bodies that hold no gigabytes of memory.
@@ -74,7 +80,7 @@ UNIX_SEND_BYTES = 512 << 10
 #: Bytes of a refused body are read and dropped into this.
 _DISCARD_BYTES = 1 << 18
 
-#: A thread reads the rest of a body that is at least so long, once so many bytes came at once.
+#: A thread reads the rest of a body that is at least so long, once so many bytes came at once; and writes such pieces.
 _LONG_BYTES = 1 << 20
 _BURST_BYTES = 64 << 10
 #: It reads pieces of this: what is worked through next is still in the core's cache.
@@ -83,10 +89,10 @@ PIECE_BYTES = 256 << 10
 _IDLE_MS = 20
 
 
-class Receivers:
-    """Threads that read sockets, each one body at a time. On the event loop only.
+class Lenders:
+    """Threads that sockets are lent to, each one body at a time. On the event loop only.
 
-    free: how many of them have nothing to read.
+    free: how many of them have none.
     """
 
     def __init__(self, threads: Threads, count: int) -> None:
@@ -122,7 +128,7 @@ def link_of(request: Request) -> Link:
     return link
 
 
-async def receive(request: Request, body: Body, receivers: Receivers, *, silence: float) -> None:
+async def receive(request: Request, body: Body, receivers: Lenders, *, silence: float) -> None:
     """Fill ``body``, made for the announced length.
 
     silence: seconds the sender may stay silent. Raises what a Body raises, RequestTimeout, and ClientDisconnect where
@@ -180,6 +186,19 @@ class _Pace:
         )
 
 
+async def pour(
+    request: Request, left: memoryview, more: Iterator[memoryview], senders: Lenders
+) -> tuple[int, memoryview]:
+    """Send ``left``, and of ``more`` what the reader takes at once; the head of the answer must have been sent.
+
+    Returns how many bytes were sent, and what is left of the last piece: it, and what ``more`` still has, is to be sent
+    as any body is. Nothing is sent where a thread is of no use: for a small piece, under TLS or another ASGI server, or
+    while the socket is full. Raises what ``more`` raises.
+    """
+    extension: Pour | None = request.scope.get("extensions", {}).get(POUR)
+    return await extension(left, more, senders) if extension else (0, left)
+
+
 def uvicorn_fits() -> bool:
     """Whether this uvicorn has what FillingProtocol relies on; if not, bodies take the slow path."""
     needed = {
@@ -201,6 +220,7 @@ def uvicorn_fits() -> bool:
         all(hasattr(cls, name) for cls, names in needed.items() for name in names)
         and all(name in source for name in attributes)
         and all(name in cycle for name in ("self.waiting_for_100_continue", "self.body", "self.more_body"))
+        and "self.expected_content_length" in cycle
         and all(name in cycle for name in ("self.disconnected", "self.response_started", "self.response_complete"))
     )
 
@@ -235,9 +255,10 @@ class FillingProtocol(GuardedProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.extensions[EXTENSION] = functools.partial(self._fill, self.scope)
+        self.extensions[POUR] = functools.partial(self._pour, self.scope)
         self.extensions[LINK] = self._link
 
-    async def _fill(self, scope: object, body: Body, length: int, silence: float, receivers: Receivers) -> bool:
+    async def _fill(self, scope: object, body: Body, length: int, silence: float, receivers: Lenders) -> bool:
         """Receive the body of the request of ``scope``, ``length`` bytes in all, into ``body``.
 
         False, and nothing done, where another request has come in behind it: then its body is parsed already.
@@ -258,6 +279,26 @@ class FillingProtocol(GuardedProtocol):
         filling.begin(parsed)
         await filling.wait()
         return True
+
+    async def _pour(
+        self, scope: object, left: memoryview, more: Iterator[memoryview], senders: Lenders
+    ) -> tuple[int, memoryview]:
+        cycle, transport = self.cycle, self.transport
+        # Behind another request's answer, or what the transport has not sent yet, a thread would send too early.
+        blocked = cycle.scope is not scope or cycle.disconnected or transport.get_write_buffer_size()
+        if blocked or len(left) < _LONG_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
+            return 0, left
+        pouring = _Pouring(os.dup(transport.get_extra_info("socket").fileno()), left, more)
+        working = senders.lend(pouring.run)
+        if working is None:
+            pouring.close()
+            return 0, left
+        try:
+            await working
+        finally:
+            pouring.stopped = True
+        cycle.expected_content_length -= pouring.sent
+        return pouring.sent, pouring.left
 
     def take_back(self) -> None:
         """The body is over: uvicorn goes on with the connection, at the beginning of a message."""
@@ -281,6 +322,47 @@ def _link(transport: asyncio.BaseTransport) -> Link:
     return "TCP on this host" if mapped.is_loopback else "TCP"
 
 
+class _Pouring:
+    """Writes pieces to a socket, on a thread, while it takes them. Ends where they do, where the reader was full for
+    a moment, or who awaits it gave up.
+
+    The end of the connection is left for the event loop to find. sent: bytes; left: of the piece in hand.
+    """
+
+    def __init__(self, descriptor: int, left: memoryview, more: Iterator[memoryview]) -> None:
+        self._descriptor = descriptor
+        self._more = more
+        self.left = left
+        self.sent = 0
+        self.stopped = False
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def run(self) -> None:
+        """Raises what ``more`` raises."""
+        try:
+            room = select.poll()
+            room.register(self._descriptor, select.POLLOUT)
+            while not self.stopped and (self.left or self._next()):
+                try:
+                    count = os.write(self._descriptor, self.left)
+                except BlockingIOError:
+                    if not room.poll(_IDLE_MS):
+                        return
+                    continue
+                except OSError:
+                    return
+                self.left = self.left[count:]
+                self.sent += count
+        finally:
+            self.close()
+
+    def _next(self) -> bool:
+        self.left = next(self._more, memoryview(b""))
+        return bool(self.left)
+
+
 class _Filling(asyncio.BufferedProtocol):
     """Has the connection for the length of one body. Owned by the task that awaits wait(); fed by the event loop, or
     by a thread that is lent the socket meanwhile.
@@ -289,7 +371,7 @@ class _Filling(asyncio.BufferedProtocol):
     broken connection; uvicorn's keep-alive timeout ends that if the sender does not.
     """
 
-    def __init__(self, http: FillingProtocol, body: Body, remaining: int, pace: _Pace, receivers: Receivers) -> None:
+    def __init__(self, http: FillingProtocol, body: Body, remaining: int, pace: _Pace, receivers: Lenders) -> None:
         self._http = http
         self._body = body
         self._remaining = remaining

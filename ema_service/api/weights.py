@@ -29,6 +29,7 @@ from ema_client.errors import (
     StepNotReached,
 )
 from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
+from ema_service.api import ingest
 from ema_service.api.context import Context, Number, RunName, Server, SnapshotName
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.runs import Run, WeightsStream
@@ -182,7 +183,7 @@ async def _answer(
     if request.method == "HEAD":
         return Response(status_code=200, headers=headers, media_type=_OCTETS)
     chunks = stream.chunks(await open_source(source), start, stop)
-    body = _from_disk(server, chunks) if on_disk else _from_memory(chunks)
+    body = _from_disk(server, chunks) if on_disk else _from_memory(request, server, chunks)
     return _Streaming(source.pop_all(), server, body, status_code=206 if part else 200, headers=headers)
 
 
@@ -214,9 +215,12 @@ class _Streaming(StreamingResponse):
             server.metrics.sent.inc(len(chunk))
 
 
-async def _from_memory(chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
+async def _from_memory(request: Request, server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
     for chunk in chunks:
-        yield chunk
+        sent, left = await ingest.pour(request, chunk, chunks, server.senders)
+        server.metrics.sent.inc(sent)
+        if left:
+            yield left
 
 
 async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
