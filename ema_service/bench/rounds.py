@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter, sleep
 
-__all__ = ["Operation", "interleave", "repeated", "timed"]
+__all__ = ["PAUSE", "Operation", "interleave", "repeated", "timed"]
 
 #: Seconds of rest before an operation that is counted. What the one before leaves behind (torch's threads, which spin
 #: for 0.2 s after their work, memory being given back) is not its own: pushes right after a copy by two threads took a

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from time import sleep
 
 import torch
 from scale import Scale
@@ -22,7 +23,7 @@ from ema_client.tensors import encode
 from ema_client.transport import Transport
 from ema_service.bench.ceiling import RAW_TCP, RAW_UNIX, Ceiling
 from ema_service.bench.children import BenchFailed, Child, Service
-from ema_service.bench.rounds import Operation, interleave, timed
+from ema_service.bench.rounds import PAUSE, Operation, interleave, timed
 from ema_service.bench.rows import Group, Need, rate_row
 from ema_service.bench.sizes import show_size
 from ema_service.bench.traffic import Traffic
@@ -101,7 +102,19 @@ def _shared(traffic: Traffic, client: EmaClient) -> dict[str, Operation]:
     if client.link != "shared memory":
         raise BenchFailed(f"pushes travel by {client.link}")
     traffic.check(client)
-    return {SHARED_ALREADY: timed(partial(traffic.push, client, shared)), SHARED: timed(fill_and_push)}
+    push, both = timed(partial(traffic.push, client, shared)), timed(fill_and_push)
+
+    def warm(operation: Operation) -> Operation:
+        """Behind another push, as a trainer's are: between two rounds the service lets go of the memory's pages."""
+
+        def again() -> float:
+            push()
+            sleep(PAUSE)
+            return operation()
+
+        return again
+
+    return {SHARED_ALREADY: warm(push), SHARED: warm(both)}
 
 
 def _copy(traffic: Traffic) -> None:
