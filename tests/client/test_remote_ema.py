@@ -482,6 +482,31 @@ def test_a_trainer_of_another_dtype_goes_on_with_a_run(
     assert same(client.pull(run_name), expected)
 
 
+@pytest.mark.parametrize("borrow", [False, True])
+def test_mixed_precision(make: Callable[..., RemoteEma], client: EmaClient, borrow: bool) -> None:
+    """Autocast and a scaler of gradients: the float32 parameters are averaged, also where the scaler leaves out a step
+    (and no hook of the optimizer is called)."""
+    model = nn.Linear(8, 4)
+    ema, oracle = make(model, 0.9, borrow=borrow), LitEmaOracle(model, 0.9)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    left_out = 0
+    for step in range(6):
+        before = values(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.randn(16, 8)).square().mean() * (float("inf") if step == 3 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        left_out += same(values(model), before)
+        ema(model)
+        oracle(model)
+    ema.flush()
+
+    assert left_out == 1
+    assert same(client.pull(ema.run), oracle.shadow)
+
+
 def test_push_dtype_halves_the_traffic(make: Callable[..., RemoteEma], client: EmaClient) -> None:
     """Parameters are sent in bf16, of which the float32 shadow is the average that LitEma's arithmetic gives."""
     model = nn.Linear(3, 3)

@@ -239,6 +239,17 @@ def test_copies_to_pages_that_are_locked() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.parametrize("hooked", [False, True])
+def test_parameters_on_several_devices(hooked: bool) -> None:
+    """Those of each device are copied in its own way, into one update."""
+    state = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20, device="cuda"), "c": torch.randn(3)}
+    update = Sending(specs_of(state), pinned=True).copied(1, values(state), hooked=hooked)
+
+    assert sent(update) == reference({name: tensor.cpu() for name, tensor in state.items()})
+
+
+@pytest.mark.gpu
+@needs_cuda
 def test_a_fork_while_copying() -> None:
     """A loader's worker that is forked off between copies takes nothing of them: the next one arrives here."""
     state = {"w": torch.zeros(1 << 20, device="cuda")}
