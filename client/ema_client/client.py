@@ -71,8 +71,8 @@ T = TypeVar("T")
 
 #: Between two questions for a step that a server answers without waiting, in seconds.
 _POLL = 0.05
-#: Lengths of weights that are remembered.
-_MOST_LENGTHS = 1000
+#: Questions of which is remembered where their weights can be parted.
+_MOST_SPLITS = 1000
 #: Between two questions for a step that another rank sends.
 _WAIT_POLL = 0.02
 
@@ -98,8 +98,8 @@ class EmaClient:
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._steps: dict[str, int] = {}
-        #: How long the bodies of weights were, by what was asked for.
-        self._lengths: dict[str, int] = {}
+        #: Where large weights can be parted, by what was asked for.
+        self._splits: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @property
@@ -536,7 +536,7 @@ class EmaClient:
         out: Mapping[str, Tensor] | None,
         patience: float = 0.0,
     ) -> Weights:
-        from ema_client.halves import SPLIT_ABOVE, pull_halves
+        from ema_client.halves import pull_halves, split_of
         from ema_client.tensors import receive
 
         what = {key: value for key, value in query.items() if key not in ("min_step", "wait")}
@@ -548,21 +548,21 @@ class EmaClient:
             return self._transport.download(path, query=asked, start=start, stop=stop, etag=etag, patience=seconds)
 
         def attempt(_: int) -> Weights:
-            length = self._lengths.get(place, 0)
-            halves = pull_halves(open_range, length, out) if length > SPLIT_ABOVE else None
+            split = self._splits.get(place, 0)
+            halves = pull_halves(open_range, split, out) if split else None
             if halves is not None:
                 return halves
             with self._transport.download(path, query=query, patience=patience) as download:
                 header, info = read_header(download)
-                self._remember_length(place, download.length)
+                self._remember_split(place, split_of(header, download.length))
                 return Weights(receive(header.entries, download.readinto, out), info)
 
         return self._transport.retrying(attempt)
 
-    def _remember_length(self, place: str, length: int) -> None:
-        if len(self._lengths) >= _MOST_LENGTHS:
-            self._lengths.clear()
-        self._lengths[place] = length
+    def _remember_split(self, place: str, split: int) -> None:
+        if len(self._splits) >= _MOST_SPLITS:
+            self._splits.clear()
+        self._splits[place] = split
 
     def _pull_waiting(
         self, path: str, query: Mapping[str, str | int | None], out: Mapping[str, Tensor] | None, wait: float

@@ -17,25 +17,36 @@ from ema_client.bulk import Download
 from ema_client.ranges import Open, whole_length
 from ema_client.tensors import check_targets, new_tensors, receive
 from ema_client.weights import Weights, read_header
-from ema_client.wire import Entry
+from ema_client.wire import Entry, Header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SPLIT_ABOVE", "pull_halves"]
+__all__ = ["SPLIT_ABOVE", "pull_halves", "split_of"]
 
 #: A body of less is here before a second connection would be worth its thread.
 SPLIT_ABOVE = 64 << 20
+#: The header's length changes with the numbers in it: the first half is asked for with so much more.
+_SLACK_BYTES = 4 << 10
 
 
-def pull_halves(open_range: Open, expected: int, out: Mapping[str, Tensor] | None) -> Weights | None:
-    """Pull weights whose body was ``expected`` bytes long the last time, and is about so now.
+def split_of(header: Header, length: int) -> int:
+    """The byte of a body of ``length`` bytes where its second half begins, at a tensor's; 0 where it is too small to be
+    parted, or one tensor is most of it: a tensor is received by one connection."""
+    half = header.data_bytes // 2
+    cut = min((entry.end for entry in header.entries), key=lambda end: abs(end - half), default=0)
+    if length <= SPLIT_ABOVE or min(cut, header.data_bytes - cut) < header.data_bytes // 4:
+        return 0
+    return length - header.data_bytes + cut
+
+
+def pull_halves(open_range: Open, split: int, out: Mapping[str, Tensor] | None) -> Weights | None:
+    """Pull weights that were parted at ``split`` the last time, and have the same tensors now or nearly so.
 
     out: as for tensors.receive(), which also says what is raised. None where they cannot be parted, or were another
     version before the second half was asked for; then they are to be pulled as a whole, and ``out`` may be part new.
     """
-    middle = expected // 2
-    with open_range(0, middle, None) as first:
+    with open_range(0, split + _SLACK_BYTES, None) as first:
         if first.status != 206:
             return None
         source = _Beginning(first)

@@ -134,9 +134,7 @@ class Arena:
 
 
 class Mark(Protocol):
-    """A point in what a device was asked to do: query() whether it is past it, synchronize() until it is."""
-
-    def query(self) -> bool: ...
+    """A point in what a device was asked to do: synchronize() returns once it is past it."""
 
     def synchronize(self) -> None: ...
 

@@ -60,6 +60,7 @@ def test_both_halves(client: EmaClient, run_name: str, asked: list[Any], given: 
     assert out is None or same(out, STATE)
     [(begin, middle), (split, end)] = sorted(asked)
     assert begin == 0 < split <= middle < end
+    assert 0.4 < split / end < 0.7
 
 
 def test_cast_into_other_dtypes(client: EmaClient, run_name: str, asked: list[Any]) -> None:
@@ -74,22 +75,32 @@ def test_cast_into_other_dtypes(client: EmaClient, run_name: str, asked: list[An
 def test_small_weights_are_one_part(
     client: EmaClient, run_name: str, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As are those of another question, whose length nobody knows."""
-    client.pull(run_name, prefix="t1")
+    """Also when they are asked for again."""
     monkeypatch.setattr(halves, "SPLIT_ABOVE", 1 << 30)
-    client.pull(run_name)
+    client.pull(run_name, prefix="t1")
+    client.pull(run_name, prefix="t1")
 
     assert asked == [(0, None), (0, None)]
 
 
-def test_one_tensor(client: EmaClient, run_name: str, asked: list[Any]) -> None:
-    """What has no tensor in its first half is pulled as a whole."""
-    state = {"only": torch.randn(1000)}
+@pytest.mark.parametrize("sizes", [{"only": 1000}, {"a": 100, "b": 10_000, "c": 100}])
+def test_one_tensor_is_most_of_it(sizes: dict[str, int], client: EmaClient, run_name: str, asked: list[Any]) -> None:
+    """Then all is pulled at once: a half of it would be read for nothing."""
+    state = {name: torch.randn(size) for name, size in sizes.items()}
     client.create_run(f"{run_name}-one", state)
     for _ in range(2):
         assert same(client.pull(f"{run_name}-one"), state)
 
-    assert asked[0] == asked[2] == (0, None)
+    assert asked == [(0, None), (0, None)]
+
+
+def test_a_header_that_grew(client: EmaClient, run_name: str, asked: list[Any]) -> None:
+    """Longer numbers in it than when the weights were parted: still two halves, each asked for once."""
+    moved = {name: tensor + 1 for name, tensor in STATE.items()}
+    client.push(run_name, moved, step=1234567890123)
+
+    assert same(client.pull(run_name), moved)
+    assert len(asked) == 2
 
 
 def test_a_version_that_moves_on(

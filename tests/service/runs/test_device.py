@@ -43,9 +43,6 @@ class Mark:
         self._may_go_on = may_go_on
         self.passed = False
 
-    def query(self) -> bool:
-        return self.passed
-
     def synchronize(self) -> None:
         assert self._may_go_on.wait(WAIT_SECONDS)
         self.passed = True
