@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ema_client import errors
 from ema_client.client import EmaClient
 from ema_client.errors import EmaError
+from ema_client.http.retry import RetryPolicy
 from ema_client.protocol import AverageConfig, RunEvent, RunInfo, SnapshotInfo, UpdateResult, WeightsInfo
-from ema_client.retry import RetryPolicy
 from ema_client.weights import Weights
 
 if TYPE_CHECKING:

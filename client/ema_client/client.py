@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ema_client import protocol
-from ema_client.bulk import Download
 from ema_client.errors import (
     EmaError,
     InvalidDecay,
@@ -30,6 +29,9 @@ from ema_client.errors import (
     UsageError,
     WeightsExist,
 )
+from ema_client.http.pool import Download
+from ema_client.http.retry import RetryPolicy
+from ema_client.http.transport import Reply, Transport
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
@@ -49,9 +51,7 @@ from ema_client.protocol import (
     Writer,
 )
 from ema_client.ranges import Wanted, fetch
-from ema_client.retry import RetryPolicy
 from ema_client.saving import Progress, save
-from ema_client.transport import Reply, Transport
 from ema_client.watching import VERSIONS, watch
 from ema_client.weights import Weights, read_header
 from ema_client.wire import Box
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ema_client.connection import Body
+    from ema_client.http.connection import Body
     from ema_client.shared import SharedState
 
     State = Mapping[str, Tensor] | nn.Module

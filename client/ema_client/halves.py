@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ema_client.bulk import Download
+from ema_client.http.pool import Download
 from ema_client.ranges import Open, whole_length
 from ema_client.tensors import check_targets, new_tensors, receive
 from ema_client.weights import Weights, read_header

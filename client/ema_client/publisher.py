@@ -22,9 +22,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ema_client.connection import Body
 from ema_client.errors import EmaError, UpdatesPending, UsageError
-from ema_client.retry import RetryPolicy
+from ema_client.http.connection import Body
+from ema_client.http.retry import RetryPolicy
 
 __all__ = ["EXIT_SECONDS", "Publisher", "Stats", "Update"]
 

@@ -15,8 +15,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ema_client import wire
-from ema_client.bulk import Download
 from ema_client.errors import ProtocolError, UsageError
+from ema_client.http.pool import Download
 from ema_client.protocol import WeightsInfo
 from ema_client.weights import read_header
 

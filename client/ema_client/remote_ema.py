@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
-from ema_client.connection import Body
 from ema_client.errors import EmaError, UsageError
+from ema_client.http.connection import Body
 from ema_client.joining import Joining
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
 from ema_client.publisher import Publisher, Stats

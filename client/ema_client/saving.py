@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from ema_client.bulk import Download
 from ema_client.errors import ProtocolError
+from ema_client.http.pool import Download
+from ema_client.http.transport import Transport
 from ema_client.protocol import WeightsInfo
-from ema_client.transport import Transport
 from ema_client.weights import read_header
 
 __all__ = ["Progress", "save"]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import wire
-from ema_client.connection import Body
 from ema_client.errors import ProtocolError, UsageError
+from ema_client.http.connection import Body
 from ema_client.names import canonical_names
 from ema_client.protocol import TensorSpec
 

@@ -33,13 +33,13 @@ from ema_client.errors import (
     StorageDisabled,
     TransportError,
 )
+from ema_client.http.retry import RetryPolicy
 from ema_client.protocol import EventKind, RunEvent, RunInfo, SnapshotInfo
-from ema_client.retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from ema_client.bulk import Stream
     from ema_client.client import EmaClient
-    from ema_client.transport import Transport
+    from ema_client.http.pool import Stream
+    from ema_client.http.transport import Transport
 
 __all__ = ["VERSIONS", "Mailbox", "parse", "watch"]
 

@@ -12,8 +12,8 @@ from scale import Scale
 from wire import PROCESSES
 
 from ema_client import EmaClient
-from ema_client.connection import Body
-from ema_client.transport import Transport
+from ema_client.http.connection import Body
+from ema_client.http.transport import Transport
 from ema_service.bench.ceiling import RAW_TCP, RAW_UNIX, Ceiling
 from ema_service.bench.children import Child, Service
 from ema_service.bench.fit import Fit

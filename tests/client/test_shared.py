@@ -22,11 +22,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_client import EmaClient, RemoteEma, RetryPolicy, segment
-from ema_client.address import parse_address
+from ema_client import EmaClient, RemoteEma, RetryPolicy
 from ema_client.errors import ConnectionLost, NonFinite, UsageError
+from ema_client.http import memfd as segment
+from ema_client.http.address import parse_address
+from ema_client.http.memfd import SharedBody
 from ema_client.protocol import Segment, TensorSpec
-from ema_client.segment import SharedBody
 from ema_client.sending import Sending
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")

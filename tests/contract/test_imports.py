@@ -45,7 +45,7 @@ PARTS_OUTSIDE = {"demo", "bench"}
 CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
 #: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
 CLIENT_THIRD_PARTY = {
-    "httpx": {"ema_client.transport"},
+    "httpx": {"ema_client.http.transport"},
     "lightning": {"ema_client.integrations.lightning"},
     "pytorch_lightning": {"ema_client.integrations.lightning"},
     "transformers": {"ema_client.integrations.transformers"},
@@ -204,9 +204,9 @@ def client_torch(module: Module) -> Iterator[str]:
 
 
 def one_httpx(module: Module) -> Iterator[str]:
-    if module.name != "ema_client.transport":
+    if module.name != "ema_client.http.transport":
         yield from (
-            f"line {i.line}: httpx belongs to ema_client.transport" for i in module.imports if i.root == "httpx"
+            f"line {i.line}: httpx belongs to ema_client.http.transport" for i in module.imports if i.root == "httpx"
         )
 
 

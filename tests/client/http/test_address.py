@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ema_client.address import parse_address
 from ema_client.errors import UsageError
+from ema_client.http.address import parse_address
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from urllib.parse import urlencode
 
 import httpx
 
-from ema_client.address import parse_address
-from ema_client.answers import Answer, json_of
-from ema_client.bulk import BulkPool, Download, Stream
-from ema_client.connection import Body, Timeouts, no_tls, unreachable
 from ema_client.errors import ConnectionLost, EmaError, ProtocolError, UsageError
-from ema_client.retry import RetryPolicy
+from ema_client.http.address import parse_address
+from ema_client.http.answers import Answer, json_of
+from ema_client.http.connection import Body, Timeouts, no_tls, unreachable
+from ema_client.http.pool import BulkPool, Download, Stream
+from ema_client.http.retry import RetryPolicy
 
 __all__ = ["Reply", "Transport"]
 

@@ -17,14 +17,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
-from ema_client.address import Address
-from ema_client.answers import Answer, error_of
-from ema_client.connection import Body, Connection, Timeouts
 from ema_client.errors import ConnectionLost, EmaError, MalformedBody, ProtocolError, SegmentUnusable
+from ema_client.http.address import Address
+from ema_client.http.answers import Answer, error_of
+from ema_client.http.connection import Body, Connection, Timeouts
 from ema_client.protocol import HEADER_SEGMENT
 
 if TYPE_CHECKING:
-    from ema_client.segment import SharedBody
+    from ema_client.http.memfd import SharedBody
 
 __all__ = ["SHARE_ABOVE", "BulkPool", "Download", "Stream"]
 

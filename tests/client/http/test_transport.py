@@ -20,8 +20,6 @@ from typing import Any
 
 import pytest
 
-from ema_client import connection
-from ema_client.connection import Body, Timeouts
 from ema_client.errors import (
     ConnectionLost,
     InternalError,
@@ -33,8 +31,10 @@ from ema_client.errors import (
     ServiceUnreachable,
     UsageError,
 )
-from ema_client.retry import RetryPolicy
-from ema_client.transport import Transport
+from ema_client.http import connection
+from ema_client.http.connection import Body, Timeouts
+from ema_client.http.retry import RetryPolicy
+from ema_client.http.transport import Transport
 
 QUICK = RetryPolicy(attempts=3, base=0.01, cap=0.02)
 ONCE = RetryPolicy(attempts=1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ema_client.answers import Answer, error_of, json_of
 from ema_client.errors import ConnectionLost, Overloaded, ProtocolError, RunNotFound
+from ema_client.http.answers import Answer, error_of, json_of
 
 URL = "http://host/v1/runs"
 

@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ema_client.address import Address
-from ema_client.answers import Answer
 from ema_client.errors import ConnectionLost, ProtocolError, ServiceUnreachable
+from ema_client.http.address import Address
+from ema_client.http.answers import Answer
 
 if TYPE_CHECKING:
-    from ema_client.segment import SharedBody
+    from ema_client.http.memfd import SharedBody
 
 __all__ = ["Body", "Connection", "Timeouts", "no_tls", "unreachable"]
 

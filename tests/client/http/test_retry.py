@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ema_client import errors
 from ema_client.errors import ConnectionLost, EmaError, Overloaded, ServiceUnreachable, StepNotReached
-from ema_client.retry import LONGEST_RETRY_AFTER, RetryPolicy
+from ema_client.http.retry import LONGEST_RETRY_AFTER, RetryPolicy
 
 ALMOST_ONE = 1 - 2**-53
 
