@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ema_client.http.connection import Body
-    from ema_client.shared import SharedState
+    from ema_client.tensors.shared import SharedState
 
     State = Mapping[str, Tensor] | nn.Module
 
@@ -174,8 +174,8 @@ class EmaClient:
         Raises RunExists; StorageDisabled; InvalidDecay; NameCollision and UsageError for a state that cannot be sent.
         """
         _require_torch()
-        from ema_client import tensors
-        from ema_client.shared import SharedState
+        from ema_client.tensors import body as tensors
+        from ema_client.tensors.shared import SharedState
 
         named = tensors.state_of(state)
         config = RunConfig(
@@ -215,8 +215,8 @@ class EmaClient:
         Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, Fenced, AwaitingWeights, RunNotFound.
         """
         _require_torch()
-        from ema_client import tensors
-        from ema_client.shared import SharedState
+        from ema_client.tensors import body as tensors
+        from ema_client.tensors.shared import SharedState
 
         body = state.body if isinstance(state, SharedState) else tensors.encode(tensors.state_of(state))
         step = self._next_step(run) if step is None else step
@@ -359,7 +359,7 @@ class EmaClient:
         Raises UsageError for a state that cannot be sent.
         """
         _require_torch()
-        from ema_client.shared import SharedState
+        from ema_client.tensors.shared import SharedState
 
         return SharedState(state)
 
@@ -402,7 +402,7 @@ class EmaClient:
         ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
         """
         _require_torch()
-        from ema_client.tensors import dtype_name
+        from ema_client.tensors.body import dtype_name
 
         path = _weights_path(run, snapshot)
         query = {
@@ -450,7 +450,7 @@ class EmaClient:
         parameters are part old, part new.
         """
         _require_torch()
-        from ema_client.tensors import parameters_of
+        from ema_client.tensors.body import parameters_of
 
         return self.pull(run, average=average, snapshot=snapshot, out=parameters_of(module)).info
 
@@ -537,7 +537,7 @@ class EmaClient:
         patience: float = 0.0,
     ) -> Weights:
         from ema_client.halves import pull_halves, split_of
-        from ema_client.tensors import receive
+        from ema_client.tensors.body import receive
 
         what = {key: value for key, value in query.items() if key not in ("min_step", "wait")}
         place = f"{path} {what}"
@@ -623,7 +623,7 @@ def _require_torch() -> None:
 
 def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]]) -> Body:
     _require_torch()
-    from ema_client import tensors
+    from ema_client.tensors import body as tensors
 
     # A rank that has no element sends an empty part all the same.
     return tensors.encode(tensors.state_of(state) if state else {}, slices)

@@ -158,7 +158,7 @@ def _jobs(header: wire.Header, wanted: Mapping[str, Wanted]) -> list[_Job]:
 
 
 def _jobs_of(entry: wire.Entry, want: Wanted) -> Iterator[_Job]:
-    from ema_client.tensors import take_flat, take_strided
+    from ema_client.tensors.body import take_flat, take_strided
 
     width = wire.DTYPE_BYTES[entry.dtype]
     ranges = [wire.range_of_box(box, entry.shape) for box in want.boxes]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ema_client import wire
 from ema_client.errors import NameCollision, UsageError
-from ema_client.names import canonical_name
 from ema_client.protocol import TensorSpec
-from ema_client.tensors import dtype_name, parameters_of, specs_of, state_of
+from ema_client.tensors.body import dtype_name, parameters_of, specs_of, state_of
+from ema_client.tensors.names import canonical_name
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 

@@ -29,8 +29,8 @@ from ema_client.http.connection import Body
 from ema_client.http.pool import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
 from ema_client.publisher import Update
-from ema_client.shared import shared_body
-from ema_client.tensors import dtype_of, memory, on_host
+from ema_client.tensors.body import dtype_of, memory, on_host
+from ema_client.tensors.shared import shared_body
 
 __all__ = ["Copy", "DeviceCopies", "Sending", "StepHook"]
 

@@ -20,7 +20,7 @@ from scale import Scale
 
 from ema_client import EmaClient
 from ema_client.http.transport import Transport
-from ema_client.tensors import encode
+from ema_client.tensors.body import encode
 from ema_service.bench.ceiling import RAW_TCP, RAW_UNIX, Ceiling
 from ema_service.bench.children import BenchFailed, Child, Service
 from ema_service.bench.rounds import PAUSE, Operation, interleave, timed

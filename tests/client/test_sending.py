@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ema_client.publisher import Update
 from ema_client.sending import DeviceCopies, Sending, StepHook, _Asked
-from ema_client.tensors import specs_of
+from ema_client.tensors.body import specs_of
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

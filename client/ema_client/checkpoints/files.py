@@ -20,7 +20,7 @@ from torch import Tensor
 from ema_client import wire
 from ema_client.errors import MalformedBody, UsageError
 from ema_client.protocol import TensorSpec
-from ema_client.tensors import memory
+from ema_client.tensors.body import memory
 
 __all__ = ["Content", "read", "write_safetensors", "write_torch"]
 

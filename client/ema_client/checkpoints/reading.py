@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ema_client.checkpoints import files
 from ema_client.errors import NameCollision, UsageError
-from ema_client.names import canonical_names
+from ema_client.tensors.names import canonical_names
 
 __all__ = ["FORMATS", "Imported", "read"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ema_client.checkpoints import files
 from ema_client.errors import UsageError
-from ema_client.names import dotless_names
 from ema_client.protocol import WeightsInfo
+from ema_client.tensors.names import dotless_names
 
 __all__ = ["FORMATS", "write"]
 

@@ -17,7 +17,7 @@ from ema_client.errors import StepNotReached
 from ema_client.remote_ema import RemoteEma
 from ema_client.sharding import ShardedSelection, gathered, is_sharded, reshard, together
 from ema_client.stored import Stored
-from ema_client.tensors import parameters_of
+from ema_client.tensors.body import parameters_of
 
 __all__ = ["Replica"]
 

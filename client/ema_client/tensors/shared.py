@@ -15,7 +15,7 @@ from ema_client import wire
 from ema_client.errors import UsageError
 from ema_client.http.connection import Body
 from ema_client.http.memfd import SharedBody
-from ema_client.tensors import dtype_of, memory, specs_of, state_of
+from ema_client.tensors.body import dtype_of, memory, specs_of, state_of
 
 __all__ = ["SharedState", "shared_body"]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ema_client import wire
 from ema_client.errors import ProtocolError, UsageError
 from ema_client.http.connection import Body
-from ema_client.names import canonical_names
 from ema_client.protocol import TensorSpec
+from ema_client.tensors.names import canonical_names
 
 __all__ = [
     "check_targets",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ema_client.errors import NameCollision
-from ema_client.names import canonical_name, canonical_names, dotless_names
+from ema_client.tensors.names import canonical_name, canonical_names, dotless_names
 
 COMPONENTS = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "conv", "0", "weight"]
 DOTTED = st.lists(st.sampled_from(COMPONENTS), min_size=1, max_size=8).map(".".join)

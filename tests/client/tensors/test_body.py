@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ema_client import wire
 from ema_client.errors import NameCollision, ProtocolError, UsageError
 from ema_client.protocol import TensorSpec
-from ema_client.tensors import dtype_name, encode, memory, parameters_of, receive, specs_of, state_of
+from ema_client.tensors.body import dtype_name, encode, memory, parameters_of, receive, specs_of, state_of
 
 
 def mixed() -> dict[str, Tensor]:
