@@ -13,7 +13,7 @@ from ema_client.client import EmaClient
 from ema_client.errors import EmaError
 from ema_client.http.retry import RetryPolicy
 from ema_client.protocol import AverageConfig, RunEvent, RunInfo, SnapshotInfo, UpdateResult, WeightsInfo
-from ema_client.weights import Weights
+from ema_client.reading.weights import Weights
 
 if TYPE_CHECKING:
     from ema_client.remote_ema import RemoteEma

@@ -50,10 +50,10 @@ from ema_client.protocol import (
     WeightsInfo,
     Writer,
 )
-from ema_client.ranges import Wanted, fetch
-from ema_client.saving import Progress, save
-from ema_client.watching import VERSIONS, watch
-from ema_client.weights import Weights, read_header
+from ema_client.reading.slices import Wanted, fetch
+from ema_client.reading.to_file import Progress, save
+from ema_client.reading.watching import VERSIONS, watch
+from ema_client.reading.weights import Weights, read_header
 from ema_client.wire import Box
 
 if TYPE_CHECKING:
@@ -426,7 +426,7 @@ class EmaClient:
     ) -> WeightsInfo:
         """Write slices of the EMA weights into tensors, fetching little more than their bytes; all of one version.
 
-        wanted: by name; see ``ema_client.ranges.Wanted``. The others as for pull(); a ``min_step`` is waited for as
+        wanted: by name; see ``ema_client.reading.slices.Wanted``. The others as for pull(); a ``min_step`` is waited for as
         long as one request may (60 seconds).
         """
         _require_torch()
@@ -536,7 +536,7 @@ class EmaClient:
         out: Mapping[str, Tensor] | None,
         patience: float = 0.0,
     ) -> Weights:
-        from ema_client.halves import pull_halves, split_of
+        from ema_client.reading.halves import pull_halves, split_of
         from ema_client.tensors.body import receive
 
         what = {key: value for key, value in query.items() if key not in ("min_step", "wait")}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ema_client import wire
 from ema_client.errors import EmaError, NameCollision, UsageError
 from ema_client.protocol import TensorSpec
-from ema_client.ranges import Wanted
+from ema_client.reading.slices import Wanted
 from ema_client.selection import FrozenPolicy
 from ema_client.tensors.body import dtype_name, spec_of, state_of
 from ema_client.tensors.names import canonical_name

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ema_client.errors import UsageError
-from ema_client.ranges import Wanted, fetch
+from ema_client.reading.slices import Wanted, fetch
 from ema_client.sharding import _box
 from ema_client.wire import box_shape, boxes_of_range, range_of_box
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from ema_client import EmaClient, RetryPolicy, watching
+from ema_client import EmaClient, RetryPolicy
 from ema_client.errors import ProtocolError, RunNotFound, Unauthorized
 from ema_client.protocol import AverageInfo, RunEvent, RunInfo, SnapshotInfo, to_json
-from ema_client.watching import Mailbox, parse
+from ema_client.reading import watching
+from ema_client.reading.watching import Mailbox, parse
 
 STATE = {"w": torch.arange(3.0)}
 PATIENCE = 30.0

@@ -14,7 +14,7 @@ from ema_client.errors import ProtocolError
 from ema_client.http.pool import Download
 from ema_client.http.transport import Transport
 from ema_client.protocol import WeightsInfo
-from ema_client.weights import read_header
+from ema_client.reading.weights import read_header
 
 __all__ = ["Progress", "save"]
 

@@ -7,7 +7,7 @@ import pytest
 from ema_client import wire
 from ema_client.errors import ProtocolError
 from ema_client.protocol import TensorSpec, WeightsInfo
-from ema_client.weights import Weights, read_header
+from ema_client.reading.weights import Weights, read_header
 
 INFO = WeightsInfo("r", "ema", "1.3", 3, 3, 0.9998999834060669)
 HEADER = wire.build_header(wire.place([TensorSpec("w", (2,), "F32")]), INFO.to_metadata())

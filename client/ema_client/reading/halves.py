@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ema_client.http.pool import Download
-from ema_client.ranges import Open, whole_length
+from ema_client.reading.slices import Open, whole_length
+from ema_client.reading.weights import Weights, read_header
 from ema_client.tensors.body import check_targets, new_tensors, receive
-from ema_client.weights import Weights, read_header
 from ema_client.wire import Entry, Header
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ema_client import wire
 from ema_client.errors import ProtocolError, UsageError
 from ema_client.http.pool import Download
 from ema_client.protocol import WeightsInfo
-from ema_client.weights import read_header
+from ema_client.reading.weights import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

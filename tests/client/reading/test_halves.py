@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_client import EmaClient, RetryPolicy, halves
+from ema_client import EmaClient, RetryPolicy
 from ema_client.errors import ConnectionLost, UsageError
 from ema_client.http.pool import Download
 from ema_client.http.transport import Transport
+from ema_client.reading import halves
 
 #: Of uneven sizes: the middle of the body lies within a tensor.
 STATE = {f"t{i:02}": torch.randn(100 + 37 * i, generator=torch.Generator().manual_seed(i)) for i in range(40)}
