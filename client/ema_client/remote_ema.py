@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import EmaError, UsageError
 from ema_client.http.connection import Body
-from ema_client.joining import Joining
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
-from ema_client.publisher import Publisher, Stats
-from ema_client.rewinding import check_state_is_of, rewind_to, saved_state
-from ema_client.selection import BufferPolicy, FrozenPolicy, Selection
-from ema_client.sending import Sending, StepHook
-from ema_client.sharding import Plan, ShardedSelection, is_sharded, plan_whole, reshard, together
-from ema_client.stored import Stored
+from ema_client.training.aside import Stored
+from ema_client.training.buffers import Sending, StepHook
+from ema_client.training.joining import Joining
+from ema_client.training.publisher import Publisher, Stats
+from ema_client.training.selection import BufferPolicy, FrozenPolicy, Selection
+from ema_client.training.sharding import Plan, ShardedSelection, is_sharded, plan_whole, reshard, together
+from ema_client.training.state import check_state_is_of, rewind_to, saved_state
 
 __all__ = ["BusyPolicy", "RemoteEma"]
 

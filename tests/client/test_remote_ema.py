@@ -30,7 +30,7 @@ from ema_client.errors import (
     TransportError,
     UsageError,
 )
-from ema_client.selection import BufferPolicy
+from ema_client.training.selection import BufferPolicy
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -55,13 +55,13 @@ CLIENT_THIRD_PARTY = {
 }
 CLIENT_TORCH_AT_TOP = {
     "ema_client.tensors.body",
-    "ema_client.joining",
+    "ema_client.training.joining",
     "ema_client.remote_ema",
-    "ema_client.selection",
-    "ema_client.sending",
-    "ema_client.sharding",
+    "ema_client.training.selection",
+    "ema_client.training.buffers",
+    "ema_client.training.sharding",
     "ema_client.tensors.shared",
-    "ema_client.stored",
+    "ema_client.training.aside",
     "ema_client.integrations.replica",
     "ema_client.integrations.transformers",
     # Imported by whoever reads or writes a checkpoint, which is tensors.

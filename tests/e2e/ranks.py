@@ -43,7 +43,7 @@ def initial(width: int) -> Model:
 
 def set_to(model: nn.Module, width: int, step: int) -> None:
     """Give the whole model the values of one step, each rank its own slices: through the sharding's own means."""
-    from ema_client.sharding import shards_of
+    from ema_client.training.sharding import shards_of
 
     values = at(width, step)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
 
 def checks(ema: RemoteEma, model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:
     """What only this process can see, as JSON."""
-    from ema_client.sharding import shards_of
+    from ema_client.training.sharding import shards_of
 
     out: dict[str, Any] = {"num_updates": ema.num_updates}
     batch = torch.ones(2, 7)

@@ -27,8 +27,8 @@ from ema_client.errors import UsageError
 from ema_client.integrations.replica import Replica
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
-from ema_client.rewinding import check_state_is_of
-from ema_client.sharding import agreed, is_sharded
+from ema_client.training.sharding import agreed, is_sharded
+from ema_client.training.state import check_state_is_of
 
 __all__ = ["RemoteEmaCallback"]
 

@@ -28,7 +28,7 @@ from ema_client.http import memfd as segment
 from ema_client.http.address import parse_address
 from ema_client.http.memfd import SharedBody
 from ema_client.protocol import Segment, TensorSpec
-from ema_client.sending import Sending
+from ema_client.training.buffers import Sending
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from ema_client import RemoteEma
 from ema_client.integrations.lightning import RemoteEmaCallback
-from ema_client.sharding import is_sharded, shards_of
+from ema_client.training.sharding import is_sharded, shards_of
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 

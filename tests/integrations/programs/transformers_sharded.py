@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.distributed import DistributedConfig
 
 from ema_client.integrations.transformers import RemoteEmaCallback
-from ema_client.sharding import is_sharded, shards_of
+from ema_client.training.sharding import is_sharded, shards_of
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 

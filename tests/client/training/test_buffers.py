@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ema_client.publisher import Update
-from ema_client.sending import DeviceCopies, Sending, StepHook, _Asked
 from ema_client.tensors.body import specs_of
+from ema_client.training.buffers import DeviceCopies, Sending, StepHook, _Asked
+from ema_client.training.publisher import Update
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -164,7 +164,7 @@ class FakeEvent:
 @pytest.mark.parametrize("hooked", [False, True])
 def test_a_copy_under_way_is_waited_for(hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the caller where nobody guards the parameters; else by the sender only, who finds the right bytes."""
-    from ema_client import sending as module
+    from ema_client.training import buffers as module
 
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(module, "_by_device", lambda targets, sources: {cuda: (list(targets), list(sources))})

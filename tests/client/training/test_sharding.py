@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from ema_client.errors import UsageError
 from ema_client.reading.slices import Wanted, fetch
-from ema_client.sharding import _box
+from ema_client.training.sharding import _box
 from ema_client.wire import box_shape, boxes_of_range, range_of_box
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)

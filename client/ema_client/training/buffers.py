@@ -28,9 +28,9 @@ from ema_client import wire
 from ema_client.http.connection import Body
 from ema_client.http.pool import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
-from ema_client.publisher import Update
 from ema_client.tensors.body import dtype_of, memory, on_host
 from ema_client.tensors.shared import shared_body
+from ema_client.training.publisher import Update
 
 __all__ = ["Copy", "DeviceCopies", "Sending", "StepHook"]
 

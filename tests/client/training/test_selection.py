@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_client.errors import NameCollision, UsageError
-from ema_client.selection import Selection
+from ema_client.training.selection import Selection
 
 
 class Model(nn.Module):

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ema_client import publisher as publishing
 from ema_client.errors import EmaError, NonFinite, ServiceUnreachable, StaleStep, UpdatesPending, UsageError
 from ema_client.http.connection import Body
 from ema_client.http.retry import RetryPolicy
-from ema_client.publisher import Publisher, Stats, Update
+from ema_client.training import publisher as publishing
+from ema_client.training.publisher import Publisher, Stats, Update
 
 PATIENCE = 20.0
 QUICK = RetryPolicy(attempts=3, base=0.001, cap=0.002)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ema_client.client import EmaClient
 from ema_client.errors import RunExists, UsageError
 from ema_client.protocol import RunConfig, RunInfo
-from ema_client.sharding import Plan, agreed, together
+from ema_client.training.sharding import Plan, agreed, together
 
 __all__ = ["Joining"]
 
