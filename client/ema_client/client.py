@@ -426,8 +426,8 @@ class EmaClient:
     ) -> WeightsInfo:
         """Write slices of the EMA weights into tensors, fetching little more than their bytes; all of one version.
 
-        wanted: by name; see ``ema_client.reading.slices.Wanted``. The others as for pull(); a ``min_step`` is waited for as
-        long as one request may (60 seconds).
+        wanted: by name; see ``ema_client.reading.slices.Wanted``. The others as for pull(); a ``min_step`` is waited
+        for as long as one request may (60 seconds).
         """
         _require_torch()
         path, wait = _weights_path(run, snapshot), protocol.MAX_WAIT

@@ -20,8 +20,9 @@ from ema_service.api.auth import Auth, read_token_file
 from ema_service.api.connection import STATE, Guard
 from ema_service.api.context import Context
 from ema_service.api.limits import BodyLimits
+from ema_service.memory import Memory
 from ema_service.metrics import Metrics
-from ema_service.runs import Memory, Registry
+from ema_service.runs import Registry
 from ema_service.settings import Settings
 from ema_service.storage import Store
 

@@ -22,8 +22,9 @@ from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN
 from ema_service.api.admission import Admission
 from ema_service.api.ingest import Lenders
 from ema_service.api.segment import Mappings
+from ema_service.memory import Arena, Layout, Staged
 from ema_service.metrics import Metrics
-from ema_service.runs import Arena, Layout, Registry, Run, RunFiles, Staged
+from ema_service.runs import Registry, Run, RunFiles
 from ema_service.settings import Settings
 from ema_service.threads import Threads
 

@@ -37,7 +37,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
 from ema_service.api.connection import LINGER_SECONDS, GuardedProtocol
-from ema_service.runs import Body
+from ema_service.bodies import Body
 from ema_service.threads import Threads
 
 __all__ = [

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
-from ema_service.runs import Body, Shared
+from ema_service.bodies import Body
+from ema_service.memory import Shared
 
 __all__ = ["KEEP_SECONDS", "Mappings", "named", "take_over"]
 

@@ -46,7 +46,9 @@ from ema_service.api import ingest
 from ema_service.api.context import Context, Number, RunName, Server, Step, WriterNumber
 from ema_service.api.errors import problem_responses
 from ema_service.api.segment import named, take_over
-from ema_service.runs import Body, Part, Parts, Run, Staged, Terms, Update, UpdateBody
+from ema_service.bodies import Body, UpdateBody
+from ema_service.memory import Staged
+from ema_service.runs import Part, Parts, Run, Terms, Update
 from ema_service.runs.parts import Outcome
 
 __all__ = ["router"]

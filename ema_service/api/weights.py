@@ -32,8 +32,9 @@ from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
 from ema_service.api import ingest
 from ema_service.api.context import Context, Number, RunName, Server, SnapshotName
 from ema_service.api.errors import problem_response, problem_responses
-from ema_service.runs import Run, WeightsStream
-from ema_service.runs.weights import ReadBytes
+from ema_service.bodies import WeightsStream
+from ema_service.bodies.outgoing import ReadBytes
+from ema_service.runs import Run
 
 __all__ = ["router"]
 

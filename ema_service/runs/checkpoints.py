@@ -30,10 +30,10 @@ import xxhash
 from ema_client.errors import MalformedBody, StorageFailed
 from ema_client.protocol import MAX_STEP, WeightsInfo
 from ema_service.averaging import Digest
-from ema_service.runs.arena import Arena, Memory
-from ema_service.runs.layout import Layout
+from ema_service.bodies.outgoing import header_of
+from ema_service.memory.arena import Arena, Memory
+from ema_service.memory.layout import Layout
 from ema_service.runs.run import Average, Run, State
-from ema_service.runs.weights import header_of
 from ema_service.storage import CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
 __all__ = ["Checkpoints", "read_arena"]

@@ -17,9 +17,10 @@ import xxhash
 
 from ema_client.errors import BodyTooLarge, EmaError
 from ema_client.wire import LENGTH_BYTES, Box, parse_header
-from ema_service.runs.layout import Layout
-from ema_service.runs.slices import Cover, Piece, pieces_of, slices_of
-from ema_service.runs.staging import Body, Staged
+from ema_service.bodies.incoming import Body
+from ema_service.bodies.slices import Cover, Piece, pieces_of, slices_of
+from ema_service.memory.layout import Layout
+from ema_service.memory.staging import Staged
 
 __all__ = ["Claims", "Gathering", "Part", "Terms"]
 

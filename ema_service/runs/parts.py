@@ -30,10 +30,10 @@ from ema_client.errors import (
 )
 from ema_client.protocol import RunInfo, UpdateResult
 from ema_client.wire import Box
+from ema_service.bodies.slices import Cover
+from ema_service.memory.staging import Staged
 from ema_service.runs.gathering import Gathering, Part, Terms
 from ema_service.runs.run import Run
-from ema_service.runs.slices import Cover
-from ema_service.runs.staging import Staged
 
 __all__ = ["Expired", "Outcome", "Parts"]
 

@@ -17,10 +17,10 @@ from dataclasses import replace
 from ema_client.errors import MalformedBody, SnapshotDamaged, SnapshotExists, SnapshotNotFound, StorageFailed
 from ema_client.protocol import SnapshotInfo, WeightsInfo, from_json, to_json
 from ema_service.averaging import Digest
-from ema_service.runs.arena import Memory
+from ema_service.bodies.outgoing import WeightsStream
+from ema_service.memory.arena import Memory
 from ema_service.runs.checkpoints import Checkpoints, read_arena
 from ema_service.runs.run import Average, Run, State
-from ema_service.runs.weights import WeightsStream
 from ema_service.storage import RunRow, Store, TensorFile
 
 __all__ = ["RunFiles"]

@@ -16,13 +16,13 @@ from dataclasses import dataclass, fields, replace
 from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, StorageFailed, TooManyRuns
 from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, from_json, to_json
 from ema_service.averaging import prepare
-from ema_service.runs.arena import Memory
-from ema_service.runs.frozen import FrozenWeights
-from ema_service.runs.layout import Layout
+from ema_service.memory.arena import Memory
+from ema_service.memory.frozen import FrozenWeights
+from ema_service.memory.layout import Layout
+from ema_service.memory.staging import Staging
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.persistence import RunFiles
 from ema_service.runs.run import Run
-from ema_service.runs.staging import Staging
 from ema_service.storage import CatalogUnusable, RunRow, Store
 
 __all__ = ["MAX_RUNS", "Registry"]

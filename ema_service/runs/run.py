@@ -46,9 +46,9 @@ from ema_client.protocol import (
     WeightsInfo,
 )
 from ema_service.averaging import SCHEDULES
-from ema_service.runs.arena import Arena, Memory
-from ema_service.runs.layout import Layout
-from ema_service.runs.staging import Staged
+from ema_service.memory.arena import Arena, Memory
+from ema_service.memory.layout import Layout
+from ema_service.memory.staging import Staged
 from ema_service.runs.update import Feed, Pass
 from ema_service.storage import Slot
 

@@ -31,9 +31,9 @@ from ema_service.averaging import (
     digesting,
     finite,
 )
-from ema_service.runs.arena import Arena, Mark
-from ema_service.runs.layout import Section
-from ema_service.runs.staging import Staged
+from ema_service.memory.arena import Arena, Mark
+from ema_service.memory.layout import Section
+from ema_service.memory.staging import Staged
 
 __all__ = ["Feed", "Pass"]
 

@@ -25,7 +25,8 @@ from ema_service.bench.rounds import Operation, interleave, timed
 from ema_service.bench.rows import Group, Need, rate_row
 from ema_service.bench.sizes import show_size
 from ema_service.bench.traffic import Traffic, make_state
-from ema_service.runs import Memory, Registry
+from ema_service.memory import Memory
+from ema_service.runs import Registry
 from ema_service.storage import Store
 
 __all__ = ["measure"]

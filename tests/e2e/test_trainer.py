@@ -138,7 +138,9 @@ def test_the_end_does_not_wait_for_a_service_that_is_gone(start_server: Start, t
 def test_the_end_waits_for_a_bounded_time(trainer: Callable[..., Trainer], server: ServerProcess) -> None:
     """A service that takes the connection and then hangs is waited for so long and no longer."""
     with Hanging(server.url) as hanging:
-        body = "from ema_client.training import publisher; publisher.EXIT_SECONDS = 1.0; say('made'); sys.stdin.readline()"
+        body = (
+            "from ema_client.training import publisher; publisher.EXIT_SECONDS = 1.0; say('made'); sys.stdin.readline()"
+        )
         process = trainer(hanging.url, body + "\ntrain(1); say('trained')")
         assert process.line() == "made"
         hanging.hang()

@@ -15,8 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ema_client.protocol import RunConfig, RunInfo, TensorSpec, UpdateResult
-from ema_service.runs import Layout, Memory, Registry, Run, Staged, State, UpdateBody
-from ema_service.runs.arena import TORCH_DTYPES
+from ema_service.bodies import UpdateBody
+from ema_service.memory import Layout, Memory, Staged
+from ema_service.memory.arena import TORCH_DTYPES
+from ema_service.runs import Registry, Run, State
 from ema_service.storage import Store
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

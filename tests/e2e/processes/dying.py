@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ema_service.bodies.incoming import UpdateBody
 from ema_service.cli import main
-from ema_service.runs.staging import UpdateBody
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.files import TensorFile
 from ema_service.storage.slots import Slot

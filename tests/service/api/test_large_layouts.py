@@ -18,8 +18,8 @@ import uvicorn
 
 from ema_service.api import create_app, runs, weights
 from ema_service.api.ingest import FillingProtocol
-from ema_service.runs import staging
-from ema_service.runs.staging import READ_AT_ONCE
+from ema_service.bodies.incoming import READ_AT_ONCE
+from ema_service.memory import staging
 from ema_service.settings import Settings
 
 NAMES = [f"model.layers.{number}.attention.query.weight" for number in range(4000)]

@@ -34,8 +34,10 @@ from ema_service.api import create_app
 from ema_service.api import segment as segment_module
 from ema_service.api.segment import Mappings, named, take_over
 from ema_service.averaging import digest
-from ema_service.runs import Staged, UpdateBody, update
-from ema_service.runs.staging import _Budget
+from ema_service.bodies import UpdateBody
+from ema_service.memory import Staged
+from ema_service.memory.staging import _Budget
+from ema_service.runs import update
 from ema_service.settings import Settings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")

@@ -37,7 +37,8 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig
-from ema_service.runs import WeightsStream, checkpoints
+from ema_service.bodies import WeightsStream
+from ema_service.runs import checkpoints
 from ema_service.storage.catalog import Catalog, CatalogUnusable
 
 if TYPE_CHECKING:

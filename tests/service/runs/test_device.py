@@ -23,9 +23,10 @@ from torch import Tensor
 from ema_client.errors import NonFinite
 from ema_client.protocol import TensorSpec
 from ema_service.averaging import Digest
-from ema_service.runs import Layout, Memory, Staged, update
+from ema_service.memory import Layout, Memory, Staged
+from ema_service.memory.staging import Shared
+from ema_service.runs import update
 from ema_service.runs.checkpoints import Checkpoints
-from ema_service.runs.staging import Shared
 from ema_service.runs.update import Feed, Pass
 
 Model = Callable[[int], dict[str, Tensor]]

@@ -28,8 +28,10 @@ from ema_client.errors import (
 )
 from ema_client.protocol import RunConfig, TensorSpec, UpdateResult
 from ema_client.wire import Box
-from ema_service.runs import Layout, Memory, Parts, Run, Staged, Staging, Terms, UpdateBody
-from ema_service.runs.arena import TORCH_DTYPES
+from ema_service.bodies import UpdateBody
+from ema_service.memory import Layout, Memory, Staged, Staging
+from ema_service.memory.arena import TORCH_DTYPES
+from ema_service.runs import Parts, Run, Terms
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun

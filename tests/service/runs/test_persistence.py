@@ -34,7 +34,7 @@ from ema_client.errors import (
     StorageFailed,
 )
 from ema_client.protocol import AverageConfig, WeightsInfo
-from ema_service.runs import WeightsStream
+from ema_service.bodies import WeightsStream
 from ema_service.storage import Slot
 from ema_service.storage import files as storage_files
 from ema_service.storage import store as storage_store

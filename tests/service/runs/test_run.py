@@ -30,7 +30,7 @@ from ema_client.errors import (
 from ema_client.protocol import AverageConfig
 
 if TYPE_CHECKING:
-    from ema_service.runs import Memory
+    from ema_service.memory import Memory
     from tests.conftest import LitEmaOracle
     from tests.service.conftest import LocalRun
 

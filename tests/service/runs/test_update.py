@@ -20,9 +20,10 @@ from ema_client.errors import NonFinite
 from ema_client.protocol import TensorSpec
 from ema_service.averaging import BlockDigest, Digest
 from ema_service.averaging import digest as digest_module
-from ema_service.runs import Layout, Memory, Staged, update
-from ema_service.runs.arena import TORCH_DTYPES, Arena
-from ema_service.runs.staging import Shared
+from ema_service.memory import Layout, Memory, Staged
+from ema_service.memory.arena import TORCH_DTYPES, Arena
+from ema_service.memory.staging import Shared
+from ema_service.runs import update
 from ema_service.runs.update import Feed, Pass
 
 WEIGHTS = (0.25, 0.8)

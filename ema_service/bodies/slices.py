@@ -15,7 +15,7 @@ import numpy as np
 from ema_client.errors import LayoutMismatch
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.wire import Box, Entry, Header, box_shape, range_of_box, read_slices
-from ema_service.runs.layout import Layout
+from ema_service.memory.layout import Layout
 
 __all__ = ["Cover", "Piece", "pieces_of", "slices_of"]
 

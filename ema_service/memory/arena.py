@@ -1,32 +1,23 @@
-"""Memory: pooled host buffers, and arenas, the flat allocations that shadows live in.
+"""Arenas: the flat allocations that shadows live in, on one device.
 
 An arena is written once, by the update that makes it, and never changed after: a version is its arenas. So readers need
 no lock and updates never wait for them; the memory of a version goes back to the pool when its last holder lets go.
-
-A host buffer is recycled by reference: the pool lends a fresh array object over the memory, every view (memoryview,
-torch tensor, bytes still queued in a socket's transport) keeps that object alive, and its death returns the memory.
-There is no release call to forget or to make too early.
 
 Knows bytes, devices and torch's dtypes. Does not know runs, updates, budgets or files.
 """
 
 from __future__ import annotations
 
-import logging
-import mmap
-import threading
-import weakref
-from collections import deque
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ema_service.runs.layout import Layout
+from ema_service.memory.layout import Layout
+from ema_service.memory.pool import HostPool
 from ema_service.threads import Threads
 
-__all__ = ["TORCH_DTYPES", "Arena", "HostPool", "Mark", "Memory", "buffer_bytes", "param_offset"]
+__all__ = ["TORCH_DTYPES", "Arena", "Mark", "Memory", "buffer_bytes", "param_offset"]
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -34,74 +25,6 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat
 _LINE = 64
 
 _FOLLOWERS = 4
-
-_log = logging.getLogger(__name__)
-
-_Raw = Any  # a numpy uint8 array that owns, or keeps alive, pooled memory
-
-
-class HostPool:
-    """Host memory, reused: page faults cost more than copies (2.3 GB/s into fresh pages, 14 into warm ones).
-
-    pinned: allocate page-locked memory, which a GPU copies from and to at full speed.
-    keep_bytes: most idle memory that is kept for reuse.
-    """
-
-    def __init__(self, *, pinned: bool = False, keep_bytes: int = 0) -> None:
-        self._pinned = pinned
-        self._keep_bytes = keep_bytes
-        self._idle: dict[int, deque[_Raw]] = {}
-        self._lock = threading.Lock()
-
-    def lend(self, nbytes: int) -> Tensor:
-        """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone."""
-        with self._lock:
-            idle = self._idle.setdefault(nbytes, deque())
-        try:
-            raw = idle.pop()
-        except IndexError:
-            raw = self._allocate(nbytes)
-        lent = raw.view()
-        weakref.finalize(lent, self._take_back, raw).atexit = False
-        return torch.from_numpy(lent)
-
-    @property
-    def idle_bytes(self) -> int:
-        """Bytes kept for reuse and lent to nobody."""
-        return sum(nbytes * len(idle) for nbytes, idle in list(self._idle.items()))
-
-    def _take_back(self, raw: _Raw) -> None:
-        # Runs wherever the last reference dies, perhaps inside a locked region: it must not lock (deque.append is
-        # atomic).
-        if self.idle_bytes + raw.nbytes <= self._keep_bytes:
-            self._idle[raw.nbytes].append(raw)
-
-    def _allocate(self, nbytes: int) -> _Raw:
-        # Private: memory that is shared with children, mmap's default, gets no huge pages.
-        region = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            region.madvise(mmap.MADV_HUGEPAGE)
-        raw = np.frombuffer(region, dtype=np.uint8, count=nbytes)
-        if self._pinned and nbytes:
-            _lock_pages(raw)
-        return raw
-
-
-def _lock_pages(raw: _Raw) -> None:
-    """Page-lock memory for as long as it lives. Not torch's own pinned memory, which takes the next power of two, and
-    0.42 s for 1 GiB where this takes 0.23 (16 cores, H200)."""
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostRegister(raw.ctypes.data, raw.nbytes, 0))
-    if code:
-        _log.warning("%d bytes could not be page-locked (CUDA error %d): copies of them are slower", raw.nbytes, code)
-    else:
-        weakref.finalize(raw, _unlock_pages, runtime, raw.ctypes.data).atexit = False
-
-
-def _unlock_pages(runtime: Any, address: int) -> None:
-    # A copy of a push that was dropped may be under way.
-    torch.cuda.synchronize()
-    runtime.cudaHostUnregister(address)
 
 
 class Arena:

@@ -14,7 +14,7 @@ import torch
 
 from ema_client.errors import Overloaded
 from ema_client.protocol import TensorSpec
-from ema_service.runs import Arena, FrozenWeights, Layout, Memory
+from ema_service.memory import Arena, FrozenWeights, Layout, Memory
 
 LAYOUT = Layout([TensorSpec("w", (256,), "F32")])
 SIZE = LAYOUT.shadow_bytes

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ema_client.protocol import LAYOUT_DTYPES, TensorSpec
-from ema_service.runs import Arena, Layout, Memory
-from ema_service.runs.arena import HostPool, buffer_bytes, param_offset
+from ema_service.memory import Arena, Layout, Memory
+from ema_service.memory.arena import buffer_bytes, param_offset
+from ema_service.memory.pool import HostPool
 
 SIZE = 1000
 

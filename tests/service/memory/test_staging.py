@@ -18,8 +18,9 @@ from torch import Tensor
 from ema_client.errors import BodyTooLarge, EmaError, LayoutMismatch, MalformedBody, Overloaded
 from ema_client.protocol import MAX_HEADER_BYTES, TensorSpec
 from ema_client.wire import Entry, build_header, place
-from ema_service.runs import Layout, Memory, Staged, Staging, UpdateBody
-from ema_service.runs.arena import buffer_bytes
+from ema_service.bodies import UpdateBody
+from ema_service.memory import Layout, Memory, Staged, Staging
+from ema_service.memory.arena import buffer_bytes
 
 TENSORS = {
     "b": torch.tensor([1.5, -2.0, 3.25]),

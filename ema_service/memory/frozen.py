@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ema_client.errors import Overloaded
-from ema_service.runs.arena import Arena, Memory
+from ema_service.memory.arena import Arena, Memory
 
 __all__ = ["FrozenWeights"]
 

@@ -18,7 +18,7 @@ import xxhash
 from ema_client.errors import InvalidRequest
 from ema_client.protocol import LAYOUT_DTYPES, TensorSpec, WeightsInfo
 from ema_client.wire import Entry, build_header, place
-from ema_service.runs.arena import TORCH_DTYPES
+from ema_service.memory.arena import TORCH_DTYPES
 
 __all__ = ["ReadBytes", "WeightsStream", "header_of"]
 

@@ -1,0 +1,13 @@
+"""Memory: layouts, the arenas that shadows lie in, the pool of host memory, staging and frozen versions.
+
+Knows bytes, dtypes and devices. Knows no run, no update, no file and no socket.
+"""
+
+from __future__ import annotations
+
+from ema_service.memory.arena import Arena, Memory
+from ema_service.memory.frozen import FrozenWeights
+from ema_service.memory.layout import Layout
+from ema_service.memory.staging import Shared, Staged, Staging
+
+__all__ = ["Arena", "FrozenWeights", "Layout", "Memory", "Shared", "Staged", "Staging"]
