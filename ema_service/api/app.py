@@ -15,11 +15,12 @@ import torch
 from fastapi import FastAPI
 
 from ema_service import dashboard
-from ema_service.api import errors, events, ops, runs, snapshots, updates, weights
+from ema_service.api import errors
 from ema_service.api.auth import Auth, read_token_file
-from ema_service.api.connection import STATE, Guard
 from ema_service.api.context import Context
 from ema_service.api.limits import BodyLimits
+from ema_service.api.routes import events, ops, runs, snapshots, updates, weights
+from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.memory import Memory
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry

@@ -19,9 +19,9 @@ from fastapi import Depends, Header, Path, Request
 from pydantic import BeforeValidator
 
 from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN
-from ema_service.api.admission import Admission
-from ema_service.api.ingest import Lenders
-from ema_service.api.segment import Mappings
+from ema_service.api.transfer.admission import Admission
+from ema_service.api.transfer.segments import Mappings
+from ema_service.api.transfer.socket_threads import Lenders
 from ema_service.memory import Arena, Layout, Staged
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry, Run, RunFiles

@@ -1,7 +1,7 @@
 """Limits on bodies, applied before anything parses them.
 
 FastAPI reads a whole JSON body into memory whatever its size. This layer reads it first, up to the limit, and
-answers 413 beyond. Bodies of weights pass through untouched: their route knows their exact length (ingest). Encoded
+answers 413 beyond. Bodies of weights pass through untouched: their route knows their exact length (filling). Encoded
 bodies are refused whatever they hold: a kilobyte of gzip may be a gigabyte of zeros.
 
 Knows ASGI messages. Does not know routes, beyond what a weights body looks like in a request.

@@ -23,7 +23,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ema_service.api.app import create_app, open_registry
 from ema_service.api.context import Context
-from ema_service.api.ingest import FillingProtocol, uvicorn_fits
+from ema_service.api.transfer.lending import LendingProtocol
+from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
 from ema_service.settings import Settings
 
 __all__ = ["CannotListen", "http_protocol", "serve"]
@@ -80,7 +81,7 @@ def serve(
 
 def http_protocol() -> type[HttpToolsProtocol]:
     if uvicorn_fits():
-        return FillingProtocol
+        return LendingProtocol
     _log.warning(
         "uvicorn %s is not as this server knows it: pushes are received the slow way; see the range of versions in "
         "the package's requirements",

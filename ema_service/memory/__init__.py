@@ -1,6 +1,6 @@
 """Memory: layouts, the arenas that shadows lie in, the pool of host memory, staging and frozen versions.
 
-Knows bytes, dtypes and devices. Knows no run, no update, no file and no socket.
+Knows bytes, dtypes, devices and budgets. Knows no run, no update, no file and no socket.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Module:
 
 
 def part_of(name: str) -> str:
-    """The service's part that a module belongs to: ema_service.api.runs -> api."""
+    """The service's part that a module belongs to: ema_service.api.routes.runs -> api."""
     return name.split(".")[1] if "." in name else ""
 
 

@@ -16,8 +16,9 @@ import httpx
 import pytest
 import uvicorn
 
-from ema_service.api import create_app, runs, weights
-from ema_service.api.ingest import FillingProtocol
+from ema_service.api import create_app
+from ema_service.api.routes import runs, weights
+from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.bodies.incoming import READ_AT_ONCE
 from ema_service.memory import staging
 from ema_service.settings import Settings
@@ -44,7 +45,7 @@ def chunks(data: bytes) -> Iterator[bytes]:
 def server() -> Iterator[tuple[str, threading.Thread]]:
     """A server in this process: its URL, and the thread of its event loop."""
     config = uvicorn.Config(
-        create_app(Settings(data_dir=None)), port=0, http=FillingProtocol, ws="none", lifespan="on", log_config=None
+        create_app(Settings(data_dir=None)), port=0, http=LendingProtocol, ws="none", lifespan="on", log_config=None
     )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)

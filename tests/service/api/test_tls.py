@@ -1,7 +1,7 @@
 """TLS from end to end: the flags, real certificates, what clients say of one they do not trust.
 
-Bodies cut anywhere, aborts and keep-alive over TLS are in test_ingest.py. Knows the command, and clients of it. Does
-not know the server's code.
+Bodies cut anywhere, aborts and keep-alive over TLS are in transfer/test_filling.py. Knows the command, and clients of
+it. Does not know the server's code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Parts of an update, put together without a socket.
 
-Knows bodies as the safetensors library writes them. Does not know HTTP (tests/service/api/test_parts_api.py).
+Knows bodies as the safetensors library writes them. Does not know HTTP (tests/service/api/routes/test_parts.py).
 """
 
 from __future__ import annotations

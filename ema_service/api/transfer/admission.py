@@ -15,7 +15,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from ema_client.errors import Overloaded
-from ema_service.api.connection import on_lost
+from ema_service.api.transfer.connection import on_lost
 
 __all__ = ["WAIT_SECONDS", "Admission"]
 

@@ -20,7 +20,7 @@ import torch
 
 from ema_client.protocol import RunEvent, from_json
 from ema_service.api.context import Context
-from ema_service.api.events import HEARTBEAT_SECONDS, Look, changes, stream
+from ema_service.api.routes.events import HEARTBEAT_SECONDS, Look, changes, stream
 from ema_service.metrics import Metrics
 from ema_service.settings import Settings
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ema_service.api import ingest
+from ema_service.api.transfer.pouring import Pouring
 from ema_service.threads import Threads
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def test_pieces_that_fail() -> None:
 
     with here, there:
         descriptor = here.dup().detach()
-        pouring = ingest._Pouring(descriptor, memoryview(b""), pieces())
+        pouring = Pouring(descriptor, memoryview(b""), pieces())
         with pytest.raises(MemoryError):
             pouring.run()
         assert there.recv(1000) == b"x" * 100
@@ -187,7 +187,7 @@ def test_given_up() -> None:
     with here, there, Threads(1, "test") as threads:
         here.setblocking(False)
         piece = memoryview(bytes(1 << 16))
-        pouring = ingest._Pouring(here.dup().detach(), piece, iter(lambda: piece, None))
+        pouring = Pouring(here.dup().detach(), piece, iter(lambda: piece, None))
         working = threads.submit(pouring.run)
         for _ in range(20):
             there.recv(1 << 16)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ema_service.api.admission import WAIT_SECONDS
+from ema_service.api.transfer.admission import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess

@@ -29,9 +29,9 @@ from ema_client.errors import (
     StepNotReached,
 )
 from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
-from ema_service.api import ingest
 from ema_service.api.context import Context, Number, RunName, Server, SnapshotName
 from ema_service.api.errors import problem_response, problem_responses
+from ema_service.api.transfer.pouring import pour
 from ema_service.bodies import WeightsStream
 from ema_service.bodies.outgoing import ReadBytes
 from ema_service.runs import Run
@@ -218,7 +218,7 @@ class _Streaming(StreamingResponse):
 
 async def _from_memory(request: Request, server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
     for chunk in chunks:
-        sent, left = await ingest.pour(request, chunk, chunks, server.senders)
+        sent, left = await pour(request, chunk, chunks, server.senders)
         server.metrics.sent.inc(sent)
         if left:
             yield left

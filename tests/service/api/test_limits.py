@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ema_service.api.ingest import MIN_BYTES_PER_SECOND
+from ema_service.api.transfer.filling import MIN_BYTES_PER_SECOND
 from ema_service.settings import Settings
 
 if TYPE_CHECKING:

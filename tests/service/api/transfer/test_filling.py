@@ -29,7 +29,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from ema_service.api import create_app
-from ema_service.api.ingest import FillingProtocol, uvicorn_fits
+from ema_service.api.transfer.lending import LendingProtocol
+from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
 from ema_service.runs.update import Pass
 from ema_service.settings import Settings
 
@@ -461,7 +462,7 @@ def test_a_server_told_to_stop_finishes_the_push_in_hand(start_server):
 def running_app() -> Iterator[tuple[FastAPI, str]]:
     """An application and its address, under the server's own protocol in this process."""
     app = create_app(Settings(data_dir=None))
-    config = uvicorn.Config(app, port=0, http=FillingProtocol, ws="none", lifespan="on", log_config=None)
+    config = uvicorn.Config(app, port=0, http=LendingProtocol, ws="none", lifespan="on", log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -475,7 +476,7 @@ def running_app() -> Iterator[tuple[FastAPI, str]]:
 
 def test_bodies_of_known_length_do_not_take_the_slow_path(running_app, monkeypatch):
     """Under the server's own protocol a push is received though streaming is broken; only a chunked one needs that."""
-    monkeypatch.setattr("ema_service.api.ingest._stream", None)
+    monkeypatch.setattr("ema_service.api.transfer.filling._stream", None)
     _, url = running_app
     with httpx.Client(base_url=url) as http:
         http.post("/v1/runs", json={"run": "r", "layout": LAYOUT})
@@ -494,7 +495,7 @@ def test_an_unknown_uvicorn_means_the_slow_path_and_a_warning(monkeypatch, caplo
     from ema_service.api import server as module
 
     assert uvicorn_fits()
-    assert module.http_protocol() is FillingProtocol
+    assert module.http_protocol() is LendingProtocol
     monkeypatch.delattr(HttpToolsProtocol, "on_message_complete")
     assert module.http_protocol() is HttpToolsProtocol
     assert "the slow way" in caplog.text

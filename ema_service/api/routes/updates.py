@@ -2,7 +2,7 @@
 
 The order is that of the data: admit, reserve staging, receive and average as it comes, commit. Until the last, nothing
 of the run has changed.
-Knows that order and the answers. Does not know bytes (ingest, UpdateBody) or what an update computes (run).
+Knows that order and the answers. Does not know bytes (filling, UpdateBody) or what an update computes (run).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from ema_client.protocol import (
     UpdateResult,
     UpdateStatus,
 )
-from ema_service.api import ingest
 from ema_service.api.context import Context, Number, RunName, Server, Step, WriterNumber
 from ema_service.api.errors import problem_responses
-from ema_service.api.segment import named, take_over
+from ema_service.api.transfer import filling, lending
+from ema_service.api.transfer.segments import named, take_over
 from ema_service.bodies import Body, UpdateBody
 from ema_service.memory import Staged
 from ema_service.runs import Part, Parts, Run, Terms, Update
@@ -245,8 +245,8 @@ async def _receive_part(
     header = request.headers.get(HEADER_SEGMENT)
     try:
         if header is None:
-            part.announce(ingest.content_length(request))
-            await ingest.receive(request, part, server.receivers, silence=server.settings.body_timeout)
+            part.announce(filling.content_length(request))
+            await filling.receive(request, part, server.receivers, silence=server.settings.body_timeout)
         else:
             segment = _segment(request, found, header)
             part.announce(segment.length)
@@ -267,8 +267,8 @@ async def _receive(
     header = request.headers.get(HEADER_SEGMENT)
     try:
         if header is None:
-            body = UpdateBody(staged, ingest.content_length(request), on_data=on_data)
-            await ingest.receive(request, body, server.receivers, silence=server.settings.body_timeout)
+            body = UpdateBody(staged, filling.content_length(request), on_data=on_data)
+            await filling.receive(request, body, server.receivers, silence=server.settings.body_timeout)
         else:
             segment = _segment(request, run, header)
             await _take_over(server, run, segment, UpdateBody(staged, segment.length, on_data=on_data))
@@ -280,10 +280,10 @@ async def _receive(
 
 def _segment(request: Request, run: Run, header: str) -> Segment:
     """The shared memory that a request names in place of a body."""
-    if ingest.content_length(request) or "transfer-encoding" in request.headers:
+    if filling.content_length(request) or "transfer-encoding" in request.headers:
         raise InvalidRequest(f"a request with {HEADER_SEGMENT} has a body as well; it is one or the other")
     try:
-        return named(header, same_host=ingest.link_of(request) != "TCP")
+        return named(header, same_host=lending.link_of(request) != "TCP")
     except SegmentUnusable as fault:
         run.unshared = fault.detail
         raise
@@ -300,7 +300,7 @@ async def _take_over(server: Context, run: Run, segment: Segment, body: Body) ->
 def _note_link(request: Request, server: Context, run: Run) -> None:
     """Say how the push came, now that nothing was wrong with it."""
     shared = HEADER_SEGMENT in request.headers
-    link = "shared memory" if shared else ingest.link_of(request)
+    link = "shared memory" if shared else lending.link_of(request)
     server.metrics.pushes.labels(link).inc()
     if shared:
         run.unshared = None

@@ -31,8 +31,8 @@ from torch import Tensor
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import Segment
 from ema_service.api import create_app
-from ema_service.api import segment as segment_module
-from ema_service.api.segment import Mappings, named, take_over
+from ema_service.api.transfer import segments as segment_module
+from ema_service.api.transfer.segments import Mappings, named, take_over
 from ema_service.averaging import digest
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Staged

@@ -3,7 +3,7 @@
 uvicorn bounds none of these by itself: a head may grow, or trickle in, for ever; an answer that nobody reads keeps its
 memory for ever; what is no HTTP is answered in plain text. ``GuardedProtocol`` is uvicorn's protocol with these closed.
 
-Knows uvicorn's httptools protocol, transports and timers. Does not know routes, or bodies of weights (ingest).
+Knows uvicorn's httptools protocol, transports and timers. Does not know routes, or bodies of weights (filling).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Routes that take weights in, over a real server.
 
 Knows bodies of the safetensors library and the answers. Does not know the server's code; how bodies are cut on their
-way is in test_ingest.py, hostile ones are in tests/fuzz/attacks/.
+way is in transfer/test_filling.py, hostile ones are in tests/fuzz/attacks/.
 """
 
 from __future__ import annotations

@@ -1,0 +1,267 @@
+"""Receives the body of a push straight from the socket into the memory it is for.
+
+uvicorn hands a body to its application through five copies (measured: 1.0 GB/s where the socket gives 3). Here the
+connection itself is lent to the receiving of one body: once the headers are in, the transport reads into the staging
+buffer (``asyncio.BufferedProtocol``), and then goes back to uvicorn for the answer and the next request. The
+application sees this as an ASGI extension, ``scope["extensions"]["ema.fill"]``; under any other server, and for a
+body of unannounced length, ``request.stream()`` does the same job slower.
+
+While the bytes of a large body come faster than they are worked through, a thread of its own reads the socket: what it
+has just received it averages at once, out of the core's cache, and the event loop is free for everyone else. Where
+nothing comes for a moment the loop waits for more, so that a slow sender holds no thread.
+
+Knows transports, sockets and deadlines. Does not know what the bytes mean (a Body does) or what becomes of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import select
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
+from ema_service.api.transfer.socket_threads import Lenders
+from ema_service.bodies import Body
+
+if TYPE_CHECKING:
+    from ema_service.api.transfer.lending import LendingProtocol
+
+__all__ = ["FILL", "Fill", "Filling", "Pace", "content_length", "receive"]
+
+#: Name of the ASGI extension: ``await fill(body, length, silence, receivers)``, False where the body has to be
+#: streamed.
+FILL = "ema.fill"
+
+Fill = Callable[[Body, int, float, Lenders], Awaitable[bool]]
+
+#: Bytes a second that a sender keeps up on average, beyond a grace as long as the silence it is allowed. A trickle
+#: would hold its staging for ever; other servers ask for 240 to 500, but of bodies that hold no gigabytes of memory.
+MIN_BYTES_PER_SECOND = 16 << 10
+
+#: Bytes of a refused body are read and dropped into this.
+_DISCARD_BYTES = 1 << 18
+
+#: A thread reads the rest of a body that is at least so long, once so many bytes came at once.
+_LONG_BYTES = 1 << 20
+_BURST_BYTES = 64 << 10
+#: A thread reads so many bytes at a time: what is worked through next is still in the core's cache.
+RECEIVED_AT_ONCE = 256 << 10
+#: A thread goes back to the event loop where nothing came for so many milliseconds.
+_IDLE_MS = 20
+
+
+def content_length(request: Request) -> int | None:
+    """The announced length of the body; None where it comes in chunks of unknown number. Raises InvalidRequest."""
+    value = request.headers.get("content-length")
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit()):
+        raise InvalidRequest(f"Content-Length: {value[:40]!r} is not a number of bytes")
+    return int(value)
+
+
+async def receive(request: Request, body: Body, receivers: Lenders, *, silence: float) -> None:
+    """Fill ``body``, made for the announced length.
+
+    silence: seconds the sender may stay silent. Raises what a Body raises, RequestTimeout, and ClientDisconnect where
+    the sender went away.
+    """
+    length = content_length(request)
+    fill: Fill | None = request.scope.get("extensions", {}).get(FILL)
+    if fill is None or length is None or not await fill(body, length, silence, receivers):
+        await _stream(request, body, silence)
+    body.finish()
+
+
+async def _stream(request: Request, body: Body, silence: float) -> None:
+    pace = Pace(silence)
+    try:
+        async with asyncio.timeout_at(pace.deadline) as deadline:
+            async for chunk in request.stream():
+                if body.long_header:
+                    await asyncio.to_thread(body.feed, chunk)
+                else:
+                    body.feed(chunk)
+                pace.moved(len(chunk))
+                deadline.reschedule(pace.deadline)
+    except TimeoutError:
+        raise pace.fault() from None
+
+
+class Pace:
+    """How long a sender is waited for: ``silence`` seconds for its next byte, and for a minimum rate on average."""
+
+    def __init__(self, silence: float) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._silence = silence
+        self._begun = self._last = self._clock()
+        self._received = 0
+
+    def moved(self, count: int) -> None:
+        if count:
+            self._received += count
+            self._last = self._clock()
+
+    @property
+    def deadline(self) -> float:
+        """When it is given up unless more comes, in the event loop's time."""
+        return min(self._last, self._begun + self._received / MIN_BYTES_PER_SECOND) + self._silence
+
+    def fault(self) -> RequestTimeout:
+        """Why it was given up."""
+        if self._last + self._silence <= self._clock():
+            return RequestTimeout(f"no byte of the body came for {self._silence:g} seconds")
+        seconds = self._clock() - self._begun
+        return RequestTimeout(
+            f"{self._received} bytes of the body came in {seconds:.1f} seconds; "
+            f"after the first {self._silence:g} it takes {MIN_BYTES_PER_SECOND} a second on average"
+        )
+
+
+class Filling(asyncio.BufferedProtocol):
+    """Has the connection for the length of one body. Owned by the task that awaits wait(); fed by the event loop, or
+    by a thread that is lent the socket meanwhile.
+
+    After the body turned out wrong the rest of it is read and dropped, so that the sender reads the answer instead of a
+    broken connection; uvicorn's keep-alive timeout ends that if the sender does not.
+    """
+
+    def __init__(self, http: LendingProtocol, body: Body, remaining: int, pace: Pace, receivers: Lenders) -> None:
+        self._http = http
+        self._body = body
+        self._remaining = remaining
+        self._pace = pace
+        self._receivers = receivers
+        self._discarding: memoryview | None = None
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def begin(self, parsed: bytearray) -> None:
+        """Take the part of the body that came along with the headers."""
+        self._pace.moved(len(parsed))
+        try:
+            self._body.feed(parsed)
+        except EmaError as fault:
+            self._fail(fault)
+        if not self._hand_over():
+            self._finish_if_over()
+
+    async def wait(self) -> None:
+        """Return when the body is whole. Raises what a Body raises, RequestTimeout, ClientDisconnect."""
+        clock = asyncio.get_running_loop().time
+        try:
+            while not self._done.done():
+                if (left := self._pace.deadline - clock()) <= 0:
+                    raise self._pace.fault()
+                await asyncio.wait([self._done], timeout=left)
+            self._done.result()
+        finally:
+            self._done.cancel()  # nobody will ask again
+            if self._remaining and self._discarding is None:
+                self._discard()
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the buffer is as large as the rest
+        window = self._body.window() if self._discarding is None else self._discarding
+        return window[: self._remaining]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._remaining -= nbytes
+        self._pace.moved(nbytes)
+        if self._discarding is None:
+            try:
+                self._body.advance(nbytes)
+            except EmaError as fault:
+                self._fail(fault)
+            if self._body.unread:
+                self._pause_for(asyncio.get_running_loop().run_in_executor(None, self._body.read_header))
+                return
+            if nbytes >= _BURST_BYTES and self._hand_over():
+                return
+        self._finish_if_over()
+
+    def _pause_for(self, working: asyncio.Future[None]) -> None:
+        """Read nothing of the socket here while a thread is at work."""
+        self._http.flow.pause_reading()
+        working.add_done_callback(self._resume)
+
+    def _resume(self, working: asyncio.Future[None]) -> None:
+        if fault := working.exception():
+            self._fail(fault)
+        if not self._http.transport.is_closing():
+            self._http.flow.resume_reading()
+            self._finish_if_over()
+
+    def _hand_over(self) -> bool:
+        """Let a thread read the socket, where that is worth it, there is one, and the bytes come as they are (no
+        TLS)."""
+        transport = self._http.transport
+        if self._remaining < _LONG_BYTES or self._done.done() or transport.get_extra_info("sslcontext"):
+            return False
+        # The loop may close its descriptor meanwhile, and the system give the number to someone else.
+        descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        working = self._receivers.lend(functools.partial(self._drain, descriptor))
+        if working is None:
+            os.close(descriptor)
+            return False
+        self._pause_for(working)
+        return True
+
+    def _drain(self, descriptor: int) -> None:
+        """On a thread: receive and work while bytes come. Ends where the body does, or who awaits it gave up.
+
+        The end of the connection is left for the event loop to find. Raises as Body.advance().
+        """
+        try:
+            arrival = select.poll()
+            arrival.register(descriptor, select.POLLIN)
+            while self._remaining and not self._done.done() and (window := self._body.window()):
+                try:
+                    count = os.readv(descriptor, [window[: min(self._remaining, RECEIVED_AT_ONCE)]])
+                except BlockingIOError:
+                    if not arrival.poll(_IDLE_MS):
+                        return
+                    continue
+                except OSError:
+                    return
+                if not count:
+                    return
+                self._remaining -= count
+                self._pace.moved(count)
+                self._body.advance(count)
+                self._body.read_header()
+        finally:
+            os.close(descriptor)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._http.connection_lost(exc)
+        if not self._done.done():
+            self._done.set_exception(ClientDisconnect())
+
+    def pause_writing(self) -> None:
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._http.resume_writing()
+
+    def _finish_if_over(self) -> None:
+        if self._remaining == 0:
+            if self._http.transport.get_protocol() is self:
+                self._http.take_back()
+            if not self._done.done():
+                self._done.set_result(None)
+        elif self._discarding is None and self._body.complete:
+            # Never an endless loop on an empty window: what is announced beyond the data is not part of it.
+            self._fail(self._body.surplus(self._remaining))
+
+    def _fail(self, fault: BaseException) -> None:
+        self._discard()
+        if not self._done.done():
+            self._done.set_exception(fault)
+
+    def _discard(self) -> None:
+        self._discarding = memoryview(bytearray(_DISCARD_BYTES))

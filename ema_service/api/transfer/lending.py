@@ -1,0 +1,140 @@
+"""A connection that lends itself: to the receiving of one body (filling), and to the sending of weights (pouring).
+
+Knows uvicorn's httptools protocol, and which of its moments a body begins and ends in. Does not know what the bytes
+mean, or what an application makes of a connection's Link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from typing import Literal
+
+import httptools
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from ema_service.api.transfer.connection import LINGER_SECONDS, GuardedProtocol
+from ema_service.api.transfer.filling import FILL, Filling, Pace
+from ema_service.api.transfer.pouring import POUR, POURED_BYTES, Pouring
+from ema_service.api.transfer.socket_threads import Lenders
+from ema_service.bodies import Body
+
+__all__ = ["LINK", "LendingProtocol", "Link", "link_of"]
+
+#: Name of the ASGI extension that says how the connection came: a Link.
+LINK = "ema.link"
+
+Link = Literal["Unix socket", "TCP on this host", "TCP"]
+
+#: What the kernel takes of an answer over a Unix socket before it is to wait for the reader; Linux gives no more than
+#: net.core.wmem_max. With its default of 208 KiB the two take turns: 1 GiB pulled at 0.80 of the raw loop, so at 1.1.
+UNIX_SEND_BYTES = 512 << 10
+
+
+def link_of(request: Request) -> Link:
+    """How the request came. "TCP" also where the ASGI server does not say."""
+    link: Link = request.scope.get("extensions", {}).get(LINK, "TCP")
+    return link
+
+
+class LendingProtocol(GuardedProtocol):
+    """uvicorn's HTTP/1.1 protocol, offering the application to have a body received where it wants it."""
+
+    #: Whether the client asked for the connection to be closed after this answer.
+    _closes = False
+    _link: Link = "TCP"
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._link = _link(transport)
+        if self._link == "Unix socket":
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BYTES)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.cycle.scope is self.scope and not self.cycle.keep_alive:
+            # uvicorn would close with the last byte of the answer; what is unread of the body then turns the answer
+            # into a reset before the client has read it.
+            self._closes = self.cycle.keep_alive = True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._closes:
+            self._closes = False
+            delay = LINGER_SECONDS if self.cycle.more_body else 0.0
+            self.loop.call_later(delay, self._close)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.extensions[FILL] = functools.partial(self._fill, self.scope)
+        self.extensions[POUR] = functools.partial(self._pour, self.scope)
+        self.extensions[LINK] = self._link
+
+    async def _fill(self, scope: object, body: Body, length: int, silence: float, receivers: Lenders) -> bool:
+        """Receive the body of the request of ``scope``, ``length`` bytes in all, into ``body``.
+
+        False, and nothing done, where another request has come in behind it: then its body is parsed already.
+        """
+        cycle = self.cycle
+        if cycle.scope is not scope:
+            return False
+        if cycle.disconnected or self.transport.is_closing():
+            raise ClientDisconnect
+        if cycle.waiting_for_100_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            cycle.waiting_for_100_continue = False
+        parsed, cycle.body = cycle.body, bytearray()
+        filling = Filling(self, body, length - len(parsed), Pace(silence), receivers)
+        if cycle.more_body:
+            self.transport.set_protocol(filling)
+            self.flow.resume_reading()
+        filling.begin(parsed)
+        await filling.wait()
+        return True
+
+    async def _pour(
+        self, scope: object, left: memoryview, more: Iterator[memoryview], senders: Lenders
+    ) -> tuple[int, memoryview]:
+        cycle, transport = self.cycle, self.transport
+        # Behind another request's answer, or what the transport has not sent yet, a thread would send too early.
+        blocked = cycle.scope is not scope or cycle.disconnected or transport.get_write_buffer_size()
+        if blocked or len(left) < POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
+            return 0, left
+        pouring = Pouring(os.dup(transport.get_extra_info("socket").fileno()), left, more)
+        working = senders.lend(pouring.run)
+        if working is None:
+            pouring.close()
+            return 0, left
+        try:
+            await working
+        finally:
+            pouring.stopped = True
+        cycle.expected_content_length -= pouring.sent
+        return pouring.sent, pouring.left
+
+    def take_back(self) -> None:
+        """The body is over: uvicorn goes on with the connection, at the beginning of a message."""
+        self.on_message_complete()
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # as uvicorn does it, for httptools before 0.6.3
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.transport.set_protocol(self)
+
+
+def _link(transport: asyncio.BaseTransport) -> Link:
+    """By the socket, which no header of the request can talk over."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family == socket.AF_UNIX:
+        return "Unix socket"
+    try:
+        peer = ipaddress.ip_address(transport.get_extra_info("peername")[0])
+    except (TypeError, IndexError, ValueError):  # closed already, or no address of the internet
+        return "TCP"
+    mapped = getattr(peer, "ipv4_mapped", None) or peer
+    return "TCP on this host" if mapped.is_loopback else "TCP"

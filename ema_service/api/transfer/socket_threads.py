@@ -1,0 +1,36 @@
+"""Threads that a socket is lent to, for the receiving or the sending of one body.
+
+Knows threads and the event loop. Does not know sockets, bodies, or what is done with either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ema_service.threads import Threads
+
+__all__ = ["Lenders"]
+
+
+class Lenders:
+    """Threads that sockets are lent to, each one body at a time. On the event loop only.
+
+    free: how many of them have none.
+    """
+
+    def __init__(self, threads: Threads, count: int) -> None:
+        self._threads = threads
+        self.free = count
+
+    def lend(self, work: Callable[[], None]) -> asyncio.Future[None] | None:
+        """Have a thread do ``work``; None where none is free."""
+        if not self.free:
+            return None
+        self.free -= 1
+        working = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        working.add_done_callback(self._give_back)
+        return working
+
+    def _give_back(self, _working: asyncio.Future[None]) -> None:
+        self.free += 1
