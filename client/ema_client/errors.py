@@ -45,6 +45,7 @@ Knows: names, texts and the mapping code <-> class. Does not know: HTTP librarie
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 __all__ = [
@@ -97,9 +98,13 @@ __all__ = [
     "UsageError",
     "WeightsExist",
     "error_from_problem",
+    "listed",
 ]
 
 PROBLEM_JSON = "application/problem+json"
+
+#: So many names stand in a message before the rest is counted.
+LISTED = 5
 
 
 class EmaError(Exception):
@@ -461,6 +466,13 @@ class Superseded(EmaError):
     retryable = True
     title = "The run changed meanwhile"
     default_hint = "nothing was changed; send the update again"
+
+
+def listed(names: Iterable[str], separator: str = ", ", *, most: int = LISTED) -> str:
+    """The names as a message tells them: the first few, then how many more there are ("a, b and 3 more")."""
+    found = list(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return separator.join(found[:most]) + more
 
 
 def _tree(root: type[EmaError]) -> dict[str, type[EmaError]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
-from ema_client.errors import EmaError, UsageError
+from ema_client.errors import EmaError, UsageError, listed
 from ema_client.http.connection import Body
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
 from ema_client.training.aside import Stored
@@ -370,8 +370,7 @@ class RemoteEma:
             self._frozen |= news
             warnings.warn(
                 f"parameters of run {self._run!r} were frozen; their average goes on, towards the values they have: "
-                + ", ".join(sorted(news)[:5])
-                + (f" and {len(news) - 5} more" if len(news) > 5 else ""),
+                + listed(sorted(news)),
                 stacklevel=3,
             )
         return tensors

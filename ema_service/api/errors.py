@@ -24,15 +24,13 @@ from ema_client.errors import (
     InvalidRequest,
     MethodNotAllowed,
     RouteNotFound,
+    listed,
 )
 from ema_service.metrics import Metrics
 
 __all__ = ["install", "problem_response", "problem_responses"]
 
 _log = logging.getLogger(__name__)
-
-#: How many faulty fields a validation error lists.
-_NAMED_FIELDS = 5
 
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
@@ -124,10 +122,5 @@ def _http_fault(fault: Exception) -> tuple[int, str, dict[str, str]]:
 
 def _describe(errors: Sequence[Any]) -> str:
     """``decay: Input should be less than or equal to 1; layout.0.dtype: ...``"""
-    lines = []
-    for error in errors[:_NAMED_FIELDS]:
-        where = ".".join(str(part) for part in error["loc"] if part not in ("body", "path", "query"))
-        lines.append(f"{where or 'body'}: {error['msg']}")
-    if len(errors) > _NAMED_FIELDS:
-        lines.append(f"and {len(errors) - _NAMED_FIELDS} more")
-    return "; ".join(lines)
+    places = (".".join(str(part) for part in e["loc"] if part not in ("body", "path", "query")) for e in errors)
+    return listed([f"{place or 'body'}: {e['msg']}" for place, e in zip(places, errors, strict=True)], "; ")

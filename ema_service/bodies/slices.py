@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from ema_client.errors import LayoutMismatch
+from ema_client.errors import LayoutMismatch, listed
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.wire import Box, Entry, Header, box_shape, range_of_box, read_slices
 from ema_service.memory.layout import Layout
@@ -25,9 +25,6 @@ _PIECE_BYTES = 4 << 20
 _STRETCH_BYTES = 64 << 10
 #: As much is put in place by one copy: it is made on the event loop and takes a fraction of a millisecond.
 _SCATTERED_BYTES = 1 << 20
-
-#: How many tensors an error names before it counts the rest.
-_NAMED_IN_ERRORS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,7 @@ def slices_of(header: Header, layout: Layout) -> dict[str, tuple[Box, ...]]:
         elif entry.end > entry.begin:
             slices[entry.name] = boxes
     if faults:
-        more = f" and {len(faults) - _NAMED_IN_ERRORS} more" if len(faults) > _NAMED_IN_ERRORS else ""
-        raise LayoutMismatch("; ".join(faults[:_NAMED_IN_ERRORS]) + more)
+        raise LayoutMismatch(listed(faults, "; "))
     return slices
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ema_client.errors import InvalidRequest, LayoutMismatch
+from ema_client.errors import InvalidRequest, LayoutMismatch, listed
 from ema_client.protocol import LAYOUT_DTYPES, MAX_RANK, MAX_STEP, MAX_TENSOR_NAME, MAX_TENSORS, TensorSpec
 from ema_client.wire import Entry, build_header, place
 
@@ -23,9 +23,6 @@ SHADOW_DTYPES = {"F64": "F64", "F32": "F32", "BF16": "F32", "F16": "F32"}
 
 #: Room in a header for white space and metadata. More would only keep the server busy with reading it.
 _HEADER_SLACK = 1 << 20
-
-#: How many tensors an error names before it counts the rest.
-_NAMED_IN_ERRORS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +120,7 @@ _CAST_HINT = "send the tensors as the run has them: RemoteEma(push_dtype=...) ca
 
 def _named(fault: str, names: Iterable[str]) -> str:
     found = [name for name in names if name]
-    if not found:
-        return ""
-    rest = f" and {len(found) - _NAMED_IN_ERRORS} more" if len(found) > _NAMED_IN_ERRORS else ""
-    return f"{fault}: {', '.join(found[:_NAMED_IN_ERRORS])}{rest}"
+    return f"{fault}: {listed(found)}" if found else ""
 
 
 def _difference(mine: Entry, given: Entry) -> str:

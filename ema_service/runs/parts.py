@@ -27,6 +27,7 @@ from ema_client.errors import (
     StaleStep,
     StepConflict,
     Superseded,
+    listed,
 )
 from ema_client.protocol import RunInfo, UpdateResult
 from ema_client.wire import Box
@@ -47,9 +48,6 @@ _MOST_STEPS = 3
 #: A step of which nothing has come for so long makes room for a newer one where there is no other.
 _STALLED_SECONDS = 5.0
 
-#: How many parts or tensors an error names before it counts the rest.
-_NAMED_IN_ERRORS = 5
-
 
 @dataclass(frozen=True, slots=True)
 class Expired:
@@ -60,9 +58,7 @@ class Expired:
     of: int
 
     def __str__(self) -> str:
-        shown = ", ".join(map(str, self.missing[:_NAMED_IN_ERRORS]))
-        more = f" and {len(self.missing) - _NAMED_IN_ERRORS} more" if len(self.missing) > _NAMED_IN_ERRORS else ""
-        return f"{_what(self.step)} was given up: of {self.of} parts, {shown}{more} did not come"
+        return f"{_what(self.step)} was given up: of {self.of} parts, {listed(map(str, self.missing))} did not come"
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,11 +280,7 @@ class Parts:
         entries = [entry for entry in self.layout.params if entry.end > entry.begin]
         gaps = [e.name for e in entries if e.name not in gathering.covers or not gathering.covers[e.name].whole]
         if gaps:
-            more = f" and {len(gaps) - _NAMED_IN_ERRORS} more" if len(gaps) > _NAMED_IN_ERRORS else ""
-            fault = LayoutMismatch(
-                f"all {gathering.terms.of} parts are there and elements are missing: "
-                f"{', '.join(gaps[:_NAMED_IN_ERRORS])}{more}"
-            )
+            fault = LayoutMismatch(f"all {gathering.terms.of} parts are there and elements are missing: {listed(gaps)}")
             self._forget(part, fault)
             raise fault
 

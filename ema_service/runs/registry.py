@@ -13,7 +13,15 @@ import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
-from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, StorageFailed, TooManyRuns
+from ema_client.errors import (
+    InvalidRequest,
+    RunExists,
+    RunNotFound,
+    StorageDisabled,
+    StorageFailed,
+    TooManyRuns,
+    listed,
+)
 from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, from_json, to_json
 from ema_service.averaging import prepare
 from ema_service.memory.arena import Memory
@@ -30,8 +38,6 @@ __all__ = ["MAX_RUNS", "Registry"]
 #: Most runs of a server. Each costs a row, its layout in memory and a line of every list, with weights or without.
 MAX_RUNS = 10_000
 
-#: How many tensors an error names before it counts the rest.
-_NAMED_IN_ERRORS = 5
 #: What of a configuration names tensors: too long to be shown as it is.
 _LONG = ("layout", "copied")
 
@@ -241,6 +247,5 @@ def _difference(old: RunConfig, new: RunConfig) -> str:
     shown = [f"{name} ({getattr(old, name)}, not {getattr(new, name)})" for name in names if name not in _LONG]
     if "copied" in names:
         tensors = sorted(set(old.copied) ^ set(new.copied))
-        more = f" and {len(tensors) - _NAMED_IN_ERRORS} more" if len(tensors) > _NAMED_IN_ERRORS else ""
-        shown.append(f"choice of copied tensors ({', '.join(tensors[:_NAMED_IN_ERRORS])}{more})")
+        shown.append(f"choice of copied tensors ({listed(tensors)})")
     return " and ".join([*shown, *(["layout"] if "layout" in names else [])])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ema_client.errors import NonFinite
+from ema_client.errors import NonFinite, listed
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.averaging import (
     BLOCK_BYTES,
@@ -41,8 +41,6 @@ __all__ = ["Feed", "Pass"]
 #: with room for the shadow beside it. A GPU is given more to do at once. A block of the digest is whole pieces.
 PIECE_BYTES = 256 << 10
 GPU_PIECE_BYTES = BLOCK_BYTES
-#: How many tensors an error names before it counts the rest.
-_NAMED_IN_ERRORS = 5
 
 
 #: Given bytes in host memory, always the same, and how many of them are final.
@@ -337,6 +335,4 @@ def _elements(section: Section, start: int, stop: int) -> tuple[int, int]:
 
 
 def _refusal(arena: Arena) -> NonFinite:
-    names = arena.non_finite()
-    more = f" and {len(names) - _NAMED_IN_ERRORS} more" if len(names) > _NAMED_IN_ERRORS else ""
-    return NonFinite(f"NaN or Inf in {', '.join(names[:_NAMED_IN_ERRORS])}{more}")
+    return NonFinite(f"NaN or Inf in {listed(arena.non_finite())}")

@@ -18,6 +18,7 @@ from ema_client.errors import (
     ProtocolError,
     RunNotFound,
     error_from_problem,
+    listed,
 )
 
 CLASSES = sorted(
@@ -105,3 +106,18 @@ def test_text_is_detail_and_hint() -> None:
     assert str(RunNotFound("there is no run 'x'", hint="make one")) == "there is no run 'x' (make one)"
     assert str(RunNotFound("there is no run 'x'", hint="")) == "there is no run 'x'"
     assert RunNotFound.default_hint in str(RunNotFound("there is no run 'x'"))
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a"], "a"), (list("abcde"), "a, b, c, d, e"), (list("abcdefg"), "a, b, c, d, e and 2 more")],
+)
+def test_long_lists_are_counted(names: list[str], text: str) -> None:
+    """A message names the first few things and counts the others."""
+    assert listed(names) == text
+    assert listed(iter(names), "; ") == text.replace(", ", "; ")
+
+
+def test_how_many_names_a_list_has() -> None:
+    """A caller with long names lists fewer of them."""
+    assert listed(["a", "b", "c"], most=1) == "a and 2 more"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ema_client.checkpoints import files
-from ema_client.errors import NameCollision, UsageError
+from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.tensors.names import canonical_names
 
 __all__ = ["FORMATS", "Imported", "read"]
@@ -28,7 +28,6 @@ _EMA_ENTRIES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_
 _ENTRIES = (*_EMA_ENTRIES, "state_dict", "module", "model")
 #: Buffers that every torch user has; others are named with ``drop``.
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _opened(content: Any) -> tuple[Mapping[str, Any], str]:
     named = next(iter(inner), None)
     if whole or named is None or (named not in _EMA_ENTRIES and len(_tensors_of(content)) > 1):
         if "shadow_params" not in content and not _tensors_of(content):
-            keys = ", ".join(repr(str(key)) for key in list(content)[:_NAMED])
+            keys = listed(repr(str(key)) for key in content)
             raise UsageError(f"the file holds no named tensors; its entries are {keys}")
         return content, ""
     return inner[named], f"entry {named!r}"
@@ -177,9 +176,8 @@ def _match(shadows: Mapping[str, Tensor], sources: Iterable[Mapping[str, Tensor 
             return found
         best = max(best, found, key=len)
     missing = [name for name in shadows if name not in best]
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
     raise UsageError(
-        f"the dotted names of {', '.join(map(repr, missing[:_NAMED]))}{more} are not in the file",
+        f"the dotted names of {listed(map(repr, missing))} are not in the file",
         hint="give --like MODEL, a checkpoint of the model itself, for its names",
     )
 

@@ -13,15 +13,13 @@ import typer
 
 from ema_client.cli import show
 from ema_client.cli.options import Average, Run, Token, Url, connect
-from ema_client.errors import UsageError
+from ema_client.errors import UsageError, listed
 from ema_client.protocol import DEFAULT_DECAY
 
 if TYPE_CHECKING:
     from ema_client.checkpoints import Imported
 
 __all__ = ["export", "import_run"]
-
-_LISTED = 5
 
 Like = Annotated[
     Path | None,
@@ -122,8 +120,7 @@ def _say_what_was_found(path: Path, found: Imported) -> None:
     source = f" ({found.source})" if found.source else ""
     show.say(f"{path}: {found.format}{source}, {len(found.tensors)} tensors")
     if found.dropped:
-        more = f" and {len(found.dropped) - _LISTED} more" if len(found.dropped) > _LISTED else ""
-        show.say(f"  left out, as no parameters: {', '.join(found.dropped[:_LISTED])}{more}")
+        show.say(f"  left out, as no parameters: {listed(found.dropped)}")
     for note in found.notes:
         show.say(f"  {note}")
 

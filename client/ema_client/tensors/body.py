@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import wire
-from ema_client.errors import ProtocolError, UsageError
+from ema_client.errors import ProtocolError, UsageError, listed
 from ema_client.http.connection import Body
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.names import canonical_names
@@ -41,9 +41,6 @@ __all__ = [
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-#: So many tensors are named in a message before "and n more".
-_NAMED = 5
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
@@ -226,9 +223,8 @@ def check_targets(entries: tuple[wire.Entry, ...], out: Mapping[str, Tensor]) ->
         if name in out and tuple(out[name].shape) != shape
     ]
     if faults:
-        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         raise UsageError(
-            f"the tensors to fill are not those of the weights: {'; '.join(faults[:_NAMED])}{more}",
+            f"the tensors to fill are not those of the weights: {listed(faults, '; ')}",
             hint="give exactly the tensors of the run; nothing was written",
         )
     for name, tensor in out.items():

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from ema_client.client import EmaClient
-from ema_client.errors import RunExists, UsageError
+from ema_client.errors import RunExists, UsageError, listed
 from ema_client.protocol import RunConfig, RunInfo
 from ema_client.training.sharding import Plan, agreed, together
 
 __all__ = ["Joining"]
-
-#: So many tensors are named in a message before "and n more".
-_NAMED = 5
 
 _EXISTS_HINT = "pass resume=True to go on with it, choose another name, or delete the old run first"
 
@@ -97,10 +94,9 @@ class Joining:
     def _check_same_copied(self, theirs: int) -> None:
         ours = self.config.copied
         if theirs != len(ours):
-            named = f": {', '.join(ours[:_NAMED])}" if ours else ""
-            more = f" and {len(ours) - _NAMED} more" if len(ours) > _NAMED else ""
+            named = f": {listed(ours)}" if ours else ""
             raise UsageError(
-                f"run {self._run!r} copies {theirs} of its tensors, this trainer {len(ours)}{named}{more}",
+                f"run {self._run!r} copies {theirs} of its tensors, this trainer {len(ours)}{named}",
                 hint="resume with the choice of buffers that the run was made with, or make a new run",
             )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import wire
-from ema_client.errors import NameCollision, UsageError
+from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.body import dtype_name, parameters_of, specs_of, state_of
 from ema_client.tensors.names import canonical_name
@@ -28,9 +28,6 @@ __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 BufferPolicy = Literal["none", "average", "copy"]
 #: What becomes of a parameter that is frozen later: it goes on being averaged, with a value that stays; or an error.
 FrozenPolicy = Literal["hold", "error"]
-
-#: So many tensors are named in a message before "and n more".
-_NAMED = 5
 
 
 class Selection:
@@ -222,8 +219,7 @@ def _check_choice(what: str, given: str, policy: Any) -> None:
 
 
 def _mismatch(faults: list[str]) -> UsageError:
-    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
     return UsageError(
-        f"the model's tensors are not those of the run: {'; '.join(faults[:_NAMED])}{more}",
+        f"the model's tensors are not those of the run: {listed(faults, '; ')}",
         hint="unfreeze and add parameters before the RemoteEma is made, or make a new run for the changed model",
     )

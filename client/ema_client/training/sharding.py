@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_client import wire
-from ema_client.errors import EmaError, NameCollision, UsageError
+from ema_client.errors import EmaError, NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec
 from ema_client.reading.slices import Wanted
 from ema_client.tensors.body import dtype_name, spec_of, state_of
@@ -44,9 +44,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-#: So many tensors are named in a message before "and n more".
-_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +248,8 @@ def agreed(work: Callable[[], T | None]) -> T | None:
 
 
 def _mismatch(faults: list[str]) -> UsageError:
-    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
     return UsageError(
-        f"the model's tensors are not those of the run: {'; '.join(faults[:_NAMED])}{more}",
+        f"the model's tensors are not those of the run: {listed(faults, '; ')}",
         hint="wrap, freeze and shard the model before the RemoteEma is made, or make a new run for the changed model",
     )
 
