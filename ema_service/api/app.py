@@ -127,7 +127,7 @@ async def _keep(context: Context) -> None:
     """Take checkpoints of runs that moved, every so often."""
     while True:
         await asyncio.sleep(context.settings.checkpoint_interval)
-        await context.block(context.registry.checkpoint)
+        await context.workers.block(context.registry.checkpoint)
 
 
 async def _sync(context: Context) -> None:

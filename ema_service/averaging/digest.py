@@ -71,11 +71,11 @@ _VECTOR = ir.VectorType(_LANE, _LANES)
 
 
 class Digest:
-    """Of a stream of bytes: the hash of its blocks' hashes."""
+    """The digest of a stream of bytes: the hash of the hashes of its blocks, of ``block_bytes`` each."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self._whole, self._block = xxhash.xxh3_128(), xxhash.xxh3_128()
-        self._room = BLOCK_BYTES
+        self._block_bytes = self._room = block_bytes
 
     def update(self, data: memoryview) -> None:
         """Take in bytes, as many as there are."""
@@ -90,24 +90,25 @@ class Digest:
         """Take in a whole block of which this is the digest, where one begins."""
         self._whole.update(block)
         self._block.reset()
-        self._room = BLOCK_BYTES
+        self._room = self._block_bytes
 
     def digest(self) -> bytes:
         """16 bytes, once all are taken in."""
-        if self._room < BLOCK_BYTES:
+        if self._room < self._block_bytes:
             self.add(self._block.digest())
         return self._whole.digest()
 
 
 class BlockDigest:
-    """Of one block, in order: update() with all of it; or, where it is to be ``compiled``, the accumulators given to
-    take_in() gulp for gulp, and end().
+    """The hash of one block, fed in order: by update(), or by compiled code.
 
-    The second way is for whole blocks of BLOCK_BYTES. For the first there are no accumulators (an empty array).
+    compiled: the averaging loop gives ``accumulators`` to take_in() gulp for gulp, and end() takes the last gulp. So
+    only whole blocks of ``block_bytes`` are hashed. Else the accumulators are an empty array, and update() takes all.
     """
 
-    def __init__(self, *, compiled: bool) -> None:
+    def __init__(self, block_bytes: int = BLOCK_BYTES, *, compiled: bool) -> None:
         self.compiled = compiled
+        self._block_bytes = block_bytes
         self.accumulators: Accumulators = np.array(_START if compiled else (), np.uint64)
         self._library = xxhash.xxh3_128()
 
@@ -123,8 +124,8 @@ class BlockDigest:
         if not self.compiled:
             return self._library.digest()
         words = [int(word) for word in self.accumulators]
-        low = _merge(words, _LOW_AT, BLOCK_BYTES * _PRIMES_64[0])
-        high = _merge(words, _HIGH_AT, ~(BLOCK_BYTES * _PRIMES_64[1]))
+        low = _merge(words, _LOW_AT, self._block_bytes * _PRIMES_64[0])
+        high = _merge(words, _HIGH_AT, ~(self._block_bytes * _PRIMES_64[1]))
         return high.to_bytes(8, "big") + low.to_bytes(8, "big")
 
 

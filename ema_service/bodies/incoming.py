@@ -10,7 +10,6 @@ memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 
@@ -46,6 +45,12 @@ class Body(ABC):
     def complete(self) -> bool:
         """Every byte of the data has come; one more would be too many."""
         return self._begun and not self._window
+
+    @property
+    def arrived(self) -> int:
+        """How many bytes of the data are in place, from the first on, for whoever works behind the receiving; 0 where
+        they do not come in the layout's order."""
+        return 0
 
     @property
     def unread(self) -> bool:
@@ -160,15 +165,9 @@ class Body(ABC):
 
 
 class UpdateBody(Body):
-    """A push that carries every tensor of the run.
+    """A push that carries every tensor of the run."""
 
-    on_data: told how many bytes of the parameters are there, from the first on, as they come in order. A body in
-    another order than the layout's tells it once, at the end.
-    """
-
-    def __init__(
-        self, staged: Staged, content_length: int | None = None, *, on_data: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, staged: Staged, content_length: int | None = None) -> None:
         """Raises MalformedBody or BodyTooLarge where the announced length cannot be right."""
         layout = staged.layout
         most = LENGTH_BYTES + layout.max_header_bytes + layout.param_bytes
@@ -178,14 +177,14 @@ class UpdateBody(Body):
         self._layout = layout
         self._staged = staged
         self._data = staged.data
-        self._on_data = on_data
         self._in_order = False
         self._targets: list[slice] = []
 
-    def advance(self, count: int) -> None:
-        if self._in_order and self._on_data:
-            self._on_data(self._filled + count)
-        super().advance(count)
+    @property
+    def arrived(self) -> int:
+        if not self._in_order:
+            return 0
+        return self._layout.param_bytes if self.complete else self._filled
 
     def _is_known(self, raw: bytes) -> bool:
         return raw == self._layout.header[LENGTH_BYTES:]

@@ -56,6 +56,28 @@ class Gathering:
     coming: dict[int, Part] = field(default_factory=dict)
     applying: bool = False
 
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The parts that are not whole yet."""
+        return tuple(index for index in range(self.terms.of) if index not in self.done)
+
+    def gaps(self, layout: Layout) -> list[str]:
+        """The tensors of which no part claimed every element."""
+        tensors = [entry.name for entry in layout.params if entry.end > entry.begin]
+        return [name for name in tensors if name not in self.covers or not self.covers[name].whole]
+
+    def release(self, index: int) -> None:
+        """Forget what a part claimed."""
+        for cover in self.covers.values():
+            cover.release(index)
+
+    def forget(self, part: Part, fault: EmaError) -> None:
+        """Give up a part on its way: the part raises ``fault``, and its slices may be claimed again."""
+        part.fault = fault
+        if self.coming.get(part.index) is part:
+            del self.coming[part.index]
+            self.release(part.index)
+
 
 class Claims(Protocol):
     """Whom a part asks for its slices: Parts."""

@@ -88,12 +88,12 @@ class Parts:
     def admit(self, step: int | None, index: int, terms: Terms) -> bool:
         """Whether staging is needed for this part. ``step`` None: of the initial weights.
 
-        Raises, before its body is read, InvalidRequest, StepConflict, StaleStep and what Run.admit() raises.
+        Raises, before its body is read, InvalidRequest, StepConflict, StaleStep and what Ledger.admit() raises.
         """
         if not 0 <= index < terms.of:
             raise InvalidRequest(f"part {index} of {terms.of}: parts are numbered from 0 to {terms.of - 1}")
         if step is not None:
-            self._run.admit(step, terms.writer)
+            self._run.ledger.admit(step, terms.writer)
         with self._lock:
             if self._known_of_applied(step, index, terms) is not None:
                 return False
@@ -121,7 +121,7 @@ class Parts:
                 return Part(self, gathering, index, gathering.done[index])
             if index in gathering.coming:
                 again = Superseded(f"part {index} of {_what(step)} was sent again", retry_after=1.0)
-                self._forget(gathering.coming[index], again)
+                gathering.forget(gathering.coming[index], again)
             part = gathering.coming[index] = Part(self, gathering, index, None)
             return part
 
@@ -137,7 +137,7 @@ class Parts:
                 cover = gathering.covers.setdefault(name, Cover(self.layout.entry(name).shape))
                 other = cover.claim(part.index, boxes)
                 if other is not None:
-                    self._release(gathering, part.index)
+                    gathering.release(part.index)
                     raise LayoutMismatch(_overlap(name, part.index, other))
 
     def complete(self, part: Part) -> Outcome:
@@ -158,7 +158,12 @@ class Parts:
                 return self._outcome_of_gone(gathering)
             if part.known is not None:
                 return "staged"
-            self._check_gaps(gathering, part)
+            if len(gathering.done) + 1 == gathering.terms.of and (gaps := gathering.gaps(self.layout)):
+                fault = LayoutMismatch(
+                    f"all {gathering.terms.of} parts are there and elements are missing: {listed(gaps)}"
+                )
+                gathering.forget(part, fault)
+                raise fault
             del gathering.coming[part.index]
             gathering.done[part.index] = part.fingerprint
             gathering.applying = len(gathering.done) == gathering.terms.of
@@ -171,7 +176,7 @@ class Parts:
             if part.known is not None or gathering is None:
                 return
             if part.fault is None:
-                self._forget(part, Superseded("the part was given up", retry_after=0.0))
+                gathering.forget(part, Superseded("the part was given up", retry_after=0.0))
             if not gathering.done and not gathering.coming and gathering in self._gatherings:
                 self._drop(gathering, Superseded("the step was given up", retry_after=0.0))
 
@@ -209,7 +214,7 @@ class Parts:
         now = time.monotonic()
         with self._lock:
             idle = [g for g in self._gatherings if not g.applying and now - g.touched > silence]
-            expired = [Expired(g.step, _missing(g), g.terms.of) for g in idle]
+            expired = [Expired(g.step, g.missing, g.terms.of) for g in idle]
             for gathering, why in zip(idle, expired, strict=True):
                 self._drop(gathering, StaleStep(str(why)))
         return expired
@@ -262,9 +267,9 @@ class Parts:
     def _known_of_applied(self, step: int | None, index: int, terms: Terms) -> bytes | None:
         """The fingerprint of a part that is in the run's current state."""
         applied, state = self._applied, self._run.state
-        if applied is None or state is None or state.digest != applied.digest:
+        if applied is None or state is None or state.version.digest != applied.digest:
             return None
-        if (applied.step, applied.terms) != (step, terms) or (step is None and state.n):
+        if (applied.step, applied.terms) != (step, terms) or (step is None and state.version.n):
             return None
         return applied.fingerprints.get(index)
 
@@ -273,26 +278,6 @@ class Parts:
         if applied and (applied.step, applied.terms) == (gathering.step, gathering.terms):
             return "applied"
         raise Superseded(f"{_what(gathering.step)} was given up meanwhile", retry_after=0.0)
-
-    def _check_gaps(self, gathering: Gathering, part: Part) -> None:
-        if len(gathering.done) + 1 < gathering.terms.of:
-            return
-        entries = [entry for entry in self.layout.params if entry.end > entry.begin]
-        gaps = [e.name for e in entries if e.name not in gathering.covers or not gathering.covers[e.name].whole]
-        if gaps:
-            fault = LayoutMismatch(f"all {gathering.terms.of} parts are there and elements are missing: {listed(gaps)}")
-            self._forget(part, fault)
-            raise fault
-
-    def _forget(self, part: Part, fault: EmaError) -> None:
-        part.fault = fault
-        if part.gathering and part.gathering.coming.get(part.index) is part:
-            del part.gathering.coming[part.index]
-            self._release(part.gathering, part.index)
-
-    def _release(self, gathering: Gathering, index: int) -> None:
-        for cover in gathering.covers.values():
-            cover.release(index)
 
     def _drop(self, gathering: Gathering, fault: EmaError) -> None:
         self._gatherings.remove(gathering)
@@ -314,17 +299,13 @@ class Parts:
                 self._gatherings.remove(gathering)
             # A state that moved on meanwhile is not the one these parts made: their repeats are stale then.
             if state:
-                self._applied = _Applied(gathering.step, gathering.terms, gathering.done, state.digest)
+                self._applied = _Applied(gathering.step, gathering.terms, gathering.done, state.version.digest)
             for older in [g for g in self._gatherings if not g.applying and _order(g) < _order(gathering)]:
                 self._drop(older, StaleStep(f"{_what(older.step)} is older than {_what(gathering.step)}, now applied"))
 
 
 def _order(gathering: Gathering) -> int:
     return -1 if gathering.step is None else gathering.step
-
-
-def _missing(gathering: Gathering) -> tuple[int, ...]:
-    return tuple(index for index in range(gathering.terms.of) if index not in gathering.done)
 
 
 def _what(step: int | None) -> str:

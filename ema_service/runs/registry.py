@@ -1,11 +1,13 @@
 """All runs of a server: creating, finding, deleting, and keeping them.
 
-Knows the names of the runs and which are on disk. Does not know HTTP, the event loop, how an update is decided (run) or
-kept (persistence). Its methods may block: call them off the event loop.
+Knows the names of the runs, and which objects make one: the run, the parts that come for it, its versions, snapshots
+and history on disk. Does not know HTTP, the event loop, how an update is decided (ledger) or kept (persistence). Its
+methods may block: call them off the event loop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
@@ -24,12 +26,9 @@ from ema_client.errors import (
 )
 from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, from_json, to_json
 from ema_service.averaging import prepare
-from ema_service.memory.arena import Memory
-from ema_service.memory.frozen import FrozenWeights
-from ema_service.memory.layout import Layout
-from ema_service.memory.staging import Staging
+from ema_service.memory import FrozenWeights, Layout, Memory, Staging
+from ema_service.persistence import History, Snapshots, Versions
 from ema_service.runs.parts import Expired, Parts
-from ema_service.runs.persistence import RunFiles
 from ema_service.runs.run import Run
 from ema_service.storage import CatalogUnusable, RunRow, Store
 
@@ -43,16 +42,43 @@ _LONG = ("layout", "copied")
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _Disk:
+    """What is on disk of one run."""
+
+    row: RunRow
+    store: Store
+    versions: Versions
+    snapshots: Snapshots
+    history: History
+
+    def keep_writer(self, writer: int) -> None:
+        """Remember the number of the writer that attached last. Raises StorageFailed."""
+        try:
+            self.store.set_writer(self.row, writer)
+        except sqlite3.Error as fault:
+            raise StorageFailed(
+                f"the writer of run {self.row.name!r} could not be kept: {fault}", retry_after=1.0
+            ) from fault
+
+    def remove(self) -> None:
+        """Remove everything; what is being written is waited for."""
+        self.snapshots.close()
+        self.versions.close()
+        self.store.remove_run(self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
     run: Run
     parts: Parts
-    files: RunFiles | None
+    disk: _Disk | None
 
 
 class Registry:
     """The runs of one server. Thread-safe.
 
     store: None keeps nothing on disk. staging, frozen: the budgets that pushes and reads draw from.
+    More than twenty methods: one for each thing that is done to a run as a whole, or to all of them.
     """
 
     def __init__(self, memory: Memory, store: Store | None, *, staging_bytes: int, frozen_bytes: int) -> None:
@@ -66,31 +92,65 @@ class Registry:
         self.frozen = FrozenWeights(memory, frozen_bytes)
         self._store = store
         self._lock = threading.Lock()
-        self._kept: dict[str, _Kept] = {}
+        self._runs: dict[str, _Registered] = {}
         for row in store.runs() if store else []:
             config = _config_of(row)
-            layout = Layout(config.layout, config.copied)
-            kept = self._kept[row.name] = self._keep(config, layout, row, row.created_at)
-            if kept.files:
-                kept.files.restore()
+            made = self._register(config, Layout(config.layout, config.copied), row, row.created_at)
+            if made.disk:
+                found = made.disk.versions.restore()
+                made.run.restore(found.state, found.steps, found.last_epoch, found.fault)
+
+    # --- the server as a whole --------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Take a last checkpoint of every run that moved and let go of the store."""
-        for kept in self._all():
-            if kept.files:
-                kept.files.checkpoint(final=True)
+        self.checkpoint(final=True)
         if self._store:
             self._store.close()
 
-    def checkpoint(self) -> None:
-        """Take a checkpoint of every run that moved since its last."""
-        for kept in self._all():
-            if kept.files:
-                kept.files.checkpoint()
+    def checkpoint(self, *, final: bool = False) -> None:
+        """Keep every run that moved since its last checkpoint. One that cannot be kept says so (Versions.trouble).
 
-    def unsynced(self) -> list[RunFiles]:
-        """The files of runs whose newest version a power loss would take: sync() them."""
-        return [kept.files for kept in self._all() if kept.files and kept.files.unsynced]
+        final: nothing will be applied any more.
+        """
+        for each in self._all():
+            state = each.run.state
+            if each.disk and state and not each.run.ledger.fault:
+                with contextlib.suppress(StorageFailed):
+                    each.disk.versions.save(state, final=final)
+
+    def unsynced(self) -> list[Versions]:
+        """Versions of runs whose newest a power loss would take: sync() them."""
+        return [each.disk.versions for each in self._all() if each.disk and each.disk.versions.unsynced]
+
+    @property
+    def gathering(self) -> int:
+        """How many updates are being put together from parts."""
+        return sum(each.parts.count() for each in self._all())
+
+    def expire_parts(self, silence: float) -> list[tuple[str, Expired]]:
+        """Give up the steps of which no part has come for ``silence`` seconds, each with the name of its run."""
+        return [(each.run.config.run, expired) for each in self._all() for expired in each.parts.expire(silence)]
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        return [each.run for each in self._all()]
+
+    def get(self, name: str) -> Run:
+        """Raises RunNotFound."""
+        return self._find(name).run
+
+    def parts(self, name: str) -> Parts:
+        """The parts of a run's updates that are being put together. Raises RunNotFound."""
+        return self._find(name).parts
+
+    def snapshots(self, name: str) -> Snapshots:
+        """The snapshots of a run. Raises RunNotFound, StorageDisabled where nothing is kept on disk."""
+        return self._disk(name).snapshots
+
+    # --- what is done to a run as a whole ---------------------------------------------------------------------------
 
     def create(self, config: RunConfig) -> tuple[Run, bool]:
         """The run of this configuration and whether it is new.
@@ -102,80 +162,71 @@ class Registry:
         layout = Layout(config.layout, config.copied)
         config = replace(config, layout=tuple(entry.spec for entry in layout.params), copied=layout.copied)
         with self._lock:
-            kept = self._kept.get(config.run)
-            if kept is None:
-                if len(self._kept) >= MAX_RUNS:
-                    raise TooManyRuns(f"this server holds {len(self._kept)} runs; {MAX_RUNS} are possible")
+            found = self._runs.get(config.run)
+            if found is None:
+                if len(self._runs) >= MAX_RUNS:
+                    raise TooManyRuns(f"this server holds {len(self._runs)} runs; {MAX_RUNS} are possible")
                 config = replace(config, durability=self._durability(config))
-                kept = self._kept[config.run] = self._add(config, layout)
-                return kept.run, True
+                return self._add(config, layout).run, True
         if config.durability is None:
-            config = replace(config, durability=kept.run.config.durability)
-        if kept.run.config != config:
-            raise RunExists(f"run {config.run!r} exists with another {_difference(kept.run.config, config)}")
-        return kept.run, False
-
-    def get(self, name: str) -> Run:
-        """Raises RunNotFound."""
-        return self._find(name).run
-
-    def parts(self, name: str) -> Parts:
-        """The parts of a run's updates that are being put together. Raises RunNotFound."""
-        return self._find(name).parts
-
-    @property
-    def gathering(self) -> int:
-        """How many updates are being put together from parts."""
-        return sum(kept.parts.count() for kept in self._all())
-
-    def expire_parts(self, silence: float) -> list[tuple[str, Expired]]:
-        """Give up the steps of which no part has come for ``silence`` seconds, each with the name of its run."""
-        return [(kept.run.config.run, expired) for kept in self._all() for expired in kept.parts.expire(silence)]
-
-    def files(self, name: str) -> RunFiles:
-        """What is on disk of a run. Raises RunNotFound, StorageDisabled where nothing is."""
-        files = self._find(name).files
-        if files is None:
-            raise StorageDisabled("snapshots are files, and this server was started with --memory")
-        return files
-
-    def runs(self) -> list[Run]:
-        """All runs, oldest first."""
-        return [kept.run for kept in self._all()]
+            config = replace(config, durability=found.run.config.durability)
+        if found.run.config != config:
+            raise RunExists(f"run {config.run!r} exists with another {_difference(found.run.config, config)}")
+        return found.run, False
 
     def set_decay(self, name: str, decay: float, average: str | None) -> Run:
-        """Change a decay from the next update on and note it in the run's history. Raises as Run.set_decay()."""
-        kept = self._find(name)
-        kept.run.set_decay(decay, average)
-        if kept.files:
-            kept.files.record(f"decay of {average or kept.run.config.averages[0].name} set to {decay}")
-        return kept.run
+        """Use ``decay`` from the next update on and note it in the run's history. Raises as Run.amend()."""
+        found = self._find(name)
+        found.run.amend(lambda succession, version: succession.with_decay(version, decay, average))
+        if found.disk:
+            found.disk.history.record(f"decay of {average or found.run.config.averages[0].name} set to {decay}")
+        return found.run
+
+    def reset_num_updates(self, name: str) -> Run:
+        """Begin the warm-up anew. With the counter off it stays off. Raises as Run.amend()."""
+        run = self._find(name).run
+        run.amend(lambda succession, version: succession.with_counter_reset(version))
+        return run
 
     def attach(self, name: str) -> Writer:
         """A number for a trainer that takes over the run; earlier ones are fenced off. Raises as Run.attach()."""
-        kept = self._find(name)
-        keep = kept.files.keep_writer if kept.files else _nothing
-        return Writer(name, kept.run.attach(keep))
+        found = self._find(name)
+        return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing))
 
-    def rewind(self, name: str, snapshot: str | None) -> Run:
-        """Go back to a snapshot, or (None) go on with a degraded run's version. Raises as RunFiles does."""
-        files = self.files(name)
-        if snapshot is None:
-            files.accept()
-        else:
-            files.rewind(snapshot)
-        return self.get(name)
+    def rewind(self, name: str, snapshot: str) -> Run:
+        """Go back to a snapshot. Once this returned the rewinding outlives a crash, whatever the run's durability.
+
+        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound; StorageFailed where it would not outlive a crash: the run
+        may be at the snapshot all the same, and the rewinding can be repeated.
+        """
+        run, disk = self.get(name), self._disk(name)
+        info, averages, arenas = disk.snapshots.read(snapshot)
+        run.rewind(info, averages, arenas)
+        self._keep(run, disk)
+        disk.versions.sync()
+        disk.history.record(f"rewound to snapshot {snapshot} (version {info.version}, step {info.step})")
+        return run
+
+    def accept(self, name: str) -> Run:
+        """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
+        run, disk = self.get(name), self._disk(name)
+        run.accept()
+        self._keep(run, disk)
+        disk.history.record("the version that is there was accepted")
+        return run
 
     def delete(self, name: str) -> None:
-        """Forget the run with its weights, checkpoint and snapshots, after the update in hand. Raises RunNotFound."""
+        """Forget the run with its weights, versions and snapshots, after the update in hand. Raises RunNotFound."""
         with self._lock:
-            kept = self._kept.pop(name, None)
-            if kept is None:
+            found = self._runs.pop(name, None)
+            if found is None:
                 raise RunNotFound(f"there is no run {name!r}")
-            kept.run.retire()
-            kept.parts.close()
-            if kept.files:
-                kept.files.remove()
+            found.run.retire()
+            found.parts.close()
+            if found.disk:
+                found.disk.remove()
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _durability(self, config: RunConfig) -> Durability:
         chosen = config.durability or ("process" if self._store else "memory")
@@ -186,38 +237,57 @@ class Registry:
             )
         return chosen
 
-    def _add(self, config: RunConfig, layout: Layout) -> _Kept:
+    def _add(self, config: RunConfig, layout: Layout) -> _Registered:
         created_at = time.time()
         if self._store is None:
-            return self._keep(config, layout, None, created_at)
+            return self._register(config, layout, None, created_at)
         try:
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at)
             try:
-                kept = self._keep(config, layout, row, created_at)
-                if kept.files:
-                    kept.files.allocate()
+                made = self._make(config, layout, row, created_at)
+                if made.disk:
+                    made.disk.versions.allocate()
             except OSError:
                 self._store.remove_run(row)
                 raise
         except (OSError, sqlite3.Error) as fault:
             raise StorageFailed(f"run {config.run!r} was not created: {fault}", retry_after=1.0) from fault
-        return kept
+        self._runs[config.run] = made
+        return made
 
-    def _keep(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Kept:
-        run = Run(config, layout, self.memory, created_at=created_at)
-        files = RunFiles(run, row, self._store, self.memory) if self._store and row else None
-        run.writer = row.writer if row else 0
-        return _Kept(run, Parts(run), files)
+    def _register(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Registered:
+        made = self._runs[config.run] = self._make(config, layout, row, created_at)
+        return made
 
-    def _all(self) -> list[_Kept]:
+    def _make(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Registered:
+        if self._store is None or row is None:
+            run = Run(config, layout, self.memory, created_at=created_at)
+            return _Registered(run, Parts(run), None)
+        versions = Versions(config, row, self._store, layout, self.memory)
+        run = Run(config, layout, self.memory, versions, created_at=created_at, writer=row.writer)
+        snapshots = Snapshots(row, self._store, layout, self.memory, run.changes.tell)
+        return _Registered(run, Parts(run), _Disk(row, self._store, versions, snapshots, History(row, self._store)))
+
+    def _keep(self, run: Run, disk: _Disk) -> None:
+        """Bring to disk what was decided, where versions are kept now and then only. Raises StorageFailed."""
+        if run.state:
+            disk.versions.save(run.state)
+
+    def _all(self) -> list[_Registered]:
         # Without the lock, which may be held for a disk: the event loop asks too. (Copying a dict's values is atomic.)
-        return list(self._kept.values())
+        return list(self._runs.values())
 
-    def _find(self, name: str) -> _Kept:
-        kept = self._kept.get(name)
-        if kept is None:
+    def _find(self, name: str) -> _Registered:
+        found = self._runs.get(name)
+        if found is None:
             raise RunNotFound(f"there is no run {name!r}")
-        return kept
+        return found
+
+    def _disk(self, name: str) -> _Disk:
+        disk = self._find(name).disk
+        if disk is None:
+            raise StorageDisabled("snapshots are files, and this server was started with --memory")
+        return disk
 
 
 def _nothing(_: int) -> None:

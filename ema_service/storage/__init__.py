@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from ema_service.storage.catalog import CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
 from ema_service.storage.files import TensorFile
-from ema_service.storage.slots import Extent, Slot, Slots, padded_bytes
+from ema_service.storage.slot_files import Extent, SlotFiles, padded_bytes
+from ema_service.storage.slots import Slot, Slots
 from ema_service.storage.store import Store
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Extent",
     "RunRow",
     "Slot",
+    "SlotFiles",
     "Slots",
     "SnapshotRow",
     "Store",

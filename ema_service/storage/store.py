@@ -31,7 +31,8 @@ from ema_service.storage.files import (
     sync_folder,
     write_whole,
 )
-from ema_service.storage.slots import Extent, Slots
+from ema_service.storage.slot_files import Extent
+from ema_service.storage.slots import Slots
 from ema_service.threads import Threads
 
 __all__ = ["Files", "Store"]
@@ -51,7 +52,10 @@ _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
 
 
 class Store:
-    """Everything a server keeps on disk. Names given to it are checked by the caller (protocol.NAME_PATTERN)."""
+    """Everything a server keeps on disk. Names given to it are checked by the caller (protocol.NAME_PATTERN).
+
+    More than twenty methods: one for each thing that is written, read or removed, in an order that outlives a crash.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open or make the data folder. Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error."""

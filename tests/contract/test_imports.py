@@ -22,16 +22,21 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
-# cli -> api -> dashboard -> runs -> {averaging, storage}: a part may use what stands to its right. settings, metrics
-# and threads are leaves that every part may use.
+# cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
+# what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics and
+# threads are leaves.
 LEAVES = {"settings", "metrics", "threads"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"api", "dashboard", "runs", "averaging", "storage", "demo", "bench"} | LEAVES,
-    "api": {"dashboard", "runs", "averaging", "storage"} | LEAVES,
-    "dashboard": {"runs", "averaging", "storage"} | LEAVES,
-    "runs": {"averaging", "storage"} | LEAVES,
+    "cli": {"api", "storage", "demo", "bench"} | LEAVES,
+    "api": {"dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
+    "dashboard": set(),
+    "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
+    "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
+    "shadows": {"memory", "averaging"} | LEAVES,
+    "bodies": {"memory"} | LEAVES,
+    "memory": LEAVES,
     "storage": LEAVES,
     "averaging": set(),
     "settings": set(),
@@ -40,6 +45,14 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "demo": {"settings"},
     "bench": {"settings"},
 }
+#: Within api: what receives and sends knows no route, and no server.
+TRANSFER = "ema_service.api.transfer"
+#: Who decides: pure, with every module of ours that it runs.
+LEDGER = "ema_service.runs.ledger"
+#: What the ledger may need beyond the standard library: schedules are numbers.
+LEDGER_THIRD_PARTY = {"numpy"}
+#: What of the standard library a decision has no business with.
+LEDGER_NEVER = {"os", "pathlib", "sqlite3", "socket", "threading", "time", "asyncio", "mmap", "random"}
 #: These play the trainer and the evaluator: they use the public client, and start the server as a process.
 PARTS_OUTSIDE = {"demo", "bench"}
 CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
@@ -170,6 +183,15 @@ def service_layers(module: Module) -> Iterator[str]:
             yield f"line {imported.line}: {module.part} must not import {imported.target}"
 
 
+def transfer_knows_no_route(module: Module) -> Iterator[str]:
+    if module.name != TRANSFER and not module.name.startswith(f"{TRANSFER}."):
+        return
+    for imported in module.imports:
+        ours = imported.target.startswith("ema_service.api.") and not imported.target.startswith(TRANSFER)
+        if ours or imported.target.startswith("ema_service.runs"):
+            yield f"line {imported.line}: {module.name} must not import {imported.target}"
+
+
 def service_uses_of_client(module: Module) -> Iterator[str]:
     if module.package != "ema_service" or module.part in PARTS_OUTSIDE:
         return
@@ -242,6 +264,7 @@ Rule = Callable[[Module], Iterator[str]]
 RULES: list[Rule] = [
     relative,
     service_layers,
+    transfer_knows_no_route,
     service_uses_of_client,
     client_is_alone,
     client_third_party,
@@ -265,7 +288,12 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (relative, "ema_service.runs.run", "from . import arena"),
         (service_layers, "ema_service.runs.run", "def f():\n    from ema_service.api import app"),
         (service_layers, "ema_service.averaging.kernel", "import ema_service.settings"),
+        (service_layers, "ema_service.persistence.versions", "if TYPE_CHECKING:\n    from ema_service.runs import Run"),
+        (service_layers, "ema_service.shadows.passes", "import ema_service.bodies"),
+        (service_layers, "ema_service.memory.staging", "import ema_service.storage"),
         (service_layers, "ema_service.novelty", ""),
+        (transfer_knows_no_route, "ema_service.api.transfer.filling", "from ema_service.api.context import Context"),
+        (transfer_knows_no_route, "ema_service.api.transfer", "import ema_service.runs"),
         (service_uses_of_client, "ema_service.api.app", "from ema_client.client import EmaClient"),
         (service_uses_of_client, "ema_service.cli", "import ema_client"),
         (client_is_alone, "ema_client.cli", "import ema_service"),
@@ -283,6 +311,41 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
 def test_rule_sees_a_breach(rule: Rule, name: str, source: str) -> None:
     """The rule fires on a module that breaks it, so its silence above means something."""
     assert list(rule(read(name, source, {"ema_service.api.app"})))
+
+
+def impurities(modules: list[Module]) -> list[str]:
+    """What the ledger, or a module of ours that runs when the ledger does, imports and must not."""
+    known = {module.name: module for module in modules}
+    waiting, seen, found = [LEDGER], set(), []
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for imported in known[name].imports:
+            if imported.typing:
+                continue
+            if imported.target in known:
+                waiting.append(imported.target)
+            elif imported.root in LEDGER_NEVER or not (
+                imported.root in sys.stdlib_module_names or imported.root in LEDGER_THIRD_PARTY
+            ):
+                found.append(f"{name}, line {imported.line}: {imported.target}")
+    return found
+
+
+def test_ledger_is_pure(modules: list[Module]) -> None:
+    """No torch, no file, no clock, no lock and no chance in what decides, nor in any module of ours it runs."""
+    assert impurities(modules) == []
+
+
+@pytest.mark.parametrize("source", ["import torch", "from pathlib import Path", "import time"])
+def test_impurity_is_seen(source: str) -> None:
+    """An import that the ledger must not have is found, also at one remove."""
+    known = {LEDGER, "ema_service.shadows.state"}
+    ledger = read(LEDGER, "from ema_service.shadows import state", known)
+
+    assert impurities([ledger, read("ema_service.shadows.state", source, known)]) != []
 
 
 def test_imports_have_no_cycle(modules: list[Module]) -> None:

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ema_client.protocol import RunConfig, RunInfo, TensorSpec, UpdateResult
-from ema_service.bodies import UpdateBody
+from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, TensorSpec, UpdateResult
+from ema_service.bodies import UpdateBody, WeightsStream
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.memory.arena import TORCH_DTYPES
-from ema_service.runs import Registry, Run, State
+from ema_service.runs import Registry, Run
+from ema_service.shadows import State, Version
 from ema_service.storage import Store
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -78,8 +79,23 @@ class LocalRun:
         return self.run.ready_state()
 
     @property
+    def version(self) -> Version:
+        return self.state.version
+
+    @property
     def info(self) -> RunInfo:
         return self.run.info()
+
+    @property
+    def etag(self) -> str:
+        """Of the first average's weights."""
+        info = self.version.weights_info(self.run.config.run, self.version.averages[0])
+        return WeightsStream(self.run.layout.shadows, info, lineage=self.version.lineage).etag
+
+    def bytes(self) -> dict[str, bytes]:
+        """Of each average's shadows."""
+        pairs = zip(self.version.averages, self.state.arenas, strict=True)
+        return {average.name: arena.tensor.cpu().numpy().tobytes() for average, arena in pairs}
 
     def staged(self, tensors: Mapping[str, Tensor]) -> Staged:
         return stage_body(Staged(self.run.layout, self._memory), tensors)
@@ -91,9 +107,15 @@ class LocalRun:
     def push(self, step: int, tensors: Mapping[str, Tensor]) -> UpdateResult:
         return self.run.commit(self.run.begin(step, self.staged(tensors)))
 
+    def set_decay(self, decay: float, average: str | None = None) -> None:
+        self.run.amend(lambda succession, version: succession.with_decay(version, decay, average))
+
+    def reset_num_updates(self) -> None:
+        self.run.amend(lambda succession, version: succession.with_counter_reset(version))
+
     def shadows(self, average: str | None = None) -> dict[str, Tensor]:
         """The current shadows of one average by name: views, not copies."""
-        arena = self.run.average(self.state, average).arena
+        _, arena = self.state.at(self.run.ledger.succession.position(average))
         entries = self.run.layout.shadows
         return {e.name: arena.tensor[e.begin : e.end].view(TORCH_DTYPES[e.dtype]).view(e.shape) for e in entries}
 
@@ -157,6 +179,10 @@ class LocalServer:
 
     def run(self, name: str) -> LocalRun:
         return LocalRun(self.registry.get(name), self.memory)
+
+    def snapshot(self, name: str, *, run: str = "r", keep: int | None = None) -> tuple[SnapshotInfo, bool]:
+        """Take a snapshot of a run as it is now."""
+        return self.registry.snapshots(run).take(name, self.registry.get(run).ready_state, keep=keep)
 
 
 @pytest.fixture

@@ -21,9 +21,12 @@ from fastapi.sse import format_sse_event
 
 from ema_client.errors import InvalidRequest, Overloaded, RunNotFound, StorageDisabled
 from ema_client.protocol import EventKind, RunEvent, SnapshotInfo, to_json
-from ema_service.api.context import Context, RunName, Server
+from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
-from ema_service.runs import Run, RunFiles, State
+from ema_service.api.routes.parameters import RunName, Server
+from ema_service.persistence import Snapshots
+from ema_service.runs import Run
+from ema_service.shadows import Version
 
 __all__ = ["HEARTBEAT_SECONDS", "Look", "changes", "router", "stream"]
 
@@ -72,34 +75,34 @@ async def get_events(run: RunName, server: Server) -> Response:
     A reader that falls behind is told of the newest version only. The stream ends when the run is deleted or the
     server stops.
     """
-    found, files = server.registry.get(run), _files(server, run)
+    found, snapshots = server.registry.get(run), _snapshots(server, run)
     # no-transform and X-Accel-Buffering: a proxy that gathers the events up would make them late.
     headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream(server, found, files), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(stream(server, found, snapshots), headers=headers, media_type="text/event-stream")
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is seen of a run at once. ``snapshots`` by name; ``changed`` is the files' count when they were read."""
+    """What is seen of a run at once. ``snapshots`` by name; ``changes``: Snapshots.changes when they were read."""
 
-    state: State | None = None
+    version: Version | None = None
     snapshots: Mapping[str, SnapshotInfo] = field(default_factory=dict)
-    changed: int = -1
+    changes: int = -1
 
 
 async def stream(
-    server: Context, run: Run, files: RunFiles | None, *, heartbeat: float = HEARTBEAT_SECONDS
+    server: Context, run: Run, snapshots: Snapshots | None, *, heartbeat: float = HEARTBEAT_SECONDS
 ) -> AsyncIterator[bytes]:
     """The body: encoded events until the run is deleted or the server stops."""
     with server.watching(run) as moved, server.metrics.watchers.track_inprogress():
         yield _OPENING
         # Snapshots that are there already are no news; the version is.
-        before = replace(await _look(server, run, files, Look()), state=None)
+        before = replace(await _look(server, run, snapshots, Look()), version=None)
         while True:
             moved.clear()
-            gone = run.retired
-            now = before if gone else await _look(server, run, files, before)
-            for event in [*changes(run, before, now), *([_event(run, "run_deleted", now.state)] if gone else [])]:
+            gone = run.ledger.retired
+            now = before if gone else await _look(server, run, snapshots, before)
+            for event in [*changes(run, before, now), *([_event(run, "run_deleted", now.version)] if gone else [])]:
                 server.metrics.events.labels(event.kind).inc()
                 yield _encode(event)
             if gone or server.stopping:
@@ -114,9 +117,9 @@ async def stream(
 
 def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
     """What to tell someone who knows ``before``: a new version, then what else is different."""
-    old, new = before.state, now.state
+    old, new = before.version, now.version
     if new is not None:
-        if old is None or new.version != old.version:
+        if old is None or str(new) != str(old):
             yield _event(run, "version", new)
         if old is not None:
             yield from _steered(run, old, new)
@@ -128,7 +131,7 @@ def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
             yield _event(run, "snapshot_created", new, snapshot)
 
 
-def _steered(run: Run, old: State, new: State) -> Iterator[RunEvent]:
+def _steered(run: Run, old: Version, new: Version) -> Iterator[RunEvent]:
     for was, average in zip(old.averages, new.averages, strict=True):
         if was.decay != average.decay:
             event = _event(run, "decay_changed", new)
@@ -138,16 +141,16 @@ def _steered(run: Run, old: State, new: State) -> Iterator[RunEvent]:
         yield _event(run, "num_updates_reset", new)
 
 
-def _event(run: Run, kind: EventKind, state: State | None, snapshot: SnapshotInfo | None = None) -> RunEvent:
-    """An event of the run as it is in ``state``."""
-    info = run.info()
-    first = state.averages[0] if state else info.averages[0]
+def _event(run: Run, kind: EventKind, version: Version | None, snapshot: SnapshotInfo | None = None) -> RunEvent:
+    """An event of the run as it is in ``version``."""
+    succession = run.ledger.succession
+    first = (version.averages if version else succession.averages_at_start)[0]
     return RunEvent(
         kind=kind,
         run=run.config.run,
-        version=state.version if state else None,
-        step=state.step if state else None,
-        num_updates=state.num_updates if state else info.num_updates,
+        version=str(version) if version else None,
+        step=version.step if version else None,
+        num_updates=version.num_updates if version else succession.counter_at_start,
         average=first.name,
         decay=first.decay,
         effective_decay=first.effective_decay,
@@ -159,17 +162,19 @@ def _encode(event: RunEvent) -> bytes:
     return format_sse_event(event=event.kind, data_str=json.dumps(to_json(event)), id=event.version)
 
 
-async def _look(server: Context, run: Run, files: RunFiles | None, before: Look) -> Look:
+async def _look(server: Context, run: Run, snapshots: Snapshots | None, before: Look) -> Look:
     """The run as it is now; the list of snapshots is read again only if it changed."""
-    changed = files.snapshots_changed if files else 0
-    if files is None or changed == before.changed:
-        return replace(before, state=run.state, changed=changed)
-    snapshots = await server.block(files.snapshots)
-    return Look(run.state, {snapshot.name: snapshot for snapshot in snapshots}, changed)
+    state = run.state
+    version = state.version if state else None
+    if snapshots is None or snapshots.changes == before.changes:
+        return replace(before, version=version)
+    changes = snapshots.changes
+    found = await server.workers.block(snapshots.all)
+    return Look(version, {snapshot.name: snapshot for snapshot in found}, changes)
 
 
-def _files(server: Context, run: str) -> RunFiles | None:
+def _snapshots(server: Context, run: str) -> Snapshots | None:
     try:
-        return server.registry.files(run)
+        return server.registry.snapshots(run)
     except StorageDisabled:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ema_service.api.context import Server
+from ema_service.api.routes.parameters import Server
 
 __all__ = ["router"]
 

@@ -28,9 +28,9 @@ from ema_client.errors import (
 )
 from ema_client.protocol import RunConfig, RunInfo, RunList, Writer
 from ema_service.api.auth import access_of
-from ema_service.api.context import RunName, Server
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS
+from ema_service.api.routes.parameters import RunName, Server
 from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody, json_body
 
 __all__ = ["router"]
@@ -55,9 +55,9 @@ async def create_run(request: Request, response: Response, server: Server) -> Ru
 
     The same configuration again changes nothing.
     """
-    config = await server.block(partial(_read_config, await request.body()))
+    config = await server.workers.block(partial(_read_config, await request.body()))
     access_of(request).check("push", config.run)
-    run, created = await server.block(partial(server.registry.create, config))
+    run, created = await server.workers.block(partial(server.registry.create, config))
     response.status_code = 201 if created else 200
     return run.info()
 
@@ -92,7 +92,7 @@ async def show_run(run: RunName, server: Server) -> RunInfo:
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInfo:
     """Change the decay of one average from the next update on. The change is kept in the run's history."""
-    changed = await server.block(partial(server.registry.set_decay, run, body.decay, body.average))
+    changed = await server.workers.block(partial(server.registry.set_decay, run, body.decay, body.average))
     return changed.info()
 
 
@@ -103,9 +103,7 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInf
 )
 async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
     """Set num_updates to 0. Where use_num_updates is off it stays -1."""
-    found = server.registry.get(run)
-    await server.block(found.reset_num_updates)
-    return found.info()
+    return (await server.workers.block(partial(server.registry.reset_num_updates, run))).info()
 
 
 @router.post(
@@ -119,7 +117,7 @@ async def attach_writer(run: RunName, server: Server) -> Writer:
 
     From now on pushes with an earlier number, and without one, are refused: a trainer that was replaced cannot push.
     """
-    return await server.block(partial(server.registry.attach, run))
+    return await server.workers.block(partial(server.registry.attach, run))
 
 
 @router.post(
@@ -143,7 +141,9 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
     For a trainer that resumed from an older checkpoint. Without a snapshot: let a degraded run go on with the version
     that is there.
     """
-    return (await server.block(partial(server.registry.rewind, run, body.snapshot))).info()
+    registry, snapshot = server.registry, body.snapshot
+    go = partial(registry.accept, run) if snapshot is None else partial(registry.rewind, run, snapshot)
+    return (await server.workers.block(go)).info()
 
 
 @router.delete(
@@ -151,4 +151,4 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
 )
 async def delete_run(run: RunName, server: Server) -> None:
     """Delete the run with its weights and all its snapshots. There is no way back."""
-    await server.block(partial(server.registry.delete, run))
+    await server.workers.block(partial(server.registry.delete, run))

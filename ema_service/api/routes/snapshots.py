@@ -22,8 +22,8 @@ from ema_client.errors import (
 )
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
-from ema_service.api.context import RunName, Server, SnapshotName
 from ema_service.api.errors import problem_responses
+from ema_service.api.routes.parameters import RunName, Server, SnapshotName
 
 __all__ = ["router"]
 
@@ -57,7 +57,8 @@ async def put_snapshot(
     if keep is not None:
         # The rest of the series is deleted: more than a reader may do.
         access_of(request).check("push", run)
-    info, created = await server.block(partial(server.registry.files(run).snapshot, name, keep=keep))
+    found, snapshots = server.registry.get(run), server.registry.snapshots(run)
+    info, created = await server.workers.block(partial(snapshots.take, name, found.ready_state, keep=keep))
     response.status_code = 201 if created else 200
     return info
 
@@ -65,8 +66,7 @@ async def put_snapshot(
 @router.get("", summary="List snapshots", responses=problem_responses(RunNotFound, StorageDisabled, InvalidRequest))
 async def list_snapshots(run: RunName, server: Server) -> SnapshotList:
     """The run's snapshots, oldest first."""
-    files = server.registry.files(run)
-    return SnapshotList(tuple(await server.block(files.snapshots)))
+    return SnapshotList(tuple(await server.workers.block(server.registry.snapshots(run).all)))
 
 
 @router.get(
@@ -76,7 +76,7 @@ async def list_snapshots(run: RunName, server: Server) -> SnapshotList:
 )
 async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> SnapshotInfo:
     """Of which step and version the snapshot is, and how large."""
-    return await server.block(partial(server.registry.files(run).find_snapshot, name))
+    return await server.workers.block(partial(server.registry.snapshots(run).find, name))
 
 
 @router.delete(
@@ -87,4 +87,4 @@ async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> Sna
 )
 async def delete_snapshot(run: RunName, name: SnapshotName, server: Server) -> None:
     """Delete the snapshot's files. A download under way goes on to its end."""
-    await server.block(partial(server.registry.files(run).delete_snapshot, name))
+    await server.workers.block(partial(server.registry.snapshots(run).delete, name))

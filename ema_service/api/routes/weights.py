@@ -29,8 +29,9 @@ from ema_client.errors import (
     StepNotReached,
 )
 from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
-from ema_service.api.context import Context, Number, RunName, Server, SnapshotName
+from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
+from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
 from ema_service.api.transfer.pouring import pour
 from ema_service.bodies import WeightsStream
 from ema_service.bodies.outgoing import ReadBytes
@@ -87,16 +88,16 @@ async def get_weights(
     if min_step is not None:
         await _reach(server, found, min_step, wait)
     state = found.ready_state()
-    chosen = found.average(state, average)
-    info = found.weights_info(state, chosen)
-    stream = await server.block(
-        partial(WeightsStream, found.layout.shadows, info, lineage=found.lineage, dtype=dtype, prefix=prefix)
+    chosen, arena = state.at(found.ledger.succession.position(average))
+    info, lineage = state.version.weights_info(run, chosen), state.version.lineage
+    stream = await server.workers.block(
+        partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
     )
 
     async def open_source(stack: ExitStack) -> ReadBytes:
-        await server.hold(request, chosen.arena)
-        stack.callback(server.registry.frozen.release, chosen.arena)
-        data = await server.block(partial(server.registry.frozen.data, chosen.arena))
+        await server.hold(request, arena)
+        stack.callback(server.registry.frozen.release, arena)
+        data = await server.workers.block(partial(server.registry.frozen.data, arena))
         return lambda start, stop: data[start:stop]
 
     with ExitStack() as source:
@@ -123,11 +124,11 @@ async def get_snapshot_weights(
     prefix: Prefix = None,
 ) -> Response:
     """The weights of a snapshot; with Range, a broken download goes on where it stopped."""
-    files = server.registry.files(run)
+    snapshots = server.registry.snapshots(run)
     with ExitStack() as source:
-        file, info = await server.block(partial(files.open_snapshot, name, average))
+        file, info = await server.workers.block(partial(snapshots.open, name, average))
         source.callback(file.close)
-        stream = await server.block(
+        stream = await server.workers.block(
             partial(WeightsStream, file.header.entries, info, lineage=file.identity, dtype=dtype, prefix=prefix)
         )
 
@@ -145,10 +146,10 @@ async def _reach(server: Context, run: Run, step: int, wait: float) -> None:
     with server.watching(run) as moved:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
-                while not (_reached(run, step) or run.retired or server.stopping):
+                while not (_reached(run, step) or run.ledger.retired or server.stopping):
                     await moved.wait()
                     moved.clear()
-        if run.retired:
+        if run.ledger.retired:
             raise RunNotFound(f"run {run.config.run!r} was deleted")
         if not _reached(run, step):
             raise StepNotReached(f"run {run.config.run!r} did not reach step {step} within {wait:g} seconds")
@@ -156,7 +157,7 @@ async def _reach(server: Context, run: Run, step: int, wait: float) -> None:
 
 def _reached(run: Run, step: int) -> bool:
     state = run.state
-    return state is not None and state.step is not None and state.step >= step
+    return state is not None and state.version.step is not None and state.version.step >= step
 
 
 async def _answer(
@@ -218,14 +219,14 @@ class _Streaming(StreamingResponse):
 
 async def _from_memory(request: Request, server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
     for chunk in chunks:
-        sent, left = await pour(request, chunk, chunks, server.senders)
+        sent, left = await pour(request, chunk, chunks, server.workers.senders)
         server.metrics.sent.inc(sent)
         if left:
             yield left
 
 
 async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
-    while (chunk := await server.block(partial(next, chunks, None))) is not None:
+    while (chunk := await server.workers.block(partial(next, chunks, None))) is not None:
         yield chunk
 
 

@@ -20,25 +20,36 @@ import functools
 import os
 import select
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
-from ema_service.api.transfer.socket_threads import Lenders
+from ema_service.api.transfer.socket_threads import SocketThreads
 from ema_service.bodies import Body
 
 if TYPE_CHECKING:
     from ema_service.api.transfer.lending import LendingProtocol
 
-__all__ = ["FILL", "Fill", "Filling", "Pace", "content_length", "receive"]
+__all__ = ["FILL", "Fill", "Filling", "Pace", "Work", "content_length", "receive"]
 
-#: Name of the ASGI extension: ``await fill(body, length, silence, receivers)``, False where the body has to be
+#: Name of the ASGI extension: ``await fill(body, work, length, silence, receivers)``, False where the body has to be
 #: streamed.
 FILL = "ema.fill"
 
-Fill = Callable[[Body, int, float, Lenders], Awaitable[bool]]
+
+class Work(Protocol):
+    """What is done with a body's bytes behind the receiving; ``arrived``: Body.arrived, larger each time."""
+
+    def here(self, arrived: int) -> None:
+        """Do it now: called on a thread that receives."""
+
+    def elsewhere(self, arrived: int) -> None:
+        """Have it done by a thread: called on the event loop."""
+
+
+Fill = Callable[[Body, Work | None, int, float, SocketThreads], Awaitable[bool]]
 
 #: Bytes a second that a sender keeps up on average, beyond a grace as long as the silence it is allowed. A trickle
 #: would hold its staging for ever; other servers ask for 240 to 500, but of bodies that hold no gigabytes of memory.
@@ -66,20 +77,22 @@ def content_length(request: Request) -> int | None:
     return int(value)
 
 
-async def receive(request: Request, body: Body, receivers: Lenders, *, silence: float) -> None:
+async def receive(
+    request: Request, body: Body, receivers: SocketThreads, *, silence: float, work: Work | None = None
+) -> None:
     """Fill ``body``, made for the announced length.
 
-    silence: seconds the sender may stay silent. Raises what a Body raises, RequestTimeout, and ClientDisconnect where
-    the sender went away.
+    work: done behind the receiving, with what has come. silence: seconds the sender may stay silent.
+    Raises what a Body raises, RequestTimeout, and ClientDisconnect where the sender went away.
     """
     length = content_length(request)
     fill: Fill | None = request.scope.get("extensions", {}).get(FILL)
-    if fill is None or length is None or not await fill(body, length, silence, receivers):
-        await _stream(request, body, silence)
+    if fill is None or length is None or not await fill(body, work, length, silence, receivers):
+        await _stream(request, body, work, silence)
     body.finish()
 
 
-async def _stream(request: Request, body: Body, silence: float) -> None:
+async def _stream(request: Request, body: Body, work: Work | None, silence: float) -> None:
     pace = Pace(silence)
     try:
         async with asyncio.timeout_at(pace.deadline) as deadline:
@@ -88,6 +101,8 @@ async def _stream(request: Request, body: Body, silence: float) -> None:
                     await asyncio.to_thread(body.feed, chunk)
                 else:
                     body.feed(chunk)
+                if work:
+                    work.elsewhere(body.arrived)
                 pace.moved(len(chunk))
                 deadline.reschedule(pace.deadline)
     except TimeoutError:
@@ -132,9 +147,18 @@ class Filling(asyncio.BufferedProtocol):
     broken connection; uvicorn's keep-alive timeout ends that if the sender does not.
     """
 
-    def __init__(self, http: LendingProtocol, body: Body, remaining: int, pace: Pace, receivers: Lenders) -> None:
+    def __init__(
+        self,
+        http: LendingProtocol,
+        body: Body,
+        work: Work | None,
+        remaining: int,
+        pace: Pace,
+        receivers: SocketThreads,
+    ) -> None:
         self._http = http
         self._body = body
+        self._work = work
         self._remaining = remaining
         self._pace = pace
         self._receivers = receivers
@@ -146,6 +170,8 @@ class Filling(asyncio.BufferedProtocol):
         self._pace.moved(len(parsed))
         try:
             self._body.feed(parsed)
+            if self._work:
+                self._work.elsewhere(self._body.arrived)
         except EmaError as fault:
             self._fail(fault)
         if not self._hand_over():
@@ -175,6 +201,8 @@ class Filling(asyncio.BufferedProtocol):
         if self._discarding is None:
             try:
                 self._body.advance(nbytes)
+                if self._work:
+                    self._work.elsewhere(self._body.arrived)
             except EmaError as fault:
                 self._fail(fault)
             if self._body.unread:
@@ -234,6 +262,8 @@ class Filling(asyncio.BufferedProtocol):
                 self._pace.moved(count)
                 self._body.advance(count)
                 self._body.read_header()
+                if self._work:
+                    self._work.here(self._body.arrived)
         finally:
             os.close(descriptor)
 

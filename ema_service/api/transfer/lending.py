@@ -20,9 +20,9 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from ema_service.api.transfer.connection import LINGER_SECONDS, GuardedProtocol
-from ema_service.api.transfer.filling import FILL, Filling, Pace
+from ema_service.api.transfer.filling import FILL, Filling, Pace, Work
 from ema_service.api.transfer.pouring import POUR, POURED_BYTES, Pouring
-from ema_service.api.transfer.socket_threads import Lenders
+from ema_service.api.transfer.socket_threads import SocketThreads
 from ema_service.bodies import Body
 
 __all__ = ["LINK", "LendingProtocol", "Link", "link_of"]
@@ -76,7 +76,9 @@ class LendingProtocol(GuardedProtocol):
         self.extensions[POUR] = functools.partial(self._pour, self.scope)
         self.extensions[LINK] = self._link
 
-    async def _fill(self, scope: object, body: Body, length: int, silence: float, receivers: Lenders) -> bool:
+    async def _fill(
+        self, scope: object, body: Body, work: Work | None, length: int, silence: float, receivers: SocketThreads
+    ) -> bool:
         """Receive the body of the request of ``scope``, ``length`` bytes in all, into ``body``.
 
         False, and nothing done, where another request has come in behind it: then its body is parsed already.
@@ -90,7 +92,7 @@ class LendingProtocol(GuardedProtocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             cycle.waiting_for_100_continue = False
         parsed, cycle.body = cycle.body, bytearray()
-        filling = Filling(self, body, length - len(parsed), Pace(silence), receivers)
+        filling = Filling(self, body, work, length - len(parsed), Pace(silence), receivers)
         if cycle.more_body:
             self.transport.set_protocol(filling)
             self.flow.resume_reading()
@@ -99,7 +101,7 @@ class LendingProtocol(GuardedProtocol):
         return True
 
     async def _pour(
-        self, scope: object, left: memoryview, more: Iterator[memoryview], senders: Lenders
+        self, scope: object, left: memoryview, more: Iterator[memoryview], senders: SocketThreads
     ) -> tuple[int, memoryview]:
         cycle, transport = self.cycle, self.transport
         # Behind another request's answer, or what the transport has not sent yet, a thread would send too early.

@@ -14,14 +14,14 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from fastapi import Request
 
-from ema_service.api.transfer.socket_threads import Lenders
+from ema_service.api.transfer.socket_threads import SocketThreads
 
 __all__ = ["POUR", "POURED_BYTES", "Pour", "Pouring", "pour"]
 
 #: Name of the ASGI extension: ``await pour(left, more, senders)``, see pour().
 POUR = "ema.pour"
 
-Pour = Callable[[memoryview, Iterator[memoryview], Lenders], Awaitable[tuple[int, memoryview]]]
+Pour = Callable[[memoryview, Iterator[memoryview], SocketThreads], Awaitable[tuple[int, memoryview]]]
 
 #: A thread writes pieces that are at least so long; for less it is not worth waking.
 POURED_BYTES = 1 << 20
@@ -30,7 +30,7 @@ _IDLE_MS = 20
 
 
 async def pour(
-    request: Request, left: memoryview, more: Iterator[memoryview], senders: Lenders
+    request: Request, left: memoryview, more: Iterator[memoryview], senders: SocketThreads
 ) -> tuple[int, memoryview]:
     """Send ``left``, and of ``more`` what the reader takes at once; the head of the answer must have been sent.
 

@@ -10,21 +10,18 @@ from collections.abc import Callable
 
 from ema_service.threads import Threads
 
-__all__ = ["Lenders"]
+__all__ = ["SocketThreads"]
 
 
-class Lenders:
-    """Threads that sockets are lent to, each one body at a time. On the event loop only.
-
-    free: how many of them have none.
-    """
+class SocketThreads:
+    """Threads that sockets are lent to, each thread one at a time. On the event loop only. free: idle threads."""
 
     def __init__(self, threads: Threads, count: int) -> None:
         self._threads = threads
         self.free = count
 
     def lend(self, work: Callable[[], None]) -> asyncio.Future[None] | None:
-        """Have a thread do ``work``; None where none is free."""
+        """Have a thread do ``work`` with a socket; None where no thread is free."""
         if not self.free:
             return None
         self.free -= 1

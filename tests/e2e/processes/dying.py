@@ -18,6 +18,7 @@ from ema_service.bodies.incoming import UpdateBody
 from ema_service.cli import main
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.files import TensorFile
+from ema_service.storage.slot_files import SlotFiles
 from ema_service.storage.slots import Slot
 from ema_service.storage.store import Store
 
@@ -79,7 +80,7 @@ def save_snapshot(save: Callable[..., None]) -> Callable[..., None]:
 patch(UpdateBody, "advance", lambda _, count: ("receiving" if count > 10_000 else "", ""))
 Slot._write = write_half(Slot._write)  # type: ignore[method-assign]
 patch(Slot, "finish", named("slot without its header"))
-patch(Slot, "sync", named("before a sync", "after a sync"))
+patch(SlotFiles, "sync", named("before a sync", "after a sync"))
 patch(Catalog, "put_checkpoint", named("before the row", "row committed"))
 patch(Catalog, "mark_synced", named("before the anchor's row", "after the anchor's row"))
 patch(Catalog, "amend_checkpoint", named("before a change", "after a change"))

@@ -19,8 +19,8 @@ import uvicorn
 from ema_service.api import create_app
 from ema_service.api.routes import runs, weights
 from ema_service.api.transfer.lending import LendingProtocol
+from ema_service.bodies import incoming
 from ema_service.bodies.incoming import READ_AT_ONCE
-from ema_service.memory import staging
 from ema_service.settings import Settings
 
 NAMES = [f"model.layers.{number}.attention.query.weight" for number in range(4000)]
@@ -74,7 +74,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
         monkeypatch.setattr(module, name, watched)
 
     watch(runs, "_read_config")
-    watch(staging, "parse_header")
+    watch(incoming, "parse_header")
     watch(weights, "WeightsStream")
     return threads
 

@@ -13,7 +13,6 @@ import pytest
 import xxhash
 
 from ema_service.averaging import BLOCK_BYTES, GULP_BYTES, BlockDigest, Digest, fused
-from ema_service.averaging import digest as digest_module
 
 LINE_BYTES = 64
 
@@ -90,12 +89,11 @@ def test_library_alone() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 999, 1000, 1001, 3000, 4500])
 @pytest.mark.parametrize("piece", [7, 1000, 2300, 5000])
-def test_stream(length: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream(length: int, piece: int) -> None:
     """The hash of the hashes of its blocks, in whatever pieces it comes, and whoever hashed the blocks."""
-    monkeypatch.setattr(digest_module, "BLOCK_BYTES", 1000)
     data = np.random.default_rng(1).bytes(length)
     blocks = [xxhash.xxh3_128_digest(data[start : start + 1000]) for start in range(0, length, 1000)]
-    stream, apart = Digest(), Digest()
+    stream, apart = Digest(1000), Digest(1000)
     for start in range(0, length, piece):
         stream.update(memoryview(data)[start : start + piece])
     for block in blocks:
@@ -104,10 +102,9 @@ def test_stream(length: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert stream.digest() == apart.digest() == xxhash.xxh3_128_digest(b"".join(blocks))
 
 
-def test_blocks_between_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_between_bytes() -> None:
     """A block that someone else hashed may stand anywhere among blocks that come as bytes."""
-    monkeypatch.setattr(digest_module, "BLOCK_BYTES", 10)
-    mixed, plain = Digest(), Digest()
+    mixed, plain = Digest(10), Digest(10)
     plain.update(memoryview(b"0123456789" * 3 + b"end"))
     mixed.update(memoryview(b"0123456789"))
     mixed.add(xxhash.xxh3_128_digest(b"0123456789"))

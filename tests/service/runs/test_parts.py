@@ -102,7 +102,7 @@ def gatherer(local_run: MakeRun, model: Callable[[int], dict[str, Tensor]]) -> G
 
 
 def shadow_bytes(run: Run) -> list[bytes]:
-    return [average.arena.tensor.numpy().tobytes() for average in run.ready_state().averages]
+    return [arena.tensor.numpy().tobytes() for arena in run.ready_state().arenas]
 
 
 # --- the same as unsharded ------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_any_partition_equals_the_whole(data: st.DataObject) -> None:
     body.finish()
     runs[1].commit(update)
     assert shadow_bytes(runs[0]) == shadow_bytes(runs[1])
-    assert runs[0].ready_state().digest == runs[1].ready_state().digest
+    assert runs[0].ready_state().version.digest == runs[1].ready_state().version.digest
     assert parts.staging.bytes_in_use == 0
 
 
@@ -426,7 +426,7 @@ def test_stalled_step_makes_room(
 def test_decay_changed_between_parts(gatherer: Gatherer, model: Callable[[int], dict[str, Tensor]]) -> None:
     """A decay changed while parts are awaited counts for the update, and asks for no part again."""
     gatherer.send(1, 0, 2, part_body(model(1), rows(model(1), 0, 2)))
-    gatherer.run.set_decay(0.125, None)
+    gatherer.run.amend(lambda succession, version: succession.with_decay(version, 0.125, None))
     result: UpdateResult = gatherer.send(1, 1, 2, part_body(model(1), rows(model(1), 1, 2)))
 
     assert (result.applied, result.effective_decay) == (True, 0.125)

@@ -124,7 +124,7 @@ def test_unknown_run(server: LocalServer) -> None:
     """A run that is not there is named in the refusal, whatever is asked of it."""
     for act in (
         lambda: server.registry.get("nobody"),
-        lambda: server.registry.files("nobody"),
+        lambda: server.registry.snapshots("nobody"),
         lambda: server.registry.delete("nobody"),
         lambda: server.registry.set_decay("nobody", 0.5, None),
     ):
@@ -172,7 +172,7 @@ def test_memory_mode_keeps_nothing(local_server: StartServer, model: Model) -> N
     server.registry.checkpoint()
 
     with pytest.raises(StorageDisabled, match="--memory"):
-        server.registry.files("r")
+        server.registry.snapshots("r")
     assert run.info.durable_step is None
     server.stop()
 

@@ -28,6 +28,7 @@ from ema_client.errors import (
     WeightsExist,
 )
 from ema_client.protocol import AverageConfig
+from ema_service.runs import Run
 
 if TYPE_CHECKING:
     from ema_service.memory import Memory
@@ -68,9 +69,9 @@ def test_run_awaits_its_weights(local_run: MakeRun, model: Model) -> None:
     )
     for act in (
         lambda: run.push(1, model(1)),
-        lambda: run.run.admit(1),
-        lambda: run.run.set_decay(0.5, None),
-        run.run.reset_num_updates,
+        lambda: run.run.ledger.admit(1),
+        lambda: run.set_decay(0.5),
+        run.reset_num_updates,
     ):
         with pytest.raises(AwaitingWeights):
             act()
@@ -147,7 +148,7 @@ def test_updates_are_litemas(
         assert result.num_updates == oracle.num_updates.item() == run.info.num_updates
         assert_equal(run.shadows(), oracle.shadow)
         if step == 20:
-            run.run.reset_num_updates()
+            run.reset_num_updates()
             oracle.num_updates.fill_(0 if counting else -1)
 
 
@@ -268,7 +269,7 @@ def test_step_again_with_other_bytes(local_run: MakeRun, model: Model) -> None:
     with pytest.raises(StaleStep, match="step 3"):
         run.push(3, model(3))
     with pytest.raises(StaleStep):
-        run.run.admit(0)
+        run.run.ledger.admit(0)
     assert run.state is state
 
 
@@ -276,8 +277,8 @@ def test_update_is_refused_before_its_body(local_run: MakeRun, model: Model) -> 
     """admit() and begin() refuse what cannot be applied, before a body is read, and let the latest step through."""
     run = local_run(model(0))
     run.push(4, model(4))
-    run.run.admit(4)
-    run.run.admit(5)
+    run.run.ledger.admit(4)
+    run.run.ledger.admit(5)
 
     with pytest.raises(StaleStep):
         run.run.begin(3, run.staged(model(3)))
@@ -289,7 +290,7 @@ def test_dropped_update_leaves_no_trace(local_run: MakeRun, model: Model) -> Non
     run.push(1, model(1))
     state, before = run.state, {name: value.clone() for name, value in run.shadows().items()}
     update = run.run.begin(2, run.staged(model(2)))
-    update.work.finish()
+    update.preparation.finish()
     del update
 
     assert run.state is state
@@ -300,8 +301,8 @@ def test_dropped_update_leaves_no_trace(local_run: MakeRun, model: Model) -> Non
     "meddle",
     [
         lambda run, model: run.push(7, model(7)),
-        lambda run, _: run.run.set_decay(0.5, None),
-        lambda run, _: run.run.reset_num_updates(),
+        lambda run, _: run.set_decay(0.5),
+        lambda run, _: run.reset_num_updates(),
     ],
     ids=["another update", "another decay", "a reset"],
 )
@@ -336,7 +337,8 @@ def test_steps_applied_are_remembered(local_run: MakeRun, model: Model) -> None:
     run.push(3, model(3))
     run.push(9, model(9))
 
-    assert [run.run.status_of(step).state for step in (3, 4, 9, 10)] == ["applied", "unknown", "applied", "unknown"]
+    states = [run.run.ledger.status_of(step).state for step in (3, 4, 9, 10)]
+    assert states == ["applied", "unknown", "applied", "unknown"]
 
 
 def test_steps_up_to_the_largest(local_run: MakeRun, model: Model) -> None:
@@ -413,8 +415,8 @@ def test_decay_from_the_next_update_on(local_run: MakeRun, model: Model, litema:
     averages = (AverageConfig("a"), AverageConfig("b"))
     run = local_run(model(0), decay=0.9, use_num_updates=False, averages=averages)
     first, second = litema(model(0), 0.9, use_num_updates=False), litema(model(0), 0.9, use_num_updates=False)
-    run.run.set_decay(0.25, None)
-    run.run.set_decay(0.5, "b")
+    run.set_decay(0.25)
+    run.set_decay(0.5, "b")
     first.decay.fill_(0.25)
     second.decay.fill_(0.5)
     assert run.info.decay == 0.25
@@ -435,9 +437,9 @@ def test_impossible_decay_is_refused(decay: float, local_run: MakeRun, model: Mo
     state = run.state
 
     with pytest.raises(InvalidRequest, match="decay"):
-        run.run.set_decay(decay, None)
+        run.set_decay(decay)
     with pytest.raises(AverageNotFound):
-        run.run.set_decay(0.5, "none")
+        run.set_decay(0.5, "none")
     assert run.state is state
 
 
@@ -446,7 +448,7 @@ def test_reset_keeps_the_mode(local_run: MakeRun, model: Model) -> None:
     counting, fixed = local_run(model(0)), local_run(model(0), use_num_updates=False)
     for run, expected in ((counting, 0), (fixed, -1)):
         run.push(1, model(1))
-        run.run.reset_num_updates()
+        run.reset_num_updates()
         assert run.info.num_updates == expected
 
     assert counting.push(2, model(2)).effective_decay == torch.div(2, torch.tensor(11.0)).item()
@@ -467,7 +469,7 @@ def test_retired_run_takes_nothing(local_run: MakeRun, model: Model) -> None:
 def test_degraded_run_says_why(local_run: MakeRun, model: Model) -> None:
     """A run whose state cannot be read is degraded, refuses everything, and says why."""
     run = local_run(model(0), begun=False)
-    run.run.fault = "its checkpoint cannot be read"
+    run.run.restore(None, (), 0, "its checkpoint cannot be read")
 
     assert run.info.status == "degraded"
     for act in (lambda: run.push(1, model(1)), lambda: run.begin(model(0)), run.run.ready_state):
@@ -479,37 +481,49 @@ def test_listeners_hear_of_each_change(local_run: MakeRun, model: Model) -> None
     """A listener is called after each change of state and not for what changed nothing."""
     run = local_run(model(0))
     heard: list[str] = []
-    run.run.listeners.add(lambda: heard.append(run.state.version))
-    run.push(1, model(1))
-    run.push(1, model(1))
-    run.run.set_decay(0.5, None)
-    run.push(2, model(2))
+    with run.run.changes.heard_by(lambda: heard.append(str(run.version))):
+        run.push(1, model(1))
+        run.push(1, model(1))
+        run.set_decay(0.5)
+        run.push(2, model(2))
+    run.push(3, model(3))
 
     assert heard == ["1.1", "1.1", "1.2"]
 
 
 def test_state_is_read_without_waiting(local_run: MakeRun, model: Model) -> None:
-    """While the run's lock is held, its state and its info can be read."""
+    """While someone changes the run, under its lock, its state and its info can be read."""
     run = local_run(model(0))
     seen: list[str | None] = []
-    with run.run._lock:
+
+    def read(_: int) -> None:
         reader = threading.Thread(target=lambda: seen.append(run.run.info().version))
         reader.start()
         reader.join(10)
 
+    run.run.attach(read)
+
     assert seen == ["1.0"]
+
+
+class EachIsKept:
+    """A keeper that is never asked for anything."""
+
+    every = True
+    durable_step: int | None = None
+    trouble: str | None = None
 
 
 def test_commit_on_the_event_loop(local_run: MakeRun, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where it waits for nothing: no disk, no device, nobody else who changes the run, and little to average."""
     run = local_run({"w": torch.zeros(1000)}).run
+    kept = Run(run.config, run.layout, memory, EachIsKept(), created_at=1.0)  # type: ignore[arg-type]
 
     assert run.quick
-    with run._lock:
-        assert not run.quick
-    with monkeypatch.context() as change:
-        change.setattr(run, "keeper", object())
-        assert not run.quick
+    assert not kept.quick
+    held: list[bool] = []
+    run.attach(lambda _: held.append(run.quick))
+    assert held == [False]
     with monkeypatch.context() as change:
         change.setattr(memory, "on_host", False)
         assert not run.quick

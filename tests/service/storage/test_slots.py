@@ -234,8 +234,8 @@ def test_large_versions_are_written_as_they_are_made(
     """However a version comes to be, its file holds it; past the page cache, but for odd ends and what has to hurry."""
     slots = Slots(tmp_path, {"ema": Extent(8192, LARGE)}, [], THREADS, patient=patient)
     slot = slots.take()
-    slot.open()
-    if ("ema", True) not in slot._descriptors:
+    slot.files.open()
+    if not slot.files.past_cache:
         pytest.skip("the file system of the tests' folder has no direct writes")
     writes = Writes(monkeypatch)
     for stop in [*range(step, LARGE, step), LARGE]:
@@ -385,8 +385,8 @@ def test_synced_slot_holds_no_descriptor(slots: Slots) -> None:
     slot = slots.take()
     fill(slot)
     assert len(_descriptors()) == len(before) + 2
-    slot.sync()
+    slot.files.sync()
 
     assert _descriptors() == before
-    slot.sync()
+    slot.files.sync()
     assert _descriptors() == before

@@ -245,14 +245,14 @@ def test_silence_is_broken_by_comments(local_server: Callable[..., Any]) -> None
 def test_changes_are_differences(local_run: Callable[..., Any]) -> None:
     """What happened between two looks is told once however often it happened, and in a fixed order."""
     run = local_run(W)
-    before = Look(run.run.state)
+    before = Look(run.version)
     assert list(changes(run.run, before, before)) == []
 
     run.push(1, W)
     run.push(2, W)
-    run.run.set_decay(0.5, None)
-    run.run.reset_num_updates()
-    told = list(changes(run.run, before, Look(run.run.state)))
+    run.set_decay(0.5)
+    run.reset_num_updates()
+    told = list(changes(run.run, before, Look(run.version)))
     # The counter did not fall between the two looks: from 0 by two updates and a reset to 0.
     assert [(event.kind, event.version) for event in told] == [("version", "1.2"), ("decay_changed", "1.2")]
     assert [event.kind for event in changes(run.run, Look(), before)] == ["version"]

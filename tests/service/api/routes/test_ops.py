@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MakeRun = Callable[..., "PlainRun"]
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 NAMES = {
     "ema_updates",
     "ema_watchers",

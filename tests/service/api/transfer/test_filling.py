@@ -31,8 +31,8 @@ from fastapi import FastAPI
 from ema_service.api import create_app
 from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
-from ema_service.runs.update import Pass
 from ema_service.settings import Settings
+from ema_service.shadows.passes import Pass
 
 STOCK = """
 import sys, uvicorn
@@ -429,7 +429,9 @@ def test_long_bodies_are_read_and_averaged_on_a_thread(running_app, monkeypatch)
         with Raw(url) as raw:
             raw.send(message[: 2 << 20])
             wait_until(lambda: reading)
-            wait_until(lambda: app.state.context.receivers.free == os.cpu_count())  # though the body is not over
+            wait_until(
+                lambda: app.state.context.workers.receivers.free == os.cpu_count()
+            )  # though the body is not over
             raw.send(message[2 << 20 :])
             assert raw.answer()[0] == 200
     assert reading

@@ -33,12 +33,11 @@ from ema_client.protocol import Segment
 from ema_service.api import create_app
 from ema_service.api.transfer import segments as segment_module
 from ema_service.api.transfer.segments import Mappings, named, take_over
-from ema_service.averaging import digest
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Staged
 from ema_service.memory.staging import _Budget
-from ema_service.runs import update
 from ema_service.settings import Settings
+from ema_service.shadows.passes import Feed, Grain, pass_over
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
@@ -457,7 +456,6 @@ def test_blocks_do_not_depend_on_threads(
     offer: Callable[..., Offer],
     helpers: ThreadPoolExecutor,
     mappings: Mappings,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Divided into blocks that end anywhere among dtypes, copies and pieces, digest and averages are those of one."""
     dtypes = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -465,21 +463,23 @@ def test_blocks_do_not_depend_on_threads(
     def model(value: float) -> dict[str, Tensor]:
         return {name: torch.linspace(-value, value, 5119).to(dtype) for name, dtype in dtypes.items()}
 
+    run = local_run(model(1.0), copied=("f32", "f16"))
+    [shadow] = run.state.arenas
     for block in (2048, 8192, 1 << 20):
-        for module in (update, digest):
-            monkeypatch.setattr(module, "BLOCK_BYTES", block)
-        monkeypatch.setattr(update, "PIECE_BYTES", 1024)
-        alone, divided = (local_run(model(1.0), copied=("f32", "f16")) for _ in range(2))
-        alone.push(1, model(3.0))
+        grain = Grain(piece=1024, block=block)
+        alone = run.staged(model(3.0))
         one = offer(model(3.0))
-        staged = Staged(divided.run.layout, memory)
-        body = UpdateBody(staged, one.fields["length"])
+        divided = Staged(run.run.layout, memory)
+        body = UpdateBody(divided, one.fields["length"])
         take_over(Segment(secret=one.secret, **one.fields), body, helpers, mappings)
-        assert staged.shared is not None
-        divided.run.commit(divided.run.begin(1, staged))
+        assert divided.shared is not None
+        digests = [
+            pass_over(staged, [Feed(staged.arena, shadow, 0.25)], check=True, grain=grain).finish()
+            for staged in (alone, divided)
+        ]
 
-        assert divided.state.digest == alone.state.digest
-        assert all(torch.equal(a, b) for a, b in zip(*(r.shadows().values() for r in (divided, alone)), strict=True))
+        assert digests[0] == digests[1]
+        assert torch.equal(alone.arena.tensor, divided.arena.tensor)
 
 
 def test_memory_is_let_go_at_release(
@@ -502,7 +502,7 @@ def test_memory_is_let_go_at_release(
     staged.release()
 
     assert not mapped_here()
-    assert update_in_hand.work is not None
+    assert update_in_hand.preparation is not None
 
 
 # --- what is kept between two pushes --------------------------------------------------------------------------------

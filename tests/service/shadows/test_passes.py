@@ -19,12 +19,10 @@ from torch import Tensor
 from ema_client.errors import NonFinite
 from ema_client.protocol import TensorSpec
 from ema_service.averaging import BlockDigest, Digest
-from ema_service.averaging import digest as digest_module
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.memory.arena import TORCH_DTYPES, Arena
 from ema_service.memory.staging import Shared
-from ema_service.runs import update
-from ema_service.runs.update import Feed, Pass
+from ema_service.shadows.passes import Feed, Grain, pass_over
 
 WEIGHTS = (0.25, 0.8)
 
@@ -48,7 +46,14 @@ class Push:
     """
 
     def __init__(
-        self, layout: Layout, memory: Memory, tensors: dict[str, Tensor], shadow: Arena, *, ahead: int = 0
+        self,
+        layout: Layout,
+        memory: Memory,
+        tensors: dict[str, Tensor],
+        shadow: Arena,
+        *,
+        ahead: int = 0,
+        grain: Grain | None = None,
     ) -> None:
         self._ahead = ahead
         self._data = data_of(tensors)
@@ -57,7 +62,7 @@ class Push:
         self._arrived = 0
         self.outs = [memory.new_arena(layout), self._staged.arena]
         feeds = [Feed(out, shadow, weight) for out, weight in zip(self.outs, WEIGHTS, strict=True)]
-        self._pass = Pass(self._staged, feeds, check=True)
+        self._pass = pass_over(self._staged, feeds, check=True, grain=grain)
 
     def arrive(self, count: int) -> None:
         arrived = min(count + self._ahead, len(self._data))
@@ -73,13 +78,13 @@ class Push:
 
 @given(
     parts=st.lists(st.integers(0, 500), max_size=12),
-    block=st.sampled_from([8, 24, 1 << 18]),
+    piece=st.sampled_from([8, 24, 1 << 18]),
     ahead=st.sampled_from([0, 1, 50, 500]),
 )
-@example(parts=[166], block=1 << 18, ahead=500)  # in the middle of the last float32 but one, before bf16
+@example(parts=[166], piece=1 << 18, ahead=500)  # in the middle of the last float32 but one, before bf16
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_result_does_not_depend_on_how_it_arrives(
-    parts: list[int], block: int, ahead: int, model: Model, layout_of: Callable[..., Layout], memory: Memory
+    parts: list[int], piece: int, ahead: int, model: Model, layout_of: Callable[..., Layout], memory: Memory
 ) -> None:
     """Worked through in any parts, cut anywhere, digest and averages are those of the whole, bit for bit."""
     layout = layout_of(model(0))
@@ -87,14 +92,11 @@ def test_result_does_not_depend_on_how_it_arrives(
     shadow.tensor.zero_()
     whole = Push(layout, memory, model(1), shadow).finish()
 
-    push = Push(layout, memory, model(1), shadow, ahead=ahead)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "PIECE_BYTES", block)
-        for count in sorted(min(part, layout.param_bytes) for part in parts):
-            push.arrive(count)
-        arrived = push.finish()
+    push = Push(layout, memory, model(1), shadow, ahead=ahead, grain=Grain(piece=piece))
+    for count in sorted(min(part, layout.param_bytes) for part in parts):
+        push.arrive(count)
 
-    assert arrived == whole
+    assert push.finish() == whole
 
 
 def test_every_byte_may_be_the_last_of_a_part(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:
@@ -111,20 +113,20 @@ def test_every_byte_may_be_the_last_of_a_part(model: Model, layout_of: Callable[
 
 @pytest.mark.parametrize(("piece", "block"), [(1024, 2048), (1024, 1 << 20)])
 def test_copied_tensors_are_the_parameters(
-    piece: int, block: int, layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
+    piece: int, block: int, layout_of: Callable[..., Layout], memory: Memory
 ) -> None:
     """In every average, however they arrive, they are the pushed bits, widened; averages of the others, and the digest,
     are as ever, with blocks of it that are averaged, copied, or both."""
-    for module in (update, digest_module):
-        monkeypatch.setattr(module, "BLOCK_BYTES", block)
-    monkeypatch.setattr(update, "PIECE_BYTES", piece)
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     tensors = {f"{n}.{dtype}": torch.linspace(-n, 3.0, 1501).to(dtype) for n in range(1, 5) for dtype in dtypes}
     averaged = layout_of(tensors)
     mixed = Layout([entry.spec for entry in averaged.params], [entry.name for entry in averaged.params[::2]])
     shadow = memory.new_arena(averaged)
     shadow.tensor.zero_()
-    whole, push = (Push(layout, memory, tensors, Arena(layout, shadow.tensor)) for layout in (averaged, mixed))
+    grain = Grain(piece=piece, block=block)
+    whole, push = (
+        Push(layout, memory, tensors, Arena(layout, shadow.tensor), grain=grain) for layout in (averaged, mixed)
+    )
     for count in range(0, mixed.param_bytes, 777):
         push.arrive(count)
     (digest, plain), (same, found) = whole.finish(), push.finish()
@@ -137,17 +139,15 @@ def test_copied_tensors_are_the_parameters(
             assert result[entry.begin : entry.end] == expected, entry.name
 
 
-def test_what_is_made_ends_at_whole_pieces(
-    layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_made_ends_at_whole_pieces(layout_of: Callable[..., Layout], memory: Memory) -> None:
     """However a push arrives, its results are told of by whole pieces: the disk takes whole pages, and only those."""
-    monkeypatch.setattr(update, "PIECE_BYTES", 64)
     layout = layout_of({"w": torch.zeros(100)})
     shadow = memory.new_arena(layout)
     shadow.tensor.zero_()
     staged, told = Staged(layout, memory), []
     staged.data[:] = bytes(layout.param_bytes)
-    work = Pass(staged, [Feed(staged.arena, shadow, 0.5, lambda _, upto: told.append(upto))], check=True)
+    feed = Feed(staged.arena, shadow, 0.5, lambda _, upto: told.append(upto))
+    work = pass_over(staged, [feed], check=True, grain=Grain(piece=64))
     for received in range(7, layout.param_bytes, 7):
         work.advance(received)
     work.finish()
@@ -186,9 +186,6 @@ def test_digest_is_xxh3_of_blocks(
     are those of results that are followed, where they are of the same bytes as the parameters' and the first average's.
     """
     block, given, followed = 4096, [], []
-    for module in (update, digest_module):
-        monkeypatch.setattr(module, "BLOCK_BYTES", block)
-    monkeypatch.setattr(update, "PIECE_BYTES", block // 2)
     to_library = BlockDigest.update
     monkeypatch.setattr(BlockDigest, "update", lambda it, data: (given.append(len(data)), to_library(it, data)))
     to_stream = Digest.update
@@ -209,7 +206,7 @@ def test_digest_is_xxh3_of_blocks(
             apart = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone().numpy().data
             assert staged.adopt(Shared(apart, lambda: None, helpers), 0)
             feeds = [Feed(memory.new_arena(layout), shadow, 0.5, feed.sink) for feed in feeds]
-        made = Pass(staged, feeds, check=False).finish()
+        made = pass_over(staged, feeds, check=False, grain=Grain(piece=block // 2, block=block)).finish()
 
     assert made == digest_of(data, block)
     assert [feed.out.digest for feed in feeds] == [
@@ -229,13 +226,8 @@ def test_digest_is_xxh3_of_blocks(
 
 
 @pytest.mark.parametrize("piece", [1024, 1536, 5000])
-def test_digest_of_results_that_arrive(
-    piece: int, layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digest_of_results_that_arrive(piece: int, layout_of: Callable[..., Layout], memory: Memory) -> None:
     """In any pieces; and of nobody's results, unless someone follows them."""
-    for module in (update, digest_module):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 2048)
-    monkeypatch.setattr(update, "PIECE_BYTES", 1024)
     tensors = {"a": torch.linspace(-1, 1, 3001), "b": torch.linspace(5, 6, 777).bfloat16()}
     layout = layout_of(tensors)
     shadow = memory.new_arena(layout)
@@ -243,7 +235,8 @@ def test_digest_of_results_that_arrive(
     staged = Staged(layout, memory)
     staged.data[:] = data_of(tensors)
     alone, out = memory.new_arena(layout), staged.arena
-    work = Pass(staged, [Feed(alone, shadow, 0.5), Feed(out, shadow, 0.25, lambda *_: None)], check=True)
+    feeds = [Feed(alone, shadow, 0.5), Feed(out, shadow, 0.25, lambda *_: None)]
+    work = pass_over(staged, feeds, check=True, grain=Grain(piece=1024, block=2048))
     for received in range(0, layout.param_bytes, piece):
         work.advance(received)
     work.finish()
@@ -264,7 +257,7 @@ def test_digest_is_of_the_parameters(model: Model, layout_of: Callable[..., Layo
     def digest(data: bytes, *feeds: Feed) -> bytes:
         staged = Staged(layout, memory)
         staged.data[:] = data
-        return Pass(staged, feeds, check=False).finish()
+        return pass_over(staged, feeds, check=False).finish()
 
     data = data_of(model(0))
     flipped = [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(0, len(data), 7)]
@@ -279,7 +272,7 @@ def test_non_finite_names_a_few_tensors(memory: Memory) -> None:
     staged.data[:] = data_of(tensors)
 
     with pytest.raises(NonFinite, match="NaN or Inf in t1, t2, t3, t4, t5 and 3 more"):
-        Pass(staged, [Feed(staged.arena, None, 0.0)], check=True).finish()
+        pass_over(staged, [Feed(staged.arena, None, 0.0)], check=True).finish()
 
 
 def _layout(tensors: dict[str, Tensor]) -> Layout:

@@ -37,8 +37,7 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig
-from ema_service.bodies import WeightsStream
-from ema_service.runs import checkpoints
+from ema_service.persistence import rows
 from ema_service.storage.catalog import Catalog, CatalogUnusable
 
 if TYPE_CHECKING:
@@ -77,14 +76,11 @@ def again(server: LocalServer) -> LocalRun:
 
 def seen(run: LocalRun) -> dict[str, Any]:
     """Everything of a run that must come back: its bytes, counters, version, ETag, and what it knows of steps."""
-    state = run.state
-    stream = WeightsStream(
-        run.run.layout.shadows, run.run.weights_info(state, state.averages[0]), lineage=run.run.lineage
-    )
     return {
-        **{a.name: (a.decay, a.effective_decay, a.arena.tensor.numpy().tobytes()) for a in state.averages},
-        "state": (state.version, state.step, state.num_updates, state.digest, state.updated_at),
-        "etag": stream.etag,
+        "averages": {each.name: (each, run.bytes()[each.name]) for each in run.version.averages},
+        "bytes": run.bytes(),
+        "version": run.version,
+        "etag": run.etag,
         "status": run.info.status,
     }
 
@@ -123,7 +119,7 @@ def test_crash_loses_nothing(
             assert run.push(step, model(step)).durable_step == step
 
     assert not run.push(50, model(50)).applied
-    assert {run.run.status_of(step).state for step in (40, 50)} == {"applied"}
+    assert {run.run.ledger.status_of(step).state for step in (40, 50)} == {"applied"}
     with pytest.raises(StaleStep):
         run.push(40, model(40))
 
@@ -136,9 +132,9 @@ def test_changes_without_tensors_survive(
     run = begun(durability)
     changes: list[Callable[[LocalRun], object]] = [
         lambda _: server.registry.set_decay("r", 0.25, "fast"),
-        lambda _: [files.sync() for files in server.registry.unsynced()],
-        lambda run: run.run.set_decay(0.75, None),
-        lambda run: run.run.reset_num_updates(),
+        lambda _: [versions.sync() for versions in server.registry.unsynced()],
+        lambda run: run.set_decay(0.75),
+        lambda run: run.reset_num_updates(),
     ]
     for change in changes:
         change(run)
@@ -173,8 +169,8 @@ def test_slots_are_few_and_reused(
 ) -> None:
     """However many updates: two slots for disk, three for process, whose newest is a file the library opens."""
     run = begun(durability, range(1, 30))
-    for files in server.registry.unsynced():
-        files.sync()
+    for versions in server.registry.unsynced():
+        versions.sync()
     for step in range(30, 60):
         run.push(step, model(step))
     loaded = load_file(newest_slot(server) / "fast.safetensors")
@@ -192,7 +188,7 @@ def test_push_that_breaks_off_gives_its_slot_back(
     before = seen(run)
     for step in range(40, 50):
         update = run.run.begin(step, run.staged(model(step)))
-        update.work.advance(100)
+        update.preparation.advance(100)
         del update
     assert run.info.status == "ready"
     assert len(list(newest_slot(server).parent.iterdir())) == {"disk": 2, "process": 3}[durability]
@@ -206,7 +202,7 @@ def test_racing_writers_have_a_slot_each(server: LocalServer, begun: Callable[..
     run = begun("process")
     updates = [run.run.begin(step, run.staged(model(step))) for step in (40, 41, 42)]
     for update in updates:
-        update.work.advance(run.run.layout.param_bytes)
+        update.preparation.advance(run.run.layout.param_bytes)
     run.run.commit(updates[1])
     for update in (updates[0], updates[2]):
         with pytest.raises((StaleStep, Superseded)):
@@ -227,10 +223,10 @@ def test_keeping_a_run_keeps_no_memory(
     server.registry.checkpoint()
     gc.disable()
     try:
-        superseded = weakref.ref(run.state.averages[0].arena)
+        superseded = weakref.ref(run.state.arenas[0])
         run.push(40, model(40))
         assert superseded() is None
-        latest = weakref.ref(run.state.averages[0].arena)
+        latest = weakref.ref(run.state.arenas[0])
         server.registry.delete("r")
         del run
         assert latest() is None
@@ -317,9 +313,9 @@ def test_failed_change_is_not_made(begun: Callable[..., LocalRun], monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(Catalog, "amend_checkpoint", _no_row)
         with pytest.raises(StorageFailed):
-            run.run.set_decay(0.5, None)
+            run.set_decay(0.5)
     assert seen(run) == {**before, "status": "degraded"}
-    run.run.set_decay(0.5, None)
+    run.set_decay(0.5)
 
     assert run.info.decay == 0.5
 
@@ -340,7 +336,7 @@ def test_slot_of_a_doubtful_row_is_left_alone(
         with pytest.raises(StorageFailed):
             run.push(40, model(40))
     update = run.run.begin(41, run.staged(model(41)))
-    update.work.advance(run.run.layout.param_bytes)
+    update.preparation.advance(run.run.layout.param_bytes)
     server.crash()
     run = again(server)
 
@@ -366,17 +362,17 @@ def test_failed_sync_is_told_and_never_believed(
 ) -> None:
     """A version whose sync failed is not asked for again: the kernel would say yes. The next version makes it good."""
     run = begun("process")
-    [files] = server.registry.unsynced()
+    [versions] = server.registry.unsynced()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", _eio)
-        files.sync()
+        versions.sync()
     assert (run.info.status, "could not be synced" in (run.info.reason or "")) == ("degraded", True)
     assert server.registry.unsynced() == []
-    files.sync()
+    versions.sync()
     assert run.info.status == "degraded"
     run.push(40, model(40))
-    assert server.registry.unsynced() == [files]
-    files.sync()
+    assert server.registry.unsynced() == [versions]
+    versions.sync()
 
     assert (run.info.status, server.registry.unsynced()) == ("ready", [])
 
@@ -388,10 +384,10 @@ def test_clean_stop_after_a_failed_sync(
     run = begun("process")
     before = seen(run)
     slot = newest_slot(server)
-    [files] = server.registry.unsynced()
+    [versions] = server.registry.unsynced()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", _eio)
-        files.sync()
+        versions.sync()
     server.stop()
 
     assert newest_slot(server) != slot
@@ -417,11 +413,11 @@ def test_damage_is_told_and_the_version_before_is_there(
     info = run.info
     assert (info.status, info.step, info.version, info.durable_step) == ("degraded", 30, "2.3", 30)
     assert "the updates after step 30 up to step 40 are gone" in (info.reason or "")
-    assert {name: seen(run)[name] for name in ("slow", "fast")} == {name: before[name] for name in ("slow", "fast")}
-    for act in (lambda: run.push(50, model(50)), lambda: run.run.set_decay(0.5, None), run.run.reset_num_updates):
+    assert seen(run)["averages"] == before["averages"]
+    for act in (lambda: run.push(50, model(50)), lambda: run.set_decay(0.5), run.reset_num_updates):
         with pytest.raises(RunDegraded, match="after step 30 up to step 40"):
             act()
-    assert server.registry.files("r").snapshot("rest")[0].step == 30
+    assert server.snapshot("rest")[0].step == 30
 
 
 def test_repaired_file_brings_everything_back(
@@ -487,7 +483,7 @@ def test_damaged_catalog(seed: int, server: LocalServer, begun: Callable[..., Lo
         return
     if run.info.status == "ready" and run.info.version in version:
         back, before = seen(run), version[run.info.version]
-        assert {name: back[name][2] for name in ("slow", "fast")} == {n: before[n][2] for n in ("slow", "fast")}
+        assert back["bytes"] == before["bytes"]
 
 
 def test_clock_may_jump(server: LocalServer, begun: Callable[..., LocalRun], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,7 +551,7 @@ def test_checksums_of_all_bytes_as_one(damaged: bool, server: LocalServer, model
     run = server.create("r", model(0), averages=TWO, durability="process")
     run.begin(model(0))
     run.push(10, model(10))
-    server.registry.files("r").snapshot("s")
+    server.snapshot("s")
     before = seen(run)
     server.stop()
     slot = newest_slot(server)
@@ -580,8 +576,8 @@ def test_checksums_of_all_bytes_as_one(damaged: bool, server: LocalServer, model
     else:
         assert seen(run) == before
         run.push(20, model(20))
-    server.registry.files("r").rewind("s")
-    assert {a.name: seen(run)[a.name][2] for a in TWO} == {a.name: before[a.name][2] for a in TWO}
+    server.registry.rewind("r", "s")
+    assert seen(run)["bytes"] == before["bytes"]
 
 
 # --- power loss -----------------------------------------------------------------------------------------------------
@@ -653,23 +649,23 @@ def test_power_loss(
     assert server.folder is not None
     power = Power(server.folder, monkeypatch)
     run = begun(durability, range(0))
-    files = server.registry.files("r")
     named, synced = {}, None
     dice = random.Random(durability)
     for step in range(1, 25):
         run.push(step, model(step))
         named[run.info.version] = seen(run)
         if dice.random() < 0.3:
-            files.sync()
-        if not files.unsynced:
+            for versions in server.registry.unsynced():
+                versions.sync()
+        if not server.registry.unsynced():
             synced = step
         half = run.run.begin(step + 1, run.staged(model(99)))
-        half.work.advance(run.run.layout.param_bytes if dice.random() < 0.5 else 300)
+        half.preparation.advance(run.run.layout.param_bytes if dice.random() < 0.5 else 300)
         for seed in range(3):
             target = tmp_path / f"after-{step}-{seed}"
             power.lost(target, seed=step * 10 + seed)
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoints, "_boot", lambda: "another")
+                patch.setattr(rows, "boot_id", lambda: "another")
                 _check(local_server(folder=target), durability, named, synced, step)
             shutil.rmtree(target)
 
@@ -688,7 +684,7 @@ def _check(
         assert (synced or 0) <= (info.step or 0) <= step
         if info.step:
             before = named[f"1.{info.step}"]
-            assert {name: seen(back)[name] for name in ("slow", "fast")} == {n: before[n] for n in ("slow", "fast")}
+            assert seen(back)["averages"] == before["averages"]
     after.end()
 
 
@@ -698,7 +694,7 @@ def test_machine_that_went_down_cleanly(
     """After a clean stop the machine may start anew: nothing can be missing, so no epoch is spent."""
     before = seen(begun("process"))
     server.stop()
-    monkeypatch.setattr(checkpoints, "_boot", lambda: "another")
+    monkeypatch.setattr(rows, "boot_id", lambda: "another")
 
     assert seen(again(server)) == before
 
@@ -707,7 +703,7 @@ def test_machine_whose_starts_cannot_be_told_apart(
     server: LocalServer, begun: Callable[..., LocalRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the system does not say whether it went down, every unclean end spends an epoch, to be safe."""
-    monkeypatch.setattr(checkpoints, "_boot", lambda: None)
+    monkeypatch.setattr(rows, "boot_id", lambda: None)
     begun("process")
     server.crash()
 

@@ -25,9 +25,8 @@ from ema_client.protocol import TensorSpec
 from ema_service.averaging import Digest
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.memory.staging import Shared
-from ema_service.runs import update
-from ema_service.runs.checkpoints import Checkpoints
-from ema_service.runs.update import Feed, Pass
+from ema_service.persistence import Versions
+from ema_service.shadows.passes import Feed, Grain, pass_over
 
 Model = Callable[[int], dict[str, Tensor]]
 
@@ -84,10 +83,7 @@ def new_memory(request: pytest.FixtureRequest) -> Callable[[], Memory]:
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update, "PIECE_BYTES", 1024)
-    monkeypatch.setattr(update, "GPU_PIECE_BYTES", 4096)
+GRAIN = Grain(piece=1024, device_piece=4096)
 
 
 def tensors_of(seed: int) -> dict[str, Tensor]:
@@ -119,9 +115,9 @@ def averaged(memory: Memory, follow: Callable[[memoryview, int], None] | None) -
     """The result, the digest of the parameters and of the result: of a push that arrives piece by piece."""
     first = Staged(LAYOUT, memory)
     first.data[:] = staged_in(memory, tensors_of(1)).data
-    Pass(first, [Feed(first.arena, None, 0.0)], check=True).finish()
+    pass_over(first, [Feed(first.arena, None, 0.0)], check=True, grain=GRAIN).finish()
     staged = staged_in(memory, tensors_of(2))
-    work = Pass(staged, [Feed(staged.arena, first.arena, 0.25, follow)], check=True)
+    work = pass_over(staged, [Feed(staged.arena, first.arena, 0.25, follow)], check=True, grain=GRAIN)
     for received in range(0, LAYOUT.param_bytes, 10_007):
         work.advance(received)
     digest = work.finish()
@@ -151,7 +147,7 @@ def test_shared_memory(new_memory: Callable[[], Memory]) -> None:
         staged, shadow, follower = Staged(layout, memory), memory.new_arena(layout), Follower()
         shadow.tensor.zero_()
         assert staged.adopt(shared, 0)
-        Pass(staged, [Feed(staged.arena, shadow, 0.25, follower)], check=True).finish()
+        pass_over(staged, [Feed(staged.arena, shadow, 0.25, follower)], check=True, grain=GRAIN).finish()
 
     assert torch.equal(staged.arena.section(0).cpu(), oracle)
     assert follower.data == oracle.numpy().tobytes()
@@ -169,7 +165,7 @@ def test_told_once_it_is_there() -> None:
         told.append((upto, sum(mark.passed for mark in memory.marks)))
 
     staged, shadow = staged_in(memory, tensors_of(1)), memory.new_arena(LAYOUT)
-    work = Pass(staged, [Feed(staged.arena, shadow, 0.25, follow)], check=False)
+    work = pass_over(staged, [Feed(staged.arena, shadow, 0.25, follow)], check=False, grain=GRAIN)
     work.advance(100_000)
     wait_until(lambda: told and all(mark.passed for mark in memory.marks))
     before_the_end = len(told)
@@ -187,7 +183,7 @@ def test_given_up_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     lent, take_back = [], memory.pool._take_back
     monkeypatch.setattr(memory.pool, "_take_back", lambda raw: (lent.append(memory.marks[-1].passed), take_back(raw)))
     memory.may_go_on.clear()
-    work = Pass(staged, [Feed(staged.arena, shadow, 0.25, Follower())], check=False)
+    work = pass_over(staged, [Feed(staged.arena, shadow, 0.25, Follower())], check=False, grain=GRAIN)
     work.advance(100_000)
     del work
     gc.collect()
@@ -215,9 +211,9 @@ def test_finds_one_bad_value(at: int, value: float, new_memory: Callable[[], Mem
 
     staged = staged_in(memory, tensors)
     with pytest.raises(NonFinite, match="F32"):
-        Pass(staged, [Feed(staged.arena, None, 0.0)], check=True).finish()
+        pass_over(staged, [Feed(staged.arena, None, 0.0)], check=True, grain=GRAIN).finish()
     staged = staged_in(memory, tensors)
-    Pass(staged, [Feed(staged.arena, None, 0.0)], check=False).finish()
+    pass_over(staged, [Feed(staged.arena, None, 0.0)], check=False, grain=GRAIN).finish()
 
 
 @pytest.mark.parametrize("durability", ["process", "disk", "memory"])
@@ -234,14 +230,14 @@ def test_kept(
     run.begin(tensors_of(0))
     oracle = litema({"F32": tensors_of(0)["F32"]})
     if durability != "memory":
-        monkeypatch.delattr(Checkpoints, "_write_whole")
+        monkeypatch.delattr(Versions, "_write_whole")
     for step in range(1, 6):
         run.push(step, tensors_of(step))
         oracle.update({"F32": tensors_of(step)["F32"]})
         if step == 3:
-            server.registry.files("r").snapshot("third")
+            server.snapshot("third")
     before = {name: value.cpu().clone() for name, value in run.shadows().items()}
-    digest = run.run.average(run.state, None).arena.digest
+    digest = run.state.arenas[0].digest
     if durability == "memory":
         server.stop()
     else:
@@ -251,12 +247,12 @@ def test_kept(
 
     assert torch.equal(before["F32"], oracle.shadow["F32"])
     assert same({name: value.cpu() for name, value in again.shadows().items()}, before)
-    assert again.state.averages[0].arena.digest == (digest or again.state.averages[0].arena.digest)
+    assert again.state.arenas[0].digest == (digest or again.state.arenas[0].digest)
     whole = Digest()
-    whole.update(again.state.averages[0].arena.tensor.cpu().numpy().data)
-    assert again.state.averages[0].arena.digest == whole.digest()
+    whole.update(again.state.arenas[0].tensor.cpu().numpy().data)
+    assert again.state.arenas[0].digest == whole.digest()
     monkeypatch.undo()
-    server.registry.files("r").rewind("third")
+    server.registry.rewind("r", "third")
     assert not same({name: value.cpu() for name, value in again.shadows().items()}, before)
     again.push(100, tensors_of(100))
 

@@ -34,7 +34,7 @@ from ema_client.errors import (
     StorageFailed,
 )
 from ema_client.protocol import AverageConfig, WeightsInfo
-from ema_service.bodies import WeightsStream
+from ema_service.persistence import Versions
 from ema_service.storage import Slot
 from ema_service.storage import files as storage_files
 from ema_service.storage import store as storage_store
@@ -70,13 +70,7 @@ def again(server: LocalServer) -> LocalRun:
 
 def seen(run: LocalRun) -> dict[str, bytes]:
     """The bytes of each average."""
-    return {a.name: a.arena.tensor.numpy().tobytes() for a in run.state.averages}
-
-
-def etag(run: LocalRun) -> str:
-    state = run.state
-    info = run.run.weights_info(state, state.averages[0])
-    return WeightsStream(run.run.layout.shadows, info, lineage=run.run.lineage).etag
+    return run.bytes()
 
 
 def data_files(server: LocalServer, pattern: str) -> list[Path]:
@@ -89,18 +83,18 @@ def data_files(server: LocalServer, pattern: str) -> list[Path]:
 
 def test_clean_restart(server: LocalServer, run: LocalRun, model: Model) -> None:
     """After a clean stop everything is as it was, same version; the step is durable and exactly once still holds."""
-    run.run.set_decay(0.75, "fast")
-    before, info, tag = seen(run), run.info, etag(run)
+    run.set_decay(0.75, "fast")
+    before, info, tag = seen(run), run.info, run.etag
     server.stop()
     run = again(server)
 
     assert seen(run) == before
-    assert etag(run) == tag
+    assert run.etag == tag
     assert (run.info.version, run.info.step, run.info.durable_step) == (info.version, 30, 30)
     assert run.info.averages == info.averages
     assert (run.info.num_updates, run.info.updated_at, run.info.created_at) == (3, info.updated_at, info.created_at)
     assert not run.push(30, model(30)).applied
-    assert run.run.status_of(30).state == "applied"
+    assert run.run.ledger.status_of(30).state == "applied"
     assert run.push(40, model(40)).version == "1.4"
 
 
@@ -109,7 +103,7 @@ def test_copied_tensors_restart(server: LocalServer, model: Model) -> None:
     run = server.create("r", model(0), copied=("emb",))
     run.begin(model(0))
     run.push(1, model(1))
-    server.registry.files("r").snapshot("s")
+    server.snapshot("s")
     run.push(2, model(2))
     server.stop()
     run = again(server)
@@ -159,7 +153,7 @@ def test_run_without_updates_restarts(server: LocalServer, model: Model) -> None
 def test_crash_brings_back_the_checkpoint(server: LocalServer, run: LocalRun, model: Model) -> None:
     """After a crash the run stands where its last checkpoint was taken, in a new epoch; durable_step had said so."""
     server.registry.checkpoint()
-    before, tag = seen(run), etag(run)
+    before, tag = seen(run), run.etag
     assert run.info.durable_step == 30
     assert run.push(40, model(40)).durable_step == 30
     server.crash()
@@ -167,7 +161,7 @@ def test_crash_brings_back_the_checkpoint(server: LocalServer, run: LocalRun, mo
 
     assert (run.info.step, run.info.version, run.info.durable_step) == (30, "2.3", 30)
     assert seen(run) == before
-    assert etag(run) != tag, "the version is another: its ETag is too"
+    assert run.etag != tag, "the version is another: its ETag is too"
 
 
 def test_each_crash_is_a_new_epoch(server: LocalServer, run: LocalRun, model: Model) -> None:
@@ -188,7 +182,7 @@ def test_each_crash_is_a_new_epoch(server: LocalServer, run: LocalRun, model: Mo
 
 def test_crash_before_any_checkpoint(server: LocalServer, run: LocalRun, model: Model) -> None:
     """A run that was never kept comes back awaiting weights, and what a reader saw before has no ETag in common."""
-    tags = {etag(run)}
+    tags = {run.etag}
     assert run.info.durable_step is None
     server.crash()
     run = again(server)
@@ -197,19 +191,19 @@ def test_crash_before_any_checkpoint(server: LocalServer, run: LocalRun, model: 
     for step in (10, 20, 30):
         run.push(step, model(step))
 
-    assert etag(run) not in tags
+    assert run.etag not in tags
 
 
 def test_deleted_and_created_again(server: LocalServer, run: LocalRun, model: Model) -> None:
     """A run deleted and created anew under its name shares no ETag with the old one: its bytes are others."""
-    old = etag(run)
+    old = run.etag
     server.registry.delete("r")
     run = server.create("r", model(0), averages=TWO, durability="memory")
     run.begin(model(99))
     for step in (10, 20, 30):
         run.push(step, model(step))
 
-    assert etag(run) != old
+    assert run.etag != old
 
 
 def test_checkpoint_only_of_what_moved(server: LocalServer, run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +219,7 @@ def test_checkpoint_only_of_what_moved(server: LocalServer, run: LocalRun, monke
     monkeypatch.setattr(Slot, "write", note)
     server.registry.checkpoint()
     assert written == []
-    run.run.set_decay(0.5, None)
+    run.set_decay(0.5)
     server.registry.checkpoint()
     assert sorted(written) == ["fast", "slow"]
     server.stop()
@@ -236,7 +230,7 @@ def test_rewinding_that_would_not_last_says_so(
     server: LocalServer, run: LocalRun, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run of durability memory is rewound for good or the trainer is told; asking again is all it takes."""
-    server.registry.files("r").snapshot("there")
+    server.snapshot("there")
     at_snapshot = seen(run)
     run.push(40, model(40))
 
@@ -298,7 +292,7 @@ def test_reader_does_not_keep_a_run_from_disk(local_server: Callable[..., LocalS
     server = local_server(frozen_bytes=1)
     run = server.create("r", model(0), durability="memory")
     run.begin(model(0))
-    server.registry.frozen.acquire(run.state.averages[0].arena)
+    server.registry.frozen.acquire(run.state.arenas[0])
     run.push(1, model(1))
     server.registry.checkpoint()
 
@@ -431,7 +425,7 @@ def test_checkpoints_take_turns_in_two_slots(server: LocalServer, run: LocalRun,
 @pytest.mark.usefixtures("run")
 def test_deletion_removes_the_files(server: LocalServer) -> None:
     """Deleting a run removes its folder, and after a restart it is still gone."""
-    server.registry.files("r").snapshot("s")
+    server.snapshot("s")
     server.registry.checkpoint()
     server.registry.delete("r")
     assert data_files(server, "r.*") == []
@@ -442,13 +436,16 @@ def test_deletion_removes_the_files(server: LocalServer) -> None:
         server.run("r")
 
 
-@pytest.mark.usefixtures("run")
-def test_deleted_run_is_not_kept_by_a_late_checkpoint(server: LocalServer) -> None:
+def test_deleted_run_is_not_kept_by_a_late_checkpoint(server: LocalServer, run: LocalRun) -> None:
     """A checkpoint that comes after the deletion writes nothing."""
-    files = server.registry.files("r")
+    assert server.store is not None
+    [row] = server.store.runs()
+    versions = Versions(run.run.config, row, server.store, run.run.layout, server.memory)
+    state = run.state
     server.registry.delete("r")
+    versions.close()
+    versions.save(state, final=True)
 
-    assert not files.checkpoint(final=True)
     assert data_files(server, "r.*") == []
 
 
@@ -458,7 +455,7 @@ def test_deleted_run_is_not_kept_by_a_late_checkpoint(server: LocalServer) -> No
 def test_snapshot_is_a_version(server: LocalServer, run: LocalRun, model: Model) -> None:
     """A snapshot holds all averages as they were, whatever comes after, also after a restart."""
     before = seen(run)
-    info, new = server.registry.files("r").snapshot("s")
+    info, new = server.snapshot("s")
     assert new
     assert (info.run, info.name, info.version, info.step, info.num_updates) == ("r", "s", "1.3", 30, 3)
     assert info.averages == ("slow", "fast")
@@ -466,12 +463,12 @@ def test_snapshot_is_a_version(server: LocalServer, run: LocalRun, model: Model)
     server.stop()
     again(server)
 
-    files = server.registry.files("r")
-    assert files.snapshots() == [info]
+    snapshots = server.registry.snapshots("r")
+    assert snapshots.all() == [info]
     paths = data_files(server, "r.*/snapshots/s/*")
     assert info.bytes == sum(path.stat().st_size for path in paths)
     for name, expected in before.items():
-        file, about = files.open_snapshot("s", name)
+        file, about = snapshots.open("s", name)
         assert bytes(file.read(0, len(expected))) == expected
         assert (about.average, about.version, about.snapshot) == (name, "1.3", "s")
         file.close()
@@ -479,46 +476,46 @@ def test_snapshot_is_a_version(server: LocalServer, run: LocalRun, model: Model)
 
 def test_snapshot_again(server: LocalServer, run: LocalRun, model: Model) -> None:
     """The same name again is the same snapshot as long as the run has not moved; then it is refused."""
-    files = server.registry.files("r")
-    first, _ = files.snapshot("s")
+    snapshots = server.registry.snapshots("r")
+    first, _ = server.snapshot("s")
 
-    assert files.snapshot("s") == (first, False)
+    assert server.snapshot("s") == (first, False)
     run.push(40, model(40))
     with pytest.raises(SnapshotExists, match=r"1\.3.*1\.4"):
-        files.snapshot("s")
-    assert files.snapshot("t")[0].version == "1.4"
-    assert [info.name for info in files.snapshots()] == ["s", "t"]
+        server.snapshot("s")
+    assert server.snapshot("t")[0].version == "1.4"
+    assert [info.name for info in snapshots.all()] == ["s", "t"]
 
 
 @pytest.mark.usefixtures("run")
 def test_snapshots_that_are_not_there(server: LocalServer, model: Model) -> None:
     """Unknown snapshots and averages are named; a run without weights has nothing to copy."""
-    files = server.registry.files("r")
-    files.snapshot("s")
+    snapshots = server.registry.snapshots("r")
+    server.snapshot("s")
     for act in (
-        lambda: files.find_snapshot("none"),
-        lambda: files.open_snapshot("none", None),
-        lambda: files.delete_snapshot("none"),
+        lambda: snapshots.find("none"),
+        lambda: snapshots.open("none", None),
+        lambda: snapshots.delete("none"),
     ):
         with pytest.raises(SnapshotNotFound, match="'none'"):
             act()
     with pytest.raises(AverageNotFound, match="'none'"):
-        files.open_snapshot("s", "none")
+        snapshots.open("s", "none")
     server.create("empty", model(0))
     with pytest.raises(AwaitingWeights):
-        server.registry.files("empty").snapshot("s")
+        server.snapshot("s", run="empty")
 
 
 def test_snapshot_deleted_under_its_reader(server: LocalServer, run: LocalRun, model: Model) -> None:
     """Who reads a snapshot reads on to its end after it was deleted; its name is free for another version."""
     before = seen(run)["slow"]
-    files = server.registry.files("r")
-    files.snapshot("s")
-    file, _ = files.open_snapshot("s", None)
-    files.delete_snapshot("s")
+    snapshots = server.registry.snapshots("r")
+    server.snapshot("s")
+    file, _ = snapshots.open("s", None)
+    snapshots.delete("s")
     assert data_files(server, "r.*/snapshots/*") == []
     run.push(40, model(40))
-    assert files.snapshot("s")[0].version == "1.4"
+    assert server.snapshot("s")[0].version == "1.4"
 
     assert bytes(file.read(0, len(before))) == before
     file.close()
@@ -528,13 +525,13 @@ def test_snapshot_deleted_under_its_reader(server: LocalServer, run: LocalRun, m
 @pytest.mark.usefixtures("run")
 def test_damaged_snapshot_is_not_the_readers_fault(damage: str, server: LocalServer) -> None:
     """A damaged snapshot is an error of the server's, in the tree, naming the snapshot: not "send another body"."""
-    files = server.registry.files("r")
-    files.snapshot("s")
+    snapshots = server.registry.snapshots("r")
+    server.snapshot("s")
     [path] = data_files(server, "r.*/snapshots/s/slow.safetensors")
     DAMAGE[damage](path)
 
     with pytest.raises(EmaError) as refusal:
-        files.open_snapshot("s", "slow")
+        snapshots.open("s", "slow")
     assert refusal.value.status != 422
     assert "'s'" in refusal.value.detail
 
@@ -542,7 +539,7 @@ def test_damaged_snapshot_is_not_the_readers_fault(damage: str, server: LocalSer
 @pytest.mark.usefixtures("run")
 def test_snapshot_on_a_full_disk(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot that could not be written is not there, and can be taken once there is room."""
-    files = server.registry.files("r")
+    snapshots = server.registry.snapshots("r")
 
     def full(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
         for _ in chunks:
@@ -552,11 +549,11 @@ def test_snapshot_on_a_full_disk(server: LocalServer, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(storage_store, "write_whole", full)
         with pytest.raises((OSError, EmaError)):
-            files.snapshot("s")
-    assert files.snapshots() == []
+            server.snapshot("s")
+    assert snapshots.all() == []
     assert server.registry.frozen.bytes_in_use == 0
 
-    assert files.snapshot("s")[1]
+    assert server.snapshot("s")[1]
 
 
 @pytest.mark.usefixtures("run")
@@ -571,7 +568,7 @@ def test_everything_is_synced_before_it_counts(server: LocalServer, monkeypatch:
 
     monkeypatch.setattr(storage_files, "sync_folder", note)
     monkeypatch.setattr(storage_store, "sync_folder", note)
-    server.registry.files("r").snapshot("s")
+    server.snapshot("s")
     [folder] = data_files(server, "r.*/snapshots/s")
 
     assert {folder, folder.parent, folder.parent.parent} <= set(synced)

@@ -1,0 +1,167 @@
+"""A push from its head to its answer: one owner, with one exit.
+
+Entering the block takes what the push needs (staging, or a place among the parts of its step); receive() fills it, from
+the socket or from shared memory, and averages what has come; decide() has the run commit, off the event loop. Leaving
+the block gives everything back, however the push ended. Until the commit nothing of the run has changed.
+
+Knows that order, and how a push may come. Does not know bytes (transfer, bodies), nor whether an update counts (runs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar
+
+from fastapi import Request
+
+from ema_client.errors import InvalidRequest, SegmentUnusable
+from ema_client.protocol import HEADER_SEGMENT, RunInfo, Segment, UpdateResult
+from ema_service.api.context import Context
+from ema_service.api.transfer.filling import Work, content_length, receive
+from ema_service.api.transfer.lending import link_of
+from ema_service.api.transfer.segments import named, take_over
+from ema_service.bodies import Body, UpdateBody
+from ema_service.memory import Staged
+from ema_service.runs import Part, Run, Terms
+from ema_service.runs.parts import Outcome
+from ema_service.shadows import Preparation
+
+__all__ = ["PartialPush", "Push"]
+
+T = TypeVar("T")
+
+
+class _Incoming:
+    """How a push comes: as the request's body, or as a segment of shared memory that the request names."""
+
+    def __init__(self, request: Request, server: Context, run: Run) -> None:
+        self._request = request
+        self._server = server
+        self._run = run
+        self._named: str | None = request.headers.get(HEADER_SEGMENT)
+
+    async def fill(self, body_of: Callable[[int | None], Body], work: Work | None = None) -> None:
+        """Fill the body that ``body_of`` makes for its announced length.
+
+        Raises what a Body raises, RequestTimeout, ClientDisconnect, SegmentUnusable, InvalidRequest.
+        """
+        if self._named is None:
+            body, server = body_of(content_length(self._request)), self._server
+            silence = server.settings.body_timeout
+            await receive(self._request, body, server.workers.receivers, silence=silence, work=work)
+            return
+        try:
+            segment = self._segment(self._named)
+            body, workers = body_of(segment.length), self._server.workers
+            await workers.block(partial(take_over, segment, body, workers.helpers, self._server.mappings))
+        except SegmentUnusable as fault:
+            self._run.links.refused(fault.detail)
+            raise
+
+    def tell(self, nbytes: int) -> None:
+        """Count the push, ``nbytes`` of tensors, by the way it came: nothing was wrong with it."""
+        shared = self._named is not None
+        link = "shared memory" if shared else link_of(self._request)
+        self._run.links.shared() if shared else self._run.links.came(link)
+        self._server.metrics.pushes.labels(link).inc()
+        self._server.metrics.received.inc(nbytes)
+
+    def _segment(self, header: str) -> Segment:
+        if content_length(self._request) or "transfer-encoding" in self._request.headers:
+            raise InvalidRequest(f"a request with {HEADER_SEGMENT} has a body as well; it is one or the other")
+        return named(header, same_host=link_of(self._request) != "TCP")
+
+
+class Push:
+    """A push of all tensors, to be used with ``async with``. It owns its staging until the end of the block.
+
+    averages: how many shadows the push will feed. Entering raises BodyTooLarge, Overloaded, ClientDisconnect.
+    """
+
+    def __init__(self, request: Request, server: Context, run: Run, *, averages: int = 1) -> None:
+        self._request = request
+        self._server = server
+        self._run = run
+        self._averages = averages
+        self._incoming = _Incoming(request, server, run)
+        self._preparation: Preparation | None = None
+
+    async def __aenter__(self) -> Self:
+        self.staged: Staged = await self._server.stage(self._request, self._run.layout, self._averages)
+        return self
+
+    async def receive(self, preparation: Preparation | None = None) -> None:
+        """Return once the body is whole. preparation: advanced behind the receiving. Raises as _Incoming.fill()."""
+        self._preparation = preparation
+        work = self._server.workers.behind(preparation.advance) if preparation else None
+        await self._incoming.fill(partial(UpdateBody, self.staged), work)
+
+    async def decide(self, commit: Callable[[], T], *, quick: bool = False) -> T:
+        """The answer of ``commit``, called on a thread for updates, or at once where it is ``quick``."""
+        answer = commit() if quick else await self._server.workers.compute(commit)
+        self._incoming.tell(self.staged.layout.param_bytes)
+        return answer
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._preparation:
+            self._preparation.drop()
+        self.staged.release()
+
+
+class PartialPush:
+    """One part of an update (step None: of the initial weights), to be used with ``async with``.
+
+    A part that does not become whole is given up at the end of the block. Entering raises as Parts.admit(), and as Push
+    where the part is the first of its step.
+    """
+
+    def __init__(self, request: Request, server: Context, run: Run, step: int | None, index: int, terms: Terms) -> None:
+        self._request = request
+        self._server = server
+        self._run = run
+        self._place = step, index, terms
+        self._parts = server.registry.parts(run.config.run)
+        self._incoming = _Incoming(request, server, run)
+        self._whole = False
+
+    async def __aenter__(self) -> Self:
+        averages = 1 if self._place[0] is None else len(self._run.config.averages)
+        staging = self._server.registry.staging
+        begin = partial(self._parts.begin, *self._place, partial(staging.reserve, self._run.layout, averages))
+        if self._parts.admit(*self._place):
+            staging.needed(self._run.layout, averages)
+            self._part: Part = await self._server.pushers.take(self._request, begin)
+        else:
+            # The step has its staging already, and may be what those who wait for room wait for.
+            self._part = begin()
+        return self
+
+    async def receive(self) -> Outcome:
+        """Return once the part is whole, with what becomes of it. Raises as Push.receive() and Parts.complete()."""
+        await self._incoming.fill(self._announced)
+        outcome = self._parts.complete(self._part)
+        self._whole = True
+        return outcome
+
+    async def decide(self) -> UpdateResult | RunInfo:
+        """Have the run apply the complete set. Raises as Parts.apply()."""
+        apply = self._server.metrics.timed(partial(self._parts.apply, self._part))
+        return await self._server.workers.compute(apply)
+
+    def tell(self) -> None:
+        """Count the part by the way it came: nothing was wrong with it."""
+        self._incoming.tell(self._part.received)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if not self._whole:
+            self._parts.give_up(self._part)
+
+    def _announced(self, length: int | None) -> Part:
+        self._part.announce(length)
+        return self._part

@@ -1,0 +1,45 @@
+"""Parameters that several routes take, each with its check and its line in the API's documentation.
+
+Knows FastAPI and the protocol's limits. Does not know what a route does with them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import Depends, Header, Path, Request
+from pydantic import BeforeValidator
+
+from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN
+from ema_service.api.context import Context
+
+__all__ = ["Number", "RunName", "Server", "SnapshotName", "Step", "WriterNumber"]
+
+_NUMBER = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
+
+
+# A plain function would be called on a thread, for each request.
+async def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Server = Annotated[Context, Depends(_context)]
+RunName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the run", examples=["cogview3-base"])]
+SnapshotName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the snapshot", examples=["epoch-10"])]
+WriterNumber = Annotated[
+    int | None, Header(alias=HEADER_WRITER, ge=1, le=MAX_STEP, description="What attaching gave this trainer")
+]
+
+
+def _plain_number(value: object) -> object:
+    """``1.0``, ``+5`` and ``007`` are numbers to a lenient reader; here each step has one way to be written."""
+    if isinstance(value, str) and not _NUMBER.match(value):
+        raise ValueError("a number in decimal digits, without sign, point or leading zeros, is expected")
+    return value
+
+
+#: A number in a path or query.
+Number = Annotated[int, BeforeValidator(_plain_number)]
+Step = Annotated[Number, Path(ge=0, le=MAX_STEP, description="The trainer's step", examples=[1000])]

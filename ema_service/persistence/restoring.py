@@ -1,0 +1,140 @@
+"""The way back from disk: which stored version a run comes up with, and what is missing.
+
+The newest version whose files are whole. Where a newer one is damaged, or may have existed without a row, the version
+gets a new epoch, for no name may stand for two states. A damaged newer version is a fault of the run, unless the
+machine went down before that version was on the medium: such a loss is what ``process`` promises no protection from.
+
+Knows rows, files and arenas. Does not know the run, slots, or who decides how a degraded run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import xxhash
+
+from ema_client.errors import MalformedBody
+from ema_client.protocol import Durability
+from ema_service.averaging import Digest
+from ema_service.memory import Arena, Layout, Memory
+from ema_service.persistence.rows import StoredVersion
+from ema_service.shadows.state import State
+from ema_service.storage import TensorFile
+
+__all__ = ["Restored", "find", "read_arena"]
+
+_log = logging.getLogger(__name__)
+
+#: Opens the file of one average of a stored version. Raises OSError, MalformedBody.
+Opening = Callable[[StoredVersion, str], TensorFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What storage has of a run.
+
+    state: what the run comes up with, None where nothing could be read or nothing was there. steps: of the updates
+    before it that are known. last_epoch: versions of epochs up to this one may have been read by someone. fault: why
+    the run takes no updates, None if all is well.
+    row: of the state, in which older rows follow. moved: whether versions after it may be gone.
+    """
+
+    state: State | None = None
+    steps: tuple[int, ...] = ()
+    last_epoch: int = 0
+    fault: str | None = None
+    row: StoredVersion | None = None
+    older: Sequence[StoredVersion] = ()
+    moved: bool = False
+
+
+def find(
+    run: str, rows: Sequence[StoredVersion], durability: Durability, opening: Opening, layout: Layout, memory: Memory
+) -> Restored:
+    """Read the newest version that is whole. rows: newest first."""
+    damaged: list[StoredVersion] = []
+    lost: list[str] = []
+    found = Restored(last_epoch=max((row.epoch for row in rows), default=0))
+    for position, row in enumerate(rows):
+        try:
+            state = _read(row, opening, layout, memory)
+        except (OSError, MalformedBody) as fault:
+            damaged.append(row)
+            why = f"its checkpoint of {time.ctime(row.row.created_at)} cannot be read: {fault}"
+            lost += [] if _is_excused(row, durability) else [why]
+            _log.error("run %s: %s", run, why)
+            continue
+        older = rows[position + 1 :]
+        moved = bool(damaged) or _may_have_moved(row, durability)
+        state = _in_new_epoch(state, [row, *damaged]) if moved else state
+        found = replace(found, state=state, steps=_steps_before(row, older), row=row, older=older, moved=moved)
+        break
+    return replace(found, fault=f"{_missing(found.state, rows[0])}{lost[0]}") if lost else found
+
+
+def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str | None) -> Arena:
+    """The shadows of a file, with their digest.
+
+    checksum: the digest of the bytes when they were written, None where nobody knows it.
+    Raises OSError; MalformedBody where the tensors are not the layout's, or the bytes not those that were written.
+    """
+    if file.header.entries != layout.shadows:
+        raise MalformedBody(f"{file.name} has other tensors than the run's layout")
+    host, digest = memory.pool.lend(layout.shadow_bytes), Digest()
+    data = host.numpy().data
+    for piece in file.read_whole(data):
+        digest.update(piece)
+    # Before format 4 a checksum was that of all bytes as one.
+    if checksum and checksum not in (digest.digest().hex(), xxhash.xxh3_128_hexdigest(data)):
+        raise MalformedBody(f"the bytes of {file.name} are not those that were written")
+    arena = Arena(layout, memory.to_device(host))
+    arena.digest = digest.digest()
+    return arena
+
+
+def _read(row: StoredVersion, opening: Opening, layout: Layout, memory: Memory) -> State:
+    if not row.said:
+        raise MalformedBody("the catalog's row of it is damaged")
+    arenas = []
+    for average, checksum in row.checksums.items():
+        file = opening(row, average)
+        try:
+            arenas.append(read_arena(file, layout, memory, checksum))
+        finally:
+            file.close()
+    return State(row.version, tuple(arenas))
+
+
+def _in_new_epoch(state: State, rows: Sequence[StoredVersion]) -> State:
+    # Later versions may have been read by someone, and no version may name two states.
+    epoch = max(row.epoch for row in rows) + 1
+    return replace(state, version=replace(state.version, epoch=epoch))
+
+
+def _may_have_moved(row: StoredVersion, durability: Durability) -> bool:
+    """Whether there may have been versions after this one that no row tells of."""
+    if row.final or durability == "disk":
+        return False
+    return durability == "memory" or row.rebooted
+
+
+def _is_excused(row: StoredVersion, durability: Durability) -> bool:
+    """Whether the machine went down with a version that ``process`` had not brought to the medium yet."""
+    return durability == "process" and not row.row.synced and bool(row.said) and row.rebooted
+
+
+def _steps_before(row: StoredVersion, older: Sequence[StoredVersion]) -> tuple[int, ...]:
+    """The steps of the row's epoch that older rows tell of."""
+    steps = (each.step for each in older if each.epoch == row.epoch and each.said["n"])
+    return tuple(step for step in steps if step is not None)
+
+
+def _missing(state: State | None, newest: StoredVersion) -> str:
+    """Which updates are not in the weights that are there."""
+    if state is None:
+        return ""
+    since = f"the updates after step {state.version.step}"
+    return f"{since} are gone: " if newest.step is None else f"{since} up to step {newest.step} are gone: "

@@ -1,0 +1,118 @@
+"""What a row of the catalog says of a version: as JSON text, and read back.
+
+Knows the members of that text, in every format there was. Does not know SQL, files, or which version counts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ema_service.shadows.state import Average, State, Version
+from ema_service.storage import CheckpointRow
+
+__all__ = ["StoredVersion", "boot_id", "dump", "read_rows"]
+
+#: What the text of every row has, in every format.
+_MEMBERS = {"lineage", "epoch", "n", "step", "num_updates", "digest", "updated_at", "final", "averages"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A row with its text parsed. ``said`` is empty where the text is damaged: SQLite does not checksum its pages."""
+
+    row: CheckpointRow
+    said: dict[str, Any]
+
+    @property
+    def epoch(self) -> int:
+        """0 where the row is damaged."""
+        epoch: int = self.said.get("epoch", 0)
+        return epoch
+
+    @property
+    def step(self) -> int | None:
+        """None also where the row is damaged."""
+        step: int | None = self.said.get("step")
+        return step
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing was applied after it: a clean stop wrote it."""
+        return bool(self.said.get("final"))
+
+    @property
+    def rebooted(self) -> bool:
+        """Whether the machine may have gone down since it was written: then bytes that were not synced may be gone."""
+        return self.said.get("boot") is None or self.said["boot"] != boot_id()
+
+    @property
+    def checksums(self) -> dict[str, str | None]:
+        """The digest of each average's bytes in hexadecimal; format 1 had none."""
+        return {each["name"]: each.get("checksum") for each in self.said["averages"]}
+
+    @property
+    def version(self) -> Version:
+        """The version as it was written. For a row that is not damaged."""
+        said = self.said
+        averages = (Average(each["name"], each["decay"], each["effective_decay"]) for each in said["averages"])
+        return Version(
+            lineage=said["lineage"],
+            epoch=said["epoch"],
+            n=said["n"],
+            step=said["step"],
+            num_updates=said["num_updates"],
+            digest=bytes.fromhex(said["digest"]),
+            averages=tuple(averages),
+            updated_at=said["updated_at"],
+        )
+
+
+def dump(state: State, *, final: bool) -> str:
+    """The text of a row, readable also for whoever has to repair a catalog by hand."""
+    version = state.version
+    return json.dumps(
+        {
+            "lineage": version.lineage,
+            "epoch": version.epoch,
+            "n": version.n,
+            "step": version.step,
+            "num_updates": version.num_updates,
+            "digest": version.digest.hex(),
+            "updated_at": version.updated_at,
+            "final": final,
+            "boot": boot_id(),
+            "averages": [
+                {
+                    "name": average.name,
+                    "decay": average.decay,
+                    "effective_decay": average.effective_decay,
+                    "checksum": arena.digest.hex() if arena.digest else None,
+                }
+                for average, arena in zip(version.averages, state.arenas, strict=True)
+            ],
+        }
+    )
+
+
+def read_rows(rows: list[CheckpointRow]) -> list[StoredVersion]:
+    """The rows with their texts parsed, in the same order."""
+    return [StoredVersion(row, _parse(row.state)) for row in rows]
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) and said.keys() >= _MEMBERS else {}
+
+
+def boot_id() -> str | None:
+    """A text that changes each time the machine starts, None where that cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

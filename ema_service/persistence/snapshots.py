@@ -1,0 +1,222 @@
+"""The snapshots of one run: named, immutable copies of all its averages, as rows and safetensors files.
+
+Knows how a state becomes a snapshot and comes back from it. Does not know how a file is made durable (storage), how a
+run goes back to a snapshot (runs), or HTTP. Its methods block: call them off the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from ema_client.errors import (
+    AverageNotFound,
+    MalformedBody,
+    RunNotFound,
+    SnapshotDamaged,
+    SnapshotExists,
+    SnapshotNotFound,
+    StorageFailed,
+)
+from ema_client.protocol import SnapshotInfo, WeightsInfo, from_json, to_json
+from ema_service.averaging import Digest
+from ema_service.bodies import WeightsStream
+from ema_service.memory import Arena, Layout, Memory
+from ema_service.persistence.restoring import read_arena
+from ema_service.shadows.state import Average, State
+from ema_service.storage import RunRow, Store, TensorFile
+
+__all__ = ["Snapshots"]
+
+
+class Snapshots:
+    """The snapshots of one run. Thread-safe: one at a time is made or deleted.
+
+    changes: grows with each snapshot that is made or deleted, so that a watcher knows when to look again.
+    """
+
+    def __init__(
+        self, row: RunRow, store: Store, layout: Layout, memory: Memory, tell: Callable[[], None] = lambda: None
+    ) -> None:
+        """tell: called, in any thread, after each change of the snapshots."""
+        self._row = row
+        self._store = store
+        self._layout = layout
+        self._memory = memory
+        self._tell = tell
+        self.changes = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def take(self, name: str, current: Callable[[], State], *, keep: int | None = None) -> tuple[SnapshotInfo, bool]:
+        """Keep all averages as they are now under ``name``, and say whether that is new.
+
+        current: gives the state of now, and raises where there is none. keep: of the snapshots whose names are the same
+        up to the last "-", only so many, the newest, stay.
+        Raises SnapshotExists where the name stands for another version, StorageFailed, and what ``current`` raises.
+        """
+        with self._lock:
+            state = current()
+            if self._closed:
+                raise RunNotFound(f"run {self._row.name!r} was deleted")
+            existing = self._found().get(name)
+            if existing is None:
+                return self._make(name, state, keep), True
+            if existing.version != str(state.version):
+                raise SnapshotExists(
+                    f"snapshot {name!r} of run {self._row.name!r} is of version {existing.version}, "
+                    f"the run is at {state.version}"
+                )
+            return existing, False
+
+    def all(self) -> list[SnapshotInfo]:
+        """Oldest first."""
+        return list(self._found().values())
+
+    def find(self, name: str) -> SnapshotInfo:
+        """Raises SnapshotNotFound."""
+        found = self._found().get(name)
+        if found is None:
+            raise _missing(self._row.name, name)
+        return found
+
+    def open(self, name: str, average: str | None = None) -> tuple[TensorFile, WeightsInfo]:
+        """The file of one average (by default the first), open: the caller closes it.
+
+        Raises SnapshotNotFound, AverageNotFound, SnapshotDamaged.
+        """
+        return self._open(self.find(name), average)
+
+    def read(self, name: str) -> tuple[SnapshotInfo, tuple[Average, ...], tuple[Arena, ...]]:
+        """The averages of a snapshot, back in memory. Raises SnapshotNotFound, SnapshotDamaged."""
+        with self._lock:  # nobody deletes what is being read
+            info, checksums = self._with_checksums().get(name, (None, {}))
+            if info is None:
+                raise _missing(self._row.name, name)
+            pairs = [self._read(info, each, checksums) for each in info.averages]
+        return info, tuple(average for average, _ in pairs), tuple(arena for _, arena in pairs)
+
+    def delete(self, name: str) -> None:
+        """Raises SnapshotNotFound. Whoever reads the snapshot reads on to its end."""
+        with self._lock:
+            self.find(name)
+            self._store.remove_snapshot(self._row, name)
+            self._changed()
+
+    def close(self) -> None:
+        """Take no snapshot from now on: the run is deleted. Waits for the one under way."""
+        with self._lock:
+            self._closed = True
+
+    # --- making -----------------------------------------------------------------------------------------------------
+
+    def _make(self, name: str, state: State, keep: int | None) -> SnapshotInfo:
+        info = self._info(name, state)
+        try:
+            self._write(state, info)
+            self._drop_oldest(name, keep)
+        except (OSError, sqlite3.Error) as fault:
+            raise StorageFailed(
+                f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}", retry_after=1.0
+            ) from fault
+        self._changed()
+        return info
+
+    def _info(self, name: str, state: State) -> SnapshotInfo:
+        version = state.version
+        streams = [self._stream(state, average, name) for average in version.averages]
+        return SnapshotInfo(
+            run=self._row.name,
+            name=name,
+            version=str(version),
+            step=version.step,
+            num_updates=version.num_updates,
+            averages=tuple(average.name for average in version.averages),
+            bytes=sum(stream.length for stream in streams),
+            created_at=time.time(),
+        )
+
+    def _write(self, state: State, info: SnapshotInfo) -> None:
+        """Write the files of a state, one for each average, then the row, which has their checksums.
+
+        The state cannot change meanwhile; on a GPU, one average at a time is copied to the host. Readers' budgets are
+        left alone: what is kept must not depend on who reads.
+        """
+        checksums: dict[str, str] = {}
+        files = {
+            average.name: self._chunks(state, average, arena, info.name, checksums)
+            for average, arena in zip(state.version.averages, state.arenas, strict=True)
+        }
+        self._store.save_snapshot(
+            self._row, info.name, lambda: json.dumps({**to_json(info), "checksums": checksums}), files
+        )
+
+    def _chunks(
+        self, state: State, average: Average, arena: Arena, snapshot: str, checksums: dict[str, str]
+    ) -> Iterator[memoryview]:
+        data = self._memory.to_host(arena.tensor).numpy().data
+        yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
+        if arena.digest is None:
+            whole = Digest()
+            whole.update(data)
+            arena.digest = whole.digest()
+        checksums[average.name] = arena.digest.hex()
+
+    def _stream(self, state: State, average: Average, snapshot: str) -> WeightsStream:
+        info = replace(state.version.weights_info(self._row.name, average), snapshot=snapshot)
+        return WeightsStream(self._layout.shadows, info)
+
+    def _drop_oldest(self, name: str, keep: int | None) -> None:
+        series = name.rpartition("-")[0]
+        names = [each for each in self._found() if each.rpartition("-")[0] == series]
+        for old in names[:-keep] if keep else ():
+            self._store.remove_snapshot(self._row, old)
+
+    def _changed(self) -> None:
+        self.changes += 1
+        self._tell()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _found(self) -> dict[str, SnapshotInfo]:
+        return {name: info for name, (info, _) in self._with_checksums().items()}
+
+    def _with_checksums(self) -> dict[str, tuple[SnapshotInfo, dict[str, str]]]:
+        texts = {row.name: json.loads(row.info) for row in self._store.snapshots(self._row)}
+        # Format 1 had no checksums.
+        return {name: (from_json(SnapshotInfo, text), text.get("checksums", {})) for name, text in texts.items()}
+
+    def _open(self, info: SnapshotInfo, average: str | None) -> tuple[TensorFile, WeightsInfo]:
+        chosen = info.averages[0] if average is None else average
+        if chosen not in info.averages:
+            raise AverageNotFound(
+                f"snapshot {info.name!r} of run {info.run!r} has no average {chosen!r}; it has "
+                f"{', '.join(info.averages)}"
+            )
+        try:
+            file = self._store.open_snapshot(self._row, info.name, chosen)
+        except (OSError, MalformedBody) as fault:
+            raise _damaged(info, fault) from fault
+        return file, WeightsInfo.from_metadata(dict(file.header.metadata))
+
+    def _read(self, info: SnapshotInfo, name: str, checksums: dict[str, str]) -> tuple[Average, Arena]:
+        file, weights = self._open(info, name)
+        try:
+            arena = read_arena(file, self._layout, self._memory, checksums.get(name))
+        except (OSError, MalformedBody) as fault:
+            raise _damaged(info, fault) from fault
+        finally:
+            file.close()
+        return Average(name, weights.decay, None), arena
+
+
+def _missing(run: str, name: str) -> SnapshotNotFound:
+    return SnapshotNotFound(f"run {run!r} has no snapshot {name!r}")
+
+
+def _damaged(info: SnapshotInfo, fault: Exception) -> SnapshotDamaged:
+    return SnapshotDamaged(f"snapshot {info.name!r} of run {info.run!r} cannot be read: {fault}")

@@ -1,0 +1,317 @@
+"""A run's versions on disk: written to slots as they are computed, or now and then.
+
+With ``durability`` beyond ``memory`` every version is written to disk as it is computed, piece by piece behind the
+averaging, and its row is committed before anyone is told of it: there is no journal and nothing to replay. With
+``memory`` a checkpoint is taken every so often.
+
+Which slots may be written over follows from who holds them (Slots). Held are the newest version's, that of the newest
+*synced* version (the anchor: what a power loss leaves for certain), and those being written or synced.
+
+Knows how a state becomes rows and files, and in which order. Does not know how a file or a row is made durable
+(storage), how an update is decided, or HTTP. Its methods block: call them off the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ema_client.errors import StorageFailed
+from ema_client.protocol import MAX_STEP, Durability, RunConfig, WeightsInfo
+from ema_service.averaging import Digest
+from ema_service.bodies.outgoing import header_of
+from ema_service.memory import Arena, Layout, Memory
+from ema_service.persistence.restoring import Restored, find
+from ema_service.persistence.rows import StoredVersion, dump, read_rows
+from ema_service.shadows.state import Average, State
+from ema_service.storage import CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
+
+__all__ = ["Versions"]
+
+_log = logging.getLogger(__name__)
+
+#: Slots made when a run is created, so that a disk too small for it says so then: one being written beside the newest,
+#: and where syncing runs behind, the anchor.
+_SLOTS = {"memory": 0, "process": 3, "disk": 2}
+#: So many bytes of a version that is there already are digested at a time, while the bytes before are written.
+_DIGESTED_AT_ONCE = 16 << 20
+#: A write that failed may succeed after this many seconds.
+_RETRY_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Written:
+    """A version on disk, holding its slot as long as it lives (and no memory: the run may be further on).
+
+    text: what its row says now of the state. synced: it outlives the machine, not only the process.
+    """
+
+    row: CheckpointRow
+    slot: Slot
+    text: str
+    synced: bool
+
+
+class Versions:
+    """The versions of one run on disk. Thread-safe: commit() and amend() are called under the run's lock.
+
+    every: whether each version is kept before anyone is told of it; else a checkpoint now and then (save()).
+    durable_step: the latest step that a restart would bring back. trouble: why the current state could not be kept, or
+    None.
+
+    More than a dozen attributes: what a version is made of (row, store, layout, memory, run, durability), where it
+    lies (slots, newest, anchor, doubtful), what was learnt of the disk, and the locks.
+    """
+
+    def __init__(self, config: RunConfig, row: RunRow, store: Store, layout: Layout, memory: Memory) -> None:
+        self._run = config.run
+        self._durability: Durability = config.durability or "memory"
+        self._row = row
+        self._store = store
+        self._layout = layout
+        self._memory = memory
+        extents = {
+            average.name: Extent(_header_bytes(config.run, average.name, layout), layout.shadow_bytes)
+            for average in config.averages
+        }
+        self._slots = store.slots(row, extents, patient=self._durability == "disk")
+        self._newest: _Written | None = None
+        self._anchor: Slot | None = None
+        #: Slots whose row could not be committed. The row may be in the catalog's log all the same, and come up after
+        #: a crash; so nobody writes to these slots before a later row says otherwise.
+        self._doubtful: list[Slot] = []
+        #: The row of a version that could not be synced. Asking again would succeed and say nothing: the kernel forgets
+        #: what it failed to write.
+        self._unsyncable: int | None = None
+        self.every = self._durability != "memory"
+        self.durable_step: int | None = None
+        self.trouble: str | None = None
+        self._closed = False
+        self._syncing = threading.Lock()
+        self._saving = threading.Lock()
+
+    # --- every version ----------------------------------------------------------------------------------------------
+
+    def allocate(self) -> None:
+        """Take the disk space that the run will need. Raises OSError."""
+        self._slots.allocate(_SLOTS[self._durability])
+
+    def take(self) -> Slot | None:
+        """Where the next version is written to, from now on; None where versions are kept now and then only.
+
+        Touches no disk; dropping the slot gives it back.
+        """
+        return self._slots.take() if self.every else None
+
+    def write(self, slot: Slot, state: State) -> None:
+        """Bring to the slot what of the state is not there yet, and with ``disk`` all of it to the medium.
+
+        Raises StorageFailed.
+        """
+        try:
+            self._write(slot, state)
+            if self._durability == "disk":
+                slot.files.sync()
+        except OSError as fault:
+            raise self._failed(f"version {state.version} could not be written: {fault}") from fault
+
+    def commit(self, slot: Slot, state: State) -> None:
+        """Make the state what a restart brings back, as far as the run's durability goes. Raises StorageFailed."""
+        self._put(slot, state, final=False, synced=self._durability == "disk")
+        self.trouble = None
+
+    def amend(self, state: State) -> None:
+        """The newest version has another decay or counter; its weights are as they were. Raises StorageFailed."""
+        if not self.every or self._newest is None:
+            return
+        try:
+            self._amend(self._newest, state, final=False, durable=self._durability == "disk")
+        except sqlite3.Error as fault:
+            raise self._failed(f"the change could not be kept: {fault}") from fault
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether sync() has something to do."""
+        newest = self._newest
+        return newest is not None and not newest.synced and newest.row.id != self._unsyncable
+
+    def sync(self) -> None:
+        """Bring the newest version to the medium: what a power loss leaves. Versions superseded meanwhile are skipped.
+
+        A failure is logged and told as ``trouble``; the version synced before stays what a power loss leaves.
+        """
+        if not self._syncing.acquire(blocking=False):
+            return
+        try:
+            newest = self._newest
+            if newest is None or not self.unsynced:
+                return
+            try:
+                newest.slot.files.sync()
+                # The anchor's slot is given up for a row that outlives the machine, never before: the rows of versions
+                # are committed without a sync, so a power loss may roll back the newest of them; were the old anchor
+                # overwritten by then, both would be gone.
+                self._store.mark_synced(newest.row)
+            except (OSError, sqlite3.Error) as fault:
+                self._unsyncable = newest.row.id
+                self._tell(f"what {newest.slot.name} holds could not be synced: {fault}")
+                return
+            newest.synced, self._anchor = True, newest.slot
+        finally:
+            self._syncing.release()
+
+    # --- now and then -----------------------------------------------------------------------------------------------
+
+    def save(self, state: State, *, final: bool = False) -> None:
+        """Keep the state if it moved since the last time, beyond a power loss. Raises StorageFailed.
+
+        final: nothing will be applied after it, so that versions may go on from here when the run comes back. Where
+        every version is kept there is nothing to do unless it is final. After a failure the checkpoint before stays,
+        and the next call tries again.
+        """
+        with self._saving:
+            if self._closed or (self.every and not final):
+                return
+            if final:
+                self.sync()
+            try:
+                self._save(state, final=final)
+            except (OSError, sqlite3.Error) as fault:
+                raise self._failed(f"version {state.version} could not be kept: {fault}") from fault
+            self.trouble = None
+
+    def close(self) -> None:
+        """Save no more: the run is deleted. Waits for a save under way."""
+        with self._saving:
+            self._closed = True
+
+    # --- the way back -----------------------------------------------------------------------------------------------
+
+    def restore(self) -> Restored:
+        """What the run comes up with: the newest version that is whole. For a run that nobody uses yet.
+
+        Where a newer one was damaged there is a fault: with the older one's weights, if there is an older one; without
+        weights where the run's folder, or a slot in it, is not its own. Raises sqlite3.Error.
+        """
+        rows = read_rows(self._store.checkpoints(self._row))
+        try:
+            self._slots.check()
+        except OSError as fault:
+            # Told here and not by reading: there may be no row yet, or only one that a power loss would excuse.
+            last_epoch = max((row.epoch for row in rows), default=0)
+            found = Restored(last_epoch=last_epoch, fault=f"its files cannot be read: {fault}")
+        else:
+            found = find(self._run, rows, self._durability, self._open, self._layout, self._memory)
+        self._go_on_from(found)
+        if found.fault:
+            _log.error("run %s is degraded: %s", self._run, found.fault)
+        return found
+
+    def _go_on_from(self, found: Restored) -> None:
+        """Write the versions that will follow beside the one that was found."""
+        row, state = found.row, found.state
+        if row is None or state is None:
+            return
+        version = state.version
+        if found.moved:
+            self._remark(f"back at step {version.step} as version {version}; later updates, if any, are gone")
+        slot = self._slots.hold(row.row.folder)
+        self._newest = _Written(row.row, slot, row.row.state, synced=row.row.synced)
+        self.durable_step = version.step
+        self._anchor = self._anchor_of(row, found.older)
+        if found.fault is None:
+            # The version is no longer final, and of this epoch: said before anything can follow it. A damaged run is
+            # left as it is until someone decides.
+            self._amend(self._newest, state, final=False, durable=True)
+
+    def _anchor_of(self, row: StoredVersion, older: Sequence[StoredVersion]) -> Slot | None:
+        anchor = next((each.row for each in (row, *older) if each.row.synced), None)
+        if self._newest and anchor is row.row:
+            return self._newest.slot
+        return self._slots.hold(anchor.folder) if anchor else None
+
+    def _open(self, row: StoredVersion, average: str) -> TensorFile:
+        return self._store.open_checkpoint(self._row, row.row, average)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _save(self, state: State, *, final: bool) -> None:
+        newest = self._newest
+        if newest is None or not newest.synced or newest.text != dump(state, final=False):
+            slot = self._slots.take()
+            self._write(slot, state)
+            slot.files.sync()
+            self._put(slot, state, final=final, synced=True)
+        elif final:
+            self._amend(newest, state, final=True, durable=True)
+
+    def _write(self, slot: Slot, state: State) -> None:
+        """Raises OSError."""
+        pairs = list(zip(state.version.averages, state.arenas, strict=True))
+        for average, arena in pairs:
+            if slot.written(average.name) < self._layout.shadow_bytes:
+                # Not written behind the averaging: on a GPU, and the initial weights.
+                self._write_whole(slot, average.name, arena)
+        slot.finish({average.name: self._header(state, average) for average, _ in pairs})
+
+    def _write_whole(self, slot: Slot, average: str, arena: Arena) -> None:
+        data = self._memory.to_host(arena.tensor).numpy().data
+        digest = Digest() if arena.digest is None else None
+        for start in range(0, len(data), _DIGESTED_AT_ONCE):
+            stop = min(start + _DIGESTED_AT_ONCE, len(data))
+            if digest:
+                digest.update(data[start:stop])
+            slot.write(average, data, stop)
+        if digest:
+            arena.digest = digest.digest()
+
+    def _put(self, slot: Slot, state: State, *, final: bool, synced: bool) -> None:
+        text = dump(state, final=final)
+        try:
+            row = self._store.put_checkpoint(self._row, slot.name, text, synced=synced, durable=synced)
+        except sqlite3.Error as fault:
+            self._doubtful.append(slot)
+            raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
+        self._doubtful.clear()
+        self._newest = _Written(row, slot, text, synced)
+        if synced:
+            self._anchor = slot
+        self.durable_step = state.version.step
+
+    def _amend(self, written: _Written, state: State, *, final: bool, durable: bool) -> None:
+        text = dump(state, final=final)
+        if text != written.text:
+            self._store.amend_checkpoint(written.row, text, durable=durable)
+            written.text = text
+
+    def _header(self, state: State, average: Average) -> bytes:
+        return header_of(self._layout.shadows, state.version.weights_info(self._run, average))
+
+    def _failed(self, fault: str) -> StorageFailed:
+        self._tell(fault)
+        return StorageFailed(f"run {self._run!r}: {fault}", retry_after=_RETRY_SECONDS)
+
+    def _tell(self, fault: str) -> None:
+        self.trouble = fault
+        _log.error("run %s: %s", self._run, fault)
+
+    def _remark(self, event: str) -> None:
+        _log.warning("run %s is %s", self._run, event)
+        self._store.record(self._row, event)
+
+
+def _header_bytes(run: str, average: str, layout: Layout) -> int:
+    """Room for the header of any version."""
+    widest = WeightsInfo(
+        run=run,
+        average=average,
+        version=f"{MAX_STEP}.{MAX_STEP}",
+        step=MAX_STEP,
+        num_updates=MAX_STEP,
+        decay=sys.float_info.min,  # 23 digits, as many as a float can have
+    )
+    return padded_bytes(header_of(layout.shadows, widest))

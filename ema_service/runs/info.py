@@ -1,0 +1,94 @@
+"""What is told of a run: its RunInfo, put together from who decides, who holds the bytes and who keeps them.
+
+Knows the fields of RunInfo. Does not know how any of them comes about.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ema_client.protocol import AverageInfo, RunConfig, RunInfo, RunStatus
+
+if TYPE_CHECKING:
+    from ema_service.memory import Layout
+    from ema_service.runs.ledger import Ledger
+    from ema_service.runs.run import Keeper
+    from ema_service.shadows import Shadows
+
+__all__ = ["Links", "describe"]
+
+
+class Links:
+    """How the pushes of a run come, in words for people; and why not through shared memory, where that was tried."""
+
+    def __init__(self) -> None:
+        self._latest: str | None = None
+        self._refusal: str | None = None
+
+    def came(self, link: str) -> None:
+        """A push came, and nothing was wrong with it."""
+        self._latest = link
+
+    def shared(self) -> None:
+        """A push came through shared memory."""
+        self._latest, self._refusal = "shared memory", None
+
+    def refused(self, reason: str) -> None:
+        """A push could not come through shared memory; told with each link until one can."""
+        self._refusal = reason
+
+    def __str__(self) -> str:
+        refusal = f"; shared memory was refused: {self._refusal}" if self._refusal else ""
+        return f"{self._latest}{refusal}" if self._latest else ""
+
+
+def describe(
+    config: RunConfig,
+    layout: Layout,
+    ledger: Ledger,
+    shadows: Shadows,
+    keeper: Keeper | None,
+    links: Links,
+    created_at: float,
+) -> RunInfo:
+    """The run as it stands."""
+    state = shadows.state
+    version = state.version if state else None
+    trouble = ledger.fault or (keeper.trouble if keeper else None)
+    known = version.averages if version else ledger.succession.averages_at_start
+    averages = tuple(
+        AverageInfo(average.name, each.schedule, average.decay, average.effective_decay)
+        for each, average in zip(config.averages, known, strict=True)
+    )
+    return RunInfo(
+        run=config.run,
+        status=_status(degraded=trouble is not None, awaiting=version is None),
+        decay=averages[0].decay,
+        num_updates=version.num_updates if version else ledger.succession.counter_at_start,
+        effective_decay=averages[0].effective_decay,
+        use_num_updates=config.use_num_updates,
+        decay_per=config.decay_per,
+        step=version.step if version else None,
+        version=str(version) if version else None,
+        durable_step=keeper.durable_step if keeper else None,
+        durability=config.durability or "memory",
+        non_finite=config.non_finite,
+        averages=averages,
+        tensors=len(layout),
+        parameters=layout.elements,
+        bytes=layout.shadow_bytes * len(averages),
+        device=shadows.device,
+        shadow_dtype=layout.shadow_dtype,
+        created_at=created_at,
+        updated_at=version.updated_at if version else created_at,
+        reason=trouble,
+        writer=ledger.writer,
+        link=str(links) or None,
+        copied=len(layout.copied),
+    )
+
+
+def _status(*, degraded: bool, awaiting: bool) -> RunStatus:
+    if degraded:
+        return "degraded"
+    return "awaiting_weights" if awaiting else "ready"

@@ -1,0 +1,283 @@
+"""The ledger: decides for one run, and holds none of its bytes.
+
+``Ledger`` says whether: which trainer may push, which step is stale, repeated or in conflict, whether a run may go
+back. ``Succession`` says what follows: the gap, the decays and the counter of the next version.
+
+No torch, no files, no memory, no clock and no lock: whoever holds the run's lock asks, and what a method needs of the
+world comes in as an argument. A question raises or returns a value and changes nothing; what was decided takes effect
+by commit(), attach(), restore(), recover() and retire().
+
+Knows steps, writers, versions and schedules. Does not know where shadows lie or how versions are kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ema_client.errors import (
+    AverageNotFound,
+    AwaitingWeights,
+    Fenced,
+    InvalidRequest,
+    RunDegraded,
+    RunNotFound,
+    StaleStep,
+    StepConflict,
+    Superseded,
+    WeightsExist,
+)
+from ema_client.protocol import MAX_STEP, RunConfig, SnapshotInfo, UpdateStatus
+from ema_service.averaging.schedules import SCHEDULES
+from ema_service.shadows.state import Average, Plan, Version
+
+__all__ = ["Ledger", "Succession"]
+
+#: How many applied steps a run remembers for ``GET updates/{step}``.
+_REMEMBERED_STEPS = 1024
+
+
+class Succession:
+    """Which version follows which, by the run's configuration alone. Every method is pure. now: seconds since 1970."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    @property
+    def counter_at_start(self) -> int:
+        """LitEma's counter before any update: -1 where it is off."""
+        return 0 if self._config.use_num_updates else -1
+
+    @property
+    def averages_at_start(self) -> tuple[Average, ...]:
+        """The averages before any update, with the decays of the run's configuration."""
+        config = self._config
+        return tuple(Average(a.name, config.decay if a.decay is None else a.decay, None) for a in config.averages)
+
+    def position(self, average: str | None) -> int:
+        """Which of the run's averages ``average`` names, from 0; None is the first. Raises AverageNotFound."""
+        names = [config.name for config in self._config.averages]
+        if average is not None and average not in names:
+            raise AverageNotFound(f"run {self._config.run!r} has no average {average!r}; it has {', '.join(names)}")
+        return 0 if average is None else names.index(average)
+
+    def first(self, lineage: str, digest: bytes, now: float, *, num_updates: int | None, step: int | None) -> Version:
+        """The version that initial weights make.
+
+        num_updates: a counter to carry on from elsewhere. Raises InvalidRequest where the run counts nothing.
+        """
+        if num_updates is not None and not self._config.use_num_updates:
+            raise InvalidRequest(f"num_updates: {num_updates} was given, but use_num_updates is off in this run")
+        counter = self.counter_at_start if num_updates is None else num_updates
+        return Version(lineage, 1, 0, step, counter, digest, self.averages_at_start, now)
+
+    def plan(self, step: int, base: Version) -> Plan:
+        """What an admitted update of ``step`` is to make of ``base``: its decays and counter, exact over the gap."""
+        if step == base.step:
+            # Only the same update again can be meant: what counts is its digest.
+            return Plan(base, step, base.num_updates, ())
+        gap = 1 if self._config.decay_per == "update" or base.step is None else step - base.step
+        retentions = tuple(
+            SCHEDULES[config.schedule](average.decay, base.num_updates, gap)
+            for config, average in zip(self._config.averages, base.averages, strict=True)
+        )
+        counter = min(base.num_updates + gap, MAX_STEP) if self._config.use_num_updates else -1
+        return Plan(base, step, counter, retentions)
+
+    def following(self, plan: Plan, digest: bytes, now: float) -> Version:
+        """The version that a planned update makes. digest: of its parameters."""
+        averages = tuple(
+            replace(average, effective_decay=retention.decay)
+            for average, retention in zip(plan.base.averages, plan.retentions, strict=True)
+        )
+        return replace(
+            plan.base,
+            n=plan.base.n + 1,
+            step=plan.step,
+            num_updates=plan.num_updates,
+            digest=digest,
+            averages=averages,
+            updated_at=now,
+        )
+
+    def with_decay(self, version: Version, decay: float, average: str | None) -> Version:
+        """The version with another decay of one average. Raises InvalidRequest, AverageNotFound."""
+        if not 0.0 <= decay <= 1.0:
+            raise InvalidRequest(f"decay: {decay} is not between 0 and 1")
+        chosen = self.position(average)
+        averages = (replace(a, decay=decay) if i == chosen else a for i, a in enumerate(version.averages))
+        return replace(version, averages=tuple(averages))
+
+    def with_counter_reset(self, version: Version) -> Version:
+        """The version at the beginning of the warm-up. A counter that is off stays off (LitEma's would go on)."""
+        return replace(version, num_updates=self.counter_at_start)
+
+
+class Ledger:
+    """The decisions of one run.
+
+    version: the current one, None before the initial weights. writer: the number of the trainer that attached last, 0
+    before any did. fault: why the run takes no updates (its latest stored version was damaged), None if all is well.
+    retired: whether the run was deleted. admit() is asked without the lock too, before a body is read: each method
+    looks at ``version`` once.
+    """
+
+    def __init__(self, config: RunConfig, *, writer: int = 0) -> None:
+        self.succession = Succession(config)
+        self.version: Version | None = None
+        self.writer = writer
+        self.fault: str | None = None
+        self.retired = False
+        self._run = config.run
+        #: Versions of epochs up to this one may have been read, though their files are damaged.
+        self._last_epoch = 0
+        self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
+
+    # --- whether the run can be read and written --------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Raises RunNotFound once the run is deleted, RunDegraded."""
+        self._check_exists()
+        if self.fault:
+            readable = f"version {self.version} can be read; " if self.version else ""
+            raise RunDegraded(f"run {self._run!r}: {self.fault}", hint=f"{readable}{RunDegraded.default_hint}")
+
+    def readable(self) -> Version:
+        """The current version. Raises AwaitingWeights, RunDegraded where none is left, RunNotFound once deleted."""
+        self._check_exists()
+        version = self.version
+        if version is None:
+            self.check_writable()
+            raise AwaitingWeights(f"run {self._run!r} was created but its initial weights never came")
+        return version
+
+    def writable(self) -> Version:
+        """The current version, where the next may follow it. Raises as readable(), and RunDegraded."""
+        self.check_writable()
+        return self.readable()
+
+    # --- whether an update counts -----------------------------------------------------------------------------------
+
+    def admit(self, step: int, writer: int | None = None) -> None:
+        """Refuse, before its body is read, an update that cannot be applied.
+
+        writer: the number of the trainer that sends it, None where that trainer did not attach.
+        Raises Fenced, AwaitingWeights, RunDegraded, StaleStep, RunNotFound.
+        """
+        version = self.writable()
+        self._check_writer(writer)
+        if version.step is not None and (step < version.step or (step == version.step and version.n == 0)):
+            origin = "its latest update" if version.n else "its initial weights"
+            raise StaleStep(f"step {step} is not after step {version.step} of {origin} (run {self._run!r})")
+
+    def judge(self, plan: Plan, digest: bytes, writer: int | None = None) -> bool:
+        """Whether the planned update, prepared by now, is to be applied; False where it was applied before.
+
+        digest: of its parameters. Raises as admit(); StepConflict where its step was applied with other parameters;
+        Superseded where the run changed since the plan was made.
+        """
+        self.admit(plan.step, writer)
+        version = self.readable()
+        if plan.step == version.step:
+            if digest != version.digest:
+                raise StepConflict(f"step {plan.step} of run {self._run!r} was applied with other bytes")
+            return False
+        if version is not plan.base:
+            raise Superseded(f"run {self._run!r} changed while step {plan.step} was received", retry_after=0.0)
+        return True
+
+    def judge_first(self, digest: bytes) -> bool:
+        """Whether initial weights are to be taken; False where the same were. Raises WeightsExist, RunDegraded."""
+        self.check_writable()
+        version = self.version
+        if version and (version.n or version.digest != digest):
+            raise WeightsExist(f"run {self._run!r} is at version {version}")
+        return version is None
+
+    def status_of(self, step: int) -> UpdateStatus:
+        """Whether ``step`` was applied, among the latest steps remembered."""
+        return UpdateStatus(step, "applied" if step in tuple(self._steps) else "unknown")
+
+    # --- going back, going on, another trainer ----------------------------------------------------------------------
+
+    def rewound(self, info: SnapshotInfo, averages: Iterable[Average], lineage: str, now: float) -> Version:
+        """The version at a snapshot, in a new epoch: updates after it are as if they had never been.
+
+        lineage: for a run that has no version. A rewind is also the way out of ``degraded``, so it asks for nothing.
+        """
+        version = self.version
+        epoch = max(self._last_epoch, version.epoch if version else 0) + 1
+        lineage = version.lineage if version else lineage
+        return Version(lineage, epoch, 0, info.step, info.num_updates, b"", tuple(averages), now)
+
+    def judge_rewind(self, to: Version) -> None:
+        """Raises RunNotFound; Superseded where someone else rewound the run since ``to`` was decided on."""
+        self._check_exists()
+        if self.version and self.version.epoch >= to.epoch:
+            raise Superseded(f"run {self._run!r} was rewound by someone else meanwhile", retry_after=0.0)
+
+    def acceptable(self) -> Version:
+        """The version that a degraded run may go on with, although later updates are gone.
+
+        Raises InvalidRequest where the run is well, RunDegraded where there is no version.
+        """
+        if self.fault is None:
+            raise InvalidRequest(f"run {self._run!r} is not degraded: name the snapshot to go back to")
+        return self.readable()
+
+    def next_writer(self) -> int:
+        """The number of a trainer that takes over the run. Raises RunNotFound."""
+        self._check_exists()
+        return self.writer + 1
+
+    # --- what takes effect ------------------------------------------------------------------------------------------
+
+    def attach(self, writer: int) -> None:
+        """From here on updates of earlier writers, and of none, are refused."""
+        self.writer = writer
+
+    def commit(self, version: Version) -> None:
+        """The version that was decided on is the run's."""
+        before, self.version = self.version, version
+        if before and version.epoch > before.epoch:
+            self._forget_steps_after(version.step)
+        elif version.n and version.step is not None and (before is None or version.n > before.n):
+            self._steps.append(version.step)
+
+    def recover(self) -> None:
+        """The run takes updates again: someone decided which version it goes on with."""
+        self.fault = None
+
+    def restore(self, version: Version | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:
+        """Take up what storage had; for a run that nobody uses yet.
+
+        steps: of earlier updates. last_epoch: versions of epochs up to this one may have been read. fault: why the run
+        takes no updates.
+        """
+        self.fault, self._last_epoch = fault, last_epoch
+        self._steps.extend(steps)
+        if version:
+            self.commit(version)
+
+    def retire(self) -> None:
+        """The run is deleted: it takes no update from now on."""
+        self.retired = True
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _check_exists(self) -> None:
+        if self.retired:
+            raise RunNotFound(f"run {self._run!r} was deleted")
+
+    def _check_writer(self, writer: int | None) -> None:
+        if (writer or 0) == self.writer:
+            return
+        if (writer or 0) > self.writer:
+            raise InvalidRequest(f"run {self._run!r} never gave the writer's number {writer}")
+        sent = "without a writer's number" if writer is None else f"of writer {writer}"
+        raise Fenced(f"an update {sent} came, and writer {self.writer} has taken over run {self._run!r}")
+
+    def _forget_steps_after(self, step: int | None) -> None:
+        kept = [] if step is None else [each for each in self._steps if each <= step]
+        self._steps = deque(kept, maxlen=_REMEMBERED_STEPS)

@@ -1,0 +1,333 @@
+"""One pass over the parameters of a push, as they arrive: digest them, average (or cast), look for NaN, digest results.
+
+The pass runs behind the receiving: whatever part of the parameters has come is averaged while the next part is on the
+wire, and when the last byte is in, little is left to do. Nothing of the run is touched: results lie in memory of the
+push, so a push that breaks off or turns out wrong is simply dropped.
+
+Knows staged memory, arenas and the kernel. Does not know sockets, threads, or when a result becomes the run's state.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from ema_client.errors import NonFinite, listed
+from ema_client.protocol import LAYOUT_DTYPES
+from ema_service.averaging import (
+    BLOCK_BYTES,
+    GULP_BYTES,
+    Accumulators,
+    BlockDigest,
+    Digest,
+    averaging,
+    casting,
+    digesting,
+    finite,
+)
+from ema_service.memory import Arena, Staged
+from ema_service.memory.layout import Section
+from ema_service.shadows.results import DeviceResult, Result, Sink
+
+__all__ = ["DevicePass", "Feed", "Grain", "HostPass", "Pass", "pass_over"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """How many bytes of parameters are worked through at a time.
+
+    piece: hashed and averaged on the host: what was just received is still in the core's cache (2 MiB), with room for
+    the shadow beside it. device_piece: averaged by a device, which wants more to do at once. block: of the digest;
+    whole pieces.
+    """
+
+    piece: int = 256 << 10
+    device_piece: int = BLOCK_BYTES
+    block: int = BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What the parameters of a push do to one average: out <- shadow - weight * (shadow - param).
+
+    Without a shadow, and in copied sections, out <- param. sink: told of the result's bytes in host memory as they
+    become final; only then does the result get a digest.
+    """
+
+    out: Arena
+    shadow: Arena | None
+    weight: float
+    sink: Sink | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """The kernels of one section, one for each feed: each takes the elements to average and says if all are finite.
+
+    digesting: the first feed's kernel which digests parameters and results on the way, where such a loop is compiled.
+    """
+
+    kernels: list[Callable[[int, int], bool]]
+    digesting: Callable[[int, int, Accumulators, Accumulators], bool] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The digests of the present block: of its parameters, and of the first average's results where the averaging works
+    those out."""
+
+    params: BlockDigest
+    results: BlockDigest
+
+
+def pass_over(staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain | None = None) -> Pass:
+    """The pass for memory of the host, or of a device.
+
+    feeds: in order; one whose ``out`` is the push's own memory comes last, for it overwrites the parameters. None: the
+    pass only digests. check: whether NaN and Inf in a result are an error.
+    """
+    kind = HostPass if staged.on_host else DevicePass
+    return kind(staged, feeds, check=check, grain=grain or Grain())
+
+
+class Pass(ABC):
+    """Feeds averages from a staged push, from its first byte to its last. Thread-safe: one thread at a time works."""
+
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
+        self._staged = staged
+        self._layout = staged.layout
+        self._feeds = feeds
+        self._check = check
+        self._grain = grain
+        #: Bytes of the parameters that are digested.
+        self._position = 0
+        self._results = [self._result(feed.out, feed.sink) if feed.sink else None for feed in feeds]
+        self._bound: dict[int, _Bound] = {}
+        self._block: _Block | None = None
+        self._digest = Digest(grain.block)
+        self._lock = threading.Lock()
+
+    def advance(self, received: int) -> None:
+        """Work through what is there: the first ``received`` bytes of the parameters."""
+        with self._lock:
+            if received < self._layout.param_bytes:
+                # Whole pieces until the end, so that results are told by whole pages of the disk.
+                received -= received % self._grain.piece
+            for index, section, start, stop in self._pieces(self._position, received, self._grain.piece):
+                if self._block is None:
+                    self._block = self._begin_block(index, section, start)
+                averaged = self._take(self._block, index, section, start, stop)
+                ended = stop % self._grain.block == 0 or stop == self._layout.param_bytes
+                self._tell(self._block, section, averaged, ended=ended)
+                if ended:
+                    self._block = None
+                self._position = stop
+
+    def finish(self) -> bytes:
+        """Work through the rest and return the digest (averaging.Digest, 16 bytes) of the parameters.
+
+        Raises NonFinite, and what the parameters' memory raises where it was withdrawn (Staged.settle).
+        """
+        try:
+            if self._staged.shared is None:
+                self.advance(self._layout.param_bytes)
+            else:
+                self._divide(self._staged.shared.helpers)
+        finally:
+            # Views of the parameters: another process' memory is held no longer than it is read.
+            self._bound.clear()
+        self._staged.settle()
+        for number, feed in enumerate(self._feeds):
+            if self._check and not self._is_finite(number, feed.out):
+                raise NonFinite(f"NaN or Inf in {listed(feed.out.non_finite())}")
+        for result in self._results:
+            if result:
+                result.finish()
+        return self._digest.digest()
+
+    # --- what memory of the host and of a device differ in -----------------------------------------------------------
+
+    #: Whether a kernel looks for NaN and Inf as it averages.
+    _checks_pieces: bool
+
+    @abstractmethod
+    def _result(self, out: Arena, sink: Sink) -> Result:
+        """The result that ``sink`` is told of."""
+
+    @abstractmethod
+    def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
+        """Digest one piece and average as much as pays. The answer is how many bytes of parameters are averaged."""
+
+    @abstractmethod
+    def _take_alone(self, block: _Block, index: int, section: Section, start: int, stop: int) -> object:
+        """Digest and average one piece, whatever was taken before it: many threads do so at once."""
+
+    @abstractmethod
+    def _is_finite(self, number: int, out: Arena) -> bool:
+        """Whether the result of a feed has no NaN and no Inf, now that all is averaged."""
+
+    # --- pieces, blocks and kernels ----------------------------------------------------------------------------------
+
+    def _divide(self, helpers: Executor) -> None:
+        """Work through all blocks, of parameters that lie apart from every ``out``: in any order, on many threads."""
+        stop, size = self._layout.param_bytes, self._grain.block
+        blocks = [(start, min(start + size, stop)) for start in range(0, stop, size)]
+        for bounds, block in zip(blocks, helpers.map(self._divided, blocks), strict=True):
+            for _, section, _, end in self._pieces(*bounds, size):
+                self._tell(block, section, end, ended=end == bounds[1])
+
+    def _divided(self, bounds: tuple[int, int]) -> _Block:
+        # In one piece where that can be: threads wait for the interpreter between two pieces, one for another.
+        pieces = list(self._pieces(*bounds, self._grain.block))
+        block = self._begin_block(*pieces[0][:3])
+        for piece in pieces:
+            self._take_alone(block, *piece)
+        return block
+
+    def _pieces(self, position: int, received: int, piece: int) -> Iterator[tuple[int, Section, int, int]]:
+        """The bytes from ``position`` to ``received`` in pieces of whole elements of one section.
+
+        Pieces are cut where those of all bytes from the first on would be: no piece lies in two blocks.
+        """
+        sections = self._layout.sections
+        for index in range(bisect_right(sections, position, key=lambda each: each.param.start) - 1, len(sections)):
+            section = sections[index]
+            if section.param.start >= received:
+                return
+            stop = min(received, section.param.stop)
+            stop -= (stop - section.param.start) % LAYOUT_DTYPES[section.param_dtype]
+            # Received bytes that end inside an element leave the sections behind it alone, though theirs may be there.
+            while section.param.start <= position < stop:
+                end = min(position + piece - position % piece, stop)
+                yield index, section, position, end
+                position = end
+
+    def _begin_block(self, index: int, section: Section, start: int) -> _Block:
+        """The averaging works out digests of blocks that are whole and of one section; the library does the rest."""
+        size = self._grain.block
+        compiled = start + size <= section.param.stop and self._bind(index).digesting is not None
+        same = section.param.start == section.shadow.start and section.param_dtype == section.shadow_dtype
+        results = compiled and same and self._results[0] is not None
+        return _Block(BlockDigest(size, compiled=compiled), BlockDigest(size, compiled=results))
+
+    def _bind(self, index: int) -> _Bound:
+        """The kernels of one section. Made once for a section: its views take longer than a small piece."""
+        if bound := self._bound.get(index):
+            return bound
+        kernels, digest = [], None
+        check = self._check and self._checks_pieces
+        copied = self._layout.sections[index].copied
+        for number, feed in enumerate(self._feeds):
+            out, param = feed.out.section(index), self._staged.param(index)
+            if feed.shadow is None or copied:
+                kernels.append(casting(out, param, check=check))
+                continue
+            shadow = feed.shadow.section(index)
+            kernels.append(averaging(out, shadow, param, feed.weight, check=check))
+            if number == 0:
+                digest = digesting(out, shadow, param, feed.weight, check=check)
+        return self._bound.setdefault(index, _Bound(kernels, digest))
+
+    def _tell(self, block: _Block, section: Section, stop: int, *, ended: bool = False) -> None:
+        """Tell the sinks how far results are, while the last of them are in the cache; at a block's end its digests.
+
+        In order. stop: bytes of the parameters that are averaged.
+        """
+        if ended:
+            self._digest.add(block.params.digest())
+        _, made = _elements(section, section.param.start, stop)
+        upto = section.shadow.start + made * LAYOUT_DTYPES[section.shadow_dtype]
+        for number, result in enumerate(self._results):
+            if result:
+                compiled = block.results if block.results.compiled and number == 0 else None
+                result.made(upto, compiled, ended=ended)
+
+
+class HostPass(Pass):
+    """A pass in memory of the host: each piece is digested and averaged while it is in the core's cache."""
+
+    _checks_pieces = True
+
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
+        super().__init__(staged, feeds, check=check, grain=grain)
+        self._finite = [True] * len(feeds)
+
+    def _result(self, out: Arena, sink: Sink) -> Result:
+        return Result(out, sink, out.tensor, self._grain.block)
+
+    def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
+        data, bound = self._staged.data[start:stop], self._bind(index)
+        first, last = _elements(section, start, stop)
+        done = first
+        if bound.digesting and block.params.compiled:
+            done = last
+            if stop % self._grain.block == 0:
+                # A block's last gulp is digested in another way (BlockDigest.end).
+                done -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
+            accumulators = block.params.accumulators, block.results.accumulators
+            self._note(0, finite=bound.digesting(first, done, *accumulators))
+            if done < last:
+                block.params.end(data[-GULP_BYTES:])
+        else:
+            block.params.update(data)
+        for number, kernel in enumerate(bound.kernels):
+            begin = first if number else done
+            if begin < last:
+                self._note(number, finite=kernel(begin, last))
+        return stop
+
+    _take_alone = _take
+
+    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - each piece was looked at
+        return self._finite[number]
+
+    def _note(self, number: int, *, finite: bool) -> None:
+        if not finite:
+            self._finite[number] = False
+
+
+class DevicePass(Pass):
+    """A pass on a device: pieces are digested on the host, uploaded and averaged there once there is enough to do."""
+
+    #: Each look at a device's result is a wait: there is one, at the end.
+    _checks_pieces = False
+
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
+        super().__init__(staged, feeds, check=check, grain=grain)
+        #: Bytes of the parameters that the device was told to average.
+        self._averaged = 0
+
+    def _result(self, out: Arena, sink: Sink) -> Result:
+        return DeviceResult(out, sink, self._staged.host_twin(out), self._staged, self._grain.block)
+
+    def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
+        block.params.update(self._staged.data[start:stop])
+        if stop % self._grain.device_piece and stop < section.param.stop:
+            return self._averaged
+        self._average(index, section, self._averaged, stop)
+        self._averaged = stop
+        return stop
+
+    def _take_alone(self, block: _Block, index: int, section: Section, start: int, stop: int) -> None:
+        block.params.update(self._staged.data[start:stop])
+        self._average(index, section, start, stop)
+
+    def _average(self, index: int, section: Section, start: int, stop: int) -> None:
+        kernels = self._bind(index).kernels
+        if kernels:
+            self._staged.upload(start, stop)
+        for kernel in kernels:
+            kernel(*_elements(section, start, stop))
+
+    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the device knows by the memory
+        return all(finite(out.section(index)) for index in range(len(self._layout.sections)))
+
+
+def _elements(section: Section, start: int, stop: int) -> tuple[int, int]:
+    """The elements of a section that bytes ``start`` to ``stop`` of the parameters are."""
+    width = LAYOUT_DTYPES[section.param_dtype]
+    return (start - section.param.start) // width, (stop - section.param.start) // width

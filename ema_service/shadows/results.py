@@ -1,0 +1,100 @@
+"""Results of a pass that are written to disk as they come: digested, and told how far they are final.
+
+Knows arenas, digests and copies from a device. Does not know how a result is computed (passes) or written (storage).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from torch import Tensor
+
+from ema_service.averaging import GULP_BYTES, BlockDigest, Digest
+from ema_service.memory import Arena, Staged
+from ema_service.memory.arena import Mark
+
+__all__ = ["DeviceResult", "Result", "Sink"]
+
+#: Takes all bytes of a result, in host memory and the same at each call, and how many of them are final.
+Sink = Callable[[memoryview, int], None]
+
+
+class Result:
+    """One average's result in host memory, which a sink is told of.
+
+    block_bytes: of the digest.
+    """
+
+    def __init__(self, arena: Arena, sink: Sink, data: Tensor, block_bytes: int) -> None:
+        self._arena = arena
+        self._sink = sink
+        self._data = data.numpy().data
+        self._digest = Digest(block_bytes)
+        self._told = 0
+
+    def made(self, upto: int, block: BlockDigest | None = None, *, ended: bool = False) -> None:
+        """The first ``upto`` bytes of the result are final.
+
+        block: the digest of the present block's results, where the averaging works it out, all but the block's last
+        gulp. ended: the present block ends at ``upto``.
+        """
+        if block is None:
+            self._digest.update(self._data[self._told : upto])
+        elif ended:
+            block.end(self._data[upto - GULP_BYTES : upto])
+            self._digest.add(block.digest())
+        self._told = upto
+        self._sink(self._data, upto)
+
+    def finish(self) -> None:
+        """Every byte is final: tell the sink of the last, and give the arena its digest."""
+        self._arena.digest = self._digest.digest()
+
+
+class DeviceResult(Result):
+    """A result on a device: copied to the host behind the averaging; a thread tells the sink as copies arrive.
+
+    twin: host memory for the copy. It is lent to nobody else before every copy has arrived, for the thread refers to
+    this object.
+    """
+
+    def __init__(self, arena: Arena, sink: Sink, twin: Tensor, staged: Staged, block_bytes: int) -> None:
+        super().__init__(arena, sink, twin, block_bytes)
+        self._twin = twin
+        self._mark = staged.mark
+        self._followers = staged.followers
+        self._copied = 0
+        self._under_way = deque[tuple[int, Mark]]()
+        self._follower: Future[None] | None = None
+        self._lock = threading.Lock()
+
+    def made(self, upto: int, block: BlockDigest | None = None, *, ended: bool = False) -> None:  # noqa: ARG002 - host only
+        """Begin the copy of the result's bytes up to ``upto``."""
+        if upto == self._copied:
+            return
+        piece = slice(self._copied, upto)
+        self._twin[piece].copy_(self._arena.tensor[piece], non_blocking=True)
+        self._copied = upto
+        with self._lock:
+            self._under_way.append((upto, self._mark()))
+            if len(self._under_way) == 1:
+                self._follower = self._followers.submit(self._follow)
+
+    def finish(self) -> None:
+        """Wait for the copies; then as Result.finish()."""
+        if self._follower:
+            self._follower.result()
+        super().finish()
+
+    def _follow(self) -> None:
+        while True:
+            upto, mark = self._under_way[0]
+            mark.synchronize()
+            super().made(upto)
+            with self._lock:
+                self._under_way.popleft()
+                if not self._under_way:
+                    return

@@ -1,0 +1,88 @@
+"""Versions of a run: what one says of itself, the bytes of it, and the plan of the next.
+
+Plain values, all immutable. Knows names and numbers. Does not know how a version is decided on (runs/ledger), computed
+(passes) or kept (persistence); the memory it refers to is never looked at here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ema_client.protocol import WeightsInfo
+
+if TYPE_CHECKING:
+    from ema_service.averaging.schedules import Retention
+    from ema_service.memory import Arena
+
+__all__ = ["Average", "Plan", "State", "Version"]
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """One average in one version. ``effective_decay`` is that of the latest update, None before the first."""
+
+    name: str
+    decay: float
+    effective_decay: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What a version says of itself; ``str()`` is its name, "epoch.n".
+
+    lineage: tells apart versions of one name: a run that was deleted and created again has another lineage.
+    n: updates applied in this epoch. step: the trainer's, None before it is known. num_updates: LitEma's counter, -1
+    where it is off. digest: of the parameters that made it (averaging.Digest of the push); empty after a rewind.
+    updated_at: seconds since 1970-01-01 UTC, for people to read.
+    """
+
+    lineage: str
+    epoch: int
+    n: int
+    step: int | None
+    num_updates: int
+    digest: bytes
+    averages: tuple[Average, ...]
+    updated_at: float
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.n}"
+
+    def weights_info(self, run: str, average: Average) -> WeightsInfo:
+        """What the weights of one of its averages say of themselves; ``run``: the run's name."""
+        return WeightsInfo(
+            run=run,
+            average=average.name,
+            version=str(self),
+            step=self.step,
+            num_updates=self.num_updates,
+            decay=average.decay,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A version with its bytes: one arena for each of its averages, in the same order. Never changed."""
+
+    version: Version
+    arenas: tuple[Arena, ...]
+
+    def at(self, position: int) -> tuple[Average, Arena]:
+        """One of the averages, from 0, and its arena."""
+        return self.version.averages[position], self.arenas[position]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an update is to make of a version: decided before its parameters come.
+
+    base: the version it applies to. step: the trainer's. num_updates: the counter after it. retentions: what each
+    average of the base retains, in their order; none where the step was applied before and only the digest of the
+    parameters is asked for.
+    """
+
+    base: Version
+    step: int
+    num_updates: int
+    retentions: tuple[Retention, ...]

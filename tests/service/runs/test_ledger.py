@@ -1,0 +1,329 @@
+"""The ledger by itself: random lives of a run against a plain list of what should be, without bytes, files or a server.
+
+Knows steps, writers, counters and decays. Does not know memory, threads or HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ema_client.errors import (
+    AverageNotFound,
+    AwaitingWeights,
+    EmaError,
+    Fenced,
+    InvalidRequest,
+    RunDegraded,
+    RunNotFound,
+    StaleStep,
+    StepConflict,
+    Superseded,
+    WeightsExist,
+)
+from ema_client.protocol import MAX_STEP, AverageConfig, RunConfig, SnapshotInfo, TensorSpec
+from ema_service.runs.ledger import Ledger
+from ema_service.shadows.state import Version
+
+LAYOUT = (TensorSpec("w", (1,), "F32"),)
+TWO = (AverageConfig("slow"), AverageConfig("fast", decay=0.5))
+
+
+def config(**given: object) -> RunConfig:
+    return RunConfig("r", LAYOUT, averages=TWO, **given)  # type: ignore[arg-type]
+
+
+def begun(**given: object) -> Ledger:
+    """A ledger with its initial weights, of step 0."""
+    ledger = Ledger(config(**given))
+    ledger.commit(ledger.succession.first("life", b"first", 1.0, num_updates=None, step=0))
+    return ledger
+
+
+def update(ledger: Ledger, step: int, digest: bytes | None = None, writer: int | None = None) -> bool:
+    """What a run does with a push: the answer is whether it was applied."""
+    ledger.admit(step, writer)
+    plan = ledger.succession.plan(step, ledger.readable())
+    applied = ledger.judge(plan, digest or b"%d" % step, writer)
+    if applied:
+        ledger.commit(ledger.succession.following(plan, digest or b"%d" % step, float(step)))
+    return applied
+
+
+def snapshot_of(version: Version) -> SnapshotInfo:
+    names = tuple(average.name for average in version.averages)
+    return SnapshotInfo("r", "s", str(version), version.step, version.num_updates, names, 0, 0.0)
+
+
+@dataclass
+class Past:
+    """What the run should be, kept as the list of its applied steps. ``before``: of epochs that were rewound away."""
+
+    steps: list[int] = field(default_factory=list)
+    counter: int = 0
+    epoch: int = 1
+    writer: int = 0
+
+
+class Life(RuleBasedStateMachine):
+    """Any order of pushes, repeats, conflicts, resets, attachments, snapshots and rewinds."""
+
+    @initialize(per_step=st.booleans(), counting=st.booleans())
+    def begin(self, per_step: bool, counting: bool) -> None:
+        self.per_step, self.counting = per_step, counting
+        self.ledger = begun(decay_per="step" if per_step else "update", use_num_updates=counting)
+        self.past = Past(counter=0 if counting else -1)
+        self.snapshots: list[tuple[Version, Past]] = []
+
+    def next_step(self, gap: int) -> int:
+        return (self.past.steps[-1] if self.past.steps else 0) + gap
+
+    @rule(gap=st.integers(1, 10**6))
+    def push(self, gap: int) -> None:
+        step = self.next_step(gap)
+        assert update(self.ledger, step, writer=self.past.writer or None)
+        self.past.steps.append(step)
+        if self.counting:
+            self.past.counter += gap if self.per_step else 1
+
+    @precondition(lambda self: self.past.steps)
+    @rule()
+    def push_again(self) -> None:
+        """The latest step with the same digest changes nothing; with another digest it is a conflict."""
+        latest = self.ledger.readable()
+        assert not update(self.ledger, self.past.steps[-1], latest.digest, self.past.writer or None)
+        with pytest.raises(StepConflict):
+            update(self.ledger, self.past.steps[-1], b"other", self.past.writer or None)
+        assert self.ledger.readable() is latest
+
+    @rule(back=st.integers(1, 5))
+    def push_the_past(self, back: int) -> None:
+        step = self.next_step(0) - back
+        if step >= 0:
+            with pytest.raises(StaleStep):
+                update(self.ledger, step, writer=self.past.writer or None)
+
+    @rule(gap=st.integers(1, 3))
+    def race(self, gap: int) -> None:
+        """Of two updates begun on one version the second to come is not applied."""
+        writer = self.past.writer or None
+        base = self.ledger.readable()
+        plan = self.ledger.succession.plan(self.next_step(gap + 1), base)
+        self.push(gap)
+        with pytest.raises(Superseded):
+            self.ledger.judge(plan, b"late", writer)
+
+    @rule()
+    def attach(self) -> None:
+        number = self.ledger.next_writer()
+        self.ledger.attach(number)
+        before, self.past.writer = self.past.writer, number
+        step = self.next_step(1)
+        for stranger in {before or None, None}:
+            with pytest.raises(Fenced):
+                self.ledger.admit(step, stranger)
+        with pytest.raises(InvalidRequest):
+            self.ledger.admit(step, number + 1)
+
+    @rule()
+    def reset(self) -> None:
+        self.ledger.commit(self.ledger.succession.with_counter_reset(self.ledger.writable()))
+        self.past.counter = 0 if self.counting else -1
+
+    @rule(decay=st.floats(0.0, 1.0))
+    def steer(self, decay: float) -> None:
+        succession = self.ledger.succession
+        self.ledger.commit(succession.with_decay(self.ledger.writable(), decay, "fast"))
+        slow, fast = self.ledger.readable().averages
+        assert (slow.decay, fast.decay) == (0.9999, decay)
+
+    @rule()
+    def keep(self) -> None:
+        self.snapshots.append((self.ledger.readable(), replace(self.past, steps=list(self.past.steps))))
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        version, past = data.draw(st.sampled_from(self.snapshots))
+        to = self.ledger.rewound(snapshot_of(version), version.averages, "another", 5.0)
+        self.ledger.judge_rewind(to)
+        self.ledger.commit(to)
+        self.past = Past(list(past.steps), past.counter, self.past.epoch + 1, self.past.writer)
+        with pytest.raises(Superseded):
+            self.ledger.judge_rewind(to)
+
+    @invariant()
+    def is_as_it_should_be(self) -> None:
+        version = self.ledger.readable()
+        assert version.epoch == self.past.epoch
+        assert version.num_updates == self.past.counter
+        assert version.step == (self.past.steps[-1] if self.past.steps else 0)
+        assert version.lineage == "life"
+        for step in self.past.steps[-5:]:
+            assert self.ledger.status_of(step).state == "applied"
+        assert self.ledger.status_of(self.next_step(1)).state == "unknown"
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# --- gaps and decays ------------------------------------------------------------------------------------------------
+
+
+@given(gaps=st.lists(st.integers(1, 200), min_size=1, max_size=20), decay=st.sampled_from([0.9, 0.999, 0.9999]))
+def test_gaps_are_exact(gaps: list[int], decay: float) -> None:
+    """With decay_per="step" an update over a gap retains what single steps would have: the product of their decays."""
+    ledger = begun(decay=decay, decay_per="step")
+    step = 0
+    for gap in gaps:
+        steps = range(step + 1, step + gap + 1)
+        step += gap
+        update(ledger, step)
+        each = [min(decay, (1 + n) / (10 + n)) for n in steps]
+        found = ledger.readable().averages[0].effective_decay
+        assert found == pytest.approx(math.prod(each), rel=1e-6)
+
+
+def test_counter_stays_within_its_range() -> None:
+    """A gap that would carry the counter beyond what SQLite holds stops there."""
+    ledger = begun(decay_per="step")
+    update(ledger, MAX_STEP)
+    assert ledger.readable().num_updates == MAX_STEP
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan])
+def test_decay_outside_its_range(decay: float) -> None:
+    """A decay that is none is refused."""
+    ledger = begun()
+    with pytest.raises(InvalidRequest):
+        ledger.succession.with_decay(ledger.readable(), decay, None)
+
+
+def test_unknown_average() -> None:
+    """An average that the run does not have is refused with the names it has."""
+    with pytest.raises(AverageNotFound, match="slow, fast"):
+        begun().succession.position("none")
+
+
+# --- the first version ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_before_the_initial_weights() -> None:
+    """A run without weights has nothing to read, and takes no update."""
+    ledger = Ledger(config())
+    for act in (ledger.readable, ledger.writable, lambda: ledger.admit(1)):
+        with pytest.raises(AwaitingWeights):
+            act()
+    assert ledger.judge_first(b"any")
+
+
+def test_initial_weights_twice() -> None:
+    """The same weights again change nothing; others, or the same after an update, are refused."""
+    ledger = begun()
+    assert not ledger.judge_first(b"first")
+    with pytest.raises(WeightsExist):
+        ledger.judge_first(b"other")
+    update(ledger, 1)
+    with pytest.raises(WeightsExist):
+        ledger.judge_first(b"first")
+
+
+def test_initial_weights_are_of_a_step() -> None:
+    """An update of the step that the initial weights are of is stale: it would be counted twice."""
+    with pytest.raises(StaleStep, match="initial weights"):
+        update(begun(), 0)
+
+
+def test_counter_where_nothing_counts() -> None:
+    """A counter cannot be carried on by a run that counts nothing."""
+    succession = Ledger(config(use_num_updates=False)).succession
+    with pytest.raises(InvalidRequest, match="num_updates"):
+        succession.first("life", b"", 1.0, num_updates=7, step=None)
+
+
+# --- degraded, deleted, restored ------------------------------------------------------------------------------------
+
+
+def test_degraded_run_takes_nothing_until_someone_decides() -> None:
+    """A fault refuses every write and keeps what can be read; a rewind or an acceptance ends it."""
+    whole = begun()
+    ledger = Ledger(config())
+    ledger.restore(whole.readable(), (), 7, "its checkpoint is damaged")
+    with pytest.raises(RunDegraded, match=r"damaged .version 1\.0 can be read"):
+        ledger.admit(1)
+    assert ledger.acceptable() is ledger.readable()
+    to = ledger.rewound(snapshot_of(whole.readable()), whole.readable().averages, "new", 1.0)
+
+    assert to.epoch == 8, "epochs up to 7 may have been read by someone"
+    ledger.commit(to)
+    ledger.recover()
+    assert update(ledger, 1)
+    with pytest.raises(InvalidRequest, match="not degraded"):
+        ledger.acceptable()
+
+
+def test_degraded_run_without_a_version() -> None:
+    """Where nothing is left to read, that is what is said; a rewind begins another lineage."""
+    ledger, source = Ledger(config()), begun().readable()
+    ledger.restore(None, (), 3, "its files are gone")
+    for act in (ledger.readable, ledger.acceptable, lambda: ledger.judge_first(b"")):
+        with pytest.raises(RunDegraded):
+            act()
+    assert (v := ledger.rewound(snapshot_of(source), source.averages, "new", 1.0)).lineage == "new"
+    assert v.epoch == 4
+
+
+def test_deleted_run_takes_nothing() -> None:
+    """After a deletion every question has one answer."""
+    ledger = begun()
+    plan = ledger.succession.plan(1, ledger.readable())
+    to = ledger.rewound(snapshot_of(ledger.readable()), ledger.readable().averages, "new", 1.0)
+    ledger.retire()
+    for act in (
+        ledger.readable,
+        ledger.writable,
+        ledger.next_writer,
+        lambda: ledger.admit(1),
+        lambda: ledger.judge(plan, b""),
+        lambda: ledger.judge_first(b""),
+        lambda: ledger.judge_rewind(to),
+    ):
+        with pytest.raises(RunNotFound):
+            act()
+
+
+def test_restored_steps_are_known() -> None:
+    """Steps that storage told of are applied, those in between are not known."""
+    before = begun()
+    for step in (3, 9):
+        update(before, step)
+    ledger = Ledger(config(), writer=4)
+    ledger.restore(before.readable(), (3,), 1, None)
+
+    assert [ledger.status_of(step).state for step in (3, 4, 9)] == ["applied", "unknown", "applied"]
+    assert update(ledger, 10, writer=4)
+
+
+def test_questions_change_nothing() -> None:
+    """Whatever is asked and refused, the ledger answers as before."""
+    ledger = begun()
+    version = ledger.readable()
+    plan = ledger.succession.plan(5, version)
+    for question in (
+        lambda: ledger.admit(5),
+        lambda: ledger.judge(plan, b"x"),
+        lambda: ledger.admit(0),
+        lambda: ledger.admit(5, 9),
+        lambda: ledger.next_writer(),
+        lambda: ledger.judge_first(b"x"),
+    ):
+        with contextlib.suppress(EmaError):
+            question()
+    assert (ledger.readable(), ledger.writer, ledger.fault) == (version, 0, None)
