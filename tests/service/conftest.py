@@ -180,6 +180,11 @@ class LocalServer:
     def run(self, name: str) -> LocalRun:
         return LocalRun(self.registry.get(name), self.memory)
 
+    def data_files(self, pattern: str) -> list[Path]:
+        """What lies in the folders of runs."""
+        assert self.folder is not None
+        return sorted((self.folder / "runs").glob(pattern))
+
     def snapshot(self, name: str, *, run: str = "r", keep: int | None = None) -> tuple[SnapshotInfo, bool]:
         """Take a snapshot of a run as it is now."""
         return self.registry.snapshots(run).take(name, self.registry.get(run).ready_state, keep=keep)

@@ -1,6 +1,5 @@
-"""One run of durability ``memory`` on disk: what a restart brings back, what damage does; snapshots.
+"""Runs of durability ``memory``: checkpoints taken now and then, and what a stop, a crash and damage leave.
 
-What holds beyond ``memory`` is in test_checkpoints.py.
 Knows data dirs, and registries opened on them again. Does not know HTTP or processes.
 """
 
@@ -9,12 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,20 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ema_client.errors import (
-    AverageNotFound,
-    AwaitingWeights,
-    EmaError,
     RunDegraded,
     RunNotFound,
-    SnapshotExists,
-    SnapshotNotFound,
     StorageFailed,
 )
 from ema_client.protocol import AverageConfig, WeightsInfo
 from ema_service.persistence import Versions
 from ema_service.storage import Slot
-from ema_service.storage import files as storage_files
-from ema_service.storage import store as storage_store
+from tests.service.persistence.damage import DAMAGE
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun, LocalServer
@@ -71,11 +62,6 @@ def again(server: LocalServer) -> LocalRun:
 def seen(run: LocalRun) -> dict[str, bytes]:
     """The bytes of each average."""
     return run.bytes()
-
-
-def data_files(server: LocalServer, pattern: str) -> list[Path]:
-    assert server.folder is not None
-    return sorted((server.folder / "runs").glob(pattern))
 
 
 # --- restart --------------------------------------------------------------------------------------------------------
@@ -328,17 +314,6 @@ def test_updates_go_on_while_a_checkpoint_is_written(
 
 # --- damage ---------------------------------------------------------------------------------------------------------
 
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "cut by a byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "cut in its header": lambda path: path.write_bytes(path.read_bytes()[:20]),
-    "empty": lambda path: path.write_bytes(b""),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "a header of rubbish": lambda path: path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtyqe"', 1)),
-    "another layout": lambda path: path.write_bytes(path.read_bytes().replace(b'"scalar"', b'"scalax"', 1)),
-    "gone": lambda path: path.unlink(),
-    "its folder gone": lambda path: shutil.rmtree(path.parent),
-}
-
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("average", ["slow", "fast"])
@@ -349,9 +324,9 @@ def test_damaged_checkpoint_degrades_the_run(
     other = server.create("other", model(0))
     other.begin(model(0))
     server.stop()
-    [path] = data_files(server, f"r.*/slots/*/{average}.safetensors")
+    [path] = server.data_files(f"r.*/slots/*/{average}.safetensors")
     DAMAGE[damage](path)
-    left = {each: each.read_bytes() for each in data_files(server, "r.*/slots/*/*")}
+    left = {each: each.read_bytes() for each in server.data_files("r.*/slots/*/*")}
     run = again(server)
 
     assert run.info.status == "degraded"
@@ -361,14 +336,14 @@ def test_damaged_checkpoint_degrades_the_run(
     assert run.info.durable_step is None
     assert server.run("other").info.status == "ready"
     server.stop()
-    assert {each: each.read_bytes() for each in data_files(server, "r.*/slots/*/*")} == left
+    assert {each: each.read_bytes() for each in server.data_files("r.*/slots/*/*")} == left
 
 
 def test_repaired_run_comes_back(server: LocalServer, run: LocalRun) -> None:
     """A degraded run whose file is put back is what it was after the next start."""
     before = seen(run)
     server.stop()
-    [path] = data_files(server, "r.*/slots/*/slow.safetensors")
+    [path] = server.data_files("r.*/slots/*/slow.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert again(server).info.status == "degraded"
@@ -382,11 +357,11 @@ def test_repaired_run_comes_back(server: LocalServer, run: LocalRun) -> None:
 def test_degraded_run_can_be_deleted(server: LocalServer, model: Model) -> None:
     """A degraded run can be deleted and created anew."""
     server.stop()
-    data_files(server, "r.*/slots/*/slow.safetensors")[0].unlink()
+    server.data_files("r.*/slots/*/slow.safetensors")[0].unlink()
     again(server)
     server.registry.delete("r")
 
-    assert data_files(server, "r.*") == []
+    assert server.data_files("r.*") == []
     assert server.create("r", model(0)).info.status == "awaiting_weights"
 
 
@@ -398,7 +373,7 @@ def test_checkpoint_is_plain_safetensors(server: LocalServer, run: LocalRun) -> 
     shadows = {name: run.shadows(name) for name in ("slow", "fast")}
     server.registry.checkpoint()
     for name, expected in shadows.items():
-        [path] = data_files(server, f"r.*/slots/*/{name}.safetensors")
+        [path] = server.data_files(f"r.*/slots/*/{name}.safetensors")
         loaded = load_file(path)
         assert all(torch.equal(loaded[each], value) for each, value in expected.items())
         with safe_open(path, "pt") as file:
@@ -410,11 +385,11 @@ def test_checkpoints_take_turns_in_two_slots(server: LocalServer, run: LocalRun,
     """However many checkpoints are taken, two slots are enough; the one that counts is never written to."""
     seen = []
     for step in range(40, 46):
-        before = {path: path.read_bytes() for path in data_files(server, "r.*/slots/*/*")}
+        before = {path: path.read_bytes() for path in server.data_files("r.*/slots/*/*")}
         run.push(step, model(step))
         server.registry.checkpoint()
         seen.append(
-            {path.parent.name for path in data_files(server, "r.*/slots/*/*") if before.get(path) != path.read_bytes()}
+            {path.parent.name for path in server.data_files("r.*/slots/*/*") if before.get(path) != path.read_bytes()}
         )
 
     assert [len(each) for each in seen] == [1] * 6
@@ -428,7 +403,7 @@ def test_deletion_removes_the_files(server: LocalServer) -> None:
     server.snapshot("s")
     server.registry.checkpoint()
     server.registry.delete("r")
-    assert data_files(server, "r.*") == []
+    assert server.data_files("r.*") == []
     server.stop()
     server.start()
 
@@ -446,132 +421,7 @@ def test_deleted_run_is_not_kept_by_a_late_checkpoint(server: LocalServer, run: 
     versions.close()
     versions.save(state, final=True)
 
-    assert data_files(server, "r.*") == []
-
-
-# --- snapshots ------------------------------------------------------------------------------------------------------
-
-
-def test_snapshot_is_a_version(server: LocalServer, run: LocalRun, model: Model) -> None:
-    """A snapshot holds all averages as they were, whatever comes after, also after a restart."""
-    before = seen(run)
-    info, new = server.snapshot("s")
-    assert new
-    assert (info.run, info.name, info.version, info.step, info.num_updates) == ("r", "s", "1.3", 30, 3)
-    assert info.averages == ("slow", "fast")
-    run.push(40, model(40))
-    server.stop()
-    again(server)
-
-    snapshots = server.registry.snapshots("r")
-    assert snapshots.all() == [info]
-    paths = data_files(server, "r.*/snapshots/s/*")
-    assert info.bytes == sum(path.stat().st_size for path in paths)
-    for name, expected in before.items():
-        file, about = snapshots.open("s", name)
-        assert bytes(file.read(0, len(expected))) == expected
-        assert (about.average, about.version, about.snapshot) == (name, "1.3", "s")
-        file.close()
-
-
-def test_snapshot_again(server: LocalServer, run: LocalRun, model: Model) -> None:
-    """The same name again is the same snapshot as long as the run has not moved; then it is refused."""
-    snapshots = server.registry.snapshots("r")
-    first, _ = server.snapshot("s")
-
-    assert server.snapshot("s") == (first, False)
-    run.push(40, model(40))
-    with pytest.raises(SnapshotExists, match=r"1\.3.*1\.4"):
-        server.snapshot("s")
-    assert server.snapshot("t")[0].version == "1.4"
-    assert [info.name for info in snapshots.all()] == ["s", "t"]
-
-
-@pytest.mark.usefixtures("run")
-def test_snapshots_that_are_not_there(server: LocalServer, model: Model) -> None:
-    """Unknown snapshots and averages are named; a run without weights has nothing to copy."""
-    snapshots = server.registry.snapshots("r")
-    server.snapshot("s")
-    for act in (
-        lambda: snapshots.find("none"),
-        lambda: snapshots.open("none", None),
-        lambda: snapshots.delete("none"),
-    ):
-        with pytest.raises(SnapshotNotFound, match="'none'"):
-            act()
-    with pytest.raises(AverageNotFound, match="'none'"):
-        snapshots.open("s", "none")
-    server.create("empty", model(0))
-    with pytest.raises(AwaitingWeights):
-        server.snapshot("s", run="empty")
-
-
-def test_snapshot_deleted_under_its_reader(server: LocalServer, run: LocalRun, model: Model) -> None:
-    """Who reads a snapshot reads on to its end after it was deleted; its name is free for another version."""
-    before = seen(run)["slow"]
-    snapshots = server.registry.snapshots("r")
-    server.snapshot("s")
-    file, _ = snapshots.open("s", None)
-    snapshots.delete("s")
-    assert data_files(server, "r.*/snapshots/*") == []
-    run.push(40, model(40))
-    assert server.snapshot("s")[0].version == "1.4"
-
-    assert bytes(file.read(0, len(before))) == before
-    file.close()
-
-
-@pytest.mark.parametrize("damage", ["cut by a byte", "a header of rubbish", "gone"])
-@pytest.mark.usefixtures("run")
-def test_damaged_snapshot_is_not_the_readers_fault(damage: str, server: LocalServer) -> None:
-    """A damaged snapshot is an error of the server's, in the tree, naming the snapshot: not "send another body"."""
-    snapshots = server.registry.snapshots("r")
-    server.snapshot("s")
-    [path] = data_files(server, "r.*/snapshots/s/slow.safetensors")
-    DAMAGE[damage](path)
-
-    with pytest.raises(EmaError) as refusal:
-        snapshots.open("s", "slow")
-    assert refusal.value.status != 422
-    assert "'s'" in refusal.value.detail
-
-
-@pytest.mark.usefixtures("run")
-def test_snapshot_on_a_full_disk(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot that could not be written is not there, and can be taken once there is room."""
-    snapshots = server.registry.snapshots("r")
-
-    def full(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
-        for _ in chunks:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return 0
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage_store, "write_whole", full)
-        with pytest.raises((OSError, EmaError)):
-            server.snapshot("s")
-    assert snapshots.all() == []
-    assert server.registry.frozen.bytes_in_use == 0
-
-    assert server.snapshot("s")[1]
-
-
-@pytest.mark.usefixtures("run")
-def test_everything_is_synced_before_it_counts(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot's files, and every folder that got a new entry for them, are on disk before its row is."""
-    synced: list[Path] = []
-    sync = storage_files.sync_folder
-
-    def note(folder: Path) -> None:
-        synced.append(folder)
-        sync(folder)
-
-    monkeypatch.setattr(storage_files, "sync_folder", note)
-    monkeypatch.setattr(storage_store, "sync_folder", note)
-    server.snapshot("s")
-    [folder] = data_files(server, "r.*/snapshots/s")
-
-    assert {folder, folder.parent, folder.parent.parent} <= set(synced)
+    assert server.data_files("r.*") == []
 
 
 @pytest.mark.usefixtures("run")
