@@ -29,7 +29,7 @@ from ema_client.errors import (
     UsageError,
     WeightsExist,
 )
-from ema_client.http.pool import Download
+from ema_client.http.downloads import Download
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Reply, Transport
 from ema_client.protocol import (
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ema_client.http.connection import Body
+    from ema_client.http.body import Body
     from ema_client.tensors.shared import SharedState
 
     State = Mapping[str, Tensor] | nn.Module

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import EmaError, UsageError, listed
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
 from ema_client.training.aside import Stored
 from ema_client.training.buffers import Sending, StepHook

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ema_client.http.pool import Download
+from ema_client.http.downloads import Download
 from ema_client.reading.slices import Open, whole_length
 from ema_client.reading.weights import Weights, read_header
 from ema_client.tensors.body import check_targets, new_tensors, receive

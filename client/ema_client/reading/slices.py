@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_client import wire
 from ema_client.errors import ProtocolError, UsageError
-from ema_client.http.pool import Download
+from ema_client.http.downloads import Download
 from ema_client.protocol import WeightsInfo
 from ema_client.reading.weights import read_header
 

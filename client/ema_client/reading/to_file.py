@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ema_client.errors import ProtocolError
-from ema_client.http.pool import Download
+from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
 from ema_client.protocol import WeightsInfo
 from ema_client.reading.weights import read_header

@@ -38,7 +38,7 @@ from ema_client.protocol import EventKind, RunEvent, RunInfo, SnapshotInfo
 
 if TYPE_CHECKING:
     from ema_client.client import EmaClient
-    from ema_client.http.pool import Stream
+    from ema_client.http.downloads import Stream
     from ema_client.http.transport import Transport
 
 __all__ = ["VERSIONS", "Mailbox", "parse", "watch"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ema_client import wire
 from ema_client.errors import ProtocolError, UsageError, listed
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.names import canonical_names
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ema_client import wire
 from ema_client.errors import UsageError
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.http.memfd import SharedBody
 from ema_client.tensors.body import dtype_of, memory, specs_of, state_of
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ema_client import wire
-from ema_client.http.connection import Body
-from ema_client.http.pool import SHARE_ABOVE
+from ema_client.http.body import Body
+from ema_client.http.uploads import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.body import dtype_of, memory, on_host
 from ema_client.tensors.shared import shared_body

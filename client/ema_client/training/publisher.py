@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ema_client.errors import EmaError, UpdatesPending, UsageError
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
 
 __all__ = ["EXIT_SECONDS", "Publisher", "Stats", "Update"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ema_client import EmaClient, RetryPolicy
 from ema_client.errors import ConnectionLost, UsageError
-from ema_client.http.pool import Download
+from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
 from ema_client.reading import halves
 

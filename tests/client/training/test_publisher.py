@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ema_client.errors import EmaError, NonFinite, ServiceUnreachable, StaleStep, UpdatesPending, UsageError
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
 from ema_client.training import publisher as publishing
 from ema_client.training.publisher import Publisher, Stats, Update
