@@ -55,6 +55,7 @@ CLIENT_THIRD_PARTY = {
 }
 CLIENT_TORCH_AT_TOP = {
     "ema_client.tensors.body",
+    "ema_client.tensors.layout",
     "ema_client.training.joining",
     "ema_client.remote_ema",
     "ema_client.training.selection",

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
-import secrets
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ema_client import wire
+from ema_client.atomic import whole_file
 from ema_client.errors import MalformedBody, UsageError
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.body import memory
@@ -110,25 +110,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = wire.place(TensorSpec(name, tuple(t.shape), _NAMES[t.dtype]) for name, t in tensors.items())
 
-    def save(part: Path) -> None:
-        with part.open("xb") as file:
-            file.write(wire.build_header(entries, metadata))
-            for entry in entries:
-                file.write(memory(tensors[entry.name]))
-
-    _whole(path, save)
+    with whole_file(path) as part, part.open("xb") as file:
+        file.write(wire.build_header(entries, metadata))
+        for entry in entries:
+            file.write(memory(tensors[entry.name]))
 
 
 def write_torch(path: Path, content: Mapping[str, Any]) -> None:
     """torch.save()."""
-    _whole(path, lambda part: torch.save(dict(content), part))
-
-
-def _whole(path: Path, save: Callable[[Path], None]) -> None:
-    """What ``save`` writes, under its name when all of it is there."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        save(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        torch.save(dict(content), part)

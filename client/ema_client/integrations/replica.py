@@ -15,7 +15,7 @@ from torch import nn
 from ema_client.client import EmaClient
 from ema_client.errors import StepNotReached
 from ema_client.remote_ema import RemoteEma
-from ema_client.tensors.body import parameters_of
+from ema_client.tensors.layout import parameters_of
 from ema_client.training.aside import Stored
 from ema_client.training.sharding import ShardedSelection, gathered, is_sharded, reshard, together
 

@@ -28,7 +28,8 @@ from ema_client import wire
 from ema_client.http.body import Body
 from ema_client.http.uploads import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
-from ema_client.tensors.body import dtype_of, memory, on_host
+from ema_client.tensors.body import memory, on_host
+from ema_client.tensors.layout import dtype_of
 from ema_client.tensors.shared import shared_body
 from ema_client.training.publisher import Update
 

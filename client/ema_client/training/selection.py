@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ema_client import wire
 from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec
-from ema_client.tensors.body import dtype_name, parameters_of, specs_of, state_of
+from ema_client.tensors.layout import dtype_name, parameters_of, specs_of, state_of
 from ema_client.tensors.names import canonical_name
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]

@@ -25,7 +25,7 @@ from ema_client import wire
 from ema_client.errors import EmaError, NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec
 from ema_client.reading.slices import Wanted
-from ema_client.tensors.body import dtype_name, spec_of, state_of
+from ema_client.tensors.layout import dtype_name, spec_of, state_of
 from ema_client.tensors.names import canonical_name
 from ema_client.training.selection import FrozenPolicy
 from ema_client.wire import Box, boxes_of_range

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ema_client.tensors.body import specs_of
+from ema_client.tensors.layout import specs_of
 from ema_client.training.buffers import DeviceCopies, Sending, StepHook, _Asked
 from ema_client.training.publisher import Update
 
