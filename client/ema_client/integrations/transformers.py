@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +22,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ema_client.atomic import whole_file
 from ema_client.errors import UsageError
 from ema_client.integrations.replica import Replica
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
-from ema_client.training.sharding import agreed, is_sharded
+from ema_client.training.ranks import agreed
+from ema_client.training.sharding import is_sharded
 from ema_client.training.state import check_state_is_of
 
 __all__ = ["RemoteEmaCallback"]
@@ -134,7 +135,9 @@ class RemoteEmaCallback(TrainerCallback):
         # The trials of a hyperparameter search have theirs elsewhere. Of a sharded model each process has an EMA, of
         # which no newer update is applied before this one has sent its part.
         if self.ema and state.is_world_process_zero and folder.is_dir():
-            _write(self._reference(folder), self.ema.state_dict())
+            # Whole or not there: a training that is killed leaves no checkpoint that cannot be gone on from.
+            with whole_file(self._reference(folder)) as part:
+                part.write_text(json.dumps(self.ema.state_dict()))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._replica:
@@ -191,18 +194,8 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _write(path: Path, state: dict[str, Any]) -> None:
-    """The file is whole or not there: a training that is killed leaves no checkpoint that cannot be gone on from."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_text(json.dumps(state))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _read(path: Path, run: str) -> dict[str, Any]:
-    """What _write() wrote of this run. Raises UsageError for anything else."""
+    """The state that on_save() wrote of this run. Raises UsageError for anything else."""
     try:
         state: dict[str, Any] = json.loads(path.read_text())
         check_state_is_of(run, state)

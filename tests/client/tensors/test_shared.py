@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ema_client import EmaClient, RemoteEma, RetryPolicy
 from ema_client.errors import NonFinite, UsageError
 from ema_client.protocol import TensorSpec
-from ema_client.training.buffers import Sending
+from ema_client.training.buffers import UpdateBuffers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
@@ -163,7 +163,7 @@ def test_parts_are_handed_over(client: EmaClient, run: str) -> None:
         tensors = [torch.full((half,), 2.0 + part)]
         if part == 0:
             specs, tensors = (*specs, TensorSpec("b", (3,), "BF16")), [*tensors, state(2.0)["b"]]
-        body = Sending(specs, pinned=False, slices=slices, shared=True).copied(1, tensors, hooked=False).body
+        body = UpdateBuffers(specs, pinned=False, slices=slices, shared=True).copied(1, tensors, hooked=False).body
         last = client.push_part_once(run, body, step=1, part=part, of=2)
         assert last is (part == 1)
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ema_client.errors import UsageError
-from ema_client.training.sharding import _box
+from ema_client.training.sharding import box_at
 
 
 @given(
@@ -31,7 +31,7 @@ def test_slices_of_a_mesh(shape: tuple[int, int], mesh: list[int], data: st.Data
     placements = tuple(data.draw(st.sampled_from([Shard(0), Shard(1), Replicate()])) for _ in mesh)
     seen = torch.zeros(shape, dtype=torch.int)
     for coordinate in product(*map(range, mesh)):
-        box = _box("w", shape, tuple(mesh), coordinate, placements)
+        box = box_at("w", shape, tuple(mesh), coordinate, placements)
         local, offset = _compute_local_shape_and_global_offset(shape, tuple(mesh), list(coordinate), placements)
         assert box == (tuple((o, o + n) for o, n in zip(offset, local, strict=True)) if prod(local) else None)
         if box and not any(c for c, p in zip(coordinate, placements, strict=True) if p.is_replicate()):
@@ -42,4 +42,4 @@ def test_slices_of_a_mesh(shape: tuple[int, int], mesh: list[int], data: st.Data
 def test_unknown_ways_of_sharding() -> None:
     """A placement whose meaning is not certain is refused by name, not guessed."""
     with pytest.raises(UsageError, match="'w' is laid out in a way that is not known"):
-        _box("w", (8, 8), (2, 2), (0, 0), (_StridedShard(0, split_factor=4), Shard(0)))
+        box_at("w", (8, 8), (2, 2), (0, 0), (_StridedShard(0, split_factor=4), Shard(0)))
