@@ -1,4 +1,4 @@
-"""A file that appears under its name when it is whole, or not at all.
+"""Atomic writes: a file appears under its name when the file is whole, or not at all.
 
 Knows: temporary names beside a file. Does not know: what is written. Standard library only.
 """
@@ -15,9 +15,9 @@ __all__ = ["whole_file"]
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: the file that the block writes there takes the place of ``path`` at the end.
+    """A temporary path for the block to write to; at the block's end the file there takes the place of ``path``.
 
-    A block that raises leaves ``path`` as it was, and no temporary file.
+    A block that raises leaves ``path`` as before, and no temporary file.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:

@@ -1,8 +1,8 @@
 """EmaClient: everything a trainer or an evaluator asks of the service, as Python calls.
 
-Knows: the routes and what their answers mean; the latest step that it pushed to each run. Does not know: sockets and
-retries (http), how tensors become bytes (tensors), how weights are read (reading). Imports torch only where a call
-needs torch, so that a program that looks at runs or steers runs does without.
+Knows: the routes and what their answers mean; the latest step pushed to each run. Does not know: sockets and retries
+(http), how tensors become bytes (tensors), how weights are read (reading). Imports torch where a call needs torch, so
+that programs which look at runs or steer runs do without.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class EmaClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections. Calls after it raise UsageError."""
+        """Close the connections. Later calls raise UsageError."""
         self._transport.close()
 
     # --- a trainer's calls ------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class EmaClient:
         return self._push(run, body, step, partial(self._transport.upload, headers=_writer_header(writer)))
 
     def push_once(self, run: str, body: Body, *, step: int, writer: int | None = None) -> UpdateResult:
-        """push(), tried once, of a body that is made already: for a sender with retries of its own."""
+        """push() of a ready body, tried once: for a sender with retries of its own."""
         return self._push(run, body, step, partial(self._transport.upload_once, headers=_writer_header(writer)))
 
     def _push(self, run: str, body: Body, step: int, upload: Callable[[str, Body], Reply]) -> UpdateResult:
@@ -295,7 +295,7 @@ class EmaClient:
     def push_part_once(
         self, run: str, body: Body, *, step: int, part: int, of: int, group: str = "", writer: int | None = None
     ) -> bool:
-        """push_part(), tried once, of a body that is made already: for a sender with retries of its own."""
+        """push_part() of a ready body, tried once: for a sender with retries of its own."""
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
         reply = self._transport.upload_once(
             protocol.part_path(_name(run, "run"), step, part), body, query=query, headers=headers
@@ -419,9 +419,9 @@ class EmaClient:
     def copy_to(
         self, run: str, module: nn.Module, *, average: str | None = None, snapshot: str | None = None
     ) -> WeightsInfo:
-        """Write the EMA weights into those of ``module``'s own parameters that require gradients.
+        """Write the EMA weights into all parameters of ``module`` that require gradients.
 
-        Raises UsageError, before anything is written, unless these parameters are the run's. After ConnectionLost the
+        Raises UsageError, before anything is written, unless the parameters are the run's. After ConnectionLost the
         parameters are part old, part new.
         """
         _require_torch()
@@ -547,7 +547,7 @@ class EmaClient:
 
 
 class _Steps:
-    """The latest step of each run that this client has pushed to or created. Thread-safe."""
+    """The latest step of each run, as far as the client has pushed or seen it. Thread-safe."""
 
     def __init__(self) -> None:
         self._steps: dict[str, int] = {}
@@ -594,7 +594,7 @@ def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]])
 
 
 def _was_last(reply: Reply) -> bool:
-    """Whether the service applied something with this part: then all others were there."""
+    """Whether the service answered a part by applying the whole: then all other parts were there."""
     return reply.data.get("state") != "staged"
 
 

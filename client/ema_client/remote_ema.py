@@ -47,14 +47,14 @@ class RemoteEma:
     """The exponential moving average of a model's parameters, kept by the service.
 
     Called where LitEma is: ``ema(model)`` after each optimizer step, ``with ema.scope(model):`` around an evaluation.
-    Averaged are the parameters that require gradients, by their canonical names. Not an nn.Module: it has no weights of
-    its own to save, move or cast. One thread at a time, and the process that made it.
+    Averaged are the parameters that require gradients, by their canonical names. Not an nn.Module: there are no weights
+    to save, move or cast. For a single thread at a time, and for the process that made it.
 
     update() takes the parameters and returns; a thread sends them. A failure of the sending is logged, counted
-    (``stats``) and raised by flush(), close() and whatever reads: these wait for the updates before them. The end of
-    the program waits for updates that are on their way, for at most 30 seconds.
+    (``stats``) and raised by flush(), close() and every call that reads, which wait for all earlier updates. The end of
+    the program waits for updates on their way, for at most 30 seconds.
 
-    More methods and attributes than a class usually has: it has all calls of LitEma, and joins what serves them.
+    More methods and attributes than a class usually has: all calls of LitEma, and the parts behind those calls.
 
     Args:
         model: the model. Its parameters are sent once, as the initial shadow; the model is not referred to later.
@@ -71,7 +71,7 @@ class RemoteEma:
         decay_per: "update", LitEma's meaning: one decay for each update applied; "step": the product of the decays of
             all calls since the last update applied, which makes good for updates that were left out.
         on_busy: "block": wait while two updates are on their way, so that none is left out, as with LitEma; "skip":
-            never wait, leave this update out. Where the service is away nobody waits: updates are left out.
+            never wait, leave the update out. Where the service is away nobody waits: updates are left out.
         push_dtype: send the parameters as this dtype: torch.bfloat16 for half the traffic. The shadow is float32 all
             the same, and begins with the parameters as they were sent. Buffers that are copied are sent as they are.
         borrow: send the parameters from where they lie, on the CPU, and let the next step of a torch optimizer wait
@@ -79,8 +79,9 @@ class RemoteEma:
             and step().
         frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError.
         buffers: what becomes of floating-point buffers that are saved with the model, such as BatchNorm's statistics:
-            "none": they stay the model's own; "average": they are averaged as well; "copy": beside the averages are
-            those of the latest update sent. Others, such as BatchNorm's counter of batches, stay the model's own.
+            "none": buffers stay the model's own; "average": buffers are averaged as well; "copy": beside the averages
+            stand the buffers of the latest update sent. Other buffers, such as BatchNorm's counter of batches, stay the
+            model's own.
         durability: what survives a crash of the service; by default the protocol's.
 
     Raises InvalidDecay (a ValueError, as LitEma raises it), RunExists, with ``resume`` RunNotFound, and what
@@ -147,7 +148,7 @@ class RemoteEma:
             self._release()
             raise
         self._cadence = Cadence(update_every, (info.step if info else None) or 0)
-        # Neither the thread nor the hook knows this object: a RemoteEma that is dropped without close() ends both.
+        # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
         send = partial(self._plan.push, self._client, run, writer)
         policy = SendPolicy(self._client.retry)
         self._publisher = Publisher(send, policy, name=f"run {run!r} at {self._client.url}")
@@ -193,11 +194,11 @@ class RemoteEma:
         self.update(model)
 
     def update(self, model: nn.Module) -> None:
-        """One EMA step with the model's parameters as they are. They may change again once update() returns.
+        """An EMA step with the model's parameters as they are; they may change again once update() returns.
 
-        Call it once for each optimizer step, also where gradients are accumulated over several batches. Never raises
-        for what the service or the network does. Raises UsageError if the parameters are no longer those the run was
-        made with, and after close(). An update that failed is not made up for: the next update is a new step.
+        To be called once for each optimizer step, also where gradients are accumulated over several batches. Never
+        raises for what the service or the network does. Raises UsageError if the parameters are no longer the run's,
+        and after close(). A failed update is not made up for: the next update is a new step.
         """
         self._publisher.check_usable()
         # At every call, due or not: what counts is a step since the latest call.
@@ -280,7 +281,7 @@ class RemoteEma:
         deleted since.
         """
         check_state_is_of(self._run, state)
-        # All ranks have flushed before one rewinds: a late rank would wait for a step that the rewind takes away.
+        # All ranks flush before the rewind: a late rank would wait for a step that the rewind takes away.
         self._plan.together(self.flush)
         self._plan.once(lambda: rewind_to(self._client, state))
         self._cadence.begin_at(state["step"] or 0)
@@ -293,7 +294,8 @@ class RemoteEma:
         Includes every update so far. Raises UsageError, before anything is written, if the parameters are not those of
         the run.
         """
-        # Of a sharded model no newer update can be applied until each rank, this one too, has sent its part.
+        # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
+        # part.
         self.flush()
         self._selection.pull_into(model, self._client, self._run)
 
@@ -329,7 +331,7 @@ class RemoteEma:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _send(self, tensors: list[Tensor], step: int, *, hooked: bool) -> None:
-        """The one place where an update leaves the trainer."""
+        """The only place where an update leaves the trainer."""
         if hooked and self._sends_module_buffers:
             # The next forward pass changes the model's buffers, before there is a step that would wait for the sending
             # or for the copy.

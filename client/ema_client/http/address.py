@@ -51,12 +51,12 @@ class Address:
 
     @property
     def base(self) -> str:
-        """The URL that an HTTP client is given; for a Unix socket a stand-in that names no real host."""
+        """The URL for an HTTP client; for a Unix socket a stand-in without a real host."""
         return self.url if self.socket is None else "http://localhost"
 
 
 def parse_address(url: str) -> Address:
-    """The address that a URL names. Raises UsageError saying what is wrong and how a URL is written."""
+    """The address in a URL. Raises UsageError saying what is wrong and how a URL is written."""
     parts, port = _split(url)
     if parts.username is not None or parts.password is not None:
         # The URL is not shown: what stands before the @ may be a secret.

@@ -1,7 +1,7 @@
-"""From an HTTP answer to its JSON object, or to the error that the answer stands for.
+"""From an HTTP answer to its JSON object, or to the error behind the answer.
 
-Knows: status, headers and body of an answer, and what the protocol promises of them. Does not know: which HTTP library
-read the answer, or what was asked.
+Knows: status, headers and body of an answer, and the protocol's promises about all three. Does not know: which HTTP
+library read the answer, or what was asked.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ class Answer:
 
 
 def json_of(answer: Answer) -> dict[str, Any]:
-    """The JSON object of a success. Raises the error that any other answer stands for.
-
-    Raises ProtocolError for an answer that no ema-service gives.
-    """
+    """The JSON object of a success. Raises error_of() any other answer."""
     if not 200 <= answer.status < 300:
         raise error_of(answer)
     if answer.status == 204:
@@ -45,7 +42,7 @@ def json_of(answer: Answer) -> dict[str, Any]:
 
 
 def error_of(answer: Answer) -> EmaError:
-    """The error that an answer stands for; ProtocolError where no ema-service sent the answer."""
+    """The error behind an answer; ProtocolError where no ema-service sent the answer."""
     if answer.content_type != PROBLEM_JSON:
         return _foreign(answer)
     try:

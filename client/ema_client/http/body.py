@@ -24,11 +24,11 @@ JOINED_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A body of ``length`` bytes that can be sent more than once.
+    """A body of ``length`` bytes, to be sent as often as need be.
 
-    pieces: gives the body's memory from the beginning at each call. The sender may read a piece until the sender asks
-    for the next one; pieces are not copied, so their memory must not change meanwhile.
-    shared: shared memory that holds the same bytes; a service on this host reads the body there instead.
+    pieces: gives the body's memory from the beginning at each call. Pieces are not copied: the memory of a piece must
+    not change until the sender asks for the next piece.
+    shared: shared memory with the same bytes, where a service on the same host reads the body instead.
     """
 
     length: int

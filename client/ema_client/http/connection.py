@@ -55,7 +55,7 @@ class Timeouts:
 
 
 class Connection:
-    """One keep-alive connection, for one caller at a time: not thread-safe, but for interrupt()."""
+    """A keep-alive connection, for a single caller at a time: not thread-safe, but for interrupt()."""
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
         self._address = address
@@ -63,7 +63,7 @@ class Connection:
         self._http = open_http(address, timeouts.connect, context)
         #: URL of the latest request, for messages.
         self.url = address.url
-        #: Whether an answer has come over this connection.
+        #: Whether an answer has come over the connection.
         self.used = False
         self._streaming: socket.socket | None = None
 
@@ -112,9 +112,9 @@ class Connection:
             return response
 
     def lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """Each line as it comes, with its newline, until the answer ends.
+        """The lines of an answer as they come, newlines included, until the answer ends.
 
-        Raises ConnectionLost if no line comes in time, ProtocolError for a line that does not end.
+        Raises ConnectionLost if no line comes in time, ProtocolError for a line without end.
         """
         with self._faults():
             while line := response.readline(LINE_LIMIT + 1):
@@ -126,17 +126,17 @@ class Connection:
         """End lines(), from another thread: the reading thread sees the end of the answer."""
         if self._streaming is not None:
             with contextlib.suppress(OSError):
-                # shutdown() of the bare socket: that of a TLS socket says goodbye first, and races with the reader.
+                # shutdown() of the bare socket: a TLS socket's says goodbye first, and races with the reader.
                 socket.socket.shutdown(self._streaming, socket.SHUT_RDWR)
 
     @property
     def reusable(self) -> bool:
-        """Whether another request can be sent over this connection."""
+        """Whether another request can be sent over the connection."""
         return self._http.sock is not None
 
     @property
     def stale(self) -> bool:
-        """Whether the server closed the connection while it was idle, or sent something unasked."""
+        """Whether the server closed the idle connection, or sent something unasked."""
         return self._http.sock is None or readable(self._http.sock, 0.0)
 
     def close(self) -> None:
@@ -221,7 +221,7 @@ class Connection:
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
-        """Turn a fault of the socket into one of our errors; after any fault the connection is closed."""
+        """Turn a fault of the socket into an EmaError; after any fault the connection is closed."""
         try:
             yield
         except (OSError, http.client.IncompleteRead) as fault:

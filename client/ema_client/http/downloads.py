@@ -34,7 +34,7 @@ class Download:
         self.length = response.length or 0
 
     def readinto(self, view: memoryview) -> None:
-        """Fill ``view`` with the next bytes of the body. Raises ConnectionLost if the body ends before that."""
+        """Fill ``view`` with the next bytes of the body. Raises ConnectionLost if the body has fewer."""
         filled = 0
         while filled < len(view):
             filled += self.read_some(view[filled:])
@@ -61,7 +61,7 @@ class Download:
 
 
 class Stream:
-    """An answer without end: read its lines on one thread; close() it from any.
+    """An answer without end: lines() for a reading thread, close() for any thread.
 
     url; headers: with lower-case names.
     """
@@ -73,7 +73,7 @@ class Stream:
         self.headers = headers_of(response)
 
     def lines(self) -> Iterator[bytes]:
-        """Each line as it comes, until the service or close() ends the answer; then closes the connection."""
+        """The lines as they come, until the service or close() ends the answer; then closes the connection."""
         try:
             yield from self._connection.lines(self._response)
         finally:

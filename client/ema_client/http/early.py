@@ -35,7 +35,7 @@ def is_continue(head: bytes) -> bool:
 
 
 def replaying(head: bytes) -> functools.partial[_Replayed]:
-    """A class of responses for ``http.client`` that reads ``head`` first and the socket after it."""
+    """A class of responses for ``http.client``, which reads ``head`` first and then the socket."""
     return functools.partial(_Replayed, head)
 
 

@@ -14,17 +14,17 @@ __all__ = ["broken", "no_tls", "tls_fault_in", "unreachable"]
 
 
 def unreachable(url: str, fault: Exception) -> ServiceUnreachable:
-    """The error of a connection that could not be made."""
+    """The error of a failed connect."""
     return ServiceUnreachable(f"nothing answers at {url}: {_said(fault)}")
 
 
 def broken(url: str, fault: Exception) -> ConnectionLost:
-    """The error of a connection that broke, or was silent for too long, after a request was begun."""
+    """The error of a connection that broke, or was silent for too long, after a request had begun."""
     return ConnectionLost(f"the connection to {url} broke: {_said(fault)}")
 
 
 def no_tls(url: str, fault: Exception) -> ProtocolError:
-    """The error of a connection that could not be made secure; trying again would not change that."""
+    """The error of a failed TLS handshake, which another try would not change."""
     hint = "check the scheme of the URL and the server's certificate"
     if isinstance(fault, ssl.SSLCertVerificationError):
         hint = (

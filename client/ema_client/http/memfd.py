@@ -1,12 +1,11 @@
-"""Memory that a service on this host can read: the body of a push is handed over by name instead of being sent.
+"""Memory shared with a service on the same host: the body of a push is handed over by name instead of being sent.
 
-A segment is an anonymous file in memory (memfd) of this process: it has no name in any folder, and is gone when the
-last process that has it open ends, however that process ends. A segment begins with a secret, and a service takes the
-segment only from a client that knows the secret. The secret stands there while a hand-over is under way and at no other
-time, so a client that has given up waiting for an answer may fill the segment anew: a service that still reads the
-segment finds the secret gone, and drops what it read.
+A segment is an anonymous file in memory (memfd): no folder names the file, and the file is gone when the last process
+that has it open ends, by whatever end. A segment begins with a secret, and a service takes a segment only from a client
+that knows the secret. The secret stands there during a hand-over and at no other time, so a client may fill the segment
+anew after a hand-over that was never answered: a service that still reads finds the secret gone, and drops the bytes.
 
-Knows memfds. Does not know: torch, HTTP, or whether the service is on this host.
+Knows memfds. Does not know: torch, HTTP, or where the service is.
 """
 
 from __future__ import annotations

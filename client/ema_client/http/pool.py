@@ -1,7 +1,7 @@
-"""The connections to one service, kept open between requests.
+"""The connections to a service, kept open between requests.
 
 Knows: which connection is idle, and which has gone stale. Does not know: what is asked, how a connection speaks, or
-retries, but for one: a kept connection that the server closed while it was idle.
+retries, but for a single case: a kept connection that the server closed meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_IDLE = 4
 
 
 class Pool:
-    """Connections to one service. Thread-safe: a connection is lent to one caller at a time."""
+    """Connections to a service. Thread-safe: a connection is lent to a single caller at a time."""
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
         self._new = functools.partial(Connection, address, timeouts, context)

@@ -15,7 +15,7 @@ from ema_client.errors import EmaError, StepNotReached
 
 __all__ = ["RetryPolicy"]
 
-#: The longest pause that a server may ask for inside a call, in seconds; a longer one is left to the caller.
+#: The longest pause that a server may ask for inside a call, in seconds; longer pauses are left to the caller.
 LONGEST_RETRY_AFTER = 30.0
 
 
@@ -48,6 +48,6 @@ class RetryPolicy:
 
 def _worth_trying(error: EmaError) -> bool:
     if isinstance(error, StepNotReached):
-        # The server has waited for as long as the caller asked it to.
+        # The server has waited for as long as the caller asked.
         return False
     return error.retryable and (error.retry_after is None or error.retry_after <= LONGEST_RETRY_AFTER)

@@ -20,7 +20,7 @@ __all__ = ["Selector", "open_http", "readable"]
 #: speed of a raw socket, and with this size at 1.1.
 UNIX_SEND_BUFFER_BYTES = 512 << 10
 
-#: For one look at one socket; epoll would open a file descriptor for each look.
+#: For a single look at a single socket; epoll would open a file descriptor for each look.
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 

@@ -40,13 +40,13 @@ Query = Mapping[str, str | int | float | None]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A success: the URL that was asked, and the JSON object of the answer."""
+    """A success: the URL of the request, and the JSON object of the answer."""
 
     url: str
     data: dict[str, Any]
 
     def parsed(self, cls: type[T]) -> T:
-        """The answer as one of the protocol's dataclasses. Raises ProtocolError naming what is missing."""
+        """The answer as a dataclass of the protocol. Raises ProtocolError naming what is missing."""
         try:
             return protocol.from_json(cls, self.data)
         except ValueError as fault:
@@ -62,8 +62,8 @@ class Transport:
         retry: when to try again. Every request of the protocol may be repeated.
         timeouts: of single operations.
 
-    Every method raises the error that the service answered; ServiceUnreachable, ConnectionLost or ProtocolError where
-    it did not answer; UsageError for a URL or token that cannot be one, and after close().
+    Every method raises the service's error; ServiceUnreachable, ConnectionLost or ProtocolError where the service did
+    not answer; UsageError for a malformed URL or token, and after close().
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Transport:
             base_url=address.base,
             headers=self._headers,
             timeout=httpx.Timeout(timeouts.transfer, connect=timeouts.connect),
-            # For a URL without TLS a context is not needed, and loading one takes 20 ms.
+            # A URL without TLS needs no context, and loading a context takes 20 ms.
             verify=context or False,
             transport=httpx.HTTPTransport(uds=address.socket, verify=False) if address.socket else None,
             trust_env=False,
@@ -163,7 +163,7 @@ class Transport:
             return self._http.head(_with_query(path, query), timeout=timeout).status_code
 
     def retrying(self, operation: Callable[[int], T]) -> T:
-        """Call ``operation`` with the number of the try (from 0) until it succeeds or the policy gives up."""
+        """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up."""
         attempt = 0
         while True:
             try:
@@ -176,7 +176,7 @@ class Transport:
             attempt += 1
 
     def close(self) -> None:
-        """Close all connections. Requests after it raise UsageError."""
+        """Close all connections. Later requests raise UsageError."""
         self._http.close()
         self._pool.close()
 
@@ -216,5 +216,5 @@ def _with_query(path: str, query: Query | None) -> str:
 
 
 def _hung_up(fault: httpx.RemoteProtocolError) -> bool:
-    # One class for "closed too early" and for "not HTTP"; only the text tells them apart.
+    # httpx has the same class for "closed too early" and for "not HTTP"; only the text tells which.
     return "disconnected" in str(fault) or "closed connection" in str(fault)

@@ -29,7 +29,7 @@ _log = logging.getLogger("ema_client")
 #: A body of at most so many bytes is sent as quickly as it would be handed over.
 SHARE_ABOVE = 1 << 20
 #: The service reads and averages a body in shared memory before the first byte of the answer comes: the answer may take
-#: as long as one slow core needs at this speed.
+#: as long as a slow core needs, at so many bytes per second.
 SHARED_BYTES_PER_SECOND = 200e6
 
 
@@ -77,9 +77,8 @@ class Uploads:
 
 
 def _wants_the_bytes(fault: EmaError | None) -> TypeGuard[EmaError]:
-    """Whether a body that was handed over has to be sent.
+    """Whether the answer to a hand-over means that the body has to be sent.
 
-    MalformedBody: a service that knows nothing of shared memory, or one behind a proxy that drops the header, finds an
-    empty body.
+    MalformedBody: a service without shared memory, or behind a proxy that drops the header, finds an empty body.
     """
     return isinstance(fault, SegmentUnusable | MalformedBody)

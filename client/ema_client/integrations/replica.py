@@ -37,7 +37,7 @@ class Replica:
         trains: whether there are updates, or evaluations only.
         first: whether this process pushes a model that all processes hold; exactly one process does.
         barrier: waits for all processes.
-        choose: says what of a model this process reads, and with which other ranks.
+        choose: selects the tensors to read, and plans who reads together.
         run, url, token: as for RemoteEma; ``options`` are RemoteEma's others, used in a process that sends.
     """
 
@@ -61,7 +61,7 @@ class Replica:
         self._choose = choose
         self._client = EmaClient(url, token=token)
         sends = trains and (first or is_sharded(model))
-        #: None in a process that does not send: another process does, or there are no updates.
+        #: None where another process sends, or there are no updates.
         self.ema = RemoteEma(model, run=run, client=self._client, **options) if sends else None
 
     @property
@@ -70,7 +70,7 @@ class Replica:
         return self._swapped is not None
 
     def update(self) -> None:
-        """One EMA step with the model as it is; a process that does not send does nothing."""
+        """An EMA step with the model as it is; nothing in a process without a RemoteEma."""
         if self.ema:
             self.ema.update(self._model)
 
@@ -113,7 +113,7 @@ class Replica:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """RemoteEma.scope() in a process that has no RemoteEma."""
+        """RemoteEma.scope() in a process without a RemoteEma."""
         selection, plan = self._choose(self._model)
         aside, tensors = SetAside(), selection.written(self._model)
         aside.store(tensors)

@@ -59,7 +59,7 @@ def pull_halves(open_range: OpenRange, split: int, out: Mapping[str, Tensor] | N
         others = entries[len(mine) :]
         if not mine or not others:
             return None
-        # On this thread: the C library would give a new thread memory that was never touched.
+        # Before the other thread begins: the C library would give a new thread memory that was never touched.
         target = new_tensors(entries) if out is None else out
         check_targets(entries, target)
         etag, begin = first.headers.get("etag", ""), source.position + others[0].begin

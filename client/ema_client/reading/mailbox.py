@@ -1,4 +1,4 @@
-"""Events between the thread that reads them and a loop that may be slower: the newest of each kind waits.
+"""Events between a reading thread and a loop that may be slower: the newest event of each kind waits.
 
 Knows: which events make an older event out of date, and which events are no news. Does not know: how events come, or
 what the loop does.

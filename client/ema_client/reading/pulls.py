@@ -29,7 +29,7 @@ __all__ = ["SPLIT_ABOVE", "Pulls"]
 SPLIT_ABOVE = 64 << 20
 #: Pause between two requests for a step that the service answers without waiting, in seconds.
 _POLL_SECONDS = 0.05
-#: For so many different requests it is remembered where their weights are parted.
+#: So many requests are remembered with the byte at which their weights are parted.
 _MOST_SPLITS = 1000
 
 
@@ -46,7 +46,7 @@ class Pulls:
         self._transport = transport
         self._split_above = split_above
         self._longest_wait = longest_wait
-        #: Request -> the byte at which its weights are parted, 0 for weights that are pulled whole.
+        #: request -> the byte at which the weights are parted, 0 for weights to be pulled whole.
         self._splits: dict[str, int] = {}
         self._lock = threading.Lock()
 

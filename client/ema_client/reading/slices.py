@@ -53,12 +53,12 @@ class Wanted:
 
 
 class _Moved(Exception):
-    """The version of the first range is no longer the current one."""
+    """The run has moved on from the version of the first range."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Bytes [start, stop) of the data section, and the function that reads them into their target."""
+    """Bytes [start, stop) of the data section, and the function that reads the bytes into their target."""
 
     start: int
     stop: int
@@ -121,7 +121,7 @@ class _Head:
 
 
 def _grouped(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
-    """The jobs in groups, one for each request: jobs with small gaps between them are one group."""
+    """The jobs in groups, a request for each group: small gaps between jobs are read along."""
     group: list[_Job] = []
     for job in jobs:
         if group and job.start - group[-1].stop > _GAP_BYTES:

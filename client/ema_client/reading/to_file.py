@@ -43,7 +43,7 @@ def save(
 
 
 class _Transfer:
-    """A body on its way into ``file``, which stands behind the last byte that came. etag: the body's, once known."""
+    """A body on its way into ``file``, whose position is the end of the bytes so far. etag: the body's, once known."""
 
     def __init__(self, file: BinaryIO, progress: Progress | None) -> None:
         self.etag: str | None = None
@@ -52,7 +52,7 @@ class _Transfer:
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
     def go_on(self, download: Download) -> None:
-        """Append the rest of the body; where the service has another body by now, begin anew with that one."""
+        """Append the rest of the body; begin anew where the service has another body by now."""
         with download:
             if download.status == 206:
                 self._check_continues(download)

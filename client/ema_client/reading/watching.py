@@ -150,7 +150,7 @@ class _Reader:
             return
         except Overloaded as full:
             _log.info("run %s: asking for a while, %s", self._questions.run, full.detail)
-            # At random: watchers that were refused together must not come back together.
+            # At random: watchers refused together must not come back together.
             self._full_until = time.monotonic() + (full.retry_after or 0.0) + random.uniform(0.1, 1.0)
             return
         try:
@@ -207,7 +207,7 @@ class _Reader:
             self._stopped.wait(self._pauses.between_questions)
 
     def _list_snapshots(self) -> None:
-        """Deliver snapshots that were made while no stream told of them."""
+        """Deliver the snapshots made while no stream was open."""
         if "snapshot_created" not in self._mailbox.kinds:
             return
         info = self._questions.info()

@@ -1,4 +1,4 @@
-"""Weights as they come from the service: one version of one average, and the head of its safetensors stream.
+"""Weights as they come from the service: a version of an average, and the head of the safetensors stream.
 
 Knows: the stream's header, the metadata in the header, and that the stream's length must add up. Does not know:
 sockets, torch (but as a type), where the tensors are to go.
@@ -20,9 +20,9 @@ __all__ = ["Source", "Weights", "read_header"]
 
 
 class Weights(Mapping[str, "Tensor"]):
-    """Pulled weights: a mapping from name to tensor, all of one version, with its ``info``.
+    """Pulled weights: a mapping from name to tensor, all of one version, with the version's ``info``.
 
-    The caller owns the tensors: nothing else refers to them. After ``pull(out=...)`` they are the tensors of ``out``.
+    The caller owns the tensors, which nothing else refers to; after ``pull(out=...)``, the tensors of ``out``.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], info: WeightsInfo) -> None:
@@ -43,7 +43,7 @@ class Weights(Mapping[str, "Tensor"]):
 
 
 class Source(Protocol):
-    """A body of ``length`` bytes that is read from its beginning, such as a Download or a file."""
+    """A body of ``length`` bytes, read from its beginning: a Download or a file."""
 
     url: str
     length: int

@@ -93,7 +93,7 @@ def views_of(entries: Iterable[wire.Entry], flat: Tensor) -> list[Tensor]:
 
 
 def take_flat(readinto: Callable[[memoryview], None], target: Tensor, entry: wire.Entry) -> None:
-    """Read as many elements as ``target`` has, in row-major order, cast to its dtype and moved to its device."""
+    """Read as many elements as ``target`` has, in row-major order; cast and moved as copy_() does."""
     if _is_plain(target) and is_sent_as(target, entry.dtype):
         readinto(memory(target))
         return
@@ -106,7 +106,7 @@ def take_flat(readinto: Callable[[memoryview], None], target: Tensor, entry: wir
 def take_strided(
     readinto: Callable[[memoryview], None], target: Tensor, entry: wire.Entry, elements: int, strides: Sequence[int]
 ) -> None:
-    """Read ``elements`` elements, and copy the elements that lie at ``strides`` among them into ``target``."""
+    """Read ``elements`` elements, of which ``target``, laid out with ``strides``, takes its own."""
     host = torch.empty(elements, dtype=dtype_of(entry))
     readinto(memory(host))
     with torch.no_grad():

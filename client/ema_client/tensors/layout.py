@@ -31,7 +31,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of ``module`` that an EMA is of: those that require gradients, by their canonical names.
+    """The parameters to average of ``module``: all that require gradients, by their canonical names.
 
     Tied parameters appear once, as in named_parameters(). The tensors are the module's own. Raises NameCollision;
     UsageError if no parameter requires gradients.

@@ -21,7 +21,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 #: the model's own word.
 _PARALLEL = "module"
 
-#: LitEma's own buffers, in one namespace with the shadows.
+#: LitEma's own buffers, in the same namespace as the shadows.
 _LITEMA_OWN = ("decay", "num_updates")
 
 

@@ -25,7 +25,7 @@ class _Ending(Protocol):
 
 
 class ProgramEnd:
-    """The publishers that the end of the program waits for, all together. Thread-safe."""
+    """The publishers to wait for at the end of the program, all within the same time. Thread-safe."""
 
     def __init__(self) -> None:
         self._running: set[_Ending] = set()
@@ -35,7 +35,7 @@ class ProgramEnd:
 
     @property
     def running(self) -> frozenset[_Ending]:
-        """The publishers that are watched now."""
+        """The publishers watched now."""
         return frozenset(self._running)
 
     def watch(self, publisher: _Ending, thread: threading.Thread) -> None:
@@ -73,6 +73,6 @@ class ProgramEnd:
         self._lock = threading.Lock()
 
 
-#: The end of this program.
+#: The end of the program.
 PROGRAM = ProgramEnd()
 os.register_at_fork(after_in_child=PROGRAM.forget_all)

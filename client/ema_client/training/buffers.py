@@ -46,8 +46,8 @@ class UpdateBuffers:
     Args:
         specs: of the tensors of every update, in canonical order and with the dtypes that are sent.
         pinned: whether the tensors lie on a CUDA device.
-        slices: for a rank of a sharded model, which slices of the run's tensors these are; the others are whole.
-        shared: whether buffers are to lie in memory that a service on this host can read.
+        slices: for a rank of a sharded model, which slices of the run's tensors are sent; other tensors are whole.
+        shared: whether buffers are to lie in memory shared with a service on the same host.
         devices: copies from devices.
     """
 
@@ -102,9 +102,9 @@ class UpdateBuffers:
         return Update(step, Body(length, pieces), _nothing, _nothing, borrowed=True)
 
     def initial(self, tensors: Sequence[Tensor], *, borrow: bool) -> list[Tensor]:
-        """The tensors as they are sent: their own memory to ``borrow`` where that is possible, else a copy.
+        """The tensors as they are sent: the tensors themselves to ``borrow`` them where possible, else a copy.
 
-        The copy lies in the buffer of the first update to come, and so touches its pages; valid until that update.
+        The copy lies in the buffer of the first update, whose pages are warm then; valid until the first update.
         """
         if borrow and self.can_borrow(tensors):
             return list(tensors)
@@ -132,7 +132,7 @@ class UpdateBuffers:
 
 
 class _Buffer:
-    """Host memory for one update. flat: the memory; targets: the tensors in it, in the order of the stream.
+    """Host memory for an update. flat: the memory; targets: its tensors, in the order of the stream.
 
     pinned: whether the memory is page-locked, for copies from CUDA devices.
     """
@@ -192,7 +192,7 @@ def _unlock_pages(runtime: Any, address: int, under_way: list[Copy], process: in
 def _by_device(
     targets: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
-    """device -> the sources on it, and their targets."""
+    """device -> its sources and their targets."""
     first = sources[0].device if sources else torch.device("cpu")
     if all(source.device == first for source in sources):
         return {first: (list(targets), list(sources))}

@@ -24,11 +24,11 @@ class Cadence:
 
     @property
     def due(self) -> bool:
-        """Whether the call to come is one that sends."""
+        """Whether the next call sends."""
         return (self.step + 1 - self._first) % self._every == 0
 
     def advance(self) -> int:
-        """Count a call; returns its step."""
+        """Count a call; returns the step."""
         due = self.due
         self.step += 1
         if due:

@@ -1,7 +1,7 @@
-"""How a trainer joins its run: goes on with a run that is there, or makes one, and fences off the trainers before it.
+"""How a trainer joins a run: goes on with an existing run, or makes a new run, and fences off earlier trainers.
 
-Knows what a trainer and the run it resumes must agree on. Does not know models, which rank does what (plan), updates,
-or when an update is due: the initial weights come from the caller.
+Knows what a trainer and a resumed run must agree on. Does not know models, which rank does what (plan), updates, or
+when an update is due: the initial weights come from the caller.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Joining:
     initial: Initial
 
     def join(self, *, resume: bool) -> tuple[RunInfo | None, int | None]:
-        """The run and the writer's number. The run is None on a rank that left the run's making to another rank; the
-        number is None on a rank that sends nothing.
+        """The run and the writer's number. None for the run where another rank makes the run; None for the number on a
+        rank that sends nothing.
 
         For a constructor to call: a warning names the line that called the constructor. Raises as RemoteEma says.
         """
-        # First of all: no trainer that was replaced pushes from here on.
+        # First of all: from here on no earlier trainer pushes.
         writer = self._take_over() if resume else None
         info = self.plan.together(self._compatible) if resume else None
         if info is not None and _float32(info.decay) != _float32(self.config.decay):
@@ -56,7 +56,7 @@ class Joining:
         return self.config.run
 
     def _take_over(self) -> int | None:
-        """The writer's number that fences off earlier trainers, the same on all ranks that send."""
+        """The writer's number, which fences off earlier trainers, the same on all sending ranks."""
         return self.plan.once(lambda: self.client.attach(self._run))
 
     def _compatible(self) -> RunInfo:

@@ -22,9 +22,9 @@ __all__ = ["AnySelection", "choose"]
 
 
 class AnySelection(Protocol):
-    """The tensors of a model that this rank sends, found again in the model at every update.
+    """The tensors of a model for this rank to send, found again in the model at every update.
 
-    specs: of the tensors as this rank sends them, in canonical order. copied: names of tensors that are not averaged.
+    specs: of the tensors as sent, in canonical order. copied: names of the tensors to copy instead of averaging.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -34,10 +34,10 @@ class AnySelection(Protocol):
         """The tensors of now, in the order of ``specs``; and names of parameters frozen since the latest call."""
 
     def written(self, model: nn.Module) -> list[Tensor]:
-        """The tensors that pull_into() writes."""
+        """The tensors to be written by pull_into()."""
 
     def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write the EMA weights, or this rank's slices of them, into the model."""
+        """Write the EMA weights, or this rank's slices, into the model."""
 
 
 def choose(

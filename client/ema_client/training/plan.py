@@ -26,16 +26,16 @@ __all__ = ["Plan", "ShardedPlan", "WholePlan", "plan_whole"]
 
 T = TypeVar("T")
 
-#: This rank's tensors as the first shadow, by name; called where they are sent, and only there.
+#: Gives this rank's tensors as the first shadow, by name; called only on a rank that sends tensors.
 Initial = Callable[[], Mapping[str, Tensor]]
 
 
 class Plan(Protocol):
-    """What a trainer asks of its plan. All ranks call together(), once(), all_have() and create() at the same places.
+    """What a trainer asks of a plan. All ranks call together(), once(), all_have() and create() at the same places.
 
-    layout: of the whole model. part: this rank's number among the parts of an update, None where it sends nothing.
-    slices: which slices of the model's tensors this rank's tensors are; the others are whole. others: whether there are
-    other ranks, which may send what this rank waits for.
+    layout: of the whole model. part: the rank's number among the parts of an update, None on a rank that sends nothing.
+    slices: name -> the slices of a tensor on this rank; tensors without an entry are whole. others: whether there are
+    other ranks, whose sending this rank has to wait for.
     """
 
     @property
@@ -48,22 +48,22 @@ class Plan(Protocol):
     def others(self) -> bool: ...
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do what each rank does, and wait for the ranks that act together; returns this rank's result."""
+        """Do the work of each rank, and wait for all ranks that act together; returns the own result."""
 
     def once(self, work: Callable[[], T]) -> T | None:
-        """Do on one rank what is done once; returns the result on the ranks that send, else None."""
+        """Do work on a single rank; returns the result on all sending ranks, else None."""
 
     def all_have(self, value: object, /) -> bool:
-        """Whether the ranks that act together all give the same value."""
+        """Whether all ranks that act together give the same value."""
 
     def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
-        """Create the run and send the initial weights; returns the run, None on a rank that left it to another.
+        """Create the run and send the initial weights; returns the run, None where another rank did both.
 
         Raises RunExists, and what EmaClient.create_run() raises.
         """
 
     def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> None:
-        """Send this rank's body of the update of ``step``, once."""
+        """Send this rank's body of the update of ``step``, tried once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class WholePlan:
     def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
         if self.part is None:
             return None
-        with _told_of_resume():
+        with _hinting_at_resume():
             return client.create_run(
                 config.run,
                 initial(),
@@ -109,9 +109,9 @@ class WholePlan:
 
 @dataclass(frozen=True, slots=True)
 class ShardedPlan:
-    """Each rank sends its shards as one of ``of`` parts of an update, and all ranks act together.
+    """Each rank sends its shards as a part of an update of ``of`` parts, and all ranks act together.
 
-    group: a string of this start of the trainer, the same on all ranks. gather: how ranks tell each other.
+    group: a string of the trainer's start, the same on all ranks. gather: how ranks tell each other.
     """
 
     layout: tuple[TensorSpec, ...]
@@ -146,7 +146,7 @@ class ShardedPlan:
 
     def _declare(self, client: EmaClient, config: RunConfig) -> None:
         if self.part == 0:
-            with _told_of_resume():
+            with _hinting_at_resume():
                 client.declare_run(config)
 
     def _send_initial(self, client: EmaClient, run: str, initial: Initial) -> None:
@@ -156,13 +156,13 @@ class ShardedPlan:
 
 
 def plan_whole(layout: tuple[TensorSpec, ...]) -> WholePlan:
-    """The plan of a model that every rank of this training, or the one process, holds whole."""
+    """The plan of a model that every rank, or the only process, holds whole."""
     others = ranks_in_all() > 1
     return WholePlan(layout, 0 if not others or own_rank() == 0 else None, others)
 
 
 @contextlib.contextmanager
-def _told_of_resume() -> Iterator[None]:
+def _hinting_at_resume() -> Iterator[None]:
     try:
         yield
     except RunExists as exists:

@@ -1,28 +1,28 @@
-"""The background sender of a trainer: a queue of two updates, and the thread that sends them in order.
+"""The background publisher of a trainer: takes updates, has a thread send them, and waits where the trainer must wait.
 
-An update that was taken is sent once or, where the service may come back, again with the same step and bytes until the
-service has applied it. An update that the service refuses is counted and logged, and the refusal is raised by the next
-flush(). A service that stays away through a round of tries makes the publisher *stuck*: it goes on trying in longer
-pauses, and nobody waits for it meanwhile.
+An update is sent once or, where the service may come back, again with the same step and bytes until the service has
+applied the update. An update that the service refuses is counted and logged, and the next flush() raises the refusal. A
+service that stays away through a round of tries makes the publisher *stuck*: the tries go on in longer pauses, and
+nobody waits meanwhile.
 
-Knows threads, the order of updates, what to do after each try (rounds). Does not know tensors, HTTP, or how a body came
-about.
+Knows which process and which thread may call what, and the end of a publisher. Does not know tensors, HTTP, how a body
+came about, or what follows a failed try (sender, rounds).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
 
-from ema_client.errors import EmaError, UpdatesPending, UsageError
+from ema_client.errors import UpdatesPending, UsageError
 from ema_client.http.body import Body
 from ema_client.training.at_exit import PROGRAM, ProgramEnd
 from ema_client.training.queue import UpdateQueue
-from ema_client.training.rounds import Again, Refused, SendPolicy, Stuck
+from ema_client.training.rounds import SendPolicy
+from ema_client.training.sender import Sender
 from ema_client.training.tally import Stats, Tally
 from ema_client.training.updates import Update
 
@@ -35,16 +35,16 @@ _log = logging.getLogger("ema_client")
 
 
 class Publisher:
-    """Sends updates in order, in a thread of its own that begins with the first update.
+    """Sends updates in order, in a thread of its own, which begins with the first update.
 
-    room() and submit() are for one thread, the trainer's. A forked process has no publisher: its calls raise UsageError
-    and its end waits for nothing.
+    room() and submit() are for the trainer's thread alone. A forked process has no publisher: calls there raise
+    UsageError, and the end of the fork waits for nothing.
 
     Args:
-        send: sends one update, once, given step and body; raises EmaError.
+        send: makes a single try to send an update, given step and body; raises EmaError.
         policy: how long to go on with an update.
-        name: of the run and its service, for logs.
-        program: what waits for this publisher at the end of the program.
+        name: of the run and the service, for logs.
+        program: waits for the publisher at the end of the program.
     """
 
     def __init__(
@@ -55,13 +55,12 @@ class Publisher:
         name: str,
         program: ProgramEnd = PROGRAM,
     ) -> None:
-        self._send = send
-        self._policy = policy
         self._name = name
         self._program = program
         self._pid = os.getpid()
         self._queue = UpdateQueue()
         self._tally = Tally(name)
+        self._sender = Sender(send, policy, self._queue, self._tally, name=name)
         self._at_end: Callable[[], None] = _nothing
         #: The sending thread, None before the first update.
         self.thread: threading.Thread | None = None
@@ -105,7 +104,7 @@ class Publisher:
         return has_room
 
     def submit(self, update: Update) -> None:
-        """Take an update. room() must have said that there is room."""
+        """Take an update, for which room() has found room."""
         self.check_usable()
         self._queue.put(update)
         if self.thread is None:
@@ -170,73 +169,12 @@ class Publisher:
         if self.thread is None:
             self._at_end()
 
-    # --- the sending thread -----------------------------------------------------------------------------------------
-
     def _run(self) -> None:
         try:
-            while (update := self._queue.first()) is not None:
-                update.ready()
-                self._deliver(update)
-        except BaseException as fault:
-            # No error of the service, but a defect, of this client or of the device: nobody may wait for this thread.
-            what = f"the sender of {self._name} ended: {type(fault).__name__}: {fault}"
-            self._queue.break_down(
-                EmaError(what, hint="go on with a new RemoteEma and resume=True; please report this")
-            )
-            raise
+            self._sender.run()
         finally:
             self._program.forget(self)
-            self._lose_all()
             self._at_end()
-
-    def _deliver(self, update: Update) -> None:
-        """Try to send an update until it is applied, refused or given up."""
-        attempt, began = 0, time.monotonic()
-        while (error := self._try(update)) is not None:
-            elapsed = time.monotonic() - began
-            match self._policy.after(attempt, error, elapsed=elapsed, rounds=self._queue.rounds, random=random.random):
-                case Refused():
-                    return self._refused(update, error)
-                case Again(pause):
-                    attempt += 1
-                case Stuck(pause):
-                    if self._queue.get_stuck(error, after_round=True):
-                        _log.error("%s: step %d cannot be sent, and is tried again: %s", self._name, update.step, error)
-                    attempt, began = 0, time.monotonic()
-            if not self._queue.pause(update, pause):
-                return self._given_up(update, error)
-        return self._applied()
-
-    def _try(self, update: Update) -> EmaError | None:
-        try:
-            self._send(update.step, update.body)
-        except EmaError as error:
-            return error
-        return None
-
-    # The account comes first in each of these: flush() returns with the removal of the last update.
-
-    def _applied(self) -> None:
-        self._tally.sent(was_stuck=self._queue.get_through())
-        self._queue.remove_first()
-
-    def _refused(self, update: Update, error: EmaError) -> None:
-        self._queue.get_through()
-        self._tally.failed(update.step, error)
-        self._queue.remove_first()
-
-    def _given_up(self, update: Update, error: EmaError) -> None:
-        if self._queue.get_stuck(error, after_round=False):
-            _log.error("%s: step %d was given up: %s", self._name, update.step, error)
-        self._tally.given_up()
-        self._queue.remove_first()
-
-    def _lose_all(self) -> None:
-        if pending := self.pending:
-            _log.error("%s: %d updates were not sent", self._name, pending)
-        while self.pending:
-            self._tally.given_up()
-            self._queue.remove_first()
 
 
 def _nothing() -> None:

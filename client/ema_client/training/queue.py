@@ -39,7 +39,7 @@ class UpdateQueue:
 
     @property
     def pending(self) -> int:
-        """Updates that were put and not removed."""
+        """Updates put and not removed."""
         return len(self._updates)
 
     @property
@@ -54,7 +54,7 @@ class UpdateQueue:
 
     @property
     def broken(self) -> EmaError | None:
-        """Why the sending thread ended by itself, where it did."""
+        """Why the sending thread ended by itself; None while all is well."""
         return self._broken
 
     @property
@@ -72,7 +72,7 @@ class UpdateQueue:
             return self._free
 
     def put(self, update: Update) -> None:
-        """Add an update; has_room() must have said that there is room."""
+        """Add an update, for which has_room() has found room."""
         with self._changed:
             self._updates.append(update)
             self._changed.notify_all()
@@ -100,7 +100,7 @@ class UpdateQueue:
                 self._recalled = False
 
     def end(self, *, abandon: bool) -> None:
-        """Let the sending thread end: after the updates that are pending or, to ``abandon`` them, before."""
+        """Let the sending thread end: after the pending updates or, to ``abandon`` them, before."""
         with self._changed:
             self._ending = True
             self._abandoned = self._abandoned or abandon
@@ -142,13 +142,13 @@ class UpdateQueue:
             return news
 
     def get_through(self) -> bool:
-        """The service has answered; returns whether it counted as away before."""
+        """The service has answered; returns whether the service counted as away before."""
         with self._changed:
             was_stuck, self._stuck, self._rounds = self._stuck is not None, None, 0
             return was_stuck
 
     def break_down(self, error: EmaError) -> None:
-        """The sending thread ends by itself: nobody may wait for it, and nothing is taken any more."""
+        """The sending thread ends by itself: waiting ends, and nothing is taken any more."""
         with self._changed:
             self._broken = error
             self._changed.notify_all()

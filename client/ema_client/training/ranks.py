@@ -1,4 +1,4 @@
-"""The ranks of a distributed training: work that all do together, and what they tell each other.
+"""The ranks of a distributed training: work done together, and values told to each other.
 
 Knows: torch.distributed's default group. Does not know: models, tensors, HTTP, runs.
 """
@@ -16,17 +16,17 @@ __all__ = ["Gather", "agreed", "gathered", "is_distributed", "own_rank", "ranks_
 
 T = TypeVar("T")
 
-#: Gives each rank's value, by rank, on all ranks: all ranks call it together.
+#: Gives each rank's value, by rank, on all ranks; all ranks call together.
 Gather = Callable[[Any], list[Any]]
 
 
 def is_distributed() -> bool:
-    """Whether this process is a rank of a process group."""
+    """Whether the process is a rank of a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def own_rank() -> int:
-    """This process' number among the ranks."""
+    """The process' number among the ranks."""
     return dist.get_rank()
 
 
@@ -36,16 +36,16 @@ def ranks_in_all() -> int:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Each rank's ``value``, by rank, on all ranks: all ranks call it together."""
+    """Each rank's ``value``, by rank, on all ranks; all ranks call together."""
     values: list[Any] = [None] * ranks_in_all()
     dist.all_gather_object(values, value)
     return values
 
 
 def together(work: Callable[[], T], *, gather: Gather = gathered) -> T:
-    """Do ``work`` on this rank, and return its result once all ranks have done theirs.
+    """Do ``work`` on each rank; returns the own result once all ranks are done.
 
-    An EmaError that the work raises on one rank is raised on all ranks, with a note naming that rank.
+    An EmaError of a single rank is raised on all ranks, with a note naming the rank.
     """
     fault: EmaError | None = None
     result: T | None = None
@@ -61,5 +61,5 @@ def together(work: Callable[[], T], *, gather: Gather = gathered) -> T:
 
 
 def agreed(work: Callable[[], T | None], *, gather: Gather = gathered) -> T | None:
-    """together(), for work that has a result on one rank and None on the others: that result, on all ranks."""
+    """together(), for work with a result on a single rank and None elsewhere: the result, on all ranks."""
     return next((made for made in gather(together(work, gather=gather)) if made is not None), None)

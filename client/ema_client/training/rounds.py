@@ -79,7 +79,8 @@ class SendPolicy:
 def gives_up(*, abandoned: bool, ending: bool, stuck: bool, recalled: bool, borrowed: bool) -> bool:
     """Whether an update that could not be sent yet is given up instead of tried again.
 
-    abandoned: the trainer closed the sender. ending: no more updates will come, and nobody comes back to this one.
-    stuck: the service is away. recalled: the model needs borrowed memory back. borrowed: the update's memory is such.
+    abandoned: the trainer closed the sender. ending: the trainer is gone, and nobody asks for the update any more.
+    stuck: the service is away. recalled: the model needs borrowed memory back. borrowed: the update's memory is
+    borrowed.
     """
     return abandoned or (ending and stuck) or (recalled and borrowed)

@@ -1,8 +1,8 @@
 """Which tensors of a model are averaged: chosen once, found again in the model at every update.
 
 While the model stays as it was, finding its tensors costs microseconds: the identities, dtypes, shapes and flags of all
-tensors are compared with those of the latest update. Only where one of them differs are the names looked at again, and
-what is wrong is said by name.
+tensors are compared with those of the latest update. Only where something differs are the names looked at again, and a
+fault is told by name.
 
 Knows modules, parameters and buffers, and their canonical names. Does not know shards, or how tensors travel.
 """
@@ -60,10 +60,10 @@ class Selection:
         named = self._all_named(model)
         chosen_buffers = _chosen_buffers(model) if self._buffers else {}
         chosen = parameters_of(model) | chosen_buffers
-        #: Names of the tensors that are copied, not averaged.
+        #: Names of the tensors to copy instead of averaging.
         self.copied = frozenset(chosen_buffers if buffers == "copy" else ())
         specs = [self._sent(spec) for spec in specs_of(state_of(chosen))]
-        #: Of the tensors as they are sent, in canonical order.
+        #: Of the tensors as sent, in canonical order.
         self.specs = tuple(entry.spec for entry in wire.place(specs))
         self._by_name = {spec.name: spec for spec in self.specs}
         #: Other name of a tied tensor -> the name by which the tensor is averaged.
@@ -93,8 +93,8 @@ class Selection:
     def targets(self, model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Tensor, str]]]:
         """The model's tensors to fill, by name, frozen ones too; and its untied twins, each with the name to copy from.
 
-        An untied twin is tied in the model that was selected from, and not in this one. Raises UsageError naming
-        tensors that are missing, and tensors that require gradients and are not averaged.
+        An untied twin is tied in the model of the selection, and not in ``model``. Raises UsageError naming missing
+        tensors, and tensors that require gradients and are not averaged.
         """
         named = self._all_named(model)
         faults = self._missing(named) + self._new(model, named, untied=False)
@@ -109,7 +109,7 @@ class Selection:
         return targets, twins
 
     def written(self, model: nn.Module) -> list[Tensor]:
-        """The tensors that pull_into() writes. Raises as targets()."""
+        """The tensors to be written by pull_into(). Raises as targets()."""
         targets, twins = self.targets(model)
         return [*targets.values(), *(twin for twin, _ in twins)]
 
@@ -133,7 +133,7 @@ class Selection:
         raise _mismatch(faults)
 
     def _all_named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Parameters, trained or not, and buffers if asked for, by every canonical name that each of them has."""
+        """Parameters, trained or not, and buffers if asked for, by all canonical names of each."""
         named: dict[str, Tensor] = {}
         originals: dict[str, str] = {}
         parameters = list(model.named_parameters(remove_duplicate=False))
@@ -211,7 +211,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _chosen_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are averaged or copied, each once, by canonical name."""
+    """The buffers to average or copy, each once, by canonical name."""
     found: dict[str, Tensor] = {}
     seen = set()
     for name, buffer in _saved_buffers(model):

@@ -1,6 +1,6 @@
-"""The tensors of a sharded model that this rank sends: chosen once with the other ranks, found again at every update.
+"""The tensors of a sharded model for a rank to send: chosen once with the other ranks, found again at every update.
 
-Each rank sends the shards that it holds; of replicas, the first sends.
+Each rank sends its own shards; of replicas, the first sends.
 
 Knows: shards, the ranks' layouts, and which rank sends which shard. Does not know: how a framework shards a model
 (sharding), HTTP, steps.
@@ -34,8 +34,8 @@ __all__ = ["ShardedSelection"]
 class ShardedSelection:
     """The shards of a sharded model's parameters on this rank. All ranks of the default group make theirs together.
 
-    As Selection: ``specs`` are of the tensors that this rank sends, so of slices. ``plan`` says which ranks send what.
-    A model's buffers are not selected, so none is copied.
+    As Selection: ``specs`` are of the tensors to send, so of slices. ``plan`` says which rank sends what. The model's
+    buffers are not selected, so none is copied.
 
     Raises UsageError for a model that cannot be sent; NameCollision.
     """
@@ -80,7 +80,7 @@ class ShardedSelection:
         return [shards[spec.name].local for spec in self.specs], frozen
 
     def written(self, model: nn.Module) -> list[Tensor]:
-        """The memory that pull_into() writes: this rank's, of replicas and frozen parameters too. Raises as of()."""
+        """The memory to be written by pull_into(), of replicas and frozen parameters too. Raises as of()."""
         return [shard.local for shard in self._found(model).values()]
 
     def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
@@ -107,9 +107,9 @@ class ShardedSelection:
 
 
 def _agree_on_layout(mine: tuple[TensorSpec, ...]) -> tuple[tuple[TensorSpec, ...], dict[str, int], str]:
-    """The layout of the whole model; name -> the lowest rank that knows the tensor; and rank 0's choice of a group.
+    """The layout of the whole model; name -> the lowest rank with the tensor; and rank 0's choice of a group.
 
-    Raises UsageError where two ranks know one tensor by different shapes.
+    Raises UsageError where two ranks have different shapes for a tensor.
     """
     digest = hashlib.sha256(repr(sorted(mine, key=lambda spec: spec.name)).encode()).hexdigest()
     answers: list[tuple[str, str]] = gathered((digest, secrets.token_hex(8)))

@@ -30,11 +30,12 @@ __all__ = ["Shard", "box_at", "has_flat_parameters", "is_sharded", "local_memory
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What this rank holds of one tensor.
+    """A rank's share of a tensor.
 
-    spec: the whole tensor. boxes: the slices of the tensor that lie back to back in ``local``; none where this rank
-    holds nothing. local: this rank's own memory, of the slice's shape, or flat where there are several slices.
-    ranks: the ranks that the tensor is sharded over; none where it is whole. replica: 0 in the first copy of the shard.
+    spec: the whole tensor. boxes: the slices of the tensor that lie back to back in ``local``; none where the rank has
+    nothing of the tensor. local: the rank's own memory, of the slice's shape, or flat where there are several slices.
+    ranks: the ranks over which the tensor is sharded; none for a whole tensor. replica: 0 in the first copy of the
+    shard.
     """
 
     spec: TensorSpec
@@ -45,14 +46,14 @@ class Shard:
 
     @property
     def sliced(self) -> bool:
-        """Whether this is less than the whole tensor."""
+        """Whether the shard is less than the whole tensor."""
         return self.boxes != (_whole(self.spec.shape),)
 
     def is_sent(self, rank: int, first: int) -> bool:
-        """Whether ``rank``, whose shard this is, sends the shard. first: the lowest rank that knows the tensor.
+        """Whether ``rank``, the shard's own, sends the shard. first: the lowest rank with the tensor.
 
         Where several meshes each hold the whole tensor (data parallel ranks beside a tensor parallel dimension), the
-        mesh with that lowest rank sends.
+        mesh with the lowest rank sends.
         """
         if not self.boxes or self.replica:
             return False
@@ -74,10 +75,10 @@ def has_flat_parameters(model: nn.Module) -> bool:
 
 
 def shards_of(model: nn.Module, *, frozen: frozenset[str] = frozenset()) -> dict[str, Shard]:
-    """What this rank holds of the parameters that require gradients, by their canonical names.
+    """The shards of this rank, of the parameters that require gradients, by canonical name.
 
-    frozen: names of parameters that are wanted although they require no gradients. A model that FSDP has gathered for a
-    forward pass is sharded again first. Raises UsageError, NameCollision.
+    frozen: names of further parameters, without gradients. A model gathered by FSDP for a forward pass is sharded again
+    first. Raises UsageError, NameCollision.
     """
     reshard(model)
     flat = dict(_flat_shards(model, frozen))
@@ -100,8 +101,8 @@ def shards_of(model: nn.Module, *, frozen: frozenset[str] = frozenset()) -> dict
 def reshard(model: nn.Module) -> None:
     """Let FSDP and ZeRO-3 drop gathered parameters, so that the next forward pass computes with what the shards hold.
 
-    After a forward pass without a backward pass, FSDP holds the gathered parameters of the outermost module and would
-    compute with them again. A model without gathered parameters stays as it is.
+    After a forward pass without a backward pass, FSDP holds the gathered parameters of the outermost module for the
+    next forward pass. A model without gathered parameters does not change.
     """
     whole: list[Any] = [p for p in model.parameters() if _is_zero3(p) and p.data.numel()]
     for parameter in whole:
@@ -158,7 +159,7 @@ def box_at(
 
 
 def local_memory(parameter: Tensor) -> Tensor:
-    """This rank's memory of a parameter."""
+    """The rank's own memory of a parameter."""
     if _is_zero3(parameter):
         return _zero3_shard("", parameter).local
     if not _is_dtensor(parameter):
@@ -172,8 +173,8 @@ def local_memory(parameter: Tensor) -> Tensor:
 def _order_of_sharding(name: str, mesh: tuple[int, ...], placements: tuple[Any, ...]) -> Iterator[int]:
     """The mesh dimensions that shard, in the order of sharding: from the left; strided dimensions from the right, last.
 
-    FSDP on top of tensor parallelism is strided: it shards what tensor parallelism left, though FSDP's mesh dimension
-    stands before that of tensor parallelism.
+    FSDP on top of tensor parallelism is strided: FSDP shards what tensor parallelism left, though FSDP's dimension
+    comes first in the mesh.
     """
     strided = []
     for axis, placement in enumerate(placements):

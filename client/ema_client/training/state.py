@@ -21,7 +21,7 @@ _STATES = "state"
 _MOST_STATES = 10
 #: The fields of a state, and what each may hold.
 _FIELDS = {"run": str, "version": str, "step": int | None, "snapshot": str | None}
-#: So many characters of a value that is no state are shown.
+#: Of a value that is no state, so many characters are shown.
 _SHOWN = 80
 
 

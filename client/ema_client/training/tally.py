@@ -30,7 +30,7 @@ class Stats:
 
 
 class Tally:
-    """The account of one publisher. Thread-safe. name: of the run and its service, for log lines."""
+    """The account of a publisher. Thread-safe. name: of the run and the service, for log lines."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -46,7 +46,7 @@ class Tally:
         return self._stats
 
     def skipped(self, why: str) -> None:
-        """An update was left out before it was made."""
+        """An update was left out before its making."""
         with self._lock:
             self._stats = replace(self._stats, skipped=self._stats.skipped + 1)
             self._skips_in_a_row += 1
@@ -54,7 +54,7 @@ class Tally:
                 _log.warning("%s: %d updates skipped in a row; %s", self._name, self._skips_in_a_row, why)
 
     def given_up(self) -> None:
-        """An update that was taken is not sent after all."""
+        """An update from the queue is not sent after all."""
         with self._lock:
             self._stats = replace(self._stats, skipped=self._stats.skipped + 1)
 

@@ -1,7 +1,6 @@
-"""An update between its making and its sending: a body, and who owns the body's memory until when.
+"""An update between making and sending: a body, and who owns the body's memory until when.
 
-Knows what the thread that makes an update and the thread that sends it owe each other. Does not know tensors, HTTP, or
-threads.
+Knows what the making thread and the sending thread owe each other. Does not know tensors, HTTP, or how threads wait.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ __all__ = ["Update"]
 class Update:
     """The parameters as of ``step``, to be sent.
 
-    body: the sender owns its memory until the sender calls ``done``; the memory must not change before. ready: called
-    in the sending thread; waits until the body's bytes are in the memory. done: gives the memory back. borrowed:
-    whether the memory is the model's own, which the model needs back before its parameters change.
+    body: its memory belongs to the sender, and must not change, until the sender calls ``done``. ready: called in the
+    sending thread; waits until the body's bytes are in the memory. done: gives the memory back. borrowed: whether the
+    memory is the model's own, which the model needs back before the parameters change.
     """
 
     step: int
