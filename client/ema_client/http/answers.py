@@ -31,7 +31,7 @@ class Answer:
 
 
 def json_of(answer: Answer) -> dict[str, Any]:
-    """The JSON object of a success. Raises error_of() any other answer."""
+    """The JSON object of a success. Raises the error of any other answer, as error_of() tells it."""
     if not 200 <= answer.status < 300:
         raise error_of(answer)
     if answer.status == 204:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ema_client.http.memfd import SharedBody
 
-__all__ = ["SEND_BYTES", "Body", "portions"]
+__all__ = ["Body", "portions"]
 
 #: sendall() is given so many bytes at a time: its timeout is for the whole portion, and between two portions the sender
 #: looks for an early answer.

@@ -70,7 +70,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def has_flat_parameters(model: nn.Module) -> bool:
-    """Whether FSDP1 holds parameters of the model as flat parameters, which change their views of the parameters."""
+    """Whether FSDP1 holds the model's parameters in flat parameters, of which every pass makes new views."""
     return any(_handle(module) is not None for module in model.modules())
 
 
