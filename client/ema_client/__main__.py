@@ -1,4 +1,4 @@
-"""``python -m ema_client``: the command ``ema``. Knows where it is defined, and nothing else."""
+"""``python -m ema_client``: the command ``ema``. Knows where the command is defined, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The one error tree of client and server.
+"""The error tree of client and server.
 
     EmaError
-    |-- TransportError            the answer never came
+    |-- TransportError            no answer came
     |   |-- ServiceUnreachable    nothing listens at the URL
     |   |-- ConnectionLost        the connection broke in the middle
     |   +-- UpdatesPending        flush(timeout=) ended before all updates were applied
-    |-- ProtocolError             the answer came and is not one of ours
+    |-- ProtocolError             an answer came that no ema-service gives
     |-- UsageError                the caller's own mistake, seen before anything was sent
     |   |-- InvalidDecay          outside [0, 1]; also a ValueError
     |   |-- NameCollision         two parameters share one canonical name
@@ -40,7 +40,7 @@ Each class carries ``code`` (its name on the wire), ``status`` (HTTP) and ``retr
 (what was wrong) and a ``hint`` (what to do). On the wire an error is RFC 9457 ``application/problem+json``; the
 client raises the class whose ``code`` the server sent.
 
-Knows: names, texts and the mapping code <-> class. Does not know: HTTP libraries, routes, or who raises what.
+Knows: names, texts and the mapping code <-> class. Does not know: HTTP libraries, routes, or who raises which error.
 """
 
 from __future__ import annotations
@@ -103,16 +103,16 @@ __all__ = [
 
 PROBLEM_JSON = "application/problem+json"
 
-#: So many names stand in a message before the rest is counted.
+#: So many names stand in a message; the rest is counted.
 LISTED = 5
 
 
 class EmaError(Exception):
-    """Base of everything this project raises on purpose.
+    """Base of everything that client and server raise on purpose.
 
     Args:
-        detail: what was wrong, naming the thing that was wrong.
-        hint: what the reader should do about it.
+        detail: what was wrong, by name.
+        hint: what the reader should do.
         retry_after: seconds after which trying again makes sense (503 only).
     """
 
@@ -145,7 +145,7 @@ class EmaError(Exception):
 
 
 class TransportError(EmaError):
-    """The answer never came. Retrying is safe: every write of the protocol is idempotent."""
+    """No answer came. Retrying is safe: every write of the protocol is idempotent."""
 
     code = "transport"
     status = 0
@@ -170,7 +170,7 @@ class ConnectionLost(TransportError):
 
 
 class UpdatesPending(TransportError):
-    """flush() was given a time, and updates were still on their way at its end. They go on being sent."""
+    """flush() was given a time, at whose end updates were still on their way. The updates are sent on."""
 
     code = "updates_pending"
     title = "Updates still on their way"
@@ -178,7 +178,7 @@ class UpdatesPending(TransportError):
 
 
 class ProtocolError(EmaError):
-    """The answer is not what the protocol promises: another program, a proxy, or another version."""
+    """An answer breaks the protocol: another program answered, a proxy, or another version of the service."""
 
     code = "protocol"
     status = 0
@@ -187,7 +187,7 @@ class ProtocolError(EmaError):
 
 
 class UsageError(EmaError):
-    """The caller's own mistake, found before anything was sent or overwritten."""
+    """A mistake of the caller, found before anything was sent or overwritten."""
 
     code = "usage"
     status = 0
@@ -203,7 +203,7 @@ class InvalidDecay(UsageError, ValueError):
 
 
 class NameCollision(UsageError):
-    """Two parameters share one name once wrappers' prefixes (or dots) are removed."""
+    """Two parameters share a name once wrappers' prefixes (or dots) are removed."""
 
     code = "name_collision"
     title = "Names collide"
@@ -469,7 +469,7 @@ class Superseded(EmaError):
 
 
 def listed(names: Iterable[str], separator: str = ", ", *, most: int = LISTED) -> str:
-    """The names as a message tells them: the first few, then how many more there are ("a, b and 3 more")."""
+    """Names as a message tells them: the first few, then how many more there are ("a, b and 3 more")."""
     found = list(names)
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return separator.join(found[:most]) + more
@@ -487,9 +487,9 @@ BY_CODE: dict[str, type[EmaError]] = _tree(EmaError)
 
 
 def error_from_problem(problem: dict[str, Any], status: int, *, retry_after: float | None = None) -> EmaError:
-    """The error a problem+json body stands for.
+    """The error that a problem+json body stands for.
 
-    A code this client does not know (a newer server) becomes the class of its HTTP status, or ProtocolError.
+    An unknown code (of a newer server) becomes the class of the HTTP status, or ProtocolError.
     """
     detail = str(problem.get("detail") or problem.get("title") or f"HTTP {status}")
     hint = str(problem.get("hint") or "")

@@ -1,7 +1,7 @@
-"""What both ends agree on: routes, header names, limits, and one frozen dataclass for each JSON body.
+"""The protocol as client and server share it: routes, header names, limits, a frozen dataclass for each JSON body.
 
-Knows: the words of the protocol (client/PROTOCOL.md is its normative text) and nothing else; standard library only.
-Does not know: how bytes travel (transport), how tensors become bytes (wire), or what a server does with them.
+Knows: the words of the protocol (client/PROTOCOL.md is the normative text) and nothing else; standard library only.
+Does not know: how bytes travel (http), how tensors become bytes (wire), or what a server does with a request.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ DEFAULT_URL = "http://127.0.0.1:8470"
 DEFAULT_PORT = 8470
 API = "/v1"
 
-#: The rule for names of runs, averages and snapshots: it keeps every name a plain file name.
+#: The rule for names of runs, averages and snapshots: every such name is a plain file name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _NAME = re.compile(NAME_PATTERN.replace("$", r"\Z"))
 
 DEFAULT_AVERAGE = "ema"
 DEFAULT_DECAY = 0.9999
 
-#: Steps and counters fit a signed 64-bit integer, as SQLite and every client language can hold.
+#: Steps and counters fit a signed 64-bit integer, which SQLite and the languages of clients have.
 MAX_STEP = 2**63 - 1
-#: As the reference implementation of safetensors limits it.
+#: As the reference implementation of safetensors limits a header.
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSOR_NAME = 1024
 MAX_TENSORS = 200_000
 MAX_RANK = 32
 MAX_AVERAGES = 16
-#: Most parts that one update may come in.
+#: The most parts that an update may come in.
 MAX_PARTS = 65_536
-#: Longest a GET may be held waiting for a step, in seconds.
+#: The longest time for which a GET may wait for a step, in seconds.
 MAX_WAIT = 60.0
 
 HEADER_RUN = "Ema-Run"
@@ -43,19 +43,19 @@ HEADER_VERSION = "Ema-Version"
 HEADER_STEP = "Ema-Step"
 HEADER_NUM_UPDATES = "Ema-Num-Updates"
 HEADER_DECAY = "Ema-Decay"
-#: Of a push: the number that attaching gave the trainer.
+#: Of a push: the writer's number, which attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
-#: In place of a body: where in this host's memory the body lies. See Segment.
+#: In place of a body: where in the memory of this host the body lies. See Segment.
 HEADER_SEGMENT = "Ema-Segment"
 
-#: A segment's name for memfd_create(2), and the length of the secret it begins with.
+#: A segment's name for memfd_create(2), and the length of the secret that the segment begins with.
 SEGMENT_NAME = "ema-push"
 SECRET_BYTES = 32
 _SEGMENT = re.compile(
     r"pid=(\d{1,10}), fd=(\d{1,10}), offset=(\d{1,19}), length=(\d{1,19}), secret=([0-9a-f]{64})\Z", re.ASCII
 )
 
-#: bytes per element of the dtypes a run may hold, as safetensors writes their names
+#: dtype that a run may hold, as safetensors writes it -> bytes per element
 LAYOUT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 RunStatus = Literal["awaiting_weights", "ready", "degraded"]
@@ -110,7 +110,7 @@ def events_path(run: str) -> str:
 
 
 def part_path(run: str, step: int | None, part: int) -> str:
-    """Of an update; of the initial weights where ``step`` is None."""
+    """The path of a part of an update; of a part of the initial weights where ``step`` is None."""
     whole = weights_path(run) if step is None else update_path(run, step)
     return f"{whole}/parts/{part}"
 
@@ -132,7 +132,7 @@ def snapshot_weights_path(run: str, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a layout. ``dtype`` as safetensors writes it: F64, F32, BF16, F16."""
+    """A tensor of a layout. ``dtype`` as safetensors writes it: F64, F32, BF16, F16."""
 
     name: str
     shape: tuple[int, ...]
@@ -141,7 +141,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class AverageConfig:
-    """One average of a run. ``decay`` None means the run's decay."""
+    """An average of a run, as a client asks for it. ``decay`` None means the run's decay."""
 
     name: str = DEFAULT_AVERAGE
     schedule: ScheduleName = "litema"
@@ -150,17 +150,17 @@ class AverageConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """What ``POST /v1/runs`` takes. All but ``run`` and ``layout`` is optional.
+    """The body of ``POST /v1/runs``. Every field but ``run`` and ``layout`` is optional.
 
     decay: the largest decay, 0 <= decay <= 1, kept as float32 as LitEma keeps it.
-    use_num_updates: LitEma's switch: with it, decay warms up as min(decay, (1 + n) / (10 + n)).
+    use_num_updates: LitEma's switch for the warm-up: the decay is then min(decay, (1 + n) / (10 + n)).
     decay_per: "update", one decay for each update (LitEma's meaning), or "step", the product over the steps since the
-        last update, so that a trainer that pushes every k-th step keeps the meaning of its decay.
-    averages: the averages fed by every update; the first is what a pull gives by default.
+        latest update, so that the decay of a trainer that pushes every k-th step means the same.
+    averages: the averages that every update feeds; a pull gives the first by default.
     non_finite: "refuse" updates with NaN or Inf, or "allow" them.
-    durability: what is acknowledged survives, "memory": a clean stop of the server; "process": its sudden end, such as
-        kill -9; "disk": a power loss. None: that of the run if it exists, else "process", or "memory" where the server
-        keeps nothing on disk.
+    durability: what an acknowledged write survives, "memory": a clean stop of the server; "process": a sudden end of
+        the server, such as kill -9; "disk": a power loss. None: the durability of a run that exists, else "process", or
+        "memory" where the server keeps nothing on disk.
     copied: names of tensors of which every average holds the newest value, bit for bit, instead of an average.
     """
 
@@ -177,7 +177,7 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class AverageInfo:
-    """One average as it stands. ``effective_decay`` is that of the latest update, None before it."""
+    """An average as it stands. ``effective_decay`` is the decay of the latest update, None before any."""
 
     name: str
     schedule: ScheduleName
@@ -187,18 +187,18 @@ class AverageInfo:
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A run as it stands. ``decay`` and ``effective_decay`` are those of its first average.
+    """A run as it stands. ``decay`` and ``effective_decay`` are the first average's.
 
     num_updates: LitEma's counter; -1 where use_num_updates is off.
-    step: the trainer's step of the latest update, None before it.
+    step: the trainer's step of the latest update, None before any.
     version: "epoch.n", None before the initial weights.
-    durable_step: the step that the run would have after a crash, None if none: a sudden end of the server ("memory",
-        "process") or of its machine ("disk").
-    parameters, bytes: elements of the layout, and bytes of all its shadows.
+    durable_step: the step that the run would have after a sudden end of the server ("memory", "process") or of its
+        machine ("disk"); None where the run would be without a step.
+    parameters, bytes: elements of the layout, and bytes of all shadows of the run.
     created_at, updated_at: seconds since 1970-01-01 UTC.
     reason: why the status is "degraded".
     writer: the number of the trainer that attached last, 0 before any did.
-    link: how the latest push came to this server, for people to read; None before one has come since it started.
+    link: how the latest push came to the server, for people to read; None before the first push since its start.
     copied: how many of the tensors are copied, not averaged.
     """
 
@@ -235,7 +235,7 @@ class RunList:
 
 @dataclass(frozen=True, slots=True)
 class RunPatch:
-    """What ``PATCH /v1/runs/{run}`` takes: the decay from the next update on, of one average or (None) of the first."""
+    """The body of ``PATCH /v1/runs/{run}``: the decay of an average, or (None) of the first, for updates to come."""
 
     decay: float
     average: str | None = None
@@ -243,7 +243,7 @@ class RunPatch:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """The answer to ``POST /v1/runs/{run}/writers``: from now on pushes with a smaller number are refused."""
+    """The answer to ``POST /v1/runs/{run}/writers``: the service refuses pushes with smaller numbers from then on."""
 
     run: str
     writer: int
@@ -251,7 +251,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """What ``POST /v1/runs/{run}/rewind`` takes: the snapshot to go back to.
+    """The body of ``POST /v1/runs/{run}/rewind``: the snapshot to go back to.
 
     None, for a run that is degraded: go on with the version that is there.
     """
@@ -261,7 +261,7 @@ class Rewind:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """The answer to an update. ``applied`` is False where the same bytes had been applied at this step before."""
+    """The answer to an update. ``applied`` is False where the same bytes had been applied at that step before."""
 
     applied: bool
     step: int
@@ -273,7 +273,7 @@ class UpdateResult:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStatus:
-    """What the server knows of one step. ``parts`` lists the parts received of a staged update."""
+    """What the server knows of a step. ``parts`` lists the parts of a staged update that have come."""
 
     step: int
     state: UpdateState
@@ -282,7 +282,7 @@ class UpdateStatus:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """A named, immutable, durable copy of all averages of a run. ``bytes`` is what its files take."""
+    """A named, immutable, durable copy of all averages of a run. ``bytes``: of the snapshot's files."""
 
     run: str
     name: str
@@ -301,13 +301,13 @@ class SnapshotList:
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """Something happened to a run; the data of one event of ``GET /v1/runs/{run}/events``.
+    """Something that happened to a run: the data of an event of ``GET /v1/runs/{run}/events``.
 
-    kind: "version" (there is a new one, or several: this is the newest), "decay_changed" (of ``average``),
+    kind: "version" (there are new versions, of which ``version`` is the newest), "decay_changed" (of ``average``),
         "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted".
-    average: whose ``decay`` and ``effective_decay`` these are: the run's first, unless its kind says otherwise.
+    average: the average that ``decay`` and ``effective_decay`` are of: the run's first, unless the kind says otherwise.
     step, version, num_updates: the run's as it stands.
-    snapshot: the one that was created or deleted, which may be of an older version than the run's.
+    snapshot: the snapshot that was created or deleted, which may be of an older version than the run's.
     """
 
     kind: EventKind
@@ -323,7 +323,7 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True)
 class WeightsInfo:
-    """What travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``."""
+    """The run's state that travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``."""
 
     run: str
     average: str
@@ -334,11 +334,11 @@ class WeightsInfo:
     snapshot: str | None = field(default=None)
 
     def to_metadata(self) -> dict[str, str]:
-        """As safetensors metadata: strings only, a None left out."""
+        """The state as safetensors metadata: strings only; fields that are None are left out."""
         return {f"ema_{key}": _plain(value) for key, value in dataclasses.asdict(self).items() if value is not None}
 
     def to_headers(self) -> dict[str, str]:
-        """As HTTP headers; ``Ema-Step`` is left out before the first update."""
+        """The state as HTTP headers; ``Ema-Step`` is left out before the first update."""
         pairs = {
             HEADER_RUN: self.run,
             HEADER_AVERAGE: self.average,
@@ -351,7 +351,7 @@ class WeightsInfo:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str]) -> WeightsInfo:
-        """Read back what to_metadata wrote. Raises ValueError or KeyError on anything else."""
+        """The state that to_metadata() wrote. Raises ValueError or KeyError on anything else."""
         step = metadata.get("ema_step")
         return cls(
             run=metadata["ema_run"],
@@ -368,7 +368,7 @@ class WeightsInfo:
 class Segment:
     """Where a body lies in shared memory: ``length`` bytes from ``offset`` on, in descriptor ``fd`` of process ``pid``.
 
-    secret: what the segment begins with, for as long as its content is what this request is to take.
+    secret: the bytes that the segment begins with for as long as it holds the body of this request.
     """
 
     pid: int
@@ -378,13 +378,13 @@ class Segment:
     secret: bytes
 
     def to_header(self) -> str:
-        """The value of ``Ema-Segment``."""
+        """The segment as the value of ``Ema-Segment``."""
         numbers = f"pid={self.pid}, fd={self.fd}, offset={self.offset}, length={self.length}"
         return f"{numbers}, secret={self.secret.hex()}"
 
     @classmethod
     def from_header(cls, value: str) -> Segment:
-        """Read back what to_header wrote. Raises ValueError on anything else."""
+        """The segment that to_header() wrote. Raises ValueError on anything else."""
         match = _SEGMENT.match(value)
         if match is None:
             raise ValueError(f"{HEADER_SEGMENT} is not `pid=N, fd=N, offset=N, length=N, secret=HEX`")
@@ -401,17 +401,17 @@ def _plain(value: object) -> str:
 T = TypeVar("T")
 
 
-#: Evaluating the annotations each time took a tenth of the time of a small push.
+#: Dataclass -> its evaluated annotations. Evaluating them at each answer takes a tenth of the time of a small push.
 _HINTS: dict[type, dict[str, Any]] = {}
 
 
 def to_json(body: Any) -> dict[str, Any]:
-    """The JSON object of one of the dataclasses above."""
+    """The JSON object of a dataclass of this module."""
     return dataclasses.asdict(body)
 
 
 def from_json(cls: type[T], data: Any) -> T:
-    """One of the dataclasses above from its JSON object.
+    """A dataclass of this module from its JSON object.
 
     Unknown members are ignored, so that an older client reads a newer server. Raises ValueError naming what is missing.
     """

@@ -1,9 +1,8 @@
 """RemoteEma: in the place of LitEma in a training loop, with the shadow weights on the server.
 
-Knows: LitEma's calls and what they mean, the trainer's step, when an update is due and what must wait for it. Does not
-know: HTTP, how a trainer joins its run (joining), which tensors are averaged (selection), how they are copied (sending)
-and sent (publisher), what is kept in a checkpoint (rewinding) and aside (stored), or the averaging itself, which is the
-server's.
+Knows: LitEma's calls and what they mean, when an update is due, and what must wait for an update. Does not know: HTTP,
+how a trainer joins its run (joining), which tensors are averaged and which rank sends them (kinds), how updates are
+made (buffers) and sent (publisher), what a checkpoint holds (state), or the averaging, which is the server's.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -21,19 +21,23 @@ from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import EmaError, UsageError, listed
-from ema_client.http.connection import Body
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
-from ema_client.training.aside import Stored
-from ema_client.training.buffers import Sending, StepHook
+from ema_client.training.aside import SetAside
+from ema_client.training.buffers import UpdateBuffers
+from ema_client.training.cadence import Cadence
 from ema_client.training.joining import Joining
-from ema_client.training.publisher import Publisher, Stats
-from ema_client.training.selection import BufferPolicy, FrozenPolicy, Selection
-from ema_client.training.sharding import Plan, ShardedSelection, is_sharded, plan_whole, reshard, together
+from ema_client.training.kinds import choose
+from ema_client.training.publisher import Publisher
+from ema_client.training.rounds import SendPolicy
+from ema_client.training.selection import BufferPolicy, FrozenPolicy
+from ema_client.training.sharding import reshard
 from ema_client.training.state import check_state_is_of, rewind_to, saved_state
+from ema_client.training.step_hook import StepHook
+from ema_client.training.tally import Stats
 
 __all__ = ["BusyPolicy", "RemoteEma"]
 
-#: What an update does while earlier ones are on their way: wait for room, or be left out and counted.
+#: What an update does while earlier updates are on their way: wait for room, or be left out and counted.
 BusyPolicy = Literal["block", "skip"]
 
 _log = logging.getLogger("ema_client")
@@ -43,37 +47,41 @@ class RemoteEma:
     """The exponential moving average of a model's parameters, kept by the service.
 
     Called where LitEma is: ``ema(model)`` after each optimizer step, ``with ema.scope(model):`` around an evaluation.
-    Averaged are the parameters that require gradients, by their canonical names. Not an nn.Module: it has no weights of
-    its own to save, move or cast. One thread at a time, and the process that made it.
+    Averaged are the parameters that require gradients, by their canonical names. Not an nn.Module: there are no weights
+    to save, move or cast. For a single thread at a time, and for the process that made it.
 
-    update() takes the parameters and returns; a thread sends them. What goes wrong with the sending is logged, counted
-    (``stats``) and raised by flush(), close() and whatever reads: these wait for the updates before them. The end of
-    the program waits for what is on its way, for at most 30 seconds.
+    update() takes the parameters and returns; a thread sends them. A failure of the sending is logged, counted
+    (``stats``) and raised by flush(), close() and every call that reads, which wait for all earlier updates. The end of
+    the program waits for updates on their way, for at most 30 seconds.
+
+    More methods and attributes than a class usually has: all calls of LitEma, and the parts behind those calls.
 
     Args:
-        model: the model. Its parameters are sent once, as the initial shadow, and not kept.
+        model: the model. Its parameters are sent once, as the initial shadow; the model is not referred to later.
         decay: the largest decay, between 0 and 1.
         use_num_updates: whether the decay warms up as min(decay, (1 + n) / (10 + n)). ``use_num_upates``, as LitEma
             spells it, is the same.
         run: the run's name on the service.
         url, token: as for EmaClient.
-        averages: several averages of the one run; by default one, named "ema". copy_to() and decay are of the first.
-        resume: go on with the run of this name. Its decay and its counter are then the service's, and its steps go on
-            from the latest. Without it a run of this name must not exist.
+        averages: the averages of the run; by default a single one, named "ema". copy_to() and decay are of the first.
+        resume: go on with the run of this name. Decay and counter are then the service's, and the steps go on from the
+            run's latest. Without ``resume`` a run of this name must not exist.
         client: an EmaClient to use instead of a new one; close() then leaves it open.
-        update_every: send each k-th update only. The step counts the calls all the same.
+        update_every: send each k-th update only. The step counts all calls.
         decay_per: "update", LitEma's meaning: one decay for each update applied; "step": the product of the decays of
-            all calls since the last update applied, so that updates left out are made good.
+            all calls since the last update applied, which makes good for updates that were left out.
         on_busy: "block": wait while two updates are on their way, so that none is left out, as with LitEma; "skip":
-            never wait, leave this update out. Where the service is away nobody waits: updates are left out.
-        push_dtype: send the parameters as this: torch.bfloat16 for half the traffic. The shadow is float32 all the
-            same, beginning with the parameters as they were sent. Buffers that are copied are sent as they are.
+            never wait, leave the update out. Where the service is away nobody waits: updates are left out.
+        push_dtype: send the parameters as this dtype: torch.bfloat16 for half the traffic. The shadow is float32 all
+            the same, and begins with the parameters as they were sent. Buffers that are copied are sent as they are.
         borrow: send the parameters from where they lie, on the CPU, and let the next step of a torch optimizer wait
-            until they are sent. Saves the copy. Nothing but an optimizer may change them between update() and step().
+            until they are sent. Saves the copy. Nothing but an optimizer may change the parameters between update()
+            and step().
         frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError.
         buffers: what becomes of floating-point buffers that are saved with the model, such as BatchNorm's statistics:
-            "none": they stay the model's own; "average": they are averaged as well; "copy": beside the averages are
-            those of the latest update sent. Others, such as BatchNorm's counter of batches, stay the model's own.
+            "none": buffers stay the model's own; "average": buffers are averaged as well; "copy": beside the averages
+            stand the buffers of the latest update sent. Other buffers, such as BatchNorm's counter of batches, stay the
+            model's own.
         durability: what survives a crash of the service; by default the protocol's.
 
     Raises InvalidDecay (a ValueError, as LitEma raises it), RunExists, with ``resume`` RunNotFound, and what
@@ -105,22 +113,24 @@ class RemoteEma:
         counted = _one_spelling(use_num_updates, use_num_upates)
         decay = checked_decay(decay)
         _check_cadence(update_every, on_busy)
-        self._selection, self._plan = _selected(model, buffers, frozen, push_dtype, on_busy)
+        self._selection, self._plan = choose(
+            model, buffers=buffers, frozen=frozen, dtype=push_dtype, skips=on_busy == "skip"
+        )
         if client is not None and (url is not None or token is not None):
             raise UsageError("both a client and a url or token are given", hint="give one: a client has its own url")
         self._run = run
-        self._update_every = update_every
         self._waits = on_busy == "block"
         self._borrows = borrow
-        self._buffers = buffers != "none"
-        self._stored = Stored()
-        self._frozen: set[str] = set()
+        self._sends_module_buffers = buffers != "none"
+        self._aside = SetAside()
+        self._told_frozen: set[str] = set()
         tensors, _ = self._selection.of(model)
         on_device = any(tensor.is_cuda for tensor in tensors)
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
-        same_host = self._client.same_host
-        self._sending = Sending(self._selection.specs, pinned=on_device, slices=self._plan.slices, shared=same_host)
+        self._buffers = UpdateBuffers(
+            self._selection.specs, pinned=on_device, slices=self._plan.slices, shared=self._client.same_host
+        )
         config = RunConfig(
             run=run,
             layout=self._plan.layout,
@@ -133,35 +143,18 @@ class RemoteEma:
         )
         joining = Joining(self._client, config, self._plan, lambda: self._initial(tensors))
         try:
-            info, self._writer = joining.join(resume=resume)
+            info, writer = joining.join(resume=resume)
         except BaseException:
             self._release()
             raise
-        self._step = self._first_step = self._sent_step = (info.step if info else None) or 0
-        self._start(hooked=borrow or on_device)
-
-    def _start(self, *, hooked: bool) -> None:
-        client, run, plan, writer = self._client, self._run, self._plan, self._writer
-
-        def send(step: int, body: Body) -> object:
-            if plan.sharded and plan.part is not None:
-                part = {"part": plan.part, "of": plan.of}
-                return client.push_part_once(run, body, step=step, group=plan.group, writer=writer, **part)
-            return client.push_once(run, body, step=step, writer=writer)
-
-        # Neither the thread nor the hook knows this object: one that is dropped without close() ends both.
-        self._publisher = Publisher(send, client.retry, name=f"run {run!r} at {client.url}")
-        publisher, devices = self._publisher, self._sending.devices
-
-        def before_step() -> None:
-            devices.before_step()
-            publisher.recall()
-
-        self._hook = StepHook(before_step) if hooked else None
-        if self._hook is not None:
-            publisher.at_end(self._hook.remove)
-        self._dropped = weakref.finalize(self, publisher.finish)
-        # The end of the program is the publisher's own, which waits.
+        self._cadence = Cadence(update_every, (info.step if info else None) or 0)
+        # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
+        send = partial(self._plan.push, self._client, run, writer)
+        policy = SendPolicy(self._client.retry)
+        self._publisher = Publisher(send, policy, name=f"run {run!r} at {self._client.url}")
+        self._hook = _hook(self._publisher, self._buffers) if borrow or on_device else None
+        self._dropped = weakref.finalize(self, self._publisher.finish)
+        # At the end of the program the publisher ends by itself, and waits for its updates.
         self._dropped.atexit = False
 
     @property
@@ -171,13 +164,13 @@ class RemoteEma:
 
     @property
     def decay(self) -> float:
-        """The largest decay, asked of the service. LitEma and the service compute with its float32 value."""
+        """The largest decay, asked of the service. LitEma and the service compute with the decay's float32 value."""
         self.flush()
         return self._client.run(self._run).decay
 
     @property
     def num_updates(self) -> int:
-        """LitEma's counter, asked of the service; -1 where it is off."""
+        """LitEma's counter, asked of the service; -1 where the counter is off."""
         self.flush()
         return self._client.run(self._run).num_updates
 
@@ -201,42 +194,42 @@ class RemoteEma:
         self.update(model)
 
     def update(self, model: nn.Module) -> None:
-        """One EMA step with the model's parameters as they are. They may change again once this returns.
+        """An EMA step with the model's parameters as they are; they may change again once update() returns.
 
-        Call it once for each optimizer step, also where gradients are accumulated over several batches. Never raises
-        for what the service or the network does. Raises UsageError if the parameters are no longer those the run was
-        made with, and after close(). An update that failed is not made up for: the next one is a new step.
+        To be called once for each optimizer step, also where gradients are accumulated over several batches. Never
+        raises for what the service or the network does. Raises UsageError if the parameters are no longer the run's,
+        and after close(). A failed update is not made up for: the next update is a new step.
         """
         self._publisher.check_usable()
-        # Asked at every call: what counts is a step since the last one.
+        # At every call, due or not: what counts is a step since the latest call.
         hooked = self._hook is not None and self._hook.fired()
-        due = (self._step + 1 - self._first_step) % self._update_every == 0
+        due = self._cadence.due
         tensors = self._tensors(model) if due else []
-        self._step += 1
-        if due:
-            self._sent_step = self._step
+        step = self._cadence.advance()
         if due and self._plan.part is not None and self._publisher.room(wait=self._waits):
-            self._send(tensors, self._step, hooked=hooked)
+            self._send(tensors, step, hooked=hooked)
 
     def reset_num_updates(self) -> None:
-        """Let the warm-up begin anew. With the counter off it stays off (LitEma's switched on)."""
+        """Let the warm-up begin anew. A counter that is off stays off (LitEma's is switched on)."""
         self.flush()
         self._client.reset_num_updates(self._run)
 
     def flush(self, timeout: float | None = None) -> None:
-        """Return when every update so far has been applied. Raises what went wrong with those since the last flush.
+        """Return when every update so far has been applied. Raises the first failure since the latest flush.
 
         Raises UpdatesPending after ``timeout`` seconds; ServiceUnreachable or ConnectionLost where the service is away
         for longer than the client's retries (about ten seconds). What is pending is sent on, and training can go on.
         """
         self._publisher.flush(timeout)
         if self._plan.others:
-            self._client.wait_for_step(self._run, self._sent_step, wait=MAX_WAIT if timeout is None else timeout)
+            wait = MAX_WAIT if timeout is None else timeout
+            self._client.wait_for_step(self._run, self._cadence.sent, wait=wait)
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, and close the connections. The run stays on the service.
 
-        Raises as flush(), and everything is closed all the same: what is not sent by then is lost, and logged.
+        Raises as flush(), and everything is closed all the same: updates that are not sent by then are lost, and
+        logged.
         """
         if not self._dropped.alive:
             return
@@ -256,13 +249,13 @@ class RemoteEma:
         except EmaError as fault:
             if error is None:
                 raise
-            # What the block raised is what its caller has to see.
+            # The caller has to see what the block raised.
             _log.error("run %r was closed with: %s", self._run, fault)
 
     # --- what code written for an nn.Module asks -------------------------------------------------------------------
 
     def buffers(self) -> Iterator[Tensor]:
-        """None: what LitEma holds as buffers, the service holds. sgm counts them when it starts."""
+        """None: what LitEma holds as buffers, the service holds. sgm counts the buffers when it starts."""
         return iter(())
 
     def parameters(self) -> Iterator[Tensor]:
@@ -272,34 +265,26 @@ class RemoteEma:
     # --- going on from a checkpoint ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the training needs to come back to the EMA as it is now; strings and numbers only.
+        """What a training's checkpoint needs to come back to the EMA as it is now; strings and numbers only.
 
-        The weights stay on the service, as a snapshot. The ten newest such snapshots of a run are kept. Where the
-        service keeps nothing on disk there is none, and load_state_dict() can only go on from the very same version.
+        The weights stay on the service, as a snapshot. The ten newest such snapshots of a run stay. Where the service
+        keeps nothing on disk there is no snapshot, and load_state_dict() can only go on from the very same version.
         """
         self.flush()
         return saved_state(self._client, self._run)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to the EMA of state_dict(): weights, counter, decay and step. Updates after it are done away with.
+        """Go back to the EMA of state_dict(): weights, counter, decay and step. Later updates are as if never made.
 
-        For a RemoteEma of the same run, made with ``resume=True``. Raises UsageError for another run's state, for what
-        is none, and where there is no snapshot to go back to; SnapshotNotFound where that was deleted since.
+        For a RemoteEma of the same run, made with ``resume=True``. Raises UsageError for another run's state, for a
+        value that is no state, and where there is no snapshot to go back to; SnapshotNotFound where the snapshot was
+        deleted since.
         """
         check_state_is_of(self._run, state)
-
-        def rewind() -> None:
-            if self._plan.part == 0:
-                rewind_to(self._client, state)
-
-        if self._plan.sharded:
-            # All have flushed before one rewinds: a rank that is late would wait for a step that is no more.
-            together(self.flush)
-            together(rewind)
-        else:
-            self.flush()
-            rewind()
-        self._step = self._first_step = self._sent_step = state["step"] or 0
+        # All ranks flush before the rewind: a late rank would wait for a step that the rewind takes away.
+        self._plan.together(self.flush)
+        self._plan.once(lambda: rewind_to(self._client, state))
+        self._cadence.begin_at(state["step"] or 0)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -309,39 +294,32 @@ class RemoteEma:
         Includes every update so far. Raises UsageError, before anything is written, if the parameters are not those of
         the run.
         """
+        # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
+        # part.
         self.flush()
-        if isinstance(self._selection, ShardedSelection):
-            # Nobody waits for the others here: no newer update can be applied before each has sent its part of it.
-            self._client.pull_slices(self._run, self._selection.wanted(model), min_step=self._sent_step)
-            return
-        targets, twins = self._selection.targets(model)
-        self._client.pull(self._run, out=targets)
-        with torch.no_grad():
-            for twin, name in twins:
-                twin.copy_(targets[name])
+        self._selection.pull_into(model, self._client, self._run)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
-        """Keep copies of ``parameters``, on their devices, until restore(). Raises AlreadyStored if there are some."""
-        self._stored.store(parameters)
+        """Set copies of ``parameters`` aside, on their devices, until restore(). Raises AlreadyStored."""
+        self._aside.store(parameters)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write back what store() kept, and let go of it.
+        """Write back the copies that store() made, and free them.
 
-        Raises NothingStored; UsageError, before anything is written and with the copies kept, if ``parameters`` are not
-        as many, and of the same shapes, as those stored.
+        Raises NothingStored; UsageError, before anything is written and with the copies still there, if ``parameters``
+        are not as many, and of the same shapes, as those stored.
         """
-        self._stored.restore(parameters)
+        self._aside.restore(parameters)
 
     @contextlib.contextmanager
     def scope(self, model: nn.Module) -> Iterator[None]:
-        """EMA weights in the model inside the block, the training weights again after it, whatever happens in it.
+        """EMA weights in the model inside the block, the training weights again after it, whatever the block raises.
 
         Raises AlreadyStored, before anything is overwritten, inside another scope or after store().
         """
-        self._stored.check_empty()
-        # The very tensors: what is frozen inside the block is restored all the same.
-        targets, twins = self._selection.targets(model)
-        parameters = [*targets.values(), *(twin for twin, _ in twins)]
+        self._aside.check_empty()
+        # The very tensors: a parameter that is frozen inside the block is restored all the same.
+        parameters = self._selection.written(model)
         self.store(parameters)
         try:
             self.copy_to(model)
@@ -353,21 +331,19 @@ class RemoteEma:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _send(self, tensors: list[Tensor], step: int, *, hooked: bool) -> None:
-        """The one place where an update leaves the trainer."""
-        if hooked and self._buffers:
-            # The next forward pass changes buffers, before there is a step that would wait for the sending or the copy.
+        """The only place where an update leaves the trainer."""
+        if hooked and self._sends_module_buffers:
+            # The next forward pass changes the model's buffers, before there is a step that would wait for the sending
+            # or for the copy.
             tensors = [each if isinstance(each, nn.Parameter) else each.detach().clone() for each in tensors]
         # A service that is away may need the bytes for longer than a step takes.
-        if self._borrows and hooked and not self._publisher.stuck and self._sending.can_borrow(tensors):
-            update = self._sending.borrowed(step, tensors)
-        else:
-            update = self._sending.copied(step, tensors, hooked=hooked)
-        self._publisher.submit(update)
+        borrow = self._borrows and not self._publisher.stuck
+        self._publisher.submit(self._buffers.update(step, tensors, hooked=hooked, borrow=borrow))
 
     def _tensors(self, model: nn.Module) -> list[Tensor]:
         tensors, frozen = self._selection.of(model)
-        if news := set(frozen) - self._frozen:
-            self._frozen |= news
+        if news := set(frozen) - self._told_frozen:
+            self._told_frozen |= news
             warnings.warn(
                 f"parameters of run {self._run!r} were frozen; their average goes on, towards the values they have: "
                 + listed(sorted(news)),
@@ -376,9 +352,8 @@ class RemoteEma:
         return tensors
 
     def _initial(self, tensors: list[Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are sent; where they are copied, in the memory that updates will be copied to."""
-        live = self._borrows and self._sending.can_borrow(tensors)
-        sent = tensors if live else self._sending.warmed(tensors)
+        """name -> the tensor as it is sent; copies lie in the memory of the first update to come."""
+        sent = self._buffers.initial(tensors, borrow=self._borrows)
         return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
     def _release(self) -> None:
@@ -386,22 +361,17 @@ class RemoteEma:
             self._client.close()
 
 
-def _selected(
-    model: nn.Module,
-    buffers: BufferPolicy,
-    frozen: FrozenPolicy,
-    dtype: str | torch.dtype | None,
-    on_busy: BusyPolicy,
-) -> tuple[Selection | ShardedSelection, Plan]:
-    if not is_sharded(model):
-        whole = Selection(model, buffers=buffers, frozen=frozen, dtype=dtype)
-        return whole, plan_whole(whole.specs)
-    if buffers != "none":
-        raise UsageError("the buffers of a sharded model are not averaged or copied", hint="leave buffers='none'")
-    if on_busy == "skip":
-        raise UsageError("each rank would leave out updates of its own", hint="use on_busy='block', update_every=k")
-    sharded = ShardedSelection(model, frozen=frozen, dtype=dtype)
-    return sharded, sharded.plan
+def _hook(publisher: Publisher, buffers: UpdateBuffers) -> StepHook:
+    """The hook that lets a step wait for the copies and the borrowed memory of updates, until the publisher's end."""
+    devices = buffers.devices
+
+    def before_step() -> None:
+        devices.before_step()
+        publisher.recall()
+
+    hook = StepHook(before_step)
+    publisher.at_end(hook.remove)
+    return hook
 
 
 def _one_spelling(use_num_updates: bool, use_num_upates: bool | None) -> bool:

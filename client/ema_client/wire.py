@@ -1,8 +1,8 @@
 """The safetensors byte stream: 8 bytes of header length, a JSON header, then the tensors back to back.
 
-Format: https://github.com/huggingface/safetensors#format. This module reads it strictly (every length is checked before
-it is used; nothing is allocated here) and writes it canonically (one layout has one header, byte for byte). A part
-of an update says in the header's metadata which slices of which tensors it carries.
+Format: https://github.com/huggingface/safetensors#format. Streams are read strictly (every length is checked before it
+is used; nothing is allocated here) and written canonically (a layout has one header, byte for byte). The header of a
+part of an update says in its metadata which slices of which tensors the part carries.
 
 Knows: names, dtypes, shapes, offsets. Does not know: sockets, clocks, torch, or what a run is. Standard library only.
 """
@@ -36,12 +36,13 @@ __all__ = [
     "write_slices",
 ]
 
-#: The header's length stands in front of it: unsigned, 64 bits, little-endian.
+#: A stream begins with the header's length: unsigned, 64 bits, little-endian.
 LENGTH_BYTES = 8
-#: A header is padded with spaces to this, so that tensor data starts aligned for every dtype (as the reference does).
+#: A header is padded with spaces to a multiple of so many bytes, as by the reference implementation: tensor data then
+#: starts aligned for every dtype.
 ALIGNMENT = 8
 
-#: dtype -> bytes per element, widest first: the order in which the reference implementation lays tensors out.
+#: dtype -> bytes per element, widest dtype first: the order in which the reference implementation lays tensors out.
 DTYPE_BYTES: dict[str, int] = {
     "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4,
     "BF16": 2, "F16": 2, "U16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -50,17 +51,17 @@ _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
 
 _METADATA = "__metadata__"
 
-#: The metadata in which a part of an update says which slices of which tensors it carries.
+#: The member of the metadata that names the slices in a part of an update.
 SLICES = "ema.slices"
 #: A slice of a tensor: start and stop in each dimension.
 Box = tuple[tuple[int, int], ...]
-#: Slices of one tensor in one part: a flat range of a tensor of rank r is at most 2r - 1 of them.
+#: The most slices of a tensor in a part: a range of a flattened tensor of rank r is at most 2r - 1 slices.
 MAX_SLICES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a stream; ``begin`` and ``end`` are byte offsets into the data section."""
+    """A tensor of a stream; ``begin`` and ``end`` are byte offsets into the data section."""
 
     name: str
     dtype: str
@@ -75,7 +76,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header: its entries in the order of their bytes, covering the data section without a gap."""
+    """A parsed header: entries in the order of their bytes, which cover the data section without a gap."""
 
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -86,10 +87,10 @@ class Header:
 
 
 def place(specs: Iterable[TensorSpec], *, sort: bool = True) -> tuple[Entry, ...]:
-    """Give each tensor its place in the data section.
+    """The entries of a stream of these tensors: each with its place in the data section.
 
     sort: in canonical order (widest dtype first, then by name, as safetensors.torch.save_file does); else as given.
-    Raises KeyError for a dtype safetensors does not have.
+    Raises KeyError for a dtype that safetensors does not have.
     """
     ordered = sorted(specs, key=lambda spec: (_RANK[spec.dtype], spec.name.encode())) if sort else specs
     entries, offset = [], 0
@@ -101,7 +102,7 @@ def place(specs: Iterable[TensorSpec], *, sort: bool = True) -> tuple[Entry, ...
 
 
 def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The length prefix and the header, padded so that data starts aligned. Equal input gives equal bytes."""
+    """The length and the header of a stream, padded so that the data starts aligned. Equal input gives equal bytes."""
     table: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     for entry in entries:
         table[entry.name] = {
@@ -115,7 +116,7 @@ def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None = 
 
 
 def parse_length(prefix: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> int:
-    """The header's length from the first 8 bytes of a stream. Raises MalformedBody beyond ``limit``."""
+    """The header's length, from the first 8 bytes of a stream. Raises MalformedBody beyond ``limit`` bytes."""
     if len(prefix) != LENGTH_BYTES:
         raise MalformedBody(f"the body ends after {len(prefix)} bytes; 8 bytes of header length come first")
     length = int.from_bytes(prefix, "little")
@@ -125,7 +126,7 @@ def parse_length(prefix: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -
 
 
 def parse_header(raw: bytes | memoryview) -> Header:
-    """Read the JSON header (without its length prefix). Raises MalformedBody naming the tensor and the fault."""
+    """The header in ``raw``, which is JSON without the length. Raises MalformedBody naming the tensor and the fault."""
     table = _load(bytes(raw))
     metadata = table.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(
@@ -202,16 +203,16 @@ def _check_contiguous(entries: list[Entry]) -> None:
 
 
 def write_slices(slices: Mapping[str, Sequence[Box]]) -> dict[str, str]:
-    """The metadata of a part: for each tensor of which it does not carry the whole, its slices."""
+    """The metadata of a part. slices: of each tensor that the part does not carry whole."""
     table = {name: [[list(bounds) for bounds in box] for box in boxes] for name, boxes in slices.items()}
     return {SLICES: json.dumps(table, separators=(",", ":"), ensure_ascii=False)} if table else {}
 
 
 def read_slices(header: Header) -> dict[str, tuple[Box, ...]]:
-    """The slices that each tensor of a part is of; a tensor that is not named there is whole.
+    """name -> the slices that a tensor of a part holds; a tensor that is not named is whole.
 
-    The bytes of a tensor are those of its slices, back to back, and its shape is that of the slice, or flat where there
-    are several. Raises MalformedBody where that does not fit.
+    A tensor's bytes are the slices, back to back, and its shape is the slice's, or flat where there are several slices.
+    Raises MalformedBody where bytes or shape do not fit.
     """
     raw = header.metadata.get(SLICES)
     if raw is None:
@@ -256,7 +257,7 @@ def box_shape(box: Box) -> tuple[int, ...]:
 
 
 def range_of_box(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
-    """The elements [start, stop) of the flat tensor that the slice is; None where they are not in one stretch."""
+    """The elements [start, stop) of the flattened tensor that a slice is; None where a slice is no single range."""
     start, below, whole = 0, 1, True
     for (first, last), size in zip(reversed(box), reversed(shape), strict=True):
         if last - first > 1 and not whole:
@@ -268,7 +269,7 @@ def range_of_box(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def boxes_of_range(start: int, stop: int, shape: Sequence[int]) -> tuple[Box, ...]:
-    """The elements [start, stop) of a flat tensor as slices, in order: at most 2 * rank - 1 of them."""
+    """The elements [start, stop) of a flattened tensor as slices, in order: at most 2 * rank - 1 slices."""
     if start >= stop:
         return ()
     if not shape:

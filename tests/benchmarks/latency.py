@@ -12,7 +12,7 @@ from scale import Scale
 from wire import PROCESSES
 
 from ema_client import EmaClient
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.http.transport import Transport
 from ema_service.bench.ceiling import RAW_TCP, RAW_UNIX, Ceiling
 from ema_service.bench.children import Child, Service

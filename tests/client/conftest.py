@@ -1,6 +1,7 @@
-"""Servers that misbehave on purpose, on real ports: early answers, resets, short bodies, answers that get lost.
+"""Clients of the real service; servers that misbehave on purpose, on real ports: early answers, resets, lost answers.
 
-What a real service never does, and a proxy or a dying machine does. Knows HTTP/1.1 as bytes. Does not know the client.
+What a real service never does, and a proxy or a dying machine does. Knows HTTP/1.1 as bytes, and how clients are made
+and closed. Does not know what a test asks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+from torch import nn
+
+from ema_client import EmaClient, RemoteEma
 
 PATIENCE = 20.0
 
@@ -211,3 +216,25 @@ def free_url() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def client(server: Any) -> Iterator[EmaClient]:
+    """A client of the real service."""
+    with EmaClient(server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def make_ema(server: Any, run_name: str) -> Iterator[Callable[..., RemoteEma]]:
+    """Make RemoteEmas of one run on the real service, closed after the test; models are the same at each run of it."""
+    torch.manual_seed(0)
+    made: list[RemoteEma] = []
+
+    def make_ema(model: nn.Module, *args: Any, **options: Any) -> RemoteEma:
+        made.append(RemoteEma(model, *args, **{"run": run_name, "url": server.url, **options}))
+        return made[-1]
+
+    yield make_ema
+    for ema in made:
+        ema.close()

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_client import AverageConfig, EmaClient, RetryPolicy, RunInfo, errors
+from ema_client import EmaClient, RunInfo, errors
 from ema_client.errors import (
-    AverageNotFound,
     AwaitingWeights,
     InvalidDecay,
     LayoutMismatch,
@@ -28,24 +25,12 @@ from ema_client.errors import (
     RunExists,
     RunNotFound,
     ServiceUnreachable,
-    SnapshotExists,
-    SnapshotNotFound,
     StaleStep,
     StepConflict,
-    StepNotReached,
     UsageError,
 )
 from ema_client.protocol import RunConfig, TensorSpec, to_json
-
-QUICK = RetryPolicy(attempts=4, base=0.01, cap=0.05)
-ONCE = RetryPolicy(attempts=1)
-STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1.0, 2.0]), "scale": torch.tensor(3.0)}
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[EmaClient]:
-    with EmaClient(server.url) as made:
-        yield made
+from tests.client.states import ONCE, QUICK, STATE, assert_equal, first_only, plus
 
 
 @pytest.fixture
@@ -53,30 +38,6 @@ def run(client: EmaClient, run_name: str) -> str:
     """A run of STATE with decay 0.5 and no counter: each update halves the way to the parameters."""
     client.create_run(run_name, STATE, decay=0.5, use_num_updates=False)
     return run_name
-
-
-def plus(amount: float) -> dict[str, Tensor]:
-    return {name: tensor + amount for name, tensor in STATE.items()}
-
-
-def assert_equal(weights: Any, expected: dict[str, Tensor]) -> None:
-    assert set(weights) == set(expected)
-    assert {name: torch.equal(weights[name], tensor) for name, tensor in expected.items()} == dict.fromkeys(
-        expected, True
-    )
-
-
-def first_only(*methods: str) -> Callable[[Any], bool]:
-    """Lose the answer to the first request of each of these methods."""
-    left = list(methods)
-
-    def loses(request: Any) -> bool:
-        if request.method in left:
-            left.remove(request.method)
-            return True
-        return False
-
-    return loses
 
 
 # --- creating -------------------------------------------------------------------------------------------------------
@@ -298,149 +259,6 @@ def test_push_and_pull_make_no_copy_of_the_model(client: EmaClient, run_name: st
 
     assert_equal(out, state)
     assert peak < 4 << 20
-
-
-# --- pulling --------------------------------------------------------------------------------------------------------
-
-
-def test_pull_by_dtype_and_prefix(client: EmaClient, run: str) -> None:
-    """The service casts and selects."""
-    halves = client.pull(run, dtype=torch.bfloat16, prefix="a.")
-
-    assert_equal(halves, {name: STATE[name].bfloat16() for name in ("a.weight", "a.bias")})
-    assert client.pull(run, dtype="F64")["scale"].dtype == torch.float64
-
-
-def test_pull_into_given_tensors(client: EmaClient, run: str) -> None:
-    """``out`` is filled in place and is what the answer holds."""
-    out = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
-
-    weights = client.pull(run, out=out)
-
-    assert all(weights[name] is out[name] for name in out)
-    assert_equal(out, STATE)
-
-
-def test_pull_into_tensors_that_do_not_fit(client: EmaClient, run: str) -> None:
-    """``out`` must be of the answer's names and shapes: each fault is named and nothing is written."""
-    out = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(3), "more": torch.zeros(1)}
-
-    with pytest.raises(UsageError, match=r"'scale' is missing; 'more' is not among.*; 'a\.bias' has shape \(3,\)"):
-        client.pull(run, out=out)
-    assert torch.equal(out["a.weight"], torch.zeros(2, 3))
-
-
-def test_pull_of_several_averages(client: EmaClient, run_name: str) -> None:
-    """Each average is pulled by its name; the first is the default."""
-    averages = [AverageConfig("slow", decay=0.75), AverageConfig("fast", decay=0.0)]
-    client.create_run(run_name, STATE, use_num_updates=False, averages=averages)
-    client.push(run_name, plus(1))
-
-    assert_equal(client.pull(run_name, average="fast"), plus(1))
-    assert client.pull(run_name).info.average == "slow"
-    assert_equal(client.pull(run_name), plus(0.25))
-    with pytest.raises(AverageNotFound):
-        client.pull(run_name, average="none")
-
-
-def test_pull_waits_for_a_step(client: EmaClient, server: Any, run: str) -> None:
-    """min_step with wait returns as soon as another trainer has reached the step."""
-    with EmaClient(server.url) as trainer:
-        timer = threading.Timer(0.3, lambda: trainer.push(run, plus(1), step=5))
-        timer.start()
-        weights = client.pull(run, min_step=5, wait=30.0)
-        timer.join(10)
-
-    assert weights.info.step == 5
-    assert_equal(weights, plus(0.5))
-
-
-@pytest.mark.parametrize("wait", [None, 0.2])
-def test_pull_does_not_wait_longer(client: EmaClient, run: str, wait: float | None) -> None:
-    """A step that is not reached in time is an error, after that time and not after several of it."""
-    before = time.monotonic()
-    with pytest.raises(StepNotReached):
-        client.pull(run, min_step=1, wait=wait)
-
-    assert (wait or 0.0) <= time.monotonic() - before < (wait or 0.0) + 5.0
-
-
-def test_pull_waits_longer_than_one_request_may(
-    client: EmaClient, server: Any, run: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A wait beyond what the service holds a request for is several requests."""
-    monkeypatch.setattr("ema_client.protocol.MAX_WAIT", 0.1)
-    with EmaClient(server.url) as trainer:
-        timer = threading.Timer(0.5, lambda: trainer.push(run, plus(1), step=5))
-        timer.start()
-        assert client.pull(run, min_step=5, wait=30.0).info.step == 5
-        timer.join(10)
-
-
-def test_broken_pull_is_tried_again(relay: Callable[..., Any], run: str) -> None:
-    """A body that breaks off in the middle is pulled anew, and the tensors are whole."""
-    out = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
-    with EmaClient(relay(first_only("GET"), after=600).url, retry=QUICK) as shaky:
-        shaky.pull(run, out=out)
-
-    assert_equal(out, STATE)
-
-
-def test_copy_to_fills_a_module(client: EmaClient, run_name: str) -> None:
-    """The EMA goes into the module's own trained parameters; frozen ones and buffers stay."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    frozen = model[1].weight.clone()
-    client.create_run(run_name, {"0.weight": torch.ones(2, 2), "0.bias": torch.zeros(2)})
-    address = model[0].weight.data_ptr()
-
-    info = client.copy_to(run_name, nn.DataParallel(model))
-
-    assert info.run == run_name
-    assert model[0].weight.data_ptr() == address
-    assert torch.equal(model[0].weight, torch.ones(2, 2))
-    assert torch.equal(model[1].weight, frozen)
-
-
-def test_copy_to_another_model_is_refused(client: EmaClient, run: str) -> None:
-    """A model of other names is refused whole."""
-    model = nn.Linear(3, 2)
-    before = model.weight.clone()
-
-    with pytest.raises(UsageError, match=r"'a\.weight' is missing"):
-        client.copy_to(run, model)
-    assert torch.equal(model.weight, before)
-
-
-# --- snapshots ------------------------------------------------------------------------------------------------------
-
-
-def test_snapshot_keeps_a_version(client: EmaClient, run: str, tmp_path: Any) -> None:
-    """A snapshot stays as it was taken: pulled, copied and downloaded, whatever is pushed after it."""
-    client.push(run, plus(1))
-    taken = client.snapshot(run, "best")
-    client.push(run, plus(9))
-
-    pulled = client.pull(run, snapshot="best")
-    assert_equal(pulled, plus(0.5))
-    assert (pulled.info.version, pulled.info.snapshot) == (taken.version, "best")
-    assert client.download(run, tmp_path / "best.safetensors", snapshot="best") == pulled.info
-    assert client.snapshots(run) == (taken,)
-
-
-def test_snapshot_names(client: EmaClient, run: str) -> None:
-    """The same version under the same name is the same snapshot; another version is refused; a deleted one is gone."""
-    taken = client.snapshot(run, "best")
-    assert client.snapshot(run, "best") == taken
-    client.push(run, plus(1))
-    with pytest.raises(SnapshotExists):
-        client.snapshot(run, "best")
-
-    client.delete_snapshot(run, "best")
-    assert client.snapshots(run) == ()
-    with pytest.raises(SnapshotNotFound):
-        client.delete_snapshot(run, "best")
-    with pytest.raises(SnapshotNotFound):
-        client.pull(run, snapshot="best")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

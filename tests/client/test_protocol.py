@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -17,6 +18,7 @@ from ema_client.protocol import (
     RunInfo,
     RunList,
     RunPatch,
+    Segment,
     SnapshotInfo,
     SnapshotList,
     TensorSpec,
@@ -166,3 +168,16 @@ def test_metadata_of_others_is_no_weights_info(missing: str) -> None:
 
     with pytest.raises(KeyError):
         WeightsInfo.from_metadata(metadata)
+
+
+def test_segment_is_read_back() -> None:
+    """The words of Ema-Segment are read as they are written, and nothing else is."""
+    one = Segment(4242, 7, 4000, 2**40, bytes(range(32)))
+    value = one.to_header()
+
+    assert Segment.from_header(value) == one
+    assert value == f"pid=4242, fd=7, offset=4000, length={2**40}, secret={bytes(range(32)).hex()}"
+    for wrong in ("", value + " ", value.replace("pid", "PID"), value[:-1], value.replace("4242", "٤"), "\n" + value):
+        with pytest.raises(ValueError, match="Ema-Segment"):
+            Segment.from_header(wrong)
+    assert dataclasses.astuple(Segment.from_header(value))[:4] == (4242, 7, 4000, 2**40)

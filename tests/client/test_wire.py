@@ -21,6 +21,8 @@ from ema_client import wire
 from ema_client.errors import MalformedBody
 from ema_client.protocol import MAX_RANK, MAX_TENSOR_NAME, TensorSpec
 
+#: Of tensors that are cut into slices: none is empty.
+BOX_SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 NAMES = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
 )
@@ -316,3 +318,31 @@ def test_any_json_is_read_or_refused(table: dict[str, Any]) -> None:
     except MalformedBody:
         return
     assert header.data_bytes == sum(prod(e.shape) * wire.DTYPE_BYTES[e.dtype] for e in header.entries)
+
+
+# --- slices --------------------------------------------------------------------------------------------------------
+
+
+@given(BOX_SHAPES, st.data())
+def test_flat_range_as_boxes(shape: tuple[int, ...], data: st.DataObject) -> None:
+    """A range of a flattened tensor is few slices, whose elements back to back are just that range."""
+    flat = torch.arange(prod(shape))
+    start = data.draw(st.integers(0, prod(shape)))
+    stop = data.draw(st.integers(start, prod(shape)))
+    boxes = wire.boxes_of_range(start, stop, shape)
+    taken = [flat.view(shape)[tuple(slice(*bounds) for bounds in box)].reshape(-1) for box in boxes]
+
+    assert torch.cat([flat[:0], *taken]).equal(flat[start:stop])
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+@given(BOX_SHAPES, st.data())
+def test_box_as_flat_range(shape: tuple[int, ...], data: st.DataObject) -> None:
+    """A slice is one range of the flattened tensor exactly where its elements follow each other."""
+    box = tuple(sorted(data.draw(st.tuples(st.integers(0, s - 1), st.integers(1, s)))) for s in shape)
+    box = tuple((a, max(a + 1, b)) for a, b in box)
+    elements = torch.arange(prod(shape)).view(shape)[tuple(slice(*bounds) for bounds in box)].reshape(-1)
+    together = bool((elements.diff() == 1).all())
+    first = int(elements[0])
+
+    assert wire.range_of_box(box, shape) == ((first, first + prod(wire.box_shape(box))) if together else None)

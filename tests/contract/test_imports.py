@@ -66,22 +66,33 @@ CLIENT_THIRD_PARTY = {
     "typer": {"ema_client.cli.*"},
     "rich": {"ema_client.cli.*"},
 }
-CLIENT_TORCH_AT_TOP = {
-    "ema_client.tensors.body",
-    "ema_client.training.joining",
-    "ema_client.remote_ema",
-    "ema_client.training.selection",
-    "ema_client.training.buffers",
-    "ema_client.training.sharding",
-    "ema_client.tensors.shared",
-    "ema_client.training.aside",
-    "ema_client.integrations.replica",
-    "ema_client.integrations.transformers",
-    # Imported by whoever reads or writes a checkpoint, which is tensors.
-    "ema_client.checkpoints.files",
-    "ema_client.checkpoints.reading",
-    "ema_client.checkpoints.writing",
+
+# --- the client's floors -------------------------------------------------------------------------------------------
+# remote_ema -> training -> client -> reading -> tensors -> http -> {protocol, wire, errors}; above: integrations, cli,
+# checkpoints. A part may use the parts named here, in type-only imports too.
+CLIENT_WORDS = {"protocol", "wire", "errors"}
+CLIENT_PARTS: dict[str, set[str]] = {
+    "errors": set(),
+    "protocol": set(),
+    "wire": {"protocol", "errors"},
+    "atomic": set(),
+    "http": {"protocol", "errors"},
+    "tensors": {"http"} | CLIENT_WORDS,
+    "reading": {"tensors", "http", "atomic"} | CLIENT_WORDS,
+    "client": {"reading", "tensors", "http"} | CLIENT_WORDS,
+    "training": {"client", "reading", "tensors", "http"} | CLIENT_WORDS,
+    "remote_ema": {"training", "client"} | CLIENT_WORDS,
+    "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
+    "integrations": {"remote_ema", "training", "client", "atomic"} | CLIENT_WORDS,
+    "cli": {"", "checkpoints", "client"} | CLIENT_WORDS,
+    "__main__": {"cli"},
+    # What a user imports from the package itself.
+    "": {"remote_ema", "client", "reading", "http"} | CLIENT_WORDS,
 }
+#: These handle tensors, and import torch at their top. The others do without: they import these parts, and torch, only
+#: where a call needs them.
+CLIENT_TORCH_PARTS = {"tensors", "training", "remote_ema", "checkpoints", "integrations"}
+# --- end of the client's floors -------------------------------------------------------------------------------------
 
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {canonicalize_name(Requirement(text).name) for text in _PROJECT["dependencies"]}
@@ -119,7 +130,7 @@ class Module:
 
 
 def part_of(name: str) -> str:
-    """The service's part that a module belongs to: ema_service.api.routes.runs -> api."""
+    """The part of its package that a module belongs to: ema_service.api.routes.runs -> api."""
     return name.split(".")[1] if "." in name else ""
 
 
@@ -217,12 +228,26 @@ def client_third_party(module: Module) -> Iterator[str]:
             yield f"line {imported.line}: {module.name} must not import {imported.target}"
 
 
+def client_floors(module: Module) -> Iterator[str]:
+    if module.package != "ema_client":
+        return
+    if module.part not in CLIENT_PARTS:
+        yield f"{module.part} is a new part of the client: give it its place in CLIENT_PARTS"
+        return
+    may = CLIENT_PARTS[module.part] | {module.part}
+    for imported in module.imports:
+        part = part_of(imported.target)
+        if imported.root == "ema_client" and part not in may:
+            yield f"line {imported.line}: {module.part} must not import {imported.target}"
+
+
 def client_torch(module: Module) -> Iterator[str]:
-    if module.package != "ema_client" or module.name in CLIENT_TORCH_AT_TOP:
+    if module.package != "ema_client" or module.part in CLIENT_TORCH_PARTS:
         return
     for imported in module.imports:
-        if imported.root == "torch" and imported.top and not imported.typing:
-            yield f"line {imported.line}: {module.name} must do without torch when it is imported"
+        tensors = imported.root == "ema_client" and part_of(imported.target) in CLIENT_TORCH_PARTS
+        if (imported.root == "torch" or tensors) and imported.top and not imported.typing:
+            yield f"line {imported.line}: {module.name} must do without {imported.target} when it is imported"
 
 
 def one_httpx(module: Module) -> Iterator[str]:
@@ -268,6 +293,7 @@ RULES: list[Rule] = [
     service_uses_of_client,
     client_is_alone,
     client_third_party,
+    client_floors,
     client_torch,
     service_third_party,
     one_httpx,
@@ -300,7 +326,17 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (client_third_party, "ema_client.tensors.names", "import numpy"),
         (client_third_party, "ema_client.client", "import rich"),
         (client_third_party, "ema_client.cli", "import typer"),
+        (
+            client_floors,
+            "ema_client.reading.watching",
+            "if TYPE_CHECKING:\n    from ema_client.client import EmaClient",
+        ),
+        (client_floors, "ema_client.http.transport", "def f():\n    from ema_client.tensors.body import encode"),
+        (client_floors, "ema_client.training.queue", "from ema_client.remote_ema import RemoteEma"),
+        (client_floors, "ema_client.checkpoints.files", "import ema_client"),
+        (client_floors, "ema_client.novelty", ""),
         (client_torch, "ema_client.client", "try:\n    import torch\nexcept ImportError:\n    pass"),
+        (client_torch, "ema_client.reading.halves", "from ema_client.tensors.body import receive"),
         (service_third_party, "ema_service.runs.run", "import matplotlib"),
         (service_third_party, "ema_service.runs.run", "import anyio"),
         (one_httpx, "ema_service.demo.evaluator", "import httpx"),

@@ -1,6 +1,6 @@
-"""EMA checkpoints of other programs: read into what a run is made of, written so that those programs load them.
+"""EMA checkpoints of other programs: read into named tensors for a run, written so that the programs load them.
 
-Knows its two halves. Does not know the service: what was read is sent, and what is written was pulled, by others.
+The rule: files and tensors only. Does not know the service: the caller sends what was read, and pulled what is written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files of tensors: safetensors and torch.save, read without running what they say, written whole or not at all.
+"""Files of tensors: safetensors and torch.save, read without running code in a file, written whole or not at all.
 
-Knows: file formats, memory maps. Does not know: what the tensors are, or whose they were.
+Knows: file formats, memory maps. Does not know: what the tensors are, or which program wrote a file.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
-import secrets
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ema_client import wire
+from ema_client.atomic import whole_file
 from ema_client.errors import MalformedBody, UsageError
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.body import memory
@@ -31,18 +31,18 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-#: The weights in a folder that diffusers or transformers saved; with ``.index.json`` in parts.
+#: Names of the weights in a folder that diffusers or transformers saved, without suffix.
 _WEIGHTS = ("diffusion_pytorch_model", "model", "adapter_model")
 
-#: What a file holds: nested mappings and lists with tensors at their ends; and the strings that describe it.
+#: The content of a file: nested mappings and lists with tensors at their ends; and the metadata that describes it.
 Content = tuple[Any, Mapping[str, Any]]
 
 
 def read(path: Path) -> Content:
-    """A ``.safetensors`` file, a folder of save_pretrained(), or else a file of torch.save (weights only).
+    """The content of a ``.safetensors`` file, a folder of save_pretrained(), or else a file of torch.save.
 
-    Tensors are on the CPU and lie in the file where that is possible. Raises UsageError for what cannot be read or
-    would run code; OSError.
+    Tensors are on the CPU, mapped from the file where that is possible; a change of a tensor does not change the file.
+    Raises UsageError for a file that cannot be read or would run code; OSError.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -69,7 +69,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]
     with path.open("rb") as file:
         if path.stat().st_size < wire.LENGTH_BYTES:
             raise UsageError(f"{path} is no safetensors file: it has {path.stat().st_size} bytes")
-        # Copy on write: torch wants memory that may be written, and the file must not be.
+        # Copy on write: torch wants memory that may be written, and the file must not change.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
         length = wire.parse_length(data[: wire.LENGTH_BYTES], limit=len(data) - wire.LENGTH_BYTES)
@@ -106,29 +106,17 @@ def _read_torch(path: Path) -> Any:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """The tensors as one safetensors file, in the order that the safetensors library writes."""
+    """Write tensors as a safetensors file, in the order of the safetensors library."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = wire.place(TensorSpec(name, tuple(t.shape), _NAMES[t.dtype]) for name, t in tensors.items())
 
-    def save(part: Path) -> None:
-        with part.open("xb") as file:
-            file.write(wire.build_header(entries, metadata))
-            for entry in entries:
-                file.write(memory(tensors[entry.name]))
-
-    _whole(path, save)
+    with whole_file(path) as part, part.open("xb") as file:
+        file.write(wire.build_header(entries, metadata))
+        for entry in entries:
+            file.write(memory(tensors[entry.name]))
 
 
 def write_torch(path: Path, content: Mapping[str, Any]) -> None:
-    """torch.save()."""
-    _whole(path, lambda part: torch.save(dict(content), part))
-
-
-def _whole(path: Path, save: Callable[[Path], None]) -> None:
-    """What ``save`` writes, under its name when all of it is there."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        save(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write ``content`` by torch.save()."""
+    with whole_file(path) as part:
+        torch.save(dict(content), part)

@@ -1,4 +1,4 @@
-"""From a checkpoint to named EMA weights: which program made it, what its counter and decay are, what is left out.
+"""From a checkpoint to named EMA weights: which program made it, the EMA's counter and decay, what is left out.
 
 Knows: how LitEma, torch's AveragedModel, diffusers' EMAModel, timm and ema-pytorch keep their state. Does not know:
 file formats (files), the service.
@@ -26,7 +26,7 @@ __all__ = ["FORMATS", "Imported", "read"]
 _EMA_ENTRIES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema")
 #: Entries that hold weights of some kind: of Lightning, of SAT and DeepSpeed, of many others.
 _ENTRIES = (*_EMA_ENTRIES, "state_dict", "module", "model")
-#: Buffers that every torch user has; others are named with ``drop``.
+#: Names of buffers that every torch user has; users name other buffers with ``drop``.
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 
@@ -34,9 +34,10 @@ _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 class Imported:
     """The EMA of a checkpoint.
 
-    format: whose it is. source: where in the file it was. tensors: by the names that the bare model has.
-    decay, num_updates: None where the file does not say; -1 where LitEma's counter was off.
-    dropped: names that were left out, as they are no parameters. notes: what a reader should know.
+    format: of the program that wrote the checkpoint, one of FORMATS. source: the entry of the file that held the EMA.
+    tensors: by the names that the bare model has. decay, num_updates: None where the file does not say; num_updates is
+    -1 where LitEma's counter was off. dropped: names of tensors that were left out, as no parameters. notes: what a
+    user should know.
     """
 
     format: str
@@ -59,12 +60,12 @@ def read(
 
     Args:
         path: a ``.safetensors`` file, a file of torch.save, or a folder of save_pretrained().
-        format: one of FORMATS; by default found out.
+        format: one of FORMATS; by default the format is found out.
         like: a checkpoint of the model itself, for a file that does not hold the parameters' names.
         drop: patterns (``*``) of names to leave out: buffers that a state dict holds beside the parameters.
 
-    Raises UsageError for a file that cannot be read, is of no known kind, or lacks names; NameCollision where LitEma's
-    dotless names fit two parameters, naming both; OSError.
+    Raises UsageError for a file that cannot be read, is of no known format, or lacks names; NameCollision where a
+    dotless name of LitEma fits two parameters, naming both; OSError.
     """
     content, described = files.read(path)
     state, source = _opened(content)
@@ -86,7 +87,7 @@ def read(
 
 
 def _opened(content: Any) -> tuple[Mapping[str, Any], str]:
-    """The mapping in a file's content that holds the weights, and which entry it is."""
+    """The mapping in a file's content that holds the weights, and the entry that the mapping stands in."""
     if not isinstance(content, Mapping):
         raise UsageError(f"the file holds a {type(content).__name__}, not named tensors")
     inner = {key: value for key in _ENTRIES if isinstance(value := content.get(key), Mapping) and value}
@@ -119,7 +120,10 @@ def _is_litema(state: Mapping[str, Any]) -> bool:
 
 
 def _litema_prefix(state: Mapping[str, Any]) -> str | None:
-    """What stands before LitEma's own names: ``model_ema.`` in a checkpoint, nothing in its own state dict."""
+    """The prefix of LitEma's own names: ``model_ema.`` in a checkpoint, empty in a LitEma's own state dict.
+
+    None where there is no LitEma.
+    """
     for key in (key for key in state if key.endswith("num_updates")):
         prefix = key.removesuffix("num_updates")
         shadows = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
@@ -141,7 +145,7 @@ def _litema(state: Mapping[str, Any], described: Mapping[str, Any], names: _Name
     decay, num_updates = float(shadows.pop("decay")), int(shadows.pop("num_updates"))
     matched = _match(shadows, _candidates(state, prefix, described, names))
     tensors = {dotted: shadows[short] for short, dotted in matched.items()}
-    # LitEma keeps float32; 0.9999 is meant by its nearest.
+    # LitEma holds the decay as float32, whose nearest to 0.9999 means 0.9999.
     decay = float(f"{decay:.7g}")
     return Imported("litema", f"{prefix}*" if prefix else "", tensors, decay, num_updates)
 
@@ -149,17 +153,17 @@ def _litema(state: Mapping[str, Any], described: Mapping[str, Any], names: _Name
 def _candidates(
     state: Mapping[str, Any], prefix: str, described: Mapping[str, Any], names: _Names
 ) -> list[dict[str, Tensor | None]]:
-    """Where dotted names may come from: what was given, what we wrote ourselves, the model beside the LitEma."""
+    """Where dotted names may come from: ``names`` if given, names that write() added, the model beside the LitEma."""
     if names is not None:
         return [dict(names), _below(names, "model.")]
     if "ema_names" in described:
         return [dict.fromkeys(json.loads(described["ema_names"]))]
     if not prefix:
-        # A LitEma by itself: there is no model beside it.
+        # A LitEma's own state dict: there is no model beside it.
         return [{}]
     parent = prefix.removesuffix(prefix.rstrip(".").rpartition(".")[2] + ".")
     beside = {key: value for key, value in _tensors_of(state).items() if not key.startswith(prefix)}
-    # sgm and latent-diffusion make it over self.model; their autoencoders over self.
+    # sgm and latent-diffusion make a LitEma over self.model, their autoencoders over self.
     return [_below(beside, f"{parent}model."), _below(beside, parent)]
 
 
@@ -168,7 +172,7 @@ def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _match(shadows: Mapping[str, Tensor], sources: Iterable[Mapping[str, Tensor | None]]) -> dict[str, str]:
-    """Dotless name -> dotted name, from the first source that has one for each shadow."""
+    """dotless name -> dotted name, from the first source that has a dotted name for each shadow."""
     best: dict[str, str] = {}
     for source in sources:
         found = _dotted(shadows, source)
@@ -226,20 +230,20 @@ def _diffusers(state: Mapping[str, Any], described: Mapping[str, Any], names: _N
 
 
 def _ordered(shadows: Sequence[Tensor], names: _Names) -> dict[str, Tensor]:
-    """shadow_params has no names: they are those of the model, in its order."""
+    """The shadow_params of an EMAModel, which has no names, by the names of the model, in the model's order."""
     if names is None:
         raise UsageError(
             "EMAModel.state_dict() holds no names, only the order of the parameters",
             hint="give --like MODEL, its state dict by torch.save; or import the folder of save_pretrained()",
         )
-    kept, _ = _parameters(names, ())
+    parameters, _ = _parameters(names, ())
     shapes = [tuple(tensor.shape) for tensor in shadows]
-    if [tuple(tensor.shape) for tensor in kept.values()] != shapes:
+    if [tuple(tensor.shape) for tensor in parameters.values()] != shapes:
         raise UsageError(
-            f"the {len(shadows)} averages are not of the shapes, in order, of the model's {len(kept)} tensors",
+            f"the {len(shadows)} averages are not of the shapes, in order, of the model's {len(parameters)} tensors",
             hint="a state dict in the model's own order is needed: safetensors files are sorted by name",
         )
-    return dict(zip(kept, shadows, strict=True))
+    return dict(zip(parameters, shadows, strict=True))
 
 
 def _state_dict(state: Mapping[str, Any], _: Mapping[str, Any], __: _Names) -> Imported:
@@ -261,12 +265,12 @@ def _tensors_of(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _parameters(tensors: Mapping[str, Tensor], drop: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors that can be averaged, and the names of those that are left out."""
+    """The tensors that can be averaged, and the names of the other tensors, which are left out."""
     patterns = (*_BUFFERS, *drop)
-    kept = {
+    parameters = {
         name: tensor
         for name, tensor in tensors.items()
         if tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     }
-    return kept, tuple(name for name in tensors if name not in kept)
+    return parameters, tuple(name for name in tensors if name not in parameters)

@@ -1,6 +1,6 @@
 """From EMA weights of a run to a checkpoint that another program loads.
 
-Knows: how LitEma and diffusers' EMAModel keep their state. Does not know: the service, or how files are read.
+Knows: how LitEma and diffusers' EMAModel hold their state. Does not know: the service, or how files are read.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def write(
     *,
     like: Path | None = None,
 ) -> None:
-    """Write weights so that the program called ``format`` loads them.
+    """Write EMA weights as a checkpoint of ``format``.
 
     Args:
-        path: the file, replaced when it is whole; for "diffusers" with a folder as ``like``, a folder.
+        path: the file, replaced when the new file is whole; for "diffusers" with a folder as ``like``, a folder.
         format: "litema": ``model_ema.*`` as in a checkpoint of sgm or latent-diffusion; as safetensors if ``path`` ends
             so, else by torch.save under "state_dict". "diffusers": EMAModel's. "safetensors": the tensors by name.
-        like: for "diffusers", the model: its folder of save_pretrained(), whose config is taken over, or a state dict
-            of it, for the order of its parameters.
+        like: for "diffusers", the model: its folder of save_pretrained(), whose config is taken over, or its state
+            dict, for the order of the parameters.
 
-    Raises NameCollision where two names are one without dots; UsageError; OSError.
+    Raises NameCollision where two names are the same without dots; UsageError; OSError.
     """
     if format not in FORMATS:
         raise UsageError(f"{format!r} cannot be written", hint=f"there are {', '.join(FORMATS)}")
@@ -56,7 +56,7 @@ def _litema(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Pat
         "model_ema.num_updates": torch.tensor(info.num_updates, dtype=torch.int),
         **{f"model_ema.{short[name]}": tensor for name, tensor in tensors.items()},
     }
-    # LitEma keeps no dotted names; with them the file can come back alone.
+    # LitEma has no dotted names; a file that has them too can be imported again without the model.
     names = {dotless: name for name, dotless in short.items()}
     if path.suffix == ".safetensors":
         metadata = {"format": "pt", **info.to_metadata(), "ema_names": json.dumps(list(names.values()))}
@@ -94,7 +94,7 @@ def _write_folder(
 ) -> None:
     config = json.loads((like / "config.json").read_text())
     path.mkdir(parents=True, exist_ok=True)
-    # The weights last: a folder without them is seen to be no model.
+    # The weights last: a folder without weights is seen to be no model.
     (path / "config.json").write_text(json.dumps({**config, **said}, indent=2) + "\n")
     _safetensors(path / "diffusion_pytorch_model.safetensors", tensors, info, None)
 

@@ -1,7 +1,7 @@
 """The command ``ema``: look at runs, pull and watch weights, take snapshots, from a shell.
 
-Knows: exit codes (0 done, 1 refused or failed, 2 wrong use), and what is said without the extra ``ema-client[cli]``
-(typer and rich), without which this package still imports. Does not know: any command.
+Knows: exit codes (0 done, 1 refused or failed, 2 wrong use), and what to say where the extra ``ema-client[cli]`` (typer
+and rich) is missing; the package imports without the extra. Does not know: any command.
 """
 
 from __future__ import annotations

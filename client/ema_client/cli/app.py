@@ -1,6 +1,6 @@
-"""The command line as a whole: every command by name, and what may be said before one.
+"""The command line as a whole: every command by name, and the options in front of a command.
 
-Knows: which commands there are. Does not know: what any of them does.
+Knows: which commands there are. Does not know: what a command does.
 """
 
 from __future__ import annotations
@@ -61,6 +61,6 @@ def _common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    # Given before the command, for all of them; each takes both after its name as well.
+    # Options in front of the command's name, for all commands; each command takes the two behind its name as well.
     del version
     context.obj = (url, token)

@@ -1,7 +1,7 @@
 """``ema import`` and ``ema export``: EMAs of other programs into a run, and back.
 
-Knows: what is said of a checkpoint, and what a run is made with where the checkpoint is silent. Does not know: formats
-(checkpoints), HTTP. Imports torch only when a command runs.
+Knows: what a user is told of a checkpoint, and what a run is made with where the checkpoint does not say. Does not
+know: formats (checkpoints), HTTP. Imports torch only when a command runs.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ def import_run(
         raise _without_torch() from None
     found = read(path, format=format, like=like, drop=drop or ())
     counter = found.num_updates if num_updates is None else num_updates
-    kept = found.decay if decay is None else decay
+    known = found.decay if decay is None else decay
     _say_what_was_found(path, found)
     with connect(context, url, token) as client:
         info = client.create_run(
             run,
             found.tensors,
-            decay=DEFAULT_DECAY if kept is None else kept,
+            decay=DEFAULT_DECAY if known is None else known,
             use_num_updates=counter is not None and counter >= 0,
             num_updates=counter if counter is not None and counter >= 0 else None,
         )
     counted = f"num_updates {info.num_updates}" if info.use_num_updates else "no counter, constant decay"
-    assumed = " (not in the file; --decay sets it)" if kept is None else ""
+    assumed = " (not in the file; --decay sets it)" if known is None else ""
     show.say(f"{run}: {info.tensors} tensors, {show.size(info.bytes)}, {counted}, decay {info.decay:.6g}{assumed}")
 
 

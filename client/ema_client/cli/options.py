@@ -1,6 +1,6 @@
-"""Options that several commands share, and the connection they describe.
+"""Options that several commands share, and the client that the options describe.
 
-Knows: names and help texts of options. Does not know: what a command does with them.
+Knows: names and help texts of options. Does not know: what a command does with an option.
 """
 
 from __future__ import annotations
@@ -23,6 +23,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def connect(context: typer.Context, url: str | None, token: str | None) -> EmaClient:
-    """A client of the service named after the command, else before it, else by the environment."""
+    """A client of the service that the options name: behind the command, else before, else in the environment."""
     common_url, common_token = context.obj
     return EmaClient(url or common_url, token=token or common_token)

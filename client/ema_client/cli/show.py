@@ -20,7 +20,7 @@ __all__ = ["complain", "print_json", "row", "say", "shown", "size", "table", "wh
 
 
 def say(thing: Any) -> None:
-    # No markup: what a server says is shown as it is. Into a pipe or a file lines are as long as they need to be.
+    # No markup: what a server says is shown as it is. In a pipe or a file, lines are as long as need be.
     width = None if sys.stdout.isatty() else 1000
     Console(width=width, markup=False, highlight=False, soft_wrap=isinstance(thing, str)).print(thing)
 
@@ -72,7 +72,7 @@ def size(count: int) -> str:
 
 
 def _age(seconds: float) -> str:
-    """How long ago: one number, as far as a glance needs it."""
+    """How long ago, as a single rounded number with its unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"

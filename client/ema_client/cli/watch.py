@@ -1,6 +1,6 @@
-"""``ema watch``: tell of each new version or snapshot of a run, keep it as a file, run a command on it.
+"""``ema watch``: tell of each new version or snapshot of a run, save its weights as a file, run a command on the file.
 
-Knows: when a file is wanted and for how long, how a command is told of it. Does not know: how events come
+Knows: when a file is wanted and for how long, how a command is told of the file. Does not know: how events come
 (EmaClient.watch), or what the command does.
 """
 
@@ -30,7 +30,7 @@ from ema_client.protocol import EventKind, RunEvent, WeightsInfo
 
 __all__ = ["watch"]
 
-#: {step} and its like; ${step} is left to the shell.
+#: {step} and the other placeholders; ${step} is left to the shell.
 _PLACEHOLDER = re.compile(r"(?<!\$)\{(path|run|average|version|step|num_updates|snapshot)\}")
 
 Command = Annotated[
@@ -97,12 +97,12 @@ class _Watcher:
     as_json: bool
 
     def follow(self, *, snapshots: bool, timeout: float | None) -> Iterator[bool]:
-        """See to each event; whether its command did well."""
+        """Handle each event; yields whether the event's command ended well."""
         done = None
         kinds: tuple[EventKind, ...] = ("snapshot_created",) if snapshots else ("version",)
         for event in self.client.watch(self.run, kinds=kinds, timeout=timeout):
             if not snapshots and event.version == done:
-                # The download before was of this version already.
+                # The latest download, which may be newer than its event, was of this version already.
                 continue
             if self.command is None and self.out is None:
                 self._tell(dataclasses.asdict(event), _described(event))
@@ -112,7 +112,7 @@ class _Watcher:
                 try:
                     path, info = self._download(event, stack)
                 except (RunNotFound, SnapshotNotFound) as gone:
-                    # Deleted since, or the run with it.
+                    # The snapshot was deleted since the event, or the run with all snapshots.
                     show.complain(gone.detail)
                     continue
                 done = info.version
@@ -128,7 +128,7 @@ class _Watcher:
         if not _PLACEHOLDER.search(self.out):
             path = Path(self.out)
             return path, self.client.download(self.run, path, average=self.average, snapshot=name)
-        # What it is called depends on what comes, which may be newer than the event.
+        # The file's name depends on the version that comes, which may be newer than the event.
         folder = next(parent for parent in Path(self.out).parents if not _PLACEHOLDER.search(str(parent)))
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / f".ema-{os.getpid()}.part"

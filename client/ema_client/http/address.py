@@ -1,7 +1,7 @@
 """Where a service is: ``http://host:port``, ``https://host``, ``unix:///path.sock``.
 
-Knows: how the URL of a service is written, and what is wrong with one that is not. Does not know: sockets, HTTP,
-environment variables, or whether anything listens there.
+Knows: how the URL of a service is written, and what is wrong with another URL. Does not know: sockets, HTTP,
+environment variables, or whether anything listens at the address.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PORTS = {"http": 80, "https": 443}
 class Address:
     """A service's address. ``prefix`` is a path in front of every route, for a service behind a reverse proxy.
 
-    socket: path of the Unix socket; host and port are then those of the Host header only.
+    socket: path of the Unix socket; host and port then stand in the Host header only.
     """
 
     url: str
@@ -38,7 +38,7 @@ class Address:
 
     @property
     def same_host(self) -> bool:
-        """Whether the service is on this host for sure: by a Unix socket, or a loopback address."""
+        """Whether the service is on this host for sure: its address is a Unix socket or a loopback address."""
         try:
             return self.socket is not None or self.host == "localhost" or ip_address(self.host).is_loopback
         except ValueError:
@@ -46,20 +46,20 @@ class Address:
 
     @property
     def link(self) -> str:
-        """How bodies travel to it, in words."""
+        """How bodies travel to the service, in words."""
         return "Unix socket" if self.socket is not None else "TCP"
 
     @property
     def base(self) -> str:
-        """The URL that an HTTP client is given; for a Unix socket a stand-in that names no real host."""
+        """The URL for an HTTP client; for a Unix socket a stand-in without a real host."""
         return self.url if self.socket is None else "http://localhost"
 
 
 def parse_address(url: str) -> Address:
-    """Read a service's URL. Raises UsageError saying what is wrong and how to write it."""
+    """The address in a URL. Raises UsageError saying what is wrong and how a URL is written."""
     parts, port = _split(url)
     if parts.username is not None or parts.password is not None:
-        # The URL itself is not shown: what stands before the @ may be a secret.
+        # The URL is not shown: what stands before the @ may be a secret.
         raise UsageError("the service's URL holds a user name or password", hint="pass token= or set EMA_SERVICE_TOKEN")
     if parts.query or parts.fragment:
         raise UsageError(f"the service's URL {url!r} has a query or a fragment", hint=_FORMS)

@@ -1,7 +1,7 @@
-"""From an HTTP answer to a JSON object or to the error it stands for.
+"""From an HTTP answer to its JSON object, or to the error behind the answer.
 
-Knows: status, headers and body of an answer, and what the protocol promises of them. Does not know: which HTTP library
-read them, or what was asked.
+Knows: status, headers and body of an answer, and the protocol's promises about all three. Does not know: which HTTP
+library read the answer, or what was asked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Answer", "error_of", "json_of"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, read to its end. ``headers`` have lower-case names; ``url`` is what was asked, without secrets."""
+    """An answer, read to its end. ``headers`` have lower-case names; ``url`` is what was asked, without secrets."""
 
     url: str
     status: int
@@ -31,7 +31,7 @@ class Answer:
 
 
 def json_of(answer: Answer) -> dict[str, Any]:
-    """The JSON object of a success. Raises the error the answer stands for, or ProtocolError if it is none of ours."""
+    """The JSON object of a success. Raises the error of any other answer, as error_of() tells it."""
     if not 200 <= answer.status < 300:
         raise error_of(answer)
     if answer.status == 204:
@@ -42,7 +42,7 @@ def json_of(answer: Answer) -> dict[str, Any]:
 
 
 def error_of(answer: Answer) -> EmaError:
-    """The error that an answer other than the hoped-for one stands for."""
+    """The error behind an answer; ProtocolError where no ema-service sent the answer."""
     if answer.content_type != PROBLEM_JSON:
         return _foreign(answer)
     try:
@@ -62,7 +62,7 @@ def _object(answer: Answer) -> dict[str, Any]:
 
 
 def _foreign(answer: Answer) -> ProtocolError:
-    # As much of the page as helps to recognise the program that sent it.
+    # As much of the page as helps to recognise the program that sent the page.
     start = answer.body[:200].decode("utf-8", "replace").strip()
     kind = answer.content_type or "no content type"
     moved = f", location {answer.headers['location']}" if "location" in answer.headers else ""
@@ -73,6 +73,6 @@ def _retry_after(answer: Answer) -> float | None:
     try:
         seconds = float(answer.headers.get("retry-after", ""))
     except ValueError:
-        # Absent, or a date: our servers send seconds.
+        # Absent, or a date: an ema-service sends seconds.
         return None
     return seconds if 0 <= seconds < float("inf") else None

@@ -1,11 +1,11 @@
-"""Memory that a service on this host can read: a push in it is handed over by name instead of being sent.
+"""Memory shared with a service on the same host: the body of a push is handed over by name instead of being sent.
 
-A segment is an anonymous file in memory (memfd) of this process: no name in any folder, gone with its last user however
-that ends. In front stands a secret, and a service takes the segment only from who knows it. The secret is there while a
-hand-over is under way and at no other time, so whoever has given up waiting for an answer may fill the segment anew: a
-service that still reads it finds the secret gone, and drops what it has.
+A segment is an anonymous file in memory (memfd): no folder names the file, and the file is gone when the last process
+that has it open ends, by whatever end. A segment begins with a secret, and a service takes a segment only from a client
+that knows the secret. The secret stands there during a hand-over and at no other time, so a client may fill the segment
+anew after a hand-over that was never answered: a service that still reads finds the secret gone, and drops the bytes.
 
-Knows memfds. Does not know: torch, HTTP, or whether the service is on this host.
+Knows memfds. Does not know: torch, HTTP, or where the service is.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
 
 __all__ = ["SharedBody"]
 
-#: fcntl(2): no more seals, no shrinking, no growing. A reader must not meet memory that is gone.
+#: fcntl(2): no more seals, no shrinking, no growing. A service must not read memory that is gone.
 _SEALS = 0x0001 | 0x0002 | 0x0004
 
 
 class SharedBody:
-    """A body in shared memory: ``header`` in front, then ``size`` bytes that begin at a page. Thread-safe.
+    """A body in shared memory: ``header`` in front, then ``size`` bytes of data that begin at a page. Thread-safe.
 
-    data: these bytes, writable; zeros at first. length: of the whole body. The memory lives until this object and every
-    view of the data is gone; a process forked off shares it, as all memory, until its own end.
+    data: the data's memory, writable; zeros at first. length: bytes of the whole body. The memory lives until this
+    object and every view of the data are gone; a forked process holds the memory too, until the fork ends.
 
-    Raises OSError where the system has no such memory, or no more of it.
+    Raises OSError where the system has no memfds, or no more memory for one.
     """
 
     def __init__(self, header: bytes, size: int) -> None:
@@ -52,7 +52,10 @@ class SharedBody:
 
     @contextlib.contextmanager
     def offered(self) -> Iterator[Segment]:
-        """What a service needs to know to read the body as it is now, inside the block and not after it."""
+        """What a service needs in order to read the body as it is now; of no use after the block.
+
+        Another thread that offers the same body waits for the end of the block.
+        """
         with self._lock:
             secret = secrets.token_bytes(SECRET_BYTES)
             self._memory[:SECRET_BYTES] = secret

@@ -1,7 +1,7 @@
 """When to try again: a pure policy from (attempt, error) to a delay or to "stop".
 
 Exponential backoff with full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/): many
-trainers that lose one server must not come back to it in step.
+trainers that lose one server must not come back in step.
 
 Knows: errors' ``retryable`` and ``retry_after``. Does not know: clocks, sleeping, sockets, or what was attempted.
 """
@@ -15,7 +15,7 @@ from ema_client.errors import EmaError, StepNotReached
 
 __all__ = ["RetryPolicy"]
 
-#: A server that asks for a longer pause than this is the caller's to wait for, in seconds.
+#: The longest pause that a server may ask for inside a call, in seconds; longer pauses are left to the caller.
 LONGEST_RETRY_AFTER = 30.0
 
 
@@ -24,10 +24,10 @@ class RetryPolicy:
     """How often and how soon to try again.
 
     attempts: tries in all; 1 never tries again.
-    base: upper bound of the first pause in seconds; it doubles from one pause to the next.
+    base: upper bound of the first pause in seconds; the bound doubles from pause to pause.
     cap: upper bound of every pause in seconds.
 
-    The defaults pause for at most 0.25 + 0.5 + 1 + 2 + 2 + 2 + 2 = 9.75 s in all, half of it on average.
+    The defaults pause for at most 0.25 + 0.5 + 1 + 2 + 2 + 2 + 2 = 9.75 s in all, on average for half as long.
     """
 
     attempts: int = 8
@@ -48,6 +48,6 @@ class RetryPolicy:
 
 def _worth_trying(error: EmaError) -> bool:
     if isinstance(error, StepNotReached):
-        # The server has waited for as long as the caller asked it to.
+        # The server has waited for as long as the caller asked.
         return False
     return error.retryable and (error.retry_after is None or error.retry_after <= LONGEST_RETRY_AFTER)

@@ -1,10 +1,10 @@
-"""One service's HTTP: JSON control through httpx, weights through ``bulk``, tries again where that makes sense.
+"""All HTTP of one service: JSON requests through httpx, large bodies over pooled connections, retries.
 
-The only module that imports httpx. Thread-safe: httpx.Client is, and each caller takes a bulk connection for itself
-from a pool. Proxies of the environment are not used: weights belong on the straight way.
+The only module that imports httpx. Thread-safe: httpx.Client is, and the pool lends each connection to one caller.
+Proxies of the environment are not used: weights belong on the straight way.
 
-Knows: the token, timeouts, when to sleep between tries, which of httpx's faults is which of our errors. Does not know:
-what the routes mean, tensors, environment variables.
+Knows: the token, timeouts, when to sleep between two tries, which of httpx's faults is which error. Does not know: what
+the routes mean, tensors, environment variables.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from urllib.parse import urlencode
 
 import httpx
 
-from ema_client.errors import ConnectionLost, EmaError, ProtocolError, UsageError
+from ema_client import protocol
+from ema_client.errors import EmaError, ProtocolError, UsageError
 from ema_client.http.address import parse_address
 from ema_client.http.answers import Answer, json_of
-from ema_client.http.connection import Body, Timeouts, no_tls, unreachable
-from ema_client.http.pool import BulkPool, Download, Stream
+from ema_client.http.body import Body
+from ema_client.http.connection import Timeouts
+from ema_client.http.downloads import Download, Stream, open_download, open_stream
+from ema_client.http.faults import broken, no_tls, tls_fault_in, unreachable
+from ema_client.http.pool import Pool
 from ema_client.http.retry import RetryPolicy
+from ema_client.http.uploads import Uploads
 
-__all__ = ["Reply", "Transport"]
+__all__ = ["Query", "Reply", "Transport"]
 
 T = TypeVar("T")
 Query = Mapping[str, str | int | float | None]
@@ -35,10 +40,17 @@ Query = Mapping[str, str | int | float | None]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A success: what was asked, and the JSON object of the answer."""
+    """A success: the URL of the request, and the JSON object of the answer."""
 
     url: str
     data: dict[str, Any]
+
+    def parsed(self, cls: type[T]) -> T:
+        """The answer as a dataclass of the protocol. Raises ProtocolError naming what is missing."""
+        try:
+            return protocol.from_json(cls, self.data)
+        except ValueError as fault:
+            raise ProtocolError(f"{self.url} answered without something that is needed: {fault}") from None
 
 
 class Transport:
@@ -50,8 +62,8 @@ class Transport:
         retry: when to try again. Every request of the protocol may be repeated.
         timeouts: of single operations.
 
-    Every method raises the error that the service answered; ServiceUnreachable, ConnectionLost or ProtocolError where
-    it did not answer; UsageError for a URL or token that cannot be one, and after close().
+    Every method raises the service's error; ServiceUnreachable, ConnectionLost or ProtocolError where the service did
+    not answer; UsageError for a malformed URL or token, and after close().
     """
 
     def __init__(
@@ -69,12 +81,13 @@ class Transport:
         self.same_host = address.same_host
         self.retry = retry or RetryPolicy()
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
-        self._bulk = BulkPool(address, timeouts, context)
+        self._pool = Pool(address, timeouts, context)
+        self._uploads = Uploads(self._pool, address)
         self._http = httpx.Client(
             base_url=address.base,
             headers=self._headers,
             timeout=httpx.Timeout(timeouts.transfer, connect=timeouts.connect),
-            # For a URL without TLS a context is not needed, and loading one takes 20 ms.
+            # A URL without TLS needs no context, and loading a context takes 20 ms.
             verify=context or False,
             transport=httpx.HTTPTransport(uds=address.socket, verify=False) if address.socket else None,
             trust_env=False,
@@ -86,14 +99,14 @@ class Transport:
     @property
     def link(self) -> str:
         """How large bodies travel to the service, in words."""
-        return self._bulk.link
+        return self._uploads.link
 
     def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
-        """A control request, with retries. ``body`` is sent as JSON."""
+        """A control request and its answer, with retries. ``body`` is sent as JSON."""
         return self.retrying(lambda _: self.json_once(method, path, body))
 
     def json_once(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
-        """The same, tried once: for retrying() by a caller that must know which try it is."""
+        """json(), tried once: for a caller of retrying() that must know the number of the try."""
         with self._faults():
             response = self._http.request(method, path, json=body)
         answer = Answer(self.url + path, response.status_code, response.headers, response.content)
@@ -102,16 +115,16 @@ class Transport:
     def upload(
         self, path: str, body: Body, *, query: Query | None = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
-        """PUT a large body, with retries, each from its beginning."""
+        """PUT a large body, with retries; each try sends the body from its beginning."""
         return self.retrying(lambda _: self.upload_once(path, body, query=query, headers=headers))
 
     def upload_once(
         self, path: str, body: Body, *, query: Query | None = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
-        """The same, tried once: for a caller that has its own way of trying again."""
+        """upload(), tried once: for a caller with retries of its own."""
         self._check_open()
         headers = {**self._headers, "Content-Type": "application/octet-stream", **(headers or {})}
-        answer = self._bulk.put(_with_query(path, query), headers, body)
+        answer = self._uploads.put(_with_query(path, query), headers, body)
         return Reply(answer.url, json_of(answer))
 
     def download(
@@ -124,10 +137,10 @@ class Transport:
         etag: str | None = None,
         patience: float = 0.0,
     ) -> Download:
-        """GET a large body, tried once: what was read of it before a fault is the caller's, and so is trying again.
+        """GET a large body, tried once: the bytes read before a fault stay with the caller, who decides on retries.
 
         start, stop: only the bytes from ``start`` on, before ``stop`` (206).
-        etag: only if the body is still the one of this ETag; else all of the new one (200).
+        etag: the part of the body with this ETag; a newer body comes whole instead (200).
         patience: seconds that the service was asked to wait before it answers.
         """
         self._check_open()
@@ -136,21 +149,21 @@ class Transport:
             headers["Range"] = f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"
             if etag:
                 headers["If-Range"] = etag
-        return self._bulk.get(_with_query(path, query), headers, patience=patience)
+        return open_download(self._pool, _with_query(path, query), headers, patience=patience)
 
     def stream(self, path: str, *, accept: str, patience: float) -> Stream:
-        """GET an answer without end, tried once. ``patience``: seconds for its head to come."""
+        """GET an answer without end, tried once. ``patience``: seconds for the answer's head to come."""
         self._check_open()
-        return self._bulk.stream(path, {**self._headers, "Accept": accept}, patience=patience)
+        return open_stream(self._pool, path, {**self._headers, "Accept": accept}, patience=patience)
 
     def head(self, path: str, *, query: Query, patience: float) -> int:
-        """The status that a GET would have, tried once. ``patience``: as for download()."""
+        """The status that a GET would be answered with, tried once. ``patience``: as for download()."""
         with self._faults():
             timeout = httpx.Timeout(self._timeouts.transfer + patience, connect=self._timeouts.connect)
             return self._http.head(_with_query(path, query), timeout=timeout).status_code
 
     def retrying(self, operation: Callable[[int], T]) -> T:
-        """Call ``operation`` with the number of the try (from 0) until it succeeds or the policy gives up."""
+        """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up."""
         attempt = 0
         while True:
             try:
@@ -163,9 +176,9 @@ class Transport:
             attempt += 1
 
     def close(self) -> None:
-        """Close all connections. Requests after it raise UsageError."""
+        """Close all connections. Later requests raise UsageError."""
         self._http.close()
-        self._bulk.close()
+        self._pool.close()
 
     def _check_open(self) -> None:
         if self._http.is_closed:
@@ -177,21 +190,21 @@ class Transport:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as fault:
-            if tls := _tls_fault(fault):
+            if tls := tls_fault_in(fault):
                 raise no_tls(self.url, tls) from fault
             raise unreachable(self.url, fault) from fault
         except (httpx.TimeoutException, httpx.NetworkError) as fault:
-            raise ConnectionLost(f"the connection to {self.url} broke: {str(fault) or type(fault).__name__}") from fault
+            raise broken(self.url, fault) from fault
         except httpx.RemoteProtocolError as fault:
             if _hung_up(fault):
-                raise ConnectionLost(f"the connection to {self.url} broke: {fault}") from fault
+                raise broken(self.url, fault) from fault
             raise ProtocolError(f"{self.url} does not speak HTTP/1.1: {fault}") from fault
         except httpx.HTTPError as fault:
             raise ProtocolError(f"{self.url}: {type(fault).__name__}: {fault}") from fault
 
 
 def _checked(token: str) -> str:
-    # Checked here and not by the HTTP library, whose message would show the token.
+    # Here and not by the HTTP library, whose message would show the token.
     if not token.isascii() or not token.isprintable() or " " in token:
         raise UsageError("the token holds characters that no HTTP header may carry", hint="check EMA_SERVICE_TOKEN")
     return token
@@ -202,12 +215,6 @@ def _with_query(path: str, query: Query | None) -> str:
     return f"{path}?{urlencode(given)}" if given else path
 
 
-def _tls_fault(fault: BaseException | None) -> ssl.SSLError | None:
-    while fault is not None and not isinstance(fault, ssl.SSLError):
-        fault = fault.__cause__ or fault.__context__
-    return fault
-
-
 def _hung_up(fault: httpx.RemoteProtocolError) -> bool:
-    # One class for "closed too early" and for "not HTTP"; only the text tells them apart.
+    # httpx has the same class for "closed too early" and for "not HTTP"; only the text tells which.
     return "disconnected" in str(fault) or "closed connection" in str(fault)

@@ -2,7 +2,8 @@
 
     trainer = Trainer(callbacks=[RemoteEmaCallback(run="my-unet")])
 
-Knows: Lightning's hooks, and what a step is there. Does not know: how weights travel or are swapped (replica).
+Knows: Lightning's hooks, and what Lightning counts as a step. Does not know: how weights travel or are swapped
+(replica).
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ __all__ = ["RemoteEmaCallback"]
 class RemoteEmaCallback(Callback):
     """Keeps the EMA of a LightningModule's trainable parameters on the service.
 
-    Updated once for each optimizer step, however many batches that takes. Validation, tests and predictions run with
-    EMA weights, which leave the module again at their end, also where they fail. Checkpoints hold the training
-    weights and a reference to the EMA of their step: a training that goes on from one goes on with its run and that
-    EMA (RemoteEma.state_dict() says how long it is there). With several processes the first sends, or, of a sharded
-    model, each its own shards; all evaluate.
+    The EMA is updated once for each optimizer step, however many batches a step takes. Validation, tests and
+    predictions run with EMA weights, which leave the module again at the end, also of an evaluation that fails.
+    Checkpoints hold the training weights and a reference to the EMA of their step: a training that goes on from a
+    checkpoint goes on with its run and that EMA (RemoteEma.state_dict() says how long the EMA is there). Of several
+    processes the first sends or, of a sharded model, each sends its own shards; all processes evaluate.
 
     Args:
         decay, use_num_updates, run, url, token: as for RemoteEma.
-        attribute: average this part of the module only, such as "model"; by default all of it.
+        attribute: average this part of the module only, such as "model"; by default the whole module.
         evaluate: False evaluates the training weights.
         resume: go on with the run of this name though the training begins anew.
     """
@@ -79,7 +80,7 @@ class RemoteEmaCallback(Callback):
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        # global_step counts optimizer steps: a batch whose gradients are only accumulated is none.
+        # global_step counts optimizer steps: a batch whose gradients are only accumulated adds no step.
         if self._replica and trainer.global_step != self._steps:
             self._steps = trainer.global_step
             self._replica.update()
@@ -99,8 +100,8 @@ class RemoteEmaCallback(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_in(trainer, pl_module)
 
-    # Not at the end of the epoch, where the module's own hook, which may still evaluate, comes after the callbacks';
-    # and callbacks that save checkpoints come after all others.
+    # Not at the end of the epoch: the module's own hook for that, which may still evaluate, runs after the callbacks'.
+    # Callbacks that save checkpoints run after all other callbacks, so they find the training weights.
     def on_validation_end(self, *_: Any) -> None:
         self._swap_out()
 
@@ -122,9 +123,9 @@ class RemoteEmaCallback(Callback):
         return self.ema.state_dict() if self.ema else {"run": self._where["run"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Another name than the checkpoint's is a branch: it begins with the weights of the checkpoint.
+        # A run of another name than the checkpoint's is a branch, which begins with the weights of the checkpoint.
         self._resume = state_dict.get("run") == self._where["run"]
-        # The EMA of that step, where the checkpoint was written by a process that had it.
+        # Without "snapshot", a process that does not send wrote the checkpoint, and knew no EMA to go back to.
         self._state = state_dict if self._resume and "snapshot" in state_dict else None
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class RemoteEmaCallback(Callback):
         )
 
     def _averaged(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
-        # FSDP1 around the whole module has the parameters, and says which of them this rank holds.
+        # FSDP1 around the whole module has the parameters, and says which parameters this rank holds.
         wrapped: nn.Module = trainer.model
         if not hasattr(wrapped, "_fsdp_wrapped_module"):
             averaged: nn.Module = attrgetter(self._attribute)(pl_module) if self._attribute else pl_module

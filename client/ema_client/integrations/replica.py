@@ -1,7 +1,10 @@
-"""One process of a training: where all hold the same model the first one sends, of a sharded model each its own shards.
+"""The EMA as one process of a training has it, whatever framework started the process.
 
-All of them evaluate. Which of the two it is the parameters tell, whatever put them there. Knows: who sends, and the way
-of weights into the model and back. Does not know: any framework, HTTP, how ranks talk.
+Where all processes hold the same model, the first sends; of a sharded model, each sends its own shards. All processes
+evaluate. The parameters tell which kind a model is of.
+
+Knows: which process sends, and the way of EMA weights into the model and back. Does not know: any framework, HTTP, how
+ranks talk.
 """
 
 from __future__ import annotations
@@ -15,25 +18,27 @@ from torch import nn
 from ema_client.client import EmaClient
 from ema_client.errors import StepNotReached
 from ema_client.remote_ema import RemoteEma
-from ema_client.tensors.body import parameters_of
-from ema_client.training.aside import Stored
-from ema_client.training.sharding import ShardedSelection, gathered, is_sharded, reshard, together
+from ema_client.training.aside import SetAside
+from ema_client.training.kinds import AnySelection, choose
+from ema_client.training.plan import Plan
+from ema_client.training.sharding import is_sharded, reshard
 
 __all__ = ["Replica"]
 
-#: So often a run that another training updates may move on before all ranks have read one version of it.
+#: A run that another training updates may move on so often before all ranks have read the same version.
 _ATTEMPTS = 5
 
 
 class Replica:
-    """The EMA of ``model`` as one process sees it. One thread at a time; made and swapped in by all together.
+    """The EMA of ``model`` in one process. One thread at a time; all processes make theirs and swap in together.
 
     Args:
-        model: what is averaged; kept, and evaluated with EMA weights between swap_in() and swap_out().
+        model: the averaged model, which holds EMA weights between swap_in() and swap_out().
         trains: whether there are updates, or evaluations only.
-        first: whether this process is the one that pushes a model that all hold; exactly one of all is.
+        first: whether this process pushes a model that all processes hold; exactly one process does.
         barrier: waits for all processes.
-        run, url, token: as for RemoteEma; ``options`` are its others, used where there is one.
+        choose: selects the tensors to read, and plans who reads together.
+        run, url, token: as for RemoteEma; ``options`` are RemoteEma's others, used in a process that sends.
     """
 
     def __init__(
@@ -46,16 +51,17 @@ class Replica:
         trains: bool = True,
         first: bool = True,
         barrier: Callable[[], object] = lambda: None,
+        choose: Callable[[nn.Module], tuple[AnySelection, Plan]] = choose,
         **options: Any,
     ) -> None:
         self._model = model
         self._run = run
         self._barrier = barrier
         self._swapped: contextlib.ExitStack | None = None
+        self._choose = choose
         self._client = EmaClient(url, token=token)
-        self._sharded = is_sharded(model)
-        sends = trains and (first or self._sharded)
-        #: None in a process that does not send, and in one that only evaluates.
+        sends = trains and (first or is_sharded(model))
+        #: None where another process sends, or there are no updates.
         self.ema = RemoteEma(model, run=run, client=self._client, **options) if sends else None
 
     @property
@@ -64,33 +70,33 @@ class Replica:
         return self._swapped is not None
 
     def update(self) -> None:
-        """One EMA step with the model as it is; in processes that do not send, nothing."""
+        """An EMA step with the model as it is; nothing in a process without a RemoteEma."""
         if self.ema:
             self.ema.update(self._model)
 
     def swap_in(self) -> None:
-        """EMA weights into the model, every update so far included, in all processes; the training weights are kept.
+        """EMA weights into the model, every update so far included, in all processes; training weights are set aside.
 
-        Where that fails the model is as it was.
+        A swap that fails leaves the model as it was.
         """
         if self._swapped is not None:
             return
         if self.ema:
             self.ema.flush()
-        # No process reads before all have sent everything.
+        # No process reads before every process has sent everything.
         self._barrier()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.ema.scope(self._model) if self.ema else self._reading())
             self._swapped = stack.pop_all()
 
     def swap_out(self) -> None:
-        """The training weights back into the model; nothing where they are in it. Waits for no other process."""
+        """The training weights back into the model, unless the model has them. Waits for no other process."""
         swapped, self._swapped = self._swapped, None
         if swapped:
             swapped.close()
 
     def flush(self) -> None:
-        """Return when every update is applied; raises what went wrong with one."""
+        """Return when every update is applied; raises the first failure since the latest flush."""
         if self.ema:
             self.ema.flush()
 
@@ -107,27 +113,22 @@ class Replica:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """RemoteEma.scope() where there is none: in a process that does not send."""
-        selection = ShardedSelection(self._model) if self._sharded else None
-        targets = selection.targets(self._model)[0] if selection else parameters_of(self._model)
-        stored, tensors = Stored(), list(targets.values())
-        stored.store(tensors)
+        """RemoteEma.scope() in a process without a RemoteEma."""
+        selection, plan = self._choose(self._model)
+        aside, tensors = SetAside(), selection.written(self._model)
+        aside.store(tensors)
         try:
-            if selection:
-                self._pull_together(selection)
-            else:
-                self._client.copy_to(self._run, self._model)
+            self._pull(selection, plan)
             yield
         finally:
             reshard(self._model)
-            stored.restore(tensors)
+            aside.restore(tensors)
 
-    def _pull_together(self, selection: ShardedSelection) -> None:
-        """The shards of one version on all ranks, though another training may be updating the run meanwhile."""
-        wanted = selection.wanted(self._model)
+    def _pull(self, selection: AnySelection, plan: Plan) -> None:
+        """The weights of one version on all ranks that read together, though another training may update the run."""
         for _ in range(_ATTEMPTS):
-            info = together(lambda: self._client.pull_slices(self._run, wanted))
-            if len(set(gathered(info.version))) == 1:
+            info = plan.together(lambda: selection.pull_into(self._model, self._client, self._run))
+            if plan.all_have(info.version):
                 return
         raise StepNotReached(
             f"run {self._run!r} moved on each of {_ATTEMPTS} times that the ranks read it",

@@ -1,9 +1,10 @@
-"""transformers: an EMA on the service, updated after each optimizer step of a Trainer, which evaluates in its weights.
+"""transformers: an EMA on the service, updated after each optimizer step of a Trainer, which evaluates the EMA.
 
     trainer = Trainer(model, args, ...)
     ema = RemoteEmaCallback(run="my-bert").attach(trainer)
 
-Knows: the Trainer's events, and what a step is there. Does not know: how weights travel or are swapped (replica).
+Knows: the Trainer's events, and what the Trainer counts as a step. Does not know: how weights travel or are swapped
+(replica).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import contextlib
 import functools
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +23,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ema_client.atomic import whole_file
 from ema_client.errors import UsageError
 from ema_client.integrations.replica import Replica
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
-from ema_client.training.sharding import agreed, is_sharded
+from ema_client.training.ranks import agreed
+from ema_client.training.sharding import is_sharded
 from ema_client.training.state import check_state_is_of
 
 __all__ = ["RemoteEmaCallback"]
@@ -36,17 +38,20 @@ __all__ = ["RemoteEmaCallback"]
 class RemoteEmaCallback(TrainerCallback):
     """Keeps the EMA of a model's trainable parameters on the service.
 
-    Updated once for each optimizer step, however many batches that takes. With several processes the first sends, or,
-    of a sharded model, each its own shards; all evaluate. ``attach(trainer)`` adds it to a Trainer and has that
-    evaluate and predict with EMA weights; given as one of its ``callbacks`` instead, it updates only. What is trained
-    on, and saved, are the training weights; ``with callback.scope():`` around ``save_model()`` saves the EMA.
+    The EMA is updated once for each optimizer step, however many batches a step takes. Of several processes the first
+    sends or, of a sharded model, each sends its own shards; all processes evaluate. ``attach(trainer)`` adds the
+    callback to a Trainer, which then evaluates and predicts with EMA weights; a callback that is given to the Trainer
+    among its ``callbacks`` only updates. The Trainer trains on, and saves, the training weights;
+    ``with callback.scope():`` around ``save_model()`` saves the EMA.
 
-    Checkpoints hold a reference to the EMA of their step: a training that goes on from one goes on with its run and
-    that EMA (RemoteEma.state_dict() says how long it is there). Without ``attach`` it is looked for in ``output_dir``.
+    Checkpoints hold a reference to the EMA of their step: a training that goes on from a checkpoint goes on with its
+    run and that EMA (RemoteEma.state_dict() says how long the EMA is there). Without ``attach`` the checkpoint is
+    looked for in ``output_dir``.
 
     Args:
         decay, use_num_updates, run, url, token: as for RemoteEma.
-        resume: go on with the run of this name though the training begins anew, or from a checkpoint without it.
+        resume: go on with the run of this name though the training begins anew, or from a checkpoint without a
+            reference.
     """
 
     def __init__(
@@ -66,14 +71,15 @@ class RemoteEmaCallback(TrainerCallback):
 
     @property
     def ema(self) -> RemoteEma | None:
-        """The RemoteEma, from the beginning of a training on and in a process that sends."""
+        """The RemoteEma, from the beginning of a training on; None in a process that does not send."""
         return self._replica.ema if self._replica else None
 
     def attach(self, trainer: Trainer) -> RemoteEmaCallback:
-        """Add it to a Trainer, whose evaluate() and predict() then run with EMA weights once a training has begun.
+        """Add the callback to a Trainer; returns the callback.
 
-        The Trainer has no event before an evaluation and none after one that fails, so its two methods are wrapped;
-        train() is because no event says which checkpoint a training goes on from.
+        The Trainer's evaluate() and predict() run with EMA weights once a training has begun. Both methods are wrapped,
+        as the Trainer has no event before an evaluation and none after an evaluation that fails. train() is wrapped
+        too, as no event says which checkpoint a training goes on from.
         """
         trainer.add_callback(self)
         trainer.train = self._noting_checkpoint(trainer.train)
@@ -83,12 +89,15 @@ class RemoteEmaCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """EMA weights in the model inside the block, whatever happens in it. Raises UsageError before a training."""
+        """EMA weights in the model inside the block, the training weights after the block, whatever the block raises.
+
+        Raises UsageError before a training.
+        """
         replica = self._replica
         if replica is None:
             raise UsageError("there is no EMA before the training", hint="use scope() once trainer.train() has begun")
         if replica.swapped:
-            # Evaluations of several data sets are evaluations inside one.
+            # An evaluation of several data sets calls evaluate() inside evaluate().
             yield
             return
         replica.swap_in()
@@ -110,7 +119,7 @@ class RemoteEmaCallback(TrainerCallback):
     ) -> None:
         del control
         if self._replica:
-            # The same Trainer trains on: with its run.
+            # The same Trainer trains on, so the run goes on too.
             self._options["resume"] = True
             self.close()
         first = state.is_world_process_zero
@@ -118,7 +127,7 @@ class RemoteEmaCallback(TrainerCallback):
         def find() -> dict[str, Any] | None:
             return self._saved(args, state) if first else None
 
-        # The first process may be the only one that sees the file.
+        # The file may be on a disk that only the first process sees.
         saved = agreed(find) if is_sharded(model) else find()
         options = {**self._options, "resume": self._options["resume"] or saved is not None}
         self._replica = Replica(model, first=first, barrier=_barrier, **self._where, **options)
@@ -131,10 +140,12 @@ class RemoteEmaCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         folder = _checkpoint(args, state)
-        # The trials of a hyperparameter search have theirs elsewhere. Of a sharded model each process has an EMA, of
-        # which no newer update is applied before this one has sent its part.
+        # The trials of a hyperparameter search have their checkpoints elsewhere. Of a sharded model the first process
+        # alone may ask for the state: no newer update is applied before this process has sent its part of it.
         if self.ema and state.is_world_process_zero and folder.is_dir():
-            _write(self._reference(folder), self.ema.state_dict())
+            # Whole or not there: a killed training must not leave a checkpoint that cannot be gone on from.
+            with whole_file(self._reference(folder)) as part:
+                part.write_text(json.dumps(self.ema.state_dict()))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._replica:
@@ -142,15 +153,15 @@ class RemoteEmaCallback(TrainerCallback):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    # Not as a transformers.ExportableState: the Trainer may restore those by making another callback of the checkpoint,
-    # which would have to hold the token; and that callback would not be the one that is attached.
+    # Not as a transformers.ExportableState: the Trainer may restore such states by making another callback from the
+    # checkpoint, which would have to hold the token; and the new callback would not be the attached one.
 
     def _reference(self, checkpoint: Path) -> Path:
-        """Where it is in a checkpoint; by the run's name, as a Trainer may have a callback for each of several runs."""
+        """The reference's path in a checkpoint, by the run's name: a Trainer may have callbacks for several runs."""
         return checkpoint / f"ema-{self._where['run']}.json"
 
     def _saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
-        """The reference in the checkpoint that this training goes on from, where there is one."""
+        """The state of the EMA in the checkpoint to go on from; None without a checkpoint or a state in it."""
         if not state.global_step:
             return None
         path = self._reference(self._resumed_from or _checkpoint(args, state))
@@ -168,7 +179,7 @@ class RemoteEmaCallback(TrainerCallback):
     def _noting_checkpoint(self, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
         def train_noted(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-            # True is the newest in output_dir, which its step tells.
+            # True means the newest checkpoint in output_dir, which the Trainer's step names later.
             told = isinstance(resume_from_checkpoint, str | os.PathLike)
             self._resumed_from = Path(resume_from_checkpoint) if told else None
             return train(resume_from_checkpoint, *args, **kwargs)
@@ -187,22 +198,12 @@ class RemoteEmaCallback(TrainerCallback):
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer saves the checkpoint of its present step."""
+    """The folder in which the Trainer saves the checkpoint of the present step."""
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _write(path: Path, state: dict[str, Any]) -> None:
-    """The file is whole or not there: a training that is killed leaves no checkpoint that cannot be gone on from."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_text(json.dumps(state))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _read(path: Path, run: str) -> dict[str, Any]:
-    """What _write() wrote of this run. Raises UsageError for anything else."""
+    """The state of ``run`` as on_save() wrote it. Raises UsageError for anything else."""
     try:
         state: dict[str, Any] = json.loads(path.read_text())
         check_state_is_of(run, state)

@@ -1,9 +1,10 @@
 """Slices of weights, fetched by byte ranges: a rank of a sharded model gets its own bytes and little else.
 
-All ranges are of one version: each asks for the ETag of the first (``If-Range``), and when the version has moved on the
-reading begins anew; after a few times it reads one answer from its beginning to its end and keeps what it needs.
+All ranges are of one version: each request names the ETag of the first (``If-Range``). When the version has moved on,
+the reading begins anew; after a few times the whole body is read instead, and only the slices in it are used.
 
-Knows: the stream's header, where a slice's bytes are in it, HTTP's ranges. Does not know: sockets, retries, meshes.
+Knows: the stream's header, where a slice's bytes are in the stream, HTTP's ranges. Does not know: sockets, retries,
+meshes.
 """
 
 from __future__ import annotations
@@ -12,33 +13,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ema_client import wire
-from ema_client.errors import ProtocolError, UsageError
-from ema_client.http.pool import Download
+from ema_client.errors import UsageError
+from ema_client.http.downloads import Download
 from ema_client.protocol import WeightsInfo
+from ema_client.reading.ranges import OpenRange, whole_length
 from ema_client.reading.weights import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Open", "Wanted", "fetch", "whole_length"]
+__all__ = ["Wanted", "fetch"]
 
-#: Opens the bytes [start, stop) of the body, of the version with this ETag if one is given.
-Open = Callable[[int, int | None, str | None], Download]
-
-#: Asked for first: the header of a layout of some hundred tensors.
+#: Bytes of the first request: the header of a layout of some hundred tensors.
 _FIRST_BYTES = 64 << 10
-#: Bytes that are cheaper to read and drop than to leave out by another request.
+#: A gap of at most so many bytes between two slices is read and dropped: another request would take longer.
 _GAP_BYTES = 16 << 10
-#: So often the version may move on before the whole body is read instead.
+#: The version may move on so often before the whole body is read instead.
 _ATTEMPTS = 3
+#: Bytes between two slices are dropped by way of a buffer of this size.
+_DROP_BYTES = 1 << 20
+
+#: Fills a buffer with the next bytes of a body.
+_ReadInto = Callable[[memoryview], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Slices of one tensor (of ``shape`` as a whole), to be written into ``target``, where they lie back to back."""
+    """Slices of a tensor of ``shape``, to be written into ``target``, back to back in row-major order.
+
+    target: of the slice's shape, or flat where there are several slices; on any device, of any floating-point dtype.
+    """
 
     shape: tuple[int, ...]
     boxes: tuple[wire.Box, ...]
@@ -46,20 +53,20 @@ class Wanted:
 
 
 class _Moved(Exception):
-    """The version that the first range was of is no longer there."""
+    """The run has moved on from the version of the first range."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Bytes [start, stop) of the data, and who takes them."""
+    """Bytes [start, stop) of the data section, and the function that reads the bytes into their target."""
 
     start: int
     stop: int
-    take: Callable[[Callable[[memoryview], None]], None]
+    take: Callable[[_ReadInto], None]
 
 
-def fetch(open_range: Open, wanted: Mapping[str, Wanted]) -> WeightsInfo:
-    """Write the wanted slices of one version into their targets.
+def fetch(open_range: OpenRange, wanted: Mapping[str, Wanted]) -> WeightsInfo:
+    """Write the wanted slices of one version, by tensor name, into their targets.
 
     Raises UsageError, before a byte is written, where the weights have no such tensor or slice. After ConnectionLost
     the targets are part old, part new.
@@ -75,7 +82,7 @@ def fetch(open_range: Open, wanted: Mapping[str, Wanted]) -> WeightsInfo:
     return info
 
 
-def _by_ranges(open_range: Open, wanted: Mapping[str, Wanted]) -> WeightsInfo:
+def _by_ranges(open_range: OpenRange, wanted: Mapping[str, Wanted]) -> WeightsInfo:
     with open_range(0, _FIRST_BYTES, None) as first:
         etag = first.headers.get("etag", "")
         head = _Head(first, open_range, etag)
@@ -91,14 +98,14 @@ def _by_ranges(open_range: Open, wanted: Mapping[str, Wanted]) -> WeightsInfo:
 
 
 class _Head:
-    """The beginning of a body of which more is fetched when it is needed."""
+    """The beginning of a body as a Source, which fetches further bytes when they are read. position: bytes read."""
 
-    def __init__(self, first: Download, open_range: Open, etag: str) -> None:
+    def __init__(self, first: Download, open_range: OpenRange, etag: str) -> None:
         self.url = first.url
         self.length = whole_length(first)
         self.position = 0
         self._etag = etag
-        self._open = open_range
+        self._open_range = open_range
         self._buffer = memoryview(bytearray(min(first.length, _FIRST_BYTES)))
         first.readinto(self._buffer)
 
@@ -106,24 +113,15 @@ class _Head:
         there = min(len(view), max(0, len(self._buffer) - self.position))
         view[:there] = self._buffer[self.position : self.position + there]
         if there < len(view):
-            with self._open(self.position + there, self.position + len(view), self._etag) as rest:
+            with self._open_range(self.position + there, self.position + len(view), self._etag) as rest:
                 if rest.status != 206:
                     raise _Moved
                 rest.readinto(view[there:])
         self.position += len(view)
 
 
-def whole_length(first: Download) -> int:
-    """Bytes of the body of which this is a part, or all. Raises ProtocolError where that is not said."""
-    if first.status != 206:
-        return first.length
-    whole = first.headers.get("content-range", "").rpartition("/")[2]
-    if not (whole.isascii() and whole.isdigit()):
-        raise ProtocolError(f"{first.url} answered 206 without the length of the whole")
-    return int(whole)
-
-
 def _grouped(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
+    """The jobs in groups, a request for each group: small gaps between jobs are read along."""
     group: list[_Job] = []
     for job in jobs:
         if group and job.start - group[-1].stop > _GAP_BYTES:
@@ -135,11 +133,12 @@ def _grouped(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
 
 
 def _read(body: Download, position: int, jobs: Sequence[_Job]) -> None:
-    scratch = memoryview(bytearray(1 << 20))
+    """Do ``jobs``, in the order of their bytes, with a body that stands at byte ``position`` of the data section."""
+    dropped = memoryview(bytearray(_DROP_BYTES))
     for job in jobs:
         while position < job.start:
-            count = min(len(scratch), job.start - position)
-            body.readinto(scratch[:count])
+            count = min(len(dropped), job.start - position)
+            body.readinto(dropped[:count])
             position += count
         job.take(body.readinto)
         position = job.stop
@@ -158,28 +157,41 @@ def _jobs(header: wire.Header, wanted: Mapping[str, Wanted]) -> list[_Job]:
 
 
 def _jobs_of(entry: wire.Entry, want: Wanted) -> Iterator[_Job]:
-    from ema_client.tensors.body import take_flat, take_strided
-
-    width = wire.DTYPE_BYTES[entry.dtype]
     ranges = [wire.range_of_box(box, entry.shape) for box in want.boxes]
     stretches = [found for found in ranges if found]
     adjacent = len(stretches) == len(ranges) and all(a[1] == b[0] for a, b in pairwise(stretches))
     if stretches and adjacent:
-        # The slices of a flat range are one range of the file too.
-        first, last = stretches[0][0], stretches[-1][1]
-        yield _Job(entry.begin + first * width, entry.begin + last * width, _bind(take_flat, want.target, entry.dtype))
+        # The slices of a range of the flattened tensor are a range of the stream too.
+        yield _flat_job(entry, want.target, stretches[0][0], stretches[-1][1])
         return
     done = 0
     for box in want.boxes:
         shape = wire.box_shape(box)
         target = want.target if len(want.boxes) == 1 else want.target[done : done + prod(shape)].view(shape)
         done += prod(shape)
-        strides = [prod(entry.shape[axis + 1 :]) for axis in range(len(shape))]
-        first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
-        last = 1 + sum((stop - 1) * stride for (_, stop), stride in zip(box, strides, strict=True))
-        take = _bind(take_strided, target, entry.dtype, last - first, strides)
-        yield _Job(entry.begin + first * width, entry.begin + last * width, take)
+        yield _strided_job(entry, target, box)
 
 
-def _bind(take: Callable[..., None], *given: Any) -> Callable[[Callable[[memoryview], None]], None]:
-    return lambda readinto: take(readinto, *given)
+def _flat_job(entry: wire.Entry, target: Tensor, first: int, last: int) -> _Job:
+    """Elements [first, last) of the flattened tensor into ``target``."""
+    from ema_client.tensors.body import take_flat
+
+    width = wire.DTYPE_BYTES[entry.dtype]
+    return _Job(
+        entry.begin + first * width, entry.begin + last * width, lambda readinto: take_flat(readinto, target, entry)
+    )
+
+
+def _strided_job(entry: wire.Entry, target: Tensor, box: wire.Box) -> _Job:
+    """A slice into ``target``: the bytes from the slice's first element to its last, with the elements between."""
+    from ema_client.tensors.body import take_strided
+
+    width = wire.DTYPE_BYTES[entry.dtype]
+    strides = [prod(entry.shape[axis + 1 :]) for axis in range(len(box))]
+    first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    last = 1 + sum((stop - 1) * stride for (_, stop), stride in zip(box, strides, strict=True))
+    return _Job(
+        entry.begin + first * width,
+        entry.begin + last * width,
+        lambda readinto: take_strided(readinto, target, entry, last - first, strides),
+    )

@@ -1,62 +1,58 @@
 """Weights into a file: whole under its name or not there at all, and resumed where a connection broke.
 
-Knows: temporary names, ETags and ranges of an answer. Does not know: sockets, tensors, which route it reads.
+Knows: ETags and ranges of an answer. Does not know: sockets, tensors, which route is read.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from ema_client.atomic import whole_file
 from ema_client.errors import ProtocolError
-from ema_client.http.pool import Download
+from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
 from ema_client.protocol import WeightsInfo
 from ema_client.reading.weights import read_header
 
 __all__ = ["Progress", "save"]
 
-#: Called with the bytes that have come and the bytes in all. The first shrinks where the transfer begins anew.
+#: Called with the bytes that have come and the bytes in all. The first number shrinks where the transfer begins anew.
 Progress = Callable[[int, int], None]
 
-CHUNK = 1 << 20
+#: At most so many bytes are read from the connection before they are written and their number told.
+_BUFFER_BYTES = 1 << 20
 
 
 def save(
     transport: Transport, route: str, query: Mapping[str, str | None], path: Path, progress: Progress | None
 ) -> WeightsInfo:
-    """Download the weights at ``route`` into the file ``path``, replacing what was there only when all has come.
+    """Download the weights at ``route`` into the file ``path``, which is replaced when the whole body has come.
 
-    Raises what the transport raises once its retries are spent, ProtocolError if what came is no weights file, OSError
+    Raises what the transport raises once its retries are spent, ProtocolError if the body is no weights stream, OSError
     if the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    with whole_file(path) as part:
         with part.open("xb") as file:
             transfer = _Transfer(file, progress)
             transport.retrying(
                 lambda _: transfer.go_on(transport.download(route, query=query, start=file.tell(), etag=transfer.etag))
             )
-        info = _check(part)
-        part.replace(path)
-        return info
-    finally:
-        part.unlink(missing_ok=True)
+        return _info(part)
 
 
 class _Transfer:
-    """What has come so far: ``file`` stands at its end, ``etag`` names the body it is of."""
+    """A body on its way into ``file``, whose position is the end of the bytes so far. etag: the body's, once known."""
 
     def __init__(self, file: BinaryIO, progress: Progress | None) -> None:
         self.etag: str | None = None
         self._file = file
         self._progress = progress or (lambda _done, _total: None)
-        self._buffer = memoryview(bytearray(CHUNK))
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
     def go_on(self, download: Download) -> None:
-        """Append the rest, or all anew if the service has another body by now."""
+        """Append the rest of the body; begin anew where the service has another body by now."""
         with download:
             if download.status == 206:
                 self._check_continues(download)
@@ -79,6 +75,8 @@ class _Transfer:
 
 
 class _File:
+    """A file as a Source."""
+
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.url = str(path)
         self.length = path.stat().st_size
@@ -89,6 +87,6 @@ class _File:
             raise ProtocolError(f"{self.url} is shorter than its header says")
 
 
-def _check(path: Path) -> WeightsInfo:
+def _info(path: Path) -> WeightsInfo:
     with path.open("rb") as file:
         return read_header(_File(path, file))[1]

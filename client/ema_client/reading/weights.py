@@ -1,7 +1,7 @@
-"""Weights as they come from the service: one version of one average, and the reading of its safetensors stream.
+"""Weights as they come from the service: a version of an average, and the head of the safetensors stream.
 
-Knows: the stream's header, the metadata in it, and that its length must add up. Does not know: sockets, torch (but as a
-type), where the tensors are to go.
+Knows: the stream's header, the metadata in the header, and that the stream's length must add up. Does not know:
+sockets, torch (but as a type), where the tensors are to go.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["Source", "Weights", "read_header"]
 
 
 class Weights(Mapping[str, "Tensor"]):
-    """Pulled weights: a mapping from name to tensor, of one version, with its ``info``.
+    """Pulled weights: a mapping from name to tensor, all of one version, with the version's ``info``.
 
-    The tensors are the caller's: nothing else refers to them (those of ``pull(out=...)`` are the ones given).
+    The caller owns the tensors, which nothing else refers to; after ``pull(out=...)``, the tensors of ``out``.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], info: WeightsInfo) -> None:
@@ -43,7 +43,7 @@ class Weights(Mapping[str, "Tensor"]):
 
 
 class Source(Protocol):
-    """A body to read from its beginning: what Download is."""
+    """A body of ``length`` bytes, read from its beginning: a Download or a file."""
 
     url: str
     length: int
@@ -52,9 +52,9 @@ class Source(Protocol):
 
 
 def read_header(source: Source) -> tuple[wire.Header, WeightsInfo]:
-    """Read a weights stream up to its first tensor.
+    """The header of a weights stream, and the run's state in the header; ``source`` then stands at the first tensor.
 
-    Raises ProtocolError if it is not one or its length does not add up.
+    Raises ProtocolError if the source is no weights stream or its length does not add up.
     """
     if source.length < wire.LENGTH_BYTES:
         raise ProtocolError(f"{source.url} sent no weights: {source.length} bytes")

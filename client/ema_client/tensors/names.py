@@ -1,9 +1,9 @@
-"""Parameter names: the canonical ones that travel, and the dotless ones that LitEma keeps its buffers under.
+"""Parameter names: canonical names, which travel, and dotless names, under which LitEma has its buffers.
 
 A wrapper (torch.compile, DDP, FSDP, activation checkpointing) puts its own component into every parameter's name. Those
-components say how a model is run, not what it is, so the names of a run are without them.
+components say how a model is run, not what the model is, so a run's names are without them.
 
-Knows: names as strings, and how wrappers change them. Does not know: tensors, modules, torch, or what a run is.
+Knows: names as strings, and how wrappers change names. Does not know: tensors, modules, torch, or what a run is.
 """
 
 from __future__ import annotations
@@ -14,37 +14,38 @@ from ema_client.errors import NameCollision
 
 __all__ = ["canonical_name", "canonical_names", "dotless_names"]
 
-#: What torch.compile, FSDP and activation checkpointing put anywhere into a dotted name.
+#: Components that torch.compile, FSDP and activation checkpointing put anywhere into a dotted name.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
-#: What DataParallel and DistributedDataParallel put in front. Further inside it may be a name of the model's own.
+#: The component that DataParallel and DistributedDataParallel put in front. Further inside a name, ``module`` may be
+#: the model's own word.
 _PARALLEL = "module"
 
-#: Buffers of LitEma itself, which live in one namespace with its shadows.
+#: LitEma's own buffers, in the same namespace as the shadows.
 _LITEMA_OWN = ("decay", "num_updates")
 
 
 def canonical_name(name: str) -> str:
     """``name`` without the components of wrappers: ``module._orig_mod.conv.weight`` is ``conv.weight``.
 
-    The last component is the parameter's own name and stays, whatever it is called.
+    The last component is the parameter's own name and stays, whatever that name is.
     """
     *path, last = name.split(".")
-    kept = [component for component in path if component not in _WRAPPERS]
-    while kept and kept[0] == _PARALLEL:
-        del kept[0]
-    return ".".join([*kept, last])
+    bare = [component for component in path if component not in _WRAPPERS]
+    while bare and bare[0] == _PARALLEL:
+        del bare[0]
+    return ".".join([*bare, last])
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Each name's canonical name, in the order given. Raises NameCollision naming both originals."""
+    """name -> canonical name, in the order given. Raises NameCollision where two names share a canonical name."""
     return _distinct(((name, canonical_name(name)) for name in names), "without wrappers' prefixes")
 
 
 def dotless_names(names: Iterable[str]) -> dict[str, str]:
-    """The name of each parameter's buffer in a LitEma: the name without its dots.
+    """name -> the parameter's buffer in a LitEma, which is the name without its dots.
 
-    Raises NameCollision where LitEma would let two parameters share one buffer (``a.bc`` and ``ab.c``), or where a
+    Raises NameCollision where LitEma would let two parameters share a buffer (``a.bc`` and ``ab.c``), or where a
     parameter's buffer would overwrite LitEma's own ``decay`` or ``num_updates``.
     """
     dotless = _distinct(((name, name.replace(".", "")) for name in names), "without dots")

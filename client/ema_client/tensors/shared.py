@@ -1,6 +1,6 @@
 """Tensors in memory that a service on this host can read.
 
-Knows: torch, where in a body each tensor lies. Does not know: how the memory is shared (segment), runs, HTTP.
+Knows: torch, where in a body each tensor lies. Does not know: how the memory is shared (memfd), runs, HTTP.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ema_client import wire
 from ema_client.errors import UsageError
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.http.memfd import SharedBody
-from ema_client.tensors.body import dtype_of, memory, specs_of, state_of
+from ema_client.tensors.body import memory, views_of
+from ema_client.tensors.layout import specs_of, state_of
 
 __all__ = ["SharedState", "shared_body"]
 
@@ -25,20 +26,20 @@ _log = logging.getLogger("ema_client")
 class SharedState(Mapping[str, Tensor]):
     """Named tensors, in the order and memory of a push: see EmaClient.shared_state().
 
-    body: what is pushed. Owned by who made it; its memory lives as long as this object or one of its tensors.
+    body: what is pushed. The caller owns state and tensors; the memory lives as long as the state or one tensor does.
     """
 
     def __init__(self, state: Mapping[str, Tensor] | nn.Module) -> None:
         named = state_of(state)
         entries = wire.place(specs_of(named))
         self.body, flat = shared_body(wire.build_header(entries), entries)
-        self._tensors = {e.name: flat[e.begin : e.end].view(dtype_of(e)).view(e.shape) for e in entries}
+        self._tensors = {e.name: view for e, view in zip(entries, views_of(entries, flat), strict=True)}
         self.fill(named)
 
     def fill(self, state: Mapping[str, Tensor] | nn.Module) -> None:
-        """Copy the values of ``state``, whose tensors must have these names and shapes, cast where dtypes differ.
+        """Copy the values of ``state``, whose tensors must have the same names and shapes, cast where dtypes differ.
 
-        Raises UsageError, before anything is written, where they do not.
+        Raises UsageError, before anything is written, where names or shapes differ.
         """
         named = state_of(state)
         if {name: t.shape for name, t in named.items()} != {name: t.shape for name, t in self.items()}:
@@ -58,10 +59,13 @@ class SharedState(Mapping[str, Tensor]):
 
 
 def shared_body(header: bytes, entries: Sequence[wire.Entry]) -> tuple[Body, Tensor]:
-    """A body of these tensors, and the memory of its data as uint8: shared if the system has such memory, else not."""
+    """A body of ``header`` and tensors, and the memory of its data as a uint8 tensor.
+
+    The memory is shared if the system has memory to share; if not, that is logged and the memory is ordinary.
+    """
     size = entries[-1].end
     shared = _share(header, size)
-    # torch makes no tensor of no bytes of somebody else's.
+    # torch.frombuffer() refuses a buffer of no bytes.
     flat = torch.frombuffer(shared.data, dtype=torch.uint8) if shared and size else torch.zeros(size, dtype=torch.uint8)
     return Body(len(header) + size, lambda: (memoryview(header), memory(flat)), shared), flat
 

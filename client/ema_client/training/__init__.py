@@ -1,6 +1,7 @@
-"""A trainer's side: which tensors are averaged, how they are copied and sent, and what a checkpoint keeps of the EMA.
+"""A trainer's side: which tensors are averaged, how they are copied and sent, and what a checkpoint holds of the EMA.
 
-Knows modules, optimizers, ranks and threads. Does not know HTTP (http), or how weights are read (reading).
+The rule: everything here serves RemoteEma and asks the service through EmaClient. Does not know routes, sockets, or how
+weights are read.
 """
 
 from __future__ import annotations

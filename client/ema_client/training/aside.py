@@ -1,6 +1,6 @@
-"""The training weights, kept aside while a model holds its EMA: LitEma's store() and restore().
+"""The training weights, set aside while a model holds its EMA: LitEma's store() and restore().
 
-Knows copies of tensors and their shapes. Does not know models, names, or what is written to them meanwhile.
+Knows copies of tensors and their shapes. Does not know models, names, or what is written to the model meanwhile.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ema_client.errors import AlreadyStored, NothingStored, UsageError
 
-__all__ = ["Stored"]
+__all__ = ["SetAside"]
 
 
-class Stored:
-    """At most one set of copies at a time, on the devices of the tensors they are of."""
+class SetAside:
+    """At most one set of copies at a time, on the devices of the tensors that were copied. Not thread-safe."""
 
     def __init__(self) -> None:
         self._copies: list[Tensor] | None = None
@@ -27,31 +27,34 @@ class Stored:
             raise AlreadyStored("training weights are stored and wait for restore()")
 
     def store(self, parameters: Iterable[Tensor]) -> None:
-        """Copy them. Raises AlreadyStored."""
+        """Copy the parameters. Raises AlreadyStored."""
         self.check_empty()
         self._copies = [parameter.detach().clone() for parameter in parameters]
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write the copies back and let go of them. Raises NothingStored, or UsageError before anything is written."""
+        """Write the copies into ``parameters`` and free the copies.
+
+        Raises NothingStored; UsageError before anything is written, where number or shapes differ.
+        """
         if self._copies is None:
             raise NothingStored("restore() was called, and nothing is stored")
         targets = list(parameters)
         _check_same_shapes(self._copies, targets)
         with torch.no_grad():
-            for stored, target in zip(self._copies, targets, strict=True):
-                target.copy_(stored)
+            for copy, target in zip(self._copies, targets, strict=True):
+                target.copy_(copy)
         self._copies = None
 
 
-def _check_same_shapes(stored: list[Tensor], targets: list[Tensor]) -> None:
-    if len(stored) != len(targets):
+def _check_same_shapes(copies: list[Tensor], targets: list[Tensor]) -> None:
+    if len(copies) != len(targets):
         raise UsageError(
-            f"{len(stored)} tensors are stored, {len(targets)} are to be restored",
+            f"{len(copies)} tensors are stored, {len(targets)} are to be restored",
             hint="restore the parameters that were stored; nothing was written",
         )
-    for index, (kept, target) in enumerate(zip(stored, targets, strict=True)):
-        if kept.shape != target.shape:
+    for index, (copy, target) in enumerate(zip(copies, targets, strict=True)):
+        if copy.shape != target.shape:
             raise UsageError(
-                f"tensor {index} was stored with shape {tuple(kept.shape)} and now has {tuple(target.shape)}",
+                f"tensor {index} was stored with shape {tuple(copy.shape)} and now has {tuple(target.shape)}",
                 hint="restore the parameters that were stored, in the same order; nothing was written",
             )

@@ -1,10 +1,10 @@
 """Which tensors of a model are averaged: chosen once, found again in the model at every update.
 
-Finding them costs microseconds while the model stays as it was: the identities, dtypes, shapes and flags of all its
-tensors are compared with those of the last update. Only where one differs are the names looked at again, and what is
-wrong is said by name.
+While the model stays as it was, finding its tensors costs microseconds: the identities, dtypes, shapes and flags of all
+tensors are compared with those of the latest update. Only where something differs are the names looked at again, and a
+fault is told by name.
 
-Knows modules, parameters and buffers, and their canonical names. Does not know the service, or how tensors travel.
+Knows modules, parameters and buffers, and their canonical names. Does not know shards, or how tensors travel.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import wire
+from ema_client.client import EmaClient
 from ema_client.errors import NameCollision, UsageError, listed
-from ema_client.protocol import TensorSpec
-from ema_client.tensors.body import dtype_name, parameters_of, specs_of, state_of
+from ema_client.protocol import TensorSpec, WeightsInfo
+from ema_client.tensors.layout import dtype_name, parameters_of, specs_of, state_of
 from ema_client.tensors.names import canonical_name
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 
-#: What becomes of buffers: left alone or, where they are floating point and saved with the model, averaged or copied.
+#: What becomes of the model's buffers: left alone or, where a buffer is floating point and saved with the model,
+#: averaged or copied.
 BufferPolicy = Literal["none", "average", "copy"]
-#: What becomes of a parameter that is frozen later: it goes on being averaged, with a value that stays; or an error.
+#: What becomes of a parameter that is frozen later: the average goes on, of a value that stays; or an error is raised.
 FrozenPolicy = Literal["hold", "error"]
 
 
 class Selection:
-    """The averaged tensors of a model: parameters that require gradients now and, if asked for, buffers.
+    """The averaged tensors of a whole model: parameters that require gradients now and, if asked for, buffers.
 
     Args:
-        model: not kept.
+        model: looked at now, and not referred to later.
         buffers, frozen: see BufferPolicy and FrozenPolicy.
-        dtype: what the tensors are sent as; by default, and where they are copied, each as it is.
+        dtype: the dtype that averaged tensors are sent as; by default each tensor's own. Copied tensors are sent as
+            they are.
 
-    Raises UsageError for a model without such parameters, or with one that cannot be sent; NameCollision.
+    Raises UsageError for a model without such parameters, or with a tensor that cannot be sent; NameCollision.
     """
 
     def __init__(
@@ -55,16 +58,15 @@ class Selection:
         self._buffers = buffers != "none"
         self._dtype = None if dtype is None else dtype_name(dtype)
         named = self._all_named(model)
-        chosen = parameters_of(model)
-        kept = _chosen_buffers(model) if self._buffers else {}
-        chosen |= kept
-        #: Names of the tensors that are copied, not averaged.
-        self.copied = frozenset(kept if buffers == "copy" else ())
+        chosen_buffers = _chosen_buffers(model) if self._buffers else {}
+        chosen = parameters_of(model) | chosen_buffers
+        #: Names of the tensors to copy instead of averaging.
+        self.copied = frozenset(chosen_buffers if buffers == "copy" else ())
         specs = [self._sent(spec) for spec in specs_of(state_of(chosen))]
-        #: In canonical order.
+        #: Of the tensors as sent, in canonical order.
         self.specs = tuple(entry.spec for entry in wire.place(specs))
         self._by_name = {spec.name: spec for spec in self.specs}
-        #: Other name of a tied tensor -> the name that it is averaged by.
+        #: Other name of a tied tensor -> the name by which the tensor is averaged.
         names = {id(tensor): name for name, tensor in chosen.items()}
         self._twins = {
             name: names[id(tensor)] for name, tensor in named.items() if id(tensor) in names and name not in chosen
@@ -73,12 +75,8 @@ class Selection:
         self._signature: list[tuple[Any, ...]] = []
         self._positions: list[int] = []
 
-    @property
-    def elements(self) -> int:
-        return sum(torch.Size(spec.shape).numel() for spec in self.specs)
-
     def of(self, model: nn.Module) -> tuple[list[Tensor], list[str]]:
-        """The model's tensors of now, in the order of ``specs``, and the names of those frozen since the last call.
+        """The model's tensors of now, in the order of ``specs``; and names of those frozen since the latest call.
 
         Raises UsageError naming what is missing, new or changed.
         """
@@ -93,9 +91,10 @@ class Selection:
         return found, [spec.name for spec, t in zip(self.specs, found, strict=True) if _is_frozen(t)]
 
     def targets(self, model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Tensor, str]]]:
-        """The model's tensors to fill, by name, frozen ones too; and those tied elsewhere that are not so in it.
+        """The model's tensors to fill, by name, frozen ones too; and its untied twins, each with the name to copy from.
 
-        Raises UsageError, naming them, for missing ones and for those that require gradients and are not averaged.
+        An untied twin is tied in the model of the selection, and not in ``model``. Raises UsageError naming missing
+        tensors, and tensors that require gradients and are not averaged.
         """
         named = self._all_named(model)
         faults = self._missing(named) + self._new(model, named, untied=False)
@@ -109,6 +108,20 @@ class Selection:
         ]
         return targets, twins
 
+    def written(self, model: nn.Module) -> list[Tensor]:
+        """The tensors to be written by pull_into(). Raises as targets()."""
+        targets, twins = self.targets(model)
+        return [*targets.values(), *(twin for twin, _ in twins)]
+
+    def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
+        """Write the EMA weights into the model's tensors; returns what was written. Raises as targets()."""
+        targets, twins = self.targets(model)
+        info = client.pull(run, out=targets).info
+        with torch.no_grad():
+            for twin, name in twins:
+                twin.copy_(targets[name])
+        return info
+
     def _found(self, model: nn.Module) -> list[Tensor]:
         named = self._all_named(model)
         faults = self._missing(named) + self._new(model, named, untied=True)
@@ -120,11 +133,11 @@ class Selection:
         raise _mismatch(faults)
 
     def _all_named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Parameters, trained or not, and buffers if they are asked for, by every canonical name they have."""
+        """Parameters, trained or not, and buffers if asked for, by all canonical names of each."""
         named: dict[str, Tensor] = {}
         originals: dict[str, str] = {}
         parameters = list(model.named_parameters(remove_duplicate=False))
-        for original, tensor in [*parameters, *(_kept_buffers(model) if self._buffers else ())]:
+        for original, tensor in [*parameters, *(_saved_buffers(model) if self._buffers else ())]:
             name = canonical_name(original)
             first = originals.setdefault(name, original)
             if named.setdefault(name, tensor) is not tensor:
@@ -136,7 +149,7 @@ class Selection:
         return [f"{n!r} is missing" for n in self._by_name if n not in named and n not in twins]
 
     def _at(self, named: dict[str, Tensor], name: str) -> Tensor:
-        """A tied tensor may stand first under its other name in a model wrapped otherwise."""
+        """The tensor averaged as ``name``, which a model that is wrapped otherwise may have by the tied name only."""
         if name in named:
             return named[name]
         twins = (twin for twin, averaged in self._twins.items() if averaged == name and twin in named)
@@ -145,7 +158,10 @@ class Selection:
         return named[twin]
 
     def _new(self, model: nn.Module, named: dict[str, Tensor], *, untied: bool) -> list[str]:
-        """Trained parameters that are not averaged. untied: also those that were one with an averaged one."""
+        """What is wrong with trained parameters that are not averaged.
+
+        untied: also with parameters that were tied to an averaged parameter and are no longer.
+        """
         averaged = {id(named[name]) for name in self._by_name if name in named}
         twins = set() if untied else set(self._twins)
         trained = (canonical_name(name) for name, tensor in model.named_parameters() if tensor.requires_grad)
@@ -169,14 +185,17 @@ class Selection:
         return faults
 
     def _sent(self, spec: TensorSpec) -> TensorSpec:
-        # What is copied is to be the trainer's, bit for bit.
+        # A copied tensor is to be the trainer's, bit for bit.
         if self._dtype is None or spec.name in self.copied:
             return spec
         return TensorSpec(spec.name, spec.shape, self._dtype)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """All parameters and buffers, in an order that is the same while the model is. Quicker than named_parameters()."""
+    """All parameters and buffers of a model, in the same order while the model is the same.
+
+    Quicker than named_parameters().
+    """
     seen = set()
     waiting: list[nn.Module | None] = [model]
     while waiting:
@@ -192,17 +211,18 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _chosen_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers to average or copy, each once, by canonical name."""
     found: dict[str, Tensor] = {}
     seen = set()
-    for name, buffer in _kept_buffers(model):
+    for name, buffer in _saved_buffers(model):
         if id(buffer) not in seen:
             seen.add(id(buffer))
             found[canonical_name(name)] = buffer
     return found
 
 
-def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Floating-point buffers that are saved with the model: not counters, not tables made anew at each start."""
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point buffers that are saved with the model: no counters, no tables that each start makes anew."""
     for path, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set and buffer.is_floating_point():

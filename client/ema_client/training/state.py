@@ -1,7 +1,7 @@
 """The EMA in a training's checkpoint: a few strings and numbers that name a snapshot on the service, and the way back.
 
-Knows what such a state says, and when a run must go back to its snapshot. Does not know the trainer: which updates are
-on their way, or which rank asks.
+Knows what such a state says, and when a run must be rewound to its snapshot. Does not know the trainer: which updates
+are on their way, or which rank asks.
 """
 
 from __future__ import annotations
@@ -15,30 +15,34 @@ from ema_client.errors import StorageDisabled, UsageError
 
 __all__ = ["check_state_is_of", "rewind_to", "saved_state"]
 
-#: Snapshots of states are named so, and this many of them stay: trainers keep a few checkpoints, not all.
+#: A state's snapshot is named so, with the run's version behind.
 _STATES = "state"
-_KEPT_STATES = 10
-#: What a state must say.
+#: So many snapshots of states stay, the newest: trainers keep a few checkpoints, not all.
+_MOST_STATES = 10
+#: The fields of a state, and what each may hold.
 _FIELDS = {"run": str, "version": str, "step": int | None, "snapshot": str | None}
-#: So much of what is no state is shown.
+#: Of a value that is no state, so many characters are shown.
 _SHOWN = 80
 
 
 def saved_state(client: EmaClient, run: str) -> dict[str, Any]:
-    """The run as it is now, with a snapshot of its weights; with a warning and without one where there is no disk."""
+    """The state of a run as it is now, which names a snapshot of the run's weights, taken now.
+
+    Where the service has no disk for snapshots, the state names none, and a warning says so.
+    """
     info = client.run(run)
     state = {"run": run, "version": info.version, "step": info.step, "num_updates": info.num_updates}
     try:
-        snapshot = client.snapshot(run, f"{_STATES}-{info.version}", keep=_KEPT_STATES)
+        snapshot = client.snapshot(run, f"{_STATES}-{info.version}", keep=_MOST_STATES)
     except StorageDisabled:
-        # Of state_dict()'s caller.
+        # 3: the warning names the line that called state_dict().
         warnings.warn(f"the service keeps no snapshot of run {run!r}: it has no disk", stacklevel=3)
         return {**state, "snapshot": None}
     return {**state, "snapshot": snapshot.name}
 
 
 def check_state_is_of(run: str, state: object) -> None:
-    """Raises UsageError for another run's state, and for what is none."""
+    """Raises UsageError for another run's state, and for a value that is no state."""
     if not isinstance(state, Mapping) or not all(
         isinstance(state.get(key, ...), kind) for key, kind in _FIELDS.items()
     ):
@@ -54,7 +58,7 @@ def check_state_is_of(run: str, state: object) -> None:
 
 
 def rewind_to(client: EmaClient, state: Mapping[str, Any]) -> None:
-    """Bring the state's run back to it. Raises UsageError where the run went on and there is no snapshot."""
+    """Bring a state's run back to the state's version. Raises UsageError where the state names no snapshot for that."""
     run = state["run"]
     if client.run(run).version == state["version"]:
         return

@@ -64,3 +64,21 @@ def test_a_secret_in_a_url_is_refused_and_not_shown() -> None:
 
     assert "hunter2" not in str(refused.value)
     assert "EMA_SERVICE_TOKEN" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("unix:///run/ema.sock", True),
+        ("http://localhost:8470", True),
+        ("http://127.0.0.1:1", True),
+        ("http://127.1.2.3", True),
+        ("https://[::1]:8470", True),
+        ("http://192.0.2.7:8470", False),
+        ("http://ema.example:8470", False),
+        ("http://localhost.example", False),
+    ],
+)
+def test_what_is_this_host(url: str, same: bool) -> None:
+    """Only an address that can be nowhere else is taken for this host; others are never offered anything."""
+    assert parse_address(url).same_host is same

@@ -5,6 +5,7 @@ Knows the service, and servers that misbehave. Does not know how events travel.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -15,19 +16,13 @@ import pytest
 import torch
 
 from ema_client import EmaClient, RetryPolicy
-from ema_client.errors import ProtocolError, RunNotFound, Unauthorized
-from ema_client.protocol import AverageInfo, RunEvent, RunInfo, SnapshotInfo, to_json
-from ema_client.reading import watching
-from ema_client.reading.watching import Mailbox, parse
+from ema_client.errors import RunNotFound, StepNotReached, Unauthorized
+from ema_client.http.transport import Transport
+from ema_client.protocol import AverageInfo, RunEvent, RunInfo, events_path, to_json
+from ema_client.reading.watching import Pauses, Questions, watch
 
 STATE = {"w": torch.arange(3.0)}
 PATIENCE = 30.0
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[EmaClient]:
-    with EmaClient(server.url) as made:
-        yield made
 
 
 @pytest.fixture
@@ -48,10 +43,6 @@ def _no_thread_stays() -> Iterator[None]:
 
 def an_event(kind: str = "version", n: int = 1, **fields: Any) -> RunEvent:
     return RunEvent(kind, "r", f"1.{n}", n, n, "ema", 0.5, 0.5, **fields)  # type: ignore[arg-type]
-
-
-def a_snapshot(name: str) -> SnapshotInfo:
-    return SnapshotInfo("r", name, "1.1", 1, 1, ("ema",), 8, 1.0)
 
 
 def test_each_version_as_it_comes(client: EmaClient, run: str) -> None:
@@ -166,10 +157,9 @@ def test_deletion_while_nobody_listened(scripted: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("how", ["no route", "no method", "another type", "silence", "not HTTP"])
 def test_without_events_it_asks(
-    scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, server: Any, run: str, client: EmaClient, how: str
+    scripted: Callable[..., Any], server: Any, run: str, client: EmaClient, how: str
 ) -> None:
     """Where events do not come through, versions, snapshots and decays are asked for, and long polls make it prompt."""
-    monkeypatch.setattr(watching, "FIRST_WORD", 0.3)
     answers: dict[str, Callable[[Any], None]] = {
         "no route": lambda peer: peer.problem(404, "route_not_found"),
         "no method": lambda peer: peer.problem(405, "method_not_allowed"),
@@ -178,21 +168,37 @@ def test_without_events_it_asks(
         "not HTTP": lambda peer: peer.send(b"220 smtp ready\r\n"),
     }
     proxy = _proxy(scripted, server.url, answers[how])
-    with EmaClient(proxy.url) as asking:
-        watch = asking.watch(run, kinds=["version", "snapshot_created", "decay_changed"], timeout=PATIENCE)
-        assert next(watch).version == "1.0"
+    kinds = frozenset({"version", "snapshot_created", "decay_changed"})
+    with EmaClient(proxy.url) as asking, contextlib.closing(Transport(proxy.url)) as transport:
+        questions = Questions(
+            run=run,
+            info=lambda: asking.run(run),
+            snapshots=lambda: asking.snapshots(run),
+            stream=lambda wait: transport.stream(events_path(run), accept="text/event-stream", patience=wait),
+            reached=lambda step, wait: _reached(asking, run, step, wait),
+        )
+        events = watch(questions, kinds, PATIENCE, pauses=Pauses(first_word=0.3))  # type: ignore[arg-type]
+        assert next(events).version == "1.0"
         _until(lambda: any("min_step" in target for target in proxy.targets))
         before = time.monotonic()
         client.push(run, STATE)
-        assert next(watch).version == "1.1"
+        assert next(events).version == "1.1"
         assert time.monotonic() - before < 5, "the question for the next step was not held"
         client.set_decay(run, 0.5)
         client.snapshot(run, "one")
         client.push(run, STATE)
-        assert {next(watch).kind for _ in range(3)} == {"version", "snapshot_created", "decay_changed"}
-        watch.close()  # type: ignore[attr-defined]
+        assert {next(events).kind for _ in range(3)} == {"version", "snapshot_created", "decay_changed"}
+        events.close()  # type: ignore[attr-defined]
         # Wakes the thread from its last question.
         client.push(run, STATE)
+
+
+def _reached(client: EmaClient, run: str, step: int, wait: float) -> bool:
+    try:
+        client.pull(run, min_step=step, wait=wait)
+    except StepNotReached:
+        return False
+    return True
 
 
 def test_without_room_it_asks_until_there_is(
@@ -245,63 +251,6 @@ def test_closing_the_iterator_ends_a_stream_at_once(client: EmaClient, run: str)
     before = time.monotonic()
     _until(lambda: not any(thread.name == f"ema-watch-{run}" for thread in threading.enumerate()))
     assert time.monotonic() - before < 5
-
-
-# --- parts ----------------------------------------------------------------------------------------------------------
-
-
-def test_mailbox_keeps_the_newest_of_each_kind() -> None:
-    """Old news is replaced, not queued; a deleted snapshot takes the place of its creation; order is of arrival."""
-    mailbox = Mailbox(frozenset({"version", "snapshot_created", "snapshot_deleted", "decay_changed"}))
-    mailbox.deliver(an_event(n=1))
-    mailbox.deliver(an_event("snapshot_created", snapshot=a_snapshot("a")))
-    mailbox.deliver(an_event("snapshot_created", snapshot=a_snapshot("b")))
-    mailbox.deliver(an_event("num_updates_reset"))
-    mailbox.deliver(an_event("snapshot_deleted", snapshot=a_snapshot("a")))
-    mailbox.deliver(an_event(n=2))
-    mailbox.close()
-    taken = list(iter(lambda: mailbox.take(0.0), None))
-    assert [(event.kind, event.snapshot.name if event.snapshot else event.version) for event in taken] == [
-        ("snapshot_created", "b"),
-        ("snapshot_deleted", "a"),
-        ("version", "1.2"),
-    ]
-
-
-def test_mailbox_knows_what_it_was_told_before() -> None:
-    """A version or a snapshot that a new connection tells of again is no news, even if it was taken meanwhile."""
-    mailbox = Mailbox(frozenset({"version", "snapshot_created"}))
-    for _ in range(2):
-        mailbox.deliver(an_event(n=1))
-        mailbox.deliver(an_event("snapshot_created", snapshot=a_snapshot("a")))
-        taken = [mailbox.take(0.0), mailbox.take(0.0)]
-    assert taken == [None, None]
-
-
-def test_mailbox_gives_events_before_the_fault() -> None:
-    """What came before the end is still given; then the fault is raised."""
-    mailbox = Mailbox(frozenset({"version"}))
-    mailbox.deliver(an_event())
-    mailbox.close(ProtocolError("broken"))
-    assert mailbox.take(0.0) is not None
-    with pytest.raises(ProtocolError, match="broken"):
-        mailbox.take(0.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (b"data: a\n\n", ["a"]),
-        (b"data:a\r\n\r\n", ["a"]),
-        (b": comment\n\ndata: a\ndata: b\nid: 1\nevent: x\n\n", ["a\nb"]),
-        (b"event: x\n\n", []),
-        (b"data: a\n\ndata: unfinished\n", ["a"]),
-        (b"data: \xff\n\n", ["\ufffd"]),
-    ],
-)
-def test_parse(text: bytes, expected: list[str]) -> None:
-    """Data lines up to an empty line are one event; comments and other fields are none; half an event is dropped."""
-    assert list(parse(text.splitlines(keepends=True))) == expected
 
 
 def _event_stream(*events: dict[str, Any]) -> bytes:

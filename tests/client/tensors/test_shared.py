@@ -6,13 +6,11 @@ memory (tests/service/api/test_segment.py).
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma, RetryPolicy
-from ema_client.errors import ConnectionLost, NonFinite, UsageError
-from ema_client.http import memfd as segment
-from ema_client.http.address import parse_address
-from ema_client.http.memfd import SharedBody
-from ema_client.protocol import Segment, TensorSpec
-from ema_client.training.buffers import Sending
+from ema_client.errors import NonFinite, UsageError
+from ema_client.protocol import TensorSpec
+from ema_client.training.buffers import UpdateBuffers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
@@ -168,7 +163,7 @@ def test_parts_are_handed_over(client: EmaClient, run: str) -> None:
         tensors = [torch.full((half,), 2.0 + part)]
         if part == 0:
             specs, tensors = (*specs, TensorSpec("b", (3,), "BF16")), [*tensors, state(2.0)["b"]]
-        body = Sending(specs, pinned=False, slices=slices, shared=True).copied(1, tensors, hooked=False).body
+        body = UpdateBuffers(specs, pinned=False, slices=slices, shared=True).copied(1, tensors, hooked=False).body
         last = client.push_part_once(run, body, step=1, part=part, of=2)
         assert last is (part == 1)
 
@@ -190,7 +185,7 @@ def test_refused_by_the_service(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As in a container with processes of its own numbers: the push is sent, once and for all, and that is told."""
-    monkeypatch.setattr(segment.os, "getpid", lambda: 1 << 30)
+    monkeypatch.setattr(os, "getpid", lambda: 1 << 30)
     shared = client.shared_state(state(1.0))
     monkeypatch.undo()
     refusals = metric(client, 'ema_errors_total{code="segment_unusable"}')
@@ -253,90 +248,7 @@ def test_service_that_knows_nothing_of_it(scripted: Callable[..., Any]) -> None:
     assert got[0] == b"".join(shared.body.pieces())
 
 
-@pytest.mark.parametrize(
-    ("url", "same"),
-    [
-        ("unix:///run/ema.sock", True),
-        ("http://localhost:8470", True),
-        ("http://127.0.0.1:1", True),
-        ("http://127.1.2.3", True),
-        ("https://[::1]:8470", True),
-        ("http://192.0.2.7:8470", False),
-        ("http://ema.example:8470", False),
-        ("http://localhost.example", False),
-    ],
-)
-def test_what_is_this_host(url: str, same: bool) -> None:
-    """Only an address that can be nowhere else is taken for this host; others are never offered anything."""
-    assert parse_address(url).same_host is same
-
-
 # --- the memory itself ----------------------------------------------------------------------------------------------
-
-
-def test_secret_is_there_only_while_it_is_offered() -> None:
-    """Whoever gives up may fill the memory anew: a service that still reads it finds the secret gone."""
-    body = SharedBody(b"h" * 16, 8192)
-    with body.offered() as first:
-        assert _in_segment(first, 0, 32) == first.secret
-        assert _in_segment(first, first.offset, 16) == b"h" * 16
-    with pytest.raises(ZeroDivisionError), body.offered() as second:
-        raise ZeroDivisionError
-
-    assert first.secret != second.secret
-    assert _in_segment(first, 0, 32) == bytes(32)
-    assert (second.offset + 16) % 4096 == 0
-    assert second.length == body.length == 16 + 8192
-
-
-def _in_segment(at: Segment, offset: int, count: int) -> bytes:
-    with Path(f"/proc/{at.pid}/fd/{at.fd}").open("rb") as file:
-        file.seek(offset)
-        return file.read(count)
-
-
-def test_secret_is_gone_after_a_lost_answer(scripted: Callable[..., Any]) -> None:
-    """A push whose answer never came leaves nothing that a service could still take."""
-    seen: list[Segment] = []
-
-    def script(peer: Any) -> None:
-        request = peer.request()
-        seen.append(Segment.from_header(request.headers["ema-segment"]))
-        assert _in_segment(seen[-1], 0, 32) == seen[-1].secret
-        peer.reset()
-
-    with EmaClient(scripted(script).url, retry=RetryPolicy(attempts=1)) as client:
-        shared = client.shared_state(state(1.0))
-        with pytest.raises(ConnectionLost):
-            client.push("r", shared, step=1)
-        assert _in_segment(seen[-1], 0, 32) == bytes(32)
-
-
-def test_two_threads_take_turns() -> None:
-    """One memory is offered to one push at a time."""
-    body, begun, order = SharedBody(b"", 10), threading.Event(), []
-
-    def second() -> None:
-        begun.set()
-        with body.offered():
-            order.append("second")
-
-    with body.offered():
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert begun.wait(20)
-        order.append("first")
-    thread.join(20)
-
-    assert order == ["first", "second"]
-
-
-def test_memory_is_sealed() -> None:
-    """A service must not meet memory that is gone: the file can neither shrink nor grow."""
-    with SharedBody(b"", 10).offered() as offered:
-        for size in (10, 100_000):
-            with pytest.raises(PermissionError):
-                os.truncate(f"/proc/{offered.pid}/fd/{offered.fd}", size)
 
 
 def test_memory_is_freed_with_its_last_tensor() -> None:
@@ -365,16 +277,3 @@ def _link(path: Path) -> Path | None:
         return path.readlink()
     except OSError:
         return None
-
-
-def test_header_is_read_back() -> None:
-    """The words of the header are read as they are written, and nothing else is."""
-    one = Segment(4242, 7, 4000, 2**40, bytes(range(32)))
-    value = one.to_header()
-
-    assert Segment.from_header(value) == one
-    assert value == f"pid=4242, fd=7, offset=4000, length={2**40}, secret={bytes(range(32)).hex()}"
-    for wrong in ("", value + " ", value.replace("pid", "PID"), value[:-1], value.replace("4242", "٤"), "\n" + value):
-        with pytest.raises(ValueError, match="Ema-Segment"):
-            Segment.from_header(wrong)
-    assert dataclasses.astuple(Segment.from_header(value))[:4] == (4242, 7, 4000, 2**40)

@@ -1,4 +1,4 @@
-"""The memory that updates lie in: filled anew, as the wire wants it, and what a step of an optimizer waits for.
+"""The buffers that updates are sent from: filled anew, in the wire's bytes, and guarded until the copies are there.
 
 Knows tensors and bytes. Does not know threads or the service.
 """
@@ -8,16 +8,16 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ema_client.tensors.body import specs_of
-from ema_client.training.buffers import DeviceCopies, Sending, StepHook, _Asked
-from ema_client.training.publisher import Update
+from ema_client.tensors.layout import specs_of
+from ema_client.training.buffers import UpdateBuffers
+from ema_client.training.device_copies import DeviceCopies
+from ema_client.training.updates import Update
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,8 +30,8 @@ def tensors() -> dict[str, Tensor]:
     return made | {"c": torch.randn(7, 5).t()}
 
 
-def sending(state: dict[str, Tensor]) -> Sending:
-    return Sending(specs_of(state), pinned=False)
+def buffers(state: dict[str, Tensor]) -> UpdateBuffers:
+    return UpdateBuffers(specs_of(state), pinned=False)
 
 
 def sent(update: Update) -> bytes:
@@ -53,7 +53,7 @@ def reference(state: dict[str, Tensor]) -> bytes:
 def test_the_bytes_are_those_of_safetensors(borrow: bool) -> None:
     """Copied or borrowed, the body is what the reference implementation writes, as often as it is asked for."""
     state = tensors()
-    maker = sending(state)
+    maker = buffers(state)
     update = maker.borrowed(7, values(state)) if borrow else maker.copied(7, values(state), hooked=False)
 
     assert sent(update) == sent(update) == reference(state)
@@ -63,7 +63,7 @@ def test_the_bytes_are_those_of_safetensors(borrow: bool) -> None:
 def test_a_copy_keeps_its_values() -> None:
     """What the optimizer does afterwards is not sent."""
     state = tensors()
-    update = sending(state).copied(1, values(state), hooked=False)
+    update = buffers(state).copied(1, values(state), hooked=False)
     expected = reference(state)
     for tensor in state.values():
         tensor.add_(1)
@@ -74,7 +74,7 @@ def test_a_copy_keeps_its_values() -> None:
 def test_memory_is_used_again_only_when_it_is_given_back() -> None:
     """Two updates on their way have memory each; the third has that of the one that is done with."""
     state = tensors()
-    maker = sending(state)
+    maker = buffers(state)
     first, second = (maker.copied(step, values(state), hooked=False) for step in (1, 2))
     places = [memory_of(update) for update in (first, second)]
     first.done()
@@ -94,8 +94,8 @@ def memory_of(update: Update) -> int:
 def test_the_initial_weights_warm_the_first_updates_memory() -> None:
     """What the run is made of lies where the first update will be copied to, and is right."""
     state = tensors()
-    maker = sending(state)
-    warmed = maker.warmed(values(state))
+    maker = buffers(state)
+    warmed = maker.initial(values(state), borrow=False)
     assert all(torch.equal(one, other) for one, other in zip(warmed, values(state), strict=True))
     update = maker.copied(1, values(state), hooked=False)
     assert warmed[3].data_ptr() >= memory_of(update) > 0
@@ -106,7 +106,7 @@ def test_sent_as_another_dtype() -> None:
     """Values are cast as torch casts them, half the bytes."""
     state = {"w": torch.randn(50)}
     specs = specs_of({"w": state["w"].bfloat16()})
-    update = Sending(specs, pinned=False).copied(1, values(state), hooked=False)
+    update = UpdateBuffers(specs, pinned=False).copied(1, values(state), hooked=False)
 
     assert torch.equal(load(sent(update))["w"], state["w"].bfloat16())
 
@@ -114,45 +114,49 @@ def test_sent_as_another_dtype() -> None:
 def test_what_can_be_borrowed() -> None:
     """Memory on the CPU that holds the very bytes to be sent."""
     state = {"w": torch.randn(3)}
-    assert sending(state).can_borrow(values(state))
-    assert not sending(state).can_borrow([torch.randn(3, dtype=torch.float64)])
-    assert not sending(state).can_borrow([torch.randn(3, device="meta")])
+    assert buffers(state).can_borrow(values(state))
+    assert not buffers(state).can_borrow([torch.randn(3, dtype=torch.float64)])
+    assert not buffers(state).can_borrow([torch.randn(3, device="meta")])
 
 
-def test_hook_comes_before_the_step() -> None:
-    """``before`` sees the parameters as they were; fired() tells of steps since it was last asked, until removed."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    parameter.grad = torch.ones(1)
-    seen: list[float] = []
-    hook = StepHook(lambda: seen.append(parameter.item()))
-    try:
-        assert not hook.fired()
-        optimizer.step()
-        optimizer.step()
-        assert seen == [0.0, -1.0]
-        assert hook.fired()
-        assert not hook.fired()
-    finally:
-        hook.remove()
-    optimizer.step()
+@pytest.mark.parametrize(
+    ("hooked", "borrow", "dtype", "borrowed"),
+    [
+        (True, True, torch.float32, True),
+        (False, True, torch.float32, False),
+        (True, False, torch.float32, False),
+        (True, True, torch.float64, False),
+    ],
+    ids=["guarded", "without a guard", "not asked for", "cast"],
+)
+def test_when_an_update_is_borrowed(hooked: bool, borrow: bool, dtype: torch.dtype, borrowed: bool) -> None:
+    """Where it is wanted, a hook guards the parameters, and they hold what is sent; else a copy is sent."""
+    state = {"w": torch.randn(3)}
+    update = buffers(state).update(1, [state["w"].to(dtype)], hooked=hooked, borrow=borrow)
 
-    assert not hook.fired()
+    assert update.borrowed == borrowed
+    assert sent(update) == reference(state)
+
+
+def test_initial_weights_are_borrowed_too() -> None:
+    """Where updates will be, the initial weights are not copied either."""
+    state = tensors()
+    sent_as_they_lie = buffers(state).initial(values(state), borrow=True)
+
+    assert all(one is other for one, other in zip(sent_as_they_lie, values(state), strict=True))
 
 
 class FakeCopies(DeviceCopies):
-    """Copies as a device would: the bytes are there when the event says so."""
+    """Copies as a device would, of tensors on the CPU: the bytes are there when synchronize() says so."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[FakeEvent] = []
+    def takes(self, _device: torch.device) -> bool:
+        return True
 
-    def start(self, _device: torch.device, targets: list[Tensor], sources: list[Tensor]) -> FakeEvent:  # type: ignore[override]
-        self.events.append(FakeEvent(targets, [source.clone() for source in sources]))
-        return self.events[-1]
+    def start(self, _device: torch.device, targets: list[Tensor], sources: list[Tensor]) -> FakeCopy:
+        return FakeCopy(targets, [source.clone() for source in sources])
 
 
-class FakeEvent:
+class FakeCopy:
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         self.pairs = list(zip(targets, sources, strict=True))
 
@@ -162,31 +166,14 @@ class FakeEvent:
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_a_copy_under_way_is_waited_for(hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_under_way_is_waited_for(hooked: bool) -> None:
     """By the caller where nobody guards the parameters; else by the sender only, who finds the right bytes."""
-    from ema_client.training import buffers as module
-
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(module, "_by_device", lambda targets, sources: {cuda: (list(targets), list(sources))})
     state = {"w": torch.randn(5)}
-    maker = sending(state)
-    maker.devices = FakeCopies()
+    maker = UpdateBuffers(specs_of(state), pinned=False, devices=FakeCopies())
     update = maker.copied(1, values(state), hooked=hooked)
 
     assert (b"".join(update.body.pieces()) == reference(state)) != hooked
     assert sent(update) == reference(state)
-
-
-def test_a_copy_that_could_not_be_asked_for() -> None:
-    """It is the sender who is told: an optimizer's step goes on."""
-    asking: Future[torch.cuda.Event] = Future()
-    asking.set_exception(RuntimeError("CUDA out of memory"))
-    copies, asked = DeviceCopies(), _Asked(asking)
-    copies._latest[torch.device("cuda", 0)] = asked
-    copies.before_step()
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        asked.synchronize()
 
 
 @pytest.mark.gpu
@@ -197,7 +184,7 @@ def test_copies_from_a_device(hooked: bool, shared: bool) -> None:
     """The bytes are those of before the step, though the step follows at once on the device's stream, and the device's
     memory is as before."""
     state = {"w": torch.randn(64 << 20, device="cuda"), "x": torch.randn(3, 5, device="cuda")}
-    maker = Sending(specs_of(state), pinned=True, shared=shared)
+    maker = UpdateBuffers(specs_of(state), pinned=True, shared=shared)
     maker.copied(1, values(state), hooked=False).done()
     expected = reference({name: tensor.cpu() for name, tensor in state.items()})
     torch.cuda.synchronize()
@@ -219,11 +206,11 @@ def test_copies_from_a_device(hooked: bool, shared: bool) -> None:
 def test_copies_to_pages_that_are_locked() -> None:
     """The device is asked and nobody waits for it; the pages are free again with the last that held them."""
     state = {"w": torch.randn(256 << 20, device="cuda")}
-    maker = Sending(specs_of(state), pinned=True)
+    maker = UpdateBuffers(specs_of(state), pinned=True)
     maker.copied(1, values(state), hooked=False).done()
     torch.cuda.synchronize()
     update = maker.copied(2, values(state), hooked=True)
-    [copy] = maker.devices._latest.values()
+    [copy] = maker.devices.latest.values()
     still_under_way = not copy.end().query()
     *_, data = update.body.pieces()
     flat = torch.frombuffer(data, dtype=torch.uint8)
@@ -243,7 +230,7 @@ def test_copies_to_pages_that_are_locked() -> None:
 def test_parameters_on_several_devices(hooked: bool) -> None:
     """Those of each device are copied in its own way, into one update."""
     state = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20, device="cuda"), "c": torch.randn(3)}
-    update = Sending(specs_of(state), pinned=True).copied(1, values(state), hooked=hooked)
+    update = UpdateBuffers(specs_of(state), pinned=True).copied(1, values(state), hooked=hooked)
 
     assert sent(update) == reference({name: tensor.cpu() for name, tensor in state.items()})
 
@@ -253,7 +240,7 @@ def test_parameters_on_several_devices(hooked: bool) -> None:
 def test_a_fork_while_copying() -> None:
     """A loader's worker that is forked off between copies takes nothing of them: the next one arrives here."""
     state = {"w": torch.zeros(1 << 20, device="cuda")}
-    maker = Sending(specs_of(state), pinned=True)
+    maker = UpdateBuffers(specs_of(state), pinned=True)
     for value in (1, 2, 3):
         state["w"].fill_(value)
         update = maker.copied(value, values(state), hooked=False)

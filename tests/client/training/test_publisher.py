@@ -1,11 +1,12 @@
-"""The background sender by itself: its queue, its tries, what it tells and when, with a sending end made by the test.
+"""The background sender by itself: what it sends, tells and waits for, with a sending end made by the test.
 
-Knows the publisher's promises. Does not know tensors or HTTP (test_remote_ema.py, tests/e2e/test_trainer.py).
+Knows the publisher's promises. Does not know tensors or HTTP (test_remote_ema.py, tests/e2e/test_trainer.py), or when a
+try is the last of its round (test_rounds.py).
 """
 
 from __future__ import annotations
 
-import gc
+import dataclasses
 import logging
 import os
 import threading
@@ -15,13 +16,16 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ema_client.errors import EmaError, NonFinite, ServiceUnreachable, StaleStep, UpdatesPending, UsageError
-from ema_client.http.connection import Body
+from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
-from ema_client.training import publisher as publishing
-from ema_client.training.publisher import Publisher, Stats, Update
+from ema_client.training.at_exit import PROGRAM, ProgramEnd
+from ema_client.training.publisher import Publisher
+from ema_client.training.rounds import SendPolicy
+from ema_client.training.tally import Stats
+from ema_client.training.updates import Update
 
 PATIENCE = 20.0
-QUICK = RetryPolicy(attempts=3, base=0.001, cap=0.002)
+QUICK = SendPolicy(RetryPolicy(attempts=3, base=0.001, cap=0.002), stuck_pause=0.01)
 BODY = Body(0, lambda: ())
 
 
@@ -57,16 +61,32 @@ def service() -> Service:
 
 
 @pytest.fixture
-def publisher(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
-    monkeypatch.setattr(publishing, "STUCK_PAUSE", 0.01)
-    made = Publisher(service, QUICK, name="run 'r' at http://here")
-    yield made
+def make(service: Service) -> Iterator[Callable[[SendPolicy], Publisher]]:
+    """Make publishers that send to the service; each is closed after the test, and its thread has ended."""
+    made: list[Publisher] = []
+
+    def make(policy: SendPolicy) -> Publisher:
+        made.append(Publisher(service, policy, name="run 'r' at http://here"))
+        return made[-1]
+
+    yield make
     service.open.set()
-    made.close()
-    thread = made._thread
-    if thread is not None:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+    for publisher in made:
+        publisher.close()
+        if publisher.thread is not None:
+            ended(publisher)
+
+
+@pytest.fixture
+def publisher(make: Callable[[SendPolicy], Publisher]) -> Publisher:
+    return make(QUICK)
+
+
+def ended(publisher: Publisher) -> None:
+    """Wait for the sending thread, which has begun, to end."""
+    assert publisher.thread is not None
+    publisher.thread.join(PATIENCE)
+    assert not publisher.thread.is_alive()
 
 
 class Given:
@@ -109,7 +129,7 @@ def test_no_thread_before_the_first_update(publisher: Publisher) -> None:
     """A publisher that sends nothing starts nothing, and has nothing to flush."""
     publisher.flush()
 
-    assert publisher._thread is None
+    assert publisher.thread is None
 
 
 def test_skip_leaves_out_what_finds_no_room(publisher: Publisher, service: Service) -> None:
@@ -227,10 +247,9 @@ def test_waiting_for_room_ends_where_the_service_goes_away(publisher: Publisher,
     assert push(publisher, 3) is None
 
 
-def test_a_hanging_try_ends_the_round(publisher: Publisher, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_try_ends_the_round(make: Callable[[SendPolicy], Publisher], service: Service) -> None:
     """Where one try took longer than a round may, the service counts as away after it, however many tries are left."""
-    monkeypatch.setattr(publishing, "ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(publishing, "STUCK_PAUSE", 1000.0)
+    publisher = make(dataclasses.replace(QUICK, round_seconds=0.0, stuck_pause=1000.0))
     service.down = True
     push(publisher, 1)
     wait_for(lambda: publisher.stuck)
@@ -238,12 +257,9 @@ def test_a_hanging_try_ends_the_round(publisher: Publisher, service: Service, mo
     assert service.tries == [1]
 
 
-def test_flush_does_not_wait_for_the_next_round(
-    publisher: Publisher, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flush_does_not_wait_for_the_next_round(make: Callable[[SendPolicy], Publisher], service: Service) -> None:
     """Between two rounds a flush has the update tried at once."""
-    monkeypatch.setattr(publishing, "STUCK_PAUSE", 1e6)
-    monkeypatch.setattr(publishing, "LONGEST_STUCK_PAUSE", 1e6)
+    publisher = make(dataclasses.replace(QUICK, stuck_pause=1e6, longest_stuck_pause=1e6))
     service.down = True
     push(publisher, 1)
     wait_for(lambda: publisher.stuck)
@@ -274,8 +290,7 @@ def test_a_defect_of_the_sender_hangs_nobody() -> None:
 
     publisher = Publisher(broken, QUICK, name="r")
     given = push(publisher, 1)
-    assert publisher._thread is not None
-    publisher._thread.join(PATIENCE)
+    ended(publisher)
 
     assert given is not None
     assert given.back.is_set()
@@ -353,11 +368,8 @@ def test_finish_sends_what_is_pending(publisher: Publisher, service: Service, ca
     with caplog.at_level(logging.WARNING, "ema_client"):
         publisher.finish()
     service.open.set()
-    thread = publisher._thread
-    assert thread is not None
-    thread.join(PATIENCE)
+    ended(publisher)
 
-    assert not thread.is_alive()
     assert service.applied == [1, 2]
     assert caplog.messages == ["run 'r' at http://here was dropped without close(); 2 updates are on their way"]
 
@@ -367,51 +379,69 @@ def test_finish_with_the_service_away(publisher: Publisher, service: Service) ->
     service.down = True
     push(publisher, 1)
     publisher.finish()
-    thread = publisher._thread
-    assert thread is not None
-    thread.join(PATIENCE)
 
-    assert not thread.is_alive()
+    ended(publisher)
 
 
 def test_collected_in_the_sender_itself() -> None:
     """The garbage collector may run finish() in the very thread that it ends."""
     publisher = Publisher(lambda _step, _body: publisher.finish(), QUICK, name="r")
     push(publisher, 1)
-    thread = publisher._thread
-    assert thread is not None
-    thread.join(PATIENCE)
+    ended(publisher)
 
-    assert not thread.is_alive()
     assert publisher.stats == Stats(sent=1)
 
 
 def test_ended_publishers_are_forgotten(service: Service) -> None:
-    """Nothing of a publisher that has ended is kept for the program's end."""
-    publisher = Publisher(service, QUICK, name="r")
+    """Nothing of a publisher that has ended is held for the program's end."""
+    program = ProgramEnd()
+    publisher = Publisher(service, QUICK, name="r", program=program)
     push(publisher, 1)
+    assert program.running == {publisher}
     publisher.flush(PATIENCE)
     publisher.close()
-    wait_for(lambda: publisher not in publishing._running)
-    gc.collect()
+    ended(publisher)
 
-    assert publisher not in publishing._running
+    assert program.running == frozenset()
+
+
+def test_the_end_of_the_program_waits(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """What is on its way is sent first; then nothing is taken any more, and the thread has ended."""
+    program = ProgramEnd()
+    publisher = Publisher(service, QUICK, name="r", program=program)
+    service.open.clear()
+    push(publisher, 1)
+    push(publisher, 2)
+    threading.Timer(0.1, service.open.set).start()
+    program.finish()
+
+    assert service.applied == [1, 2]
+    ended(publisher)
+    with pytest.raises(UsageError, match="is closed"):
+        publisher.room(wait=True)
+    assert caplog.messages == []
 
 
 def test_fork(publisher: Publisher, service: Service) -> None:
     """A forked process neither sends nor waits, even if it was forked while a thread held the lock."""
-    service.open.clear()
-    push(publisher, 1)
-    service.wait_begun()
+    locked, go_on = threading.Event(), threading.Event()
+
+    def done() -> None:
+        # Called by the sending thread with the lock of the queue.
+        locked.set()
+        assert go_on.wait(PATIENCE)
+
+    assert publisher.room(wait=True)
+    publisher.submit(Update(1, BODY, lambda: None, done))
+    assert locked.wait(PATIENCE)
     read, write = os.pipe()
-    with publisher._changed:
-        child = os.fork()
+    child = os.fork()
     if child == 0:
         try:
             publisher.recall()
             publisher.finish()
             publisher.close()
-            publishing._flush_all()
+            PROGRAM.finish()
             try:
                 publisher.room(wait=True)
             except UsageError as refused:
@@ -419,11 +449,11 @@ def test_fork(publisher: Publisher, service: Service) -> None:
         finally:
             os._exit(0)
     os.close(write)
+    go_on.set()
     with os.fdopen(read) as pipe:
         said = pipe.read()
     os.waitpid(child, 0)
 
     assert "is a fork of it" in said
-    service.open.set()
     publisher.flush(PATIENCE)
     assert service.applied == [1]

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,6 @@ def ema(server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         return (int(code) if code else 0, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[EmaClient]:
-    with EmaClient(server.url) as made:
-        yield made
 
 
 @pytest.fixture

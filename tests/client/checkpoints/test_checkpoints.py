@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,6 @@ def ema(server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         return (int(code) if code else 0, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[EmaClient]:
-    with EmaClient(server.url) as made:
-        yield made
 
 
 # --- LitEma ---------------------------------------------------------------------------------------------------------

@@ -25,12 +25,6 @@ Watch = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def client(server: Any) -> Iterator[EmaClient]:
-    with EmaClient(server.url) as made:
-        yield made
-
-
-@pytest.fixture
 def run(client: EmaClient, run_name: str) -> str:
     client.create_run(run_name, STATE, decay=0.5, use_num_updates=False)
     return run_name

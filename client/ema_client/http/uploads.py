@@ -1,0 +1,84 @@
+"""Large bodies to a service: sent or, where they lie in shared memory, handed over to a service on this host.
+
+A service that refuses a body in shared memory is sent that body and all later ones; the refusal is logged once.
+
+Knows: when shared memory is worth a hand-over, and which refusals mean "send the bytes". Does not know: how a
+connection speaks (connection), how memory is shared (memfd), JSON, routes, tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeGuard
+
+from ema_client.errors import EmaError, MalformedBody, SegmentUnusable
+from ema_client.http.address import Address
+from ema_client.http.answers import Answer, error_of
+from ema_client.http.body import Body
+from ema_client.http.pool import Pool
+from ema_client.protocol import HEADER_SEGMENT
+
+if TYPE_CHECKING:
+    from ema_client.http.memfd import SharedBody
+
+__all__ = ["SHARE_ABOVE", "Uploads"]
+
+_log = logging.getLogger("ema_client")
+
+#: A body of at most so many bytes is sent as quickly as it would be handed over.
+SHARE_ABOVE = 1 << 20
+#: The service reads and averages a body in shared memory before the first byte of the answer comes: the answer may take
+#: as long as a slow core needs, at so many bytes per second.
+SHARED_BYTES_PER_SECOND = 200e6
+
+
+class Uploads:
+    """The large bodies that go to the service at ``address``. Thread-safe.
+
+    link: how bodies travel, in words for people; says why shared memory was refused where it was.
+    """
+
+    def __init__(self, pool: Pool, address: Address) -> None:
+        self._pool = pool
+        self._address = address
+        self._shares = address.same_host
+        self.link = address.link
+
+    def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
+        """PUT a body, by shared memory where that is possible. The answer may be a refusal."""
+        if body.shared is not None and self._shares and body.length > SHARE_ABOVE:
+            answer = self._hand_over(path, headers, body.shared)
+            fault = None if answer.status < 400 else error_of(answer)
+            if not _wants_the_bytes(fault):
+                return answer
+            self._stop_sharing(fault)
+        return self._send(path, headers, body)
+
+    def _send(self, path: str, headers: Mapping[str, str], body: Body, patience: float = 0.0) -> Answer:
+        connection, answer = self._pool.exchange(
+            lambda connection: connection.put(path, headers, body, patience=patience)
+        )
+        self._pool.give_back(connection)
+        return answer
+
+    def _hand_over(self, path: str, headers: Mapping[str, str], shared: SharedBody) -> Answer:
+        with shared.offered() as segment:
+            named = {**headers, HEADER_SEGMENT: segment.to_header()}
+            answer = self._send(path, named, Body(0, lambda: ()), shared.length / SHARED_BYTES_PER_SECOND)
+        if answer.status < 400:
+            self.link = "shared memory"
+        return answer
+
+    def _stop_sharing(self, fault: EmaError) -> None:
+        self._shares = False
+        self.link = f"{self._address.link}; shared memory was refused: {fault.detail}"
+        _log.warning("pushes to %s are sent and not shared: %s", self._address.url, fault.detail)
+
+
+def _wants_the_bytes(fault: EmaError | None) -> TypeGuard[EmaError]:
+    """Whether the answer to a hand-over means that the body has to be sent.
+
+    MalformedBody: a service without shared memory, or behind a proxy that drops the header, finds an empty body.
+    """
+    return isinstance(fault, SegmentUnusable | MalformedBody)

@@ -1,0 +1,66 @@
+"""Events of a run: read from the text of an event stream, or found by comparing two answers about the run.
+
+Knows: the format of server-sent events, what of a run changes with which kind of event. Does not know: sockets,
+threads, when to ask. No I/O.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from ema_client import protocol
+from ema_client.errors import ProtocolError
+from ema_client.protocol import EventKind, RunEvent, RunInfo, SnapshotInfo
+
+__all__ = ["CONTENT_TYPE", "differences", "event_of", "parse", "read_event"]
+
+CONTENT_TYPE = "text/event-stream"
+
+
+def parse(lines: Iterable[bytes]) -> Iterator[str]:
+    """The data of each event of an event stream; an event that is not finished is dropped, as the standard says."""
+    data: list[str] = []
+    for raw in lines:
+        line = raw.decode("utf-8", "replace").rstrip("\r\n")
+        if line.startswith("data:"):
+            data.append(line.removeprefix("data:").removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data = []
+
+
+def read_event(url: str, data: str) -> RunEvent:
+    """The event that ``data`` is, as JSON. Raises ProtocolError naming ``url``, where the data came from."""
+    try:
+        return protocol.from_json(RunEvent, json.loads(data))
+    except ValueError as fault:
+        raise ProtocolError(f"{url} sent an event that is none: {fault}") from None
+
+
+def differences(old: RunInfo | None, new: RunInfo) -> Iterator[RunEvent]:
+    """The events that a stream would have told between two answers to ``GET /v1/runs/{run}``. old: None at first."""
+    if new.version is not None and (old is None or old.version != new.version):
+        yield event_of("version", new)
+    for was, average in zip(old.averages if old else (), new.averages, strict=False):
+        if was.decay != average.decay:
+            event = event_of("decay_changed", new)
+            yield replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
+    if old and new.num_updates < old.num_updates:
+        yield event_of("num_updates_reset", new)
+
+
+def event_of(kind: EventKind, info: RunInfo, snapshot: SnapshotInfo | None = None) -> RunEvent:
+    """An event of a run that stands as ``info`` says, with the decay of the run's first average."""
+    return RunEvent(
+        kind=kind,
+        run=info.run,
+        version=info.version,
+        step=info.step,
+        num_updates=info.num_updates,
+        average=info.averages[0].name,
+        decay=info.decay,
+        effective_decay=info.effective_decay,
+        snapshot=snapshot,
+    )

@@ -1,0 +1,118 @@
+"""Pulls: weights as tensors, tried again where a connection breaks, waited for, and in halves where they are large.
+
+Knows: how long the service holds a request, which weights are large, and where such weights were parted at the latest
+pull. Does not know: routes, sockets, how halves and slices are read (halves, slices).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ema_client.errors import StepNotReached
+from ema_client.http.downloads import Download
+from ema_client.http.transport import Query, Transport
+from ema_client.protocol import MAX_WAIT, WeightsInfo
+from ema_client.reading.halves import pull_halves, split_of
+from ema_client.reading.ranges import OpenRange
+from ema_client.reading.slices import Wanted, fetch
+from ema_client.reading.weights import Weights, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SPLIT_ABOVE", "Pulls"]
+
+#: A body of at most so many bytes has come before a second connection would be worth its thread.
+SPLIT_ABOVE = 64 << 20
+#: Pause between two requests for a step that the service answers without waiting, in seconds.
+_POLL_SECONDS = 0.05
+#: So many requests are remembered with the byte at which their weights are parted.
+_MOST_SPLITS = 1000
+
+
+class Pulls:
+    """The pulls of one client. Thread-safe.
+
+    Args:
+        transport: opens bodies and repeats requests.
+        split_above: weights of more bytes than this are pulled in halves, from their second pull on.
+        longest_wait: seconds for which the service holds a request; a longer wait is several requests.
+    """
+
+    def __init__(self, transport: Transport, *, split_above: int = SPLIT_ABOVE, longest_wait: float = MAX_WAIT) -> None:
+        self._transport = transport
+        self._split_above = split_above
+        self._longest_wait = longest_wait
+        #: request -> the byte at which the weights are parted, 0 for weights to be pulled whole.
+        self._splits: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def pull(
+        self,
+        path: str,
+        query: Query,
+        out: Mapping[str, Tensor] | None = None,
+        *,
+        min_step: int | None = None,
+        wait: float | None = None,
+    ) -> Weights:
+        """The weights at ``path``, in the tensors of ``out`` or in new ones; see EmaClient.pull().
+
+        wait: seconds to wait for ``min_step``, after which StepNotReached is raised.
+        """
+        if min_step is None or wait is None:
+            return self._pull(path, query, out, {"min_step": min_step})
+        deadline = time.monotonic() + wait
+        while True:
+            now = max(0.0, min(deadline - time.monotonic(), self._longest_wait))
+            try:
+                return self._pull(path, query, out, {"min_step": min_step, "wait": now}, patience=now)
+            except StepNotReached:
+                if time.monotonic() + _POLL_SECONDS >= deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
+
+    def pull_slices(
+        self, path: str, query: Query, wanted: Mapping[str, Wanted], *, min_step: int | None = None
+    ) -> WeightsInfo:
+        """Slices of the weights at ``path`` into their targets; see EmaClient.pull_slices()."""
+        waiting = {} if min_step is None else {"min_step": min_step, "wait": self._longest_wait}
+        open_range = self._opener(path, query, waiting, self._longest_wait)
+        return self._transport.retrying(lambda _: fetch(open_range, wanted))
+
+    def _pull(
+        self, path: str, query: Query, out: Mapping[str, Tensor] | None, waiting: Query, patience: float = 0.0
+    ) -> Weights:
+        from ema_client.tensors.body import receive
+
+        open_range, request = self._opener(path, query, waiting, patience), f"{path} {query}"
+
+        def attempt(_: int) -> Weights:
+            split = self._splits.get(request, 0)
+            halves = pull_halves(open_range, split, out) if split else None
+            if halves is not None:
+                return halves
+            with open_range(0, None, None) as download:
+                header, info = read_header(download)
+                large = download.length > self._split_above
+                self._remember(request, split_of(header, download.length) if large else 0)
+                return Weights(receive(header.entries, download.readinto, out), info)
+
+        return self._transport.retrying(attempt)
+
+    def _opener(self, path: str, query: Query, waiting: Query, patience: float) -> OpenRange:
+        def open_range(start: int, stop: int | None, etag: str | None) -> Download:
+            # Only the first request waits for the step: the others name the first one's ETag, and so its version.
+            asked, seconds = (query, 0.0) if etag else ({**query, **waiting}, patience)
+            return self._transport.download(path, query=asked, start=start, stop=stop, etag=etag, patience=seconds)
+
+        return open_range
+
+    def _remember(self, request: str, split: int) -> None:
+        with self._lock:
+            if len(self._splits) >= _MOST_SPLITS:
+                self._splits.clear()
+            self._splits[request] = split

@@ -1,0 +1,170 @@
+"""Who of a trainer's ranks does what: of a model that each rank holds whole, and of a sharded model.
+
+WholePlan and ShardedPlan offer one interface, so that nobody else asks which of the two a trainer has.
+
+Knows: how updates and initial weights are sent whole and in parts, and when ranks wait for each other. Does not know:
+models, what is sent, steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from ema_client.client import EmaClient
+from ema_client.errors import RunExists
+from ema_client.http.body import Body
+from ema_client.protocol import RunConfig, RunInfo, TensorSpec
+from ema_client.training.ranks import Gather, agreed, gathered, own_rank, ranks_in_all, together
+from ema_client.wire import Box
+
+__all__ = ["Plan", "ShardedPlan", "WholePlan", "plan_whole"]
+
+T = TypeVar("T")
+
+#: Gives this rank's tensors as the first shadow, by name; called only on a rank that sends tensors.
+Initial = Callable[[], Mapping[str, Tensor]]
+
+
+class Plan(Protocol):
+    """What a trainer asks of a plan. All ranks call together(), once(), all_have() and create() at the same places.
+
+    layout: of the whole model. part: the rank's number among the parts of an update, None on a rank that sends nothing.
+    slices: name -> the slices of a tensor on this rank; tensors without an entry are whole. others: whether there are
+    other ranks, whose sending this rank has to wait for.
+    """
+
+    @property
+    def layout(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def part(self) -> int | None: ...
+    @property
+    def slices(self) -> Mapping[str, tuple[Box, ...]]: ...
+    @property
+    def others(self) -> bool: ...
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work of each rank, and wait for all ranks that act together; returns the own result."""
+
+    def once(self, work: Callable[[], T]) -> T | None:
+        """Do work on a single rank; returns the result on all sending ranks, else None."""
+
+    def all_have(self, value: object, /) -> bool:
+        """Whether all ranks that act together give the same value."""
+
+    def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
+        """Create the run and send the initial weights; returns the run, None where another rank did both.
+
+        Raises RunExists, and what EmaClient.create_run() raises.
+        """
+
+    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> None:
+        """Send this rank's body of the update of ``step``, tried once."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholePlan:
+    """Every rank holds the whole model, as in DDP: rank 0 sends, and no rank asks another. ``part`` is 0 or None."""
+
+    layout: tuple[TensorSpec, ...]
+    part: int | None = 0
+    others: bool = False
+
+    @property
+    def slices(self) -> Mapping[str, tuple[Box, ...]]:
+        return {}
+
+    def together(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def once(self, work: Callable[[], T]) -> T | None:
+        return work() if self.part is not None else None
+
+    def all_have(self, _value: object, /) -> bool:
+        return True
+
+    def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
+        if self.part is None:
+            return None
+        with _hinting_at_resume():
+            return client.create_run(
+                config.run,
+                initial(),
+                decay=config.decay,
+                use_num_updates=config.use_num_updates,
+                decay_per=config.decay_per,
+                averages=config.averages,
+                durability=config.durability,
+                copied=config.copied,
+                step=0,
+            )
+
+    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> None:
+        client.push_once(run, body, step=step, writer=writer)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedPlan:
+    """Each rank sends its shards as a part of an update of ``of`` parts, and all ranks act together.
+
+    group: a string of the trainer's start, the same on all ranks. gather: how ranks tell each other.
+    """
+
+    layout: tuple[TensorSpec, ...]
+    part: int | None
+    of: int
+    group: str
+    slices: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
+    gather: Gather = gathered
+
+    @property
+    def others(self) -> bool:
+        return True
+
+    def together(self, work: Callable[[], T]) -> T:
+        return together(work, gather=self.gather)
+
+    def once(self, work: Callable[[], T]) -> T | None:
+        return agreed(lambda: work() if self.part == 0 else None, gather=self.gather)
+
+    def all_have(self, value: object, /) -> bool:
+        return len(set(self.gather(value))) == 1
+
+    def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
+        self.together(lambda: self._declare(client, config))
+        self.together(lambda: self._send_initial(client, config.run, initial))
+        return client.wait_for_step(config.run, 0)
+
+    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> None:
+        if self.part is not None:
+            part, of = self.part, self.of
+            client.push_part_once(run, body, step=step, part=part, of=of, group=self.group, writer=writer)
+
+    def _declare(self, client: EmaClient, config: RunConfig) -> None:
+        if self.part == 0:
+            with _hinting_at_resume():
+                client.declare_run(config)
+
+    def _send_initial(self, client: EmaClient, run: str, initial: Initial) -> None:
+        if self.part is not None:
+            part, of = self.part, self.of
+            client.send_weights_part(run, initial(), slices=self.slices, part=part, of=of, group=self.group, step=0)
+
+
+def plan_whole(layout: tuple[TensorSpec, ...]) -> WholePlan:
+    """The plan of a model that every rank, or the only process, holds whole."""
+    others = ranks_in_all() > 1
+    return WholePlan(layout, 0 if not others or own_rank() == 0 else None, others)
+
+
+@contextlib.contextmanager
+def _hinting_at_resume() -> Iterator[None]:
+    try:
+        yield
+    except RunExists as exists:
+        hint = "pass resume=True to go on with it, choose another name, or delete the old run first"
+        raise RunExists(exists.detail, hint=hint) from None

@@ -1,0 +1,171 @@
+"""The queue between a trainer's thread and the thread that sends its updates.
+
+Knows: how many updates there may be, and what each of the two threads waits for. Does not know: sending, counting,
+logging, or how an update came about.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from ema_client.errors import EmaError
+from ema_client.training.rounds import gives_up
+from ema_client.training.updates import Update
+
+__all__ = ["SLOTS", "UpdateQueue"]
+
+#: Updates in the queue: the first is on its way, the second waits. Each holds memory of the model's size.
+SLOTS = 2
+
+
+class UpdateQueue:
+    """Updates in order, the first of them being sent. Thread-safe; one thread puts, one sends, any may end the queue.
+
+    The lock is reentrant, as the garbage collector may call end() in the middle of any other method.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._updates: deque[Update] = deque()
+        self._stuck: EmaError | None = None
+        self._rounds = 0
+        self._broken: EmaError | None = None
+        #: A flush() waits: the pause between two rounds is cut short.
+        self._hurried = False
+        self._recalled = False
+        self._ending = False
+        self._abandoned = False
+
+    @property
+    def pending(self) -> int:
+        """Updates put and not removed."""
+        return len(self._updates)
+
+    @property
+    def stuck(self) -> EmaError | None:
+        """The error of the latest round of tries, where a round came to nothing and no update went through since."""
+        return self._stuck
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds in a row came to nothing."""
+        return self._rounds
+
+    @property
+    def broken(self) -> EmaError | None:
+        """Why the sending thread ended by itself; None while all is well."""
+        return self._broken
+
+    @property
+    def ending(self) -> bool:
+        """Whether end() was called. Takes no lock, so a forked process may ask."""
+        return self._ending
+
+    # --- the trainer's thread ---------------------------------------------------------------------------------------
+
+    def has_room(self, *, wait: bool) -> bool:
+        """Whether an update can be put. wait: wait for room, unless the service is away."""
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._free or self._stuck is not None or self._broken is not None)
+            return self._free
+
+    def put(self, update: Update) -> None:
+        """Add an update, for which has_room() has found room."""
+        with self._changed:
+            self._updates.append(update)
+            self._changed.notify_all()
+
+    def wait_until_empty(self, timeout: float | None) -> tuple[int, EmaError | None]:
+        """Wait until all updates are removed, a round of tries came to nothing, or ``timeout`` seconds have passed.
+
+        Returns ``pending`` and ``stuck`` of that moment.
+        """
+        with self._changed:
+            before = self._rounds
+            self._hurried = bool(self._updates)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._updates or (self._stuck and self._rounds > before), timeout)
+            return len(self._updates), self._stuck
+
+    def recall(self) -> None:
+        """Return once no update with borrowed memory is left; a failed try of such an update is its last."""
+        with self._changed:
+            self._recalled = True
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: not any(update.borrowed for update in self._updates))
+            finally:
+                self._recalled = False
+
+    def end(self, *, abandon: bool) -> None:
+        """Let the sending thread end: after the pending updates or, to ``abandon`` them, before."""
+        with self._changed:
+            self._ending = True
+            self._abandoned = self._abandoned or abandon
+            self._changed.notify_all()
+
+    @property
+    def _free(self) -> bool:
+        return len(self._updates) < SLOTS and self._broken is None
+
+    # --- the sending thread -----------------------------------------------------------------------------------------
+
+    def first(self) -> Update | None:
+        """Wait for an update and return it, still in the queue; None where there is nothing more to send."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._updates or self._ending)
+            return None if self._abandoned or not self._updates else self._updates[0]
+
+    def pause(self, update: Update, seconds: float) -> bool:
+        """Wait before the next try of ``update``; False, at once, where the update is given up.
+
+        A flush() cuts the pause short where the sender is stuck.
+        """
+        with self._changed:
+            stuck = self._stuck is not None
+            self._changed.wait_for(lambda: self._gives_up(update) or (stuck and self._hurried), seconds)
+            return not self._gives_up(update)
+
+    def get_stuck(self, error: EmaError, *, after_round: bool) -> bool:
+        """The service counts as away; returns whether that is news.
+
+        after_round: whether a whole round of tries came to nothing.
+        """
+        with self._changed:
+            news, self._stuck = self._stuck is None, error
+            if after_round:
+                self._rounds += 1
+                self._hurried = False
+            self._changed.notify_all()
+            return news
+
+    def get_through(self) -> bool:
+        """The service has answered; returns whether the service counted as away before."""
+        with self._changed:
+            was_stuck, self._stuck, self._rounds = self._stuck is not None, None, 0
+            return was_stuck
+
+    def break_down(self, error: EmaError) -> None:
+        """The sending thread ends by itself: waiting ends, and nothing is taken any more."""
+        with self._changed:
+            self._broken = error
+            self._changed.notify_all()
+
+    def remove_first(self) -> None:
+        """Remove the first update and give its memory back."""
+        with self._changed:
+            self._updates.popleft().done()
+            if not self._updates:
+                self._hurried = False
+            self._changed.notify_all()
+
+    def _gives_up(self, update: Update) -> bool:
+        return gives_up(
+            abandoned=self._abandoned,
+            ending=self._ending,
+            stuck=self._stuck is not None,
+            recalled=self._recalled,
+            borrowed=update.borrowed,
+        )

@@ -1,0 +1,65 @@
+"""The ranks of a distributed training: work done together, and values told to each other.
+
+Knows: torch.distributed's default group. Does not know: models, tensors, HTTP, runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from ema_client.errors import EmaError
+
+__all__ = ["Gather", "agreed", "gathered", "is_distributed", "own_rank", "ranks_in_all", "together"]
+
+T = TypeVar("T")
+
+#: Gives each rank's value, by rank, on all ranks; all ranks call together.
+Gather = Callable[[Any], list[Any]]
+
+
+def is_distributed() -> bool:
+    """Whether the process is a rank of a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def own_rank() -> int:
+    """The process' number among the ranks."""
+    return dist.get_rank()
+
+
+def ranks_in_all() -> int:
+    """How many ranks there are; 1 where the training is not distributed."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """Each rank's ``value``, by rank, on all ranks; all ranks call together."""
+    values: list[Any] = [None] * ranks_in_all()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T], *, gather: Gather = gathered) -> T:
+    """Do ``work`` on each rank; returns the own result once all ranks are done.
+
+    An EmaError of a single rank is raised on all ranks, with a note naming the rank.
+    """
+    fault: EmaError | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except EmaError as error:
+        fault = error
+    for rank, other in enumerate(gather(fault)):
+        if other is not None:
+            other.add_note(f"on rank {rank}")
+            raise other
+    return cast(T, result)
+
+
+def agreed(work: Callable[[], T | None], *, gather: Gather = gathered) -> T | None:
+    """together(), for work with a result on a single rank and None elsewhere: the result, on all ranks."""
+    return next((made for made in gather(together(work, gather=gather)) if made is not None), None)
