@@ -74,7 +74,7 @@ _POLL_SECONDS = 0.02
 class EmaClient:
     """The calls to one service. Thread-safe; one client serves a process.
 
-    More methods than a class usually has: one for each thing that a user may ask of the service.
+    More than twenty methods: one for each thing that a user may ask of the service.
 
     Args:
         url: ``http://host:port``, ``https://host`` or ``unix:///path.sock``; else $EMA_SERVICE_URL, else

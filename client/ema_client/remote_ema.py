@@ -54,7 +54,7 @@ class RemoteEma:
     (``stats``) and raised by flush(), close() and every call that reads, which wait for all earlier updates. The end of
     the program waits for updates on their way, for at most 30 seconds.
 
-    More methods and attributes than a class usually has: all calls of LitEma, and the parts behind those calls.
+    More than twenty methods, all calls of LitEma, and more than a dozen attributes, the parts behind those calls.
 
     Args:
         model: the model. Its parameters are sent once, as the initial shadow; the model is not referred to later.

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
-# what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics and
-# threads are leaves.
-LEAVES = {"settings", "metrics", "threads"}
+# what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
+# threads and machine_memory are leaves.
+LEAVES = {"settings", "metrics", "threads", "machine_memory"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
@@ -42,6 +42,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "settings": set(),
     "metrics": set(),
     "threads": set(),
+    "machine_memory": set(),
     "demo": {"settings"},
     "bench": {"settings"},
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -131,3 +132,66 @@ def test_module_says_what_it_knows(name: str) -> None:
     assert docstring
     if MODULES[name].name != "__init__.py":
         assert "know" in docstring.lower()
+
+
+# --- the size of classes --------------------------------------------------------------------------------------------
+
+MOST_METHODS, MOST_ATTRIBUTES = 20, 12
+_SAYS_WHY = {
+    "methods": re.compile(r"more than twenty methods", re.IGNORECASE),
+    "attributes": re.compile(r"more than a dozen\s+attributes", re.IGNORECASE),
+}
+
+
+def oversized(source: str) -> list[str]:
+    """Classes with many methods or attributes of their own whose docstring has no sentence that says why."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            text = ast.get_docstring(node) or ""
+            for kind, count, most in (
+                ("methods", _methods(node), MOST_METHODS),
+                ("attributes", _attributes(node), MOST_ATTRIBUTES),
+            ):
+                if count > most and not _SAYS_WHY[kind].search(text):
+                    found.append(f"{node.name} has {count} {kind}: split it, or begin a sentence with 'More than ...'")
+    return found
+
+
+def _methods(node: ast.ClassDef) -> int:
+    return sum(isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) for child in node.body)
+
+
+def _attributes(node: ast.ClassDef) -> int:
+    stored = (
+        each
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute)
+        and isinstance(each.ctx, ast.Store)
+        and isinstance(each.value, ast.Name)
+        and each.value.id == "self"
+    )
+    return len({each.attr for each in stored})
+
+
+def test_large_classes_say_why() -> None:
+    """A class does one thing; where it takes more than twenty methods or a dozen attributes, its docstring says why."""
+    found = {name: oversized(path.read_text()) for name, path in MODULES.items()}
+
+    assert {name: faults for name, faults in found.items() if faults} == {}
+
+
+@pytest.mark.parametrize("many", ["methods", "attributes"])
+def test_large_class_is_seen(many: str) -> None:
+    """A class over the line is found, and not once it says why."""
+    body = {
+        "methods": [f"    def m{i}(self): ..." for i in range(MOST_METHODS + 1)],
+        "attributes": ["    def m(self):", *(f"        self.a{i} = 0" for i in range(MOST_ATTRIBUTES + 1))],
+    }[many]
+    said = {
+        "methods": "More than twenty methods: a route each.",
+        "attributes": "More than a dozen attributes: so it is.",
+    }
+
+    assert oversized("\n".join(["class C:", *body])) != []
+    assert oversized("\n".join(["class C:", f'    """{said[many]}"""', *body])) == []
