@@ -200,6 +200,8 @@ class RunInfo:
     writer: the number of the trainer that attached last, 0 before any did.
     link: how the latest push came to the server, for people to read; None before the first push since its start.
     copied: how many of the tensors are copied, not averaged.
+    checkpoint_step: the step that the run would have after the loss of the machine, None if none.
+    versions_in: where versions are kept, for people to read: memory files, slots on disk; None where nothing is.
     """
 
     run: str
@@ -226,6 +228,8 @@ class RunInfo:
     writer: int = 0
     link: str | None = None
     copied: int = 0
+    checkpoint_step: int | None = None
+    versions_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ Knows bytes, dtypes, devices and budgets. Knows no run, no update, no file and n
 from __future__ import annotations
 
 from ema_service.memory.arena import Arena, Memory
+from ema_service.memory.file_pool import FilePool
 from ema_service.memory.frozen import FrozenWeights
 from ema_service.memory.layout import Layout
 from ema_service.memory.staging import Shared, Staged, Staging
 
-__all__ = ["Arena", "FrozenWeights", "Layout", "Memory", "Shared", "Staged", "Staging"]
+__all__ = ["Arena", "FilePool", "FrozenWeights", "Layout", "Memory", "Shared", "Staged", "Staging"]

@@ -8,16 +8,18 @@ Knows bytes, devices and torch's dtypes. Does not know runs, updates, budgets or
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ema_client.errors import Overloaded
 from ema_service.memory.layout import Layout
 from ema_service.memory.pool import HostPool
 from ema_service.threads import Threads
 
-__all__ = ["TORCH_DTYPES", "Arena", "Mark", "Memory", "buffer_bytes", "param_offset"]
+__all__ = ["TORCH_DTYPES", "Arena", "Mark", "Memory", "Pool", "buffer_bytes", "param_offset"]
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -31,15 +33,21 @@ class Arena:
     """The shadows of one average of one version, in the layout's order. Never changed once it is part of a version.
 
     tensor: uint8, layout.shadow_bytes long, on the arena's device. digest: of its bytes (averaging.Digest), None where
-    nobody has worked it out.
+    nobody has worked it out. twin: host memory with the same bytes, where those of a device are kept as they come.
     """
 
-    __slots__ = ("__weakref__", "digest", "layout", "tensor")
+    __slots__ = ("__weakref__", "digest", "layout", "tensor", "twin")
 
     def __init__(self, layout: Layout, tensor: Tensor) -> None:
         self.layout = layout
         self.tensor = tensor[: layout.shadow_bytes]
         self.digest: bytes | None = None
+        self.twin: Tensor | None = None
+
+    @property
+    def host(self) -> Tensor:
+        """The arena's bytes in host memory, where they lie there."""
+        return self.tensor if self.twin is None else self.twin
 
     def section(self, section_index: int) -> Tensor:
         """The flat tensor of one of the layout's sections."""
@@ -62,21 +70,46 @@ class Mark(Protocol):
     def synchronize(self) -> None: ...
 
 
+class Pool(Protocol):
+    """Lends host memory: a uint8 tensor with arbitrary content, the caller's until its last view is gone."""
+
+    def lend(self, nbytes: int) -> Tensor: ...
+
+
 class Memory:
-    """Where arenas are made: one device, and the pool of the host."""
+    """Where arenas are made: one device, and the pool of the host.
+
+    arenas: the pool that arenas of the host come from, and copies of a device's arenas that are to outlive the process:
+    ``pool`` itself, or the memory files of one run (of_run()).
+    """
 
     def __init__(self, device: torch.device, *, keep_bytes: int = 0) -> None:
         self.device = device
         self.on_host = device.type == "cpu"
         self.pool = HostPool(pinned=device.type == "cuda", keep_bytes=keep_bytes)
+        self.arenas: Pool = self.pool
         #: Who waits for results of a device, so that who receives need not.
         self.followers = Threads(_FOLLOWERS, "ema-follow")
 
+    def of_run(self, arenas: Pool) -> Memory:
+        """The same memory, whose arenas of the host come from a pool of one run's own."""
+        run = copy.copy(self)
+        run.arenas = arenas
+        return run
+
     def allocate(self, nbytes: int) -> Tensor:
-        """A uint8 tensor on the device, arbitrary content."""
-        if self.on_host:
-            return self.pool.lend(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        """A uint8 tensor on the device, arbitrary content. Raises Overloaded where that memory cannot be had."""
+        try:
+            if self.on_host:
+                return self.arenas.lend(nbytes)
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except (MemoryError, OSError, torch.cuda.OutOfMemoryError) as fault:
+            raise Overloaded(f"{nbytes} bytes of memory could not be had: {_said(fault)}", retry_after=1.0) from fault
+
+    def landing(self, nbytes: int) -> Tensor:
+        """Host memory that an arena's bytes arrive in: the arena's own, or what they are uploaded from. Raises as
+        allocate()."""
+        return self.allocate(nbytes) if self.on_host else self.pool.lend(nbytes)
 
     def new_arena(self, layout: Layout) -> Arena:
         return Arena(layout, self.allocate(layout.shadow_bytes))
@@ -97,6 +130,10 @@ class Memory:
     def to_device(self, host: Tensor) -> Tensor:
         """The bytes of ``host`` on the device: itself where it lies there, else a copy."""
         return host if self.on_host else host.to(self.device)
+
+
+def _said(fault: BaseException) -> str:
+    return str(fault).splitlines()[0] if str(fault) else type(fault).__name__
 
 
 def param_offset(layout: Layout) -> int:

@@ -55,7 +55,7 @@ class Staged:
         self._memory = memory
         self._offset = param_offset(layout)
         size = buffer_bytes(layout)
-        self._host = memory.pool.lend(size if memory.on_host else layout.param_bytes)
+        self._host = memory.landing(size if memory.on_host else layout.param_bytes)
         self._buffer = self._host if memory.on_host else memory.allocate(size)
         start = self._offset if memory.on_host else 0
         self.data = self._host[start : start + layout.param_bytes].numpy().data
@@ -94,8 +94,9 @@ class Staged:
             param.copy_(self._host[start:stop], non_blocking=True)
 
     def host_twin(self, arena: Arena) -> Tensor:
-        """Host memory, uint8, for the bytes that an arena of the device will hold."""
-        return self._memory.pool.lend(arena.tensor.numel())
+        """Host memory, uint8, for the bytes that an arena of the device will hold. The arena keeps it."""
+        arena.twin = self._memory.arenas.lend(arena.tensor.numel())
+        return arena.twin
 
     def mark(self) -> Mark:
         """As Memory.mark()."""
@@ -173,10 +174,11 @@ class Staging:
             )
         return nbytes
 
-    def reserve(self, layout: Layout, averages: int = 1) -> Staged:
+    def reserve(self, layout: Layout, averages: int = 1, memory: Memory | None = None) -> Staged:
         """Memory for one push of this layout, and the right to as many new shadows as the push will feed.
 
-        Raises BodyTooLarge where the budget could never hold it, Overloaded where it cannot now.
+        memory: the run's, where its arenas are not those of all. Raises BodyTooLarge where the budget could never hold
+        the push, Overloaded where it cannot now, or where there is no memory all the same.
         """
         nbytes = self.needed(layout, averages)
         if not self._budget.take(nbytes):
@@ -186,9 +188,9 @@ class Staging:
                 retry_after=1.0,
             )
         try:
-            staged = Staged(layout, self._memory)
+            staged = Staged(layout, memory or self._memory)
             staged.charge(self._budget, nbytes)
-        except (MemoryError, OSError, RuntimeError):
+        except (MemoryError, OSError, RuntimeError, Overloaded):
             self._budget.give_back(nbytes)
             raise
         return staged

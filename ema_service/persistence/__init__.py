@@ -7,8 +7,9 @@ hands it what is to be kept.
 from __future__ import annotations
 
 from ema_service.persistence.history import History
+from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.snapshots import Snapshots
 from ema_service.persistence.versions import Versions
 
-__all__ = ["History", "Restored", "Snapshots", "Versions"]
+__all__ = ["History", "MemoryVersions", "Restored", "Snapshots", "Versions"]

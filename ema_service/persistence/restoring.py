@@ -24,7 +24,7 @@ from ema_service.persistence.rows import StoredVersion
 from ema_service.shadows.state import State
 from ema_service.storage import TensorFile
 
-__all__ = ["Restored", "find", "read_arena"]
+__all__ = ["Restored", "Search", "read_arena"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,28 +51,54 @@ class Restored:
     moved: bool = False
 
 
-def find(
-    run: str, rows: Sequence[StoredVersion], durability: Durability, opening: Opening, layout: Layout, memory: Memory
-) -> Restored:
-    """Read the newest version that is whole. rows: newest first."""
-    damaged: list[StoredVersion] = []
-    lost: list[str] = []
-    found = Restored(last_epoch=max((row.epoch for row in rows), default=0))
-    for position, row in enumerate(rows):
-        try:
-            state = _read(row, opening, layout, memory)
-        except (OSError, MalformedBody) as fault:
-            damaged.append(row)
-            why = f"its checkpoint of {time.ctime(row.row.created_at)} cannot be read: {fault}"
-            lost += [] if _is_excused(row, durability) else [why]
-            _log.error("run %s: %s", run, why)
-            continue
-        older = rows[position + 1 :]
-        moved = bool(damaged) or _may_have_moved(row, durability)
-        state = _in_new_epoch(state, [row, *damaged]) if moved else state
-        found = replace(found, state=state, steps=_steps_before(row, older), row=row, older=older, moved=moved)
-        break
-    return replace(found, fault=f"{_missing(found.state, rows[0])}{lost[0]}") if lost else found
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The search for what a run comes up with, among the rows of its versions on disk."""
+
+    run: str
+    durability: Durability
+    opening: Opening
+    layout: Layout
+    memory: Memory
+
+    def find(self, rows: Sequence[StoredVersion], lost: StoredVersion | None, fault: str | None) -> Restored:
+        """Read the newest version that is whole.
+
+        rows: newest first. lost: a version that lay in memory and is newer than those; fault: why it should not be
+        lost, None where that may happen.
+        """
+        newer = [lost] if lost else []
+        faults = [fault] if fault else []
+        found = Restored(last_epoch=max((row.epoch for row in [*newer, *rows]), default=0))
+        for position, row in enumerate(rows):
+            try:
+                state = self._read(row)
+            except (OSError, MalformedBody) as damage:
+                newer.append(row)
+                why = f"its checkpoint of {time.ctime(row.row.created_at)} cannot be read: {damage}"
+                faults += [] if _is_excused(row, self.durability) else [why]
+                _log.error("run %s: %s", self.run, why)
+                continue
+            older = rows[position + 1 :]
+            moved = bool(newer) or _may_have_moved(row, self.durability)
+            state = _in_new_epoch(state, [row, *newer]) if moved else state
+            found = replace(found, state=state, steps=_steps_before(row, older), row=row, older=older, moved=moved)
+            break
+        if not faults:
+            return found
+        return replace(found, fault=f"{_missing(found.state, newer[0])}{faults[0]}")
+
+    def _read(self, row: StoredVersion) -> State:
+        if not row.said:
+            raise MalformedBody("the catalog's row of it is damaged")
+        arenas = []
+        for average, checksum in row.checksums.items():
+            file = self.opening(row, average)
+            try:
+                arenas.append(read_arena(file, self.layout, self.memory, checksum))
+            finally:
+                file.close()
+        return State(row.version, tuple(arenas))
 
 
 def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str | None) -> Arena:
@@ -83,7 +109,7 @@ def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str |
     """
     if file.header.entries != layout.shadows:
         raise MalformedBody(f"{file.name} has other tensors than the run's layout")
-    host, digest = memory.pool.lend(layout.shadow_bytes), Digest()
+    host, digest = memory.landing(layout.shadow_bytes), Digest()
     data = host.numpy().data
     for piece in file.read_whole(data):
         digest.update(piece)
@@ -93,19 +119,6 @@ def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str |
     arena = Arena(layout, memory.to_device(host))
     arena.digest = digest.digest()
     return arena
-
-
-def _read(row: StoredVersion, opening: Opening, layout: Layout, memory: Memory) -> State:
-    if not row.said:
-        raise MalformedBody("the catalog's row of it is damaged")
-    arenas = []
-    for average, checksum in row.checksums.items():
-        file = opening(row, average)
-        try:
-            arenas.append(read_arena(file, layout, memory, checksum))
-        finally:
-            file.close()
-    return State(row.version, tuple(arenas))
 
 
 def _in_new_epoch(state: State, rows: Sequence[StoredVersion]) -> State:

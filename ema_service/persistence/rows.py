@@ -54,6 +54,28 @@ class StoredVersion:
         return {each["name"]: each.get("checksum") for each in self.said["averages"]}
 
     @property
+    def files(self) -> dict[str, str]:
+        """The memory file of each average, where the version lies in memory files."""
+        files: dict[str, str] = self.said.get("files", {})
+        return files
+
+    @property
+    def nonce(self) -> str | None:
+        """Of the folder that the memory files lie in."""
+        nonce: str | None = self.said.get("nonce")
+        return nonce
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of updates before this version's, in its epoch, as far as the row tells."""
+        return tuple(self.said.get("steps", ()))
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Orders the versions of a run: the newest is the largest."""
+        return self.epoch, int(self.said.get("n", 0))
+
+    @property
     def version(self) -> Version:
         """The version as it was written. For a row that is not damaged."""
         said = self.said
@@ -70,11 +92,15 @@ class StoredVersion:
         )
 
 
-def dump(state: State, *, final: bool) -> str:
-    """The text of a row, readable also for whoever has to repair a catalog by hand."""
+def dump(state: State, *, final: bool, **more: object) -> str:
+    """The text of a row, readable also for whoever has to repair a catalog by hand.
+
+    more: further members, such as which files the version lies in.
+    """
     version = state.version
     return json.dumps(
         {
+            **more,
             "lineage": version.lineage,
             "epoch": version.epoch,
             "n": version.n,

@@ -25,18 +25,20 @@ from ema_client.protocol import MAX_STEP, Durability, RunConfig, WeightsInfo
 from ema_service.averaging import Digest
 from ema_service.bodies.outgoing import header_of
 from ema_service.memory import Arena, Layout, Memory
-from ema_service.persistence.restoring import Restored, find
+from ema_service.persistence.restoring import Restored, Search
 from ema_service.persistence.rows import StoredVersion, dump, read_rows
 from ema_service.shadows.state import Average, State
-from ema_service.storage import CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
+from ema_service.storage import MEMORY, CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
-__all__ = ["Versions"]
+__all__ = ["SlotPlace", "Versions"]
 
 _log = logging.getLogger(__name__)
 
 #: Slots made when a run is created, so that a disk too small for it says so then: one being written beside the newest,
 #: and where syncing runs behind, the anchor.
 _SLOTS = {"memory": 0, "process": 3, "disk": 2}
+#: Where versions lie in memory files: a checkpoint being written beside the newest.
+_CHECKPOINT_SLOTS = {"memory": 0, "process": 2, "disk": 2}
 #: So many bytes of a version that is there already are digested at a time, while the bytes before are written.
 _DIGESTED_AT_ONCE = 16 << 20
 #: A write that failed may succeed after this many seconds.
@@ -47,13 +49,35 @@ _RETRY_SECONDS = 1.0
 class _Written:
     """A version on disk, holding its slot as long as it lives (and no memory: the run may be further on).
 
-    text: what its row says now of the state. synced: it outlives the machine, not only the process.
+    text: what its row says now of the state. step: the version's. synced: it outlives the machine, not only the
+    process.
     """
 
     row: CheckpointRow
     slot: Slot
     text: str
+    step: int | None
     synced: bool
+
+
+class SlotPlace:
+    """A slot that one version is written to, and its row."""
+
+    def __init__(self, versions: Versions, slot: Slot) -> None:
+        self._versions = versions
+        self._slot = slot
+
+    def write(self, average: str, data: memoryview, upto: int) -> None:
+        """As Slot.write()."""
+        self._slot.write(average, data, upto)
+
+    def finish(self, state: State) -> None:
+        """As Versions.write()."""
+        self._versions.write(self._slot, state)
+
+    def commit(self, state: State) -> None:
+        """As Versions.commit()."""
+        self._versions.commit(self._slot, state)
 
 
 class Versions:
@@ -67,27 +91,36 @@ class Versions:
     lies (slots, newest, anchor, doubtful), what was learnt of the disk, and the locks.
     """
 
-    def __init__(self, config: RunConfig, row: RunRow, store: Store, layout: Layout, memory: Memory) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        row: RunRow,
+        store: Store,
+        layout: Layout,
+        memory: Memory,
+        *,
+        every: bool | None = None,
+    ) -> None:
+        """every: by default where the run's durability wants it; False where versions are kept elsewhere, too."""
         self._run = config.run
         self._durability: Durability = config.durability or "memory"
+        self.every = self._durability != "memory" if every is None else every
         self._row = row
         self._store = store
         self._layout = layout
         self._memory = memory
-        extents = {
-            average.name: Extent(_header_bytes(config.run, average.name, layout), layout.shadow_bytes)
-            for average in config.averages
-        }
+        self.averages = tuple(average.name for average in config.averages)
+        extents = {name: Extent(_header_bytes(config.run, name, layout), layout.shadow_bytes) for name in self.averages}
         self._slots = store.slots(row, extents, patient=self._durability == "disk")
         self._newest: _Written | None = None
         self._anchor: Slot | None = None
+        self._anchor_step: int | None = None
         #: Slots whose row could not be committed. The row may be in the catalog's log all the same, and come up after
         #: a crash; so nobody writes to these slots before a later row says otherwise.
         self._doubtful: list[Slot] = []
         #: The row of a version that could not be synced. Asking again would succeed and say nothing: the kernel forgets
         #: what it failed to write.
         self._unsyncable: int | None = None
-        self.every = self._durability != "memory"
         self.durable_step: int | None = None
         self.trouble: str | None = None
         self._closed = False
@@ -98,14 +131,14 @@ class Versions:
 
     def allocate(self) -> None:
         """Take the disk space that the run will need. Raises OSError."""
-        self._slots.allocate(_SLOTS[self._durability])
+        self._slots.allocate(_SLOTS[self._durability] if self.every else _CHECKPOINT_SLOTS[self._durability])
 
-    def take(self) -> Slot | None:
+    def take(self) -> SlotPlace | None:
         """Where the next version is written to, from now on; None where versions are kept now and then only.
 
-        Touches no disk; dropping the slot gives it back.
+        Touches no disk; dropping the place gives its slot back.
         """
-        return self._slots.take() if self.every else None
+        return SlotPlace(self, self._slots.take()) if self.every else None
 
     def write(self, slot: Slot, state: State) -> None:
         """Bring to the slot what of the state is not there yet, and with ``disk`` all of it to the medium.
@@ -134,6 +167,16 @@ class Versions:
             raise self._failed(f"the change could not be kept: {fault}") from fault
 
     @property
+    def checkpoint_step(self) -> int | None:
+        """The latest step that the machine's end leaves for certain."""
+        return self._anchor_step
+
+    @property
+    def where(self) -> str:
+        """Where versions are kept, for people to read."""
+        return "slots on disk" if self.every else "checkpoints on disk"
+
+    @property
     def unsynced(self) -> bool:
         """Whether sync() has something to do."""
         newest = self._newest
@@ -160,7 +203,7 @@ class Versions:
                 self._unsyncable = newest.row.id
                 self._tell(f"what {newest.slot.name} holds could not be synced: {fault}")
                 return
-            newest.synced, self._anchor = True, newest.slot
+            newest.synced, self._anchor, self._anchor_step = True, newest.slot, newest.step
         finally:
             self._syncing.release()
 
@@ -184,6 +227,11 @@ class Versions:
                 raise self._failed(f"version {state.version} could not be kept: {fault}") from fault
             self.trouble = None
 
+    def settle(self, state: State) -> None:
+        """Bring the state to the medium now. Raises StorageFailed."""
+        self.save(state)
+        self.sync()
+
     def close(self) -> None:
         """Save no more: the run is deleted. Waits for a save under way."""
         with self._saving:
@@ -191,21 +239,24 @@ class Versions:
 
     # --- the way back -----------------------------------------------------------------------------------------------
 
-    def restore(self) -> Restored:
+    def restore(self, *, lost: StoredVersion | None = None, fault: str | None = None) -> Restored:
         """What the run comes up with: the newest version that is whole. For a run that nobody uses yet.
 
         Where a newer one was damaged there is a fault: with the older one's weights, if there is an older one; without
-        weights where the run's folder, or a slot in it, is not its own. Raises sqlite3.Error.
+        weights where the run's folder, or a slot in it, is not its own. lost: a newer version that lay in memory, and
+        ``fault`` why it should not have been lost, None where that may happen. Raises sqlite3.Error.
         """
-        rows = read_rows(self._store.checkpoints(self._row))
+        self._newest = self._anchor = None
+        rows = self._rows()
         try:
             self._slots.check()
-        except OSError as fault:
+        except OSError as unreadable:
             # Told here and not by reading: there may be no row yet, or only one that a power loss would excuse.
-            last_epoch = max((row.epoch for row in rows), default=0)
-            found = Restored(last_epoch=last_epoch, fault=f"its files cannot be read: {fault}")
+            last_epoch = max((row.epoch for row in [*rows, *([lost] if lost else [])]), default=0)
+            found = Restored(last_epoch=last_epoch, fault=f"its files cannot be read: {unreadable}")
         else:
-            found = find(self._run, rows, self._durability, self._open, self._layout, self._memory)
+            search = Search(self._run, self._durability, self._open, self._layout, self._memory)
+            found = search.find(rows, lost, fault)
         self._go_on_from(found)
         if found.fault:
             _log.error("run %s is degraded: %s", self._run, found.fault)
@@ -219,20 +270,32 @@ class Versions:
         version = state.version
         if found.moved:
             self._remark(f"back at step {version.step} as version {version}; later updates, if any, are gone")
-        slot = self._slots.hold(row.row.folder)
-        self._newest = _Written(row.row, slot, row.row.state, synced=row.row.synced)
+        written = self._hold(row, found.older)
         self.durable_step = version.step
-        self._anchor = self._anchor_of(row, found.older)
         if found.fault is None:
             # The version is no longer final, and of this epoch: said before anything can follow it. A damaged run is
             # left as it is until someone decides.
-            self._amend(self._newest, state, final=False, durable=True)
+            self._amend(written, state, final=False, durable=True)
 
-    def _anchor_of(self, row: StoredVersion, older: Sequence[StoredVersion]) -> Slot | None:
-        anchor = next((each.row for each in (row, *older) if each.row.synced), None)
-        if self._newest and anchor is row.row:
-            return self._newest.slot
-        return self._slots.hold(anchor.folder) if anchor else None
+    def go_on_beside(self) -> None:
+        """Hold the newest checkpoint as it is, unread: the run comes up with a newer version from elsewhere."""
+        rows = [row for row in self._rows() if row.said and row.row.synced]
+        if rows:
+            self._hold(rows[0], rows[1:])
+            self.durable_step = rows[0].step
+
+    def _hold(self, row: StoredVersion, older: Sequence[StoredVersion]) -> _Written:
+        """Let nobody write over the version of ``row``, nor over the newest that is on the medium."""
+        written = _Written(row.row, self._slots.hold(row.row.folder), row.row.state, row.step, row.row.synced)
+        anchor = next((each for each in (row, *older) if each.row.synced), None)
+        self._newest = written
+        self._anchor = written.slot if anchor is row else self._slots.hold(anchor.row.folder) if anchor else None
+        self._anchor_step = anchor.step if anchor else None
+        return written
+
+    def _rows(self) -> list[StoredVersion]:
+        """The rows of versions on disk, newest first."""
+        return [row for row in read_rows(self._store.checkpoints(self._row)) if row.row.folder != MEMORY]
 
     def _open(self, row: StoredVersion, average: str) -> TensorFile:
         return self._store.open_checkpoint(self._row, row.row, average)
@@ -277,9 +340,9 @@ class Versions:
             self._doubtful.append(slot)
             raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
         self._doubtful.clear()
-        self._newest = _Written(row, slot, text, synced)
+        self._newest = _Written(row, slot, text, state.version.step, synced)
         if synced:
-            self._anchor = slot
+            self._anchor, self._anchor_step = slot, state.version.step
         self.durable_step = state.version.step
 
     def _amend(self, written: _Written, state: State, *, final: bool, durable: bool) -> None:

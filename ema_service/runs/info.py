@@ -71,6 +71,8 @@ def describe(
         step=version.step if version else None,
         version=str(version) if version else None,
         durable_step=keeper.durable_step if keeper else None,
+        checkpoint_step=keeper.checkpoint_step if keeper else None,
+        versions_in=keeper.where if keeper else None,
         durability=config.durability or "memory",
         non_finite=config.non_finite,
         averages=averages,

@@ -250,7 +250,7 @@ class Ledger:
         self.fault = None
 
     def restore(self, version: Version | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:
-        """Take up what storage had; for a run that nobody uses yet.
+        """Take up what storage had.
 
         steps: of earlier updates. last_epoch: versions of epochs up to this one may have been read. fault: why the run
         takes no updates.

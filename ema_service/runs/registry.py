@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sqlite3
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from ema_client.errors import (
     InvalidRequest,
@@ -26,13 +28,16 @@ from ema_client.errors import (
 )
 from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, from_json, to_json
 from ema_service.averaging import prepare
-from ema_service.memory import FrozenWeights, Layout, Memory, Staging
-from ema_service.persistence import History, Snapshots, Versions
+from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
+from ema_service.memory.arena import buffer_bytes
+from ema_service.persistence import History, MemoryVersions, Restored, Snapshots, Versions
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.run import Run
-from ema_service.storage import CatalogUnusable, RunRow, Store
+from ema_service.storage import CatalogUnusable, MemoryFilesUnusable, RunRow, Store, memory_prefix
 
 __all__ = ["MAX_RUNS", "Registry"]
+
+_log = logging.getLogger(__name__)
 
 #: Most runs of a server. Each costs a row, its layout in memory and a line of every list, with weights or without.
 MAX_RUNS = 10_000
@@ -47,7 +52,7 @@ class _Disk:
 
     row: RunRow
     store: Store
-    versions: Versions
+    versions: Versions | MemoryVersions
     snapshots: Snapshots
     history: History
 
@@ -97,8 +102,16 @@ class Registry:
             config = _config_of(row)
             made = self._register(config, Layout(config.layout, config.copied), row, row.created_at)
             if made.disk:
-                found = made.disk.versions.restore()
-                made.run.restore(found.state, found.steps, found.last_epoch, found.fault)
+                _take_up(made.run, made.disk.versions.restore())
+
+    def verify(self) -> None:
+        """Compare versions that were taken up from memory with their digests; one that differs is a fault of its run.
+
+        Until then no update of the run is applied.
+        """
+        for each in self._all():
+            if each.disk and isinstance(each.disk.versions, MemoryVersions):
+                each.disk.versions.verify(partial(_take_up, each.run))
 
     # --- the server as a whole --------------------------------------------------------------------------------------
 
@@ -121,7 +134,8 @@ class Registry:
 
     def unsynced(self) -> list[Versions]:
         """Versions of runs whose newest a power loss would take: sync() them."""
-        return [each.disk.versions for each in self._all() if each.disk and each.disk.versions.unsynced]
+        found = [each.disk.versions for each in self._all() if each.disk]
+        return [versions for versions in found if isinstance(versions, Versions) and versions.unsynced]
 
     @property
     def gathering(self) -> int:
@@ -202,8 +216,7 @@ class Registry:
         run, disk = self.get(name), self._disk(name)
         info, averages, arenas = disk.snapshots.read(snapshot)
         run.rewind(info, averages, arenas)
-        self._keep(run, disk)
-        disk.versions.sync()
+        self._settle(run, disk)
         disk.history.record(f"rewound to snapshot {snapshot} (version {info.version}, step {info.step})")
         return run
 
@@ -211,7 +224,7 @@ class Registry:
         """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
         run, disk = self.get(name), self._disk(name)
         run.accept()
-        self._keep(run, disk)
+        self._settle(run, disk)
         disk.history.record("the version that is there was accepted")
         return run
 
@@ -244,9 +257,7 @@ class Registry:
         try:
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at)
             try:
-                made = self._make(config, layout, row, created_at)
-                if made.disk:
-                    made.disk.versions.allocate()
+                made = self._allocated(config, layout, row, created_at)
             except OSError:
                 self._store.remove_run(row)
                 raise
@@ -259,19 +270,41 @@ class Registry:
         made = self._runs[config.run] = self._make(config, layout, row, created_at)
         return made
 
-    def _make(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Registered:
+    def _allocated(self, config: RunConfig, layout: Layout, row: RunRow, created_at: float) -> _Registered:
+        """The run with all the memory and disk space that its versions take. Raises OSError."""
+        made = self._make(config, layout, row, created_at)
+        if made.disk is None:
+            return made
+        try:
+            made.disk.versions.allocate()
+        except MemoryFilesUnusable as fault:
+            _log.warning("run %s: its versions are written to disk as they come: %s", config.run, fault)
+            made.disk.versions.close()
+            made = self._make(config, layout, row, created_at, in_memory=False)
+            if made.disk:
+                made.disk.versions.allocate()
+        return made
+
+    def _make(
+        self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float, *, in_memory: bool = True
+    ) -> _Registered:
         if self._store is None or row is None:
             run = Run(config, layout, self.memory, created_at=created_at)
             return _Registered(run, Parts(run), None)
-        versions = Versions(config, row, self._store, layout, self.memory)
-        run = Run(config, layout, self.memory, versions, created_at=created_at, writer=row.writer)
-        snapshots = Snapshots(row, self._store, layout, self.memory, run.changes.tell)
+        versions: Versions | MemoryVersions = Versions(config, row, self._store, layout, self.memory)
+        memory = self.memory
+        if in_memory and (files := self._store.memory_files) and config.durability == "process":
+            pool = FilePool(files, buffer_bytes(layout), memory_prefix(row))
+            memory = self.memory.of_run(pool)
+            versions = MemoryVersions(config, row, self._store, layout, memory, pool, files.nonce)
+        run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer)
+        snapshots = Snapshots(row, self._store, layout, memory, run.changes.tell)
         return _Registered(run, Parts(run), _Disk(row, self._store, versions, snapshots, History(row, self._store)))
 
-    def _keep(self, run: Run, disk: _Disk) -> None:
-        """Bring to disk what was decided, where versions are kept now and then only. Raises StorageFailed."""
+    def _settle(self, run: Run, disk: _Disk) -> None:
+        """Bring to the medium what was decided, whatever the run's durability. Raises StorageFailed."""
         if run.state:
-            disk.versions.save(run.state)
+            disk.versions.settle(run.state)
 
     def _all(self) -> list[_Registered]:
         # Without the lock, which may be held for a disk: the event loop asks too. (Copying a dict's values is atomic.)
@@ -288,6 +321,10 @@ class Registry:
         if disk is None:
             raise StorageDisabled("snapshots are files, and this server was started with --memory")
         return disk
+
+
+def _take_up(run: Run, found: Restored) -> None:
+    run.restore(found.state, found.steps, found.last_epoch, found.fault)
 
 
 def _nothing(_: int) -> None:

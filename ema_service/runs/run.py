@@ -26,7 +26,6 @@ from ema_service.runs.changes import Changes
 from ema_service.runs.info import Links, describe
 from ema_service.runs.ledger import Ledger, Succession
 from ema_service.shadows import Average, Plan, Preparation, Prepared, Shadows, State, Version
-from ema_service.storage import Slot
 
 __all__ = ["Keeper", "Run", "Update"]
 
@@ -39,37 +38,55 @@ class Update:
     """One update in the making. Owned by the request that pushes it; the run changes only at Run.commit().
 
     preparation: to be advanced as the parameters arrive. writer: the number of the trainer that sends it, None where
-    that trainer did not attach. slot: where the version is written to meanwhile, if each is kept.
+    that trainer did not attach. place: where the version is kept, if each is.
     """
 
     plan: Plan
     preparation: Preparation
     writer: int | None = None
-    slot: Slot | None = None
+    place: Place | None = None
+
+
+class Place(Protocol):
+    """Where one version is kept. Dropping it gives the place back. finish() and commit() may raise StorageFailed."""
+
+    def write(self, average: str, data: memoryview, upto: int) -> None:
+        """An average's bytes up to ``upto`` are final; ``data`` are all its bytes, in host memory."""
+
+    def finish(self, state: State) -> None:
+        """Write what is not written yet of the version."""
+
+    def commit(self, state: State) -> None:
+        """From here on a restart brings back this state. Under the run's lock."""
 
 
 class Keeper(Protocol):
-    """Keeps versions of a run on disk (persistence.Versions). Methods that write may raise StorageFailed.
+    """Keeps versions of a run (persistence.Versions, persistence.MemoryVersions).
 
-    every: whether each version is kept before anyone is told of it. durable_step: the latest step that a restart would
-    bring back. trouble: why the current state could not be kept, or None.
+    every: whether each version is kept before anyone is told of it. durable_step, checkpoint_step: the latest step that
+    a restart would bring back, of the process and of the machine. trouble: why the current state could not be kept, or
+    None. where: the place of versions, for people to read.
     """
 
-    every: bool
-    durable_step: int | None
-    trouble: str | None
+    @property
+    def every(self) -> bool: ...
+    @property
+    def durable_step(self) -> int | None: ...
+    @property
+    def checkpoint_step(self) -> int | None: ...
+    @property
+    def trouble(self) -> str | None: ...
+    @property
+    def where(self) -> str: ...
 
-    def take(self) -> Slot | None:
-        """Where a new version is written to; None where not each is kept. Touches no disk; dropping gives it back."""
-
-    def write(self, slot: Slot, state: State) -> None:
-        """Finish the writing of the version."""
-
-    def commit(self, slot: Slot, state: State) -> None:
-        """From here on a restart brings back this state. Under the run's lock."""
+    def take(self) -> Place | None:
+        """A place for a new version; None where not each is kept. Touches no disk."""
 
     def amend(self, state: State) -> None:
-        """From here on a restart brings back this state, whose weights are the current ones. Under the run's lock."""
+        """From here on a restart brings back this state, whose weights are the current ones. Under the run's lock.
+
+        Raises StorageFailed.
+        """
 
 
 class Run:
@@ -77,7 +94,7 @@ class Run:
     ``quick``).
 
     ledger: to be asked; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
-    changes: who is told of them. links: how pushes come.
+    changes: who is told of them. links: how pushes come. memory: where its arenas are made.
     """
 
     def __init__(
@@ -92,6 +109,7 @@ class Run:
     ) -> None:
         self.config = config
         self.layout = layout
+        self.memory = memory
         self.created_at = created_at
         self.ledger = Ledger(config, writer=writer)
         self.changes = Changes()
@@ -133,9 +151,10 @@ class Run:
         self.ledger.admit(step, writer)
         state = self.ready_state()
         plan = self.ledger.succession.plan(step, state.version)
-        slot = self._keeper.take() if self._keeper and plan.retentions else None
-        sinks = {average.name: partial(slot.write, average.name) for average in state.version.averages} if slot else {}
-        return Update(plan, self._shadows.prepare(plan, state, staged, sinks), writer, slot)
+        place = self._keeper.take() if self._keeper and plan.retentions else None
+        averages = state.version.averages if place else ()
+        sinks = {average.name: partial(place.write, average.name) for average in averages} if place else {}
+        return Update(plan, self._shadows.prepare(plan, state, staged, sinks), writer, place)
 
     def commit(self, update: Update) -> UpdateResult:
         """Make the update's result the state, if that is still the one the update was begun on.
@@ -179,15 +198,15 @@ class Run:
             return None
         version = self.ledger.succession.following(update.plan, prepared.digest, time.time())
         state = State(version, prepared.arenas)
-        if self._keeper and update.slot:
-            self._keeper.write(update.slot, state)
+        if update.place:
+            update.place.finish(state)
         return state
 
     def _settle(self, update: Update, prepared: Prepared, state: State | None) -> UpdateResult:
         """Under the lock: the line that decides whether an update counts."""
         applied = self.ledger.judge(update.plan, prepared.digest, update.writer)
         if applied and state:
-            self._commit(state, update.slot)
+            self._commit(state, update.place)
         return _result(self.ready_state().version, update.plan.step, self._keeper, applied=applied)
 
     # --- other ways to another version ------------------------------------------------------------------------------
@@ -204,10 +223,10 @@ class Run:
         first(b"", 0.0)  # what is wrong with the counter is said before anything is computed
         prepared = self._shadows.cast(staged, len(self.config.averages)).finish()
         state = State(first(prepared.digest, time.time()), prepared.arenas)
-        slot = self._write(state) if self.state is None else None
+        place = self._write(state) if self.state is None else None
         with self._lock:
             if self.ledger.judge_first(prepared.digest):
-                self._commit(state, slot)
+                self._commit(state, place)
 
     def amend(self, change: Callable[[Succession, Version], Version]) -> None:
         """Go on with another decay or counter from the next update on; the weights stay.
@@ -228,10 +247,10 @@ class Run:
         Also the way out of ``degraded``. Raises RunNotFound, StorageFailed, Superseded.
         """
         state = State(self.ledger.rewound(info, averages, secrets.token_hex(8), time.time()), arenas)
-        slot = self._write(state)
+        place = self._write(state)
         with self._lock:
             self.ledger.judge_rewind(state.version)
-            self._commit(state, slot)
+            self._commit(state, place)
             self.ledger.recover()
 
     def accept(self) -> None:
@@ -242,10 +261,10 @@ class Run:
         self.ledger.acceptable()
         state = self.ready_state()
         # Written anew, although nothing in it is: a restart finds it before what was damaged.
-        slot = self._write(state)
+        place = self._write(state)
         with self._lock:
             if self.state is state:
-                self._commit(state, slot)
+                self._commit(state, place)
                 self.ledger.recover()
 
     # --- trainers come, a server starts, the run goes ---------------------------------------------------------------
@@ -262,10 +281,12 @@ class Run:
             return number
 
     def restore(self, state: State | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:
-        """Take up what storage had (persistence.Restored); for a run that nobody uses yet."""
-        if state:
-            self._shadows.commit(state)
-        self.ledger.restore(state.version if state else None, steps, last_epoch, fault)
+        """Take up what storage had (persistence.Restored): at the start, or once what it had proves to be damaged."""
+        with self._lock:
+            if state:
+                self._shadows.commit(state)
+            self.ledger.restore(state.version if state else None, steps, last_epoch, fault)
+        self.changes.tell()
 
     def retire(self) -> None:
         """Take no update from now on: the run is deleted. Waits for the update in hand."""
@@ -276,17 +297,17 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _write(self, state: State) -> Slot | None:
+    def _write(self, state: State) -> Place | None:
         """Write a state that was not written as it was computed; None where not each version is kept."""
-        slot = self._keeper.take() if self._keeper else None
-        if self._keeper and slot:
-            self._keeper.write(slot, state)
-        return slot
+        place = self._keeper.take() if self._keeper else None
+        if place:
+            place.finish(state)
+        return place
 
-    def _commit(self, state: State, slot: Slot | None) -> None:
-        """Put another version in place, once it is sure to come back. slot: where it was written to."""
-        if self._keeper and slot:
-            self._keeper.commit(slot, state)
+    def _commit(self, state: State, place: Place | None) -> None:
+        """Put another version in place, once it is sure to come back. place: where it was written to."""
+        if self._keeper and place:
+            place.commit(state)
         self._shadows.commit(state)
         self.ledger.commit(state.version)
         self.changes.tell()

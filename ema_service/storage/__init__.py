@@ -5,16 +5,20 @@ Knows files, rows and bytes. Does not know torch, updates, or when something sho
 
 from __future__ import annotations
 
-from ema_service.storage.catalog import CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
+from ema_service.storage.catalog import MEMORY, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
 from ema_service.storage.files import TensorFile
+from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent, SlotFiles, padded_bytes
 from ema_service.storage.slots import Slot, Slots
-from ema_service.storage.store import Store
+from ema_service.storage.store import Store, memory_prefix
 
 __all__ = [
+    "MEMORY",
     "CatalogUnusable",
     "CheckpointRow",
     "Extent",
+    "MemoryFiles",
+    "MemoryFilesUnusable",
     "RunRow",
     "Slot",
     "SlotFiles",
@@ -22,5 +26,6 @@ __all__ = [
     "SnapshotRow",
     "Store",
     "TensorFile",
+    "memory_prefix",
     "padded_bytes",
 ]

@@ -14,10 +14,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
+__all__ = ["FORMAT", "MEMORY", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
 
 #: Version of the tables below and of the files they speak of.
-FORMAT = 4
+FORMAT = 5
+
+#: In place of a slot's folder: the version lies in memory files, which its state names.
+MEMORY = "memory"
 
 _CHECKPOINTS = """
 CREATE TABLE checkpoints (
@@ -38,7 +41,8 @@ CREATE TABLE history (
 """
 #: format -> what makes the next of it. Format 1 had one checkpoint for each run, written and synced as a whole. Format
 #: 2 knew no copied tensors: its servers would average them, so they must refuse what is written now. Format 3 had other
-#: checksums: its servers would take what is written now for damaged.
+#: checksums: its servers would take what is written now for damaged. Format 4 knew no memory files: its servers would
+#: take their rows for slots that are gone.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -50,6 +54,7 @@ ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
 """,
     2: "",
     3: "",
+    4: "",
 }
 
 
@@ -152,6 +157,10 @@ class Catalog:
     def amend_checkpoint(self, row_id: int, state: str, *, durable: bool) -> None:
         """Replace what is said of the state; the slot's bytes are as they were."""
         self._write("UPDATE checkpoints SET state = ? WHERE id = ?", state, row_id, durable=durable)
+
+    def remove_checkpoint(self, run_id: int, folder: str) -> None:
+        """Forget what a slot holds."""
+        self._write("DELETE FROM checkpoints WHERE run_id = ? AND folder = ?", run_id, folder)
 
     def mark_synced(self, row_id: int) -> None:
         self._write("UPDATE checkpoints SET synced = 1 WHERE id = ?", row_id)

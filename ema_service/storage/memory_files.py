@@ -119,13 +119,13 @@ class MemoryFiles:
         free = found.f_bavail * found.f_frsize
         return max(0, min(free, memory_room() - _SPARE_BYTES) if self._tmpfs else free)
 
-    def create(self, nbytes: int) -> MappedFile:
+    def create(self, nbytes: int, prefix: str = "") -> MappedFile:
         """A new file of this size, all of its memory taken. Raises MemoryFilesUnusable where there is no room."""
         if nbytes > (room := self.room()):
             raise MemoryFilesUnusable(
                 errno.ENOSPC, f"{nbytes} bytes of memory files are needed, {self.folder} has room for {room}"
             )
-        name = secrets.token_hex(8)
+        name = prefix + secrets.token_hex(8)
         descriptor = os.open(
             name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._descriptor
         )

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ema_service.storage.catalog import Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
+from ema_service.storage.catalog import MEMORY, Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
 from ema_service.storage.files import (
     FolderLock,
     TensorFile,
@@ -31,11 +31,12 @@ from ema_service.storage.files import (
     sync_folder,
     write_whole,
 )
+from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent
 from ema_service.storage.slots import Slots
 from ema_service.threads import Threads
 
-__all__ = ["Files", "Store"]
+__all__ = ["Files", "Store", "memory_prefix"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,11 @@ _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
 _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
 
 
+def memory_prefix(row: RunRow) -> str:
+    """What the names of a run's memory files begin with."""
+    return f"{row.id}."
+
+
 class Store:
     """Everything a server keeps on disk. Names given to it are checked by the caller (protocol.NAME_PATTERN).
 
@@ -64,6 +70,9 @@ class Store:
         self._lock = FolderLock(folder)
         self._writers = Threads(_WRITE_THREADS, "ema-write")
         self._runs = folder / "runs"
+        #: Memory that outlives the process, once use_memory_files() found some; and why it found none.
+        self.memory_files: MemoryFiles | None = None
+        self.memory_fault: str | None = None
         try:
             self._catalog = self._open_catalog(folder / "catalog.db")
         except (CatalogUnusable, sqlite3.Error):
@@ -76,7 +85,25 @@ class Store:
             self.close()
             raise
 
+    def use_memory_files(self, ram_dir: Path | None = None) -> None:
+        """Open the memory files of this data dir, and free those that no run comes back for.
+
+        ram_dir: None for a folder of this user's own in shared memory. Where there is no such memory, ``memory_fault``
+        says why. Raises sqlite3.Error.
+        """
+        prefixes = tuple(memory_prefix(row) for row in self._catalog.runs())
+        try:
+            files = MemoryFiles(self._folder, ram_dir)
+        except MemoryFilesUnusable as fault:
+            self.memory_fault = str(fault)
+            _log.warning("versions are written to disk as they come: %s", fault)
+            return
+        files.sweep({name for name in files.names() if name.startswith(prefixes)} if prefixes else ())
+        self.memory_files = files
+
     def close(self) -> None:
+        if self.memory_files:
+            self.memory_files.close()
         self._writers.shutdown()
         self._catalog.close()
         self._lock.release()
@@ -116,7 +143,7 @@ class Store:
         patient: as for Slots.
         """
         folder = self._run_folder(row)
-        known = [checkpoint.folder for checkpoint in self._catalog.checkpoints(row.id)]
+        known = [each.folder for each in self._catalog.checkpoints(row.id) if each.folder != MEMORY]
         if not folder.is_symlink():  # else Slots.check() says so, and they refuse to be opened
             folder.mkdir(exist_ok=True)  # a power loss may have left the row alone
             for name in _OLD_FOLDERS:
@@ -135,6 +162,10 @@ class Store:
     def amend_checkpoint(self, checkpoint: CheckpointRow, state: str, *, durable: bool) -> None:
         """Replace what a checkpoint says of its state; its files stay."""
         self._catalog.amend_checkpoint(checkpoint.id, state, durable=durable)
+
+    def remove_checkpoint(self, row: RunRow, slot: str) -> None:
+        """Forget what a slot, or MEMORY, holds."""
+        self._catalog.remove_checkpoint(row.id, slot)
 
     def mark_synced(self, checkpoint: CheckpointRow) -> None:
         """The slot's bytes are on the medium; so is, when this returns, everything the catalog was told before."""

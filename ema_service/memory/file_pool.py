@@ -1,0 +1,139 @@
+"""The memory files of one run, as a pool: buffers that outlive the process, lent and reused by reference as the host's.
+
+A buffer is lent as often as nothing refers to its memory any more. Which file a tensor lies in is told by its address,
+so a version can be named in a catalog by its files, and found again by them in the next process.
+
+Knows bytes, addresses and names. Does not know folders or descriptors (whoever makes the files does), layouts, or which
+version counts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["FilePool", "Files"]
+
+_Raw = npt.NDArray[np.uint8]
+
+
+class _Mapped(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def raw(self) -> _Raw: ...
+
+
+class Files(Protocol):
+    """Makes files of memory (storage.MemoryFiles). create() and attach() raise OSError."""
+
+    def create(self, nbytes: int, prefix: str) -> _Mapped: ...
+    def attach(self, name: str, nbytes: int) -> _Mapped: ...
+    def remove(self, name: str) -> None: ...
+    def names(self) -> set[str]: ...
+
+
+class FilePool:
+    """Memory of one run, in files of one size. Thread-safe.
+
+    nbytes: of each file; whatever the run keeps fits into one. prefix: what names of the run's files begin with.
+    """
+
+    def __init__(self, files: Files, nbytes: int, prefix: str) -> None:
+        self.nbytes = nbytes
+        self._files = files
+        self._prefix = prefix
+        self._idle: deque[tuple[str, _Raw]] = deque()
+        #: By the address of its memory: the file that lies there.
+        self._names: dict[int, str] = {}
+        self._closed = False
+
+    def reserve(self, count: int) -> None:
+        """Have at least ``count`` files, so that a machine too small for the run says so now. Raises OSError."""
+        made = [self._create() for _ in range(count - len(self._names))]
+        self._idle.extend(made)
+
+    def lend(self, nbytes: int) -> Tensor:
+        """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
+
+        Raises OSError where every file is in use and no other can be had; ValueError for more than a file has.
+        """
+        if nbytes > self.nbytes:
+            raise ValueError(f"{nbytes} bytes of a memory file of {self.nbytes} were asked for")
+        try:
+            name, raw = self._idle.pop()
+        except IndexError:
+            name, raw = self._create()
+        return self._lent(name, raw)[:nbytes]
+
+    def attach(self, name: str) -> Tensor:
+        """A file of an earlier process with what it holds, the caller's as if it had been lent. Raises OSError."""
+        return self._lent(name, self._attach(name))
+
+    def adopt(self) -> None:
+        """Take the run's other files of an earlier process for reuse: their memory need not be taken again."""
+        for name in self._files.names().difference(self._names.values()):
+            if name.startswith(self._prefix):
+                try:
+                    self._take_back(name, self._attach(name))
+                except OSError:
+                    self._files.remove(name)
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The file whose memory begins with the tensor; None where there is no such file."""
+        return self._names.get(tensor.data_ptr())
+
+    @property
+    def count(self) -> int:
+        """Files there are, lent or not."""
+        return len(self._names)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of files that are lent to nobody."""
+        return self.nbytes * len(self._idle)
+
+    def trim(self, count: int) -> None:
+        """Give back files that are lent to nobody, down to ``count`` files in all."""
+        while len(self._names) > count:
+            try:
+                name, raw = self._idle.popleft()
+            except IndexError:
+                return
+            del self._names[raw.ctypes.data]
+            self._files.remove(name)
+
+    def close(self) -> None:
+        """Give every file back; memory that someone still reads goes with its last view."""
+        self._closed = True
+        names, self._names = list(self._names.values()), {}
+        self._idle.clear()
+        for name in names:
+            self._files.remove(name)
+
+    def _create(self) -> tuple[str, _Raw]:
+        made = self._files.create(self.nbytes, self._prefix)
+        self._names[made.raw.ctypes.data] = made.name
+        return made.name, made.raw
+
+    def _attach(self, name: str) -> _Raw:
+        raw = self._files.attach(name, self.nbytes).raw
+        self._names[raw.ctypes.data] = name
+        return raw
+
+    def _lent(self, name: str, raw: _Raw) -> Tensor:
+        # As HostPool: a fresh array over the memory, whose death brings the memory back.
+        lent = raw.view()
+        weakref.finalize(lent, self._take_back, name, raw).atexit = False
+        return torch.from_numpy(lent)
+
+    def _take_back(self, name: str, raw: _Raw) -> None:
+        # Runs wherever the last reference dies, perhaps inside a locked region: it must not lock (append is atomic).
+        if not self._closed:
+            self._idle.append((name, raw))

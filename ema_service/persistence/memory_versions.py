@@ -1,0 +1,307 @@
+"""A run's versions in memory files: kept as they are computed, with no copy and no write.
+
+The arenas of the run *are* memory files (memory.FilePool), so a version outlives the process because of where it lies.
+What makes it the run's is one row in the catalog, which names the files; the row is committed before anyone is told of
+the version. The machine's end takes the files and leaves the newest checkpoint on disk (Versions), which is taken now
+and then in the background.
+
+Files may be written over once nothing refers to them: the run refers to the current state, a push to its base, and this
+module to every state that a row names or, after a failed commit, may name.
+
+Knows states, rows and names of files. Does not know how a file comes to be memory (storage), or when a checkpoint is
+due.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ema_client.errors import StorageFailed
+from ema_client.protocol import RunConfig
+from ema_service.averaging import Digest
+from ema_service.memory import Arena, FilePool, Layout, Memory
+from ema_service.persistence.restoring import Restored
+from ema_service.persistence.rows import StoredVersion, dump, read_rows
+from ema_service.persistence.versions import Versions
+from ema_service.shadows.state import State
+from ema_service.storage import MEMORY, CheckpointRow, RunRow, Store
+
+__all__ = ["MemoryVersions"]
+
+_log = logging.getLogger(__name__)
+
+#: Steps of earlier updates that a row tells of, so that a trainer may still ask for them after a crash.
+_TOLD_STEPS = 16
+#: So many bytes are digested at a time when a version is verified: what was read is in the processor's cache.
+_DIGESTED_AT_ONCE = 1 << 20
+#: A write that failed may succeed after this many seconds.
+_RETRY_SECONDS = 1.0
+
+
+class InPlace:
+    """Where a version in memory files is written to while it is computed: it lies there already."""
+
+    def __init__(self, versions: MemoryVersions) -> None:
+        self._versions = versions
+
+    def write(self, average: str, data: memoryview, upto: int) -> None:
+        """Nothing to do; that someone follows the result gives its arena a digest."""
+
+    def finish(self, state: State) -> None:
+        """As MemoryVersions.write()."""
+        self._versions.write(state)
+
+    def commit(self, state: State) -> None:
+        """As MemoryVersions.commit()."""
+        self._versions.commit(state)
+
+
+class MemoryVersions:
+    """The versions of one run in memory files. Thread-safe: commit() and amend() are called under the run's lock.
+
+    checkpoints: the versions on disk. durable_step: the latest step that the process' end leaves.
+
+    More than a dozen attributes: what a version is made of (run, row, store, layout, memory, pool, nonce, checkpoints),
+    which states rows name, what is told of them, and whether they were verified.
+    """
+
+    every = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        row: RunRow,
+        store: Store,
+        layout: Layout,
+        memory: Memory,
+        pool: FilePool,
+        nonce: str,
+    ) -> None:
+        """memory: the run's, whose arenas are lent by ``pool``. nonce: of the folder that the files lie in."""
+        self._run = config.run
+        self._row = row
+        self._store = store
+        self._layout = layout
+        self._memory = memory
+        self._pool = pool
+        self._nonce = nonce
+        self.checkpoints = Versions(config, row, store, layout, memory, every=False)
+        self.durable_step: int | None = None
+        self._trouble: str | None = None
+        self._newest: tuple[CheckpointRow, str] | None = None
+        #: States that a row names, or may name: a row whose commit failed may be in the catalog's log all the same.
+        self._held: list[State] = []
+        self._steps: deque[int] = deque(maxlen=_TOLD_STEPS)
+        self._unverified: list[tuple[StoredVersion, State]] = []
+        self._verified = threading.Event()
+        self._verified.set()
+
+    # --- every version ----------------------------------------------------------------------------------------------
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the current state could not be kept, in memory files or in a checkpoint; None if all is well."""
+        return self._trouble or self.checkpoints.trouble
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """The latest step that the machine's end leaves."""
+        return self.checkpoints.checkpoint_step
+
+    @property
+    def where(self) -> str:
+        """Where versions are kept, for people to read."""
+        return "memory files"
+
+    def allocate(self) -> None:
+        """Take the memory that the run will need, and the disk space of its checkpoints. Raises OSError."""
+        averages = len(self.checkpoints.averages)
+        self._pool.reserve(2 * averages)
+        self.checkpoints.allocate()
+
+    def take(self) -> InPlace:
+        """Where the next version is written to: nowhere else than where it is computed."""
+        return InPlace(self)
+
+    def write(self, state: State) -> None:
+        """See that every arena lies in a memory file; waits until what the state was made from is verified.
+
+        Raises StorageFailed where there is no room for a copy.
+        """
+        self._verified.wait()
+        for arena in state.arenas:
+            if self._pool.name_of(arena.host) is None:
+                arena.twin = self._copied(arena)
+
+    def commit(self, state: State) -> None:
+        """Make the state what a restart brings back. Raises StorageFailed."""
+        self._held.append(state)
+        text = self._dump(state)
+        try:
+            row = self._store.put_checkpoint(self._row, MEMORY, text, synced=False, durable=False)
+        except sqlite3.Error as fault:
+            raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
+        self._held = [state]
+        self._newest = row, text
+        self.durable_step = state.version.step
+        self._trouble = None
+        self._note_step(state)
+
+    def amend(self, state: State) -> None:
+        """The newest version has another decay or counter; its weights are as they were. Raises StorageFailed."""
+        if self._newest is None:
+            self.write(state)
+            self.commit(state)
+            return
+        row, _ = self._newest
+        text = self._dump(state)
+        try:
+            self._store.amend_checkpoint(row, text, durable=False)
+        except sqlite3.Error as fault:
+            raise self._failed(f"the change could not be kept: {fault}") from fault
+        self._held, self._newest = [state], (row, text)
+
+    # --- now and then -----------------------------------------------------------------------------------------------
+
+    def save(self, state: State, *, final: bool = False) -> None:
+        """Take a checkpoint on disk where the run moved since the last one. Raises StorageFailed.
+
+        final: nothing will be applied after it; then the memory is given back.
+        """
+        self.checkpoints.save(state, final=final)
+        if final:
+            self._leave()
+
+    def settle(self, state: State) -> None:
+        """Bring the state to the medium now. Raises StorageFailed."""
+        self.checkpoints.save(state)
+
+    def close(self) -> None:
+        """Give the memory back: the run is deleted."""
+        self.checkpoints.close()
+        self._pool.close()
+
+    def _leave(self) -> None:
+        """The checkpoint has everything: take the row out, then give the memory back. Raises StorageFailed."""
+        try:
+            self._store.remove_checkpoint(self._row, MEMORY)
+        except sqlite3.Error as fault:
+            raise self._failed(f"its memory files are still there: {fault}") from fault
+        self._held, self._newest = [], None
+        self._pool.close()
+
+    # --- the way back -----------------------------------------------------------------------------------------------
+
+    def restore(self) -> Restored:
+        """What the run comes up with: the version in memory files, or else the newest checkpoint, in a new epoch.
+
+        Files that are gone with their folder are what the machine's end takes; a file that is missing, or cut, in a
+        folder that is there is damage. For a run that nobody uses yet. Raises sqlite3.Error.
+        """
+        rows = read_rows(self._store.checkpoints(self._row))
+        memory = next((row for row in rows if row.row.folder == MEMORY), None)
+        newest = max((row.age for row in rows if row.row.folder != MEMORY), default=(0, 0))
+        if memory is None or (memory.said and memory.age < newest):
+            return self.checkpoints.restore()
+        fault = None
+        if not memory.said:
+            fault = "the catalog's row of its memory files is damaged"
+        elif memory.nonce == self._nonce:
+            try:
+                return self._attached(memory)
+            except OSError as missing:
+                fault = f"its memory files cannot be read: {missing}"
+        return self.checkpoints.restore(lost=memory, fault=fault)
+
+    def verify(self, take_up: Callable[[Restored], None]) -> None:
+        """Compare the bytes of an attached version with their digests; where they differ, have the newest checkpoint
+        taken up, with the fault. Until it is done no update is applied. Takes 0.1 s a GiB.
+        """
+        try:
+            for row, state in self._unverified:
+                damaged = [
+                    average.name
+                    for average, arena in zip(state.version.averages, state.arenas, strict=True)
+                    if arena.digest and arena.digest != _digest_of(arena)
+                ]
+                if damaged:
+                    fault = f"the bytes of {', '.join(damaged)} in memory are not those that were written"
+                    take_up(self.checkpoints.restore(lost=row, fault=fault))
+        finally:
+            self._unverified.clear()
+            self._verified.set()
+
+    @property
+    def unverified(self) -> bool:
+        """Whether verify() has something to do."""
+        return bool(self._unverified)
+
+    def _attached(self, row: StoredVersion) -> Restored:
+        """The version whose files are still there. Raises OSError."""
+        arenas: dict[str, Arena] = {}
+        for name in row.files.values():
+            if name not in arenas:  # the averages of a first version share one
+                arenas[name] = self._arena(name)
+        version = row.version
+        for average, checksum in row.checksums.items():
+            if checksum:
+                arenas[row.files[average]].digest = bytes.fromhex(checksum)
+        state = State(version, tuple(arenas[row.files[average.name]] for average in version.averages))
+        self._held, self._newest = [state], (row.row, row.row.state)
+        self.durable_step = version.step
+        self._steps.extend(row.steps)
+        self._note_step(state)
+        self.checkpoints.go_on_beside()
+        self._pool.adopt()
+        self._unverified.append((row, state))
+        self._verified.clear()
+        return Restored(state=state, steps=row.steps, last_epoch=version.epoch)
+
+    def _arena(self, name: str) -> Arena:
+        host = self._pool.attach(name)
+        if self._memory.on_host:
+            return Arena(self._layout, host)
+        arena = Arena(self._layout, self._memory.to_device(host[: self._layout.shadow_bytes]))
+        arena.twin = host[: self._layout.shadow_bytes]
+        return arena
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _copied(self, arena: Arena) -> Tensor:
+        try:
+            twin = self._pool.lend(self._layout.shadow_bytes)
+        except OSError as fault:
+            raise self._failed(f"no memory file for version: {fault}") from fault
+        return twin.copy_(arena.tensor)
+
+    def _dump(self, state: State) -> str:
+        names = {
+            average.name: self._pool.name_of(arena.host)
+            for average, arena in zip(state.version.averages, state.arenas, strict=True)
+        }
+        return dump(state, final=False, nonce=self._nonce, files=names, steps=list(self._steps))
+
+    def _note_step(self, state: State) -> None:
+        version = state.version
+        if version.n and version.step is not None:
+            self._steps.append(version.step)
+        else:
+            self._steps.clear()
+
+    def _failed(self, fault: str) -> StorageFailed:
+        self._trouble = fault
+        _log.error("run %s: %s", self._run, fault)
+        return StorageFailed(f"run {self._run!r}: {fault}", retry_after=_RETRY_SECONDS)
+
+
+def _digest_of(arena: Arena) -> bytes:
+    data, digest = arena.host.numpy().data[: arena.layout.shadow_bytes], Digest()
+    for start in range(0, len(data), _DIGESTED_AT_ONCE):
+        digest.update(data[start : start + _DIGESTED_AT_ONCE])
+    return digest.digest()
