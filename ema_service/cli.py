@@ -11,12 +11,15 @@ import logging
 import sqlite3
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
 from ema_service.settings import DEFAULT_DATA_DIR, Settings, quarter_of_ram
+
+if TYPE_CHECKING:
+    from ema_service.storage import Store
 
 __all__ = ["main"]
 
@@ -59,6 +62,15 @@ def serve(
     data_dir: Annotated[
         Path, typer.Option(help="Where runs are kept.", envvar="EMA_SERVICE_DATA_DIR", file_okay=False)
     ] = DEFAULT_DATA_DIR,
+    ram_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in memory for versions that outlive kill -9.  [default: your own in /dev/shm]",
+            envvar="EMA_SERVICE_RAM_DIR",
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Keep nothing on disk.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", envvar="EMA_SERVICE_DEVICE")] = "auto",
     staging_bytes: Annotated[
@@ -106,6 +118,7 @@ def serve(
         raise typer.BadParameter("a certificate and its key come together", param_hint="--ssl-certfile, --ssl-keyfile")
     settings = Settings(
         data_dir=None if memory else data_dir,
+        ram_dir=ram_dir,
         device=device,
         staging_bytes=staging_bytes,
         frozen_bytes=frozen_bytes,
@@ -173,13 +186,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Before torch is imported, which takes memory: memory that an earlier server left may leave no room for both.
+    store = _opened(settings)
     from ema_service.api.app import pick_device
     from ema_service.api.auth import TokenFileError
     from ema_service.api.server import serve as serve_http
     from ema_service.api.tls import CertificateUnusable, server_context
     from ema_service.storage import CatalogUnusable
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def announce(url: str) -> None:
         typer.echo(f"ema-service {version('ema-service')} listens on {url}")
@@ -187,12 +201,67 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
             typer.echo(f"  socket     unix://{uds.resolve()}")
         typer.echo(f"  device     {pick_device(settings.device)}")
         typer.echo(f"  data dir   {settings.data_dir or 'none: --memory keeps nothing'}")
+        if store:
+            typer.echo(f"  memory     {_memory_line(store)}")
         typer.echo(f"  dashboard  {url}/    API docs  {url}/docs")
 
     try:
         tls = server_context(*certificate) if certificate else None
-        serve_http(settings, host, port, uds, announce, tls)
+        serve_http(settings, store, host, port, uds, announce, tls)
     except (OSError, RuntimeError, sqlite3.Error, CatalogUnusable, CertificateUnusable, TokenFileError) as fault:
-        # What keeps a server from starting: an address or a data dir in use, a device that is not there, a disk.
-        typer.echo(f"ema-service: {fault}", err=True)
-        raise typer.Exit(1) from None
+        # What keeps a server from starting: an address in use, a device that is not there, a disk.
+        _refuse(fault)
+
+
+@app.command()
+def release(
+    data_dir: Annotated[
+        Path, typer.Option(help="Of the server that was killed.", envvar="EMA_SERVICE_DATA_DIR", file_okay=False)
+    ] = DEFAULT_DATA_DIR,
+    ram_dir: Annotated[
+        Path | None,
+        typer.Option(help="As that server had it.", envvar="EMA_SERVICE_RAM_DIR", file_okay=False, show_default=False),
+    ] = None,
+) -> None:
+    """Bring what a killed server left in memory to its disk, and give the memory back; nothing is served."""
+    if not (data_dir / "catalog.db").exists():
+        raise typer.BadParameter(f"{data_dir} is no data dir of a server", param_hint="--data-dir")
+    store = _opened(Settings(data_dir=data_dir, ram_dir=ram_dir))
+    from ema_client.errors import StorageFailed
+    from ema_service.persistence.releasing import release as release_memory
+
+    if store is None:
+        return
+    try:
+        for name, step in release_memory(store):
+            typer.echo(f"{name}: step {step} is on disk, its memory is free")
+    except (OSError, sqlite3.Error, StorageFailed) as fault:
+        _refuse(fault)
+    finally:
+        store.close()
+
+
+def _opened(settings: Settings) -> Store | None:
+    """The store, or an end with what is wrong with it."""
+    from ema_service.storage import CatalogUnusable, open_store
+
+    if settings.data_dir is None:
+        return None
+    try:
+        return open_store(settings.data_dir, settings.ram_dir)
+    except (OSError, sqlite3.Error, CatalogUnusable) as fault:
+        _refuse(fault)
+
+
+def _memory_line(store: Store) -> str:
+    """Where versions of durability ``process`` lie, and what to do where that is a disk."""
+    files = store.memory_files
+    if files is None:
+        return f"none: {store.memory_fault}; each version is written to disk, unless there is a --ram-dir"
+    disk = "; this is no memory: the kernel writes it to its disk" if files.writes_to_disk else ""
+    return f"{files.folder}, room for {files.room() / (1 << 30):.1f} GiB{disk}"
+
+
+def _refuse(fault: Exception) -> NoReturn:
+    typer.echo(f"ema-service: {fault}", err=True)
+    raise typer.Exit(1) from None

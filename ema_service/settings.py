@@ -25,6 +25,7 @@ class Settings:
     """Settings of one server.
 
     data_dir: where runs are kept; None keeps everything in memory (no snapshots, nothing survives the process).
+    ram_dir: where versions of durability ``process`` lie in memory; None for a folder of the user's own in /dev/shm.
     device: where shadows live: "auto" (a CUDA device if there is one, else the CPU), or any torch device.
     staging_bytes: most memory of pushes being received or applied.
     frozen_bytes: most memory of versions held for readers beside the current ones.
@@ -38,6 +39,7 @@ class Settings:
     """
 
     data_dir: Path | None = DEFAULT_DATA_DIR
+    ram_dir: Path | None = None
     device: str = "auto"
     staging_bytes: int = field(default_factory=quarter_of_ram)
     frozen_bytes: int = field(default_factory=quarter_of_ram)

@@ -25,7 +25,7 @@ from ema_service.memory import Memory
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry
 from ema_service.settings import Settings
-from ema_service.storage import Store
+from ema_service.storage import Store, open_store
 
 __all__ = ["create_app", "open_registry", "pick_device"]
 
@@ -64,7 +64,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
         _watch(metrics, context)
-        keepers = [asyncio.create_task(keep(context)) for keep in (_keep, _sync, _expire)]
+        keepers = [asyncio.create_task(keep(context)) for keep in (_verify, _keep, _sync, _expire)]
         try:
             yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
         finally:
@@ -99,10 +99,14 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     return app
 
 
-def open_registry(settings: Settings) -> Registry:
-    """Bring every run back. Raises RuntimeError (no such device), FolderLocked, CatalogUnusable, OSError."""
+def open_registry(settings: Settings, store: Store | None = None) -> Registry:
+    """Bring every run back.
+
+    store: by default opened here. Raises RuntimeError (no such device), and what open_store() raises.
+    """
+    if store is None and settings.data_dir:
+        store = open_store(settings.data_dir, settings.ram_dir)
     memory = Memory(pick_device(settings.device), keep_bytes=settings.staging_bytes)
-    store = Store(settings.data_dir) if settings.data_dir else None
     return Registry(memory, store, staging_bytes=settings.staging_bytes, frozen_bytes=settings.frozen_bytes)
 
 
@@ -121,6 +125,11 @@ def _watch(metrics: Metrics, context: Context) -> None:
 
 def _degraded(registry: Registry) -> int:
     return sum(run.info().status == "degraded" for run in registry.runs())
+
+
+async def _verify(context: Context) -> None:
+    """Look through the versions that were taken up from memory, while their runs are read already."""
+    await context.workers.block(context.registry.verify)
 
 
 async def _keep(context: Context) -> None:

@@ -15,7 +15,7 @@ from fastapi import Request
 from ema_service.api.transfer.admission import Admission
 from ema_service.api.transfer.segments import Mappings
 from ema_service.api.workers import Workers
-from ema_service.memory import Arena, Layout, Staged
+from ema_service.memory import Arena, Staged
 from ema_service.metrics import Metrics
 from ema_service.persistence import Versions
 from ema_service.runs import Registry, Run
@@ -46,13 +46,15 @@ class Context:
         registry.staging.on_room(self.pushers.room)
         registry.frozen.on_room = self.readers.room
 
-    async def stage(self, request: Request, layout: Layout, averages: int = 1) -> Staged:
+    async def stage(self, request: Request, run: Run, averages: int = 1) -> Staged:
         """Staging for the push that ``request`` brings, once there is room. Nothing of its body has been asked for.
 
         Raises BodyTooLarge at once where it can never fit; Overloaded, ClientDisconnect.
         """
-        self.registry.staging.needed(layout, averages)
-        return await self.pushers.take(request, partial(self.registry.staging.reserve, layout, averages))
+        self.registry.staging.needed(run.layout, averages)
+        return await self.pushers.take(
+            request, partial(self.registry.staging.reserve, run.layout, averages, run.memory)
+        )
 
     async def hold(self, request: Request, arena: Arena) -> None:
         """Hold a version for the reader, once there is room; the caller releases it. Raises as stage()."""

@@ -89,7 +89,7 @@ class Push:
         self._preparation: Preparation | None = None
 
     async def __aenter__(self) -> Self:
-        self.staged: Staged = await self._server.stage(self._request, self._run.layout, self._averages)
+        self.staged: Staged = await self._server.stage(self._request, self._run, self._averages)
         return self
 
     async def receive(self, preparation: Preparation | None = None) -> None:
@@ -131,7 +131,9 @@ class PartialPush:
     async def __aenter__(self) -> Self:
         averages = 1 if self._place[0] is None else len(self._run.config.averages)
         staging = self._server.registry.staging
-        begin = partial(self._parts.begin, *self._place, partial(staging.reserve, self._run.layout, averages))
+        begin = partial(
+            self._parts.begin, *self._place, partial(staging.reserve, self._run.layout, averages, self._run.memory)
+        )
         if self._parts.admit(*self._place):
             staging.needed(self._run.layout, averages)
             self._part: Part = await self._server.pushers.take(self._request, begin)

@@ -26,6 +26,7 @@ from ema_service.api.context import Context
 from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
 from ema_service.settings import Settings
+from ema_service.storage import Store
 
 __all__ = ["CannotListen", "http_protocol", "serve"]
 
@@ -41,6 +42,7 @@ class CannotListen(OSError):
 
 def serve(
     settings: Settings,
+    store: Store | None,
     host: str,
     port: int,
     uds: Path | None,
@@ -49,9 +51,9 @@ def serve(
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish the requests in hand and keep every run.
 
-    announce: called with the http:// or https:// address once connections are accepted. uds: a Unix socket to listen on
-    as well. tls: for the address; the Unix socket never leaves the machine and stays plain. Raises CannotListen, and
-    what open_registry() raises, before anything is served.
+    store: what is kept; None keeps nothing. announce: called with the http:// or https:// address once connections are
+    accepted. uds: a Unix socket to listen on as well. tls: for the address; the Unix socket never leaves the machine
+    and stays plain. Raises CannotListen, and what open_registry() raises, before anything is served.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again once it has stopped; being told to stop and having stopped is success.
@@ -61,7 +63,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         tcp = stack.enter_context(_tcp(host, port))
         unix = stack.enter_context(_unix(uds)) if uds else None
-        app = create_app(settings, open_registry(settings))
+        app = create_app(settings, open_registry(settings, store))
         config = uvicorn.Config(
             app,
             http=http_protocol(),

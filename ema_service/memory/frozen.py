@@ -59,7 +59,8 @@ class FrozenWeights:
         # Not under the lock that release() takes: the event loop must not wait for a copy of gigabytes.
         with held.copying:
             if held.data is None:
-                held.data = self._memory.to_host(arena.tensor).numpy().data
+                host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
+                held.data = host.numpy().data
             return held.data
 
     def acquire(self, arena: Arena) -> memoryview:

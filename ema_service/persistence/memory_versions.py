@@ -121,9 +121,13 @@ class MemoryVersions:
 
     def allocate(self) -> None:
         """Take the memory that the run will need, and the disk space of its checkpoints. Raises OSError."""
-        averages = len(self.checkpoints.averages)
-        self._pool.reserve(2 * averages)
+        self._pool.reserve(self._needed)
         self.checkpoints.allocate()
+
+    @property
+    def _needed(self) -> int:
+        """Files that updates take turns in: of each average the current version's, and the next one's."""
+        return 2 * len(self.checkpoints.averages)
 
     def take(self) -> InPlace:
         """Where the next version is written to: nowhere else than where it is computed."""
@@ -177,6 +181,8 @@ class MemoryVersions:
         self.checkpoints.save(state, final=final)
         if final:
             self._leave()
+        else:
+            self._pool.trim(self._needed)
 
     def settle(self, state: State) -> None:
         """Bring the state to the medium now. Raises StorageFailed."""
@@ -204,20 +210,24 @@ class MemoryVersions:
         Files that are gone with their folder are what the machine's end takes; a file that is missing, or cut, in a
         folder that is there is damage. For a run that nobody uses yet. Raises sqlite3.Error.
         """
-        rows = read_rows(self._store.checkpoints(self._row))
-        memory = next((row for row in rows if row.row.folder == MEMORY), None)
-        newest = max((row.age for row in rows if row.row.folder != MEMORY), default=(0, 0))
-        if memory is None or (memory.said and memory.age < newest):
-            return self.checkpoints.restore()
+        row = self.checkpoints.memory_row() or self._same_as_checkpoint()
         fault = None
-        if not memory.said:
+        if row and not row.said:
             fault = "the catalog's row of its memory files is damaged"
-        elif memory.nonce == self._nonce:
+        elif row and row.nonce == self._nonce:
             try:
-                return self._attached(memory)
+                return self._attached(row)
             except OSError as missing:
                 fault = f"its memory files cannot be read: {missing}"
-        return self.checkpoints.restore(lost=memory, fault=fault)
+        found = self.checkpoints.restore(fault=fault)
+        self.durable_step = self.checkpoints.durable_step
+        return found
+
+    def _same_as_checkpoint(self) -> StoredVersion | None:
+        """The row of a version in memory files that was brought to the disk since, and is still in memory."""
+        rows = read_rows(self._store.checkpoints(self._row))
+        newest = max((row.age for row in rows if row.row.folder != MEMORY), default=None)
+        return next((row for row in rows if row.row.folder == MEMORY and row.age == newest), None)
 
     def verify(self, take_up: Callable[[Restored], None]) -> None:
         """Compare the bytes of an attached version with their digests; where they differ, have the newest checkpoint

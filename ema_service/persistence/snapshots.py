@@ -158,7 +158,8 @@ class Snapshots:
     def _chunks(
         self, state: State, average: Average, arena: Arena, snapshot: str, checksums: dict[str, str]
     ) -> Iterator[memoryview]:
-        data = self._memory.to_host(arena.tensor).numpy().data
+        host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
+        data = host.numpy().data
         yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
         if arena.digest is None:
             whole = Digest()

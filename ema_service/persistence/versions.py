@@ -100,11 +100,16 @@ class Versions:
         memory: Memory,
         *,
         every: bool | None = None,
+        reason: str | None = None,
     ) -> None:
-        """every: by default where the run's durability wants it; False where versions are kept elsewhere, too."""
+        """every: by default where the run's durability wants it; False where versions are kept elsewhere, too.
+
+        reason: why a run of durability ``process`` has its versions here and not in memory files.
+        """
         self._run = config.run
         self._durability: Durability = config.durability or "memory"
         self.every = self._durability != "memory" if every is None else every
+        self._reason = reason
         self._row = row
         self._store = store
         self._layout = layout
@@ -174,7 +179,9 @@ class Versions:
     @property
     def where(self) -> str:
         """Where versions are kept, for people to read."""
-        return "slots on disk" if self.every else "checkpoints on disk"
+        if not self.every:
+            return "checkpoints on disk"
+        return f"slots on disk, each of them: {self._reason}" if self._reason else "slots on disk"
 
     @property
     def unsynced(self) -> bool:
@@ -243,11 +250,13 @@ class Versions:
         """What the run comes up with: the newest version that is whole. For a run that nobody uses yet.
 
         Where a newer one was damaged there is a fault: with the older one's weights, if there is an older one; without
-        weights where the run's folder, or a slot in it, is not its own. lost: a newer version that lay in memory, and
-        ``fault`` why it should not have been lost, None where that may happen. Raises sqlite3.Error.
+        weights where the run's folder, or a slot in it, is not its own. lost: a newer version that lay in memory, by
+        default that of the catalog; ``fault``: why it should not have been lost, None where that may happen.
+        Raises sqlite3.Error.
         """
         self._newest = self._anchor = None
         rows = self._rows()
+        lost = lost or self.memory_row()
         try:
             self._slots.check()
         except OSError as unreadable:
@@ -276,6 +285,7 @@ class Versions:
             # The version is no longer final, and of this epoch: said before anything can follow it. A damaged run is
             # left as it is until someone decides.
             self._amend(written, state, final=False, durable=True)
+            self._store.remove_checkpoint(self._row, MEMORY)
 
     def go_on_beside(self) -> None:
         """Hold the newest checkpoint as it is, unread: the run comes up with a newer version from elsewhere."""
@@ -292,6 +302,12 @@ class Versions:
         self._anchor = written.slot if anchor is row else self._slots.hold(anchor.row.folder) if anchor else None
         self._anchor_step = anchor.step if anchor else None
         return written
+
+    def memory_row(self) -> StoredVersion | None:
+        """The row of a version in memory files that is newer than every version on disk, or cannot be read."""
+        found = [row for row in read_rows(self._store.checkpoints(self._row)) if row.row.folder == MEMORY]
+        newest = max((row.age for row in self._rows()), default=(0, -1))
+        return found[0] if found and (not found[0].said or found[0].age > newest) else None
 
     def _rows(self) -> list[StoredVersion]:
         """The rows of versions on disk, newest first."""
@@ -322,7 +338,8 @@ class Versions:
         slot.finish({average.name: self._header(state, average) for average, _ in pairs})
 
     def _write_whole(self, slot: Slot, average: str, arena: Arena) -> None:
-        data = self._memory.to_host(arena.tensor).numpy().data
+        host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
+        data = host.numpy().data
         digest = Digest() if arena.digest is None else None
         for start in range(0, len(data), _DIGESTED_AT_ONCE):
             stop = min(start + _DIGESTED_AT_ONCE, len(data))

@@ -255,8 +255,8 @@ class Ledger:
         steps: of earlier updates. last_epoch: versions of epochs up to this one may have been read. fault: why the run
         takes no updates.
         """
-        self.fault, self._last_epoch = fault, last_epoch
-        self._steps.extend(steps)
+        self.fault, self._last_epoch, self.version = fault, last_epoch, None
+        self._steps = deque(steps, maxlen=_REMEMBERED_STEPS)
         if version:
             self.commit(version)
 

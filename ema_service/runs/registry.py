@@ -19,6 +19,7 @@ from functools import partial
 
 from ema_client.errors import (
     InvalidRequest,
+    Overloaded,
     RunExists,
     RunNotFound,
     StorageDisabled,
@@ -41,6 +42,12 @@ _log = logging.getLogger(__name__)
 
 #: Most runs of a server. Each costs a row, its layout in memory and a line of every list, with weights or without.
 MAX_RUNS = 10_000
+
+#: What to do where memory files have no room.
+MORE_ROOM = (
+    "give shared memory more room (docker run --shm-size=…, Kubernetes: an emptyDir of medium Memory at /dev/shm), or "
+    "another folder in memory with --ram-dir"
+)
 
 #: What of a configuration names tensors: too long to be shown as it is.
 _LONG = ("layout", "copied")
@@ -100,9 +107,7 @@ class Registry:
         self._runs: dict[str, _Registered] = {}
         for row in store.runs() if store else []:
             config = _config_of(row)
-            made = self._register(config, Layout(config.layout, config.copied), row, row.created_at)
-            if made.disk:
-                _take_up(made.run, made.disk.versions.restore())
+            self._runs[row.name] = self._restored(config, Layout(config.layout, config.copied), row)
 
     def verify(self) -> None:
         """Compare versions that were taken up from memory with their digests; one that differs is a fault of its run.
@@ -253,7 +258,8 @@ class Registry:
     def _add(self, config: RunConfig, layout: Layout) -> _Registered:
         created_at = time.time()
         if self._store is None:
-            return self._register(config, layout, None, created_at)
+            made = self._runs[config.run] = self._make(config, layout, None, created_at)
+            return made
         try:
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at)
             try:
@@ -266,8 +272,19 @@ class Registry:
         self._runs[config.run] = made
         return made
 
-    def _register(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Registered:
-        made = self._runs[config.run] = self._make(config, layout, row, created_at)
+    def _restored(self, config: RunConfig, layout: Layout, row: RunRow) -> _Registered:
+        """The run with what storage has of it."""
+        made = self._make(config, layout, row, row.created_at)
+        if made.disk is None:
+            return made
+        try:
+            found = made.disk.versions.restore()
+        except Overloaded as fault:
+            _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault.detail, MORE_ROOM)
+            made.disk.versions.close()
+            made = self._make(config, layout, row, row.created_at, refusal=fault.detail)
+            found = made.disk.versions.restore() if made.disk else Restored()
+        _take_up(made.run, found)
         return made
 
     def _allocated(self, config: RunConfig, layout: Layout, row: RunRow, created_at: float) -> _Registered:
@@ -278,25 +295,29 @@ class Registry:
         try:
             made.disk.versions.allocate()
         except MemoryFilesUnusable as fault:
-            _log.warning("run %s: its versions are written to disk as they come: %s", config.run, fault)
+            _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault, MORE_ROOM)
             made.disk.versions.close()
-            made = self._make(config, layout, row, created_at, in_memory=False)
+            made = self._make(config, layout, row, created_at, refusal=str(fault))
             if made.disk:
                 made.disk.versions.allocate()
         return made
 
     def _make(
-        self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float, *, in_memory: bool = True
+        self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float, *, refusal: str | None = None
     ) -> _Registered:
+        """refusal: why the run's versions can't lie in memory files."""
         if self._store is None or row is None:
             run = Run(config, layout, self.memory, created_at=created_at)
             return _Registered(run, Parts(run), None)
-        versions: Versions | MemoryVersions = Versions(config, row, self._store, layout, self.memory)
-        memory = self.memory
-        if in_memory and (files := self._store.memory_files) and config.durability == "process":
+        store, memory, files = self._store, self.memory, self._store.memory_files
+        versions: Versions | MemoryVersions
+        if files and not refusal and config.durability == "process":
             pool = FilePool(files, buffer_bytes(layout), memory_prefix(row))
             memory = self.memory.of_run(pool)
-            versions = MemoryVersions(config, row, self._store, layout, memory, pool, files.nonce)
+            versions = MemoryVersions(config, row, store, layout, memory, pool, files.nonce)
+        else:
+            why = (refusal or store.memory_fault) if config.durability == "process" else None
+            versions = Versions(config, row, store, layout, memory, reason=why)
         run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer)
         snapshots = Snapshots(row, self._store, layout, memory, run.changes.tell)
         return _Registered(run, Parts(run), _Disk(row, self._store, versions, snapshots, History(row, self._store)))

@@ -283,8 +283,7 @@ class Run:
     def restore(self, state: State | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:
         """Take up what storage had (persistence.Restored): at the start, or once what it had proves to be damaged."""
         with self._lock:
-            if state:
-                self._shadows.commit(state)
+            self._shadows.commit(state)
             self.ledger.restore(state.version if state else None, steps, last_epoch, fault)
         self.changes.tell()
 

@@ -101,6 +101,6 @@ class Shadows:
         work = pass_over(staged, [Feed(staged.arena, None, 0.0)], check=self._check)
         return Preparation(work, (staged.arena,) * averages)
 
-    def commit(self, state: State) -> None:
-        """Make ``state``, of prepared bytes or of those that are there, the current one."""
+    def commit(self, state: State | None) -> None:
+        """Make ``state``, of prepared bytes or of those that are there, the current one; None: there is none."""
         self.state = state

@@ -10,7 +10,7 @@ from ema_service.storage.files import TensorFile
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent, SlotFiles, padded_bytes
 from ema_service.storage.slots import Slot, Slots
-from ema_service.storage.store import Store, memory_prefix
+from ema_service.storage.store import Store, memory_prefix, open_store
 
 __all__ = [
     "MEMORY",
@@ -27,5 +27,6 @@ __all__ = [
     "Store",
     "TensorFile",
     "memory_prefix",
+    "open_store",
     "padded_bytes",
 ]

@@ -36,7 +36,7 @@ from ema_service.storage.slot_files import Extent
 from ema_service.storage.slots import Slots
 from ema_service.threads import Threads
 
-__all__ = ["Files", "Store", "memory_prefix"]
+__all__ = ["Files", "Store", "memory_prefix", "open_store"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,21 @@ _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
 def memory_prefix(row: RunRow) -> str:
     """What the names of a run's memory files begin with."""
     return f"{row.id}."
+
+
+def open_store(folder: Path, ram_dir: Path | None = None) -> Store:
+    """The store of a data dir, with its memory files.
+
+    To be opened before any memory is taken: it frees memory that an earlier server left and no run comes back for.
+    Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error.
+    """
+    store = Store(folder)
+    try:
+        store.use_memory_files(ram_dir)
+    except sqlite3.Error:
+        store.close()
+        raise
+    return store
 
 
 class Store:

@@ -5,6 +5,10 @@ Knows how a body becomes a staged push. Does not know what a test wants of it.
 
 from __future__ import annotations
 
+import os
+import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +74,8 @@ def stage_body(staged: Staged, tensors: Mapping[str, Tensor]) -> Staged:
 class LocalRun:
     """A run in this process: what the routes do with it, without HTTP."""
 
-    def __init__(self, run: Run, memory: Memory) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self._memory = memory
 
     @property
     def state(self) -> State:
@@ -98,7 +101,7 @@ class LocalRun:
         return {average.name: arena.tensor.cpu().numpy().tobytes() for average, arena in pairs}
 
     def staged(self, tensors: Mapping[str, Tensor]) -> Staged:
-        return stage_body(Staged(self.run.layout, self._memory), tensors)
+        return stage_body(Staged(self.run.layout, self.run.memory), tensors)
 
     def begin(self, tensors: Mapping[str, Tensor], **numbers: int) -> None:
         """Give the initial weights."""
@@ -127,8 +130,7 @@ def local_run(memory: Memory) -> Callable[..., LocalRun]:
     def make(tensors: Mapping[str, Tensor], *, begun: bool = True, **config: Any) -> LocalRun:
         specs = specs_of(tensors)
         run = LocalRun(
-            Run(RunConfig("r", specs, **config), Layout(specs, config.get("copied", ())), memory, created_at=1.0),
-            memory,
+            Run(RunConfig("r", specs, **config), Layout(specs, config.get("copied", ())), memory, created_at=1.0)
         )
         if begun:
             run.begin(tensors)
@@ -138,7 +140,10 @@ def local_run(memory: Memory) -> Callable[..., LocalRun]:
 
 
 class LocalServer:
-    """A registry on a data dir. ``stop()`` ends it cleanly, ``crash()`` as a kill would; ``start()`` opens it again."""
+    """A registry on a data dir. ``stop()`` ends it cleanly, ``crash()`` as a kill would; ``start()`` opens it again.
+
+    ram_dir: where versions of durability ``process`` lie in memory; None for slots on disk.
+    """
 
     def __init__(
         self,
@@ -146,9 +151,11 @@ class LocalServer:
         *,
         staging_bytes: int = 1 << 24,
         frozen_bytes: int = 1 << 24,
+        ram_dir: Path | None = None,
         new_memory: Callable[[], Memory] = host_memory,
     ) -> None:
         self.folder = folder
+        self.ram_dir = ram_dir
         self._new_memory = new_memory
         self._budgets = {"staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
         self._open = False
@@ -157,6 +164,8 @@ class LocalServer:
     def start(self) -> None:
         self.memory = self._new_memory()
         self.store = Store(self.folder) if self.folder else None
+        if self.store and self.ram_dir:
+            self.store.use_memory_files(self.ram_dir)
         self.registry = Registry(self.memory, self.store, **self._budgets)
         self._open = True
 
@@ -175,10 +184,10 @@ class LocalServer:
 
     def create(self, name: str, tensors: Mapping[str, Tensor], **config: Any) -> LocalRun:
         run, _ = self.registry.create(RunConfig(name, specs_of(tensors), **config))
-        return LocalRun(run, self.memory)
+        return LocalRun(run)
 
     def run(self, name: str) -> LocalRun:
-        return LocalRun(self.registry.get(name), self.memory)
+        return LocalRun(self.registry.get(name))
 
     def data_files(self, pattern: str) -> list[Path]:
         """What lies in the folders of runs."""
@@ -205,3 +214,13 @@ def local_server(tmp_path: Path) -> Iterator[Callable[..., LocalServer]]:
     yield start
     for server in opened:
         server.end()
+
+
+@pytest.fixture
+def ram_dir() -> Iterator[Path]:
+    """A folder for memory files that does not exist yet, in memory where the system has such a place."""
+    parent = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    name = parent / f"ema-tests-{os.getpid()}-{secrets.token_hex(4)}"
+    yield name
+    for each in parent.glob(f"{name.name}*"):
+        shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()

@@ -35,15 +35,6 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ram_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in shared memory that does not exist yet."""
-    name = Path("/dev/shm") / f"ema-tests-{os.getpid()}-{tmp_path_factory.mktemp('ram').name}"
-    yield name
-    for each in Path("/dev/shm").glob(f"{name.name}*"):
-        each.unlink() if each.is_symlink() or each.is_file() else subprocess.run(["rm", "-rf", each], check=True)
-
-
-@pytest.fixture
 def files(data_dir: Path, ram_dir: Path) -> Iterator[MemoryFiles]:
     made = MemoryFiles(data_dir, ram_dir)
     yield made
