@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +36,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak", type=float, default=0.0, metavar="SECONDS", help="go on with random lives, and overload, for so long"
     )
+
+
+#: Where the memory of servers lies that tests start and kill: no file of theirs may outlive the tests.
+_RAM_DIR = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()) / f"ema-tests-{os.getpid()}"
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("EMA_SERVICE_RAM_DIR", str(_RAM_DIR))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_RAM_DIR, ignore_errors=True)
 
 
 @pytest.fixture

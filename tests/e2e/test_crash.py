@@ -1,10 +1,11 @@
 """kill -9 at every phase, a full disk, a read-only one: nothing acknowledged is lost, nothing is applied twice.
 
-One server holds a run of each durability. Each test has it killed at one named phase of one request
-(processes/dying.py), starts it again and compares every bit with LitEma in this process.
+Two servers hold a run of each durability: one has memory files for ``process``, the other slots on disk. Each test has
+one of them killed at one named phase of one request (processes/dying.py), starts it again and compares every bit with
+LitEma in this process.
 
 Knows processes, signals, mounts and plain HTTP. Does not know how a run is kept; power loss is simulated in
-tests/service/runs/test_checkpoints.py.
+tests/service/persistence/test_versions.py, a reboot in test_memory_versions.py beside it.
 """
 
 from __future__ import annotations
@@ -123,18 +124,46 @@ class Life:
             self.server.kill()
 
 
+MakeLife = Callable[..., Life]
+
+#: A folder that cannot be made: versions of durability ``process`` go to slots on disk.
+NO_MEMORY = ("--ram-dir", "/proc/no/such/folder")
+
+
 @pytest.fixture(scope="module")
-def life(
+def make_life(
     tmp_path_factory: pytest.TempPathFactory,
     server_class: type[ServerProcess],
     plain_run_class: type[PlainRun],
     litema: type[LitEmaOracle],
-) -> Iterator[Life]:
-    folder = tmp_path_factory.mktemp("life")
-    server = server_class(folder, ("--checkpoint-interval", "0.1"), folder / "data")
-    begun = Life(server, plain_run_class, litema)
-    yield begun
-    begun.end()
+) -> Iterator[MakeLife]:
+    begun: list[Life] = []
+
+    def make(*arguments: str) -> Life:
+        folder = tmp_path_factory.mktemp("life")
+        server = server_class(folder, ("--checkpoint-interval", "0.1", *arguments), folder / "data")
+        begun.append(Life(server, plain_run_class, litema))
+        return begun[-1]
+
+    yield make
+    for each in begun:
+        each.end()
+
+
+@pytest.fixture(scope="module")
+def life(make_life: MakeLife) -> Life:
+    """A server whose runs of durability ``process`` lie in memory files."""
+    made = make_life()
+    assert made.runs["process"].run.info()["versions_in"] == "memory files"
+    return made
+
+
+@pytest.fixture(scope="module")
+def life_in_slots(make_life: MakeLife) -> Life:
+    """A server that writes each version of ``process`` to a slot on disk, for want of memory."""
+    made = make_life(*NO_MEMORY)
+    assert made.runs["process"].run.info()["versions_in"].startswith("slots on disk")
+    return made
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -149,15 +178,29 @@ PUSH_PHASES = {
     "receiving": False,
     "half of a slot by ema-apply": False,
     "slot without its header": False,
+    "half of a slot by ema-write": False,
     "before the row": False,
     "row committed": True,
+    "before the memory's row": False,
+    "memory's row committed": True,
 }
+SLOT_PHASES = ["receiving", "half of a slot by ema-apply", "slot without its header", "before the row", "row committed"]
 
 
-@pytest.mark.parametrize("phase", PUSH_PHASES)
+@pytest.mark.parametrize("phase", SLOT_PHASES)
 @pytest.mark.parametrize("durability", ["process", "disk"])
-def test_kill_in_a_push(durability: str, phase: str, life: Life) -> None:
+def test_kill_in_a_push(durability: str, phase: str, life_in_slots: Life) -> None:
     """Killed in a push: it is there or not, whole; sent again it is applied once. The slots were in use before."""
+    _kill_in_a_push(life_in_slots, durability, phase)
+
+
+@pytest.mark.parametrize("phase", ["receiving", "before the memory's row", "memory's row committed"])
+def test_kill_in_a_push_to_memory(phase: str, life: Life) -> None:
+    """The same where the version lies in memory files, and is the run's by its row alone."""
+    _kill_in_a_push(life, "process", phase)
+
+
+def _kill_in_a_push(life: Life, durability: str, phase: str) -> None:
     tracked = life.runs[durability]
     while tracked.step < 4:
         tracked.push()
@@ -180,15 +223,27 @@ def test_kill_in_a_push(durability: str, phase: str, life: Life) -> None:
 @pytest.mark.parametrize("phase", ["receiving", "half of a slot by ema-write", "before the row"])
 @pytest.mark.parametrize("durability", ["process", "disk"])
 def test_kill_while_threads_receive_and_write(
-    durability: str, phase: str, life: Life, litema: type[LitEmaOracle]
+    durability: str, phase: str, life_in_slots: Life, litema: type[LitEmaOracle]
 ) -> None:
     """As above, of a push that one thread receives while another writes what it makes past the page cache."""
+    _kill_large(life_in_slots, durability, phase, litema)
+
+
+@pytest.mark.parametrize("phase", ["receiving", "before the memory's row", "memory's row committed"])
+def test_kill_while_a_thread_receives_into_memory(phase: str, life: Life, litema: type[LitEmaOracle]) -> None:
+    """As above, of a push that one thread receives into a memory file and averages there."""
+    _kill_large(life, "process", phase, litema)
+
+
+def _kill_large(life: Life, durability: str, phase: str, litema: type[LitEmaOracle]) -> None:
     name = f"large-{durability}-{phase.replace(' ', '-')}"
     tracked = life.runs[name] = Tracked(life.plain(name), litema, durability, LARGE)
     try:
         for _ in range(4):
             tracked.push()
         life.doom(phase, tracked.push)
+        if PUSH_PHASES[phase]:
+            tracked.applied()
         life.check()
         tracked.push()
         life.check()
@@ -200,20 +255,101 @@ SYNC_PHASES = ["before a sync", "after a sync", "before the anchor's row", "afte
 
 
 @pytest.mark.parametrize("phase", SYNC_PHASES)
-def test_kill_in_a_sync(phase: str, life: Life) -> None:
+def test_kill_in_a_sync(phase: str, life_in_slots: Life) -> None:
     """Killed while versions are synced behind the updates: every acknowledged update is there."""
+    _push_until_it_dies(life_in_slots, phase)
+
+
+def _push_until_it_dies(life: Life, phase: str) -> None:
     tracked = life.runs["process"]
 
-    def push_until_it_dies() -> None:
+    def push() -> None:
         for _ in range(1000):
             tracked.push()
 
     # The push that the server dies in may have been committed without its answer.
-    life.doom(phase, push_until_it_dies)
+    life.doom(phase, push)
     if tracked.run.info()["step"] == tracked.step + 1:
         tracked.applied()
     life.check()
     tracked.push()
+    life.check()
+
+
+#: Of the checkpoint of a run in memory files, which is written while updates go on.
+CHECKPOINT_PHASES = ["half of a slot by ema-files", "slot without its header", "before a sync", "after a sync"]
+
+
+@pytest.mark.parametrize("phase", CHECKPOINT_PHASES)
+def test_kill_in_a_checkpoint_of_memory(phase: str, life: Life) -> None:
+    """Killed while a checkpoint is under way: the newest version is in memory, whatever became of the checkpoint."""
+    _push_until_it_dies(life, phase)
+
+
+STOP_PHASES = [
+    *CHECKPOINT_PHASES,
+    "before the row",
+    "row committed",
+    "before the memory's row goes",
+    "the memory's row is gone",
+    "half of the memory is gone",
+]
+
+
+@pytest.mark.parametrize("phase", STOP_PHASES)
+def test_kill_in_a_clean_stop(phase: str, make_life: MakeLife) -> None:
+    """Killed while the memory is brought to the disk and given back: nothing is lost, and no memory stays behind."""
+    life = make_life("--checkpoint-interval", "1000")
+    try:
+        for _ in range(3):
+            for tracked in life.runs.values():
+                tracked.push()
+        life.http.close()
+        life.doom(phase, life.server.stop)
+        life.check()
+        for tracked in life.runs.values():
+            tracked.push()
+        life.http.close()
+        life.server.stop()
+        assert _memory_files(life) == []
+        life.start()
+        life.check()
+    finally:
+        life.end()
+
+
+def _memory_files(life: Life) -> list[Path]:
+    """What of this server's memory is there."""
+    ram_dir = Path(os.environ["EMA_SERVICE_RAM_DIR"])
+    owners = (path for path in ram_dir.glob("*/owner") if str(life.server.data_dir) in path.read_text())
+    return [path for owner in owners for path in owner.parent.iterdir() if path != owner]
+
+
+def test_release_of_a_killed_server(life: Life) -> None:
+    """The command brings a killed server's memory to its disk, and frees it; the server goes on from there."""
+    life.runs["process"].push()
+    life.http.close()
+    life.server.kill()
+    assert _memory_files(life) != []
+    command = [sys.executable, "-m", "ema_service", "release", "--data-dir", str(life.server.data_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"process: step {life.runs['process'].step} is on disk" in ended.stdout
+    assert _memory_files(life) == []
+    life.start()
+
+    life.check()
+    life.runs["process"].push()
+    life.check()
+
+
+def test_release_beside_a_server(life: Life) -> None:
+    """While the server runs, the command touches nothing and says why."""
+    command = [sys.executable, "-m", "ema_service", "release", "--data-dir", str(life.server.data_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert ended.returncode == 1
+    assert "another server uses the data dir" in ended.stderr
     life.check()
 
 
@@ -246,21 +382,22 @@ def test_kill_in_a_snapshot(phase: str, life: Life) -> None:
     life.check()
 
 
-def test_kill_in_a_restart(life: Life) -> None:
+@pytest.mark.parametrize("phase", ["half of a restart", "memory attached"])
+def test_kill_in_a_restart(phase: str, life: Life) -> None:
     """Killed while it comes back: the next start brings everything back all the same."""
     life.server.kill()
-    life.doom("half of a restart", life.server.start)
+    life.doom(phase, life.server.start)
 
     life.check()
 
 
-@pytest.mark.parametrize("phase", ["before a run's row", "run's row committed"])
+@pytest.mark.parametrize("phase", ["before a run's row", "run's row committed", "memory taken"])
 def test_kill_in_a_creation(phase: str, life: Life) -> None:
     """Killed while a run is created: it is there or not; created again it can be used."""
     name = phase.replace(" ", "-").replace("'", "")
     life.doom(phase, lambda: life.plain(name).create(params(0)))
     run = life.plain(name)
-    assert run.create(params(0)).status_code == (200 if phase == "run's row committed" else 201)
+    assert run.create(params(0)).status_code == (201 if phase == "before a run's row" else 200)
     run.begin(params(0)).raise_for_status()
 
     assert run.push(1, params(1)).json()["applied"]

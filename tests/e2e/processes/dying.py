@@ -16,8 +16,9 @@ from typing import Any
 
 from ema_service.bodies.incoming import UpdateBody
 from ema_service.cli import main
-from ema_service.storage.catalog import Catalog
+from ema_service.storage.catalog import MEMORY, Catalog
 from ema_service.storage.files import TensorFile
+from ema_service.storage.memory_files import MemoryFiles
 from ema_service.storage.slot_files import SlotFiles
 from ema_service.storage.slots import Slot
 from ema_service.storage.store import Store
@@ -48,6 +49,12 @@ def patch(owner: Any, name: str, phases: Callable[..., tuple[str, str]]) -> None
 
 def named(before: str, after: str = "") -> Callable[..., tuple[str, str]]:
     return lambda *_, **__: (before, after)
+
+
+def row_of(_catalog: Catalog, _run_id: int, folder: str, *_: object, **__: object) -> tuple[str, str]:
+    if folder == MEMORY:
+        return "before the memory's row", "memory's row committed"
+    return "before the row", "row committed"
 
 
 def write_half(write: Callable[[Slot, str, int, int], None]) -> Callable[[Slot, str, int, int], None]:
@@ -81,11 +88,15 @@ patch(UpdateBody, "advance", lambda _, count: ("receiving" if count > 10_000 els
 Slot._write = write_half(Slot._write)  # type: ignore[method-assign]
 patch(Slot, "finish", named("slot without its header"))
 patch(SlotFiles, "sync", named("before a sync", "after a sync"))
-patch(Catalog, "put_checkpoint", named("before the row", "row committed"))
+patch(Catalog, "put_checkpoint", row_of)
 patch(Catalog, "mark_synced", named("before the anchor's row", "after the anchor's row"))
 patch(Catalog, "amend_checkpoint", named("before a change", "after a change"))
 Store.save_snapshot = save_snapshot(Store.save_snapshot)  # type: ignore[method-assign]
 patch(Catalog, "add_snapshot", named("snapshot before its row", "snapshot committed"))
+patch(Catalog, "remove_checkpoint", named("before the memory's row goes", "the memory's row is gone"))
+patch(MemoryFiles, "create", named("", "memory taken"))
+patch(MemoryFiles, "attach", named("", "memory attached"))
+patch(MemoryFiles, "remove", named("", "half of the memory is gone"))
 patch(TensorFile, "read_into", lambda _, __, start=0: ("half of a restart" if start else "", ""))
 patch(Catalog, "add_run", named("before a run's row", "run's row committed"))
 patch(Catalog, "remove_run", named("before a deletion", "half of a deletion"))
