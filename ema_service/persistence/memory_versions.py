@@ -189,8 +189,11 @@ class MemoryVersions:
         self.checkpoints.save(state)
 
     def close(self) -> None:
-        """Give the memory back: the run is deleted."""
+        """Save no more: the run is deleted. Waits for a save under way."""
         self.checkpoints.close()
+
+    def free(self) -> None:
+        """Give the memory back. What names the files goes first: a row never names files that are gone."""
         self._pool.close()
 
     def _leave(self) -> None:
@@ -221,6 +224,7 @@ class MemoryVersions:
                 fault = f"its memory files cannot be read: {missing}"
         found = self.checkpoints.restore(fault=fault)
         self.durable_step = self.checkpoints.durable_step
+        self._pool.adopt()
         return found
 
     def _same_as_checkpoint(self) -> StoredVersion | None:

@@ -244,6 +244,9 @@ class Versions:
         with self._saving:
             self._closed = True
 
+    def free(self) -> None:
+        """Nothing to do: disk space goes with the run's folder."""
+
     # --- the way back -----------------------------------------------------------------------------------------------
 
     def restore(self, *, lost: StoredVersion | None = None, fault: str | None = None) -> Restored:

@@ -77,6 +77,7 @@ class _Disk:
         self.snapshots.close()
         self.versions.close()
         self.store.remove_run(self.row)
+        self.versions.free()
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +282,7 @@ class Registry:
             found = made.disk.versions.restore()
         except Overloaded as fault:
             _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault.detail, MORE_ROOM)
-            made.disk.versions.close()
+            made.disk.versions.free()
             made = self._make(config, layout, row, row.created_at, refusal=fault.detail)
             found = made.disk.versions.restore() if made.disk else Restored()
         _take_up(made.run, found)
@@ -296,7 +297,7 @@ class Registry:
             made.disk.versions.allocate()
         except MemoryFilesUnusable as fault:
             _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault, MORE_ROOM)
-            made.disk.versions.close()
+            made.disk.versions.free()
             made = self._make(config, layout, row, created_at, refusal=str(fault))
             if made.disk:
                 made.disk.versions.allocate()

@@ -59,7 +59,8 @@ def row_of(_catalog: Catalog, _run_id: int, folder: str, *_: object, **__: objec
 
 def write_half(write: Callable[[Slot, str, int, int], None]) -> Callable[[Slot, str, int, int], None]:
     def outer(slot: Slot, average: str, start: int, stop: int) -> None:
-        phase = f"half of a slot by {threading.current_thread().name.rpartition('_')[0]}"
+        thread = threading.current_thread().name
+        phase = f"half of a slot by {thread.rpartition('_')[0] or thread}"
         half = start + (stop - start) // 2 // 4096 * 4096
         if PHASE_FILE.exists() and half > start:
             write(slot, average, start, half)
