@@ -1,10 +1,12 @@
 """Decay schedules: how much of the shadow an update retains.
 
-A schedule is a pure function of the counter before the update, the number of steps the update stands for, and the
-configured decay. Knows arithmetic. Does not know runs, tensors' memory, or who counts.
+A schedule is a pure function of the configured decay, the counter before the update, and the number of steps that the
+update stands for.
 
 ``litema`` is LitEma of latent-diffusion to the bit: n = num_updates + 1, decay_n = min(decay, (1 + n) / (10 + n)), each
 scalar a float32 (LitEma keeps ``decay`` in a float32 buffer and divides an int32 tensor, which gives float32).
+
+Knows arithmetic. Does not know runs, tensors' memory, or who counts.
 """
 
 from __future__ import annotations
@@ -86,4 +88,6 @@ def _narrow(decay: np.float32) -> Retention:
 
 
 def _wide(decay: float) -> Retention:
+    """Float64 scalars, for the product of several decays: LitEma, which has no gaps, has no such product to be equal
+    to."""
     return Retention(decay=decay, weight=1.0 - decay)
