@@ -1,7 +1,7 @@
 """The two numbers behind all sizes: time = a + bytes / b, a the cost of asking and b the rate of the bytes.
 
-Fitted by least squares of the *relative* error over all sizes: of the absolute error, the largest size would decide
-everything and a would be its noise.
+Fitted by least squares of the *relative* error over all sizes. By the absolute error, the largest size would decide
+everything, and a would be the noise of that size.
 
 Knows arithmetic. Does not know what was measured.
 """
