@@ -67,16 +67,16 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
         _watch(metrics, context)
-        keepers = [asyncio.create_task(keep(context)) for keep in (_keep, _sync, _expire)]
+        tasks = [asyncio.create_task(work(context)) for work in (_checkpoint, _sync, _expire)]
         try:
             yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
         finally:
-            for keeper in keepers:
-                keeper.cancel()
+            for task in tasks:
+                task.cancel()
             try:
-                for keeper in keepers:
+                for task in tasks:
                     with contextlib.suppress(asyncio.CancelledError):
-                        await keeper
+                        await task
             finally:
                 context.close()
 
@@ -130,7 +130,7 @@ def _degraded(registry: Registry) -> int:
     return sum(run.info().status == "degraded" for run in registry.runs())
 
 
-async def _keep(context: Context) -> None:
+async def _checkpoint(context: Context) -> None:
     """Take checkpoints of runs that moved, at every ``checkpoint_interval``."""
     while True:
         await asyncio.sleep(context.settings.checkpoint_interval)

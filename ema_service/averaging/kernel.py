@@ -31,21 +31,23 @@ __all__ = ["average_into", "averaging", "cast_into", "casting", "digesting", "fi
 #: Bytes of shadow that torch averages at once, per thread (float64 and fp16 parameters). Each block is read and written
 #: three times and should stay in the 2 MiB L2 cache of a core together with its parameters. Measured on one core, GB/s
 #: of shadow: 64 KiB 3.0, 128 KiB 3.6, 256 KiB 3.8, 512 KiB 3.6, 1 MiB 3.4.
-CPU_BLOCK_BYTES = 256 << 10
+CPU_AVERAGED_AT_ONCE = 256 << 10
 #: A compiled loop is split over threads where each thread gets at least so many bytes of shadow: waking a thread for
 #: less costs more than it saves.
 _SPLIT_BYTES = 1 << 20
 #: Bytes of shadow that a GPU averages at once. The block only bounds the scratch memory of a cast.
-GPU_BLOCK_BYTES = 64 << 20
+GPU_AVERAGED_AT_ONCE = 64 << 20
 
 
-def average_into(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True) -> bool:
+def average_into(
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True, at_once: int | None = None
+) -> bool:
     """Average all elements, and say whether every result is finite. Arguments as for averaging()."""
-    return averaging(out, shadow, param, weight, check=check)(0, out.numel())
+    return averaging(out, shadow, param, weight, check=check, at_once=at_once)(0, out.numel())
 
 
 def averaging(
-    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True, at_once: int | None = None
 ) -> Callable[[int, int], bool]:
     """A function (start, stop) that averages these elements into ``out`` and says whether every result is finite.
 
@@ -56,11 +58,12 @@ def averaging(
 
     weight: 1 - decay, 0..1, rounded to the dtype of the shadow by the multiplication.
     check: without it the values are not looked at and the answer is True.
+    at_once: bytes of shadow in a block, where torch averages; None: what suits the device.
     """
     loop = _compiled_loop(out, shadow, param, weight)
     if loop is None:
         return lambda start, stop: _average_blocks(
-            out[start:stop], shadow[start:stop], param[start:stop], weight, check=check
+            out[start:stop], shadow[start:stop], param[start:stop], weight, check, at_once
         )
     few = _SPLIT_BYTES // out.element_size()
 
@@ -83,11 +86,13 @@ def digesting(
     return loop and (lambda start, stop, params, results: loop(start, stop, params, results) or not check)
 
 
-def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool) -> bool:
+def _average_blocks(
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, check: bool, at_once: int | None
+) -> bool:
     """Average by torch, in blocks: parameters of float64 and fp16, and everything on a GPU."""
     sums = []
-    scratch = None if _same_memory(out, param) else _scratch(out)
-    for start, stop in _blocks(out):
+    scratch = None if _same_memory(out, param) else _scratch(out, at_once)
+    for start, stop in _blocks(out, at_once):
         old, new, result = shadow[start:stop], param[start:stop], out[start:stop]
         block = result if scratch is None else scratch[: stop - start]
         torch.sub(old, new if new.dtype == out.dtype else block.copy_(new), out=block)
@@ -192,20 +197,19 @@ def _same_memory(out: Tensor, param: Tensor) -> bool:
     return out.dtype == param.dtype and out.data_ptr() == param.data_ptr()
 
 
-def _scratch(out: Tensor) -> Tensor:
+def _scratch(out: Tensor, at_once: int | None = None) -> Tensor:
     """Memory for one block of parameters, cast to the dtype of ``out``."""
-    return torch.empty(
-        min(out.numel(), _block_bytes(out.device) // out.element_size()), dtype=out.dtype, device=out.device
-    )
+    size = (at_once or _at_once(out.device)) // out.element_size()
+    return torch.empty(min(out.numel(), size), dtype=out.dtype, device=out.device)
 
 
-def _blocks(out: Tensor) -> Iterator[tuple[int, int]]:
+def _blocks(out: Tensor, at_once: int | None = None) -> Iterator[tuple[int, int]]:
     """The blocks of a tensor: the index of the first element and the index behind the last."""
-    size = _block_bytes(out.device) // out.element_size()
+    size = (at_once or _at_once(out.device)) // out.element_size()
     for start in range(0, out.numel(), size):
         yield start, min(start + size, out.numel())
 
 
-def _block_bytes(device: torch.device) -> int:
+def _at_once(device: torch.device) -> int:
     """How many bytes of shadow torch averages at once on this device, on the calling thread."""
-    return CPU_BLOCK_BYTES * torch.get_num_threads() if device.type == "cpu" else GPU_BLOCK_BYTES
+    return CPU_AVERAGED_AT_ONCE * torch.get_num_threads() if device.type == "cpu" else GPU_AVERAGED_AT_ONCE

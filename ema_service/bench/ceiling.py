@@ -23,7 +23,7 @@ RAW_TCP = "raw TCP loopback"
 RAW_UNIX = "raw Unix socket"
 #: Bytes of one sendall(), on sockets with a timeout, as ema_client does. Loopback TCP of a quiet 2-core machine: one
 #: sendall of everything on blocking sockets 2.1 GB/s, pieces of 4 MiB 3.9 (2.1 where the kernel has a bad day).
-PIECE = 4 << 20
+SENT_AT_ONCE = 4 << 20
 #: Seconds to wait for one answer; a gigabyte takes a second on a slow machine.
 _SECONDS = 120.0
 
@@ -62,7 +62,7 @@ class Ceiling:
 
     def _send(self, connection: socket.socket) -> None:
         connection.sendall(self._nbytes.to_bytes(LENGTH_BYTES, "little"))
-        for start in range(0, self._nbytes, PIECE):
-            connection.sendall(self._buffer[start : start + PIECE])
+        for start in range(0, self._nbytes, SENT_AT_ONCE):
+            connection.sendall(self._buffer[start : start + SENT_AT_ONCE])
         if connection.recv(1) != b"\1":
             raise BenchFailed("the receiving end of the raw loop has gone")

@@ -16,7 +16,7 @@ import sys
 import threading
 
 LENGTH_BYTES = 8
-#: Seconds that a sender may be idle. A socket with a timeout is polled, and also the faster one, see ceiling.PIECE.
+#: Seconds that a sender may be idle. A socket with a timeout is also the faster one, see ceiling.SENT_AT_ONCE.
 SECONDS = 600.0
 
 

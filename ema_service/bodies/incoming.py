@@ -17,14 +17,14 @@ from ema_client.errors import BodyTooLarge, MalformedBody
 from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
 from ema_service.memory import Shared, Staged
 
-__all__ = ["READ_AT_ONCE", "Body", "UpdateBody"]
+__all__ = ["LONG_HEADER_BYTES", "Body", "UpdateBody"]
 
 #: A body in a client's memory that cannot stay there is copied to staging, so many bytes at once, by all of torch's
 #: threads.
-COPY_BYTES = 8 << 20
+_COPIED_AT_ONCE = 8 << 20
 
 #: Parsing a header longer than this takes more than 30 ms, so it is parsed off the event loop.
-READ_AT_ONCE = 256 << 10
+LONG_HEADER_BYTES = 256 << 10
 
 
 class Body(ABC):
@@ -67,7 +67,7 @@ class Body(ABC):
     @property
     def long_header(self) -> bool:
         """Whether a header is arriving that feed() may take long to parse."""
-        return not self._begun and self._header is not None and len(self._header) > READ_AT_ONCE
+        return not self._begun and self._header is not None and len(self._header) > LONG_HEADER_BYTES
 
     def read_header(self) -> None:
         """Parse a header that was left unread, if there is one. Raises MalformedBody or LayoutMismatch."""
@@ -91,7 +91,7 @@ class Body(ABC):
                 self._begin_header(filled)
             elif self._begun:
                 self._window = self._next_window()
-            elif len(filled) > READ_AT_ONCE and not self._is_known(raw := bytes(filled)):
+            elif len(filled) > LONG_HEADER_BYTES and not self._is_known(raw := bytes(filled)):
                 self._unread, self._window = raw, memoryview(b"")
             else:
                 self._begin(bytes(filled))
@@ -124,7 +124,7 @@ class Body(ABC):
         """Copy the data of a shared body, which begin at byte ``start``, to where they belong."""
         # By torch, which copies on many threads and without the interpreter lock; feed() would copy on one, with it.
         data = shared.body[start:]
-        while data and (window := self.window()[:COPY_BYTES]):
+        while data and (window := self.window()[:_COPIED_AT_ONCE]):
             count = min(len(window), len(data))
             target, source = torch.frombuffer(window, dtype=torch.uint8), torch.frombuffer(data, dtype=torch.uint8)
             target[:count].copy_(source[:count])

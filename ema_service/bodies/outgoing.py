@@ -26,7 +26,7 @@ __all__ = ["ReadBytes", "WeightsStream", "header_of"]
 ReadBytes = Callable[[int, int], memoryview]
 
 #: Bytes of one chunk: large enough that the loop costs nothing, small enough that a cast chunk stays in the cache.
-CHUNK_BYTES = 1 << 20
+SENT_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,10 @@ class WeightsStream:
         self.length = len(self._header) + entries[-1].end
         self.etag = f'"{info.version}-{xxhash.xxh3_64_hexdigest(self._header + lineage.encode())}"'
 
-    def chunks(self, read: ReadBytes, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-        """The bytes [start, stop) of the body in chunks of about 1 MiB.
+    def chunks(
+        self, read: ReadBytes, start: int = 0, stop: int | None = None, *, at_once: int = SENT_AT_ONCE
+    ) -> Iterator[memoryview]:
+        """The bytes [start, stop) of the body in chunks of at most ``at_once`` bytes.
 
         read: gives the source's bytes; may block. Chunks that are not cast are views of what ``read`` returned.
         """
@@ -91,7 +93,7 @@ class WeightsStream:
         position, stop = max(start - head, 0), stop - head
         while position < stop:
             stretch = self._stretches[bisect_right(self._begins, position) - 1]
-            end = min(stop, stretch.end, position + CHUNK_BYTES)
+            end = min(stop, stretch.end, position + at_once)
             yield _piece(stretch, read, position, end)
             position = end
 

@@ -22,12 +22,12 @@ __all__ = ["Cover", "Piece", "pieces_of", "slices_of"]
 
 #: Bytes of a contiguous slice received at once: large enough that the loop costs nothing, small enough to be hashed
 #: while in the cache.
-_PIECE_BYTES = 4 << 20
+_RECEIVED_AT_ONCE = 4 << 20
 #: A contiguous stretch of so many bytes is worth a read of its own. Shorter ones are received together and put in place
 #: by one strided copy.
 _STRETCH_BYTES = 64 << 10
 #: Bytes of one strided copy, which is made on the event loop and takes a fraction of a millisecond.
-_SCATTERED_BYTES = 1 << 20
+_SCATTERED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +101,13 @@ def _pieces(entry: Entry, box: Box) -> Iterator[Piece]:
     found = range_of_box(box, entry.shape)
     if found:
         stop = entry.begin + found[1] * width
-        for begin in range(entry.begin + found[0] * width, stop, _PIECE_BYTES):
-            end = min(begin + _PIECE_BYTES, stop)
+        for begin in range(entry.begin + found[0] * width, stop, _RECEIVED_AT_ONCE):
+            end = min(begin + _RECEIVED_AT_ONCE, stop)
             yield Piece(entry, end - begin, slice(begin, end))
         return
     axis = next(axis for axis, (start, stop) in enumerate(box) if stop - start > 1)
     below = prod(box_shape(box[axis + 1 :])) * width
-    count = 1 if below >= _STRETCH_BYTES else _SCATTERED_BYTES // below
+    count = 1 if below >= _STRETCH_BYTES else _SCATTERED_AT_ONCE // below
     first, last = box[axis]
     for start in range(first, last, count):
         inner = (*box[:axis], (start, min(start + count, last)), *box[axis + 1 :])

@@ -149,7 +149,9 @@ def _known(copied: Collection[str], params: Sequence[Entry]) -> tuple[str, ...]:
 def _sections(params: Sequence[Entry], shadows: Sequence[Entry], copied: Collection[str]) -> Iterable[Section]:
     """Adjacent tensors that share a dtype and a policy, as sections."""
     pairs_in_order = zip(params, shadows, strict=True)
-    for (dtype, kept), pairs in groupby(pairs_in_order, key=lambda pair: (pair[0].dtype, pair[0].name in copied)):
+    for (dtype, copied_here), pairs in groupby(
+        pairs_in_order, key=lambda pair: (pair[0].dtype, pair[0].name in copied)
+    ):
         group = list(pairs)
         (first_param, first_shadow), (last_param, last_shadow) = group[0], group[-1]
         yield Section(
@@ -157,7 +159,7 @@ def _sections(params: Sequence[Entry], shadows: Sequence[Entry], copied: Collect
             first_shadow.dtype,
             slice(first_param.begin, last_param.end),
             slice(first_shadow.begin, last_shadow.end),
-            kept,
+            copied_here,
         )
 
 

@@ -31,9 +31,9 @@ _log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
 #: Bytes of one write: enough to keep the page cache busy, without a whole model in one system call.
-_WRITE_BYTES = 8 << 20
+_WRITTEN_AT_ONCE = 8 << 20
 #: Bytes of one read: still in the processor's cache when the caller hashes them.
-_READ_BYTES = 1 << 20
+_READ_AT_ONCE = 1 << 20
 
 
 def file_name(average: str) -> str:
@@ -104,7 +104,7 @@ def remove_tree(folder: Path) -> None:
 def _write_all(descriptor: int, chunk: bytes | memoryview) -> int:
     rest = memoryview(chunk)
     while rest:
-        rest = rest[os.write(descriptor, rest[:_WRITE_BYTES]) :]
+        rest = rest[os.write(descriptor, rest[:_WRITTEN_AT_ONCE]) :]
     return len(chunk)
 
 
@@ -143,8 +143,8 @@ class TensorFile:
 
         Raises OSError where the file ends before.
         """
-        for start in range(0, len(buffer), _READ_BYTES):
-            piece = buffer[start : start + _READ_BYTES]
+        for start in range(0, len(buffer), _READ_AT_ONCE):
+            piece = buffer[start : start + _READ_AT_ONCE]
             self.read_into(piece, start)
             yield piece
 

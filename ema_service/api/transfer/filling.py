@@ -56,7 +56,7 @@ Fill = Callable[[Body, Work | None, int, float, SocketThreads], Awaitable[bool]]
 MIN_BYTES_PER_SECOND = 16 << 10
 
 #: The rest of a refused body is read into so many bytes, and dropped.
-_DISCARD_BYTES = 1 << 18
+_DISCARDED_AT_ONCE = 1 << 18
 
 #: A thread reads the rest of a body of at least so many bytes, once so many arrived at once.
 _LONG_BYTES = 1 << 20
@@ -303,4 +303,4 @@ class Filling(asyncio.BufferedProtocol):
             self._done.set_exception(fault)
 
     def _discard(self) -> None:
-        self._discarding = memoryview(bytearray(_DISCARD_BYTES))
+        self._discarding = memoryview(bytearray(_DISCARDED_AT_ONCE))

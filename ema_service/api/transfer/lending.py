@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from ema_service.api.transfer.connection import LINGER_SECONDS, GuardedProtocol
 from ema_service.api.transfer.filling import FILL, Filling, Pace, Work
-from ema_service.api.transfer.pouring import POUR, POURED_BYTES, Pouring
+from ema_service.api.transfer.pouring import MIN_POURED_BYTES, POUR, Pouring
 from ema_service.api.transfer.socket_threads import SocketThreads
 from ema_service.bodies import Body
 
@@ -112,7 +112,7 @@ class LendingProtocol(GuardedProtocol):
         # A thread would send too early where another request's answer comes first, or the transport has bytes left to
         # send.
         blocked = cycle.scope is not scope or cycle.disconnected or transport.get_write_buffer_size()
-        if blocked or len(left) < POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
+        if blocked or len(left) < MIN_POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
             return 0, left
         pouring = Pouring(os.dup(transport.get_extra_info("socket").fileno()), left, more)
         working = senders.lend(pouring.run)

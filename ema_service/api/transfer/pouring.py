@@ -16,7 +16,7 @@ from fastapi import Request
 
 from ema_service.api.transfer.socket_threads import SocketThreads
 
-__all__ = ["POUR", "POURED_BYTES", "Pour", "Pouring", "pour"]
+__all__ = ["MIN_POURED_BYTES", "POUR", "Pour", "Pouring", "pour"]
 
 #: Name of the ASGI extension: ``await pour(left, more, senders)``, see pour().
 POUR = "ema.pour"
@@ -24,7 +24,7 @@ POUR = "ema.pour"
 Pour = Callable[[memoryview, Iterator[memoryview], SocketThreads], Awaitable[tuple[int, memoryview]]]
 
 #: Bytes of the smallest piece that a thread is woken to write.
-POURED_BYTES = 1 << 20
+MIN_POURED_BYTES = 1 << 20
 #: A thread leaves the rest to the event loop when the reader has taken nothing for so many milliseconds.
 _IDLE_MS = 20
 

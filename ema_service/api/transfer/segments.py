@@ -29,13 +29,13 @@ from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
 from ema_service.bodies import Body
 from ema_service.memory import Shared
 
-__all__ = ["KEEP_SECONDS", "Mappings", "named", "take_over"]
+__all__ = ["Mappings", "named", "take_over"]
 
 #: Seconds that a mapping stays after its last push. A trainer's steps are shorter; where they are not, mapping anew, 40
 #: ms for 1 GiB, is nothing to them.
-KEEP_SECONDS = 3.0
+_IDLE_SECONDS = 3.0
 #: Most mappings at once; each takes a descriptor.
-_MOST_KEPT = 256
+_MOST_MAPPINGS = 256
 #: Milliseconds between two looks for mappings to let go; the end of a process is noticed at once.
 _SWEEP_MS = 500
 
@@ -60,7 +60,7 @@ def named(header: str, *, same_host: bool) -> Segment:
 
 
 @dataclass(slots=True)
-class _Kept:
+class _Mapped:
     """The pages of one segment. owner: a descriptor of the client's process (pidfd), readable once the process ended.
     used: the time of the last push, by time.monotonic()."""
 
@@ -72,12 +72,17 @@ class _Kept:
 class Mappings:
     """Pages of segments, mapped for one push and held for the next: mapping takes a third of a push. Thread-safe.
 
-    A mapping is let go KEEP_SECONDS after its last push, or when its process ends, whichever is first, by a thread that
-    runs while there are mappings.
+    A mapping is let go ``seconds`` after its last push, or when its process ends, whichever is first, by a thread that
+    runs while there are mappings. most: mappings at once; a push beyond maps for itself alone. sweep_ms: between looks.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], _Kept] = {}
+    def __init__(
+        self, *, seconds: float = _IDLE_SECONDS, most: int = _MOST_MAPPINGS, sweep_ms: int = _SWEEP_MS
+    ) -> None:
+        self._seconds = seconds
+        self._most = most
+        self._sweep_ms = sweep_ms
+        self._mapped: dict[tuple[int, int], _Mapped] = {}
         self._sweeper: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -89,16 +94,16 @@ class Mappings:
         found = os.fstat(descriptor)
         place = (found.st_dev, found.st_ino)
         with self._lock:
-            kept = self._kept.get(place)
-            if kept is None or len(kept.memory) < end:
+            mapped = self._mapped.get(place)
+            if mapped is None or len(mapped.memory) < end:
                 # ACCESS_COPY (copy on write), although nothing is written: torch takes no read-only memory.
                 memory = memoryview(mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY))
-                if kept is None and len(self._kept) < _MOST_KEPT and (owner := _watched(process)) is not None:
-                    self._kept[place] = _Kept(memory, owner, time.monotonic())
+                if mapped is None and len(self._mapped) < self._most and (owner := _watched(process)) is not None:
+                    self._mapped[place] = _Mapped(memory, owner, time.monotonic())
                     self._begin_sweeping()
                 return memory[:end]
-            kept.used = time.monotonic()
-            return kept.memory[:end]
+            mapped.used = time.monotonic()
+            return mapped.memory[:end]
 
     def _begin_sweeping(self) -> None:
         if self._sweeper is None:
@@ -109,24 +114,24 @@ class Mappings:
         """On a thread of its own: let mappings go until none is left."""
         while True:
             with self._lock:
-                if not self._kept:
+                if not self._mapped:
                     self._sweeper = None
                     return
-                owners = [kept.owner for kept in self._kept.values()]
+                owners = [mapped.owner for mapped in self._mapped.values()]
             # While waiting, this thread refers to no mapping.
             ends = select.poll()
             for owner in owners:
                 ends.register(owner, select.POLLIN)
-            ended = {owner for owner, _ in ends.poll(_SWEEP_MS)}
-            self._let_go(ended, before=time.monotonic() - KEEP_SECONDS)
+            ended = {owner for owner, _ in ends.poll(self._sweep_ms)}
+            self._let_go(ended, before=time.monotonic() - self._seconds)
 
     def _let_go(self, ended: set[int], before: float) -> None:
         """Let go of mappings whose process ended, and of those last used before a time."""
         with self._lock:
-            places = [place for place, kept in self._kept.items() if kept.owner in ended or kept.used < before]
-            gone = [self._kept.pop(place) for place in places]
-        for kept in gone:
-            os.close(kept.owner)
+            places = [place for place, mapped in self._mapped.items() if mapped.owner in ended or mapped.used < before]
+            gone = [self._mapped.pop(place) for place in places]
+        for mapped in gone:
+            os.close(mapped.owner)
 
 
 def _watched(process: int) -> int | None:
