@@ -113,7 +113,7 @@ def open_registry(settings: Settings) -> Registry:
 
 
 def _watch(metrics: Metrics, context: Context) -> None:
-    """Add the gauges, whose values the server's parts know."""
+    """Add to the metrics the gauges whose values the parts of the server know."""
     registry = context.registry
     metrics.watch("ema_runs", "Runs held.", lambda: len(registry.runs()))
     metrics.watch("ema_degraded_runs", "Runs that are not as they should be.", lambda: _degraded(registry))

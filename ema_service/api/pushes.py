@@ -149,7 +149,10 @@ class PartialPush:
         return self
 
     async def receive(self) -> Outcome:
-        """Return what becomes of the part, once it is whole. Raises as Push.receive() and Parts.complete()."""
+        """Receive the part, and return what becomes of it (Outcome) once the part is whole.
+
+        Raises as Push.receive() and Parts.complete().
+        """
         await self._incoming.fill(self._announced)
         outcome = self._parts.complete(self._part)
         self._whole = True

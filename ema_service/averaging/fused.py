@@ -136,7 +136,8 @@ def _gulp(*, past_cache: bool, digested: bool) -> Any:
             largest = ir.Constant(_INTS, [0] * _LINE)
             state = builder.bitcast(_pointer(context, builder, signature, arguments, 5), _LANES.as_pointer())
             lanes = builder.load(state, align=8) if digested else None
-            # Runs while compiling, 16 times for float32 and 32 times for bf16: no loop is left in the machine code.
+            # This Python loop runs while compiling, 16 times for float32 and 32 times for bf16; the machine code has no
+            # loop.
             for first in range(0, GULP_BYTES // width, _LINE):
                 old = _load(builder, olds, first, _FLOATS, 4)
                 new = _load_widened(builder, news, first, width)

@@ -154,7 +154,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def cast_into(out: Tensor, param: Tensor, *, check: bool = True) -> bool:
-    """Cast all elements, and say whether every one is finite. Arguments as for casting()."""
+    """Cast all parameters into ``out``, and say whether every one is finite. Arguments as for casting()."""
     return casting(out, param, check=check)(0, out.numel())
 
 

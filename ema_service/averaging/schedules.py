@@ -44,7 +44,7 @@ class Schedule(Protocol):
 
 
 def litema(decay: float, num_updates: int, gap: int = 1) -> Retention:
-    """LitEma's warm-up, then ``decay``. With the counter off (-1) it is ``constant``."""
+    """The retention of LitEma: warm-up, then ``decay``. With the counter off (-1) that of ``constant``."""
     if num_updates < 0:
         return constant(decay, num_updates, gap)
     if gap > 1:
@@ -60,7 +60,7 @@ def constant(decay: float, num_updates: int, gap: int = 1) -> Retention:  # noqa
     return _wide(decay**gap) if gap > 1 else _narrow(np.float32(decay))
 
 
-#: name in a RunConfig -> schedule
+#: The schedules, by their names in a RunConfig.
 SCHEDULES: dict[str, Schedule] = {"litema": litema, "constant": constant}
 
 

@@ -18,7 +18,10 @@ METHOD = "least squares of the relative error over the medians of all sizes"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """overhead: a, seconds. rate: b, bytes a second; infinite where more bytes took no more time."""
+    """A fitted line: time = overhead + bytes / rate.
+
+    overhead: seconds. rate: bytes a second; infinite where more bytes took no more time.
+    """
 
     overhead: float
     rate: float

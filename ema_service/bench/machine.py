@@ -19,7 +19,7 @@ __all__ = ["describe", "one_line", "peak_bytes", "resident_bytes"]
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory, versions, threads, devices, load and date."""
+    """The machine: processor, cores, memory, versions, threads, devices, load and date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu(),

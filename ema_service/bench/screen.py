@@ -35,7 +35,7 @@ class Screen:
         self.console = Console(highlight=False, width=None if terminal else _WIDTH)
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line for the user that stays on the screen."""
         self.console.print(escape(text), soft_wrap=True)
 
     @contextmanager

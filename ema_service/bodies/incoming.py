@@ -122,7 +122,8 @@ class Body(ABC):
 
     def _take_data(self, shared: Shared, start: int) -> None:
         """Copy the data of a shared body, which begin at byte ``start``, to where they belong."""
-        # By torch, which copies on many threads and without the interpreter lock; feed() would copy on one, with it.
+        # Copied by torch, on many threads and without the interpreter lock; feed() would copy on one thread, with the
+        # lock.
         data = shared.body[start:]
         while data and (window := self.window()[:_COPIED_AT_ONCE]):
             count = min(len(window), len(data))
@@ -137,7 +138,10 @@ class Body(ABC):
         return MalformedBody(f"the body is longer than its header says: {count} bytes or more follow the data")
 
     def finish(self) -> None:
-        """The sender has nothing more to send. Raises MalformedBody where bytes are missing."""
+        """Check that the body is complete: the sender has nothing more to send.
+
+        Raises MalformedBody where bytes are missing.
+        """
         if not self.complete:
             raise MalformedBody("the body ends before its header says")
 

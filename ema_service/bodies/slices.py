@@ -130,7 +130,7 @@ class Cover:
 
     @property
     def whole(self) -> bool:
-        """Whether every element is claimed."""
+        """Whether every element of the tensor is claimed."""
         claimed = sum(stop - start for start, stop, _, _ in self._stretches)
         return claimed + sum(prod(box_shape(box)) for _, box in self._scattered) == prod(self._shape)
 

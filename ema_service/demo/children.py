@@ -32,7 +32,7 @@ TAIL = 15
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A child wrote a line."""
+    """A child process wrote a line to its output."""
 
     child: str
     line: str

@@ -80,7 +80,10 @@ class _Play:
         self.running: set[str] = set()
 
     def run(self) -> None:
-        """Raises DemoFailed or Stopped. Signals stay events until the children are ended and the folder is removed."""
+        """Play the demo to its end. Raises DemoFailed or Stopped.
+
+        Signals stay events until the children are ended and the folder is removed.
+        """
         if not self.out.parent.is_dir():
             raise DemoFailed(f"there is no folder {self.out.parent} to write {self.out.name} to")
         self.out.unlink(missing_ok=True)

@@ -50,11 +50,11 @@ class Screen:
         self._live.stop()
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line for the user that stays on the screen."""
         self.console.print(escape(text), soft_wrap=True)
 
     def stage(self, text: str) -> None:
-        """Say what is going on now."""
+        """Tell the user what is going on now."""
         if self.console.is_terminal:
             self._bar.update(self._task, description=text)
         else:

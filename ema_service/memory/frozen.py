@@ -91,7 +91,7 @@ class FrozenWeights:
         self.on_room()
 
     def _admit(self, nbytes: int) -> None:
-        """Raises Overloaded where ``nbytes`` more do not fit in the budget."""
+        """Raises Overloaded where ``nbytes`` more do not fit in the budget of versions being read."""
         used = self.bytes_in_use
         if used and used + nbytes > self._budget:
             raise Overloaded(

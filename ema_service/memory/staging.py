@@ -147,7 +147,7 @@ class _Budget:
         self._lock = threading.RLock()
 
     def take(self, nbytes: int) -> bool:
-        """Take ``nbytes``, and say whether they were free."""
+        """Take ``nbytes`` of the budget, and say whether they were free."""
         with self._lock:
             if self.used + nbytes > self.limit:
                 return False
@@ -155,7 +155,7 @@ class _Budget:
             return True
 
     def give_back(self, nbytes: int) -> None:
-        """Free ``nbytes``."""
+        """Return ``nbytes`` to the budget."""
         with self._lock:
             self.used -= nbytes
         self.on_room()

@@ -74,7 +74,7 @@ class Snapshots:
             return existing, False
 
     def all(self) -> list[SnapshotInfo]:
-        """All snapshots, oldest first."""
+        """All snapshots of the run, oldest first."""
         return list(self._found().values())
 
     def find(self, name: str) -> SnapshotInfo:
@@ -191,7 +191,7 @@ class Snapshots:
     def _with_checksums(self) -> dict[str, tuple[SnapshotInfo, dict[str, str]]]:
         """By name, each snapshot and the checksums of its averages, oldest first."""
         texts = {row.name: json.loads(row.info) for row in self._store.snapshots(self._row)}
-        # Format 1 had no checksums.
+        # Rows of format 1 have no checksums.
         return {name: (from_json(SnapshotInfo, text), text.get("checksums", {})) for name, text in texts.items()}
 
     def _open(self, info: SnapshotInfo, average: str | None) -> tuple[TensorFile, WeightsInfo]:

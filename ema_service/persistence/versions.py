@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 _SLOTS = {"memory": 0, "process": 3, "disk": 2}
 #: Bytes digested at once, of a version that lies in memory, while the bytes before them are written.
 _DIGESTED_AT_ONCE = 16 << 20
-#: Seconds after which a write that failed may succeed.
+#: Retry-After of a push whose version could not be written, in seconds.
 _RETRY_SECONDS = 1.0
 
 
@@ -302,7 +302,7 @@ class Versions:
         return header_of(self._layout.shadows, state.version.weights_info(self._run, average))
 
     def _failed(self, fault: str) -> StorageFailed:
-        """The error of a write that failed, told as ``trouble`` as well."""
+        """The error for a push whose version could not be written; ``trouble`` tells of it as well."""
         self._tell(fault)
         return StorageFailed(f"run {self._run!r}: {fault}", retry_after=_RETRY_SECONDS)
 

@@ -247,7 +247,7 @@ class Parts:
         """A new gathering for a step, in place of one with other terms, or of the oldest where there are too many."""
         self._check_not_given_up(step)
         staged = self._reserve(step, reserve)
-        # After the reservation: where staging has no room, no other step is given up in vain.
+        # Only once staging is reserved: where there is no room, no older step is given up in vain.
         if old := self._find(step):
             self._drop(old, StepConflict(f"{_what(step)} is sent by another trainer, or by this one started again"))
         if len(self._gatherings) >= _MOST_STEPS:

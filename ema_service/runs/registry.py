@@ -262,7 +262,7 @@ class Registry:
         return made
 
     def _register(self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float) -> _Registered:
-        """Add a run that the disk has already, or that no disk will have."""
+        """Add a run to the registry: one that is on disk already, or one that is kept in memory alone."""
         made = self._runs[config.run] = self._make(config, layout, row, created_at)
         return made
 

@@ -31,7 +31,7 @@ from ema_service.storage import Slot
 
 __all__ = ["Keeper", "Run", "Update"]
 
-#: Averaging so many bytes takes 0.1 ms; waking a thread for the work, and then the event loop again, takes as long.
+#: Bytes of shadows that are averaged in 0.1 ms: waking a thread for the work, and then the event loop, takes as long.
 _SMALL_BYTES = 1 << 20
 
 
@@ -129,7 +129,7 @@ class Run:
         return state
 
     def info(self) -> RunInfo:
-        """The run as it stands."""
+        """What is told of the run (RunInfo), as it stands."""
         return describe(self.config, self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
 
     # --- an update --------------------------------------------------------------------------------------------------

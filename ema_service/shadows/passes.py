@@ -95,7 +95,7 @@ def pass_over(staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grai
 
 
 class Pass(ABC):
-    """Feeds averages from a staged push, from its first byte to its last.
+    """One pass over a staged push, which feeds averages from the first byte of the parameters to the last.
 
     Thread-safe: while one thread works, others wait.
     """
@@ -161,7 +161,7 @@ class Pass(ABC):
 
     @abstractmethod
     def _result(self, out: Arena, sink: Sink) -> Result:
-        """The result of an average that has a sink."""
+        """The Result that tells ``sink`` of an average: of memory of the host, or copied back from a device."""
 
     @abstractmethod
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
@@ -170,7 +170,7 @@ class Pass(ABC):
 
     @abstractmethod
     def _take_alone(self, block: _Block, index: int, section: Section, start: int, stop: int) -> object:
-        """Digest and average one piece, in any order of pieces. Many threads do so at once."""
+        """Digest and average one piece of the parameters, in any order of pieces. Many threads do so at once."""
 
     @abstractmethod
     def _is_finite(self, number: int, out: Arena) -> bool:
@@ -188,7 +188,8 @@ class Pass(ABC):
 
     def _divided(self, bounds: tuple[int, int]) -> _Block:
         """Digest and average one block, on one thread."""
-        # In one piece if possible: between two pieces, threads wait for one another at the interpreter lock.
+        # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
+        # interpreter lock.
         pieces = list(self._pieces(*bounds, self._grain.block))
         block = self._begin_block(*pieces[0][:3])
         for piece in pieces:
@@ -305,7 +306,7 @@ class HostPass(Pass):
 class DevicePass(Pass):
     """A pass on a device: pieces are digested on the host; enough of them together are uploaded and averaged."""
 
-    #: Reading an answer from a device waits for the device: it is done once, at the end.
+    #: Asking a device whether results are finite waits for the device: asked once, at the end of the pass.
     _checks_pieces = False
 
     def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:

@@ -50,7 +50,7 @@ class Result:
         self._sink(self._data, upto)
 
     def finish(self) -> None:
-        """Give the arena its digest: every byte is final."""
+        """Give the arena the digest of the result, every byte of which is final."""
         self._arena.digest = self._digest.digest()
 
 

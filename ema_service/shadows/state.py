@@ -50,7 +50,8 @@ class Version:
         return f"{self.epoch}.{self.n}"
 
     def weights_info(self, run: str, average: Average) -> WeightsInfo:
-        """What goes with the weights of one average to a reader. run: the run's name."""
+        """The WeightsInfo of one average in this version, which a reader gets beside the weights. run: the run's
+        name."""
         return WeightsInfo(
             run=run,
             average=average.name,
@@ -69,7 +70,7 @@ class State:
     arenas: tuple[Arena, ...]
 
     def at(self, position: int) -> tuple[Average, Arena]:
-        """The average at a position, from 0, and its arena."""
+        """The average at a position in this version, from 0, and its arena."""
         return self.version.averages[position], self.arenas[position]
 
 

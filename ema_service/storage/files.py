@@ -115,7 +115,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError, or MalformedBody where the file is not whole."""
+        """Opens the file and parses its header. Raises FileNotFoundError, or MalformedBody where the file is not
+        whole."""
         self._file = path.open("rb", buffering=0)
         try:
             self.header, self._data_begin = self._read_header(path)

@@ -177,7 +177,7 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _address(data: memoryview) -> int:
-    """The address of the first byte."""
+    """The memory address of the first byte of ``data``."""
     return int(np.frombuffer(data, np.uint8).ctypes.data)
 
 

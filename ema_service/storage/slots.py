@@ -109,8 +109,8 @@ class Slots:
         return slot
 
     def _take_back(self, name: str, files: SlotFiles) -> None:
-        # Runs wherever the last reference to the slot dies, perhaps inside a locked region: it must not lock (append is
-        # atomic).
+        # Runs wherever the last reference to the slot dies, perhaps inside a locked region, so nothing here may lock
+        # (append is atomic).
         files.close()
         self._free.append(name)
 
@@ -161,8 +161,10 @@ class Slot:
         return self._made[average]
 
     def finish(self, headers: Mapping[str, bytes]) -> None:
-        """Write the rest and the headers: then the files are whole. Raises OSError, also for faults that write()
-        met."""
+        """Write the rest of the data, then the headers: the files are whole.
+
+        Raises OSError, also for faults that write() met.
+        """
         self._hurried = not self._patient
         for writing in self._writing:
             writing.result()
@@ -192,7 +194,7 @@ class Slot:
         return None
 
     def _write(self, average: str, start: int, stop: int) -> None:
-        """Write bytes of an average, and note a fault."""
+        """Write bytes of an average to its file, and note a fault for finish()."""
         try:
             with self._lock:
                 self.files.open()

@@ -134,7 +134,7 @@ async def put_update(
 ) -> UpdateResult:
     """Apply the parameters as of ``step``, exactly once and all or nothing.
 
-    The same bytes at the run's latest step again answer ``applied: false``; other bytes there are a conflict.
+    The same bytes at the run's latest step again answer ``applied: false``; other bytes at that step are a conflict.
     """
     found = server.registry.get(run)
     found.ledger.admit(step, writer)

@@ -232,7 +232,7 @@ async def _from_memory(request: Request, server: Context, chunks: Iterator[memor
 
 
 async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
-    """The chunks, read from disk off the event loop."""
+    """The chunks of a snapshot's body, read from disk off the event loop."""
     while (chunk := await server.workers.block(partial(next, chunks, None))) is not None:
         yield chunk
 
@@ -246,9 +246,10 @@ def _matches(header: str | None, etag: str) -> bool:
 
 
 def _range(request: Request, stream: WeightsStream) -> tuple[int, int] | None:
-    """The part [start, stop) asked for; None for the whole: no Range, several, another unit, or another version.
+    """The bytes [start, stop) of the body that the request's Range asks for; None for the whole body.
 
-    Raises RangeNotSatisfiable.
+    The whole is sent without a Range, for several ranges, another unit, or a version other than If-Range's. Raises
+    RangeNotSatisfiable.
     """
     asked = _RANGE.match(request.headers.get("range", "")) if request.method == "GET" else None
     pinned = request.headers.get("if-range")

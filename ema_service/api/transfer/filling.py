@@ -93,7 +93,7 @@ async def receive(
 
 
 async def _stream(request: Request, body: Body, work: Work | None, silence: float) -> None:
-    """Receive as ASGI has it, chunk by chunk."""
+    """Receive the body chunk by chunk from ASGI's ``request.stream()``."""
     pace = Pace(silence)
     try:
         async with asyncio.timeout_at(pace.deadline) as deadline:
@@ -220,7 +220,7 @@ class Filling(asyncio.BufferedProtocol):
         working.add_done_callback(self._resume)
 
     def _resume(self, working: asyncio.Future[None]) -> None:
-        """Back on the event loop: the thread is done."""
+        """Go on with the socket on the event loop: the thread has returned it."""
         if fault := working.exception():
             self._fail(fault)
         if not self._http.transport.is_closing():
@@ -293,11 +293,12 @@ class Filling(asyncio.BufferedProtocol):
             if not self._done.done():
                 self._done.set_result(None)
         elif self._discarding is None and self._body.complete:
-            # Announced bytes beyond the data: an empty window would be filled for ever.
+            # More bytes were announced than the data have: without this error the loop would fill an empty window for
+            # ever.
             self._fail(self._body.surplus(self._remaining))
 
     def _fail(self, fault: BaseException) -> None:
-        """Read and drop the rest; wait() raises ``fault``."""
+        """Read and drop the rest of the body; wait() raises ``fault``."""
         self._discard()
         if not self._done.done():
             self._done.set_exception(fault)

@@ -109,8 +109,8 @@ class LendingProtocol(GuardedProtocol):
     ) -> tuple[int, memoryview]:
         """Send weights from memory on a thread. The extension ``ema.pour``; see pouring.pour()."""
         cycle, transport = self.cycle, self.transport
-        # A thread would send too early where another request's answer comes first, or the transport has bytes left to
-        # send.
+        # A thread would send weights too early where another request's answer comes first, or the transport has bytes
+        # left.
         blocked = cycle.scope is not scope or cycle.disconnected or transport.get_write_buffer_size()
         if blocked or len(left) < MIN_POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
             return 0, left
@@ -130,7 +130,7 @@ class LendingProtocol(GuardedProtocol):
         """Give the connection back to uvicorn, at the beginning of a message: the body is over."""
         self.on_message_complete()
         self.parser = httptools.HttpRequestParser(self)
-        with contextlib.suppress(AttributeError):  # as uvicorn does, for httptools before 0.6.3
+        with contextlib.suppress(AttributeError):  # httptools before 0.6.3 has no such method
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.transport.set_protocol(self)
 

@@ -82,6 +82,6 @@ class Pouring:
             self.close()
 
     def _next(self) -> bool:
-        """Take the next piece, and say whether there was one."""
+        """Take the next piece of the weights, and say whether there was one."""
         self.left = next(self._more, memoryview(b""))
         return bool(self.left)
