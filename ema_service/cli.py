@@ -1,7 +1,7 @@
 """The command ``ema-service``: serve, demo and bench.
 
-Knows flags, their environment variables, and what is printed. Does not know how the server works: torch and the
-server are imported by the command that needs them, so that ``--help`` answers at once.
+Knows flags, their environment variables, and what is printed. Does not know how the server works: each command imports
+torch and the server only when called, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ def create(
 
 
 def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address. A name other than localhost counts as reachable by others."""
     if host == "localhost":
         return True
     try:
@@ -173,6 +174,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
+    """Serve until told to stop. Exits with 1, and a line on stderr, where the server cannot start."""
     from ema_service.api.app import pick_device
     from ema_service.api.auth import TokenFileError
     from ema_service.api.server import serve as serve_http
@@ -193,6 +195,6 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
         tls = server_context(*certificate) if certificate else None
         serve_http(settings, host, port, uds, announce, tls)
     except (OSError, RuntimeError, sqlite3.Error, CatalogUnusable, CertificateUnusable, TokenFileError) as fault:
-        # What keeps a server from starting: an address or a data dir in use, a device that is not there, a disk.
+        # Whatever keeps a server from starting: an address or a data dir in use, a device that is missing, a disk.
         typer.echo(f"ema-service: {fault}", err=True)
         raise typer.Exit(1) from None
