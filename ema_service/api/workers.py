@@ -6,12 +6,14 @@ Knows how many of each there are and why, and how a coroutine waits for them. Do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
+import anyio
 import torch
 
 from ema_service.api.transfer.socket_threads import SocketThreads
@@ -92,7 +94,11 @@ async def _outlasting(threads: Executor, work: Callable[[], T]) -> T:
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        await asyncio.wait([working])
+        # A request that starlette gives up is cancelled at every step until it ends; the shield keeps that off.
+        with anyio.CancelScope(shield=True):
+            while not working.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([working])
         raise
 
 

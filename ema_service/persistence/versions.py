@@ -64,8 +64,9 @@ class Versions:
     durable_step: the latest step that a restart would bring back. trouble: why the current state could not be kept, or
     None.
 
-    More than a dozen attributes: what a version is made of (row, store, layout, memory, run, durability), where
-    versions lie (slots, newest, anchor, doubtful), what was learnt of the disk, and the locks.
+    More than twenty methods: what a version goes through, from the slot that is taken for it to the row that makes it
+    count, and the way back. More than a dozen attributes: what a version is made of (row, store, layout, memory, run,
+    durability), where versions lie (slots, newest, anchor, doubtful), what was learnt of the disk, and the locks.
     """
 
     def __init__(self, config: RunConfig, row: RunRow, store: Store, layout: Layout, memory: Memory) -> None:
