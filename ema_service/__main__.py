@@ -1,4 +1,5 @@
-"""``python -m ema_service``: the same as the command ``ema-service``. Knows nothing but that command."""
+"""``python -m ema_service``: the same as the command ``ema-service``. Knows that command. Does not know anything
+else."""
 
 from __future__ import annotations
 

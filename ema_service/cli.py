@@ -1,7 +1,7 @@
 """The command ``ema-service``: serve, demo and bench.
 
-Knows flags, their environment variables, and what is printed. Does not know how the server works: torch and the
-server are imported by the command that needs them, so that ``--help`` answers at once.
+Knows flags, their environment variables, and what is printed. Does not know how the server works: each command imports
+torch and the server only when called, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ def create(
 
 
 def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address. A name other than localhost counts as reachable by others."""
     if host == "localhost":
         return True
     try:
@@ -186,6 +187,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
+    """Serve until told to stop. Exits with 1, and a line on stderr, where the server cannot start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before torch is imported, which takes memory: memory that an earlier server left may leave no room for both.
     store = _opened(settings)

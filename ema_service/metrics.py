@@ -1,7 +1,8 @@
-"""What the server counts, for Prometheus.
+"""The counters and gauges of a server, for Prometheus.
 
-Knows names, help texts and numbers. Does not know who counts or when. One registry for each server, so that two
-servers in one process do not share numbers.
+One registry for each server, so that two servers in one process do not share numbers.
+
+Knows names, help texts and numbers. Does not know who counts or when.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ __all__ = ["Metrics"]
 
 T = TypeVar("T")
 
-#: An update of 100 KB takes about a millisecond, one of 10 GB about ten seconds.
+#: Buckets of commit times: an update of 100 KB takes about a millisecond, one of 10 GB about ten seconds.
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -54,7 +55,7 @@ class Metrics:
         )
 
     def timed(self, commit: Callable[[], T]) -> Callable[[], T]:
-        """``commit``, with its time counted as one update's."""
+        """``commit``, with its time counted in ema_commit_seconds."""
 
         def work() -> T:
             with self.commit_seconds.time():
@@ -63,13 +64,13 @@ class Metrics:
         return work
 
     def refused(self, code: str) -> None:
-        """Count a request that was answered with an error."""
+        """Count a request that was answered with an error of this code."""
         self.errors.labels(code).inc()
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge read when someone asks."""
+        """Add a gauge; ``value`` is called whenever someone asks for the metrics."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
     def render(self) -> bytes:
-        """The text exposition format of Prometheus."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry)

@@ -1,7 +1,7 @@
 """Every setting of the server, with its default and its reason.
 
-Knows plain values. Does not know what they are used for beyond this text; nothing here reads the environment or a file
-(the command line does, see cli.py).
+Knows plain values. Does not know how they are used; reads neither the environment nor a file (the command line does,
+see cli.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DEFAULT_DATA_DIR = Path("ema-data")
 
 
 def quarter_of_ram() -> int:
-    """A quarter of this machine's memory in bytes."""
+    """A quarter of this machine's memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
@@ -26,15 +26,15 @@ class Settings:
 
     data_dir: where runs are kept; None keeps everything in memory (no snapshots, nothing survives the process).
     ram_dir: where versions of durability ``process`` lie in memory; None for a folder of the user's own in /dev/shm.
-    device: where shadows live: "auto" (a CUDA device if there is one, else the CPU), or any torch device.
+    device: where shadows lie: "auto" (a CUDA device if there is one, else the CPU), or any torch device.
     staging_bytes: most memory of pushes being received or applied.
     frozen_bytes: most memory of versions held for readers beside the current ones.
     checkpoint_interval: seconds between two looks for runs of durability ``memory`` that moved since their last
-        checkpoint.
-    body_timeout: seconds a sender may stay silent in the middle of a body, and a reader may take nothing.
-    max_watchers: most streams of events at once. Each keeps a connection: half of the 1,024 descriptors that a process
-        often may have are left to trainers, readers and files.
-    token_file: tokens and what each may do; None asks nobody for one.
+    checkpoint.
+    body_timeout: seconds that a sender may stay silent in the middle of a body, and that a reader may take nothing.
+    max_watchers: most streams of events at once. Each keeps a connection open: half of the 1,024 descriptors that a
+    process often may have are left to trainers, readers and files.
+    token_file: tokens and what each may do; None asks nobody for a token.
     json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.
     """
 

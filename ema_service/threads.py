@@ -1,8 +1,8 @@
-"""Thread pools whose finished work holds nothing.
+"""Thread pools that drop finished work before its result can be seen.
 
-A worker of the standard pool publishes a result first and lets go of the work a moment later. In that moment the next
-push may come, find the memory of the version before last still held, and be given new memory: a copy of the model more,
-and at 0.5 GB/s, for its pages have never been touched.
+A worker of the standard pool publishes a result first, and drops the work with everything the work refers to a moment
+later. In that moment the next push may arrive, find the memory of the version before last still held, and get fresh
+memory: a copy of the model more, written at 0.5 GB/s because its pages have never been touched.
 
 Knows threads. Does not know what they work on.
 """
@@ -19,13 +19,16 @@ T = TypeVar("T")
 
 
 class Threads(ThreadPoolExecutor):
-    """As its base, but by the time a result can be seen the work that gave it, and all it referred to, is let go."""
+    """A ThreadPoolExecutor: when a result can be seen, its work, and everything the work referred to, has been
+    dropped."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         return super().submit(_Once(fn, args, kwargs))
 
 
 class _Once:
+    """A call that drops its function and arguments before it returns."""
+
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = [(fn, args, kwargs)]
 

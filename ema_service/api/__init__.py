@@ -1,4 +1,4 @@
-"""The HTTP side of the server: routes, checks of what comes in, one shape of error, bodies streamed to and from memory.
+"""The HTTP side of the server: routes, checks of requests, one shape of error, bodies streamed to and from memory.
 
 Knows FastAPI, and which method of ``runs`` answers which route. Does not know how updates are decided, computed or
 kept.

@@ -1,4 +1,4 @@
-"""The application: puts the parts together, opens them at start and closes them in order at the end.
+"""The application: makes the parts of a server, opens them at the start, closes them in order at the end.
 
 Knows every part by name. Does not know what any of them does.
 """
@@ -31,7 +31,8 @@ __all__ = ["create_app", "open_registry", "pick_device"]
 
 _log = logging.getLogger(__name__)
 
-#: Between two looks for versions to be synced. Within a second of its answer a version is on its way to the medium.
+#: Seconds between two looks for versions to be synced: within a second of its answer a version is on its way to the
+#: medium.
 SYNC_SECONDS = 0.5
 
 _DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
@@ -40,13 +41,16 @@ pull the averaged ones. Control is JSON; weights are one safetensors body; error
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is a CUDA device if there is one, else the CPU. Raises RuntimeError for a device that is not there."""
+    """The device of this name; ``auto`` is a CUDA device if there is one, else the CPU.
+
+    Raises RuntimeError for a device that is missing.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as fault:  # what torch raises for a device it was built without
+    except (RuntimeError, AssertionError) as fault:  # raised by torch for a device that it was built without
         raise RuntimeError(f"the device {name!r} cannot be used: {str(fault).splitlines()[0]}") from None
     return device
 
@@ -54,9 +58,8 @@ def pick_device(name: str) -> torch.device:
 def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     """The ASGI application of one server.
 
-    Raises OSError or TokenFileError where the token file cannot be read.
-
-    registry: the open runs, closed when the application stops; None opens them when it starts.
+    registry: the open runs, closed when the application stops; None opens them when the application starts. Raises
+    OSError or TokenFileError where the token file cannot be read.
     """
     metrics = Metrics()
 
@@ -64,16 +67,16 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
         _watch(metrics, context)
-        keepers = [asyncio.create_task(keep(context)) for keep in (_verify, _keep, _sync, _expire)]
+        tasks = [asyncio.create_task(work(context)) for work in (_verify, _checkpoint, _sync, _expire)]
         try:
             yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
         finally:
-            for keeper in keepers:
-                keeper.cancel()
+            for task in tasks:
+                task.cancel()
             try:
-                for keeper in keepers:
+                for task in tasks:
                     with contextlib.suppress(asyncio.CancelledError):
-                        await keeper
+                        await task
             finally:
                 context.close()
 
@@ -89,9 +92,9 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     errors.install(app, metrics)
     app.add_middleware(BodyLimits, limit=settings.json_bytes, silence=settings.body_timeout, refused=metrics.refused)
     if settings.token_file:
-        # Added last, so it comes first: whoever may not is told so before anything is read.
+        # Added last, so Auth comes first: a request without a right to its answer is refused before anything is read.
         app.add_middleware(Auth, grants=read_token_file(settings.token_file), refused=metrics.refused)
-    # Looked through in this order for each request: those come first that trainers make all day.
+    # In the order in which each request's route is searched: routes that trainers use all day come first.
     for part in (updates, weights, runs, snapshots, events, ops):
         app.include_router(part.router)
     dashboard.install(app)
@@ -111,6 +114,7 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
 
 
 def _watch(metrics: Metrics, context: Context) -> None:
+    """Add to the metrics the gauges whose values the parts of the server know."""
     registry = context.registry
     metrics.watch("ema_runs", "Runs held.", lambda: len(registry.runs()))
     metrics.watch("ema_degraded_runs", "Runs that are not as they should be.", lambda: _degraded(registry))
@@ -132,22 +136,22 @@ async def _verify(context: Context) -> None:
     await context.workers.block(context.registry.verify)
 
 
-async def _keep(context: Context) -> None:
-    """Take checkpoints of runs that moved, every so often."""
+async def _checkpoint(context: Context) -> None:
+    """Take checkpoints of runs that moved, at every ``checkpoint_interval``."""
     while True:
         await asyncio.sleep(context.settings.checkpoint_interval)
         await context.workers.block(context.registry.checkpoint)
 
 
 async def _sync(context: Context) -> None:
-    """Bring what was acknowledged to the medium."""
+    """Bring acknowledged versions to the medium, twice a second."""
     while True:
         await asyncio.sleep(SYNC_SECONDS)
         context.sync()
 
 
 async def _expire(context: Context) -> None:
-    """Give up updates of which a part never comes: a rank of their trainer died."""
+    """Give up updates of which a part does not arrive: a rank of their trainer died."""
     silence = context.settings.body_timeout
     while True:
         await asyncio.sleep(min(1.0, silence / 4))

@@ -1,7 +1,7 @@
 """Who may do what: bearer tokens, each with scopes and a pattern of run names.
 
-A token file has a line for each token: the SHA-256 of the token, its scopes, the pattern, and what else is there is
-for the reader. The token itself is printed once, by ``ema-service token create``, and kept nowhere::
+A token file has a line for each token: the SHA-256 of the token, its scopes, its pattern, and then a remark for whoever
+reads the file. The token itself is printed once, by ``ema-service token create``, and stored nowhere::
 
     # sha256 of the token                      scopes      runs
     9f86d081884c7d659a2feaa0c55ad015a3bf4f1b…  push,pull   cogview*    the cluster's trainers
@@ -34,7 +34,8 @@ __all__ = ["SCOPES", "Access", "Auth", "Grant", "TokenFileError", "access_of", "
 
 SCOPES = ("push", "pull", "admin")
 
-#: Says nothing of any run: the pages (their data needs a token), and whether the process lives.
+#: Paths that need no token, for their answers say nothing of any run: the pages (whose data need a token), and whether
+#: the process lives.
 _OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*)?\Z")
 _RUN = re.compile(r"/v1/runs/([^/]+)")
 _SNAPSHOT = re.compile(r"/v1/runs/[^/]+/snapshots/[^/]+\Z")
@@ -47,7 +48,7 @@ class TokenFileError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What one token allows."""
+    """What one token allows. digest: the SHA-256 of the token. runs: a pattern of run names."""
 
     digest: bytes
     scopes: frozenset[str]
@@ -56,28 +57,28 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What one request may do."""
+    """What one request may do. runs: a pattern of run names."""
 
     scopes: frozenset[str]
     runs: str
 
     def may(self, scope: str, run: str | None) -> bool:
-        """Whether it may act with ``scope`` on ``run`` (None: on no run in particular)."""
+        """Whether the request may act with ``scope`` on ``run`` (None: on no run in particular)."""
         return bool({scope, "admin"} & self.scopes) and (run is None or fnmatchcase(run, self.runs))
 
     def check(self, scope: str, run: str | None) -> None:
-        """Raises Forbidden naming the scope and run that are missing."""
+        """Raises Forbidden, naming scope and run, where the request may not act."""
         if not self.may(scope, run):
             where = "" if run is None else f" for run {run!r}"
             raise Forbidden(f"this token does not allow {scope!r}{where}")
 
 
-#: A server without tokens, which listens on loopback only unless told otherwise.
+#: The access of every request to a server without tokens, which listens on loopback only unless told otherwise.
 EVERYTHING = Access(frozenset({"admin"}), "*")
 
 
 def access_of(request: Request) -> Access:
-    """What the request may do, for routes whose run stands in the body, or that list runs."""
+    """What the request may do, for routes that list runs, or whose run is named in the body."""
     access: Access = request.scope.get("ema.access", EVERYTHING)
     return access
 
@@ -94,7 +95,8 @@ def read_token_file(path: Path) -> tuple[Grant, ...]:
 
 
 def create_token(path: Path, scopes: Collection[str], runs: str) -> str:
-    """Make a token, append its line to ``path`` (made with mode 0600), and return it: it cannot be had again.
+    """Make a token, append its line to ``path`` (a new file gets mode 0600), and return the token, which cannot be had
+    again.
 
     Raises TokenFileError for an unknown scope or a pattern with white space, OSError.
     """
@@ -132,7 +134,10 @@ class Auth:
             await self._app(scope, receive, send)
 
     def _access(self, scope: Scope) -> Access:
-        """What the bearer token allows. Every grant is compared, each in constant time. Raises Unauthorized."""
+        """What the request's bearer token allows. Raises Unauthorized.
+
+        Every grant is compared, each in constant time: the time of an answer tells nothing of a token.
+        """
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         kind, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
         if kind.lower() != b"bearer" or not token:
@@ -145,17 +150,20 @@ class Auth:
 
 
 def _needed(method: str, path: str) -> str:
+    """The scope that a request needs."""
     if method in ("GET", "HEAD") or (method == "PUT" and _SNAPSHOT.match(path)):
         return "pull"
     return "admin" if method == "DELETE" else "push"
 
 
 def _run(path: str) -> str | None:
+    """The run named in a path, None where there is none."""
     found = _RUN.match(path)
     return found.group(1) if found else None
 
 
 def _grant(words: list[str], where: str) -> Grant:
+    """The grant of a line's words. Raises TokenFileError, beginning with ``where``."""
     if len(words) < 3 or not _HASH.match(words[0]):
         raise TokenFileError(f"{where}: expected the SHA-256 of a token in hexadecimal, its scopes, and a run pattern")
     scopes = frozenset(words[1].split(","))

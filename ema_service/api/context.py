@@ -1,4 +1,4 @@
-"""The state of one running server, which every route reaches through its request.
+"""The state of one running server, which routes reach through the request.
 
 Knows the parts of a server. Does not know HTTP beyond the request that asks for them.
 """
@@ -25,11 +25,11 @@ __all__ = ["Context"]
 
 
 class Context:
-    """One running server. Made where the event loop runs.
+    """One running server. Made on the event loop.
 
-    workers: its threads. mappings: of memory that updates lie in which do not arrive by a socket. pushers, readers: the
-    queues before the budgets of staging and of frozen versions. watchers: how many streams of events are open.
-    stopping: set once the server is told to stop; whoever waits for a run stops waiting.
+    workers: the server's threads. mappings: of clients' shared memory that pushes lie in. pushers, readers: the queues
+    before the budgets of staging and of frozen versions. watchers: how many streams of events are open. stopping: set
+    once the server is told to stop; whoever waits for a run stops waiting then.
     """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
@@ -47,9 +47,9 @@ class Context:
         registry.frozen.on_room = self.readers.room
 
     async def stage(self, request: Request, run: Run, averages: int = 1) -> Staged:
-        """Staging for the push that ``request`` brings, once there is room. Nothing of its body has been asked for.
+        """Staging for the push of ``request``, once there is room. Nothing of the body has been asked for until then.
 
-        Raises BodyTooLarge at once where it can never fit; Overloaded, ClientDisconnect.
+        Raises BodyTooLarge at once where the push can never fit; Overloaded, ClientDisconnect.
         """
         self.registry.staging.needed(run.layout, averages)
         return await self.pushers.take(
@@ -57,14 +57,17 @@ class Context:
         )
 
     async def hold(self, request: Request, arena: Arena) -> None:
-        """Hold a version for the reader, once there is room; the caller releases it. Raises as stage()."""
+        """Hold a version for a reader, once there is room; the caller releases it. Raises Overloaded,
+        ClientDisconnect."""
         await self.readers.take(request, partial(self.registry.frozen.hold, arena))
 
     @contextlib.contextmanager
     def watching(self, run: Run) -> Iterator[asyncio.Event]:
         """An event that is set after each change of the run, and when the server is ``stopping``.
 
-        On the event loop only. Who waits clears it first and looks then, so that no change goes unseen.
+        On the event loop only.
+
+        A waiter clears the event first and looks at the run then, so that no change goes unseen.
         """
         loop, moved = asyncio.get_running_loop(), asyncio.Event()
 
@@ -79,7 +82,7 @@ class Context:
             self._waiting.discard(moved)
 
     def stop_watching(self) -> None:
-        """Send everyone away who waits for something to happen: a stream of events has no end of its own."""
+        """Wake everyone who waits for something to happen to a run: a stream of events has no end of its own."""
         self.stopping = True
         for moved in self._waiting:
             moved.set()
@@ -96,6 +99,6 @@ class Context:
         done.result()
 
     def close(self) -> None:
-        """Finish the updates and files in hand, then keep every run."""
+        """Finish the updates and files in hand, then take a last checkpoint of every run."""
         self.workers.close()
         self.registry.close()

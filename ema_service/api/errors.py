@@ -1,6 +1,6 @@
-"""Every error becomes ``application/problem+json`` here, and only here.
+"""Turns every error into ``application/problem+json``; no other module does.
 
-Knows the error tree of the client package and what FastAPI and Starlette raise. Does not know the routes.
+Knows the error tree of the client package and the exceptions of FastAPI and Starlette. Does not know the routes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
-#: The schema of an error body, for OpenAPI.
+#: The schema of an error's body, for OpenAPI.
 PROBLEM_SCHEMA = {
     "type": "object",
     "required": ["type", "title", "status", "detail", "code", "hint", "retryable"],
@@ -51,7 +51,7 @@ PROBLEM_SCHEMA = {
 
 
 def problem_response(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The answer that carries ``error``."""
+    """The answer that carries ``error``. headers: to be added."""
     extra = dict(headers or {})
     if error.retry_after is not None:
         extra["Retry-After"] = str(math.ceil(error.retry_after))
@@ -59,7 +59,7 @@ def problem_response(error: EmaError, headers: dict[str, str] | None = None) -> 
 
 
 def problem_responses(*errors: type[EmaError]) -> dict[int | str, dict[str, Any]]:
-    """The ``responses`` of a route that may answer with these, for OpenAPI."""
+    """The ``responses`` of a route that may answer with these errors, for OpenAPI."""
     found: dict[int | str, dict[str, Any]] = {}
     for status in sorted({error.status for error in errors}):
         codes = ", ".join(error.code for error in errors if error.status == status)
@@ -68,7 +68,7 @@ def problem_responses(*errors: type[EmaError]) -> dict[int | str, dict[str, Any]
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:
-    """Make every error of the app a problem, and count it."""
+    """Make every error of the app a problem, and count each by its code."""
 
     def answer(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
         metrics.refused(error.code)
@@ -94,10 +94,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     async def gone(request: Request, _: Exception) -> Response:
         _log.info("%s %s: the client went away", request.method, request.url.path)
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # nobody is there to read the answer
 
     async def defect(request: Request, fault: Exception) -> Response:
-        # Starlette raises it again after this answer, so that the server's log has the traceback.
+        # Starlette raises the fault again after this answer, so that the server's log has the traceback.
         return answer(InternalError(f"{type(fault).__name__} in {request.method} {request.url.path}"))
 
     app.add_exception_handler(EmaError, ours)
@@ -108,19 +108,21 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
 
 def _methods(request: Request) -> set[str]:
-    """Every method of the request's path; Starlette names those of the first route that has it."""
+    """Every method of the request's path. Starlette names only the methods of the first route that has the path."""
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     routes = request.app.routes
     return {method for method, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)}
 
 
 def _http_fault(fault: Exception) -> tuple[int, str, dict[str, str]]:
+    """Status, text and headers of an exception of Starlette."""
     if isinstance(fault, HTTPException):
         return fault.status_code, str(fault.detail), dict(fault.headers or {})
     return 500, str(fault), {}
 
 
 def _describe(errors: Sequence[Any]) -> str:
-    """``decay: Input should be less than or equal to 1; layout.0.dtype: ...``"""
+    """What is wrong with a request, by field: ``decay: Input should be less than or equal to 1; layout.0.dtype:
+    ...``"""
     places = (".".join(str(part) for part in e["loc"] if part not in ("body", "path", "query")) for e in errors)
     return listed([f"{place or 'body'}: {e['msg']}" for place, e in zip(places, errors, strict=True)], "; ")

@@ -1,6 +1,6 @@
 """Limits on bodies, applied before anything parses them.
 
-FastAPI reads a whole JSON body into memory whatever its size. This layer reads it first, up to the limit, and
+FastAPI reads a whole JSON body into memory, whatever its size. So this layer reads the body first, up to the limit, and
 answers 413 beyond. Bodies of weights pass through untouched: their route knows their exact length (filling). Encoded
 bodies are refused whatever they hold: a kilobyte of gzip may be a gigabyte of zeros.
 
@@ -20,15 +20,18 @@ from ema_service.api.errors import problem_response
 
 __all__ = ["JSON_REFUSALS", "BodyLimits"]
 
-#: What a route with a JSON body may answer before it is called, for OpenAPI.
+#: Refusals of a JSON body, which its route may answer before it is called, for OpenAPI.
 JSON_REFUSALS = (BodyTooLarge, RequestTimeout)
 
 _WEIGHTS_BODY = re.compile(r"/v1/runs/[^/]+/(weights(/parts/.+)?|updates/.+)\Z")
 
 
 class BodyLimits:
-    """ASGI middleware: no body is encoded, and one that is no weights body has at most ``limit`` bytes and comes
-    within ``silence`` seconds. refused: told the code of each refusal."""
+    """ASGI middleware that refuses encoded bodies, and JSON bodies that are too long or arrive too late.
+
+    limit: most bytes of a JSON body. silence: seconds in which all of it must arrive. refused: told the code of each
+    refusal.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, silence: float, refused: Callable[[str], None]) -> None:
         self._app = app
@@ -46,14 +49,15 @@ class BodyLimits:
                 receive = _replay(await self._read(_announced(scope), receive), receive)
         except EmaError as error:
             self._refused(error.code)
-            # An encoded body is of bounded length, or nobody reads it: what follows on the connection is read again.
+            # After a body that is too long or late, close: the rest would be read as the next request. An encoded body
+            # is either of a known length or unread by anyone, so the connection goes on.
             headers = None if isinstance(error, UnsupportedEncoding) else {"Connection": "close"}
             await problem_response(error, headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     async def _read(self, announced: int, receive: Receive) -> list[Message]:
-        """The messages of the body. Raises BodyTooLarge, RequestTimeout."""
+        """The messages of a JSON body. Raises BodyTooLarge, RequestTimeout."""
         if announced > self._limit:
             raise self._too_large()
         try:
@@ -63,6 +67,7 @@ class BodyLimits:
             raise RequestTimeout(f"the JSON body did not come within {self._silence:g} seconds") from None
 
     async def _read_all(self, receive: Receive) -> list[Message]:
+        """The messages of a JSON body, however late. Raises BodyTooLarge."""
         messages: list[Message] = []
         size = 0
         while True:
@@ -80,6 +85,7 @@ class BodyLimits:
 
 
 def _check_encoding(scope: Scope) -> None:
+    """Raises UnsupportedEncoding where the body is encoded in any way but HTTP's own chunks."""
     for name, value in scope["headers"]:
         plain = {b"content-encoding": b"identity", b"transfer-encoding": b"chunked"}.get(name)
         if plain and value.strip().lower() != plain:
@@ -88,7 +94,7 @@ def _check_encoding(scope: Scope) -> None:
 
 
 def _announced(scope: Scope) -> int:
-    """The Content-Length, 0 without one. uvicorn has refused what is no number."""
+    """The Content-Length, 0 without one. uvicorn has refused any that is no number."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
             return int(value)
@@ -96,6 +102,7 @@ def _announced(scope: Scope) -> int:
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:
+    """A ``receive`` that gives these messages, and then goes on with ``receive``."""
     waiting = iter(messages)
 
     async def replayed() -> Message:

@@ -1,10 +1,12 @@
 """A push from its head to its answer: one owner, with one exit.
 
-Entering the block takes what the push needs (staging, or a place among the parts of its step); receive() fills it, from
-the socket or from shared memory, and averages what has come; decide() has the run commit, off the event loop. Leaving
-the block gives everything back, however the push ended. Until the commit nothing of the run has changed.
+Entering the block takes what the push needs (staging, or a place among the parts of its step); receive() fills the
+staging, from the socket or from shared memory, and averages what has arrived; decide() has the run commit, off the
+event loop. Leaving the block gives everything back, however the push ended. Until the commit nothing of the run has
+changed.
 
-Knows that order, and how a push may come. Does not know bytes (transfer, bodies), nor whether an update counts (runs).
+Knows that order, and how a push may arrive. Does not know bytes (transfer, bodies), nor whether an update counts
+(runs).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ T = TypeVar("T")
 
 
 class _Incoming:
-    """How a push comes: as the request's body, or as a segment of shared memory that the request names."""
+    """How a push arrives: as the request's body, or as a segment of shared memory that the request names."""
 
     def __init__(self, request: Request, server: Context, run: Run) -> None:
         self._request = request
@@ -43,9 +45,9 @@ class _Incoming:
         self._named: str | None = request.headers.get(HEADER_SEGMENT)
 
     async def fill(self, body_of: Callable[[int | None], Body], work: Work | None = None) -> None:
-        """Fill the body that ``body_of`` makes for its announced length.
+        """Receive the body that ``body_of`` makes for the announced length. work: done behind the receiving.
 
-        Raises what a Body raises, RequestTimeout, ClientDisconnect, SegmentUnusable, InvalidRequest.
+        Raises as a Body; RequestTimeout, ClientDisconnect, SegmentUnusable, InvalidRequest.
         """
         if self._named is None:
             body, server = body_of(content_length(self._request)), self._server
@@ -61,7 +63,7 @@ class _Incoming:
             raise
 
     def tell(self, nbytes: int) -> None:
-        """Count the push, ``nbytes`` of tensors, by the way it came: nothing was wrong with it."""
+        """Count a push of ``nbytes`` of tensors, which arrived whole and right, by its link."""
         shared = self._named is not None
         link = "shared memory" if shared else link_of(self._request)
         self._run.links.shared() if shared else self._run.links.came(link)
@@ -69,13 +71,17 @@ class _Incoming:
         self._server.metrics.received.inc(nbytes)
 
     def _segment(self, header: str) -> Segment:
+        """The segment that the request names.
+
+        Raises SegmentUnusable; InvalidRequest where the request has a body as well.
+        """
         if content_length(self._request) or "transfer-encoding" in self._request.headers:
             raise InvalidRequest(f"a request with {HEADER_SEGMENT} has a body as well; it is one or the other")
         return named(header, same_host=link_of(self._request) != "TCP")
 
 
 class Push:
-    """A push of all tensors, to be used with ``async with``. It owns its staging until the end of the block.
+    """A push of all tensors, to be used with ``async with``. Owns its staging until the end of the block.
 
     averages: how many shadows the push will feed. Entering raises BodyTooLarge, Overloaded, ClientDisconnect.
     """
@@ -99,7 +105,8 @@ class Push:
         await self._incoming.fill(partial(UpdateBody, self.staged), work)
 
     async def decide(self, commit: Callable[[], T], *, quick: bool = False) -> T:
-        """The answer of ``commit``, called on a thread for updates, or at once where it is ``quick``."""
+        """The answer of ``commit``, called on a thread for updates, or at once on the event loop where it is
+        ``quick``."""
         answer = commit() if quick else await self._server.workers.compute(commit)
         self._incoming.tell(self.staged.layout.param_bytes)
         return answer
@@ -138,12 +145,16 @@ class PartialPush:
             staging.needed(self._run.layout, averages)
             self._part: Part = await self._server.pushers.take(self._request, begin)
         else:
-            # The step has its staging already, and may be what those who wait for room wait for.
+            # The step has its staging already. Waiting in the queue would be wrong: the others may wait for this part's
+            # step to end.
             self._part = begin()
         return self
 
     async def receive(self) -> Outcome:
-        """Return once the part is whole, with what becomes of it. Raises as Push.receive() and Parts.complete()."""
+        """Receive the part, and return what becomes of it (Outcome) once the part is whole.
+
+        Raises as Push.receive() and Parts.complete().
+        """
         await self._incoming.fill(self._announced)
         outcome = self._parts.complete(self._part)
         self._whole = True
@@ -155,7 +166,7 @@ class PartialPush:
         return await self._server.workers.compute(apply)
 
     def tell(self) -> None:
-        """Count the part by the way it came: nothing was wrong with it."""
+        """Count the part, which arrived whole and right, by its link."""
         self._incoming.tell(self._part.received)
 
     async def __aexit__(
@@ -165,5 +176,6 @@ class PartialPush:
             self._parts.give_up(self._part)
 
     def _announced(self, length: int | None) -> Part:
+        """The part's body, told its announced length. Raises BodyTooLarge."""
         self._part.announce(length)
         return self._part

@@ -1,7 +1,8 @@
 """Request bodies as FastAPI checks them, field by field; answers are the protocol's dataclasses as they stand.
 
-Knows the fields of ``ema_client.protocol`` and their limits. Does not know what a run makes of them. A contract
-test keeps the fields here and there the same.
+A contract test keeps the fields here and in ``ema_client.protocol`` the same.
+
+Knows the fields of ``ema_client.protocol`` and their limits. Does not know what a run makes of them.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ _Decay = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 def json_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """The ``openapi_extra`` of a route that reads this body by itself."""
+    """The ``openapi_extra`` of a route that parses a body of this kind itself."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(kind)}}}}
 
 
 def _inlined(kind: type[BaseModel]) -> Any:
-    """Its JSON schema in one piece: what it refers to is not among the components that FastAPI collects."""
+    """The JSON schema of a body without references: FastAPI does not collect the definitions that they would refer
+    to."""
     schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})
 
@@ -68,7 +70,7 @@ class _TensorSpecBody(_Body):
 
 
 def _spec(body: _TensorSpecBody) -> TensorSpec:
-    # A function of ours for each tensor also lets other threads go on while a large layout is read.
+    # A Python function called for each tensor also lets other threads run while a large layout is parsed.
     return TensorSpec(body.name, tuple(body.shape), body.dtype)
 
 
@@ -79,7 +81,7 @@ class _AverageConfigBody(_Body):
 
 
 class RunConfigBody(_Body):
-    """What a run is: its layout and how it averages."""
+    """The configuration of a run: its layout and how it averages."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -113,10 +115,10 @@ class RunConfigBody(_Body):
     ] = []
 
     def to_config(self) -> RunConfig:
-        """The same as the protocol's dataclass."""
+        """The same configuration as the protocol's dataclass."""
         return RunConfig(
             run=self.run,
-            layout=tuple(self.layout),  # type: ignore[arg-type]  # what _spec made of them
+            layout=tuple(self.layout),  # type: ignore[arg-type]  # _spec() made TensorSpecs of them
             decay=self.decay,
             use_num_updates=self.use_num_updates,
             decay_per=self.decay_per,
@@ -128,7 +130,7 @@ class RunConfigBody(_Body):
 
 
 class RunPatchBody(_Body):
-    """What of a run can be changed."""
+    """The part of a run's configuration that can be changed."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"decay": 0.999}]})
 
@@ -137,7 +139,7 @@ class RunPatchBody(_Body):
 
 
 class RewindBody(_Body):
-    """Where to go back to."""
+    """Where a run is to go back to."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"snapshot": "epoch-10"}]})
 

@@ -37,7 +37,7 @@ GRACE_SECONDS = 30
 
 
 class CannotListen(OSError):
-    """The address is taken or not ours to listen on."""
+    """The address is in use, or this process may not listen on it."""
 
 
 def serve(
@@ -49,17 +49,18 @@ def serve(
     announce: Callable[[str], None],
     tls: ssl.SSLContext | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then finish the requests in hand and keep every run.
+    """Serve until SIGINT or SIGTERM, then finish the requests in hand and take a last checkpoint of every run.
 
     store: what is kept; None keeps nothing. announce: called with the http:// or https:// address once connections are
     accepted. uds: a Unix socket to listen on as well. tls: for the address; the Unix socket never leaves the machine
     and stays plain. Raises CannotListen, and what open_registry() raises, before anything is served.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises the signal again once it has stopped; being told to stop and having stopped is success.
+        # uvicorn raises the signal again once it has stopped. The process exits with 0: stopping was what it was told
+        # to do.
         signal.signal(number, _exit)
-    # Addresses are taken first (that fails at once) and listened on last (until then a client is refused and tries
-    # again).
+    # Addresses are bound first, which fails at once if they are in use. They are listened on last: until then a client
+    # is refused and tries again.
     with contextlib.ExitStack() as stack:
         tcp = stack.enter_context(_tcp(host, port))
         unix = stack.enter_context(_unix(uds)) if uds else None
@@ -82,6 +83,7 @@ def serve(
 
 
 def http_protocol() -> type[HttpToolsProtocol]:
+    """The protocol class for uvicorn: LendingProtocol, or uvicorn's own where this version of uvicorn does not fit."""
     if uvicorn_fits():
         return LendingProtocol
     _log.warning(
@@ -97,7 +99,7 @@ def _exit(_number: int, _frame: object) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that listens on a plain Unix socket as well, and says when it accepts connections and when it
+    """A uvicorn server that also listens on a plain Unix socket, and calls back when it accepts connections and when it
     begins to stop."""
 
     def __init__(
@@ -115,7 +117,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._unix:
-            # uvicorn has one TLS context for all sockets.
+            # Not by uvicorn, which has one TLS context for all sockets.
             self.servers.append(await asyncio.get_running_loop().create_server(self._protocol, sock=self._unix))
         self._on_started()
 
@@ -129,18 +131,21 @@ class _Server(uvicorn.Server):
 
 
 def _let_go(app: FastAPI) -> None:
+    """Wake whoever waits for a run, so that their requests end."""
     context: Context | None = getattr(app.state, "context", None)
     if context:
         context.stop_watching()
 
 
 def _url(host: str, sock: socket.socket, *, secure: bool) -> str:
+    """The address that the socket listens on, as clients write it."""
     shown = f"[{host}]" if ":" in host else host
     return f"{'https' if secure else 'http'}://{shown}:{sock.getsockname()[1]}"
 
 
 @contextlib.contextmanager
 def _tcp(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound TCP socket. Raises CannotListen."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -162,7 +167,7 @@ def _tcp(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _unix(path: Path) -> Iterator[socket.socket]:
-    """A Unix socket that only this user may connect to; one left behind by a dead server is replaced."""
+    """A bound Unix socket that only this user may connect to; one left behind by a dead server is replaced."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.is_socket() and not _answers(path):
@@ -183,6 +188,7 @@ def _unix(path: Path) -> Iterator[socket.socket]:
 
 
 def _answers(path: Path) -> bool:
+    """Whether a server listens on a Unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

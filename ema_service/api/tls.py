@@ -13,24 +13,24 @@ __all__ = ["CertificateUnusable", "server_context"]
 
 
 class CertificateUnusable(ValueError):
-    """The certificate or its key cannot be read, or they do not belong together."""
+    """The certificate or its key cannot be read, or the key is not the certificate's."""
 
 
 class _Encrypted(Exception):
-    pass
+    """The key is encrypted: OpenSSL asked for its password."""
 
 
 def server_context(certfile: Path, keyfile: Path) -> ssl.SSLContext:
-    """The context of a server that shows this certificate; TLS 1.2 and later, no certificate asked of clients.
+    """The TLS context of a server that shows this certificate; TLS 1.2 and later, no certificate asked of clients.
 
-    certfile: PEM, the server's own first, then those between it and the authority. keyfile: PEM, not encrypted.
-    Raises CertificateUnusable naming the file and what to do.
+    certfile: PEM, the server's own certificate first, then those between it and the authority. keyfile: PEM, not
+    encrypted. Raises CertificateUnusable naming the file and what to do.
     """
     for flag, path in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
         _check_readable(flag, path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        # Without a password of our own OpenSSL would ask for one on the terminal.
+        # Without a password callback OpenSSL would ask for the password on the terminal.
         context.load_cert_chain(certfile, keyfile, password=_no_password)
     except _Encrypted:
         raise CertificateUnusable(f"{keyfile} is encrypted: a server needs a key it can read by itself") from None

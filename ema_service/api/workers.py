@@ -6,12 +6,14 @@ Knows how many of each there are and why, and how a coroutine waits for them. Do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
+import anyio
 import torch
 
 from ema_service.api.transfer.socket_threads import SocketThreads
@@ -21,29 +23,30 @@ __all__ = ["Behind", "Workers"]
 
 T = TypeVar("T")
 
-#: Threads that receive large pushes and average them on the way. A core each; more would only take turns.
+#: Threads that receive large pushes and average them on the way. Each keeps a core busy; more than cores would only
+#: take turns.
 _RECEIVE_THREADS = os.cpu_count() or 1
-#: Threads that send weights, likewise.
+#: Threads that send weights. Each keeps a core busy, too.
 _SEND_THREADS = os.cpu_count() or 1
 #: Threads that apply updates, and how many cores each may use. Averaging runs while the push is still arriving, so it
-#: must leave cores to the socket: on 2 cores one thread gave 1.8 GB/s end to end where two gave 1.5.
+#: must leave cores to the socket: on 2 cores, one thread gave 1.8 GB/s end to end where two gave 1.5.
 _APPLY_THREADS = 2
 _TORCH_THREADS = max(1, (os.cpu_count() or 1) // 4)
-#: A push in shared memory has no socket to leave cores to: so many threads work through it.
+#: Threads that a push in shared memory is divided among: there is no socket to leave cores to.
 _HELPERS = os.cpu_count() or 1
 #: Threads that wait for disks.
 _FILE_THREADS = 8
-#: Threads that sync what was acknowledged; they may be as slow as the disk is.
+#: Threads that sync acknowledged versions, at the speed of the disk.
 _SYNC_THREADS = 4
-#: Received bytes that a thread is woken for, at least.
+#: Bytes that must have arrived before a thread is woken to average them.
 _WORTH_WAKING_BYTES = 8 << 20
 
 
 class Workers:
     """The threads of one server.
 
-    receivers, senders: threads that sockets are lent to. helpers: threads that an update is divided among where it does
-    not arrive by a socket.
+    receivers, senders: threads that sockets are lent to. helpers: threads that an update in shared memory is divided
+    among.
     """
 
     def __init__(self) -> None:
@@ -57,42 +60,52 @@ class Workers:
         self.senders = SocketThreads(self._send, _SEND_THREADS)
 
     async def compute(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on a thread for updates. This returns, or raises, only after the work is over."""
+        """Run ``work`` on a thread for updates. Returns, or raises, only after the work is over."""
         return await _outlasting(self._apply, work)
 
     async def block(self, work: Callable[[], T]) -> T:
-        """Run ``work``, which waits for a disk or a lock, on a thread for files. Ends as compute()."""
+        """Run ``work``, which waits for a disk or a lock, on a thread for files.
+
+        Returns, or raises, only after the work is over.
+        """
         return await _outlasting(self._files, work)
 
     def sync(self, work: Callable[[], None]) -> asyncio.Future[None]:
-        """Begin ``work``, which waits for the medium, on a thread of its kind."""
+        """Begin ``work``, which waits for the medium, on a thread for syncing."""
         return asyncio.get_running_loop().run_in_executor(self._sync, work)
 
     def behind(self, advance: Callable[[int], None]) -> Behind:
-        """Has ``advance`` called with how much of a push has come, off the event loop."""
+        """Work behind the receiving of one push: ``advance`` is called with how many bytes have arrived, off the event
+        loop."""
         return Behind(self._apply, advance)
 
     def close(self) -> None:
-        """Finish the updates and files in hand."""
+        """Finish the updates and files in hand, and end the threads."""
         for threads in (self._receive, self._send, self._apply, self._sync, self.helpers, self._files):
             threads.shutdown()
 
 
 async def _outlasting(threads: Executor, work: Callable[[], T]) -> T:
-    """What ``work`` returns. A request that is given up waits for the work's end all the same: until then the work
-    uses what the request owns."""
+    """What ``work`` returns.
+
+    Where the request is given up, the coroutine still waits for the end of the work, which uses what the request owns.
+    """
     working = asyncio.get_running_loop().run_in_executor(threads, work)
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        await asyncio.wait([working])
+        # A request that starlette gives up is cancelled at every step until it ends; the shield keeps that off.
+        with anyio.CancelScope(shield=True):
+            while not working.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([working])
         raise
 
 
 class Behind:
-    """Work behind the receiving of one push: transfer.filling.Work, whose ``advance`` takes a growing count of bytes.
+    """Work behind the receiving of one push (transfer.filling.Work): calls ``advance`` with a growing count of bytes.
 
-    On a thread that receives, ``advance`` is called at once. On the event loop counts are gathered, and passed on to a
+    On a thread that receives, ``advance`` is called at once. On the event loop, counts are gathered and passed on to a
     thread for updates: at most one call is under way, for at least _WORTH_WAKING_BYTES more than the call before.
     """
 
@@ -109,7 +122,7 @@ class Behind:
         self._advance(arrived)
 
     def elsewhere(self, arrived: int) -> None:
-        """Have a thread average, once enough has come."""
+        """Have a thread average, once enough bytes have arrived."""
         with self._lock:
             self._arrived = arrived
             start = not self._running and arrived - self._begun >= _WORTH_WAKING_BYTES
@@ -118,6 +131,7 @@ class Behind:
             self._threads.submit(self._work)
 
     def _work(self) -> None:
+        """On a thread for updates: average until too little is left."""
         while True:
             with self._lock:
                 if self._arrived - self._begun < _WORTH_WAKING_BYTES:

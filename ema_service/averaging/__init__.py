@@ -1,4 +1,4 @@
-"""Pure numerics of the exponential moving average: schedules (which decay) and the kernel (applied to memory).
+"""Pure numerics of the exponential moving average: decay schedules, the kernel that averages flat memory, digests.
 
 Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets or clocks.
 """

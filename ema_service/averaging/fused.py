@@ -1,9 +1,15 @@
-"""The kernel's inner loop on the CPU, compiled: one reading of the memory for averaging, finite check and digest.
+"""The averaging loop on the CPU, compiled: one reading of the memory for average, finite check and digests.
 
-Compiled by numba on first use, or at ``prepare()``. The instructions for a gulp are written out: given one array twice,
-the compiler fears an overlap and gives up vectors, and it knows no way past the cache. No fast-math: it may neither
-contract nor reorder, so sub, mul, sub are the three roundings they look like (tests/service/averaging/test_kernel.py
-compares bits). The loop holds no interpreter lock.
+The loop goes over its arrays gulp by gulp: a gulp is 1024 bytes of parameters, 256 float32 or 512 bf16, which is what
+XXH3 mixes in before it scrambles (digest.py). For each gulp the loop prefetches what comes later, hashes the parameters
+if asked to, and averages them; what is left at the end is averaged element by element, and not hashed.
+
+The instructions that average a gulp are written out (compiling.py says how to read them) for three reasons. Given one
+array as parameters and as output, the compiler must assume that the two overlap, and falls back to one element at a
+time. It has no way of storing past the cache. And the digest of the results can take them from registers.
+
+``average_numpy()`` is the same loop in numpy, readable, and what the tests compare its bits with. No fast-math: the
+compiler may neither contract nor reorder, so sub, mul and sub are three roundings, as in LitEma.
 
 Knows numpy arrays, flat and one-dimensional, of float32, and of bf16 as the uint16 that numpy has for it. Does not know
 torch, devices, threads, or how the arrays share memory: elements are taken in order, each read before it is written.
@@ -31,53 +37,72 @@ from ema_service.averaging.digest import (
     take_in,
 )
 
-__all__ = ["NO_DIGEST", "Loop", "loop_of", "prepare"]
+__all__ = ["NO_DIGEST", "Loop", "average_numpy", "loop_of", "prepare"]
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
 
-#: Instead of accumulators, where there is nothing to be digested.
+#: In the place of accumulators, where no digest is wanted.
 NO_DIGEST: Accumulators = np.empty(0, np.uint64)
 
 
 class Loop(Protocol):
+    """A compiled loop bound to its arrays and its weight. Releases the interpreter lock while it runs."""
+
     def __call__(
         self, start: int, stop: int, params: Accumulators = NO_DIGEST, results: Accumulators = NO_DIGEST
     ) -> bool:
-        """Average the elements from one index up to another and say whether every result is finite.
+        """Average the elements ``start`` to ``stop`` and say whether every result is finite.
 
-        The accumulators, if given, take in all whole gulps of the parameters, counted from ``start`` on, and the
-        results of these.
+        params, results: accumulators of two digests, if wanted. They take in all whole gulps of the parameters, counted
+        from ``start`` on, and the results of these gulps.
         """
 
 
-#: The bits of a float32 without its sign order as its magnitude does, with Inf and then NaN above all finite values. So
-#: the largest of them says whether all are finite; a maximum of integers is vectorised, a sum of floats could not be.
+#: The bits of a float32 without its sign, read as an integer, grow with its magnitude; Inf and NaN lie above all finite
+#: values. So the largest says whether all are finite. A maximum of integers is vectorised; a sum of floats could not
+#: be.
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
 
-#: What comes from memory is asked for this many elements ahead: the shadow (1 GiB on one core: 110 ms without, 95 from
-#: 2 KiB ahead, 88 from 4, 91 from 16), and what was received, which is not all in the cache (a push 0.36 s, now 0.35).
+#: So many elements ahead of those being averaged, cache lines are prefetched. Of the shadow: 1 GiB on one core takes
+#: 110 ms without, 95 with 2 KiB ahead, 88 with 4 KiB, 91 with 16 KiB. Of the parameters, which are not all in the
+#: cache: a push of 1 GiB takes 0.35 s instead of 0.36.
 _AHEAD = 1024
-#: Elements to a cache line, and to a vector, which is a stripe of the results' digest.
+#: Float32 elements of a cache line. A vector has as many, and is one stripe of the results' digest.
 _LINE = 16
+#: Stripes of a gulp.
 _STRIPES = GULP_BYTES // STRIPE_BYTES
-#: A call for so many elements fills a core's cache: its results are written past it. Otherwise each line is read before
-#: it is overwritten. 1 GiB in blocks of 8 MiB on two cores: 126 ms, past the cache 96.
+#: A call for at least so many elements stores its results past the cache, which they would fill. Nor has the processor
+#: to read a line of the output before it is overwritten: 1 GiB in blocks of 8 MiB on two cores takes 96 ms, else 126.
 _PAST_CACHE = (1 << 20) // 4
 
-#: For mypy: by its own types, what it makes takes one argument more and never returns.
+#: numba's ``intrinsic``, untyped: by numba's annotations an intrinsic takes one argument more, and never returns.
 _instructions: Any = intrinsic
 
+# LLVM's vector types: of float32, of their bits as one integer each or as half as many of 64 bits, and of bf16.
 _FLOATS = ir.VectorType(ir.FloatType(), _LINE)
 _INTS = ir.VectorType(ir.IntType(32), _LINE)
 _LANES = ir.VectorType(ir.IntType(64), _LINE // 2)
 _HALVES = ir.VectorType(ir.IntType(16), _LINE)
 
 
+def average_numpy(out: F32, shadow: F32, param: F32 | U16, weight: float) -> bool:
+    """What loop_of(out, shadow, param, weight) computes of all elements: three operations, and so three roundings."""
+    new = param if param.dtype == np.float32 else (param.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    out[:] = shadow - np.float32(weight) * (shadow - new)
+    return bool((out.view(np.int32) & _MAGNITUDE < _INFINITY).all())
+
+
+# --- the instructions, see compiling.py -----------------------------------------------------------------------------
+
+
 @_instructions
 def _touch(_typing, values, index):  # type: ignore[no-untyped-def]
-    """Have the processor fetch the cache line of an element, be it behind the array's end: it never faults."""
+    """_touch(values, index): have the processor prefetch the cache line of one element.
+
+    Emits llvm.prefetch, which never faults: the index may lie behind the array's end.
+    """
 
     def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -92,10 +117,13 @@ def _touch(_typing, values, index):  # type: ignore[no-untyped-def]
 
 
 def _gulp(*, past_cache: bool, digested: bool) -> Any:
-    """out <- shadow - weight * (shadow - param) for a gulp of parameters from an index on.
+    """The intrinsic average(out, shadow, param, weight, index, accumulators): average one gulp from an index on.
 
-    Returns the largest magnitude of the results, as bits. past_cache: their place begins with a cache line. digested:
-    the accumulators take in the results.
+    It returns the largest magnitude of the results, as bits. Emits, for every 16 elements: two loads (bf16 parameters
+    are widened), fsub, fmul, fsub, a store, and a maximum of integers; after the last, the maximum across the vector.
+
+    past_cache: store past the cache; ``out`` at the index must begin a cache line. digested: mix the results into the
+    accumulators of their digest, each vector as one stripe.
     """
 
     @_instructions
@@ -108,6 +136,8 @@ def _gulp(*, past_cache: bool, digested: bool) -> Any:
             largest = ir.Constant(_INTS, [0] * _LINE)
             state = builder.bitcast(_pointer(context, builder, signature, arguments, 5), _LANES.as_pointer())
             lanes = builder.load(state, align=8) if digested else None
+            # This Python loop runs while compiling, 16 times for float32 and 32 times for bf16; the machine code has no
+            # loop.
             for first in range(0, GULP_BYTES // width, _LINE):
                 old = _load(builder, olds, first, _FLOATS, 4)
                 new = _load_widened(builder, news, first, width)
@@ -125,7 +155,7 @@ def _gulp(*, past_cache: bool, digested: bool) -> Any:
             if digested:
                 builder.store(lanes, state, align=8)
             kind = ir.FunctionType(ir.IntType(32), [_INTS])
-            # Not declare_intrinsic(), which knows no vectors.
+            # By name: declare_intrinsic() knows no vector types.
             name = f"llvm.vector.reduce.smax.v{_LINE}i32"
             reduce = get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
             return builder.call(reduce, [largest])
@@ -137,7 +167,7 @@ def _gulp(*, past_cache: bool, digested: bool) -> Any:
 
 @_instructions
 def _widened(_typing, values, index):  # type: ignore[no-untyped-def]
-    """An element as float32."""
+    """_widened(values, index): one element as float32. Emits a load, and for bf16 a shift."""
 
     def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         value = builder.load(_pointer(context, builder, signature, arguments, 0, 1))
@@ -149,47 +179,57 @@ def _widened(_typing, values, index):  # type: ignore[no-untyped-def]
 
 
 def _pointer(context: Any, builder: Any, signature: Any, arguments: Any, array: int, index: int | None = None) -> Any:
+    """The address of an array, given by its position among the arguments; or of one of its elements, likewise."""
     data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
     return data if index is None else builder.gep(data, [arguments[index]])
 
 
 def _load(builder: Any, pointer: Any, first: int, kind: Any, align: int) -> Any:
+    """Emits: load a vector of type ``kind`` that begins ``first`` elements behind a pointer."""
     vector = builder.bitcast(builder.gep(pointer, [ir.IntType(32)(first)]), kind.as_pointer())
     return builder.load(vector, align=align)
 
 
 def _load_widened(builder: Any, pointer: Any, first: int, width: int) -> Any:
+    """Emits: load a vector of parameters, ``width`` bytes each, as float32."""
     if width == 4:
         return _load(builder, pointer, first, _FLOATS, width)
     return _widen(builder, _load(builder, pointer, first, _HALVES, width), _FLOATS, _INTS)
 
 
 def _widen(builder: Any, bits: Any, floats: Any, ints: Any) -> Any:
-    """bf16 are the upper halves of float32."""
+    """Emits: bf16 to float32. The bits of a bf16 are the upper half of the same float32's."""
     shift = ir.Constant(ints, [16] * _LINE if ints is _INTS else 16)
     return builder.bitcast(builder.shl(builder.zext(bits, ints), shift), floats)
 
 
 def _spread(builder: Any, value: Any) -> Any:
+    """Emits: a vector whose elements all are ``value``."""
     nothing = ir.Constant(_FLOATS, ir.Undefined)
     one = builder.insert_element(nothing, value, ir.IntType(32)(0))
     return builder.shuffle_vector(one, nothing, ir.Constant(_INTS, [0] * _LINE))
 
 
+# One intrinsic for each combination: what is emitted is decided while compiling.
 _through_cache = _gulp(past_cache=False, digested=False)
 _through_cache_digested = _gulp(past_cache=False, digested=True)
 _past_cache = _gulp(past_cache=True, digested=False)
 _past_cache_digested = _gulp(past_cache=True, digested=True)
 
 
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
 @compiled
 def _fetch(values, begin, stop):  # type: ignore[no-untyped-def]  # numba infers the types
+    # Prefetch the cache lines of the elements from ``begin`` to ``stop``.
     for i in range(begin, stop, _LINE):
         _touch(values, i)
 
 
 @compiled
 def _average(out, shadow, param, weight, params, results, past_cache):  # type: ignore[no-untyped-def]
+    # params, results: accumulators, empty where no digest is wanted.
     largest, gulp = np.int32(0), GULP_BYTES // param.itemsize
     whole = out.size - out.size % gulp
     for begin in range(0, whole, gulp):
@@ -216,13 +256,16 @@ def _average(out, shadow, param, weight, params, results, past_cache):  # type: 
 
 
 def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float) -> Loop:
-    """out <- shadow - weight * (shadow - param). ``param``: float32, perhaps ``out`` itself, or the bits of bf16."""
+    """The loop that computes out <- shadow - weight * (shadow - param). Refers to the arrays as long as it lives.
+
+    param: float32, perhaps ``out`` itself; or the bits of bf16 as uint16. weight: rounded to float32.
+    """
     w, address = np.float32(weight), out.ctypes.data
 
     def loop(start: int, stop: int, params: Accumulators = NO_DIGEST, results: Accumulators = NO_DIGEST) -> bool:
         arrays = out[start:stop], shadow[start:stop], param[start:stop]
         aligned = stop - start >= _PAST_CACHE and (address // 4 + start) % _LINE == 0
-        # What is overwritten as it is read is in the cache in any case.
+        # Parameters that the results overwrite have just been read: their lines are in the cache in any case.
         past_cache = aligned and not np.may_share_memory(arrays[0], arrays[2])
         return cast(bool, _average(*arrays, w, params, results, past_cache))
 
@@ -230,7 +273,7 @@ def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float) -> Loop:
 
 
 def prepare() -> None:
-    """Compile now, so that no update waits for it."""
+    """Compile every loop now, half a second or so, lest the first update wait for it."""
     nothing, narrow = np.zeros(1, np.float32), np.zeros(1, np.uint16)
     for param in (nothing, narrow):
         loop_of(nothing, nothing, param, 0.0)(0, 1)

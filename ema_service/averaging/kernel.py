@@ -1,12 +1,12 @@
-"""The update kernel: one pass over flat memory, on the CPU by a compiled loop, else in blocks of torch operations.
+"""The update kernel: averages flat memory in one pass, on the CPU by a compiled loop, else in blocks by torch.
 
 shadow_new = shadow - weight * (shadow - param), as three roundings (sub, mul, sub) like LitEma, so that a float32
-result is bit-identical to it; ``torch.lerp`` contracts to a fused multiply-add and is not.
+result is bit-identical to LitEma's; ``torch.lerp`` contracts to a fused multiply-add and is not.
 
 The result is written *beside* the shadow, into the memory the parameters came in: the old shadow stays whole for its
 readers, an update that meets a NaN is dropped without a trace, and no scratch memory is needed for float32. Where a
 parameter is narrower than its shadow (bf16 into float32), the parameters lie at the end of the output, so that the
-result, written from the front, never overtakes what is still to be read.
+result, written from the front, never overtakes parameters still to be read.
 
 Knows torch tensors, flat and one-dimensional, and which loop takes which dtypes. Does not know names, shapes, runs,
 locks or where memory comes from.
@@ -28,39 +28,42 @@ from ema_service.averaging.digest import Accumulators
 
 __all__ = ["average_into", "averaging", "cast_into", "casting", "digesting", "finite"]
 
-#: Bytes of shadow per block and thread, where torch does the work (float64, fp16). A block is read and written three
-#: times and should stay in the 2 MiB L2 cache of a core together with its parameters. Measured on one core, GB/s of
-#: shadow: 64 KiB 3.0, 128 KiB 3.6, 256 KiB 3.8, 512 KiB 3.6, 1 MiB 3.4.
-CPU_BLOCK_BYTES = 256 << 10
-#: A compiled loop is split over threads where each gets at least so much shadow: below it, waking them costs more.
+#: Bytes of shadow that torch averages at once, per thread (float64 and fp16 parameters). Each block is read and written
+#: three times and should stay in the 2 MiB L2 cache of a core together with its parameters. Measured on one core, GB/s
+#: of shadow: 64 KiB 3.0, 128 KiB 3.6, 256 KiB 3.8, 512 KiB 3.6, 1 MiB 3.4.
+CPU_AVERAGED_AT_ONCE = 256 << 10
+#: A compiled loop is split over threads where each thread gets at least so many bytes of shadow: waking a thread for
+#: less costs more than it saves.
 _SPLIT_BYTES = 1 << 20
-#: On a GPU a block only bounds the scratch memory of a cast.
-GPU_BLOCK_BYTES = 64 << 20
+#: Bytes of shadow that a GPU averages at once. The block only bounds the scratch memory of a cast.
+GPU_AVERAGED_AT_ONCE = 64 << 20
 
 
-def average_into(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True) -> bool:
-    """averaging() of all elements."""
-    return averaging(out, shadow, param, weight, check=check)(0, out.numel())
+def average_into(
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True, at_once: int | None = None
+) -> bool:
+    """Average all elements, and say whether every result is finite. Arguments as for averaging()."""
+    return averaging(out, shadow, param, weight, check=check, at_once=at_once)(0, out.numel())
 
 
 def averaging(
-    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True, at_once: int | None = None
 ) -> Callable[[int, int], bool]:
-    """A function that takes two indices, writes ``shadow - weight * (shadow - param)`` to the elements of ``out``
-    from the first up to the second, and says whether every value written is finite.
+    """A function (start, stop) that averages these elements into ``out`` and says whether every result is finite.
 
-    All three are one-dimensional, of equal length, on one device; ``out`` and ``shadow`` have one dtype. ``param`` may
-    be ``out`` itself, or lie behind it in the same memory, each element no earlier than the element of ``out``: then
-    elements are to be taken in order. ``shadow`` must not overlap either. ``param`` is cast to the shadow's dtype,
-    never the shadow to the parameter's.
+    Each result is ``shadow - weight * (shadow - param)``. The three tensors are one-dimensional, of equal length, on
+    one device; ``out`` and ``shadow`` have one dtype. ``param`` may be ``out`` itself, or lie behind ``out`` in the
+    same memory, each element no earlier than the element of ``out``: then elements must be averaged in order.
+    ``shadow`` overlaps neither. ``param`` is cast to the shadow's dtype, never the shadow to the parameter's.
 
     weight: 1 - decay, 0..1, rounded to the dtype of the shadow by the multiplication.
     check: without it the values are not looked at and the answer is True.
+    at_once: bytes of shadow in a block, where torch averages; None: what suits the device.
     """
     loop = _compiled_loop(out, shadow, param, weight)
     if loop is None:
         return lambda start, stop: _average_blocks(
-            out[start:stop], shadow[start:stop], param[start:stop], weight, check=check
+            out[start:stop], shadow[start:stop], param[start:stop], weight, check, at_once
         )
     few = _SPLIT_BYTES // out.element_size()
 
@@ -74,16 +77,22 @@ def averaging(
 def digesting(
     out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True
 ) -> Callable[[int, int, Accumulators, Accumulators], bool] | None:
-    """As averaging(), on the calling thread, but the parameters and the results are taken into the accumulators of
-    their digests on the way, gulp for gulp (see fused.Loop); None where no compiled loop is there for it."""
+    """As averaging(), on the calling thread, with the digests of parameters and results worked out in the same pass.
+
+    The function takes, after start and stop, the accumulators of both digests (see fused.Loop). None where no loop is
+    compiled for these dtypes and this device.
+    """
     loop = _compiled_loop(out, shadow, param, weight)
     return loop and (lambda start, stop, params, results: loop(start, stop, params, results) or not check)
 
 
-def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool) -> bool:
+def _average_blocks(
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, check: bool, at_once: int | None
+) -> bool:
+    """Average by torch, in blocks: parameters of float64 and fp16, and everything on a GPU."""
     sums = []
-    scratch = None if _same_memory(out, param) else _scratch(out)
-    for start, stop in _blocks(out):
+    scratch = None if _same_memory(out, param) else _scratch(out, at_once)
+    for start, stop in _blocks(out, at_once):
         old, new, result = shadow[start:stop], param[start:stop], out[start:stop]
         block = result if scratch is None else scratch[: stop - start]
         torch.sub(old, new if new.dtype == out.dtype else block.copy_(new), out=block)
@@ -94,7 +103,7 @@ def _average_blocks(out: Tensor, shadow: Tensor, param: Tensor, weight: float, *
 
 
 def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) -> fused.Loop | None:
-    """What averages a part of the elements in one pass, where there is a compiled loop for these dtypes."""
+    """The compiled loop for these tensors; None on a GPU, and for dtypes that have no loop (float64, fp16)."""
     if out.device.type != "cpu" or out.dtype != torch.float32:
         return None
     if param.dtype == torch.float32:
@@ -107,7 +116,7 @@ def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) ->
 
 
 def _run(loop: fused.Loop, out: Tensor, param: Tensor, start: int, stop: int) -> bool:
-    """The loop over many elements, on as many threads as torch may use here."""
+    """Run the loop over many elements, on as many threads as torch may use here. The answer is the loop's."""
     finite = True
     while (end := _independent(out, param, start, stop)) - start >= _SPLIT_BYTES // out.element_size():
         finite &= _split(loop, start, end, out.element_size())
@@ -116,9 +125,10 @@ def _run(loop: fused.Loop, out: Tensor, param: Tensor, start: int, stop: int) ->
 
 
 def _independent(out: Tensor, param: Tensor, start: int, stop: int) -> int:
-    """The end of the elements from ``start`` on whose results overwrite none of their parameters: any order will do.
+    """Up to which element, from ``start`` on, no result overwrites a parameter: up to there any order will do.
 
-    Parameters at the end of the output are behind it by less and less: half of what is left, then half of that.
+    Parameters at the end of the output are ahead of the results by less and less. So half of the elements are
+    independent, then half of those that are left, and so on.
     """
     ahead = param.data_ptr() + start * param.element_size() - out.data_ptr() - start * out.element_size()
     if _same_memory(out, param) or ahead < 0:
@@ -127,6 +137,7 @@ def _independent(out: Tensor, param: Tensor, start: int, stop: int) -> int:
 
 
 def _split(loop: fused.Loop, start: int, stop: int, width: int) -> bool:
+    """Run the loop over independent elements, one stretch on each thread, the first stretch on the calling thread."""
     threads = min(torch.get_num_threads(), (stop - start) * width // _SPLIT_BYTES)
     if threads < 2:
         return loop(start, stop)
@@ -138,20 +149,23 @@ def _split(loop: fused.Loop, start: int, stop: int, width: int) -> bool:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
+    """The threads that stretches are averaged on, as many as torch has when the first update is split."""
     return ThreadPoolExecutor(torch.get_num_threads(), "ema-average")
 
 
 def cast_into(out: Tensor, param: Tensor, *, check: bool = True) -> bool:
-    """casting() of all elements."""
+    """Cast all parameters into ``out``, and say whether every one is finite. Arguments as for casting()."""
     return casting(out, param, check=check)(0, out.numel())
 
 
 def casting(out: Tensor, param: Tensor, *, check: bool = True) -> Callable[[int, int], bool]:
-    """As averaging(), for the first shadow of a run and tensors that are copied: writes ``param`` to ``out``."""
+    """As averaging(), but ``param`` itself is written to ``out``: for the first shadow of a run, and for copied
+    tensors."""
     return lambda start, stop: _cast_blocks(out[start:stop], param[start:stop], check=check)
 
 
 def _cast_blocks(out: Tensor, param: Tensor, *, check: bool) -> bool:
+    """Cast by torch, in blocks. Parameters that lie where the result goes, in its dtype, are only looked at."""
     sums = []
     scratch = None if _same_memory(out, param) else _scratch(out)
     for start, stop in _blocks(out):
@@ -164,12 +178,16 @@ def _cast_blocks(out: Tensor, param: Tensor, *, check: bool) -> bool:
 
 
 def finite(values: Tensor) -> bool:
-    """Whether no value of a flat tensor is NaN or Inf. On a GPU: waits for all that is to be done there before."""
+    """Whether no value of a flat tensor is NaN or Inf. On a GPU the answer waits for all work given to the GPU
+    before."""
     return _all_finite(values, [values[start:stop].sum() for start, stop in _blocks(values)])
 
 
 def _all_finite(values: Tensor, sums: list[Tensor]) -> bool:
-    """A NaN or Inf makes its block's sum so; a finite block's sum can overflow too, hence the second look."""
+    """Whether all values are finite, by the sums of their blocks: a NaN or Inf makes the sum of its block NaN or Inf.
+
+    The sum of finite values can overflow too, so a sum that is not finite leads to a look at every value.
+    """
     if not sums or bool(torch.stack(sums).isfinite().all()):
         return True
     return all(bool(values[start:stop].isfinite().all()) for start, stop in _blocks(values))
@@ -179,18 +197,19 @@ def _same_memory(out: Tensor, param: Tensor) -> bool:
     return out.dtype == param.dtype and out.data_ptr() == param.data_ptr()
 
 
-def _scratch(out: Tensor) -> Tensor:
-    return torch.empty(
-        min(out.numel(), _block_bytes(out.device) // out.element_size()), dtype=out.dtype, device=out.device
-    )
+def _scratch(out: Tensor, at_once: int | None = None) -> Tensor:
+    """Memory for one block of parameters, cast to the dtype of ``out``."""
+    size = (at_once or _at_once(out.device)) // out.element_size()
+    return torch.empty(min(out.numel(), size), dtype=out.dtype, device=out.device)
 
 
-def _blocks(out: Tensor) -> Iterator[tuple[int, int]]:
-    size = _block_bytes(out.device) // out.element_size()
+def _blocks(out: Tensor, at_once: int | None = None) -> Iterator[tuple[int, int]]:
+    """The blocks of a tensor: the index of the first element and the index behind the last."""
+    size = (at_once or _at_once(out.device)) // out.element_size()
     for start in range(0, out.numel(), size):
         yield start, min(start + size, out.numel())
 
 
-def _block_bytes(device: torch.device) -> int:
-    """How many bytes of shadow the kernel takes at once on this device, on the calling thread."""
-    return CPU_BLOCK_BYTES * torch.get_num_threads() if device.type == "cpu" else GPU_BLOCK_BYTES
+def _at_once(device: torch.device) -> int:
+    """How many bytes of shadow torch averages at once on this device, on the calling thread."""
+    return CPU_AVERAGED_AT_ONCE * torch.get_num_threads() if device.type == "cpu" else GPU_AVERAGED_AT_ONCE

@@ -1,10 +1,12 @@
 """Decay schedules: how much of the shadow an update retains.
 
-A schedule is a pure function of the counter before the update, the number of steps the update stands for, and the
-configured decay. Knows arithmetic. Does not know runs, tensors' memory, or who counts.
+A schedule is a pure function of the configured decay, the counter before the update, and the number of steps that the
+update stands for.
 
 ``litema`` is LitEma of latent-diffusion to the bit: n = num_updates + 1, decay_n = min(decay, (1 + n) / (10 + n)), each
 scalar a float32 (LitEma keeps ``decay`` in a float32 buffer and divides an int32 tensor, which gives float32).
+
+Knows arithmetic. Does not know runs, tensors' memory, or who counts.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Schedule(Protocol):
 
 
 def litema(decay: float, num_updates: int, gap: int = 1) -> Retention:
-    """LitEma's warm-up, then ``decay``. With the counter off (-1) it is ``constant``."""
+    """The retention of LitEma: warm-up, then ``decay``. With the counter off (-1) that of ``constant``."""
     if num_updates < 0:
         return constant(decay, num_updates, gap)
     if gap > 1:
@@ -58,7 +60,7 @@ def constant(decay: float, num_updates: int, gap: int = 1) -> Retention:  # noqa
     return _wide(decay**gap) if gap > 1 else _narrow(np.float32(decay))
 
 
-#: name in a RunConfig -> schedule
+#: The schedules, by their names in a RunConfig.
 SCHEDULES: dict[str, Schedule] = {"litema": litema, "constant": constant}
 
 
@@ -86,4 +88,6 @@ def _narrow(decay: np.float32) -> Retention:
 
 
 def _wide(decay: float) -> Retention:
+    """Float64 scalars, for the product of several decays: LitEma, which has no gaps, has no such product to be equal
+    to."""
     return Retention(decay=decay, weight=1.0 - decay)

@@ -1,6 +1,6 @@
-"""What this machine's sockets give at best: ``sendall`` from one warm buffer to a process that only receives.
+"""The highest rate of this machine's sockets: ``sendall`` from one warm buffer to a process that only receives.
 
-No service can be faster than this over the same socket, so it stands beside every figure of the same round.
+No service can be faster than this loop over the same socket, so the loop stands beside every figure of the same round.
 
 Knows sockets. Does not know HTTP or the service.
 """
@@ -21,15 +21,15 @@ __all__ = ["RAW_TCP", "RAW_UNIX", "Ceiling"]
 
 RAW_TCP = "raw TCP loopback"
 RAW_UNIX = "raw Unix socket"
-#: sendall() is given this much at a time, on sockets with a timeout, as ema_client does. Loopback TCP of a quiet 2-core
-#: machine: one sendall of everything on blocking sockets 2.1 GB/s, like this 3.9 (2.1 where the kernel has a bad day).
-PIECE = 4 << 20
-#: For one answer; a gigabyte takes a second on a slow machine.
+#: Bytes of one sendall(), on sockets with a timeout, as ema_client does. Loopback TCP of a quiet 2-core machine: one
+#: sendall of everything on blocking sockets 2.1 GB/s, pieces of 4 MiB 3.9 (2.1 where the kernel has a bad day).
+SENT_AT_ONCE = 4 << 20
+#: Seconds to wait for one answer; a gigabyte takes a second on a slow machine.
 _SECONDS = 120.0
 
 
 class Ceiling:
-    """Two open connections to a sink, within the ``with`` block. ``operations()`` send ``nbytes`` over either."""
+    """Two open connections to a sink, within the ``with`` block, over TCP and a Unix socket."""
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
@@ -54,6 +54,7 @@ class Ceiling:
         self._clean.close()
 
     def operations(self) -> dict[str, Operation]:
+        """By name, sending ``nbytes`` over each of the two sockets."""
         return {
             RAW_TCP: timed(lambda: self._send(self._tcp)),
             RAW_UNIX: timed(lambda: self._send(self._unix)),
@@ -61,7 +62,7 @@ class Ceiling:
 
     def _send(self, connection: socket.socket) -> None:
         connection.sendall(self._nbytes.to_bytes(LENGTH_BYTES, "little"))
-        for start in range(0, self._nbytes, PIECE):
-            connection.sendall(self._buffer[start : start + PIECE])
+        for start in range(0, self._nbytes, SENT_AT_ONCE):
+            connection.sendall(self._buffer[start : start + SENT_AT_ONCE])
         if connection.recv(1) != b"\1":
             raise BenchFailed("the receiving end of the raw loop has gone")

@@ -1,7 +1,7 @@
 """The benchmark's processes: started, waited for until they say where they listen, and ended whatever happens.
 
-Each is tethered to this process by a pipe (ema_service.demo.tether), so that it ends even if this one is killed, and
-leads a session of its own, so that Ctrl-C at the terminal reaches this process only.
+Each process is tethered to this one by a pipe (ema_service.demo.tether), so that it ends even if this one is killed,
+and leads a session of its own, so that Ctrl-C at the terminal reaches this process only.
 
 Knows processes and signals. Does not know what the children do.
 """
@@ -25,7 +25,7 @@ from ema_service.bench import machine
 
 __all__ = ["BenchFailed", "Child", "Service", "Stopped", "stoppable", "undisturbed"]
 
-#: Importing torch on a busy machine takes ten seconds.
+#: Seconds that a process has to get ready: importing torch on a busy machine takes ten.
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -37,7 +37,7 @@ class BenchFailed(Exception):
 
 
 class Stopped(BaseException):
-    """The user, or the system, asked the benchmark to stop. As KeyboardInterrupt, no Exception."""
+    """The user, or the system, asked the benchmark to stop. Like KeyboardInterrupt, not an Exception."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -46,7 +46,8 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, SIGINT, SIGTERM and SIGHUP raise Stopped, so that every ``with`` and ``finally`` does its work."""
+    """Within the block, SIGINT, SIGTERM and SIGHUP raise Stopped, so that every ``with`` and ``finally`` does its
+    work."""
 
     def stop(signum: int, _frame: FrameType | None) -> None:
         raise Stopped(signum)
@@ -57,9 +58,9 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within, the same signals wait: what must be undone is undone even for an impatient user.
+    """Within the block, SIGINT, SIGTERM and SIGHUP wait: cleaning up is finished even for an impatient user.
 
-    By a handler and not by SIG_IGN, which a child started within would inherit.
+    By a handler and not by SIG_IGN, which a child started within the block would inherit.
     """
     waiting: list[int] = []
     with _handlers(lambda signum, _frame: waiting.append(signum)):
@@ -81,10 +82,9 @@ def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 class Child:
     """``python -m module arguments``: running within the ``with`` block, gone after it.
 
-    said: what it says once it is ready: by default the address in ``listens on ADDRESS``.
-    Raises BenchFailed, with what it printed, where it ends or stays silent instead.
-
-    path: a folder to find the module in. says: another sentence to wait for; its first group becomes ``said``.
+    path: a folder to find the module in. says: a sentence of the child to wait for, by default ``listens on ADDRESS``;
+    its first group becomes ``said``. Entering raises BenchFailed, with the child's output, where the child ends or
+    stays silent instead.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Child:
 
     @property
     def log(self) -> str:
-        """Everything it printed so far."""
+        """Everything that the child printed so far."""
         return Path(self._log.name).read_text(errors="replace")
 
     def peak_bytes(self) -> int | None:
-        """As machine.peak_bytes()."""
+        """Most memory that the child ever had resident, see machine.peak_bytes()."""
         return machine.peak_bytes(self.pid)
 
     def __enter__(self) -> Self:
@@ -158,7 +158,7 @@ class Child:
 class Service(Child):
     """``ema-service serve`` of the benchmark's own; ``url`` and ``uds`` reach it.
 
-    data_dir: where runs are kept; None: ``--memory``. program, path: as for Child, where it is not the service itself.
+    data_dir: where runs are kept; None: ``--memory``. program, path: as for Child, to run something else in its place.
     """
 
     def __init__(

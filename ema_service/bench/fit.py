@@ -1,7 +1,7 @@
 """The two numbers behind all sizes: time = a + bytes / b, a the cost of asking and b the rate of the bytes.
 
-Fitted by least squares of the *relative* error over all sizes: of the absolute error, the largest size would decide
-everything and a would be its noise.
+Fitted by least squares of the *relative* error over all sizes. By the absolute error, the largest size would decide
+everything, and a would be the noise of that size.
 
 Knows arithmetic. Does not know what was measured.
 """
@@ -18,7 +18,10 @@ METHOD = "least squares of the relative error over the medians of all sizes"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """overhead: a, seconds. rate: b, bytes a second; infinite where more bytes took no more time."""
+    """A fitted line: time = overhead + bytes / rate.
+
+    overhead: seconds. rate: bytes a second; infinite where more bytes took no more time.
+    """
 
     overhead: float
     rate: float

@@ -1,6 +1,7 @@
-"""What a benchmark ran on: without it a figure means nothing. And how much memory a process has used at most.
+"""The machine that a benchmark ran on, without which a figure means nothing; and the memory that a process has used.
 
-Knows where an operating system tells such things; what it does not tell is left out or None.
+Knows where an operating system tells such facts; a fact that the system does not tell is left out or None. Does not
+know what was measured.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["describe", "one_line", "peak_bytes", "resident_bytes"]
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory, versions, threads, devices, load and date."""
+    """The machine: processor, cores, memory, versions, threads, devices, load and date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu(),
@@ -76,5 +77,5 @@ def _cpu() -> str:
 
 
 def _cores() -> int:
-    """Those this process may use, which in a container can be fewer than the machine has."""
+    """The cores that this process may use, which in a container can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,7 @@
-"""The benchmark a user runs: a service, runs of its own on it, some rounds, a table; and nothing left behind.
+"""The benchmark that a user runs: a service, runs of its own on the service, some rounds, a table; nothing left behind.
 
-Knows the order of events and what is undone however it ends. Does not know what an operation is or how it is shown.
+Knows the order of events, and what is undone however the benchmark ends. Does not know what an operation is or how a
+result is shown.
 """
 
 from __future__ import annotations
@@ -46,14 +47,17 @@ def run_bench(
     *,
     token: str | None = None,
 ) -> int:
-    """Measure push and pull and print the table. Its runs are deleted, and its processes ended, however it ends.
+    """Measure push and pull and print the table.
+
+    Its runs are deleted and its processes ended, however the benchmark ends.
 
     url: the service to measure; None starts one on this machine, in memory.
     size: of the largest run, such as ``1GiB``; the client takes three times that memory, the service up to three times.
     rounds: figures for each row, after one round of warming up. json_file: where all figures go.
     token: as for EmaClient.
-    Returns an exit status: 0; 1 where the service failed; 2 for a size or file that cannot be; 128 + the signal where
-    it was stopped.
+
+    Returns an exit status: 0; 1 where the service failed; 2 for an impossible size or file; 128 + the signal where the
+    benchmark was stopped.
     """
     screen = Screen()
     try:
@@ -92,7 +96,7 @@ def _bench(plan: _Plan, screen: Screen, token: str | None) -> None:
         screen.note(f"service: {', '.join(link.client.url for link in links)}")
         sizes = Sizes(f"bench-{uuid.uuid4().hex[:12]}", plan.sizes, links)
         with contextlib.suppress(RunNotFound):
-            links[0].client.run(sizes.runs[0])  # a service that does not answer is found out here, with nothing to undo
+            links[0].client.run(sizes.runs[0])  # a service that does not answer fails here, with nothing to undo
         stack.callback(_delete, sizes, screen)
         operations = {**(ceiling.operations() if ceiling else {}), **sizes.operations()}
         with screen.stage(f"{plan.rounds} rounds of {show_size(plan.size)}") as status:
@@ -113,7 +117,7 @@ def _bench(plan: _Plan, screen: Screen, token: str | None) -> None:
 
 
 def _links(plan: _Plan, stack: contextlib.ExitStack, token: str | None) -> Sequence[Link]:
-    """The ways to the service: TCP and Unix socket of one of our own, else the one that was named."""
+    """The ways to the service: TCP and Unix socket of the benchmark's own service, else the URL that the user gave."""
     if plan.url is not None:
         client = stack.enter_context(EmaClient(plan.url, token=token))
         return [Link("Unix" if client.url.startswith("unix:") else "TCP", client, _ceiling_of(client.url))]
@@ -125,7 +129,7 @@ def _links(plan: _Plan, stack: contextlib.ExitStack, token: str | None) -> Seque
 
 
 def _ceiling_of(url: str) -> str:
-    """The raw loop on this machine that a URL is to be compared with; none where it leads elsewhere."""
+    """The raw loop on this machine that a URL is to be compared with; empty where the URL leads to another machine."""
     parts = urlsplit(url)
     if parts.scheme == "unix":
         return RAW_UNIX
@@ -135,7 +139,7 @@ def _ceiling_of(url: str) -> str:
 
 
 def _delete(sizes: Sizes, screen: Screen) -> None:
-    """Delete every run that may have been made; say which could not be."""
+    """Delete every run that may have been made; say which could not be deleted."""
     with undisturbed():
         for run in sizes.runs:
             try:

@@ -1,4 +1,4 @@
-"""All operations in turn, round after round, so that whatever disturbs the machine disturbs them alike.
+"""All operations in turn, round after round, so that whatever disturbs the machine disturbs all operations alike.
 
 Knows the clock. Does not know what an operation does.
 """
@@ -11,17 +11,17 @@ from time import perf_counter, sleep
 
 __all__ = ["PAUSE", "Operation", "interleave", "repeated", "timed"]
 
-#: Seconds of rest before an operation that is counted. What the one before leaves behind (torch's threads, which spin
-#: for 0.2 s after their work, memory being given back) is not its own: pushes right after a copy by two threads took a
-#: sixth longer.
+#: Seconds of rest before an operation that is counted, so that the operation before does not disturb it (torch's
+#: threads spin for 0.2 s after their work, memory is given back): pushes right after a copy by two threads took a sixth
+#: longer.
 PAUSE = 0.5
 
-#: Does one thing and says how many seconds it took; what it does to get ready is not counted.
+#: A function that does one thing and returns how many seconds that took; getting ready is not counted.
 Operation = Callable[[], float]
 
 
 def timed(action: Callable[[], object]) -> Operation:
-    """``action`` as an operation, all of it counted."""
+    """``action`` as an operation; all of its time is counted."""
 
     def operation() -> float:
         start = perf_counter()
@@ -32,7 +32,7 @@ def timed(action: Callable[[], object]) -> Operation:
 
 
 def repeated(operation: Operation, times: int) -> Operation:
-    """The median of ``times`` in a row: for what takes a millisecond."""
+    """The median of the operation ``times`` times in a row: for operations of a millisecond."""
     return lambda: median(operation() for _ in range(times))
 
 
@@ -41,9 +41,8 @@ def interleave(
 ) -> dict[str, tuple[float, ...]]:
     """Seconds of each operation in each round, after one round of warming up that is not counted.
 
-    What is counted starts after a rest; a single round is a look at whether everything runs, and goes without.
-
-    on_step: told in words what comes next.
+    An operation that is counted starts after a rest. A single round is a look at whether everything runs, and has no
+    rests. on_step: told in words what comes next.
     """
     found: dict[str, list[float]] = {name: [] for name in operations}
     for number in range(rounds + 1):

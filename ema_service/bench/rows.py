@@ -1,7 +1,7 @@
-"""What a benchmark found: rows of figures, one figure a round, and how they compare with other rows.
+"""The results of a benchmark: rows of figures, one figure a round, and how rows compare.
 
-A comparison is made round by round, each row against the other row of the same round, so that a machine which was
-slow for a while was slow for both; the median of those ratios is what counts.
+Rows are compared round by round, each figure with the other row's figure of the same round, so that a machine which was
+slow for a while was slow for both; the median of these ratios counts.
 
 Knows numbers. Does not know what was measured, clocks, or how anything is shown.
 """
@@ -21,10 +21,10 @@ GIGA = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Something a row is compared with.
+    """A comparison that a row asks for.
 
-    bound: what is demanded, at least, or with ``most`` at most; None compares without demanding anything.
-    against: the row whose figures divide this row's; empty: the bound is for the figure itself.
+    bound: at least so much, or with ``most`` at most; None compares without a bound. against: the row whose figures
+    divide this row's; empty: the bound is for the figure itself.
     """
 
     bound: float | None = None
@@ -34,7 +34,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that was measured. ``values`` holds a figure for each round; none where ``note`` says why."""
+    """One operation that was measured. values: a figure for each round; none where ``note`` says why."""
 
     name: str
     unit: str
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A need and what came of it: a ratio for each round, or where nothing is compared the figures themselves."""
+    """A need and its outcome: a ratio for each round, or where nothing is compared the figures themselves."""
 
     need: Need
     ratios: tuple[float, ...]
@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def met(self) -> bool | None:
-        """None where nothing was demanded."""
+        """Whether the bound holds; None where there is no bound."""
         if self.need.bound is None:
             return None
         return self.median <= self.need.bound if self.need.most else self.median >= self.need.bound
@@ -68,7 +68,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows that were measured together. ``facts`` are the sentences without which the figures mean little."""
+    """Rows that were measured together. facts: sentences without which the figures mean little."""
 
     name: str
     title: str
@@ -76,7 +76,7 @@ class Group:
     facts: tuple[str, ...] = ()
 
     def comparisons(self, row: Row) -> tuple[Comparison, ...]:
-        """What the row's needs came to; a need against a row that was not measured is left out."""
+        """The outcomes of a row's needs; a need against a row that was not measured is left out."""
         others = {other.name: other.values for other in self.rows}
         found = []
         for need in row.needs if row.values else ():
@@ -89,7 +89,7 @@ class Group:
 
     @property
     def missed(self) -> int:
-        """How many demands were not met."""
+        """How many bounds do not hold."""
         return sum(c.met is False for row in self.rows for c in self.comparisons(row))
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Group:
 def rate_row(
     name: str, nbytes: int, seconds: Mapping[str, Sequence[float]], needs: Iterable[Need] = (), note: str = ""
 ) -> Row:
-    """The row of that name as GB/s: ``nbytes`` in each of its ``seconds``."""
+    """The row of this name as GB/s: ``nbytes`` in each of its ``seconds``."""
     return Row(name, "GB/s", tuple(nbytes / s / GIGA for s in seconds.get(name, ())), tuple(needs), note)
 
 

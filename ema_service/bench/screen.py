@@ -23,24 +23,24 @@ from ema_service.bench.rows import GIGA, Comparison, Group, Row
 
 __all__ = ["Screen", "fits_json", "write_json"]
 
-#: Where nothing tells the width (a pipe, a log file), no figure is to be cut.
+#: Columns where nothing tells the width (a pipe, a log file): enough to cut no figure.
 _WIDTH = 140
 
 
 class Screen:
-    """What the user sees."""
+    """The benchmark's output for the user."""
 
     def __init__(self) -> None:
         terminal = sys.stdout.isatty()
         self.console = Console(highlight=False, width=None if terminal else _WIDTH)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line for the user that stays on the screen."""
         self.console.print(escape(text), soft_wrap=True)
 
     @contextmanager
     def stage(self, text: str) -> Iterator[Status]:
-        """What is going on; ``update()`` of the result says what next. Leaves nothing behind."""
+        """Say what is going on; ``update()`` of the result says what comes next. Leaves nothing on the screen."""
         if not self.console.is_terminal:
             self.note(text)
         with self.console.status(escape(text)) as status:
@@ -50,7 +50,7 @@ class Screen:
         self.note(one_line(dict(about)))
 
     def group(self, group: Group) -> None:
-        """A group as a table, with its facts below it."""
+        """Print a group as a table, with its facts below."""
         table = Table(title=escape(group.title), title_justify="left", title_style="bold")
         table.add_column("", overflow="fold")
         table.add_column("median", justify="right", no_wrap=True)
@@ -65,7 +65,7 @@ class Screen:
             self.note(f"  {fact}")
 
     def fits(self, fits: Mapping[str, Fit]) -> None:
-        """One line for each fitted operation."""
+        """Print one line for each fitted operation."""
         if fits:
             self.note(f"time = a + bytes / b, by {METHOD}:")
         for name, fit in fits.items():
@@ -118,7 +118,7 @@ def fits_json(fits: Mapping[str, Fit]) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, about: Mapping[str, Any], groups: Sequence[Group], **more: Any) -> None:
-    """Everything that was measured, each round's figures too."""
+    """Write everything that was measured, each round's figures too."""
     told = {"machine": dict(about), **more, "groups": [group.to_json() for group in groups]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told, indent=1) + "\n")

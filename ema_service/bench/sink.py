@@ -1,9 +1,10 @@
 """Process: the receiving end of the raw loops, nothing but ``recv_into`` into one warm buffer.
 
 ``python -m ema_service.bench.sink BYTES SOCKET_PATH`` listens on a free TCP port and on a Unix socket. On either: the
-number of bytes as eight bytes, little-endian; then the bytes; one byte back once they are all in; and so on.
+number of bytes as eight bytes, little-endian; then the bytes; one byte back once all have arrived; and so on. Standard
+library only: torch would take seconds to import.
 
-Knows sockets. Standard library only: torch would take seconds to import. Does not know who sends, or why.
+Knows sockets. Does not know who sends, or why.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import sys
 import threading
 
 LENGTH_BYTES = 8
-#: An idle sender is given this long. A socket with a timeout is also the faster one: it is polled, see ceiling.PIECE.
+#: Seconds that a sender may be idle. A socket with a timeout is also the faster one, see ceiling.SENT_AT_ONCE.
 SECONDS = 600.0
 
 
 def warm_buffer(nbytes: int) -> memoryview:
-    """Memory whose pages are there, huge ones where the system has them: as the server's own staging."""
-    # Private: the default for no file is shared memory, which gets no huge pages.
+    """Memory whose pages have been touched, huge pages where the system has them, like the server's own staging."""
+    # MAP_PRIVATE: shared memory, mmap's default, gets no huge pages.
     region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)

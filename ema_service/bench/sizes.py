@@ -23,7 +23,7 @@ __all__ = ["SMALL_SIZES", "Link", "Seconds", "Sizes", "ceiling_rows", "parse_siz
 Seconds = Mapping[str, Sequence[float]]
 
 SMALL_SIZES = (100_000, 10_000_000)
-#: An operation of at most so many bytes is repeated so often in a round, and the median counts.
+#: (bytes, times): an operation of at most so many bytes is repeated so often in a round, and the median counts.
 _REPEATS = ((1_000_000, 20), (100_000_000, 5))
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,7 +37,7 @@ def parse_size(text: str) -> int:
 
 
 def show_size(nbytes: int) -> str:
-    """Bytes as people say them: binary units where they come out even, else decimal ones."""
+    """Bytes as people write them: in binary units where that gives a whole number, else in decimal ones."""
     for unit in ("GIB", "MIB", "GB", "MB", "KIB", "KB"):
         if nbytes >= _UNITS[unit] and nbytes % _UNITS[unit] == 0:
             return f"{nbytes // _UNITS[unit]} {unit.replace('I', 'i')}"
@@ -46,7 +46,7 @@ def show_size(nbytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A way to the service. ``ceiling`` names the raw row that it is compared with; empty where there is none."""
+    """A way to the service. ceiling: the name of the raw loop to compare with; empty where there is none."""
 
     name: str
     client: EmaClient
@@ -54,7 +54,7 @@ class Link:
 
 
 class Sizes:
-    """A run for each size on one service. ``create()`` makes the runs, ``delete()`` takes them away."""
+    """A run for each size on one service. ``create()`` makes the runs."""
 
     def __init__(self, prefix: str, sizes: Sequence[int], links: Sequence[Link]) -> None:
         self.links = links
@@ -65,7 +65,7 @@ class Sizes:
         return [traffic.run for traffic in self._traffic.values()]
 
     def create(self) -> None:
-        """Raises BenchFailed where a link brings back other bytes than were pushed."""
+        """Make the runs. Raises BenchFailed where a link brings back other bytes than were pushed."""
         for traffic in self._traffic.values():
             traffic.create(self.links[0].client)
             for link in self.links:
@@ -81,7 +81,7 @@ class Sizes:
         }
 
     def rows(self, seconds: Seconds) -> tuple[Row, ...]:
-        """Milliseconds for the small sizes, GB/s for the others; the largest size beside its ceiling."""
+        """Milliseconds for the smallest size, GB/s for the others; the largest size beside its ceiling."""
         return tuple(
             self._row(_name(what, link, size), size, link, seconds)
             for link in self.links
@@ -90,7 +90,7 @@ class Sizes:
         )
 
     def fits(self, seconds: Seconds) -> dict[str, Fit]:
-        """For each operation and link the line through its sizes."""
+        """For each operation and link, the line through its sizes."""
         found = {}
         for link in self.links:
             for what in _actions(next(iter(self._traffic.values()))):
@@ -108,7 +108,7 @@ class Sizes:
 
 
 def ceiling_rows(nbytes: int, seconds: Seconds) -> tuple[Row, ...]:
-    """The raw loops, where they were measured."""
+    """The rows of the raw loops that were measured."""
     return tuple(
         Row(name, "GB/s", tuple(nbytes / s / GIGA for s in seconds[name]))
         for name in (RAW_TCP, RAW_UNIX)

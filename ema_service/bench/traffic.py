@@ -1,7 +1,7 @@
-"""One run on a service and the three things done with it: push, pull into tensors that are there, pull into new ones.
+"""One run on a service and three operations on it: push, pull into existing tensors, pull into new ones.
 
-What is pushed are the initial weights again and again. Their average is themselves, to the bit, so what is pulled can
-be compared with what was pushed: a benchmark that moves garbage says so.
+Every push is of the initial weights again. Their average is themselves, to the bit, so a pull can be compared with the
+push: a benchmark that moves garbage says so.
 
 Knows tensors and the public client. Does not know clocks, links, or what the figures are for.
 """
@@ -20,12 +20,13 @@ from ema_service.bench.children import BenchFailed
 __all__ = ["TENSORS", "Traffic", "make_state", "nbytes_of"]
 
 TENSORS = 256
-#: A tensor holds this much at least: a run of 100 KB has 25 tensors.
+#: Bytes of the smallest tensor: a run of 100 KB has 25 tensors.
 SMALLEST_TENSOR = 4000
 
 
 def make_state(nbytes: int, tensors: int = TENSORS) -> dict[str, Tensor]:
-    """Float32 tensors, each of memory of its own, ``nbytes`` in all (to the last four bytes) and of nearly one size.
+    """Float32 tensors, each with memory of its own, ``nbytes`` in all (to the last four bytes) and of nearly equal
+    size.
 
     Values lie in 0.5..1.5: no denormal slows an operation down.
     """
@@ -54,7 +55,7 @@ class Traffic:
         client.create_run(self.run, self.state, durability=durability)
 
     def push(self, client: EmaClient, state: Mapping[str, Tensor] | None = None) -> None:
-        """Push ``state`` if it is given, which must have the values of the traffic's own."""
+        """Push the run's state, or ``state``, which must have the same values."""
         self._step += 1
         client.push(self.run, self.state if state is None else state, step=self._step)
 
@@ -62,11 +63,11 @@ class Traffic:
         client.pull(self.run, out=self.out)
 
     def pull_fresh(self, client: EmaClient) -> None:
-        """The new tensors are dropped at once, as an evaluator drops the version before."""
+        """Pull into new tensors, and drop them at once, as an evaluator drops the version before."""
         client.pull(self.run)
 
     def check(self, client: EmaClient) -> None:
-        """Raises BenchFailed unless a pull brings what was pushed, bit for bit."""
+        """Raises BenchFailed unless a pull brings back what was pushed, bit for bit."""
         for tensor in self.out.values():
             tensor.zero_()
         self.pull_into(client)

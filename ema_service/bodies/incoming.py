@@ -1,7 +1,7 @@
-"""Bodies that come in: the parser of a safetensors stream that decides where each of its bytes goes.
+"""Incoming bodies: the parser of a safetensors stream that says where in memory the next bytes belong.
 
-A ``Body`` tells whoever holds the socket where the next bytes belong (``window``) and is told how many came
-(``advance``); nothing of a run changes until the body is whole and right.
+Whoever holds the socket asks a ``Body`` where the next bytes belong (``window``), writes them there, and says how many
+arrived (``advance``). Nothing of a run changes until the body is whole and right.
 
 Knows the byte stream, layouts and staged memory. Does not know sockets, the event loop, or what an update does with the
 memory.
@@ -17,19 +17,23 @@ from ema_client.errors import BodyTooLarge, MalformedBody
 from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
 from ema_service.memory import Shared, Staged
 
-__all__ = ["READ_AT_ONCE", "Body", "UpdateBody"]
+__all__ = ["LONG_HEADER_BYTES", "Body", "UpdateBody"]
 
-#: A body that lies in shared memory and has to be copied is copied in pieces of this, by all of torch's threads.
-COPY_BYTES = 8 << 20
+#: A body in a client's memory that cannot stay there is copied to staging, so many bytes at once, by all of torch's
+#: threads.
+_COPIED_AT_ONCE = 8 << 20
 
-#: A header that has to be read and is longer than this takes more than 30 ms: off the event loop.
-READ_AT_ONCE = 256 << 10
+#: Parsing a header longer than this takes more than 30 ms, so it is parsed off the event loop.
+LONG_HEADER_BYTES = 256 << 10
 
 
 class Body(ABC):
     """Takes the bytes of one safetensors stream in order and puts each where it belongs.
 
     Use: ``while not body.complete: n = read_into(body.window()); body.advance(n)``, then ``body.finish()``.
+
+    max_header_bytes: a longer header is refused. content_length: the announced length of the whole body, None where it
+    is not known.
     """
 
     def __init__(self, max_header_bytes: int, content_length: int | None) -> None:
@@ -43,37 +47,40 @@ class Body(ABC):
 
     @property
     def complete(self) -> bool:
-        """Every byte of the data has come; one more would be too many."""
+        """Whether every byte of the data has arrived; one more would be too many."""
         return self._begun and not self._window
 
     @property
     def arrived(self) -> int:
-        """How many bytes of the data are in place, from the first on, for whoever works behind the receiving; 0 where
-        they do not come in the layout's order."""
+        """How many bytes of the parameters are in place, from the first on, for a pass behind the receiving.
+
+        0 where the bytes do not come in the layout's order.
+        """
         return 0
 
     @property
     def unread(self) -> bool:
-        """The header is there and takes long to read: call read_header(), off the event loop, before window()."""
+        """Whether the header has arrived and takes long to parse: then read_header() must be called, off the event
+        loop, before window()."""
         return self._unread is not None
 
     @property
     def long_header(self) -> bool:
-        """A header is coming that feed() may take long to read."""
-        return not self._begun and self._header is not None and len(self._header) > READ_AT_ONCE
+        """Whether a header is arriving that feed() may take long to parse."""
+        return not self._begun and self._header is not None and len(self._header) > LONG_HEADER_BYTES
 
     def read_header(self) -> None:
-        """Raises MalformedBody or LayoutMismatch."""
+        """Parse a header that was left unread, if there is one. Raises MalformedBody or LayoutMismatch."""
         if self._unread is not None:
             raw, self._unread = self._unread, None
             self._begin(raw)
 
     def window(self) -> memoryview:
-        """Where the next bytes belong; empty once complete."""
+        """The memory that the next bytes belong in; empty once the body is complete."""
         return self._window[self._filled :]
 
     def advance(self, count: int) -> None:
-        """``count`` bytes were written into window().
+        """Take note that ``count`` bytes were written into window().
 
         Raises MalformedBody or LayoutMismatch at the first wrong byte.
         """
@@ -84,13 +91,13 @@ class Body(ABC):
                 self._begin_header(filled)
             elif self._begun:
                 self._window = self._next_window()
-            elif len(filled) > READ_AT_ONCE and not self._is_known(raw := bytes(filled)):
+            elif len(filled) > LONG_HEADER_BYTES and not self._is_known(raw := bytes(filled)):
                 self._unread, self._window = raw, memoryview(b"")
             else:
                 self._begin(bytes(filled))
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Take a chunk that lies elsewhere, and read the header at once if it ends there.
+        """Copy a chunk of the stream to where it belongs, and parse the header at once if it ends there.
 
         Raises as advance() and read_header(), and MalformedBody for bytes beyond the data.
         """
@@ -106,7 +113,7 @@ class Body(ABC):
             rest = rest[count:]
 
     def take_over(self, shared: Shared) -> None:
-        """Take a whole body that lies in shared memory. Raises as feed(), finish() and shared.check()."""
+        """Take a whole body that lies in a client's shared memory. Raises as feed(), finish() and shared.check()."""
         self.feed(shared.body[:LENGTH_BYTES])
         start = LENGTH_BYTES + len(self.window())
         self.feed(shared.body[LENGTH_BYTES:start])
@@ -114,9 +121,11 @@ class Body(ABC):
         self.finish()
 
     def _take_data(self, shared: Shared, start: int) -> None:
-        # By torch and not as feed() does it: on many threads, and without the interpreter lock.
+        """Copy the data of a shared body, which begin at byte ``start``, to where they belong."""
+        # Copied by torch, on many threads and without the interpreter lock; feed() would copy on one thread, with the
+        # lock.
         data = shared.body[start:]
-        while data and (window := self.window()[:COPY_BYTES]):
+        while data and (window := self.window()[:_COPIED_AT_ONCE]):
             count = min(len(window), len(data))
             target, source = torch.frombuffer(window, dtype=torch.uint8), torch.frombuffer(data, dtype=torch.uint8)
             target[:count].copy_(source[:count])
@@ -125,11 +134,14 @@ class Body(ABC):
         shared.check()
 
     def surplus(self, count: int) -> MalformedBody:
-        """The error of a body that goes on behind its data."""
+        """The error of a body that goes on for ``count`` bytes behind its data."""
         return MalformedBody(f"the body is longer than its header says: {count} bytes or more follow the data")
 
     def finish(self) -> None:
-        """The sender has nothing more to send. Raises MalformedBody if bytes are missing."""
+        """Check that the body is complete: the sender has nothing more to send.
+
+        Raises MalformedBody where bytes are missing.
+        """
         if not self.complete:
             raise MalformedBody("the body ends before its header says")
 
@@ -138,19 +150,26 @@ class Body(ABC):
         self._begun = True
         self._window = self._next_window()
 
-    def _is_known(self, raw: bytes) -> bool:  # noqa: ARG002 - of no header, unless a body says otherwise
-        """Whether the header need not be read."""
+    def _is_known(self, raw: bytes) -> bool:  # noqa: ARG002 - a body that knows headers looks
+        """Whether the header is one that need not be parsed."""
         return False
 
     @abstractmethod
     def _begin_data(self, raw: bytes) -> None:
-        """The header, without its length prefix, is there. Raises MalformedBody or LayoutMismatch."""
+        """Decide where the data belong, by the header (without its length prefix).
+
+        Raises MalformedBody or LayoutMismatch.
+        """
 
     @abstractmethod
     def _next_window(self) -> memoryview:
         """The memory of the next bytes of the data; empty behind the last."""
 
     def _begin_header(self, prefix: memoryview) -> None:
+        """Make room for a header of the length that the prefix says.
+
+        Raises MalformedBody where the length cannot be right.
+        """
         length = parse_length(prefix, limit=self._max_header_bytes)
         if self._content_length is not None and LENGTH_BYTES + length > self._content_length:
             raise MalformedBody(f"the header claims {length} bytes, the whole body has {self._content_length}")
@@ -158,6 +177,7 @@ class Body(ABC):
         self._window = memoryview(self._header)
 
     def _check_length(self, header_bytes: int, data_bytes: int) -> None:
+        """Raises MalformedBody where header and data do not add up to the announced length."""
         whole = LENGTH_BYTES + header_bytes + data_bytes
         if self._content_length is not None and self._content_length != whole:
             fault = "longer" if self._content_length > whole else "shorter"
@@ -165,10 +185,10 @@ class Body(ABC):
 
 
 class UpdateBody(Body):
-    """A push that carries every tensor of the run."""
+    """The body of a push that carries every tensor of the run, received into ``staged``."""
 
     def __init__(self, staged: Staged, content_length: int | None = None) -> None:
-        """Raises MalformedBody or BodyTooLarge where the announced length cannot be right."""
+        """Raises BodyTooLarge where the announced length is more than any push of this run has."""
         layout = staged.layout
         most = LENGTH_BYTES + layout.max_header_bytes + layout.param_bytes
         if content_length is not None and content_length > most:
@@ -187,6 +207,7 @@ class UpdateBody(Body):
         return self._layout.param_bytes if self.complete else self._filled
 
     def _is_known(self, raw: bytes) -> bool:
+        """Whether the header is that of a canonical push: byte for byte the layout's own."""
         return raw == self._layout.header[LENGTH_BYTES:]
 
     def _begin_data(self, raw: bytes) -> None:
@@ -202,6 +223,7 @@ class UpdateBody(Body):
         return self._data[self._targets.pop()] if self._targets else memoryview(b"")
 
     def _take_data(self, shared: Shared, start: int) -> None:
+        """Leave the parameters in the client's memory where a pass can read them there; else copy them to staging."""
         if self._in_order and self._staged.adopt(shared, start):
             self._window = memoryview(b"")
         else:

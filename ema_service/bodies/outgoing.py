@@ -1,7 +1,7 @@
 """Weights as a byte stream: a selection of tensors, perhaps cast, as one safetensors body of known length.
 
-The same for an arena in memory and a snapshot on disk: both are a header and tensors back to back. Where nothing is
-cast, the stream is slices of the source's memory; a cast is made block by block while sending.
+An arena in memory and a snapshot on disk are streamed alike: both are a header and tensors back to back. Without a cast
+the stream is slices of the source's memory; with one, block after block is cast while sending.
 
 Knows entries, dtypes and byte offsets. Does not know where the source lies, HTTP, or who reads.
 """
@@ -22,16 +22,19 @@ from ema_service.memory.arena import TORCH_DTYPES
 
 __all__ = ["ReadBytes", "WeightsStream", "header_of"]
 
-#: Reads [start, stop) of the source's data section.
+#: A function that returns bytes [start, stop) of the source's data section.
 ReadBytes = Callable[[int, int], memoryview]
 
-#: Bytes handed over at once: large enough that the loop costs nothing, small enough that a cast stays in the cache.
-CHUNK_BYTES = 1 << 20
+#: Bytes of one chunk: large enough that the loop costs nothing, small enough that a cast chunk stays in the cache.
+SENT_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Adjacent tensors, adjacent in the source too, of one dtype there and one dtype here."""
+    """Tensors that are adjacent both in the source and in the body, of one dtype in the source and one in the body.
+
+    source_begin: in the source's data section. begin, end: in the body's.
+    """
 
     source_dtype: str
     dtype: str
@@ -41,17 +44,17 @@ class _Stretch:
 
 
 class WeightsStream:
-    """A body of ``length`` bytes; ``chunks(start, stop)`` gives any part of it. ``etag`` names its content.
+    """A body of ``length`` bytes; ``chunks(start, stop)`` gives any part of the body. ``etag`` names the content.
 
     Args:
         source: the entries of the source, in the order of their bytes.
-        info: what the answer says of itself; it goes into the header's ``__metadata__``.
-        lineage: tells apart what has the same name, version and layout and yet other bytes: a run that was deleted and
-            created again, or that began anew after a crash.
-        dtype: cast every tensor to this; None leaves each as it is.
+        info: what the answer says of the weights; goes into the header's ``__metadata__``.
+        lineage: tells apart bodies that have the same name, version and layout and yet other bytes: a run that was
+            deleted and created again, or that began anew after a crash.
+        dtype: cast every tensor to this dtype; None leaves each as it is.
         prefix: only the tensors whose name begins with it.
 
-    Raises InvalidRequest for a dtype weights cannot be had in, or a prefix that no tensor has.
+    Raises InvalidRequest for a dtype that weights cannot be had in, or a prefix that no tensor has.
     """
 
     def __init__(
@@ -76,8 +79,13 @@ class WeightsStream:
         self.length = len(self._header) + entries[-1].end
         self.etag = f'"{info.version}-{xxhash.xxh3_64_hexdigest(self._header + lineage.encode())}"'
 
-    def chunks(self, read: ReadBytes, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-        """The bytes [start, stop) of the body in pieces of about 1 MiB. ``read`` may block."""
+    def chunks(
+        self, read: ReadBytes, start: int = 0, stop: int | None = None, *, at_once: int = SENT_AT_ONCE
+    ) -> Iterator[memoryview]:
+        """The bytes [start, stop) of the body in chunks of at most ``at_once`` bytes.
+
+        read: gives the source's bytes; may block. Chunks that are not cast are views of what ``read`` returned.
+        """
         stop = self.length if stop is None else stop
         head = len(self._header)
         if start < min(stop, head):
@@ -85,18 +93,22 @@ class WeightsStream:
         position, stop = max(start - head, 0), stop - head
         while position < stop:
             stretch = self._stretches[bisect_right(self._begins, position) - 1]
-            end = min(stop, stretch.end, position + CHUNK_BYTES)
+            end = min(stop, stretch.end, position + at_once)
             yield _piece(stretch, read, position, end)
             position = end
 
 
 def header_of(entries: Sequence[Entry], info: WeightsInfo) -> bytes:
-    """The header, with its length prefix, of weights that say what they are."""
-    # "format: pt" is what loaders of the transformers family look for.
+    """The header of weights, with its length prefix. info: goes into the metadata."""
+    # "format: pt" is what the loaders of transformers look for.
     return build_header(entries, {"format": "pt", **info.to_metadata()})
 
 
 def _merge(source: Sequence[Entry], entries: Sequence[Entry]) -> list[_Stretch]:
+    """The chosen tensors as stretches: entries of the source, and the same tensors' entries in the body.
+
+    Empty tensors are left out.
+    """
     merged: list[_Stretch] = []
     for old, new in zip(source, entries, strict=True):
         if new.begin == new.end:
@@ -110,12 +122,14 @@ def _merge(source: Sequence[Entry], entries: Sequence[Entry]) -> list[_Stretch]:
 
 
 def _source_end(stretch: _Stretch) -> int:
+    """The byte of the source's data section behind a stretch."""
     elements = (stretch.end - stretch.begin) // LAYOUT_DTYPES[stretch.dtype]
     return stretch.source_begin + elements * LAYOUT_DTYPES[stretch.source_dtype]
 
 
 def _piece(stretch: _Stretch, read: ReadBytes, start: int, stop: int) -> memoryview:
-    """Bytes [start, stop) of the data section, which lie within the stretch."""
+    """Bytes [start, stop) of the body's data section, which lie within one stretch; cast from whole elements, then
+    cut."""
     offset = start - stretch.begin
     if stretch.dtype == stretch.source_dtype:
         begin = stretch.source_begin + offset

@@ -1,6 +1,7 @@
 """Slices of a run's tensors: where their bytes belong, and whether every element comes exactly once.
 
-Knows boxes, layouts and offsets. Does not know which update they are of, memory budgets, or who sends them.
+Knows boxes (a range in each dimension of a tensor), layouts and offsets. Does not know which update the slices are of,
+memory budgets, or who sends them.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from ema_service.memory.layout import Layout
 
 __all__ = ["Cover", "Piece", "pieces_of", "slices_of"]
 
-#: Bytes received at a time: large enough that the loop costs nothing, small enough to be hashed while in the cache.
-_PIECE_BYTES = 4 << 20
-#: A stretch of this length is worth a read of its own. Shorter ones are received together and put in place by one copy.
+#: Bytes of a contiguous slice received at once: large enough that the loop costs nothing, small enough to be hashed
+#: while in the cache.
+_RECEIVED_AT_ONCE = 4 << 20
+#: A contiguous stretch of so many bytes is worth a read of its own. Shorter ones are received together and put in place
+#: by one strided copy.
 _STRETCH_BYTES = 64 << 10
-#: As much is put in place by one copy: it is made on the event loop and takes a fraction of a millisecond.
-_SCATTERED_BYTES = 1 << 20
+#: Bytes of one strided copy, which is made on the event loop and takes a fraction of a millisecond.
+_SCATTERED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes that come together: of one stretch of the data, or (``stretch`` None) of a ``box`` that is scattered there.
+    """Bytes of a part that are received together.
 
-    entry: the tensor as the layout has it.
+    entry: the tensor, as the layout has it. stretch: where the bytes belong in the parameters' memory, if they are
+    contiguous there; else None, and ``box`` says which elements of the tensor they are.
     """
 
     entry: Entry
@@ -40,7 +44,7 @@ class Piece:
     box: Box = ()
 
     def scatter(self, received: memoryview, data: memoryview) -> None:
-        """Put the received bytes where they belong."""
+        """Copy the received bytes to where the elements of ``box`` lie in ``data``, the parameters' memory."""
         dtype = np.dtype(f"u{LAYOUT_DTYPES[self.entry.dtype]}")
         whole = np.frombuffer(data[self.entry.begin : self.entry.end], dtype).reshape(self.entry.shape)
         target = whole[tuple(slice(start, stop) for start, stop in self.box)]
@@ -48,9 +52,9 @@ class Piece:
 
 
 def slices_of(header: Header, layout: Layout) -> dict[str, tuple[Box, ...]]:
-    """The slices that a part's tensors are, in the order of their bytes; a whole tensor is one slice.
+    """The slices in a part's body, by tensor, in the order of their bytes. A tensor that is whole is one slice.
 
-    Raises MalformedBody; LayoutMismatch naming tensors that the layout does not have so.
+    Raises MalformedBody; LayoutMismatch naming the tensors or slices that the layout does not have.
     """
     given = read_slices(header)
     faults, slices = [], {}
@@ -68,6 +72,7 @@ def slices_of(header: Header, layout: Layout) -> dict[str, tuple[Box, ...]]:
 
 
 def _fault(entry: Entry, mine: Entry | None, boxes: tuple[Box, ...], *, sliced: bool) -> str:
+    """What is wrong with the slices of one tensor; empty where nothing is. mine: the tensor in the layout."""
     name = entry.name[:200]
     if mine is None:
         return f"not in the layout: {name}"
@@ -82,7 +87,7 @@ def _fault(entry: Entry, mine: Entry | None, boxes: tuple[Box, ...], *, sliced: 
 
 
 def pieces_of(slices: Mapping[str, tuple[Box, ...]], layout: Layout) -> Iterator[Piece]:
-    """The bytes of a part in the order in which they come, cut into pieces of at most a few MiB."""
+    """The bytes of a part in the order in which they are sent, cut into pieces of at most a few MiB."""
     for name, boxes in slices.items():
         entry = layout.entry(name)
         for box in boxes:
@@ -90,17 +95,19 @@ def pieces_of(slices: Mapping[str, tuple[Box, ...]], layout: Layout) -> Iterator
 
 
 def _pieces(entry: Entry, box: Box) -> Iterator[Piece]:
+    """The bytes of one slice as pieces: cut along the first dimension until contiguous, or small enough for one
+    copy."""
     width = LAYOUT_DTYPES[entry.dtype]
     found = range_of_box(box, entry.shape)
     if found:
         stop = entry.begin + found[1] * width
-        for begin in range(entry.begin + found[0] * width, stop, _PIECE_BYTES):
-            end = min(begin + _PIECE_BYTES, stop)
+        for begin in range(entry.begin + found[0] * width, stop, _RECEIVED_AT_ONCE):
+            end = min(begin + _RECEIVED_AT_ONCE, stop)
             yield Piece(entry, end - begin, slice(begin, end))
         return
     axis = next(axis for axis, (start, stop) in enumerate(box) if stop - start > 1)
     below = prod(box_shape(box[axis + 1 :])) * width
-    count = 1 if below >= _STRETCH_BYTES else _SCATTERED_BYTES // below
+    count = 1 if below >= _STRETCH_BYTES else _SCATTERED_AT_ONCE // below
     first, last = box[axis]
     for start in range(first, last, count):
         inner = (*box[:axis], (start, min(start + count, last)), *box[axis + 1 :])
@@ -111,22 +118,27 @@ def _pieces(entry: Entry, box: Box) -> Iterator[Piece]:
 
 
 class Cover:
-    """Which elements of one tensor are claimed, and by which part: none by two."""
+    """Which elements of one tensor are claimed, and by which part. No element is claimed by two parts."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
-        # Slices that are one stretch of the tensor, sorted: those of the usual sharding by rows all are.
+        # (first element, element behind the last, part, box) of contiguous slices, sorted: all slices of a sharding by
+        # rows are.
         self._stretches: list[tuple[int, int, int, Box]] = []
+        # (part, box) of the other slices.
         self._scattered: list[tuple[int, Box]] = []
 
     @property
     def whole(self) -> bool:
-        """Whether every element is claimed."""
+        """Whether every element of the tensor is claimed."""
         claimed = sum(stop - start for start, stop, _, _ in self._stretches)
         return claimed + sum(prod(box_shape(box)) for _, box in self._scattered) == prod(self._shape)
 
     def claim(self, part: int, boxes: tuple[Box, ...]) -> int | None:
-        """Claim slices for a part; the answer is None, or the part that has some of them (then claim() is undone)."""
+        """Claim slices for a part.
+
+        Returns None; or the part that has some of the elements, and then nothing is claimed.
+        """
         for box in boxes:
             found = range_of_box(box, self._shape)
             other = self._other(box, found)
@@ -140,11 +152,13 @@ class Cover:
         return None
 
     def release(self, part: int) -> None:
-        """Forget what a part claimed."""
+        """Forget every claim of a part."""
         self._stretches = [item for item in self._stretches if item[2] != part]
         self._scattered = [item for item in self._scattered if item[0] != part]
 
     def _other(self, box: Box, found: tuple[int, int] | None) -> int | None:
+        """A part that claimed elements of ``box``, or None. found: the box as a range of elements, where it is
+        contiguous."""
         if found:
             index = bisect_left(self._stretches, (found[0],))
             if index < len(self._stretches) and self._stretches[index][0] < found[1]:
@@ -156,6 +170,7 @@ class Cover:
 
 
 def _overlap(box: Box, other: Box) -> bool:
+    """Whether two boxes have an element in common."""
     return all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True))
 
 

@@ -1,7 +1,7 @@
-"""What a browser gets: the read-only page of all runs at ``/`` and the API's documentation at ``/docs``.
+"""The pages for a browser: the read-only list of all runs at ``/`` and the API's documentation at ``/docs``.
 
-The page asks ``GET /v1/runs`` every two seconds, as anyone else may: it has no route, no state and no right of its own.
-Both pages work without any other host; their Content-Security-Policy makes the browser hold them to that.
+The list asks ``GET /v1/runs`` every two seconds, as anyone else may: the page has no route, no state and no right of
+its own. Both pages load nothing from other hosts; their Content-Security-Policy makes the browser enforce that.
 
 Knows its files and the headers they are served with. Does not know runs or weights.
 """

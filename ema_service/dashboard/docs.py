@@ -1,7 +1,7 @@
 """The API's documentation at ``/docs``: Swagger UI, from this server's own disk.
 
-FastAPI's own page loads Swagger UI from a public CDN, which is no use on a cluster without internet, and shows a third
-party who reads it. The package fastapi-offline carries the same files; only they are used here.
+FastAPI's own page loads Swagger UI from a public CDN, which a cluster without internet cannot reach, and which shows a
+third party who reads the page. The package fastapi-offline carries the same files; only its files are used here.
 
 Knows where the files are and which of them the page needs. Does not know the routes: Swagger UI reads /openapi.json.
 """
@@ -21,7 +21,7 @@ DOCS_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inlin
 
 
 def mount_docs(app: FastAPI) -> None:
-    """Serve ``/docs`` and Swagger UI's files. To be called before the rest of /assets is mounted."""
+    """Serve ``/docs`` and Swagger UI's files. Call it before the rest of /assets is mounted."""
     swagger = StaticFiles(packages=[("fastapi_offline", "static")])
     app.mount("/assets/swagger", swagger, name="swagger")
 

@@ -15,8 +15,8 @@ __all__ = ["mount_assets", "router", "serve_page"]
 
 STATIC = Path(__file__).parent / "static"
 
-#: The names of runs are whatever a trainer chose. Should one ever reach the page as markup, the browser still runs no
-#: script, and loads nothing, that this server did not serve.
+#: The Content-Security-Policy of the page. Trainers choose the names of runs; should a name ever reach the page as
+#: markup, the browser still runs no script, and loads nothing, that this server did not serve.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -3,17 +3,19 @@
     plan.py        what all processes agree on: names, numbers, the lines in which they report
     model.py       the diffusion model: network, noise, loss, sampler
     digits.py      scikit-learn's bundled digits, split into training and held-out images
-    trainer.py     process: trains, pushes with RemoteEma, keeps an EMA of its own, compares the two at the end
-    litema.py      that EMA of its own: LitEma's arithmetic in twenty lines
+    trainer.py     process: trains, pushes with RemoteEma, keeps an EMA in process, compares the two at the end
+    litema.py      the EMA in process: LitEma's arithmetic in twenty lines
     evaluator.py   process: polls, pulls, measures raw and EMA weights, draws the picture
     picture.py     the picture
-    tether.py      what each process runs under, so that none outlives the parent
+    tether.py      the runner of each process, which ends the process with its parent
     children.py    starting, hearing and ending the processes
-    screen.py      what the user sees
+    screen.py      the output that the user sees
     play.py        the parent: the order of events and the verdict
 
-Knows the order of its parts. Does not know the server: it is started by its command line and spoken to with the public
-client, as a user would. The server imports nothing of this; importing it imports neither torch nor matplotlib.
+The demo starts the server by its command line and speaks to it with the public client, as a user would. The server
+imports nothing of the demo; importing the demo imports neither torch nor matplotlib.
+
+Knows the order of its parts. Does not know the server.
 """
 
 from __future__ import annotations

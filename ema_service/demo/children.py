@@ -1,9 +1,9 @@
-"""Start the demo's processes, hear what they say, and end every one of them however the demo ends.
+"""Starts the demo's processes, hears what they say, and ends every one of them however the demo ends.
 
 Each child leads its own session, so that Ctrl-C at the terminal reaches the parent only, and the parent decides how all
-end; each is tethered to the parent by a pipe (tether.py), so that it ends even if the parent is killed. Signals become
-events in the same queue as the children's lines: nothing interrupts the parent between starting a child and noting it
-down, nor while it cleans up.
+end; each is tethered to the parent by a pipe (tether.py), so that the child ends even if the parent is killed. Signals
+become events in the same queue as the children's lines: nothing interrupts the parent between starting a child and
+noting the child down, nor while the parent cleans up.
 
 Knows processes, pipes and signals. Does not know what the children do.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-#: Seconds that children get from SIGTERM to SIGKILL, all of them together. A server writes its checkpoint in them.
+#: Seconds that all children together get from SIGTERM to SIGKILL. A server writes its checkpoint in this time.
 GRACE = 8.0
 #: Lines of a failed child's stderr worth showing.
 TAIL = 15
@@ -32,7 +32,7 @@ TAIL = 15
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A child wrote a line."""
+    """A child process wrote a line to its output."""
 
     child: str
     line: str
@@ -40,7 +40,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A child closed its output: it is over."""
+    """A child closed its output: the child has ended, or hangs."""
 
     child: str
 
@@ -58,12 +58,13 @@ Events = queue.SimpleQueue[Event]
 
 @contextlib.contextmanager
 def caught_signals(events: Events) -> Iterator[None]:
-    """Within, SIGINT, SIGTERM and SIGHUP become events. SimpleQueue.put may be called in a signal handler."""
+    """Turns SIGINT, SIGTERM and SIGHUP into events within the block. SimpleQueue.put may be called in a signal
+    handler."""
 
     def put(signum: int, _frame: FrameType | None) -> None:
         events.put(Signalled(signum))
 
-    # Python allows handlers in the main thread only; elsewhere the caller has its own way of stopping.
+    # Python allows handlers in the main thread only; on another thread the caller has its own way of stopping.
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     main = threading.current_thread() is threading.main_thread()
     former = {signum: signal.signal(signum, put) for signum in caught} if main else {}
@@ -75,7 +76,7 @@ def caught_signals(events: Events) -> Iterator[None]:
 
 
 class Children:
-    """The child processes; leaving the context ends them all.
+    """The child processes; leaving the context ends all of them.
 
     logs: a folder for their stderr, one file each.
     """
@@ -93,7 +94,7 @@ class Children:
         self.end()
 
     def start(self, name: str, module: str, arguments: Sequence[str], *, threads: int | None = None) -> None:
-        """Run ``python -m module`` as a child. threads: how many it computes with; all cores where None."""
+        """Run ``python -m module`` as a child. threads: how many the child computes with; None: as many as cores."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "COLUMNS": "200"}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
@@ -114,25 +115,26 @@ class Children:
         self._listeners.append(listener)
 
     def status(self, name: str) -> int:
-        """How a child that has Ended ended: 0, its exit status, or minus the signal that killed it."""
+        """How a child ended after closing its output: 0, its exit status, or minus the signal that killed it."""
         try:
             return self._processes[name].wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
-            return -signal.SIGKILL  # it closed its output and hangs; end() will kill it
+            return -signal.SIGKILL  # the child closed its output and hangs; end() will kill it
 
     def tail(self, name: str) -> str:
         """The last lines that a child wrote to stderr."""
         return "\n".join(self._log(name).read_text(errors="replace").splitlines()[-TAIL:])
 
     def end(self) -> None:
-        """End all that still run: ask, wait at most GRACE seconds, kill. Afterwards none is left, not even a zombie."""
+        """End all children that still run: ask, wait at most GRACE seconds, kill. No child is left, not even a
+        zombie."""
         for process in self._processes.values():
             process.terminate()
         deadline = time.monotonic() + GRACE
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            # The whole session, also after the leader's end: a child's own helpers must not stay either.
+            # The whole session, also after its leader's end: the child's own helpers must not stay either.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,7 +1,8 @@
-"""The demo's evaluator, a process of its own: it watches the run over HTTP and pulls whenever the version moved.
+"""The demo's evaluator, a process of its own: watches the run over HTTP and pulls whenever the version moved.
 
-It computes the held-out denoising loss, with the same noise and times every time, of the raw and of the EMA weights of
-one version. It never meets the trainer: a snapshot that the trainer takes at the end is how it learns of the end.
+The evaluator computes the held-out denoising loss of the raw and of the EMA weights of one version, with the same noise
+and times every time. It never meets the trainer: the trainer takes a snapshot at its end, and the snapshot tells the
+evaluator.
 
 Knows the model, the held-out images and the service's address. Does not know the trainer or who reads its reports.
 """
@@ -27,7 +28,7 @@ from ema_service.demo.proof import compare
 
 #: Seconds between two looks at the run's version. Short enough for some twenty rows in a demo.
 POLL = 1.5
-#: Tries to see the run's facts and both averages at one version, while updates go on.
+#: Tries to see the run's info and both averages at one version, while updates go on.
 TRIES = 20
 #: Each held-out image is measured with this many different times and noises.
 DRAWS = 4
@@ -35,7 +36,7 @@ ROWS_OF_SAMPLES = 4
 
 
 class Seen(NamedTuple):
-    """A run at one version: its facts, its EMA weights, its raw weights."""
+    """A run at one version: its info, its EMA weights, its raw weights."""
 
     info: RunInfo
     ema: Mapping[str, Tensor]
@@ -43,7 +44,7 @@ class Seen(NamedTuple):
 
 
 class Meter:
-    """The held-out loss of a set of weights; every call uses the same images, times and noise."""
+    """Measures the held-out loss of weights; every call uses the same images, times and noise."""
 
     def __init__(self) -> None:
         _, held_out = digits.load()
@@ -56,7 +57,7 @@ class Meter:
 
     @torch.no_grad()
     def loss(self, weights: Mapping[str, Tensor]) -> float:
-        """Mean squared error of the predicted noise."""
+        """Mean squared error of the noise that the model predicts with these weights."""
         self.model.load_state_dict(dict(weights))
         return denoising_loss(self.model, self.images, self.labels, self.t, self.noise).item()
 
@@ -67,13 +68,13 @@ class Meter:
         return sample(self.model, labels, Generator().manual_seed(2)).view(ROWS_OF_SAMPLES, 10, 8, 8)
 
     def row(self, seen: Seen) -> Row:
-        """Measure one version."""
+        """The losses of one version."""
         info = seen.info
         return Row(info.step or 0, info.num_updates, info.effective_decay, self.loss(seen.raw), self.loss(seen.ema))
 
 
 def main() -> None:
-    """Watch until the final snapshot, then measure it and draw the picture."""
+    """Watch until the final snapshot, then measure the snapshot and draw the picture."""
     options = _options()
     torch.set_num_threads(1)
     meter = Meter()
@@ -107,13 +108,13 @@ def _is_over(client: EmaClient) -> bool:
     try:
         return any(snapshot.name == FINAL_SNAPSHOT for snapshot in client.snapshots(RUN))
     except RunNotFound:
-        return False  # the trainer has not created it yet
+        return False  # the trainer has not created the run yet
 
 
 def _look(client: EmaClient, known: str | None) -> Seen | None:
     """The run at one version other than ``known``, or None.
 
-    Each answer is of one version, but an update may fall between two answers: then look again.
+    Each answer is of one version, but an update may come between two answers: then all are asked for again.
     """
     try:
         for _ in range(TRIES):
@@ -124,12 +125,12 @@ def _look(client: EmaClient, known: str | None) -> Seen | None:
             if info.version == ema.info.version == raw.info.version:
                 return Seen(info, ema, raw)
     except (RunNotFound, AwaitingWeights):
-        pass  # the trainer is about to create it
+        pass  # the trainer is about to create the run
     return None
 
 
 def _finish(client: EmaClient, meter: Meter, rows: list[Row], out: Path) -> None:
-    """Measure the final snapshot, check it against the live EMA, draw the picture."""
+    """Measure the final snapshot, compare it with the live EMA, draw the picture."""
     info = client.run(RUN)
     ema = client.pull(RUN, snapshot=FINAL_SNAPSHOT)
     raw = client.pull(RUN, average=RAW, snapshot=FINAL_SNAPSHOT)

@@ -1,4 +1,4 @@
-"""LitEma's arithmetic, in process: what the service's numbers are compared with, bit for bit.
+"""LitEma's arithmetic, in process: the service's numbers are compared with it, bit for bit.
 
 Every scalar is a float32 tensor, as the buffers of LitEma are, and subtract, multiply, subtract are three operations.
 
@@ -21,7 +21,7 @@ class InProcessEma:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> None:
-        """One update with the model's parameters as they are now."""
+        """Average the model's parameters as they are now: one update."""
         self.num_updates += 1
         decay = torch.minimum(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         weight = 1.0 - decay

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # writes files and needs no screen
+mpl.use("Agg")  # a backend that writes files and needs no screen
 from matplotlib import pyplot as plt
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -27,7 +27,7 @@ INK = "#24292f"
 #: Inches and dots per inch: 1320 x 990 pixels.
 SIZE = (11.0, 8.25)
 DPI = 120
-#: Ticks of the logarithmic axis of losses; those in view are shown.
+#: Ticks of the logarithmic axis of losses; the axis shows those within its range.
 TICKS = (0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -61,7 +61,7 @@ def _samples(axes: Axes, images: Tensor, title: str, colour: str) -> None:
 
 
 def _curves(axes: Axes, rows: Sequence[Row]) -> None:
-    # The first row is the untrained model (loss 1): it would press everything after it flat.
+    # Not the first row, the untrained model with a loss of 1: on its scale all later losses would look flat.
     shown = [row for row in rows if row.step] or list(rows)
     steps = [row.step for row in shown]
     axes.plot(steps, [row.raw_loss for row in shown], color=RAW_COLOUR, marker="o", markersize=4, label="raw weights")

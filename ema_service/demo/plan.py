@@ -1,6 +1,6 @@
-"""What the demo's processes agree on: the names of the run, its numbers, and the lines in which children report.
+"""The agreements of the demo's processes: the names of the run, its numbers, and the lines in which children report.
 
-A child reports by writing one JSON object a line to its standard output; the parent reads them back. Standard library
+A child reports by writing one JSON object a line to its standard output; the parent parses the lines. Standard library
 and the protocol's dataclasses only, so that the parent starts at once.
 
 Knows names, numbers and the form of a report. Does not know processes, models or how anything is shown.
@@ -18,19 +18,20 @@ from ema_client.protocol import AverageConfig, from_json
 
 RUN = "digits"
 #: The largest decay. 0.999 remembers about 1,000 updates, but in a run this short LitEma's warm-up, (1 + n) / (10 + n),
-#: governs: at update 1,000 it stands at 0.9911, an average over about the last tenth of the training.
+#: governs: at update 1,000 the decay is 0.9911, an average over about the last tenth of the training.
 DECAY = 0.999
-#: The shadow of an average with decay 0 is the parameters last pushed (s - 1 * (s - p) is p, but for the rounding of
-#: s - p). So the raw weights reach the evaluator the way the EMA does, and of the same version.
+#: The raw weights, as a second average with decay 0, whose shadow is the parameters last pushed (s - 1 * (s - p) is p,
+#: but for the rounding of s - p). So the evaluator gets raw and EMA weights in the same way and of the same version.
 RAW = "raw"
 AVERAGES = (AverageConfig("ema"), AverageConfig(RAW, schedule="constant", decay=0.0))
-#: The trainer's last act; when the evaluator sees it, the training is over.
+#: The snapshot that the trainer takes as its last act; when the evaluator sees it, the training is over.
 FINAL_SNAPSHOT = "final"
 
 OUT = Path("ema-demo.png")
-#: About 33 ms a step on one core, push and in-process EMA included: half a minute, and samples are clearly digits.
+#: Training steps. About 33 ms each on one core, push and in-process EMA included: half a minute, and samples are
+#: clearly digits.
 STEPS = 1000
-#: Training stops here even if steps are left, so that a slow machine also ends within 90 s.
+#: Training ends after so many seconds even if steps are left, so that a slow machine also ends within 90 s.
 SECONDS = 45.0
 
 
@@ -56,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A comparison, bit for bit, of two sets of tensors. ``differing`` names those that differ."""
+    """The result of comparing two sets of tensors bit for bit. differing: the names of tensors that differ."""
 
     claim: str
     step: int
@@ -78,7 +79,7 @@ _KINDS: dict[str, type[Report]] = {kind.__name__: kind for kind in (Progress, Ro
 
 
 def report(what: Report) -> None:
-    """Write one report to standard output, at once."""
+    """Write a report to standard output, at once."""
     sys.stdout.write(json.dumps({"report": type(what).__name__, **dataclasses.asdict(what)}) + "\n")
     sys.stdout.flush()
 

@@ -1,6 +1,6 @@
 """The demo's parent process: starts server, trainer and evaluator, follows them, and says whether the demo succeeded.
 
-Knows the order of events and what counts as success. Does not know torch, and learns of the weights by report only.
+Knows the order of events and what counts as success. Does not know torch; learns of the weights from reports only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from ema_service.demo.screen import Screen
 SERVER = "ema_service"
 TRAINER = "ema_service.demo.trainer"
 EVALUATOR = "ema_service.demo.evaluator"
-#: What they need beyond the server's own dependencies.
+#: Packages that trainer and evaluator need beyond the server's own dependencies.
 NEEDS = ("sklearn", "matplotlib")
-#: Seconds for all that is not training: three imports of torch on a busy machine, the last measurement, the picture.
+#: Seconds for everything but training: three imports of torch on a busy machine, the last measurement, the picture.
 OVERHEAD = 60.0
-#: The trainer's (pulled EMA against its own) and the evaluator's (snapshot against the live EMA).
+#: Proofs of a successful demo: the trainer's (the pulled EMA against its own) and the evaluator's (the snapshot against
+#: the live EMA).
 PROOFS = 2
 _URL = re.compile(r"http://[^\s/]+:\d+")
 
@@ -43,11 +44,10 @@ class Stopped(Exception):
 
 
 def run_demo(out: Path = plan.OUT, *, steps: int = plan.STEPS, seconds: float = plan.SECONDS) -> int:
-    """Run the demo and write its picture to ``out``. No process is left behind, however it ends.
+    """Run the demo and write its picture to ``out``. No process is left behind, however the demo ends.
 
-    steps, seconds: training ends with whichever is reached first.
-    Returns an exit status: 0; 1 where something failed or the proof did; 2 where a package is missing; 128 + the signal
-    where it was stopped.
+    steps, seconds: training ends with whichever is reached first. Returns an exit status: 0; 1 where something failed
+    or a proof did not hold; 2 where a package is missing; 128 + the signal where the demo was stopped.
     """
     screen = Screen()
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
@@ -68,7 +68,7 @@ def run_demo(out: Path = plan.OUT, *, steps: int = plan.STEPS, seconds: float = 
 
 
 class _Play:
-    """One performance: three children and what they reported."""
+    """One performance: three children and their reports."""
 
     def __init__(self, screen: Screen, out: Path, steps: int, seconds: float) -> None:
         self.screen = screen
@@ -80,7 +80,10 @@ class _Play:
         self.running: set[str] = set()
 
     def run(self) -> None:
-        """Raises DemoFailed or Stopped. Signals stay events until the children are ended and the folder is gone."""
+        """Play the demo to its end. Raises DemoFailed or Stopped.
+
+        Signals stay events until the children are ended and the folder is removed.
+        """
         if not self.out.parent.is_dir():
             raise DemoFailed(f"there is no folder {self.out.parent} to write {self.out.name} to")
         self.out.unlink(missing_ok=True)
@@ -118,7 +121,7 @@ class _Play:
                 return found.group()
 
     def _next(self, children: Children) -> Said | None:
-        """The next line of a child, or None where one has ended as it should."""
+        """The next line of a child, or None where a child has ended as it should."""
         try:
             event = self.events.get(timeout=max(0.0, self.deadline - time.monotonic()))
         except queue.Empty:

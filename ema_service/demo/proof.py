@@ -1,4 +1,4 @@
-"""Are two sets of tensors the same, bit for bit?
+"""The comparison of two sets of tensors, bit for bit.
 
 Knows float32 tensors by name. Does not know where they came from.
 """
@@ -14,7 +14,7 @@ from ema_service.demo.plan import Proof
 
 
 def compare(claim: str, step: int, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Proof:
-    """Compare every tensor of two mappings of float32 tensors. A name that only one of them has counts as differing."""
+    """Compare every tensor of two mappings of float32 tensors. A name in only one of the two counts as differing."""
     both = ours.keys() & theirs.keys()
     differing = (ours.keys() ^ theirs.keys()) | {name for name in both if not _same_bits(ours[name], theirs[name])}
     return Proof(claim, step, len(both), sum(ours[name].numel() for name in both), tuple(sorted(differing)))

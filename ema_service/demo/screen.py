@@ -1,4 +1,4 @@
-"""What the user of the demo sees: live on a terminal, plain lines anywhere else.
+"""The demo's output for the user: live on a terminal, plain lines anywhere else.
 
 Knows reports and rich. Does not know processes or what the numbers mean.
 """
@@ -41,7 +41,7 @@ class Screen:
         self._live = Live(console=self.console, refresh_per_second=8, transient=True, get_renderable=self._picture)
 
     def __enter__(self) -> Self:
-        # Where nothing can be redrawn, Live would print its last frame once more: do without it.
+        # Only on a terminal: elsewhere Live would print its last frame once more.
         if self.console.is_terminal:
             self._live.start()
         return self
@@ -50,29 +50,29 @@ class Screen:
         self._live.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line for the user that stays on the screen."""
         self.console.print(escape(text), soft_wrap=True)
 
     def stage(self, text: str) -> None:
-        """What is going on now."""
+        """Tell the user what is going on now."""
         if self.console.is_terminal:
             self._bar.update(self._task, description=text)
         else:
             self.note(text)
 
     def progress(self, progress: plan.Progress) -> None:
-        """How far the trainer is."""
+        """Show how far the trainer is."""
         loss = f"loss {progress.loss:.3f}"
         self._bar.update(self._task, description="training", completed=progress.step, total=progress.steps, loss=loss)
 
     def row(self, row: plan.Row) -> None:
-        """A version was measured."""
+        """Show a version that was measured."""
         self.rows.append(row)
         if not self.console.is_terminal:
             self.note("  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, _cells(row), strict=True)))
 
     def proof(self, proof: plan.Proof) -> None:
-        """A comparison was made and holds."""
+        """Remember a comparison that holds."""
         self.proofs.append(proof)
 
     def table(self) -> None:

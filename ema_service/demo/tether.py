@@ -1,8 +1,8 @@
-"""Run a module so that it cannot outlive whoever started it: ``python -m ema_service.demo.tether MODULE ARG...``
+"""Runs a module so that it cannot outlive its parent: ``python -m ema_service.demo.tether MODULE ARG...``
 
 The parent holds the only write end of the pipe that is this process's standard input. However the parent ends, by
-SIGKILL too, the kernel closes it, and this process reads the end of the file. That works on every POSIX system, where
-asking the kernel for a signal at the parent's death (prctl) works on Linux only.
+SIGKILL too, the kernel closes the pipe, and this process reads the end of the file. Reading works on every POSIX
+system; asking the kernel for a signal at the parent's death (prctl) works on Linux only.
 
 Knows standard input and signals. Does not know the module it runs.
 """
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 
-#: Seconds from being asked to end (a server finishes the update in hand) to being ended.
+#: Seconds from SIGTERM (a server finishes the update in hand) to the end by force.
 GRACE = 5.0
 
 
@@ -29,7 +29,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Start watching, then become the module named by the first argument."""
+    """Start watching the parent, then become the module named by the first argument."""
     threading.Thread(target=_end_with_parent, name="tether", daemon=True).start()
     module, *args = sys.argv[1:]
     sys.argv = [module, *args]

@@ -1,7 +1,8 @@
 """The demo's trainer, a process of its own: an ordinary training loop with ``RemoteEma`` where LitEma would stand.
 
-Beside it, and only because this is a demo, the loop keeps an EMA in process; after the last step the service's EMA is
-pulled and compared with it. Then the trainer takes a snapshot, which tells the evaluator that the training is over.
+Beside it, and only because this is a demo, the loop updates an EMA in process; after the last step the service's EMA is
+pulled and compared with the one in process. Then the trainer takes a snapshot, which tells the evaluator that the
+training is over.
 
 Knows the model, the data and the service's address. Does not know the evaluator or who reads its reports.
 """
@@ -23,7 +24,7 @@ from ema_service.demo.plan import AVERAGES, DECAY, FINAL_SNAPSHOT, RUN, Note, Pr
 from ema_service.demo.proof import compare
 
 #: High for this model, and constant: the raw weights jitter around a good solution and the average settles in it. That
-#: is what an EMA is for; with a small or falling rate there would be less to see. Tried: rates of 2e-3 to 1e-2, batches
+#: is the use of an EMA; with a small or falling rate there would be less to see. Tried: rates of 2e-3 to 1e-2, batches
 #: of 16 to 64. With these two the EMA's loss is about 9 % below the raw loss, and both still fall.
 LEARNING_RATE = 4e-3
 BATCH = 32
@@ -85,6 +86,7 @@ def _loss(model: nn.Module, training: digits.Digits) -> Tensor:
 
 
 def _prove(client: EmaClient, step: int, witness: InProcessEma) -> None:
+    """Compare the pulled EMA with the one in process. Ends the process with status 1 where they differ."""
     pulled = client.pull(RUN)
     proof = compare("pulled EMA = in-process EMA", step, witness.shadow, pulled)
     report(proof)

@@ -1,6 +1,6 @@
-"""Memory: layouts, the arenas that shadows lie in, the pool of host memory, staging and frozen versions.
+"""Memory: layouts, the arenas that hold shadows, the pool of host memory, staging and frozen versions.
 
-Knows bytes, dtypes, devices and budgets. Knows no run, no update, no file and no socket.
+Knows bytes, dtypes, devices and budgets. Does not know runs, updates, files or sockets.
 """
 
 from __future__ import annotations

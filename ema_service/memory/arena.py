@@ -1,7 +1,8 @@
-"""Arenas: the flat allocations that shadows live in, on one device.
+"""Arenas: the flat allocations that hold shadows, on one device.
 
-An arena is written once, by the update that makes it, and never changed after: a version is its arenas. So readers need
-no lock and updates never wait for them; the memory of a version goes back to the pool when its last holder lets go.
+An arena is written once, by the update that makes it, and never changed after: the arenas of a version are its bytes.
+So readers need no lock, and updates never wait for readers; the memory of a version goes back to the pool when the last
+holder of the version lets go.
 
 Knows bytes, devices and torch's dtypes. Does not know runs, updates, budgets or files.
 """
@@ -23,17 +24,21 @@ __all__ = ["TORCH_DTYPES", "Arena", "Mark", "Memory", "Pool", "buffer_bytes", "p
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-#: Parameters begin at a multiple of this within their buffer: a cache line, and aligned for every dtype.
+#: Parameters begin at a multiple of so many bytes in their buffer: a cache line, and aligned for every dtype.
 _LINE = 64
 
+#: Threads that wait for copies from a device (Memory.followers).
 _FOLLOWERS = 4
 
 
 class Arena:
-    """The shadows of one average of one version, in the layout's order. Never changed once it is part of a version.
+    """The shadows of one average of one version, in the layout's order.
 
-    tensor: uint8, layout.shadow_bytes long, on the arena's device. digest: of its bytes (averaging.Digest), None where
-    nobody has worked it out. twin: host memory with the same bytes, where those of a device are kept as they come.
+    Never changed once the arena is part of a version.
+
+    tensor: uint8, layout.shadow_bytes long, on the arena's device. digest: of the tensor's bytes (averaging.Digest),
+    None where nobody has worked the digest out. twin: host memory with the same bytes, where those of a device are kept
+    as they come.
     """
 
     __slots__ = ("__weakref__", "digest", "layout", "tensor", "twin")
@@ -50,7 +55,7 @@ class Arena:
         return self.tensor if self.twin is None else self.twin
 
     def section(self, section_index: int) -> Tensor:
-        """The flat tensor of one of the layout's sections."""
+        """The shadows of one of the layout's sections: a flat tensor of the section's dtype, a view of the arena."""
         section = self.layout.sections[section_index]
         return self.tensor[section.shadow].view(TORCH_DTYPES[section.shadow_dtype])
 
@@ -65,7 +70,7 @@ class Arena:
 
 
 class Mark(Protocol):
-    """A point in what a device was asked to do: synchronize() returns once it is past it."""
+    """A point in the work given to a device. synchronize() returns once the device is past that point."""
 
     def synchronize(self) -> None: ...
 
@@ -79,8 +84,9 @@ class Pool(Protocol):
 class Memory:
     """Where arenas are made: one device, and the pool of the host.
 
-    arenas: the pool that arenas of the host come from, and copies of a device's arenas that are to outlive the process:
-    ``pool`` itself, or the memory files of one run (of_run()).
+    on_host: whether the device is the CPU. keep_bytes: most idle memory of the pool, see HostPool. arenas: the
+    pool that arenas of the host come from, and copies of a device's arenas that are to outlive the process: ``pool``
+    itself, or the memory files of one run (of_run()).
     """
 
     def __init__(self, device: torch.device, *, keep_bytes: int = 0) -> None:
@@ -88,7 +94,7 @@ class Memory:
         self.on_host = device.type == "cpu"
         self.pool = HostPool(pinned=device.type == "cuda", keep_bytes=keep_bytes)
         self.arenas: Pool = self.pool
-        #: Who waits for results of a device, so that who receives need not.
+        #: Threads that wait for a device's results, so that the thread that receives a push need not.
         self.followers = Threads(_FOLLOWERS, "ema-follow")
 
     def of_run(self, arenas: Pool) -> Memory:
@@ -112,23 +118,24 @@ class Memory:
         return self.allocate(nbytes) if self.on_host else self.pool.lend(nbytes)
 
     def new_arena(self, layout: Layout) -> Arena:
+        """An arena of this layout, with arbitrary content."""
         return Arena(layout, self.allocate(layout.shadow_bytes))
 
     def mark(self) -> Mark:
-        """Behind all that the device was asked to do so far. Only where memory does not lie on the host."""
-        # blocking: who waits for it sleeps.
+        """A mark behind all work given to the device so far. Not to be called where memory lies on the host."""
+        # blocking: a thread that waits for the event sleeps, where it would otherwise spin.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """The bytes of ``tensor`` in host memory: itself where it lies there, else a pooled copy."""
+        """The bytes of ``tensor`` in host memory: ``tensor`` itself on the CPU, else a copy in memory of the pool."""
         if self.on_host:
             return tensor
         return self.pool.lend(tensor.numel()).copy_(tensor)
 
     def to_device(self, host: Tensor) -> Tensor:
-        """The bytes of ``host`` on the device: itself where it lies there, else a copy."""
+        """The bytes of ``host`` on the device: ``host`` itself on the CPU, else a copy."""
         return host if self.on_host else host.to(self.device)
 
 
@@ -137,14 +144,15 @@ def _said(fault: BaseException) -> str:
 
 
 def param_offset(layout: Layout) -> int:
-    """Where parameters begin in a buffer that is to become an arena: as late as they fit, on a cache line.
+    """At which byte of a buffer parameters begin, if the buffer is to become an arena: as late as they fit, on a cache
+    line.
 
-    The averaging writes shadows from the front of the same buffer and, a shadow being at least as wide as its
-    parameter, never overtakes the parameters still to be read.
+    Averaging writes shadows from the front of the same buffer and, a shadow being at least as wide as its parameter,
+    never overtakes parameters still to be read.
     """
     return -(-(layout.shadow_bytes - layout.param_bytes) // _LINE) * _LINE
 
 
 def buffer_bytes(layout: Layout) -> int:
-    """Size of a buffer that takes the parameters and becomes the arena."""
+    """Size of a buffer that receives the parameters of a push and then becomes an arena."""
     return max(layout.shadow_bytes, param_offset(layout) + layout.param_bytes)

@@ -1,8 +1,8 @@
 """Frozen weights: the host memory of versions that someone is reading.
 
-One version costs one copy at most, however many readers it has, and it is dropped with the last of them. On the CPU the
-arena itself is that memory, so reading the current version costs nothing; what the budget bounds is the versions that
-stay alive because a reader is slower than the updates.
+A version costs one copy at most, however many readers it has, and the copy is dropped with the last reader. On the CPU
+the arena itself is read, so reading the current version costs nothing. The budget bounds the versions that stay alive
+because a reader is slower than the updates.
 
 Knows arenas and a budget. Does not know runs, sockets or files.
 """
@@ -21,30 +21,36 @@ __all__ = ["FrozenWeights"]
 
 @dataclass(slots=True)
 class _Held:
+    """One arena with readers. data: the arena's bytes in host memory, once a reader asked for them."""
+
     readers: int = 0
     data: memoryview | None = None
     copying: threading.Lock = field(default_factory=threading.Lock)
 
 
 class FrozenWeights:
-    """Hands out the bytes of arenas and counts who reads them. Thread-safe."""
+    """Hands out the bytes of arenas in host memory, and counts the readers of each. Thread-safe.
+
+    budget: most bytes of arenas with readers.
+    """
 
     def __init__(self, memory: Memory, budget: int) -> None:
         self._memory = memory
         self._budget = budget
         self._held: dict[Arena, _Held] = {}
         self._lock = threading.Lock()
-        #: Called whenever room comes free, in whatever thread.
+        #: Called whenever the last reader of an arena has left, on the reader's thread.
         self.on_room: Callable[[], None] = lambda: None
 
     @property
     def bytes_in_use(self) -> int:
+        """Bytes of all arenas with readers."""
         return sum(arena.layout.shadow_bytes for arena in list(self._held))
 
     def hold(self, arena: Arena) -> None:
-        """One more reader of the arena, until release(). Does not block.
+        """Count one more reader of the arena, until release(). Does not block.
 
-        Raises Overloaded where the versions being read leave no room for another; one is always possible.
+        Raises Overloaded where the versions being read leave no room for another; with no other reader one always fits.
         """
         with self._lock:
             held = self._held.get(arena)
@@ -54,9 +60,12 @@ class FrozenWeights:
             held.readers += 1
 
     def data(self, arena: Arena) -> memoryview:
-        """The bytes of an arena that is held, in host memory, unchanging. Copies on a GPU: call off the loop."""
+        """The bytes of an arena that the caller holds, in host memory, unchanging until release().
+
+        On a GPU the first call copies: call it off the event loop.
+        """
         held = self._held[arena]
-        # Not under the lock that release() takes: the event loop must not wait for a copy of gigabytes.
+        # Not under the lock of release(), which the event loop calls: the loop must not wait for a copy of gigabytes.
         with held.copying:
             if held.data is None:
                 host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
@@ -64,7 +73,7 @@ class FrozenWeights:
             return held.data
 
     def acquire(self, arena: Arena) -> memoryview:
-        """hold() and data() in one."""
+        """Hold the arena and return its bytes: hold() and data() in one. Raises as both."""
         self.hold(arena)
         try:
             return self.data(arena)
@@ -73,7 +82,7 @@ class FrozenWeights:
             raise
 
     def release(self, arena: Arena) -> None:
-        """One reader of the arena is done."""
+        """Count one reader of the arena less; the last one frees the budget and the copy."""
         with self._lock:
             held = self._held[arena]
             held.readers -= 1
@@ -83,6 +92,7 @@ class FrozenWeights:
         self.on_room()
 
     def _admit(self, nbytes: int) -> None:
+        """Raises Overloaded where ``nbytes`` more do not fit in the budget of versions being read."""
         used = self.bytes_in_use
         if used and used + nbytes > self._budget:
             raise Overloaded(

@@ -1,8 +1,9 @@
 """The layout of a run: which tensors, in which order, at which byte, as parameters and as shadows.
 
-Tensors lie in the canonical order of the wire (widest dtype first, then by name), so a body whose header equals
-``Layout.header`` is, byte for byte, the arena's memory. Knows names, dtypes and offsets. Does not know memory or
-devices.
+Tensors lie in the canonical order of the wire (widest dtype first, then by name), so the data of a body whose header
+equals ``Layout.header`` are, byte for byte, the arena's memory.
+
+Knows names, dtypes and offsets. Does not know memory or devices.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ __all__ = ["SHADOW_DTYPES", "Layout", "Section"]
 #: all of them), so their shadow is float32.
 SHADOW_DTYPES = {"F64": "F64", "F32": "F32", "BF16": "F32", "F16": "F32"}
 
-#: Room in a header for white space and metadata. More would only keep the server busy with reading it.
+#: Bytes that a header may have for white space and metadata, beyond its tensors. A longer header would keep the server
+#: busy with parsing.
 _HEADER_SLACK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A stretch of tensors of one dtype and one policy: byte ranges among the parameters and among the shadows.
+    """Adjacent tensors of one dtype and one policy: their byte ranges among the parameters and among the shadows.
 
     copied: the shadow is the newest value, not an average.
     """
@@ -42,15 +44,17 @@ class Section:
 class Layout:
     """The tensors of a run, fixed at creation.
 
-    params, shadows: entries in canonical order, as pushed and as kept. param_bytes, shadow_bytes: their data sections.
-    header: the header of a canonical push, with its length prefix. max_header_bytes: as long as one may be that says
-    the same in other words. copied: names of the tensors of which a shadow is the newest value, in canonical order.
-    sections: one for each dtype, more where averaged and copied tensors take turns. shadow_dtype: the shadows' dtype;
-    where there are two, both, widest first: ``F64+F32``.
+    params, shadows: the tensors in canonical order, as they are pushed and as they are averaged. param_bytes,
+    shadow_bytes: length of all parameters, of all shadows. header: the header of a canonical push, with its length
+    prefix. max_header_bytes: most bytes of a header that names the same tensors in another order, with white space or
+    metadata. copied: names of the tensors whose shadow is the newest value, in canonical order. sections: one for each
+    dtype, more where averaged and copied tensors alternate. shadow_dtype: the shadows' dtype; where there are two,
+    both, widest first: ``F64+F32``. elements: of all tensors.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], copied: Collection[str] = ()) -> None:
-        """Raises InvalidRequest naming the tensor that no run can hold, or that is to be copied and not there."""
+        """Raises InvalidRequest naming a tensor that no run can hold, or a copied tensor that ``specs`` does not
+        have."""
         _check(specs)
         self.params = place(specs)
         self.shadows = place(
@@ -73,20 +77,20 @@ class Layout:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and (self.params, self.copied) == (other.params, other.copied)
 
-    __hash__ = None  # type: ignore[assignment]  # compared at creation only; never a key
+    __hash__ = None  # type: ignore[assignment]  # layouts are compared at creation only and are never keys
 
     def find(self, name: str) -> Entry | None:
-        """The tensor of this name as it is pushed, if there is one."""
+        """The tensor of this name as it is pushed; None where the run has none."""
         return self._by_name.get(name)
 
     def entry(self, name: str) -> Entry:
-        """The tensor of this name as it is pushed. Raises KeyError."""
+        """The tensor of this name as it is pushed. Raises KeyError where the run has none."""
         return self._by_name[name]
 
     def targets(self, entries: Sequence[Entry]) -> list[slice]:
-        """Where in the parameters' memory each stretch of a body with these entries belongs, in the body's order.
+        """Where the data of a body with these entries belong: slices of the parameters' memory, in the body's order.
 
-        A canonical body is one stretch. Raises LayoutMismatch naming the tensors that are missing, unknown or differ.
+        A canonical body is one slice. Raises LayoutMismatch naming the tensors that are missing, unknown or differ.
         """
         self._check_same(entries)
         stretches: list[slice] = []
@@ -99,6 +103,7 @@ class Layout:
         return [stretch for stretch in stretches if stretch.stop > stretch.start]
 
     def _check_same(self, entries: Sequence[Entry]) -> None:
+        """Raises LayoutMismatch unless a body's entries are the run's tensors, in any order."""
         given = {entry.name: entry for entry in entries}
         faults = [
             _named("missing", [name for name in self._by_name if name not in given]),
@@ -114,22 +119,26 @@ class Layout:
             raise LayoutMismatch("; ".join(filter(None, faults)), hint=_CAST_HINT if cast_would_do else None)
 
 
-#: A run may have been made, or imported, with the dtypes of another trainer.
+#: The hint where dtypes alone differ: a run may have been made, or imported, with the dtypes of another trainer.
 _CAST_HINT = "send the tensors as the run has them: RemoteEma(push_dtype=...) casts each; the shadow has its own dtype"
 
 
 def _named(fault: str, names: Iterable[str]) -> str:
+    """``missing: a, b and 3 more``; empty where no name is given."""
     found = [name for name in names if name]
     return f"{fault}: {listed(found)}" if found else ""
 
 
 def _difference(mine: Entry, given: Entry) -> str:
+    """How a tensor of a body differs from the layout's; empty where it does not."""
     if (mine.dtype, mine.shape) == (given.dtype, given.shape):
         return ""
     return f"{mine.name} is {given.dtype} {list(given.shape)}, expected {mine.dtype} {list(mine.shape)}"
 
 
 def _known(copied: Collection[str], params: Sequence[Entry]) -> tuple[str, ...]:
+    """The names of copied tensors in canonical order. Raises InvalidRequest naming those that the layout does not
+    have."""
     wanted = set(copied)
     known = tuple(entry.name for entry in params if entry.name in wanted)
     if unknown := sorted(wanted.difference(known)):
@@ -138,8 +147,11 @@ def _known(copied: Collection[str], params: Sequence[Entry]) -> tuple[str, ...]:
 
 
 def _sections(params: Sequence[Entry], shadows: Sequence[Entry], copied: Collection[str]) -> Iterable[Section]:
+    """Adjacent tensors that share a dtype and a policy, as sections."""
     pairs_in_order = zip(params, shadows, strict=True)
-    for (dtype, kept), pairs in groupby(pairs_in_order, key=lambda pair: (pair[0].dtype, pair[0].name in copied)):
+    for (dtype, copied_here), pairs in groupby(
+        pairs_in_order, key=lambda pair: (pair[0].dtype, pair[0].name in copied)
+    ):
         group = list(pairs)
         (first_param, first_shadow), (last_param, last_shadow) = group[0], group[-1]
         yield Section(
@@ -147,11 +159,12 @@ def _sections(params: Sequence[Entry], shadows: Sequence[Entry], copied: Collect
             first_shadow.dtype,
             slice(first_param.begin, last_param.end),
             slice(first_shadow.begin, last_shadow.end),
-            kept,
+            copied_here,
         )
 
 
 def _check(specs: Sequence[TensorSpec]) -> None:
+    """Raises InvalidRequest where the tensors are too many, too large together, or one of them cannot be held."""
     if not 1 <= len(specs) <= MAX_TENSORS:
         raise InvalidRequest(f"layout: {len(specs)} tensors; 1 to {MAX_TENSORS} are possible")
     seen: set[str] = set()
@@ -165,6 +178,7 @@ def _check(specs: Sequence[TensorSpec]) -> None:
 
 
 def _check_one(spec: TensorSpec) -> None:
+    """Raises InvalidRequest where a tensor has an impossible name, dtype or shape."""
     shown = repr(spec.name[:200])
     if not 0 < len(spec.name) <= MAX_TENSOR_NAME:
         raise InvalidRequest(f"layout: tensor name {shown}: 1 to {MAX_TENSOR_NAME} characters are possible")

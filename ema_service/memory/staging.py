@@ -1,6 +1,6 @@
-"""Staging: the memory a push lands in, and the budget of all pushes.
+"""Staging: the memory that a push is received into, and the budget of all pushes.
 
-A push is received straight into the buffer that becomes the next shadow.
+A push is received straight into the buffer that becomes the next shadow, or stays in memory that its client shares.
 
 Knows layouts, devices and budgets. Does not know the byte stream, sockets, or what an update does with the memory.
 """
@@ -29,10 +29,10 @@ _WIDEST = max(LAYOUT_DTYPES.values())
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A body that lies, whole, in memory that another process shares with this one.
+    """A whole body in memory that a client's process shares with this one.
 
-    body: the memory; it lives as long as its views. check: raises if the body was withdrawn, and perhaps changed.
-    helpers: threads to work through it. There is no socket to leave cores to.
+    body: the bytes; mapped as long as views of ``body`` live. check: raises SegmentUnusable if the client withdrew the
+    body, and may have changed it. helpers: threads to divide the pass among, as there is no socket to leave cores to.
     """
 
     body: memoryview
@@ -41,12 +41,12 @@ class Shared:
 
 
 class Staged:
-    """The parameters of one push, in memory that becomes an arena. Owned by the request that received it.
+    """The parameters of one push, in memory that becomes an arena. Owned by the request that receives the push.
 
-    data: the host memory of the parameters, layout.param_bytes long. on_host: whether they are averaged there.
-    arena: what the memory becomes once averages are written over the parameters; on the device.
-    shared: where the parameters lie instead, or None; then ``data`` is that memory, and whoever reads it settles.
-    release(): gives the budget back; also happens when the object dies. The memory itself lives as long as its views.
+    data: the parameters in host memory, layout.param_bytes long. on_host: whether they are averaged in host memory.
+    arena: the same buffer once averages are written over the parameters; on the device. shared: the client's memory
+    that ``data`` is a view of, None where the push is received; a reader of ``data`` must call settle() after it. The
+    budget is given back by release(), or when this object dies; the memory lives as long as its views.
     """
 
     def __init__(self, layout: Layout, memory: Memory) -> None:
@@ -64,10 +64,11 @@ class Staged:
         self._adopted: Tensor | None = None
 
     def adopt(self, shared: Shared, start: int) -> bool:
-        """Let the parameters stay where they lie: in order, from byte ``start`` of the shared body on.
+        """Leave the parameters in the client's memory, where they lie in canonical order from byte ``start`` of the
+        body on.
 
-        False, and nothing done, where they cannot be taken from there in any order: out of line, or on a device if they
-        are narrower than their shadows, which are written over them.
+        False, and nothing done, where a pass could not read them there in any order: addresses that are not aligned, or
+        on a device parameters narrower than their shadows, which are averaged in order.
         """
         data = shared.body[start : start + self.layout.param_bytes]
         adopted = torch.frombuffer(data, dtype=torch.uint8)
@@ -77,7 +78,10 @@ class Staged:
         return True
 
     def param(self, index: int) -> Tensor:
-        """The parameters of one section on the device, flat, in the dtype they came in: what was uploaded of them."""
+        """The parameters of one section on the device, flat, in the dtype they were pushed in.
+
+        On a GPU: as far as uploaded.
+        """
         section = self.layout.sections[index]
         if self._adopted is not None and self.on_host:
             param = self._adopted[section.param]
@@ -86,7 +90,8 @@ class Staged:
         return param.view(TORCH_DTYPES[section.param_dtype])
 
     def upload(self, start: int, stop: int) -> None:
-        """Bring bytes ``start`` to ``stop`` of the received parameters to the device. On the host they are there."""
+        """Copy bytes ``start`` to ``stop`` of the parameters to the device, without waiting. Nothing to do on the
+        CPU."""
         if not self.on_host:
             if self._adopted is not None:
                 self._host[start:stop].copy_(self._adopted[start:stop])
@@ -94,48 +99,56 @@ class Staged:
             param.copy_(self._host[start:stop], non_blocking=True)
 
     def host_twin(self, arena: Arena) -> Tensor:
-        """Host memory, uint8, for the bytes that an arena of the device will hold. The arena keeps it."""
+        """Host memory, uint8, as long as an arena of the device: for a copy of its results. The arena keeps it."""
         arena.twin = self._memory.arenas.lend(arena.tensor.numel())
         return arena.twin
 
     def mark(self) -> Mark:
-        """As Memory.mark()."""
+        """A mark behind all work given to the device so far, see Memory.mark()."""
         return self._memory.mark()
 
     @property
     def followers(self) -> Executor:
+        """Threads that wait for a device's results, see Memory."""
         return self._memory.followers
 
     def settle(self) -> None:
-        """Return when the parameters have been read, and were what they are said to be: raises as Shared.check()."""
+        """Return once no parameter is read any more. Raises SegmentUnusable where the client withdrew them meanwhile.
+
+        The check comes after the reading, as a seqlock's readers do it: what was read is one push, or the push is
+        refused.
+        """
         if not self.on_host:
             self.mark().synchronize()
         if self.shared is not None:
             self.shared.check()
 
     def release(self) -> None:
+        """Give the budget back, and let go of a client's memory. Can be called again."""
         self._give_back()
         if self.shared is not None:
-            # Another process' memory is held no longer than it is read.
+            # The client's memory is freed as soon as nobody reads it.
             self.shared = self._adopted = None
             self.data = memoryview(b"")
 
     def charge(self, budget: _Budget, nbytes: int) -> None:
-        """Let this object's end, by release() or by death, return ``nbytes`` to ``budget``. Called once, by Staging."""
+        """Return ``nbytes`` to ``budget`` when this object is released or dies. Called once, by Staging."""
         self._give_back = weakref.finalize(self, budget.give_back, nbytes)
 
 
 class _Budget:
-    """Bytes in use out of a limit. Thread-safe. on_room: called whenever some come free, in whatever thread."""
+    """A count of bytes in use, and their limit. Thread-safe. on_room: called whenever bytes come free, on any
+    thread."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
         self.on_room: Callable[[], None] = lambda: None
-        # Re-entrant: giving back may happen in a garbage collection, in a thread that holds it.
+        # Re-entrant: a garbage collection may give bytes back on a thread that is inside take().
         self._lock = threading.RLock()
 
     def take(self, nbytes: int) -> bool:
+        """Take ``nbytes`` of the budget, and say whether they were free."""
         with self._lock:
             if self.used + nbytes > self.limit:
                 return False
@@ -143,13 +156,17 @@ class _Budget:
             return True
 
     def give_back(self, nbytes: int) -> None:
+        """Return ``nbytes`` to the budget."""
         with self._lock:
             self.used -= nbytes
         self.on_room()
 
 
 class Staging:
-    """The budget of pushes being received or applied, decided before a body is read. Thread-safe."""
+    """The budget of pushes being received or applied. Thread-safe.
+
+    budget: most bytes of staging, of all pushes together. Whether a push fits is decided before its body is read.
+    """
 
     def __init__(self, memory: Memory, budget: int) -> None:
         self._memory = memory
@@ -157,15 +174,18 @@ class Staging:
 
     @property
     def bytes_in_use(self) -> int:
+        """Bytes that pushes have reserved."""
         return self._budget.used
 
     def on_room(self, tell: Callable[[], None]) -> None:
-        """Have ``tell`` called whenever room comes free: in any thread, perhaps in a garbage collection."""
+        """Have ``tell`` called whenever a push gives bytes back: on any thread, perhaps in a garbage collection."""
         self._budget.on_room = tell
 
     def needed(self, layout: Layout, averages: int = 1) -> int:
-        """Bytes of the budget that one push takes. Raises BodyTooLarge where the budget could never hold it."""
-        # The push's own memory becomes one of the shadows.
+        """How many bytes one push of this layout reserves. Raises BodyTooLarge where the whole budget has fewer.
+
+        averages: of the run; each has a new shadow, one of which is the push's own memory.
+        """
         nbytes = buffer_bytes(layout) + (averages - 1) * layout.shadow_bytes
         if nbytes > self._budget.limit:
             raise BodyTooLarge(
@@ -175,10 +195,10 @@ class Staging:
         return nbytes
 
     def reserve(self, layout: Layout, averages: int = 1, memory: Memory | None = None) -> Staged:
-        """Memory for one push of this layout, and the right to as many new shadows as the push will feed.
+        """Memory for one push of this layout, and room for the new shadows of all averages.
 
-        memory: the run's, where its arenas are not those of all. Raises BodyTooLarge where the budget could never hold
-        the push, Overloaded where it cannot now, or where there is no memory all the same.
+        memory: the run's, where its arenas are not those of all. Raises BodyTooLarge where the whole budget is too
+        small, Overloaded where too little of it is free, or where there is no memory all the same.
         """
         nbytes = self.needed(layout, averages)
         if not self._budget.take(nbytes):

@@ -1,7 +1,7 @@
-"""Persistence: one run on disk. Its versions, the way back from them, its snapshots, its history.
+"""Persistence: one run on disk. Its versions, how a restart finds them, its snapshots, its history.
 
-Knows how states become rows and files, and back. Never imports ``runs``: what it learns it returns, and who decides
-hands it what is to be kept.
+Knows how states become rows and files, and how rows and files become states. Never imports ``runs``: what the disk
+tells is returned, and the caller decides what is to be kept.
 """
 
 from __future__ import annotations

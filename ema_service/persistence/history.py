@@ -1,4 +1,4 @@
-"""The history of one run: a line for each thing that happened to it, in the catalog.
+"""The history of one run: a line in the catalog for each thing that happened to the run.
 
 Knows that a line is worth less than what the line tells of. Does not know what happened.
 """
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class History:
-    """The history of one run. Thread-safe."""
+    """Writes the history of one run. Thread-safe."""
 
     def __init__(self, row: RunRow, store: Store) -> None:
         self._row = row

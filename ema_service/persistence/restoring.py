@@ -1,8 +1,9 @@
-"""The way back from disk: which stored version a run comes up with, and what is missing.
+"""Restoring: which stored version a run comes up with after a restart, and what is missing.
 
-The newest version whose files are whole. Where a newer one is damaged, or may have existed without a row, the version
-gets a new epoch, for no name may stand for two states. A damaged newer version is a fault of the run, unless the
-machine went down before that version was on the medium: such a loss is what ``process`` promises no protection from.
+The run comes up with the newest version whose files are whole. Where a newer version is damaged, or may have existed
+without a row, the version gets a new epoch, for no name may stand for two states. A damaged newer version is a fault of
+the run, unless the machine went down before that version was on the medium: ``process`` promises no protection from
+such a loss.
 
 Knows rows, files and arenas. Does not know the run, slots, or who decides how a degraded run goes on.
 """
@@ -28,7 +29,7 @@ __all__ = ["Restored", "Search", "read_arena"]
 
 _log = logging.getLogger(__name__)
 
-#: Opens the file of one average of a stored version. Raises OSError, MalformedBody.
+#: A function that opens the file of one average of a stored version. Raises OSError, MalformedBody.
 Opening = Callable[[StoredVersion, str], TensorFile]
 
 
@@ -36,10 +37,10 @@ Opening = Callable[[StoredVersion, str], TensorFile]
 class Restored:
     """What storage has of a run.
 
-    state: what the run comes up with, None where nothing could be read or nothing was there. steps: of the updates
-    before it that are known. last_epoch: versions of epochs up to this one may have been read by someone. fault: why
-    the run takes no updates, None if all is well.
-    row: of the state, in which older rows follow. moved: whether versions after it may be gone.
+    state: what the run comes up with; None where nothing was stored, or nothing could be read. steps: of the updates
+    before the state, as far as they are known. last_epoch: the largest epoch that someone may have read a version of.
+    fault: why the run takes no updates, None if all is well. row: of the state; older: the rows before it, newest
+    first. moved: whether versions after the state may be gone.
     """
 
     state: State | None = None
@@ -102,10 +103,10 @@ class Search:
 
 
 def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str | None) -> Arena:
-    """The shadows of a file, with their digest.
+    """The shadows in a file, with their digest.
 
-    checksum: the digest of the bytes when they were written, None where nobody knows it.
-    Raises OSError; MalformedBody where the tensors are not the layout's, or the bytes not those that were written.
+    checksum: the digest of the bytes when they were written, None where nobody knows it. Raises OSError; MalformedBody
+    where the tensors are not the layout's, or the bytes differ from those that were written.
     """
     if file.header.entries != layout.shadows:
         raise MalformedBody(f"{file.name} has other tensors than the run's layout")
@@ -113,7 +114,7 @@ def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str |
     data = host.numpy().data
     for piece in file.read_whole(data):
         digest.update(piece)
-    # Before format 4 a checksum was that of all bytes as one.
+    # Up to format 3 a checksum was one hash of all bytes, without blocks.
     if checksum and checksum not in (digest.digest().hex(), xxhash.xxh3_128_hexdigest(data)):
         raise MalformedBody(f"the bytes of {file.name} are not those that were written")
     arena = Arena(layout, memory.to_device(host))
@@ -122,7 +123,8 @@ def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str |
 
 
 def _in_new_epoch(state: State, rows: Sequence[StoredVersion]) -> State:
-    # Later versions may have been read by someone, and no version may name two states.
+    """The state in an epoch after those of ``rows``: someone may have read later versions, and no name may stand for
+    two states."""
     epoch = max(row.epoch for row in rows) + 1
     return replace(state, version=replace(state.version, epoch=epoch))
 
@@ -135,18 +137,18 @@ def _may_have_moved(row: StoredVersion, durability: Durability) -> bool:
 
 
 def _is_excused(row: StoredVersion, durability: Durability) -> bool:
-    """Whether the machine went down with a version that ``process`` had not brought to the medium yet."""
+    """Whether the machine went down before ``process`` had brought this version to the medium."""
     return durability == "process" and not row.row.synced and bool(row.said) and row.rebooted
 
 
 def _steps_before(row: StoredVersion, older: Sequence[StoredVersion]) -> tuple[int, ...]:
-    """The steps of the row's epoch that older rows tell of."""
+    """The steps of updates before a row's version, in the same epoch, by the rows that are left."""
     steps = (each.step for each in older if each.epoch == row.epoch and each.said["n"])
     return tuple(step for step in steps if step is not None)
 
 
 def _missing(state: State | None, newest: StoredVersion) -> str:
-    """Which updates are not in the weights that are there."""
+    """Which updates are missing in the state, for people: ``newest`` is the newest row."""
     if state is None:
         return ""
     since = f"the updates after step {state.version.step}"

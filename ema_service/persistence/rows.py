@@ -1,4 +1,4 @@
-"""What a row of the catalog says of a version: as JSON text, and read back.
+"""The text of a row of the catalog: the facts of a version as JSON, written and read back.
 
 Knows the members of that text, in every format there was. Does not know SQL, files, or which version counts.
 """
@@ -15,7 +15,7 @@ from ema_service.storage import CheckpointRow
 
 __all__ = ["StoredVersion", "boot_id", "dump", "read_rows"]
 
-#: What the text of every row has, in every format.
+#: The members that the text of every row has, in every format.
 _MEMBERS = {"lineage", "epoch", "n", "step", "num_updates", "digest", "updated_at", "final", "averages"}
 
 
@@ -28,29 +28,30 @@ class StoredVersion:
 
     @property
     def epoch(self) -> int:
-        """0 where the row is damaged."""
+        """The version's epoch; 0 where the row is damaged."""
         epoch: int = self.said.get("epoch", 0)
         return epoch
 
     @property
     def step(self) -> int | None:
-        """None also where the row is damaged."""
+        """The version's step; None where no step was known, or the row is damaged."""
         step: int | None = self.said.get("step")
         return step
 
     @property
     def final(self) -> bool:
-        """Whether nothing was applied after it: a clean stop wrote it."""
+        """Whether a clean stop wrote the row: nothing was applied after its version."""
         return bool(self.said.get("final"))
 
     @property
     def rebooted(self) -> bool:
-        """Whether the machine may have gone down since it was written: then bytes that were not synced may be gone."""
+        """Whether the machine may have gone down since the row was written: bytes that were not synced may be gone
+        then."""
         return self.said.get("boot") is None or self.said["boot"] != boot_id()
 
     @property
     def checksums(self) -> dict[str, str | None]:
-        """The digest of each average's bytes in hexadecimal; format 1 had none."""
+        """By average, the digest of its bytes in hexadecimal; format 1 had none."""
         return {each["name"]: each.get("checksum") for each in self.said["averages"]}
 
     @property
@@ -77,7 +78,7 @@ class StoredVersion:
 
     @property
     def version(self) -> Version:
-        """The version as it was written. For a row that is not damaged."""
+        """The version as it was written. Only for a row that is not damaged."""
         said = self.said
         averages = (Average(each["name"], each["decay"], each["effective_decay"]) for each in said["averages"])
         return Version(
@@ -95,7 +96,7 @@ class StoredVersion:
 def dump(state: State, *, final: bool, **more: object) -> str:
     """The text of a row, readable also for whoever has to repair a catalog by hand.
 
-    more: further members, such as which files the version lies in.
+    final: a clean stop writes it. more: further members, such as which files the version lies in.
     """
     version = state.version
     return json.dumps(
@@ -137,7 +138,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def boot_id() -> str | None:
-    """A text that changes each time the machine starts, None where that cannot be told."""
+    """A text that changes each time the machine starts; None where the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""The snapshots of one run: named, immutable copies of all its averages, as rows and safetensors files.
+"""The snapshots of one run: named, immutable copies of all averages, as rows and safetensors files.
 
-Knows how a state becomes a snapshot and comes back from it. Does not know how a file is made durable (storage), how a
-run goes back to a snapshot (runs), or HTTP. Its methods block: call them off the event loop.
+Knows how a state becomes a snapshot and how a snapshot is read back. Does not know how a file is made durable
+(storage), how a run goes back to a snapshot (runs), or HTTP. Methods block: call them off the event loop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Snapshots"]
 
 
 class Snapshots:
-    """The snapshots of one run. Thread-safe: one at a time is made or deleted.
+    """The snapshots of one run. Thread-safe: one snapshot at a time is made or deleted.
 
     changes: grows with each snapshot that is made or deleted, so that a watcher knows when to look again.
     """
@@ -53,11 +53,11 @@ class Snapshots:
         self._lock = threading.Lock()
 
     def take(self, name: str, current: Callable[[], State], *, keep: int | None = None) -> tuple[SnapshotInfo, bool]:
-        """Keep all averages as they are now under ``name``, and say whether that is new.
+        """Copy all averages, as they are now, to a snapshot, and say whether the snapshot is new.
 
         current: gives the state of now, and raises where there is none. keep: of the snapshots whose names are the same
-        up to the last "-", only so many, the newest, stay.
-        Raises SnapshotExists where the name stands for another version, StorageFailed, and what ``current`` raises.
+        up to the last "-", only so many, the newest, stay. Raises SnapshotExists where the name stands for another
+        version, StorageFailed, and what ``current`` raises.
         """
         with self._lock:
             state = current()
@@ -74,26 +74,26 @@ class Snapshots:
             return existing, False
 
     def all(self) -> list[SnapshotInfo]:
-        """Oldest first."""
+        """All snapshots of the run, oldest first."""
         return list(self._found().values())
 
     def find(self, name: str) -> SnapshotInfo:
-        """Raises SnapshotNotFound."""
+        """The snapshot of this name. Raises SnapshotNotFound."""
         found = self._found().get(name)
         if found is None:
             raise _missing(self._row.name, name)
         return found
 
     def open(self, name: str, average: str | None = None) -> tuple[TensorFile, WeightsInfo]:
-        """The file of one average (by default the first), open: the caller closes it.
+        """The file of one average (the first by default), open for the caller to close.
 
         Raises SnapshotNotFound, AverageNotFound, SnapshotDamaged.
         """
         return self._open(self.find(name), average)
 
     def read(self, name: str) -> tuple[SnapshotInfo, tuple[Average, ...], tuple[Arena, ...]]:
-        """The averages of a snapshot, back in memory. Raises SnapshotNotFound, SnapshotDamaged."""
-        with self._lock:  # nobody deletes what is being read
+        """A snapshot with its averages, read back into memory. Raises SnapshotNotFound, SnapshotDamaged."""
+        with self._lock:  # nobody deletes a snapshot that is being read
             info, checksums = self._with_checksums().get(name, (None, {}))
             if info is None:
                 raise _missing(self._row.name, name)
@@ -101,20 +101,21 @@ class Snapshots:
         return info, tuple(average for average, _ in pairs), tuple(arena for _, arena in pairs)
 
     def delete(self, name: str) -> None:
-        """Raises SnapshotNotFound. Whoever reads the snapshot reads on to its end."""
+        """Delete a snapshot. A reader that has its files open reads on to the end. Raises SnapshotNotFound."""
         with self._lock:
             self.find(name)
             self._store.remove_snapshot(self._row, name)
             self._changed()
 
     def close(self) -> None:
-        """Take no snapshot from now on: the run is deleted. Waits for the one under way."""
+        """Take no snapshot from now on: the run is deleted. Waits for a snapshot under way."""
         with self._lock:
             self._closed = True
 
     # --- making -----------------------------------------------------------------------------------------------------
 
     def _make(self, name: str, state: State, keep: int | None) -> SnapshotInfo:
+        """Write a new snapshot and drop old ones of its series. Raises StorageFailed."""
         info = self._info(name, state)
         try:
             self._write(state, info)
@@ -141,10 +142,10 @@ class Snapshots:
         )
 
     def _write(self, state: State, info: SnapshotInfo) -> None:
-        """Write the files of a state, one for each average, then the row, which has their checksums.
+        """Write one file for each average, then the row, which has the checksums of the files.
 
-        The state cannot change meanwhile; on a GPU, one average at a time is copied to the host. Readers' budgets are
-        left alone: what is kept must not depend on who reads.
+        The state cannot change meanwhile. On a GPU, one average at a time is copied to the host. Readers' budgets are
+        left alone: whether a snapshot can be taken must not depend on who reads.
         """
         checksums: dict[str, str] = {}
         files = {
@@ -158,6 +159,7 @@ class Snapshots:
     def _chunks(
         self, state: State, average: Average, arena: Arena, snapshot: str, checksums: dict[str, str]
     ) -> Iterator[memoryview]:
+        """The chunks of one average's file. After the last one, ``checksums`` has the digest of the average."""
         host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
         data = host.numpy().data
         yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
@@ -172,6 +174,7 @@ class Snapshots:
         return WeightsStream(self._layout.shadows, info)
 
     def _drop_oldest(self, name: str, keep: int | None) -> None:
+        """Remove all but the newest ``keep`` snapshots of a series: of names that are the same up to the last "-"."""
         series = name.rpartition("-")[0]
         names = [each for each in self._found() if each.rpartition("-")[0] == series]
         for old in names[:-keep] if keep else ():
@@ -187,8 +190,9 @@ class Snapshots:
         return {name: info for name, (info, _) in self._with_checksums().items()}
 
     def _with_checksums(self) -> dict[str, tuple[SnapshotInfo, dict[str, str]]]:
+        """By name, each snapshot and the checksums of its averages, oldest first."""
         texts = {row.name: json.loads(row.info) for row in self._store.snapshots(self._row)}
-        # Format 1 had no checksums.
+        # Rows of format 1 have no checksums.
         return {name: (from_json(SnapshotInfo, text), text.get("checksums", {})) for name, text in texts.items()}
 
     def _open(self, info: SnapshotInfo, average: str | None) -> tuple[TensorFile, WeightsInfo]:

@@ -1,14 +1,14 @@
-"""A run's versions on disk: written to slots as they are computed, or now and then.
+"""A run's versions on disk: written to slots as they are computed, or as checkpoints now and then.
 
 With ``durability`` beyond ``memory`` every version is written to disk as it is computed, piece by piece behind the
-averaging, and its row is committed before anyone is told of it: there is no journal and nothing to replay. With
-``memory`` a checkpoint is taken every so often.
+averaging, and its row is committed before anyone is told of the version: there is no journal and nothing to replay.
+With ``memory`` a checkpoint is taken every so often.
 
-Which slots may be written over follows from who holds them (Slots). Held are the newest version's, that of the newest
-*synced* version (the anchor: what a power loss leaves for certain), and those being written or synced.
+A slot may be overwritten when nobody holds it (Slots). Versions hold the newest version's slot, the slot of the newest
+*synced* version (the anchor: what a power loss leaves for certain), and the slots being written or synced.
 
 Knows how a state becomes rows and files, and in which order. Does not know how a file or a row is made durable
-(storage), how an update is decided, or HTTP. Its methods block: call them off the event loop.
+(storage), how an update is decided, or HTTP. Methods block: call them off the event loop.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ __all__ = ["SlotPlace", "Versions"]
 
 _log = logging.getLogger(__name__)
 
-#: Slots made when a run is created, so that a disk too small for it says so then: one being written beside the newest,
-#: and where syncing runs behind, the anchor.
+#: Slots made when a run is created, so that a disk too small for the run is noticed then: one to write beside the
+#: newest, and where syncing runs behind, the anchor.
 _SLOTS = {"memory": 0, "process": 3, "disk": 2}
 #: Where versions lie in memory files: a checkpoint being written beside the newest.
 _CHECKPOINT_SLOTS = {"memory": 0, "process": 2, "disk": 2}
-#: So many bytes of a version that is there already are digested at a time, while the bytes before are written.
+#: Bytes digested at once, of a version that lies in memory, while the bytes before them are written.
 _DIGESTED_AT_ONCE = 16 << 20
-#: A write that failed may succeed after this many seconds.
+#: Retry-After of a push whose version could not be written, in seconds.
 _RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True)
 class _Written:
-    """A version on disk, holding its slot as long as it lives (and no memory: the run may be further on).
+    """A version on disk. It holds its slot as long as this object lives, and no memory: the run may be further on.
 
-    text: what its row says now of the state. step: the version's. synced: it outlives the machine, not only the
-    process.
+    text: of its row, as it is in the catalog now. step: the version's. synced: whether the version outlives the
+    machine, not only the process.
     """
 
     row: CheckpointRow
@@ -83,12 +83,13 @@ class SlotPlace:
 class Versions:
     """The versions of one run on disk. Thread-safe: commit() and amend() are called under the run's lock.
 
-    every: whether each version is kept before anyone is told of it; else a checkpoint now and then (save()).
+    every: whether each version is on disk before anyone is told of it; else a checkpoint now and then, by save().
     durable_step: the latest step that a restart would bring back. trouble: why the current state could not be kept, or
     None.
 
-    More than a dozen attributes: what a version is made of (row, store, layout, memory, run, durability), where it
-    lies (slots, newest, anchor, doubtful), what was learnt of the disk, and the locks.
+    More than twenty methods: what a version goes through, from the slot that is taken for it to the row that makes it
+    count, and the way back. More than a dozen attributes: what a version is made of (row, store, layout, memory, run,
+    durability), where versions lie (slots, newest, anchor, doubtful), what was learnt of the disk, and the locks.
     """
 
     def __init__(
@@ -120,11 +121,11 @@ class Versions:
         self._newest: _Written | None = None
         self._anchor: Slot | None = None
         self._anchor_step: int | None = None
-        #: Slots whose row could not be committed. The row may be in the catalog's log all the same, and come up after
-        #: a crash; so nobody writes to these slots before a later row says otherwise.
+        #: Slots whose row could not be committed. The row may be in the catalog's log all the same, and come up after a
+        #: crash; so nobody writes to these slots until a later row is committed.
         self._doubtful: list[Slot] = []
-        #: The row of a version that could not be synced. Asking again would succeed and say nothing: the kernel forgets
-        #: what it failed to write.
+        #: The row of a version that could not be synced. A second sync would succeed and mean nothing: the kernel
+        #: forgets which pages it failed to write.
         self._unsyncable: int | None = None
         self.durable_step: int | None = None
         self.trouble: str | None = None
@@ -139,14 +140,14 @@ class Versions:
         self._slots.allocate(_SLOTS[self._durability] if self.every else _CHECKPOINT_SLOTS[self._durability])
 
     def take(self) -> SlotPlace | None:
-        """Where the next version is written to, from now on; None where versions are kept now and then only.
+        """A place for the next version, in a slot; None where versions are kept now and then only.
 
         Touches no disk; dropping the place gives its slot back.
         """
         return SlotPlace(self, self._slots.take()) if self.every else None
 
     def write(self, slot: Slot, state: State) -> None:
-        """Bring to the slot what of the state is not there yet, and with ``disk`` all of it to the medium.
+        """Write to the slot whatever of the state is not written yet; with ``disk``, sync all of it.
 
         Raises StorageFailed.
         """
@@ -163,7 +164,7 @@ class Versions:
         self.trouble = None
 
     def amend(self, state: State) -> None:
-        """The newest version has another decay or counter; its weights are as they were. Raises StorageFailed."""
+        """Note another decay or counter of the newest version; its weights are as they were. Raises StorageFailed."""
         if not self.every or self._newest is None:
             return
         try:
@@ -190,7 +191,9 @@ class Versions:
         return newest is not None and not newest.synced and newest.row.id != self._unsyncable
 
     def sync(self) -> None:
-        """Bring the newest version to the medium: what a power loss leaves. Versions superseded meanwhile are skipped.
+        """Sync the newest version: a power loss then leaves at least this version.
+
+        Versions superseded meanwhile are skipped.
 
         A failure is logged and told as ``trouble``; the version synced before stays what a power loss leaves.
         """
@@ -202,9 +205,9 @@ class Versions:
                 return
             try:
                 newest.slot.files.sync()
-                # The anchor's slot is given up for a row that outlives the machine, never before: the rows of versions
-                # are committed without a sync, so a power loss may roll back the newest of them; were the old anchor
-                # overwritten by then, both would be gone.
+                # The old anchor's slot is given up for a row that outlives the machine, never before: the rows of
+                # versions are committed without a sync, so a power loss may roll back the newest row; if the old anchor
+                # were overwritten by then, both versions would be gone.
                 self._store.mark_synced(newest.row)
             except (OSError, sqlite3.Error) as fault:
                 self._unsyncable = newest.row.id
@@ -217,11 +220,11 @@ class Versions:
     # --- now and then -----------------------------------------------------------------------------------------------
 
     def save(self, state: State, *, final: bool = False) -> None:
-        """Keep the state if it moved since the last time, beyond a power loss. Raises StorageFailed.
+        """Take a synced checkpoint, if the state moved since the last one. Raises StorageFailed.
 
-        final: nothing will be applied after it, so that versions may go on from here when the run comes back. Where
-        every version is kept there is nothing to do unless it is final. After a failure the checkpoint before stays,
-        and the next call tries again.
+        final: nothing will be applied after this state, so versions may go on from it when the run comes back. Where
+        every version is kept, only a final call has anything to do. After a failure the checkpoint before stays, and
+        the next call tries again.
         """
         with self._saving:
             if self._closed or (self.every and not final):
@@ -250,11 +253,13 @@ class Versions:
     # --- the way back -----------------------------------------------------------------------------------------------
 
     def restore(self, *, lost: StoredVersion | None = None, fault: str | None = None) -> Restored:
-        """What the run comes up with: the newest version that is whole. For a run that nobody uses yet.
+        """What the run comes up with: the newest version that is whole. Called before anyone uses the run.
 
-        Where a newer one was damaged there is a fault: with the older one's weights, if there is an older one; without
-        weights where the run's folder, or a slot in it, is not its own. lost: a newer version that lay in memory, by
-        default that of the catalog; ``fault``: why it should not have been lost, None where that may happen.
+        Where a newer version was damaged there is a fault, with the older version's weights, if there is one. Without
+        weights there is a fault where a symbolic link stands in the place of the run's folder, or of a slot in it.
+
+        lost: a newer version that lay in memory, by default that of the catalog. fault: why it should not have been
+        lost, None where that may happen.
         Raises sqlite3.Error.
         """
         self._newest = self._anchor = None
@@ -263,7 +268,7 @@ class Versions:
         try:
             self._slots.check()
         except OSError as unreadable:
-            # Told here and not by reading: there may be no row yet, or only one that a power loss would excuse.
+            # Told here and not by reading: there may be no row yet, or only a row that a power loss would excuse.
             last_epoch = max((row.epoch for row in [*rows, *([lost] if lost else [])]), default=0)
             found = Restored(last_epoch=last_epoch, fault=f"its files cannot be read: {unreadable}")
         else:
@@ -275,7 +280,8 @@ class Versions:
         return found
 
     def _go_on_from(self, found: Restored) -> None:
-        """Write the versions that will follow beside the one that was found."""
+        """Hold the slots of the restored version and of its anchor: the versions that follow are written beside
+        them."""
         row, state = found.row, found.state
         if row is None or state is None:
             return
@@ -322,6 +328,7 @@ class Versions:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _save(self, state: State, *, final: bool) -> None:
+        """Write and sync a new checkpoint, or mark the newest row as final. Raises OSError, sqlite3.Error."""
         newest = self._newest
         if newest is None or not newest.synced or newest.text != dump(state, final=False):
             slot = self._slots.take()
@@ -332,15 +339,16 @@ class Versions:
             self._amend(newest, state, final=True, durable=True)
 
     def _write(self, slot: Slot, state: State) -> None:
-        """Raises OSError."""
+        """Write the averages that are not written yet, then the headers. Raises OSError."""
         pairs = list(zip(state.version.averages, state.arenas, strict=True))
         for average, arena in pairs:
             if slot.written(average.name) < self._layout.shadow_bytes:
-                # Not written behind the averaging: on a GPU, and the initial weights.
+                # Not written behind the averaging: initial weights, rewinds, and checkpoints.
                 self._write_whole(slot, average.name, arena)
         slot.finish({average.name: self._header(state, average) for average, _ in pairs})
 
     def _write_whole(self, slot: Slot, average: str, arena: Arena) -> None:
+        """Write one average from memory, and work out its digest where nobody has."""
         host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
         data = host.numpy().data
         digest = Digest() if arena.digest is None else None
@@ -353,6 +361,7 @@ class Versions:
             arena.digest = digest.digest()
 
     def _put(self, slot: Slot, state: State, *, final: bool, synced: bool) -> None:
+        """Commit the row of a version that is written to ``slot``: the run's newest. Raises StorageFailed."""
         text = dump(state, final=final)
         try:
             row = self._store.put_checkpoint(self._row, slot.name, text, synced=synced, durable=synced)
@@ -366,6 +375,7 @@ class Versions:
         self.durable_step = state.version.step
 
     def _amend(self, written: _Written, state: State, *, final: bool, durable: bool) -> None:
+        """Replace the text of a version's row, where it differs. Raises sqlite3.Error."""
         text = dump(state, final=final)
         if text != written.text:
             self._store.amend_checkpoint(written.row, text, durable=durable)
@@ -375,20 +385,23 @@ class Versions:
         return header_of(self._layout.shadows, state.version.weights_info(self._run, average))
 
     def _failed(self, fault: str) -> StorageFailed:
+        """The error for a push whose version could not be written; ``trouble`` tells of it as well."""
         self._tell(fault)
         return StorageFailed(f"run {self._run!r}: {fault}", retry_after=_RETRY_SECONDS)
 
     def _tell(self, fault: str) -> None:
+        """Log a fault and show it as ``trouble``."""
         self.trouble = fault
         _log.error("run %s: %s", self._run, fault)
 
     def _remark(self, event: str) -> None:
+        """Log an event and add it to the run's history."""
         _log.warning("run %s is %s", self._run, event)
         self._store.record(self._row, event)
 
 
 def _header_bytes(run: str, average: str, layout: Layout) -> int:
-    """Room for the header of any version."""
+    """Room that the header of any version of this average takes in a slot's file."""
     widest = WeightsInfo(
         run=run,
         average=average,

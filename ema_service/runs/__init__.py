@@ -1,6 +1,7 @@
-"""Runs: who decides. The ledger of each, the order in which an update is prepared and committed, parts, the registry.
+"""Runs: decide what becomes of a push. The ledger of each run, its lock, updates in parts, the registry of all runs.
 
-Knows steps, writers and versions. Does not know HTTP, how bytes are averaged (shadows) or kept (persistence).
+Knows steps, writers and versions. Does not know HTTP, how parameters are averaged (shadows), or how versions are kept
+on disk (persistence).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is told when a run changes.
+"""The listeners of a run, and how they are told that the run changed.
 
 Knows functions to call. Does not know what changed, or who listens.
 """
@@ -12,14 +12,14 @@ __all__ = ["Changes"]
 
 
 class Changes:
-    """The listeners of one run: called after each change of its state, of its snapshots, and once it is deleted."""
+    """The listeners of one run: called after each change of its state or its snapshots, and once the run is deleted."""
 
     def __init__(self) -> None:
         self._listeners: set[Callable[[], None]] = set()
 
     @contextlib.contextmanager
     def heard_by(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Have ``listener`` called, from any thread, after each change within the block."""
+        """Have ``listener`` called after each change within the block, on any thread."""
         self._listeners.add(listener)
         try:
             yield
@@ -27,6 +27,6 @@ class Changes:
             self._listeners.discard(listener)
 
     def tell(self) -> None:
-        """Something changed."""
+        """Call every listener: the run changed."""
         for listener in tuple(self._listeners):
             listener()

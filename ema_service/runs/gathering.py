@@ -1,9 +1,10 @@
-"""One part of an update on its way, and the gathering of parts that it comes into.
+"""The gathering of the parts of one step, and a single part while it is received.
 
-A part's bytes go straight to where its slices belong in the staging that all parts of the step share. A part that is
-there already is read and compared, and goes nowhere.
+The bytes of a part are received straight to where its slices belong, in the staging that all parts of a step share. A
+part that was received before is hashed and compared, and its bytes are dropped.
 
-Knows slices, staging and the byte stream. Does not know which steps are put together, or what ends that (parts).
+Knows slices, staging and the byte stream. Does not know which steps are put together, or when a step is given up
+(parts).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ema_service.memory.staging import Staged
 
 __all__ = ["Claims", "Gathering", "Part", "Terms"]
 
-#: Where the rest of a part that is no longer wanted is read into.
+#: The rest of a part that was given up is read into so many bytes, and dropped.
 _STRAY_BYTES = 256 << 10
 
 
@@ -32,8 +33,8 @@ _STRAY_BYTES = 256 << 10
 class Terms:
     """What all parts of a step must agree on.
 
-    of: how many there are. group: which start of which trainer they come from. num_updates, step: of initial weights.
-    writer: as for Run.begin().
+    of: how many parts there are. group: which start of which trainer the parts come from. num_updates, step: of initial
+    weights, see Run.initialise(). writer: the number of the trainer, see Run.begin().
     """
 
     of: int
@@ -45,7 +46,12 @@ class Terms:
 
 @dataclass
 class Gathering:
-    """The parts of one step that are there or on their way. ``done``: index -> fingerprint."""
+    """The parts of one step that have been received or are being received, in one staging.
+
+    step: None for the initial weights. covers: which elements of each tensor are claimed. touched: when bytes last
+    arrived, by time.monotonic(). done: index of a part -> its fingerprint. coming: index -> the part being received.
+    applying: whether the run is applying the complete set.
+    """
 
     step: int | None
     terms: Terms
@@ -58,21 +64,21 @@ class Gathering:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """The parts that are not whole yet."""
+        """The indices of parts that are not whole yet."""
         return tuple(index for index in range(self.terms.of) if index not in self.done)
 
     def gaps(self, layout: Layout) -> list[str]:
-        """The tensors of which no part claimed every element."""
+        """The names of tensors of which some element is claimed by no part."""
         tensors = [entry.name for entry in layout.params if entry.end > entry.begin]
         return [name for name in tensors if name not in self.covers or not self.covers[name].whole]
 
     def release(self, index: int) -> None:
-        """Forget what a part claimed."""
+        """Forget the claims of a part."""
         for cover in self.covers.values():
             cover.release(index)
 
     def forget(self, part: Part, fault: EmaError) -> None:
-        """Give up a part on its way: the part raises ``fault``, and its slices may be claimed again."""
+        """Give up a part that is being received: the part raises ``fault``, and its slices may be claimed again."""
         part.fault = fault
         if self.coming.get(part.index) is part:
             del self.coming[part.index]
@@ -80,7 +86,7 @@ class Gathering:
 
 
 class Claims(Protocol):
-    """Whom a part asks for its slices: Parts."""
+    """What a part needs of Parts: the layout, and a way to claim its slices."""
 
     layout: Layout
     max_header_bytes: int
@@ -89,9 +95,10 @@ class Claims(Protocol):
 
 
 class Part(Body):
-    """One part on its way. Owned by the request that receives it, from Parts.begin() to complete() or give_up().
+    """The body of one part. Owned by the request that receives it, from Parts.begin() to complete() or give_up().
 
-    It goes into the memory of its gathering; one that is there already is only read and compared with ``known``.
+    gathering: the step whose staging the part is received into. known: the fingerprint of the same part received
+    before; then the bytes are only hashed, to be compared, and go nowhere. received: bytes of tensors.
     """
 
     def __init__(self, parts: Claims, gathering: Gathering | None, index: int, known: bytes | None) -> None:
@@ -100,7 +107,7 @@ class Part(Body):
         self.gathering = gathering
         self.known = known
         self.received = 0
-        #: Set, from any thread, once it is no longer wanted.
+        #: Why the part was given up, None while it is wanted. Set from any thread.
         self.fault: EmaError | None = None
         self._parts = parts
         self._slices: dict[str, tuple[Box, ...]] = {}
@@ -111,7 +118,7 @@ class Part(Body):
 
     @property
     def fingerprint(self) -> bytes:
-        """Of its slices and their bytes; in which order they came does not matter."""
+        """A hash of the part's slices and their bytes; in which order the slices came does not matter."""
         whole = xxhash.xxh3_128()
         for name in sorted(self._slices):
             whole.update(repr((name, self._slices[name])).encode())
@@ -119,18 +126,21 @@ class Part(Body):
         return whole.digest()
 
     def announce(self, content_length: int | None) -> None:
-        """The length of the whole body. Raises BodyTooLarge where no part can be as long."""
+        """Note the length of the whole body. Raises BodyTooLarge where no part of this run can be as long."""
         most = LENGTH_BYTES + self._max_header_bytes + self._parts.layout.param_bytes
         if content_length is not None and content_length > most:
             raise BodyTooLarge(f"the body announces {content_length} bytes; a part of this run has at most {most}")
         self._content_length = content_length
 
     def window(self) -> memoryview:
-        # What still comes of a part that is no longer wanted goes nowhere.
+        # The rest of a part that was given up is read, so that its sender gets an answer, and dropped.
         return memoryview(bytearray(_STRAY_BYTES)) if self.fault else super().window()
 
     def advance(self, count: int) -> None:
-        """As of every body; raises what the part was given up for, and LayoutMismatch where another has its slices."""
+        """As Body.advance().
+
+        Raises the fault that the part was given up for, and LayoutMismatch where another part has a slice.
+        """
         if self.fault:
             raise self.fault
         if self.gathering:
@@ -160,12 +170,14 @@ class Part(Body):
         return memoryview(self._scratch)[: self._piece.nbytes]
 
     def _place(self, piece: Piece) -> None:
+        """Hash the piece that has arrived, and put it in place if its elements are scattered."""
         self._hashes[piece.entry.name].update(self._window)
         if self.known is None and piece.stretch is None:
             piece.scatter(self._window, self._data)
 
     @property
     def _data(self) -> memoryview:
+        """The parameters' memory of the step."""
         if self.gathering is None:
             raise RuntimeError("a part that is only compared has no place of its own")
         return self.gathering.staged.data

@@ -1,4 +1,4 @@
-"""What is told of a run: its RunInfo, put together from who decides, who holds the bytes and who keeps them.
+"""The RunInfo of a run, put together from its ledger, its shadows and its keeper.
 
 Knows the fields of RunInfo. Does not know how any of them comes about.
 """
@@ -19,22 +19,22 @@ __all__ = ["Links", "describe"]
 
 
 class Links:
-    """How the pushes of a run come, in words for people; and why not through shared memory, where that was tried."""
+    """How the pushes of a run arrive, in words for people; and why not through shared memory, where that was tried."""
 
     def __init__(self) -> None:
         self._latest: str | None = None
         self._refusal: str | None = None
 
     def came(self, link: str) -> None:
-        """A push came, and nothing was wrong with it."""
+        """Note that a push arrived over ``link``, whole and right."""
         self._latest = link
 
     def shared(self) -> None:
-        """A push came through shared memory."""
+        """Note that a push arrived through shared memory."""
         self._latest, self._refusal = "shared memory", None
 
     def refused(self, reason: str) -> None:
-        """A push could not come through shared memory; told with each link until one can."""
+        """Note why a push could not arrive through shared memory; told with every later link until one can."""
         self._refusal = reason
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ def describe(
     links: Links,
     created_at: float,
 ) -> RunInfo:
-    """The run as it stands."""
+    """The RunInfo of a run as it stands."""
     state = shadows.state
     version = state.version if state else None
     trouble = ledger.fault or (keeper.trouble if keeper else None)

@@ -1,11 +1,11 @@
-"""The ledger: decides for one run, and holds none of its bytes.
+"""The ledger: decides for one run, and holds none of the run's bytes.
 
-``Ledger`` says whether: which trainer may push, which step is stale, repeated or in conflict, whether a run may go
-back. ``Succession`` says what follows: the gap, the decays and the counter of the next version.
+``Ledger`` decides whether: whether a trainer may push, whether a step is stale, repeated or in conflict, whether a run
+may go back. ``Succession`` decides what follows: the gap, the decays and the counter of the next version.
 
-No torch, no files, no memory, no clock and no lock: whoever holds the run's lock asks, and what a method needs of the
-world comes in as an argument. A question raises or returns a value and changes nothing; what was decided takes effect
-by commit(), attach(), restore(), recover() and retire().
+No torch, no files, no memory, no clock and no lock: the holder of the run's lock asks, and what a method needs of the
+world is an argument. A question raises or returns a value, and changes nothing; a decision takes effect by commit(),
+attach(), restore(), recover() or retire().
 
 Knows steps, writers, versions and schedules. Does not know where shadows lie or how versions are kept.
 """
@@ -34,19 +34,22 @@ from ema_service.shadows.state import Average, Plan, Version
 
 __all__ = ["Ledger", "Succession"]
 
-#: How many applied steps a run remembers for ``GET updates/{step}``.
+#: How many applied steps a run remembers, for ``GET updates/{step}``.
 _REMEMBERED_STEPS = 1024
 
 
 class Succession:
-    """Which version follows which, by the run's configuration alone. Every method is pure. now: seconds since 1970."""
+    """Which version follows which, by the run's configuration alone. Every method is pure.
+
+    now: seconds since 1970, wherever a method takes it.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
 
     @property
     def counter_at_start(self) -> int:
-        """LitEma's counter before any update: -1 where it is off."""
+        """LitEma's counter before any update: 0, or -1 where the run does not count."""
         return 0 if self._config.use_num_updates else -1
 
     @property
@@ -56,7 +59,7 @@ class Succession:
         return tuple(Average(a.name, config.decay if a.decay is None else a.decay, None) for a in config.averages)
 
     def position(self, average: str | None) -> int:
-        """Which of the run's averages ``average`` names, from 0; None is the first. Raises AverageNotFound."""
+        """The position of the average of this name, from 0; None names the first. Raises AverageNotFound."""
         names = [config.name for config in self._config.averages]
         if average is not None and average not in names:
             raise AverageNotFound(f"run {self._config.run!r} has no average {average!r}; it has {', '.join(names)}")
@@ -65,7 +68,7 @@ class Succession:
     def first(self, lineage: str, digest: bytes, now: float, *, num_updates: int | None, step: int | None) -> Version:
         """The version that initial weights make.
 
-        num_updates: a counter to carry on from elsewhere. Raises InvalidRequest where the run counts nothing.
+        num_updates: the counter of an EMA that began elsewhere. Raises InvalidRequest where the run does not count.
         """
         if num_updates is not None and not self._config.use_num_updates:
             raise InvalidRequest(f"num_updates: {num_updates} was given, but use_num_updates is off in this run")
@@ -73,9 +76,10 @@ class Succession:
         return Version(lineage, 1, 0, step, counter, digest, self.averages_at_start, now)
 
     def plan(self, step: int, base: Version) -> Plan:
-        """What an admitted update of ``step`` is to make of ``base``: its decays and counter, exact over the gap."""
+        """What an admitted update of ``step`` is to make of ``base``: its decays and its counter, exact over the gap of
+        steps."""
         if step == base.step:
-            # Only the same update again can be meant: what counts is its digest.
+            # Only the same update again can be meant, and its digest tells: nothing is averaged.
             return Plan(base, step, base.num_updates, ())
         gap = 1 if self._config.decay_per == "update" or base.step is None else step - base.step
         retentions = tuple(
@@ -86,7 +90,7 @@ class Succession:
         return Plan(base, step, counter, retentions)
 
     def following(self, plan: Plan, digest: bytes, now: float) -> Version:
-        """The version that a planned update makes. digest: of its parameters."""
+        """The version that a planned update makes. digest: of the update's parameters."""
         averages = tuple(
             replace(average, effective_decay=retention.decay)
             for average, retention in zip(plan.base.averages, plan.retentions, strict=True)
@@ -102,7 +106,8 @@ class Succession:
         )
 
     def with_decay(self, version: Version, decay: float, average: str | None) -> Version:
-        """The version with another decay of one average. Raises InvalidRequest, AverageNotFound."""
+        """The version with another decay of one average, the first by default. Raises InvalidRequest,
+        AverageNotFound."""
         if not 0.0 <= decay <= 1.0:
             raise InvalidRequest(f"decay: {decay} is not between 0 and 1")
         chosen = self.position(average)
@@ -110,7 +115,10 @@ class Succession:
         return replace(version, averages=tuple(averages))
 
     def with_counter_reset(self, version: Version) -> Version:
-        """The version at the beginning of the warm-up. A counter that is off stays off (LitEma's would go on)."""
+        """The version with its counter at the beginning of the warm-up.
+
+        A counter that is off stays off (LitEma switches it on).
+        """
         return replace(version, num_updates=self.counter_at_start)
 
 
@@ -119,8 +127,9 @@ class Ledger:
 
     version: the current one, None before the initial weights. writer: the number of the trainer that attached last, 0
     before any did. fault: why the run takes no updates (its latest stored version was damaged), None if all is well.
-    retired: whether the run was deleted. admit() is asked without the lock too, before a body is read: each method
-    looks at ``version`` once.
+    retired: whether the run was deleted.
+
+    admit() is called without the run's lock too, before a body is read; so each method reads ``version`` once.
     """
 
     def __init__(self, config: RunConfig, *, writer: int = 0) -> None:
@@ -130,21 +139,22 @@ class Ledger:
         self.fault: str | None = None
         self.retired = False
         self._run = config.run
-        #: Versions of epochs up to this one may have been read, though their files are damaged.
+        #: The largest epoch that someone may have read a version of, although its files are damaged.
         self._last_epoch = 0
         self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
 
     # --- whether the run can be read and written --------------------------------------------------------------------
 
     def check_writable(self) -> None:
-        """Raises RunNotFound once the run is deleted, RunDegraded."""
+        """Raises RunNotFound once the run is deleted, RunDegraded where it takes no updates."""
         self._check_exists()
         if self.fault:
             readable = f"version {self.version} can be read; " if self.version else ""
             raise RunDegraded(f"run {self._run!r}: {self.fault}", hint=f"{readable}{RunDegraded.default_hint}")
 
     def readable(self) -> Version:
-        """The current version. Raises AwaitingWeights, RunDegraded where none is left, RunNotFound once deleted."""
+        """The current version. Raises AwaitingWeights; RunDegraded where no version is left; RunNotFound once
+        deleted."""
         self._check_exists()
         version = self.version
         if version is None:
@@ -153,17 +163,17 @@ class Ledger:
         return version
 
     def writable(self) -> Version:
-        """The current version, where the next may follow it. Raises as readable(), and RunDegraded."""
+        """The current version, where a next may follow. Raises as readable(), and RunDegraded."""
         self.check_writable()
         return self.readable()
 
     # --- whether an update counts -----------------------------------------------------------------------------------
 
     def admit(self, step: int, writer: int | None = None) -> None:
-        """Refuse, before its body is read, an update that cannot be applied.
+        """Refuse an update that cannot be applied, before its body is read.
 
-        writer: the number of the trainer that sends it, None where that trainer did not attach.
-        Raises Fenced, AwaitingWeights, RunDegraded, StaleStep, RunNotFound.
+        writer: the number of the trainer that sends the update, None where that trainer did not attach. Raises Fenced,
+        AwaitingWeights, RunDegraded, StaleStep, RunNotFound.
         """
         version = self.writable()
         self._check_writer(writer)
@@ -172,10 +182,10 @@ class Ledger:
             raise StaleStep(f"step {step} is not after step {version.step} of {origin} (run {self._run!r})")
 
     def judge(self, plan: Plan, digest: bytes, writer: int | None = None) -> bool:
-        """Whether the planned update, prepared by now, is to be applied; False where it was applied before.
+        """Whether a planned update, prepared by now, is to be applied; False where it was applied before.
 
-        digest: of its parameters. Raises as admit(); StepConflict where its step was applied with other parameters;
-        Superseded where the run changed since the plan was made.
+        digest: of the update's parameters. Raises as admit(); StepConflict where the step was applied with other
+        parameters; Superseded where the run changed since the plan was made.
         """
         self.admit(plan.step, writer)
         version = self.readable()
@@ -188,7 +198,10 @@ class Ledger:
         return True
 
     def judge_first(self, digest: bytes) -> bool:
-        """Whether initial weights are to be taken; False where the same were. Raises WeightsExist, RunDegraded."""
+        """Whether initial weights are to be taken; False where the same were taken before.
+
+        Raises WeightsExist, RunDegraded, RunNotFound.
+        """
         self.check_writable()
         version = self.version
         if version and (version.n or version.digest != digest):
@@ -196,15 +209,16 @@ class Ledger:
         return version is None
 
     def status_of(self, step: int) -> UpdateStatus:
-        """Whether ``step`` was applied, among the latest steps remembered."""
+        """Whether ``step`` was applied, as far as the run remembers its latest steps."""
         return UpdateStatus(step, "applied" if step in tuple(self._steps) else "unknown")
 
     # --- going back, going on, another trainer ----------------------------------------------------------------------
 
     def rewound(self, info: SnapshotInfo, averages: Iterable[Average], lineage: str, now: float) -> Version:
-        """The version at a snapshot, in a new epoch: updates after it are as if they had never been.
+        """The version at a snapshot, in a new epoch: updates after the snapshot are as if they had never been.
 
-        lineage: for a run that has no version. A rewind is also the way out of ``degraded``, so it asks for nothing.
+        averages, info: of the snapshot. lineage: for a run that has no version. A rewind is also a way out of
+        ``degraded``, so nothing is asked for.
         """
         version = self.version
         epoch = max(self._last_epoch, version.epoch if version else 0) + 1
@@ -212,7 +226,10 @@ class Ledger:
         return Version(lineage, epoch, 0, info.step, info.num_updates, b"", tuple(averages), now)
 
     def judge_rewind(self, to: Version) -> None:
-        """Raises RunNotFound; Superseded where someone else rewound the run since ``to`` was decided on."""
+        """Whether a rewind to the version ``to`` may take effect.
+
+        Raises RunNotFound; Superseded where someone else rewound the run since ``to`` was decided on.
+        """
         self._check_exists()
         if self.version and self.version.epoch >= to.epoch:
             raise Superseded(f"run {self._run!r} was rewound by someone else meanwhile", retry_after=0.0)
@@ -220,25 +237,25 @@ class Ledger:
     def acceptable(self) -> Version:
         """The version that a degraded run may go on with, although later updates are gone.
 
-        Raises InvalidRequest where the run is well, RunDegraded where there is no version.
+        Raises InvalidRequest where the run is not degraded, RunDegraded where there is no version.
         """
         if self.fault is None:
             raise InvalidRequest(f"run {self._run!r} is not degraded: name the snapshot to go back to")
         return self.readable()
 
     def next_writer(self) -> int:
-        """The number of a trainer that takes over the run. Raises RunNotFound."""
+        """The number for a trainer that takes over the run. Raises RunNotFound."""
         self._check_exists()
         return self.writer + 1
 
     # --- what takes effect ------------------------------------------------------------------------------------------
 
     def attach(self, writer: int) -> None:
-        """From here on updates of earlier writers, and of none, are refused."""
+        """From here on updates of earlier writers, and of trainers that never attached, are refused."""
         self.writer = writer
 
     def commit(self, version: Version) -> None:
-        """The version that was decided on is the run's."""
+        """Make ``version`` the run's current one, and remember its step."""
         before, self.version = self.version, version
         if before and version.epoch > before.epoch:
             self._forget_steps_after(version.step)
@@ -252,8 +269,8 @@ class Ledger:
     def restore(self, version: Version | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:
         """Take up what storage had.
 
-        steps: of earlier updates. last_epoch: versions of epochs up to this one may have been read. fault: why the run
-        takes no updates.
+        steps: of earlier updates. last_epoch: the largest epoch that someone may have read a version of. fault: why the
+        run takes no updates.
         """
         self.fault, self._last_epoch, self.version = fault, last_epoch, None
         self._steps = deque(steps, maxlen=_REMEMBERED_STEPS)
@@ -261,7 +278,7 @@ class Ledger:
             self.commit(version)
 
     def retire(self) -> None:
-        """The run is deleted: it takes no update from now on."""
+        """The run is deleted: refuse everything from now on."""
         self.retired = True
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -271,6 +288,7 @@ class Ledger:
             raise RunNotFound(f"run {self._run!r} was deleted")
 
     def _check_writer(self, writer: int | None) -> None:
+        """Raises Fenced where another writer has taken over, InvalidRequest for a number that the run never gave."""
         if (writer or 0) == self.writer:
             return
         if (writer or 0) > self.writer:

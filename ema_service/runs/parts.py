@@ -1,10 +1,11 @@
-"""Parts: one update (or the initial weights) that comes over several requests, put together in one staging.
+"""Parts: one update (or the initial weights) that arrives over several requests, put together in one staging.
 
-The first part of a step takes staging for the whole of it; each part is received straight to where its slices
-belong; the part that completes the set has the run apply it, as one. Until then the run knows nothing of it.
+The first part of a step reserves staging for the whole step; each part is received straight to where its slices belong;
+the part that completes the set has the run apply the update as one. Until then the run knows nothing of the parts.
 
-Ranks of one trainer are not at the same step at the same time, so a run puts a few steps together at once. A part sent
-again is compared, not taken: with the staged part while the others are awaited, with what was applied afterwards.
+Ranks of one trainer are not at the same step at the same time, so several steps of a run are put together at once. A
+part that is sent again is compared and not received into place: with the staged part while others are awaited,
+afterwards with the part that was applied.
 
 Knows which parts of which steps are there and which slices they hold. Does not know HTTP, or what an update computes
 and whether it is applied (run).
@@ -38,20 +39,21 @@ from ema_service.runs.run import Run
 
 __all__ = ["Expired", "Outcome", "Parts"]
 
-#: What became of a part: it waits for the others; its update was applied before; it was the last one missing.
+#: What became of a part: "staged", it waits for others; "applied", its update was applied before; "complete", it was
+#: the last one missing.
 Outcome = Literal["staged", "applied", "complete"]
 
-#: So many steps of one run are put together at once. One rank sends its part of a step while another, with its queue of
-#: one, is at the next but one.
+#: How many steps of one run are put together at once: while one rank sends its part of a step, another, with its queue
+#: of one, may be two steps ahead.
 _MOST_STEPS = 3
 
-#: A step of which nothing has come for so long makes room for a newer one where there is no other.
+#: A step of which no byte has arrived for so many seconds makes room for a newer one, where staging has no other.
 _STALLED_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """A step that was given up because the rest of its parts did not come."""
+    """A step that was given up because some of its parts did not arrive."""
 
     step: int | None
     missing: tuple[int, ...]
@@ -63,7 +65,7 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class _Applied:
-    """What the latest applied set was made of. ``digest``: of the state it made."""
+    """The parts of the latest applied set. digest: of the state that the set made."""
 
     step: int | None
     terms: Terms
@@ -72,11 +74,14 @@ class _Applied:
 
 
 class Parts:
-    """The parts of one run. Thread-safe."""
+    """The parts of one run. Thread-safe.
+
+    max_header_bytes: most bytes of a part's header.
+    """
 
     def __init__(self, run: Run) -> None:
         self.layout = run.layout
-        #: A part's header names each tensor in its metadata as well.
+        #: A part's header names each tensor once more, in its metadata.
         self.max_header_bytes = 2 * run.layout.max_header_bytes
         self._run = run
         self._gatherings: list[Gathering] = []
@@ -86,9 +91,9 @@ class Parts:
     # --- a part's way -----------------------------------------------------------------------------------------------
 
     def admit(self, step: int | None, index: int, terms: Terms) -> bool:
-        """Whether staging is needed for this part. ``step`` None: of the initial weights.
+        """Whether staging must be reserved for a part, before its body is read. step: None for the initial weights.
 
-        Raises, before its body is read, InvalidRequest, StepConflict, StaleStep and what Ledger.admit() raises.
+        Raises InvalidRequest, StepConflict, StaleStep, and what Ledger.admit() raises.
         """
         if not 0 <= index < terms.of:
             raise InvalidRequest(f"part {index} of {terms.of}: parts are numbered from 0 to {terms.of - 1}")
@@ -109,7 +114,10 @@ class Parts:
             return False
 
     def begin(self, step: int | None, index: int, terms: Terms, reserve: Callable[[], Staged]) -> Part:
-        """A part to receive, now that admit() let it in. ``reserve`` is called where staging is needed."""
+        """A part to be received, after admit(). reserve: called where the part is the first of its step.
+
+        Raises what ``reserve`` raises; StaleStep where newer steps have taken the place of the part's step.
+        """
         with self._lock:
             known = self._known_of_applied(step, index, terms)
             if known is not None:
@@ -126,7 +134,10 @@ class Parts:
             return part
 
     def claim(self, part: Part, slices: dict[str, tuple[Box, ...]]) -> None:
-        """Take the part's slices. Raises LayoutMismatch where another part has some of them, and claims none."""
+        """Claim slices for a part.
+
+        Raises LayoutMismatch where another part has some of their elements, and claims nothing.
+        """
         gathering = part.gathering
         if gathering is None:
             return
@@ -141,10 +152,10 @@ class Parts:
                     raise LayoutMismatch(_overlap(name, part.index, other))
 
     def complete(self, part: Part) -> Outcome:
-        """The part's body is whole. After ``complete``, apply() must follow.
+        """Take a part whose body is whole. After "complete", apply() must follow.
 
-        Raises StepConflict where it was there with other bytes; LayoutMismatch where it is the last and elements are
-        missing: the part is dropped, the others stay.
+        Raises StepConflict where the part was received before with other bytes. Raises LayoutMismatch where the part is
+        the last and elements are missing: then the part is dropped and the others stay.
         """
         with self._lock:
             if part.fault:
@@ -170,7 +181,8 @@ class Parts:
             return "complete" if gathering.applying else "staged"
 
     def give_up(self, part: Part) -> None:
-        """The part will not come: make room for it to be sent again, and give back staging that holds no other."""
+        """Drop a part that will not become whole: it may be sent again. Staging that holds no other part is given
+        back."""
         with self._lock:
             gathering = part.gathering
             if part.known is not None or gathering is None:
@@ -200,7 +212,7 @@ class Parts:
     # --- the whole --------------------------------------------------------------------------------------------------
 
     def staged(self, step: int | None) -> tuple[int, ...] | None:
-        """The parts of a step that are there; None where it is not being put together."""
+        """The indices of a step's parts that are whole; None where the step is not being put together."""
         with self._lock:
             found = self._find(step)
             return tuple(sorted(found.done)) if found else None
@@ -210,7 +222,7 @@ class Parts:
         return len(self._gatherings)
 
     def expire(self, silence: float) -> list[Expired]:
-        """Give up the steps of which nothing came for ``silence`` seconds, and give their staging back."""
+        """Give up the steps of which nothing arrived for ``silence`` seconds, and give their staging back."""
         now = time.monotonic()
         with self._lock:
             idle = [g for g in self._gatherings if not g.applying and now - g.touched > silence]
@@ -220,7 +232,7 @@ class Parts:
         return expired
 
     def close(self) -> None:
-        """Give everything up: the run is deleted."""
+        """Give up every step that is not being applied: the run is deleted."""
         with self._lock:
             for gathering in [g for g in self._gatherings if not g.applying]:
                 self._drop(gathering, StaleStep(f"run {self._run.config.run!r} was deleted"))
@@ -228,12 +240,14 @@ class Parts:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _find(self, step: int | None) -> Gathering | None:
+        """The gathering of a step, None where the step is not being put together."""
         return next((gathering for gathering in self._gatherings if gathering.step == step), None)
 
     def _open(self, step: int | None, terms: Terms, reserve: Callable[[], Staged]) -> Gathering:
+        """A new gathering for a step, in place of one with other terms, or of the oldest where there are too many."""
         self._check_not_given_up(step)
         staged = self._reserve(step, reserve)
-        # Only now: where there is no room, nothing is dropped for nothing.
+        # Only once staging is reserved: where there is no room, no older step is given up in vain.
         if old := self._find(step):
             self._drop(old, StepConflict(f"{_what(step)} is sent by another trainer, or by this one started again"))
         if len(self._gatherings) >= _MOST_STEPS:
@@ -245,11 +259,15 @@ class Parts:
         return gathering
 
     def _reserve(self, step: int | None, reserve: Callable[[], Staged]) -> Staged:
+        """Reserve staging for a step. Older steps that have stalled make room.
+
+        Raises Overloaded where there is none to be had.
+        """
         while True:
             try:
                 return reserve()
             except Overloaded:
-                # Parts of an older step that nobody completes make room for those of a newer one.
+                # Parts of an older step that nobody completes make room for those of a newer step.
                 late = time.monotonic() - _STALLED_SECONDS
                 stalled = [
                     g for g in self._gatherings if not g.applying and g.touched < late and _order(g) < (step or 0)
@@ -260,12 +278,13 @@ class Parts:
                 self._drop(old, StaleStep(f"{_what(old.step)} was given up: the rest of its parts did not come"))
 
     def _check_not_given_up(self, step: int | None) -> None:
+        """Raises StaleStep for a step older than all those being put together, where no more can be."""
         steps = [g.step for g in self._gatherings if g.step is not None]
         if step is not None and len(steps) >= _MOST_STEPS and step < min(steps):
             raise StaleStep(f"{_what(step)} was given up: parts of steps {', '.join(map(str, sorted(steps)))} came")
 
     def _known_of_applied(self, step: int | None, index: int, terms: Terms) -> bytes | None:
-        """The fingerprint of a part that is in the run's current state."""
+        """The fingerprint of a part of the update that made the run's current state; None for any other part."""
         applied, state = self._applied, self._run.state
         if applied is None or state is None or state.version.digest != applied.digest:
             return None
@@ -274,18 +293,21 @@ class Parts:
         return applied.fingerprints.get(index)
 
     def _outcome_of_gone(self, gathering: Gathering) -> Outcome:
+        """What became of a part whose gathering is gone: applied, or given up (Superseded)."""
         applied = self._applied
         if applied and (applied.step, applied.terms) == (gathering.step, gathering.terms):
             return "applied"
         raise Superseded(f"{_what(gathering.step)} was given up meanwhile", retry_after=0.0)
 
     def _drop(self, gathering: Gathering, fault: EmaError) -> None:
+        """Give up a gathering: its parts raise ``fault``, its staging is given back."""
         self._gatherings.remove(gathering)
         for part in gathering.coming.values():
             part.fault = fault
         gathering.staged.release()
 
     def _decide(self, gathering: Gathering) -> UpdateResult | RunInfo:
+        """Have the run apply a gathering, or take it as the initial weights."""
         if gathering.step is not None:
             return self._run.apply(gathering.step, gathering.staged, gathering.terms.writer)
         terms = gathering.terms
@@ -293,11 +315,12 @@ class Parts:
         return self._run.info()
 
     def _note(self, gathering: Gathering) -> None:
+        """Remember the parts that were applied, and give up older steps."""
         state = self._run.state
         with self._lock:
             if gathering in self._gatherings:
                 self._gatherings.remove(gathering)
-            # A state that moved on meanwhile is not the one these parts made: their repeats are stale then.
+            # If the run moved on meanwhile, its digest is not that of these parts, and repeats of them are stale.
             if state:
                 self._applied = _Applied(gathering.step, gathering.terms, gathering.done, state.version.digest)
             for older in [g for g in self._gatherings if not g.applying and _order(g) < _order(gathering)]:

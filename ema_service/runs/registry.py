@@ -1,8 +1,8 @@
-"""All runs of a server: creating, finding, deleting, and keeping them.
+"""All runs of a server: creating, finding and deleting runs, and keeping them on disk.
 
-Knows the names of the runs, and which objects make one: the run, the parts that come for it, its versions, snapshots
-and history on disk. Does not know HTTP, the event loop, how an update is decided (ledger) or kept (persistence). Its
-methods may block: call them off the event loop.
+Knows the names of the runs, and which objects make a run: Run, Parts, and on disk its versions, snapshots and history.
+Does not know HTTP, the event loop, how an update is decided (ledger) or kept (persistence). Methods may block: call
+them off the event loop.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ MORE_ROOM = (
     "another folder in memory with --ram-dir"
 )
 
-#: What of a configuration names tensors: too long to be shown as it is.
+#: Members of a configuration that name tensors, too long to be shown in a message.
 _LONG = ("layout", "copied")
 
 
 @dataclass(frozen=True, slots=True)
 class _Disk:
-    """What is on disk of one run."""
+    """The objects that keep one run on disk."""
 
     row: RunRow
     store: Store
@@ -64,7 +64,7 @@ class _Disk:
     history: History
 
     def keep_writer(self, writer: int) -> None:
-        """Remember the number of the writer that attached last. Raises StorageFailed."""
+        """Remember the number of the writer that attached last, beyond the server's end. Raises StorageFailed."""
         try:
             self.store.set_writer(self.row, writer)
         except sqlite3.Error as fault:
@@ -73,7 +73,7 @@ class _Disk:
             ) from fault
 
     def remove(self) -> None:
-        """Remove everything; what is being written is waited for."""
+        """Remove the run's rows and files, once what is being written is written."""
         self.snapshots.close()
         self.versions.close()
         self.store.remove_run(self.row)
@@ -82,6 +82,8 @@ class _Disk:
 
 @dataclass(frozen=True, slots=True)
 class _Registered:
+    """A run with its parts. disk: None where nothing is kept on disk."""
+
     run: Run
     parts: Parts
     disk: _Disk | None
@@ -91,13 +93,13 @@ class Registry:
     """The runs of one server. Thread-safe.
 
     store: None keeps nothing on disk. staging, frozen: the budgets that pushes and reads draw from.
-    More than twenty methods: one for each thing that is done to a run as a whole, or to all of them.
+    More than twenty methods: one for each thing that is done to a run as a whole, or to all runs.
     """
 
     def __init__(self, memory: Memory, store: Store | None, *, staging_bytes: int, frozen_bytes: int) -> None:
-        """Brings back every run of the store; one whose files are damaged comes up ``degraded`` and says why.
+        """Brings back every run of the store; a run whose files are damaged comes up ``degraded`` and says why.
 
-        Raises CatalogUnusable, sqlite3.Error where the catalog is damaged.
+        Raises CatalogUnusable; sqlite3.Error where the catalog is damaged.
         """
         prepare()
         self.memory = memory
@@ -122,15 +124,17 @@ class Registry:
     # --- the server as a whole --------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Take a last checkpoint of every run that moved and let go of the store."""
+        """Take a last checkpoint of every run that moved, and close the store."""
         self.checkpoint(final=True)
         if self._store:
             self._store.close()
 
     def checkpoint(self, *, final: bool = False) -> None:
-        """Keep every run that moved since its last checkpoint. One that cannot be kept says so (Versions.trouble).
+        """Take a checkpoint of every run that moved since its last one.
 
-        final: nothing will be applied any more.
+        A failure is told by the run (Versions.trouble).
+
+        final: no update will be applied any more.
         """
         for each in self._all():
             state = each.run.state
@@ -139,7 +143,7 @@ class Registry:
                     each.disk.versions.save(state, final=final)
 
     def unsynced(self) -> list[Versions]:
-        """Versions of runs whose newest a power loss would take: sync() them."""
+        """The versions of runs whose newest version a power loss would take: call sync() of each."""
         found = [each.disk.versions for each in self._all() if each.disk]
         return [versions for versions in found if isinstance(versions, Versions) and versions.unsynced]
 
@@ -149,7 +153,7 @@ class Registry:
         return sum(each.parts.count() for each in self._all())
 
     def expire_parts(self, silence: float) -> list[tuple[str, Expired]]:
-        """Give up the steps of which no part has come for ``silence`` seconds, each with the name of its run."""
+        """Give up the steps of which no part arrived for ``silence`` seconds, each with the name of its run."""
         return [(each.run.config.run, expired) for each in self._all() for expired in each.parts.expire(silence)]
 
     # --- finding ----------------------------------------------------------------------------------------------------
@@ -159,24 +163,24 @@ class Registry:
         return [each.run for each in self._all()]
 
     def get(self, name: str) -> Run:
-        """Raises RunNotFound."""
+        """The run of this name. Raises RunNotFound."""
         return self._find(name).run
 
     def parts(self, name: str) -> Parts:
-        """The parts of a run's updates that are being put together. Raises RunNotFound."""
+        """The parts of a run. Raises RunNotFound."""
         return self._find(name).parts
 
     def snapshots(self, name: str) -> Snapshots:
-        """The snapshots of a run. Raises RunNotFound, StorageDisabled where nothing is kept on disk."""
+        """The snapshots of a run. Raises RunNotFound; StorageDisabled where nothing is kept on disk."""
         return self._disk(name).snapshots
 
     # --- what is done to a run as a whole ---------------------------------------------------------------------------
 
     def create(self, config: RunConfig) -> tuple[Run, bool]:
-        """The run of this configuration and whether it is new.
+        """The run of this configuration, and whether it is new.
 
-        A ``durability`` that is left out is that of the run if it exists, else ``process``, or ``memory`` where there
-        is no store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed.
+        A ``durability`` left out is that of the run if it exists, else ``process``, or ``memory`` where there is no
+        store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed.
         """
         _check_averages(config)
         layout = Layout(config.layout, config.copied)
@@ -195,7 +199,7 @@ class Registry:
         return found.run, False
 
     def set_decay(self, name: str, decay: float, average: str | None) -> Run:
-        """Use ``decay`` from the next update on and note it in the run's history. Raises as Run.amend()."""
+        """Use ``decay`` from the next update on, and note the change in the run's history. Raises as Run.amend()."""
         found = self._find(name)
         found.run.amend(lambda succession, version: succession.with_decay(version, decay, average))
         if found.disk:
@@ -203,21 +207,21 @@ class Registry:
         return found.run
 
     def reset_num_updates(self, name: str) -> Run:
-        """Begin the warm-up anew. With the counter off it stays off. Raises as Run.amend()."""
+        """Begin the warm-up anew; a counter that is off stays off. Raises as Run.amend()."""
         run = self._find(name).run
         run.amend(lambda succession, version: succession.with_counter_reset(version))
         return run
 
     def attach(self, name: str) -> Writer:
-        """A number for a trainer that takes over the run; earlier ones are fenced off. Raises as Run.attach()."""
+        """A number for a trainer that takes over the run; earlier trainers are fenced off. Raises as Run.attach()."""
         found = self._find(name)
         return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing))
 
     def rewind(self, name: str, snapshot: str) -> Run:
-        """Go back to a snapshot. Once this returned the rewinding outlives a crash, whatever the run's durability.
+        """Take a run back to a snapshot. When this returns, the rewind outlives a crash, whatever the run's durability.
 
-        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound; StorageFailed where it would not outlive a crash: the run
-        may be at the snapshot all the same, and the rewinding can be repeated.
+        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound; StorageFailed where the rewind would not outlive a crash:
+        the run may be at the snapshot all the same, and the rewind can be repeated.
         """
         run, disk = self.get(name), self._disk(name)
         info, averages, arenas = disk.snapshots.read(snapshot)
@@ -235,7 +239,7 @@ class Registry:
         return run
 
     def delete(self, name: str) -> None:
-        """Forget the run with its weights, versions and snapshots, after the update in hand. Raises RunNotFound."""
+        """Delete a run with its weights, versions and snapshots, after the update in hand. Raises RunNotFound."""
         with self._lock:
             found = self._runs.pop(name, None)
             if found is None:
@@ -248,6 +252,7 @@ class Registry:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _durability(self, config: RunConfig) -> Durability:
+        """The durability of a new run. Raises StorageDisabled where it needs a disk and there is none."""
         chosen = config.durability or ("process" if self._store else "memory")
         if chosen != "memory" and not self._store:
             raise StorageDisabled(
@@ -257,6 +262,7 @@ class Registry:
         return chosen
 
     def _add(self, config: RunConfig, layout: Layout) -> _Registered:
+        """Add a new run, first to the disk, then to the registry. Raises StorageFailed."""
         created_at = time.time()
         if self._store is None:
             made = self._runs[config.run] = self._make(config, layout, None, created_at)
@@ -329,7 +335,8 @@ class Registry:
             disk.versions.settle(run.state)
 
     def _all(self) -> list[_Registered]:
-        # Without the lock, which may be held for a disk: the event loop asks too. (Copying a dict's values is atomic.)
+        # Without the lock, which may be held for a disk, since the event loop calls this too. (Copying a dict's values
+        # is atomic.)
         return list(self._runs.values())
 
     def _find(self, name: str) -> _Registered:
@@ -350,10 +357,11 @@ def _take_up(run: Run, found: Restored) -> None:
 
 
 def _nothing(_: int) -> None:
-    """Where nothing is kept on disk."""
+    """Keeps no writer's number: there is no disk."""
 
 
 def _config_of(row: RunRow) -> RunConfig:
+    """The configuration in a run's row. Raises CatalogUnusable where the row is damaged."""
     try:
         return from_json(RunConfig, json.loads(row.config))
     except ValueError as fault:
@@ -363,6 +371,7 @@ def _config_of(row: RunRow) -> RunConfig:
 
 
 def _check_averages(config: RunConfig) -> None:
+    """Raises InvalidRequest where the averages are too many, or two have one name."""
     names = Counter(average.name for average in config.averages)
     if not 1 <= len(config.averages) <= MAX_AVERAGES:
         raise InvalidRequest(f"averages: {len(config.averages)} were given; 1 to {MAX_AVERAGES} are possible")
@@ -372,6 +381,7 @@ def _check_averages(config: RunConfig) -> None:
 
 
 def _difference(old: RunConfig, new: RunConfig) -> str:
+    """What differs between two configurations of one run, for people."""
     names = [f.name for f in fields(RunConfig) if getattr(old, f.name) != getattr(new, f.name)]
     shown = [f"{name} ({getattr(old, name)}, not {getattr(new, name)})" for name in names if name not in _LONG]
     if "copied" in names:

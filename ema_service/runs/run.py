@@ -1,9 +1,10 @@
 """A run: the lock under which its ledger decides, its shadows move on, and its keeper is told.
 
-``awaiting_weights -> ready``. A state is immutable; an update is prepared beside it, without the lock, and committed
-under it: the ledger judges, the keeper makes the version what a restart brings back, one assignment puts it in place.
-So a reader takes ``run.state`` without a lock and has one version, whole, for as long as it holds it; an update that
-fails has changed nothing; and whatever anyone was told of comes back.
+``awaiting_weights -> ready``. A state is immutable. An update is prepared beside the current state, without the lock,
+and committed under it: the ledger judges, the keeper makes the version what a restart brings back, and one assignment
+puts the version in place. So a reader takes ``run.state`` without a lock and has one version, whole, for as long as the
+reader likes; an update that fails has changed nothing; and every version that anyone was told of comes back after a
+restart.
 
 The lock is held for microseconds, and for the keeper's row; apply() alone averages under it (see there).
 
@@ -29,7 +30,7 @@ from ema_service.shadows import Average, Plan, Preparation, Prepared, Shadows, S
 
 __all__ = ["Keeper", "Run", "Update"]
 
-#: Averaging as much takes 0.1 ms, waking a thread for it and then the event loop again as long.
+#: Bytes of shadows that are averaged in 0.1 ms: waking a thread for the work, and then the event loop, takes as long.
 _SMALL_BYTES = 1 << 20
 
 
@@ -37,8 +38,8 @@ _SMALL_BYTES = 1 << 20
 class Update:
     """One update in the making. Owned by the request that pushes it; the run changes only at Run.commit().
 
-    preparation: to be advanced as the parameters arrive. writer: the number of the trainer that sends it, None where
-    that trainer did not attach. place: where the version is kept, if each is.
+    preparation: to be advanced as the parameters arrive. writer: the number of the trainer that sends the update, None
+    where that trainer did not attach. place: where the version is kept, None where not every version is.
     """
 
     plan: Plan
@@ -90,11 +91,12 @@ class Keeper(Protocol):
 
 
 class Run:
-    """One training run. Methods that change it take the run's lock and may block: call them off the event loop (see
-    ``quick``).
+    """One training run.
 
-    ledger: to be asked; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
-    changes: who is told of them. links: how pushes come. memory: where its arenas are made.
+    Methods that change the run take its lock and may block: call them off the event loop (see ``quick``).
+
+    ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
+    changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Run:
     def ready_state(self) -> State:
         """The current state, for reading.
 
-        Raises AwaitingWeights before the initial weights, RunDegraded where nothing is left to read, RunNotFound once
+        Raises AwaitingWeights before the initial weights; RunDegraded where no version is left; RunNotFound once
         deleted.
         """
         self.ledger.readable()
@@ -138,13 +140,13 @@ class Run:
         return state
 
     def info(self) -> RunInfo:
-        """The run as it stands."""
+        """What is told of the run (RunInfo), as it stands."""
         return describe(self.config, self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
 
     # --- an update --------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, staged: Staged, writer: int | None = None) -> Update:
-        """An update of the current state, to be fed as its parameters arrive, then committed.
+        """Begin an update of the current state: advance its preparation as parameters arrive, then commit().
 
         Raises as Ledger.admit().
         """
@@ -157,7 +159,7 @@ class Run:
         return Update(plan, self._shadows.prepare(plan, state, staged, sinks), writer, place)
 
     def commit(self, update: Update) -> UpdateResult:
-        """Make the update's result the state, if that is still the one the update was begun on.
+        """Make an update's result the state, if the run is still at the state that the update was begun on.
 
         The same bytes at the same step again are answered and not applied. Raises as Ledger.judge(), and NonFinite,
         StorageFailed.
@@ -170,17 +172,19 @@ class Run:
 
     @property
     def quick(self) -> bool:
-        """Whether commit() takes microseconds now and waits for nothing, so that the event loop may call it: a small
-        run, of which not each version is written to disk, and which nobody is changing."""
+        """Whether commit() takes microseconds now and waits for nothing, so that the event loop may call it.
+
+        True for a small run of which not every version is written to disk, while nobody changes the run.
+        """
         small = self.layout.shadow_bytes * len(self.config.averages) <= _SMALL_BYTES
         kept = self._keeper is not None and self._keeper.every
         return small and not kept and self._shadows.on_host and not self._lock.locked()
 
     def apply(self, step: int, staged: Staged, writer: int | None = None) -> UpdateResult:
-        """begin() and commit() as one, for parameters that are all there.
+        """begin() and commit() as one, for parameters that have all arrived, in parts.
 
-        All of it under the lock: averaging overwrites the parameters, and those that came in parts, from several
-        senders, cannot be asked for again because the run changed in between. Raises as commit(), never Superseded.
+        All under the lock: averaging overwrites the parameters, and several senders cannot be asked for their parts
+        again because the run changed in between. Raises as commit(), never Superseded.
         """
         with self._lock:
             update = self.begin(step, staged, writer)
@@ -188,12 +192,12 @@ class Run:
             return self._settle(update, prepared, self._next(update, prepared))
 
     def repeated(self, step: int, writer: int | None = None) -> UpdateResult:
-        """The answer to the latest step again, the same bytes. Raises as Ledger.admit()."""
+        """The answer to the latest step sent again with the same bytes. Raises as Ledger.admit()."""
         self.ledger.admit(step, writer)
         return _result(self.ready_state().version, step, self._keeper, applied=False)
 
     def _next(self, update: Update, prepared: Prepared) -> State | None:
-        """The state that the update makes, written to its slot; None where only its digest is compared."""
+        """The state that an update makes, written to its slot; None where only the digest of the update is compared."""
         if not update.plan.retentions:
             return None
         version = self.ledger.succession.following(update.plan, prepared.digest, time.time())
@@ -203,7 +207,7 @@ class Run:
         return state
 
     def _settle(self, update: Update, prepared: Prepared, state: State | None) -> UpdateResult:
-        """Under the lock: the line that decides whether an update counts."""
+        """The line that decides whether an update counts. Under the lock."""
         applied = self.ledger.judge(update.plan, prepared.digest, update.writer)
         if applied and state:
             self._commit(state, update.place)
@@ -214,13 +218,12 @@ class Run:
     def initialise(self, staged: Staged, *, num_updates: int | None = None, step: int | None = None) -> None:
         """Make the pushed parameters the first shadow of every average, as LitEma's constructor clones them.
 
-        num_updates: the counter to carry on from, for an EMA that began elsewhere. step: the trainer's step of the
-        parameters. Doing it again with the same bytes changes nothing.
-        Raises WeightsExist, NonFinite, InvalidRequest, StorageFailed, RunDegraded.
+        num_updates: the counter of an EMA that began elsewhere. step: the trainer's step of the parameters. The same
+        bytes again change nothing. Raises WeightsExist, NonFinite, InvalidRequest, StorageFailed, RunDegraded.
         """
         self.ledger.check_writable()
         first = partial(self.ledger.succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
-        first(b"", 0.0)  # what is wrong with the counter is said before anything is computed
+        first(b"", 0.0)  # a wrong counter is refused before anything is computed
         prepared = self._shadows.cast(staged, len(self.config.averages)).finish()
         state = State(first(prepared.digest, time.time()), prepared.arenas)
         place = self._write(state) if self.state is None else None
@@ -242,9 +245,9 @@ class Run:
             self._commit(state, None)
 
     def rewind(self, info: SnapshotInfo, averages: tuple[Average, ...], arenas: tuple[Arena, ...]) -> None:
-        """Go back to what a snapshot holds, in a new epoch; updates after it are as if they had never been.
+        """Go back to the state of a snapshot, in a new epoch; updates after the snapshot are as if they had never been.
 
-        Also the way out of ``degraded``. Raises RunNotFound, StorageFailed, Superseded.
+        Also a way out of ``degraded``. Raises RunNotFound, StorageFailed, Superseded.
         """
         state = State(self.ledger.rewound(info, averages, secrets.token_hex(8), time.time()), arenas)
         place = self._write(state)
@@ -256,11 +259,11 @@ class Run:
     def accept(self) -> None:
         """Go on with the version that is there although later updates are gone: the other way out of ``degraded``.
 
-        Raises InvalidRequest where the run is well, RunDegraded where there is no version, StorageFailed.
+        Raises InvalidRequest where the run is not degraded, RunDegraded where there is no version, StorageFailed.
         """
         self.ledger.acceptable()
         state = self.ready_state()
-        # Written anew, although nothing in it is: a restart finds it before what was damaged.
+        # Written anew although unchanged: so a restart finds this version before the damaged one.
         place = self._write(state)
         with self._lock:
             if self.state is state:
@@ -270,9 +273,9 @@ class Run:
     # --- trainers come, a server starts, the run goes ---------------------------------------------------------------
 
     def attach(self, keep: Callable[[int], None]) -> int:
-        """A writer's number: from here on updates of earlier writers, and of none, are refused.
+        """A number for a trainer that takes over: from here on updates of earlier trainers are refused.
 
-        keep: makes the number outlive the server, before it counts. Raises what that raises, RunNotFound.
+        keep: makes the number outlive the server, before the number counts. Raises what ``keep`` raises, RunNotFound.
         """
         with self._lock:
             number = self.ledger.next_writer()
@@ -291,20 +294,20 @@ class Run:
         """Take no update from now on: the run is deleted. Waits for the update in hand."""
         with self._lock:
             self.ledger.retire()
-            self._keeper = None  # whoever still reads the run holds no file of it
+            self._keeper = None  # whoever still reads this run keeps none of its files open
         self.changes.tell()
 
     # ----------------------------------------------------------------------------------------------------------------
 
     def _write(self, state: State) -> Place | None:
-        """Write a state that was not written as it was computed; None where not each version is kept."""
+        """Write a state all at once; None where not every version is kept."""
         place = self._keeper.take() if self._keeper else None
         if place:
             place.finish(state)
         return place
 
     def _commit(self, state: State, place: Place | None) -> None:
-        """Put another version in place, once it is sure to come back. place: where it was written to."""
+        """Put a version in place, once a restart is sure to bring it back. place: where the version was written."""
         if self._keeper and place:
             place.commit(state)
         self._shadows.commit(state)

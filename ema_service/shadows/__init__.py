@@ -1,7 +1,7 @@
 """Shadows: the bytes of one run on this host. A next version is prepared beside the current one, then committed.
 
-Knows arenas, passes over a push and what a version says of itself. Does not decide which version comes next (runs), nor
-keep any (persistence).
+Knows arenas, the pass over a push's parameters, and the facts of a version. Does not decide which version comes next
+(runs), nor write versions to disk (persistence).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One pass over the parameters of a push, as they arrive: digest them, average (or cast), look for NaN, digest results.
+"""One pass over the parameters of a push, as they arrive: digest, average (or cast), look for NaN, digest the results.
 
-The pass runs behind the receiving: whatever part of the parameters has come is averaged while the next part is on the
-wire, and when the last byte is in, little is left to do. Nothing of the run is touched: results lie in memory of the
-push, so a push that breaks off or turns out wrong is simply dropped.
+The pass runs behind the receiving: parameters that have arrived are averaged while the next are on the wire, so when
+the last byte is in, at most one piece is left to average. Results are written to memory of the push alone, so a push
+that breaks off or turns out wrong is simply dropped.
 
 Knows staged memory, arenas and the kernel. Does not know sockets, threads, or when a result becomes the run's state.
 """
@@ -38,11 +38,10 @@ __all__ = ["DevicePass", "Feed", "Grain", "HostPass", "Pass", "pass_over"]
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """How many bytes of parameters are worked through at a time.
+    """How many bytes of parameters a pass digests and averages at a time.
 
-    piece: hashed and averaged on the host: what was just received is still in the core's cache (2 MiB), with room for
-    the shadow beside it. device_piece: averaged by a device, which wants more to do at once. block: of the digest;
-    whole pieces.
+    piece: on the host, where a piece just received is still in the core's cache (2 MiB), with room for the shadow
+    beside it. device_piece: on a device, which wants more to do at once. block: of the digest; whole pieces.
     """
 
     piece: int = 256 << 10
@@ -54,8 +53,8 @@ class Grain:
 class Feed:
     """What the parameters of a push do to one average: out <- shadow - weight * (shadow - param).
 
-    Without a shadow, and in copied sections, out <- param. sink: told of the result's bytes in host memory as they
-    become final; only then does the result get a digest.
+    Without a shadow, and in copied sections: out <- param. sink: told how far the result is final, with its bytes in
+    host memory; only a result with a sink gets a digest.
     """
 
     out: Arena
@@ -66,9 +65,10 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """The kernels of one section, one for each feed: each takes the elements to average and says if all are finite.
+    """The kernels of one section, one for each feed: each averages a range of elements and says if all results are
+    finite.
 
-    digesting: the first feed's kernel which digests parameters and results on the way, where such a loop is compiled.
+    digesting: the first feed's kernel that also digests parameters and results, None where no such loop is compiled.
     """
 
     kernels: list[Callable[[int, int], bool]]
@@ -77,25 +77,28 @@ class _Bound:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The digests of the present block: of its parameters, and of the first average's results where the averaging works
-    those out."""
+    """The digests of the block in hand: of its parameters, and of the first average's results where the kernel digests
+    them."""
 
     params: BlockDigest
     results: BlockDigest
 
 
 def pass_over(staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain | None = None) -> Pass:
-    """The pass for memory of the host, or of a device.
+    """The pass over a staged push, on the host or on a device.
 
-    feeds: in order; one whose ``out`` is the push's own memory comes last, for it overwrites the parameters. None: the
-    pass only digests. check: whether NaN and Inf in a result are an error.
+    feeds: in order; a feed whose ``out`` is the push's own memory comes last, for its results overwrite the parameters.
+    Without feeds the pass only digests. check: whether NaN and Inf in a result raise NonFinite.
     """
     kind = HostPass if staged.on_host else DevicePass
     return kind(staged, feeds, check=check, grain=grain or Grain())
 
 
 class Pass(ABC):
-    """Feeds averages from a staged push, from its first byte to its last. Thread-safe: one thread at a time works."""
+    """One pass over a staged push, which feeds averages from the first byte of the parameters to the last.
+
+    Thread-safe: while one thread works, others wait.
+    """
 
     def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
         self._staged = staged
@@ -103,7 +106,7 @@ class Pass(ABC):
         self._feeds = feeds
         self._check = check
         self._grain = grain
-        #: Bytes of the parameters that are digested.
+        #: Bytes of the parameters that are digested so far.
         self._position = 0
         self._results = [self._result(feed.out, feed.sink) if feed.sink else None for feed in feeds]
         self._bound: dict[int, _Bound] = {}
@@ -112,10 +115,10 @@ class Pass(ABC):
         self._lock = threading.Lock()
 
     def advance(self, received: int) -> None:
-        """Work through what is there: the first ``received`` bytes of the parameters."""
+        """Digest the parameters that have arrived, the first ``received`` bytes, and average as much as pays."""
         with self._lock:
             if received < self._layout.param_bytes:
-                # Whole pieces until the end, so that results are told by whole pages of the disk.
+                # Whole pieces until the end, so that sinks write whole pages of the disk.
                 received -= received % self._grain.piece
             for index, section, start, stop in self._pieces(self._position, received, self._grain.piece):
                 if self._block is None:
@@ -128,9 +131,10 @@ class Pass(ABC):
                 self._position = stop
 
     def finish(self) -> bytes:
-        """Work through the rest and return the digest (averaging.Digest, 16 bytes) of the parameters.
+        """Digest and average the rest. Returns the digest of the parameters (averaging.Digest, 16 bytes).
 
-        Raises NonFinite, and what the parameters' memory raises where it was withdrawn (Staged.settle).
+        Raises NonFinite; SegmentUnusable where the parameters lay in a client's memory and were withdrawn
+        (Staged.settle).
         """
         try:
             if self._staged.shared is None:
@@ -138,7 +142,8 @@ class Pass(ABC):
             else:
                 self._divide(self._staged.shared.helpers)
         finally:
-            # Views of the parameters: another process' memory is held no longer than it is read.
+            # The kernels hold views of the parameters, which may lie in a client's memory: freed as soon as nobody
+            # reads it.
             self._bound.clear()
         self._staged.settle()
         for number, feed in enumerate(self._feeds):
@@ -151,29 +156,30 @@ class Pass(ABC):
 
     # --- what memory of the host and of a device differ in -----------------------------------------------------------
 
-    #: Whether a kernel looks for NaN and Inf as it averages.
+    #: Whether the kernels look for NaN and Inf as they average.
     _checks_pieces: bool
 
     @abstractmethod
     def _result(self, out: Arena, sink: Sink) -> Result:
-        """The result that ``sink`` is told of."""
+        """The Result that tells ``sink`` of an average: of memory of the host, or copied back from a device."""
 
     @abstractmethod
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
-        """Digest one piece and average as much as pays. The answer is how many bytes of parameters are averaged."""
+        """Digest one piece and average as much as pays. Returns how many bytes of the parameters are averaged by
+        then."""
 
     @abstractmethod
     def _take_alone(self, block: _Block, index: int, section: Section, start: int, stop: int) -> object:
-        """Digest and average one piece, whatever was taken before it: many threads do so at once."""
+        """Digest and average one piece of the parameters, in any order of pieces. Many threads do so at once."""
 
     @abstractmethod
     def _is_finite(self, number: int, out: Arena) -> bool:
-        """Whether the result of a feed has no NaN and no Inf, now that all is averaged."""
+        """Whether the result of a feed has no NaN and no Inf, now that everything is averaged."""
 
     # --- pieces, blocks and kernels ----------------------------------------------------------------------------------
 
     def _divide(self, helpers: Executor) -> None:
-        """Work through all blocks, of parameters that lie apart from every ``out``: in any order, on many threads."""
+        """Digest and average all blocks in any order, on many threads: the parameters lie apart from every ``out``."""
         stop, size = self._layout.param_bytes, self._grain.block
         blocks = [(start, min(start + size, stop)) for start in range(0, stop, size)]
         for bounds, block in zip(blocks, helpers.map(self._divided, blocks), strict=True):
@@ -181,7 +187,9 @@ class Pass(ABC):
                 self._tell(block, section, end, ended=end == bounds[1])
 
     def _divided(self, bounds: tuple[int, int]) -> _Block:
-        # In one piece where that can be: threads wait for the interpreter between two pieces, one for another.
+        """Digest and average one block, on one thread."""
+        # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
+        # interpreter lock.
         pieces = list(self._pieces(*bounds, self._grain.block))
         block = self._begin_block(*pieces[0][:3])
         for piece in pieces:
@@ -189,9 +197,10 @@ class Pass(ABC):
         return block
 
     def _pieces(self, position: int, received: int, piece: int) -> Iterator[tuple[int, Section, int, int]]:
-        """The bytes from ``position`` to ``received`` in pieces of whole elements of one section.
+        """Cut the bytes ``position`` to ``received`` into pieces of whole elements of one section: (index, section,
+        start, stop).
 
-        Pieces are cut where those of all bytes from the first on would be: no piece lies in two blocks.
+        Pieces end where a multiple of ``piece`` bytes ends, so no piece lies in two blocks.
         """
         sections = self._layout.sections
         for index in range(bisect_right(sections, position, key=lambda each: each.param.start) - 1, len(sections)):
@@ -200,14 +209,17 @@ class Pass(ABC):
                 return
             stop = min(received, section.param.stop)
             stop -= (stop - section.param.start) % LAYOUT_DTYPES[section.param_dtype]
-            # Received bytes that end inside an element leave the sections behind it alone, though theirs may be there.
+            # Received bytes that end inside an element leave ``position`` before it: the sections behind are not begun.
             while section.param.start <= position < stop:
                 end = min(position + piece - position % piece, stop)
                 yield index, section, position, end
                 position = end
 
     def _begin_block(self, index: int, section: Section, start: int) -> _Block:
-        """The averaging works out digests of blocks that are whole and of one section; the library does the rest."""
+        """The digests of a block that begins at ``start``.
+
+        The kernel digests blocks that are whole and of one section; the library digests the others.
+        """
         size = self._grain.block
         compiled = start + size <= section.param.stop and self._bind(index).digesting is not None
         same = section.param.start == section.shadow.start and section.param_dtype == section.shadow_dtype
@@ -215,7 +227,7 @@ class Pass(ABC):
         return _Block(BlockDigest(size, compiled=compiled), BlockDigest(size, compiled=results))
 
     def _bind(self, index: int) -> _Bound:
-        """The kernels of one section. Made once for a section: its views take longer than a small piece."""
+        """The kernels of one section, made once: making their views takes longer than averaging a small piece."""
         if bound := self._bound.get(index):
             return bound
         kernels, digest = [], None
@@ -233,9 +245,9 @@ class Pass(ABC):
         return self._bound.setdefault(index, _Bound(kernels, digest))
 
     def _tell(self, block: _Block, section: Section, stop: int, *, ended: bool = False) -> None:
-        """Tell the sinks how far results are, while the last of them are in the cache; at a block's end its digests.
+        """Tell the sinks how far results are final, while the last results are in the cache. In order of the bytes.
 
-        In order. stop: bytes of the parameters that are averaged.
+        stop: bytes of the parameters that are averaged. ended: the block ends there, so its digests are complete.
         """
         if ended:
             self._digest.add(block.params.digest())
@@ -248,7 +260,7 @@ class Pass(ABC):
 
 
 class HostPass(Pass):
-    """A pass in memory of the host: each piece is digested and averaged while it is in the core's cache."""
+    """A pass in host memory: each piece is digested and averaged while the piece is in the core's cache."""
 
     _checks_pieces = True
 
@@ -266,7 +278,7 @@ class HostPass(Pass):
         if bound.digesting and block.params.compiled:
             done = last
             if stop % self._grain.block == 0:
-                # A block's last gulp is digested in another way (BlockDigest.end).
+                # The kernel stops before a block's last gulp, which XXH3 treats differently (BlockDigest.end).
                 done -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
             accumulators = block.params.accumulators, block.results.accumulators
             self._note(0, finite=bound.digesting(first, done, *accumulators))
@@ -282,23 +294,24 @@ class HostPass(Pass):
 
     _take_alone = _take
 
-    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - each piece was looked at
+    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the kernels looked at each piece
         return self._finite[number]
 
     def _note(self, number: int, *, finite: bool) -> None:
+        """Remember a piece whose results are not all finite."""
         if not finite:
             self._finite[number] = False
 
 
 class DevicePass(Pass):
-    """A pass on a device: pieces are digested on the host, uploaded and averaged there once there is enough to do."""
+    """A pass on a device: pieces are digested on the host; enough of them together are uploaded and averaged."""
 
-    #: Each look at a device's result is a wait: there is one, at the end.
+    #: Asking a device whether results are finite waits for the device: asked once, at the end of the pass.
     _checks_pieces = False
 
     def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
         super().__init__(staged, feeds, check=check, grain=grain)
-        #: Bytes of the parameters that the device was told to average.
+        #: Bytes of the parameters that the device was told to average so far.
         self._averaged = 0
 
     def _result(self, out: Arena, sink: Sink) -> Result:
@@ -317,17 +330,18 @@ class DevicePass(Pass):
         self._average(index, section, start, stop)
 
     def _average(self, index: int, section: Section, start: int, stop: int) -> None:
+        """Tell the device to fetch and average bytes ``start`` to ``stop``, which lie in one section. Does not wait."""
         kernels = self._bind(index).kernels
         if kernels:
             self._staged.upload(start, stop)
         for kernel in kernels:
             kernel(*_elements(section, start, stop))
 
-    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the device knows by the memory
+    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the result itself is looked at
         return all(finite(out.section(index)) for index in range(len(self._layout.sections)))
 
 
 def _elements(section: Section, start: int, stop: int) -> tuple[int, int]:
-    """The elements of a section that bytes ``start`` to ``stop`` of the parameters are."""
+    """Bytes ``start`` to ``stop`` of the parameters as a range of a section's elements."""
     width = LAYOUT_DTYPES[section.param_dtype]
     return (start - section.param.start) // width, (stop - section.param.start) // width

@@ -1,4 +1,4 @@
-"""Results of a pass that are written to disk as they come: digested, and told how far they are final.
+"""Results of a pass that are written to disk as they become final: digested, and handed to a sink.
 
 Knows arenas, digests and copies from a device. Does not know how a result is computed (passes) or written (storage).
 """
@@ -18,14 +18,14 @@ from ema_service.memory.arena import Mark
 
 __all__ = ["DeviceResult", "Result", "Sink"]
 
-#: Takes all bytes of a result, in host memory and the same at each call, and how many of them are final.
+#: A function (data, upto): all bytes of a result in host memory, the same at each call, and how many are final.
 Sink = Callable[[memoryview, int], None]
 
 
 class Result:
-    """One average's result in host memory, which a sink is told of.
+    """The result of one average in host memory, of which a sink is told.
 
-    block_bytes: of the digest.
+    arena: gets the digest at the end. data: the result's bytes. block_bytes: of the digest.
     """
 
     def __init__(self, arena: Arena, sink: Sink, data: Tensor, block_bytes: int) -> None:
@@ -36,10 +36,10 @@ class Result:
         self._told = 0
 
     def made(self, upto: int, block: BlockDigest | None = None, *, ended: bool = False) -> None:
-        """The first ``upto`` bytes of the result are final.
+        """Digest the result up to ``upto`` bytes, which are final, and tell the sink.
 
-        block: the digest of the present block's results, where the averaging works it out, all but the block's last
-        gulp. ended: the present block ends at ``upto``.
+        block: the digest of the block in hand, where the averaging kernel works it out, all but the block's last gulp.
+        ended: the block in hand ends at ``upto``.
         """
         if block is None:
             self._digest.update(self._data[self._told : upto])
@@ -50,15 +50,15 @@ class Result:
         self._sink(self._data, upto)
 
     def finish(self) -> None:
-        """Every byte is final: tell the sink of the last, and give the arena its digest."""
+        """Give the arena the digest of the result, every byte of which is final."""
         self._arena.digest = self._digest.digest()
 
 
 class DeviceResult(Result):
     """A result on a device: copied to the host behind the averaging; a thread tells the sink as copies arrive.
 
-    twin: host memory for the copy. It is lent to nobody else before every copy has arrived, for the thread refers to
-    this object.
+    twin: host memory for the copy. The thread refers to this object, so the pool lends the twin to nobody else before
+    every copy has arrived.
     """
 
     def __init__(self, arena: Arena, sink: Sink, twin: Tensor, staged: Staged, block_bytes: int) -> None:
@@ -72,7 +72,7 @@ class DeviceResult(Result):
         self._lock = threading.Lock()
 
     def made(self, upto: int, block: BlockDigest | None = None, *, ended: bool = False) -> None:  # noqa: ARG002 - host only
-        """Begin the copy of the result's bytes up to ``upto``."""
+        """Begin to copy the result up to ``upto`` bytes to the host. Does not wait."""
         if upto == self._copied:
             return
         piece = slice(self._copied, upto)
@@ -84,12 +84,13 @@ class DeviceResult(Result):
                 self._follower = self._followers.submit(self._follow)
 
     def finish(self) -> None:
-        """Wait for the copies; then as Result.finish()."""
+        """Wait for the copies, then give the arena its digest."""
         if self._follower:
             self._follower.result()
         super().finish()
 
     def _follow(self) -> None:
+        """Wait for the copies under way, one after the other, and tell the sink of each. Ends when none is left."""
         while True:
             upto, mark = self._under_way[0]
             mark.synchronize()

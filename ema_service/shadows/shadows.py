@@ -1,8 +1,7 @@
-"""The shadows of one run: its current state, and the preparing of the next beside it.
+"""The shadows of one run: the current state, and the next version, prepared beside it.
 
-An update is prepared in memory of its own (the push's, and a new arena for each further average), so the current state
-is whole for its readers at every moment, and a preparation that fails has changed nothing. Committing is one
-assignment.
+An update is prepared in memory of its own (the push's, and a new arena for each further average), so readers find the
+current state whole at every moment, and a preparation that fails has changed nothing. Committing is one assignment.
 
 Knows arenas, passes and states. Does not know locks, steps, writers (runs/ledger), files, or who asks.
 """
@@ -22,9 +21,10 @@ __all__ = ["Preparation", "Prepared", "Shadows"]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Bytes of a version that is not the run's yet: whole, beside the current one, no reader's concern.
+    """The bytes of a version that is not the run's yet: whole, beside the current version, no reader's concern.
 
-    digest: of the parameters it was made of. arenas: one for each average; none where only the digest was asked for.
+    digest: of the parameters that made the version. arenas: one for each average; none where only the digest was
+    wanted.
     """
 
     digest: bytes
@@ -32,22 +32,28 @@ class Prepared:
 
 
 class Preparation:
-    """The preparing of one version, while its parameters arrive. Owned by one push."""
+    """A version being prepared while its parameters arrive. Owned by one push."""
 
     def __init__(self, work: Pass, arenas: tuple[Arena, ...]) -> None:
         self._work: Pass | None = work
         self._arenas = arenas
 
     def advance(self, received: int) -> None:
-        """Average what has come: the first ``received`` bytes of the parameters. Thread-safe, but in order."""
+        """Average the parameters that have arrived, the first ``received`` bytes.
+
+        Callable from any thread, with growing counts.
+        """
         self._running.advance(received)
 
     def finish(self) -> Prepared:
-        """Average the rest. Raises NonFinite; SegmentUnusable where shared memory was withdrawn meanwhile."""
+        """Average the rest and return the prepared version.
+
+        Raises NonFinite; SegmentUnusable where a client withdrew its shared memory meanwhile.
+        """
         return Prepared(self._running.finish(), self._arenas)
 
     def drop(self) -> None:
-        """Let go of everything that was prepared; the current state never knew of it."""
+        """Let go of the memory of everything prepared. The current state stays as it was."""
         self._work, self._arenas = None, ()
 
     @property
@@ -60,8 +66,8 @@ class Preparation:
 class Shadows:
     """The bytes of one run on this host. Readers take ``state`` without a lock and have one version, whole.
 
-    check: whether NaN and Inf in an update are refused. prepare() and cast() touch nothing of the run; commit() is
-    called by whoever holds the run's lock.
+    prepare() and cast() change nothing that readers see; commit() is called by the holder of the run's lock. check:
+    whether NaN and Inf in an update are refused.
     """
 
     def __init__(self, layout: Layout, memory: Memory, *, check: bool) -> None:
@@ -72,18 +78,19 @@ class Shadows:
 
     @property
     def on_host(self) -> bool:
-        """Whether the shadows lie in memory of the host."""
+        """Whether the shadows lie in host memory."""
         return self._memory.on_host
 
     @property
     def device(self) -> str:
+        """The name of the device that the shadows lie on, as torch writes it."""
         return str(self._memory.device)
 
     def prepare(self, plan: Plan, base: State, staged: Staged, sinks: Mapping[str, Sink]) -> Preparation:
-        """Begin to prepare the version that the plan makes of ``base``, the state that it was made for.
+        """Begin to prepare the version that ``plan`` makes of ``base``, the state that was planned for.
 
-        staged: the push's memory; it becomes the arena of the last average. sinks: by the average's name, told of the
-        results as they become final. Of a plan without retentions only the digest is worked out.
+        staged: the push's memory, which becomes the arena of the last average. sinks: by name of the average, told how
+        far results are final. For a plan without retentions only the digest of the parameters is worked out.
         """
         if not plan.retentions:
             return Preparation(pass_over(staged, (), check=False), ())
@@ -97,10 +104,10 @@ class Shadows:
         return Preparation(pass_over(staged, feeds, check=self._check), arenas)
 
     def cast(self, staged: Staged, averages: int) -> Preparation:
-        """Begin to prepare the first version: the parameters themselves are the shadow of every average."""
+        """Begin to prepare the first version, in which the parameters themselves are the shadow of every average."""
         work = pass_over(staged, [Feed(staged.arena, None, 0.0)], check=self._check)
         return Preparation(work, (staged.arena,) * averages)
 
     def commit(self, state: State | None) -> None:
-        """Make ``state``, of prepared bytes or of those that are there, the current one; None: there is none."""
+        """Make ``state`` the current one: prepared bytes, or the current bytes under another version; None: none."""
         self.state = state

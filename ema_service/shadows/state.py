@@ -1,7 +1,7 @@
-"""Versions of a run: what one says of itself, the bytes of it, and the plan of the next.
+"""Versions of a run: the facts of a version, its bytes, and the plan of the next.
 
 Plain values, all immutable. Knows names and numbers. Does not know how a version is decided on (runs/ledger), computed
-(passes) or kept (persistence); the memory it refers to is never looked at here.
+(passes) or kept (persistence), and never reads the memory that a state refers to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Average", "Plan", "State", "Version"]
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """One average in one version. ``effective_decay`` is that of the latest update, None before the first."""
+    """One average in one version. effective_decay: of the latest update, None before the first."""
 
     name: str
     decay: float
@@ -29,12 +29,12 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What a version says of itself; ``str()`` is its name, "epoch.n".
+    """The facts of a version; ``str()`` is the version's name, "epoch.n".
 
-    lineage: tells apart versions of one name: a run that was deleted and created again has another lineage.
-    n: updates applied in this epoch. step: the trainer's, None before it is known. num_updates: LitEma's counter, -1
-    where it is off. digest: of the parameters that made it (averaging.Digest of the push); empty after a rewind.
-    updated_at: seconds since 1970-01-01 UTC, for people to read.
+    lineage: tells apart two versions of one name: a run that was deleted and created again has another lineage. n:
+    updates applied in this epoch. step: the trainer's, None where no step is known. num_updates: LitEma's counter, -1
+    where the counter is off. digest: of the parameters pushed (averaging.Digest); empty after a rewind. updated_at:
+    seconds since 1970-01-01 UTC, for people to read.
     """
 
     lineage: str
@@ -50,7 +50,8 @@ class Version:
         return f"{self.epoch}.{self.n}"
 
     def weights_info(self, run: str, average: Average) -> WeightsInfo:
-        """What the weights of one of its averages say of themselves; ``run``: the run's name."""
+        """The WeightsInfo of one average in this version, which a reader gets beside the weights. run: the run's
+        name."""
         return WeightsInfo(
             run=run,
             average=average.name,
@@ -63,23 +64,23 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A version with its bytes: one arena for each of its averages, in the same order. Never changed."""
+    """A version with its bytes: one arena for each average, in the order of the averages. Never changed."""
 
     version: Version
     arenas: tuple[Arena, ...]
 
     def at(self, position: int) -> tuple[Average, Arena]:
-        """One of the averages, from 0, and its arena."""
+        """The average at a position in this version, from 0, and its arena."""
         return self.version.averages[position], self.arenas[position]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an update is to make of a version: decided before its parameters come.
+    """What an update is to make of a version, decided before the update's parameters arrive.
 
-    base: the version it applies to. step: the trainer's. num_updates: the counter after it. retentions: what each
-    average of the base retains, in their order; none where the step was applied before and only the digest of the
-    parameters is asked for.
+    base: the version that the update applies to. step: the trainer's. num_updates: the counter after the update.
+    retentions: one for each average of the base, in order; none where the step was applied before, and only the digest
+    of the parameters is needed.
     """
 
     base: Version

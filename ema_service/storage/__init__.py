@@ -1,6 +1,6 @@
-"""What is kept on disk: one folder, a SQLite catalog of what is in it, and safetensors files.
+"""Storage: one folder on disk, with a SQLite catalog of what counts, and safetensors files.
 
-Knows files, rows and bytes. Does not know torch, updates, or when something should be kept.
+Knows files, rows and bytes. Does not know torch, updates, or when something should be stored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The catalog: a SQLite database that says which runs, checkpoints and snapshots there are.
 
-A file counts only once its row is here; the row is written after the file's bytes. Configurations and states are JSON
-texts that this module does not read.
+A file counts only once its row is in the catalog; a row is written after its file's bytes. Configurations and states
+are JSON texts, which the catalog does not parse.
 
 Knows rows and SQL. Does not know files, JSON, torch, or what a run does.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["FORMAT", "MEMORY", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
 
-#: Version of the tables below and of the files they speak of.
+#: Version of the tables below, and of the files that the rows speak of.
 FORMAT = 5
 
 #: In place of a slot's folder: the version lies in memory files, which its state names.
@@ -39,9 +39,9 @@ CREATE TABLE snapshots (
 CREATE TABLE history (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
 """
-#: format -> what makes the next of it. Format 1 had one checkpoint for each run, written and synced as a whole. Format
-#: 2 knew no copied tensors: its servers would average them, so they must refuse what is written now. Format 3 had other
-#: checksums: its servers would take what is written now for damaged. Format 4 knew no memory files: its servers would
+#: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
+#: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
+#: had other checksums: its servers would take newer files for damaged. Format 4 had no memory files: its servers would
 #: take their rows for slots that are gone.
 _MIGRATIONS = {
     1: f"""
@@ -64,6 +64,8 @@ class CatalogUnusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
+    """A run. config: JSON. writer: the number of the writer that attached last, 0 before any did."""
+
     id: int
     name: str
     config: str
@@ -73,9 +75,9 @@ class RunRow:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow:
-    """What a slot of a run holds. Of a run's rows the one with the largest ``id`` is its newest.
+    """The version that one slot of a run holds. Of a run's rows, the row with the largest ``id`` is the newest.
 
-    folder: the slot, relative to the run's folder. synced: its bytes are on the medium.
+    folder: the slot, relative to the run's folder. state: JSON. synced: whether the slot's bytes are on the medium.
     """
 
     id: int
@@ -88,6 +90,8 @@ class CheckpointRow:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRow:
+    """A snapshot of a run. info: JSON."""
+
     run_id: int
     name: str
     info: str
@@ -97,13 +101,13 @@ class SnapshotRow:
 class Catalog:
     """The database. Thread-safe; each method is one transaction.
 
-    A transaction outlives the process when its method returns, and outlives the machine unless it was asked for with
-    ``durable=False``: such a one survives a kill at once, and a power loss from the next durable one on, of any run
-    (the log is one, and is synced from its beginning). Every method may raise sqlite3.Error, and then changed nothing.
+    A transaction outlives the process when its method returns. It outlives the machine as well, unless the caller asked
+    for ``durable=False``: then a power loss may undo it until the next durable transaction, of any run, has returned
+    (SQLite's log is synced from its beginning). Every method may raise sqlite3.Error, and then changed nothing.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises CatalogUnusable."""
+        """Opens or makes the database, and migrates an older format. Raises CatalogUnusable."""
         self._lock = threading.Lock()
         self._synchronous = "FULL"
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -124,29 +128,32 @@ class Catalog:
             self._db.close()
 
     def add_run(self, name: str, config: str, created_at: float) -> RunRow:
+        """Add a run. Raises sqlite3.IntegrityError where the name is taken."""
         cursor = self._write("INSERT INTO runs (name, config, created_at) VALUES (?, ?, ?)", name, config, created_at)
         return RunRow(cursor.lastrowid or 0, name, config, created_at)
 
     def remove_run(self, run_id: int) -> None:
-        """Remove the run with its checkpoint, snapshots and history."""
+        """Remove the run with its checkpoints, snapshots and history."""
         self._write("DELETE FROM runs WHERE id = ?", run_id)
 
     def runs(self) -> list[RunRow]:
+        """All runs, oldest first."""
         query = "SELECT id, name, config, created_at, writer FROM runs ORDER BY id"
         return [RunRow(*row) for row in self._read(query)]
 
     def set_writer(self, run_id: int, writer: int) -> None:
+        """Remember the number of the writer that attached last to a run."""
         self._write("UPDATE runs SET writer = ? WHERE id = ?", writer, run_id)
 
     def last_run_id(self) -> int:
-        """The largest id a run ever had here, 0 if there was none."""
+        """The largest id that a run ever had in this catalog, 0 if there was none."""
         rows = self._read("SELECT seq FROM sqlite_sequence WHERE name = 'runs'")
         return int(rows[0][0]) if rows else 0
 
     def put_checkpoint(
         self, run_id: int, folder: str, state: str, created_at: float, *, synced: bool, durable: bool
     ) -> CheckpointRow:
-        """Say what the slot holds now, in place of what it held before: the run's newest checkpoint."""
+        """Say which version a slot holds, in place of the version before: the run's newest checkpoint."""
         cursor = self._write(
             "INSERT OR REPLACE INTO checkpoints (run_id, folder, state, synced, created_at) VALUES (?, ?, ?, ?, ?)",
             *(run_id, folder, state, synced, created_at),
@@ -155,7 +162,7 @@ class Catalog:
         return CheckpointRow(cursor.lastrowid or 0, run_id, folder, state, synced, created_at)
 
     def amend_checkpoint(self, row_id: int, state: str, *, durable: bool) -> None:
-        """Replace what is said of the state; the slot's bytes are as they were."""
+        """Replace the text of a checkpoint's state; the slot's bytes are as they were."""
         self._write("UPDATE checkpoints SET state = ? WHERE id = ?", state, row_id, durable=durable)
 
     def remove_checkpoint(self, run_id: int, folder: str) -> None:
@@ -163,10 +170,11 @@ class Catalog:
         self._write("DELETE FROM checkpoints WHERE run_id = ? AND folder = ?", run_id, folder)
 
     def mark_synced(self, row_id: int) -> None:
+        """Say that a checkpoint's bytes are on the medium."""
         self._write("UPDATE checkpoints SET synced = 1 WHERE id = ?", row_id)
 
     def checkpoints(self, run_id: int) -> list[CheckpointRow]:
-        """Newest first."""
+        """The checkpoints of a run, newest first."""
         query = (
             "SELECT id, run_id, folder, state, synced, created_at FROM checkpoints WHERE run_id = ? ORDER BY id DESC"
         )
@@ -175,21 +183,25 @@ class Catalog:
         ]
 
     def add_snapshot(self, row: SnapshotRow) -> None:
-        """Raises sqlite3.IntegrityError where the name is taken."""
+        """Add a snapshot. Raises sqlite3.IntegrityError where the name is taken."""
         self._write("INSERT INTO snapshots VALUES (?, ?, ?, ?)", *astuple(row))
 
     def remove_snapshot(self, run_id: int, name: str) -> None:
+        """Remove a snapshot, if it is there."""
         self._write("DELETE FROM snapshots WHERE run_id = ? AND name = ?", run_id, name)
 
     def snapshots(self, run_id: int) -> list[SnapshotRow]:
-        # In the order they were made: the clock may have jumped.
+        """The snapshots of a run, in the order they were made."""
+        # By rowid and not by time: the clock may have jumped.
         query = "SELECT run_id, name, info, created_at FROM snapshots WHERE run_id = ? ORDER BY rowid"
         return [SnapshotRow(*row) for row in self._read(query, run_id)]
 
     def add_history(self, run_id: int, at: float, event: str) -> None:
+        """Add a line to the history of a run."""
         self._write("INSERT INTO history VALUES (?, ?, ?)", run_id, at, event)
 
     def history(self, run_id: int) -> list[tuple[float, str]]:
+        """The history of a run, in order: time and text of each line."""
         return list(self._read("SELECT at, event FROM history WHERE run_id = ? ORDER BY rowid", run_id))
 
     def _write(self, sql: str, *values: object, durable: bool = True) -> sqlite3.Cursor:
@@ -205,6 +217,10 @@ class Catalog:
             return self._db.execute(sql, values).fetchall()
 
     def _migrate(self, path: Path) -> None:
+        """Make the tables in a new database; bring those of an older format up to date.
+
+        Raises CatalogUnusable for a newer one.
+        """
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
         if found > FORMAT:
             raise CatalogUnusable(

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all (written to a temporary name, synced, renamed, the folder synced); reading.
+"""Files that appear whole or not at all (written to a temporary name, synced, renamed, the folder synced), and reading.
 
 Knows paths and bytes. Does not know what the bytes mean, beyond the safetensors header in front of them.
 """
@@ -30,25 +30,26 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
-#: One write of this size keeps the page cache busy without holding a whole model in a system call.
-_WRITE_BYTES = 8 << 20
-#: One read of this size is still in the processor's cache when it is looked at.
-_READ_BYTES = 1 << 20
+#: Bytes of one write: enough to keep the page cache busy, without a whole model in one system call.
+_WRITTEN_AT_ONCE = 8 << 20
+#: Bytes of one read: still in the processor's cache when the caller hashes them.
+_READ_AT_ONCE = 1 << 20
 
 
 def file_name(average: str) -> str:
+    """The name of the file of an average."""
     return f"{average}.safetensors"
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
-    """Write a file that appears under its name only when every byte is on disk. Returns its size.
+    """Write a file that appears under its name only when every byte is on disk. Returns the file's size.
 
-    Raises OSError (no space, no permission); the temporary file is gone then and ``path`` is as it was.
+    Raises OSError (no space, no permission); then the temporary file is gone and ``path`` is as it was.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb", buffering=0) as file:  # a new file: a link that was planted there is not followed
+        with temporary.open("xb", buffering=0) as file:  # x: a new file; a link planted there is not followed
             written = sum(_write_all(file.fileno(), chunk) for chunk in chunks)
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -60,7 +61,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` durable."""
+    """Make renames and removals in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -69,9 +70,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def refuse_link(folder: Path, within: str = "") -> None:
-    """Raises OSError where a symbolic link stands in the place of a run's folder: what it leads to is not ours.
+    """Raises OSError where a symbolic link stands in the place of a run's folder: its target is not the server's.
 
-    within: a path in the folder, none of whose parts may be one either.
+    within: a path in the folder, no part of which may be a link either.
     """
     path = folder
     for part in ("", *Path(within).parts):
@@ -85,9 +86,9 @@ def refuse_link(folder: Path, within: str = "") -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove what no row speaks of. A failure is logged: it costs disk space, never correctness.
+    """Remove a folder that no row speaks of; of a symbolic link, the link alone.
 
-    Of a link only the link is removed.
+    A failure is logged: it costs disk space, never correctness.
     """
     try:
         if folder.is_symlink():
@@ -103,18 +104,19 @@ def remove_tree(folder: Path) -> None:
 def _write_all(descriptor: int, chunk: bytes | memoryview) -> int:
     rest = memoryview(chunk)
     while rest:
-        rest = rest[os.write(descriptor, rest[:_WRITE_BYTES]) :]
+        rest = rest[os.write(descriptor, rest[:_WRITTEN_AT_ONCE]) :]
     return len(chunk)
 
 
 class TensorFile:
-    """A safetensors file open for reading. Reads are positional, so many threads may share it.
+    """A safetensors file, open for reading. Reads are positional, so many threads may share the object.
 
-    The file stays readable after its name was removed, until close().
+    The file stays readable after its name was removed, until close(). name: the path, for messages.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError, or MalformedBody where the file is not whole."""
+        """Opens the file and parses its header. Raises FileNotFoundError, or MalformedBody where the file is not
+        whole."""
         self._file = path.open("rb", buffering=0)
         try:
             self.header, self._data_begin = self._read_header(path)
@@ -123,13 +125,13 @@ class TensorFile:
             raise
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop) of the data section. Raises OSError if the file ends before."""
+        """Bytes [start, stop) of the data section, in new memory. Raises OSError where the file ends before."""
         buffer = memoryview(bytearray(stop - start))
         self.read_into(buffer, start)
         return buffer
 
     def read_into(self, buffer: memoryview, start: int = 0) -> None:
-        """Fill ``buffer`` from byte ``start`` of the data section on. Raises OSError if the file ends before."""
+        """Fill ``buffer`` from byte ``start`` of the data section on. Raises OSError where the file ends before."""
         done = 0
         while done < len(buffer):
             count = os.preadv(self._file.fileno(), [buffer[done:]], self._data_begin + start + done)
@@ -138,23 +140,23 @@ class TensorFile:
             done += count
 
     def read_whole(self, buffer: memoryview) -> Iterator[memoryview]:
-        """Fill ``buffer``, as long as the data section, piece by piece: each while it is in the processor's cache.
+        """Fill ``buffer``, as long as the data section, and yield each piece while it is in the processor's cache.
 
-        Raises OSError if the file ends before.
+        Raises OSError where the file ends before.
         """
-        for start in range(0, len(buffer), _READ_BYTES):
-            piece = buffer[start : start + _READ_BYTES]
+        for start in range(0, len(buffer), _READ_AT_ONCE):
+            piece = buffer[start : start + _READ_AT_ONCE]
             self.read_into(piece, start)
             yield piece
 
     @property
     def name(self) -> str:
-        """Where it lies, for messages."""
+        """The path of the file, for messages."""
         return str(self._file.name)
 
     @property
     def identity(self) -> str:
-        """Another one for each file ever written here, the same after a restart."""
+        """A text that differs for each file ever written here, and is the same after a restart."""
         status = os.fstat(self._file.fileno())
         return f"{status.st_ino}-{status.st_mtime_ns}"
 
@@ -173,14 +175,14 @@ class TensorFile:
 
 
 class FolderLocked(OSError):
-    """Another process has the data folder."""
+    """Another process has locked the data folder."""
 
 
 class FolderLock:
-    """An exclusive lock on a folder that dies with the process (flock)."""
+    """An exclusive lock on a folder (flock), which ends with the process."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises FolderLocked."""
+        """Raises FolderLocked where another process holds the lock."""
         self._file = (folder / "lock").open("ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,10 @@
 """The files of one slot: made with all the space they take, opened when needed, written in place, synced.
 
-Data are written past the page cache where that can be (O_DIRECT): 1 GiB took 0.37 s of the disk's time and 0.01 s of a
-core's, where through the cache, fdatasync included, it took 0.6 s and 0.2 s. That is a core which receives the next
-push, and a cache that keeps what others read.
+Data are written past the page cache where the file system can (O_DIRECT). 1 GiB takes 0.37 s of the disk's time and
+0.01 s of a core's; through the cache, fdatasync included, 0.6 s and 0.2 s. The core receives the next push meanwhile,
+and the cache keeps what others read.
 
-The descriptors that write are those that sync, so that an error of the kernel's write-back in between is seen.
+A file is synced through the descriptor that wrote it, so that an error of the kernel's write-back is reported.
 
 Knows folders, descriptors and bytes. Does not know who writes, when, or which file counts.
 """
@@ -24,11 +24,13 @@ from ema_service.storage.files import file_name, refuse_link, remove_tree, sync_
 
 __all__ = ["Extent", "SlotFiles", "padded_bytes"]
 
+#: Bytes of a page, of memory and of the disk. Writes past the page cache are whole pages of both.
 _PAGE = 4096
 
 
 def padded_bytes(header: bytes) -> int:
-    """How long a header of at most this length is in a slot's file."""
+    """The length of the header in a slot's file, padded to whole pages; shorter headers are padded to the same
+    length."""
     return -(-len(header) // _PAGE) * _PAGE
 
 
@@ -43,7 +45,7 @@ class Extent:
 class SlotFiles:
     """The files of one slot, one for each average. Not thread-safe, but for write() once the files are open.
 
-    folder: where they lie. direct: whether data may be written past the page cache; for small files it is not worth it.
+    folder: where the files lie. direct: whether data may be written past the page cache; not worth it for small files.
     """
 
     def __init__(self, run_folder: Path, name: str, extents: Mapping[str, Extent], *, direct: bool) -> None:
@@ -52,23 +54,24 @@ class SlotFiles:
         self._name = name
         self._extents = extents
         self._direct = direct
-        #: By the average, and whether the descriptor writes past the page cache.
+        #: By name of the average, and whether the descriptor writes past the page cache.
         self._descriptors: dict[tuple[str, bool], int] = {}
 
     @property
     def past_cache(self) -> bool:
-        """Whether open files are written past the page cache."""
+        """Whether the open files are written past the page cache."""
         return self._direct and any(direct for _, direct in self._descriptors)
 
     def open(self) -> None:
-        """Open the files and make them if they are not there, with all the space they take. Raises OSError."""
+        """Open the files; those that are missing are made, with all the space they take. Raises OSError."""
         if self._descriptors:
             return
         refuse_link(self._run_folder, self._name)
         new = not self.folder.exists()
         try:
             if new:
-                # Not the run's own folder: where that is gone the run was deleted, and must not come back.
+                # mkdir() without parents: where the run's own folder is gone, the run was deleted and must not come
+                # back.
                 self.folder.parent.mkdir(exist_ok=True)
                 self.folder.mkdir()
             made = [self._open_file(average, extent) for average, extent in self._extents.items()]
@@ -82,10 +85,12 @@ class SlotFiles:
             raise
 
     def write(self, average: str, data: memoryview, start: int, *, cached: bool) -> None:
-        """Write data of an average from byte ``start`` of its data on. Many threads may write at once. Raises OSError.
+        """Write data of an average, from byte ``start`` of the average on. Many threads may write at once.
 
-        cached: leave the data in the page cache. Else whole pages of memory that become whole pages of the file go past
-        the cache.
+        Raises OSError.
+
+        cached: write through the page cache. Else whole pages of memory that become whole pages of the file go past the
+        cache.
         """
         position = self._extents[average].header + start
         through = self._descriptors[average, False]
@@ -100,7 +105,8 @@ class SlotFiles:
         except OSError as fault:
             if fault.errno != errno.EINVAL:
                 raise
-            # A file system that wants more than whole pages. Another thread may be using the descriptor: it stays open.
+            # The file system wants a larger alignment than pages. The descriptor stays open: another thread may be
+            # using it.
             self._direct = False
             _write_all(through, data, position)
             return
@@ -108,13 +114,16 @@ class SlotFiles:
         _write_all(through, data[before + whole :], position + before + whole)
 
     def write_header(self, average: str, header: bytes) -> None:
-        """Put a header in front of an average's data. Raises OSError."""
+        """Write the header in front of an average's data. Raises OSError."""
         padded = _padded(header, self._extents[average].header)
         _write_all(self._descriptors[average, False], memoryview(padded), 0)
 
     def sync(self) -> None:
-        """Return when the files' bytes are on the medium, and close them: runs may be many and idle, descriptors are
-        few. Raises OSError; then a later call must not be believed."""
+        """Return when the files' bytes are on the medium, and close the files: runs may be many and idle, descriptors
+        are few.
+
+        Raises OSError. A later call would succeed and prove nothing: the kernel forgets which pages it failed to write.
+        """
         self.open()
         for (_, direct), descriptor in self._descriptors.items():
             if not direct:
@@ -122,14 +131,15 @@ class SlotFiles:
         self.close()
 
     def close(self) -> None:
+        """Close the files that are open."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
     def _open_file(self, average: str, extent: Extent) -> bool:
-        """Whether the file was not there, or of another size."""
+        """Open the file of one average, and say whether it had to be made: it was missing, or of another size."""
         path, size = self.folder / file_name(average), extent.header + extent.data
-        refuse_link(self._run_folder, f"{self._name}/{path.name}")  # says more than what O_NOFOLLOW makes of it
+        refuse_link(self._run_folder, f"{self._name}/{path.name}")  # with a better message than O_NOFOLLOW's
         descriptor = self._descriptors[average, False] = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
         )
@@ -137,13 +147,13 @@ class SlotFiles:
             self._descriptors[average, True] = direct
         if os.fstat(descriptor).st_size == size:
             return False
-        os.ftruncate(descriptor, 0)  # what is left of another use or another version of this software
+        os.ftruncate(descriptor, 0)  # the rest of another use, or of another version of this software
         _allocate(descriptor, size)
         return True
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Give a file its size, with blocks behind it where the system can. Raises OSError."""
+    """Give a file its size, with blocks on the disk where the system can reserve them. Raises OSError."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -159,7 +169,7 @@ def _sync_data(descriptor: int) -> None:
 
 
 def _open_direct(path: Path) -> int | None:
-    """A descriptor that writes past the page cache; None where the system or the file system has no such thing."""
+    """A descriptor that writes past the page cache; None where the system or the file system cannot."""
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
     except (AttributeError, OSError):
@@ -167,6 +177,7 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _address(data: memoryview) -> int:
+    """The memory address of the first byte of ``data``."""
     return int(np.frombuffer(data, np.uint8).ctypes.data)
 
 
@@ -177,6 +188,6 @@ def _write_all(descriptor: int, data: memoryview, position: int) -> None:
 
 
 def _padded(header: bytes, size: int) -> bytes:
-    """The header made ``size`` bytes long by spaces behind its JSON."""
+    """The header, ``size`` bytes long by spaces behind its JSON."""
     text = header[LENGTH_BYTES:].ljust(size - LENGTH_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

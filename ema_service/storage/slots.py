@@ -1,18 +1,18 @@
 """Slots: the files that a run's versions are written to, again and again.
 
 A slot is a folder with one safetensors file for each average, allocated once and written in place ever after: the first
-use of a disk's blocks runs at 0.3 GB/s, their reuse at 8.7. So that the pages of one use are those of the next, the
-header is padded with spaces (which the format allows) to a fixed multiple of the page size.
+use of a disk's blocks runs at 0.3 GB/s, their reuse at 8.7. The header is padded with spaces (which the format allows)
+to whole pages, so that the data of every version begin at the same page.
 
-A version of many bytes is written behind its computation, on threads: write() takes note of what is to be written, and
-finish() waits for it. Two threads take turns, so that the disk has something to do while one thread waits for a busy
-core: with one thread, a quarter of 1 GiB was left for the end.
+A large version is written behind its computation, on threads: write() notes how much is computed, and finish() waits
+for the disk. Two threads take turns, so that the disk has work while one thread waits for a busy core: with one thread,
+a quarter of 1 GiB was still to be written at the end.
 
-Whoever takes a slot has it for as long as the object lives: as with the memory of arenas there is no call that gives it
-back, to be forgotten or made too early while another thread still writes.
+Whoever takes a slot has it for as long as the Slot object lives. As with the memory of arenas, there is no call that
+gives a slot back, to be forgotten or made too early while another thread still writes.
 
-Knows which slots there are, who has them, and what of a version is written. Does not know how bytes reach the disk
-(slot_files), what a slot holds, which one counts (rows of the catalog say so), or when it must be on the medium.
+Knows which slots there are, who has them, and how much of a version is written. Does not know how bytes reach the disk
+(slot_files), what a slot holds, which slot counts (rows of the catalog say so), or when a slot must be on the medium.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ema_service.storage.slot_files import Extent, SlotFiles
 __all__ = ["Slot", "Slots"]
 
 _FOLDER = "slots"
-#: A slot of so many bytes is written on a thread; less is written sooner than a thread is woken.
+#: A slot of so many bytes is written on threads; a smaller one is written sooner than a thread is woken.
 _BEHIND_BYTES = 4 << 20
-#: Bytes written at a time, and by how many threads. Past the page cache, 1 MiB at a time took 0.45 s for 1 GiB, 4 MiB
-#: 0.37, 16 MiB 0.36; while the cores were busy receiving it took one thread twice that with 4 MiB at a time.
+#: Bytes of one write, and how many threads write one slot. Past the page cache, 1 GiB took 0.45 s by 1 MiB at once,
+#: 0.37 by 4 MiB, 0.36 by 16 MiB; one thread with 4 MiB at once took twice as long while the cores were busy receiving.
 _WRITTEN_AT_ONCE = 8 << 20
 _WRITERS = 2
 
@@ -52,10 +52,10 @@ class Slots:
         *,
         patient: bool = False,
     ) -> None:
-        """known: slots that rows speak of, relative to ``folder``, those to be written to last first.
+        """known: slots that rows speak of, relative to ``folder``; the first are overwritten last.
 
-        threads: to write on; they must let go of finished work at once (Threads), for it holds the slot. patient: all
-        is written to the disk; else what the disk did not take by finish() is left in the page cache.
+        threads: to write on; they must drop finished work at once (Threads), for the work refers to a slot. patient:
+        write everything to the disk; else what the disk has not taken by finish() is left in the page cache.
         """
         self._folder = folder
         self._extents = extents
@@ -65,11 +65,11 @@ class Slots:
         made = (f"{_FOLDER}/{path.name}" for path in (folder / _FOLDER).glob("*"))
         names = dict.fromkeys([*known, *sorted(made)])
         self._names = set(names)
-        # Last in, first out: pages written a moment ago and superseded since need never reach the disk.
+        # Last in, first out: pages written a moment ago, and superseded since, need never reach the disk.
         self._free = deque(names)
 
     def take(self) -> Slot:
-        """A slot that nobody has, perhaps a new one. On disk nothing happens before it is written to."""
+        """A slot that nobody has, perhaps a new one. Touches no disk."""
         with self._lock:
             try:
                 name = self._free.pop()
@@ -78,13 +78,13 @@ class Slots:
         return self._lend(name)
 
     def hold(self, name: str) -> Slot:
-        """The slot of this name with what it holds: nobody else gets it meanwhile. Nobody has it yet."""
+        """The slot of this name, with the version in it; nobody may have it yet, and nobody else gets it meanwhile."""
         with self._lock:
             self._free.remove(name)
         return self._lend(name)
 
     def allocate(self, count: int) -> None:
-        """Make ``count`` slots for later. Raises OSError (no space); the slot that failed is gone then."""
+        """Make ``count`` slots for later use. Raises OSError (no space); the slot that failed is removed then."""
         for slot in [self.take() for _ in range(count)]:
             slot.files.open()
 
@@ -101,6 +101,7 @@ class Slots:
         return name
 
     def _lend(self, name: str) -> Slot:
+        """The Slot object of a slot; when it dies, its files are closed and the slot is free."""
         small = sum(extent.data for extent in self._extents.values()) < _BEHIND_BYTES
         files = SlotFiles(self._folder, name, self._extents, direct=not small)
         slot = Slot(name, files, self._extents, None if small else self._threads, patient=self._patient)
@@ -108,27 +109,29 @@ class Slots:
         return slot
 
     def _take_back(self, name: str, files: SlotFiles) -> None:
-        # Runs wherever the last reference dies, perhaps inside a locked region: it must not lock (append is atomic).
+        # Runs wherever the last reference to the slot dies, perhaps inside a locked region, so nothing here may lock
+        # (append is atomic).
         files.close()
         self._free.append(name)
 
 
 class Slot:
-    """One slot, its holder's alone: one thread at a time calls it. Its bytes are arbitrary until finish().
+    """One slot, taken by one holder, who calls it from one thread at a time. Its files are garbage until finish().
 
-    name: relative to the run's folder. files: where its bytes go.
+    name: relative to the run's folder. files: the slot's files.
     """
 
     def __init__(
         self, name: str, files: SlotFiles, extents: Mapping[str, Extent], threads: Executor | None, *, patient: bool
     ) -> None:
-        """Made by Slots, which closes ``files`` when the slot dies. threads: None writes at once."""
+        """Made by Slots, which closes ``files`` when the slot dies. threads: None writes at once, on the caller's
+        thread."""
         self.name = name
         self.files = files
         self._extents = extents
         self._threads = threads
         self._patient = patient
-        #: Of each average: all its data, how many bytes are made, and how many are written or being written.
+        #: By name of the average: its data, how many bytes are computed, and how many are written or being written.
         self._sources: dict[str, memoryview] = {}
         self._made = dict.fromkeys(extents, 0)
         self._taken = dict.fromkeys(extents, 0)
@@ -138,27 +141,30 @@ class Slot:
         self._lock = threading.Lock()
 
     def write(self, average: str, data: memoryview, upto: int) -> None:
-        """Write an average's data as far as they are made, perhaps behind the caller.
+        """Write the first ``upto`` bytes of an average, perhaps behind the caller.
 
-        data: all of them, the same at each call. upto: bytes that do not change any more, more each time. Never raises:
-        what goes wrong is told by finish().
+        data: the whole average, the same memory at each call, read until finish() returns. upto: bytes that are final,
+        more each time. Never raises: faults are raised by finish().
         """
         self._sources[average] = data
         self._made[average] = upto
         if self._threads is None:
             self._write_made(1)
         elif upto - self._taken[average] >= _WRITTEN_AT_ONCE:
-            # A thread that met a defect stays: finish() must raise it, for its bytes are nowhere.
+            # A write that ended in a defect stays in the list: finish() must raise it, for its bytes were not written.
             self._writing = [each for each in self._writing if not each.done() or each.exception()]
             if len(self._writing) < _WRITERS:
                 self._writing.append(self._threads.submit(partial(self._write_made, _WRITTEN_AT_ONCE)))
 
     def written(self, average: str) -> int:
-        """How many bytes of the average's data write() was told of."""
+        """How many bytes of the average write() was told of."""
         return self._made[average]
 
     def finish(self, headers: Mapping[str, bytes]) -> None:
-        """Put the headers in front: the files are whole. Raises OSError, also for what write() met."""
+        """Write the rest of the data, then the headers: the files are whole.
+
+        Raises OSError, also for faults that write() met.
+        """
         self._hurried = not self._patient
         for writing in self._writing:
             writing.result()
@@ -173,11 +179,12 @@ class Slot:
             self.files.write_header(average, header)
 
     def _write_made(self, least: int) -> None:
-        """Write of each average what is made and nobody else writes, as long as that is ``least`` bytes or more."""
+        """Write what is computed and nobody else is writing, while that is ``least`` bytes or more of an average."""
         while piece := self._take(least):
             self._write(*piece)
 
     def _take(self, least: int) -> tuple[str, int, int] | None:
+        """The next bytes to write: average, start and stop; None where fewer than ``least`` are to be written."""
         with self._lock:
             for average, start in self._taken.items():
                 stop = min(start + _WRITTEN_AT_ONCE, self._made[average])
@@ -187,10 +194,11 @@ class Slot:
         return None
 
     def _write(self, average: str, start: int, stop: int) -> None:
+        """Write bytes of an average to its file, and note a fault for finish()."""
         try:
             with self._lock:
                 self.files.open()
             self.files.write(average, self._sources[average][start:stop], start, cached=self._hurried)
         except OSError as fault:
-            # Without its traceback, whose frames hold this slot: it would live on until a garbage collection.
+            # Without the traceback, whose frames refer to this slot: it would live until a garbage collection.
             self._fault = (fault.errno or 0, fault.strerror or str(fault))

@@ -3,7 +3,7 @@
     data-dir/
         lock                     held while a server runs
         catalog.db               what counts
-        runs/<name>.<id>/        id makes the folder of a run that was deleted and created again another one
+        runs/<name>.<id>/        by the id, a run that was deleted and created again has another folder
             slots/<k>/<average>.safetensors        (format 1 had checkpoint-{a,b}, which are slots since)
             snapshots/<name>/<average>.safetensors
 
@@ -40,15 +40,15 @@ __all__ = ["Files", "Store", "memory_prefix", "open_store"]
 
 _log = logging.getLogger(__name__)
 
-#: Threads that write versions behind their computation, most of the time waiting for the disk.
+#: Threads that write versions behind their computation; most of the time they wait for the disk.
 _WRITE_THREADS = 4
 
-#: average -> the chunks of its file
+#: By name of the average, the chunks of its file.
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
 _SNAPSHOTS = "snapshots"
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
-#: The folders that checkpoints alternated between in format 1.
+#: The folders that checkpoints of a run alternated between in format 1.
 _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
 
 
@@ -73,7 +73,7 @@ def open_store(folder: Path, ram_dir: Path | None = None) -> Store:
 
 
 class Store:
-    """Everything a server keeps on disk. Names given to it are checked by the caller (protocol.NAME_PATTERN).
+    """Everything a server keeps on disk. The caller checks names (protocol.NAME_PATTERN).
 
     More than twenty methods: one for each thing that is written, read or removed, in an order that outlives a crash.
     """
@@ -117,6 +117,7 @@ class Store:
         self.memory_files = files
 
     def close(self) -> None:
+        """Finish the writes in hand, close the catalog, release the folder's lock."""
         if self.memory_files:
             self.memory_files.close()
         self._writers.shutdown()
@@ -126,19 +127,22 @@ class Store:
     # --- runs -------------------------------------------------------------------------------------------------------
 
     def runs(self) -> list[RunRow]:
+        """All runs, oldest first."""
         return self._catalog.runs()
 
     def add_run(self, name: str, config: str, created_at: float) -> RunRow:
+        """Add a run: its row, then its folder. Raises OSError, sqlite3.Error."""
         row = self._catalog.add_run(name, config, created_at)
         folder = self._run_folder(row)
         if folder.is_symlink():
-            folder.unlink()  # planted there before the run was: it is nobody's
+            folder.unlink()  # planted before the run was made: it is not the run's
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(self._runs)
         return row
 
     def remove_run(self, row: RunRow) -> None:
-        """The row goes first: a crash in between leaves files that no row speaks of, never a row without its files."""
+        """Remove a run: its row first, so that a crash in between leaves files without a row, never a row without
+        files."""
         self._catalog.remove_run(row.id)
         remove_tree(self._run_folder(row))
 
@@ -153,29 +157,29 @@ class Store:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def slots(self, row: RunRow, extents: Mapping[str, Extent], *, patient: bool) -> Slots:
-        """The run's slots: those that rows speak of, those that lie there, and as many more as are taken.
+        """The run's slots: those that rows speak of, those that lie in the folder, and as many new ones as are taken.
 
         patient: as for Slots.
         """
         folder = self._run_folder(row)
         known = [each.folder for each in self._catalog.checkpoints(row.id) if each.folder != MEMORY]
-        if not folder.is_symlink():  # else Slots.check() says so, and they refuse to be opened
-            folder.mkdir(exist_ok=True)  # a power loss may have left the row alone
+        if not folder.is_symlink():  # a linked folder is not touched: Slots.check() refuses it
+            folder.mkdir(exist_ok=True)  # a power loss may have left the row without the folder
             for name in _OLD_FOLDERS:
                 if name not in known:
                     remove_tree(folder / name)
         return Slots(folder, extents, known, self._writers, patient=patient)
 
     def checkpoints(self, row: RunRow) -> list[CheckpointRow]:
-        """What the run's slots hold, newest first. All but the newest may have been written over since."""
+        """The versions that the run's slots hold, newest first. All but the newest may have been overwritten since."""
         return self._catalog.checkpoints(row.id)
 
     def put_checkpoint(self, row: RunRow, slot: str, state: str, *, synced: bool, durable: bool) -> CheckpointRow:
-        """Make what the slot holds the run's newest checkpoint. durable: also beyond a power loss, at once."""
+        """Make the version in a slot the run's newest checkpoint. durable: the row outlives a power loss at once."""
         return self._catalog.put_checkpoint(row.id, slot, state, time.time(), synced=synced, durable=durable)
 
     def amend_checkpoint(self, checkpoint: CheckpointRow, state: str, *, durable: bool) -> None:
-        """Replace what a checkpoint says of its state; its files stay."""
+        """Replace the text of a checkpoint's state; its files stay."""
         self._catalog.amend_checkpoint(checkpoint.id, state, durable=durable)
 
     def remove_checkpoint(self, row: RunRow, slot: str) -> None:
@@ -183,44 +187,53 @@ class Store:
         self._catalog.remove_checkpoint(row.id, slot)
 
     def mark_synced(self, checkpoint: CheckpointRow) -> None:
-        """The slot's bytes are on the medium; so is, when this returns, everything the catalog was told before."""
+        """Say that a checkpoint's bytes are on the medium.
+
+        When this returns, all earlier transactions are there as well.
+        """
         self._catalog.mark_synced(checkpoint.id)
 
     def open_checkpoint(self, row: RunRow, checkpoint: CheckpointRow, average: str) -> TensorFile:
-        """Of a run whose slots passed check(). Raises FileNotFoundError, MalformedBody."""
+        """The file of one average of a checkpoint. The run's slots must have passed check().
+
+        Raises FileNotFoundError, MalformedBody.
+        """
         return TensorFile(self._run_folder(row) / checkpoint.folder / file_name(average))
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
     def save_snapshot(self, row: RunRow, name: str, info: Callable[[], str], files: Files) -> None:
-        """Write a snapshot under a name that is free. ``info`` is asked for once the files are written.
+        """Write a snapshot under a name that is free. info: gives the row's text, once the files are written.
 
         Raises OSError, sqlite3.Error.
         """
         refuse_link(self._run_folder(row), _SNAPSHOTS)
         folder = self._snapshot_folder(row, name)
-        remove_tree(folder)  # of a snapshot whose row was never written
+        remove_tree(folder)  # the files of a snapshot whose row was never written
         self._write_files(folder, files)
         self._catalog.add_snapshot(SnapshotRow(row.id, name, info(), time.time()))
 
     def snapshots(self, row: RunRow) -> list[SnapshotRow]:
+        """The snapshots of a run, in the order they were made."""
         return self._catalog.snapshots(row.id)
 
     def open_snapshot(self, row: RunRow, name: str, average: str) -> TensorFile:
-        """Raises OSError, MalformedBody."""
+        """The file of one average of a snapshot. Raises OSError, MalformedBody."""
         path = self._snapshot_folder(row, name) / file_name(average)
         refuse_link(self._run_folder(row), f"{_SNAPSHOTS}/{name}/{path.name}")
         return TensorFile(path)
 
     def remove_snapshot(self, row: RunRow, name: str) -> None:
+        """Remove a snapshot: its row, then its files."""
         self._catalog.remove_snapshot(row.id, name)
-        with contextlib.suppress(OSError):  # behind a link there is nothing of ours to remove
+        with contextlib.suppress(OSError):  # the files behind a symbolic link are not the server's
             refuse_link(self._run_folder(row), _SNAPSHOTS)
             remove_tree(self._snapshot_folder(row, name))
 
     # ----------------------------------------------------------------------------------------------------------------
 
     def _open_catalog(self, path: Path) -> Catalog:
+        """The catalog. Raises CatalogUnusable, also where the file is missing and folders of runs are there."""
         if not path.exists() and self._runs.is_dir() and any(self._runs.iterdir()):
             raise CatalogUnusable(
                 f"{path} is missing, but there are runs beside it: restore it from a backup, or use another --data-dir"
@@ -228,10 +241,10 @@ class Store:
         return Catalog(path)
 
     def _sweep(self) -> None:
-        """Remove the folders of runs that were deleted, where a crash kept them.
+        """Remove the folders of deleted runs, where a crash left them.
 
-        Only of ids that this catalog gave out: an older catalog, restored from a backup, must not cost the runs that it
-        does not know.
+        Only folders with ids that this catalog gave out: an older catalog, restored from a backup, must not cost the
+        runs that are newer than the backup.
         """
         known = {row.id for row in self._catalog.runs()}
         last = self._catalog.last_run_id()
@@ -252,8 +265,9 @@ class Store:
         return self._run_folder(row) / _SNAPSHOTS / name
 
     def _write_files(self, folder: Path, files: Files) -> None:
+        """Write the files of a snapshot, whole, and make their names durable."""
         folder.mkdir(parents=True, exist_ok=True)
         for average, chunks in files.items():
             write_whole(folder / file_name(average), chunks)
-        for parent in (folder.parent, folder.parent.parent):  # each may have a new entry
+        for parent in (folder.parent, folder.parent.parent):  # each of these folders may have a new entry
             sync_folder(parent)

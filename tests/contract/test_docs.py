@@ -1,4 +1,4 @@
-"""The documents are true: their links lead somewhere, their flags exist, and their snippets run against a real server.
+"""The documents are true: links lead somewhere, flags and named code exist, snippets run against a real server.
 
 Snippets of README.md and client/README.md are run as a reader would, each file from top to bottom in one empty folder:
 ```python blocks share one namespace, ```bash and ```console blocks are run if they call `curl` or `ema`. A block inside
@@ -9,6 +9,7 @@ Knows Markdown, as far as links and code blocks go. Does not know what the snipp
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -38,6 +39,9 @@ def _documents() -> list[str]:
 
 
 DOCUMENTS = _documents()
+DESIGNS = [document for document in DOCUMENTS if document.endswith("DESIGN.md")]
+#: Most characters of a line, but for tables and code.
+WIDTH = 120
 # Where a reader sees a refusal on the screen, the test has to fail.
 STRICT_CURL = 'set -euo pipefail\ncurl() { command curl --fail -sS --max-time 60 "$@"; }\n'
 WITH_SNIPPETS = ["README.md", "client/README.md"]
@@ -61,9 +65,11 @@ def _anchors(path: Path) -> set[str]:
 
 def test_documents_are_found() -> None:
     """The documents that this file is about exist."""
-    named = {"README.md", "CHANGELOG.md", "client/README.md", "client/PROTOCOL.md", "ema_service/DESIGN.md"}
+    named = {"README.md", "CHANGELOG.md", "client/README.md", "client/PROTOCOL.md", "tests/benchmarks/RESULTS.md"}
+    wings = ("api", "averaging", "memory", "persistence", "runs", "shadows")
+    designs = {"ema_service/DESIGN.md", *(f"ema_service/{wing}/DESIGN.md" for wing in wings)}
 
-    assert named - set(DOCUMENTS) == set()
+    assert (named | designs) - set(DOCUMENTS) == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -89,6 +95,78 @@ def _resolves(page: Path, target: str) -> bool:
 def test_no_path_of_one_machine(document: str) -> None:
     """No document names a folder that only one machine has."""
     assert re.findall(r"(?<![\w.])/(?:home|root|Users|work|mnt)/\S*", (ROOT / document).read_text()) == []
+
+
+@pytest.mark.parametrize("document", sorted(DOCUMENTS))
+def test_lines_are_wrapped(document: str) -> None:
+    """No line is longer than 120 characters, but for rows of tables and code."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > WIDTH and not line.startswith("|")]
+
+    assert long == []
+
+
+# --- code that a design names ---------------------------------------------------------------------------------------
+
+
+def _named_code(text: str) -> set[tuple[str, str]]:
+    """``path.py: Class.method``, in code spans and in drawings, as (path, name); a path alone has the name ""."""
+    named = re.findall(r"(?<![\w./])([\w./]+\.py): (\w+(?:\.\w+)*)", text)
+    return {*named, *((path, "") for path in re.findall(r"`([\w./]+\.py)`", text))}
+
+
+def _code_file(path: str) -> Path | None:
+    """The file that a design calls ``path``: below the service's folder, or below the project's."""
+    return next((root / path for root in (ROOT / "ema_service", ROOT) if (root / path).is_file()), None)
+
+
+def _names(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[str]:
+    """Functions, classes and constants of a module, methods and attributes of its classes with the class in front."""
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield prefix + child.name
+        if isinstance(child, ast.ClassDef):
+            yield from _names(child, f"{prefix}{child.name}.")
+        targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
+        yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize("document", DESIGNS)
+def test_named_code_exists(document: str) -> None:
+    """Each `path.py` is a file, and each `path.py: name` is defined in it."""
+    missing = []
+    for path, name in sorted(_named_code((ROOT / document).read_text())):
+        file = _code_file(path)
+        if file is None or (name and name not in set(_names(ast.parse(file.read_text())))):
+            missing.append(f"{path}: {name}")
+
+    assert missing == []
+
+
+def test_missing_code_is_seen() -> None:
+    """A path and a name are found in spans and in drawings; names of classes and of their methods are known."""
+    text = (
+        "`runs/run.py: Run._settle`, `runs/run.py: Run.gone`, `cli.py`\n```\n v runs/ledger.py: Ledger.judge:  x\n```"
+    )
+    run = set(_names(ast.parse((ROOT / "ema_service" / "runs" / "run.py").read_text())))
+
+    assert _named_code(text) == {
+        ("runs/run.py", "Run._settle"),
+        ("runs/run.py", "Run.gone"),
+        ("cli.py", ""),
+        ("runs/ledger.py", "Ledger.judge"),
+    }
+    assert {"Run", "Run._settle", "Keeper.every", "_SMALL_BYTES"} <= run
+    assert "Run.gone" not in run
+
+
+@pytest.mark.parametrize("document", DESIGNS)
+def test_quoted_code_is_in_the_service(document: str) -> None:
+    """What a design quotes in a Python block stands so in one of the service's files."""
+    quoted = [block.text.strip() for block in blocks((ROOT / document).read_text()) if block.language == "python"]
+    sources = [path.read_text() for path in (ROOT / "ema_service").rglob("*.py")] if quoted else []
+
+    assert [text for text in quoted if not any(text in source for source in sources)] == []
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -119,7 +197,7 @@ def test_readme_names_every_flag(serve_flags: set[str]) -> None:
     assert {flag for flag in serve_flags if not re.search(rf"{flag}(?![\w-])", text)} == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "ema_service/DESIGN.md", "docker/README.md"])
+@pytest.mark.parametrize("document", ["README.md", *DESIGNS, "docker/README.md"])
 def test_documented_flags_exist(document: str, serve_flags: set[str]) -> None:
     """Each flag that a document gives to `ema-service serve` is one that it takes."""
     assert _flags_of_serve_in((ROOT / document).read_text()) - serve_flags == set()

@@ -339,7 +339,7 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (client_torch, "ema_client.client", "try:\n    import torch\nexcept ImportError:\n    pass"),
         (client_torch, "ema_client.reading.halves", "from ema_client.tensors.body import receive"),
         (service_third_party, "ema_service.runs.run", "import matplotlib"),
-        (service_third_party, "ema_service.runs.run", "import anyio"),
+        (service_third_party, "ema_service.runs.run", "import idna"),
         (one_httpx, "ema_service.demo.evaluator", "import httpx"),
         (fastapi_in_its_place, "ema_service.runs.run", "from fastapi import Request"),
         (shared_words_are_stdlib_only, "ema_client.wire", "import torch"),

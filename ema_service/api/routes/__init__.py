@@ -1,4 +1,4 @@
-"""The routes: each checks what comes in, asks the one method that answers it, and says what the answer may be.
+"""The routes: each checks its request, calls the one method that answers it, and documents the possible answers.
 
 Knows FastAPI and the protocol. Does not know sockets (transfer), or how updates are decided, computed or kept.
 """

@@ -1,11 +1,11 @@
 """The route that tells watchers what happens to a run, as server-sent events.
 
-There is no queue. What a watcher is told is the difference between what it was told last and what is now, looked at
-when its socket has room: one that reads slowly is told of the newest version and misses those between, and costs the
-server no more memory than one that keeps up.
+There is no queue. A watcher is told how the run differs from what the watcher was told last, whenever its socket has
+room: a watcher that reads slowly is told of the newest version, misses those between, and costs the server no more
+memory than one that keeps up.
 
-Knows how a run may differ from one look to the next, and the text of an event stream. Does not know who changes
-runs, or what a watcher does with what it is told.
+Knows how a run may differ from one look to the next, and the text of an event stream. Does not know who changes runs,
+or what a watcher does with an event.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ __all__ = ["HEARTBEAT_SECONDS", "Look", "changes", "router", "stream"]
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["events"])
 
-#: A comment after so many silent seconds, as the standard advises: it keeps proxies from hanging up, and a watcher
-#: whose machine has died is noticed.
+#: Seconds of silence after which a comment is sent, as the standard advises: it keeps proxies from hanging up, and a
+#: watcher whose machine has died is noticed.
 HEARTBEAT_SECONDS = 15.0
-#: How long a browser waits before it connects again.
+#: Milliseconds that a browser waits before it connects again.
 _RETRY_MS = 1000
-#: Said at once, so that a client learns in one round trip whether events come through to it.
+#: Sent at once, so that a client learns in one round trip whether events come through.
 _OPENING = format_sse_event(comment="events", retry=_RETRY_MS)
 _HEARTBEAT = format_sse_event(comment="")
-#: Watchers stay: one that is refused may ask for versions meanwhile, and looks for a place as often as a poll lasts.
+#: Retry-After for a watcher that finds no place. Watchers stay long; the refused one asks for versions meanwhile, and
+#: for a place as often as such a poll lasts.
 _FULL_SECONDS = 10.0
 
 
@@ -76,14 +77,14 @@ async def get_events(run: RunName, server: Server) -> Response:
     server stops.
     """
     found, snapshots = server.registry.get(run), _snapshots(server, run)
-    # no-transform and X-Accel-Buffering: a proxy that gathers the events up would make them late.
+    # no-transform and X-Accel-Buffering: a proxy that collects events would delay them.
     headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream(server, found, snapshots), headers=headers, media_type="text/event-stream")
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is seen of a run at once. ``snapshots`` by name; ``changes``: Snapshots.changes when they were read."""
+    """A run as it is at one moment. snapshots: by name. changes: Snapshots.changes when the snapshots were read."""
 
     version: Version | None = None
     snapshots: Mapping[str, SnapshotInfo] = field(default_factory=dict)
@@ -96,7 +97,7 @@ async def stream(
     """The body: encoded events until the run is deleted or the server stops."""
     with server.watching(run) as moved, server.metrics.watchers.track_inprogress():
         yield _OPENING
-        # Snapshots that are there already are no news; the version is.
+        # The present snapshots are no news; the present version is.
         before = replace(await _look(server, run, snapshots, Look()), version=None)
         while True:
             moved.clear()
@@ -116,7 +117,7 @@ async def stream(
 
 
 def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
-    """What to tell someone who knows ``before``: a new version, then what else is different."""
+    """The events for a watcher who knows ``before``: a new version, then everything else that is different."""
     old, new = before.version, now.version
     if new is not None:
         if old is None or str(new) != str(old):
@@ -132,11 +133,12 @@ def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
 
 
 def _steered(run: Run, old: Version, new: Version) -> Iterator[RunEvent]:
+    """The events of changed decays and of a reset counter."""
     for was, average in zip(old.averages, new.averages, strict=True):
         if was.decay != average.decay:
             event = _event(run, "decay_changed", new)
             yield replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
-    # In one epoch the counter falls by a reset only.
+    # Within an epoch only a reset lowers the counter.
     if new.epoch == old.epoch and new.num_updates < old.num_updates:
         yield _event(run, "num_updates_reset", new)
 
@@ -174,6 +176,7 @@ async def _look(server: Context, run: Run, snapshots: Snapshots | None, before: 
 
 
 def _snapshots(server: Context, run: str) -> Snapshots | None:
+    """The snapshots of a run, None where nothing is kept on disk."""
     try:
         return server.registry.snapshots(run)
     except StorageDisabled:

@@ -1,6 +1,6 @@
 """Parameters that several routes take, each with its check and its line in the API's documentation.
 
-Knows FastAPI and the protocol's limits. Does not know what a route does with them.
+Knows FastAPI and the protocol's limits. Does not know what a route does with a parameter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Number", "RunName", "Server", "SnapshotName", "Step", "WriterNumber"
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
 
 
-# A plain function would be called on a thread, for each request.
+# async: FastAPI would call a plain function on a thread, for each request.
 async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
@@ -34,7 +34,10 @@ WriterNumber = Annotated[
 
 
 def _plain_number(value: object) -> object:
-    """``1.0``, ``+5`` and ``007`` are numbers to a lenient reader; here each step has one way to be written."""
+    """The value, if it is written as a plain number: a lenient parser would take ``1.0``, ``+5`` and ``007`` as well.
+
+    Each step has one way to be written, so that a step has one URL.
+    """
     if isinstance(value, str) and not _NUMBER.match(value):
         raise ValueError("a number in decimal digits, without sign, point or leading zeros, is expected")
     return value

@@ -51,7 +51,7 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     },
 )
 async def create_run(request: Request, response: Response, server: Server) -> RunInfo:
-    """Create a run from its configuration. It then awaits its initial weights.
+    """Create a run from its configuration. The run then awaits its initial weights.
 
     The same configuration again changes nothing.
     """
@@ -63,7 +63,10 @@ async def create_run(request: Request, response: Response, server: Server) -> Ru
 
 
 def _read_config(raw: bytes) -> RunConfig:
-    """Not by FastAPI, on the event loop: a layout of 200,000 tensors takes seconds. Raises RequestValidationError."""
+    """The configuration in a request's body. Raises RequestValidationError.
+
+    Not by FastAPI, which would parse on the event loop: a layout of 200,000 tensors takes seconds.
+    """
     try:
         return RunConfigBody.model_validate_json(raw).to_config()
     except ValidationError as fault:
@@ -102,7 +105,7 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInf
     responses=problem_responses(RunNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed),
 )
 async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
-    """Set num_updates to 0. Where use_num_updates is off it stays -1."""
+    """Set num_updates to 0; where use_num_updates is off, it stays -1."""
     return (await server.workers.block(partial(server.registry.reset_num_updates, run))).info()
 
 
@@ -113,9 +116,10 @@ async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
     responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
 )
 async def attach_writer(run: RunName, server: Server) -> Writer:
-    """A number to send with each push (``Ema-Writer``).
+    """Give a trainer a number to send with each push (``Ema-Writer``).
 
-    From now on pushes with an earlier number, and without one, are refused: a trainer that was replaced cannot push.
+    From now on pushes with an earlier number, and without a number, are refused: a trainer that was replaced cannot
+    push.
     """
     return await server.workers.block(partial(server.registry.attach, run))
 

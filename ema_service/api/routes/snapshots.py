@@ -1,4 +1,4 @@
-"""Routes of snapshots: make one (copy_to on the server), list, show, delete. Their weights are served in weights.py.
+"""Routes of snapshots: make one (copy_to on the server), list, show, delete. weights.py serves their weights.
 
 Knows the routes and their answers. Does not know how a snapshot is kept.
 """
@@ -51,11 +51,11 @@ async def put_snapshot(
 ) -> SnapshotInfo:
     """Copy all averages, as they are now, to files under this name.
 
-    On disk when it is answered, and never changed after. ``keep``: of the snapshots whose names are the same up to the
-    last "-", only so many, the newest, stay.
+    The snapshot is on disk when the request is answered, and is never changed after. ``keep``: of the snapshots whose
+    names are the same up to the last "-", only so many, the newest, stay.
     """
     if keep is not None:
-        # The rest of the series is deleted: more than a reader may do.
+        # The rest of the series is deleted: a reader may not.
         access_of(request).check("push", run)
     found, snapshots = server.registry.get(run), server.registry.snapshots(run)
     info, created = await server.workers.block(partial(snapshots.take, name, found.ready_state, keep=keep))
@@ -75,7 +75,7 @@ async def list_snapshots(run: RunName, server: Server) -> SnapshotList:
     responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest),
 )
 async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> SnapshotInfo:
-    """Of which step and version the snapshot is, and how large."""
+    """Step, version and size of the snapshot."""
     return await server.workers.block(partial(server.registry.snapshots(run).find, name))
 
 

@@ -1,6 +1,6 @@
-"""Routes that take weights in: the initial shadow, and updates.
+"""Routes that receive weights: the initial shadow, and updates.
 
-The order is that of the data: admit, take staging, receive and average as it comes, commit (pushes). Until the last,
+The order is that of the data: admit, take staging, receive and average at once, commit (pushes). Until the commit
 nothing of the run has changed.
 
 Knows that order and the answers. Does not know bytes, or whether an update counts (runs).
@@ -52,7 +52,8 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["updates"])
 
-# For the API page alone: FastAPI does not look at the header, as a bad one has an answer of its own (segment_unusable).
+# For the API's documentation alone: FastAPI does not check the header, as a bad one has an answer of its own
+# (segment_unusable).
 _SEGMENT_HEADER: dict[str, Any] = {
     "name": HEADER_SEGMENT,
     "in": "header",
@@ -133,7 +134,7 @@ async def put_update(
 ) -> UpdateResult:
     """Apply the parameters as of ``step``, exactly once and all or nothing.
 
-    The same bytes at the run's latest step again answer ``applied: false``; other bytes there are a conflict.
+    The same bytes at the run's latest step again answer ``applied: false``; other bytes at that step are a conflict.
     """
     found = server.registry.get(run)
     found.ledger.admit(step, writer)
@@ -162,7 +163,10 @@ async def put_weights_part(
     num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
     step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
 ) -> RunInfo | UpdateStatus:
-    """One of ``of`` parts. The one that completes them makes them the first shadow; the others answer 202."""
+    """Take one of ``of`` parts of the initial weights; answered 202 while others are missing.
+
+    The part that completes the set makes it the first shadow of every average.
+    """
     found = server.registry.get(run)
     outcome, result = await _push_part(request, server, found, None, part, Terms(of, group, num_updates, step))
     if outcome != "staged":
@@ -191,9 +195,10 @@ async def put_update_part(
     group: PartGroup = "",
     writer: WriterNumber = None,
 ) -> UpdateResult | UpdateStatus:
-    """One of ``of`` parts of one step. The one that completes them applies the update, as one; the others answer 202.
+    """Take one of ``of`` parts of a step; answered 202 while others are missing.
 
-    The same part with the same bytes again changes nothing; with other bytes it is a conflict.
+    The part that completes the set applies the update, as one. A part sent again with the same bytes changes nothing;
+    with other bytes it is a conflict.
     """
     found = server.registry.get(run)
     outcome, result = await _push_part(request, server, found, step, part, Terms(of, group, writer=writer))
@@ -211,8 +216,10 @@ async def put_update_part(
     responses=problem_responses(RunNotFound, InvalidRequest),
 )
 async def get_update(run: RunName, step: Step, server: Server) -> UpdateStatus:
-    """Whether the step was applied, among the latest 1024 steps of this server's life, or which of its parts are there;
-    otherwise it is unknown."""
+    """Whether the step was applied, or which of its parts have arrived; else unknown.
+
+    The server remembers the latest 1024 steps that it applied.
+    """
     status = server.registry.get(run).ledger.status_of(step)
     staged = None if status.state == "applied" else server.registry.parts(run).staged(step)
     return status if staged is None else UpdateStatus(step, "staged", staged)
@@ -221,7 +228,7 @@ async def get_update(run: RunName, step: Step, server: Server) -> UpdateStatus:
 async def _push_part(
     request: Request, server: Context, run: Run, step: int | None, index: int, terms: Terms
 ) -> tuple[Outcome, UpdateResult | RunInfo | None]:
-    """Receive a part and, where it is the last one missing, have the whole applied: then there is a result."""
+    """Receive a part; where it is the last one missing, have the run apply the set, and return the result as well."""
     async with PartialPush(request, server, run, step, index, terms) as push:
         outcome = await push.receive()
         result = await push.decide() if outcome == "complete" else None

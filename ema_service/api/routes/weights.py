@@ -1,7 +1,7 @@
-"""Routes that give weights out: the current EMA, and those of a snapshot.
+"""Routes that send weights: the current EMA, and the weights of a snapshot.
 
-Knows HTTP's conditional and range requests, and how to stream a source to a socket. Does not know which bytes those are
-(WeightsStream) or what a version is made of.
+Knows HTTP's conditional and range requests, and how to stream a source to a socket. Does not know which bytes a body
+has (WeightsStream) or what a version is made of.
 """
 
 from __future__ import annotations
@@ -169,7 +169,12 @@ async def _answer(
     *,
     on_disk: bool,
 ) -> Response:
-    """The answer to a GET or HEAD. A body takes ``source`` over and closes it at its end; else the caller does."""
+    """The answer to a GET or HEAD.
+
+    A body closes ``source`` at its end; an answer without a body leaves that to the caller.
+
+    open_source: called only where there is a body; adds to ``source`` what is to be closed.
+    """
     headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
     if _matches(request.headers.get("if-none-match"), stream.etag):
         return Response(status_code=304, headers=headers)
@@ -190,7 +195,7 @@ async def _answer(
 
 
 class _Streaming(StreamingResponse):
-    """Sends the chunks and, however that ends, closes the source."""
+    """Sends the chunks, counts their bytes and, however the sending ends, closes the source."""
 
     media_type = _OCTETS
 
@@ -218,6 +223,7 @@ class _Streaming(StreamingResponse):
 
 
 async def _from_memory(request: Request, server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
+    """The chunks that a thread does not send: pour() sends what the reader takes at once."""
     for chunk in chunks:
         sent, left = await pour(request, chunk, chunks, server.workers.senders)
         server.metrics.sent.inc(sent)
@@ -226,12 +232,13 @@ async def _from_memory(request: Request, server: Context, chunks: Iterator[memor
 
 
 async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
+    """The chunks of a snapshot's body, read from disk off the event loop."""
     while (chunk := await server.workers.block(partial(next, chunks, None))) is not None:
         yield chunk
 
 
 def _matches(header: str | None, etag: str) -> bool:
-    """If-None-Match: a list of tags, weak or not, or ``*``."""
+    """Whether If-None-Match, a list of tags, weak or not, or ``*``, names the tag."""
     if header is None:
         return False
     tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
@@ -239,9 +246,10 @@ def _matches(header: str | None, etag: str) -> bool:
 
 
 def _range(request: Request, stream: WeightsStream) -> tuple[int, int] | None:
-    """The part [start, stop) asked for; None for the whole: no Range, several, another unit, or another version.
+    """The bytes [start, stop) of the body that the request's Range asks for; None for the whole body.
 
-    Raises RangeNotSatisfiable.
+    The whole is sent without a Range, for several ranges, another unit, or a version other than If-Range's. Raises
+    RangeNotSatisfiable.
     """
     asked = _RANGE.match(request.headers.get("range", "")) if request.method == "GET" else None
     pinned = request.headers.get("if-range")

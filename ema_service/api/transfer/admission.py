@@ -1,6 +1,6 @@
 """Waiting for room in a budget: first come, first served, and not for long.
 
-Knows the order of those who wait and their deadline. Does not know what is taken: whoever owns the budget says whether
+Knows the order of the waiting requests and their deadline. Does not know what the budget is of: its owner says whether
 there is room now, and tells when some came free.
 """
 
@@ -21,29 +21,31 @@ __all__ = ["WAIT_SECONDS", "Admission"]
 
 T = TypeVar("T")
 
-#: How long a request waits for room before it is told to come again. A push of a gigabyte takes less than a second, so
-#: what is still full then is overload; and clients that asked first (Expect: 100-continue) wait 5 s before they send.
+#: Seconds that a request waits for room before it is told to come again. A push of a gigabyte takes less than a second,
+#: so a budget that stays full for longer is overload; and clients that asked first (Expect: 100-continue) wait 5 s
+#: before they send.
 WAIT_SECONDS = 4.0
 
 
 class Admission:
-    """The queue before one budget. Lives on the event loop: no thread is held, however many wait.
+    """The queue before one budget. Lives on the event loop: no thread is held, however many requests wait.
 
-    The first waits for room, those behind it for their turn, even where there would be room for them: else a large
-    push would never come to its turn among small ones.
+    The first request waits for room, those behind it for their turn, even where there would be room for them: else a
+    large push would never have its turn among small ones. waiting: how many requests wait.
     """
 
     def __init__(self, seconds: float = WAIT_SECONDS) -> None:
-        """Call it where the event loop runs."""
+        """seconds: how long each may wait. To be called on the event loop."""
         self.waiting = 0
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
-        self._turn = asyncio.Lock()  # its waiters are served in order
+        self._turn = asyncio.Lock()  # asyncio serves those who wait for a lock in order
         self._room = asyncio.Event()
 
     def room(self) -> None:
-        """There may be room. Thread-safe; takes no lock, for it may be called in a garbage collection."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+        """Look again: there may be room. Thread-safe, and takes no lock, for it may be called in a garbage
+        collection."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and every waiting request with it
             self._loop.call_soon_threadsafe(self._room.set)
 
     async def take(self, request: Request, attempt: Callable[[], T]) -> T:
@@ -62,6 +64,7 @@ class Admission:
             self.waiting -= 1
 
     async def _wait(self, request: Request, attempt: Callable[[], T]) -> T:
+        """Wait for the turn, then for room. Raises as take()."""
         full = Overloaded(f"{self.waiting - 1} others have been waiting for room before this request", retry_after=1.0)
         gone = False
 

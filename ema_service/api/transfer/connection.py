@@ -1,7 +1,8 @@
-"""One connection of a stranger: bounded heads, bounded patience, and refusals in the one shape.
+"""A connection of a stranger: bounded heads, bounded patience, and refusals in the one shape of errors.
 
-uvicorn bounds none of these by itself: a head may grow, or trickle in, for ever; an answer that nobody reads keeps its
-memory for ever; what is no HTTP is answered in plain text. ``GuardedProtocol`` is uvicorn's protocol with these closed.
+uvicorn alone sets no such bounds: a head may grow, or trickle in, for ever; an answer that nobody reads keeps its
+memory for ever; bytes that are no HTTP are answered in plain text. ``GuardedProtocol`` is uvicorn's protocol with these
+bounds.
 
 Knows uvicorn's httptools protocol, transports and timers. Does not know routes, or bodies of weights (filling).
 """
@@ -26,16 +27,16 @@ __all__ = ["LINGER_SECONDS", "MAX_HEAD_BYTES", "STATE", "Guard", "GuardedProtoco
 
 _log = logging.getLogger(__name__)
 
-#: Where the application's lifespan leaves its Guard for the connections (ASGI's lifespan state).
+#: The key under which the application leaves its Guard for the connections, in ASGI's lifespan state.
 STATE = "ema.guard"
 
-#: Where a request finds the set of functions that are called when its connection is lost (an ASGI extension).
+#: Name of the ASGI extension: a set of functions that are called when the request's connection is lost.
 _LOST = "ema.lost"
 
-#: Request line and header fields together, trailers too; 64 KiB is what h11 allows.
+#: Most bytes of request line and header fields together, and of trailers; h11 allows as many.
 MAX_HEAD_BYTES = 64 << 10
 
-#: How long who is still sending gets to read the refusal of it, in seconds.
+#: Seconds that a refused sender, still sending, gets to read the refusal.
 LINGER_SECONDS = 2.0
 
 
@@ -43,7 +44,7 @@ LINGER_SECONDS = 2.0
 class Guard:
     """What an application asks of its connections.
 
-    patience: seconds that a head may take to come, and that a reader may take for what was last given to its socket
+    patience: seconds that a head may take to arrive, and that a reader may take for the bytes last given to its socket
     (1 MiB of weights). refused: told the code of each request refused here. cut: told of each reader cut off.
     """
 
@@ -74,7 +75,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = False
         self._stalled: asyncio.TimerHandle | None = None
         self._closing: asyncio.TimerHandle | None = None
-        #: Bytes since the parser last came to the end of a head, or to a piece of a body; and of the fields it found.
+        #: Bytes that the parser has not made a whole head or a piece of a body of yet; and bytes of the header fields
+        #: found.
         self._unparsed = self._fields = 0
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = self._later(self._head_is_late)
@@ -109,7 +111,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._fields += len(name) + len(value)
         if self._fields + len(self.url) > MAX_HEAD_BYTES:
             self._fault = _too_large()
-            raise self._fault  # the parser's error, which ends in send_400_response()
+            raise self._fault  # the parser reports an error, and calls send_400_response()
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -131,6 +133,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(self._fault or BadRequest("the request cannot be read as HTTP/1.1"))
 
     def _head_is_late(self) -> None:
+        """Refuse a head that has begun and is not complete; close a connection on which none has begun."""
         self._head_timer = None
         if self._unparsed:
             self._refuse(RequestTimeout(f"the request's head did not come within {self._guard.patience:g} seconds"))
@@ -138,7 +141,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, fault: EmaError) -> None:
-        """Answer what is no request the application could answer, listen to no more, and close."""
+        """Answer a request that the application could not answer, listen to no more, and close the connection."""
         self._refused = True
         self._guard.refused(fault.code)
         cycle: RequestResponseCycle | None = self.cycle  # None before the first request
@@ -147,10 +150,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._close()  # the refusal would stand in the middle of another answer
             return
         if unanswered:
-            unanswered.disconnected = True  # what the application says of it is not sent any more
+            unanswered.disconnected = True  # the application's own answer is not sent any more
             unanswered.message_event.set()
         self.transport.write(_plain_answer(fault))
-        # The rest is read and dropped for a while: closed at once, the connection would be reset under the answer.
+        # The rest is read and dropped for a while: closing at once would reset the connection before the answer is
+        # read.
         self.flow.resume_reading()
         self._closing = self.loop.call_later(LINGER_SECONDS, self._close)
 
@@ -175,12 +179,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._close()
 
     def _cut(self) -> None:
+        """Break the connection of a reader that took too little for too long."""
         _log.info("a reader took nothing, or too little, for %g seconds and is cut off", self._guard.patience)
         self._guard.cut()
         self.transport.abort()
 
     def _close(self) -> None:
-        """Close once everything is sent; what is not taken in time is dropped."""
+        """Close once everything is sent; bytes that the reader does not take in time are dropped."""
         if not self.transport.is_closing():
             self.transport.close()
         if self._closing:
@@ -188,10 +193,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._closing = self._later(self.transport.abort)
 
     def _later(self, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Have ``callback`` called when the guard's patience is over."""
         return self.loop.call_later(self._guard.patience, callback)
 
 
 def _plain_answer(fault: EmaError) -> bytes:
+    """The whole answer with an error, head and body."""
     body = json.dumps(fault.to_problem()).encode()
     lines = [
         f"HTTP/1.1 {fault.status} {http.HTTPStatus(fault.status).phrase}",

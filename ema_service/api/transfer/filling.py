@@ -1,14 +1,14 @@
-"""Receives the body of a push straight from the socket into the memory it is for.
+"""Receives the body of a push from the socket straight into the memory it is for.
 
-uvicorn hands a body to its application through five copies (measured: 1.0 GB/s where the socket gives 3). Here the
-connection itself is lent to the receiving of one body: once the headers are in, the transport reads into the staging
-buffer (``asyncio.BufferedProtocol``), and then goes back to uvicorn for the answer and the next request. The
-application sees this as an ASGI extension, ``scope["extensions"]["ema.fill"]``; under any other server, and for a
-body of unannounced length, ``request.stream()`` does the same job slower.
+uvicorn hands a body to its application through five copies (1.0 GB/s where the socket gives 3). Here the connection
+itself is lent to the receiving of one body: once the headers are parsed, the transport reads into the staging buffer
+(``asyncio.BufferedProtocol``), and then goes back to uvicorn for the answer and the next request. The application sees
+an ASGI extension, ``scope["extensions"]["ema.fill"]``; under any other server, and for a body of unannounced length,
+``request.stream()`` does the same job slower.
 
-While the bytes of a large body come faster than they are worked through, a thread of its own reads the socket: what it
-has just received it averages at once, out of the core's cache, and the event loop is free for everyone else. Where
-nothing comes for a moment the loop waits for more, so that a slow sender holds no thread.
+While the bytes of a large body arrive faster than they are averaged, a thread reads the socket: it averages each piece
+at once, out of the core's cache, and the event loop is free for everyone else. Where nothing arrives for a moment the
+thread returns the socket to the loop, so that a slow sender holds no thread.
 
 Knows transports, sockets and deadlines. Does not know what the bytes mean (a Body does) or what becomes of them.
 """
@@ -34,36 +34,36 @@ if TYPE_CHECKING:
 
 __all__ = ["FILL", "Fill", "Filling", "Pace", "Work", "content_length", "receive"]
 
-#: Name of the ASGI extension: ``await fill(body, work, length, silence, receivers)``, False where the body has to be
+#: Name of the ASGI extension: ``await fill(body, work, length, silence, receivers)``. False where the body has to be
 #: streamed.
 FILL = "ema.fill"
 
 
 class Work(Protocol):
-    """What is done with a body's bytes behind the receiving; ``arrived``: Body.arrived, larger each time."""
+    """Work on a body's bytes behind the receiving. arrived: Body.arrived, larger each time."""
 
     def here(self, arrived: int) -> None:
-        """Do it now: called on a thread that receives."""
+        """Do the work now, on the calling thread, which receives."""
 
     def elsewhere(self, arrived: int) -> None:
-        """Have it done by a thread: called on the event loop."""
+        """Have a thread do the work: called on the event loop."""
 
 
 Fill = Callable[[Body, Work | None, int, float, SocketThreads], Awaitable[bool]]
 
-#: Bytes a second that a sender keeps up on average, beyond a grace as long as the silence it is allowed. A trickle
+#: Bytes a second that a sender must keep up on average, beyond a grace as long as the silence it is allowed. A trickle
 #: would hold its staging for ever; other servers ask for 240 to 500, but of bodies that hold no gigabytes of memory.
 MIN_BYTES_PER_SECOND = 16 << 10
 
-#: Bytes of a refused body are read and dropped into this.
-_DISCARD_BYTES = 1 << 18
+#: The rest of a refused body is read into so many bytes, and dropped.
+_DISCARDED_AT_ONCE = 1 << 18
 
-#: A thread reads the rest of a body that is at least so long, once so many bytes came at once.
+#: A thread reads the rest of a body of at least so many bytes, once so many arrived at once.
 _LONG_BYTES = 1 << 20
 _BURST_BYTES = 64 << 10
-#: A thread reads so many bytes at a time: what is worked through next is still in the core's cache.
+#: Bytes that a thread receives at once: still in the core's cache when they are averaged.
 RECEIVED_AT_ONCE = 256 << 10
-#: A thread goes back to the event loop where nothing came for so many milliseconds.
+#: A thread returns the socket to the event loop when nothing arrived for so many milliseconds.
 _IDLE_MS = 20
 
 
@@ -80,10 +80,10 @@ def content_length(request: Request) -> int | None:
 async def receive(
     request: Request, body: Body, receivers: SocketThreads, *, silence: float, work: Work | None = None
 ) -> None:
-    """Fill ``body``, made for the announced length.
+    """Fill ``body``, made for the announced length, and finish it.
 
-    work: done behind the receiving, with what has come. silence: seconds the sender may stay silent.
-    Raises what a Body raises, RequestTimeout, and ClientDisconnect where the sender went away.
+    work: done behind the receiving, with the bytes that have arrived. silence: seconds the sender may stay silent.
+    Raises as a Body; RequestTimeout; ClientDisconnect where the sender went away.
     """
     length = content_length(request)
     fill: Fill | None = request.scope.get("extensions", {}).get(FILL)
@@ -93,6 +93,7 @@ async def receive(
 
 
 async def _stream(request: Request, body: Body, work: Work | None, silence: float) -> None:
+    """Receive the body chunk by chunk from ASGI's ``request.stream()``."""
     pace = Pace(silence)
     try:
         async with asyncio.timeout_at(pace.deadline) as deadline:
@@ -119,17 +120,18 @@ class Pace:
         self._received = 0
 
     def moved(self, count: int) -> None:
+        """Note that ``count`` bytes arrived."""
         if count:
             self._received += count
             self._last = self._clock()
 
     @property
     def deadline(self) -> float:
-        """When it is given up unless more comes, in the event loop's time."""
+        """When the sender is given up unless more bytes arrive, in the event loop's time."""
         return min(self._last, self._begun + self._received / MIN_BYTES_PER_SECOND) + self._silence
 
     def fault(self) -> RequestTimeout:
-        """Why it was given up."""
+        """Why the sender was given up."""
         if self._last + self._silence <= self._clock():
             return RequestTimeout(f"no byte of the body came for {self._silence:g} seconds")
         seconds = self._clock() - self._begun
@@ -140,11 +142,11 @@ class Pace:
 
 
 class Filling(asyncio.BufferedProtocol):
-    """Has the connection for the length of one body. Owned by the task that awaits wait(); fed by the event loop, or
-    by a thread that is lent the socket meanwhile.
+    """Receives one body in place of uvicorn's protocol. Owned by the task that awaits wait().
 
-    After the body turned out wrong the rest of it is read and dropped, so that the sender reads the answer instead of a
-    broken connection; uvicorn's keep-alive timeout ends that if the sender does not.
+    Bytes are received by the event loop, or by a thread that the socket is lent to. After the body turned out wrong the
+    rest is read and dropped, so that the sender reads the answer instead of a broken connection; uvicorn's keep-alive
+    timeout ends that if the sender does not.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class Filling(asyncio.BufferedProtocol):
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin(self, parsed: bytearray) -> None:
-        """Take the part of the body that came along with the headers."""
+        """Take the part of the body that uvicorn read along with the headers."""
         self._pace.moved(len(parsed))
         try:
             self._body.feed(parsed)
@@ -178,7 +180,7 @@ class Filling(asyncio.BufferedProtocol):
             self._finish_if_over()
 
     async def wait(self) -> None:
-        """Return when the body is whole. Raises what a Body raises, RequestTimeout, ClientDisconnect."""
+        """Return when the body is whole. Raises as a Body; RequestTimeout, ClientDisconnect."""
         clock = asyncio.get_running_loop().time
         try:
             while not self._done.done():
@@ -187,7 +189,7 @@ class Filling(asyncio.BufferedProtocol):
                 await asyncio.wait([self._done], timeout=left)
             self._done.result()
         finally:
-            self._done.cancel()  # nobody will ask again
+            self._done.cancel()  # nobody awaits the result any more
             if self._remaining and self._discarding is None:
                 self._discard()
 
@@ -213,11 +215,12 @@ class Filling(asyncio.BufferedProtocol):
         self._finish_if_over()
 
     def _pause_for(self, working: asyncio.Future[None]) -> None:
-        """Read nothing of the socket here while a thread is at work."""
+        """Read nothing of the socket on the event loop while a thread is at work."""
         self._http.flow.pause_reading()
         working.add_done_callback(self._resume)
 
     def _resume(self, working: asyncio.Future[None]) -> None:
+        """Go on with the socket on the event loop: the thread has returned it."""
         if fault := working.exception():
             self._fail(fault)
         if not self._http.transport.is_closing():
@@ -225,12 +228,15 @@ class Filling(asyncio.BufferedProtocol):
             self._finish_if_over()
 
     def _hand_over(self) -> bool:
-        """Let a thread read the socket, where that is worth it, there is one, and the bytes come as they are (no
-        TLS)."""
+        """Lend the socket to a thread, and say whether that was done.
+
+        Not for a short rest of a body, without a free thread, or under TLS, where the socket's bytes are not the
+        body's.
+        """
         transport = self._http.transport
         if self._remaining < _LONG_BYTES or self._done.done() or transport.get_extra_info("sslcontext"):
             return False
-        # The loop may close its descriptor meanwhile, and the system give the number to someone else.
+        # A duplicate: the loop may close its own descriptor meanwhile, and the system give the number to another file.
         descriptor = os.dup(transport.get_extra_info("socket").fileno())
         working = self._receivers.lend(functools.partial(self._drain, descriptor))
         if working is None:
@@ -240,9 +246,10 @@ class Filling(asyncio.BufferedProtocol):
         return True
 
     def _drain(self, descriptor: int) -> None:
-        """On a thread: receive and work while bytes come. Ends where the body does, or who awaits it gave up.
+        """On a thread: receive and work while bytes arrive. Raises as Body.advance().
 
-        The end of the connection is left for the event loop to find. Raises as Body.advance().
+        Ends with the body, where nothing arrives, or where the waiting task gave up. The end of the connection is left
+        for the event loop to find.
         """
         try:
             arrival = select.poll()
@@ -279,19 +286,22 @@ class Filling(asyncio.BufferedProtocol):
         self._http.resume_writing()
 
     def _finish_if_over(self) -> None:
+        """Give the connection back to uvicorn when the announced bytes have arrived."""
         if self._remaining == 0:
             if self._http.transport.get_protocol() is self:
                 self._http.take_back()
             if not self._done.done():
                 self._done.set_result(None)
         elif self._discarding is None and self._body.complete:
-            # Never an endless loop on an empty window: what is announced beyond the data is not part of it.
+            # More bytes were announced than the data have: without this error the loop would fill an empty window for
+            # ever.
             self._fail(self._body.surplus(self._remaining))
 
     def _fail(self, fault: BaseException) -> None:
+        """Read and drop the rest of the body; wait() raises ``fault``."""
         self._discard()
         if not self._done.done():
             self._done.set_exception(fault)
 
     def _discard(self) -> None:
-        self._discarding = memoryview(bytearray(_DISCARD_BYTES))
+        self._discarding = memoryview(bytearray(_DISCARDED_AT_ONCE))

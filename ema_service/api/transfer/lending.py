@@ -1,7 +1,7 @@
 """A connection that lends itself: to the receiving of one body (filling), and to the sending of weights (pouring).
 
-Knows uvicorn's httptools protocol, and which of its moments a body begins and ends in. Does not know what the bytes
-mean, or what an application makes of a connection's Link.
+Knows uvicorn's httptools protocol, and at which of its calls a body begins and ends. Does not know what the bytes mean,
+or what an application makes of a connection's Link.
 """
 
 from __future__ import annotations
@@ -21,30 +21,32 @@ from starlette.requests import ClientDisconnect
 
 from ema_service.api.transfer.connection import LINGER_SECONDS, GuardedProtocol
 from ema_service.api.transfer.filling import FILL, Filling, Pace, Work
-from ema_service.api.transfer.pouring import POUR, POURED_BYTES, Pouring
+from ema_service.api.transfer.pouring import MIN_POURED_BYTES, POUR, Pouring
 from ema_service.api.transfer.socket_threads import SocketThreads
 from ema_service.bodies import Body
 
 __all__ = ["LINK", "LendingProtocol", "Link", "link_of"]
 
-#: Name of the ASGI extension that says how the connection came: a Link.
+#: Name of the ASGI extension that says how the client is connected: a Link.
 LINK = "ema.link"
 
 Link = Literal["Unix socket", "TCP on this host", "TCP"]
 
-#: What the kernel takes of an answer over a Unix socket before it is to wait for the reader; Linux gives no more than
-#: net.core.wmem_max. With its default of 208 KiB the two take turns: 1 GiB pulled at 0.80 of the raw loop, so at 1.1.
+#: Bytes of an answer that the kernel takes over a Unix socket before the server waits for the reader; Linux gives no
+#: more than net.core.wmem_max. With its default of 208 KiB, server and reader take turns: 1 GiB is pulled at 0.80 of
+#: the raw loop's rate, with this at 1.1.
 UNIX_SEND_BYTES = 512 << 10
 
 
 def link_of(request: Request) -> Link:
-    """How the request came. "TCP" also where the ASGI server does not say."""
+    """How the client of a request is connected. "TCP" also where the ASGI server does not say."""
     link: Link = request.scope.get("extensions", {}).get(LINK, "TCP")
     return link
 
 
 class LendingProtocol(GuardedProtocol):
-    """uvicorn's HTTP/1.1 protocol, offering the application to have a body received where it wants it."""
+    """uvicorn's HTTP/1.1 protocol, with two extensions: receive a body where the application wants it, send from its
+    memory."""
 
     #: Whether the client asked for the connection to be closed after this answer.
     _closes = False
@@ -59,8 +61,8 @@ class LendingProtocol(GuardedProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if self.cycle.scope is self.scope and not self.cycle.keep_alive:
-            # uvicorn would close with the last byte of the answer; what is unread of the body then turns the answer
-            # into a reset before the client has read it.
+            # uvicorn would close with the last byte of the answer. The unread rest of the body would then turn the
+            # answer into a reset before the client has read it.
             self._closes = self.cycle.keep_alive = True
 
     def on_response_complete(self) -> None:
@@ -81,7 +83,9 @@ class LendingProtocol(GuardedProtocol):
     ) -> bool:
         """Receive the body of the request of ``scope``, ``length`` bytes in all, into ``body``.
 
-        False, and nothing done, where another request has come in behind it: then its body is parsed already.
+        The extension ``ema.fill``.
+
+        False, and nothing done, where another request has arrived behind it: then the body is parsed already.
         """
         cycle = self.cycle
         if cycle.scope is not scope:
@@ -103,10 +107,12 @@ class LendingProtocol(GuardedProtocol):
     async def _pour(
         self, scope: object, left: memoryview, more: Iterator[memoryview], senders: SocketThreads
     ) -> tuple[int, memoryview]:
+        """Send weights from memory on a thread. The extension ``ema.pour``; see pouring.pour()."""
         cycle, transport = self.cycle, self.transport
-        # Behind another request's answer, or what the transport has not sent yet, a thread would send too early.
+        # A thread would send weights too early where another request's answer comes first, or the transport has bytes
+        # left.
         blocked = cycle.scope is not scope or cycle.disconnected or transport.get_write_buffer_size()
-        if blocked or len(left) < POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
+        if blocked or len(left) < MIN_POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
             return 0, left
         pouring = Pouring(os.dup(transport.get_extra_info("socket").fileno()), left, more)
         working = senders.lend(pouring.run)
@@ -121,22 +127,22 @@ class LendingProtocol(GuardedProtocol):
         return pouring.sent, pouring.left
 
     def take_back(self) -> None:
-        """The body is over: uvicorn goes on with the connection, at the beginning of a message."""
+        """Give the connection back to uvicorn, at the beginning of a message: the body is over."""
         self.on_message_complete()
         self.parser = httptools.HttpRequestParser(self)
-        with contextlib.suppress(AttributeError):  # as uvicorn does it, for httptools before 0.6.3
+        with contextlib.suppress(AttributeError):  # httptools before 0.6.3 has no such method
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.transport.set_protocol(self)
 
 
 def _link(transport: asyncio.BaseTransport) -> Link:
-    """By the socket, which no header of the request can talk over."""
+    """How the client is connected, by the socket: no header of the request can claim otherwise."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
         return "Unix socket"
     try:
         peer = ipaddress.ip_address(transport.get_extra_info("peername")[0])
-    except (TypeError, IndexError, ValueError):  # closed already, or no address of the internet
+    except (TypeError, IndexError, ValueError):  # closed already, or no internet address
         return "TCP"
     mapped = getattr(peer, "ipv4_mapped", None) or peer
     return "TCP on this host" if mapped.is_loopback else "TCP"

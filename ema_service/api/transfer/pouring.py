@@ -1,7 +1,7 @@
-"""Sends weights from the memory they lie in, on a thread of their own while the reader takes them.
+"""Sends weights from the memory they lie in, on a thread, as long as the reader takes them.
 
-A thread writes weights while they are taken as fast as it does (the ASGI extension ``ema.pour``); what a full socket
-leaves is sent by the event loop, as any body is.
+A thread writes to the socket while the reader keeps up (the ASGI extension ``ema.pour``); what a full socket leaves is
+sent by the event loop, like any body.
 
 Knows sockets and pieces of memory. Does not know uvicorn, or what the bytes mean.
 """
@@ -16,37 +16,39 @@ from fastapi import Request
 
 from ema_service.api.transfer.socket_threads import SocketThreads
 
-__all__ = ["POUR", "POURED_BYTES", "Pour", "Pouring", "pour"]
+__all__ = ["MIN_POURED_BYTES", "POUR", "Pour", "Pouring", "pour"]
 
 #: Name of the ASGI extension: ``await pour(left, more, senders)``, see pour().
 POUR = "ema.pour"
 
 Pour = Callable[[memoryview, Iterator[memoryview], SocketThreads], Awaitable[tuple[int, memoryview]]]
 
-#: A thread writes pieces that are at least so long; for less it is not worth waking.
-POURED_BYTES = 1 << 20
-#: A thread leaves the rest to the event loop once the reader has taken nothing for so many milliseconds.
+#: Bytes of the smallest piece that a thread is woken to write.
+MIN_POURED_BYTES = 1 << 20
+#: A thread leaves the rest to the event loop when the reader has taken nothing for so many milliseconds.
 _IDLE_MS = 20
 
 
 async def pour(
     request: Request, left: memoryview, more: Iterator[memoryview], senders: SocketThreads
 ) -> tuple[int, memoryview]:
-    """Send ``left``, and of ``more`` what the reader takes at once; the head of the answer must have been sent.
+    """Send ``left``, and the pieces of ``more`` that the reader takes at once.
 
-    Returns how many bytes were sent, and what is left of the last piece: it, and what ``more`` still has, is to be sent
-    as any body is. Nothing is sent where a thread is of no use: for a small piece, under TLS or another ASGI server, or
-    while the socket is full. Raises what ``more`` raises.
+    The head of the answer must have been sent.
+
+    Returns how many bytes were sent, and the rest of the last piece: the caller sends that rest, and the pieces still
+    in ``more``, like any body. Nothing is sent where a thread is of no use: a small piece, TLS, another ASGI server, a
+    full socket. Raises what ``more`` raises.
     """
     extension: Pour | None = request.scope.get("extensions", {}).get(POUR)
     return await extension(left, more, senders) if extension else (0, left)
 
 
 class Pouring:
-    """Writes pieces to a socket, on a thread, while it takes them. Ends where they do, where the reader was full for
-    a moment, or who awaits it gave up.
+    """Writes pieces to a socket on a thread, until there are no more, the reader takes nothing, or the waiting task
+    gave up.
 
-    The end of the connection is left for the event loop to find. sent: bytes; left: of the piece in hand.
+    sent: bytes. left: the rest of the piece in hand. The end of the connection is left for the event loop to find.
     """
 
     def __init__(self, descriptor: int, left: memoryview, more: Iterator[memoryview]) -> None:
@@ -57,10 +59,11 @@ class Pouring:
         self.stopped = False
 
     def close(self) -> None:
+        """Close the socket's duplicate."""
         os.close(self._descriptor)
 
     def run(self) -> None:
-        """Raises what ``more`` raises."""
+        """Write until something ends it, then close the socket's duplicate. Raises what ``more`` raises."""
         try:
             room = select.poll()
             room.register(self._descriptor, select.POLLOUT)
@@ -79,5 +82,6 @@ class Pouring:
             self.close()
 
     def _next(self) -> bool:
+        """Take the next piece of the weights, and say whether there was one."""
         self.left = next(self._more, memoryview(b""))
         return bool(self.left)

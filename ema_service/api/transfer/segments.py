@@ -1,11 +1,11 @@
 """Takes over a push that lies in shared memory of a client on this host, in place of a body from the socket.
 
-The memory is the client's: a memfd with a secret in front, which a request names by process, descriptor and place. It
-is opened for each push anew, and what a stranger could do by naming other files, processes or lengths is looked at
-first; whatever is wrong is one error, upon which a client sends an ordinary body. Only its pages stay mapped for the
-next push, for seconds and not beyond the end of the client's process.
+The memory is the client's: a memfd (a *segment*) with a secret in front, which a request names by process, descriptor
+and place. It is opened anew for each push, and checked for everything a stranger could do by naming other files,
+processes or lengths. Whatever is wrong is one error, SegmentUnusable, upon which a client sends an ordinary body. Only
+the pages stay mapped for the next push, for seconds and not beyond the end of the client's process.
 
-Knows /proc, memfds and their seals. Does not know what the bytes mean (Body does) or who asks for it.
+Knows /proc, memfds and their seals. Does not know what the bytes mean (a Body does) or who asks for them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,26 @@ from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
 from ema_service.bodies import Body
 from ema_service.memory import Shared
 
-__all__ = ["KEEP_SECONDS", "Mappings", "named", "take_over"]
+__all__ = ["Mappings", "named", "take_over"]
 
-#: How long a mapping is kept that nobody pushes from. A trainer's steps are shorter, or 40 ms a GiB are nothing.
-KEEP_SECONDS = 3.0
-#: Mappings kept at once; each takes a descriptor.
-_MOST_KEPT = 256
-#: How often is looked which of them to let go, in milliseconds; the end of a process is noticed at once.
+#: Seconds that a mapping stays after its last push. A trainer's steps are shorter; where they are not, mapping anew, 40
+#: ms for 1 GiB, is nothing to them.
+_IDLE_SECONDS = 3.0
+#: Most mappings at once; each takes a descriptor.
+_MOST_MAPPINGS = 256
+#: Milliseconds between two looks for mappings to let go; the end of a process is noticed at once.
 _SWEEP_MS = 500
 
-#: fcntl(2); Python has a name for F_GET_SEALS and for the seals on Linux only.
+#: From fcntl(2): Python names F_GET_SEALS and the seals on Linux only.
 _GET_SEALS = getattr(fcntl, "F_GET_SEALS", None)
 _SEAL_SHRINK = 0x0002
 
 
 def named(header: str, *, same_host: bool) -> Segment:
-    """The segment that a request names. Raises SegmentUnusable where it is none, or the client is on another host."""
+    """The segment that a request's header names.
+
+    Raises SegmentUnusable where the header cannot be read, or the client is on another host.
+    """
     if not same_host:
         raise SegmentUnusable("the connection does not come over loopback or a Unix socket")
     if _GET_SEALS is None:
@@ -56,8 +60,9 @@ def named(header: str, *, same_host: bool) -> Segment:
 
 
 @dataclass(slots=True)
-class _Kept:
-    """memory: mapped pages. owner: a descriptor of the process (pidfd), readable once it ended. used: time.monotonic"""
+class _Mapped:
+    """The pages of one segment. owner: a descriptor of the client's process (pidfd), readable once the process ended.
+    used: the time of the last push, by time.monotonic()."""
 
     memory: memoryview
     owner: int
@@ -65,32 +70,40 @@ class _Kept:
 
 
 class Mappings:
-    """Pages of segments, mapped for one push and kept for the next: a third of a push is mapping. Thread-safe.
+    """Pages of segments, mapped for one push and held for the next: mapping takes a third of a push. Thread-safe.
 
-    A mapping is let go KEEP_SECONDS after its last push or when its process ends, whichever is first, by a thread that
-    runs while there is one.
+    A mapping is let go ``seconds`` after its last push, or when its process ends, whichever is first, by a thread that
+    runs while there are mappings. most: mappings at once; a push beyond maps for itself alone. sweep_ms: between looks.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], _Kept] = {}
+    def __init__(
+        self, *, seconds: float = _IDLE_SECONDS, most: int = _MOST_MAPPINGS, sweep_ms: int = _SWEEP_MS
+    ) -> None:
+        self._seconds = seconds
+        self._most = most
+        self._sweep_ms = sweep_ms
+        self._mapped: dict[tuple[int, int], _Mapped] = {}
         self._sweeper: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def map(self, descriptor: int, end: int, process: int) -> memoryview:
-        """The first ``end`` bytes of a memfd, which ``process`` has. Raises OSError."""
+        """The first ``end`` bytes of a memfd of the process ``process``; mapped as long as views of them live.
+
+        Raises OSError.
+        """
         found = os.fstat(descriptor)
         place = (found.st_dev, found.st_ino)
         with self._lock:
-            kept = self._kept.get(place)
-            if kept is None or len(kept.memory) < end:
-                # A copy on write, of which nothing is written: torch takes no memory that it may not write to.
+            mapped = self._mapped.get(place)
+            if mapped is None or len(mapped.memory) < end:
+                # ACCESS_COPY (copy on write), although nothing is written: torch takes no read-only memory.
                 memory = memoryview(mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY))
-                if kept is None and len(self._kept) < _MOST_KEPT and (owner := _watched(process)) is not None:
-                    self._kept[place] = _Kept(memory, owner, time.monotonic())
+                if mapped is None and len(self._mapped) < self._most and (owner := _watched(process)) is not None:
+                    self._mapped[place] = _Mapped(memory, owner, time.monotonic())
                     self._begin_sweeping()
                 return memory[:end]
-            kept.used = time.monotonic()
-            return kept.memory[:end]
+            mapped.used = time.monotonic()
+            return mapped.memory[:end]
 
     def _begin_sweeping(self) -> None:
         if self._sweeper is None:
@@ -98,29 +111,31 @@ class Mappings:
             self._sweeper.start()
 
     def _sweep(self) -> None:
+        """On a thread of its own: let mappings go until none is left."""
         while True:
             with self._lock:
-                if not self._kept:
+                if not self._mapped:
                     self._sweeper = None
                     return
-                owners = [kept.owner for kept in self._kept.values()]
-            # No mapping is held here while waiting.
+                owners = [mapped.owner for mapped in self._mapped.values()]
+            # While waiting, this thread refers to no mapping.
             ends = select.poll()
             for owner in owners:
                 ends.register(owner, select.POLLIN)
-            ended = {owner for owner, _ in ends.poll(_SWEEP_MS)}
-            self._let_go(ended, before=time.monotonic() - KEEP_SECONDS)
+            ended = {owner for owner, _ in ends.poll(self._sweep_ms)}
+            self._let_go(ended, before=time.monotonic() - self._seconds)
 
     def _let_go(self, ended: set[int], before: float) -> None:
+        """Let go of mappings whose process ended, and of those last used before a time."""
         with self._lock:
-            places = [place for place, kept in self._kept.items() if kept.owner in ended or kept.used < before]
-            gone = [self._kept.pop(place) for place in places]
-        for kept in gone:
-            os.close(kept.owner)
+            places = [place for place, mapped in self._mapped.items() if mapped.owner in ended or mapped.used < before]
+            gone = [self._mapped.pop(place) for place in places]
+        for mapped in gone:
+            os.close(mapped.owner)
 
 
 def _watched(process: int) -> int | None:
-    """A descriptor that tells of the end of a process; None where there is no such thing."""
+    """A descriptor that becomes readable when a process ends; None where the system or the process has none."""
     if not hasattr(os, "pidfd_open"):
         return None
     try:
@@ -130,9 +145,9 @@ def _watched(process: int) -> int | None:
 
 
 def take_over(segment: Segment, body: Body, helpers: Executor, mappings: Mappings) -> None:
-    """Make the segment's bytes the body. The push holds the segment until it is released.
+    """Make the bytes of a segment the body. The push holds the segment until the push is released. May take long.
 
-    helpers: threads to work through it. Raises SegmentUnusable, and what UpdateBody raises. May take long.
+    helpers: threads that the pass may be divided among. Raises SegmentUnusable, and what UpdateBody raises.
     """
     with _opened(segment) as descriptor:
         secret = _Secret(os.dup(descriptor), segment.secret)
@@ -142,14 +157,15 @@ def take_over(segment: Segment, body: Body, helpers: Executor, mappings: Mapping
 
 
 class _Secret:
-    """The secret of an open segment. A client that gives a push up changes it before it changes the rest."""
+    """The secret of an open segment. A client that gives a push up changes the secret before the rest of the
+    segment."""
 
     def __init__(self, descriptor: int, secret: bytes) -> None:
         self._descriptor = descriptor
         self._secret = secret
 
     def check(self) -> None:
-        """Raises SegmentUnusable unless it is what the request said."""
+        """Raises SegmentUnusable unless the segment still begins with the secret of the request."""
         if not hmac.compare_digest(os.pread(self._descriptor, SECRET_BYTES, 0), self._secret):
             raise SegmentUnusable("the segment does not begin with the secret of the request")
 
@@ -159,8 +175,9 @@ class _Secret:
 
 @contextlib.contextmanager
 def _opened(segment: Segment) -> Iterator[int]:
+    """The descriptor of a segment, checked and open for reading within the block. Raises SegmentUnusable."""
     try:
-        # By path only at first: that opens nothing, so a FIFO or a device that somebody names does not notice.
+        # O_PATH opens nothing, so a FIFO or a device that somebody names does not notice.
         path = os.open(f"/proc/{segment.pid}/fd/{segment.fd}", os.O_PATH | os.O_CLOEXEC)
         try:
             _check_kind(path, segment)
@@ -180,6 +197,7 @@ def _opened(segment: Segment) -> Iterator[int]:
 
 
 def _check_kind(path: int, segment: Segment) -> None:
+    """Raises SegmentUnusable unless the file is a memfd of our name and of this server's user."""
     found = os.fstat(path)
     name = str(Path(f"/proc/self/fd/{path}").readlink())
     if not stat.S_ISREG(found.st_mode) or name != f"/memfd:{SEGMENT_NAME} (deleted)":
@@ -189,7 +207,10 @@ def _check_kind(path: int, segment: Segment) -> None:
 
 
 def _check_memory(descriptor: int, segment: Segment) -> None:
-    """A segment that shrinks while it is read would end the server by SIGBUS. Sealed first, then measured."""
+    """Raises SegmentUnusable unless the body lies in the segment and will stay there.
+
+    Seals first, then the size: a segment that shrinks while it is read would end the server by SIGBUS.
+    """
     seals = fcntl.fcntl(descriptor, _GET_SEALS) if _GET_SEALS is not None else 0
     if not seals & _SEAL_SHRINK:
         raise SegmentUnusable("the segment is not sealed against shrinking")

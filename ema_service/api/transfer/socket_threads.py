@@ -14,7 +14,10 @@ __all__ = ["SocketThreads"]
 
 
 class SocketThreads:
-    """Threads that sockets are lent to, each thread one at a time. On the event loop only. free: idle threads."""
+    """Threads that sockets are lent to, one socket to a thread.
+
+    On the event loop only. free: how many threads are idle.
+    """
 
     def __init__(self, threads: Threads, count: int) -> None:
         self._threads = threads

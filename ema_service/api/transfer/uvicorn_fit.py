@@ -1,6 +1,6 @@
-"""The check that this uvicorn is as LendingProtocol knows it.
+"""The check that uvicorn still has what LendingProtocol builds on.
 
-Knows the names in uvicorn's sources that the protocol relies on. Does not know what it does with them.
+Knows the names in uvicorn's sources that LendingProtocol relies on. Does not know what LendingProtocol does with them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ __all__ = ["uvicorn_fits"]
 
 
 def uvicorn_fits() -> bool:
-    """Whether this uvicorn has what LendingProtocol relies on; if not, bodies take the slow path."""
+    """Whether the installed uvicorn has every name that LendingProtocol relies on; if not, bodies take the slow
+    path."""
     needed = {
         HttpToolsProtocol: (
             *("connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing"),

@@ -20,7 +20,7 @@ from ema_service.api import create_app
 from ema_service.api.routes import runs, weights
 from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.bodies import incoming
-from ema_service.bodies.incoming import READ_AT_ONCE
+from ema_service.bodies.incoming import LONG_HEADER_BYTES
 from ema_service.settings import Settings
 
 NAMES = [f"model.layers.{number}.attention.query.weight" for number in range(4000)]
@@ -32,7 +32,7 @@ def body(names: list[str]) -> bytes:
         name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * at, 4 * at + 4]} for at, name in enumerate(names)
     }
     header = json.dumps(entries).encode()
-    assert len(header) > READ_AT_ONCE
+    assert len(header) > LONG_HEADER_BYTES
     return struct.pack("<Q", len(header)) + header + bytes(4 * len(names))
 
 

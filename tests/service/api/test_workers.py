@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import anyio
 import pytest
 
 from ema_service.api.workers import Behind, Workers
@@ -24,8 +26,22 @@ def workers() -> Iterator[Workers]:
     made.close()
 
 
+def cancel_once(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+def cancel_again_and_again(task: asyncio.Task[None]) -> None:
+    """As the task group of a streamed answer does, until the task ends."""
+    if not task.done():
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.005, cancel_again_and_again, task)
+
+
+@pytest.mark.parametrize("cancel", [cancel_once, cancel_again_and_again])
 @pytest.mark.parametrize("kind", ["compute", "block"])
-def test_given_up_request_waits_for_its_work(kind: str, workers: Workers) -> None:
+def test_given_up_request_waits_for_its_work(
+    kind: str, cancel: Callable[[asyncio.Task[None]], None], workers: Workers
+) -> None:
     """Cancelled, it ends only once its work has: the memory that the work uses is the request's until then."""
     begun, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
@@ -44,7 +60,7 @@ def test_given_up_request_waits_for_its_work(kind: str, workers: Workers) -> Non
     async def play() -> None:
         task = asyncio.ensure_future(request())
         await asyncio.get_running_loop().run_in_executor(None, begun.wait)
-        task.cancel()
+        cancel(task)
         await asyncio.sleep(0.05)
         assert ended == []
         may_end.set()
@@ -53,6 +69,36 @@ def test_given_up_request_waits_for_its_work(kind: str, workers: Workers) -> Non
 
     asyncio.run(play())
     assert ended == ["work", "request"]
+
+
+def test_given_up_stream_waits_without_spinning(workers: Workers) -> None:
+    """In a task group, as starlette streams an answer, the event loop rests while the work is waited for."""
+    begun, may_end = threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def work() -> None:
+        begun.set()
+        assert may_end.wait(WAIT_SECONDS)
+        ended.append("work")
+
+    async def stream() -> None:
+        try:
+            await workers.block(work)
+        finally:
+            ended.append("stream")
+
+    async def play() -> float:
+        async with anyio.create_task_group() as group:
+            group.start_soon(stream)
+            await asyncio.get_running_loop().run_in_executor(None, begun.wait)
+            group.cancel_scope.cancel()
+            before = time.thread_time()
+            threading.Timer(0.5, may_end.set).start()
+        return time.thread_time() - before
+
+    spent = asyncio.run(play())
+    assert ended == ["work", "stream"]
+    assert spent < 0.25
 
 
 def test_errors_of_work_are_raised(workers: Workers) -> None:

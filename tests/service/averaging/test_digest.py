@@ -13,6 +13,7 @@ import pytest
 import xxhash
 
 from ema_service.averaging import BLOCK_BYTES, GULP_BYTES, BlockDigest, Digest, fused
+from ema_service.averaging.digest import take_in_numpy, take_last_numpy
 
 LINE_BYTES = 64
 
@@ -75,6 +76,48 @@ def test_is_the_librarys(make: Callable[[bytes, int], tuple[fused.Loop, np.ndarr
     assert results.accumulators.tolist() == as_params.accumulators.tolist()
     assert out.tobytes() == expected.tobytes()
     assert all(finite) == all(whole)
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros", "ones", "signs"])
+def test_readable_gulps_make_the_librarys_hash(kind: str) -> None:
+    """XXH3 as it is written down in numpy, the oracle of the compiled gulps, is the library's."""
+    data = block_of(kind)[: 5 * GULP_BYTES]
+    digest = BlockDigest(len(data), compiled=True)
+    *gulps, last = (memoryview(data)[start : start + GULP_BYTES] for start in range(0, len(data), GULP_BYTES))
+    for gulp in gulps:
+        take_in_numpy(digest.accumulators, gulp)
+    take_last_numpy(digest.accumulators, last)
+
+    assert digest.digest() == xxhash.xxh3_128_digest(data)
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros", "ones", "signs"])
+def test_compiled_gulps_are_the_readable_ones(kind: str) -> None:
+    """After each gulp of parameters, and after the results of it, the accumulators are those of the numpy oracle."""
+    data = block_of(kind)[-4 * GULP_BYTES :]
+    loop, out = from_bf16(data, 0)
+    params, results, of_params, of_results = (BlockDigest(compiled=True).accumulators for _ in range(4))
+    for gulp in range(4):
+        elements = slice(gulp * GULP_BYTES // 2, (gulp + 1) * GULP_BYTES // 2)
+        loop(elements.start, elements.stop, params, results)
+        take_in_numpy(of_params, memoryview(data)[gulp * GULP_BYTES : (gulp + 1) * GULP_BYTES])
+        averaged = memoryview(out[elements].tobytes())
+        for start in range(0, len(averaged), GULP_BYTES):
+            take_in_numpy(of_results, averaged[start : start + GULP_BYTES])
+
+        assert params.tolist() == of_params.tolist()
+        assert results.tolist() == of_results.tolist()
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros", "ones", "signs"])
+def test_compiled_last_gulp_is_the_readable_one(kind: str) -> None:
+    """BlockDigest.end() leaves the accumulators of the numpy oracle."""
+    gulp = memoryview(block_of(kind))[-GULP_BYTES:]
+    digest, oracle = BlockDigest(compiled=True), BlockDigest(compiled=True)
+    digest.end(gulp)
+    take_last_numpy(oracle.accumulators, gulp)
+
+    assert digest.accumulators.tolist() == oracle.accumulators.tolist()
 
 
 def test_library_alone() -> None:

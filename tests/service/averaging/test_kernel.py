@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ema_service.averaging import average_into, cast_into, kernel
 
-BLOCK = kernel.CPU_BLOCK_BYTES // 4
+BLOCK = kernel.CPU_AVERAGED_AT_ONCE // 4
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7]
 #: LitEma's weight of the first update, of a late one, and the borders.
 WEIGHTS = [float(1.0 - torch.tensor(2.0) / 11), float(1.0 - torch.tensor(0.9999)), 0.0, 1.0]
@@ -80,7 +80,7 @@ def test_narrow_parameters_at_the_end_of_the_output(size: int, dtype: torch.dtyp
     assert same_bits(out, expected)
 
 
-@pytest.mark.parametrize("shift", [4, 64, kernel.CPU_BLOCK_BYTES, kernel.CPU_BLOCK_BYTES + 4])
+@pytest.mark.parametrize("shift", [4, 64, kernel.CPU_AVERAGED_AT_ONCE, kernel.CPU_AVERAGED_AT_ONCE + 4])
 @pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK + 1, 3 * BLOCK + 7])
 def test_parameters_shifted_in_the_same_memory(size: int, shift: int) -> None:
     """Float32 parameters behind the output in one memory, near or far, are read before they are overwritten."""
@@ -194,7 +194,7 @@ def test_infinities_that_cancel_are_found() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_finite_values_with_an_infinite_sum_pass(dtype: torch.dtype) -> None:
     """Values near the dtype's largest are finite although their sum overflows: no false alarm."""
-    size = 2 * kernel.CPU_BLOCK_BYTES // dtype.itemsize
+    size = 2 * kernel.CPU_AVERAGED_AT_ONCE // dtype.itemsize
     values = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
     assert values.sum().isinf()
 
@@ -246,15 +246,14 @@ def test_cast_finds_one_bad_value(where: int) -> None:
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *NARROW])
 @pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 3 * 1024 + 7, 5_000_001])
-def test_gpu_equals_the_cpu(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_equals_the_cpu(size: int, dtype: torch.dtype) -> None:
     """On CUDA the result is LitEma's on the CPU, bit for bit, in blocks, in the parameters' own memory."""
     shadow_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if size < 5_000_000:
-        monkeypatch.setattr(kernel, "GPU_BLOCK_BYTES", 1024 * shadow_dtype.itemsize)
+    at_once = 1024 * shadow_dtype.itemsize if size < 5_000_000 else None
     shadow, param = random(size, shadow_dtype), random(size, dtype, seed=1)
     out, late = behind(param.cuda(), shadow_dtype)
 
-    assert average_into(out, shadow.cuda(), late, WEIGHTS[0])
+    assert average_into(out, shadow.cuda(), late, WEIGHTS[0], at_once=at_once)
     assert same_bits(out, three_roundings(shadow, param, WEIGHTS[0]))
 
 

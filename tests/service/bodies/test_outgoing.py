@@ -19,7 +19,7 @@ from ema_client.errors import InvalidRequest
 from ema_client.protocol import WeightsInfo
 from ema_client.wire import Entry, parse_header
 from ema_service.bodies import WeightsStream
-from ema_service.bodies import outgoing as weights
+from ema_service.bodies.outgoing import SENT_AT_ONCE
 from ema_service.memory.arena import TORCH_DTYPES
 
 INFO = WeightsInfo("r", "ema", "1.7", 70, 7, 0.9999)
@@ -57,8 +57,8 @@ def read(start: int, stop: int) -> memoryview:
     return SOURCE[start:stop]
 
 
-def whole(stream: WeightsStream, start: int = 0, stop: int | None = None) -> bytes:
-    return b"".join(stream.chunks(read, start, stop))
+def whole(stream: WeightsStream, start: int = 0, stop: int | None = None, at_once: int = SENT_AT_ONCE) -> bytes:
+    return b"".join(stream.chunks(read, start, stop, at_once=at_once))
 
 
 @pytest.mark.parametrize("dtype", CASTS)
@@ -91,9 +91,7 @@ def test_any_part_is_that_part_of_the_whole(
     start, stop = sorted(round(fraction * stream.length) for fraction in cut)
     expected = whole(stream)[start:stop]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "CHUNK_BYTES", chunk)
-        assert whole(stream, start, stop) == expected
+    assert whole(stream, start, stop, chunk) == expected
 
 
 @pytest.mark.parametrize("dtype", [None, "BF16", "F64"])

@@ -74,7 +74,8 @@ def test_metrics_have_their_names(server: ServerProcess) -> None:
 
 def test_metrics_are_documented() -> None:
     """Each metric is named in the server's documentation."""
-    documents = [ROOT / "README.md", ROOT / "ema_service" / "DESIGN.md", ROOT / "client" / "PROTOCOL.md"]
+    designs = (ROOT / "ema_service").rglob("DESIGN.md")
+    documents = [ROOT / "README.md", *designs, ROOT / "client" / "PROTOCOL.md"]
     text = "".join(document.read_text() for document in documents)
 
     assert [name for name in sorted(NAMES) if name not in text] == []

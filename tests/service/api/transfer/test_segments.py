@@ -31,7 +31,6 @@ from torch import Tensor
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import Segment
 from ema_service.api import create_app
-from ema_service.api.transfer import segments as segment_module
 from ema_service.api.transfer.segments import Mappings, named, take_over
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Staged
@@ -409,11 +408,22 @@ def helpers() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def mappings() -> Iterator[Mappings]:
-    """Lets go of all after the test."""
-    made = Mappings()
-    yield made
-    made._let_go(set(), before=math.inf)
+def new_mappings() -> Iterator[Callable[..., Mappings]]:
+    """Makes Mappings, and lets go of all after the test."""
+    made: list[Mappings] = []
+
+    def make(**limits: Any) -> Mappings:
+        made.append(Mappings(**limits))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each._let_go(set(), before=math.inf)
+
+
+@pytest.fixture
+def mappings(new_mappings: Callable[..., Mappings]) -> Mappings:
+    return new_mappings()
 
 
 @pytest.mark.parametrize("order", ["canonical", "other"])
@@ -487,11 +497,10 @@ def test_memory_is_let_go_at_release(
     memory: Any,
     offer: Callable[..., Offer],
     helpers: ThreadPoolExecutor,
-    mappings: Mappings,
-    monkeypatch: pytest.MonkeyPatch,
+    new_mappings: Callable[..., Mappings],
 ) -> None:
     """What is released is let go, even while something still refers to the push, such as the traceback of an error."""
-    monkeypatch.setattr(segment_module, "_MOST_KEPT", 0)
+    mappings = new_mappings(most=0)
     run, one = local_run(STATE), offer(plus(1.0))
     staged = Staged(run.run.layout, memory)
     body = UpdateBody(staged, one.fields["length"])
@@ -526,22 +535,21 @@ def test_pages_stay_for_the_next_push(offer: Callable[..., Offer], mappings: Map
 
 
 def test_pages_nobody_pushes_from_are_let_go(
-    offer: Callable[..., Offer], mappings: Mappings, monkeypatch: pytest.MonkeyPatch
+    offer: Callable[..., Offer], new_mappings: Callable[..., Mappings]
 ) -> None:
     """After a while, and with them the thread that looked after them; while they are in use they stay."""
-    monkeypatch.setattr(segment_module, "KEEP_SECONDS", 0.2)
-    monkeypatch.setattr(segment_module, "_SWEEP_MS", 20)
+    mappings = new_mappings(seconds=0.2, sweep_ms=20)
     one = offer(plus(1.0))
     in_use = mappings.map(one.fd, PAGE, os.getpid())
-    [kept] = mappings._kept.values()
+    [mapped] = mappings._mapped.values()
     thread = mappings._sweeper
     assert thread
     thread.join(30)
 
     assert not thread.is_alive()
     with pytest.raises(OSError, match="Bad file"):
-        os.fstat(kept.owner)
-    del kept
+        os.fstat(mapped.owner)
+    del mapped
     assert mapped_here()
     in_use.release()
     del in_use
@@ -550,18 +558,18 @@ def test_pages_nobody_pushes_from_are_let_go(
 
 
 def test_pages_of_a_process_that_ended_are_let_go(
-    offer: Callable[..., Offer], mappings: Mappings, monkeypatch: pytest.MonkeyPatch
+    offer: Callable[..., Offer], new_mappings: Callable[..., Mappings]
 ) -> None:
     """At once, however long others are kept: a trainer that was killed has no memory any more."""
-    monkeypatch.setattr(segment_module, "KEEP_SECONDS", 1000.0)
+    mappings = new_mappings(seconds=1000.0)
     one, other = offer(plus(1.0)), offer(plus(2.0))
     with subprocess.Popen(["sleep", "1000"]) as process:
         mappings.map(one.fd, PAGE, process.pid)
         mappings.map(other.fd, PAGE, os.getpid())
         process.kill()
-    wait_until(lambda: len(mappings._kept) == 1)
+    wait_until(lambda: len(mappings._mapped) == 1)
 
-    assert [*mappings._kept] == [(os.fstat(other.fd).st_dev, os.fstat(other.fd).st_ino)]
+    assert [*mappings._mapped] == [(os.fstat(other.fd).st_dev, os.fstat(other.fd).st_ino)]
 
 
 def test_pages_of_nobody_known_are_not_kept(
