@@ -131,6 +131,8 @@ class RemoteEma:
         self._buffers = UpdateBuffers(
             self._selection.specs, pinned=on_device, slices=self._plan.slices, shared=self._client.same_host
         )
+        if self._plan.part is not None and not (borrow and self._buffers.can_borrow(tensors)):
+            self._buffers.prepare()
         config = RunConfig(
             run=run,
             layout=self._plan.layout,

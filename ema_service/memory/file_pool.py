@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +34,7 @@ class _Mapped(Protocol):
 class Files(Protocol):
     """Makes files of memory (storage.MemoryFiles). create() and attach() raise OSError."""
 
-    def create(self, nbytes: int, prefix: str) -> _Mapped: ...
+    def create(self, nbytes: int, prefix: str, count: int) -> Sequence[_Mapped]: ...
     def attach(self, name: str, nbytes: int) -> _Mapped: ...
     def remove(self, name: str) -> None: ...
     def names(self) -> set[str]: ...
@@ -56,8 +57,8 @@ class FilePool:
 
     def reserve(self, count: int) -> None:
         """Have at least ``count`` files, so that a machine too small for the run says so now. Raises OSError."""
-        made = [self._create() for _ in range(count - len(self._names))]
-        self._idle.extend(made)
+        if (missing := count - len(self._names)) > 0:
+            self._idle.extend(self._create(missing))
 
     def lend(self, nbytes: int) -> Tensor:
         """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
@@ -69,7 +70,7 @@ class FilePool:
         try:
             name, raw = self._idle.pop()
         except IndexError:
-            name, raw = self._create()
+            [(name, raw)] = self._create(1)
         return self._lent(name, raw)[:nbytes]
 
     def attach(self, name: str) -> Tensor:
@@ -117,10 +118,10 @@ class FilePool:
         for name in names:
             self._files.remove(name)
 
-    def _create(self) -> tuple[str, _Raw]:
-        made = self._files.create(self.nbytes, self._prefix)
-        self._names[made.raw.ctypes.data] = made.name
-        return made.name, made.raw
+    def _create(self, count: int) -> list[tuple[str, _Raw]]:
+        made = self._files.create(self.nbytes, self._prefix, count)
+        self._names |= {each.raw.ctypes.data: each.name for each in made}
+        return [(each.name, each.raw) for each in made]
 
     def _attach(self, name: str) -> _Raw:
         raw = self._files.attach(name, self.nbytes).raw

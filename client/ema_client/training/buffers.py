@@ -1,7 +1,8 @@
 """The host memory that updates are sent from: buffers that are filled anew, or the model's own memory.
 
-A copy into memory that was never used costs five times as much as a copy into warm pages, so buffers are filled anew
-update after update. Copies from a CUDA device go to page-locked buffers beside the training (device_copies): no memory
+A copy into memory that was never used costs five times as much as a copy into warm pages. So a thread makes buffers and
+uses their pages once, the first buffer while the run is made; and buffers are filled anew update after update. Copies
+from a CUDA device go to page-locked buffers beside the training (device_copies): no memory
 of the device is used (but for one tensor at a time that is cast), and only the sender and the stream of the next
 optimizer step wait for a copy, never the training thread.
 
@@ -10,9 +11,11 @@ Knows torch, host memory, and when parameters may change. Does not know models, 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +68,16 @@ class UpdateBuffers:
         self._pinned = pinned
         self._shared = shared
         self._free: deque[_Buffer] = deque()
+        #: Held while buffers are given and taken, by the thread that makes them, too.
+        self._change = threading.Condition()
+        self._making = False
+        self._fault: Exception | None = None
         self.devices = devices or DeviceCopies()
+
+    def prepare(self) -> None:
+        """Begin to make the first buffer, which takes 0.7 s a GiB."""
+        with self._change:
+            self._make()
 
     def update(self, step: int, tensors: Sequence[Tensor], *, hooked: bool, borrow: bool) -> Update:
         """An update of the tensors: borrowed where that is wanted and possible, else copied.
@@ -82,11 +94,11 @@ class UpdateBuffers:
 
         hooked: whether ``devices.before_step()`` will be called before the tensors change.
         """
-        buffer = self._free.popleft() if self._free else self._new_buffer()
+        buffer = self._take()
         ready = buffer.fill(tensors, self.devices)
         if not hooked:
             ready()
-        return Update(step, buffer.body, ready, lambda: self._free.append(buffer))
+        return Update(step, buffer.body, ready, partial(self._give, buffer))
 
     def borrowed(self, step: int, tensors: Sequence[Tensor]) -> Update:
         """An update of the tensors' own memory: they must not change before the update's ``done`` is called."""
@@ -108,9 +120,9 @@ class UpdateBuffers:
         """
         if borrow and self.can_borrow(tensors):
             return list(tensors)
-        buffer = self._new_buffer()
+        buffer = self._take()
         buffer.fill(tensors, self.devices)()
-        self._free.append(buffer)
+        self._give(buffer)
         return buffer.targets
 
     def can_borrow(self, tensors: Sequence[Tensor]) -> bool:
@@ -118,8 +130,47 @@ class UpdateBuffers:
         pairs = zip(tensors, self._entries, strict=True)
         return all(tensor.is_cpu and tensor.dtype == dtype_of(entry) for tensor, entry in pairs)
 
+    def _take(self) -> _Buffer:
+        """A buffer that no update uses: whichever comes first, one that is given back or one that is made.
+
+        Raises what making one raised.
+        """
+        with self._change:
+            while not self._free:
+                if self._fault is not None:
+                    fault, self._fault = self._fault, None
+                    raise fault
+                self._make()
+                self._change.wait()
+            return self._free.popleft()
+
+    def _give(self, buffer: _Buffer) -> None:
+        with self._change:
+            self._free.append(buffer)
+            self._change.notify_all()
+
+    def _make(self) -> None:
+        """Begin to make another buffer, unless one is being made. The caller holds ``_change``."""
+        if not self._making:
+            self._making = True
+            threading.Thread(target=self._made, name="ema buffer", daemon=True).start()
+
+    def _made(self) -> None:
+        """On a thread of its own: a new buffer for whoever waits."""
+        made: list[_Buffer] = []
+        fault: Exception | None = None
+        try:
+            made = [self._new_buffer()]
+        except (MemoryError, OSError, RuntimeError) as trouble:
+            fault = trouble
+        with self._change:
+            self._making, self._fault = False, fault
+            self._free.extend(made)
+            self._change.notify_all()
+
     def _new_buffer(self) -> _Buffer:
         body, flat = self._new_body()
+        _use_pages(flat)
         return _Buffer(body, flat, views_of(self._entries, flat), pinned=self._pinned)
 
     def _new_body(self) -> tuple[Body, Tensor]:
@@ -216,6 +267,12 @@ def _pages(size: int) -> Tensor:
         # pages that are no longer this process'.
         region.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(region, dtype=torch.uint8)
+
+
+def _use_pages(flat: Tensor) -> None:
+    """Have the system give the memory's pages, without the interpreter's lock."""
+    if flat.numel():
+        ctypes.memset(flat.data_ptr(), 0, flat.numel())
 
 
 def _nothing() -> None:

@@ -36,6 +36,9 @@ __all__ = ["Mappings", "named", "take_over"]
 _IDLE_SECONDS = 3.0
 #: Most mappings at once; each takes a descriptor.
 _MOST_MAPPINGS = 256
+#: Most bytes of mappings that stay after their push: what stays is counted as memory of the server (half of it, as the
+#: client maps the pages, too), and beside a push of gigabytes mapping anew takes little.
+_MOST_BYTES = 2304 << 20
 #: Milliseconds between two looks for mappings to let go; the end of a process is noticed at once.
 _SWEEP_MS = 500
 
@@ -73,14 +76,21 @@ class Mappings:
     """Pages of segments, mapped for one push and held for the next: mapping takes a third of a push. Thread-safe.
 
     A mapping is let go ``seconds`` after its last push, or when its process ends, whichever is first, by a thread that
-    runs while there are mappings. most: mappings at once; a push beyond maps for itself alone. sweep_ms: between looks.
+    runs while there are mappings. most, most_bytes: mappings at once; a push beyond maps for itself alone. sweep_ms:
+    between looks.
     """
 
     def __init__(
-        self, *, seconds: float = _IDLE_SECONDS, most: int = _MOST_MAPPINGS, sweep_ms: int = _SWEEP_MS
+        self,
+        *,
+        seconds: float = _IDLE_SECONDS,
+        most: int = _MOST_MAPPINGS,
+        most_bytes: int = _MOST_BYTES,
+        sweep_ms: int = _SWEEP_MS,
     ) -> None:
         self._seconds = seconds
         self._most = most
+        self._most_bytes = most_bytes
         self._sweep_ms = sweep_ms
         self._mapped: dict[tuple[int, int], _Mapped] = {}
         self._sweeper: threading.Thread | None = None
@@ -98,12 +108,16 @@ class Mappings:
             if mapped is None or len(mapped.memory) < end:
                 # ACCESS_COPY (copy on write), although nothing is written: torch takes no read-only memory.
                 memory = memoryview(mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY))
-                if mapped is None and len(self._mapped) < self._most and (owner := _watched(process)) is not None:
+                if mapped is None and self._has_room(end) and (owner := _watched(process)) is not None:
                     self._mapped[place] = _Mapped(memory, owner, time.monotonic())
                     self._begin_sweeping()
                 return memory[:end]
             mapped.used = time.monotonic()
             return mapped.memory[:end]
+
+    def _has_room(self, nbytes: int) -> bool:
+        held = sum(len(mapped.memory) for mapped in self._mapped.values())
+        return len(self._mapped) < self._most and held + nbytes <= self._most_bytes
 
     def _begin_sweeping(self) -> None:
         if self._sweeper is None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ema_client.tensors.layout import specs_of
+from ema_client.training import buffers as module
 from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.device_copies import DeviceCopies
 from ema_client.training.updates import Update
@@ -100,6 +103,49 @@ def test_the_initial_weights_warm_the_first_updates_memory() -> None:
     update = maker.copied(1, values(state), hooked=False)
     assert warmed[3].data_ptr() >= memory_of(update) > 0
     assert warmed[3].data_ptr() < memory_of(update) + update.body.length
+
+
+def test_new_memory_is_used_before_the_trainer_needs_it() -> None:
+    """The copy of a first update finds its pages there: the system clears pages for another thread."""
+    state = {"w": torch.ones(16 << 20)}
+    maker = UpdateBuffers(specs_of(state), pinned=False, shared=True)
+    maker.prepare()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    maker.copied(1, values(state), hooked=False)
+
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 1000
+
+
+def test_whichever_memory_is_there_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another buffer is being made, an update takes the one that is given back meanwhile."""
+    state = tensors()
+    maker = buffers(state)
+    first = maker.copied(1, values(state), hooked=False)
+    place, may_go_on = memory_of(first), threading.Event()
+    monkeypatch.setattr(module, "_use_pages", lambda _: may_go_on.wait(30))
+    threading.Timer(0.1, first.done).start()
+    second = maker.copied(2, values(state), hooked=False)
+    may_go_on.set()
+    third = maker.copied(3, values(state), hooked=False)
+
+    assert memory_of(second) == place != memory_of(third)
+
+
+def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer is told, and the next update tries again."""
+    state = tensors()
+    maker = buffers(state)
+
+    def none(_: Tensor) -> None:
+        raise MemoryError("no memory for a buffer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_use_pages", none)
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="no memory for a buffer"):
+                maker.copied(1, values(state), hooked=False)
+
+    assert sent(maker.copied(1, values(state), hooked=False)) == reference(state)
 
 
 def test_sent_as_another_dtype() -> None:

@@ -48,7 +48,7 @@ def mapped(name: str) -> bool:
 
 def test_content_comes_back(files: MemoryFiles, data_dir: Path, ram_dir: Path) -> None:
     """What was written to a file is there when the folder is opened again, under the same nonce."""
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
     made.raw[:] = 7
     files.close()
     again = MemoryFiles(data_dir, ram_dir)
@@ -65,7 +65,7 @@ def test_content_comes_back(files: MemoryFiles, data_dir: Path, ram_dir: Path) -
 def test_pages_stay_mapped_as_long_as_a_view_lives(files: MemoryFiles) -> None:
     """The memory goes with the last view of it and no descriptor is held meanwhile; the file stays."""
     before = len(list(Path("/proc/self/fd").iterdir()))
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
     view = made.raw[100:200]
     name = made.name
     del made
@@ -82,7 +82,7 @@ def test_pages_stay_mapped_as_long_as_a_view_lives(files: MemoryFiles) -> None:
 
 def test_removed_file_lives_on_in_its_views(files: MemoryFiles) -> None:
     """A file that is removed is gone by name, and its bytes are there for whoever reads them."""
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
     made.raw[:] = 9
     files.remove(made.name)
     files.remove(made.name)
@@ -93,7 +93,7 @@ def test_removed_file_lives_on_in_its_views(files: MemoryFiles) -> None:
 
 def test_memory_is_taken_at_once(files: MemoryFiles) -> None:
     """A new file has all its pages: later writes to it cannot fail."""
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
 
     assert (files.folder / made.name).stat().st_blocks * 512 >= SIZE
 
@@ -117,6 +117,29 @@ def test_failed_file_leaves_nothing(files: MemoryFiles, monkeypatch: pytest.Monk
     assert files.names() == set()
 
 
+def test_all_or_none(files: MemoryFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are made together: room is looked for as much as all take, and where one fails none stays."""
+    assert len({made.name for made in files.create(SIZE, count=3)}) == 3 == len(files.names())
+    files.sweep(())
+    with pytest.raises(MemoryFilesUnusable, match="has room for"):
+        files.create(files.room() // 2 + SIZE, count=2)
+    assert files.names() == set()
+
+    calls: list[int] = []
+    fallocate = os.posix_fallocate
+
+    def full_at_last(descriptor: int, start: int, length: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fallocate(descriptor, start, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_at_last)
+    with pytest.raises(MemoryFilesUnusable, match="No space left"):
+        files.create(SIZE, count=3)
+    assert files.names() == set()
+
+
 def test_one_server_at_a_time(files: MemoryFiles, data_dir: Path, ram_dir: Path) -> None:
     """A second process finds the folder taken; a folder of another data dir is another one."""
     with pytest.raises(MemoryFilesUnusable):
@@ -132,7 +155,7 @@ def test_one_server_at_a_time(files: MemoryFiles, data_dir: Path, ram_dir: Path)
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, SIZE - 1), lambda path: os.truncate(path, SIZE * 2)])
 def test_file_of_another_size_is_not_attached(change: object, files: MemoryFiles) -> None:
     """A file that was cut or grew is refused: reading beyond its end would end the process."""
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
     change(files.folder / made.name)  # type: ignore[operator]
 
     with pytest.raises(OSError, match="bytes, not"):
@@ -141,7 +164,7 @@ def test_file_of_another_size_is_not_attached(change: object, files: MemoryFiles
 
 def test_hole_in_a_file_is_refused(files: MemoryFiles) -> None:
     """A file of the right size without all its pages was cut in between and grown again: it is not what was written."""
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
     path = files.folder / made.name
     os.truncate(path, 0)
     os.truncate(path, SIZE)
@@ -154,7 +177,7 @@ def test_link_in_the_place_of_a_file(files: MemoryFiles, tmp_path: Path) -> None
     """A link is never followed, in a file's place as in a folder's."""
     victim = tmp_path / "victim"
     victim.write_bytes(bytes(SIZE))
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
     path = files.folder / made.name
     path.unlink()
     path.symlink_to(victim)
@@ -207,7 +230,7 @@ def test_every_name_is_taken(data_dir: Path, ram_dir: Path) -> None:
 
 def test_nothing_is_readable_by_others(files: MemoryFiles) -> None:
     """Folders are 0700 and files 0600, whatever the umask."""
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
 
     assert files.folder.stat().st_mode & 0o777 == 0o700
     assert files.folder.parent.stat().st_mode & 0o777 == 0o700
@@ -255,7 +278,7 @@ def test_folder_made_for_another_data_dir_begins_anew(files: MemoryFiles, data_d
 def test_empty_folder_is_removed(data_dir: Path, ram_dir: Path) -> None:
     """Who keeps nothing leaves nothing."""
     files = MemoryFiles(data_dir, ram_dir)
-    made = files.create(SIZE)
+    [made] = files.create(SIZE)
     files.remove(made.name)
     folder = files.folder
     files.close()
@@ -268,7 +291,7 @@ import os, signal, sys
 from pathlib import Path
 from ema_service.storage.memory_files import MemoryFiles
 files = MemoryFiles(Path(sys.argv[1]), Path(sys.argv[2]))
-made = files.create(int(sys.argv[3]))
+[made] = files.create(int(sys.argv[3]))
 made.raw[:] = 5
 print(made.name, flush=True)
 made.raw[: made.raw.size // 2] = 6

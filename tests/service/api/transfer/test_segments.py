@@ -557,6 +557,20 @@ def test_pages_nobody_pushes_from_are_let_go(
     assert mappings.map(one.fd, PAGE, os.getpid())[:2] == one.secret[:2]
 
 
+@pytest.mark.parametrize("limit", [{"most": 1}, {"most_bytes": PAGE + 10}])
+def test_pages_that_stay_have_a_limit(
+    limit: dict[str, int], offer: Callable[..., Offer], new_mappings: Callable[..., Mappings]
+) -> None:
+    """So many mappings, of so many bytes, stay; whoever comes then has a mapping that ends with the push."""
+    mappings = new_mappings(**limit)
+    one, other = offer(plus(1.0)), offer(plus(2.0))
+    stays = [mappings.map(one.fd, PAGE, os.getpid()).obj for _ in range(2)]
+    ends = [mappings.map(other.fd, PAGE, os.getpid()).obj for _ in range(2)]
+
+    assert stays[0] is stays[1]
+    assert ends[0] is not ends[1]
+
+
 def test_pages_of_a_process_that_ended_are_let_go(
     offer: Callable[..., Offer], new_mappings: Callable[..., Mappings]
 ) -> None:
