@@ -84,14 +84,21 @@ class Child:
 
     path: a folder to find the module in. says: a sentence of the child to wait for, by default ``listens on ADDRESS``;
     its first group becomes ``said``. Entering raises BenchFailed, with the child's output, where the child ends or
-    stays silent instead.
+    stays silent for ``patience`` seconds instead.
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[str] = (), *, path: Path | None = None, says: re.Pattern[str] = LISTENS
+        self,
+        module: str,
+        arguments: Sequence[str] = (),
+        *,
+        path: Path | None = None,
+        says: re.Pattern[str] = LISTENS,
+        patience: float = START_SECONDS,
     ) -> None:
         self._module = module
         self._says = says
+        self._patience = patience
         self._command = [sys.executable, "-m", "ema_service.demo.tether", module, *arguments]
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if path is not None:
@@ -108,6 +115,11 @@ class Child:
     def log(self) -> str:
         """Everything that the child printed so far."""
         return Path(self._log.name).read_text(errors="replace")
+
+    def kill(self) -> None:
+        """End the child as ``kill -9`` does, and wait for its end."""
+        self._process.kill()
+        self._process.wait()
 
     def peak_bytes(self) -> int | None:
         """Most memory that the child ever had resident, see machine.peak_bytes()."""
@@ -137,7 +149,7 @@ class Child:
             self._clean.close()
 
     def _wait(self) -> str:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._patience
         while not (found := self._says.search(self.log)):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise BenchFailed(f"{self._module} did not get ready:\n{self.log}")

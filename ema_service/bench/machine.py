@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe", "one_line", "peak_bytes", "resident_bytes"]
+__all__ = ["describe", "one_line", "peak_bytes", "resident_bytes", "share_bytes", "written_bytes"]
 
 
 def describe() -> dict[str, Any]:
@@ -51,21 +51,39 @@ def one_line(about: dict[str, Any]) -> str:
 
 def peak_bytes(pid: int | None = None) -> int | None:
     """Most memory that a process (this one by default) ever had resident; None where the system does not tell."""
-    return _status("VmHWM", pid)
+    return _kilobytes("status", "VmHWM", pid)
 
 
 def resident_bytes(pid: int | None = None) -> int | None:
     """Memory that a process has resident now; None where the system does not tell."""
-    return _status("VmRSS", pid)
+    return _kilobytes("status", "VmRSS", pid)
 
 
-def _status(field: str, pid: int | None) -> int | None:
+def share_bytes(pid: int | None = None) -> int | None:
+    """Memory that a process has resident now, of pages that several processes map its share (Pss).
+
+    None where the system does not tell.
+    """
+    return _kilobytes("smaps_rollup", "Pss", pid)
+
+
+def written_bytes(pid: int | None = None) -> int | None:
+    """Bytes that a process has had written to disks so far; None where the system does not tell."""
+    return _number("io", "write_bytes", pid)
+
+
+def _kilobytes(file: str, field: str, pid: int | None) -> int | None:
+    found = _number(file, field, pid)
+    return None if found is None else found * 1024
+
+
+def _number(file: str, field: str, pid: int | None) -> int | None:
     try:
-        text = Path(f"/proc/{pid or 'self'}/status").read_text()
+        text = Path(f"/proc/{pid or 'self'}/{file}").read_text()
     except OSError:
         return None
-    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    found = re.search(rf"^{field}:\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _cpu() -> str:

@@ -44,9 +44,10 @@ def nbytes_of(state: Mapping[str, Tensor]) -> int:
 class Traffic:
     """A run of one trainer, which may use several clients of one service. Not thread-safe."""
 
-    def __init__(self, run: str, nbytes: int) -> None:
+    def __init__(self, run: str, nbytes: int, state: Mapping[str, Tensor] | None = None) -> None:
+        """state: of ``nbytes``, to share memory with another run; by default one of this run's own."""
         self.run = run
-        self.state = make_state(nbytes)
+        self.state = make_state(nbytes) if state is None else state
         self.out = {name: torch.empty_like(tensor) for name, tensor in self.state.items()}
         self.nbytes = nbytes_of(self.state)
         self._step = 0

@@ -13,6 +13,7 @@
     readers   sixteen pull one version
     memory    peaks of server and client
     durability   pushes that survive a crash beside the disk's own rate, and a restart
+    large     the first minutes of a model of 860 M parameters: wants 20 GiB of memory
     gap       how far off an EMA is that gets each k-th step only, with the decay made good and without
     gpu       what a CUDA device adds, where there is one
     gpu-trainer   time and memory that an EMA costs a training on a CUDA device
@@ -38,6 +39,7 @@ import gap
 import gpu
 import gpu_training
 import kernel
+import large
 import latency
 import memory
 import models
@@ -68,6 +70,7 @@ GROUPS: dict[str, Measure] = {
     "readers": memory.measure_readers,
     "memory": memory.measure,
     "durability": durability.measure,
+    "large": large.measure,
     "gap": gap.measure,
     "gpu": gpu.measure,
     "gpu-trainer": gpu_training.measure,

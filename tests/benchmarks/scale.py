@@ -21,6 +21,8 @@ class Scale:
     growth_bytes, growth_pushes, growth_warm: pushes after which the server should be as large as before; counted from
     the push ``growth_warm`` on.
     gap_steps: of the training that is followed with gaps.
+    large_width, large_tensors: of the model of the group large, whose tensors are square; large_updates, large_pause:
+    how many updates, and seconds between them.
     """
 
     rounds: int = 5
@@ -35,6 +37,10 @@ class Scale:
     growth_pushes: int = 500
     growth_warm: int = 50
     gap_steps: int = 1000
+    large_width: int = 1280
+    large_tensors: int = 525
+    large_updates: int = 10
+    large_pause: float = 1.0
 
 
 FULL = Scale()
@@ -51,4 +57,8 @@ QUICK = replace(
     growth_pushes=20,
     growth_warm=10,
     gap_steps=20,
+    large_width=64,
+    large_tensors=20,
+    large_updates=3,
+    large_pause=0.1,
 )
