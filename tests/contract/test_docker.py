@@ -48,14 +48,13 @@ def _flag(command: list[str], flag: str) -> str:
 
 
 ENTRYPOINT = _exec_form(_all("ENTRYPOINT")[0])
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
 
 
 @pytest.fixture(scope="module")
 def service() -> dict[str, Any]:
-    """The one service of compose.yaml."""
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
-    assert list(services) == ["ema-service"]
-    return dict(services["ema-service"])
+    """The server of compose.yaml."""
+    return dict(SERVICES["ema-service"])
 
 
 def test_stages_are_known() -> None:
@@ -121,7 +120,7 @@ def test_image_is_not_root() -> None:
 def test_numbers_agree(service: dict[str, Any]) -> None:
     """Port and data folder are the same in the entrypoint, EXPOSE, VOLUME, the health check and compose.yaml."""
     port, data = _flag(ENTRYPOINT, "--port"), _flag(ENTRYPOINT, "--data-dir")
-    (published,), (mounted,) = service["ports"], service["volumes"]
+    (published,), (mounted, _) = service["ports"], service["volumes"]
     volumes = yaml.safe_load((DOCKER / "compose.yaml").read_text())["volumes"]
 
     assert _all("EXPOSE") == [port]
@@ -129,6 +128,25 @@ def test_numbers_agree(service: dict[str, Any]) -> None:
     assert f":{port}/healthz" in _all("HEALTHCHECK")[0]
     assert published.rpartition(":")[2] == port
     assert mounted.partition(":") == (next(iter(volumes)), ":", data)
+
+
+def test_memory_outlives_the_container(service: dict[str, Any]) -> None:
+    """The folder of memory files is the host's, made before the server starts, for the server's user alone."""
+    ram = SERVICES["ram"]
+    (host, mounted) = ram["volumes"][0].split(":")
+    _, bound = service["volumes"]
+    (user,) = _all("USER")
+    made = dict(zip(ram["entrypoint"][2::2], ram["entrypoint"][3::2], strict=False))
+
+    assert list(SERVICES) == ["ema-service", "ram"]
+    assert service["depends_on"] == {"ram": {"condition": "service_completed_successfully"}}
+    assert (host, bound["type"], service["environment"]) == (
+        "/dev/shm",
+        "bind",
+        {"EMA_SERVICE_RAM_DIR": bound["target"]},
+    )
+    assert ram["entrypoint"][-1] == bound["source"].replace(host, mounted)
+    assert (ram["image"], made) == (service["image"], {"-m": "0700", "-o": user, "-g": user})
 
 
 def test_compose_publishes_on_loopback_only(service: dict[str, Any]) -> None:

@@ -198,6 +198,8 @@ class Rate {
 const STATUS = { ready: "ready", awaiting_weights: "awaiting weights", degraded: "degraded" };
 const FACTS = [
   ["Durability", (run) => run.durability],
+  ["Versions are kept in", (run) => run.versions_in ?? "nothing that outlives the server"],
+  ["Checkpoint on disk", (run) => (run.checkpoint_step === null ? "none" : `step ${integer(run.checkpoint_step)}`)],
   ["Counter", (run) => (run.use_num_updates ? "on" : "off")],
   ["Decay per", (run) => run.decay_per],
   ["NaN or Inf", (run) => (run.non_finite === "refuse" ? "refused" : "allowed")],

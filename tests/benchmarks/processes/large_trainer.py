@@ -1,7 +1,8 @@
 """Process: the first minutes of a trainer with a large model, as the trainer sees them.
 
 ``large_trainer URL SERVER_PID DURABILITY WIDTH TENSORS UPDATES PAUSE`` says ``told JSON``: seconds of the
-constructor, of each update, and of a scope; the server's memory after each update, and what it wrote to disks meanwhile.
+constructor, of each update, and of a scope; the server's memory after each update, and the bytes that the
+server wrote to disks meanwhile.
 
 Knows the public client. Does not know the benchmark.
 """
