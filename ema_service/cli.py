@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
-from ema_service.settings import DEFAULT_DATA_DIR, Settings, quarter_of_ram
+from ema_service.settings import DEFAULT_DATA_DIR, Settings
 
 if TYPE_CHECKING:
     from ema_service.storage import Store
@@ -73,16 +73,28 @@ def serve(
     ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Keep nothing on disk.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", envvar="EMA_SERVICE_DEVICE")] = "auto",
-    staging_bytes: Annotated[
-        int,
-        typer.Option(help="Most memory of pushes in flight.  [default: a quarter of RAM]", min=1, show_default=False),
-    ] = quarter_of_ram(),
-    frozen_bytes: Annotated[
-        int,
+    memory_limit: Annotated[
+        int | None,
         typer.Option(
-            help="Most memory of versions being read.  [default: a quarter of RAM]", min=1, show_default=False
+            help="Most bytes of memory in all.  [default: what the control group or the machine has]",
+            min=1,
+            show_default=False,
         ),
-    ] = quarter_of_ram(),
+    ] = None,
+    staging_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Of these, most for pushes in flight.  [default: a quarter of the memory]", min=1, show_default=False
+        ),
+    ] = None,
+    frozen_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Of these, most for versions being read.  [default: a quarter of the memory]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     checkpoint_interval: Annotated[
         float, typer.Option(help="Seconds between looks for runs that moved since their last checkpoint.", min=0.05)
     ] = Settings.checkpoint_interval,
@@ -116,12 +128,12 @@ def serve(
         )
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise typer.BadParameter("a certificate and its key come together", param_hint="--ssl-certfile, --ssl-keyfile")
+    budgets = {"memory_limit": memory_limit, "staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
     settings = Settings(
         data_dir=None if memory else data_dir,
         ram_dir=ram_dir,
         device=device,
-        staging_bytes=staging_bytes,
-        frozen_bytes=frozen_bytes,
+        **{name: nbytes for name, nbytes in budgets.items() if nbytes is not None},
         checkpoint_interval=checkpoint_interval,
         body_timeout=body_timeout,
         max_watchers=max_watchers,

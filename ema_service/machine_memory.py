@@ -9,11 +9,13 @@ Knows /proc and the two versions of control groups. Does not know what the memor
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["memory_limit", "memory_room"]
+__all__ = ["memory_limit", "memory_room", "resident_bytes"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 #: cgroup v1 writes "no limit" as the largest multiple of a page below 2**63.
@@ -38,6 +40,15 @@ def memory_room() -> int:
     """Bytes that can still be taken, page cache that the kernel gives back counted as free; never below 0."""
     rooms = (group.limit - group.used + group.reclaimable for group in _groups())
     return max(0, min([_available(), *rooms]))
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now; where the system does not tell, the most that it ever had."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10
 
 
 def _physical(name: str) -> int:

@@ -6,18 +6,19 @@ see cli.py).
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["DEFAULT_DATA_DIR", "Settings", "quarter_of_ram"]
+from ema_service.machine_memory import memory_limit
+
+__all__ = ["DEFAULT_DATA_DIR", "Settings", "quarter_of_memory"]
 
 DEFAULT_DATA_DIR = Path("ema-data")
 
 
-def quarter_of_ram() -> int:
-    """A quarter of this machine's memory, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+def quarter_of_memory() -> int:
+    """A quarter of what this machine, or this process' control group, has of memory, in bytes."""
+    return memory_limit() // 4
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class Settings:
     data_dir: where runs are kept; None keeps everything in memory (no snapshots, nothing survives the process).
     ram_dir: where versions of durability ``process`` lie in memory; None for a folder of the user's own in /dev/shm.
     device: where shadows lie: "auto" (a CUDA device if there is one, else the CPU), or any torch device.
-    staging_bytes: most memory of pushes being received or applied.
-    frozen_bytes: most memory of versions held for readers beside the current ones.
+    memory_limit: most memory of the server's process in all, with the files in memory that belong to it: what the
+    process is made of, shadows, layouts, pushes, versions being read, and memory that waits to be used again.
+    staging_bytes: of that, most for pushes being received or applied.
+    frozen_bytes: of that, most for versions held for readers beside the current ones.
     checkpoint_interval: seconds between two looks for runs of durability ``memory`` that moved since their last
     checkpoint.
     body_timeout: seconds that a sender may stay silent in the middle of a body, and that a reader may take nothing.
@@ -41,8 +44,9 @@ class Settings:
     data_dir: Path | None = DEFAULT_DATA_DIR
     ram_dir: Path | None = None
     device: str = "auto"
-    staging_bytes: int = field(default_factory=quarter_of_ram)
-    frozen_bytes: int = field(default_factory=quarter_of_ram)
+    memory_limit: int = field(default_factory=memory_limit)
+    staging_bytes: int = field(default_factory=quarter_of_memory)
+    frozen_bytes: int = field(default_factory=quarter_of_memory)
     checkpoint_interval: float = 60.0
     body_timeout: float = 60.0
     json_bytes: int = 64 << 20

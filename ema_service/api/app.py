@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -21,6 +22,7 @@ from ema_service.api.context import Context
 from ema_service.api.limits import BodyLimits
 from ema_service.api.routes import events, ops, runs, snapshots, updates, weights
 from ema_service.api.transfer.connection import STATE, Guard
+from ema_service.machine_memory import resident_bytes
 from ema_service.memory import Memory
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry
@@ -34,6 +36,11 @@ _log = logging.getLogger(__name__)
 #: Seconds between two looks for versions to be synced: within a second of its answer a version is on its way to the
 #: medium.
 SYNC_SECONDS = 0.5
+#: Seconds after which memory that nobody used again goes to the system. A trainer whose steps are longer has its pages
+#: cleared anew for each push, which is nothing to such a step.
+_IDLE_SECONDS = 60.0
+#: Bytes that the server itself may grow by, beyond weights and layouts: connections, requests, the interpreter's own.
+_GROWTH_BYTES = 128 << 20
 
 _DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
 evaluators
@@ -67,7 +74,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
         _watch(metrics, context)
-        tasks = [asyncio.create_task(work(context)) for work in (_verify, _checkpoint, _sync, _expire)]
+        tasks = [asyncio.create_task(work(context)) for work in (_verify, _checkpoint, _sync, _expire, _trim)]
         try:
             yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
         finally:
@@ -105,12 +112,24 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
 def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     """Bring every run back.
 
-    store: by default opened here. Raises RuntimeError (no such device), and what open_store() raises.
+    store: by default opened here. Raises RuntimeError (no such device, or no memory), and what open_store() raises.
     """
     if store is None and settings.data_dir:
         store = open_store(settings.data_dir, settings.ram_dir)
-    memory = Memory(pick_device(settings.device), keep_bytes=settings.staging_bytes)
+    device = pick_device(settings.device)
+    memory = Memory(device, keep_bytes=settings.staging_bytes, limit=_left_for_weights(settings.memory_limit))
     return Registry(memory, store, staging_bytes=settings.staging_bytes, frozen_bytes=settings.frozen_bytes)
+
+
+def _left_for_weights(memory_limit: int) -> int:
+    """What the process itself leaves of its memory. Raises RuntimeError where that is nothing."""
+    itself = resident_bytes() + _GROWTH_BYTES
+    if memory_limit <= itself:
+        raise RuntimeError(
+            f"{memory_limit} bytes of memory (--memory-limit, or the control group's) leave none for weights: "
+            f"the server itself takes {itself}"
+        )
+    return memory_limit - itself
 
 
 def _watch(metrics: Metrics, context: Context) -> None:
@@ -125,6 +144,8 @@ def _watch(metrics: Metrics, context: Context) -> None:
     metrics.watch("ema_waiting_readers", "Reads that wait for room.", lambda: context.readers.waiting)
     metrics.watch("ema_frozen_bytes", "Bytes of versions being read.", lambda: registry.frozen.bytes_in_use)
     metrics.watch("ema_idle_bytes", "Bytes kept for reuse.", lambda: registry.memory.pool.idle_bytes)
+    metrics.watch("ema_memory_bytes", "Bytes of the host for weights, all in all.", lambda: registry.memory.budget.used)
+    metrics.watch("ema_memory_limit_bytes", "Most of ema_memory_bytes.", lambda: registry.memory.budget.limit)
 
 
 def _degraded(registry: Registry) -> int:
@@ -158,3 +179,10 @@ async def _expire(context: Context) -> None:
         for run, expired in context.registry.expire_parts(silence):
             _log.warning("run %s: %s within %g seconds", run, expired, silence)
             context.metrics.updates.labels("expired").inc()
+
+
+async def _trim(context: Context) -> None:
+    """Let the system have memory that waited to be used again, and was not."""
+    while True:
+        await asyncio.sleep(_IDLE_SECONDS / 4)
+        await context.workers.block(partial(context.registry.memory.pool.trim, _IDLE_SECONDS))

@@ -4,18 +4,22 @@ An arena is written once, by the update that makes it, and never changed after: 
 So readers need no lock, and updates never wait for readers; the memory of a version goes back to the pool when the last
 holder of the version lets go.
 
-Knows bytes, devices and torch's dtypes. Does not know runs, updates, budgets or files.
+Knows bytes, devices and torch's dtypes. Does not know runs, updates or files, or what a budget is spent on.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ema_client.errors import Overloaded
+from ema_service.memory.budget import Budget
 from ema_service.memory.layout import Layout
 from ema_service.memory.pool import HostPool
 from ema_service.threads import Threads
@@ -84,15 +88,17 @@ class Pool(Protocol):
 class Memory:
     """Where arenas are made: one device, and the pool of the host.
 
-    on_host: whether the device is the CPU. keep_bytes: most idle memory of the pool, see HostPool. arenas: the
-    pool that arenas of the host come from, and copies of a device's arenas that are to outlive the process: ``pool``
-    itself, or the memory files of one run (of_run()).
+    on_host: whether the device is the CPU. keep_bytes: most idle memory of the pool, see HostPool. limit: most memory
+    of the host, of the pool and of all memory files together. arenas: the pool that arenas of the host come from, and
+    copies of a device's arenas that are to outlive the process: ``pool`` itself, or the memory files of one run
+    (of_run()). What has no memory raises Overloaded, here and in what lends it.
     """
 
-    def __init__(self, device: torch.device, *, keep_bytes: int = 0) -> None:
+    def __init__(self, device: torch.device, *, keep_bytes: int = 0, limit: int = sys.maxsize) -> None:
         self.device = device
         self.on_host = device.type == "cpu"
-        self.pool = HostPool(pinned=device.type == "cuda", keep_bytes=keep_bytes)
+        self.budget = Budget(limit)
+        self.pool = HostPool(pinned=device.type == "cuda", keep_bytes=keep_bytes, budget=self.budget)
         self.arenas: Pool = self.pool
         #: Threads that wait for a device's results, so that the thread that receives a push need not.
         self.followers = Threads(_FOLLOWERS, "ema-follow")
@@ -104,18 +110,18 @@ class Memory:
         return run
 
     def allocate(self, nbytes: int) -> Tensor:
-        """A uint8 tensor on the device, arbitrary content. Raises Overloaded where that memory cannot be had."""
-        try:
-            if self.on_host:
-                return self.arenas.lend(nbytes)
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        except (MemoryError, OSError, torch.cuda.OutOfMemoryError) as fault:
-            raise Overloaded(f"{nbytes} bytes of memory could not be had: {_said(fault)}", retry_after=1.0) from fault
+        """A uint8 tensor on the device with arbitrary content, the caller's until its last view is gone."""
+        if self.on_host:
+            return _had(self.arenas.lend, nbytes)
+        return _had(partial(torch.empty, dtype=torch.uint8, device=self.device), nbytes)
 
     def landing(self, nbytes: int) -> Tensor:
-        """Host memory that an arena's bytes arrive in: the arena's own, or what they are uploaded from. Raises as
-        allocate()."""
-        return self.allocate(nbytes) if self.on_host else self.pool.lend(nbytes)
+        """Host memory that an arena's bytes arrive in: the arena's own, or what they are uploaded from."""
+        return self.allocate(nbytes) if self.on_host else _had(self.pool.lend, nbytes)
+
+    def twin(self, nbytes: int) -> Tensor:
+        """Host memory for the bytes of an arena of the device."""
+        return _had(self.arenas.lend, nbytes)
 
     def new_arena(self, layout: Layout) -> Arena:
         """An arena of this layout, with arbitrary content."""
@@ -132,15 +138,20 @@ class Memory:
         """The bytes of ``tensor`` in host memory: ``tensor`` itself on the CPU, else a copy in memory of the pool."""
         if self.on_host:
             return tensor
-        return self.pool.lend(tensor.numel()).copy_(tensor)
+        return _had(self.pool.lend, tensor.numel()).copy_(tensor)
 
     def to_device(self, host: Tensor) -> Tensor:
         """The bytes of ``host`` on the device: ``host`` itself on the CPU, else a copy."""
-        return host if self.on_host else host.to(self.device)
+        return host if self.on_host else self.allocate(host.numel()).copy_(host)
 
 
-def _said(fault: BaseException) -> str:
-    return str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+def _had(allocate: Callable[[int], Tensor], nbytes: int) -> Tensor:
+    """Memory, or Overloaded where there is none."""
+    try:
+        return allocate(nbytes)
+    except (MemoryError, OSError, torch.cuda.OutOfMemoryError) as fault:
+        said = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise Overloaded(f"{nbytes} bytes of memory could not be had: {said}", retry_after=1.0) from fault
 
 
 def param_offset(layout: Layout) -> int:

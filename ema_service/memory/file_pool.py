@@ -3,8 +3,8 @@
 A buffer is lent as often as nothing refers to its memory any more. Which file a tensor lies in is told by its address,
 so a version can be named in a catalog by its files, and found again by them in the next process.
 
-Knows bytes, addresses and names. Does not know folders or descriptors (whoever makes the files does), layouts, or which
-version counts.
+Knows bytes, addresses, names and the budget of memory. Does not know folders or descriptors (whoever makes the files
+does), layouts, or which version counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from ema_service.memory.pool import HostPool
 
 __all__ = ["FilePool", "Files"]
 
@@ -43,12 +45,14 @@ class Files(Protocol):
 class FilePool:
     """Memory of one run, in files of one size. Thread-safe.
 
-    nbytes: of each file; whatever the run keeps fits into one. prefix: what names of the run's files begin with.
+    nbytes: of each file; whatever the run keeps fits into one. prefix: what names of the run's files begin with. host:
+    the pool whose budget the files are counted in, and whose idle memory is given up for them.
     """
 
-    def __init__(self, files: Files, nbytes: int, prefix: str) -> None:
+    def __init__(self, files: Files, nbytes: int, prefix: str, host: HostPool) -> None:
         self.nbytes = nbytes
         self._files = files
+        self._host = host
         self._prefix = prefix
         self._idle: deque[tuple[str, _Raw]] = deque()
         #: By the address of its memory: the file that lies there.
@@ -56,14 +60,18 @@ class FilePool:
         self._closed = False
 
     def reserve(self, count: int) -> None:
-        """Have at least ``count`` files, so that a machine too small for the run says so now. Raises OSError."""
+        """Have at least ``count`` files, so that a machine too small for the run says so now.
+
+        Raises OSError where the file system has no room, MemoryError where the budget has none.
+        """
         if (missing := count - len(self._names)) > 0:
             self._idle.extend(self._create(missing))
 
     def lend(self, nbytes: int) -> Tensor:
         """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
 
-        Raises OSError where every file is in use and no other can be had; ValueError for more than a file has.
+        Raises OSError or MemoryError where every file is in use and no other can be had; ValueError for more than a
+        file has.
         """
         if nbytes > self.nbytes:
             raise ValueError(f"{nbytes} bytes of a memory file of {self.nbytes} were asked for")
@@ -119,14 +127,27 @@ class FilePool:
             self._files.remove(name)
 
     def _create(self, count: int) -> list[tuple[str, _Raw]]:
-        made = self._files.create(self.nbytes, self._prefix, count)
-        self._names |= {each.raw.ctypes.data: each.name for each in made}
+        self._host.claim(count * self.nbytes)
+        try:
+            made = self._files.create(self.nbytes, self._prefix, count)
+        except OSError:
+            self._host.budget.give_back(count * self.nbytes)
+            raise
+        for each in made:
+            self._know(each)
         return [(each.name, each.raw) for each in made]
 
+    def _know(self, file: _Mapped) -> None:
+        """A file that is counted in the budget until its memory goes."""
+        self._names[file.raw.ctypes.data] = file.name
+        weakref.finalize(file.raw, self._host.budget.give_back, self.nbytes).atexit = False
+
     def _attach(self, name: str) -> _Raw:
-        raw = self._files.attach(name, self.nbytes).raw
-        self._names[raw.ctypes.data] = name
-        return raw
+        file = self._files.attach(name, self.nbytes)
+        # Without asking: the memory is taken already.
+        self._host.budget.count(self.nbytes)
+        self._know(file)
+        return file.raw
 
     def _lent(self, name: str, raw: _Raw) -> Tensor:
         # As HostPool: a fresh array over the memory, whose death brings the memory back.

@@ -4,14 +4,16 @@ A host buffer is recycled by reference: the pool lends a fresh array object over
 torch tensor, bytes still queued in a socket's transport) keeps that object alive, and its death returns the memory.
 There is no release call to forget or to make too early.
 
-Knows bytes and page locks. Does not know arenas, layouts, budgets or what a buffer is for.
+Knows bytes, page locks and how much memory there is. Does not know arenas, layouts or what a buffer is for.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
+import sys
 import threading
+import time
 import weakref
 from collections import deque
 from typing import Any
@@ -20,9 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ema_service.machine_memory import memory_room
+from ema_service.memory.budget import Budget
+
 __all__ = ["HostPool"]
 
 _log = logging.getLogger(__name__)
+
+#: Bytes of new memory from which on the machine is asked first: a look takes 0.1 ms.
+_ASKED_FROM = 16 << 20
+#: Left to the rest of the machine, or of the control group.
+_SPARE_BYTES = 64 << 20
 
 _Raw = Any  # a numpy uint8 array that owns, or keeps alive, pooled memory
 
@@ -34,25 +44,68 @@ class HostPool:
 
     pinned: allocate page-locked memory, which a GPU copies from and to at full speed.
     keep_bytes: most idle memory that stays for reuse; memory that comes back beyond goes to the system.
+    budget: of all memory of the host, this pool's and others'; idle memory is given up before the budget says no.
     """
 
-    def __init__(self, *, pinned: bool = False, keep_bytes: int = 0) -> None:
+    def __init__(self, *, pinned: bool = False, keep_bytes: int = 0, budget: Budget | None = None) -> None:
+        self.budget = budget or Budget(sys.maxsize)
         self._pinned = pinned
         self._keep_bytes = keep_bytes
         self._idle: dict[int, deque[_Raw]] = {}
+        #: By size: when memory of the size was last lent or came back, by time.monotonic().
+        self._used: dict[int, float] = {}
         self._lock = threading.Lock()
 
     def lend(self, nbytes: int) -> Tensor:
-        """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone."""
+        """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
+
+        Raises MemoryError where the budget, or the machine, has no room.
+        """
         with self._lock:
             idle = self._idle.setdefault(nbytes, deque())
+            self._used[nbytes] = time.monotonic()
         try:
             raw = idle.pop()
         except IndexError:
+            # Memory of a size that is in use is worth more than of a size that was.
+            while nbytes <= self._keep_bytes < self.idle_bytes + nbytes and self._drop_oldest():
+                pass
+            self.claim(nbytes)
             raw = self._allocate(nbytes)
         lent = raw.view()
         weakref.finalize(lent, self._take_back, raw).atexit = False
         return torch.from_numpy(lent)
+
+    def claim(self, nbytes: int) -> None:
+        """Take ``nbytes`` of the budget for new memory, for which idle memory is given up. Raises MemoryError."""
+        while True:
+            room = memory_room() - _SPARE_BYTES if nbytes >= _ASKED_FROM else nbytes
+            if nbytes <= room and self.budget.take(nbytes):
+                return
+            if not self._drop_oldest():
+                break
+        if nbytes > room:
+            raise MemoryError(f"the machine, or this server's control group, has {max(room, 0)} bytes left")
+        raise MemoryError(f"{self.budget.used} of {self.budget.limit} bytes are in use (--memory-limit)")
+
+    def trim(self, seconds: float) -> None:
+        """Let the system have idle memory of sizes that nobody lent or gave back for so long."""
+        before = time.monotonic() - seconds
+        for nbytes, used in list(self._used.items()):
+            if used < before:
+                self._drop(nbytes)
+
+    def _drop_oldest(self) -> bool:
+        """Let the system have the idle memory of the size that was used least recently; False where none is idle."""
+        oldest_first = sorted(self._used.items(), key=lambda item: item[1])
+        return any(self._drop(nbytes) for nbytes, _ in oldest_first)
+
+    def _drop(self, nbytes: int) -> bool:
+        """Let the system have all idle memory of a size; False where none is idle."""
+        idle = self._idle[nbytes]
+        had_some = bool(idle)
+        idle.clear()
+        return had_some
 
     @property
     def idle_bytes(self) -> int:
@@ -64,15 +117,21 @@ class HostPool:
         # Runs wherever the last reference to the array dies, perhaps inside a locked region: it must not lock
         # (deque.append is atomic).
         if self.idle_bytes + raw.nbytes <= self._keep_bytes:
+            self._used[raw.nbytes] = time.monotonic()
             self._idle[raw.nbytes].append(raw)
 
     def _allocate(self, nbytes: int) -> _Raw:
-        """Fresh memory, in huge pages where the system has them."""
-        # MAP_PRIVATE: shared memory, mmap's default, gets no huge pages.
-        region = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """Fresh memory that was claimed, in huge pages where the system has them."""
+        try:
+            # MAP_PRIVATE: shared memory, mmap's default, gets no huge pages.
+            region = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            self.budget.give_back(nbytes)
+            raise
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
         raw = np.frombuffer(region, dtype=np.uint8, count=nbytes)
+        weakref.finalize(raw, self.budget.give_back, nbytes).atexit = False
         if self._pinned and nbytes:
             _lock_pages(raw)
         return raw

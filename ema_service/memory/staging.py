@@ -7,7 +7,6 @@ Knows layouts, devices and budgets. Does not know the byte stream, sockets, or w
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -19,6 +18,7 @@ from torch import Tensor
 from ema_client.errors import BodyTooLarge, Overloaded
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.memory.arena import TORCH_DTYPES, Arena, Mark, Memory, buffer_bytes, param_offset
+from ema_service.memory.budget import Budget
 from ema_service.memory.layout import Layout
 
 __all__ = ["Shared", "Staged", "Staging"]
@@ -100,7 +100,7 @@ class Staged:
 
     def host_twin(self, arena: Arena) -> Tensor:
         """Host memory, uint8, as long as an arena of the device: for a copy of its results. The arena keeps it."""
-        arena.twin = self._memory.arenas.lend(arena.tensor.numel())
+        arena.twin = self._memory.twin(arena.tensor.numel())
         return arena.twin
 
     def mark(self) -> Mark:
@@ -131,35 +131,9 @@ class Staged:
             self.shared = self._adopted = None
             self.data = memoryview(b"")
 
-    def charge(self, budget: _Budget, nbytes: int) -> None:
+    def charge(self, budget: Budget, nbytes: int) -> None:
         """Return ``nbytes`` to ``budget`` when this object is released or dies. Called once, by Staging."""
         self._give_back = weakref.finalize(self, budget.give_back, nbytes)
-
-
-class _Budget:
-    """A count of bytes in use, and their limit. Thread-safe. on_room: called whenever bytes come free, on any
-    thread."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self.on_room: Callable[[], None] = lambda: None
-        # Re-entrant: a garbage collection may give bytes back on a thread that is inside take().
-        self._lock = threading.RLock()
-
-    def take(self, nbytes: int) -> bool:
-        """Take ``nbytes`` of the budget, and say whether they were free."""
-        with self._lock:
-            if self.used + nbytes > self.limit:
-                return False
-            self.used += nbytes
-            return True
-
-    def give_back(self, nbytes: int) -> None:
-        """Return ``nbytes`` to the budget."""
-        with self._lock:
-            self.used -= nbytes
-        self.on_room()
 
 
 class Staging:
@@ -170,7 +144,7 @@ class Staging:
 
     def __init__(self, memory: Memory, budget: int) -> None:
         self._memory = memory
-        self._budget = _Budget(budget)
+        self._budget = Budget(min(budget, memory.budget.limit))
 
     @property
     def bytes_in_use(self) -> int:
@@ -190,7 +164,7 @@ class Staging:
         if nbytes > self._budget.limit:
             raise BodyTooLarge(
                 f"a push of this run takes {nbytes} bytes of staging, the budget is {self._budget.limit}",
-                hint="start the server with a larger --staging-bytes",
+                hint="start the server with a larger --staging-bytes, or --memory-limit",
             )
         return nbytes
 
@@ -210,7 +184,7 @@ class Staging:
         try:
             staged = Staged(layout, memory or self._memory)
             staged.charge(self._budget, nbytes)
-        except (MemoryError, OSError, RuntimeError, Overloaded):
+        except (RuntimeError, Overloaded):
             self._budget.give_back(nbytes)
             raise
         return staged

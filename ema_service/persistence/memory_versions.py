@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ema_client.errors import StorageFailed
+from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import RunConfig
 from ema_service.averaging import Digest
 from ema_service.memory import Arena, FilePool, Layout, Memory
@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 _TOLD_STEPS = 16
 #: So many bytes are digested at a time when a version is verified: what was read is in the processor's cache.
 _DIGESTED_AT_ONCE = 1 << 20
+_MORE_MEMORY = "delete runs that nobody needs any more, or give the server more memory, and --memory-limit"
 #: A write that failed may succeed after this many seconds.
 _RETRY_SECONDS = 1.0
 
@@ -120,8 +121,12 @@ class MemoryVersions:
         return "memory files"
 
     def allocate(self) -> None:
-        """Take the memory that the run will need, and the disk space of its checkpoints. Raises OSError."""
-        self._pool.reserve(self._needed)
+        """Take the memory that the run will need, and the disk space of its checkpoints. Raises OSError, Overloaded."""
+        try:
+            self._pool.reserve(self._needed)
+        except MemoryError as fault:
+            text = f"there is no memory for run {self._run!r}: {fault}"
+            raise Overloaded(text, hint=_MORE_MEMORY, retry_after=_RETRY_SECONDS) from fault
         self.checkpoints.allocate()
 
     @property
@@ -290,7 +295,7 @@ class MemoryVersions:
     def _copied(self, arena: Arena) -> Tensor:
         try:
             twin = self._pool.lend(self._layout.shadow_bytes)
-        except OSError as fault:
+        except (OSError, MemoryError) as fault:
             raise self._failed(f"no memory file for version: {fault}") from fault
         return twin.copy_(arena.tensor)
 

@@ -56,5 +56,5 @@ def _versions(store: Store, row: RunRow, memory: Memory) -> MemoryVersions:
     files = store.memory_files
     if files is None:
         raise RuntimeError("there are no memory files")
-    pool = FilePool(files, buffer_bytes(layout), memory_prefix(row))
+    pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), memory.pool)
     return MemoryVersions(config, row, store, layout, memory.of_run(pool), pool, files.nonce)

@@ -296,6 +296,12 @@ class Versions:
             self._amend(written, state, final=False, durable=True)
             self._store.remove_checkpoint(self._row, MEMORY)
 
+    def leave(self, fault: str) -> Restored:
+        """Read nothing, and let nobody write over what is there: the run comes up without weights, for ``fault``."""
+        rows = self._rows()
+        self._doubtful += [self._slots.hold(row.row.folder) for row in rows]
+        return Restored(last_epoch=max((row.epoch for row in rows), default=0), fault=fault)
+
     def go_on_beside(self) -> None:
         """Hold the newest checkpoint as it is, unread: the run comes up with a newer version from elsewhere."""
         rows = [row for row in self._rows() if row.said and row.row.synced]

@@ -33,6 +33,7 @@ from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
 from ema_service.persistence import History, MemoryVersions, Restored, Snapshots, Versions
 from ema_service.runs.parts import Expired, Parts
+from ema_service.runs.room import Needs, check_room
 from ema_service.runs.run import Run
 from ema_service.storage import CatalogUnusable, MemoryFilesUnusable, RunRow, Store, memory_prefix
 
@@ -180,7 +181,8 @@ class Registry:
         """The run of this configuration, and whether it is new.
 
         A ``durability`` left out is that of the run if it exists, else ``process``, or ``memory`` where there is no
-        store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed.
+        store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed; Overloaded where memory
+        has no room for the run.
         """
         _check_averages(config)
         layout = Layout(config.layout, config.copied)
@@ -191,6 +193,7 @@ class Registry:
                 if len(self._runs) >= MAX_RUNS:
                     raise TooManyRuns(f"this server holds {len(self._runs)} runs; {MAX_RUNS} are possible")
                 config = replace(config, durability=self._durability(config))
+                self._check_room(config, layout)
                 return self._add(config, layout).run, True
         if config.durability is None:
             config = replace(config, durability=found.run.config.durability)
@@ -251,6 +254,16 @@ class Registry:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _check_room(self, config: RunConfig, layout: Layout) -> None:
+        """Raises Overloaded where memory has no room for a run beside those that are there."""
+        runs = [self._needs(each.run.config, each.run.layout) for each in self._all()]
+        check_room(runs, self._needs(config, layout), self.memory.budget.limit)
+
+    def _needs(self, config: RunConfig, layout: Layout) -> Needs:
+        files = self._store.memory_files if self._store else None
+        in_files = files is not None and config.durability == "process"
+        return Needs.of(layout, len(config.averages), on_host=self.memory.on_host, in_files=in_files)
+
     def _durability(self, config: RunConfig) -> Durability:
         """The durability of a new run. Raises StorageDisabled where it needs a disk and there is none."""
         chosen = config.durability or ("process" if self._store else "memory")
@@ -262,7 +275,7 @@ class Registry:
         return chosen
 
     def _add(self, config: RunConfig, layout: Layout) -> _Registered:
-        """Add a new run, first to the disk, then to the registry. Raises StorageFailed."""
+        """Add a new run, first to the disk, then to the registry. Raises StorageFailed, Overloaded."""
         created_at = time.time()
         if self._store is None:
             made = self._runs[config.run] = self._make(config, layout, None, created_at)
@@ -271,7 +284,7 @@ class Registry:
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at)
             try:
                 made = self._allocated(config, layout, row, created_at)
-            except OSError:
+            except (OSError, Overloaded):
                 self._store.remove_run(row)
                 raise
         except (OSError, sqlite3.Error) as fault:
@@ -285,17 +298,17 @@ class Registry:
         if made.disk is None:
             return made
         try:
-            found = made.disk.versions.restore()
+            found = _read_back(made.disk.versions)
         except Overloaded as fault:
             _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault.detail, MORE_ROOM)
             made.disk.versions.free()
             made = self._make(config, layout, row, row.created_at, refusal=fault.detail)
-            found = made.disk.versions.restore() if made.disk else Restored()
+            found = _read_back(made.disk.versions) if made.disk else Restored()
         _take_up(made.run, found)
         return made
 
     def _allocated(self, config: RunConfig, layout: Layout, row: RunRow, created_at: float) -> _Registered:
-        """The run with all the memory and disk space that its versions take. Raises OSError."""
+        """The run with all the memory and disk space that its versions take. Raises OSError, Overloaded."""
         made = self._make(config, layout, row, created_at)
         if made.disk is None:
             return made
@@ -319,7 +332,7 @@ class Registry:
         store, memory, files = self._store, self.memory, self._store.memory_files
         versions: Versions | MemoryVersions
         if files and not refusal and config.durability == "process":
-            pool = FilePool(files, buffer_bytes(layout), memory_prefix(row))
+            pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), self.memory.pool)
             memory = self.memory.of_run(pool)
             versions = MemoryVersions(config, row, store, layout, memory, pool, files.nonce)
         else:
@@ -350,6 +363,19 @@ class Registry:
         if disk is None:
             raise StorageDisabled("snapshots are files, and this server was started with --memory")
         return disk
+
+
+def _read_back(versions: Versions | MemoryVersions) -> Restored:
+    """What storage has of a run. Where memory has no room for it: a fault that says so, with everything as it was.
+
+    Raises Overloaded where there is no room in memory files.
+    """
+    try:
+        return versions.restore()
+    except Overloaded as fault:
+        if isinstance(versions, MemoryVersions):
+            raise
+        return versions.leave(f"{fault.detail}; start the server with more memory, and --memory-limit")
 
 
 def _take_up(run: Run, found: Restored) -> None:

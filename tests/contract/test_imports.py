@@ -29,7 +29,7 @@ LEAVES = {"settings", "metrics", "threads", "machine_memory"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"api", "storage", "demo", "bench"} | LEAVES,
+    "cli": {"api", "persistence", "storage", "demo", "bench"} | LEAVES,
     "api": {"dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "dashboard": set(),
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
@@ -39,7 +39,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "memory": LEAVES,
     "storage": LEAVES,
     "averaging": set(),
-    "settings": set(),
+    "settings": {"machine_memory"},
     "metrics": set(),
     "threads": set(),
     "machine_memory": set(),

@@ -147,7 +147,7 @@ def test_memory_that_cannot_be_had_is_not_charged(memory: Memory, monkeypatch: p
         raise MemoryError("no memory")
 
     monkeypatch.setattr(memory.pool, "lend", refuse)
-    with pytest.raises(MemoryError):
+    with pytest.raises(Overloaded, match="no memory"):
         staging.reserve(LAYOUT)
 
     assert staging.bytes_in_use == 0

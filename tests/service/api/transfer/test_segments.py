@@ -34,7 +34,7 @@ from ema_service.api import create_app
 from ema_service.api.transfer.segments import Mappings, named, take_over
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Staged
-from ema_service.memory.staging import _Budget
+from ema_service.memory.budget import Budget
 from ema_service.settings import Settings
 from ema_service.shadows.passes import Feed, Grain, pass_over
 
@@ -507,7 +507,7 @@ def test_memory_is_let_go_at_release(
     take_over(Segment(secret=one.secret, **one.fields), body, helpers, mappings)
     update_in_hand = run.run.begin(1, staged)
     assert mapped_here()
-    staged.charge(_Budget(100), 0)
+    staged.charge(Budget(100), 0)
     staged.release()
 
     assert not mapped_here()
