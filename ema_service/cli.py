@@ -107,6 +107,7 @@ def serve(
     max_watchers: Annotated[
         int, typer.Option(help="Most streams of events (`ema watch`) at once.", min=1)
     ] = Settings.max_watchers,
+    max_snapshots: Annotated[int, typer.Option(help="Most snapshots of one run.", min=1)] = Settings.max_snapshots,
     token_file: Annotated[
         Path | None,
         typer.Option(help="Ask for tokens, those of this file (`ema-service token create`).", dir_okay=False),
@@ -137,6 +138,7 @@ def serve(
         checkpoint_interval=checkpoint_interval,
         body_timeout=body_timeout,
         max_watchers=max_watchers,
+        max_snapshots=max_snapshots,
         token_file=token_file,
     )
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
@@ -172,7 +174,7 @@ app.add_typer(tokens, name="token")
 
 @tokens.command()
 def create(
-    scope: Annotated[list[str], typer.Option(help="push, pull or admin; may be given several times.")],
+    scope: Annotated[list[str], typer.Option(help="pull, snapshot, push or admin; may be given several times.")],
     run: Annotated[str, typer.Option(help="Pattern of the runs it is for, such as 'cogview*'.")] = "*",
     token_file: Annotated[Path, typer.Option(help="The server's --token-file; made if it is not there.")] = Path(
         "ema-tokens"

@@ -37,6 +37,7 @@ class Settings:
     body_timeout: seconds that a sender may stay silent in the middle of a body, and that a reader may take nothing.
     max_watchers: most streams of events at once. Each keeps a connection open: half of the 1,024 descriptors that a
     process often may have are left to trainers, readers and files.
+    max_snapshots: most snapshots of one run: whoever may take them shall not fill the disk.
     token_file: tokens and what each may do; None asks nobody for a token.
     json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.
     """
@@ -51,4 +52,5 @@ class Settings:
     body_timeout: float = 60.0
     json_bytes: int = 64 << 20
     max_watchers: int = 512
+    max_snapshots: int = 1000
     token_file: Path | None = None

@@ -365,6 +365,12 @@ class TooManyRuns(Conflict):
     default_hint = "delete runs that are done: `ema delete`"
 
 
+class TooManySnapshots(Conflict):
+    code = "too_many_snapshots"
+    title = "No room for another snapshot of this run"
+    default_hint = "delete snapshots that nobody needs any more, or start the server with a larger --max-snapshots"
+
+
 class RunDegraded(Conflict):
     code = "run_degraded"
     title = "The run's latest state cannot be read"

@@ -118,7 +118,13 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
         store = open_store(settings.data_dir, settings.ram_dir)
     device = pick_device(settings.device)
     memory = Memory(device, keep_bytes=settings.staging_bytes, limit=_left_for_weights(settings.memory_limit))
-    return Registry(memory, store, staging_bytes=settings.staging_bytes, frozen_bytes=settings.frozen_bytes)
+    return Registry(
+        memory,
+        store,
+        staging_bytes=settings.staging_bytes,
+        frozen_bytes=settings.frozen_bytes,
+        max_snapshots=settings.max_snapshots,
+    )
 
 
 def _left_for_weights(memory_limit: int) -> int:

@@ -6,8 +6,8 @@ reads the file. The token itself is printed once, by ``ema-service token create`
     # sha256 of the token                      scopes      runs
     9f86d081884c7d659a2feaa0c55ad015a3bf4f1b…  push,pull   cogview*    the cluster's trainers
 
-Scopes: ``pull`` reads and takes snapshots; ``push`` creates runs, pushes, and steers the decay; ``admin`` may do
-everything, deleting included.
+Scopes: ``pull`` reads; ``snapshot`` takes snapshots; ``push`` creates runs, pushes, takes snapshots, and steers the
+decay; ``admin`` may do everything, deleting included.
 
 Knows tokens, methods and paths. Does not know runs, or what a route does. Neither tokens nor their hashes are ever
 logged.
@@ -32,7 +32,9 @@ from ema_service.api.errors import problem_response
 
 __all__ = ["SCOPES", "Access", "Auth", "Grant", "TokenFileError", "access_of", "create_token", "read_token_file"]
 
-SCOPES = ("push", "pull", "admin")
+SCOPES = ("push", "pull", "snapshot", "admin")
+#: By scope, the others that allow the same.
+_INCLUDED_IN = {"pull": {"admin"}, "push": {"admin"}, "snapshot": {"push", "admin"}, "admin": set[str]()}
 
 #: Paths that need no token, for their answers say nothing of any run: the pages (whose data need a token), and whether
 #: the process lives.
@@ -64,7 +66,7 @@ class Access:
 
     def may(self, scope: str, run: str | None) -> bool:
         """Whether the request may act with ``scope`` on ``run`` (None: on no run in particular)."""
-        return bool({scope, "admin"} & self.scopes) and (run is None or fnmatchcase(run, self.runs))
+        return bool(({scope} | _INCLUDED_IN[scope]) & self.scopes) and (run is None or fnmatchcase(run, self.runs))
 
     def check(self, scope: str, run: str | None) -> None:
         """Raises Forbidden, naming scope and run, where the request may not act."""
@@ -151,8 +153,10 @@ class Auth:
 
 def _needed(method: str, path: str) -> str:
     """The scope that a request needs."""
-    if method in ("GET", "HEAD") or (method == "PUT" and _SNAPSHOT.match(path)):
+    if method in ("GET", "HEAD"):
         return "pull"
+    if method == "PUT" and _SNAPSHOT.match(path):
+        return "snapshot"
     return "admin" if method == "DELETE" else "push"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from ema_client.errors import (
     InvalidRequest,
     MethodNotAllowed,
     RouteNotFound,
+    StorageFailed,
     listed,
 )
 from ema_service.metrics import Metrics
@@ -100,7 +102,12 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         # Starlette raises the fault again after this answer, so that the server's log has the traceback.
         return answer(InternalError(f"{type(fault).__name__} in {request.method} {request.url.path}"))
 
+    async def catalog(_: Request, fault: Exception) -> Response:
+        _log.error("the catalog: %s", fault)
+        return answer(StorageFailed(f"the server's catalog: {fault}", retry_after=1.0))
+
     app.add_exception_handler(EmaError, ours)
+    app.add_exception_handler(sqlite3.Error, catalog)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientDisconnect, gone)

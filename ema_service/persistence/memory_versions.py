@@ -19,6 +19,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -193,9 +194,9 @@ class MemoryVersions:
         """Bring the state to the medium now. Raises StorageFailed."""
         self.checkpoints.save(state)
 
-    def close(self) -> None:
-        """Save no more: the run is deleted. Waits for a save under way."""
-        self.checkpoints.close()
+    def closing(self) -> AbstractContextManager[None]:
+        """As Versions.closing()."""
+        return self.checkpoints.closing()
 
     def free(self) -> None:
         """Give the memory back. What names the files goes first: a row never names files that are gone."""

@@ -6,8 +6,11 @@ Knows how a state becomes a snapshot and how a snapshot is read back. Does not k
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from ema_client.errors import (
     SnapshotExists,
     SnapshotNotFound,
     StorageFailed,
+    TooManySnapshots,
 )
 from ema_client.protocol import SnapshotInfo, WeightsInfo, from_json, to_json
 from ema_service.averaging import Digest
@@ -32,6 +36,8 @@ from ema_service.storage import RunRow, Store, TensorFile
 
 __all__ = ["Snapshots"]
 
+_log = logging.getLogger(__name__)
+
 
 class Snapshots:
     """The snapshots of one run. Thread-safe: one snapshot at a time is made or deleted.
@@ -40,14 +46,22 @@ class Snapshots:
     """
 
     def __init__(
-        self, row: RunRow, store: Store, layout: Layout, memory: Memory, tell: Callable[[], None] = lambda: None
+        self,
+        row: RunRow,
+        store: Store,
+        layout: Layout,
+        memory: Memory,
+        tell: Callable[[], None] = lambda: None,
+        *,
+        most: int = sys.maxsize,
     ) -> None:
-        """tell: called, in any thread, after each change of the snapshots."""
+        """tell: called, in any thread, after each change of the snapshots. most: how many there may be."""
         self._row = row
         self._store = store
         self._layout = layout
         self._memory = memory
         self._tell = tell
+        self._most = most
         self.changes = 0
         self._closed = False
         self._lock = threading.Lock()
@@ -57,14 +71,16 @@ class Snapshots:
 
         current: gives the state of now, and raises where there is none. keep: of the snapshots whose names are the same
         up to the last "-", only so many, the newest, stay. Raises SnapshotExists where the name stands for another
-        version, StorageFailed, and what ``current`` raises.
+        version, TooManySnapshots, StorageFailed, and what ``current`` raises.
         """
         with self._lock:
             state = current()
             if self._closed:
                 raise RunNotFound(f"run {self._row.name!r} was deleted")
-            existing = self._found().get(name)
+            found = self._found()
+            existing = found.get(name)
             if existing is None:
+                self._check_count(len(found))
                 return self._make(name, state, keep), True
             if existing.version != str(state.version):
                 raise SnapshotExists(
@@ -107,9 +123,12 @@ class Snapshots:
             self._store.remove_snapshot(self._row, name)
             self._changed()
 
-    def close(self) -> None:
-        """Take no snapshot from now on: the run is deleted. Waits for a snapshot under way."""
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Within the block no snapshot is made or deleted; after it none ever, unless the block raised. Waits for one
+        under way."""
         with self._lock:
+            yield
             self._closed = True
 
     # --- making -----------------------------------------------------------------------------------------------------
@@ -118,14 +137,19 @@ class Snapshots:
         """Write a new snapshot and drop old ones of its series. Raises StorageFailed."""
         info = self._info(name, state)
         try:
+            self._store.check_room(info.bytes)
             self._write(state, info)
-            self._drop_oldest(name, keep)
         except (OSError, sqlite3.Error) as fault:
             raise StorageFailed(
                 f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}", retry_after=1.0
             ) from fault
+        self._drop_oldest(name, keep)
         self._changed()
         return info
+
+    def _check_count(self, count: int) -> None:
+        if count >= self._most:
+            raise TooManySnapshots(f"run {self._row.name!r} has {count} snapshots, and may have {self._most}")
 
     def _info(self, name: str, state: State) -> SnapshotInfo:
         version = state.version
@@ -178,7 +202,11 @@ class Snapshots:
         series = name.rpartition("-")[0]
         names = [each for each in self._found() if each.rpartition("-")[0] == series]
         for old in names[:-keep] if keep else ():
-            self._store.remove_snapshot(self._row, old)
+            try:
+                self._store.remove_snapshot(self._row, old)
+            except sqlite3.Error as fault:
+                # The new snapshot is there; the next of the series tries again.
+                _log.error("run %s: snapshot %s could not be removed: %s", self._row.name, old, fault)
 
     def _changed(self) -> None:
         self.changes += 1

@@ -13,11 +13,12 @@ Knows how a state becomes rows and files, and in which order. Does not know how 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ema_client.errors import StorageFailed
@@ -137,7 +138,9 @@ class Versions:
 
     def allocate(self) -> None:
         """Take the disk space that the run will need. Raises OSError."""
-        self._slots.allocate(_SLOTS[self._durability] if self.every else _CHECKPOINT_SLOTS[self._durability])
+        count = (_SLOTS if self.every else _CHECKPOINT_SLOTS)[self._durability]
+        self._store.check_room(count * len(self.averages) * self._layout.shadow_bytes)
+        self._slots.allocate(count)
 
     def take(self) -> SlotPlace | None:
         """A place for the next version, in a slot; None where versions are kept now and then only.
@@ -242,9 +245,12 @@ class Versions:
         self.save(state)
         self.sync()
 
-    def close(self) -> None:
-        """Save no more: the run is deleted. Waits for a save under way."""
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Within the block nothing is saved; after it nothing ever, unless the block raised. Waits for a save under
+        way."""
         with self._saving:
+            yield
             self._closed = True
 
     def free(self) -> None:

@@ -147,7 +147,7 @@ class Ledger:
 
     def check_writable(self) -> None:
         """Raises RunNotFound once the run is deleted, RunDegraded where it takes no updates."""
-        self._check_exists()
+        self.check_exists()
         if self.fault:
             readable = f"version {self.version} can be read; " if self.version else ""
             raise RunDegraded(f"run {self._run!r}: {self.fault}", hint=f"{readable}{RunDegraded.default_hint}")
@@ -155,7 +155,7 @@ class Ledger:
     def readable(self) -> Version:
         """The current version. Raises AwaitingWeights; RunDegraded where no version is left; RunNotFound once
         deleted."""
-        self._check_exists()
+        self.check_exists()
         version = self.version
         if version is None:
             self.check_writable()
@@ -230,7 +230,7 @@ class Ledger:
 
         Raises RunNotFound; Superseded where someone else rewound the run since ``to`` was decided on.
         """
-        self._check_exists()
+        self.check_exists()
         if self.version and self.version.epoch >= to.epoch:
             raise Superseded(f"run {self._run!r} was rewound by someone else meanwhile", retry_after=0.0)
 
@@ -245,7 +245,7 @@ class Ledger:
 
     def next_writer(self) -> int:
         """The number for a trainer that takes over the run. Raises RunNotFound."""
-        self._check_exists()
+        self.check_exists()
         return self.writer + 1
 
     # --- what takes effect ------------------------------------------------------------------------------------------
@@ -281,11 +281,12 @@ class Ledger:
         """The run is deleted: refuse everything from now on."""
         self.retired = True
 
-    # ----------------------------------------------------------------------------------------------------------------
-
-    def _check_exists(self) -> None:
+    def check_exists(self) -> None:
+        """Raises RunNotFound once the run is deleted."""
         if self.retired:
             raise RunNotFound(f"run {self._run!r} was deleted")
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _check_writer(self, writer: int | None) -> None:
         """Raises Fenced where another writer has taken over, InvalidRequest for a number that the run never gave."""

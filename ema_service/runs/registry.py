@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import sqlite3
+import sys
 import threading
 import time
 from collections import Counter
@@ -73,11 +74,16 @@ class _Disk:
                 f"the writer of run {self.row.name!r} could not be kept: {fault}", retry_after=1.0
             ) from fault
 
-    def remove(self) -> None:
-        """Remove the run's rows and files, once what is being written is written."""
-        self.snapshots.close()
-        self.versions.close()
-        self.store.remove_run(self.row)
+    def forget(self) -> None:
+        """Take the run out of what a restart brings back. Raises StorageFailed, and then the run is as it was."""
+        try:
+            self.store.forget_run(self.row)
+        except sqlite3.Error as fault:
+            raise StorageFailed(f"run {self.row.name!r} was not deleted: {fault}", retry_after=1.0) from fault
+
+    def free(self) -> None:
+        """Give files and memory of a forgotten run back."""
+        self.store.remove_files(self.row)
         self.versions.free()
 
 
@@ -97,7 +103,15 @@ class Registry:
     More than twenty methods: one for each thing that is done to a run as a whole, or to all runs.
     """
 
-    def __init__(self, memory: Memory, store: Store | None, *, staging_bytes: int, frozen_bytes: int) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        store: Store | None,
+        *,
+        staging_bytes: int,
+        frozen_bytes: int,
+        max_snapshots: int = sys.maxsize,
+    ) -> None:
         """Brings back every run of the store; a run whose files are damaged comes up ``degraded`` and says why.
 
         Raises CatalogUnusable; sqlite3.Error where the catalog is damaged.
@@ -107,6 +121,7 @@ class Registry:
         self.staging = Staging(memory, staging_bytes)
         self.frozen = FrozenWeights(memory, frozen_bytes)
         self._store = store
+        self._max_snapshots = max_snapshots
         self._lock = threading.Lock()
         self._runs: dict[str, _Registered] = {}
         for row in store.runs() if store else []:
@@ -242,15 +257,26 @@ class Registry:
         return run
 
     def delete(self, name: str) -> None:
-        """Delete a run with its weights, versions and snapshots, after the update in hand. Raises RunNotFound."""
-        with self._lock:
-            found = self._runs.pop(name, None)
-            if found is None:
-                raise RunNotFound(f"there is no run {name!r}")
-            found.run.retire()
-            found.parts.close()
-            if found.disk:
-                found.disk.remove()
+        """Delete a run with its weights, versions and snapshots, once what is being written of the run is written.
+
+        Raises RunNotFound; StorageFailed, and then the run is as it was.
+        """
+        found = self._find(name)
+        disk = found.disk
+
+        def forget() -> None:
+            if disk:
+                disk.forget()
+            del self._runs[name]
+
+        with contextlib.ExitStack() as quiet:
+            if disk:
+                quiet.enter_context(disk.snapshots.closing())
+                quiet.enter_context(disk.versions.closing())
+            found.run.retire(forget)
+        found.parts.close()
+        if disk:
+            disk.free()
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -281,6 +307,7 @@ class Registry:
             made = self._runs[config.run] = self._make(config, layout, None, created_at)
             return made
         try:
+            self._store.check_room(0)
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at)
             try:
                 made = self._allocated(config, layout, row, created_at)
@@ -339,7 +366,7 @@ class Registry:
             why = (refusal or store.memory_fault) if config.durability == "process" else None
             versions = Versions(config, row, store, layout, memory, reason=why)
         run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer)
-        snapshots = Snapshots(row, self._store, layout, memory, run.changes.tell)
+        snapshots = Snapshots(row, self._store, layout, memory, run.changes.tell, most=self._max_snapshots)
         return _Registered(run, Parts(run), _Disk(row, self._store, versions, snapshots, History(row, self._store)))
 
     def _settle(self, run: Run, disk: _Disk) -> None:

@@ -8,13 +8,18 @@ Knows rows and SQL. Does not know files, JSON, torch, or what a run does.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from ema_service.storage.files import reserve_beyond
+
 __all__ = ["FORMAT", "MEMORY", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
+
+_log = logging.getLogger(__name__)
 
 #: Version of the tables below, and of the files that the rows speak of.
 FORMAT = 5
@@ -56,6 +61,14 @@ ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
     3: "",
     4: "",
 }
+
+
+#: SQLite begins its log anew after 1000 pages of 4 KiB and their heads; as much again for a transaction that is larger.
+_LOG_BYTES = 8 << 20
+#: Of the database itself.
+_GROWTH_BYTES = 4 << 20
+#: Seconds that a write waits for another process that has the database locked, and all others behind it.
+_LOCK_SECONDS = 1.0
 
 
 class CatalogUnusable(Exception):
@@ -104,18 +117,24 @@ class Catalog:
     A transaction outlives the process when its method returns. It outlives the machine as well, unless the caller asked
     for ``durable=False``: then a power loss may undo it until the next durable transaction, of any run, has returned
     (SQLite's log is synced from its beginning). Every method may raise sqlite3.Error, and then changed nothing.
+
+    The log has its room on the disk: what is written here is written on a full disk, too.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens or makes the database, and migrates an older format. Raises CatalogUnusable."""
         self._lock = threading.Lock()
         self._synchronous = "FULL"
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        # Before SQLite opens the file: closing a descriptor of it later would drop SQLite's locks, which are the process'.
+        path.touch(mode=0o600)
+        _reserve(path, _GROWTH_BYTES)
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=_LOCK_SECONDS)
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             self._migrate(path)
+            _reserve(path.with_name(path.name + "-wal"), _LOG_BYTES)
         except sqlite3.DatabaseError as fault:
             self._db.close()
             raise CatalogUnusable(f"{path} cannot be read: {fault}; restore it, or use another --data-dir") from None
@@ -135,6 +154,10 @@ class Catalog:
     def remove_run(self, run_id: int) -> None:
         """Remove the run with its checkpoints, snapshots and history."""
         self._write("DELETE FROM runs WHERE id = ?", run_id)
+
+    def remove_named(self, name: str) -> None:
+        """As remove_run(), of the run of this name."""
+        self._write("DELETE FROM runs WHERE name = ?", name)
 
     def runs(self) -> list[RunRow]:
         """All runs, oldest first."""
@@ -232,3 +255,13 @@ class Catalog:
             return
         for each in range(found, FORMAT):
             self._db.executescript(f"BEGIN; {_MIGRATIONS[each]} PRAGMA user_version = {each + 1}; COMMIT;")
+
+
+def _reserve(path: Path, nbytes: int) -> None:
+    """Take room for a file to grow into; a failure is logged."""
+    try:
+        reserved, why = reserve_beyond(path, nbytes), "the file system has no room for it, or cannot"
+    except OSError as fault:
+        reserved, why = False, str(fault)
+    if not reserved:
+        _log.warning("%d bytes beyond the end of %s are not reserved: %s; a full disk may stop it", nbytes, path, why)

@@ -5,6 +5,7 @@ Knows paths and bytes. Does not know what the bytes mean, beyond the safetensors
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -23,6 +24,7 @@ __all__ = [
     "file_name",
     "refuse_link",
     "remove_tree",
+    "reserve_beyond",
     "sync_folder",
     "write_whole",
 ]
@@ -30,6 +32,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
+#: From fallocate(2).
+_KEEP_SIZE = 1
 #: Bytes of one write: enough to keep the page cache busy, without a whole model in one system call.
 _WRITTEN_AT_ONCE = 8 << 20
 #: Bytes of one read: still in the processor's cache when the caller hashes them.
@@ -67,6 +71,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def reserve_beyond(path: Path, nbytes: int) -> bool:
+    """Have the file system keep ``nbytes`` beyond the end of a file for the file to grow into; its length stays.
+
+    False where the file system has no room, or cannot do so.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None:  # not Linux
+        return False
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    with path.open("r+b") as file:
+        return bool(fallocate(file.fileno(), _KEEP_SIZE, os.fstat(file.fileno()).st_size, nbytes) == 0)
 
 
 def refuse_link(folder: Path, within: str = "") -> None:

@@ -14,7 +14,9 @@ the old or the new. Does not know torch, updates, or when something is due. Safe
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import re
 import sqlite3
 import time
@@ -47,6 +49,8 @@ _WRITE_THREADS = 4
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
 _SNAPSHOTS = "snapshots"
+#: Most of the free space, of which otherwise a twentieth of the disk is left, that runs and snapshots leave.
+_FLOOR_BYTES = 5 << 30
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
 #: The folders that checkpoints of a run alternated between in format 1.
 _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
@@ -131,8 +135,13 @@ class Store:
         return self._catalog.runs()
 
     def add_run(self, name: str, config: str, created_at: float) -> RunRow:
-        """Add a run: its row, then its folder. Raises OSError, sqlite3.Error."""
-        row = self._catalog.add_run(name, config, created_at)
+        """Add a run that nobody has: its row, then its folder. Raises OSError, sqlite3.Error."""
+        try:
+            row = self._catalog.add_run(name, config, created_at)
+        except sqlite3.IntegrityError:
+            # The row of a run that could not be made, and that could not be removed then.
+            self._catalog.remove_named(name)
+            row = self._catalog.add_run(name, config, created_at)
         folder = self._run_folder(row)
         if folder.is_symlink():
             folder.unlink()  # planted before the run was made: it is not the run's
@@ -143,8 +152,27 @@ class Store:
     def remove_run(self, row: RunRow) -> None:
         """Remove a run: its row first, so that a crash in between leaves files without a row, never a row without
         files."""
+        self.forget_run(row)
+        self.remove_files(row)
+
+    def forget_run(self, row: RunRow) -> None:
+        """Remove the row of a run: from here on there is no such run. Raises sqlite3.Error, and then the run is as it
+        was."""
         self._catalog.remove_run(row.id)
+
+    def remove_files(self, row: RunRow) -> None:
+        """Remove the files of a run whose row is gone."""
         remove_tree(self._run_folder(row))
+
+    def check_room(self, nbytes: int) -> None:
+        """Raises OSError where ``nbytes`` more would leave the disk with less than updates and the catalog may need."""
+        found = os.statvfs(self._folder)
+        free, floor = found.f_bavail * found.f_frsize, min(found.f_blocks * found.f_frsize // 20, _FLOOR_BYTES)
+        if free - nbytes < floor:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self._folder} has {free} bytes free; with {nbytes} more, fewer would be left than {floor}",
+            )
 
     def set_writer(self, row: RunRow, writer: int) -> None:
         """Remember the number of the writer that attached last. Raises sqlite3.Error."""
@@ -205,13 +233,17 @@ class Store:
     def save_snapshot(self, row: RunRow, name: str, info: Callable[[], str], files: Files) -> None:
         """Write a snapshot under a name that is free. info: gives the row's text, once the files are written.
 
-        Raises OSError, sqlite3.Error.
+        Raises OSError, sqlite3.Error; then nothing of the snapshot stays.
         """
         refuse_link(self._run_folder(row), _SNAPSHOTS)
         folder = self._snapshot_folder(row, name)
         remove_tree(folder)  # the files of a snapshot whose row was never written
-        self._write_files(folder, files)
-        self._catalog.add_snapshot(SnapshotRow(row.id, name, info(), time.time()))
+        try:
+            self._write_files(folder, files)
+            self._catalog.add_snapshot(SnapshotRow(row.id, name, info(), time.time()))
+        except (OSError, sqlite3.Error):
+            remove_tree(folder)
+            raise
 
     def snapshots(self, row: RunRow) -> list[SnapshotRow]:
         """The snapshots of a run, in the order they were made."""
@@ -246,7 +278,10 @@ class Store:
         Only folders with ids that this catalog gave out: an older catalog, restored from a backup, must not cost the
         runs that are newer than the backup.
         """
-        known = {row.id for row in self._catalog.runs()}
+        rows = self._catalog.runs()
+        for row in rows:
+            self._sweep_snapshots(row)
+        known = {row.id for row in rows}
         last = self._catalog.last_run_id()
         for folder in self._runs.iterdir():
             found = _RUN_FOLDER.fullmatch(folder.name)
@@ -257,6 +292,15 @@ class Store:
                 remove_tree(folder)
             else:
                 _log.warning("%s belongs to no run that the catalog knows; it is left alone", folder)
+
+    def _sweep_snapshots(self, row: RunRow) -> None:
+        """Remove the files of snapshots whose row was never written."""
+        with contextlib.suppress(OSError):  # no folder, or a symbolic link: nothing there is the server's
+            refuse_link(self._run_folder(row), _SNAPSHOTS)
+            known = {snapshot.name for snapshot in self._catalog.snapshots(row.id)}
+            for folder in (self._run_folder(row) / _SNAPSHOTS).iterdir():
+                if folder.name not in known:
+                    remove_tree(folder)
 
     def _run_folder(self, row: RunRow) -> Path:
         return self._runs / f"{row.name}.{row.id}"

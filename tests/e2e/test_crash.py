@@ -1,10 +1,10 @@
-"""kill -9 at every phase, a full disk, a read-only one: nothing acknowledged is lost, nothing is applied twice.
+"""kill -9 at every phase: nothing acknowledged is lost, nothing is applied twice.
 
 Two servers hold a run of each durability: one has memory files for ``process``, the other slots on disk. Each test has
 one of them killed at one named phase of one request (processes/dying.py), starts it again and compares every bit with
 LitEma in this process.
 
-Knows processes, signals, mounts and plain HTTP. Does not know how a run is kept; power loss is simulated in
+Knows processes, signals and plain HTTP. Does not know how a run is kept; power loss is simulated in
 tests/service/persistence/test_versions.py, a reboot in test_memory_versions.py beside it.
 """
 
@@ -12,75 +12,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import load
-from torch import Tensor
 
 from ema_client import EmaClient
+from tests.e2e.tracked import LARGE, Tracked, params
 
 if TYPE_CHECKING:
     from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
 
 WAIT_SECONDS = 30.0
 DYING = Path(__file__).parent / "processes" / "dying.py"
-AVERAGES = [{"name": "slow"}, {"name": "fast", "decay": 0.5}]
-#: Large enough to come, and to be written, in several parts.
-SHAPE = (700, 1000)
-#: Large enough to be received, and to be written, by threads of their own.
-LARGE = (4500, 1000)
-
-
-def params(step: int, shape: tuple[int, int] = SHAPE) -> dict[str, Tensor]:
-    return {"w": torch.randn(shape, generator=torch.Generator().manual_seed(step)), "s": torch.tensor(float(step))}
-
-
-class Tracked:
-    """A run and what it must be: LitEma fed with every acknowledged update, once."""
-
-    def __init__(
-        self, run: PlainRun, litema: type[LitEmaOracle], durability: str, shape: tuple[int, int] = SHAPE
-    ) -> None:
-        self.run = run
-        self.step = 0
-        self.params = partial(params, shape=shape)
-        self._oracles = {"slow": litema(self.params(0)), "fast": litema(self.params(0), decay=0.5)}
-        run.create(self.params(0), averages=AVERAGES, durability=durability).raise_for_status()
-        run.begin(self.params(0)).raise_for_status()
-
-    def push(self) -> dict[str, Any]:
-        """The next step; raises what httpx raises if the server dies of it."""
-        answer = self.run.push(self.step + 1, self.params(self.step + 1)).raise_for_status().json()
-        assert (answer["applied"], answer["durable_step"]) == (True, self.step + 1)
-        self.applied()
-        return dict(answer)
-
-    def applied(self) -> None:
-        self.step += 1
-        for oracle in self._oracles.values():
-            oracle.update(self.params(self.step))
-
-    def check(self) -> None:
-        """The run is what it must be, to the bit, in the epoch it began in."""
-        info = self.run.info()
-        version = f"1.{self.step}"
-        expected = ("ready", self.step or None, self.step or None, self.step, version)
-        assert tuple(info[key] for key in ("status", "step", "durable_step", "num_updates", "version")) == expected
-        for name, oracle in self._oracles.items():
-            weights = self.run.weights(average=name)
-            assert all(torch.equal(weights[each], value) for each, value in oracle.shadow.items())
 
 
 class Life:
@@ -470,95 +423,3 @@ def test_server_dies_under_a_trainer(life: Life, litema: type[LitEmaOracle]) -> 
     assert (run.info()["num_updates"], run.info()["version"]) == (40, "1.40")
     assert all(torch.equal(value, oracle.shadow[name]) for name, value in run.weights().items())
     life.check()
-
-
-# --- disks ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 24 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("mounting a small disk needs root: the full disk and the read-only one are not tested here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_full_disk(
-    disk: Path, server_class: type[ServerProcess], plain_run_class: type[PlainRun], litema: type[LitEmaOracle]
-) -> None:
-    """On a full disk pushes and runs are refused with Retry-After and nothing is lost; with room it goes on."""
-    server = server_class(disk.parent, (), disk / "data").start()
-    try:
-        with server.http() as http:
-            tracked = Tracked(plain_run_class(http, "process"), litema, "process")
-            for _ in range(5):
-                tracked.push()
-            filler = disk / "filler"
-            _fill(filler)
-            refused = plain_run_class(http, "new").create(params(0))
-            assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (
-                503,
-                "storage_failed",
-                "1",
-            )
-            assert not list((disk / "data" / "runs").glob("new.*"))
-            answer = _push_until_refused(tracked, filler)
-            assert (answer.json()["code"], answer.headers["retry-after"]) == ("storage_failed", "1")
-            info = tracked.run.info()
-            assert (info["status"], info["step"], info["durable_step"]) == ("degraded", tracked.step, tracked.step)
-            assert str(tracked.step + 1) in info["reason"]
-            metrics = http.get("/metrics").text
-            assert "ema_degraded_runs 1.0" in metrics
-            assert 'ema_errors_total{code="storage_failed"} 2.0' in metrics
-            filler.unlink()
-            tracked.push()
-            tracked.check()
-        server.kill()
-        server.start()
-        with server.http() as http:
-            tracked.run = plain_run_class(http, "process")
-            tracked.check()
-    finally:
-        server.kill()
-
-
-def _fill(path: Path) -> None:
-    with path.open("ab", buffering=0) as file:
-        for size in (1 << 20, 4096):
-            try:
-                while file.write(bytes(size)) == size:
-                    pass
-            except OSError:
-                continue
-
-
-def _push_until_refused(tracked: Tracked, filler: Path) -> httpx.Response:
-    """The slots have their room; what grows with every update is the catalog's log."""
-    for _ in range(200):
-        answer = tracked.run.push(tracked.step + 1, params(tracked.step + 1))
-        if answer.status_code != 200:
-            return answer
-        tracked.applied()
-        _fill(filler)
-    raise AssertionError("the disk never became full")
-
-
-def test_read_only_data_dir(disk: Path, server_class: type[ServerProcess]) -> None:
-    """A data dir that cannot be written keeps the server from starting: one line that names it."""
-    server = server_class(disk.parent, (), disk / "data").start()
-    server.stop()
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    command = [sys.executable, "-m", "ema_service", "serve", "--port", "0", "--data-dir", str(disk / "data")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("ema-service: ")
-    assert str(disk / "data") in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert os.statvfs(disk).f_flag & os.ST_RDONLY

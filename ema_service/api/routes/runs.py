@@ -16,6 +16,7 @@ from ema_client.errors import (
     AwaitingWeights,
     Forbidden,
     InvalidRequest,
+    Overloaded,
     RunDegraded,
     RunExists,
     RunNotFound,
@@ -46,7 +47,14 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     responses={
         200: {"model": RunInfo, "description": "The run exists with this very configuration"},
         **problem_responses(
-            *JSON_REFUSALS, RunExists, TooManyRuns, Forbidden, InvalidRequest, StorageDisabled, StorageFailed
+            *JSON_REFUSALS,
+            RunExists,
+            TooManyRuns,
+            Forbidden,
+            InvalidRequest,
+            StorageDisabled,
+            StorageFailed,
+            Overloaded,
         ),
     },
 )
@@ -151,7 +159,10 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
 
 
 @router.delete(
-    "/{run}", status_code=204, summary="Delete a run", responses=problem_responses(RunNotFound, InvalidRequest)
+    "/{run}",
+    status_code=204,
+    summary="Delete a run",
+    responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
 )
 async def delete_run(run: RunName, server: Server) -> None:
     """Delete the run with its weights and all its snapshots. There is no way back."""

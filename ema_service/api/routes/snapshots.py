@@ -19,6 +19,7 @@ from ema_client.errors import (
     SnapshotNotFound,
     StorageDisabled,
     StorageFailed,
+    TooManySnapshots,
 )
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
@@ -37,7 +38,14 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
     responses={
         200: {"model": SnapshotInfo, "description": "The snapshot exists and is of this very version"},
         **problem_responses(
-            RunNotFound, AwaitingWeights, Forbidden, SnapshotExists, StorageDisabled, InvalidRequest, StorageFailed
+            RunNotFound,
+            AwaitingWeights,
+            Forbidden,
+            SnapshotExists,
+            TooManySnapshots,
+            StorageDisabled,
+            InvalidRequest,
+            StorageFailed,
         ),
     },
 )
@@ -63,7 +71,11 @@ async def put_snapshot(
     return info
 
 
-@router.get("", summary="List snapshots", responses=problem_responses(RunNotFound, StorageDisabled, InvalidRequest))
+@router.get(
+    "",
+    summary="List snapshots",
+    responses=problem_responses(RunNotFound, StorageDisabled, InvalidRequest, StorageFailed),
+)
 async def list_snapshots(run: RunName, server: Server) -> SnapshotList:
     """The run's snapshots, oldest first."""
     return SnapshotList(tuple(await server.workers.block(server.registry.snapshots(run).all)))
@@ -72,7 +84,7 @@ async def list_snapshots(run: RunName, server: Server) -> SnapshotList:
 @router.get(
     "/{name}",
     summary="Show a snapshot",
-    responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest),
+    responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest, StorageFailed),
 )
 async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> SnapshotInfo:
     """Step, version and size of the snapshot."""
@@ -83,7 +95,7 @@ async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> Sna
     "/{name}",
     status_code=204,
     summary="Delete a snapshot",
-    responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest),
+    responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest, StorageFailed),
 )
 async def delete_snapshot(run: RunName, name: SnapshotName, server: Server) -> None:
     """Delete the snapshot's files. A download under way goes on to its end."""

@@ -418,7 +418,8 @@ def test_deleted_run_is_not_kept_by_a_late_checkpoint(server: LocalServer, run: 
     versions = Versions(run.run.config, row, server.store, run.run.layout, server.memory)
     state = run.state
     server.registry.delete("r")
-    versions.close()
+    with versions.closing():
+        pass
     versions.save(state, final=True)
 
     assert server.data_files("r.*") == []

@@ -24,6 +24,7 @@ from ema_client.errors import (
     RunNotFound,
     StaleStep,
     StepConflict,
+    StorageFailed,
     Superseded,
     WeightsExist,
 )
@@ -459,11 +460,26 @@ def test_retired_run_takes_nothing(local_run: MakeRun, model: Model) -> None:
     """A deleted run takes neither updates nor readers, also an update that was under way."""
     run = local_run(model(0))
     update = run.run.begin(1, run.staged(model(1)))
-    run.run.retire()
+    run.run.retire(lambda: None)
 
     for act in (lambda: run.run.commit(update), run.run.ready_state, lambda: run.begin(model(0))):
         with pytest.raises(RunNotFound):
             act()
+
+
+def test_run_that_cannot_be_forgotten_goes_on(local_run: MakeRun, model: Model) -> None:
+    """A deletion that fails has changed nothing; one that comes second finds no run."""
+    run = local_run(model(0))
+
+    def full() -> None:
+        raise StorageFailed("the disk is full")
+
+    with pytest.raises(StorageFailed):
+        run.run.retire(full)
+    assert run.push(1, model(1)).applied
+    run.run.retire(lambda: None)
+    with pytest.raises(RunNotFound):
+        run.run.retire(full)
 
 
 def test_degraded_run_says_why(local_run: MakeRun, model: Model) -> None:
