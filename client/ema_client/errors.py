@@ -21,7 +21,7 @@
     |-- Conflict                  409
     |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep, Fenced,
     |   |-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded,
-    |   +-- SegmentUnusable, TooManyRuns
+    |   +-- SegmentUnusable, TooManyRuns, TooManySnapshots
     |-- BodyTooLarge              413
     |-- UnsupportedEncoding       415: a compressed body
     |-- RangeNotSatisfiable       416
@@ -91,6 +91,7 @@ __all__ = [
     "StorageFailed",
     "Superseded",
     "TooManyRuns",
+    "TooManySnapshots",
     "TransportError",
     "Unauthorized",
     "UnsupportedEncoding",

@@ -119,6 +119,8 @@ class Catalog:
     (SQLite's log is synced from its beginning). Every method may raise sqlite3.Error, and then changed nothing.
 
     The log has its room on the disk: what is written here is written on a full disk, too.
+
+    More than twenty methods: one for each question and each change.
     """
 
     def __init__(self, path: Path) -> None:
