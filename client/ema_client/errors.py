@@ -4,6 +4,7 @@
     |-- TransportError            no answer came
     |   |-- ServiceUnreachable    nothing listens at the URL
     |   |-- ConnectionLost        the connection broke in the middle
+    |   |-- GatewayFailed         a gateway answered that it has no answer of the service
     |   +-- UpdatesPending        flush(timeout=) ended before all updates were applied
     |-- ProtocolError             an answer came that no ema-service gives
     |-- UsageError                the caller's own mistake, seen before anything was sent
@@ -59,6 +60,7 @@ __all__ = [
     "EmaError",
     "Fenced",
     "Forbidden",
+    "GatewayFailed",
     "HeadTooLarge",
     "InternalError",
     "Invalid",
@@ -167,6 +169,14 @@ class ConnectionLost(TransportError):
     code = "connection_lost"
     title = "Connection lost"
     default_hint = "look at the server's log; the request may be repeated, an update is applied once at most"
+
+
+class GatewayFailed(TransportError):
+    """A gateway (a proxy, a load balancer) answered in place of the service: 408, 429, 502, 503, 504."""
+
+    code = "gateway_failed"
+    title = "Gateway without an answer of the service"
+    default_hint = "look whether the service runs, and at the gateway's log; the request may be repeated"
 
 
 class UpdatesPending(TransportError):

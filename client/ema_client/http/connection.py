@@ -26,6 +26,7 @@ from ema_client.http.answers import Answer
 from ema_client.http.body import Body, portions
 from ema_client.http.early import is_continue, read_head, replaying
 from ema_client.http.faults import broken, no_tls, unreachable
+from ema_client.http.heads import WholeHead
 from ema_client.http.sockets import Selector, open_http, readable
 
 __all__ = ["Connection", "Timeouts", "headers_of"]
@@ -61,6 +62,7 @@ class Connection:
         self._address = address
         self._timeouts = timeouts
         self._http = open_http(address, timeouts.connect, context)
+        self._http.response_class = WholeHead
         #: URL of the latest request, for messages.
         self.url = address.url
         #: Whether an answer has come over the connection.
@@ -89,8 +91,8 @@ class Connection:
         """A short answer, read to its end."""
         with self._faults():
             answer = Answer(self.url, response.status, headers_of(response), response.read(ANSWER_LIMIT))
-            if not response.isclosed():
-                # Cut short, or longer than any answer of the service.
+            if response.length or not response.isclosed():
+                # Cut short (http.client closes a response of which not a byte came), or longer than any answer of ours.
                 raise ConnectionResetError(f"an answer of status {response.status} did not end where it should")
         return answer
 

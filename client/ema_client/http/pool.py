@@ -43,10 +43,11 @@ class Pool:
         be repeated.
         """
         connection = self._take()
+        kept = connection.used
         try:
             return connection, request(connection)
         except ConnectionLost as lost:
-            if not connection.used or not isinstance(lost.__cause__, ConnectionError):
+            if not kept or not isinstance(lost.__cause__, ConnectionError):
                 raise
         connection = self.open()
         return connection, request(connection)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from ema_client.errors import (
     ConnectionLost,
     EmaError,
+    GatewayFailed,
     MethodNotAllowed,
     Overloaded,
     ProtocolError,
@@ -148,7 +149,8 @@ class _Reader:
             _log.info("run %s: no events come through, asking instead: %s", self._questions.run, fault.detail)
             self._streams = False
             return
-        except Overloaded as full:
+        except (Overloaded, GatewayFailed) as full:
+            # A gateway may fail with long answers alone; where the service is away, so are the answers to questions.
             _log.info("run %s: asking for a while, %s", self._questions.run, full.detail)
             # At random: watchers refused together must not come back together.
             self._full_until = time.monotonic() + (full.retry_after or 0.0) + random.uniform(0.1, 1.0)
