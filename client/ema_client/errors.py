@@ -101,6 +101,7 @@ __all__ = [
     "WeightsExist",
     "error_from_problem",
     "listed",
+    "printable",
 ]
 
 PROBLEM_JSON = "application/problem+json"
@@ -111,6 +112,8 @@ LISTED = 5
 
 class EmaError(Exception):
     """Base of everything that client and server raise on purpose.
+
+    The texts quote what came from the other side, and end in logs and on terminals: see printable().
 
     Args:
         detail: what was wrong, by name.
@@ -125,9 +128,9 @@ class EmaError(Exception):
     default_hint: ClassVar[str] = ""
 
     def __init__(self, detail: str, *, hint: str | None = None, retry_after: float | None = None) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.hint = self.default_hint if hint is None else hint
+        self.detail = printable(detail)
+        super().__init__(self.detail)
+        self.hint = self.default_hint if hint is None else printable(hint)
         self.retry_after = retry_after
 
     def __str__(self) -> str:
@@ -482,6 +485,11 @@ class Superseded(EmaError):
     retryable = True
     title = "The run changed meanwhile"
     default_hint = "nothing was changed; send the update again"
+
+
+def printable(text: str) -> str:
+    """``text`` on one line of visible characters: all others, such as a terminal's escape sequences, are spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def listed(names: Iterable[str], separator: str = ", ", *, most: int = LISTED) -> str:

@@ -74,7 +74,7 @@ CLIENT_THIRD_PARTY = {
 CLIENT_WORDS = {"protocol", "wire", "errors"}
 CLIENT_PARTS: dict[str, set[str]] = {
     "errors": set(),
-    "protocol": set(),
+    "protocol": {"errors"},
     "wire": {"protocol", "errors"},
     "atomic": set(),
     "http": {"protocol", "errors"},

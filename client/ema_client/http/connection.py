@@ -20,7 +20,7 @@ import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ema_client.errors import ConnectionLost, ProtocolError
+from ema_client.errors import ConnectionLost, ProtocolError, printable
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer
 from ema_client.http.body import Body, portions
@@ -239,5 +239,5 @@ class Connection:
 
 
 def headers_of(response: http.client.HTTPResponse) -> dict[str, str]:
-    """The response's headers, with lower-case names."""
-    return {name.lower(): value for name, value in response.getheaders()}
+    """The response's headers, with lower-case names, fit to be shown and to be sent back."""
+    return {name.lower(): printable(value) for name, value in response.getheaders()}

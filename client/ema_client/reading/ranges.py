@@ -22,6 +22,6 @@ def whole_length(download: Download) -> int:
     if download.status != 206:
         return download.length
     whole = download.headers.get("content-range", "").rpartition("/")[2]
-    if not (whole.isascii() and whole.isdigit()):
+    if not (whole.isascii() and whole.isdigit() and len(whole) <= 19):
         raise ProtocolError(f"{download.url} answered 206 without the length of the whole")
     return int(whole)
