@@ -21,13 +21,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ema_client.errors import ConnectionLost, ProtocolError, printable
+from ema_client.forks import tell_in_child
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer
 from ema_client.http.body import Body, portions
 from ema_client.http.early import is_continue, read_head, replaying
 from ema_client.http.faults import broken, no_tls, unreachable
 from ema_client.http.heads import WholeHead
-from ema_client.http.sockets import Selector, open_http, readable
+from ema_client.http.sockets import Selector, give_up, open_http, readable
 
 __all__ = ["Connection", "Timeouts", "headers_of"]
 
@@ -56,7 +57,12 @@ class Timeouts:
 
 
 class Connection:
-    """A keep-alive connection, for a single caller at a time: not thread-safe, but for interrupt()."""
+    """A keep-alive connection, for a single caller at a time: not thread-safe, but for interrupt().
+
+    In a forked process the connection is closed, and the parent's goes on.
+
+    More than twenty methods, the steps of the four ways in which a request goes over one socket.
+    """
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
         self._address = address
@@ -67,7 +73,13 @@ class Connection:
         self.url = address.url
         #: Whether an answer has come over the connection.
         self.used = False
-        self._streaming: socket.socket | None = None
+        #: The socket, also once http.client has let go of it, because the answer said "Connection: close".
+        self._opened: socket.socket | None = None
+        tell_in_child(self)
+
+    def after_fork(self) -> None:
+        """Close this process' copy of the socket, without a word to the service: the connection is the parent's."""
+        give_up(self._opened)
 
     def put(self, path: str, headers: Mapping[str, str], body: Body, *, patience: float = 0.0) -> Answer:
         """Send ``body`` and read the answer, which is the server's refusal where the server did not take the body.
@@ -105,11 +117,10 @@ class Connection:
         """Ask for an answer without end, for lines() to read. ``patience``: seconds for the answer's head to come."""
         with self._faults():
             self._begin("GET", path, headers)
-            # http.client lets go of the socket if the answer says "Connection: close".
-            self._streaming = self._socket
-            self._streaming.settimeout(patience)
+            sock = self._socket
+            sock.settimeout(patience)
             response = self._http.getresponse()
-            self._streaming.settimeout(self._timeouts.transfer)
+            sock.settimeout(self._timeouts.transfer)
             self.used = True
             return response
 
@@ -126,10 +137,10 @@ class Connection:
 
     def interrupt(self) -> None:
         """End lines(), from another thread: the reading thread sees the end of the answer."""
-        if self._streaming is not None:
+        if self._opened is not None:
             with contextlib.suppress(OSError):
                 # shutdown() of the bare socket: a TLS socket's says goodbye first, and races with the reader.
-                socket.socket.shutdown(self._streaming, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._opened, socket.SHUT_RDWR)
 
     @property
     def reusable(self) -> bool:
@@ -167,7 +178,8 @@ class Connection:
             raise no_tls(self._address.url, fault) from None
         except OSError as fault:
             raise unreachable(self._address.url, fault) from None
-        self._socket.settimeout(self._timeouts.transfer)
+        self._opened = self._socket
+        self._opened.settimeout(self._timeouts.transfer)
 
     def _response(self, patience: float) -> http.client.HTTPResponse:
         self._socket.settimeout(self._timeouts.transfer + patience)

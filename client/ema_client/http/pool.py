@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import ssl
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 from ema_client.errors import ConnectionLost
+from ema_client.forks import Lock, tell_in_child
 from ema_client.http.address import Address
 from ema_client.http.connection import Connection, Timeouts
 
@@ -25,12 +25,20 @@ MAX_IDLE = 4
 
 
 class Pool:
-    """Connections to a service. Thread-safe: a connection is lent to a single caller at a time."""
+    """Connections to a service. Thread-safe: a connection is lent to a single caller at a time.
+
+    A forked process begins without connections.
+    """
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
         self._new = functools.partial(Connection, address, timeouts, context)
         self._idle: list[Connection] = []
-        self._lock = threading.Lock()
+        self._lock = Lock()
+        tell_in_child(self)
+
+    def after_fork(self) -> None:
+        """Forget the idle connections, which are the parent's."""
+        self._idle = []
 
     def open(self) -> Connection:
         """A new connection, which the caller closes."""

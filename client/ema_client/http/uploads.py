@@ -47,8 +47,10 @@ class Uploads:
 
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         """PUT a body, by shared memory where that is possible. The answer may be a refusal."""
-        if body.shared is not None and self._shares and body.length > SHARE_ABOVE:
-            answer = self._hand_over(path, headers, body.shared)
+        shared = body.shared
+        # A fork sends: the secret in front of the memory is the parent's, who may be handing the same memory over.
+        if shared is not None and self._shares and body.length > SHARE_ABOVE and shared.home.is_here:
+            answer = self._hand_over(path, headers, shared)
             fault = None if answer.status < 400 else error_of(answer)
             if not _wants_the_bytes(fault):
                 return answer

@@ -31,6 +31,7 @@ from ema_client.errors import (
     StorageDisabled,
     TransportError,
 )
+from ema_client.forks import Home
 from ema_client.http.downloads import Stream
 from ema_client.http.retry import RetryPolicy
 from ema_client.protocol import EventKind, RunEvent, RunInfo, SnapshotInfo
@@ -84,7 +85,10 @@ def watch(
     """The iterator of EmaClient.watch(): starts its thread with the first event asked for, ends the thread when closed.
 
     timeout: end after so many seconds without an event.
+
+    Raises UsageError in a forked process, which does not have the thread.
     """
+    home = Home()
     mailbox = Mailbox(kinds)
     reader = _Reader(questions, mailbox, pauses or Pauses())
     thread = threading.Thread(target=reader.read, name=f"ema-watch-{questions.run}", daemon=True)
@@ -92,8 +96,12 @@ def watch(
     try:
         while event := mailbox.take(timeout):
             yield event
+            home.check(
+                f"this watch of run {questions.run!r}", hint="watch() again in the process that needs the events"
+            )
     finally:
-        reader.stop()
+        if home.is_here:
+            reader.stop()
 
 
 class _Reader:
