@@ -70,6 +70,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EmaClient", "checked_decay"]
 
+#: Seconds that the service may write to its disk, or make room in its memory, before it answers.
+_WORK_SECONDS = 50.0
 #: Pause between two questions for a step that another rank sends, in seconds.
 _POLL_SECONDS = 0.02
 
@@ -251,7 +253,8 @@ class EmaClient:
         """
         self._steps.forget(run)
         body = protocol.to_json(Rewind(None if snapshot is None else _name(snapshot, "snapshot")))
-        return self._seen(_info(run, self._transport.json("POST", protocol.rewind_path(_name(run, "run")), body)))
+        path = protocol.rewind_path(_name(run, "run"))
+        return self._seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
 
     def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
         """Create a run whose initial weights come later, in parts: see send_weights_part().
@@ -462,7 +465,8 @@ class EmaClient:
         Raises SnapshotExists, StorageDisabled.
         """
         path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
-        return self._transport.json("PUT", path if keep is None else f"{path}?keep={keep}").parsed(SnapshotInfo)
+        path = path if keep is None else f"{path}?keep={keep}"
+        return self._transport.json("PUT", path, patience=_WORK_SECONDS).parsed(SnapshotInfo)
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""
@@ -525,12 +529,13 @@ class EmaClient:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _declare(self, config: RunConfig) -> RunInfo:
-        return _info(config.run, self._transport.json("POST", protocol.runs_path(), protocol.to_json(config)))
+        body = protocol.to_json(config)
+        return _info(config.run, self._transport.json("POST", protocol.runs_path(), body, patience=_WORK_SECONDS))
 
     def _delete(self, path: str, gone: type[Exception]) -> None:
         def attempt(number: int) -> None:
             try:
-                self._transport.json_once("DELETE", path)
+                self._transport.json_once("DELETE", path, patience=_WORK_SECONDS)
             except gone:
                 # At a second try: the first try deleted it, and the answer was lost.
                 if number == 0:

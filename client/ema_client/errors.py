@@ -150,7 +150,12 @@ class EmaError(Exception):
 
 
 class TransportError(EmaError):
-    """No answer came. Retrying is safe: every write of the protocol is idempotent."""
+    """No answer came. Retrying is safe: every write of the protocol is idempotent.
+
+    silence: seconds that passed without a sign of life before the wait was given up.
+    """
+
+    silence: float = 0.0
 
     code = "transport"
     status = 0

@@ -17,6 +17,7 @@ import http.client
 import selectors
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -44,16 +45,20 @@ LAST_WORDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds to wait.
+    """Seconds to wait for a sign of life; a whole body may take longer.
 
     connect: for a connection.
-    transfer: for each operation on the socket; a whole body may take longer.
+    transfer: for each operation on the socket.
+    kept: for the first sign on a connection that was kept since an earlier request, and may be dead by now.
     expect: for ``100 Continue``; after that time the body is sent unasked.
+    stream: between two lines of an answer without end, where the service sends one every 15 seconds.
     """
 
     connect: float = 5.0
-    transfer: float = 60.0
+    transfer: float = 10.0
+    kept: float = 5.0
     expect: float = 5.0
+    stream: float = 50.0
 
 
 class Connection:
@@ -71,8 +76,12 @@ class Connection:
         self._http.response_class = WholeHead
         #: URL of the latest request, for messages.
         self.url = address.url
-        #: Whether an answer has come over the connection.
-        self.used = False
+        #: When the latest answer came over the connection (time.monotonic), None before the first.
+        self.heard: float | None = None
+        #: Seconds to wait for the next sign of life.
+        self._limit = timeouts.transfer
+        #: Whether the other end is known to ask for bodies by ``100 Continue``.
+        self._continues = False
         #: The socket, also once http.client has let go of it, because the answer said "Connection: close".
         self._opened: socket.socket | None = None
         tell_in_child(self)
@@ -120,8 +129,9 @@ class Connection:
             sock = self._socket
             sock.settimeout(patience)
             response = self._http.getresponse()
-            sock.settimeout(self._timeouts.transfer)
-            self.used = True
+            self._limit = self._timeouts.stream
+            sock.settimeout(self._limit)
+            self.heard = time.monotonic()
             return response
 
     def lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -169,6 +179,8 @@ class Connection:
         self._http.putrequest(method, self._address.prefix + path)
         for name, value in headers.items():
             self._http.putheader(name, value)
+        self._limit = self._timeouts.transfer if self.heard is None else self._timeouts.kept
+        self._socket.settimeout(self._limit)
         self._http.endheaders()
 
     def _connect(self) -> None:
@@ -179,17 +191,19 @@ class Connection:
         except OSError as fault:
             raise unreachable(self._address.url, fault) from None
         self._opened = self._socket
-        self._opened.settimeout(self._timeouts.transfer)
 
     def _response(self, patience: float) -> http.client.HTTPResponse:
-        self._socket.settimeout(self._timeouts.transfer + patience)
+        sock = self._socket
+        sock.settimeout(self._limit + patience)
         response = self._http.getresponse()
+        self._limit = self._timeouts.transfer
         if self._http.sock is not None:
-            self._socket.settimeout(self._timeouts.transfer)
-        self.used = True
+            sock.settimeout(self._limit)
+        self.heard = time.monotonic()
         return response
 
     def _send(self, body: Body, patience: float) -> Answer:
+        self._socket.settimeout(self._limit + patience)
         sent = 0
         try:
             with Selector() as arrival:
@@ -197,8 +211,12 @@ class Connection:
                 for portion in portions(body.pieces()):
                     if sent and arrival.select(0.0) and (early := self._early_answer(0.0)):
                         return self._refused(early)
-                    self._socket.sendall(portion)
-                    sent += len(portion)
+                    while portion:
+                        # Not sendall(), whose timeout is for the whole: a slow way is no silent one.
+                        count = self._socket.send(portion)
+                        portion = portion[count:]
+                        sent += count
+                        body.moved(sent)
         except OSError:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return self._last_words()
@@ -206,17 +224,28 @@ class Connection:
         return self.read(self._response(patience))
 
     def _early_answer(self, timeout: float) -> bytes:
-        """The head of a final answer that came early; empty where 100 Continue came, or nothing in ``timeout`` s."""
+        """The head of a final answer that came early; empty where 100 Continue came, or nothing in ``timeout`` s.
+
+        Raises TimeoutError where nothing came and the other end has said 100 Continue before.
+        """
         sock = self._socket
         if timeout == 0.0 and isinstance(sock, ssl.SSLSocket):
             # A TLS socket turns readable for messages of TLS too.
             return b""
         if not readable(sock, timeout):
+            if timeout and self._continues:
+                raise TimeoutError
+            self._limit = max(1.0, self._limit - timeout)
             return b""
+        before = sock.gettimeout()
         sock.settimeout(max(timeout, LAST_WORDS))
         head = read_head(sock)
-        sock.settimeout(self._timeouts.transfer)
-        return b"" if is_continue(head) else head
+        sock.settimeout(before)
+        if not is_continue(head):
+            return head
+        self._continues = True
+        self._limit = self._timeouts.transfer
+        return b""
 
     def _refused(self, head: bytes) -> Answer:
         """The final answer to a body that was not sent, or in part. The connection is closed after the answer."""
@@ -238,6 +267,9 @@ class Connection:
         """Turn a fault of the socket into an EmaError; after any fault the connection is closed."""
         try:
             yield
+        except TimeoutError as fault:
+            self.close()
+            raise broken(self.url, fault, silence=self._limit) from fault
         except (OSError, http.client.IncompleteRead) as fault:
             self.close()
             raise broken(self.url, fault) from fault

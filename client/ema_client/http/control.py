@@ -12,12 +12,13 @@ import contextlib
 import socket
 import ssl
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from ema_client.errors import ProtocolError, UsageError
+from ema_client.errors import ConnectionLost, ProtocolError, UsageError
 from ema_client.forks import Lock, tell_in_child
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer
@@ -34,21 +35,32 @@ _OPENED = frozenset(f"connection.{way}.complete" for way in ("connect_tcp", "con
 class Control:
     """Control requests to the service at ``address``, each tried once. Thread-safe, as httpx.Client is.
 
-    headers: of every request. closed: whether close() was called. A forked process connects anew.
+    headers: of every request. doubted: called when a connection broke, for others of its age. closed: whether close()
+    was called. A forked process connects anew.
+
+    A request is made a second time, over new connections, where a kept one stayed silent. A write goes over a new
+    connection, as a service may take its time: there silence is the service's.
 
     Requests raise ServiceUnreachable, ConnectionLost or ProtocolError where the service did not answer, and UsageError
     after close().
     """
 
     def __init__(
-        self, address: Address, headers: Mapping[str, str], timeouts: Timeouts, context: ssl.SSLContext | None
+        self,
+        address: Address,
+        headers: Mapping[str, str],
+        timeouts: Timeouts,
+        context: ssl.SSLContext | None,
+        *,
+        doubted: Callable[[], None],
     ) -> None:
+        self._doubted = doubted
         self._address = address
         self._headers = headers
         self._timeouts = timeouts
         self._context = context
         self.closed = False
-        self._client: httpx.Client | None = None
+        self._connections: _Connections | None = None
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = Lock()
         tell_in_child(self)
@@ -57,46 +69,92 @@ class Control:
         """Give up the connections, which are the parent's, and the client, whose locks may be held for ever."""
         for sock in list(self._sockets):
             give_up(sock)
-        self._client = None
+        self._connections = None
 
-    def request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
-        """The answer to a request; ``body`` is sent as JSON."""
-        with self._faults():
-            response = self._http().request(method, path, json=body, extensions={"trace": self._note})
+    def request(self, method: str, path: str, body: Mapping[str, Any] | None, *, patience: float = 0.0) -> Answer:
+        """The answer to a request; ``body`` is sent as JSON. patience: seconds that the answer may take beyond the
+        timeout."""
+        if method != "GET":
+            self.doubt()
+        response = self._exchange(method, path, patience, json=body)
         return Answer(self._address.url + path, response.status_code, response.headers, response.content)
 
     def head(self, path: str, *, patience: float) -> int:
-        """The status that a GET would be answered with. patience: seconds that the answer may take beyond the
-        timeout."""
-        with self._faults():
-            timeout = httpx.Timeout(self._timeouts.transfer + patience, connect=self._timeouts.connect)
-            return self._http().head(path, timeout=timeout, extensions={"trace": self._note}).status_code
+        """The status that a GET would be answered with. patience: as for request()."""
+        return self._exchange("HEAD", path, patience).status_code
+
+    def doubt(self) -> None:
+        """Let later requests open new connections; those under way go on."""
+        with self._lock:
+            self._drop()
+
+    def _exchange(self, method: str, path: str, patience: float, **options: Any) -> httpx.Response:
+        with self._lent() as connections:
+            kept = connections.used
+            limit = self._timeouts.kept if kept else self._timeouts.transfer
+            try:
+                with self._faults(limit):
+                    return self._send(connections, method, path, limit + patience, options)
+            except ConnectionLost as lost:
+                self._doubt(connections)
+                self._doubted()
+                if not kept or not lost.silence:
+                    raise
+        with self._lent() as connections, self._faults(self._timeouts.transfer):
+            return self._send(connections, method, path, self._timeouts.transfer + patience, options)
+
+    def _send(
+        self, connections: _Connections, method: str, path: str, limit: float, options: dict[str, Any]
+    ) -> httpx.Response:
+        timeout = httpx.Timeout(limit, connect=self._timeouts.connect)
+        response = connections.client.request(
+            method, path, timeout=timeout, extensions={"trace": self._note}, **options
+        )
+        connections.used = True
+        return response
+
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[_Connections]:
+        with self._lock:
+            self.check_open()
+            if self._connections is None:
+                self._connections = _Connections(self._new_client())
+            lent = self._connections
+            lent.users += 1
+        try:
+            yield lent
+        finally:
+            with self._lock:
+                lent.users -= 1
+                lent.close_unused()
+
+    def _doubt(self, connections: _Connections) -> None:
+        with self._lock:
+            if self._connections is connections:
+                self._drop()
+
+    def _drop(self) -> None:
+        connections, self._connections = self._connections, None
+        if connections:
+            connections.dropped = True
+            connections.close_unused()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; those under way with the ends of their requests."""
         with self._lock:
-            client, self._client, self.closed = self._client, None, True
-        if client:
-            client.close()
+            self.closed = True
+            self._drop()
 
     def check_open(self) -> None:
         """Raises UsageError after close()."""
         if self.closed:
             raise UsageError("this client is closed", hint="make a new EmaClient")
 
-    def _http(self) -> httpx.Client:
-        with self._lock:
-            self.check_open()
-            if self._client is None:
-                self._client = self._new_client()
-            return self._client
-
     def _new_client(self) -> httpx.Client:
         uds = self._address.socket
         return httpx.Client(
             base_url=self._address.base,
             headers=self._headers,
-            timeout=httpx.Timeout(self._timeouts.transfer, connect=self._timeouts.connect),
             # A URL without TLS needs no context, and loading a context takes 20 ms.
             verify=self._context or False,
             transport=httpx.HTTPTransport(uds=uds, verify=False) if uds else None,
@@ -109,7 +167,7 @@ class Control:
             self._sockets.add(info["return_value"].get_extra_info("socket"))
 
     @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
+    def _faults(self, limit: float) -> Iterator[None]:
         url = self._address.url
         try:
             yield
@@ -117,7 +175,9 @@ class Control:
             if tls := tls_fault_in(fault):
                 raise no_tls(url, tls) from fault
             raise unreachable(url, fault) from fault
-        except (httpx.TimeoutException, httpx.NetworkError) as fault:
+        except httpx.TimeoutException as fault:
+            raise broken(url, fault, silence=limit) from fault
+        except httpx.NetworkError as fault:
             raise broken(url, fault) from fault
         except httpx.RemoteProtocolError as fault:
             if _hung_up(fault):
@@ -125,6 +185,21 @@ class Control:
             raise ProtocolError(f"{url} does not speak HTTP/1.1: {fault}") from fault
         except httpx.HTTPError as fault:
             raise ProtocolError(f"{url}: {type(fault).__name__}: {fault}") from fault
+
+
+@dataclass
+class _Connections:
+    """A client of httpx with its kept connections. users: requests under way. used: whether an answer has come."""
+
+    client: httpx.Client
+    users: int = 0
+    used: bool = False
+    dropped: bool = False
+
+    def close_unused(self) -> None:
+        """Close what was dropped and nobody uses any more."""
+        if self.dropped and not self.users:
+            self.client.close()
 
 
 def _hung_up(fault: httpx.RemoteProtocolError) -> bool:

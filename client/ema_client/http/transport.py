@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from ema_client import protocol
-from ema_client.errors import EmaError, ProtocolError, UsageError
+from ema_client.errors import EmaError, ProtocolError, TransportError, UsageError
 from ema_client.http.address import parse_address
 from ema_client.http.answers import json_of
 from ema_client.http.body import Body
@@ -79,7 +79,7 @@ class Transport:
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
         self._pool = Pool(address, timeouts, context)
         self._uploads = Uploads(self._pool, address)
-        self._control = Control(address, self._headers, timeouts, context)
+        self._control = Control(address, self._headers, timeouts, context, doubted=self._pool.doubt)
 
     def __repr__(self) -> str:
         return f"Transport({self.url!r})"
@@ -89,13 +89,18 @@ class Transport:
         """How large bodies travel to the service, in words."""
         return self._uploads.link
 
-    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
-        """A control request and its answer, with retries. ``body`` is sent as JSON."""
-        return self.retrying(lambda _: self.json_once(method, path, body))
+    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0) -> Reply:
+        """A control request and its answer, with retries.
 
-    def json_once(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
+        body: sent as JSON. patience: seconds that the service may work, in silence, before it answers.
+        """
+        return self.retrying(lambda _: self.json_once(method, path, body, patience=patience))
+
+    def json_once(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0
+    ) -> Reply:
         """json(), tried once: for a caller of retrying() that must know the number of the try."""
-        answer = self._control.request(method, path, body)
+        answer = self._control.request(method, path, body, patience=patience)
         return Reply(answer.url, json_of(answer))
 
     def upload(
@@ -148,15 +153,17 @@ class Transport:
 
     def retrying(self, operation: Callable[[int], T]) -> T:
         """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up."""
-        attempt = 0
+        attempt, waited = 0, 0.0
         while True:
             try:
                 return operation(attempt)
             except EmaError as error:
-                pause = self.retry.delay(attempt, error, random.random)
+                waited += error.silence if isinstance(error, TransportError) else 0.0
+                pause = self.retry.delay(attempt, error, random.random, waited=waited)
                 if pause is None:
                     raise
             time.sleep(pause)
+            waited += pause
             attempt += 1
 
     def close(self) -> None:

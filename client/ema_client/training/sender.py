@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from ema_client.errors import EmaError
 from ema_client.http.body import Body
@@ -68,7 +69,9 @@ class Sender:
     def _deliver(self, update: Update) -> None:
         """Try to send an update until the update is applied, refused or given up."""
         attempt, began = 0, time.monotonic()
-        while (error := self._try(update)) is not None:
+        body = replace(update.body, moved=_Progress(self._queue.moves))
+        self._queue.moves()
+        while (error := self._try(update.step, body)) is not None:
             elapsed = time.monotonic() - began
             match self._policy.after(attempt, error, elapsed=elapsed, rounds=self._queue.rounds, random=random.random):
                 case Refused():
@@ -83,9 +86,9 @@ class Sender:
                 return self._given_up(update, error)
         return self._applied()
 
-    def _try(self, update: Update) -> EmaError | None:
+    def _try(self, step: int, body: Body) -> EmaError | None:
         try:
-            self._send(update.step, update.body)
+            self._send(step, body)
         except EmaError as error:
             return error
         return None
@@ -113,3 +116,16 @@ class Sender:
         while self._queue.pending:
             self._tally.given_up()
             self._queue.remove_first()
+
+
+class _Progress:
+    """Calls ``moves`` when more bytes went out than in any try before: what a network swallows anew is no progress."""
+
+    def __init__(self, moves: Callable[[], None]) -> None:
+        self._moves = moves
+        self._most = 0
+
+    def __call__(self, sent: int) -> None:
+        if sent > self._most:
+            self._most = sent
+            self._moves()
