@@ -8,10 +8,10 @@ that programs which look at runs or steer runs do without.
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from ema_client import protocol
 from ema_client.errors import (
     EmaError,
     InvalidDecay,
+    ProtocolError,
     RunExists,
     RunNotFound,
     SnapshotNotFound,
@@ -28,6 +29,7 @@ from ema_client.errors import (
     UsageError,
     WeightsExist,
 )
+from ema_client.forks import Lock
 from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Reply, Transport
@@ -50,6 +52,7 @@ from ema_client.protocol import (
     WeightsInfo,
     Writer,
 )
+from ema_client.reading.asked import Asked
 from ema_client.reading.events import CONTENT_TYPE
 from ema_client.reading.pulls import Pulls
 from ema_client.reading.slices import Wanted
@@ -68,6 +71,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EmaClient", "checked_decay"]
 
+#: Seconds that the service may write to its disk, or make room in its memory, before it answers.
+_WORK_SECONDS = 50.0
 #: Pause between two questions for a step that another rank sends, in seconds.
 _POLL_SECONDS = 0.02
 
@@ -189,7 +194,7 @@ class EmaClient:
             try:
                 query = {"num_updates": num_updates, "step": step}
                 reply = self._transport.upload(protocol.weights_path(run), _body(state), query=query)
-                return self._seen(reply.parsed(RunInfo))
+                return self._seen(_info(run, reply))
             except WeightsExist:
                 # Another trainer sent the weights between our two requests.
                 info = self.run(run)
@@ -227,6 +232,8 @@ class EmaClient:
             self._steps.forget(run)
             raise
         result = reply.parsed(UpdateResult)
+        if result.step != step:
+            raise ProtocolError(f"{reply.url} was sent step {step} and answered of step {result.step}")
         self._steps.remember(run, result.step)
         return result
 
@@ -247,7 +254,8 @@ class EmaClient:
         """
         self._steps.forget(run)
         body = protocol.to_json(Rewind(None if snapshot is None else _name(snapshot, "snapshot")))
-        return self._seen(self._transport.json("POST", protocol.rewind_path(_name(run, "run")), body).parsed(RunInfo))
+        path = protocol.rewind_path(_name(run, "run"))
+        return self._seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
 
     def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
         """Create a run whose initial weights come later, in parts: see send_weights_part().
@@ -367,11 +375,11 @@ class EmaClient:
     def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
         """Change the decay of an average, by default the run's first, from the next update on. Raises InvalidDecay."""
         body = protocol.to_json(RunPatch(checked_decay(decay), average))
-        return self._transport.json("PATCH", protocol.run_path(_name(run, "run")), body).parsed(RunInfo)
+        return _info(run, self._transport.json("PATCH", protocol.run_path(_name(run, "run")), body))
 
     def reset_num_updates(self, run: str) -> RunInfo:
         """Let the warm-up of the decay begin anew. A run without counter stays without."""
-        return self._transport.json("POST", protocol.reset_path(_name(run, "run"))).parsed(RunInfo)
+        return _info(run, self._transport.json("POST", protocol.reset_path(_name(run, "run"))))
 
     # --- an evaluator's calls ---------------------------------------------------------------------------------------
 
@@ -406,8 +414,9 @@ class EmaClient:
         _require_torch()
         from ema_client.tensors.layout import dtype_name
 
-        query = {"average": average, "dtype": None if dtype is None else dtype_name(dtype), "prefix": prefix}
-        return self._pulls.pull(_weights_path(run, snapshot), query, out, min_step=min_step, wait=wait)
+        cast = None if dtype is None else dtype_name(dtype)
+        asked = replace(_asked(run, average, snapshot), dtype=cast, prefix=prefix, min_step=min_step)
+        return self._pulls.pull(asked, out, wait=wait)
 
     def pull_slices(
         self,
@@ -424,7 +433,7 @@ class EmaClient:
         is waited for as long as the service holds a request (60 seconds).
         """
         _require_torch()
-        return self._pulls.pull_slices(_weights_path(run, snapshot), {"average": average}, wanted, min_step=min_step)
+        return self._pulls.pull_slices(replace(_asked(run, average, snapshot), min_step=min_step), wanted)
 
     def copy_to(
         self, run: str, module: nn.Module, *, average: str | None = None, snapshot: str | None = None
@@ -457,7 +466,7 @@ class EmaClient:
             path: the file, which replaces an older file of that name.
             progress: called with (bytes that have come, bytes in all).
         """
-        return save(self._transport, _weights_path(run, snapshot), {"average": average}, Path(path), progress)
+        return save(self._transport, _asked(run, average, snapshot), Path(path), progress)
 
     def snapshot(self, run: str, name: str, *, keep: int | None = None) -> SnapshotInfo:
         """Copy the current EMA weights to a snapshot: named, immutable and durable, on the server.
@@ -466,7 +475,8 @@ class EmaClient:
         Raises SnapshotExists, StorageDisabled.
         """
         path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
-        return self._transport.json("PUT", path if keep is None else f"{path}?keep={keep}").parsed(SnapshotInfo)
+        path = path if keep is None else f"{path}?keep={keep}"
+        return self._transport.json("PUT", path, patience=_WORK_SECONDS).parsed(SnapshotInfo)
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""
@@ -514,7 +524,7 @@ class EmaClient:
 
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""
-        return self._transport.json("GET", protocol.run_path(_name(run, "run"))).parsed(RunInfo)
+        return _info(run, self._transport.json("GET", protocol.run_path(_name(run, "run"))))
 
     def delete_snapshot(self, run: str, name: str) -> None:
         """Delete a snapshot. Raises SnapshotNotFound."""
@@ -529,12 +539,13 @@ class EmaClient:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _declare(self, config: RunConfig) -> RunInfo:
-        return self._transport.json("POST", protocol.runs_path(), protocol.to_json(config)).parsed(RunInfo)
+        body = protocol.to_json(config)
+        return _info(config.run, self._transport.json("POST", protocol.runs_path(), body, patience=_WORK_SECONDS))
 
     def _delete(self, path: str, gone: type[Exception]) -> None:
         def attempt(number: int) -> None:
             try:
-                self._transport.json_once("DELETE", path)
+                self._transport.json_once("DELETE", path, patience=_WORK_SECONDS)
             except gone:
                 # At a second try: the first try deleted it, and the answer was lost.
                 if number == 0:
@@ -561,7 +572,7 @@ class _Steps:
 
     def __init__(self) -> None:
         self._steps: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def latest(self, run: str) -> int | None:
         with self._lock:
@@ -608,14 +619,20 @@ def _was_last(reply: Reply) -> bool:
     return reply.data.get("state") != "staged"
 
 
+def _info(run: str, reply: Reply) -> RunInfo:
+    """The run that an answer tells of. Raises ProtocolError where that is another run than the one asked about."""
+    info = reply.parsed(RunInfo)
+    if info.run != run:
+        raise ProtocolError(f"{reply.url} was asked about run {run!r} and answered of {info.run!r}")
+    return info
+
+
 def _exists(info: RunInfo) -> RunExists:
     return RunExists(f"run {info.run!r} exists already and is at step {info.step}")
 
 
-def _weights_path(run: str, snapshot: str | None) -> str:
-    if snapshot is None:
-        return protocol.weights_path(_name(run, "run"))
-    return protocol.snapshot_weights_path(_name(run, "run"), _name(snapshot, "snapshot"))
+def _asked(run: str, average: str | None, snapshot: str | None) -> Asked:
+    return Asked(_name(run, "run"), average, None if snapshot is None else _name(snapshot, "snapshot"))
 
 
 def _name(value: str, what: str) -> str:

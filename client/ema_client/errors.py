@@ -4,6 +4,7 @@
     |-- TransportError            no answer came
     |   |-- ServiceUnreachable    nothing listens at the URL
     |   |-- ConnectionLost        the connection broke in the middle
+    |   |-- GatewayFailed         a gateway answered that it has no answer of the service
     |   +-- UpdatesPending        flush(timeout=) ended before all updates were applied
     |-- ProtocolError             an answer came that no ema-service gives
     |-- UsageError                the caller's own mistake, seen before anything was sent
@@ -59,6 +60,7 @@ __all__ = [
     "EmaError",
     "Fenced",
     "Forbidden",
+    "GatewayFailed",
     "HeadTooLarge",
     "InternalError",
     "Invalid",
@@ -100,6 +102,7 @@ __all__ = [
     "WeightsExist",
     "error_from_problem",
     "listed",
+    "printable",
 ]
 
 PROBLEM_JSON = "application/problem+json"
@@ -110,6 +113,8 @@ LISTED = 5
 
 class EmaError(Exception):
     """Base of everything that client and server raise on purpose.
+
+    The texts quote what came from the other side, and end in logs and on terminals: see printable().
 
     Args:
         detail: what was wrong, by name.
@@ -124,9 +129,9 @@ class EmaError(Exception):
     default_hint: ClassVar[str] = ""
 
     def __init__(self, detail: str, *, hint: str | None = None, retry_after: float | None = None) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.hint = self.default_hint if hint is None else hint
+        self.detail = printable(detail)
+        super().__init__(self.detail)
+        self.hint = self.default_hint if hint is None else printable(hint)
         self.retry_after = retry_after
 
     def __str__(self) -> str:
@@ -146,7 +151,12 @@ class EmaError(Exception):
 
 
 class TransportError(EmaError):
-    """No answer came. Retrying is safe: every write of the protocol is idempotent."""
+    """No answer came. Retrying is safe: every write of the protocol is idempotent.
+
+    silence: seconds that passed without a sign of life before the wait was given up.
+    """
+
+    silence: float = 0.0
 
     code = "transport"
     status = 0
@@ -168,6 +178,14 @@ class ConnectionLost(TransportError):
     code = "connection_lost"
     title = "Connection lost"
     default_hint = "look at the server's log; the request may be repeated, an update is applied once at most"
+
+
+class GatewayFailed(TransportError):
+    """A gateway (a proxy, a load balancer) answered in place of the service: 408, 429, 502, 503, 504."""
+
+    code = "gateway_failed"
+    title = "Gateway without an answer of the service"
+    default_hint = "look whether the service runs, and at the gateway's log; the request may be repeated"
 
 
 class UpdatesPending(TransportError):
@@ -473,6 +491,11 @@ class Superseded(EmaError):
     retryable = True
     title = "The run changed meanwhile"
     default_hint = "nothing was changed; send the update again"
+
+
+def printable(text: str) -> str:
+    """``text`` on one line of visible characters: all others, such as a terminal's escape sequences, are spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def listed(names: Iterable[str], separator: str = ", ", *, most: int = LISTED) -> str:

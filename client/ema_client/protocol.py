@@ -1,5 +1,8 @@
 """The protocol as client and server share it: routes, header names, limits, a frozen dataclass for each JSON body.
 
+What comes from the other side is checked as it becomes a dataclass: whoever has a dataclass may use its names in paths,
+its numbers in sums, and show its texts on a terminal.
+
 Knows: the words of the protocol (client/PROTOCOL.md is the normative text) and nothing else; standard library only.
 Does not know: how bytes travel (http), how tensors become bytes (wire), or what a server does with a request.
 """
@@ -8,10 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 from urllib.parse import quote
+
+from ema_client.errors import printable
 
 DEFAULT_URL = "http://127.0.0.1:8470"
 DEFAULT_PORT = 8470
@@ -67,6 +73,22 @@ UpdateState = Literal["applied", "staged", "unknown"]
 EventKind = Literal[
     "version", "decay_changed", "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted"
 ]
+
+#: The fields of a body, with the rule that a value from the other side must keep: a pattern for strings, bounds for
+#: numbers, a function that makes a text fit to be shown.
+Name = Annotated[str, _NAME]
+Version = Annotated[str, re.compile(r"[0-9]{1,19}\.[0-9]{1,19}\Z")]
+Text = Annotated[str, printable]
+Step = Annotated[int, (0, MAX_STEP)]
+Count = Annotated[int, (0, MAX_STEP)]
+Counter = Annotated[int, (-1, MAX_STEP)]
+Decay = Annotated[float, (0.0, 1.0)]
+#: Seconds since 1970-01-01 UTC, up to the year 9999: a calendar has no others.
+Moment = Annotated[float, (0.0, 253_402_000_000.0)]
+
+#: A word for one of several things; a newer service may have more of them than the Literal.
+_WORD = re.compile(r"[a-z_]{1,64}\Z")
+_INTEGER = re.compile(r"-?[0-9]{1,19}\Z")
 
 
 def is_name(value: str) -> bool:
@@ -143,9 +165,9 @@ class TensorSpec:
 class AverageConfig:
     """An average of a run, as a client asks for it. ``decay`` None means the run's decay."""
 
-    name: str = DEFAULT_AVERAGE
+    name: Name = DEFAULT_AVERAGE
     schedule: ScheduleName = "litema"
-    decay: float | None = None
+    decay: Decay | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +186,9 @@ class RunConfig:
     copied: names of tensors of which every average holds the newest value, bit for bit, instead of an average.
     """
 
-    run: str
+    run: Name
     layout: tuple[TensorSpec, ...]
-    decay: float = DEFAULT_DECAY
+    decay: Decay = DEFAULT_DECAY
     use_num_updates: bool = True
     decay_per: DecayPer = "update"
     averages: tuple[AverageConfig, ...] = (AverageConfig(),)
@@ -179,10 +201,10 @@ class RunConfig:
 class AverageInfo:
     """An average as it stands. ``effective_decay`` is the decay of the latest update, None before any."""
 
-    name: str
+    name: Name
     schedule: ScheduleName
-    decay: float
-    effective_decay: float | None
+    decay: Decay
+    effective_decay: Decay | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,32 +226,32 @@ class RunInfo:
     versions_in: where versions are kept, for people to read: memory files, slots on disk; None where nothing is.
     """
 
-    run: str
+    run: Name
     status: RunStatus
-    decay: float
-    num_updates: int
-    effective_decay: float | None
+    decay: Decay
+    num_updates: Counter
+    effective_decay: Decay | None
     use_num_updates: bool
     decay_per: DecayPer
-    step: int | None
-    version: str | None
-    durable_step: int | None
+    step: Step | None
+    version: Version | None
+    durable_step: Step | None
     durability: Durability
     non_finite: NonFinitePolicy
     averages: tuple[AverageInfo, ...]
-    tensors: int
-    parameters: int
-    bytes: int
-    device: str
-    shadow_dtype: str
-    created_at: float
-    updated_at: float
-    reason: str | None = None
-    writer: int = 0
-    link: str | None = None
-    copied: int = 0
-    checkpoint_step: int | None = None
-    versions_in: str | None = None
+    tensors: Count
+    parameters: Count
+    bytes: Count
+    device: Text
+    shadow_dtype: Text
+    created_at: Moment
+    updated_at: Moment
+    reason: Text | None = None
+    writer: Count = 0
+    link: Text | None = None
+    copied: Count = 0
+    checkpoint_step: Step | None = None
+    versions_in: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,16 +263,16 @@ class RunList:
 class RunPatch:
     """The body of ``PATCH /v1/runs/{run}``: the decay of an average, or (None) of the first, for updates to come."""
 
-    decay: float
-    average: str | None = None
+    decay: Decay
+    average: Name | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
     """The answer to ``POST /v1/runs/{run}/writers``: the service refuses pushes with smaller numbers from then on."""
 
-    run: str
-    writer: int
+    run: Name
+    writer: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +282,7 @@ class Rewind:
     None, for a run that is degraded: go on with the version that is there.
     """
 
-    snapshot: str | None = None
+    snapshot: Name | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,34 +290,34 @@ class UpdateResult:
     """The answer to an update. ``applied`` is False where the same bytes had been applied at that step before."""
 
     applied: bool
-    step: int
-    num_updates: int
-    effective_decay: float | None
-    version: str
-    durable_step: int | None
+    step: Step
+    num_updates: Counter
+    effective_decay: Decay | None
+    version: Version
+    durable_step: Step | None
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateStatus:
     """What the server knows of a step. ``parts`` lists the parts of a staged update that have come."""
 
-    step: int
+    step: Step
     state: UpdateState
-    parts: tuple[int, ...] = ()
+    parts: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
     """A named, immutable, durable copy of all averages of a run. ``bytes``: of the snapshot's files."""
 
-    run: str
-    name: str
-    version: str
-    step: int | None
-    num_updates: int
-    averages: tuple[str, ...]
-    bytes: int
-    created_at: float
+    run: Name
+    name: Name
+    version: Version
+    step: Step | None
+    num_updates: Counter
+    averages: tuple[Name, ...]
+    bytes: Count
+    created_at: Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,13 +337,13 @@ class RunEvent:
     """
 
     kind: EventKind
-    run: str
-    version: str | None
-    step: int | None
-    num_updates: int
-    average: str
-    decay: float
-    effective_decay: float | None
+    run: Name
+    version: Version | None
+    step: Step | None
+    num_updates: Counter
+    average: Name
+    decay: Decay
+    effective_decay: Decay | None
     snapshot: SnapshotInfo | None = None
 
 
@@ -329,13 +351,13 @@ class RunEvent:
 class WeightsInfo:
     """The run's state that travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``."""
 
-    run: str
-    average: str
-    version: str
-    step: int | None
-    num_updates: int
-    decay: float
-    snapshot: str | None = field(default=None)
+    run: Name
+    average: Name
+    version: Version
+    step: Step | None
+    num_updates: Counter
+    decay: Decay
+    snapshot: Name | None = field(default=None)
 
     def to_metadata(self) -> dict[str, str]:
         """The state as safetensors metadata: strings only; fields that are None are left out."""
@@ -357,15 +379,16 @@ class WeightsInfo:
     def from_metadata(cls, metadata: dict[str, str]) -> WeightsInfo:
         """The state that to_metadata() wrote. Raises ValueError or KeyError on anything else."""
         step = metadata.get("ema_step")
-        return cls(
-            run=metadata["ema_run"],
-            average=metadata["ema_average"],
-            version=metadata["ema_version"],
-            step=None if step is None else int(step),
-            num_updates=int(metadata["ema_num_updates"]),
-            decay=float(metadata["ema_decay"]),
-            snapshot=metadata.get("ema_snapshot"),
-        )
+        state = {
+            "run": metadata["ema_run"],
+            "average": metadata["ema_average"],
+            "version": metadata["ema_version"],
+            "step": None if step is None else _integer(step),
+            "num_updates": _integer(metadata["ema_num_updates"]),
+            "decay": float(metadata["ema_decay"]),
+            "snapshot": metadata.get("ema_snapshot"),
+        }
+        return from_json(cls, state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,8 +428,10 @@ def _plain(value: object) -> str:
 T = TypeVar("T")
 
 
-#: Dataclass -> its evaluated annotations. Evaluating them at each answer takes a tenth of the time of a small push.
-_HINTS: dict[type, dict[str, Any]] = {}
+_Reader = Callable[[Any], Any]
+
+#: Dataclass -> field -> what reads the field's value. Making readers at each answer takes longer than a small push.
+_READERS: dict[type, dict[str, _Reader]] = {}
 
 
 def to_json(body: Any) -> dict[str, Any]:
@@ -415,26 +440,77 @@ def to_json(body: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], data: Any) -> T:
-    """A dataclass of this module from its JSON object.
+    """A dataclass of this module from its JSON object, every field by its annotation's rule.
 
-    Unknown members are ignored, so that an older client reads a newer server. Raises ValueError naming what is missing.
+    Unknown members are ignored, so that an older client reads a newer server. Raises ValueError naming what is missing,
+    or the field that does not keep its rule.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{cls.__name__}: expected a JSON object, got {type(data).__name__}")
-    hints = _HINTS.get(cls) or _HINTS.setdefault(cls, get_type_hints(cls))
-    given = {f.name: _value(hints[f.name], data[f.name]) for f in dataclasses.fields(cls) if f.name in data}  # type: ignore[arg-type]
+    readers = _READERS.get(cls) or _READERS.setdefault(cls, _readers(cls))
+    given = {}
+    for name, read in readers.items():
+        if name in data:
+            try:
+                given[name] = read(data[name])
+            except ValueError as fault:
+                raise ValueError(f"{cls.__name__}.{name}: {fault}") from None
     try:
         return cls(**given)
     except TypeError as missing:
         raise ValueError(f"{cls.__name__}: {missing}") from None
 
 
-def _value(hint: Any, value: Any) -> Any:
-    if get_origin(hint) is tuple and isinstance(value, list):
-        inner = get_args(hint)[0]
-        return tuple(_value(inner, item) for item in value)
-    if get_origin(hint) is UnionType and value is not None:
-        hint = get_args(hint)[0]
+def _readers(cls: type) -> dict[str, _Reader]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: _reader(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _reader(hint: Any) -> _Reader:
+    """What turns a value of JSON into a field of this annotation. The reader raises ValueError on any other value."""
+    arguments = get_args(hint)
+    origin = get_origin(hint)
+    if origin in (UnionType, Union):
+        present = _reader(arguments[0])
+        return lambda value: None if value is None else present(value)
+    if origin is Annotated:
+        plain, keeps = _reader(arguments[0]), _keeper(arguments[1])
+        return lambda value: keeps(plain(value))
+    if origin is tuple:
+        inner = _reader(arguments[0])
+        return lambda value: tuple(map(inner, _typed(list, value)))
+    if origin is Literal:
+        return _reader(Annotated[str, _WORD])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_json(hint, value)
-    return value
+        return lambda value: from_json(hint, value)
+    return _number if hint is float else lambda value: _typed(hint, value)
+
+
+def _keeper(rule: Any) -> _Reader:
+    """What returns a value that keeps a rule, and raises ValueError on any other."""
+    if callable(rule):
+        return rule  # type: ignore[no-any-return]
+
+    def keep(value: Any) -> Any:
+        kept = rule.match(value) if isinstance(rule, re.Pattern) else rule[0] <= value <= rule[1]
+        return value if kept else _refuse(value)
+
+    return keep
+
+
+def _typed(kind: type[T], value: Any) -> T:
+    # Not isinstance(): true is no number.
+    return value if type(value) is kind else _refuse(value)
+
+
+def _number(value: Any) -> float:
+    # NaN is between no bounds; a larger integer is no float.
+    return float(value) if type(value) in (int, float) and -1e300 <= value <= 1e300 else _refuse(value)
+
+
+def _integer(text: str) -> int:
+    return int(text) if _INTEGER.match(text) else _refuse(text)
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise ValueError(f"{str(value)[:80]!r} is not possible here")

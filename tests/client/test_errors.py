@@ -121,3 +121,20 @@ def test_long_lists_are_counted(names: list[str], text: str) -> None:
 def test_how_many_names_a_list_has() -> None:
     """A caller with long names lists fewer of them."""
     assert listed(["a", "b", "c"], most=1) == "a and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a plain text, with ümlauts and 重み", "a plain text, with ümlauts and 重み"),
+        ("\x1b[31mred\x1b]0;title\x07", r"\x1b[31mred\x1b]0;title\x07"),
+        ("one line\nERROR another", r"one line\nERROR another"),
+        ("\u202egnp.exe \ud800 \x9b1m", r"\u202egnp.exe \ud800 \x9b1m"),
+    ],
+)
+def test_texts_of_errors_steer_no_terminal(text: str, shown: str) -> None:
+    """Whatever an error quotes, escape sequences, new lines and turned writing are spelt out."""
+    error = error_from_problem({"code": "non_finite", "detail": text, "hint": text}, 422)
+
+    assert (error.detail, error.hint) == (shown, shown)
+    assert str(EmaError(text)) == shown

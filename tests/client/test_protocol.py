@@ -92,6 +92,88 @@ def test_anything_but_an_object_is_refused(data: Any) -> None:
         from_json(RunPatch, data)
 
 
+#: What a hostile service, or whoever stands before a service, may write into an answer.
+HOSTILE: list[tuple[Any, str, Any]] = [
+    (INFO, "run", "../run"),
+    (INFO, "run", "run\x1b[31m"),
+    (INFO, "run", 7),
+    (INFO, "version", "../../outside/$(touch pwned)"),
+    (INFO, "version", "1.0\n"),
+    (INFO, "version", "1"),
+    (INFO, "version", "\u0661.\u0662"),
+    (INFO, "status", "\x1b]0;title\x07"),
+    (INFO, "decay", float("nan")),
+    (INFO, "decay", "0.5"),
+    (INFO, "decay", True),
+    (INFO, "decay", 10**400),
+    (INFO, "effective_decay", -0.1),
+    (INFO, "num_updates", -2),
+    (INFO, "num_updates", 1.5),
+    (INFO, "num_updates", None),
+    (INFO, "step", -1),
+    (INFO, "step", True),
+    (INFO, "step", 2**63),
+    (INFO, "durable_step", "7"),
+    (INFO, "checkpoint_step", []),
+    (INFO, "use_num_updates", 1),
+    (INFO, "averages", {}),
+    (INFO, "averages", [{"name": "e/ma", "schedule": "litema", "decay": 0.5, "effective_decay": None}]),
+    (INFO, "bytes", -1),
+    (INFO, "created_at", 1e300),
+    (INFO, "updated_at", -1),
+    (INFO, "reason", {"a": 1}),
+    (INFO, "writer", None),
+    (SNAPSHOT, "name", "/etc/passwd"),
+    (SNAPSHOT, "averages", ["ema", ".."]),
+    (SNAPSHOT, "version", None),
+    (UpdateResult(True, 1, 1, 0.18, "1.1", None), "applied", "yes"),
+    (UpdateStatus(3, "staged", (0, 2)), "parts", [0, -1]),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "value"), HOSTILE, ids=lambda each: repr(each)[:40])
+def test_what_the_other_side_sends_is_checked(body: Any, field: str, value: Any) -> None:
+    """No field of a parsed body holds a path, an escape sequence, NaN, or a number that no calendar or sum takes."""
+    with pytest.raises(ValueError, match=f"^{type(body).__name__}.{field}: ") as raised:
+        from_json(type(body), {**json.loads(json.dumps(to_json(body))), field: value})
+    assert str(raised.value).isprintable()
+
+
+def test_texts_for_people_are_spelt_out() -> None:
+    """A text without a rule of its own cannot steer a terminal, nor forge a line of a log."""
+    data = {**to_json(INFO), "averages": [], "reason": "\x1b[2Jdisk full\nERROR all is well \u202e"}
+    info = from_json(type(INFO), data)
+
+    assert info.reason == r"\x1b[2Jdisk full\nERROR all is well \u202e"
+
+
+def test_words_of_a_newer_service_pass() -> None:
+    """A status or a kind that this client does not know is no fault."""
+    assert from_json(type(INFO), {**json.loads(json.dumps(to_json(INFO))), "status": "paused"}).status == "paused"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ema_version", "../../outside/planted"),
+        ("ema_run", "run\x1b[31m"),
+        ("ema_average", ""),
+        ("ema_snapshot", "a b"),
+        ("ema_step", "\u0663"),
+        ("ema_step", "1_0"),
+        ("ema_num_updates", "9" * 5000),
+        ("ema_decay", "nan"),
+        ("ema_decay", "2"),
+    ],
+)
+def test_metadata_is_checked(key: str, value: str) -> None:
+    """What stands in a weights stream is a stranger's too."""
+    metadata = WeightsInfo("r", "ema", "1.0", 1, 1, 0.5, "s").to_metadata()
+
+    with pytest.raises(ValueError, match="not possible here"):
+        WeightsInfo.from_metadata({**metadata, key: value})
+
+
 @pytest.mark.parametrize("name", ["a", "0", "run-1", "A.b_c-d", "x" * 128])
 def test_names_that_are_names(name: str) -> None:
     """Letters, digits, dot, underscore, dash; 128 at most; a letter or digit first."""

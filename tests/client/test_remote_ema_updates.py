@@ -410,3 +410,35 @@ def test_service_gone_for_good(relay: Callable[..., Any], run_name: str) -> None
 
     assert ema.stats.sent == 1
     assert ema.stats.skipped >= 98
+
+
+def test_gateway_before_a_restarting_service_loses_no_update(
+    scripted: Callable[..., Any], relay: Callable[..., Any], client: EmaClient, run_name: str
+) -> None:
+    """While the service restarts a gateway answers 502: updates are sent again, as without the gateway."""
+    away = threading.Event()
+    way = relay(lambda _: False).scripts[0]
+
+    def gateway(peer: Any) -> None:
+        if not away.is_set():
+            return way(peer)
+        while request := peer.request():
+            peer.body(request.length)
+            peer.answer(502, b"<html>Bad Gateway</html>", "text/html", Connection="close")
+            if not away.is_set():
+                return None
+        return None
+
+    model = nn.Linear(2, 2)
+    with contextlib.closing(RemoteEma(model, 0.9, run=run_name, url=scripted(gateway).url)) as ema:
+        oracle = LitEmaOracle(model, 0.9)
+        for step in range(40):
+            if step == 10:
+                away.set()
+                threading.Timer(1.0, away.clear).start()
+            train(model)
+            ema(model)
+            oracle(model)
+        ema.flush()
+        assert ema.stats.sent == 40
+    assert same(client.pull(run_name), oracle.shadow)

@@ -59,7 +59,7 @@ PARTS_OUTSIDE = {"demo", "bench"}
 CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
 #: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
 CLIENT_THIRD_PARTY = {
-    "httpx": {"ema_client.http.transport"},
+    "httpx": {"ema_client.http.control"},
     "lightning": {"ema_client.integrations.lightning"},
     "pytorch_lightning": {"ema_client.integrations.lightning"},
     "transformers": {"ema_client.integrations.transformers"},
@@ -74,14 +74,15 @@ CLIENT_THIRD_PARTY = {
 CLIENT_WORDS = {"protocol", "wire", "errors"}
 CLIENT_PARTS: dict[str, set[str]] = {
     "errors": set(),
-    "protocol": set(),
+    "protocol": {"errors"},
     "wire": {"protocol", "errors"},
     "atomic": set(),
-    "http": {"protocol", "errors"},
+    "forks": {"errors"},
+    "http": {"forks", "protocol", "errors"},
     "tensors": {"http"} | CLIENT_WORDS,
-    "reading": {"tensors", "http", "atomic"} | CLIENT_WORDS,
-    "client": {"reading", "tensors", "http"} | CLIENT_WORDS,
-    "training": {"client", "reading", "tensors", "http"} | CLIENT_WORDS,
+    "reading": {"tensors", "http", "forks", "atomic"} | CLIENT_WORDS,
+    "client": {"reading", "tensors", "http", "forks"} | CLIENT_WORDS,
+    "training": {"client", "reading", "tensors", "http", "forks"} | CLIENT_WORDS,
     "remote_ema": {"training", "client"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
     "integrations": {"remote_ema", "training", "client", "atomic"} | CLIENT_WORDS,
@@ -252,9 +253,9 @@ def client_torch(module: Module) -> Iterator[str]:
 
 
 def one_httpx(module: Module) -> Iterator[str]:
-    if module.name != "ema_client.http.transport":
+    if module.name != "ema_client.http.control":
         yield from (
-            f"line {i.line}: httpx belongs to ema_client.http.transport" for i in module.imports if i.root == "httpx"
+            f"line {i.line}: httpx belongs to ema_client.http.control" for i in module.imports if i.root == "httpx"
         )
 
 

@@ -342,3 +342,22 @@ def test_a_dataloaders_workers(server: ServerProcess, trainer: Callable[..., Tra
 
     assert process.line() == "True 24 20 20"
     assert process.end() == 0, process.log.read_text()
+
+
+def test_the_end_of_a_fork(server: ServerProcess, trainer: Callable[..., Trainer]) -> None:
+    """A fork that ends as a program does, exit handlers included, neither waits for the parent's updates nor ends
+    them, and says nothing."""
+    body = """
+        train(20)
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(7)
+        say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), ema.num_updates, ema.stats.sent)
+        train(1)
+        ema.close()
+    """
+    process = trainer(server.url, body)
+
+    assert process.line() == "7 20 20"
+    assert process.end() == 0
+    assert process.log.read_text() == ""

@@ -87,7 +87,7 @@ def _tensor(path: Path, data: mmap.mmap, begin: int, entry: wire.Entry) -> Tenso
     if dtype is None:
         raise UsageError(f"{path}: {entry.name!r} is {entry.dtype}, which torch does not have")
     if entry.end == entry.begin:
-        return torch.empty(entry.shape, dtype=dtype)
+        return torch.empty(entry.shape, dtype=dtype, device="cpu")
     window = memoryview(data)[begin + entry.begin : begin + entry.end]
     return torch.frombuffer(window, dtype=torch.uint8).view(dtype).view(entry.shape)
 

@@ -52,8 +52,8 @@ def _safetensors(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _
 def _litema(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Path | None) -> None:
     short = dotless_names(tensors)
     state = {
-        "model_ema.decay": torch.tensor(info.decay, dtype=torch.float32),
-        "model_ema.num_updates": torch.tensor(info.num_updates, dtype=torch.int),
+        "model_ema.decay": torch.tensor(info.decay, dtype=torch.float32, device="cpu"),
+        "model_ema.num_updates": torch.tensor(info.num_updates, dtype=torch.int, device="cpu"),
         **{f"model_ema.{short[name]}": tensor for name, tensor in tensors.items()},
     }
     # LitEma has no dotted names; a file that has them too can be imported again without the model.

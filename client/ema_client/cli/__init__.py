@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from ema_client.errors import EmaError
+from ema_client.errors import EmaError, printable
 
 __all__ = ["main"]
 
@@ -29,5 +29,5 @@ def main() -> None:
         sys.stderr.write(f"ema: {error.detail}{hint}\n")
         raise SystemExit(1) from None
     except OSError as error:
-        sys.stderr.write(f"ema: {error}\n")
+        sys.stderr.write(f"ema: {printable(str(error))}\n")
         raise SystemExit(1) from None

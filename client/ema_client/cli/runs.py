@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from ema_client.cli import show
 from ema_client.cli.options import Average, Json, Run, Token, Url, connect
@@ -40,7 +39,7 @@ def show_run(context: typer.Context, run: Run, as_json: Json = False, url: Url =
     if as_json:
         show.print_json(dataclasses.asdict(info))
         return
-    rows = Table.grid(padding=(0, 2))
+    rows = show.pairs()
     for field in dataclasses.fields(info):
         rows.add_row(field.name, show.shown(field.name, getattr(info, field.name)))
     show.say(rows)

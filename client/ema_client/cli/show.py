@@ -14,19 +14,32 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ema_client.errors import printable
 from ema_client.protocol import AverageInfo, RunInfo
 
-__all__ = ["complain", "print_json", "row", "say", "shown", "size", "table", "when"]
+__all__ = ["complain", "pairs", "print_json", "row", "say", "shown", "size", "table", "when"]
 
 
 def say(thing: Any) -> None:
-    # No markup: what a server says is shown as it is. In a pipe or a file, lines are as long as need be.
+    # No markup, no control characters: what a server or a stranger's file says is shown, not obeyed. In a pipe or a
+    # file, lines are as long as need be.
     width = None if sys.stdout.isatty() else 1000
-    Console(width=width, markup=False, highlight=False, soft_wrap=isinstance(thing, str)).print(thing)
+    console = Console(width=width, markup=False, highlight=False, soft_wrap=isinstance(thing, str))
+    console.print(printable(thing) if isinstance(thing, str) else thing)
 
 
 def table(*columns: str) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    return _Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+
+
+def pairs() -> Table:
+    """A table without head, of names and values."""
+    return _Table(box=None, show_header=False, padding=(0, 2), collapse_padding=True, pad_edge=False)
+
+
+class _Table(Table):
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*("\n".join(map(printable, cell.split("\n"))) for cell in cells), **options)
 
 
 def print_json(data: Any) -> None:
@@ -85,5 +98,5 @@ def when(seconds: float) -> str:
 
 def complain(text: str) -> None:
     """A line on stderr, in the command's name."""
-    sys.stderr.write(f"ema: {text}\n")
+    sys.stderr.write(f"ema: {printable(text)}\n")
     sys.stderr.flush()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,21 +22,19 @@ import typer
 
 from ema_client.cli import show
 from ema_client.cli.options import Average, Json, Run, Token, Url, connect
+from ema_client.cli.templates import WORDS, environment, file_name, has_placeholder, shell_line
 from ema_client.client import EmaClient
-from ema_client.errors import RunNotFound, SnapshotNotFound
+from ema_client.errors import RunNotFound, SnapshotNotFound, printable
 from ema_client.protocol import EventKind, RunEvent, WeightsInfo
 
 __all__ = ["watch"]
-
-#: {step} and the other placeholders; ${step} is left to the shell.
-_PLACEHOLDER = re.compile(r"(?<!\$)\{(path|run|average|version|step|num_updates|snapshot)\}")
 
 Command = Annotated[
     str | None,
     typer.Option(
         "--exec",
-        help="Run this in a shell for each. It is told by {path}, {run}, {average}, {version}, {step}, {num_updates}, "
-        "{snapshot}, and by the same in the environment: $EMA_PATH, $EMA_STEP and so on.",
+        help="Run this in a shell for each. It is told by the environment: $EMA_PATH, $EMA_RUN, $EMA_AVERAGE, "
+        "$EMA_VERSION, $EMA_STEP, $EMA_NUM_UPDATES, $EMA_SNAPSHOT. {path}, {run} and so on stand for the same, quoted.",
         show_default=False,
     ),
 ]
@@ -47,8 +43,8 @@ Out = Annotated[
     typer.Option(
         "--out",
         "-o",
-        help="Keep each as this safetensors file; may hold the placeholders of --exec. Without them each replaces the "
-        "one before. Without --out, --exec is given a file that is deleted when the command ends.",
+        help="Keep each as this safetensors file; may hold the placeholders of --exec but {path}. Without them each "
+        "replaces the one before. Without --out, --exec is given a file that is deleted when the command ends.",
         show_default=False,
     ),
 ]
@@ -75,6 +71,8 @@ def watch(
     What takes longer than the next version takes to come is given the newest next, not those between. A command that
     fails is reported, and watching goes on; the exit code at the end is then 1.
     """
+    if out and "{path}" in out:
+        raise typer.BadParameter("--out is the path: of the placeholders, {path} is for --exec alone")
     limit = 1 if once else count
     failed = False
     with connect(context, url, token) as client:
@@ -125,46 +123,37 @@ class _Watcher:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-")))
             path = folder / f"{self.run}.safetensors"
             return path, self.client.download(self.run, path, average=self.average, snapshot=name)
-        if not _PLACEHOLDER.search(self.out):
+        if not has_placeholder(self.out):
             path = Path(self.out)
             return path, self.client.download(self.run, path, average=self.average, snapshot=name)
         # The file's name depends on the version that comes, which may be newer than the event.
-        folder = next(parent for parent in Path(self.out).parents if not _PLACEHOLDER.search(str(parent)))
+        folder = next(parent for parent in Path(self.out).parents if not has_placeholder(str(parent)))
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / f".ema-{os.getpid()}.part"
         stack.callback(whole.unlink, missing_ok=True)
         info = self.client.download(self.run, whole, average=self.average, snapshot=name)
-        path = Path(_filled(self.out, _words(whole, info), quote=False))
+        path = Path(file_name(self.out, _words(whole, info)))
         path.parent.mkdir(parents=True, exist_ok=True)
         return whole.replace(path), info
 
     def _execute(self, words: Mapping[str, str]) -> bool:
         if self.command is None:
             return True
-        environment = {f"EMA_{name.upper()}": value for name, value in words.items()}
-        done = subprocess.run(
-            _filled(self.command, words, quote=True), shell=True, check=False, env={**os.environ, **environment}
-        )
+        told = {**os.environ, **environment(words)}
+        done = subprocess.run(shell_line(self.command), shell=True, check=False, env=told)
         if done.returncode:
             how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
             show.complain(f"the command failed with {how} on version {words['version']}; watching goes on")
         return done.returncode == 0
 
     def _tell(self, data: Mapping[str, object], text: str) -> None:
-        sys.stdout.write((json.dumps(data) if self.as_json else text) + "\n")
+        sys.stdout.write((json.dumps(data) if self.as_json else printable(text)) + "\n")
         sys.stdout.flush()
 
 
 def _words(path: Path, info: WeightsInfo) -> dict[str, str]:
     words = {"path": str(path), **dataclasses.asdict(info)}
-    return {
-        name: "" if words[name] is None else str(words[name])
-        for name in ("path", "run", "average", "version", "step", "num_updates", "snapshot")
-    }
-
-
-def _filled(template: str, words: Mapping[str, str], *, quote: bool) -> str:
-    return _PLACEHOLDER.sub(lambda found: shlex.quote(words[found[1]]) if quote else words[found[1]], template)
+    return {name: "" if words[name] is None else str(words[name]) for name in WORDS}
 
 
 def _described(of: RunEvent | WeightsInfo) -> str:

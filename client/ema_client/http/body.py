@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Body", "portions"]
 
-#: sendall() is given so many bytes at a time: its timeout is for the whole portion, and between two portions the sender
-#: looks for an early answer.
+#: Between two portions of so many bytes the sender looks for an early answer.
 SEND_BYTES = 4 << 20
 #: Pieces of at most SMALL_BYTES are joined to portions of at most JOINED_BYTES: one call to the kernel for many biases.
 SMALL_BYTES = 64 << 10
 JOINED_BYTES = 1 << 20
+
+#: A service averages, and writes to its disk, this many bytes per second at the least: so much longer than a short
+#: answer may the answer to a body take before silence means that the service is away.
+SLOWEST_BYTES_PER_SECOND = 200e6
+
+
+def _nothing(_: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +36,22 @@ class Body:
     pieces: gives the body's memory from the beginning at each call. Pieces are not copied: the memory of a piece must
     not change until the sender asks for the next piece.
     shared: shared memory with the same bytes, where a service on the same host reads the body instead.
+    moved: called by the sending thread whenever bytes of the body went out, with their number since its beginning.
     """
 
     length: int
     pieces: Callable[[], Iterable[memoryview]]
     shared: SharedBody | None = None
+    moved: Callable[[int], None] = _nothing
+
+    @property
+    def patience(self) -> float:
+        """Seconds beyond those of a short answer that the answer to this body may take."""
+        return (self.length if self.shared is None else self.shared.length) / SLOWEST_BYTES_PER_SECOND
 
 
 def portions(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-    """The bytes of ``pieces`` in portions for sendall(): small pieces joined, large pieces cut without a copy."""
+    """The bytes of ``pieces`` in portions for a socket: small pieces joined, large pieces cut without a copy."""
     for piece in _joined(pieces):
         for start in range(0, len(piece), SEND_BYTES):
             yield piece[start : start + SEND_BYTES]

@@ -17,16 +17,19 @@ import http.client
 import selectors
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ema_client.errors import ConnectionLost, ProtocolError
+from ema_client.errors import ConnectionLost, ProtocolError, printable
+from ema_client.forks import tell_in_child
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer
 from ema_client.http.body import Body, portions
 from ema_client.http.early import is_continue, read_head, replaying
 from ema_client.http.faults import broken, no_tls, unreachable
-from ema_client.http.sockets import Selector, open_http, readable
+from ema_client.http.heads import WholeHead
+from ema_client.http.sockets import Selector, give_up, open_http, readable
 
 __all__ = ["Connection", "Timeouts", "headers_of"]
 
@@ -42,30 +45,50 @@ LAST_WORDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds to wait.
+    """Seconds to wait for a sign of life; a whole body may take longer.
 
     connect: for a connection.
-    transfer: for each operation on the socket; a whole body may take longer.
+    transfer: for each operation on the socket.
+    kept: for the first sign on a connection that was kept since an earlier request, and may be dead by now.
     expect: for ``100 Continue``; after that time the body is sent unasked.
+    stream: between two lines of an answer without end, where the service sends one every 15 seconds.
     """
 
     connect: float = 5.0
-    transfer: float = 60.0
+    transfer: float = 10.0
+    kept: float = 5.0
     expect: float = 5.0
+    stream: float = 50.0
 
 
 class Connection:
-    """A keep-alive connection, for a single caller at a time: not thread-safe, but for interrupt()."""
+    """A keep-alive connection, for a single caller at a time: not thread-safe, but for interrupt().
+
+    In a forked process the connection is closed, and the parent's goes on.
+
+    More than twenty methods, the steps of the four ways in which a request goes over one socket.
+    """
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
         self._address = address
         self._timeouts = timeouts
         self._http = open_http(address, timeouts.connect, context)
+        self._http.response_class = WholeHead
         #: URL of the latest request, for messages.
         self.url = address.url
-        #: Whether an answer has come over the connection.
-        self.used = False
-        self._streaming: socket.socket | None = None
+        #: When the latest answer came over the connection (time.monotonic), None before the first.
+        self.heard: float | None = None
+        #: Seconds to wait for the next sign of life.
+        self._limit = timeouts.transfer
+        #: Whether the other end is known to ask for bodies by ``100 Continue``.
+        self._continues = False
+        #: The socket, also once http.client has let go of it, because the answer said "Connection: close".
+        self._opened: socket.socket | None = None
+        tell_in_child(self)
+
+    def after_fork(self) -> None:
+        """Close this process' copy of the socket, without a word to the service: the connection is the parent's."""
+        give_up(self._opened)
 
     def put(self, path: str, headers: Mapping[str, str], body: Body, *, patience: float = 0.0) -> Answer:
         """Send ``body`` and read the answer, which is the server's refusal where the server did not take the body.
@@ -89,8 +112,8 @@ class Connection:
         """A short answer, read to its end."""
         with self._faults():
             answer = Answer(self.url, response.status, headers_of(response), response.read(ANSWER_LIMIT))
-            if not response.isclosed():
-                # Cut short, or longer than any answer of the service.
+            if response.length or not response.isclosed():
+                # Cut short (http.client closes a response of which not a byte came), or longer than any answer of ours.
                 raise ConnectionResetError(f"an answer of status {response.status} did not end where it should")
         return answer
 
@@ -103,12 +126,12 @@ class Connection:
         """Ask for an answer without end, for lines() to read. ``patience``: seconds for the answer's head to come."""
         with self._faults():
             self._begin("GET", path, headers)
-            # http.client lets go of the socket if the answer says "Connection: close".
-            self._streaming = self._socket
-            self._streaming.settimeout(patience)
+            sock = self._socket
+            sock.settimeout(patience)
             response = self._http.getresponse()
-            self._streaming.settimeout(self._timeouts.transfer)
-            self.used = True
+            self._limit = self._timeouts.stream
+            sock.settimeout(self._limit)
+            self.heard = time.monotonic()
             return response
 
     def lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -124,10 +147,10 @@ class Connection:
 
     def interrupt(self) -> None:
         """End lines(), from another thread: the reading thread sees the end of the answer."""
-        if self._streaming is not None:
+        if self._opened is not None:
             with contextlib.suppress(OSError):
                 # shutdown() of the bare socket: a TLS socket's says goodbye first, and races with the reader.
-                socket.socket.shutdown(self._streaming, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._opened, socket.SHUT_RDWR)
 
     @property
     def reusable(self) -> bool:
@@ -156,6 +179,8 @@ class Connection:
         self._http.putrequest(method, self._address.prefix + path)
         for name, value in headers.items():
             self._http.putheader(name, value)
+        self._limit = self._timeouts.transfer if self.heard is None else self._timeouts.kept
+        self._socket.settimeout(self._limit)
         self._http.endheaders()
 
     def _connect(self) -> None:
@@ -165,17 +190,20 @@ class Connection:
             raise no_tls(self._address.url, fault) from None
         except OSError as fault:
             raise unreachable(self._address.url, fault) from None
-        self._socket.settimeout(self._timeouts.transfer)
+        self._opened = self._socket
 
     def _response(self, patience: float) -> http.client.HTTPResponse:
-        self._socket.settimeout(self._timeouts.transfer + patience)
+        sock = self._socket
+        sock.settimeout(self._limit + patience)
         response = self._http.getresponse()
+        self._limit = self._timeouts.transfer
         if self._http.sock is not None:
-            self._socket.settimeout(self._timeouts.transfer)
-        self.used = True
+            sock.settimeout(self._limit)
+        self.heard = time.monotonic()
         return response
 
     def _send(self, body: Body, patience: float) -> Answer:
+        self._socket.settimeout(self._limit + patience)
         sent = 0
         try:
             with Selector() as arrival:
@@ -183,8 +211,12 @@ class Connection:
                 for portion in portions(body.pieces()):
                     if sent and arrival.select(0.0) and (early := self._early_answer(0.0)):
                         return self._refused(early)
-                    self._socket.sendall(portion)
-                    sent += len(portion)
+                    while portion:
+                        # Not sendall(), whose timeout is for the whole: a slow way is no silent one.
+                        count = self._socket.send(portion)
+                        portion = portion[count:]
+                        sent += count
+                        body.moved(sent)
         except OSError:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return self._last_words()
@@ -192,17 +224,28 @@ class Connection:
         return self.read(self._response(patience))
 
     def _early_answer(self, timeout: float) -> bytes:
-        """The head of a final answer that came early; empty where 100 Continue came, or nothing in ``timeout`` s."""
+        """The head of a final answer that came early; empty where 100 Continue came, or nothing in ``timeout`` s.
+
+        Raises TimeoutError where nothing came and the other end has said 100 Continue before.
+        """
         sock = self._socket
         if timeout == 0.0 and isinstance(sock, ssl.SSLSocket):
             # A TLS socket turns readable for messages of TLS too.
             return b""
         if not readable(sock, timeout):
+            if timeout and self._continues:
+                raise TimeoutError
+            self._limit = max(1.0, self._limit - timeout)
             return b""
+        before = sock.gettimeout()
         sock.settimeout(max(timeout, LAST_WORDS))
         head = read_head(sock)
-        sock.settimeout(self._timeouts.transfer)
-        return b"" if is_continue(head) else head
+        sock.settimeout(before)
+        if not is_continue(head):
+            return head
+        self._continues = True
+        self._limit = self._timeouts.transfer
+        return b""
 
     def _refused(self, head: bytes) -> Answer:
         """The final answer to a body that was not sent, or in part. The connection is closed after the answer."""
@@ -224,6 +267,9 @@ class Connection:
         """Turn a fault of the socket into an EmaError; after any fault the connection is closed."""
         try:
             yield
+        except TimeoutError as fault:
+            self.close()
+            raise broken(self.url, fault, silence=self._limit) from fault
         except (OSError, http.client.IncompleteRead) as fault:
             self.close()
             raise broken(self.url, fault) from fault
@@ -237,5 +283,5 @@ class Connection:
 
 
 def headers_of(response: http.client.HTTPResponse) -> dict[str, str]:
-    """The response's headers, with lower-case names."""
-    return {name.lower(): value for name, value in response.getheaders()}
+    """The response's headers, with lower-case names, fit to be shown and to be sent back."""
+    return {name.lower(): printable(value) for name, value in response.getheaders()}

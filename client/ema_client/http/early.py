@@ -10,9 +10,10 @@ means.
 from __future__ import annotations
 
 import functools
-import http.client
 import io
 import socket
+
+from ema_client.http.heads import WholeHead
 
 __all__ = ["is_continue", "read_head", "replaying"]
 
@@ -39,7 +40,7 @@ def replaying(head: bytes) -> functools.partial[_Replayed]:
     return functools.partial(_Replayed, head)
 
 
-class _Replayed(http.client.HTTPResponse):
+class _Replayed(WholeHead):
     def __init__(self, head: bytes, sock: socket.socket, debuglevel: int = 0, method: str | None = None) -> None:
         super().__init__(sock, debuglevel, method)
         self.fp = io.BufferedReader(_Prepended(head, self.fp))

@@ -18,8 +18,12 @@ def unreachable(url: str, fault: Exception) -> ServiceUnreachable:
     return ServiceUnreachable(f"nothing answers at {url}: {_said(fault)}")
 
 
-def broken(url: str, fault: Exception) -> ConnectionLost:
-    """The error of a connection that broke, or was silent for too long, after a request had begun."""
+def broken(url: str, fault: Exception, *, silence: float = 0.0) -> ConnectionLost:
+    """The error of a connection that broke after a request had begun, or was silent for ``silence`` seconds."""
+    if silence:
+        lost = ConnectionLost(f"{url} was silent for {silence:.3g} seconds")
+        lost.silence = silence
+        return lost
     return ConnectionLost(f"the connection to {url} broke: {_said(fault)}")
 
 

@@ -14,10 +14,10 @@ import contextlib
 import mmap
 import os
 import secrets
-import threading
 import weakref
 from collections.abc import Iterator
 
+from ema_client.forks import Home, Lock
 from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
 
 __all__ = ["SharedBody"]
@@ -29,8 +29,9 @@ _SEALS = 0x0001 | 0x0002 | 0x0004
 class SharedBody:
     """A body in shared memory: ``header`` in front, then ``size`` bytes of data that begin at a page. Thread-safe.
 
-    data: the data's memory, writable; zeros at first. length: bytes of the whole body. The memory lives until this
-    object and every view of the data are gone; a forked process holds the memory too, until the fork ends.
+    data: the data's memory, writable; zeros at first. length: bytes of the whole body. home: the process that may offer
+    the body, and no fork of it. The memory lives until this object and every view of the data are gone; a forked
+    process holds the memory too, until the fork ends.
 
     Raises OSError where the system has no memfds, or no more memory for one.
     """
@@ -38,7 +39,7 @@ class SharedBody:
     def __init__(self, header: bytes, size: int) -> None:
         start = -(-(SECRET_BYTES + len(header)) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._offset = start - len(header)
-        self._pid = os.getpid()
+        self.home = Home()
         self._descriptor = _create(start + size)
         weakref.finalize(self, os.close, self._descriptor)
         region = mmap.mmap(self._descriptor, start + size)
@@ -46,7 +47,7 @@ class SharedBody:
             region.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(region)
         self._memory[self._offset : start] = header
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self.data = self._memory[start:]
         self.length = len(header) + size
 
@@ -60,7 +61,7 @@ class SharedBody:
             secret = secrets.token_bytes(SECRET_BYTES)
             self._memory[:SECRET_BYTES] = secret
             try:
-                yield Segment(self._pid, self._descriptor, self._offset, self.length, secret)
+                yield Segment(os.getpid(), self._descriptor, self._offset, self.length, secret)
             finally:
                 self._memory[:SECRET_BYTES] = bytes(SECRET_BYTES)
 

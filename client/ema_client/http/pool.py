@@ -1,18 +1,18 @@
 """The connections to a service, kept open between requests.
 
 Knows: which connection is idle, and which has gone stale. Does not know: what is asked, how a connection speaks, or
-retries, but for a single case: a kept connection that the server closed meanwhile.
+retries, but for a single case: a kept connection that broke meanwhile.
 """
 
 from __future__ import annotations
 
 import functools
 import ssl
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 from ema_client.errors import ConnectionLost
+from ema_client.forks import Lock, tell_in_child
 from ema_client.http.address import Address
 from ema_client.http.connection import Connection, Timeouts
 
@@ -25,12 +25,20 @@ MAX_IDLE = 4
 
 
 class Pool:
-    """Connections to a service. Thread-safe: a connection is lent to a single caller at a time."""
+    """Connections to a service. Thread-safe: a connection is lent to a single caller at a time.
+
+    A forked process begins without connections.
+    """
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
         self._new = functools.partial(Connection, address, timeouts, context)
         self._idle: list[Connection] = []
-        self._lock = threading.Lock()
+        self._lock = Lock()
+        tell_in_child(self)
+
+    def after_fork(self) -> None:
+        """Forget the idle connections, which are the parent's."""
+        self._idle = []
 
     def open(self) -> Connection:
         """A new connection, which the caller closes."""
@@ -39,17 +47,23 @@ class Pool:
     def exchange(self, request: Callable[[Connection], T]) -> tuple[Connection, T]:
         """Call ``request`` with a connection; returns both, and the caller gives the connection back.
 
-        A request is made a second time where the server had closed a kept connection: every write of the protocol may
-        be repeated.
+        A request is made a second time where a kept connection broke, or stayed silent: every write of the protocol
+        may be repeated. All idle connections are then in doubt.
         """
         connection = self._take()
+        kept = connection.heard is not None
         try:
             return connection, request(connection)
         except ConnectionLost as lost:
-            if not connection.used or not isinstance(lost.__cause__, ConnectionError):
+            self.doubt()
+            if not kept or not isinstance(lost.__cause__, ConnectionError | TimeoutError):
                 raise
         connection = self.open()
         return connection, request(connection)
+
+    def doubt(self) -> None:
+        """Close the idle connections: what broke another one of their age has broken them too, perhaps unnoticed."""
+        self.close()
 
     def give_back(self, connection: Connection) -> None:
         """Take back a connection whose answer was read to the end: it is kept for the next request, or closed."""
@@ -71,6 +85,6 @@ class Pool:
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else self.open()
-            if not connection.used or not connection.stale:
+            if connection.heard is None or not connection.stale:
                 return connection
             connection.close()

@@ -34,16 +34,25 @@ class RetryPolicy:
     base: float = 0.25
     cap: float = 2.0
 
-    def delay(self, attempt: int, error: EmaError, random: Callable[[], float]) -> float | None:
+    def delay(self, attempt: int, error: EmaError, random: Callable[[], float], *, waited: float = 0.0) -> float | None:
         """Seconds to pause after try number ``attempt`` (from 0) failed with ``error``; None to give up.
 
         random: gives floats in [0, 1), as random.random does.
+        waited: seconds of pauses and of silence so far. A call waits for no longer than its pauses alone would be at
+        their longest, in whatever it waits: that is the deadline of the call with all its tries.
         """
-        if attempt + 1 >= self.attempts or not _worth_trying(error):
+        if attempt + 1 >= self.attempts or not _worth_trying(error) or waited > self.longest:
             return None
         # 62: a float holds 2.0**62; nobody needs the exponent of attempt number two thousand.
         jittered = random() * min(self.cap, self.base * 2.0 ** min(attempt, 62))
         return jittered if error.retry_after is None else error.retry_after + jittered
+
+    @property
+    def longest(self) -> float:
+        """Seconds that the pauses take in all at their longest."""
+        growing = min(self.attempts - 1, 62)
+        bounds = (min(self.cap, self.base * 2.0**attempt) for attempt in range(growing))
+        return sum(bounds) + self.cap * (self.attempts - 1 - growing)
 
 
 def _worth_trying(error: EmaError) -> bool:

@@ -6,14 +6,16 @@ or who keeps a connection.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import os
 import selectors
 import socket
 import ssl
 
 from ema_client.http.address import Address
 
-__all__ = ["Selector", "open_http", "readable"]
+__all__ = ["Selector", "give_up", "open_http", "readable"]
 
 #: What the kernel takes of a Unix socket's sender before the sender has to wait for the reader; Linux gives no more
 #: than net.core.wmem_max. With Linux' default of 208 KiB sender and reader take turns: 1 GiB is pulled at 0.80 of the
@@ -38,6 +40,13 @@ def readable(sock: socket.socket, timeout: float) -> bool:
     with Selector() as selector:
         selector.register(sock, selectors.EVENT_READ)
         return bool(selector.select(timeout))
+
+
+def give_up(sock: socket.socket | None) -> None:
+    """Close a socket that another process has open too: without shutdown(), which would end the other's connection."""
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            os.close(sock.detach())
 
 
 class _UnixConnection(http.client.HTTPConnection):

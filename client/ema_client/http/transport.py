@@ -1,33 +1,29 @@
-"""All HTTP of one service: JSON requests through httpx, large bodies over pooled connections, retries.
+"""All HTTP of one service: control requests, large bodies over pooled connections, retries.
 
-The only module that imports httpx. Thread-safe: httpx.Client is, and the pool lends each connection to one caller.
-Proxies of the environment are not used: weights belong on the straight way.
+Thread-safe, and may be used on in a forked process, which opens connections of its own.
 
-Knows: the token, timeouts, when to sleep between two tries, which of httpx's faults is which error. Does not know: what
-the routes mean, tensors, environment variables.
+Knows: the token, timeouts, when to sleep between two tries. Does not know: how a request travels (control, uploads,
+downloads), what the routes mean, tensors, environment variables.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
-import httpx
-
 from ema_client import protocol
-from ema_client.errors import EmaError, ProtocolError, UsageError
+from ema_client.errors import EmaError, ProtocolError, TransportError, UsageError
 from ema_client.http.address import parse_address
-from ema_client.http.answers import Answer, json_of
+from ema_client.http.answers import json_of
 from ema_client.http.body import Body
 from ema_client.http.connection import Timeouts
+from ema_client.http.control import Control
 from ema_client.http.downloads import Download, Stream, open_download, open_stream
-from ema_client.http.faults import broken, no_tls, tls_fault_in, unreachable
 from ema_client.http.pool import Pool
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.uploads import Uploads
@@ -75,7 +71,7 @@ class Transport:
         timeouts: Timeouts | None = None,
     ) -> None:
         address = parse_address(url)
-        self._timeouts = timeouts = timeouts or Timeouts()
+        timeouts = timeouts or Timeouts()
         context = ssl.create_default_context() if address.secure else None
         self.url = address.url
         self.same_host = address.same_host
@@ -83,15 +79,7 @@ class Transport:
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
         self._pool = Pool(address, timeouts, context)
         self._uploads = Uploads(self._pool, address)
-        self._http = httpx.Client(
-            base_url=address.base,
-            headers=self._headers,
-            timeout=httpx.Timeout(timeouts.transfer, connect=timeouts.connect),
-            # A URL without TLS needs no context, and loading a context takes 20 ms.
-            verify=context or False,
-            transport=httpx.HTTPTransport(uds=address.socket, verify=False) if address.socket else None,
-            trust_env=False,
-        )
+        self._control = Control(address, self._headers, timeouts, context, doubted=self._pool.doubt)
 
     def __repr__(self) -> str:
         return f"Transport({self.url!r})"
@@ -101,15 +89,18 @@ class Transport:
         """How large bodies travel to the service, in words."""
         return self._uploads.link
 
-    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
-        """A control request and its answer, with retries. ``body`` is sent as JSON."""
-        return self.retrying(lambda _: self.json_once(method, path, body))
+    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0) -> Reply:
+        """A control request and its answer, with retries.
 
-    def json_once(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
+        body: sent as JSON. patience: seconds that the service may work, in silence, before it answers.
+        """
+        return self.retrying(lambda _: self.json_once(method, path, body, patience=patience))
+
+    def json_once(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0
+    ) -> Reply:
         """json(), tried once: for a caller of retrying() that must know the number of the try."""
-        with self._faults():
-            response = self._http.request(method, path, json=body)
-        answer = Answer(self.url + path, response.status_code, response.headers, response.content)
+        answer = self._control.request(method, path, body, patience=patience)
         return Reply(answer.url, json_of(answer))
 
     def upload(
@@ -122,7 +113,7 @@ class Transport:
         self, path: str, body: Body, *, query: Query | None = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
         """upload(), tried once: for a caller with retries of its own."""
-        self._check_open()
+        self._control.check_open()
         headers = {**self._headers, "Content-Type": "application/octet-stream", **(headers or {})}
         answer = self._uploads.put(_with_query(path, query), headers, body)
         return Reply(answer.url, json_of(answer))
@@ -143,7 +134,7 @@ class Transport:
         etag: the part of the body with this ETag; a newer body comes whole instead (200).
         patience: seconds that the service was asked to wait before it answers.
         """
-        self._check_open()
+        self._control.check_open()
         headers = dict(self._headers)
         if stop is not None or (start and etag):
             headers["Range"] = f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"
@@ -153,54 +144,32 @@ class Transport:
 
     def stream(self, path: str, *, accept: str, patience: float) -> Stream:
         """GET an answer without end, tried once. ``patience``: seconds for the answer's head to come."""
-        self._check_open()
+        self._control.check_open()
         return open_stream(self._pool, path, {**self._headers, "Accept": accept}, patience=patience)
 
     def head(self, path: str, *, query: Query, patience: float) -> int:
         """The status that a GET would be answered with, tried once. ``patience``: as for download()."""
-        with self._faults():
-            timeout = httpx.Timeout(self._timeouts.transfer + patience, connect=self._timeouts.connect)
-            return self._http.head(_with_query(path, query), timeout=timeout).status_code
+        return self._control.head(_with_query(path, query), patience=patience)
 
     def retrying(self, operation: Callable[[int], T]) -> T:
         """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up."""
-        attempt = 0
+        attempt, waited = 0, 0.0
         while True:
             try:
                 return operation(attempt)
             except EmaError as error:
-                pause = self.retry.delay(attempt, error, random.random)
+                waited += error.silence if isinstance(error, TransportError) else 0.0
+                pause = self.retry.delay(attempt, error, random.random, waited=waited)
                 if pause is None:
                     raise
             time.sleep(pause)
+            waited += pause
             attempt += 1
 
     def close(self) -> None:
         """Close all connections. Later requests raise UsageError."""
-        self._http.close()
+        self._control.close()
         self._pool.close()
-
-    def _check_open(self) -> None:
-        if self._http.is_closed:
-            raise UsageError("this client is closed", hint="make a new EmaClient")
-
-    @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        self._check_open()
-        try:
-            yield
-        except (httpx.ConnectError, httpx.ConnectTimeout) as fault:
-            if tls := tls_fault_in(fault):
-                raise no_tls(self.url, tls) from fault
-            raise unreachable(self.url, fault) from fault
-        except (httpx.TimeoutException, httpx.NetworkError) as fault:
-            raise broken(self.url, fault) from fault
-        except httpx.RemoteProtocolError as fault:
-            if _hung_up(fault):
-                raise broken(self.url, fault) from fault
-            raise ProtocolError(f"{self.url} does not speak HTTP/1.1: {fault}") from fault
-        except httpx.HTTPError as fault:
-            raise ProtocolError(f"{self.url}: {type(fault).__name__}: {fault}") from fault
 
 
 def _checked(token: str) -> str:
@@ -213,8 +182,3 @@ def _checked(token: str) -> str:
 def _with_query(path: str, query: Query | None) -> str:
     given = {key: value for key, value in (query or {}).items() if value is not None}
     return f"{path}?{urlencode(given)}" if given else path
-
-
-def _hung_up(fault: httpx.RemoteProtocolError) -> bool:
-    # httpx has the same class for "closed too early" and for "not HTTP"; only the text tells which.
-    return "disconnected" in str(fault) or "closed connection" in str(fault)

@@ -28,9 +28,6 @@ _log = logging.getLogger("ema_client")
 
 #: A body of at most so many bytes is sent as quickly as it would be handed over.
 SHARE_ABOVE = 1 << 20
-#: The service reads and averages a body in shared memory before the first byte of the answer comes: the answer may take
-#: as long as a slow core needs, at so many bytes per second.
-SHARED_BYTES_PER_SECOND = 200e6
 
 
 class Uploads:
@@ -47,25 +44,28 @@ class Uploads:
 
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         """PUT a body, by shared memory where that is possible. The answer may be a refusal."""
-        if body.shared is not None and self._shares and body.length > SHARE_ABOVE:
-            answer = self._hand_over(path, headers, body.shared)
+        shared = body.shared
+        # A fork sends: the secret in front of the memory is the parent's, who may be handing the same memory over.
+        if shared is not None and self._shares and body.length > SHARE_ABOVE and shared.home.is_here:
+            answer = self._hand_over(path, headers, shared, body.patience)
             fault = None if answer.status < 400 else error_of(answer)
             if not _wants_the_bytes(fault):
                 return answer
             self._stop_sharing(fault)
         return self._send(path, headers, body)
 
-    def _send(self, path: str, headers: Mapping[str, str], body: Body, patience: float = 0.0) -> Answer:
+    def _send(self, path: str, headers: Mapping[str, str], body: Body, patience: float | None = None) -> Answer:
+        longer = body.patience if patience is None else patience
         connection, answer = self._pool.exchange(
-            lambda connection: connection.put(path, headers, body, patience=patience)
+            lambda connection: connection.put(path, headers, body, patience=longer)
         )
         self._pool.give_back(connection)
         return answer
 
-    def _hand_over(self, path: str, headers: Mapping[str, str], shared: SharedBody) -> Answer:
+    def _hand_over(self, path: str, headers: Mapping[str, str], shared: SharedBody, patience: float) -> Answer:
         with shared.offered() as segment:
             named = {**headers, HEADER_SEGMENT: segment.to_header()}
-            answer = self._send(path, named, Body(0, lambda: ()), shared.length / SHARED_BYTES_PER_SECOND)
+            answer = self._send(path, named, Body(0, lambda: ()), patience)
         if answer.status < 400:
             self.link = "shared memory"
         return answer

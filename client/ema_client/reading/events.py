@@ -17,18 +17,27 @@ from ema_client.protocol import EventKind, RunEvent, RunInfo, SnapshotInfo
 __all__ = ["CONTENT_TYPE", "differences", "event_of", "parse", "read_event"]
 
 CONTENT_TYPE = "text/event-stream"
+#: The most data of an event that is read, in characters: a thousand times what the service sends.
+EVENT_LIMIT = 1 << 20
 
 
 def parse(lines: Iterable[bytes]) -> Iterator[str]:
-    """The data of each event of an event stream; an event that is not finished is dropped, as the standard says."""
+    """The data of each event of an event stream; an event that is not finished is dropped, as the standard says.
+
+    Raises ProtocolError for an event without end.
+    """
     data: list[str] = []
+    length = 0
     for raw in lines:
         line = raw.decode("utf-8", "replace").rstrip("\r\n")
         if line.startswith("data:"):
             data.append(line.removeprefix("data:").removeprefix(" "))
+            length += len(line)
+            if length > EVENT_LIMIT:
+                raise ProtocolError(f"an event of more than {EVENT_LIMIT} characters")
         elif not line and data:
             yield "\n".join(data)
-            data = []
+            data, length = [], 0
 
 
 def read_event(url: str, data: str) -> RunEvent:

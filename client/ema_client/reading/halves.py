@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ema_client.http.downloads import Download
+from ema_client.reading.asked import Asked
 from ema_client.reading.ranges import OpenRange, whole_length
 from ema_client.reading.weights import Weights, read_header
 from ema_client.wire import Entry, Header
@@ -40,7 +41,7 @@ def split_of(header: Header, length: int) -> int:
     return length - header.data_bytes + cut
 
 
-def pull_halves(open_range: OpenRange, split: int, out: Mapping[str, Tensor] | None) -> Weights | None:
+def pull_halves(asked: Asked, open_range: OpenRange, split: int, out: Mapping[str, Tensor] | None) -> Weights | None:
     """Pull weights in two halves; ``split`` is the result of split_of() at the latest pull of the same weights.
 
     out: as for tensors.receive(), which also says what is raised. None where the weights have no such halves, or moved
@@ -53,7 +54,7 @@ def pull_halves(open_range: OpenRange, split: int, out: Mapping[str, Tensor] | N
         if first.status != 206:
             return None
         source = _FirstPart(first)
-        header, info = read_header(source)
+        header, info = read_header(source, asked)
         entries, there = header.entries, first.length - source.position
         mine = tuple(entry for entry in entries if entry.end <= there)
         others = entries[len(mine) :]

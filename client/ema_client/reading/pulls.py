@@ -6,17 +6,18 @@ pull. Does not know: routes, sockets, how halves and slices are read (halves, sl
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ema_client.errors import StepNotReached
+from ema_client.forks import Lock
 from ema_client.http.downloads import Download
 from ema_client.http.transport import Query, Transport
 from ema_client.protocol import MAX_WAIT, WeightsInfo
+from ema_client.reading.asked import Asked
 from ema_client.reading.halves import pull_halves, split_of
-from ema_client.reading.ranges import OpenRange
+from ema_client.reading.ranges import OpenRange, check_part
 from ema_client.reading.slices import Wanted, fetch
 from ema_client.reading.weights import Weights, read_header
 
@@ -47,71 +48,69 @@ class Pulls:
         self._split_above = split_above
         self._longest_wait = longest_wait
         #: request -> the byte at which the weights are parted, 0 for weights to be pulled whole.
-        self._splits: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._splits: dict[Asked, int] = {}
+        self._lock = Lock()
 
     def pull(
         self,
-        path: str,
-        query: Query,
+        asked: Asked,
         out: Mapping[str, Tensor] | None = None,
         *,
-        min_step: int | None = None,
         wait: float | None = None,
     ) -> Weights:
-        """The weights at ``path``, in the tensors of ``out`` or in new ones; see EmaClient.pull().
+        """The weights asked for, in the tensors of ``out`` or in new ones; see EmaClient.pull().
 
-        wait: seconds to wait for ``min_step``, after which StepNotReached is raised.
+        wait: seconds to wait for the step asked for, after which StepNotReached is raised.
         """
-        if min_step is None or wait is None:
-            return self._pull(path, query, out, {"min_step": min_step})
+        if asked.min_step is None or wait is None:
+            return self._pull(asked, out, {"min_step": asked.min_step})
         deadline = time.monotonic() + wait
         while True:
             now = max(0.0, min(deadline - time.monotonic(), self._longest_wait))
             try:
-                return self._pull(path, query, out, {"min_step": min_step, "wait": now}, patience=now)
+                return self._pull(asked, out, {"min_step": asked.min_step, "wait": now}, patience=now)
             except StepNotReached:
                 if time.monotonic() + _POLL_SECONDS >= deadline:
                     raise
             time.sleep(_POLL_SECONDS)
 
-    def pull_slices(
-        self, path: str, query: Query, wanted: Mapping[str, Wanted], *, min_step: int | None = None
-    ) -> WeightsInfo:
-        """Slices of the weights at ``path`` into their targets; see EmaClient.pull_slices()."""
-        waiting = {} if min_step is None else {"min_step": min_step, "wait": self._longest_wait}
-        open_range = self._opener(path, query, waiting, self._longest_wait)
-        return self._transport.retrying(lambda _: fetch(open_range, wanted))
+    def pull_slices(self, asked: Asked, wanted: Mapping[str, Wanted]) -> WeightsInfo:
+        """Slices of the weights asked for into their targets; see EmaClient.pull_slices()."""
+        waiting = {} if asked.min_step is None else {"min_step": asked.min_step, "wait": self._longest_wait}
+        open_range = self._opener(asked, waiting, self._longest_wait)
+        return self._transport.retrying(lambda _: fetch(asked, open_range, wanted))
 
-    def _pull(
-        self, path: str, query: Query, out: Mapping[str, Tensor] | None, waiting: Query, patience: float = 0.0
-    ) -> Weights:
+    def _pull(self, asked: Asked, out: Mapping[str, Tensor] | None, waiting: Query, patience: float = 0.0) -> Weights:
         from ema_client.tensors.body import receive
 
-        open_range, request = self._opener(path, query, waiting, patience), f"{path} {query}"
+        open_range, request = self._opener(asked, waiting, patience), asked.without_step
 
         def attempt(_: int) -> Weights:
             split = self._splits.get(request, 0)
-            halves = pull_halves(open_range, split, out) if split else None
+            halves = pull_halves(asked, open_range, split, out) if split else None
             if halves is not None:
                 return halves
             with open_range(0, None, None) as download:
-                header, info = read_header(download)
+                header, info = read_header(download, asked)
                 large = download.length > self._split_above
                 self._remember(request, split_of(header, download.length) if large else 0)
                 return Weights(receive(header.entries, download.readinto, out), info)
 
         return self._transport.retrying(attempt)
 
-    def _opener(self, path: str, query: Query, waiting: Query, patience: float) -> OpenRange:
+    def _opener(self, asked: Asked, waiting: Query, patience: float) -> OpenRange:
         def open_range(start: int, stop: int | None, etag: str | None) -> Download:
             # Only the first request waits for the step: the others name the first one's ETag, and so its version.
-            asked, seconds = (query, 0.0) if etag else ({**query, **waiting}, patience)
-            return self._transport.download(path, query=asked, start=start, stop=stop, etag=etag, patience=seconds)
+            query, seconds = (asked.query, 0.0) if etag else ({**asked.query, **waiting}, patience)
+            part = self._transport.download(
+                asked.path, query=query, start=start, stop=stop, etag=etag, patience=seconds
+            )
+            check_part(part, start, etag)
+            return part
 
         return open_range
 
-    def _remember(self, request: str, split: int) -> None:
+    def _remember(self, request: Asked, split: int) -> None:
         with self._lock:
             if len(self._splits) >= _MOST_SPLITS:
                 self._splits.clear()

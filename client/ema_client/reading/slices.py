@@ -19,6 +19,7 @@ from ema_client import wire
 from ema_client.errors import UsageError
 from ema_client.http.downloads import Download
 from ema_client.protocol import WeightsInfo
+from ema_client.reading.asked import Asked
 from ema_client.reading.ranges import OpenRange, whole_length
 from ema_client.reading.weights import read_header
 
@@ -65,7 +66,7 @@ class _Job:
     take: Callable[[_ReadInto], None]
 
 
-def fetch(open_range: OpenRange, wanted: Mapping[str, Wanted]) -> WeightsInfo:
+def fetch(asked: Asked, open_range: OpenRange, wanted: Mapping[str, Wanted]) -> WeightsInfo:
     """Write the wanted slices of one version, by tensor name, into their targets.
 
     Raises UsageError, before a byte is written, where the weights have no such tensor or slice. After ConnectionLost
@@ -73,20 +74,20 @@ def fetch(open_range: OpenRange, wanted: Mapping[str, Wanted]) -> WeightsInfo:
     """
     for _ in range(_ATTEMPTS):
         try:
-            return _by_ranges(open_range, wanted)
+            return _by_ranges(asked, open_range, wanted)
         except _Moved:
             continue
     with open_range(0, None, None) as body:
-        header, info = read_header(body)
+        header, info = read_header(body, asked)
         _read(body, 0, _jobs(header, wanted))
     return info
 
 
-def _by_ranges(open_range: OpenRange, wanted: Mapping[str, Wanted]) -> WeightsInfo:
+def _by_ranges(asked: Asked, open_range: OpenRange, wanted: Mapping[str, Wanted]) -> WeightsInfo:
     with open_range(0, _FIRST_BYTES, None) as first:
         etag = first.headers.get("etag", "")
         head = _Head(first, open_range, etag)
-        header, info = read_header(head)
+        header, info = read_header(head, asked)
         base = head.position
     for group in _grouped(_jobs(header, wanted)):
         start, stop = group[0].start, group[-1].stop

@@ -1,11 +1,11 @@
 """Weights into a file: whole under its name or not there at all, and resumed where a connection broke.
 
-Knows: ETags and ranges of an answer. Does not know: sockets, tensors, which route is read.
+Knows: ETags and ranges of an answer. Does not know: sockets, tensors, which weights are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ from ema_client.errors import ProtocolError
 from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
 from ema_client.protocol import WeightsInfo
+from ema_client.reading.asked import Asked
 from ema_client.reading.weights import read_header
 
 __all__ = ["Progress", "save"]
@@ -25,21 +26,21 @@ Progress = Callable[[int, int], None]
 _BUFFER_BYTES = 1 << 20
 
 
-def save(
-    transport: Transport, route: str, query: Mapping[str, str | None], path: Path, progress: Progress | None
-) -> WeightsInfo:
-    """Download the weights at ``route`` into the file ``path``, which is replaced when the whole body has come.
+def save(transport: Transport, asked: Asked, path: Path, progress: Progress | None) -> WeightsInfo:
+    """Download the weights asked for into the file ``path``, which is replaced when the whole body has come.
 
-    Raises what the transport raises once its retries are spent, ProtocolError if the body is no weights stream, OSError
-    if the file cannot be written.
+    Raises what the transport raises once its retries are spent, ProtocolError if the body is no weights stream or of
+    other weights, OSError if the file cannot be written.
     """
     with whole_file(path) as part:
         with part.open("xb") as file:
             transfer = _Transfer(file, progress)
             transport.retrying(
-                lambda _: transfer.go_on(transport.download(route, query=query, start=file.tell(), etag=transfer.etag))
+                lambda _: transfer.go_on(
+                    transport.download(asked.path, query=asked.query, start=file.tell(), etag=transfer.etag)
+                )
             )
-        return _info(part)
+        return _info(part, asked)
 
 
 class _Transfer:
@@ -87,6 +88,6 @@ class _File:
             raise ProtocolError(f"{self.url} is shorter than its header says")
 
 
-def _info(path: Path) -> WeightsInfo:
+def _info(path: Path, asked: Asked) -> WeightsInfo:
     with path.open("rb") as file:
-        return read_header(_File(path, file))[1]
+        return read_header(_File(path, file), asked)[1]

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from ema_client.errors import (
     ConnectionLost,
     EmaError,
+    GatewayFailed,
     MethodNotAllowed,
     Overloaded,
     ProtocolError,
@@ -30,6 +31,7 @@ from ema_client.errors import (
     StorageDisabled,
     TransportError,
 )
+from ema_client.forks import Home
 from ema_client.http.downloads import Stream
 from ema_client.http.retry import RetryPolicy
 from ema_client.protocol import EventKind, RunEvent, RunInfo, SnapshotInfo
@@ -83,7 +85,10 @@ def watch(
     """The iterator of EmaClient.watch(): starts its thread with the first event asked for, ends the thread when closed.
 
     timeout: end after so many seconds without an event.
+
+    Raises UsageError in a forked process, which does not have the thread.
     """
+    home = Home()
     mailbox = Mailbox(kinds)
     reader = _Reader(questions, mailbox, pauses or Pauses())
     thread = threading.Thread(target=reader.read, name=f"ema-watch-{questions.run}", daemon=True)
@@ -91,8 +96,12 @@ def watch(
     try:
         while event := mailbox.take(timeout):
             yield event
+            home.check(
+                f"this watch of run {questions.run!r}", hint="watch() again in the process that needs the events"
+            )
     finally:
-        reader.stop()
+        if home.is_here:
+            reader.stop()
 
 
 class _Reader:
@@ -148,7 +157,8 @@ class _Reader:
             _log.info("run %s: no events come through, asking instead: %s", self._questions.run, fault.detail)
             self._streams = False
             return
-        except Overloaded as full:
+        except (Overloaded, GatewayFailed) as full:
+            # A gateway may fail with long answers alone; where the service is away, so are the answers to questions.
             _log.info("run %s: asking for a while, %s", self._questions.run, full.detail)
             # At random: watchers refused together must not come back together.
             self._full_until = time.monotonic() + (full.retry_after or 0.0) + random.uniform(0.1, 1.0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from ema_client import wire
 from ema_client.errors import MalformedBody, ProtocolError
 from ema_client.protocol import MAX_HEADER_BYTES, WeightsInfo
+from ema_client.reading.asked import Asked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +52,11 @@ class Source(Protocol):
     def readinto(self, view: memoryview) -> None: ...
 
 
-def read_header(source: Source) -> tuple[wire.Header, WeightsInfo]:
+def read_header(source: Source, asked: Asked) -> tuple[wire.Header, WeightsInfo]:
     """The header of a weights stream, and the run's state in the header; ``source`` then stands at the first tensor.
 
-    Raises ProtocolError if the source is no weights stream or its length does not add up.
+    Raises ProtocolError if the source is no weights stream, its length does not add up, or the weights are others than
+    those asked for.
     """
     if source.length < wire.LENGTH_BYTES:
         raise ProtocolError(f"{source.url} sent no weights: {source.length} bytes")
@@ -71,7 +73,9 @@ def read_header(source: Source) -> tuple[wire.Header, WeightsInfo]:
     expected = wire.LENGTH_BYTES + length + header.data_bytes
     if expected != source.length:
         raise ProtocolError(f"{source.url} sent {source.length} bytes; its header describes {expected}")
-    return header, _info(source.url, header.metadata)
+    info = _info(source.url, header.metadata)
+    asked.check(source.url, info)
+    return header, info
 
 
 def _info(url: str, metadata: Mapping[str, str]) -> WeightsInfo:

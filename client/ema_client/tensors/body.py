@@ -84,7 +84,7 @@ def receive(
 
 def new_tensors(entries: Iterable[wire.Entry]) -> dict[str, Tensor]:
     """Tensors for a stream, on the CPU, with arbitrary values. Raises ProtocolError for a dtype that no run holds."""
-    return {entry.name: torch.empty(entry.shape, dtype=dtype_of(entry)) for entry in entries}
+    return {entry.name: torch.empty(entry.shape, dtype=dtype_of(entry), device="cpu") for entry in entries}
 
 
 def views_of(entries: Iterable[wire.Entry], flat: Tensor) -> list[Tensor]:
@@ -97,7 +97,7 @@ def take_flat(readinto: Callable[[memoryview], None], target: Tensor, entry: wir
     if _is_plain(target) and is_sent_as(target, entry.dtype):
         readinto(memory(target))
         return
-    host = torch.empty(target.shape, dtype=dtype_of(entry))
+    host = torch.empty(target.shape, dtype=dtype_of(entry), device="cpu")
     readinto(memory(host))
     with torch.no_grad():
         target.copy_(host)
@@ -107,7 +107,7 @@ def take_strided(
     readinto: Callable[[memoryview], None], target: Tensor, entry: wire.Entry, elements: int, strides: Sequence[int]
 ) -> None:
     """Read ``elements`` elements, of which ``target``, laid out with ``strides``, takes its own."""
-    host = torch.empty(elements, dtype=dtype_of(entry))
+    host = torch.empty(elements, dtype=dtype_of(entry), device="cpu")
     readinto(memory(host))
     with torch.no_grad():
         target.copy_(host.as_strided(target.shape, strides))
@@ -137,12 +137,12 @@ class _Scratch:
     """Host memory for tensors that cannot be received in place: a buffer as large as the largest such tensor."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def tensor(self, entry: wire.Entry) -> Tensor:
         """A tensor of the entry's dtype and shape in the buffer, valid until the next call."""
         dtype = dtype_of(entry)
         size = prod(entry.shape) * dtype.itemsize
         if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
+            self._buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._buffer[:size].view(dtype).view(entry.shape)

@@ -65,8 +65,11 @@ def shared_body(header: bytes, entries: Sequence[wire.Entry]) -> tuple[Body, Ten
     """
     size = entries[-1].end
     shared = _share(header, size)
-    # torch.frombuffer() refuses a buffer of no bytes.
-    flat = torch.frombuffer(shared.data, dtype=torch.uint8) if shared and size else torch.zeros(size, dtype=torch.uint8)
+    if shared and size:
+        flat = torch.frombuffer(shared.data, dtype=torch.uint8)
+    else:
+        # torch.frombuffer() refuses a buffer of no bytes.
+        flat = torch.zeros(size, dtype=torch.uint8, device="cpu")
     return Body(len(header) + size, lambda: (memoryview(header), memory(flat)), shared), flat
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import threading
 import time
 import weakref
 from typing import Protocol
+
+from ema_client.forks import Lock, tell_in_child
 
 __all__ = ["PROGRAM", "ProgramEnd"]
 
@@ -31,7 +32,7 @@ class ProgramEnd:
         self._running: set[_Ending] = set()
         #: Threads of ended publishers too, as long as they live.
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @property
     def running(self) -> frozenset[_Ending]:
@@ -65,14 +66,12 @@ class ProgramEnd:
         for thread in list(self._threads):
             thread.join(LAST_SECONDS)
 
-    def forget_all(self) -> None:
-        """Wait for nothing: in a forked process, which has none of the threads."""
+    def after_fork(self) -> None:
+        """Wait for nothing: a forked process has none of the threads."""
         self._running.clear()
         self._threads.clear()
-        # The lock of before may have been held when the process was forked.
-        self._lock = threading.Lock()
 
 
 #: The end of the program.
 PROGRAM = ProgramEnd()
-os.register_at_fork(after_in_child=PROGRAM.forget_all)
+tell_in_child(PROGRAM)

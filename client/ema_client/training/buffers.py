@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-import os
 import threading
 import weakref
 from collections import deque
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ema_client import wire
+from ema_client.forks import Home
 from ema_client.http.body import Body
 from ema_client.http.uploads import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
@@ -39,6 +39,8 @@ __all__ = ["UpdateBuffers"]
 
 _log = logging.getLogger("ema_client")
 
+#: madvise(2), since Linux 4.14: Python has no name for it.
+_WIPE_ON_FORK = 18
 #: cudaHostRegisterPortable: for every device, not only the current one.
 _PORTABLE = 1
 
@@ -227,12 +229,12 @@ class _Buffer:
         if code:
             _log.warning("%d bytes could not be page-locked (CUDA error %d); updates wait for copies", len(flat), code)
             return
-        unlock = partial(_unlock_pages, runtime, flat.data_ptr(), self._under_way, os.getpid())
+        unlock = partial(_unlock_pages, runtime, flat.data_ptr(), self._under_way, Home())
         weakref.finalize(self, unlock).atexit = False
 
 
-def _unlock_pages(runtime: Any, address: int, under_way: list[Copy], process: int) -> None:
-    if os.getpid() != process:
+def _unlock_pages(runtime: Any, address: int, under_way: list[Copy], home: Home) -> None:
+    if not home.is_here:
         # A fork has neither the pages nor the copies.
         return
     for copy in under_way:
@@ -258,14 +260,11 @@ def _by_device(
 def _pages(size: int) -> Tensor:
     """``size`` bytes of new memory, in huge pages where the system has them: a first use takes half the time."""
     if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
-    if hasattr(mmap, "MADV_DONTFORK"):
-        # A forked process (a loader's worker) would share the pages copy-on-write, and a device would then copy to
-        # pages that are no longer this process'.
-        region.madvise(mmap.MADV_DONTFORK)
+    _keep_from_forks(region)
     return torch.frombuffer(region, dtype=torch.uint8)
 
 
@@ -273,6 +272,20 @@ def _use_pages(flat: Tensor) -> None:
     """Have the system give the memory's pages, without the interpreter's lock."""
     if flat.numel():
         ctypes.memset(flat.data_ptr(), 0, flat.numel())
+
+
+def _keep_from_forks(region: mmap.mmap) -> None:
+    """Let forked processes (a loader's workers) have empty pages in place of the region's.
+
+    Pages shared copy-on-write would be copied at the next write, and a device would then copy to pages that are no
+    longer this process'. Without any pages (MADV_DONTFORK, for older kernels) a fork that frees the region would unmap
+    whatever it has there by then.
+    """
+    if hasattr(mmap, "MADV_DONTFORK"):
+        try:
+            region.madvise(_WIPE_ON_FORK)
+        except OSError:
+            region.madvise(mmap.MADV_DONTFORK)
 
 
 def _nothing() -> None:

@@ -92,4 +92,4 @@ class Joining:
 
 
 def _float32(decay: float) -> float:
-    return float(torch.tensor(decay, dtype=torch.float32))
+    return float(torch.tensor(decay, dtype=torch.float32, device="cpu"))

@@ -12,12 +12,12 @@ came about, or what follows a failed try (sender, rounds).
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 
 from ema_client.errors import UpdatesPending, UsageError
+from ema_client.forks import Home
 from ema_client.http.body import Body
 from ema_client.training.at_exit import PROGRAM, ProgramEnd
 from ema_client.training.queue import UpdateQueue
@@ -58,7 +58,7 @@ class Publisher:
     ) -> None:
         self._name = name
         self._program = program
-        self._pid = os.getpid()
+        self._home = Home()
         self._queue = UpdateQueue()
         self._tally = Tally(name)
         self._sender = Sender(send, fate, policy, self._queue, self._tally, name=name)
@@ -84,11 +84,8 @@ class Publisher:
     def check_usable(self) -> None:
         """Raises UsageError after the end, and in a forked process."""
         # Without a lock: in a forked process the lock may be held for ever.
-        if self._is_fork:
-            raise UsageError(
-                f"{self._name} belongs to process {self._pid} and this is a fork of it",
-                hint="update and read the EMA in the process that made it, or make another with resume=True",
-            )
+        hint = "update and read the EMA in the process that made it, or make another with resume=True"
+        self._home.check(self._name, hint)
         if self._queue.ending:
             raise UsageError(f"{self._name} is closed", hint="make a new RemoteEma with resume=True")
 
@@ -163,7 +160,7 @@ class Publisher:
 
     @property
     def _is_fork(self) -> bool:
-        return os.getpid() != self._pid
+        return not self._home.is_here
 
     def _end(self, *, abandon: bool) -> None:
         self._queue.end(abandon=abandon)

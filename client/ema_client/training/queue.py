@@ -1,5 +1,8 @@
 """The queue between a trainer's thread and the thread that sends its updates.
 
+The trainer's thread waits for as long as the sending makes progress. A service that takes no byte, and answers nothing,
+counts as away after ten seconds, however long the sender's own try may last.
+
 Knows: how many updates there may be, and what each of the two threads waits for. Does not know: sending, counting,
 logging, or how an update came about.
 """
@@ -7,13 +10,18 @@ logging, or how an update came about.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 
-from ema_client.errors import EmaError
+from ema_client.errors import ConnectionLost, EmaError
 from ema_client.training.rounds import gives_up
 from ema_client.training.updates import Update
 
-__all__ = ["SLOTS", "UpdateQueue"]
+__all__ = ["SILENCE_SECONDS", "SLOTS", "UpdateQueue"]
+
+#: Without progress for so long, and for as long as the service may work on the body, the service counts as away.
+SILENCE_SECONDS = 10.0
 
 #: Updates in the queue: the first is on its way, the second waits. Each holds memory of the model's size.
 SLOTS = 2
@@ -25,10 +33,15 @@ class UpdateQueue:
 
     More than twenty methods, each for one of those threads.
 
+    silence: seconds without progress after which the service counts as away.
+
     The lock is reentrant, as the garbage collector may call end() in the middle of any other method.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, silence: float = SILENCE_SECONDS) -> None:
+        self._silence = silence
+        #: When the sending of the first update made progress last (time.monotonic); None before it began.
+        self._moved: float | None = None
         self._changed = threading.Condition()
         self._updates: deque[Update] = deque()
         self._stuck: EmaError | None = None
@@ -71,7 +84,7 @@ class UpdateQueue:
         """Whether an update can be put. wait: wait for room, unless the service is away."""
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._free or self._stuck is not None or self._broken is not None)
+                self._wait(lambda: self._free or self._stuck is not None or self._broken is not None)
             return self._free
 
     def put(self, update: Update) -> None:
@@ -89,7 +102,11 @@ class UpdateQueue:
             before = self._rounds
             self._hurried = bool(self._updates)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._updates or (self._stuck and self._rounds > before), timeout)
+            self._wait(
+                lambda: not self._updates or (self._stuck is not None and self._rounds > before),
+                timeout,
+                since=time.monotonic(),
+            )
             return len(self._updates), self._stuck
 
     def recall(self) -> None:
@@ -108,6 +125,23 @@ class UpdateQueue:
             self._ending = True
             self._abandoned = self._abandoned or abandon
             self._changed.notify_all()
+
+    def _wait(self, done: Callable[[], bool], timeout: float | None = None, *, since: float = 0.0) -> None:
+        """Wait until ``done``, or for ``timeout`` seconds; without progress from ``since`` on the queue gets stuck."""
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        while not done() and (now := time.monotonic()) < end:
+            silent = float("inf") if self._moved is None else max(self._moved, since) + self._patience
+            if now >= silent:
+                fault = ConnectionLost(f"the service gave no sign of life for {self._patience:.0f} seconds")
+                self.get_stuck(fault, after_round=True)
+                since = now
+            else:
+                until = min(end, silent)
+                self._changed.wait(None if until == float("inf") else until - now)
+
+    @property
+    def _patience(self) -> float:
+        return self._silence + (self._updates[0].body.patience if self._updates else 0.0)
 
     @property
     def _free(self) -> bool:
@@ -137,6 +171,17 @@ class UpdateQueue:
         """Whether an update that awaits other ranks' parts is given up, as pause() says it of one to be tried again."""
         with self._changed:
             return self._gives_up(update)
+
+    def moves(self) -> None:
+        """The sending makes progress: it has begun, or more bytes of the update went out than ever before."""
+        begins, self._moved = self._moved is None, time.monotonic()
+        if begins:
+            with self._changed:
+                self._changed.notify_all()
+
+    def rests(self) -> None:
+        """Nothing is being sent: what was sent awaits others."""
+        self._moved = None
 
     def pause(self, update: Update, seconds: float) -> bool:
         """Wait before the next try of ``update``; False, at once, where the update is given up.
@@ -178,6 +223,7 @@ class UpdateQueue:
         with self._changed:
             self._updates.remove(update)
             update.done()
+            self._moved = None
             if not self._updates:
                 self._hurried = False
             self._changed.notify_all()

@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ema_client.errors import EmaError, StepNotReached
 from ema_client.http.body import Body
@@ -28,8 +28,8 @@ _log = logging.getLogger("ema_client")
 
 #: Seconds from a part's arrival to the first question what became of the update; each further pause is twice as long.
 _FIRST_LOOK, _LONGEST_PAUSE = 0.01, 0.25
-#: Seconds that other ranks' parts may take; then nobody waits for this rank's sender any more.
-_PATIENCE = 60.0
+#: Seconds that other ranks' parts may take before the trainer waits no more for room, and before a flush() ends.
+_ROOM_SECONDS, _FLUSH_SECONDS = 10.0, 60.0
 #: Seconds that the model's own memory stays lent to a part that arrived, once the model needs the memory back.
 _LENT_SECONDS = 5.0
 
@@ -99,7 +99,9 @@ class Sender:
     def _deliver(self, update: Update) -> None:
         """Try to send an update until the update is there, refused or given up."""
         attempt, began = 0, time.monotonic()
-        while isinstance(error := self._try(update), EmaError):
+        body = replace(update.body, moved=_Progress(self._queue.moves))
+        self._queue.moves()
+        while isinstance(error := self._try(update.step, body), EmaError):
             elapsed = time.monotonic() - began
             match self._policy.after(attempt, error, elapsed=elapsed, rounds=self._queue.rounds, random=random.random):
                 case Refused():
@@ -116,7 +118,7 @@ class Sender:
                 return
         self._applied(update) if error else self._await(update)
 
-    def _try(self, update: Update) -> EmaError | bool:
+    def _try(self, step: int, body: Body) -> EmaError | bool:
         """Whether the update is applied, or why it is not there.
 
         Earlier parts are seen to first: a service that lost one, and was sent this one, would go past the lost one.
@@ -124,7 +126,7 @@ class Sender:
         if self._awaiting:
             self._look()
         try:
-            return self._send(update.step, update.body)
+            return self._send(step, body)
         except EmaError as error:
             return error
 
@@ -133,6 +135,7 @@ class Sender:
     def _await(self, update: Update) -> None:
         self._awaiting.append(_Awaiting(update))
         self._pause = _FIRST_LOOK
+        self._queue.rests()
 
     def _look(self) -> None:
         """Ask what became of the updates whose parts are there; where one is lost send all again, in order."""
@@ -165,7 +168,7 @@ class Sender:
         if self._queue.gives_up(each.update) and not (each.update.borrowed and waited < _LENT_SECONDS):
             self._given_up(each.update, late)
             return
-        if waited > _PATIENCE and self._queue.get_stuck(late, after_round=True):
+        if waited > _ROOM_SECONDS and self._queue.get_stuck(late, after_round=waited > _FLUSH_SECONDS):
             _log.error("%s", late)
         self._awaiting.append(each)
 
@@ -192,3 +195,16 @@ class Sender:
         for update in self._queue.left():
             self._tally.given_up()
             self._queue.remove(update)
+
+
+class _Progress:
+    """Calls ``moves`` when more bytes went out than in any try before: what a network swallows anew is no progress."""
+
+    def __init__(self, moves: Callable[[], None]) -> None:
+        self._moves = moves
+        self._most = 0
+
+    def __call__(self, sent: int) -> None:
+        if sent > self._most:
+            self._most = sent
+            self._moves()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from ema_client import EmaClient
 
@@ -152,3 +152,99 @@ def _until_watched(client: EmaClient) -> None:
     while "ema_watchers 0.0" in httpx.get(f"{client.url}/metrics").text:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_path_is_no_part_of_a_files_name(watch: Watch) -> None:
+    """--out is what {path} tells: the two cannot refer to each other."""
+    code, _, err = ended(watch("--once", "--out", "{path}.safetensors"))
+    assert code == 2
+    assert "{path}" in err
+
+
+# --- a service that is hostile ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hostile(scripted: Callable[..., Any]) -> Callable[..., str]:
+    """The URL of a service that answers about a run with values of one's choice."""
+
+    def make(**values: Any) -> str:
+        info = {
+            "run": "digits", "status": "ready", "decay": 0.9, "num_updates": 5, "effective_decay": 0.5,
+            "use_num_updates": True, "decay_per": "update", "step": 5, "version": "1.5", "durable_step": 5,
+            "durability": "process", "non_finite": "refuse", "tensors": 1, "parameters": 3, "bytes": 12,
+            "averages": [{"name": "ema", "schedule": "litema", "decay": 0.9, "effective_decay": 0.5}],
+            "device": "cpu", "shadow_dtype": "F32", "created_at": 0, "updated_at": 0,
+        } | values  # fmt: skip
+        event = {"kind": "version", "average": "ema", "snapshot": None}
+        event |= {name: info[name] for name in ("run", "version", "step", "num_updates", "decay", "effective_decay")}
+        metadata = {"ema_run": "digits", "ema_average": "ema", "ema_version": info["version"], "ema_step": "5"}
+        metadata |= {"ema_num_updates": "5", "ema_decay": "0.9"}
+        weights = save(STATE, metadata=metadata)
+
+        def script(peer: Any) -> None:
+            while asked := peer.request():
+                if asked.target.endswith("/events"):
+                    # The event is honest: the lie is in the weights.
+                    honest = json.dumps({**event, "run": "digits", "version": "1.5"})
+                    peer.answer(200, f": hi\n\ndata: {honest}\n\n".encode(), "text/event-stream")
+                elif asked.target.endswith("/weights"):
+                    peer.answer(200, weights, "application/octet-stream", ETag='"x"')
+                elif asked.target == "/v1/runs":
+                    peer.answer(200, {"runs": [info]})
+                else:
+                    peer.answer(200, {**info, "run": "digits", "version": "1.5"})
+
+        return str(scripted(script).url)
+
+    return make
+
+
+def _ema(folder: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ema_client", *words, "--url", url]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+@pytest.mark.parametrize(
+    "version",
+    ["1.5$(touch pwned)", "`touch pwned`", "1.5; touch pwned", "'$(touch pwned)'", "../../pwned", "\x1b[31m1.5"],
+)
+@pytest.mark.parametrize("command", [None, 'echo "version {version} is there"'])
+def test_hostile_version_runs_and_writes_nothing(
+    hostile: Callable[..., str], tmp_path: Path, version: str, command: str | None
+) -> None:
+    """A version that is none is an error, before a file has its name or a command its value."""
+    folder = tmp_path / "in" / "ner"
+    folder.mkdir(parents=True)
+    wanted = ["--exec", command] if command else ["--out", "{version}.safetensors"]
+    done = _ema(folder, hostile(version=version), "watch", "digits", "--once", *wanted)
+
+    assert done.returncode == 1
+    assert "version" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"run": "digits\x1b[31m"}, "RunInfo.run"),
+        ({"status": "\x1b]0;pwned\x07"}, "RunInfo.status"),
+        ({"updated_at": 1e300}, "RunInfo.updated_at"),
+    ],
+)
+def test_hostile_list_of_runs(hostile: Callable[..., str], tmp_path: Path, values: dict[str, Any], shown: str) -> None:
+    """What no run can be called, or be, is an error that names the field, without a word to the terminal."""
+    done = _ema(tmp_path, hostile(**values), "runs")
+
+    assert done.returncode == 1
+    assert shown in done.stderr
+    assert not set(done.stdout + done.stderr) & set("\x1b\x07")
+
+
+def test_texts_of_a_service_are_shown_and_not_obeyed(hostile: Callable[..., str], tmp_path: Path) -> None:
+    """A reason may quote anything; the terminal is told of it in visible characters."""
+    done = _ema(tmp_path, hostile(reason="\x1b[2Jdisk full\nall is well"), "show", "digits")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\x1b[2Jdisk full\nall is well" in done.stdout

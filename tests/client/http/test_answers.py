@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from ema_client.errors import ConnectionLost, Overloaded, ProtocolError, RunNotFound
+from ema_client.errors import (
+    ConnectionLost,
+    GatewayFailed,
+    Overloaded,
+    ProtocolError,
+    RequestTimeout,
+    RunNotFound,
+    StorageFailed,
+)
 from ema_client.http.answers import Answer, error_of, json_of
 
 URL = "http://host/v1/runs"
@@ -49,7 +57,7 @@ def test_retry_after_is_read(header: str, expected: float | None) -> None:
     "foreign",
     [
         answer(200, b"<html>hello</html>", "text/html"),
-        answer(502, b"<html>bad gateway</html>", "text/html"),
+        answer(500, b"<html>broken</html>", "text/html"),
         answer(404, {"detail": "Not Found"}),
         answer(200, b"{broken"),
         answer(200, [1, 2]),
@@ -67,6 +75,36 @@ def test_what_is_none_of_ours_names_url_and_status(foreign: Answer) -> None:
 
     assert f"{URL} answered {foreign.status}" in raised.value.detail
     assert not raised.value.retryable
+
+
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504, 520, 524])
+@pytest.mark.parametrize(
+    "page",
+    [
+        (b"<html>away</html>", "text/html"),
+        (b"", ""),
+        (b"upstream connect error", "text/plain"),
+        ({"message": "no healthy upstream"}, "application/json"),
+        ({"title": "Bad Gateway", "status": 502}, "application/problem+json"),
+        (b"{broken", "application/problem+json"),
+    ],
+    ids=lambda page: f"{page[1]} {page[0]!r}",
+)
+def test_gateway_without_an_answer_of_the_service_is_tried_again(status: int, page: tuple[Any, str]) -> None:
+    """A gateway's own answer says that no answer came: as a lost connection, whatever its page looks like."""
+    error = error_of(answer(status, *page, **{"retry-after": "3"}))
+
+    assert type(error) is GatewayFailed
+    assert error.retryable
+    assert error.retry_after == 3.0
+    assert f"{URL} answered {status}" in error.detail
+
+
+def test_services_own_503_is_no_gateways() -> None:
+    """The service's own codes keep their classes, and those of a newer service the class of their status."""
+    assert type(error_of(problem(503, "storage_failed"))) is StorageFailed
+    assert type(error_of(problem(503, "of_a_newer_service"))) is Overloaded
+    assert type(error_of(problem(408, "request_timeout"))) is RequestTimeout
 
 
 def test_redirect_says_where_to() -> None:

@@ -63,6 +63,16 @@ def test_a_long_retry_after_is_the_callers_to_wait_for() -> None:
     assert RetryPolicy().delay(0, Overloaded("full", retry_after=LONGEST_RETRY_AFTER + 1), lambda: 0.0) is None
 
 
+def test_one_deadline_for_pauses_and_silences() -> None:
+    """A call that has waited for as long as its pauses may take makes no further try, in whatever it waited."""
+    policy = RetryPolicy()
+
+    assert policy.longest == 9.75
+    assert policy.delay(0, ConnectionLost("silent"), lambda: 0.5, waited=9.7) is not None
+    assert policy.delay(0, ConnectionLost("silent"), lambda: 0.5, waited=10.0) is None
+    assert RetryPolicy(attempts=1_000_000, base=1.0, cap=2.0).longest == 1.0 + 2.0 * 999_998
+
+
 def test_one_attempt_never_tries_again() -> None:
     """attempts=1 is the policy of a caller that has its own."""
     assert RetryPolicy(attempts=1).delay(0, ConnectionLost("gone"), lambda: 0.0) is None

@@ -16,7 +16,15 @@ from typing import Any
 
 import pytest
 
-from ema_client.errors import InternalError, Overloaded, ProtocolError, RunNotFound, ServiceUnreachable, UsageError
+from ema_client.errors import (
+    ConnectionLost,
+    InternalError,
+    Overloaded,
+    ProtocolError,
+    RunNotFound,
+    ServiceUnreachable,
+    UsageError,
+)
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Transport
 from tests.client.http.scripts import LARGE, QUICK, Scripted, body_of, ok
@@ -85,7 +93,7 @@ def test_page_of_a_proxy_is_a_protocol_error(scripted: Scripted, transport: Call
     def script(peer: Any) -> None:
         while request := peer.request():
             peer.body(request.length)
-            peer.answer(502, b"<html>Bad Gateway</html>", "text/html")
+            peer.answer(403, b"<html>No entry</html>", "text/html")
 
     server = scripted(script)
     one = transport(server.url, QUICK)
@@ -94,8 +102,79 @@ def test_page_of_a_proxy_is_a_protocol_error(scripted: Scripted, transport: Call
         lambda: one.upload("/x", body_of(b"x")),
         lambda: one.download("/x"),
     ):
-        with pytest.raises(ProtocolError, match=r"/x answered 502 \(text/html\).*Bad Gateway"):
+        with pytest.raises(ProtocolError, match=r"/x answered 403 \(text/html\).*No entry"):
             call()
+
+
+def test_gateways_failure_is_tried_again(scripted: Scripted, transport: Callable[..., Transport]) -> None:
+    """A gateway whose service is away for a moment is asked again, by every kind of request."""
+    seen: list[str] = []
+
+    def script(peer: Any) -> None:
+        while request := peer.request():
+            peer.body(request.length)
+            seen.append(request.method)
+            if seen.count(request.method) < 3:
+                peer.answer(502, b"<html>Bad Gateway</html>", "text/html")
+            else:
+                peer.answer(200, {})
+
+    one = transport(scripted(script).url, QUICK)
+
+    assert one.json("POST", "/x").data == {}
+    assert one.upload("/x", body_of(b"x")).data == {}
+    with one.retrying(lambda _: one.download("/x")) as download:
+        assert download.length == 2
+    assert seen == ["POST"] * 3 + ["PUT"] * 3 + ["GET"] * 3
+
+
+#: An answer of the service, to be cut at each byte.
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\ndate: Sat, 28 Nov 2026 13:00:00 GMT\r\ncontent-type: application/json\r\n"
+    b'content-length: 11\r\netag: "1.0"\r\n\r\n{"step": 1}'
+)
+
+
+@pytest.mark.parametrize("by_reset", [False, True])
+def test_answer_cut_anywhere_is_a_lost_connection(
+    scripted: Scripted, transport: Callable[..., Transport], by_reset: bool
+) -> None:
+    """Wherever in an answer the connection ends, the request has no answer, and may be made again."""
+    cuts = iter(range(len(ANSWER)))
+
+    def script(peer: Any) -> None:
+        request = peer.request()
+        peer.body(request.length)
+        peer.send(ANSWER[: next(cuts)])
+        if by_reset:
+            peer.reset()
+
+    one = transport(scripted(script).url)
+
+    def read_whole() -> None:
+        with one.download("/x") as download:
+            download.readinto(memoryview(bytearray(11)))
+
+    calls = [lambda: one.json("GET", "/x"), lambda: one.upload("/x", body_of(b"x")), read_whole]
+    for call in calls:
+        cuts = iter(range(len(ANSWER)))
+        for _ in range(len(ANSWER)):
+            with pytest.raises(ConnectionLost):
+                call()
+
+
+def test_refusal_cut_inside_its_head(scripted: Scripted, transport: Callable[..., Transport]) -> None:
+    """The answer to a large body that was announced and not sent yet is no answer either where its head is cut."""
+    cuts = iter(range(1, 40))
+
+    def script(peer: Any) -> None:
+        peer.request()
+        peer.send(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"[: next(cuts)])
+
+    one = transport(scripted(script).url)
+    for _ in range(1, 40):
+        with pytest.raises(ConnectionLost):
+            one.upload("/x", body_of(b"x" * LARGE))
 
 
 def test_another_protocol_on_the_port(scripted: Scripted, transport: Callable[..., Transport]) -> None:

@@ -55,3 +55,11 @@ def test_what_is_no_event(data: str) -> None:
     """Text that is no event is an error that names where it came from."""
     with pytest.raises(ProtocolError, match="http://here/events sent an event that is none"):
         read_event("http://here/events", data)
+
+
+def test_event_without_end_is_no_event() -> None:
+    """A stranger's stream cannot fill the memory: data beyond a thousand times an event's is refused."""
+    endless = (b"data: " + b"x" * 1000 + b"\n" for _ in range(10_000))
+
+    with pytest.raises(ProtocolError, match="more than"):
+        list(parse(endless))

@@ -17,7 +17,7 @@ from ema_client import EmaClient, RetryPolicy, Weights
 from ema_client.errors import ConnectionLost, UsageError
 from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
-from ema_client.protocol import weights_path
+from ema_client.reading.asked import Asked
 from ema_client.reading.pulls import Pulls
 
 #: Of uneven sizes: the middle of the body lies within a tensor.
@@ -61,8 +61,8 @@ def pull(client: EmaClient, transport: Watched, run_name: str) -> Pull:  # noqa:
     """Pull the run, which was pulled once, so that it is known where its weights can be parted."""
     pulls = Pulls(transport, split_above=1000)
 
-    def pull(run: str = run_name, out: dict[str, Tensor] | None = None, **query: str) -> Weights:
-        return pulls.pull(weights_path(run), query, out)
+    def pull(run: str = run_name, out: dict[str, Tensor] | None = None) -> Weights:
+        return pulls.pull(Asked(run), out)
 
     assert same(pull(), STATE)
     transport.asked.clear()
@@ -101,7 +101,7 @@ def test_small_weights_are_one_part(pull: Pull, transport: Watched, run_name: st
     del pull
     pulls = Pulls(transport)
     for _ in range(2):
-        pulls.pull(weights_path(run_name), {"prefix": "t1"})
+        pulls.pull(Asked(run_name, prefix="t1"))
 
     assert transport.asked == [(0, None), (0, None)]
 

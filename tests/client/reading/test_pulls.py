@@ -18,7 +18,7 @@ from torch import nn
 from ema_client import AverageConfig, EmaClient
 from ema_client.errors import AverageNotFound, SnapshotExists, SnapshotNotFound, StepNotReached, UsageError
 from ema_client.http.transport import Transport
-from ema_client.protocol import weights_path
+from ema_client.reading.asked import Asked
 from ema_client.reading.pulls import Pulls
 from tests.client.states import QUICK, STATE, assert_equal, first_only, plus
 
@@ -98,7 +98,7 @@ def test_pull_waits_longer_than_one_request_may(server: Any, run: str) -> None:
         pulls = Pulls(transport, longest_wait=0.1)
         timer = threading.Timer(0.5, lambda: trainer.push(run, plus(1), step=5))
         timer.start()
-        assert pulls.pull(weights_path(run), {}, min_step=5, wait=30.0).info.step == 5
+        assert pulls.pull(Asked(run, min_step=5), wait=30.0).info.step == 5
         timer.join(10)
 
 

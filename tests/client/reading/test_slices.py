@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import save
 
 from ema_client.errors import UsageError
+from ema_client.reading.asked import Asked
 from ema_client.reading.slices import Wanted, fetch
 from ema_client.wire import box_shape
+
+ASKED = Asked("r")
 
 
 class Version:
@@ -74,7 +77,7 @@ def test_slices_by_ranges(box: Any) -> None:
     """Rows, columns and corners come right, cast to the target's dtype, and rows without the bytes of others."""
     version = Version(1)
     service, want = Service(iter([version])), wanted(box)
-    info = fetch(service, want)
+    info = fetch(ASKED, service, want)
 
     assert torch.equal(want["a"].target, version.tensors["a"][tuple(slice(*b) for b in box)].double())
     assert torch.equal(want["b"].target, version.tensors["b"])
@@ -88,7 +91,7 @@ def test_version_moves_on(moves: int) -> None:
     """Where the version moves on between ranges the slices are of one version all the same, however often it does."""
     service = Service(Version(number) for number in range(moves + 1))
     want = wanted(((2, 4), (0, 50_000)))
-    number = fetch(service, want).num_updates
+    number = fetch(ASKED, service, want).num_updates
 
     expected = Version(number)
     assert torch.equal(want["a"].target, expected.tensors["a"][2:4].double())
@@ -104,7 +107,7 @@ def test_long_header() -> None:
     assert len(json.dumps([*tensors])) > 1 << 16
     name = [*tensors][123]
     target = torch.empty(1)
-    fetch(Service(iter([version])), {name: Wanted((2,), (((1, 2),),), target)})
+    fetch(ASKED, Service(iter([version])), {name: Wanted((2,), (((1, 2),),), target)})
 
     assert target.tolist() == [123.0]
 
@@ -114,5 +117,5 @@ def test_other_weights(name: str, shape: tuple[int, ...]) -> None:
     """A tensor that the weights do not have so is refused before anything is written."""
     target = torch.zeros(shape)
     with pytest.raises(UsageError, match=repr(name)):
-        fetch(Service(iter([Version(1)])), {name: Wanted(shape, (((0, shape[0]),),), target)})
+        fetch(ASKED, Service(iter([Version(1)])), {name: Wanted(shape, (((0, shape[0]),),), target)})
     assert target.tolist() == [0.0] * shape[0]

@@ -7,6 +7,7 @@ import pytest
 from ema_client import wire
 from ema_client.errors import ProtocolError
 from ema_client.protocol import TensorSpec, WeightsInfo
+from ema_client.reading.asked import Asked
 from ema_client.reading.weights import Weights, read_header
 
 INFO = WeightsInfo("r", "ema", "1.3", 3, 3, 0.9998999834060669)
@@ -28,7 +29,7 @@ class Bytes:
 
 def test_header_and_info_are_read() -> None:
     """Names, shapes and the run's state come before the first tensor."""
-    header, info = read_header(Bytes(HEADER + bytes(8)))
+    header, info = read_header(Bytes(HEADER + bytes(8)), Asked("r"))
 
     assert [entry.spec for entry in header.entries] == [TensorSpec("w", (2,), "F32")]
     assert info == INFO
@@ -50,7 +51,7 @@ def test_header_and_info_are_read() -> None:
 def test_what_is_no_weights_stream_is_refused(body: Bytes, message: str) -> None:
     """A page, a lie about lengths and a stranger's file are told apart before anything is allocated for them."""
     with pytest.raises(ProtocolError, match=message):
-        read_header(body)
+        read_header(body, Asked("r"))
 
 
 def test_weights_are_a_mapping() -> None:

@@ -68,7 +68,7 @@ def test_what_has_ended_is_not_told() -> None:
         program.watch(publisher, threading.Thread())
     program.forget(ended)
     assert program.running == {running}
-    program.forget_all()
+    program.after_fork()
     program.finish()
 
     assert (ended.began, running.began) == ([], [])

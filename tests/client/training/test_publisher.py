@@ -396,7 +396,8 @@ def test_others_that_never_come_stop_nobody(
     rank: Publisher, gathering: Gathering, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A rank whose peers are gone waits its time for them, says so once, and then holds up neither flush() nor room."""
-    monkeypatch.setattr(sender, "_PATIENCE", 0.1)
+    monkeypatch.setattr(sender, "_ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(sender, "_FLUSH_SECONDS", 0.1)
     push(rank, 1)
     with pytest.raises(StepNotReached, match="other ranks' parts did not come"):
         rank.flush(PATIENCE)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from ema_client.errors import ServiceUnreachable
+from ema_client.errors import ConnectionLost, ServiceUnreachable
 from ema_client.http.body import Body
 from ema_client.training.queue import SLOTS, UpdateQueue
 from ema_client.training.updates import Update
@@ -24,6 +25,41 @@ def update(step: int, *, borrowed: bool = False, done: Callable[[], None] = lamb
 def waits(future: Future[T]) -> bool:
     """Whether a call has not returned a moment later."""
     return not threading.Event().wait(0.05) and not future.done()
+
+
+def test_nobody_waits_for_a_sending_without_progress() -> None:
+    """Waiting, for room or for the end of all updates, ends when no byte went out for a while; progress prolongs it."""
+    queue = UpdateQueue(silence=0.4)
+    with ThreadPoolExecutor(1) as trainer:
+        for step in range(SLOTS):
+            queue.put(update(step))
+        waiting = trainer.submit(queue.has_room, wait=True)
+        assert waits(waiting)
+        queue.moves()
+        for _ in range(8):
+            assert waits(waiting)
+            queue.moves()
+        began = time.monotonic()
+        assert not waiting.result(PATIENCE)
+        assert 0.3 < time.monotonic() - began < 5
+        assert isinstance(queue.stuck, ConnectionLost)
+
+        # Stuck already: a flush gives the service the time once more.
+        began = time.monotonic()
+        pending, stuck = trainer.submit(queue.wait_until_empty, None).result(PATIENCE)
+        assert (pending, stuck) == (SLOTS, queue.stuck)
+        assert 0.3 < time.monotonic() - began < 5
+
+
+def test_a_large_body_is_given_longer() -> None:
+    """The service may take the time that it takes to average and write a body, before its silence counts."""
+    queue = UpdateQueue(silence=0.01)
+    queue.put(Update(0, Body(80_000_000, lambda: ()), lambda: None, lambda: None))
+    queue.moves()
+    began = time.monotonic()
+    queue.wait_until_empty(None)
+
+    assert 0.4 <= time.monotonic() - began < 5
 
 
 def test_room_and_order() -> None:

@@ -1,0 +1,61 @@
+"""Which weights a request asks for, and whether those that came are the same.
+
+Knows: the routes of weights, and what a stream says of itself. Does not know: sockets, streams, tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ema_client import protocol
+from ema_client.errors import ProtocolError
+from ema_client.protocol import WeightsInfo
+
+__all__ = ["Asked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Weights to ask for.
+
+    average: None for the run's first. snapshot: None for the current weights. dtype: as safetensors writes it, None for
+    the shadow's own. prefix: of tensor names. min_step: not before the run has reached this step.
+    """
+
+    run: str
+    average: str | None = None
+    snapshot: str | None = None
+    dtype: str | None = None
+    prefix: str | None = None
+    min_step: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The route of these weights."""
+        if self.snapshot is None:
+            return protocol.weights_path(self.run)
+        return protocol.snapshot_weights_path(self.run, self.snapshot)
+
+    @property
+    def query(self) -> dict[str, str | None]:
+        """What says which of the weights on the route, without ``min_step``."""
+        return {"average": self.average, "dtype": self.dtype, "prefix": self.prefix}
+
+    @property
+    def without_step(self) -> Asked:
+        """The same weights at any step."""
+        return replace(self, min_step=None)
+
+    def check(self, url: str, came: WeightsInfo) -> None:
+        """Raises ProtocolError, naming ``url``, unless the weights that came are those asked for."""
+        pairs = {"run": (self.run, came.run), "snapshot": (self.snapshot, came.snapshot)}
+        if self.average is not None:
+            pairs["average"] = self.average, came.average
+        faults = [f"{name} {theirs!r} instead of {ours!r}" for name, (ours, theirs) in pairs.items() if theirs != ours]
+        if self.min_step is not None and (came.step is None or came.step < self.min_step):
+            faults.append(f"step {came.step} instead of {self.min_step} or later")
+        if faults:
+            raise ProtocolError(
+                f"{url} sent {', '.join(faults)}",
+                hint="look at what stands between this client and the service: a proxy may keep answers",
+            )
