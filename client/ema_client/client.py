@@ -436,17 +436,19 @@ class EmaClient:
         return self._pulls.pull_slices(replace(_asked(run, average, snapshot), min_step=min_step), wanted)
 
     def copy_to(
-        self, run: str, module: nn.Module, *, average: str | None = None, snapshot: str | None = None
+        self, run: str, module: State, *, average: str | None = None, snapshot: str | None = None
     ) -> WeightsInfo:
-        """Write the EMA weights into all parameters of ``module`` that require gradients.
+        """Write the EMA weights into all parameters of ``module`` that require gradients, once all weights have come.
 
-        Raises UsageError, before anything is written, unless the parameters are the run's. After ConnectionLost the
-        parameters are part old, part new.
+        module: or a mapping from name to tensor, to be written to.
+
+        Until then the weights lie in memory of the host, of their size; pull() with ``out`` does without. Whatever is
+        raised, nothing was written: UsageError unless the parameters are the run's, or what pull() raises.
         """
         _require_torch()
-        from ema_client.tensors.layout import parameters_of
+        from ema_client.tensors.layout import state_of
 
-        return self.pull(run, average=average, snapshot=snapshot, out=parameters_of(module)).info
+        return self._pulls.copy(_asked(run, average, snapshot), state_of(module))
 
     def download(
         self,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import EmaError, UsageError, listed
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
+from ema_client.tensors.writing import noticed
 from ema_client.training.aside import SetAside
 from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.cadence import Cadence
@@ -294,13 +295,14 @@ class RemoteEma:
     def copy_to(self, model: nn.Module) -> None:
         """Write the EMA weights into the model's parameters (and buffers, unless left alone), frozen ones too.
 
-        Includes every update so far. Raises UsageError, before anything is written, if the parameters are not those of
-        the run.
+        Includes every update so far. Nothing is written before all weights have come, into memory of the host, and
+        whatever is raised (UsageError if the parameters are not those of the run), nothing was written.
         """
-        # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
-        # part.
-        self.flush()
-        self._selection.pull_into(model, self._client, self._run)
+        with self._aside.overwriting():
+            # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
+            # part.
+            self.flush()
+            self._selection.pull_into(model, self._client, self._run)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Set copies of ``parameters`` aside, on their devices, until restore(). Raises AlreadyStored."""
@@ -330,6 +332,8 @@ class RemoteEma:
         finally:
             reshard(model)
             self.restore(parameters)
+            # A DTensor counts the writes to it by itself, and not those to its local memory.
+            noticed(model.parameters())
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "reading": {"tensors", "http", "forks", "atomic"} | CLIENT_WORDS,
     "client": {"reading", "tensors", "http", "forks"} | CLIENT_WORDS,
     "training": {"client", "reading", "tensors", "http", "forks"} | CLIENT_WORDS,
-    "remote_ema": {"training", "client"} | CLIENT_WORDS,
+    "remote_ema": {"training", "client", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
     "integrations": {"remote_ema", "training", "client", "atomic"} | CLIENT_WORDS,
     "cli": {"", "checkpoints", "client"} | CLIENT_WORDS,

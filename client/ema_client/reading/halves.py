@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ema_client.http.downloads import Download
 from ema_client.reading.asked import Asked
 from ema_client.reading.ranges import OpenRange, whole_length
-from ema_client.reading.weights import Weights, read_header
+from ema_client.reading.weights import Into, Weights, read_header
 from ema_client.wire import Entry, Header
 
 if TYPE_CHECKING:
@@ -41,14 +41,13 @@ def split_of(header: Header, length: int) -> int:
     return length - header.data_bytes + cut
 
 
-def pull_halves(asked: Asked, open_range: OpenRange, split: int, out: Mapping[str, Tensor] | None) -> Weights | None:
+def pull_halves(asked: Asked, open_range: OpenRange, split: int, into: Into) -> Weights | None:
     """Pull weights in two halves; ``split`` is the result of split_of() at the latest pull of the same weights.
 
-    out: as for tensors.receive(), which also says what is raised. None where the weights have no such halves, or moved
-    on to another version before the second request: the caller then pulls the whole, and ``out`` may be part new.
+    into: gives the tensors to receive in; see Into. None where the weights have no such halves, or moved on to another
+    version before the second request: the caller then pulls the whole, and the tensors may be part new.
     """
-    from ema_client.tensors.body import new_tensors, receive
-    from ema_client.tensors.layout import check_targets
+    from ema_client.tensors.body import receive
 
     with open_range(0, split + _SLACK_BYTES, None) as first:
         if first.status != 206:
@@ -61,8 +60,7 @@ def pull_halves(asked: Asked, open_range: OpenRange, split: int, out: Mapping[st
         if not mine or not others:
             return None
         # Before the other thread begins: the C library would give a new thread memory that was never touched.
-        target = new_tensors(entries) if out is None else out
-        check_targets(entries, target)
+        target = into(entries)
         etag, begin = first.headers.get("etag", ""), source.position + others[0].begin
 
         def second_half() -> dict[str, Tensor] | None:

@@ -19,7 +19,7 @@ from ema_client.reading.asked import Asked
 from ema_client.reading.halves import pull_halves, split_of
 from ema_client.reading.ranges import OpenRange, check_part
 from ema_client.reading.slices import Wanted, fetch
-from ema_client.reading.weights import Weights, read_header
+from ema_client.reading.weights import Into, Weights, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,17 +62,29 @@ class Pulls:
 
         wait: seconds to wait for the step asked for, after which StepNotReached is raised.
         """
+        from ema_client.tensors.body import targets_in
+
+        into = targets_in(out)
         if asked.min_step is None or wait is None:
-            return self._pull(asked, out, {"min_step": asked.min_step})
+            return self._pull(asked, into, {"min_step": asked.min_step})
         deadline = time.monotonic() + wait
         while True:
             now = max(0.0, min(deadline - time.monotonic(), self._longest_wait))
             try:
-                return self._pull(asked, out, {"min_step": asked.min_step, "wait": now}, patience=now)
+                return self._pull(asked, into, {"min_step": asked.min_step, "wait": now}, patience=now)
             except StepNotReached:
                 if time.monotonic() + _POLL_SECONDS >= deadline:
                     raise
             time.sleep(_POLL_SECONDS)
+
+    def copy(self, asked: Asked, out: Mapping[str, Tensor]) -> WeightsInfo:
+        """The weights asked for to the tensors of ``out``, none of which is written before all weights have come."""
+        from ema_client.tensors.writing import Staging
+
+        staging = Staging(out)
+        info = self._pull(asked, staging.tensors, {}).info
+        staging.write()
+        return info
 
     def pull_slices(self, asked: Asked, wanted: Mapping[str, Wanted]) -> WeightsInfo:
         """Slices of the weights asked for into their targets; see EmaClient.pull_slices()."""
@@ -80,21 +92,21 @@ class Pulls:
         open_range = self._opener(asked, waiting, self._longest_wait)
         return self._transport.retrying(lambda _: fetch(asked, open_range, wanted))
 
-    def _pull(self, asked: Asked, out: Mapping[str, Tensor] | None, waiting: Query, patience: float = 0.0) -> Weights:
+    def _pull(self, asked: Asked, into: Into, waiting: Query, patience: float = 0.0) -> Weights:
         from ema_client.tensors.body import receive
 
         open_range, request = self._opener(asked, waiting, patience), asked.without_step
 
         def attempt(_: int) -> Weights:
             split = self._splits.get(request, 0)
-            halves = pull_halves(asked, open_range, split, out) if split else None
+            halves = pull_halves(asked, open_range, split, into) if split else None
             if halves is not None:
                 return halves
             with open_range(0, None, None) as download:
                 header, info = read_header(download, asked)
                 large = download.length > self._split_above
                 self._remember(request, split_of(header, download.length) if large else 0)
-                return Weights(receive(header.entries, download.readinto, out), info)
+                return Weights(receive(header.entries, download.readinto, into(header.entries)), info)
 
         return self._transport.retrying(attempt)
 

@@ -6,7 +6,7 @@ sockets, torch (but as a type), where the tensors are to go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from ema_client import wire
@@ -17,7 +17,11 @@ from ema_client.reading.asked import Asked
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Source", "Weights", "read_header"]
+__all__ = ["Into", "Source", "Weights", "read_header"]
+
+#: Gives the tensors to receive weights in, by name; asked once for each try, when the header has come. Raises
+#: UsageError where the weights do not fit.
+Into = Callable[[tuple[wire.Entry, ...]], "Mapping[str, Tensor]"]
 
 
 class Weights(Mapping[str, "Tensor"]):

@@ -20,8 +20,9 @@ from ema_client import wire
 from ema_client.http.body import Body
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.layout import check_targets, dtype_of, is_sent_as, specs_of
+from ema_client.tensors.writing import noticed, write
 
-__all__ = ["encode", "memory", "new_tensors", "on_host", "receive", "take_flat", "take_strided", "views_of"]
+__all__ = ["encode", "memory", "new_tensors", "on_host", "receive", "take_flat", "take_strided", "targets_in"]
 
 
 def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]] | None = None) -> Body:
@@ -71,15 +72,20 @@ def receive(
         check_targets(entries, out)
     scratch = _Scratch()
     for entry in entries:
-        target = out[entry.name]
-        if _is_plain(target) and is_sent_as(target, entry.dtype):
-            readinto(memory(target))
-        else:
-            host = scratch.tensor(entry)
-            readinto(memory(host))
-            with torch.no_grad():
-                target.copy_(host)
+        _take(readinto, out[entry.name], entry, lambda entry=entry: scratch.tensor(entry))  # type: ignore[misc]
     return {entry.name: out[entry.name] for entry in entries}
+
+
+def targets_in(out: Mapping[str, Tensor] | None) -> Callable[[Iterable[wire.Entry]], Mapping[str, Tensor]]:
+    """What gives the tensors to receive a stream in: those of ``out``, once they are checked, or new ones."""
+    if out is None:
+        return new_tensors
+    return lambda entries: _checked(tuple(entries), out)
+
+
+def _checked(entries: tuple[wire.Entry, ...], out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    check_targets(entries, out)
+    return out
 
 
 def new_tensors(entries: Iterable[wire.Entry]) -> dict[str, Tensor]:
@@ -87,20 +93,9 @@ def new_tensors(entries: Iterable[wire.Entry]) -> dict[str, Tensor]:
     return {entry.name: torch.empty(entry.shape, dtype=dtype_of(entry), device="cpu") for entry in entries}
 
 
-def views_of(entries: Iterable[wire.Entry], flat: Tensor) -> list[Tensor]:
-    """The tensors of a stream as views into ``flat``, the stream's data section as a uint8 tensor, in its order."""
-    return [flat[entry.begin : entry.end].view(dtype_of(entry)).view(entry.shape) for entry in entries]
-
-
 def take_flat(readinto: Callable[[memoryview], None], target: Tensor, entry: wire.Entry) -> None:
     """Read as many elements as ``target`` has, in row-major order; cast and moved as copy_() does."""
-    if _is_plain(target) and is_sent_as(target, entry.dtype):
-        readinto(memory(target))
-        return
-    host = torch.empty(target.shape, dtype=dtype_of(entry), device="cpu")
-    readinto(memory(host))
-    with torch.no_grad():
-        target.copy_(host)
+    _take(readinto, target, entry, lambda: torch.empty(target.shape, dtype=dtype_of(entry), device="cpu"))
 
 
 def take_strided(
@@ -109,8 +104,22 @@ def take_strided(
     """Read ``elements`` elements, of which ``target``, laid out with ``strides``, takes its own."""
     host = torch.empty(elements, dtype=dtype_of(entry), device="cpu")
     readinto(memory(host))
-    with torch.no_grad():
-        target.copy_(host.as_strided(target.shape, strides))
+    write([target], [host.as_strided(target.shape, strides)])
+
+
+def _take(
+    readinto: Callable[[memoryview], None], target: Tensor, entry: wire.Entry, scratch: Callable[[], Tensor]
+) -> None:
+    """Read a tensor into ``target``'s own memory where that can be, else by way of ``scratch``."""
+    if not (_is_plain(target) and is_sent_as(target, entry.dtype)):
+        host = scratch()
+        readinto(memory(host))
+        write([target], [host])
+        return
+    try:
+        readinto(memory(target))
+    finally:
+        noticed([target])
 
 
 def memory(tensor: Tensor) -> memoryview:
@@ -126,11 +135,12 @@ def memory(tensor: Tensor) -> memoryview:
 
 def on_host(tensor: Tensor) -> Tensor:
     """The tensor itself if its memory can be sent, else a contiguous copy on the CPU, which the caller owns."""
-    return tensor if _is_plain(tensor) else tensor.detach().to("cpu").contiguous()
+    return tensor if _is_plain(tensor) else tensor.detach().to("cpu").resolve_neg().contiguous()
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+    # A negative view (of a conjugate's imaginary part) says of its memory that the signs are to be turned.
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
 
 
 class _Scratch:

@@ -15,8 +15,10 @@ from ema_client import wire
 from ema_client.errors import UsageError
 from ema_client.http.body import Body
 from ema_client.http.memfd import SharedBody
-from ema_client.tensors.body import memory, views_of
+from ema_client.tensors.body import memory
 from ema_client.tensors.layout import specs_of, state_of
+from ema_client.tensors.pages import views_of
+from ema_client.tensors.writing import write
 
 __all__ = ["SharedState", "shared_body"]
 
@@ -44,9 +46,7 @@ class SharedState(Mapping[str, Tensor]):
         named = state_of(state)
         if {name: t.shape for name, t in named.items()} != {name: t.shape for name, t in self.items()}:
             raise UsageError("the state has other tensors than this one", hint="make a new shared_state() for it")
-        with torch.no_grad():
-            for name, tensor in self.items():
-                tensor.copy_(named[name])
+        write(list(self.values()), [named[name] for name in self])
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -65,11 +65,12 @@ def shared_body(header: bytes, entries: Sequence[wire.Entry]) -> tuple[Body, Ten
     """
     size = entries[-1].end
     shared = _share(header, size)
-    if shared and size:
-        flat = torch.frombuffer(shared.data, dtype=torch.uint8)
-    else:
-        # torch.frombuffer() refuses a buffer of no bytes.
-        flat = torch.zeros(size, dtype=torch.uint8, device="cpu")
+    with torch.inference_mode(False):
+        if shared and size:
+            flat = torch.frombuffer(shared.data, dtype=torch.uint8)
+        else:
+            # torch.frombuffer() refuses a buffer of no bytes.
+            flat = torch.zeros(size, dtype=torch.uint8, device="cpu")
     return Body(len(header) + size, lambda: (memoryview(header), memory(flat)), shared), flat
 
 

@@ -5,12 +5,13 @@ Knows copies of tensors and their shapes. Does not know models, names, or what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
 from ema_client.errors import AlreadyStored, NothingStored, UsageError
+from ema_client.tensors.writing import write
 
 __all__ = ["SetAside"]
 
@@ -20,16 +21,32 @@ class SetAside:
 
     def __init__(self) -> None:
         self._copies: list[Tensor] | None = None
+        #: Whether other weights were written over those copied, and whether the copies must not be replaced.
+        self._overwritten = self._needed = False
 
     def check_empty(self) -> None:
-        """Raises AlreadyStored where there are copies."""
-        if self._copies is not None:
+        """Raises AlreadyStored where there are copies that are still needed."""
+        if self._copies is not None and self._needed:
             raise AlreadyStored("training weights are stored and wait for restore()")
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Copy the parameters. Raises AlreadyStored."""
         self.check_empty()
         self._copies = [parameter.detach().clone() for parameter in parameters]
+        self._overwritten, self._needed = False, True
+
+    @contextlib.contextmanager
+    def overwriting(self) -> Iterator[None]:
+        """Around a write over the tensors that were copied, which is done whole or, where it raises, not at all.
+
+        After a first write that raised, store() may copy anew: nothing would be lost.
+        """
+        try:
+            yield
+        except BaseException:
+            self._needed = self._overwritten
+            raise
+        self._overwritten = self._needed = True
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write the copies into ``parameters`` and free the copies.
@@ -40,9 +57,7 @@ class SetAside:
             raise NothingStored("restore() was called, and nothing is stored")
         targets = list(parameters)
         _check_same_shapes(self._copies, targets)
-        with torch.no_grad():
-            for copy, target in zip(self._copies, targets, strict=True):
-                target.copy_(copy)
+        write(targets, self._copies)
         self._copies = None
 
 

@@ -11,9 +11,7 @@ Knows torch, host memory, and when parameters may change. Does not know models, 
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
 import threading
 import weakref
 from collections import deque
@@ -29,8 +27,9 @@ from ema_client.forks import Home
 from ema_client.http.body import Body
 from ema_client.http.uploads import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
-from ema_client.tensors.body import memory, on_host, views_of
+from ema_client.tensors.body import memory, on_host
 from ema_client.tensors.layout import dtype_of
+from ema_client.tensors.pages import pages, use_pages, views_of
 from ema_client.tensors.shared import shared_body
 from ema_client.training.device_copies import Copy, DeviceCopies
 from ema_client.training.updates import Update
@@ -39,8 +38,6 @@ __all__ = ["UpdateBuffers"]
 
 _log = logging.getLogger("ema_client")
 
-#: madvise(2), since Linux 4.14: Python has no name for it.
-_WIPE_ON_FORK = 18
 #: cudaHostRegisterPortable: for every device, not only the current one.
 _PORTABLE = 1
 
@@ -172,7 +169,7 @@ class UpdateBuffers:
 
     def _new_buffer(self) -> _Buffer:
         body, flat = self._new_body()
-        _use_pages(flat)
+        use_pages(flat)
         return _Buffer(body, flat, views_of(self._entries, flat), pinned=self._pinned)
 
     def _new_body(self) -> tuple[Body, Tensor]:
@@ -180,7 +177,7 @@ class UpdateBuffers:
         size = self._entries[-1].end if self._entries else 0
         if self._shared and size > SHARE_ABOVE:
             return shared_body(self._header, self._entries)
-        header, flat = self._header, _pages(size)
+        header, flat = self._header, pages(size)
         return Body(len(header) + size, lambda: (memoryview(header), memory(flat))), flat
 
 
@@ -255,37 +252,6 @@ def _by_device(
         into.append(target)
         of.append(source)
     return groups
-
-
-def _pages(size: int) -> Tensor:
-    """``size`` bytes of new memory, in huge pages where the system has them: a first use takes half the time."""
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)
-    _keep_from_forks(region)
-    return torch.frombuffer(region, dtype=torch.uint8)
-
-
-def _use_pages(flat: Tensor) -> None:
-    """Have the system give the memory's pages, without the interpreter's lock."""
-    if flat.numel():
-        ctypes.memset(flat.data_ptr(), 0, flat.numel())
-
-
-def _keep_from_forks(region: mmap.mmap) -> None:
-    """Let forked processes (a loader's workers) have empty pages in place of the region's.
-
-    Pages shared copy-on-write would be copied at the next write, and a device would then copy to pages that are no
-    longer this process'. Without any pages (MADV_DONTFORK, for older kernels) a fork that frees the region would unmap
-    whatever it has there by then.
-    """
-    if hasattr(mmap, "MADV_DONTFORK"):
-        try:
-            region.madvise(_WIPE_ON_FORK)
-        except OSError:
-            region.madvise(mmap.MADV_DONTFORK)
 
 
 def _nothing() -> None:

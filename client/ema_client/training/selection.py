@@ -22,6 +22,7 @@ from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.tensors.layout import dtype_name, parameters_of, specs_of, state_of
 from ema_client.tensors.names import canonical_name
+from ema_client.tensors.writing import write
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 
@@ -114,12 +115,13 @@ class Selection:
         return [*targets.values(), *(twin for twin, _ in twins)]
 
     def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write the EMA weights into the model's tensors; returns what was written. Raises as targets()."""
+        """Write the EMA weights into the model's tensors, once all have come; returns what was written.
+
+        Raises as targets().
+        """
         targets, twins = self.targets(model)
-        info = client.pull(run, out=targets).info
-        with torch.no_grad():
-            for twin, name in twins:
-                twin.copy_(targets[name])
+        info = client.copy_to(run, targets)
+        write([twin for twin, _ in twins], [targets[name] for _, name in twins])
         return info
 
     def _found(self, model: nn.Module) -> list[Tensor]:

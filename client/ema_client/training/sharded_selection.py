@@ -23,6 +23,7 @@ from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.reading.slices import Wanted
 from ema_client.tensors.layout import dtype_name, spec_of
 from ema_client.tensors.names import canonical_name
+from ema_client.tensors.writing import noticed, write
 from ema_client.training.plan import ShardedPlan
 from ema_client.training.ranks import gathered, own_rank
 from ema_client.training.selection import FrozenPolicy
@@ -84,10 +85,17 @@ class ShardedSelection:
         return [shard.local for shard in self._found(model).values()]
 
     def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write this rank's slices of the EMA weights into the model; returns what was written. Raises as of()."""
-        found = self._found(model).items()
-        wanted = {name: Wanted(s.spec.shape, s.boxes, s.local) for name, s in found if s.boxes}
-        return client.pull_slices(run, wanted)
+        """Write this rank's slices of the EMA weights into the model, once all have come; returns what was written.
+
+        Raises as of().
+        """
+        shards = {name: shard for name, shard in self._found(model).items() if shard.boxes}
+        wanted = {name: Wanted(s.spec.shape, s.boxes, _on_host(s.local)) for name, s in shards.items()}
+        info = client.pull_slices(run, wanted)
+        write([shard.local for shard in shards.values()], [want.target for want in wanted.values()])
+        # A DTensor counts the writes to it by itself, and not those to its local memory.
+        noticed(model.parameters())
+        return info
 
     def _found(self, model: nn.Module) -> dict[str, Shard]:
         shards = shards_of(model, frozen=frozenset(self._shards))
@@ -123,6 +131,10 @@ def _agree_on_layout(mine: tuple[TensorSpec, ...]) -> tuple[tuple[TensorSpec, ..
             if first.setdefault(spec.name, (rank, spec))[1] != spec:
                 raise UsageError(f"{spec.name!r} is {spec.shape} on rank {rank}, {first[spec.name][1].shape} elsewhere")
     return tuple(s for _, s in first.values()), {name: rank for name, (rank, _) in first.items()}, group
+
+
+def _on_host(local: Tensor) -> Tensor:
+    return torch.empty(local.shape, dtype=local.dtype, device="cpu")
 
 
 def _mismatch(faults: list[str]) -> UsageError:

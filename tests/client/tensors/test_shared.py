@@ -187,7 +187,6 @@ def test_refused_by_the_service(
     """As in a container with processes of its own numbers: the push is sent, once and for all, and that is told."""
     monkeypatch.setattr(os, "getpid", lambda: 1 << 30)
     shared = client.shared_state(state(1.0))
-    monkeypatch.undo()
     refusals = metric(client, 'ema_errors_total{code="segment_unusable"}')
     with caplog.at_level(logging.WARNING, "ema_client"):
         assert client.push(run, shared, step=1).applied

@@ -122,7 +122,7 @@ def test_whichever_memory_is_there_first(monkeypatch: pytest.MonkeyPatch) -> Non
     maker = buffers(state)
     first = maker.copied(1, values(state), hooked=False)
     place, may_go_on = memory_of(first), threading.Event()
-    monkeypatch.setattr(module, "_use_pages", lambda _: may_go_on.wait(30))
+    monkeypatch.setattr(module, "use_pages", lambda _: may_go_on.wait(30))
     threading.Timer(0.1, first.done).start()
     second = maker.copied(2, values(state), hooked=False)
     may_go_on.set()
@@ -140,7 +140,7 @@ def test_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise MemoryError("no memory for a buffer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_use_pages", none)
+        patch.setattr(module, "use_pages", none)
         for _ in range(2):
             with pytest.raises(MemoryError, match="no memory for a buffer"):
                 maker.copied(1, values(state), hooked=False)
