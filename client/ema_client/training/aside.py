@@ -5,7 +5,8 @@ Knows copies of tensors and their shapes. Does not know models, names, or what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ class SetAside:
 
     def __init__(self) -> None:
         self._copies: list[Tensor] | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no copies."""
+        return self._copies is None
 
     def check_empty(self) -> None:
         """Raises AlreadyStored where there are copies."""
@@ -44,6 +50,48 @@ class SetAside:
             for copy, target in zip(self._copies, targets, strict=True):
                 target.copy_(copy)
         self._copies = None
+
+    def drop(self) -> None:
+        """Free the copies without writing them."""
+        self._copies = None
+
+    @contextlib.contextmanager
+    def lent(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """What is set aside lies in ``parameters`` inside the block; after it, what ``parameters`` held before.
+
+        For a checkpoint in the middle of an evaluation. Costs the memory of one tensor: values are exchanged one tensor
+        at a time. Whatever interrupts the exchange, restore() then writes what is set aside. Does nothing where nothing
+        is set aside. Raises UsageError before anything is written, where number or shapes differ.
+        """
+        copies, targets = self._copies, list(parameters)
+        if copies is None:
+            yield
+            return
+        _check_same_shapes(copies, targets)
+        replaced: list[Tensor | None] = [None] * len(targets)
+        try:
+            with torch.no_grad():
+                for place, target in enumerate(targets):
+                    replaced[place] = target.detach().clone()
+                    target.copy_(copies[place])
+                    # The parameter itself is what is set aside: its copy is freed.
+                    copies[place] = target
+            yield
+        finally:
+            # Not after a restore() inside the block.
+            if self._copies is copies:
+                _take_back(copies, targets, replaced)
+
+
+def _take_back(copies: list[Tensor], targets: list[Tensor], replaced: list[Tensor | None]) -> None:
+    """The other half of an exchange, of all tensors that have a value to go back to."""
+    with torch.no_grad():
+        for place, target in enumerate(targets):
+            if (value := replaced[place]) is not None:
+                if copies[place] is target:
+                    copies[place] = target.detach().clone()
+                target.copy_(value)
+                replaced[place] = None
 
 
 def _check_same_shapes(copies: list[Tensor], targets: list[Tensor]) -> None:

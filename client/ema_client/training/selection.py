@@ -113,10 +113,13 @@ class Selection:
         targets, twins = self.targets(model)
         return [*targets.values(), *(twin for twin, _ in twins)]
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write the EMA weights into the model's tensors; returns what was written. Raises as targets()."""
+    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+        """Write the EMA weights, or those of a snapshot, into the model's tensors; returns what was written.
+
+        Raises as targets().
+        """
         targets, twins = self.targets(model)
-        info = client.pull(run, out=targets).info
+        info = client.pull(run, snapshot=snapshot, out=targets).info
         with torch.no_grad():
             for twin, name in twins:
                 twin.copy_(targets[name])

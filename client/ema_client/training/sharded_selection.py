@@ -83,11 +83,14 @@ class ShardedSelection:
         """The memory to be written by pull_into(), of replicas and frozen parameters too. Raises as of()."""
         return [shard.local for shard in self._found(model).values()]
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write this rank's slices of the EMA weights into the model; returns what was written. Raises as of()."""
+    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+        """Write this rank's slices of the EMA weights, or of a snapshot's, into the model; returns what was written.
+
+        Raises as of().
+        """
         found = self._found(model).items()
         wanted = {name: Wanted(s.spec.shape, s.boxes, s.local) for name, s in found if s.boxes}
-        return client.pull_slices(run, wanted)
+        return client.pull_slices(run, wanted, snapshot=snapshot)
 
     def _found(self, model: nn.Module) -> dict[str, Shard]:
         shards = shards_of(model, frozen=frozenset(self._shards))
