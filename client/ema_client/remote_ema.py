@@ -32,7 +32,7 @@ from ema_client.training.publisher import Publisher
 from ema_client.training.rounds import SendPolicy
 from ema_client.training.selection import BufferPolicy, FrozenPolicy
 from ema_client.training.sharding import reshard
-from ema_client.training.state import check_state_is_of, rewind_to, saved_state
+from ema_client.training.state import MOST_STATES, check_state_is_of, rewind_to, saved_state
 from ema_client.training.step_hook import StepHook
 from ema_client.training.tally import Stats
 
@@ -84,6 +84,7 @@ class RemoteEma:
             stand the buffers of the latest update sent. Other buffers, such as BatchNorm's counter of batches, stay the
             model's own.
         durability: what survives a crash of the service; by default the protocol's.
+        keep: of the snapshots that state_dict() takes so many stay, the newest; None: all.
 
     Raises InvalidDecay (a ValueError, as LitEma raises it), RunExists, with ``resume`` RunNotFound, and what
     EmaClient.create_run() raises.
@@ -109,17 +110,19 @@ class RemoteEma:
         frozen: FrozenPolicy = "hold",
         buffers: BufferPolicy = "none",
         durability: Durability | None = None,
+        keep: int | None = MOST_STATES,
         use_num_upates: bool | None = None,
     ) -> None:
         counted = _one_spelling(use_num_updates, use_num_upates)
         decay = checked_decay(decay)
-        _check_cadence(update_every, on_busy)
+        _check_cadence(update_every, on_busy, keep)
         self._selection, self._plan = choose(
             model, buffers=buffers, frozen=frozen, dtype=push_dtype, skips=on_busy == "skip"
         )
         if client is not None and (url is not None or token is not None):
             raise UsageError("both a client and a url or token are given", hint="give one: a client has its own url")
         self._run = run
+        self._keep = keep
         self._waits = on_busy == "block"
         self._borrows = borrow
         self._sends_module_buffers = buffers != "none"
@@ -184,6 +187,16 @@ class RemoteEma:
         return self._publisher.pending
 
     @property
+    def away(self) -> bool:
+        """Whether the service counts as away: a round of tries came to nothing, and no update was applied since."""
+        return self._publisher.stuck
+
+    @property
+    def step(self) -> int:
+        """The trainer's step: the calls of update() so far, with those before a resume."""
+        return self._cadence.step
+
+    @property
     def stats(self) -> Stats:
         """How many updates were sent, skipped and failed."""
         return self._publisher.stats
@@ -197,8 +210,10 @@ class RemoteEma:
         """The same as update()."""
         self.update(model)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, *, due: bool | None = None) -> None:
         """An EMA step with the model's parameters as they are; they may change again once update() returns.
+
+        due: whether the update is sent, or only counted; by default each ``update_every``-th is sent.
 
         To be called once for each optimizer step, also where gradients are accumulated over several batches. Never
         raises for what the service or the network does. Raises UsageError if the parameters are no longer the run's,
@@ -207,9 +222,9 @@ class RemoteEma:
         self._publisher.check_usable()
         # At every call, due or not: what counts is a step since the latest call.
         hooked = self._hook is not None and self._hook.fired()
-        due = self._cadence.due
+        due = self._cadence.due if due is None else due
         tensors = self._tensors(model) if due else []
-        step = self._cadence.advance()
+        step = self._cadence.advance(due)
         if due and self._plan.part is not None and self._publisher.room(wait=self._waits):
             self._send(tensors, step, hooked=hooked)
 
@@ -271,11 +286,12 @@ class RemoteEma:
     def state_dict(self) -> dict[str, Any]:
         """What a training's checkpoint needs to come back to the EMA as it is now; strings and numbers only.
 
-        The weights stay on the service, as a snapshot. The ten newest such snapshots of a run stay. Where the service
-        keeps nothing on disk there is no snapshot, and load_state_dict() can only go on from the very same version.
+        The weights stay on the service, as a snapshot. The ``keep`` newest such snapshots of a run stay. Where the
+        service keeps nothing on disk there is no snapshot, and load_state_dict() can only go on from the very same
+        version.
         """
         self.flush()
-        return saved_state(self._client, self._run)
+        return saved_state(self._client, self._run, keep=self._keep)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to the EMA of state_dict(): weights, counter, decay and step. Later updates are as if never made.
@@ -393,8 +409,10 @@ def _one_spelling(use_num_updates: bool, use_num_upates: bool | None) -> bool:
     return use_num_upates
 
 
-def _check_cadence(update_every: int, on_busy: str) -> None:
+def _check_cadence(update_every: int, on_busy: str, keep: int | None) -> None:
     if update_every < 1:
         raise UsageError(f"update_every={update_every} is less than 1", hint="1 sends every update, 10 each tenth")
+    if keep is not None and keep < 1:
+        raise UsageError(f"keep={keep} is less than 1", hint="so many snapshots of states stay; None: all")
     if on_busy not in get_args(BusyPolicy):
         raise UsageError(f"on_busy={on_busy!r} is unknown", hint="give 'block' or 'skip'")

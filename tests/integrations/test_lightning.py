@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,66 +19,14 @@ from torch.utils.data import DataLoader
 
 from ema_client import EmaClient
 from ema_client.errors import ServiceUnreachable
+from tests.integrations.lightning_training import BATCHES, Module, batches, lightning, trainer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    lightning = pytest.importorskip(
-        "lightning.pytorch", reason="lightning is not installed: pip install -e '.[integrations]'"
-    )
     from ema_client.integrations.lightning import RemoteEmaCallback
 
 # Lightning and torch warn of each other's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-BATCHES = 8
-
-
-class Module(lightning.LightningModule):
-    """Trains a little net, and remembers which weights it was trained, evaluated and tested with."""
-
-    def __init__(self, trained: Callable[[nn.Module], dict[str, Tensor]], oracle: Any = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-        self.aside = nn.Linear(3, 1)
-        self.copies = trained
-        self.oracle = oracle(trained(self), 0.9, True) if oracle else None
-        self.evaluated: list[dict[str, Tensor]] = []
-        self.at_end: list[dict[str, Tensor]] = []
-        self.stepped: dict[str, Tensor] = {}
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self.stepped = self.copies(self)
-        if self.oracle:
-            self.oracle.update(self.stepped)
-
-    def training_step(self, batch: Tensor, _: int) -> Tensor:
-        if self.stepped:
-            assert all(torch.equal(p, self.stepped[name]) for name, p in self.copies(self).items())
-        return (self.net(batch) + self.aside(batch)).square().mean()
-
-    def validation_step(self, *_: Any) -> None:
-        self.evaluated.append(self.copies(self))
-
-    def on_validation_epoch_end(self) -> None:
-        self.at_end.append(self.copies(self))
-
-    def test_step(self, *_: Any) -> None:
-        self.evaluated.append(self.copies(self))
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def batches() -> DataLoader[Tensor]:
-    return DataLoader(torch.randn(4 * BATCHES, 3, generator=torch.Generator().manual_seed(1)), batch_size=4)
-
-
-def trainer(folder: Path, *callbacks: Any, package: Any = lightning, **options: Any) -> Any:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    options = {"max_epochs": 1, "enable_checkpointing": False, **options}
-    return package.Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **quiet, **options)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -49,7 +49,7 @@ def test_all_ranks_read_one_version(client: EmaClient, run_name: str, sharded: n
             return [value, "another"]
         return [value, value]
 
-    def choose(model: nn.Module) -> tuple[AnySelection, ShardedPlan]:
+    def choose(model: nn.Module, **_: Any) -> tuple[AnySelection, ShardedPlan]:
         selection = ShardedSelection(model)
         return selection, replace(selection.plan, gather=gather)
 

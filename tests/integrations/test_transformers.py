@@ -11,67 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from ema_client import EmaClient
 from ema_client.errors import UsageError
 from ema_client.protocol import WeightsInfo
+from tests.integrations.transformers_training import DATA, Net, Trainer, a_trainer, transformers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install -e '.[integrations]'"
-    )
-    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[integrations]'")
     from ema_client.integrations.transformers import RemoteEmaCallback
 
 # transformers and torch warn of each other's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-DATA = [{"x": torch.randn(3, generator=torch.Generator().manual_seed(seed))} for seed in range(32)]
-
-
-class Net(nn.Module):
-    """As transformers wants a model: it answers with its loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Linear(3, 1)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.net(x).square().mean()}
-
-
-class Trainer(transformers.Trainer):
-    """Remembers what it evaluated with."""
-
-    evaluated: list[dict[str, Tensor]]
-
-    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.evaluated.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return super().prediction_step(model, *args, **kwargs)
-
-
-def a_trainer(folder: Path, model: nn.Module, eval_dataset: Any = None, cls: Any = Trainer, **options: Any) -> Any:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=8,
-        learning_rate=0.1,
-        num_train_epochs=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=[],
-        **{"save_strategy": "no", **options},
-    )
-    made = cls(model, arguments, train_dataset=DATA, eval_dataset=eval_dataset or DATA[:8])
-    made.can_return_loss = True
-    made.evaluated = []
-    return made
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

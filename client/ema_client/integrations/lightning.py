@@ -2,14 +2,16 @@
 
     trainer = Trainer(callbacks=[RemoteEmaCallback(run="my-unet")])
 
-Knows: Lightning's hooks, and what Lightning counts as a step. Does not know: how weights travel or are swapped
-(replica).
+Knows: Lightning's hooks, what Lightning counts as a step, and where its checkpoints are saved and removed. Does not
+know: which EMA is evaluated or gone on with, and what an outage is answered with (core).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,7 +19,9 @@ except ModuleNotFoundError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ema_client.errors import UsageError
-from ema_client.integrations.replica import Replica
+from ema_client.integrations.core import Core
+from ema_client.integrations.options import OutagePolicy, RemoteEmaOptions
+from ema_client.integrations.origins import origin_of
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
 
@@ -26,21 +30,43 @@ if TYPE_CHECKING:
 
 __all__ = ["RemoteEmaCallback"]
 
+#: In the callback's part of a checkpoint: path of each checkpoint of the training -> the snapshot it refers to.
+_CHECKPOINTS = "checkpoints"
+
 
 class RemoteEmaCallback(Callback):
     """Keeps the EMA of a LightningModule's trainable parameters on the service.
 
     The EMA is updated once for each optimizer step, however many batches a step takes. Validation, tests and
-    predictions run with EMA weights, which leave the module again at the end, also of an evaluation that fails.
-    Checkpoints hold the training weights and a reference to the EMA of their step: a training that goes on from a
-    checkpoint goes on with its run and that EMA (RemoteEma.state_dict() says how long the EMA is there). Of several
-    processes the first sends or, of a sharded model, each sends its own shards; all processes evaluate.
+    predictions run with EMA weights, which leave the module again at the end, also of an evaluation that fails. The EMA
+    belongs to the weights that the module holds: with ``ckpt_path=`` that of the checkpoint, after a training that of
+    its end, for a module that was not trained here that of the run as it is now. Where there is none, the module's own
+    weights are evaluated, and a warning says so.
+
+    Checkpoints hold the training weights, whenever they are made, and a reference to the EMA of their step: a training
+    that goes on from a checkpoint goes on with its run and that EMA. The EMA of a checkpoint stays on the service until
+    Lightning removes the checkpoint.
+
+    fit() of the same module goes on with the run; of another module it makes the run ``RUN-2``, ``RUN-3`` (``run``
+    tells); with fast_dev_run a run that is deleted at the end. Of several processes the first sends or, of a sharded
+    module, each sends its own shards; all processes evaluate.
+
+    More than twenty methods: a hook each.
 
     Args:
         decay, use_num_updates, run, url, token: as for RemoteEma.
         attribute: average this part of the module only, such as "model"; by default the whole module.
         evaluate: False evaluates the training weights.
-        resume: go on with the run of this name though the training begins anew.
+        resume: as for RemoteEma, for a training that begins without a checkpoint.
+        on_unreachable: what a validation, a checkpoint and the end of a training do where the service is away, or
+            refuses: "warn": the weights of the training are evaluated, the checkpoint says that it has no EMA; "raise"
+            the error. A training that begins, and finds no service, raises in either case.
+        swap_at_end: leave the EMA weights in the module when fit() ends, as Lightning's own callback does.
+        update_every_n_steps, update_starting_at_step: as for Lightning's EMAWeightAveraging: updates after the steps
+            with these numbers, counted from 0.
+        keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
+        options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, push_dtype,
+            update_every, borrow.
     """
 
     def __init__(
@@ -54,40 +80,98 @@ class RemoteEmaCallback(Callback):
         attribute: str | None = None,
         evaluate: bool = True,
         resume: bool = False,
+        on_unreachable: OutagePolicy = "warn",
+        swap_at_end: bool = False,
+        update_every_n_steps: int | None = None,
+        update_starting_at_step: int | None = None,
+        keep: int | None = None,
+        **options: Unpack[RemoteEmaOptions],
     ) -> None:
-        self._options: dict[str, Any] = {"decay": decay, "use_num_updates": use_num_updates}
-        self._where: dict[str, Any] = {"run": run, "url": url, "token": token}
+        self._core = Core(
+            decay,
+            use_num_updates,
+            run=run,
+            url=url,
+            token=token,
+            resume=resume,
+            on_unreachable=on_unreachable,
+            keep=keep,
+            options=options,
+        )
         self._attribute = attribute
         self._evaluate = evaluate
-        self._resume = resume
-        self._state: dict[str, Any] | None = None
-        self._replica: Replica | None = None
-        self._steps = 0
+        self._swap_at_end = swap_at_end
+        self._every = _at_least_one("update_every_n_steps", update_every_n_steps)
+        self._start = update_starting_at_step or 0
+        #: Of the latest update: the number of optimizer steps, and of epochs where updates are made at their ends.
+        self._steps, self._epochs = 0, 0
+        #: Of the checkpoint loaded last: path of each checkpoint -> its snapshot.
+        self._checkpoints: dict[str, str] = {}
 
     @property
     def ema(self) -> RemoteEma | None:
         """The RemoteEma, during a training and in a process that sends."""
-        return self._replica.ema if self._replica else None
+        return self._core.ema
+
+    @property
+    def run(self) -> str:
+        """The run of the latest training; before the first, the name given."""
+        return self._core.run
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether to update after the optimizer step, or at the end of the epoch, with this number, counted from 0.
+
+        May be overridden, as that of Lightning's own WeightAveraging. Steps without an update are counted.
+        """
+        del epoch_idx
+        return step_idx is not None and step_idx >= self._start and step_idx % self._every == 0
 
     # --- training ---------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        del stage
+        self._core.owner = pl_module
+        # Lightning has no hook around a checkpoint and none for its removal, and before 2.6 no callback is told of the
+        # checkpoint that is tested.
+        _around(trainer, "save_checkpoint", self._saving)
+        _around(trainer.strategy, "save_checkpoint", self._writing)
+        _around(trainer.strategy, "load_checkpoint", self._reading)
+        _around(trainer.strategy, "remove_checkpoint", self._removing)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-        self._replica = self._open(trainer, pl_module, trains=True)
-        state, self._state = self._state, None
-        if self.ema and state:
-            self.ema.load_state_dict(state)
+        self._core.begin(
+            pl_module,
+            self._averaged(trainer, pl_module),
+            first=trainer.is_global_zero,
+            step=trainer.global_step,
+            throwaway=bool(trainer.fast_dev_run),
+        )
+        if self._core.kept:
+            self._core.kept.know(self._checkpoints)
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # global_step counts optimizer steps: a batch whose gradients are only accumulated adds no step.
-        if self._replica and trainer.global_step != self._steps:
+        if trainer.global_step != self._steps:
             self._steps = trainer.global_step
-            self._replica.update()
+            # None: as update_every says.
+            self._core.update(due=None if self.should_update(step_idx=self._steps - 1) else False)
 
-    def on_train_end(self, *_: Any) -> None:
-        if self._replica:
-            self._replica.flush()
+    def on_train_epoch_end(self, trainer: Trainer, _: LightningModule) -> None:
+        # A training that goes on from a checkpoint ends the checkpoint's epoch once more.
+        if trainer.current_epoch >= self._epochs and self.should_update(epoch_idx=trainer.current_epoch):
+            self._epochs = trainer.current_epoch + 1
+            self._core.update()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._core.finish()
+        if self._swap_at_end:
+            # The training weights are still at hand, for a checkpoint that is made now.
+            self._core.swap_in(pl_module, self._averaged(trainer, pl_module), first=trainer.is_global_zero)
+
+    def on_fit_end(self, *_: Any) -> None:
+        if self._swap_at_end:
+            self._core.keep_swapped()
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -101,45 +185,62 @@ class RemoteEmaCallback(Callback):
         self._swap_in(trainer, pl_module)
 
     # Not at the end of the epoch: the module's own hook for that, which may still evaluate, runs after the callbacks'.
-    # Callbacks that save checkpoints run after all other callbacks, so they find the training weights.
     def on_validation_end(self, *_: Any) -> None:
-        self._swap_out()
+        self._core.swap_out()
 
     def on_test_end(self, *_: Any) -> None:
-        self._swap_out()
+        self._core.swap_out()
 
     def on_predict_end(self, *_: Any) -> None:
-        self._swap_out()
+        self._core.swap_out()
 
     def on_exception(self, *_: Any) -> None:
-        self._swap_out()
+        self._core.swap_out()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        self._close()
+        self._core.close()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return self.ema.state_dict() if self.ema else {"run": self._where["run"]}
+        state = {"epochs": self._epochs, **self._core.state()}
+        return {**state, _CHECKPOINTS: self._core.kept.held} if self._core.kept else state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A run of another name than the checkpoint's is a branch, which begins with the weights of the checkpoint.
-        self._resume = state_dict.get("run") == self._where["run"]
-        # Without "snapshot", a process that does not send wrote the checkpoint, and knew no EMA to go back to.
-        self._state = state_dict if self._resume and "snapshot" in state_dict else None
+    def _saving(self, save: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Trainer.save_checkpoint(), with the training weights in the module."""
+        with self._core.training_weights():
+            save(*args, **kwargs)
+
+    def _writing(
+        self, write: Callable[..., None], checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """The strategy's save_checkpoint(), with the EMA in checkpoints of weights alone, too."""
+        parts = checkpoint.get("callbacks", {})
+        if self.state_key not in parts and "snapshot" in (state := self.state_dict()):
+            parts = checkpoint["callbacks"] = {**parts, self.state_key: state}
+        part, kept = parts.get(self.state_key, {}), self._core.kept
+        snapshot = part.get("snapshot")
+        if kept and snapshot:
+            part[_CHECKPOINTS] = {**kept.held, str(filepath): snapshot}
+        write(checkpoint, filepath, *args, **kwargs)
+        if kept:
+            kept.hold(str(filepath), snapshot)
+
+    def _reading(self, read: Callable[..., dict[str, Any]], path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The strategy's load_checkpoint(): the module is given the weights of a checkpoint."""
+        checkpoint = read(path, *args, **kwargs)
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        self._epochs, self._checkpoints = state.get("epochs", 0), state.get(_CHECKPOINTS, {})
+        self._core.loaded(origin_of(state, f"checkpoint {path}"))
+        return checkpoint
+
+    def _removing(self, remove: Callable[..., None], filepath: Any) -> None:
+        """The strategy's remove_checkpoint(), with the checkpoint's EMA."""
+        remove(filepath)
+        if self._core.kept:
+            self._core.kept.let_go(str(filepath))
 
     # ----------------------------------------------------------------------------------------------------------------
-
-    def _open(self, trainer: Trainer, pl_module: LightningModule, *, trains: bool) -> Replica:
-        return Replica(
-            self._averaged(trainer, pl_module),
-            trains=trains,
-            first=trainer.is_global_zero,
-            barrier=trainer.strategy.barrier,
-            resume=self._resume,
-            **self._where,
-            **self._options,
-        )
 
     def _averaged(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         # FSDP1 around the whole module has the parameters, and says which parameters this rank holds.
@@ -155,18 +256,22 @@ class RemoteEmaCallback(Callback):
         return wrapped
 
     def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Before a training there is no EMA yet.
-        if not self._evaluate or trainer.sanity_checking:
+        # The sanity check is of the weights as they came.
+        if self._evaluate and not trainer.sanity_checking:
+            self._core.swap_in(pl_module, self._averaged(trainer, pl_module), first=trainer.is_global_zero)
+
+
+def _around(owner: Any, name: str, call: Callable[..., Any]) -> None:
+    """Let ``call``, which is given the method first, take the place of an object's method, once."""
+    inner = method = getattr(owner, name)
+    while isinstance(inner, functools.partial):
+        if inner.func == call:
             return
-        if self._replica is None:
-            self._replica = self._open(trainer, pl_module, trains=False)
-        self._replica.swap_in()
+        inner = inner.args[0]
+    setattr(owner, name, functools.partial(call, method))
 
-    def _swap_out(self) -> None:
-        if self._replica:
-            self._replica.swap_out()
 
-    def _close(self) -> None:
-        replica, self._replica = self._replica, None
-        if replica:
-            replica.close()
+def _at_least_one(name: str, value: int | None) -> int:
+    if value is not None and value < 1:
+        raise UsageError(f"{name}={value} is less than 1", hint="1 updates after each step, 10 after each tenth")
+    return value or 1

@@ -3,8 +3,8 @@
     trainer = Trainer(model, args, ...)
     ema = RemoteEmaCallback(run="my-bert").attach(trainer)
 
-Knows: the Trainer's events, and what the Trainer counts as a step. Does not know: how weights travel or are swapped
-(replica).
+Knows: the Trainer's events, what the Trainer counts as a step, and its checkpoints' folders. Does not know: which EMA
+is evaluated or gone on with, and what an outage is answered with (core).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ema_client.atomic import whole_file
 from ema_client.errors import UsageError
-from ema_client.integrations.replica import Replica
+from ema_client.integrations.core import Core
+from ema_client.integrations.options import OutagePolicy, RemoteEmaOptions
+from ema_client.integrations.origins import Lacking, Origin, origin_of
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
-from ema_client.training.ranks import agreed
-from ema_client.training.sharding import is_sharded
-from ema_client.training.state import check_state_is_of
+from ema_client.training.ranks import agreed, ranks_in_all
+from ema_client.training.state import LACKS, check_state_is_of
 
 __all__ = ["RemoteEmaCallback"]
 
@@ -44,14 +44,29 @@ class RemoteEmaCallback(TrainerCallback):
     among its ``callbacks`` only updates. The Trainer trains on, and saves, the training weights;
     ``with callback.scope():`` around ``save_model()`` saves the EMA.
 
+    The EMA belongs to the weights that the model holds: in a training and after it that of the training, after
+    ``load_best_model_at_end`` that of the best checkpoint, before a training that of the checkpoint's folder that the
+    model came from. Where there is none, the model's own weights are evaluated, and a warning says so.
+
     Checkpoints hold a reference to the EMA of their step: a training that goes on from a checkpoint goes on with its
-    run and that EMA (RemoteEma.state_dict() says how long the EMA is there). Without ``attach`` the checkpoint is
-    looked for in ``output_dir``.
+    run and that EMA. The EMA of a checkpoint stays on the service until the Trainer deletes the checkpoint. Without
+    ``attach`` the checkpoint is looked for in ``output_dir``.
+
+    train() of the same model goes on with the run; of another model, as ``model_init`` and a hyperparameter search make
+    them, it makes the run ``RUN-2``, ``RUN-3`` (``run`` tells).
+
+    More than twenty methods: an event each, and a wrapper for each of the Trainer's methods without an event.
 
     Args:
         decay, use_num_updates, run, url, token: as for RemoteEma.
-        resume: go on with the run of this name though the training begins anew, or from a checkpoint without a
-            reference.
+        resume: as for RemoteEma, for a training that begins without a checkpoint, or from one without a reference.
+        on_unreachable: what an evaluation, a checkpoint and the end of a training do where the service is away, or
+            refuses: "warn": the weights of the training are evaluated, the checkpoint says that it has no EMA; "raise"
+            the error. A training that begins, and finds no service, raises in either case.
+        swap_at_end: leave the EMA weights in the model when train() ends.
+        keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
+        options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, push_dtype,
+            update_every, borrow.
     """
 
     def __init__(
@@ -63,54 +78,73 @@ class RemoteEmaCallback(TrainerCallback):
         url: str | None = None,
         token: str | None = None,
         resume: bool = False,
+        on_unreachable: OutagePolicy = "warn",
+        swap_at_end: bool = False,
+        keep: int | None = None,
+        **options: Unpack[RemoteEmaOptions],
     ) -> None:
-        self._options: dict[str, Any] = {"decay": decay, "use_num_updates": use_num_updates, "resume": resume}
-        self._where: dict[str, Any] = {"run": run, "url": url, "token": token}
-        self._replica: Replica | None = None
+        self._core = Core(
+            decay,
+            use_num_updates,
+            run=run,
+            url=url,
+            token=token,
+            resume=resume,
+            on_unreachable=on_unreachable,
+            keep=keep,
+            options=options,
+        )
+        self._swap_at_end = swap_at_end
+        self._attached = False
         self._resumed_from: Path | None = None
+        #: Inside scope(): what is saved there is meant to be the EMA.
+        self._in_scope = False
+        #: The checkpoints that were there before the Trainer saved another.
+        self._there: set[str] = set()
 
     @property
     def ema(self) -> RemoteEma | None:
         """The RemoteEma, from the beginning of a training on; None in a process that does not send."""
-        return self._replica.ema if self._replica else None
+        return self._core.ema
+
+    @property
+    def run(self) -> str:
+        """The run of the latest training; before the first, the name given."""
+        return self._core.run
 
     def attach(self, trainer: Trainer) -> RemoteEmaCallback:
         """Add the callback to a Trainer; returns the callback.
 
-        The Trainer's evaluate() and predict() run with EMA weights once a training has begun. Both methods are wrapped,
-        as the Trainer has no event before an evaluation and none after an evaluation that fails. train() is wrapped
-        too, as no event says which checkpoint a training goes on from.
+        The Trainer's evaluate() and predict() run with EMA weights. Both methods are wrapped, as the Trainer has no
+        event before an evaluation and none after an evaluation that fails; save_model() too, which saves the training
+        weights in the middle of an evaluation, and train(), as no event says which checkpoint a training goes on from.
         """
+        self._attached = True
         trainer.add_callback(self)
         trainer.train = self._noting_checkpoint(trainer.train)
-        trainer.evaluate = self._with_ema(trainer.evaluate)
-        trainer.predict = self._with_ema(trainer.predict)
+        trainer.evaluate = self._with_ema(trainer, trainer.evaluate)
+        trainer.predict = self._with_ema(trainer, trainer.predict)
+        trainer.save_model = self._saving(trainer.save_model)
         return self
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """EMA weights in the model inside the block, the training weights after the block, whatever the block raises.
 
-        Raises UsageError before a training.
+        All processes enter it together. Raises UsageError before a training.
         """
-        replica = self._replica
-        if replica is None:
+        if (model := self._core.owner) is None:
             raise UsageError("there is no EMA before the training", hint="use scope() once trainer.train() has begun")
-        if replica.swapped:
-            # An evaluation of several data sets calls evaluate() inside evaluate().
-            yield
-            return
-        replica.swap_in()
+        outer, self._in_scope = self._in_scope, True
         try:
-            yield
+            with self._swapped(model, first=self._core.first):
+                yield
         finally:
-            replica.swap_out()
+            self._in_scope = outer
 
     def close(self) -> None:
         """Close the connections. The run stays on the service."""
-        replica, self._replica = self._replica, None
-        if replica:
-            replica.close()
+        self._core.close()
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -118,63 +152,92 @@ class RemoteEmaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         del control
-        if self._replica:
-            # The same Trainer trains on, so the run goes on too.
-            self._options["resume"] = True
-            self.close()
+        self._core.owner = model
         first = state.is_world_process_zero
+        if state.global_step:
+            folder = self._resumed_from or _checkpoint(args, state)
+            self._core.loaded(self._origin(folder, first=first))
+        self._core.begin(model, model, first=first, step=state.global_step)
+        if self._core.kept:
+            self._core.kept.know(self._held_in(Path(args.output_dir)))
 
-        def find() -> dict[str, Any] | None:
-            return self._saved(args, state) if first else None
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        del args, state
+        self._core.update()
+        self._look(control)
 
-        # The file may be on a disk that only the first process sees.
-        saved = agreed(find) if is_sharded(model) else find()
-        options = {**self._options, "resume": self._options["resume"] or saved is not None}
-        self._replica = Replica(model, first=first, barrier=_barrier, **self._where, **options)
-        if self.ema and saved:
-            self.ema.load_state_dict(saved)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self._replica:
-            self._replica.update()
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        del args, state
+        self._look(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         folder = _checkpoint(args, state)
         # The trials of a hyperparameter search have their checkpoints elsewhere. Of a sharded model the first process
         # alone may ask for the state: no newer update is applied before this process has sent its part of it.
-        if self.ema and state.is_world_process_zero and folder.is_dir():
-            # Whole or not there: a killed training must not leave a checkpoint that cannot be gone on from.
-            with whole_file(self._reference(folder)) as part:
-                part.write_text(json.dumps(self.ema.state_dict()))
+        if self._core.owner is None or not state.is_world_process_zero or not folder.is_dir():
+            return
+        if self._core.swapped and not self._attached:
+            warnings.warn(f"{folder} holds EMA weights as training weights: attach() the callback", stacklevel=2)
+        said = self._core.state()
+        # Whole or not there: a killed training must not leave a checkpoint that cannot be gone on from.
+        with whole_file(self._reference(folder, self.run)) as part:
+            part.write_text(json.dumps(said))
+        if self._core.kept:
+            self._core.kept.hold(str(folder), said.get("snapshot"))
+            self._forget_deleted()
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        if self._replica:
-            self._replica.flush()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        del control
+        self._core.finish()
+        first = state.is_world_process_zero
+        if args.save_total_limit == 1 and state.best_model_checkpoint:
+            # The Trainer has deleted all others.
+            self._forget_deleted()
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._core.loaded(self._origin(Path(state.best_model_checkpoint), first=first))
+        if self._swap_at_end:
+            self._core.swap_in(model, model, first=first)
+            self._core.keep_swapped()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     # Not as a transformers.ExportableState: the Trainer may restore such states by making another callback from the
     # checkpoint, which would have to hold the token; and the new callback would not be the attached one.
 
-    def _reference(self, checkpoint: Path) -> Path:
+    @staticmethod
+    def _reference(checkpoint: Path, run: str) -> Path:
         """The reference's path in a checkpoint, by the run's name: a Trainer may have callbacks for several runs."""
-        return checkpoint / f"ema-{self._where['run']}.json"
+        return checkpoint / f"ema-{run}.json"
 
-    def _saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
-        """The state of the EMA in the checkpoint to go on from; None without a checkpoint or a state in it."""
-        if not state.global_step:
-            return None
-        path = self._reference(self._resumed_from or _checkpoint(args, state))
-        if path.is_file():
-            return _read(path, self._where["run"])
-        # Without resume=True a new run begins, with the weights of the checkpoint.
-        if self._options["resume"]:
-            warnings.warn(
-                f"there is no {path}: run {self._where['run']!r} goes on with the EMA that the service has now, "
-                f"which may be of another step than the checkpoint's, {state.global_step}",
-                stacklevel=2,
-            )
-        return None
+    def _origin(self, folder: Path, *, first: bool) -> Origin | None:
+        """Of weights that were loaded from a checkpoint's folder, which may be on a disk that only the first sees."""
+
+        def read() -> dict[str, Any] | None:
+            paths = [(run, self._reference(folder, run)) for run in self._core.runs] if first else ()
+            return next((_read(path, run) for run, path in paths if path.is_file()), None)
+
+        state = agreed(read) if ranks_in_all() > 1 else read()
+        return origin_of(state, str(folder)) if state else Lacking(f"there is no {self._reference(folder, self.run)}")
+
+    def _held_in(self, folder: Path) -> dict[str, str]:
+        """The checkpoints of an earlier process -> their snapshots."""
+        paths = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{self._reference(Path(), self.run)}")
+        states = {str(path.parent): _read(path, self.run) for path in paths}
+        return {folder: state["snapshot"] for folder, state in states.items() if state.get("snapshot")}
+
+    def _look(self, control: TrainerControl) -> None:
+        """Before the Trainer saves a checkpoint and deletes old ones: remember which there are."""
+        if self._core.kept and (control.should_save or control.should_evaluate):
+            self._there = {folder for folder in self._core.kept.held if Path(folder).is_dir()}
+
+    def _forget_deleted(self) -> None:
+        """The checkpoints that the Trainer has deleted since are gone; those that somebody moved before are not."""
+        if self._core.kept:
+            for folder in self._there:
+                if not Path(folder).is_dir():
+                    self._core.kept.let_go(folder)
 
     def _noting_checkpoint(self, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
@@ -186,15 +249,46 @@ class RemoteEmaCallback(TrainerCallback):
 
         return train_noted
 
+    def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(save)
+        def save_training_weights(output_dir: str | None = None, _internal_call: bool = False, **kwargs: Any) -> Any:
+            # push_to_hub() names no folder.
+            checkpoint = _internal_call and output_dir is not None
+            meant = self._in_scope and not checkpoint
+            with contextlib.nullcontext() if meant else self._core.training_weights():
+                return save(output_dir, _internal_call=_internal_call, **kwargs)
+
+        return save_training_weights
+
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _with_ema(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_ema(self, trainer: Trainer, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(evaluate)
         def evaluate_ema(*args: Any, **kwargs: Any) -> Any:
-            with self.scope() if self._replica else contextlib.nullcontext():
+            model, first = trainer.model, trainer.is_world_process_zero()
+            origin = None if self._core.knows(model) else self._came_from(model, first=first)
+            with self._swapped(model, first=first, origin=origin):
                 return evaluate(*args, **kwargs)
 
         return evaluate_ema
+
+    @contextlib.contextmanager
+    def _swapped(self, model: nn.Module, *, first: bool, origin: Origin | None = None) -> Iterator[None]:
+        if self._core.swapped:
+            # An evaluation of several data sets calls evaluate() inside evaluate().
+            yield
+            return
+        self._core.swap_in(model, model, first=first, origin=origin)
+        try:
+            yield
+        finally:
+            self._core.swap_out()
+
+    def _came_from(self, model: nn.Module, *, first: bool) -> Origin:
+        """Of the weights of a model that was not trained here: of a checkpoint's folder, if they are from one."""
+        folder = getattr(model, "name_or_path", "")
+        found = self._origin(Path(folder), first=first) if folder else None
+        return found or Lacking("the model was not trained yet")
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -205,17 +299,14 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def _read(path: Path, run: str) -> dict[str, Any]:
     """The state of ``run`` as on_save() wrote it. Raises UsageError for anything else."""
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        check_state_is_of(run, state)
+        state: Any = json.loads(path.read_text())
+        if not (isinstance(state, dict) and state.get(LACKS)):
+            check_state_is_of(run, state)
     except (ValueError, UsageError) as fault:
         raise UsageError(
             f"{path} does not say which EMA the checkpoint had: {getattr(fault, 'detail', fault)}",
             hint="put back a copy of it, or go on from another checkpoint; or delete it, and with resume=True the run "
             "goes on with the EMA that the service has now",
         ) from fault
-    return state
-
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    found: dict[str, Any] = state
+    return found

@@ -24,6 +24,11 @@ class SetAside:
         #: Whether other weights were written over those copied, and whether the copies must not be replaced.
         self._overwritten = self._needed = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether there are no copies."""
+        return self._copies is None
+
     def check_empty(self) -> None:
         """Raises AlreadyStored where there are copies that are still needed."""
         if self._copies is not None and self._needed:
@@ -59,6 +64,48 @@ class SetAside:
         _check_same_shapes(self._copies, targets)
         write(targets, self._copies)
         self._copies = None
+
+    def drop(self) -> None:
+        """Free the copies without writing them."""
+        self._copies = None
+
+    @contextlib.contextmanager
+    def lent(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """What is set aside lies in ``parameters`` inside the block; after it, what ``parameters`` held before.
+
+        For a checkpoint in the middle of an evaluation. Costs the memory of one tensor: values are exchanged one tensor
+        at a time. Whatever interrupts the exchange, restore() then writes what is set aside. Does nothing where nothing
+        is set aside. Raises UsageError before anything is written, where number or shapes differ.
+        """
+        copies, targets = self._copies, list(parameters)
+        if copies is None:
+            yield
+            return
+        _check_same_shapes(copies, targets)
+        replaced: list[Tensor | None] = [None] * len(targets)
+        try:
+            with torch.no_grad():
+                for place, target in enumerate(targets):
+                    replaced[place] = target.detach().clone()
+                    target.copy_(copies[place])
+                    # The parameter itself is what is set aside: its copy is freed.
+                    copies[place] = target
+            yield
+        finally:
+            # Not after a restore() inside the block.
+            if self._copies is copies:
+                _take_back(copies, targets, replaced)
+
+
+def _take_back(copies: list[Tensor], targets: list[Tensor], replaced: list[Tensor | None]) -> None:
+    """The other half of an exchange, of all tensors that have a value to go back to."""
+    with torch.no_grad():
+        for place, target in enumerate(targets):
+            if (value := replaced[place]) is not None:
+                if copies[place] is target:
+                    copies[place] = target.detach().clone()
+                target.copy_(value)
+                replaced[place] = None
 
 
 def _check_same_shapes(copies: list[Tensor], targets: list[Tensor]) -> None:

@@ -27,9 +27,9 @@ class Cadence:
         """Whether the next call sends."""
         return (self.step + 1 - self._first) % self._every == 0
 
-    def advance(self) -> int:
-        """Count a call; returns the step."""
-        due = self.due
+    def advance(self, due: bool | None = None) -> int:
+        """Count a call; returns the step. due: whether the call sends, by default as ``due`` says."""
+        due = self.due if due is None else due
         self.step += 1
         if due:
             self.sent = self.step

@@ -36,8 +36,8 @@ class AnySelection(Protocol):
     def written(self, model: nn.Module) -> list[Tensor]:
         """The tensors to be written by pull_into()."""
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write the EMA weights, or this rank's slices, into the model."""
+    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+        """Write the EMA weights or a snapshot's, all or this rank's slices, into the model."""
 
 
 def choose(

@@ -45,7 +45,8 @@ def gathered(value: Any) -> list[Any]:
 def together(work: Callable[[], T], *, gather: Gather = gathered) -> T:
     """Do ``work`` on each rank; returns the own result once all ranks are done.
 
-    An EmaError of a single rank is raised on all ranks, with a note naming the rank.
+    An EmaError of a single rank is raised on all ranks, with a note naming the rank; any other error of a rank is an
+    EmaError on the others, so that no rank waits for one that is gone.
     """
     fault: EmaError | None = None
     result: T | None = None
@@ -53,6 +54,9 @@ def together(work: Callable[[], T], *, gather: Gather = gathered) -> T:
         result = work()
     except EmaError as error:
         fault = error
+    except Exception as error:
+        gather(EmaError(f"{type(error).__name__}: {error}", hint="see that rank's own message"))
+        raise
     for rank, other in enumerate(gather(fault)):
         if other is not None:
             other.add_note(f"on rank {rank}")

@@ -114,13 +114,15 @@ class Selection:
         targets, twins = self.targets(model)
         return [*targets.values(), *(twin for twin, _ in twins)]
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write the EMA weights into the model's tensors, once all have come; returns what was written.
+    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+        """Write the EMA weights, or those of a snapshot, into the model's tensors, once all have come.
+
+        Returns what was written.
 
         Raises as targets().
         """
         targets, twins = self.targets(model)
-        info = client.copy_to(run, targets)
+        info = client.copy_to(run, targets, snapshot=snapshot)
         write([twin for twin, _ in twins], [targets[name] for _, name in twins])
         return info
 

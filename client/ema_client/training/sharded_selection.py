@@ -84,14 +84,14 @@ class ShardedSelection:
         """The memory to be written by pull_into(), of replicas and frozen parameters too. Raises as of()."""
         return [shard.local for shard in self._found(model).values()]
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str) -> WeightsInfo:
-        """Write this rank's slices of the EMA weights into the model, once all have come; returns what was written.
+    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+        """Write this rank's slices of the EMA weights, or of a snapshot's, into the model, once all have come.
 
-        Raises as of().
+        Returns what was written. Raises as of().
         """
         shards = {name: shard for name, shard in self._found(model).items() if shard.boxes}
         wanted = {name: Wanted(s.spec.shape, s.boxes, _on_host(s.local)) for name, s in shards.items()}
-        info = client.pull_slices(run, wanted)
+        info = client.pull_slices(run, wanted, snapshot=snapshot)
         write([shard.local for shard in shards.values()], [want.target for want in wanted.values()])
         # A DTensor counts the writes to it by itself, and not those to its local memory.
         noticed(model.parameters())

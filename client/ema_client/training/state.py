@@ -7,42 +7,59 @@ are on their way, or which rank asks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ema_client.client import EmaClient
 from ema_client.errors import StorageDisabled, UsageError
+from ema_client.protocol import RunInfo
 
-__all__ = ["check_state_is_of", "rewind_to", "saved_state"]
+__all__ = ["LACKS", "MOST_STATES", "check_state_is_of", "rewind_to", "saved_state"]
 
 #: A state's snapshot is named so, with the run's version behind.
 _STATES = "state"
-#: So many snapshots of states stay, the newest: trainers keep a few checkpoints, not all.
-_MOST_STATES = 10
+#: So many snapshots of states stay by default, the newest: trainers keep a few checkpoints, not all.
+MOST_STATES = 10
+#: A checkpoint that was written without its EMA says why under this key.
+LACKS = "lacks"
 #: The fields of a state, and what each may hold.
 _FIELDS = {"run": str, "version": str, "step": int | None, "snapshot": str | None}
 #: Of a value that is no state, so many characters are shown.
 _SHOWN = 80
 
 
-def saved_state(client: EmaClient, run: str) -> dict[str, Any]:
+def saved_state(
+    client: EmaClient,
+    run: str,
+    *,
+    keep: int | None = MOST_STATES,
+    take: Callable[[RunInfo], str] | None = None,
+) -> dict[str, Any]:
     """The state of a run as it is now, which names a snapshot of the run's weights, taken now.
 
     Where the service has no disk for snapshots, the state names none, and a warning says so.
+
+    keep: so many snapshots of states stay, the newest; None: all.
+    take: takes the snapshot of the run as it is now, and returns the snapshot's name; by default one of the states'.
     """
     info = client.run(run)
     state = {"run": run, "version": info.version, "step": info.step, "num_updates": info.num_updates}
     try:
-        snapshot = client.snapshot(run, f"{_STATES}-{info.version}", keep=_MOST_STATES)
+        name = take(info) if take else client.snapshot(run, f"{_STATES}-{info.version}", keep=keep).name
     except StorageDisabled:
         # 3: the warning names the line that called state_dict().
         warnings.warn(f"the service keeps no snapshot of run {run!r}: it has no disk", stacklevel=3)
         return {**state, "snapshot": None}
-    return {**state, "snapshot": snapshot.name}
+    return {**state, "snapshot": name}
 
 
 def check_state_is_of(run: str, state: object) -> None:
-    """Raises UsageError for another run's state, and for a value that is no state."""
+    """Raises UsageError for another run's state, for a state that lacks its EMA, and for a value that is no state."""
+    if isinstance(state, Mapping) and state.get(LACKS):
+        raise UsageError(
+            f"the checkpoint was written without its EMA: {state[LACKS]}",
+            hint="go on with the EMA that the service has now, by resume=True alone, or from another checkpoint",
+        )
     if not isinstance(state, Mapping) or not all(
         isinstance(state.get(key, ...), kind) for key, kind in _FIELDS.items()
     ):

@@ -49,3 +49,64 @@ def test_other_tensors_are_refused_before_one_is_written() -> None:
         aside.restore([fits])
 
     assert torch.equal(fits, torch.zeros(2))
+
+
+def test_lent_for_a_while() -> None:
+    """Inside lent() the parameters hold what is set aside, after it what they held; restore() works all the same."""
+    parameters, aside = [torch.zeros(2), torch.zeros(3)], SetAside()
+    with aside.lent(parameters):
+        assert aside.empty
+    aside.store(parameters)
+    for parameter in parameters:
+        parameter.fill_(7)
+    for _ in range(2):
+        with aside.lent(parameters):
+            assert not any(parameter.any() for parameter in parameters)
+        assert all(parameter.eq(7).all() for parameter in parameters)
+    with pytest.raises(UsageError, match="2 tensors are stored"), aside.lent(parameters[:1]):
+        pass
+    aside.restore(parameters)
+    assert not any(parameter.any() for parameter in parameters)
+
+
+class Interrupting(torch.Tensor):
+    """A tensor whose n-th copy_() is interrupted, as by Ctrl-C."""
+
+    left = -1
+
+    def copy_(self, *args: object) -> torch.Tensor:  # type: ignore[override]
+        Interrupting.left -= 1
+        if Interrupting.left == 0:
+            raise KeyboardInterrupt
+        return super().copy_(*args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_lending_that_is_interrupted(at: int) -> None:
+    """Wherever the exchange breaks off, on the way there or back, restore() brings all that was set aside."""
+    parameters, aside = [torch.full((2,), float(i)).as_subclass(Interrupting) for i in range(3)], SetAside()
+    aside.store(parameters)
+    for parameter in parameters:
+        parameter.fill_(7)
+    Interrupting.left = at
+    with pytest.raises(KeyboardInterrupt), aside.lent(parameters):
+        pass
+    Interrupting.left = -1
+    aside.restore(parameters)
+
+    assert [parameter.tolist() for parameter in parameters] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+
+
+def test_restoring_inside_the_block() -> None:
+    """restore() while the copies are lent leaves the parameters what they were; drop() frees without writing."""
+    parameter, aside = torch.zeros(2), SetAside()
+    aside.store([parameter])
+    parameter.fill_(7)
+    with aside.lent([parameter]):
+        aside.restore([parameter])
+    assert not parameter.any()
+    aside.store([parameter])
+    parameter.fill_(7)
+    aside.drop()
+    assert aside.empty
+    assert parameter.eq(7).all()

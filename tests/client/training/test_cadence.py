@@ -45,3 +45,10 @@ def test_as_many_as_there_are(every: int, first: int, calls: int) -> None:
 
     assert steps == list(range(first + every, first + calls + 1, every))
     assert cadence.sent == (steps[-1] if steps else first)
+
+
+def test_somebody_else_decides() -> None:
+    """A call whose being due is told is counted as any other, and remembered if it sends."""
+    cadence = Cadence(3)
+    assert [cadence.advance(due) for due in (True, False, None, True)] == [1, 2, 3, 4]
+    assert cadence.sent == 4
