@@ -70,6 +70,7 @@ class Versions:
     """
 
     def __init__(self, config: RunConfig, row: RunRow, store: Store, layout: Layout, memory: Memory) -> None:
+        self._config = config
         self._run = config.run
         self._durability: Durability = config.durability or "memory"
         self._row = row
@@ -77,7 +78,7 @@ class Versions:
         self._layout = layout
         self._memory = memory
         extents = {
-            average.name: Extent(_header_bytes(config.run, average.name, layout), layout.shadow_bytes)
+            average.name: Extent(_header_bytes(config, average.name, layout), layout.shadow_bytes)
             for average in config.averages
         }
         self._slots = store.slots(row, extents, patient=self._durability == "disk")
@@ -300,7 +301,7 @@ class Versions:
             written.text = text
 
     def _header(self, state: State, average: Average) -> bytes:
-        return header_of(self._layout.shadows, state.version.weights_info(self._run, average))
+        return header_of(self._layout.shadows, state.version.weights_info(self._config, average))
 
     def _failed(self, fault: str) -> StorageFailed:
         """The error for a push whose version could not be written; ``trouble`` tells of it as well."""
@@ -318,14 +319,15 @@ class Versions:
         self._store.record(self._row, event)
 
 
-def _header_bytes(run: str, average: str, layout: Layout) -> int:
+def _header_bytes(config: RunConfig, average: str, layout: Layout) -> int:
     """Room that the header of any version of this average takes in a slot's file."""
     widest = WeightsInfo(
-        run=run,
+        run=config.run,
         average=average,
         version=f"{MAX_STEP}.{MAX_STEP}",
         step=MAX_STEP,
         num_updates=MAX_STEP,
         decay=sys.float_info.min,  # 23 digits, as many as a float can have
+        schedule=config.schedule_of(average),
     )
     return padded_bytes(header_of(layout.shadows, widest))

@@ -273,7 +273,7 @@ class Registry:
             return _Registered(run, Parts(run), None)
         versions = Versions(config, row, self._store, layout, self.memory)
         run = Run(config, layout, self.memory, versions, created_at=created_at, writer=row.writer)
-        snapshots = Snapshots(row, self._store, layout, self.memory, run.changes.tell)
+        snapshots = Snapshots(config, row, self._store, layout, self.memory, run.changes.tell)
         return _Registered(run, Parts(run), _Disk(row, self._store, versions, snapshots, History(row, self._store)))
 
     def _keep(self, run: Run, disk: _Disk) -> None:

@@ -89,7 +89,7 @@ async def get_weights(
         await _reach(server, found, min_step, wait)
     state = found.ready_state()
     chosen, arena = state.at(found.ledger.succession.position(average))
-    info, lineage = state.version.weights_info(run, chosen), state.version.lineage
+    info, lineage = state.version.weights_info(found.config, chosen), state.version.lineage
     stream = await server.workers.block(
         partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
     )
