@@ -116,7 +116,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = wire.place(TensorSpec(name, tuple(t.shape), _NAMES[t.dtype]) for name, t in tensors.items())
 
-    with whole_file(path) as part, part.open("xb") as file:
+    with whole_file(path) as file:
         file.write(wire.build_header(entries, metadata))
         for entry in entries:
             file.write(memory(tensors[entry.name]))
@@ -124,5 +124,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def write_torch(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` by torch.save()."""
-    with whole_file(path) as part:
-        torch.save(dict(content), part)
+    with whole_file(path) as file:
+        torch.save(dict(content), file)

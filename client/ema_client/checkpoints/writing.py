@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ema_client.atomic import whole_file
 from ema_client.checkpoints import files
 from ema_client.checkpoints.continuation import to_emamodel
 from ema_client.errors import UsageError
@@ -88,7 +89,8 @@ def _write_folder(
     config = json.loads((like / "config.json").read_text())
     path.mkdir(parents=True, exist_ok=True)
     # The weights last: a folder without weights is seen to be no model.
-    (path / "config.json").write_text(json.dumps({**config, **said}, indent=2) + "\n")
+    with whole_file(path / "config.json") as file:
+        file.write(json.dumps({**config, **said}, indent=2).encode() + b"\n")
     _safetensors(path / "diffusion_pytorch_model.safetensors", tensors, info, None)
 
 

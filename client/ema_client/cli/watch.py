@@ -22,6 +22,7 @@ from typing import Annotated
 
 import typer
 
+from ema_client.atomic import move_whole
 from ema_client.cli import show
 from ema_client.cli.options import Average, Json, Run, Token, Url, connect
 from ema_client.client import EmaClient
@@ -136,7 +137,8 @@ class _Watcher:
         info = self.client.download(self.run, whole, average=self.average, snapshot=name)
         path = Path(_filled(self.out, _words(whole, info), quote=False))
         path.parent.mkdir(parents=True, exist_ok=True)
-        return whole.replace(path), info
+        move_whole(whole, path)
+        return path, info
 
     def _execute(self, words: Mapping[str, str]) -> bool:
         if self.command is None:
