@@ -59,6 +59,7 @@ def read(
     format: str | None = None,
     like: Path | None = None,
     drop: Sequence[str] = (),
+    keep: Sequence[str] = (),
 ) -> Imported:
     """The EMA in a checkpoint.
 
@@ -67,6 +68,7 @@ def read(
         format: one of FORMATS; by default the format is found out.
         like: a checkpoint of the model itself, for a file that does not hold the parameters' names.
         drop: patterns (``*``) of names to leave out: buffers that a state dict holds beside the parameters.
+        keep: patterns of names not to leave out: BatchNorm's statistics, which are left out by themselves.
 
     Raises UsageError for a file that cannot be read, is of no known format, or lacks names; NameCollision where a
     dotless name of LitEma fits two parameters, naming both; OSError.
@@ -79,10 +81,10 @@ def read(
         raise UsageError(f"{kind!r} is no format", hint=f"there are {', '.join(FORMATS)}")
     names = None
     if like is not None:
-        names, _ = _parameters(tensors_of(_opened(files.read(like)[0])[0]), (*_BUFFERS, *drop))
+        names, _ = _parameters(tensors_of(_opened(files.read(like)[0])[0]), drop, _BUFFERS)
     found = FORMATS[kind](state, described, names)
     own = kind == OWN or "ema_names" in described
-    tensors, dropped = _parameters(found.tensors, drop if own else (*_BUFFERS, *drop))
+    tensors, dropped = _parameters(found.tensors, drop, () if own else _BUFFERS, keep)
     if not tensors:
         raise UsageError(
             f"{path} holds no weights as {kind} keeps them", hint="give another --format, or the right file"
@@ -148,15 +150,22 @@ def _step(described: Mapping[str, Any]) -> int | None:
     return step if isinstance(step, int) else int(step) if isinstance(step, str) and step.isdigit() else None
 
 
-def _parameters(tensors: Mapping[str, Tensor], patterns: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _parameters(
+    tensors: Mapping[str, Tensor], drop: Sequence[str], buffers: Sequence[str], keep: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors that can be averaged, and the names of the other tensors, which are left out.
 
-    patterns: of names to leave out.
+    drop, buffers: patterns of names to leave out; of ``buffers`` those that ``keep`` fits stay.
     """
     parameters = {
         name: tensor
         for name, tensor in tensors.items()
         if tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        and not _fits(name, drop)
+        and (_fits(name, keep) or not _fits(name, buffers))
     }
     return parameters, tuple(name for name in tensors if name not in parameters)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

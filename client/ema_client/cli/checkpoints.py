@@ -81,7 +81,7 @@ def import_run(
         from ema_client.checkpoints import read
     except ModuleNotFoundError:
         raise _without_torch() from None
-    found = read(path, format=format, like=like, drop=drop or ())
+    found = read(path, format=format, like=like, drop=drop or (), keep=copied or ())
     _say_what_was_found(path, found)
     going_on = found.going_on if num_updates is None else replace(found.going_on, num_updates=num_updates)
     known = going_on.decay if decay is None else decay

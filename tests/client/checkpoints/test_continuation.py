@@ -469,6 +469,38 @@ def test_bits_go_on_where_both_are_float32(ema: Ema, server: Any, run_name: str,
     assert all(map(torch.equal, evaluated.parameters(), kept.shadow_params))
 
 
+def test_statistics_go_on_beside_the_averages(ema: Ema, server: Any, run_name: str, tmp_path: Path) -> None:
+    """AveragedModel holds the newest statistics of BatchNorm; named by --copied they come along, and go on so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    kept = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def train() -> None:
+        model(torch.randn(8, 3))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        kept.update_parameters(model)
+
+    train()
+    torch.save(kept.state_dict(), tmp_path / "ema.pt")
+    words = (tmp_path / "ema.pt", run_name, "--decay", "0.9", "--copied", "*.running_*")
+    assert "6 tensors" in ema("import", *words)[1]
+    evaluated = copy.deepcopy(model)
+    with RemoteEma(model, 0.9, run=run_name, url=server.url, resume=True, buffers="copy") as resumed:
+        for _ in range(5):
+            train()
+            resumed(model)
+        resumed.copy_to(evaluated)
+    expected = kept.module.state_dict()
+    for name, tensor in evaluated.state_dict().items():
+        if "running" in name:
+            assert torch.equal(tensor, expected[name])
+        elif "num_batches" not in name:
+            # AveragedModel lerps: one rounding where LitEma has three.
+            assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
 # --- which format is which ------------------------------------------------------------------------------------------
 
 
