@@ -1,27 +1,133 @@
 """Atomic writes: a file appears under its name when the file is whole, or not at all.
 
-Knows: temporary names beside a file. Does not know: what is written. Standard library only.
+A file on its way has no name where the system has such files (O_TMPFILE, on Linux's own file systems), so that nothing
+is left of a process that was killed. Elsewhere, on a network's file system or macOS, the file stands beside its place
+under a stable hidden name, which the next attempt takes over.
+
+Knows: names beside a file, links, what is no plain file. Does not know: what is written. No tensors, no network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["whole_file"]
+from ema_client.errors import UsageError
+
+__all__ = ["move_whole", "whole_file"]
+
+#: What open() of a file without a name says where the file system, or the kernel, has no such files.
+_HAS_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR)
+#: Where a process finds its open files by number, on Linux.
+_OPEN_FILES = Path("/proc/self/fd")
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path for the block to write to; at the block's end the file there takes the place of ``path``.
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file for the block to write and read; at the block's end the file takes the place of ``path``.
 
-    A block that raises leaves ``path`` as before, and no temporary file.
+    A block that raises leaves ``path`` as before. Of a link, the file that the link names is replaced; an older file's
+    permissions stay. Raises UsageError where ``path`` is no plain file, OSError where no file can be made there.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    target = _plain(path)
+    part, file = _begun(target)
+    with file, contextlib.ExitStack() as undo:
+        # While the file is open, and thereby locked: a name that another process has taken over is not removed.
+        undo.callback(part.unlink, missing_ok=True)
+        _take_permissions(file, target)
+        yield file
+        file.flush()
+        if os.fstat(file.fileno()).st_nlink == 0:
+            _name(file, part)
+        else:
+            # A network's file system may tell of a full disk no sooner.
+            os.fsync(file.fileno())
+        part.replace(target)
+        undo.pop_all()
+
+
+def move_whole(whole: Path, path: Path) -> None:
+    """Let the file ``whole`` take the place of ``path``, as at the end of whole_file()."""
+    whole.replace(_plain(path))
+
+
+def _plain(path: Path) -> Path:
+    """The place of a plain file, or of none yet, that ``path`` names, directly or by links."""
     try:
-        yield part
-        part.replace(path)
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    if kind != stat.S_IFREG:
+        raise UsageError(
+            f"{path} is {_KINDS.get(kind, 'no plain file')}, which a file would replace; nothing was written",
+            hint="give the name of a file",
+        )
+    return Path(os.path.realpath(path))
+
+
+def _begun(target: Path) -> tuple[Path, BinaryIO]:
+    """An empty file for what will be ``target``, and the hidden name, beside the target, that the file has or gets."""
+    unnamed = getattr(os, "O_TMPFILE", None)
+    if unnamed is not None and _OPEN_FILES.exists():
+        try:
+            descriptor = os.open(target.parent, unnamed | os.O_RDWR, 0o666)
+        except OSError as fault:
+            if fault.errno not in _HAS_NO_NAMELESS:
+                raise
+        else:
+            return _hidden(target, secrets.token_hex(4)), os.fdopen(descriptor, "w+b")
+    return _taken_over(_hidden(target)) or _made(_hidden(target, secrets.token_hex(4)))
+
+
+def _take_permissions(file: BinaryIO, target: Path) -> None:
+    """Give the file the permissions of the older file at ``target``, if there is an older file."""
+    if target.exists():
+        mode = stat.S_IMODE(target.stat().st_mode)
+        # A file system without permissions refuses to be asked for them.
+        if mode != stat.S_IMODE(os.fstat(file.fileno()).st_mode):
+            os.fchmod(file.fileno(), mode)
+
+
+def _hidden(target: Path, *tokens: str) -> Path:
+    return target.with_name(".".join(("", target.name, *tokens, "part")))
+
+
+def _taken_over(part: Path) -> tuple[Path, BinaryIO] | None:
+    """The file ``part``, emptied, where no other process writes to it (each holds a lock); otherwise None."""
+    file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The writer before may have put the file in its place since it was opened here.
+        ours = os.path.samestat(os.fstat(file.fileno()), part.stat())
+    except OSError:
+        ours = False
+    if not ours:
+        file.close()
+        return None
+    file.truncate()
+    return part, file
+
+
+def _made(part: Path) -> tuple[Path, BinaryIO]:
+    return part, part.open("x+b")
+
+
+def _name(file: BinaryIO, part: Path) -> None:
+    """Give a file without a name its name."""
+    folder = os.open(part.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # With a folder os.link() is linkat(), which follows the link in /proc to the file itself.
+        os.link(_OPEN_FILES / str(file.fileno()), part.name, dst_dir_fd=folder, follow_symlinks=True)
     finally:
-        part.unlink(missing_ok=True)
+        os.close(folder)

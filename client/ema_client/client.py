@@ -461,7 +461,8 @@ class EmaClient:
     ) -> WeightsInfo:
         """Save the EMA weights as a safetensors file, without torch and without holding the weights in memory.
 
-        The file appears under its name when it is whole. A broken transfer goes on where it stopped.
+        The file appears under its name when the file is whole. A broken transfer goes on where it stopped. Of a link,
+        the file that the link names is replaced. Raises UsageError where ``path`` is a folder, pipe or device.
 
         Args:
             run, average, snapshot: as for pull().

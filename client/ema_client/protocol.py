@@ -196,6 +196,10 @@ class RunConfig:
     durability: Durability | None = None
     copied: tuple[str, ...] = ()
 
+    def schedule_of(self, average: str) -> ScheduleName:
+        """The schedule of the average of this name. Raises KeyError where the run has no such average."""
+        return {each.name: each.schedule for each in self.averages}[average]
+
 
 @dataclass(frozen=True, slots=True)
 class AverageInfo:
@@ -349,7 +353,11 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True)
 class WeightsInfo:
-    """The run's state that travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``."""
+    """The run's state that travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``.
+
+    schedule: of the average (ScheduleName, or one of a newer service), without which decay and counter do not say what
+    the next update retains.
+    """
 
     run: Name
     average: Name
@@ -358,10 +366,13 @@ class WeightsInfo:
     num_updates: Counter
     decay: Decay
     snapshot: Name | None = field(default=None)
+    schedule: Name = "litema"
 
     def to_metadata(self) -> dict[str, str]:
-        """The state as safetensors metadata: strings only; fields that are None are left out."""
-        return {f"ema_{key}": _plain(value) for key, value in dataclasses.asdict(self).items() if value is not None}
+        """The state as safetensors metadata: strings only; fields that are None, and LitEma's schedule, are left
+        out."""
+        said = {f"ema_{key}": _plain(value) for key, value in dataclasses.asdict(self).items() if value is not None}
+        return {key: value for key, value in said.items() if (key, value) != ("ema_schedule", "litema")}
 
     def to_headers(self) -> dict[str, str]:
         """The state as HTTP headers; ``Ema-Step`` is left out before the first update."""
@@ -387,6 +398,7 @@ class WeightsInfo:
             "num_updates": _integer(metadata["ema_num_updates"]),
             "decay": float(metadata["ema_decay"]),
             "snapshot": metadata.get("ema_snapshot"),
+            "schedule": metadata.get("ema_schedule", "litema"),
         }
         return from_json(cls, state)
 

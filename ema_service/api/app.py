@@ -16,7 +16,7 @@ import torch
 from fastapi import FastAPI
 
 from ema_service import dashboard
-from ema_service.api import errors
+from ema_service.api import errors, openapi
 from ema_service.api.auth import Auth, read_token_file
 from ema_service.api.context import Context
 from ema_service.api.limits import BodyLimits
@@ -95,8 +95,11 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        servers=openapi.SERVERS,
+        generate_unique_id_function=lambda route: route.name,
     )
     errors.install(app, metrics)
+    openapi.install(app, tokens=settings.token_file is not None)
     app.add_middleware(BodyLimits, limit=settings.json_bytes, silence=settings.body_timeout, refused=metrics.refused)
     if settings.token_file:
         # Added last, so Auth comes first: a request without a right to its answer is refused before anything is read.

@@ -30,7 +30,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ema_client.errors import Forbidden, Unauthorized
 from ema_service.api.errors import problem_response
 
-__all__ = ["SCOPES", "Access", "Auth", "Grant", "TokenFileError", "access_of", "create_token", "read_token_file"]
+__all__ = [
+    "SCOPES",
+    "Access",
+    "Auth",
+    "Grant",
+    "TokenFileError",
+    "access_of",
+    "create_token",
+    "needs_token",
+    "read_token_file",
+]
 
 SCOPES = ("push", "pull", "snapshot", "admin")
 #: By scope, the others that allow the same.
@@ -120,7 +130,7 @@ class Auth:
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"] in ("GET", "HEAD") and _OPEN.match(scope["path"])):
+        if scope["type"] != "http" or not needs_token(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
         try:
@@ -149,6 +159,11 @@ class Auth:
         if not found:
             raise Unauthorized("this server does not know that token")
         return Access(found[0].scopes, found[0].runs)
+
+
+def needs_token(method: str, path: str) -> bool:
+    """Whether a server with a token file asks a request for a token."""
+    return method not in ("GET", "HEAD") or not _OPEN.match(path)
 
 
 def _needed(method: str, path: str) -> str:

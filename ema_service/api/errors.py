@@ -51,6 +51,11 @@ PROBLEM_SCHEMA = {
     },
 }
 
+_RETRY_AFTER: dict[str, Any] = {
+    "description": "Seconds after which to come again, where the server knows",
+    "schema": {"type": "integer", "minimum": 0},
+}
+
 
 def problem_response(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
     """The answer that carries ``error``. headers: to be added."""
@@ -66,6 +71,8 @@ def problem_responses(*errors: type[EmaError]) -> dict[int | str, dict[str, Any]
     for status in sorted({error.status for error in errors}):
         codes = ", ".join(error.code for error in errors if error.status == status)
         found[status] = {"description": codes, "content": {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}}
+        if status == 503:
+            found[status]["headers"] = {"Retry-After": _RETRY_AFTER}
     return found
 
 

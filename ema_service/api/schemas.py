@@ -29,33 +29,27 @@ from ema_client.protocol import (
     TensorSpec,
 )
 
-__all__ = ["RewindBody", "RunConfigBody", "RunPatchBody", "json_body"]
+__all__ = ["RewindBody", "RunConfigBody", "RunPatchBody", "definitions", "json_body"]
+
+_COMPONENT = "#/components/schemas/{model}"
 
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 def json_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """The ``openapi_extra`` of a route that parses a body of this kind itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(kind)}}}}
+    """The ``openapi_extra`` of a route that parses a body of this kind itself.
+
+    FastAPI does not collect what the reference refers to: that is definitions().
+    """
+    schema = {"$ref": _COMPONENT.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _inlined(kind: type[BaseModel]) -> Any:
-    """The JSON schema of a body without references: FastAPI does not collect the definitions that they would refer
-    to."""
-    schema = kind.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def resolve(node: Any) -> Any:
-        if isinstance(node, list):
-            return [resolve(each) for each in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            return resolve(definitions[node["$ref"].rpartition("/")[2]])
-        return {key: resolve(value) for key, value in node.items()}
-
-    return resolve(schema)
+def definitions(kind: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schemas of a body and its parts, by the names that references give them."""
+    schema = kind.model_json_schema(ref_template=_COMPONENT)
+    return {**schema.pop("$defs", {}), kind.__name__: schema}
 
 
 class _Body(BaseModel):

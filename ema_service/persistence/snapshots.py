@@ -26,7 +26,7 @@ from ema_client.errors import (
     StorageFailed,
     TooManySnapshots,
 )
-from ema_client.protocol import SnapshotInfo, WeightsInfo, from_json, to_json
+from ema_client.protocol import RunConfig, SnapshotInfo, WeightsInfo, from_json, to_json
 from ema_service.averaging import Digest
 from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena, Layout, Memory
@@ -47,6 +47,7 @@ class Snapshots:
 
     def __init__(
         self,
+        config: RunConfig,
         row: RunRow,
         store: Store,
         layout: Layout,
@@ -56,6 +57,7 @@ class Snapshots:
         most: int = sys.maxsize,
     ) -> None:
         """tell: called, in any thread, after each change of the snapshots. most: how many there may be."""
+        self._config = config
         self._row = row
         self._store = store
         self._layout = layout
@@ -194,7 +196,7 @@ class Snapshots:
         checksums[average.name] = arena.digest.hex()
 
     def _stream(self, state: State, average: Average, snapshot: str) -> WeightsStream:
-        info = replace(state.version.weights_info(self._row.name, average), snapshot=snapshot)
+        info = replace(state.version.weights_info(self._config, average), snapshot=snapshot)
         return WeightsStream(self._layout.shadows, info)
 
     def _drop_oldest(self, name: str, keep: int | None) -> None:
@@ -234,7 +236,9 @@ class Snapshots:
             file = self._store.open_snapshot(self._row, info.name, chosen)
         except (OSError, MalformedBody) as fault:
             raise _damaged(info, fault) from fault
-        return file, WeightsInfo.from_metadata(dict(file.header.metadata))
+        weights = WeightsInfo.from_metadata(dict(file.header.metadata))
+        # A file of an earlier server does not name the schedule.
+        return file, replace(weights, schedule=self._config.schedule_of(chosen))
 
     def _read(self, info: SnapshotInfo, name: str, checksums: dict[str, str]) -> tuple[Average, Arena]:
         file, weights = self._open(info, name)

@@ -108,6 +108,7 @@ class Versions:
 
         reason: why a run of durability ``process`` has its versions here and not in memory files.
         """
+        self._config = config
         self._run = config.run
         self._durability: Durability = config.durability or "memory"
         self.every = self._durability != "memory" if every is None else every
@@ -117,7 +118,7 @@ class Versions:
         self._layout = layout
         self._memory = memory
         self.averages = tuple(average.name for average in config.averages)
-        extents = {name: Extent(_header_bytes(config.run, name, layout), layout.shadow_bytes) for name in self.averages}
+        extents = {name: Extent(_header_bytes(config, name, layout), layout.shadow_bytes) for name in self.averages}
         self._slots = store.slots(row, extents, patient=self._durability == "disk")
         self._newest: _Written | None = None
         self._anchor: Slot | None = None
@@ -394,7 +395,7 @@ class Versions:
             written.text = text
 
     def _header(self, state: State, average: Average) -> bytes:
-        return header_of(self._layout.shadows, state.version.weights_info(self._run, average))
+        return header_of(self._layout.shadows, state.version.weights_info(self._config, average))
 
     def _failed(self, fault: str) -> StorageFailed:
         """The error for a push whose version could not be written; ``trouble`` tells of it as well."""
@@ -412,14 +413,15 @@ class Versions:
         self._store.record(self._row, event)
 
 
-def _header_bytes(run: str, average: str, layout: Layout) -> int:
+def _header_bytes(config: RunConfig, average: str, layout: Layout) -> int:
     """Room that the header of any version of this average takes in a slot's file."""
     widest = WeightsInfo(
-        run=run,
+        run=config.run,
         average=average,
         version=f"{MAX_STEP}.{MAX_STEP}",
         step=MAX_STEP,
         num_updates=MAX_STEP,
         decay=sys.float_info.min,  # 23 digits, as many as a float can have
+        schedule=config.schedule_of(average),
     )
     return padded_bytes(header_of(layout.shadows, widest))

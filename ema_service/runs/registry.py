@@ -366,7 +366,7 @@ class Registry:
             why = (refusal or store.memory_fault) if config.durability == "process" else None
             versions = Versions(config, row, store, layout, memory, reason=why)
         run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer)
-        snapshots = Snapshots(row, self._store, layout, memory, run.changes.tell, most=self._max_snapshots)
+        snapshots = Snapshots(config, row, self._store, layout, memory, run.changes.tell, most=self._max_snapshots)
         return _Registered(run, Parts(run), _Disk(row, self._store, versions, snapshots, History(row, self._store)))
 
     def _settle(self, run: Run, disk: _Disk) -> None:

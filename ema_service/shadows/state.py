@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ema_client.protocol import WeightsInfo
+from ema_client.protocol import RunConfig, WeightsInfo
 
 if TYPE_CHECKING:
     from ema_service.averaging.schedules import Retention
@@ -49,16 +49,16 @@ class Version:
     def __str__(self) -> str:
         return f"{self.epoch}.{self.n}"
 
-    def weights_info(self, run: str, average: Average) -> WeightsInfo:
-        """The WeightsInfo of one average in this version, which a reader gets beside the weights. run: the run's
-        name."""
+    def weights_info(self, config: RunConfig, average: Average) -> WeightsInfo:
+        """The WeightsInfo of one average in this version, which a reader gets beside the weights. config: the run's."""
         return WeightsInfo(
-            run=run,
+            run=config.run,
             average=average.name,
             version=str(self),
             step=self.step,
             num_updates=self.num_updates,
             decay=average.decay,
+            schedule=config.schedule_of(average.name),
         )
 
 

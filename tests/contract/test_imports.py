@@ -76,7 +76,7 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "errors": set(),
     "protocol": {"errors"},
     "wire": {"protocol", "errors"},
-    "atomic": set(),
+    "atomic": {"errors"},
     "forks": {"errors"},
     "http": {"forks", "protocol", "errors"},
     "tensors": {"http"} | CLIENT_WORDS,
@@ -86,7 +86,7 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "remote_ema": {"training", "client", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
     "integrations": {"remote_ema", "training", "client", "atomic"} | CLIENT_WORDS,
-    "cli": {"", "checkpoints", "client"} | CLIENT_WORDS,
+    "cli": {"", "atomic", "checkpoints", "client"} | CLIENT_WORDS,
     "__main__": {"cli"},
     # What a user imports from the package itself.
     "": {"remote_ema", "client", "reading", "http"} | CLIENT_WORDS,

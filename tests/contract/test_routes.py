@@ -12,7 +12,9 @@ from urllib.request import urlopen
 
 import pytest
 
+from ema_client.protocol import WeightsInfo
 from ema_service.api.app import create_app
+from ema_service.api.auth import create_token, needs_token
 from ema_service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,8 @@ BUILT = {
     "DELETE /v1/runs/{run}/snapshots/{name}",
     "GET /v1/runs/{run}/snapshots",
     "GET /v1/runs/{run}/snapshots/{name}/weights",
+    "HEAD /v1/runs/{run}/weights",
+    "HEAD /v1/runs/{run}/snapshots/{name}/weights",
     "GET /v1/runs/{run}/events",
     "GET /healthz",
     "GET /readyz",
@@ -113,13 +117,50 @@ def test_bodies_may_be_late_or_too_large(route: str) -> None:
 
 @pytest.mark.parametrize("route", [route for route in OPERATIONS if " /v1/" in route])
 def test_errors_are_documented_in_their_own_shape(route: str) -> None:
-    """No route announces FastAPI's own validation body: every 4xx on the API page is problem+json."""
+    """No route announces FastAPI's own validation body: every 4xx on the API page is problem+json, but for HEAD's."""
     answers = OPERATIONS[route]["responses"]
+    shape = set() if route.startswith("HEAD") else {"application/problem+json"}
     wrong = [
         status
         for status, answer in answers.items()
-        if status.startswith(("4", "5")) and set(answer.get("content", {})) != {"application/problem+json"}
+        if status.startswith(("4", "5")) and set(answer.get("content", {})) != shape
     ]
 
     assert wrong == []
     assert any(status.startswith("4") for status in answers) or "{" not in route
+
+
+def test_tokens_stand_where_they_are_asked_for(tmp_path: Path) -> None:
+    """What needs a token says so, with the answers to a wrong one; what needs none says nothing. Where the server asks
+    for none, sending none is allowed by the document as well."""
+    create_token(tmp_path / "tokens", ["pull"], "*")
+    document = create_app(Settings(data_dir=None, token_file=tmp_path / "tokens")).openapi()
+    assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            free = not needs_token(method.upper(), path)
+            assert operation.get("security") == (None if free else [{"token": []}])
+            assert ({"401", "403"} <= operation["responses"].keys()) is not free
+            here = OPERATIONS[f"{method.upper()} {path}"].get("security")
+            assert here == (None if free else [{"token": []}, {}])
+    assert {path for path in document["paths"] if not needs_token("GET", path)} == {"/healthz", "/readyz"}
+
+
+@pytest.mark.parametrize("route", OPERATIONS)
+def test_parameters_are_absent_or_of_their_type(route: str) -> None:
+    """No parameter is described as null, which no URL or header can say; limits have JSON Schema's names."""
+    for parameter in OPERATIONS[route].get("parameters", []):
+        schema = parameter["schema"]
+        assert isinstance(schema["type"], str)
+        assert not schema.keys() & {"anyOf", "ge", "gt", "le", "lt"}
+        assert schema.get("default", 0) is not None
+
+
+@pytest.mark.parametrize("route", [route for route in OPERATIONS if re.match(r"(GET|HEAD) .*/weights$", route)])
+def test_headers_of_weights_are_described(route: str) -> None:
+    """The headers that tell the version stand at GET and HEAD; the step is an integer, or absent."""
+    headers = OPERATIONS[route]["responses"]["200"]["headers"]
+    info = WeightsInfo("r", "ema", "1.0", 1, 1, 0.5)
+    assert headers.keys() == {*info.to_headers(), "ETag", "Accept-Ranges"}
+    assert [name for name in headers if not headers[name]["required"]] == ["Ema-Step"]
+    assert headers["Ema-Step"]["schema"] == {"type": "integer"}

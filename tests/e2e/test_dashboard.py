@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save
@@ -269,6 +272,61 @@ def test_docs_show_the_routes_without_the_internet(server: Any, browsing: Browsi
     expect(page.locator(".opblock-body").first).to_be_visible()
     assert browsing.errors == []
     assert browsing.elsewhere(server.url) == []
+
+
+@pytest.fixture
+def behind_a_prefix() -> Iterator[Callable[[str], str]]:
+    """A proxy for a server's GETs, as a cluster's gateway has them: /ema/PATH there is /PATH here."""
+    proxies: list[ThreadingHTTPServer] = []
+
+    def start(url: str) -> str:
+        class Relay(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                headers = {name: self.headers[name] for name in ("Authorization", "Accept") if name in self.headers}
+                path = self.path.removeprefix("/ema") if self.path.startswith("/ema/") else "/there-is-no-such-path"
+                answer = httpx.get(url + path, headers=headers)
+                self.send_response(answer.status_code)
+                for name in ("Content-Type", "Content-Security-Policy", "WWW-Authenticate"):
+                    if name in answer.headers:
+                        self.send_header(name, answer.headers[name])
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        proxies.append(ThreadingHTTPServer(("127.0.0.1", 0), Relay))
+        threading.Thread(target=proxies[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{proxies[-1].server_port}/ema"
+
+    yield start
+    for proxy in proxies:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+def test_trying_out_behind_a_prefix(
+    start_server: Callable[..., Any], behind_a_prefix: Callable[[str], str], browsing: Browsing, tmp_path: Path
+) -> None:
+    """On /docs, Execute asks the server that the page came from, below a proxy's prefix too, with the token that was
+    given under Authorize."""
+    token = create_token(tmp_path / "tokens", ["pull"], "*")
+    url = behind_a_prefix(start_server("--token-file", str(tmp_path / "tokens")).url)
+    page = browsing.open(f"{url}/docs")
+    page.locator("button.authorize").first.click()
+    dialog = page.locator(".dialog-ux")
+    dialog.locator("input").fill(token)
+    dialog.get_by_role("button", name="Apply credentials").click()
+    dialog.get_by_role("button", name="Close", exact=True).click()
+
+    operation = page.locator("#operations-runs-list_runs")
+    operation.locator(".opblock-summary").first.click()
+    operation.get_by_role("button", name="Try it out").click()
+    operation.get_by_role("button", name="Execute").click()
+    expect(operation.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
+    assert f"{url}/v1/runs" in browsing.requests
+    assert browsing.elsewhere(url) == []
+    assert browsing.errors == []
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

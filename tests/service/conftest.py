@@ -92,7 +92,7 @@ class LocalRun:
     @property
     def etag(self) -> str:
         """Of the first average's weights."""
-        info = self.version.weights_info(self.run.config.run, self.version.averages[0])
+        info = self.version.weights_info(self.run.config, self.version.averages[0])
         return WeightsStream(self.run.layout.shadows, info, lineage=self.version.lineage).etag
 
     def bytes(self) -> dict[str, bytes]:

@@ -5,6 +5,8 @@ Knows: file formats, memory maps. Does not know: what the tensors are, or which 
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import mmap
 import pickle
@@ -30,6 +32,9 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+#: A Namespace, in which timm's train.py saves its arguments, is values by name and nothing else. From torch 2.5 on.
+_NAMESPACES = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
 
 #: Names of the weights in a folder that diffusers or transformers saved, without suffix.
 _WEIGHTS = ("diffusion_pytorch_model", "model", "adapter_model")
@@ -94,14 +99,15 @@ def _tensor(path: Path, data: mmap.mmap, begin: int, entry: wire.Entry) -> Tenso
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        with _NAMESPACES([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as fault:
         reason = str(fault).strip().splitlines()[0]
         raise UsageError(
             f"{path} holds more than tensors and plain values, and reading that could run code: {reason}",
             hint="where the file is trusted: torch.save(torch.load(path, weights_only=False)['state_dict'], ...)",
         ) from None
-    except (EOFError, RuntimeError, ValueError) as fault:
+    except (EOFError, RuntimeError, TypeError, ValueError) as fault:
         raise UsageError(f"{path} is neither safetensors nor a file of torch.save: {fault}") from None
 
 
@@ -110,7 +116,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = wire.place(TensorSpec(name, tuple(t.shape), _NAMES[t.dtype]) for name, t in tensors.items())
 
-    with whole_file(path) as part, part.open("xb") as file:
+    with whole_file(path) as file:
         file.write(wire.build_header(entries, metadata))
         for entry in entries:
             file.write(memory(tensors[entry.name]))
@@ -118,5 +124,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def write_torch(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` by torch.save()."""
-    with whole_file(path) as part:
-        torch.save(dict(content), part)
+    with whole_file(path) as file:
+        torch.save(dict(content), file)

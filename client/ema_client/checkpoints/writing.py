@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ema_client.atomic import whole_file
 from ema_client.checkpoints import files
+from ema_client.checkpoints.continuation import to_emamodel
 from ema_client.errors import UsageError
 from ema_client.protocol import WeightsInfo
 from ema_client.tensors.names import dotless_names
@@ -51,9 +53,11 @@ def _safetensors(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _
 
 def _litema(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Path | None) -> None:
     short = dotless_names(tensors)
+    # LitEma warms its decay up wherever there is a counter.
+    counter = info.num_updates if info.schedule == "litema" else -1
     state = {
         "model_ema.decay": torch.tensor(info.decay, dtype=torch.float32, device="cpu"),
-        "model_ema.num_updates": torch.tensor(info.num_updates, dtype=torch.int, device="cpu"),
+        "model_ema.num_updates": torch.tensor(counter, dtype=torch.int, device="cpu"),
         **{f"model_ema.{short[name]}": tensor for name, tensor in tensors.items()},
     }
     # LitEma has no dotted names; a file that has them too can be imported again without the model.
@@ -62,22 +66,12 @@ def _litema(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Pat
         metadata = {"format": "pt", **info.to_metadata(), "ema_names": json.dumps(list(names.values()))}
         files.write_safetensors(path, state, metadata)
     else:
-        files.write_torch(path, {"state_dict": state, "ema_names": names, "global_step": info.step or 0})
+        step = {} if info.step is None else {"global_step": info.step}
+        files.write_torch(path, {"state_dict": state, "ema_names": names, "ema_info": info.to_metadata(), **step})
 
 
 def _diffusers(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, like: Path | None) -> None:
-    said: dict[str, Any] = {
-        "decay": info.decay,
-        "min_decay": 0.0,
-        "optimization_step": max(info.num_updates, 0),
-        "update_after_step": 0,
-        "use_ema_warmup": False,
-        "inv_gamma": 1.0,
-        "power": 2 / 3,
-    }
-    if info.num_updates < 0:
-        # Without LitEma's counter the decay is constant; diffusers has a smallest decay instead.
-        said["min_decay"] = info.decay
+    said = to_emamodel(info.schedule, info.decay, info.num_updates)
     if like is None:
         raise UsageError(
             "EMAModel needs to know the model's config or the order of its parameters",
@@ -95,7 +89,8 @@ def _write_folder(
     config = json.loads((like / "config.json").read_text())
     path.mkdir(parents=True, exist_ok=True)
     # The weights last: a folder without weights is seen to be no model.
-    (path / "config.json").write_text(json.dumps({**config, **said}, indent=2) + "\n")
+    with whole_file(path / "config.json") as file:
+        file.write(json.dumps({**config, **said}, indent=2).encode() + b"\n")
     _safetensors(path / "diffusion_pytorch_model.safetensors", tensors, info, None)
 
 

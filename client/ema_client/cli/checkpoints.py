@@ -6,6 +6,9 @@ know: formats (checkpoints), HTTP. Imports torch only when a command runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +17,7 @@ import typer
 from ema_client.cli import show
 from ema_client.cli.options import Average, Run, Token, Url, connect
 from ema_client.errors import UsageError, listed
-from ema_client.protocol import DEFAULT_DECAY
+from ema_client.protocol import AverageConfig, RunInfo
 
 if TYPE_CHECKING:
     from ema_client.checkpoints import Imported
@@ -44,7 +47,8 @@ def import_run(
     format: Annotated[
         str | None,
         typer.Option(
-            help="litema, averaged-model, diffusers, timm, ema-pytorch or state-dict; by default found out.",
+            help="litema, torch-ema, averaged-model, diffusers, timm, ema-pytorch, ema-service (of `ema pull`) or "
+            "state-dict; by default found out.",
             show_default=False,
         ),
     ] = None,
@@ -53,8 +57,13 @@ def import_run(
         list[str] | None,
         typer.Option(help="Leave out names of this pattern, such as '*.alphas_cumprod'. May be repeated."),
     ] = None,
+    copied: Annotated[
+        list[str] | None,
+        typer.Option(help="Hold the newest value of names of this pattern, not an average. May be repeated."),
+    ] = None,
     decay: Annotated[
-        float | None, typer.Option(help="Instead of the checkpoint's; 0.9999 if it has none.", show_default=False)
+        float | None,
+        typer.Option(help="Instead of the checkpoint's; if it has none, that program's default.", show_default=False),
     ] = None,
     num_updates: Annotated[
         int | None, typer.Option(min=0, help="Instead of the checkpoint's counter.", show_default=False)
@@ -62,30 +71,37 @@ def import_run(
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Make a run of an EMA that LitEma, torch, diffusers, timm or ema-pytorch kept, with its counter and decay.
+    """Make a run of an EMA that another program kept, or that was exported from here, with its counter and decay.
 
-    Nothing of the file is executed. Where it has no counter the run has none either (its decay is constant): a
-    warm-up that began anew would wash the average out.
+    Nothing of the file is executed. The run has LitEma's warm-up where the program had it, else a constant decay: a
+    warm-up that began anew would wash the average out. Where the program's next update would have another decay than
+    the run's, that is said.
     """
     try:
         from ema_client.checkpoints import read
     except ModuleNotFoundError:
         raise _without_torch() from None
-    found = read(path, format=format, like=like, drop=drop or ())
-    counter = found.num_updates if num_updates is None else num_updates
-    known = found.decay if decay is None else decay
+    found = read(path, format=format, like=like, drop=drop or (), keep=copied or ())
     _say_what_was_found(path, found)
+    going_on = found.going_on if num_updates is None else replace(found.going_on, num_updates=num_updates)
+    known = going_on.decay if decay is None else decay
+    largest = going_on.usual_decay if known is None else known
     with connect(context, url, token) as client:
         info = client.create_run(
             run,
             found.tensors,
-            decay=DEFAULT_DECAY if known is None else known,
-            use_num_updates=counter is not None and counter >= 0,
-            num_updates=counter if counter is not None and counter >= 0 else None,
+            decay=largest,
+            use_num_updates=going_on.num_updates is not None,
+            averages=(AverageConfig(schedule=going_on.schedule),),
+            copied=_matching(found.tensors, copied or ()),
+            num_updates=going_on.num_updates,
+            step=found.step,
         )
-    counted = f"num_updates {info.num_updates}" if info.use_num_updates else "no counter, constant decay"
-    assumed = " (not in the file; --decay sets it)" if known is None else ""
-    show.say(f"{run}: {info.tensors} tensors, {show.size(info.bytes)}, {counted}, decay {info.decay:.6g}{assumed}")
+    assumed = " (not in the file: the program's default; --decay sets it)" if known is None else ""
+    show.say(f"{run}: {info.tensors} tensors, {show.size(info.bytes)}, {_counted(info)}, decay {largest:.6g}{assumed}")
+    overridden = num_updates is not None or (decay is not None and going_on.decay is not None)
+    if not overridden and (difference := going_on.difference(largest)):
+        show.say(f"  {difference}")
 
 
 def export(
@@ -123,6 +139,23 @@ def _say_what_was_found(path: Path, found: Imported) -> None:
         show.say(f"  left out, as no parameters: {listed(found.dropped)}")
     for note in found.notes:
         show.say(f"  {note}")
+
+
+def _counted(info: RunInfo) -> str:
+    """Where the run stands, and how its decay goes on."""
+    step = "" if info.step is None else f"step {info.step}, "
+    if not info.use_num_updates:
+        return f"{step}no counter, constant decay"
+    constant = ", constant decay" if info.averages[0].schedule == "constant" else ""
+    return f"{step}num_updates {info.num_updates}{constant}"
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """The names that one of the patterns fits. Raises UsageError for a pattern that fits none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"--copied {pattern!r} fits no tensor of the file")
+    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _without_torch() -> UsageError:

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import typer
 
+from ema_client.atomic import move_whole
 from ema_client.cli import show
 from ema_client.cli.options import Average, Json, Run, Token, Url, connect
 from ema_client.cli.templates import WORDS, environment, file_name, has_placeholder, shell_line
@@ -134,7 +135,8 @@ class _Watcher:
         info = self.client.download(self.run, whole, average=self.average, snapshot=name)
         path = Path(file_name(self.out, _words(whole, info)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        return whole.replace(path), info
+        move_whole(whole, path)
+        return path, info
 
     def _execute(self, words: Mapping[str, str]) -> bool:
         if self.command is None:

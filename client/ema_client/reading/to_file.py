@@ -5,6 +5,7 @@ Knows: ETags and ranges of an answer. Does not know: sockets, tensors, which wei
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -30,17 +31,16 @@ def save(transport: Transport, asked: Asked, path: Path, progress: Progress | No
     """Download the weights asked for into the file ``path``, which is replaced when the whole body has come.
 
     Raises what the transport raises once its retries are spent, ProtocolError if the body is no weights stream or of
-    other weights, OSError if the file cannot be written.
+    other weights, UsageError if ``path`` is no plain file, OSError if the file cannot be written.
     """
-    with whole_file(path) as part:
-        with part.open("xb") as file:
-            transfer = _Transfer(file, progress)
-            transport.retrying(
-                lambda _: transfer.go_on(
-                    transport.download(asked.path, query=asked.query, start=file.tell(), etag=transfer.etag)
-                )
+    with whole_file(path) as file:
+        transfer = _Transfer(file, progress)
+        transport.retrying(
+            lambda _: transfer.go_on(
+                transport.download(asked.path, query=asked.query, start=file.tell(), etag=transfer.etag)
             )
-        return _info(part, asked)
+        )
+        return read_header(_File(path, file), asked)[1]
 
 
 class _Transfer:
@@ -76,18 +76,14 @@ class _Transfer:
 
 
 class _File:
-    """A file as a Source."""
+    """A file as a Source, from its beginning. path: for messages."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.url = str(path)
-        self.length = path.stat().st_size
+        self.length = file.seek(0, os.SEEK_END)
         self._file = file
+        file.seek(0)
 
     def readinto(self, view: memoryview) -> None:
         if self._file.readinto(view) != len(view):  # type: ignore[attr-defined]
             raise ProtocolError(f"{self.url} is shorter than its header says")
-
-
-def _info(path: Path, asked: Asked) -> WeightsInfo:
-    with path.open("rb") as file:
-        return read_header(_File(path, file), asked)[1]

@@ -84,12 +84,11 @@ class SetAside:
         _check_same_shapes(copies, targets)
         replaced: list[Tensor | None] = [None] * len(targets)
         try:
-            with torch.no_grad():
-                for place, target in enumerate(targets):
-                    replaced[place] = target.detach().clone()
-                    target.copy_(copies[place])
-                    # The parameter itself is what is set aside: its copy is freed.
-                    copies[place] = target
+            for place, target in enumerate(targets):
+                replaced[place] = target.detach().clone()
+                write([target], [copies[place]])
+                # The parameter itself is what is set aside: its copy is freed.
+                copies[place] = target
             yield
         finally:
             # Not after a restore() inside the block.
@@ -99,13 +98,12 @@ class SetAside:
 
 def _take_back(copies: list[Tensor], targets: list[Tensor], replaced: list[Tensor | None]) -> None:
     """The other half of an exchange, of all tensors that have a value to go back to."""
-    with torch.no_grad():
-        for place, target in enumerate(targets):
-            if (value := replaced[place]) is not None:
-                if copies[place] is target:
-                    copies[place] = target.detach().clone()
-                target.copy_(value)
-                replaced[place] = None
+    for place, target in enumerate(targets):
+        if (value := replaced[place]) is not None:
+            if copies[place] is target:
+                copies[place] = target.detach().clone()
+            write([target], [value])
+            replaced[place] = None
 
 
 def _check_same_shapes(copies: list[Tensor], targets: list[Tensor]) -> None:

@@ -27,7 +27,12 @@ async def readyz(server: Server) -> dict[str, str]:
     return {"status": "ready", "device": str(server.registry.memory.device)}
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(server: Server) -> Response:
     """Counters and gauges in Prometheus' text format."""
     return Response(server.metrics.render(), media_type=CONTENT_TYPE_LATEST)

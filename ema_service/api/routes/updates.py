@@ -12,6 +12,7 @@ from functools import partial
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
 
 from ema_client.errors import (
     AwaitingWeights,
@@ -40,6 +41,7 @@ from ema_client.protocol import (
     RunInfo,
     UpdateResult,
     UpdateStatus,
+    to_json,
 )
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
@@ -79,7 +81,7 @@ _PART_BODY: dict[str, Any] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
 }
-_STAGED: dict[int | str, dict[str, Any]] = {202: {"description": "Kept until the other parts come"}}
+_STAGED: dict[int | str, dict[str, Any]] = {202: {"model": UpdateStatus, "description": "Kept until the others come"}}
 
 PartIndex = Annotated[int, Path(ge=0, lt=MAX_PARTS, description="Which part, from 0")]
 PartCount = Annotated[int, Query(ge=1, le=MAX_PARTS, description="How many parts there are")]
@@ -150,6 +152,7 @@ async def put_update(
 @router.put(
     "/weights/parts/{part}",
     summary="Give one part of the initial weights",
+    response_model=RunInfo,
     openapi_extra=_PART_BODY,
     responses={**_STAGED, **problem_responses(*_BODY_ERRORS, WeightsExist, StepConflict, Superseded)},
 )
@@ -158,12 +161,11 @@ async def put_weights_part(
     part: PartIndex,
     of: PartCount,
     request: Request,
-    response: Response,
     server: Server,
     group: PartGroup = "",
     num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
     step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
-) -> RunInfo | UpdateStatus:
+) -> RunInfo | Response:
     """Take one of ``of`` parts of the initial weights; answered 202 while others are missing.
 
     The part that completes the set makes it the first shadow of every average.
@@ -172,13 +174,13 @@ async def put_weights_part(
     outcome, result = await _push_part(request, server, found, None, part, Terms(of, group, num_updates, step))
     if outcome != "staged":
         return found.info() if result is None else cast(RunInfo, result)
-    response.status_code = 202
-    return UpdateStatus(step or 0, "staged", server.registry.parts(run).staged(None) or ())
+    return _staged(UpdateStatus(step or 0, "staged", server.registry.parts(run).staged(None) or ()))
 
 
 @router.put(
     "/updates/{step}/parts/{part}",
     summary="Push one part of an update",
+    response_model=UpdateResult,
     openapi_extra=_PART_BODY,
     responses={
         **_STAGED,
@@ -191,11 +193,10 @@ async def put_update_part(
     part: PartIndex,
     of: PartCount,
     request: Request,
-    response: Response,
     server: Server,
     group: PartGroup = "",
     writer: WriterNumber = None,
-) -> UpdateResult | UpdateStatus:
+) -> UpdateResult | Response:
     """Take one of ``of`` parts of a step; answered 202 while others are missing.
 
     The part that completes the set applies the update, as one. A part sent again with the same bytes changes nothing;
@@ -204,8 +205,7 @@ async def put_update_part(
     found = server.registry.get(run)
     outcome, result = await _push_part(request, server, found, step, part, Terms(of, group, writer=writer))
     if outcome == "staged":
-        response.status_code = 202
-        return UpdateStatus(step, "staged", server.registry.parts(run).staged(step) or ())
+        return _staged(UpdateStatus(step, "staged", server.registry.parts(run).staged(step) or ()))
     answer = found.repeated(step, writer) if result is None else cast(UpdateResult, result)
     server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
     return answer
@@ -224,6 +224,11 @@ async def get_update(run: RunName, step: Step, server: Server) -> UpdateStatus:
     status = server.registry.get(run).ledger.status_of(step)
     staged = None if status.state == "applied" else server.registry.parts(run).staged(step)
     return status if staged is None else UpdateStatus(step, "staged", staged)
+
+
+def _staged(status: UpdateStatus) -> JSONResponse:
+    """The answer 202. As a response: what a route returns otherwise has the schema of its 200."""
+    return JSONResponse(to_json(status), status_code=202)
 
 
 async def _push_part(

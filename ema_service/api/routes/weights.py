@@ -21,14 +21,27 @@ from starlette.types import Receive, Scope, Send
 from ema_client.errors import (
     AverageNotFound,
     AwaitingWeights,
+    EmaError,
     InvalidRequest,
     Overloaded,
     RangeNotSatisfiable,
     RunNotFound,
+    SnapshotDamaged,
     SnapshotNotFound,
     StepNotReached,
+    StorageDisabled,
 )
-from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
+from ema_client.protocol import (
+    HEADER_AVERAGE,
+    HEADER_DECAY,
+    HEADER_NUM_UPDATES,
+    HEADER_RUN,
+    HEADER_STEP,
+    HEADER_VERSION,
+    MAX_STEP,
+    MAX_WAIT,
+    NAME_PATTERN,
+)
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
@@ -48,31 +61,101 @@ AverageName = Annotated[str | None, Query(pattern=NAME_PATTERN, description="Whi
 Dtype = Annotated[str | None, Query(description="Cast to F64, F32, BF16 or F16; none: as the shadows are kept")]
 Prefix = Annotated[str | None, Query(description="Only the tensors whose name begins so")]
 
-_OK: dict[int | str, dict[str, Any]] = {
-    200: {"description": "One version, whole, as a safetensors stream", "content": {_OCTETS: {}}},
-    206: {"description": "The part asked for by Range", "content": {_OCTETS: {}}},
-    304: {"description": "The version named by If-None-Match is still the current one"},
+
+def _header(kind: str, description: str, *, required: bool = True) -> dict[str, Any]:
+    return {"description": description, "required": required, "schema": {"type": kind}}
+
+
+#: For the API's documentation, which these headers of WeightsInfo.to_headers() and _answer() are described to alone.
+_HEADERS = {
+    HEADER_RUN: _header("string", "The run"),
+    HEADER_AVERAGE: _header("string", "The average"),
+    HEADER_VERSION: _header("string", "The version: epoch.n"),
+    HEADER_STEP: _header("integer", "The trainer's step; absent before the first step is known", required=False),
+    HEADER_NUM_UPDATES: _header("integer", "LitEma's counter; -1 where the counter is off"),
+    HEADER_DECAY: _header("number", "The largest decay"),
+    "ETag": _header("string", "Names these very bytes, for If-None-Match and If-Range"),
+    "Accept-Ranges": _header("string", "bytes"),
 }
+_CONTENT_RANGE = {"Content-Range": _header("string", "Which bytes of how many")}
+_BODY = {_OCTETS: {"schema": {"type": "string", "format": "binary"}}}
+_OK: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One version, whole, as a safetensors stream", "content": _BODY, "headers": _HEADERS},
+    206: {"description": "The part asked for by Range", "content": _BODY, "headers": {**_HEADERS, **_CONTENT_RANGE}},
+    304: {"description": "The version named by If-None-Match is still the current one", "headers": _HEADERS},
+}
+# What a request may ask for by headers that the routes read themselves.
+_CONDITION = {
+    "name": "If-None-Match",
+    "in": "header",
+    "required": False,
+    "description": "ETags: answer 304, without a body, where the weights are still those",
+    "schema": {"type": "string"},
+}
+_PART = [
+    {
+        "name": "Range",
+        "in": "header",
+        "required": False,
+        "description": "bytes=START-STOP: a part of the body, both ends included",
+        "schema": {"type": "string"},
+    },
+    {
+        "name": "If-Range",
+        "in": "header",
+        "required": False,
+        "description": "The ETag of the part before: where the version has moved on, the new body comes, whole",
+        "schema": {"type": "string"},
+    },
+]
+_GET = {"parameters": [_CONDITION, *_PART]}
+_HEAD = {"parameters": [_CONDITION]}
+
+
+def _documented(*errors: type[EmaError], method: str) -> dict[str, Any]:
+    """What is documented alike of both routes: the answers to GET, and those of them that HEAD has."""
+    if method == "HEAD":
+        answers = {status: answer for status, answer in _OK.items() if status != 206}
+        errors = tuple(error for error in errors if error is not RangeNotSatisfiable)
+        return {"responses": {**answers, **problem_responses(*errors)}, "openapi_extra": _HEAD}
+    problems = problem_responses(*errors)
+    problems[416]["headers"] = _CONTENT_RANGE
+    return {"responses": {**_OK, **problems}, "openapi_extra": _GET}
+
+
+_CURRENT_ERRORS = (
+    RunNotFound,
+    AverageNotFound,
+    AwaitingWeights,
+    StepNotReached,
+    RangeNotSatisfiable,
+    InvalidRequest,
+    Overloaded,
+)
+_SNAPSHOT_ERRORS = (
+    RunNotFound,
+    SnapshotNotFound,
+    AverageNotFound,
+    SnapshotDamaged,
+    StorageDisabled,
+    RangeNotSatisfiable,
+    InvalidRequest,
+)
 
 
 @router.get(
     "/weights",
     summary="Read the current EMA weights",
     response_class=Response,
-    responses={
-        **_OK,
-        **problem_responses(
-            RunNotFound,
-            AverageNotFound,
-            AwaitingWeights,
-            StepNotReached,
-            RangeNotSatisfiable,
-            InvalidRequest,
-            Overloaded,
-        ),
-    },
+    **_documented(*_CURRENT_ERRORS, method="GET"),
 )
-@router.head("/weights", include_in_schema=False)
+@router.head(
+    "/weights",
+    name="head_weights",
+    summary="Ask about the current EMA weights",
+    response_class=Response,
+    **_documented(*_CURRENT_ERRORS, method="HEAD"),
+)
 async def get_weights(
     run: RunName,
     request: Request,
@@ -89,7 +172,7 @@ async def get_weights(
         await _reach(server, found, min_step, wait)
     state = found.ready_state()
     chosen, arena = state.at(found.ledger.succession.position(average))
-    info, lineage = state.version.weights_info(run, chosen), state.version.lineage
+    info, lineage = state.version.weights_info(found.config, chosen), state.version.lineage
     stream = await server.workers.block(
         partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
     )
@@ -108,12 +191,15 @@ async def get_weights(
     "/snapshots/{name}/weights",
     summary="Download a snapshot",
     response_class=Response,
-    responses={
-        **_OK,
-        **problem_responses(RunNotFound, SnapshotNotFound, AverageNotFound, RangeNotSatisfiable, InvalidRequest),
-    },
+    **_documented(*_SNAPSHOT_ERRORS, method="GET"),
 )
-@router.head("/snapshots/{name}/weights", include_in_schema=False)
+@router.head(
+    "/snapshots/{name}/weights",
+    name="head_snapshot_weights",
+    summary="Ask about a snapshot's weights",
+    response_class=Response,
+    **_documented(*_SNAPSHOT_ERRORS, method="HEAD"),
+)
 async def get_snapshot_weights(
     run: RunName,
     name: SnapshotName,

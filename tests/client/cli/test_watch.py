@@ -128,6 +128,34 @@ def test_what_is_told_of_is_quoted(watch: Watch, tmp_path: Path) -> None:
     assert (tmp_path / "it's  here.safetensors").exists()
 
 
+@pytest.mark.parametrize("out", ["{run}.safetensors", "link.safetensors"])
+def test_what_is_no_plain_file_stays(run: str, watch: Watch, tmp_path: Path, out: str) -> None:
+    """Under --out a link goes on naming its file, which is replaced; a pipe is refused, and nobody waits for it."""
+    place = tmp_path / out.format(run=run)
+    place.symlink_to("target")
+    assert ended(watch("--once", "--out", out))[0] == 0
+    assert place.is_symlink()
+    assert torch.equal(load_file(tmp_path / "target")["w"], STATE["w"])
+    place.unlink()
+    os.mkfifo(place)
+    code, _, err = ended(watch("--once", "--out", out))
+    assert (code, "is a pipe" in err, place.is_fifo()) == (1, True, True)
+    assert {path.name for path in tmp_path.iterdir()} == {place.name, "target"}
+
+
+def test_told_to_end_it_clears_up(watch: Watch) -> None:
+    """SIGTERM while a command is at work ends both, and removes the command's file with its folder."""
+    process = watch("--exec", "echo {path} $$; exec sleep 60")
+    assert process.stdout
+    process.stdout.readline()
+    path, number = process.stdout.readline().split()
+    assert Path(path).exists()
+    process.terminate()
+    assert ended(process) == (128 + 15, "", "")
+    assert not Path(path).parent.exists()
+    assert not Path(f"/proc/{number}").exists()
+
+
 def test_ends_with_the_run(client: EmaClient, run: str, watch: Watch) -> None:
     """A deleted run ends the command, successfully; so does a timeout."""
     process = watch()

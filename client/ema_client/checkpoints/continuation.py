@@ -1,0 +1,126 @@
+"""How an average goes on in a run: the decay of a program's next update, and the run whose decay is the same.
+
+Each program counts something else, and warms its decay up in another way or not at all. A run has LitEma's warm-up or a
+constant decay; where a program has neither, the difference is told.
+
+Knows: the decay schedules of LitEma, torch_ema, diffusers' EMAModel and ours. Does not know: files, tensors, the
+service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ema_client.errors import UsageError
+from ema_client.protocol import DEFAULT_DECAY, ScheduleName
+
+__all__ = ["Continuation", "constant", "of_emamodel", "to_emamodel", "warmed_up"]
+
+#: Decays that differ by less are the same: a run computes in float32, which has a step of 6e-8 below 1.
+_SAME = 1e-6
+#: The warm-up of EMAModel, timm and ema-pytorch, which no run has.
+POWER_RULE = "1 - (1 + n)^-p"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How an average goes on.
+
+    schedule: "litema", a warm-up as LitEma's where there is a counter, or "constant".
+    decay: the largest decay; None where the file does not say.
+    num_updates: the counter that the run begins with; None for a run without a counter, whose decay is constant.
+    next_decay: of the program's own next update; None where the file does not tell.
+    usual_decay: the decay that the program has unless it is told another, for a file that does not say.
+    rule: the program's schedule in words, where a run cannot have that schedule.
+    """
+
+    schedule: ScheduleName = "litema"
+    decay: float | None = None
+    num_updates: int | None = None
+    next_decay: float | None = None
+    usual_decay: float = DEFAULT_DECAY
+    rule: str = ""
+
+    def first_decay(self, decay: float) -> float:
+        """The decay of the run's first update, where ``decay`` is its largest."""
+        warm = self.schedule == "litema" and self.num_updates is not None
+        return _warm(decay, self.num_updates or 0) if warm else decay
+
+    def difference(self, decay: float) -> str | None:
+        """How the run's first update differs from the program's next one, in words; None where it does not, as far as
+        the file tells.
+
+        decay: the run's largest.
+        """
+        ours = self.first_decay(decay)
+        if self.next_decay is None or abs(ours - self.next_decay) < _SAME:
+            return None
+        rule = f" ({self.rule}, which a run does not have)" if self.rule else ""
+        return f"there the next update would have the decay {self.next_decay:.6g}{rule}; the run's first has {ours:.6g}"
+
+
+def warmed_up(decay: float, num_updates: int | None) -> Continuation:
+    """LitEma's and torch_ema's: the counter before an update is n - 1, and the update's decay is min(decay, (1 + n) /
+    (10 + n)). Without a counter (None, LitEma's -1) the decay is constant."""
+    if num_updates is None or num_updates < 0:
+        return Continuation("litema", decay, None, decay)
+    return Continuation("litema", decay, num_updates, _warm(decay, num_updates))
+
+
+def constant(num_updates: int | None, usual_decay: float, *, decay: float | None = None) -> Continuation:
+    """A decay that no counter changes, whatever was counted; num_updates goes on counting. decay: where it is known."""
+    return Continuation("constant", decay, num_updates, decay, usual_decay)
+
+
+def of_emamodel(said: Mapping[str, Any]) -> Continuation:
+    """diffusers' EMAModel, by the fields of its state_dict() beside the averages.
+
+    EMAModel's first update copies the parameters, which LitEma's constructor does: so EMAModel's ``optimization_step``
+    is LitEma's counter and one more. Until ``update_after_step`` each update copies. Raises UsageError for fields that
+    are not EMAModel's.
+    """
+    if not isinstance(said.get("optimization_step"), int):
+        raise UsageError("the file has no `optimization_step` as EMAModel keeps it", hint="give another --format")
+    decay, smallest = float(said.get("decay", DEFAULT_DECAY)), float(said.get("min_decay", 0.0))
+    step = said["optimization_step"] - int(said.get("update_after_step", 0))
+    count = max(step - 1, 0)
+    following, rule = _emamodel_decay(said, step, decay, smallest)
+    if smallest >= decay:
+        # One update counted is what to_emamodel() makes of a run without a counter.
+        return Continuation("constant", smallest, count or None, following, rule=rule)
+    schedule: ScheduleName = "constant" if said.get("use_ema_warmup") else "litema"
+    return Continuation(schedule, decay, count, following, rule=rule)
+
+
+def _emamodel_decay(said: Mapping[str, Any], step: int, decay: float, smallest: float) -> tuple[float, str]:
+    """The decay of the update that follows ``step`` counted ones, as EMAModel.get_decay() has it; its rule in words."""
+    if step <= 0:
+        return 0.0, "it copies the parameters until update_after_step"
+    if not said.get("use_ema_warmup"):
+        return max(_warm(decay, step - 1), smallest), "min_decay"
+    gamma, power = float(said.get("inv_gamma", 1.0)), float(said.get("power", 2 / 3))
+    rule = POWER_RULE if gamma == 1.0 else f"1 - (1 + n / {gamma:g})^-p"
+    return max(min(1 - (1 + step / gamma) ** -power, decay), smallest), f"{rule} with p = {power:.3g}"
+
+
+def to_emamodel(schedule: str, decay: float, num_updates: int) -> dict[str, Any]:
+    """The fields of an EMAModel whose next updates have the decays of a run's: of_emamodel() the other way round."""
+    unchanging = schedule != "litema" or num_updates < 0
+    return {
+        "decay": decay,
+        # EMAModel has no constant decay, but a smallest one.
+        "min_decay": decay if unchanging else 0.0,
+        # With 0 EMAModel would copy the parameters over the average.
+        "optimization_step": max(num_updates, 0) + 1,
+        "update_after_step": 0,
+        "use_ema_warmup": False,
+        "inv_gamma": 1.0,
+        "power": 2 / 3,
+    }
+
+
+def _warm(decay: float, num_updates: int) -> float:
+    """LitEma's decay of the update that follows ``num_updates`` earlier ones."""
+    return min(decay, (2 + num_updates) / (11 + num_updates))
