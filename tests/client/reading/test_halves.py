@@ -163,8 +163,8 @@ class Broken:
     def __enter__(self) -> Broken:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._download.__exit__()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._download.__exit__(kind)
 
 
 @pytest.mark.parametrize("half", [0, 1])

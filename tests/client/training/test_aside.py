@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from ema_client.errors import AlreadyStored, NothingStored, UsageError
+from ema_client.tensors.writing import write
+from ema_client.training import aside as module
 from ema_client.training.aside import SetAside
 
 
@@ -69,29 +72,29 @@ def test_lent_for_a_while() -> None:
     assert not any(parameter.any() for parameter in parameters)
 
 
-class Interrupting(torch.Tensor):
-    """A tensor whose n-th copy_() is interrupted, as by Ctrl-C."""
+class Interrupted:
+    """Writes to tensors, until the n-th time, which is interrupted, as by Ctrl-C; then again."""
 
-    left = -1
+    def __init__(self, at: int) -> None:
+        self._left = at
 
-    def copy_(self, *args: object) -> torch.Tensor:  # type: ignore[override]
-        Interrupting.left -= 1
-        if Interrupting.left == 0:
+    def __call__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        self._left -= 1
+        if self._left == 0:
             raise KeyboardInterrupt
-        return super().copy_(*args)  # type: ignore[arg-type]
+        write(targets, sources)
 
 
 @pytest.mark.parametrize("at", range(1, 7))
-def test_lending_that_is_interrupted(at: int) -> None:
+def test_lending_that_is_interrupted(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the exchange breaks off, on the way there or back, restore() brings all that was set aside."""
-    parameters, aside = [torch.full((2,), float(i)).as_subclass(Interrupting) for i in range(3)], SetAside()
+    parameters, aside = [torch.full((2,), float(i)) for i in range(3)], SetAside()
     aside.store(parameters)
     for parameter in parameters:
         parameter.fill_(7)
-    Interrupting.left = at
+    monkeypatch.setattr(module, "write", Interrupted(at))
     with pytest.raises(KeyboardInterrupt), aside.lent(parameters):
         pass
-    Interrupting.left = -1
     aside.restore(parameters)
 
     assert [parameter.tolist() for parameter in parameters] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
