@@ -27,23 +27,34 @@ from ema_client.errors import (
     Superseded,
     TooManyRuns,
 )
-from ema_client.protocol import RunConfig, RunInfo, RunList, Writer
+from ema_client.protocol import MAX_TENSORS, RunConfig, RunInfo, RunList, Writer
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
-from ema_service.api.limits import JSON_REFUSALS
+from ema_service.api.limits import JSON_REFUSALS, takes_json
 from ema_service.api.routes.parameters import RunName, Server
-from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody, json_body
+from ema_service.api.schemas import (
+    CHANGE_BYTES,
+    CONFIG_BYTES,
+    RewindBody,
+    RunConfigBody,
+    RunPatchBody,
+    json_body,
+)
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
+
+#: Colons in a configuration: three for each tensor, and some in names. Each unknown member costs the parser 500 bytes,
+#: so that 32 MiB of them would take a gigabyte.
+_MAX_COLONS = 4 * MAX_TENSORS
 
 
 @router.post(
     "",
     status_code=201,
     summary="Create a run",
-    openapi_extra=json_body(RunConfigBody),
+    openapi_extra=takes_json(CONFIG_BYTES, json_body(RunConfigBody)),
     responses={
         200: {"model": RunInfo, "description": "The run exists with this very configuration"},
         **problem_responses(
@@ -65,16 +76,19 @@ async def create_run(request: Request, response: Response, server: Server) -> Ru
     """
     config = await server.workers.block(partial(_read_config, await request.body()))
     access_of(request).check("push", config.run)
-    run, created = await server.workers.block(partial(server.registry.create, config))
+    async with server.turn():  # of the registry
+        run, created = await server.workers.block(partial(server.registry.create, config))
     response.status_code = 201 if created else 200
     return run.info()
 
 
 def _read_config(raw: bytes) -> RunConfig:
-    """The configuration in a request's body. Raises RequestValidationError.
+    """The configuration in a request's body. Raises RequestValidationError, InvalidRequest.
 
     Not by FastAPI, which would parse on the event loop: a layout of 200,000 tensors takes seconds.
     """
+    if raw.count(b":") > _MAX_COLONS:
+        raise InvalidRequest(f"the configuration has more members than {MAX_TENSORS} tensors can have")
     try:
         return RunConfigBody.model_validate_json(raw).to_config()
     except ValidationError as fault:
@@ -97,13 +111,14 @@ async def show_run(run: RunName, server: Server) -> RunInfo:
 @router.patch(
     "/{run}",
     summary="Change the decay",
+    openapi_extra=takes_json(CHANGE_BYTES),
     responses=problem_responses(
         *JSON_REFUSALS, RunNotFound, AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed
     ),
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInfo:
     """Change the decay of one average from the next update on. The change is kept in the run's history."""
-    changed = await server.workers.block(partial(server.registry.set_decay, run, body.decay, body.average))
+    changed = await server.steer(run, partial(server.registry.set_decay, run, body.decay, body.average))
     return changed.info()
 
 
@@ -114,7 +129,7 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInf
 )
 async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
     """Set num_updates to 0; where use_num_updates is off, it stays -1."""
-    return (await server.workers.block(partial(server.registry.reset_num_updates, run))).info()
+    return (await server.steer(run, partial(server.registry.reset_num_updates, run))).info()
 
 
 @router.post(
@@ -129,12 +144,13 @@ async def attach_writer(run: RunName, server: Server) -> Writer:
     From now on pushes with an earlier number, and without a number, are refused: a trainer that was replaced cannot
     push.
     """
-    return await server.workers.block(partial(server.registry.attach, run))
+    return await server.steer(run, partial(server.registry.attach, run))
 
 
 @router.post(
     "/{run}/rewind",
     summary="Go back to a snapshot",
+    openapi_extra=takes_json(CHANGE_BYTES),
     responses=problem_responses(
         *JSON_REFUSALS,
         RunNotFound,
@@ -155,7 +171,7 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
     """
     registry, snapshot = server.registry, body.snapshot
     go = partial(registry.accept, run) if snapshot is None else partial(registry.rewind, run, snapshot)
-    return (await server.workers.block(go)).info()
+    return (await server.file(run, go)).info()
 
 
 @router.delete(
@@ -166,4 +182,4 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
 )
 async def delete_run(run: RunName, server: Server) -> None:
     """Delete the run with its weights and all its snapshots. There is no way back."""
-    await server.workers.block(partial(server.registry.delete, run))
+    await server.file(run, partial(server.registry.delete, run))
