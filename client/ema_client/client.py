@@ -46,6 +46,7 @@ from ema_client.protocol import (
     SnapshotInfo,
     SnapshotList,
     UpdateResult,
+    UpdateStatus,
     WeightsInfo,
     Writer,
 )
@@ -284,7 +285,8 @@ class EmaClient:
             writer: as for push(), the same for all parts.
 
         The update is applied when all parts are there, as a whole; until then, and if a part never comes, the EMA stays
-        as it is. Raises as push() does, LayoutMismatch also where parts overlap or leave a gap.
+        as it is, and update_status() tells whether this part is still there. Raises as push() does, LayoutMismatch also
+        where parts overlap or leave a gap.
         """
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
         reply = self._transport.upload(
@@ -301,6 +303,14 @@ class EmaClient:
             protocol.part_path(_name(run, "run"), step, part), body, query=query, headers=headers
         )
         return _was_last(reply)
+
+    def update_status(self, run: str, step: int) -> UpdateStatus:
+        """What the service knows of a step: applied, its parts that are there, or nothing.
+
+        A part that was answered is safe only once its step is applied: until then the service has it in memory alone,
+        and whoever sent the part keeps it, and sends it again where it is not among ``parts`` any more.
+        """
+        return self._transport.json("GET", protocol.update_path(_name(run, "run"), step)).parsed(UpdateStatus)
 
     def send_weights_part(
         self,

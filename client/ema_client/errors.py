@@ -22,7 +22,7 @@
     |-- Conflict                  409
     |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep, Fenced,
     |   |-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded,
-    |   +-- SegmentUnusable, TooManyRuns
+    |   +-- SegmentUnusable, TooManyRuns, TooManySnapshots
     |-- BodyTooLarge              413
     |-- UnsupportedEncoding       415: a compressed body
     |-- UnsupportedMediaType      415: JSON that is not sent as JSON
@@ -98,6 +98,7 @@ __all__ = [
     "StorageFailed",
     "Superseded",
     "TooManyRuns",
+    "TooManySnapshots",
     "TransportError",
     "Unauthorized",
     "UnsupportedEncoding",

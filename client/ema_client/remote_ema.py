@@ -153,7 +153,8 @@ class RemoteEma:
         # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
         send = partial(self._plan.push, self._client, run, writer)
         policy = SendPolicy(self._client.retry)
-        self._publisher = Publisher(send, policy, name=f"run {run!r} at {self._client.url}")
+        fate = partial(self._plan.fate, self._client, run)
+        self._publisher = Publisher(send, policy, name=f"run {run!r} at {self._client.url}", fate=fate)
         self._hook = _hook(self._publisher, self._buffers) if borrow or on_device else None
         self._dropped = weakref.finalize(self, self._publisher.finish)
         # At the end of the program the publisher ends by itself, and waits for its updates.

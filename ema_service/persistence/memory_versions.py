@@ -33,7 +33,7 @@ from ema_service.persistence.versions import Versions
 from ema_service.shadows.state import State
 from ema_service.storage import MEMORY, CheckpointRow, RunRow, Store
 
-__all__ = ["MemoryVersions"]
+__all__ = ["InPlace", "MemoryVersions"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +69,10 @@ class MemoryVersions:
 
     checkpoints: the versions on disk. durable_step: the latest step that the process' end leaves.
 
-    More than a dozen attributes: what a version is made of (run, row, store, layout, memory, pool, nonce, checkpoints),
-    which states rows name, what is told of them, and whether they were verified.
+    More than twenty methods: what a version goes through, from the files that are taken for it to the row that
+    makes it count, and the way back. More than a dozen attributes: what a version is made of (run, row, store,
+    layout, memory, pool, nonce, checkpoints), which states rows name, what is told of them, and whether they were
+    verified.
     """
 
     every = True

@@ -22,6 +22,7 @@ from ema_service.bodies.incoming import Body
 from ema_service.bodies.slices import Cover, Piece, pieces_of, slices_of
 from ema_service.memory.layout import Layout
 from ema_service.memory.staging import Staged
+from ema_service.runs.run import Parameters
 
 __all__ = ["Claims", "Gathering", "Part", "Terms"]
 
@@ -50,7 +51,7 @@ class Gathering:
 
     step: None for the initial weights. covers: which elements of each tensor are claimed. touched: when bytes last
     arrived, by time.monotonic(). done: index of a part -> its fingerprint. coming: index -> the part being received.
-    applying: whether the run is applying the complete set.
+    applying: whether the run is applying the complete set. parameters: the set in the run's hands.
     """
 
     step: int | None
@@ -61,6 +62,15 @@ class Gathering:
     done: dict[int, bytes] = field(default_factory=dict)
     coming: dict[int, Part] = field(default_factory=dict)
     applying: bool = False
+    parameters: Parameters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = Parameters(self.staged)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all parts are there."""
+        return len(self.done) == self.terms.of
 
     @property
     def missing(self) -> tuple[int, ...]:

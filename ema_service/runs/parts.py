@@ -7,6 +7,10 @@ Ranks of one trainer are not at the same step at the same time, so several steps
 part that is sent again is compared and not received into place: with the staged part while others are awaited,
 afterwards with the part that was applied.
 
+Where the complete set cannot be written the set stays, and a part that is sent again has it written anew. A set that
+was refused for its content is remembered: a sender keeps its part until it learns what became of the update, and learns
+the reason by sending the part again.
+
 Knows which parts of which steps are there and which slices they hold. Does not know HTTP, or what an update computes
 and whether it is applied (run).
 """
@@ -27,6 +31,7 @@ from ema_client.errors import (
     Overloaded,
     StaleStep,
     StepConflict,
+    StorageFailed,
     Superseded,
     listed,
 )
@@ -73,8 +78,20 @@ class _Applied:
     digest: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A complete set that the run refused for its content."""
+
+    step: int | None
+    terms: Terms
+    fingerprints: dict[int, bytes]
+    fault: EmaError
+
+
 class Parts:
     """The parts of one run. Thread-safe.
+
+    More than twenty methods: the way of a part, from its admission to the set's end, and what is told of sets.
 
     max_header_bytes: most bytes of a part's header.
     """
@@ -86,6 +103,7 @@ class Parts:
         self._run = run
         self._gatherings: list[Gathering] = []
         self._applied: _Applied | None = None
+        self._refused: _Refused | None = None
         self._lock = threading.Lock()
 
     # --- a part's way -----------------------------------------------------------------------------------------------
@@ -155,7 +173,8 @@ class Parts:
         """Take a part whose body is whole. After "complete", apply() must follow.
 
         Raises StepConflict where the part was received before with other bytes. Raises LayoutMismatch where the part is
-        the last and elements are missing: then the part is dropped and the others stay.
+        the last and elements are missing: then the part is dropped and the others stay. Raises what the set was refused
+        for where the part, with these bytes, was in a set that the run refused.
         """
         with self._lock:
             if part.fault:
@@ -168,7 +187,13 @@ class Parts:
             if gathering not in self._gatherings:
                 return self._outcome_of_gone(gathering)
             if part.known is not None:
-                return "staged"
+                if gathering.applying or not gathering.whole:
+                    return "staged"
+                gathering.applying = True
+                return "complete"
+            if fault := self._refusal_of(part, gathering):
+                gathering.forget(part, fault)
+                raise fault
             if len(gathering.done) + 1 == gathering.terms.of and (gaps := gathering.gaps(self.layout)):
                 fault = LayoutMismatch(
                     f"all {gathering.terms.of} parts are there and elements are missing: {listed(gaps)}"
@@ -177,7 +202,7 @@ class Parts:
                 raise fault
             del gathering.coming[part.index]
             gathering.done[part.index] = part.fingerprint
-            gathering.applying = len(gathering.done) == gathering.terms.of
+            gathering.applying = gathering.whole
             return "complete" if gathering.applying else "staged"
 
     def give_up(self, part: Part) -> None:
@@ -199,15 +224,18 @@ class Parts:
             raise RuntimeError("apply() is for a part that completed its set")
         try:
             result = self._decide(gathering)
-        except BaseException:
-            with self._lock, contextlib.suppress(ValueError):
-                self._gatherings.remove(gathering)
+        except StorageFailed:
+            with self._lock:
+                gathering.applying, gathering.touched = False, time.monotonic()
             raise
-        else:
-            self._note(gathering)
-            return result
-        finally:
-            gathering.staged.release()
+        except BaseException as fault:
+            self._end(gathering)
+            if isinstance(fault, EmaError) and not fault.retryable:
+                self._refused = _Refused(gathering.step, gathering.terms, gathering.done, fault)
+            raise
+        self._note(gathering)
+        self._end(gathering)
+        return result
 
     # --- the whole --------------------------------------------------------------------------------------------------
 
@@ -238,6 +266,22 @@ class Parts:
                 self._drop(gathering, StaleStep(f"run {self._run.config.run!r} was deleted"))
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _end(self, gathering: Gathering) -> None:
+        """Forget a gathering that the run has decided on, and give its staging back."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._gatherings.remove(gathering)
+        gathering.staged.release()
+
+    def _refusal_of(self, part: Part, gathering: Gathering) -> EmaError | None:
+        """What the set of a part was refused for; None where a part with other bytes has come since."""
+        refused = self._refused
+        if refused is None or (refused.step, refused.terms) != (gathering.step, gathering.terms):
+            return None
+        if refused.fingerprints.get(part.index) == part.fingerprint:
+            return refused.fault
+        self._refused = None
+        return None
 
     def _find(self, step: int | None) -> Gathering | None:
         """The gathering of a step, None where the step is not being put together."""
@@ -309,17 +353,15 @@ class Parts:
     def _decide(self, gathering: Gathering) -> UpdateResult | RunInfo:
         """Have the run apply a gathering, or take it as the initial weights."""
         if gathering.step is not None:
-            return self._run.apply(gathering.step, gathering.staged, gathering.terms.writer)
+            return self._run.apply(gathering.step, gathering.parameters, gathering.terms.writer)
         terms = gathering.terms
-        self._run.initialise(gathering.staged, num_updates=terms.num_updates, step=terms.step)
+        self._run.initialise(gathering.parameters, num_updates=terms.num_updates, step=terms.step)
         return self._run.info()
 
     def _note(self, gathering: Gathering) -> None:
         """Remember the parts that were applied, and give up older steps."""
         state = self._run.state
         with self._lock:
-            if gathering in self._gatherings:
-                self._gatherings.remove(gathering)
             # If the run moved on meanwhile, its digest is not that of these parts, and repeats of them are stale.
             if state:
                 self._applied = _Applied(gathering.step, gathering.terms, gathering.done, state.version.digest)

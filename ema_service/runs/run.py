@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from ema_service.runs.info import Links, describe
 from ema_service.runs.ledger import Ledger, Succession
 from ema_service.shadows import Average, Plan, Preparation, Prepared, Shadows, State, Version
 
-__all__ = ["Keeper", "Run", "Update"]
+__all__ = ["Keeper", "Parameters", "Place", "Run", "Update"]
 
 #: Bytes of shadows that are averaged in 0.1 ms: waking a thread for the work, and then the event loop, takes as long.
 _SMALL_BYTES = 1 << 20
@@ -46,6 +46,18 @@ class Update:
     preparation: Preparation
     writer: int | None = None
     place: Place | None = None
+
+
+@dataclass(slots=True)
+class Parameters:
+    """Parameters that have all arrived, and what was computed of them, in their own memory.
+
+    After a write that failed the computed version is written again: the parameters are gone by then.
+    """
+
+    staged: Staged
+    update: Update | None = None
+    prepared: Prepared | None = None
 
 
 class Place(Protocol):
@@ -180,15 +192,20 @@ class Run:
         kept = self._keeper is not None and self._keeper.every
         return small and not kept and self._shadows.on_host and not self._lock.locked()
 
-    def apply(self, step: int, staged: Staged, writer: int | None = None) -> UpdateResult:
-        """begin() and commit() as one, for parameters that have all arrived, in parts.
+    def apply(self, step: int, parameters: Parameters, writer: int | None = None) -> UpdateResult:
+        """begin() and commit() as one, for parameters that have all arrived, in parts. Again after StorageFailed.
 
-        All under the lock: averaging overwrites the parameters, and several senders cannot be asked for their parts
-        again because the run changed in between. Raises as commit(), never Superseded.
+        All under the lock: averaging overwrites the parameters, and several senders would have to send their parts
+        again because the run changed in between. Raises as commit(); Superseded only where the run changed since a call
+        that raised StorageFailed.
         """
         with self._lock:
-            update = self.begin(step, staged, writer)
-            prepared = update.preparation.finish()
+            if parameters.update is None or parameters.prepared is None:
+                update = parameters.update = self.begin(step, parameters.staged, writer)
+                prepared = parameters.prepared = update.preparation.finish()
+            else:
+                update, prepared = parameters.update, parameters.prepared
+                update = replace(update, place=self._keeper.take() if self._keeper and update.plan.retentions else None)
             return self._settle(update, prepared, self._next(update, prepared))
 
     def repeated(self, step: int, writer: int | None = None) -> UpdateResult:
@@ -215,16 +232,19 @@ class Run:
 
     # --- other ways to another version ------------------------------------------------------------------------------
 
-    def initialise(self, staged: Staged, *, num_updates: int | None = None, step: int | None = None) -> None:
+    def initialise(self, parameters: Parameters, *, num_updates: int | None = None, step: int | None = None) -> None:
         """Make the pushed parameters the first shadow of every average, as LitEma's constructor clones them.
 
         num_updates: the counter of an EMA that began elsewhere. step: the trainer's step of the parameters. The same
-        bytes again change nothing. Raises WeightsExist, NonFinite, InvalidRequest, StorageFailed, RunDegraded.
+        bytes again change nothing. Raises WeightsExist, NonFinite, InvalidRequest, RunDegraded; StorageFailed, after
+        which the same ``parameters`` may be given again.
         """
         self.ledger.check_writable()
         first = partial(self.ledger.succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
         first(b"", 0.0)  # a wrong counter is refused before anything is computed
-        prepared = self._shadows.cast(staged, len(self.config.averages)).finish()
+        if parameters.prepared is None:
+            parameters.prepared = self._shadows.cast(parameters.staged, len(self.config.averages)).finish()
+        prepared = parameters.prepared
         state = State(first(prepared.digest, time.time()), prepared.arenas)
         place = self._write(state) if self.state is None else None
         with self._lock:

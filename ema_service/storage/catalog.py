@@ -119,13 +119,15 @@ class Catalog:
     (SQLite's log is synced from its beginning). Every method may raise sqlite3.Error, and then changed nothing.
 
     The log has its room on the disk: what is written here is written on a full disk, too.
+
+    More than twenty methods: one for each question and each change.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens or makes the database, and migrates an older format. Raises CatalogUnusable."""
         self._lock = threading.Lock()
         self._synchronous = "FULL"
-        # Before SQLite opens the file: closing a descriptor of it later would drop SQLite's locks, which are the process'.
+        # Before SQLite opens the file: whoever closes a descriptor of it later drops the locks that SQLite has there.
         path.touch(mode=0o600)
         _reserve(path, _GROWTH_BYTES)
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=_LOCK_SECONDS)

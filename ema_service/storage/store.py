@@ -49,7 +49,7 @@ _WRITE_THREADS = 4
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
 _SNAPSHOTS = "snapshots"
-#: Most of the free space, of which otherwise a twentieth of the disk is left, that runs and snapshots leave.
+#: Free space that new runs and snapshots leave to updates and the catalog: a twentieth of the disk, at most this.
 _FLOOR_BYTES = 5 << 30
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
 #: The folders that checkpoints of a run alternated between in format 1.

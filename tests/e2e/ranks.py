@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ema_client import EmaClient, RemoteEma
-from ema_client.errors import StepNotReached
+from ema_client.errors import UpdatesPending
 
 
 class Model(nn.Module):
@@ -148,7 +148,7 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
         ema(model)
     if killed is not None:
         # Of the last step one part is missing: what this rank has to send is sent all the same.
-        with contextlib.suppress(StepNotReached):
+        with contextlib.suppress(UpdatesPending):
             ema.flush(timeout=1.0)
         return {}
     said = checks(ema, model, scene) | {"sent": ema.stats.sent}

@@ -5,6 +5,7 @@ Knows mounts, SQLite's lock, and plain HTTP. Does not know how a run is kept.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -207,3 +208,7 @@ def test_read_only_data_dir(disk: Path, start: Callable[..., ServerProcess]) -> 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     assert ended.returncode == 1
+    assert ended.stderr.startswith("ema-service: ")
+    assert str(disk / "data") in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert os.statvfs(disk).f_flag & os.ST_RDONLY

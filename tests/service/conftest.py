@@ -22,7 +22,7 @@ from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, TensorSpec, Up
 from ema_service.bodies import UpdateBody, WeightsStream
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.memory.arena import TORCH_DTYPES
-from ema_service.runs import Registry, Run
+from ema_service.runs import Parameters, Registry, Run
 from ema_service.shadows import State, Version
 from ema_service.storage import Store
 
@@ -105,7 +105,7 @@ class LocalRun:
 
     def begin(self, tensors: Mapping[str, Tensor], **numbers: int) -> None:
         """Give the initial weights."""
-        self.run.initialise(self.staged(tensors), **numbers)
+        self.run.initialise(Parameters(self.staged(tensors)), **numbers)
 
     def push(self, step: int, tensors: Mapping[str, Tensor]) -> UpdateResult:
         return self.run.commit(self.run.begin(step, self.staged(tensors)))

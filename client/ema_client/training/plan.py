@@ -62,8 +62,11 @@ class Plan(Protocol):
         Raises RunExists, and what EmaClient.create_run() raises.
         """
 
-    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> None:
-        """Send this rank's body of the update of ``step``, tried once."""
+    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> bool:
+        """Send this rank's body of the update of ``step``, tried once; whether the update is applied."""
+
+    def fate(self, client: EmaClient, run: str, step: int) -> bool | None:
+        """Whether an update that this rank sent is applied; None where this rank's part is not there any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,12 @@ class WholePlan:
                 step=0,
             )
 
-    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> None:
+    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> bool:
         client.push_once(run, body, step=step, writer=writer)
+        return True
+
+    def fate(self, _client: EmaClient, _run: str, _step: int) -> bool | None:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +146,17 @@ class ShardedPlan:
         self.together(lambda: self._send_initial(client, config.run, initial))
         return client.wait_for_step(config.run, 0)
 
-    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> None:
-        if self.part is not None:
-            part, of = self.part, self.of
-            client.push_part_once(run, body, step=step, part=part, of=of, group=self.group, writer=writer)
+    def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> bool:
+        part, of = self.part, self.of
+        return part is None or client.push_part_once(
+            run, body, step=step, part=part, of=of, group=self.group, writer=writer
+        )
+
+    def fate(self, client: EmaClient, run: str, step: int) -> bool | None:
+        status = client.update_status(run, step)
+        if status.state == "applied":
+            return True
+        return False if self.part in status.parts else None
 
     def _declare(self, client: EmaClient, config: RunConfig) -> None:
         if self.part == 0:

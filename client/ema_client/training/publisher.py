@@ -41,7 +41,7 @@ class Publisher:
     UsageError, and the end of the fork waits for nothing.
 
     Args:
-        send: makes a single try to send an update, given step and body; raises EmaError.
+        send, fate: of an update, and of what became of it, see Sender.
         policy: how long to go on with an update.
         name: of the run and the service, for logs.
         program: waits for the publisher at the end of the program.
@@ -49,10 +49,11 @@ class Publisher:
 
     def __init__(
         self,
-        send: Callable[[int, Body], object],
+        send: Callable[[int, Body], bool],
         policy: SendPolicy,
         *,
         name: str,
+        fate: Callable[[int], bool | None] = lambda _: True,
         program: ProgramEnd = PROGRAM,
     ) -> None:
         self._name = name
@@ -60,7 +61,7 @@ class Publisher:
         self._pid = os.getpid()
         self._queue = UpdateQueue()
         self._tally = Tally(name)
-        self._sender = Sender(send, policy, self._queue, self._tally, name=name)
+        self._sender = Sender(send, fate, policy, self._queue, self._tally, name=name)
         self._at_end: Callable[[], None] = _nothing
         #: The sending thread, None before the first update.
         self.thread: threading.Thread | None = None

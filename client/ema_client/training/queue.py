@@ -20,7 +20,10 @@ SLOTS = 2
 
 
 class UpdateQueue:
-    """Updates in order, the first of them being sent. Thread-safe; one thread puts, one sends, any may end the queue.
+    """Updates in order, the first of them being sent, or sent and awaiting other ranks' parts. Thread-safe; one thread
+    puts, one sends, any may end the queue.
+
+    More than twenty methods, each for one of those threads.
 
     The lock is reentrant, as the garbage collector may call end() in the middle of any other method.
     """
@@ -112,11 +115,28 @@ class UpdateQueue:
 
     # --- the sending thread -----------------------------------------------------------------------------------------
 
-    def first(self) -> Update | None:
-        """Wait for an update and return it, still in the queue; None where there is nothing more to send."""
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to do for any update."""
+        return self._abandoned or (self._ending and not self._updates)
+
+    def unsent(self, sent: int, seconds: float | None = None) -> Update | None:
+        """Wait for an update to send and return it, still in the queue; ``sent`` updates before it are sent already.
+
+        None after ``seconds``, and where the queue is over.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._updates or self._ending)
-            return None if self._abandoned or not self._updates else self._updates[0]
+            self._changed.wait_for(lambda: len(self._updates) > sent or self.over, seconds)
+            return None if self._abandoned or len(self._updates) <= sent else self._updates[sent]
+
+    def left(self) -> tuple[Update, ...]:
+        """The updates that are not removed, in order."""
+        return tuple(self._updates)
+
+    def gives_up(self, update: Update) -> bool:
+        """Whether an update that awaits other ranks' parts is given up, as pause() says it of one to be tried again."""
+        with self._changed:
+            return self._gives_up(update)
 
     def pause(self, update: Update, seconds: float) -> bool:
         """Wait before the next try of ``update``; False, at once, where the update is given up.
@@ -153,10 +173,11 @@ class UpdateQueue:
             self._broken = error
             self._changed.notify_all()
 
-    def remove_first(self) -> None:
-        """Remove the first update and give its memory back."""
+    def remove(self, update: Update) -> None:
+        """Remove an update and give its memory back."""
         with self._changed:
-            self._updates.popleft().done()
+            self._updates.remove(update)
+            update.done()
             if not self._updates:
                 self._hurried = False
             self._changed.notify_all()

@@ -1,5 +1,8 @@
 """The work of the sending thread: each update in turn, tried until it is applied, refused or given up.
 
+A rank of a sharded trainer sends a part of each update. A part that arrived is kept until the service says that the
+whole update is applied, and sent again where the service has lost the part; the next update's part is sent meanwhile.
+
 Knows: what to do after each try, by the policy, and what the queue and the tally are told of it. Does not know:
 threads' beginnings, tensors, HTTP, or how an update came about.
 """
@@ -10,8 +13,9 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from ema_client.errors import EmaError
+from ema_client.errors import EmaError, StepNotReached
 from ema_client.http.body import Body
 from ema_client.training.queue import UpdateQueue
 from ema_client.training.rounds import Again, Refused, SendPolicy, Stuck
@@ -22,12 +26,30 @@ __all__ = ["Sender"]
 
 _log = logging.getLogger("ema_client")
 
+#: Seconds from a part's arrival to the first question what became of the update; each further pause is twice as long.
+_FIRST_LOOK, _LONGEST_PAUSE = 0.01, 0.25
+#: Seconds that other ranks' parts may take; then nobody waits for this rank's sender any more.
+_PATIENCE = 60.0
+#: Seconds that the model's own memory stays lent to a part that arrived, once the model needs the memory back.
+_LENT_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Awaiting:
+    """An update of which this rank's part is there, and others are awaited. since: by time.monotonic()."""
+
+    update: Update
+    since: float = field(default_factory=time.monotonic)
+
 
 class Sender:
     """Sends the updates of a queue, in order.
 
     Args:
-        send: makes a single try to send an update, given step and body; raises EmaError.
+        send: makes a single try to send an update, given step and body, and says whether the update is applied; if not,
+            other ranks' parts are awaited. Raises EmaError.
+        fate: what became of a step of which a part was sent: True, applied; False, other ranks' parts are awaited;
+            None, the part is not there any more. Raises EmaError.
         policy: how long to go on with an update.
         queue: where updates come from.
         tally: counts what becomes of the updates.
@@ -36,7 +58,8 @@ class Sender:
 
     def __init__(
         self,
-        send: Callable[[int, Body], object],
+        send: Callable[[int, Body], bool],
+        fate: Callable[[int], bool | None],
         policy: SendPolicy,
         queue: UpdateQueue,
         tally: Tally,
@@ -44,17 +67,25 @@ class Sender:
         name: str,
     ) -> None:
         self._send = send
+        self._fate = fate
         self._policy = policy
         self._queue = queue
         self._tally = tally
         self._name = name
+        #: The first updates of the queue, sent and not known to be applied.
+        self._awaiting: list[_Awaiting] = []
+        self._pause = _FIRST_LOOK
 
     def run(self) -> None:
         """Send updates until the queue ends; updates that are left then are given up. For a thread of its own."""
         try:
-            while (update := self._queue.first()) is not None:
-                update.ready()
-                self._deliver(update)
+            while not self._queue.over:
+                update = self._queue.unsent(len(self._awaiting), self._pause if self._awaiting else None)
+                if update is not None:
+                    update.ready()
+                    self._deliver(update)
+                else:
+                    self._look()
         except BaseException as fault:
             # No error of the service, but a defect, of this client or of the device: nobody may wait for this thread.
             what = f"the sender of {self._name} ended: {type(fault).__name__}: {fault}"
@@ -66,13 +97,14 @@ class Sender:
             self._give_up_all()
 
     def _deliver(self, update: Update) -> None:
-        """Try to send an update until the update is applied, refused or given up."""
+        """Try to send an update until the update is there, refused or given up."""
         attempt, began = 0, time.monotonic()
-        while (error := self._try(update)) is not None:
+        while isinstance(error := self._try(update), EmaError):
             elapsed = time.monotonic() - began
             match self._policy.after(attempt, error, elapsed=elapsed, rounds=self._queue.rounds, random=random.random):
                 case Refused():
-                    return self._refused(update, error)
+                    self._refused(update, error)
+                    return
                 case Again(pause):
                     attempt += 1
                 case Stuck(pause):
@@ -80,36 +112,83 @@ class Sender:
                         _log.error("%s: step %d cannot be sent, and is tried again: %s", self._name, update.step, error)
                     attempt, began = 0, time.monotonic()
             if not self._queue.pause(update, pause):
-                return self._given_up(update, error)
-        return self._applied()
+                self._given_up(update, error)
+                return
+        self._applied(update) if error else self._await(update)
 
-    def _try(self, update: Update) -> EmaError | None:
+    def _try(self, update: Update) -> EmaError | bool:
+        """Whether the update is applied, or why it is not there.
+
+        Earlier parts are seen to first: a service that lost one, and was sent this one, would go past the lost one.
+        """
+        if self._awaiting:
+            self._look()
         try:
-            self._send(update.step, update.body)
+            return self._send(update.step, update.body)
         except EmaError as error:
             return error
-        return None
+
+    # --- a part that arrived ----------------------------------------------------------------------------------------
+
+    def _await(self, update: Update) -> None:
+        self._awaiting.append(_Awaiting(update))
+        self._pause = _FIRST_LOOK
+
+    def _look(self) -> None:
+        """Ask what became of the updates whose parts are there; where one is lost send all again, in order."""
+        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+        awaiting, self._awaiting = self._awaiting, []
+        fates = [self._ask(each.update.step) for each in awaiting]
+        for each, fate in zip(awaiting, fates, strict=True):
+            if fate:
+                self._applied(each.update)
+            elif None in fates:
+                self._deliver(each.update)
+            else:
+                self._wait_on(each)
+
+    def _ask(self, step: int) -> bool | None:
+        """The fate of a step. Where nobody can say, the part is sent again, which asks as well."""
+        try:
+            return self._fate(step)
+        except EmaError:
+            return None
+
+    def _wait_on(self, each: _Awaiting) -> None:
+        """Go on waiting for other ranks' parts, unless nobody does any more."""
+        waited = time.monotonic() - each.since
+        late = StepNotReached(
+            f"{self._name}: step {each.update.step} is not complete: other ranks' parts did not come within "
+            f"{waited:.0f} s",
+            hint="see the other ranks' messages",
+        )
+        if self._queue.gives_up(each.update) and not (each.update.borrowed and waited < _LENT_SECONDS):
+            self._given_up(each.update, late)
+            return
+        if waited > _PATIENCE and self._queue.get_stuck(late, after_round=True):
+            _log.error("%s", late)
+        self._awaiting.append(each)
 
     # An update is counted before its removal: flush() returns with the removal of the last update.
 
-    def _applied(self) -> None:
+    def _applied(self, update: Update) -> None:
         self._tally.sent(was_stuck=self._queue.get_through())
-        self._queue.remove_first()
+        self._queue.remove(update)
 
     def _refused(self, update: Update, error: EmaError) -> None:
         self._queue.get_through()
         self._tally.failed(update.step, error)
-        self._queue.remove_first()
+        self._queue.remove(update)
 
     def _given_up(self, update: Update, error: EmaError) -> None:
         if self._queue.get_stuck(error, after_round=False):
             _log.error("%s: step %d was given up: %s", self._name, update.step, error)
         self._tally.given_up()
-        self._queue.remove_first()
+        self._queue.remove(update)
 
     def _give_up_all(self) -> None:
         if pending := self._queue.pending:
             _log.error("%s: %d updates were not sent", self._name, pending)
-        while self._queue.pending:
+        for update in self._queue.left():
             self._tally.given_up()
-            self._queue.remove_first()
+            self._queue.remove(update)

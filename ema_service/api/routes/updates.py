@@ -45,7 +45,7 @@ from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
 from ema_service.api.pushes import PartialPush, Push
 from ema_service.api.routes.parameters import Number, RunName, Server, Step, WriterNumber
-from ema_service.runs import Run, Terms
+from ema_service.runs import Parameters, Run, Terms
 from ema_service.runs.parts import Outcome
 
 __all__ = ["router"]
@@ -119,7 +119,8 @@ async def put_weights(
     found = server.registry.get(run)
     async with Push(request, server, found) as push:
         await push.receive()
-        await push.decide(partial(found.initialise, push.staged, num_updates=num_updates, step=step))
+        first = Parameters(push.staged)
+        await push.decide(partial(found.initialise, first, num_updates=num_updates, step=step))
     return found.info()
 
 

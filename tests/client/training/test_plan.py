@@ -15,7 +15,7 @@ import pytest
 
 from ema_client.errors import ConnectionLost, EmaError, RunExists
 from ema_client.http.body import Body
-from ema_client.protocol import RunConfig, TensorSpec
+from ema_client.protocol import RunConfig, TensorSpec, UpdateStatus
 from ema_client.training.plan import ShardedPlan, WholePlan
 
 T = TypeVar("T")
@@ -166,3 +166,18 @@ def test_updates_in_parts() -> None:
 
     pushed = sorted(client.named("push_part_once"), key=lambda options: options["part"])
     assert pushed == [{"step": 7, "part": part, "of": 2, "group": "start", "writer": 3} for part in (0, 1)]
+
+
+def test_what_became_of_a_part() -> None:
+    """A rank asks whether its own part is there still, and is done once the whole is applied."""
+    _, second, _ = Group().on_each(lambda _, plan: plan)
+
+    class Service:
+        def __init__(self, state: Any, *parts: int) -> None:
+            self.status = UpdateStatus(7, state, parts)
+
+        def update_status(self, _run: str, _step: int) -> UpdateStatus:
+            return self.status
+
+    answers = [Service("applied"), Service("staged", 1), Service("staged", 0), Service("unknown")]
+    assert [second.fate(answer, "r", 7) for answer in answers] == [True, False, None, None]  # type: ignore[arg-type]

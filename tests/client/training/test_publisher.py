@@ -15,9 +15,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ema_client.errors import EmaError, NonFinite, ServiceUnreachable, StaleStep, UpdatesPending, UsageError
+from ema_client.errors import (
+    EmaError,
+    NonFinite,
+    ServiceUnreachable,
+    StaleStep,
+    StepNotReached,
+    UpdatesPending,
+    UsageError,
+)
 from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
+from ema_client.training import sender
 from ema_client.training.at_exit import PROGRAM, ProgramEnd
 from ema_client.training.publisher import Publisher
 from ema_client.training.rounds import SendPolicy
@@ -41,7 +50,7 @@ class Service:
         self.errors: dict[int, list[EmaError]] = {}
         self.down = False
 
-    def __call__(self, step: int, _body: Body) -> None:
+    def __call__(self, step: int, _body: Body) -> bool:
         self.tries.append(step)
         self.begun.release()
         assert self.open.wait(PATIENCE)
@@ -50,6 +59,7 @@ class Service:
         if self.errors.get(step):
             raise self.errors[step].pop(0)
         self.applied.append(step)
+        return True
 
     def wait_begun(self) -> None:
         assert self.begun.acquire(timeout=PATIENCE)
@@ -285,7 +295,7 @@ def test_flush_with_a_time(publisher: Publisher, service: Service) -> None:
 def test_a_defect_of_the_sender_hangs_nobody() -> None:
     """Where the thread ends by something that is no EmaError, flush() says so and updates are left out."""
 
-    def broken(_step: int, _body: Body) -> None:
+    def broken(_step: int, _body: Body) -> bool:
         raise RuntimeError("a defect")
 
     publisher = Publisher(broken, QUICK, name="r")
@@ -299,6 +309,122 @@ def test_a_defect_of_the_sender_hangs_nobody() -> None:
             publisher.flush(PATIENCE)
     assert push(publisher, 2) is None
     assert publisher.stats == Stats(skipped=2)
+
+
+# --- parts, of which others are awaited -----------------------------------------------------------------------------
+
+
+class Gathering:
+    """A service that keeps parts until the others come, and loses them where it is told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self.there: set[int] = set()
+        self.applied: set[int] = set()
+        self.stale: set[int] = set()
+        self.asked = 0
+
+    def send(self, step: int, _body: Body) -> bool:
+        if step in self.stale:
+            raise StaleStep(f"step {step} was given up")
+        self.sent.append(step)
+        self.there.add(step)
+        return step in self.applied
+
+    def fate(self, step: int) -> bool | None:
+        self.asked += 1
+        return True if step in self.applied else False if step in self.there else None
+
+
+@pytest.fixture
+def gathering() -> Gathering:
+    return Gathering()
+
+
+@pytest.fixture
+def rank(gathering: Gathering) -> Iterator[Publisher]:
+    publisher = Publisher(gathering.send, QUICK, name="run 'r' at http://here", fate=gathering.fate)
+    yield publisher
+    publisher.close()
+    ended(publisher)
+
+
+def test_part_is_kept_until_the_update_is_applied(rank: Publisher, gathering: Gathering) -> None:
+    """A part that arrived keeps its memory, the next part is sent beside it, and flush() waits for both."""
+    first, second = push(rank, 1), push(rank, 2)
+    assert first is not None
+    assert second is not None
+    wait_for(lambda: gathering.sent == [1, 2])
+    with pytest.raises(UpdatesPending):
+        rank.flush(0.05)
+    assert (rank.pending, first.back.is_set(), rank.stats) == (2, False, Stats())
+    gathering.applied |= {1, 2}
+    rank.flush(PATIENCE)
+
+    assert first.back.is_set()
+    assert second.back.is_set()
+    assert (rank.stats, gathering.sent) == (Stats(sent=2), [1, 2])
+
+
+def test_part_that_was_lost_is_sent_again(rank: Publisher, gathering: Gathering) -> None:
+    """A service that forgot a part, as one that was killed has, is sent the part again."""
+    push(rank, 1)
+    wait_for(lambda: gathering.asked)
+    gathering.there.clear()
+    wait_for(lambda: gathering.sent == [1, 1])
+    gathering.applied.add(1)
+    rank.flush(PATIENCE)
+
+    assert rank.stats == Stats(sent=1)
+
+
+def test_update_that_went_on_without_a_part_is_told(rank: Publisher, gathering: Gathering) -> None:
+    """Where a newer step was applied and this one was not, flush() raises although every part was answered."""
+    push(rank, 1)
+    push(rank, 2)
+    wait_for(lambda: gathering.sent == [1, 2])
+    gathering.stale.add(1)
+    gathering.there.discard(1)
+    gathering.applied.add(2)
+
+    with pytest.raises(StaleStep, match="given up"):
+        rank.flush(PATIENCE)
+    assert rank.stats == Stats(sent=1, failed=1)
+
+
+def test_others_that_never_come_stop_nobody(
+    rank: Publisher, gathering: Gathering, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rank whose peers are gone waits its time for them, says so once, and then holds up neither flush() nor room."""
+    monkeypatch.setattr(sender, "_PATIENCE", 0.1)
+    push(rank, 1)
+    with pytest.raises(StepNotReached, match="other ranks' parts did not come"):
+        rank.flush(PATIENCE)
+    push(rank, 2)
+    assert not rank.room(wait=True)
+    assert rank.stats == Stats(skipped=1)
+    assert [each.levelname for each in caplog.records if "is not complete" in each.message] == ["ERROR", "WARNING"]
+    with pytest.raises(StepNotReached):
+        rank.flush(PATIENCE)
+    gathering.applied |= {1, 2}
+    rank.flush(PATIENCE)
+    assert rank.stats == Stats(sent=2, skipped=1)
+
+
+def test_lent_memory_of_a_part_comes_back(
+    rank: Publisher, gathering: Gathering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """recall() waits for the other ranks' parts, but not for ever: the model's memory is the model's."""
+    push(rank, 1, borrowed=True)
+    wait_for(lambda: gathering.sent)
+    threading.Timer(0.1, gathering.applied.add, (1,)).start()
+    rank.recall()
+    assert rank.stats == Stats(sent=1)
+    monkeypatch.setattr(sender, "_LENT_SECONDS", 0.1)
+    push(rank, 2, borrowed=True)
+    rank.recall()
+
+    assert rank.stats == Stats(sent=1, skipped=1)
 
 
 # --- borrowed memory ------------------------------------------------------------------------------------------------
@@ -385,7 +511,7 @@ def test_finish_with_the_service_away(publisher: Publisher, service: Service) ->
 
 def test_collected_in_the_sender_itself() -> None:
     """The garbage collector may run finish() in the very thread that it ends."""
-    publisher = Publisher(lambda _step, _body: publisher.finish(), QUICK, name="r")
+    publisher = Publisher(lambda _step, _body: publisher.finish() is None, QUICK, name="r")
     push(publisher, 1)
     ended(publisher)
 

@@ -33,10 +33,12 @@ def test_room_and_order() -> None:
         assert queue.has_room(wait=False)
         queue.put(update(step, done=lambda step=step: back.append(step)))  # type: ignore[misc]
     assert not queue.has_room(wait=False)
-    first = queue.first()
+    first, second = queue.unsent(0), queue.unsent(1)
     assert first is not None
-    assert (first.step, queue.pending, back) == (0, 2, [])
-    queue.remove_first()
+    assert second is not None
+    assert (first.step, second.step, queue.pending, back) == (0, 1, 2, [])
+    assert queue.unsent(2, 0.01) is None
+    queue.remove(first)
 
     assert (queue.pending, back, queue.has_room(wait=False)) == (1, [0], True)
 
@@ -49,7 +51,7 @@ def test_waiting_for_room_ends_with_room_or_with_the_service() -> None:
             queue.put(update(step))
         waiting = trainer.submit(queue.has_room, wait=True)
         assert waits(waiting)
-        queue.remove_first()
+        queue.remove(queue.left()[0])
         assert waiting.result(PATIENCE)
         queue.put(update(2))
         waiting = trainer.submit(queue.has_room, wait=True)
@@ -60,7 +62,7 @@ def test_waiting_for_room_ends_with_room_or_with_the_service() -> None:
         assert waits(waiting)
         queue.break_down(GONE)
         assert not waiting.result(PATIENCE)
-        queue.remove_first()
+        queue.remove(queue.left()[0])
         assert not queue.has_room(wait=True), "a broken queue took an update"
 
 
@@ -86,7 +88,7 @@ def test_a_flush_has_its_time() -> None:
     queue.put(update(1))
 
     assert queue.wait_until_empty(0.01) == (1, None)
-    queue.remove_first()
+    queue.remove(queue.left()[0])
     assert queue.wait_until_empty(0.01) == (0, None)
 
 
@@ -109,7 +111,7 @@ def test_borrowed_memory_is_recalled() -> None:
         recalling = threads.submit(queue.recall)
         assert not pausing.result(PATIENCE)
         assert waits(recalling)
-        queue.remove_first()
+        queue.remove(borrowed)
         recalling.result(PATIENCE)
     queue.put(update(2))
     queue.recall()
@@ -123,12 +125,12 @@ def test_the_end_sends_what_is_pending_or_abandons_it() -> None:
     queue.put(last)
     queue.end(abandon=False)
     assert queue.ending
-    assert queue.first() is last
+    assert queue.unsent(0) is last
     assert queue.pause(last, 0.0)
     queue.end(abandon=True)
 
-    assert queue.first() is None
+    assert queue.unsent(0) is None
     assert not queue.pause(last, 1e6)
-    queue.remove_first()
+    queue.remove(last)
     queue.end(abandon=False)
-    assert queue.first() is None
+    assert queue.unsent(0) is None

@@ -37,6 +37,7 @@ def tokens(folder: Path) -> dict[str, str]:
     return {
         "push": create_token(file, ["push"], "alpha*"),
         "pull": create_token(file, ["pull"], "alpha*"),
+        "snapshot": create_token(file, ["snapshot"], "alpha*"),
         "both": create_token(file, ["push", "pull"], "*"),
         "admin": create_token(file, ["admin"], "*"),
     }
@@ -62,7 +63,7 @@ ROUTES = [
     ("GET", "/v1/runs/alpha-1/weights", {"pull"}),
     ("GET", "/v1/runs/alpha-1/updates/1", {"pull"}),
     ("GET", "/v1/runs/alpha-1/snapshots", {"pull"}),
-    ("PUT", "/v1/runs/alpha-1/snapshots/s", {"pull"}),
+    ("PUT", "/v1/runs/alpha-1/snapshots/s", {"snapshot", "push"}),
     ("GET", "/metrics", {"pull"}),
     ("POST", "/v1/runs", {"push"}),
     ("PUT", "/v1/runs/alpha-1/weights", {"push"}),
@@ -79,7 +80,7 @@ ROUTES = [
 )
 def test_each_route_wants_its_scope(url, tokens, method, path, enough):
     """With the scope the request gets through to its route; without it 403; without a token 401."""
-    for kind in ("push", "pull", "admin"):
+    for kind in ("push", "pull", "snapshot", "admin"):
         status = httpx.request(method, url + path, headers={"Authorization": f"Bearer {tokens[kind]}"}).status_code
         assert (status != 403) == (kind in enough or kind == "admin"), (kind, status)
     answer = httpx.request(method, url + path)
@@ -193,14 +194,15 @@ def test_beyond_loopback_only_with_tokens():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 2
     assert "--token-file" in done.stderr
-    assert SCOPES == ("push", "pull", "admin")
+    assert SCOPES == ("push", "pull", "snapshot", "admin")
 
 
 def test_reader_cannot_end_a_series(url: str, tokens: dict[str, str]) -> None:
-    """A token that may only read takes a snapshot, but not one that lets older ones go."""
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {tokens['pull']}"}) as http:
+    """A token that may only take snapshots takes none that lets older ones go."""
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {tokens['snapshot']}"}) as http:
         assert http.put("/v1/runs/alpha-1/snapshots/kept-1").status_code == 201
         refused = http.put("/v1/runs/alpha-1/snapshots/kept-2", params={"keep": 1})
         assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {tokens['pull']}"}) as http:
         names = [each["name"] for each in http.get("/v1/runs/alpha-1/snapshots").json()["snapshots"]]
         assert "kept-1" in names

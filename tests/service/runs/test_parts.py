@@ -362,6 +362,21 @@ def test_non_finite(gatherer: Gatherer, model: Callable[[int], dict[str, Tensor]
     assert gatherer.send(1, 1, 2, part_body(model(1), rows(model(1), 1, 2))).applied
 
 
+def test_refusal_is_told_to_whoever_asks(gatherer: Gatherer, model: Callable[[int], dict[str, Tensor]]) -> None:
+    """The rank whose part was there before the refusal learns the reason by sending the part again; a mended part of
+    another rank ends that."""
+    bad = model(1)
+    bad["conv.weight"][0, 0, 0] = float("nan")
+    gatherer.send(1, 1, 2, part_body(bad, rows(bad, 1, 2)))
+    with pytest.raises(NonFinite):
+        gatherer.send(1, 0, 2, part_body(bad, rows(bad, 0, 2)))
+    with pytest.raises(NonFinite, match=r"conv\.weight"):
+        gatherer.send(1, 1, 2, part_body(bad, rows(bad, 1, 2)))
+    assert (gatherer.parts.staged(1), gatherer.staging.bytes_in_use) == (None, 0)
+    gatherer.send(1, 0, 2, part_body(model(1), rows(model(1), 0, 2)))
+    assert gatherer.send(1, 1, 2, part_body(model(1), rows(model(1), 1, 2))).applied
+
+
 # --- several steps --------------------------------------------------------------------------------------------------
 
 

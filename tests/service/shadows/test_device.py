@@ -185,7 +185,7 @@ def test_given_up_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.may_go_on.clear()
     work = pass_over(staged, [Feed(staged.arena, shadow, 0.25, Follower())], check=False, grain=GRAIN)
     work.advance(100_000)
-    del work
+    del work, staged
     gc.collect()
     lent_too_early = list(lent)
     memory.may_go_on.set()
