@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
+from ema_service.logs import Seldom
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def _common(
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="EMA_SERVICE_HOST")] = "127.0.0.1",
+    # No variable EMA_SERVICE_HOST: Kubernetes sets that in every container beside a Service named "ema".
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
     uds: Annotated[
         Path | None, typer.Option(help="Listen on this Unix socket as well; only this user may connect.")
@@ -104,6 +106,9 @@ def serve(
             help="Seconds a sender may stay silent in the middle of a body, or a reader take nothing.", min=0.1
         ),
     ] = Settings.body_timeout,
+    max_connections: Annotated[
+        int, typer.Option(help="Most connections at once; beyond, the idlest is closed for a new one.", min=1)
+    ] = Settings.max_connections,
     max_watchers: Annotated[
         int, typer.Option(help="Most streams of events (`ema watch`) at once.", min=1)
     ] = Settings.max_watchers,
@@ -111,6 +116,13 @@ def serve(
     token_file: Annotated[
         Path | None,
         typer.Option(help="Ask for tokens, those of this file (`ema-service token create`).", dir_okay=False),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name by which clients reach the server; may be given several times. Without tokens only IP "
+            "addresses and this machine's own names are answered."
+        ),
     ] = None,
     ssl_certfile: Annotated[
         Path | None, typer.Option(help="Speak TLS: the certificate, then those between it and its authority; PEM.")
@@ -137,9 +149,11 @@ def serve(
         **{name: nbytes for name, nbytes in budgets.items() if nbytes is not None},
         checkpoint_interval=checkpoint_interval,
         body_timeout=body_timeout,
+        max_connections=max_connections,
         max_watchers=max_watchers,
         max_snapshots=max_snapshots,
         token_file=token_file,
+        allowed_hosts=(host, *(allowed_host or ())),
     )
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
 
@@ -202,7 +216,11 @@ def _is_loopback(host: str) -> bool:
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
     """Serve until told to stop. Exits with 1, and a line on stderr, where the server cannot start."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(Seldom())
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler]
+    )
     # Before torch is imported, which takes memory: memory that an earlier server left may leave no room for both.
     store = _opened(settings)
     from ema_service.api.app import pick_device

@@ -35,11 +35,14 @@ class Settings:
     checkpoint_interval: seconds between two looks for runs of durability ``memory`` that moved since their last
     checkpoint.
     body_timeout: seconds that a sender may stay silent in the middle of a body, and that a reader may take nothing.
-    max_watchers: most streams of events at once. Each keeps a connection open: half of the 1,024 descriptors that a
-    process often may have are left to trainers, readers and files.
+    max_connections: most connections at once; fewer where the process may not have twice as many descriptors.
+    max_watchers: most streams of events at once. Each keeps a connection open; half of them are for trainers and
+    readers.
     max_snapshots: most snapshots of one run: whoever may take them shall not fill the disk.
     token_file: tokens and what each may do; None asks nobody for a token.
-    json_bytes: largest JSON body; a layout of 200,000 tensors takes about 20 MB.
+    allowed_hosts: names by which clients reach the server, beside IP addresses and this machine's own names. Where no
+    token is asked for, other names are refused (api/origins.py).
+    json_bytes: most bytes of JSON bodies held at one time; the largest there may be, a layout, has 32 MiB.
     """
 
     data_dir: Path | None = DEFAULT_DATA_DIR
@@ -51,6 +54,8 @@ class Settings:
     checkpoint_interval: float = 60.0
     body_timeout: float = 60.0
     json_bytes: int = 64 << 20
+    max_connections: int = 2048
     max_watchers: int = 512
     max_snapshots: int = 1000
     token_file: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()

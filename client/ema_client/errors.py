@@ -15,6 +15,7 @@
     |-- BadRequest                400: not HTTP/1.1
     |-- Unauthorized              401: no token, or none the server knows
     |-- Forbidden                 403: the token does not allow this
+    |-- ForeignOrigin             403: a web page of another origin wants to write
     |-- NotFound                  404
     |   |-- RouteNotFound, RunNotFound, SnapshotNotFound, AverageNotFound
     |-- MethodNotAllowed          405
@@ -25,7 +26,9 @@
     |   +-- SegmentUnusable, TooManyRuns, TooManySnapshots
     |-- BodyTooLarge              413
     |-- UnsupportedEncoding       415: a compressed body
+    |-- UnsupportedMediaType      415: JSON that is not sent as JSON
     |-- RangeNotSatisfiable       416
+    |-- ForeignHost               421: the server does not answer to that name
     |-- Invalid                   422
     |   |-- InvalidRequest        a field of the JSON body, the path or the query
     |   |-- MalformedBody         not a well-formed safetensors stream
@@ -35,6 +38,7 @@
     |-- InternalError             500: a defect of the server
     |-- StorageFailed             503: the server's disk is full or fails
     |-- Overloaded                503: out of a declared budget, try again later
+    |-- Stopping                  503: the server was told to stop
     +-- Superseded                503: the run changed while the update was on its way, send it again
 
 Each class carries ``code`` (its name on the wire), ``status`` (HTTP) and ``retryable``; each instance a ``detail``
@@ -60,6 +64,8 @@ __all__ = [
     "EmaError",
     "Fenced",
     "Forbidden",
+    "ForeignHost",
+    "ForeignOrigin",
     "GatewayFailed",
     "HeadTooLarge",
     "InternalError",
@@ -89,6 +95,7 @@ __all__ = [
     "StaleStep",
     "StepConflict",
     "StepNotReached",
+    "Stopping",
     "StorageDisabled",
     "StorageFailed",
     "Superseded",
@@ -97,6 +104,7 @@ __all__ = [
     "TransportError",
     "Unauthorized",
     "UnsupportedEncoding",
+    "UnsupportedMediaType",
     "UpdatesPending",
     "UsageError",
     "WeightsExist",
@@ -266,6 +274,13 @@ class Forbidden(EmaError):
     default_hint = "ask for a token with that scope and a pattern that the run's name fits"
 
 
+class ForeignOrigin(EmaError):
+    code = "foreign_origin"
+    status = 403
+    title = "A web page of another origin"
+    default_hint = "a browser may write from the service's own pages alone; programs send no Origin, no Sec-Fetch-Site"
+
+
 class NotFound(EmaError):
     code = "not_found"
     status = 404
@@ -418,11 +433,28 @@ class UnsupportedEncoding(EmaError):
     default_hint = "send the body as it is, without Content-Encoding"
 
 
+class UnsupportedMediaType(EmaError):
+    code = "unsupported_media_type"
+    status = 415
+    title = "Not sent as JSON"
+    default_hint = "send the header Content-Type: application/json"
+
+
 class RangeNotSatisfiable(EmaError):
     code = "range_not_satisfiable"
     status = 416
     title = "Range not satisfiable"
     default_hint = "ask for bytes that exist; HEAD or a GET without Range tells the length"
+
+
+class ForeignHost(EmaError):
+    code = "foreign_host"
+    status = 421
+    title = "The server does not answer to that name"
+    default_hint = (
+        "use the server's IP address in the URL, or localhost on its own machine; or start the server with "
+        "--allowed-host NAME, or with tokens"
+    )
 
 
 class Invalid(EmaError):
@@ -475,6 +507,14 @@ class Overloaded(EmaError):
     retryable = True
     title = "Out of a declared budget"
     default_hint = "try again after Retry-After seconds, or raise the budget named in the detail"
+
+
+class Stopping(EmaError):
+    code = "stopping"
+    status = 503
+    retryable = True
+    title = "The server is stopping"
+    default_hint = "nothing was changed; send again once a server is there"
 
 
 class StorageFailed(EmaError):

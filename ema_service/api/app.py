@@ -14,14 +14,17 @@ from importlib.metadata import version
 
 import torch
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from ema_service import dashboard
 from ema_service.api import errors, openapi
 from ema_service.api.auth import Auth, read_token_file
 from ema_service.api.context import Context
-from ema_service.api.limits import BodyLimits
+from ema_service.api.limits import BodyLimits, JsonBudget
+from ema_service.api.origins import Origins
 from ema_service.api.routes import events, ops, runs, snapshots, updates, weights
 from ema_service.api.transfer.connection import STATE, Guard
+from ema_service.api.writes import WriteGate, Writes
 from ema_service.machine_memory import resident_bytes
 from ema_service.memory import Memory
 from ema_service.metrics import Metrics
@@ -41,6 +44,9 @@ SYNC_SECONDS = 0.5
 _IDLE_SECONDS = 60.0
 #: Bytes that the server itself may grow by, beyond weights and layouts: connections, requests, the interpreter's own.
 _GROWTH_BYTES = 128 << 20
+
+#: In the order in which each request's route is searched: routes that trainers use all day come first.
+_PARTS = (updates, weights, runs, snapshots, events, ops)
 
 _DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
 evaluators
@@ -100,12 +106,22 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     )
     errors.install(app, metrics)
     openapi.install(app, tokens=settings.token_file is not None)
-    app.add_middleware(BodyLimits, limit=settings.json_bytes, silence=settings.body_timeout, refused=metrics.refused)
+    app.add_middleware(
+        BodyLimits,
+        routes=[route for part in _PARTS for route in part.router.routes if isinstance(route, APIRoute)],
+        budget=JsonBudget(settings.json_bytes),
+        silence=settings.body_timeout,
+        refused=metrics.refused,
+    )
+    app.state.writes = Writes()
+    app.add_middleware(WriteGate, writes=app.state.writes, refused=metrics.refused)
     if settings.token_file:
-        # Added last, so Auth comes first: a request without a right to its answer is refused before anything is read.
+        # Added later, so Auth comes before: a request without a right to its answer is refused before anything is read.
         app.add_middleware(Auth, grants=read_token_file(settings.token_file), refused=metrics.refused)
-    # In the order in which each request's route is searched: routes that trainers use all day come first.
-    for part in (updates, weights, runs, snapshots, events, ops):
+    app.add_middleware(
+        Origins, names=settings.allowed_hosts, refused=metrics.refused, any_host=settings.token_file is not None
+    )
+    for part in _PARTS:
         app.include_router(part.router)
     dashboard.install(app)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import Request
 
@@ -22,6 +24,8 @@ from ema_service.runs import Registry, Run
 from ema_service.settings import Settings
 
 __all__ = ["Context"]
+
+T = TypeVar("T")
 
 
 class Context:
@@ -42,6 +46,7 @@ class Context:
         self.stopping = False
         self.watchers = 0
         self._waiting: set[asyncio.Event] = set()
+        self._turns: WeakValueDictionary[tuple[str, ...], asyncio.Lock] = WeakValueDictionary()
         self._syncing: set[Versions] = set()
         registry.staging.on_room(self.pushers.room)
         registry.frozen.on_room = self.readers.room
@@ -60,6 +65,23 @@ class Context:
         """Hold a version for a reader, once there is room; the caller releases it. Raises Overloaded,
         ClientDisconnect."""
         await self.readers.take(request, partial(self.registry.frozen.hold, arena))
+
+    def turn(self, *of: str) -> asyncio.Lock:
+        """The turn of a piece of work on a run, or of another thing that has a lock: one at a time, in order.
+
+        Who waits for that lock on a thread keeps the thread from all other runs; who waits for a turn keeps nothing.
+        """
+        return self._turns.setdefault(of, asyncio.Lock())
+
+    async def steer(self, run: str, work: Callable[[], T]) -> T:
+        """What ``work``, which takes the run's lock, returns. Waits for the turn first, for a thread then."""
+        async with self.turn(run):
+            return await self.workers.block(work)
+
+    async def file(self, run: str, work: Callable[[], T]) -> T:
+        """As steer(), for work that takes the lock of the run's snapshots, which is held while one is written."""
+        async with self.turn(run, "snapshots"):
+            return await self.workers.block(work)
 
     @contextlib.contextmanager
     def watching(self, run: Run) -> Iterator[asyncio.Event]:

@@ -24,15 +24,19 @@ from ema_client.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
+    Overloaded,
     RouteNotFound,
     StorageFailed,
     listed,
 )
+from ema_service.descriptors import EXHAUSTED
 from ema_service.metrics import Metrics
 
 __all__ = ["install", "problem_response", "problem_responses"]
 
 _log = logging.getLogger(__name__)
+
+_MORE = "try again after Retry-After seconds; who runs the server: let it have more (ulimit -n)"
 
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
@@ -109,16 +113,27 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         # Starlette raises the fault again after this answer, so that the server's log has the traceback.
         return answer(InternalError(f"{type(fault).__name__} in {request.method} {request.url.path}"))
 
-    async def catalog(_: Request, fault: Exception) -> Response:
-        _log.error("the catalog: %s", fault)
-        return answer(StorageFailed(f"the server's catalog: {fault}", retry_after=1.0))
+    async def unavailable(_: Request, fault: Exception) -> Response:
+        error = _unavailable(fault)
+        _log.error("a request was refused: %s", error.detail)
+        return answer(error)
 
     app.add_exception_handler(EmaError, ours)
-    app.add_exception_handler(sqlite3.Error, catalog)
+    app.add_exception_handler(OSError, unavailable)
+    app.add_exception_handler(sqlite3.Error, unavailable)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, defect)
+
+
+def _unavailable(fault: Exception) -> EmaError:
+    """What is answered where the server lacks something for now. Raises the fault itself where it is a defect."""
+    if isinstance(fault, sqlite3.Error):
+        return StorageFailed(f"the server's catalog: {fault}", retry_after=1.0)
+    if isinstance(fault, OSError) and fault.errno in EXHAUSTED:
+        return Overloaded("the server has no file descriptor left", hint=_MORE, retry_after=1.0)
+    raise fault
 
 
 def _methods(request: Request) -> set[str]:

@@ -57,7 +57,7 @@ class _Incoming:
         try:
             segment = self._segment(self._named)
             body, workers = body_of(segment.length), self._server.workers
-            await workers.block(partial(take_over, segment, body, workers.helpers, self._server.mappings))
+            await workers.take_over(partial(take_over, segment, body, workers.helpers, self._server.mappings))
         except SegmentUnusable as fault:
             self._run.links.refused(fault.detail)
             raise
@@ -107,9 +107,13 @@ class Push:
     async def decide(self, commit: Callable[[], T], *, quick: bool = False) -> T:
         """The answer of ``commit``, called on a thread for updates, or at once on the event loop where it is
         ``quick``."""
-        answer = commit() if quick else await self._server.workers.compute(commit)
+        answer = commit() if quick else await self._commit(commit)
         self._incoming.tell(self.staged.layout.param_bytes)
         return answer
+
+    async def _commit(self, commit: Callable[[], T]) -> T:
+        async with self._server.turn(self._run.config.run):
+            return await self._server.workers.compute(commit)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -163,7 +167,8 @@ class PartialPush:
     async def decide(self) -> UpdateResult | RunInfo:
         """Have the run apply the complete set. Raises as Parts.apply()."""
         apply = self._server.metrics.timed(partial(self._parts.apply, self._part))
-        return await self._server.workers.compute(apply)
+        async with self._server.turn(self._run.config.run):
+            return await self._server.workers.compute(apply)
 
     def tell(self) -> None:
         """Count the part, which arrived whole and right, by its link."""

@@ -29,21 +29,26 @@ from ema_client.protocol import (
     TensorSpec,
 )
 
-__all__ = ["RewindBody", "RunConfigBody", "RunPatchBody", "definitions", "json_body"]
+__all__ = ["CHANGE_BYTES", "CONFIG_BYTES", "RewindBody", "RunConfigBody", "RunPatchBody", "definitions", "json_body"]
 
 _COMPONENT = "#/components/schemas/{model}"
+
+#: Most bytes of a configuration: a layout of 200,000 tensors takes about 20 MB.
+CONFIG_BYTES = 32 << 20
+#: Most bytes of a change to a run: a name and a number.
+CHANGE_BYTES = 4 << 10
 
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 def json_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """The ``openapi_extra`` of a route that parses a body of this kind itself.
+    """The ``requestBody`` in the OpenAPI of a route that parses a body of this kind itself.
 
     FastAPI does not collect what the reference refers to: that is definitions().
     """
     schema = {"$ref": _COMPONENT.format(model=kind.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
 
 
 def definitions(kind: type[BaseModel]) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,8 +25,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ema_service.api.app import create_app, open_registry
 from ema_service.api.context import Context
+from ema_service.api.transfer.accepting import Acceptor, Connections, Idling
 from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
+from ema_service.api.writes import Writes
+from ema_service.descriptors import connections_within, raise_limit
 from ema_service.settings import Settings
 from ema_service.storage import Store
 
@@ -32,8 +37,10 @@ __all__ = ["CannotListen", "http_protocol", "serve"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds that requests in hand get to finish once the server is told to stop.
-GRACE_SECONDS = 30
+#: Seconds from the order to stop in which writes in hand get to finish, and in which readers do. Kubernetes kills after
+#: 30: the rest is for what is kept between the two.
+WRITE_SECONDS = 5.0
+STOP_SECONDS = 20.0
 
 
 class CannotListen(OSError):
@@ -49,12 +56,17 @@ def serve(
     announce: Callable[[str], None],
     tls: ssl.SSLContext | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then finish the requests in hand and take a last checkpoint of every run.
+    """Serve until SIGINT or SIGTERM, then finish the writes in hand, take a checkpoint of every run that moved, and let
+    readers finish.
 
     store: what is kept; None keeps nothing. announce: called with the http:// or https:// address once connections are
     accepted. uds: a Unix socket to listen on as well. tls: for the address; the Unix socket never leaves the machine
     and stays plain. Raises CannotListen, and what open_registry() raises, before anything is served.
     """
+    most = connections_within(raise_limit(), settings.max_connections)
+    # A stream of events keeps its connection: streams leave half of them to trainers and readers.
+    watchers = min(settings.max_watchers, max(1, most // 2))
+    settings = replace(settings, max_connections=most, max_watchers=watchers)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again once it has stopped. The process exits with 0: stopping was what it was told
         # to do.
@@ -75,11 +87,10 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-            ssl_context_factory=(lambda _config, _default: tls) if tls else None,
         )
         announced = partial(_url, host, tcp, secure=tls is not None)
-        _Server(config, unix, lambda: announce(announced()), partial(_let_go, app)).run([tcp])
+        started, keep = (lambda: _say(announce, announced())), partial(_keep, app)
+        _Server(config, tcp, unix, tls, settings.max_connections, started, keep).run([])
 
 
 def http_protocol() -> type[HttpToolsProtocol]:
@@ -99,30 +110,43 @@ def _exit(_number: int, _frame: object) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that also listens on a plain Unix socket, and calls back when it accepts connections and when it
-    begins to stop."""
+    """A uvicorn server that accepts connections itself, also on a plain Unix socket.
+
+    most: connections at once. tls: for the first socket. started: called once connections are accepted. keep: awaited
+    when the server begins to stop, before readers are waited for.
+    """
 
     def __init__(
         self,
         config: uvicorn.Config,
+        tcp: socket.socket,
         unix: socket.socket | None,
+        tls: ssl.SSLContext | None,
+        most: int,
         started: Callable[[], None],
-        stopping: Callable[[], None],
+        keep: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(config)
-        self._unix = unix
+        self._sockets = [(tcp, tls), *([(unix, None)] if unix else [])]
+        self._most = most
         self._on_started = started
-        self._on_stopping = stopping
+        self._keep = keep
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self._unix:
-            # Not by uvicorn, which has one TLS context for all sockets.
-            self.servers.append(await asyncio.get_running_loop().create_server(self._protocol, sock=self._unix))
+        await super().startup(sockets)  # of none: uvicorn accepts without end, and has one TLS context for all sockets
+        connections = Connections(self._most, cast(set[Idling], self.server_state.connections))
+        for sock, tls in self._sockets:
+            acceptor = Acceptor(sock, connections, self._protocol, backlog=self.config.backlog, tls=tls)
+            self.servers.append(cast(asyncio.Server, acceptor))
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._on_stopping()
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        for server in self.servers:
+            server.close()
+        await self._keep()
+        self.config.timeout_graceful_shutdown = max(1, round(STOP_SECONDS - (clock() - began)))
         await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
@@ -130,11 +154,21 @@ class _Server(uvicorn.Server):
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
-def _let_go(app: FastAPI) -> None:
-    """Wake whoever waits for a run, so that their requests end."""
-    context: Context | None = getattr(app.state, "context", None)
-    if context:
-        context.stop_watching()
+async def _keep(app: FastAPI) -> None:
+    """Wake whoever waits for a run, let the writes in hand finish, and take what must be kept to disk."""
+    context: Context = app.state.context
+    writes: Writes = app.state.writes
+    context.stop_watching()
+    await writes.end(WRITE_SECONDS)
+    await context.workers.block(context.registry.checkpoint)
+
+
+def _say(announce: Callable[[str], None], url: str) -> None:
+    """Tell the address. A terminal that is gone, or a full disk behind the output, ends no server."""
+    try:
+        announce(url)
+    except (OSError, ValueError) as fault:  # ValueError: closed, or an encoding without the letters of a path
+        _log.warning("the server listens on %s; what it prints at the start cannot be written: %s", url, fault)
 
 
 def _url(host: str, sock: socket.socket, *, secure: bool) -> str:

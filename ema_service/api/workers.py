@@ -34,6 +34,8 @@ _APPLY_THREADS = 2
 _TORCH_THREADS = max(1, (os.cpu_count() or 1) // 4)
 #: Threads that a push in shared memory is divided among: there is no socket to leave cores to.
 _HELPERS = os.cpu_count() or 1
+#: Threads that wait for the helpers of one push each.
+_SHARE_THREADS = os.cpu_count() or 1
 #: Threads that wait for disks.
 _FILE_THREADS = 8
 #: Threads that sync acknowledged versions, at the speed of the disk.
@@ -55,6 +57,7 @@ class Workers:
         self._send = Threads(_SEND_THREADS, "ema-send", torch.set_num_threads, (1,))
         self._files = Threads(_FILE_THREADS, "ema-files")
         self._sync = Threads(_SYNC_THREADS, "ema-sync")
+        self._share = Threads(_SHARE_THREADS, "ema-share")
         self.helpers = Threads(_HELPERS, "ema-help", torch.set_num_threads, (1,))
         self.receivers = SocketThreads(self._receive, _RECEIVE_THREADS)
         self.senders = SocketThreads(self._send, _SEND_THREADS)
@@ -70,6 +73,13 @@ class Workers:
         """
         return await _outlasting(self._files, work)
 
+    async def take_over(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which averages a push in shared memory, on a thread that no disk holds up.
+
+        Returns, or raises, only after the work is over.
+        """
+        return await _outlasting(self._share, work)
+
     def sync(self, work: Callable[[], None]) -> asyncio.Future[None]:
         """Begin ``work``, which waits for the medium, on a thread for syncing."""
         return asyncio.get_running_loop().run_in_executor(self._sync, work)
@@ -81,7 +91,7 @@ class Workers:
 
     def close(self) -> None:
         """Finish the updates and files in hand, and end the threads."""
-        for threads in (self._receive, self._send, self._apply, self._sync, self.helpers, self._files):
+        for threads in (self._receive, self._send, self._apply, self._sync, self._share, self.helpers, self._files):
             threads.shutdown()
 
 

@@ -23,9 +23,12 @@ Knows numba. Does not know the loops.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from numba import njit
+
+from ema_service.averaging.compiling_cache import CheckedCache
 
 __all__ = ["compiled"]
 
@@ -34,9 +37,10 @@ def compiled(function: Any) -> Any:
     """The function compiled for the types of its arguments on its first call; it runs without the interpreter lock.
 
     function: of numbers and numpy arrays. numba caches the machine code beside the function's file, or in the user's
-    cache folder. Where neither can be written to, each process compiles anew, which takes seconds.
+    cache folder. Where neither can be written to, or the files are damaged, the process compiles anew, which takes
+    seconds.
     """
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True, error_model="numpy")(function)
+    dispatcher: Any = njit(nogil=True, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError):  # no place for files
+        dispatcher._cache = CheckedCache(function)
+    return dispatcher

@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ema_client.errors import (
@@ -83,6 +83,7 @@ class Snapshots:
             existing = found.get(name)
             if existing is None:
                 self._check_count(len(found))
+                self._check_case(name, found)
                 return self._make(name, state, keep), True
             if existing.version != str(state.version):
                 raise SnapshotExists(
@@ -149,6 +150,15 @@ class Snapshots:
         self._changed()
         return info
 
+    def _check_case(self, name: str, others: Iterable[str]) -> None:
+        """Raises SnapshotExists where the files of another snapshot would be overwritten."""
+        same = [other for other in others if other.casefold() == name.casefold()]
+        if same and self._store.folds_case:
+            raise SnapshotExists(
+                f"snapshot {same[0]!r} of run {self._row.name!r} has the same name but for its case, which the file "
+                "system of the data dir does not tell apart"
+            )
+
     def _check_count(self, count: int) -> None:
         if count >= self._most:
             raise TooManySnapshots(f"run {self._row.name!r} has {count} snapshots, and may have {self._most}")
@@ -200,9 +210,12 @@ class Snapshots:
         return WeightsStream(self._layout.shadows, info)
 
     def _drop_oldest(self, name: str, keep: int | None) -> None:
-        """Remove all but the newest ``keep`` snapshots of a series: of names that are the same up to the last "-"."""
-        series = name.rpartition("-")[0]
-        names = [each for each in self._found() if each.rpartition("-")[0] == series]
+        """Remove all but the newest ``keep`` snapshots of a series: of names that are the same up to the last "-".
+
+        A name without a "-" is in no series: nothing is removed.
+        """
+        series, dash, _ = name.rpartition("-")
+        names = [each for each in self._found() if dash and each.rpartition("-")[:2] == (series, dash)]
         for old in names[:-keep] if keep else ():
             try:
                 self._store.remove_snapshot(self._row, old)

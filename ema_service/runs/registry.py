@@ -199,7 +199,7 @@ class Registry:
         store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed; Overloaded where memory
         has no room for the run.
         """
-        _check_averages(config)
+        _check_averages(config, folds_case=self._store is not None and self._store.folds_case)
         layout = Layout(config.layout, config.copied)
         config = replace(config, layout=tuple(entry.spec for entry in layout.params), copied=layout.copied)
         with self._lock:
@@ -423,9 +423,9 @@ def _config_of(row: RunRow) -> RunConfig:
         ) from None
 
 
-def _check_averages(config: RunConfig) -> None:
-    """Raises InvalidRequest where the averages are too many, or two have one name."""
-    names = Counter(average.name for average in config.averages)
+def _check_averages(config: RunConfig, *, folds_case: bool) -> None:
+    """Raises InvalidRequest where the averages are too many, or two have one name. folds_case: or one but for case."""
+    names = Counter(average.name.casefold() if folds_case else average.name for average in config.averages)
     if not 1 <= len(config.averages) <= MAX_AVERAGES:
         raise InvalidRequest(f"averages: {len(config.averages)} were given; 1 to {MAX_AVERAGES} are possible")
     name, count = names.most_common(1)[0]

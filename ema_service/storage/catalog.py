@@ -143,6 +143,8 @@ class Catalog:
         except CatalogUnusable:
             self._db.close()
             raise
+        #: What is written to, whatever has its name by now.
+        self._files = {each: each.stat().st_ino for each in (path, path.with_name(path.name + "-wal")) if each.exists()}
 
     def close(self) -> None:
         with self._lock:
@@ -231,11 +233,25 @@ class Catalog:
 
     def _write(self, sql: str, *values: object, durable: bool = True) -> sqlite3.Cursor:
         wanted = "FULL" if durable else "NORMAL"
+        self._check_files()
         with self._lock:
             if wanted != self._synchronous:
                 self._db.execute(f"PRAGMA synchronous = {wanted}")
                 self._synchronous = wanted
             return self._db.execute(sql, values)
+
+    def _check_files(self) -> None:
+        """Raises sqlite3.OperationalError where the database is not what the next start will find."""
+        for path, number in self._files.items():
+            try:
+                found = path.stat().st_ino
+            except FileNotFoundError:
+                found = 0
+            if found != number:
+                raise sqlite3.OperationalError(
+                    f"{path} was removed or replaced while the server runs: what is written would be lost; put it back "
+                    "and start the server again"
+                )
 
     def _read(self, sql: str, *values: object) -> list[Any]:
         with self._lock:

@@ -196,18 +196,38 @@ class FolderLocked(OSError):
 
 
 class FolderLock:
-    """An exclusive lock on a folder (flock), which ends with the process."""
+    """An exclusive lock on a folder (flock), which ends with the process.
+
+    Both the folder and a file in it are locked: somebody may remove the file, and some network file systems lock no
+    folder. path: the file.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises FolderLocked where another process holds the lock."""
-        self._file = (folder / "lock").open("ab")
+        self.path = folder / "lock"
+        self._file = self.path.open("ab")
+        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_folder(self._folder)
         except BlockingIOError:
-            self._file.close()
+            self.release()
             raise FolderLocked(
                 f"another server uses the data dir {folder}: stop it, or give this one another --data-dir"
             ) from None
 
     def release(self) -> None:
         self._file.close()
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
+
+
+def _lock_folder(descriptor: int) -> None:
+    """Lock a folder itself. Raises BlockingIOError where another process has locked it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as fault:
+        _log.info("the data dir itself cannot be locked, only the file in it: %s", fault)

@@ -87,6 +87,8 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         self._lock = FolderLock(folder)
+        #: Whether names that differ by case alone are one file here, as on the disks of most Macs.
+        self.folds_case = self._lock.path.with_name(self._lock.path.name.upper()).exists()
         self._writers = Threads(_WRITE_THREADS, "ema-write")
         self._runs = folder / "runs"
         #: Memory that outlives the process, once use_memory_files() found some; and why it found none.

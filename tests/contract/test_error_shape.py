@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from ema_client.errors import BY_CODE
-from ema_service.settings import Settings
+from ema_service.api.schemas import CONFIG_BYTES
 
 LAYOUT = [{"name": "w", "shape": [2], "dtype": "F32"}]
-TOO_LONG = str(Settings(data_dir=None).json_bytes + 1)
+TOO_LONG = str(CONFIG_BYTES + 1)
 JSON = {"Content-Type": "application/json"}
 
 

@@ -13,7 +13,9 @@ import pytest
 from pydantic import BaseModel
 
 from ema_client import protocol
+from ema_service.api.app import create_app
 from ema_service.api.schemas import RunConfigBody, RunPatchBody
+from ema_service.settings import Settings
 
 
 def required(kind: type[Any]) -> set[str]:
@@ -44,3 +46,15 @@ def test_a_config_survives_the_way() -> None:
     for config in configs:
         body = RunConfigBody.model_validate_json(json.dumps(protocol.to_json(config)))
         assert body.to_config() == config
+
+
+def test_each_json_body_has_a_limit() -> None:
+    """A route with a JSON body says how long that may be: a route that does not say so takes none."""
+    paths = create_app(Settings(data_dir=None)).openapi()["paths"]
+    operations = [operation for path in paths.values() for operation in path.values()]
+    bodies = [operation["requestBody"] for operation in operations if "requestBody" in operation]
+    taken = [body for body in bodies if "application/json" in body["content"]]
+
+    assert len(taken) >= 3
+    assert [body for body in taken if not body.get("x-max-bytes")] == []
+    assert [body for body in bodies if body not in taken and "x-max-bytes" in body] == []

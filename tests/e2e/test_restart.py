@@ -190,7 +190,8 @@ class HalfPush:
         address = urlsplit(server.url)
         self._payload = save(tensors(step))
         self._socket = socket.create_connection((address.hostname, address.port), timeout=WAIT_SECONDS)
-        head = f"PUT {run.path}/updates/{step} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(self._payload)}\r\n\r\n"
+        head = f"PUT {run.path}/updates/{step} HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Length: {len(self._payload)}\r\n\r\n"
         self._half = len(self._payload) // 2
         self._socket.sendall(head.encode() + self._payload[: self._half])
 

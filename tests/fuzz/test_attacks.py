@@ -133,7 +133,7 @@ def unchanged(server: ServerProcess, honest: httpx.Client, target: PlainRun, fre
     yield
     await_no_push_in_flight(honest)
     assert everything() == before
-    assert exchange(server.url, b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n")[0] == 200
+    assert exchange(server.url, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
 
 
 def test_the_forger_forges_well(plain_run: Callable[..., PlainRun], server: ServerProcess) -> None:
@@ -180,7 +180,7 @@ def test_names_are_unique() -> None:
 # --- a refused body and the connection ------------------------------------------------------------------------------
 
 
-PING = b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n"
+PING = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 AFTER_WHICH = {
     "NaN": Attack("", 422, "", "", with_value("emb", float("nan"))),
     "a body one byte short": Attack("", 422, "", "", GOOD[:-1]),
@@ -222,7 +222,7 @@ def test_answer_reaches_a_sender_who_first_sends_all(
     """Who sends a large wrong body to its end before reading gets the refusal, not a broken connection."""
     request = attack.request(target.name, "")
     if closes:
-        request = request.replace(b"Host: test", b"Host: test\r\nConnection: close", 1)
+        request = request.replace(b"Host: localhost", b"Host: localhost\r\nConnection: close", 1)
     status, _, answer = exchange(server.url, request)
 
     assert (status, json.loads(answer)["code"]) == (attack.status, attack.code)

@@ -253,7 +253,7 @@ class Lives(RuleBasedStateMachine):
     def head(self, step: int, length: int) -> bytes:
         writer = f"Ema-Writer: {self.life.writers}\r\n" if self.life.writers else ""
         return (
-            f"PUT {self.path}/updates/{step} HTTP/1.1\r\nHost: x\r\n{writer}Content-Length: {length}\r\n\r\n"
+            f"PUT {self.path}/updates/{step} HTTP/1.1\r\nHost: localhost\r\n{writer}Content-Length: {length}\r\n\r\n"
         ).encode()
 
     def restart(self) -> None:

@@ -5,9 +5,13 @@ Knows the routes and their answers. Does not know how a run works.
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
@@ -27,23 +31,38 @@ from ema_client.errors import (
     Superseded,
     TooManyRuns,
 )
-from ema_client.protocol import RunConfig, RunInfo, RunList, Writer
+from ema_client.protocol import MAX_TENSORS, NAME_PATTERN, RunConfig, RunInfo, RunList, Writer, to_json
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
-from ema_service.api.limits import JSON_REFUSALS
-from ema_service.api.routes.parameters import RunName, Server
-from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody, json_body
+from ema_service.api.limits import JSON_REFUSALS, takes_json
+from ema_service.api.routes.parameters import Number, RunName, Server
+from ema_service.api.schemas import (
+    CHANGE_BYTES,
+    CONFIG_BYTES,
+    RewindBody,
+    RunConfigBody,
+    RunPatchBody,
+    json_body,
+)
+from ema_service.runs import Run
+from ema_service.runs.registry import MAX_RUNS
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
+
+#: Runs told of before another request has its turn: 20 take a millisecond or two.
+_AT_ONCE = 20
+#: Colons in a configuration: three for each tensor, and some in names. Each unknown member costs the parser 500 bytes,
+#: so that 32 MiB of them would take a gigabyte.
+_MAX_COLONS = 4 * MAX_TENSORS
 
 
 @router.post(
     "",
     status_code=201,
     summary="Create a run",
-    openapi_extra=json_body(RunConfigBody),
+    openapi_extra=takes_json(CONFIG_BYTES, json_body(RunConfigBody)),
     responses={
         200: {"model": RunInfo, "description": "The run exists with this very configuration"},
         **problem_responses(
@@ -65,27 +84,52 @@ async def create_run(request: Request, response: Response, server: Server) -> Ru
     """
     config = await server.workers.block(partial(_read_config, await request.body()))
     access_of(request).check("push", config.run)
-    run, created = await server.workers.block(partial(server.registry.create, config))
+    async with server.turn():  # of the registry
+        run, created = await server.workers.block(partial(server.registry.create, config))
     response.status_code = 201 if created else 200
     return run.info()
 
 
 def _read_config(raw: bytes) -> RunConfig:
-    """The configuration in a request's body. Raises RequestValidationError.
+    """The configuration in a request's body. Raises RequestValidationError, InvalidRequest.
 
     Not by FastAPI, which would parse on the event loop: a layout of 200,000 tensors takes seconds.
     """
+    if raw.count(b":") > _MAX_COLONS:
+        raise InvalidRequest(f"the configuration has more members than {MAX_TENSORS} tensors can have")
     try:
         return RunConfigBody.model_validate_json(raw).to_config()
     except ValidationError as fault:
         raise RequestValidationError(fault.errors(include_url=False, include_context=False)) from None
 
 
-@router.get("", summary="List runs")
-async def list_runs(request: Request, server: Server) -> RunList:
-    """All runs that the token may see, oldest first."""
+@router.get(
+    "",
+    summary="List runs",
+    response_class=Response,
+    responses={200: {"model": RunList}, **problem_responses(InvalidRequest)},
+)
+async def list_runs(
+    request: Request,
+    server: Server,
+    limit: Annotated[Number | None, Query(ge=1, le=MAX_RUNS, description="Most runs of this page")] = None,
+    after: Annotated[str | None, Query(pattern=NAME_PATTERN, description="The last run of the page before")] = None,
+) -> Response:
+    """All runs that the token may see, oldest first; with ``limit`` or ``after`` a page of them, by name."""
     access = access_of(request)
-    return RunList(tuple(run.info() for run in server.registry.runs() if access.may("pull", run.config.run)))
+    found = [run for run in server.registry.runs() if access.may("pull", run.config.run)]
+    if limit is not None or after is not None:
+        found = [run for run in found if run.config.run > (after or "")]
+        found = sorted(found, key=lambda run: run.config.run)[:limit]
+    return Response(b'{"runs":[%b]}' % b",".join([info async for info in _infos(found)]), media_type="application/json")
+
+
+async def _infos(runs: Sequence[Run]) -> AsyncIterator[bytes]:
+    """What is told of each run, as JSON. Others get the event loop in between: of 10,000 runs it takes seconds."""
+    for number, run in enumerate(runs):
+        if number % _AT_ONCE == 0:
+            await asyncio.sleep(0)
+        yield json.dumps(to_json(run.info()), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @router.get("/{run}", summary="Show a run", responses=problem_responses(RunNotFound, InvalidRequest))
@@ -97,13 +141,14 @@ async def show_run(run: RunName, server: Server) -> RunInfo:
 @router.patch(
     "/{run}",
     summary="Change the decay",
+    openapi_extra=takes_json(CHANGE_BYTES),
     responses=problem_responses(
         *JSON_REFUSALS, RunNotFound, AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed
     ),
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInfo:
     """Change the decay of one average from the next update on. The change is kept in the run's history."""
-    changed = await server.workers.block(partial(server.registry.set_decay, run, body.decay, body.average))
+    changed = await server.steer(run, partial(server.registry.set_decay, run, body.decay, body.average))
     return changed.info()
 
 
@@ -114,7 +159,7 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInf
 )
 async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
     """Set num_updates to 0; where use_num_updates is off, it stays -1."""
-    return (await server.workers.block(partial(server.registry.reset_num_updates, run))).info()
+    return (await server.steer(run, partial(server.registry.reset_num_updates, run))).info()
 
 
 @router.post(
@@ -129,12 +174,13 @@ async def attach_writer(run: RunName, server: Server) -> Writer:
     From now on pushes with an earlier number, and without a number, are refused: a trainer that was replaced cannot
     push.
     """
-    return await server.workers.block(partial(server.registry.attach, run))
+    return await server.steer(run, partial(server.registry.attach, run))
 
 
 @router.post(
     "/{run}/rewind",
     summary="Go back to a snapshot",
+    openapi_extra=takes_json(CHANGE_BYTES),
     responses=problem_responses(
         *JSON_REFUSALS,
         RunNotFound,
@@ -155,7 +201,7 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
     """
     registry, snapshot = server.registry, body.snapshot
     go = partial(registry.accept, run) if snapshot is None else partial(registry.rewind, run, snapshot)
-    return (await server.workers.block(go)).info()
+    return (await server.file(run, go)).info()
 
 
 @router.delete(
@@ -166,4 +212,4 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
 )
 async def delete_run(run: RunName, server: Server) -> None:
     """Delete the run with its weights and all its snapshots. There is no way back."""
-    await server.workers.block(partial(server.registry.delete, run))
+    await server.file(run, partial(server.registry.delete, run))

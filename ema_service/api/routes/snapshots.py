@@ -66,7 +66,7 @@ async def put_snapshot(
         # The rest of the series is deleted: a reader may not.
         access_of(request).check("push", run)
     found, snapshots = server.registry.get(run), server.registry.snapshots(run)
-    info, created = await server.workers.block(partial(snapshots.take, name, found.ready_state, keep=keep))
+    info, created = await server.file(run, partial(snapshots.take, name, found.ready_state, keep=keep))
     response.status_code = 201 if created else 200
     return info
 
@@ -99,4 +99,4 @@ async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> Sna
 )
 async def delete_snapshot(run: RunName, name: SnapshotName, server: Server) -> None:
     """Delete the snapshot's files. A download under way goes on to its end."""
-    await server.workers.block(partial(server.registry.snapshots(run).delete, name))
+    await server.file(run, partial(server.registry.snapshots(run).delete, name))

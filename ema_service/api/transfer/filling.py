@@ -237,7 +237,10 @@ class Filling(asyncio.BufferedProtocol):
         if self._remaining < _LONG_BYTES or self._done.done() or transport.get_extra_info("sslcontext"):
             return False
         # A duplicate: the loop may close its own descriptor meanwhile, and the system give the number to another file.
-        descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        try:
+            descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        except OSError:  # none is left: the event loop receives the body
+            return False
         working = self._receivers.lend(functools.partial(self._drain, descriptor))
         if working is None:
             os.close(descriptor)

@@ -67,7 +67,7 @@ class LendingProtocol(GuardedProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._closes:
+        if self._closes and self.cycle.response_complete:  # not that of a request sent ahead
             self._closes = False
             delay = LINGER_SECONDS if self.cycle.more_body else 0.0
             self.loop.call_later(delay, self._close)
@@ -114,7 +114,11 @@ class LendingProtocol(GuardedProtocol):
         blocked = cycle.scope is not scope or cycle.disconnected or transport.get_write_buffer_size()
         if blocked or len(left) < MIN_POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
             return 0, left
-        pouring = Pouring(os.dup(transport.get_extra_info("socket").fileno()), left, more)
+        try:
+            descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        except OSError:  # none is left: the event loop sends
+            return 0, left
+        pouring = Pouring(descriptor, left, more)
         working = senders.lend(pouring.run)
         if working is None:
             pouring.close()

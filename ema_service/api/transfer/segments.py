@@ -27,6 +27,7 @@ from pathlib import Path
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
 from ema_service.bodies import Body
+from ema_service.descriptors import EXHAUSTED
 from ema_service.memory import Shared
 
 __all__ = ["Mappings", "named", "take_over"]
@@ -189,7 +190,8 @@ class _Secret:
 
 @contextlib.contextmanager
 def _opened(segment: Segment) -> Iterator[int]:
-    """The descriptor of a segment, checked and open for reading within the block. Raises SegmentUnusable."""
+    """The descriptor of a segment, checked and open for reading within the block. Raises SegmentUnusable, and OSError
+    where this server has no descriptor left."""
     try:
         # O_PATH opens nothing, so a FIFO or a device that somebody names does not notice.
         path = os.open(f"/proc/{segment.pid}/fd/{segment.fd}", os.O_PATH | os.O_CLOEXEC)
@@ -199,15 +201,23 @@ def _opened(segment: Segment) -> Iterator[int]:
         finally:
             os.close(path)
     except OSError as fault:
+        _check_left(fault)
         where = f"descriptor {segment.fd} of process {segment.pid}"
         raise SegmentUnusable(f"{where} cannot be opened: {fault.strerror}") from None
     try:
         _check_memory(descriptor, segment)
         yield descriptor
     except OSError as fault:
+        _check_left(fault)
         raise SegmentUnusable(f"the segment cannot be mapped: {fault.strerror}") from None
     finally:
         os.close(descriptor)
+
+
+def _check_left(fault: OSError) -> None:
+    """Raises the fault where this server has no descriptor left: the segment is as good as any then."""
+    if fault.errno in EXHAUSTED:
+        raise fault
 
 
 def _check_kind(path: int, segment: Segment) -> None:

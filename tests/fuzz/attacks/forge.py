@@ -102,9 +102,9 @@ class Attack:
     def request(self, run: str, fresh: str) -> bytes:
         path = self.path.replace("{run}", run).replace("{fresh}", fresh)
         if self.lines is not None:
-            return f"{self.method} {path} HTTP/1.1\r\nHost: test\r\n".encode("latin-1") + self.lines
+            return f"{self.method} {path} HTTP/1.1\r\nHost: localhost\r\n".encode("latin-1") + self.lines
         headers = (("Content-Length", str(len(self.payload))),) if self.headers is None else self.headers
-        lines = [f"{self.method} {path} HTTP/1.1", "Host: test"]
+        lines = [f"{self.method} {path} HTTP/1.1", "Host: localhost"]
         lines += [f"{name}: {value}" for name, value in headers]
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + self.payload
 

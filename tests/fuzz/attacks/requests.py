@@ -139,13 +139,13 @@ WRONG_NAMES = [
         status,
         INVALID if status == 422 else "route_not_found",
         "",
-        GOOD,
+        payload,
         path=path,
     )
     for name, status in BAD_NAMES.items()
-    for what, path in [
-        ("a run", f"/v1/runs/{name}/updates/8"),
-        ("a snapshot", f"/v1/runs/{{run}}/snapshots/{name}"),
+    for what, path, payload in [
+        ("a run", f"/v1/runs/{name}/updates/8", GOOD),
+        ("a snapshot", f"/v1/runs/{{run}}/snapshots/{name}", b""),
     ]
 ]
 

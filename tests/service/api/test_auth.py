@@ -136,7 +136,7 @@ def test_pages_and_liveness_are_open(url):
 
 def test_refusal_comes_before_the_body(url, tokens):
     """A push that is not allowed is answered while its body is still to come."""
-    head = f"PUT /v1/runs/alpha-1/updates/9 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {tokens['pull']}\r\n"
+    head = f"PUT /v1/runs/alpha-1/updates/9 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {tokens['pull']}\r\n"
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
         connection.sendall(f"{head}Content-Length: 100000000\r\n\r\n".encode())

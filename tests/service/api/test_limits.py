@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from ema_service.api.schemas import CHANGE_BYTES, CONFIG_BYTES
 from ema_service.api.transfer.filling import MIN_BYTES_PER_SECOND
 from ema_service.settings import Settings
 
@@ -75,6 +78,9 @@ class Slow:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
+    def close(self) -> None:
+        self._connection.close()
+
     def send(self, data: bytes) -> None:
         self._connection.send(data)
 
@@ -83,13 +89,26 @@ class Slow:
         return bool(select.select([self._connection.sock], [], [], seconds)[0])
 
     def answer(self) -> tuple[int, dict[str, Any]]:
+        status, body = self.raw_answer()
+        return status, json.loads(body)
+
+    def raw_answer(self) -> tuple[int, bytes]:
         answer = self._connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        return answer.status, answer.read()
+
+    def ended(self) -> bool:
+        """Whether the server has ended the connection, after the answer."""
+        return self._connection.sock is None or self._connection.sock.recv(1) == b""
 
 
 def metric(run: PlainRun, name: str) -> float:
     lines = run.http.get("/metrics").text.splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+
+
+def resident_mib(server: ServerProcess) -> float:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) / 1024  # type: ignore[union-attr]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -104,12 +123,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_json_too_large_is_refused_unread(strict: ServerProcess) -> None:
     """A JSON body announced beyond the limit is 413 before it is sent."""
-    too_long = str(Settings(data_dir=None).json_bytes + 1)
-    with Slow(strict, "POST", "/v1/runs", {**JSON, "Content-Length": too_long}) as request:
+    with Slow(strict, "POST", "/v1/runs", {**JSON, "Content-Length": str(CONFIG_BYTES + 1)}) as request:
         status, problem = request.answer()
 
     assert (status, problem["code"]) == (413, "body_too_large")
-    assert str(Settings(data_dir=None).json_bytes) in problem["detail"]
+    assert str(CONFIG_BYTES) in problem["detail"]
 
 
 def test_json_too_large_in_chunks(run: PlainRun) -> None:
@@ -124,6 +142,82 @@ def test_json_too_large_in_chunks(run: PlainRun) -> None:
         answer = run.http.post("/v1/runs", content=endless(), headers=JSON)
     assert answer is None or answer.status_code == 413
     assert run.http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), [("PATCH", ""), ("POST", "/rewind")])
+def test_each_route_has_its_own_limit(method: str, path: str, run: PlainRun) -> None:
+    """A change of a run is a name and a number: a body of more than a few kilobytes is 413."""
+    body = b'{"decay": 0.5}' + b" " * CHANGE_BYTES
+    answer = run.http.request(method, run.path + path, content=body, headers=JSON)
+
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert str(CHANGE_BYTES) in answer.json()["detail"]
+    assert run.info()["decay"] != 0.5
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["known length", "in chunks"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *[("GET", path) for path in ("/healthz", "/metrics", "/", "/docs", "/assets/dashboard.js", "/nowhere")],
+        *[("GET", path) for path in ("/v1/runs", "{run}", "{run}/weights", "{run}/events")],
+        *[("HEAD", "{run}/weights"), ("OPTIONS", "/v1/runs"), ("DELETE", "{run}"), ("PUT", "{run}/snapshots/s")],
+        *[("POST", "{run}/reset-num-updates"), ("POST", "{run}/writers")],
+    ],
+)
+def test_body_that_nobody_asked_for(
+    method: str, path: str, chunked: bool, run: PlainRun, strict: ServerProcess
+) -> None:
+    """A body on a route that takes none is 413 before it is sent, nothing is done, and the connection ends."""
+    headers = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": str(64 << 20)}
+    with Slow(strict, method, path.format(run=run.path), headers) as request:
+        status, answer = request.raw_answer()
+        assert request.ended()
+
+    assert status == 413
+    assert method == "HEAD" or json.loads(answer)["code"] == "body_too_large"
+    assert run.info()["num_updates"] == 0
+
+
+def test_bodies_that_nobody_reads_take_no_memory(strict: ServerProcess, run: PlainRun) -> None:
+    """Dozens of half-sent bodies, on routes with a body and without, are not kept: the process does not grow."""
+    before = resident_mib(strict)
+    senders = [
+        Slow(strict, method, path, {"Content-Length": str(CONFIG_BYTES)})
+        for method, path in [("GET", "/healthz"), ("PATCH", run.path), ("POST", "/v1/nowhere")] * 8
+    ]
+    for sender in senders:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            sender.send(bytes(16 << 20))
+    assert resident_mib(strict) - before < 32
+    for sender in senders:
+        sender.close()
+
+
+def test_json_shares_one_budget(server: ServerProcess, plain_run: Callable[..., PlainRun]) -> None:
+    """JSON bodies that are being received share one budget: beyond it 503, to come again; small ones still pass."""
+    run = plain_run(server, TENSORS)
+    total = Settings(data_dir=None).json_bytes
+    with contextlib.ExitStack() as stack:
+        for _ in range(total // CONFIG_BYTES + 1):
+            headers = {**JSON, "Content-Length": str(CONFIG_BYTES)}
+            request = stack.enter_context(Slow(server, "POST", "/v1/runs", headers))
+            with contextlib.suppress(OSError):  # answered, and closed, before all was sent
+                request.send(b" " * (CONFIG_BYTES - 1))
+        status, problem = request.answer()
+        assert (status, problem["code"], problem["retryable"]) == (503, "overloaded", True)
+        assert run.http.patch(run.path, json={"decay": 0.5}).status_code == 200
+    # The share of each body is given back with its request.
+    wait_until(lambda: run.create(TENSORS, decay=0.9).json()["code"] == "run_exists")
+
+
+def test_json_of_countless_members(run: PlainRun) -> None:
+    """Millions of members, each of which would be an error of its own, are refused before they are parsed."""
+    body = b"{" + b",".join(b'"%d":1' % number for number in range(2_000_000)) + b"}"
+    answer = run.http.post("/v1/runs", content=body, headers=JSON)
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert "members" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +235,8 @@ def test_json_too_large_in_chunks(run: PlainRun) -> None:
 )
 def test_json_that_cannot_be_read(body: bytes, run: PlainRun) -> None:
     """JSON nested without end, that is not UTF-8, or none at all, is 422 in the one shape."""
-    for method, path in (("POST", "/v1/runs"), ("PATCH", run.path)):
-        answer = run.http.request(method, path, content=body, headers=JSON)
+    for method, path, most in (("POST", "/v1/runs", CONFIG_BYTES), ("PATCH", run.path, CHANGE_BYTES)):
+        answer = run.http.request(method, path, content=body[:most], headers=JSON)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
 
 
@@ -236,7 +330,7 @@ def test_head_that_never_ends(strict: ServerProcess) -> None:
     with socket.create_connection((address.hostname, address.port), timeout=20 * SILENCE) as silent:
         assert silent.recv(1000) == b""  # nothing was asked: nothing is said
     with socket.create_connection((address.hostname, address.port), timeout=20 * SILENCE) as kept:
-        kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = b""
         while b"alive" not in answer:
             answer += kept.recv(1000)
@@ -259,7 +353,7 @@ def read_slowly(server: ServerProcess, path: str, *, buffer: int = 4096) -> sock
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     raw.settimeout(20)
     raw.connect((address.hostname, address.port))
-    raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     return raw
 
 

@@ -89,7 +89,7 @@ def test_plain_http_at_a_tls_port(secure: ServerProcess) -> None:
         httpx.get(secure.url.replace("https", "http") + "/v1/runs")
     address = secure.url.rsplit("/", 1)[1].split(":")
     with socket.create_connection((address[0], int(address[1])), timeout=10) as raw:
-        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"HTTP/1.1" not in raw.recv(1000)
 
 

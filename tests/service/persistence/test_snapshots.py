@@ -17,6 +17,7 @@ from ema_client.errors import (
     AverageNotFound,
     AwaitingWeights,
     EmaError,
+    InvalidRequest,
     SnapshotExists,
     SnapshotNotFound,
 )
@@ -90,6 +91,37 @@ def test_snapshot_again(server: LocalServer, run: LocalRun, model: Model) -> Non
         server.snapshot("s")
     assert server.snapshot("t")[0].version == "1.4"
     assert [info.name for info in snapshots.all()] == ["s", "t"]
+
+
+def test_keep_removes_of_its_series_alone(server: LocalServer, run: LocalRun) -> None:
+    """Of a series the newest stay. A name without a dash is in no series: others without one stay too."""
+    assert run.run.config.run == "r"
+    for name in ("best", "final", "a-1", "a-2", "b-1"):
+        server.snapshot(name)
+    server.snapshot("latest", keep=1)
+    assert names(server) == ["best", "final", "a-1", "a-2", "b-1", "latest"]
+    server.snapshot("a-3", keep=2)
+    assert names(server) == ["best", "final", "a-2", "b-1", "latest", "a-3"]
+
+
+def names(server: LocalServer) -> list[str]:
+    return [info.name for info in server.registry.snapshots("r").all()]
+
+
+def test_names_that_differ_by_case(server: LocalServer, run: LocalRun, model: Model) -> None:
+    """Where the file system cannot tell such names apart, no snapshot or average takes another's files."""
+    assert server.store is not None
+    if not server.store.folds_case:
+        assert server.snapshot("Best")[1]
+        assert server.snapshot("best")[1], "these are two files here"
+        server.store.folds_case = True  # what a server finds on another disk
+    server.snapshot("Final")
+    with pytest.raises(SnapshotExists, match=r"'Final'.*case"):
+        server.snapshot("FINAL")
+    assert server.snapshot("Final")[1] is False
+    with pytest.raises(InvalidRequest, match="averages"):
+        server.create("two", model(0), averages=(AverageConfig("EMA"), AverageConfig("ema")))
+    assert run.state
 
 
 @pytest.mark.usefixtures("run")

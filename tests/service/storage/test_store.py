@@ -6,6 +6,7 @@ Knows data dirs. Does not know runs' states.
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,6 +90,35 @@ def test_second_store_is_refused(folder: Path, opened: Callable[[], Store]) -> N
     for _ in range(2):
         with pytest.raises(FolderLocked, match="another server"):
             Store(folder)
+
+
+def test_second_store_is_refused_without_the_file(folder: Path, opened: Callable[[], Store]) -> None:
+    """A lock file that somebody removed, or put another in the place of, lets no second server in."""
+    opened()
+    (folder / "lock").unlink()
+    with pytest.raises(FolderLocked, match="another server"):
+        Store(folder)
+    assert (folder / "lock").exists()
+    with pytest.raises(FolderLocked, match="another server"):
+        Store(folder)
+
+
+@pytest.mark.parametrize("name", ["catalog.db", "catalog.db-wal"])
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_catalog_that_is_gone_takes_no_row(name: str, what: str, folder: Path, opened: Callable[[], Store]) -> None:
+    """Where the database, or its log, is not what the next start would find, a write is refused and says so."""
+    store = opened()
+    row = store.add_run("r", "{}", 1.0)
+    aside = folder / "aside"
+    (folder / name).rename(aside)
+    if what == "replaced":
+        shutil.copy(aside, folder / name)
+    for write in (lambda: store.set_writer(row, 1), lambda: store.add_run("s", "{}", 1.0)):
+        with pytest.raises(sqlite3.OperationalError, match=rf"{name} was removed or replaced"):
+            write()
+    assert [each.name for each in store.runs()] == ["r"]
+    aside.replace(folder / name)
+    store.set_writer(row, 2)
 
 
 def test_folder_is_private(folder: Path, opened: Callable[[], Store]) -> None:

@@ -156,7 +156,7 @@ def test_a_stopping_server_ends_its_streams(start_server: Callable[..., Any], pl
     run = plain_run(server, W)
     with events(server, run.name) as told, socket.create_connection(_address(server), timeout=PATIENCE) as poll:
         told.next()
-        poll.sendall(f"GET {run.path}/weights?min_step=9&wait=60 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        poll.sendall(f"GET {run.path}/weights?min_step=9&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         _until(lambda: _metric(server, "ema_watchers") == 1)
         before = time.monotonic()
         assert server.stop() == 0
@@ -174,7 +174,7 @@ def test_a_slow_reader_is_told_of_the_newest(start_server: Callable[..., Any], p
     with socket.socket(socket.AF_UNIX) as slow:
         slow.settimeout(PATIENCE)
         slow.connect(server.uds.removeprefix("unix://"))
-        slow.sendall(f"GET {run.path}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        slow.sendall(f"GET {run.path}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         _until(lambda: _metric(server, "ema_watchers") == 1)
         for step in range(1, 1501):
             run.push(step, {"w": torch.ones(1)})
@@ -206,7 +206,7 @@ def test_watchers_are_limited(start_server: Callable[..., Any], plain_run: Calla
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_connection(_address(server), timeout=PATIENCE)) for _ in range(12)]
         for sock in sockets:
-            sock.sendall(f"GET {run.path}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            sock.sendall(f"GET {run.path}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         statuses = [sock.makefile("rb").readline().split()[1] for sock in sockets]
         assert sorted(statuses) == [b"200"] * 3 + [b"503"] * 9
         assert _metric(server, 'ema_errors_total{code="overloaded"}') == 9

@@ -86,7 +86,7 @@ def test_raced_parts_equal_the_whole(server: ServerProcess, plain_run: MakeRun) 
     def send(step: int, index: int, broken: bool) -> int:
         body = rows(tensors(step), index, 4)
         if broken:
-            head = f"PUT {parts.path}/updates/{step}/parts/{index}?of=4 HTTP/1.1\r\nHost: x\r\n"
+            head = f"PUT {parts.path}/updates/{step}/parts/{index}?of=4 HTTP/1.1\r\nHost: localhost\r\n"
             with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
                 connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: len(body) // 2])
         for _ in range(20):

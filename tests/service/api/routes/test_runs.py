@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -113,6 +114,42 @@ def test_runs_are_listed(server: ServerProcess, plain_run: MakeRun, run_name: st
 
     mine = [info for info in listed if info["run"].startswith(f"{run_name}-")]
     assert mine == [run.info() for run in runs]
+
+
+def test_runs_are_listed_by_page(server: ServerProcess, plain_run: MakeRun, run_name: str) -> None:
+    """Pages follow each other by name, whatever is made or deleted in between; a wrong page is refused."""
+    names = [f"{run_name}.{letter}" for letter in "dacb"]
+    runs = {name: plain_run(server, TENSORS, name=name) for name in names}
+    http = runs[names[0]].http
+
+    def page(**query: object) -> list[str]:
+        listed = http.get("/v1/runs", params=query).raise_for_status().json()["runs"]  # type: ignore[arg-type]
+        return [info["run"] for info in listed if info["run"] in names]
+
+    assert page() == names, "without a page all runs, oldest first"
+    first = page(limit=2, after=run_name)
+    assert first == sorted(names)[:2]
+    http.delete(runs[first[-1]].path)
+    assert page(limit=2, after=first[-1]) == sorted(names)[2:]
+    assert page(after=sorted(names)[-1]) == []
+    for query in ({"limit": 0}, {"limit": 10_001}, {"limit": "+1"}, {"after": "-x"}):
+        assert http.get("/v1/runs", params=query).json()["code"] == "invalid_request"
+
+
+def test_many_runs_hold_nobody_up(start_server: Callable[..., ServerProcess]) -> None:
+    """While the list of many runs is made, others are answered within a moment."""
+    server = start_server(memory=True)
+    layout = [{"name": "w", "shape": [1], "dtype": "F32"}]
+    with server.http() as http, server.http() as other, ThreadPoolExecutor(1) as thread:
+        for number in range(400):
+            http.post("/v1/runs", json={"run": f"r{number}", "layout": layout}).raise_for_status()
+        listing, gaps = thread.submit(http.get, "/v1/runs"), []
+        while not listing.done():
+            began = time.monotonic()
+            other.get("/healthz").raise_for_status()
+            gaps.append(time.monotonic() - began)
+        assert len(listing.result().json()["runs"]) == 400
+        assert len(gaps) > 5, "the list was there at once: this test shows nothing"
 
 
 def test_decay_is_changed_from_the_next_update_on(

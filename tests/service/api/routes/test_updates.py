@@ -135,7 +135,7 @@ def test_large_update_in_odd_pieces(
     for step in range(1, 6):
         oracle.update(tensors(step))
         body = save(tensors(step))
-        head = f"PUT {run.path}/updates/{step} HTTP/1.1\r\nHost: x\r\nX: {'x' * step}\r\n"
+        head = f"PUT {run.path}/updates/{step} HTTP/1.1\r\nHost: localhost\r\nX: {'x' * step}\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
         with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
             connection.sendall(head.encode())
@@ -251,7 +251,7 @@ def test_run_that_changes_under_an_update(server: ServerProcess, plain_run: Make
     body = save(model(1))
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
-        head = f"PUT {run.path}/updates/1 HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
+        head = f"PUT {run.path}/updates/1 HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nConnection: close\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(65536).startswith(b"HTTP/1.1 100")

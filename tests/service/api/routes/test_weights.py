@@ -311,7 +311,7 @@ def test_reader_that_hangs_up_frees_its_version(server: ServerProcess, plain_run
     """A reader that leaves in the middle of a body holds nothing once it is gone, and spoils no log."""
     run, log = plain_run(server, {"w": torch.zeros(8_000_000)}), len(server.log)
     address = urlsplit(server.url)
-    ask = f"GET {run.path}/weights HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    ask = f"GET {run.path}/weights HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     connections = [socket.create_connection((address.hostname, address.port), timeout=30) for _ in range(3)]
     for connection in connections:
         connection.sendall(ask)

@@ -207,7 +207,7 @@ def slow_reader(server: ServerProcess, run: PlainRun) -> Iterator[socket.socket]
         reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reading.settimeout(30)
         reading.connect((address.hostname, address.port))
-        reading.sendall(f"GET {run.path}/weights HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        reading.sendall(f"GET {run.path}/weights HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         wait_until(lambda: metric(run, "ema_frozen_bytes") > 0)
         yield reading
 

@@ -94,7 +94,7 @@ class Raw:
 
 def put(path: str, body: bytes, *headers: str, length: int | None = None) -> bytes:
     size = len(body) if length is None else length
-    lines = [f"PUT {path} HTTP/1.1", "Host: x", f"Content-Length: {size}", *headers]
+    lines = [f"PUT {path} HTTP/1.1", "Host: localhost", f"Content-Length: {size}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
@@ -191,7 +191,7 @@ def test_one_connection_takes_a_mixture(url, run):
             (put(f"{run}/updates/1", body_of(2.0)), 200),
             (put(f"{run}/updates/1", body_of(2.0)), 200),
             (put(f"{run}/updates/1", body_of(4.0)), 409),
-            (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+            (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
             (put(f"{run}/updates/2", body_of(5.0)[:-4]), 422),
             (put(f"{run}/updates/2", body_of(5.0) + b"more"), 422),
             (put(f"{run}/updates/2", b"\0" * 300), 422),
@@ -212,7 +212,7 @@ def test_requests_sent_ahead_are_answered_in_order(url, run):
         raw.send(
             put(f"{run}/updates/1", body_of(2.0))
             + put(f"{run}/updates/2", body_of(3.0))
-            + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+            + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
         )
         steps = [json.loads(raw.answer()[1])["step"] for _ in range(2)]
         assert steps == [1, 2]
@@ -224,7 +224,7 @@ def test_a_request_may_follow_in_the_piece_that_ends_a_body(url, run):
     """What stands behind the last byte of a body is the next request, not part of the body."""
     message = put(f"{run}/updates/1", body_of(2.0))
     with Raw(url) as raw:
-        raw.send(message[:-20], message[-20:] + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.send(message[:-20], message[-20:] + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert raw.answer()[0] == 200
         assert json.loads(raw.answer()[1]) == {"status": "alive"}
 
@@ -337,7 +337,7 @@ def test_a_long_body_may_come_in_any_pieces(url, long_run):
             raw.send(message[start:])
             status, answer = raw.answer()
             assert (status, json.loads(answer)["applied"]) == (200, True), (places, answer)
-            raw.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            raw.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert raw.answer()[0] == 200
         assert long_shadow(url, long_run) == {float(step)}
 
@@ -348,7 +348,7 @@ def test_what_follows_a_long_body_is_the_next_request(url, long_run):
         raw.send(
             put(f"{long_run}/updates/1", long_body(2.0))
             + put(f"{long_run}/updates/2", long_body(3.0))
-            + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+            + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
         )
         assert [json.loads(raw.answer()[1])["step"] for _ in range(2)] == [1, 2]
         assert json.loads(raw.answer()[1]) == {"status": "alive"}

@@ -60,7 +60,7 @@ def reading(run: PlainRun, request: str) -> Iterator[socket.socket]:
     """A connection on which this was asked for."""
     address = (run.http.base_url.host, run.http.base_url.port or 80)
     with socket.create_connection(address, timeout=WAIT_SECONDS) as connection:
-        connection.sendall(f"{request} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"{request} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         yield connection
 
 
@@ -107,7 +107,7 @@ def test_reader_that_rests(run: PlainRun) -> None:
             time.sleep(0.3)
             received += connection.recv(3 << 20)
         _, body = rest_of(connection, received)
-        connection.sendall(f"GET {run.path}/weights HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {run.path}/weights HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         _, again = rest_of(connection)
 
     assert equal(load(body))
