@@ -532,11 +532,12 @@ class EmaClient:
     def delete_snapshot(self, run: str, name: str) -> None:
         """Delete a snapshot. Raises SnapshotNotFound."""
         path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
-        self._delete(path, SnapshotNotFound)
+        info = self._transport.json("GET", path).parsed(SnapshotInfo)
+        self._delete(path, info.created_at, SnapshotNotFound)
 
     def delete_run(self, run: str) -> None:
         """Delete a run with all weights and snapshots. Raises RunNotFound."""
-        self._delete(protocol.run_path(_name(run, "run")), RunNotFound)
+        self._delete(protocol.run_path(_name(run, "run")), self.run(run).created_at, RunNotFound)
         self._steps.forget(run)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -545,7 +546,10 @@ class EmaClient:
         body = protocol.to_json(config)
         return _info(config.run, self._transport.json("POST", protocol.runs_path(), body, patience=_WORK_SECONDS))
 
-    def _delete(self, path: str, gone: type[Exception]) -> None:
+    def _delete(self, path: str, created_at: float, gone: type[Exception]) -> None:
+        # Of that time: a try that comes late does not delete what was made since under the same name.
+        path = f"{path}?created_at={created_at!r}"
+
         def attempt(number: int) -> None:
             try:
                 self._transport.json_once("DELETE", path, patience=_WORK_SECONDS)

@@ -185,7 +185,7 @@ class ConnectionLost(TransportError):
 
     code = "connection_lost"
     title = "Connection lost"
-    default_hint = "look at the server's log; the request may be repeated, an update is applied once at most"
+    default_hint = "look at the server's log; the request may be repeated, a write is applied once at most"
 
 
 class GatewayFailed(TransportError):

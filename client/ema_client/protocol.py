@@ -51,6 +51,9 @@ HEADER_NUM_UPDATES = "Ema-Num-Updates"
 HEADER_DECAY = "Ema-Decay"
 #: Of a push: the writer's number, which attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
+#: Of a write that is no push: any word, the same in all tries of one call. A write is applied once for each key.
+HEADER_KEY = "Idempotency-Key"
+KEY_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 #: In place of a body: where in the memory of this host the body lies. See Segment.
 HEADER_SEGMENT = "Ema-Segment"
 

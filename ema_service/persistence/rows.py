@@ -90,6 +90,7 @@ class StoredVersion:
             digest=bytes.fromhex(said["digest"]),
             averages=tuple(averages),
             updated_at=said["updated_at"],
+            keys=tuple(said.get("keys", ())),
         )
 
 
@@ -109,6 +110,7 @@ def dump(state: State, *, final: bool, **more: object) -> str:
             "num_updates": version.num_updates,
             "digest": version.digest.hex(),
             "updated_at": version.updated_at,
+            "keys": version.keys,
             "final": final,
             "boot": boot_id(),
             "averages": [

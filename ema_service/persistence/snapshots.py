@@ -68,12 +68,15 @@ class Snapshots:
         self._closed = False
         self._lock = threading.Lock()
 
-    def take(self, name: str, current: Callable[[], State], *, keep: int | None = None) -> tuple[SnapshotInfo, bool]:
+    def take(
+        self, name: str, current: Callable[[], State], *, keep: int | None = None, key: str | None = None
+    ) -> tuple[SnapshotInfo, bool]:
         """Copy all averages, as they are now, to a snapshot, and say whether the snapshot is new.
 
         current: gives the state of now, and raises where there is none. keep: of the snapshots whose names are the same
-        up to the last "-", only so many, the newest, stay. Raises SnapshotExists where the name stands for another
-        version, TooManySnapshots, StorageFailed, and what ``current`` raises.
+        up to the last "-", only so many, the newest, stay. key: of the call; a snapshot that the call has taken is its
+        answer when the call comes again, whatever the run's version by then. Raises SnapshotExists where the name
+        stands for another version, TooManySnapshots, StorageFailed, and what ``current`` raises.
         """
         with self._lock:
             state = current()
@@ -84,7 +87,9 @@ class Snapshots:
             if existing is None:
                 self._check_count(len(found))
                 self._check_case(name, found)
-                return self._make(name, state, keep), True
+                return self._make(name, state, keep, key), True
+            if key is not None and self._keys()[name] == key:
+                return existing, False
             if existing.version != str(state.version):
                 raise SnapshotExists(
                     f"snapshot {name!r} of run {self._row.name!r} is of version {existing.version}, "
@@ -119,10 +124,14 @@ class Snapshots:
             pairs = [self._read(info, each, checksums) for each in info.averages]
         return info, tuple(average for average, _ in pairs), tuple(arena for _, arena in pairs)
 
-    def delete(self, name: str) -> None:
-        """Delete a snapshot. A reader that has its files open reads on to the end. Raises SnapshotNotFound."""
+    def delete(self, name: str, created_at: float | None = None) -> None:
+        """Delete a snapshot. A reader that has its files open reads on to the end.
+
+        created_at: of the snapshot that is meant, which another of its name is not. Raises SnapshotNotFound.
+        """
         with self._lock:
-            self.find(name)
+            if created_at not in (None, self.find(name).created_at):
+                raise _missing(self._row.name, name)
             self._store.remove_snapshot(self._row, name)
             self._changed()
 
@@ -136,12 +145,12 @@ class Snapshots:
 
     # --- making -----------------------------------------------------------------------------------------------------
 
-    def _make(self, name: str, state: State, keep: int | None) -> SnapshotInfo:
+    def _make(self, name: str, state: State, keep: int | None, key: str | None) -> SnapshotInfo:
         """Write a new snapshot and drop old ones of its series. Raises StorageFailed."""
         info = self._info(name, state)
         try:
             self._store.check_room(info.bytes)
-            self._write(state, info)
+            self._write(state, info, key)
         except (OSError, sqlite3.Error) as fault:
             raise StorageFailed(
                 f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}", retry_after=1.0
@@ -177,8 +186,8 @@ class Snapshots:
             created_at=time.time(),
         )
 
-    def _write(self, state: State, info: SnapshotInfo) -> None:
-        """Write one file for each average, then the row, which has the checksums of the files.
+    def _write(self, state: State, info: SnapshotInfo, key: str | None) -> None:
+        """Write one file for each average, then the row, which has the checksums of the files and the call's key.
 
         The state cannot change meanwhile. On a GPU, one average at a time is copied to the host. Readers' budgets are
         left alone: whether a snapshot can be taken must not depend on who reads.
@@ -189,7 +198,7 @@ class Snapshots:
             for average, arena in zip(state.version.averages, state.arenas, strict=True)
         }
         self._store.save_snapshot(
-            self._row, info.name, lambda: json.dumps({**to_json(info), "checksums": checksums}), files
+            self._row, info.name, lambda: json.dumps({**to_json(info), "checksums": checksums, "key": key}), files
         )
 
     def _chunks(
@@ -228,6 +237,10 @@ class Snapshots:
         self._tell()
 
     # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _keys(self) -> dict[str, str | None]:
+        """By name, the key of the call that took each snapshot."""
+        return {row.name: json.loads(row.info).get("key") for row in self._store.snapshots(self._row)}
 
     def _found(self) -> dict[str, SnapshotInfo]:
         return {name: info for name, (info, _) in self._with_checksums().items()}

@@ -36,6 +36,8 @@ __all__ = ["Ledger", "Succession"]
 
 #: How many applied steps a run remembers, for ``GET updates/{step}``.
 _REMEMBERED_STEPS = 1024
+#: How many trainers that attached a run tells apart by their keys.
+_REMEMBERED_WRITERS = 64
 
 
 class Succession:
@@ -142,6 +144,8 @@ class Ledger:
         #: The largest epoch that someone may have read a version of, although its files are damaged.
         self._last_epoch = 0
         self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
+        #: key -> the writer's number that attaching with the key gave.
+        self._given: dict[str, int] = {}
 
     # --- whether the run can be read and written --------------------------------------------------------------------
 
@@ -212,6 +216,11 @@ class Ledger:
         """Whether ``step`` was applied, as far as the run remembers its latest steps."""
         return UpdateStatus(step, "applied" if step in tuple(self._steps) else "unknown")
 
+    def repeats(self, key: str | None) -> bool:
+        """Whether the write of this key was applied, on the way to the current version."""
+        version = self.version
+        return key is not None and version is not None and key in version.keys
+
     # --- going back, going on, another trainer ----------------------------------------------------------------------
 
     def rewound(self, info: SnapshotInfo, averages: Iterable[Average], lineage: str, now: float) -> Version:
@@ -223,7 +232,8 @@ class Ledger:
         version = self.version
         epoch = max(self._last_epoch, version.epoch if version else 0) + 1
         lineage = version.lineage if version else lineage
-        return Version(lineage, epoch, 0, info.step, info.num_updates, b"", tuple(averages), now)
+        keys = version.keys if version else ()
+        return Version(lineage, epoch, 0, info.step, info.num_updates, b"", tuple(averages), now, keys)
 
     def judge_rewind(self, to: Version) -> None:
         """Whether a rewind to the version ``to`` may take effect.
@@ -248,11 +258,20 @@ class Ledger:
         self.check_exists()
         return self.writer + 1
 
+    def given_writer(self, key: str | None) -> int | None:
+        """The number that attaching with this key gave since the server started, None if it gave none."""
+        self.check_exists()
+        return None if key is None else self._given.get(key)
+
     # --- what takes effect ------------------------------------------------------------------------------------------
 
-    def attach(self, writer: int) -> None:
+    def attach(self, writer: int, key: str | None = None) -> None:
         """From here on updates of earlier writers, and of trainers that never attached, are refused."""
         self.writer = writer
+        if key is not None:
+            self._given[key] = writer
+            if len(self._given) > _REMEMBERED_WRITERS:
+                del self._given[next(iter(self._given))]
 
     def commit(self, version: Version) -> None:
         """Make ``version`` the run's current one, and remember its step."""

@@ -216,52 +216,63 @@ class Registry:
             raise RunExists(f"run {config.run!r} exists with another {_difference(found.run.config, config)}")
         return found.run, False
 
-    def set_decay(self, name: str, decay: float, average: str | None) -> Run:
+    # key, wherever a method takes it: of the write, which is applied once however often it comes.
+
+    def set_decay(self, name: str, decay: float, average: str | None, key: str | None = None) -> Run:
         """Use ``decay`` from the next update on, and note the change in the run's history. Raises as Run.amend()."""
         found = self._find(name)
-        found.run.amend(lambda succession, version: succession.with_decay(version, decay, average))
-        if found.disk:
+        applied = found.run.amend(lambda succession, version: succession.with_decay(version, decay, average), key)
+        if found.disk and applied:
             found.disk.history.record(f"decay of {average or found.run.config.averages[0].name} set to {decay}")
         return found.run
 
-    def reset_num_updates(self, name: str) -> Run:
+    def reset_num_updates(self, name: str, key: str | None = None) -> Run:
         """Begin the warm-up anew; a counter that is off stays off. Raises as Run.amend()."""
         run = self._find(name).run
-        run.amend(lambda succession, version: succession.with_counter_reset(version))
+        run.amend(lambda succession, version: succession.with_counter_reset(version), key)
         return run
 
-    def attach(self, name: str) -> Writer:
+    def attach(self, name: str, key: str | None = None) -> Writer:
         """A number for a trainer that takes over the run; earlier trainers are fenced off. Raises as Run.attach()."""
         found = self._find(name)
-        return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing))
+        return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing, key))
 
-    def rewind(self, name: str, snapshot: str) -> Run:
+    def rewind(self, name: str, snapshot: str, key: str | None = None) -> Run:
         """Take a run back to a snapshot. When this returns, the rewind outlives a crash, whatever the run's durability.
 
         Raises SnapshotNotFound, SnapshotDamaged, RunNotFound; StorageFailed where the rewind would not outlive a crash:
         the run may be at the snapshot all the same, and the rewind can be repeated.
         """
         run, disk = self.get(name), self._disk(name)
+        if run.ledger.repeats(key):
+            self._settle(run, disk)
+            return run
         info, averages, arenas = disk.snapshots.read(snapshot)
-        run.rewind(info, averages, arenas)
+        run.rewind(info, averages, arenas, key)
         self._settle(run, disk)
         disk.history.record(f"rewound to snapshot {snapshot} (version {info.version}, step {info.step})")
         return run
 
-    def accept(self, name: str) -> Run:
+    def accept(self, name: str, key: str | None = None) -> Run:
         """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
         run, disk = self.get(name), self._disk(name)
-        run.accept()
+        if run.ledger.repeats(key):
+            self._settle(run, disk)
+            return run
+        run.accept(key)
         self._settle(run, disk)
         disk.history.record("the version that is there was accepted")
         return run
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, created_at: float | None = None) -> None:
         """Delete a run with its weights, versions and snapshots, once what is being written of the run is written.
 
-        Raises RunNotFound; StorageFailed, and then the run is as it was.
+        created_at: of the run that is meant, which a run made since in its place is not. Raises RunNotFound;
+        StorageFailed, and then the run is as it was.
         """
         found = self._find(name)
+        if created_at not in (None, found.run.created_at):
+            raise RunNotFound(f"there is no run {name!r} of that time any more")
         disk = found.disk
 
         def forget() -> None:

@@ -251,56 +251,72 @@ class Run:
             if self.ledger.judge_first(prepared.digest):
                 self._commit(state, place)
 
-    def amend(self, change: Callable[[Succession, Version], Version]) -> None:
+    def amend(self, change: Callable[[Succession, Version], Version], key: str | None = None) -> bool:
         """Go on with another decay or counter from the next update on; the weights stay.
 
-        change: gives the version to go on with. Raises what ``change`` raises, AwaitingWeights, RunDegraded,
-        RunNotFound, StorageFailed.
+        change: gives the version to go on with. key: of the write, which is applied once. Returns whether the write was
+        applied now. Raises what ``change`` raises, AwaitingWeights, RunDegraded, RunNotFound, StorageFailed.
         """
         with self._lock:
-            version = change(self.ledger.succession, self.ledger.writable())
-            state = State(version, self.ready_state().arenas)
+            before = self.ledger.writable()
+            if self.ledger.repeats(key):
+                return False
+            state = State(change(self.ledger.succession, before).keyed(key), self.ready_state().arenas)
             if self._keeper:
                 self._keeper.amend(state)
             self._commit(state, None)
+            return True
 
-    def rewind(self, info: SnapshotInfo, averages: tuple[Average, ...], arenas: tuple[Arena, ...]) -> None:
+    def rewind(
+        self,
+        info: SnapshotInfo,
+        averages: tuple[Average, ...],
+        arenas: tuple[Arena, ...],
+        key: str | None = None,
+    ) -> None:
         """Go back to the state of a snapshot, in a new epoch; updates after the snapshot are as if they had never been.
 
-        Also a way out of ``degraded``. Raises RunNotFound, StorageFailed, Superseded.
+        Also a way out of ``degraded``. key: of the write; where Ledger.repeats() it, do not call. Raises RunNotFound,
+        StorageFailed, Superseded.
         """
-        state = State(self.ledger.rewound(info, averages, secrets.token_hex(8), time.time()), arenas)
+        version = self.ledger.rewound(info, averages, secrets.token_hex(8), time.time())
+        state = State(version.keyed(key), arenas)
         place = self._write(state)
         with self._lock:
             self.ledger.judge_rewind(state.version)
             self._commit(state, place)
             self.ledger.recover()
 
-    def accept(self) -> None:
+    def accept(self, key: str | None = None) -> None:
         """Go on with the version that is there although later updates are gone: the other way out of ``degraded``.
 
-        Raises InvalidRequest where the run is not degraded, RunDegraded where there is no version, StorageFailed.
+        key: as for rewind(). Raises InvalidRequest where the run is not degraded, RunDegraded where there is no
+        version, StorageFailed.
         """
         self.ledger.acceptable()
-        state = self.ready_state()
+        before = self.ready_state()
         # Written anew although unchanged: so a restart finds this version before the damaged one.
+        state = State(before.version.keyed(key), before.arenas)
         place = self._write(state)
         with self._lock:
-            if self.state is state:
+            if self.state is before:
                 self._commit(state, place)
                 self.ledger.recover()
 
     # --- trainers come, a server starts, the run goes ---------------------------------------------------------------
 
-    def attach(self, keep: Callable[[int], None]) -> int:
+    def attach(self, keep: Callable[[int], None], key: str | None = None) -> int:
         """A number for a trainer that takes over: from here on updates of earlier trainers are refused.
 
-        keep: makes the number outlive the server, before the number counts. Raises what ``keep`` raises, RunNotFound.
+        keep: makes the number outlive the server, before the number counts. key: of the call, which gives one number
+        however often it comes. Raises what ``keep`` raises, RunNotFound.
         """
         with self._lock:
+            if (given := self.ledger.given_writer(key)) is not None:
+                return given
             number = self.ledger.next_writer()
             keep(number)
-            self.ledger.attach(number)
+            self.ledger.attach(number, key)
             return number
 
     def restore(self, state: State | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:

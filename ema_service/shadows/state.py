@@ -6,7 +6,7 @@ Plain values, all immutable. Knows names and numbers. Does not know how a versio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ema_client.protocol import RunConfig, WeightsInfo
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ema_service.memory import Arena
 
 __all__ = ["Average", "Plan", "State", "Version"]
+
+#: A trainer that repeats a write does so within seconds; so many other writes are not made meanwhile.
+_REMEMBERED_KEYS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class Version:
     lineage: tells apart two versions of one name: a run that was deleted and created again has another lineage. n:
     updates applied in this epoch. step: the trainer's, None where no step is known. num_updates: LitEma's counter, -1
     where the counter is off. digest: of the parameters pushed (averaging.Digest); empty after a rewind. updated_at:
-    seconds since 1970-01-01 UTC, for people to read.
+    seconds since 1970-01-01 UTC, for people to read. keys: of the latest writes other than updates that led here, by
+    which a write that comes again is known; they live and die with the version.
     """
 
     lineage: str
@@ -45,9 +49,14 @@ class Version:
     digest: bytes
     averages: tuple[Average, ...]
     updated_at: float
+    keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.epoch}.{self.n}"
+
+    def keyed(self, key: str | None) -> Version:
+        """The version as what the write of this key makes; the oldest of many keys is forgotten."""
+        return self if key is None else replace(self, keys=(*self.keys, key)[-_REMEMBERED_KEYS:])
 
     def weights_info(self, config: RunConfig, average: Average) -> WeightsInfo:
         """The WeightsInfo of one average in this version, which a reader gets beside the weights. config: the run's."""

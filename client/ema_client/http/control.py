@@ -71,12 +71,20 @@ class Control:
             give_up(sock)
         self._connections = None
 
-    def request(self, method: str, path: str, body: Mapping[str, Any] | None, *, patience: float = 0.0) -> Answer:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        patience: float = 0.0,
+    ) -> Answer:
         """The answer to a request; ``body`` is sent as JSON. patience: seconds that the answer may take beyond the
         timeout."""
         if method != "GET":
             self.doubt()
-        response = self._exchange(method, path, patience, json=body)
+        response = self._exchange(method, path, patience, json=body, headers=headers)
         return Answer(self._address.url + path, response.status_code, response.headers, response.content)
 
     def head(self, path: str, *, patience: float) -> int:

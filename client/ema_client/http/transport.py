@@ -9,6 +9,7 @@ downloads), what the routes mean, tensors, environment variables.
 from __future__ import annotations
 
 import random
+import secrets
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -90,17 +91,24 @@ class Transport:
         return self._uploads.link
 
     def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0) -> Reply:
-        """A control request and its answer, with retries.
+        """A control request and its answer, with retries, of which the service applies one (Idempotency-Key).
 
         body: sent as JSON. patience: seconds that the service may work, in silence, before it answers.
         """
-        return self.retrying(lambda _: self.json_once(method, path, body, patience=patience))
+        key = {} if method == "GET" else {protocol.HEADER_KEY: secrets.token_hex(16)}
+        return self.retrying(lambda _: self.json_once(method, path, body, headers=key, patience=patience))
 
     def json_once(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        patience: float = 0.0,
     ) -> Reply:
         """json(), tried once: for a caller of retrying() that must know the number of the try."""
-        answer = self._control.request(method, path, body, patience=patience)
+        answer = self._control.request(method, path, body, headers=headers, patience=patience)
         return Reply(answer.url, json_of(answer))
 
     def upload(

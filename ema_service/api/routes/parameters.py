@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import Depends, Header, Path, Request
+from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator
 
-from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN
+from ema_client.protocol import HEADER_KEY, HEADER_WRITER, KEY_PATTERN, MAX_STEP, NAME_PATTERN
 from ema_service.api.context import Context
 
-__all__ = ["Number", "RunName", "Server", "SnapshotName", "Step", "WriterNumber"]
+__all__ = ["CreatedAt", "Key", "Number", "RunName", "Server", "SnapshotName", "Step", "WriterNumber"]
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
 
@@ -30,6 +30,14 @@ RunName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the run
 SnapshotName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the snapshot", examples=["epoch-10"])]
 WriterNumber = Annotated[
     int | None, Header(alias=HEADER_WRITER, ge=1, le=MAX_STEP, description="What attaching gave this trainer")
+]
+
+Key = Annotated[
+    str | None,
+    Header(alias=HEADER_KEY, pattern=KEY_PATTERN, description="The same in all tries of one call: it is applied once"),
+]
+CreatedAt = Annotated[
+    float | None, Query(description="Only the one that was created at that time, and none made since in its place")
 ]
 
 

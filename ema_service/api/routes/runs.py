@@ -35,7 +35,7 @@ from ema_client.protocol import MAX_TENSORS, NAME_PATTERN, RunConfig, RunInfo, R
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS, takes_json
-from ema_service.api.routes.parameters import Number, RunName, Server
+from ema_service.api.routes.parameters import CreatedAt, Key, Number, RunName, Server
 from ema_service.api.schemas import (
     CHANGE_BYTES,
     CONFIG_BYTES,
@@ -146,9 +146,9 @@ async def show_run(run: RunName, server: Server) -> RunInfo:
         *JSON_REFUSALS, RunNotFound, AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed
     ),
 )
-async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInfo:
+async def change_run(run: RunName, body: RunPatchBody, server: Server, key: Key = None) -> RunInfo:
     """Change the decay of one average from the next update on. The change is kept in the run's history."""
-    changed = await server.steer(run, partial(server.registry.set_decay, run, body.decay, body.average))
+    changed = await server.steer(run, partial(server.registry.set_decay, run, body.decay, body.average, key))
     return changed.info()
 
 
@@ -157,9 +157,9 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server) -> RunInf
     summary="Begin the warm-up anew",
     responses=problem_responses(RunNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed),
 )
-async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
+async def reset_num_updates(run: RunName, server: Server, key: Key = None) -> RunInfo:
     """Set num_updates to 0; where use_num_updates is off, it stays -1."""
-    return (await server.steer(run, partial(server.registry.reset_num_updates, run))).info()
+    return (await server.steer(run, partial(server.registry.reset_num_updates, run, key))).info()
 
 
 @router.post(
@@ -168,13 +168,13 @@ async def reset_num_updates(run: RunName, server: Server) -> RunInfo:
     summary="Attach a trainer",
     responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
 )
-async def attach_writer(run: RunName, server: Server) -> Writer:
+async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer:
     """Give a trainer a number to send with each push (``Ema-Writer``).
 
     From now on pushes with an earlier number, and without a number, are refused: a trainer that was replaced cannot
     push.
     """
-    return await server.steer(run, partial(server.registry.attach, run))
+    return await server.steer(run, partial(server.registry.attach, run, key))
 
 
 @router.post(
@@ -193,14 +193,14 @@ async def attach_writer(run: RunName, server: Server) -> Writer:
         Superseded,
     ),
 )
-async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
+async def rewind_run(run: RunName, body: RewindBody, server: Server, key: Key = None) -> RunInfo:
     """Make the snapshot's weights, step, counter and decays the current ones, in a new epoch.
 
     For a trainer that resumed from an older checkpoint. Without a snapshot: let a degraded run go on with the version
     that is there.
     """
     registry, snapshot = server.registry, body.snapshot
-    go = partial(registry.accept, run) if snapshot is None else partial(registry.rewind, run, snapshot)
+    go = partial(registry.accept, run, key) if snapshot is None else partial(registry.rewind, run, snapshot, key)
     return (await server.file(run, go)).info()
 
 
@@ -210,6 +210,6 @@ async def rewind_run(run: RunName, body: RewindBody, server: Server) -> RunInfo:
     summary="Delete a run",
     responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
 )
-async def delete_run(run: RunName, server: Server) -> None:
+async def delete_run(run: RunName, server: Server, created_at: CreatedAt = None) -> None:
     """Delete the run with its weights and all its snapshots. There is no way back."""
-    await server.file(run, partial(server.registry.delete, run))
+    await server.file(run, partial(server.registry.delete, run, created_at))

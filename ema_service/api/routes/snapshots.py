@@ -24,7 +24,7 @@ from ema_client.errors import (
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
-from ema_service.api.routes.parameters import RunName, Server, SnapshotName
+from ema_service.api.routes.parameters import CreatedAt, Key, RunName, Server, SnapshotName
 
 __all__ = ["router"]
 
@@ -56,6 +56,7 @@ async def put_snapshot(
     response: Response,
     server: Server,
     keep: Annotated[int | None, Query(ge=1, le=MAX_STEP, description="How many of its series stay")] = None,
+    key: Key = None,
 ) -> SnapshotInfo:
     """Copy all averages, as they are now, to files under this name.
 
@@ -66,7 +67,7 @@ async def put_snapshot(
         # The rest of the series is deleted: a reader may not.
         access_of(request).check("push", run)
     found, snapshots = server.registry.get(run), server.registry.snapshots(run)
-    info, created = await server.file(run, partial(snapshots.take, name, found.ready_state, keep=keep))
+    info, created = await server.file(run, partial(snapshots.take, name, found.ready_state, keep=keep, key=key))
     response.status_code = 201 if created else 200
     return info
 
@@ -97,6 +98,6 @@ async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> Sna
     summary="Delete a snapshot",
     responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest, StorageFailed),
 )
-async def delete_snapshot(run: RunName, name: SnapshotName, server: Server) -> None:
+async def delete_snapshot(run: RunName, name: SnapshotName, server: Server, created_at: CreatedAt = None) -> None:
     """Delete the snapshot's files. A download under way goes on to its end."""
-    await server.file(run, partial(server.registry.snapshots(run).delete, name))
+    await server.file(run, partial(server.registry.snapshots(run).delete, name, created_at))
