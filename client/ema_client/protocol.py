@@ -85,6 +85,10 @@ def run_path(run: str) -> str:
     return f"{API}/runs/{quote(run, safe='')}"
 
 
+def layout_path(run: str) -> str:
+    return f"{run_path(run)}/layout"
+
+
 def reset_path(run: str) -> str:
     return f"{run_path(run)}/reset-num-updates"
 
@@ -172,6 +176,15 @@ class RunConfig:
     averages: tuple[AverageConfig, ...] = (AverageConfig(),)
     non_finite: NonFinitePolicy = "refuse"
     durability: Durability | None = None
+    copied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """The tensors of a run's updates, in canonical order; ``copied`` as in RunConfig."""
+
+    run: str
+    layout: tuple[TensorSpec, ...]
     copied: tuple[str, ...] = ()
 
 

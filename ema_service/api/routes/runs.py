@@ -5,6 +5,7 @@ Knows the routes and their answers. Does not know how a run works.
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -26,7 +27,7 @@ from ema_client.errors import (
     Superseded,
     TooManyRuns,
 )
-from ema_client.protocol import RunConfig, RunInfo, RunList, Writer
+from ema_client.protocol import RunConfig, RunInfo, RunLayout, RunList, Writer, to_json
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS
@@ -84,6 +85,24 @@ async def list_runs(request: Request, server: Server) -> RunList:
 async def show_run(run: RunName, server: Server) -> RunInfo:
     """The run as it stands: decay, num_updates, step, version, size."""
     return server.registry.get(run).info()
+
+
+@router.get(
+    "/{run}/layout",
+    summary="Show a run's tensors",
+    response_model=RunLayout,
+    responses=problem_responses(RunNotFound, InvalidRequest),
+)
+async def show_layout(run: RunName, server: Server) -> Response:
+    """Names, shapes and dtypes of the tensors of an update, and which of them are copied."""
+    config = server.registry.get(run).config
+    # Not by FastAPI, on the event loop, as in create_run().
+    raw = await server.workers.block(partial(_layout_json, config))
+    return Response(raw, media_type="application/json")
+
+
+def _layout_json(config: RunConfig) -> bytes:
+    return json.dumps(to_json(RunLayout(config.run, config.layout, config.copied))).encode()
 
 
 @router.patch(
