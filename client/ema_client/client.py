@@ -43,6 +43,7 @@ from ema_client.protocol import (
     RunConfig,
     RunEvent,
     RunInfo,
+    RunLayout,
     RunList,
     RunPatch,
     SnapshotInfo,
@@ -528,6 +529,10 @@ class EmaClient:
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""
         return _info(run, self._transport.json("GET", protocol.run_path(_name(run, "run"))))
+
+    def layout(self, run: str) -> RunLayout:
+        """The tensors of a run's updates: names, shapes, dtypes, and which of them are copied. Raises RunNotFound."""
+        return self._transport.json("GET", protocol.layout_path(_name(run, "run"))).parsed(RunLayout)
 
     def delete_snapshot(self, run: str, name: str) -> None:
         """Delete a snapshot. Raises SnapshotNotFound."""

@@ -110,6 +110,10 @@ def run_path(run: str) -> str:
     return f"{API}/runs/{quote(run, safe='')}"
 
 
+def layout_path(run: str) -> str:
+    return f"{run_path(run)}/layout"
+
+
 def reset_path(run: str) -> str:
     return f"{run_path(run)}/reset-num-updates"
 
@@ -202,6 +206,15 @@ class RunConfig:
     def schedule_of(self, average: str) -> ScheduleName:
         """The schedule of the average of this name. Raises KeyError where the run has no such average."""
         return {each.name: each.schedule for each in self.averages}[average]
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """The tensors of a run's updates, in canonical order; ``copied`` as in RunConfig."""
+
+    run: str
+    layout: tuple[TensorSpec, ...]
+    copied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from ema_client.tensors.writing import noticed
 from ema_client.training.aside import SetAside
 from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.cadence import Cadence
-from ema_client.training.joining import Joining
+from ema_client.training.joining import Joining, Resume, Start
 from ema_client.training.kinds import choose
 from ema_client.training.publisher import Publisher
 from ema_client.training.rounds import SendPolicy
@@ -65,8 +65,14 @@ class RemoteEma:
         run: the run's name on the service.
         url, token: as for EmaClient.
         averages: the averages of the run; by default a single one, named "ema". copy_to() and decay are of the first.
-        resume: go on with the run of this name. Decay and counter are then the service's, and the steps go on from the
-            run's latest. Without ``resume`` a run of this name must not exist.
+        resume: "auto": go on with the run of this name, or make the run where there is none; True: only go on; False: a
+            run of this name must not exist. A run that goes on keeps its decay and counter, and the model must have the
+            run's names, shapes and dtypes.
+        step: the step of the checkpoint that the model was loaded from: updates count on from there. Where the run is
+            ahead, it goes back to its snapshot of that step or, where there is none, goes on from its own step, and a
+            warning names both. Without ``step`` and ``state`` the training is taken to be where the run is.
+        state: what state_dict() gave for that checkpoint, instead of the step: the run goes back to it, as by
+            load_state_dict(). A run that is gone is made anew with ``resume="auto"``, with a warning.
         client: an EmaClient to use instead of a new one; close() then leaves it open.
         update_every: send each k-th update only. The step counts all calls.
         decay_per: "update", LitEma's meaning: one decay for each update applied; "step": the product of the decays of
@@ -100,7 +106,9 @@ class RemoteEma:
         url: str | None = None,
         token: str | None = None,
         averages: Sequence[AverageConfig] | None = None,
-        resume: bool = False,
+        resume: Resume = False,
+        step: int | None = None,
+        state: Mapping[str, Any] | None = None,
         client: EmaClient | None = None,
         update_every: int = 1,
         decay_per: DecayPer = "update",
@@ -115,6 +123,7 @@ class RemoteEma:
     ) -> None:
         counted = _one_spelling(use_num_updates, use_num_upates)
         decay = checked_decay(decay)
+        start = Start(resume, step, state)
         _check_cadence(update_every, on_busy, keep)
         self._selection, self._plan = choose(
             model, buffers=buffers, frozen=frozen, dtype=push_dtype, skips=on_busy == "skip"
@@ -149,13 +158,13 @@ class RemoteEma:
         )
         joining = Joining(self._client, config, self._plan, lambda: self._initial(tensors))
         try:
-            info, writer = joining.join(resume=resume)
+            joined = joining.join(start)
         except BaseException:
             self._release()
             raise
-        self._cadence = Cadence(update_every, (info.step if info else None) or 0)
+        self._cadence = Cadence(update_every, joined.step)
         # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
-        send = partial(self._plan.push, self._client, run, writer)
+        send = partial(self._plan.push, self._client, run, joined.writer)
         policy = SendPolicy(self._client.retry)
         fate = partial(self._plan.fate, self._client, run)
         self._publisher = Publisher(send, policy, name=f"run {run!r} at {self._client.url}", fate=fate)

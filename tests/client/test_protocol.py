@@ -190,6 +190,7 @@ def test_paths_are_those_of_the_protocol() -> None:
     """The routes, literally."""
     assert protocol.runs_path() == "/v1/runs"
     assert protocol.run_path("r") == "/v1/runs/r"
+    assert protocol.layout_path("r") == "/v1/runs/r/layout"
     assert protocol.reset_path("r") == "/v1/runs/r/reset-num-updates"
     assert protocol.weights_path("r") == "/v1/runs/r/weights"
     assert protocol.update_path("r", 12) == "/v1/runs/r/updates/12"

@@ -25,6 +25,7 @@ BUILT = {
     "POST /v1/runs",
     "GET /v1/runs",
     "GET /v1/runs/{run}",
+    "GET /v1/runs/{run}/layout",
     "PATCH /v1/runs/{run}",
     "DELETE /v1/runs/{run}",
     "POST /v1/runs/{run}/reset-num-updates",

@@ -1,22 +1,68 @@
 """How a trainer joins a run: goes on with an existing run, or makes a new run, and fences off earlier trainers.
 
-Knows what a trainer and a resumed run must agree on. Does not know models, which rank does what (plan), updates, or
-when an update is due: the initial weights come from the caller.
+Knows what a trainer and a resumed run must agree on, and which of the two is ahead. Does not know models, which rank
+does what (plan), updates, or when an update is due: the initial weights come from the caller.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from ema_client.client import EmaClient
-from ema_client.errors import UsageError, listed
-from ema_client.protocol import RunConfig, RunInfo
+from ema_client.errors import RunNotFound, StorageDisabled, UsageError, listed
+from ema_client.protocol import MAX_STEP, RunConfig, RunInfo, RunLayout
 from ema_client.training.plan import Initial, Plan
+from ema_client.training.state import check_state_is_of, rewind_to
 
-__all__ = ["Joining"]
+__all__ = ["Joined", "Joining", "Resume", "Start"]
+
+#: Whether a trainer makes a run (False), goes on with a run (True), or does whichever can be done.
+Resume = bool | Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a training begins: at most one of ``step`` and ``state``, both None where no checkpoint was loaded.
+
+    step: the step of the checkpoint that was loaded. state: what state_dict() gave for the checkpoint.
+
+    Raises UsageError for what cannot be meant.
+    """
+
+    resume: Resume = False
+    step: int | None = None
+    state: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.resume not in (True, False, "auto"):
+            raise UsageError(f"resume={self.resume!r} is unknown", hint="give True, False or 'auto'")
+        if self.step is not None and self.state is not None:
+            raise UsageError("both a step and a state are given", hint="give the state: it has its own step")
+        if self.state is not None and not self.resume:
+            raise UsageError("a state is of a run that exists", hint="give resume='auto' or resume=True with the state")
+        if self.step is not None and not 0 <= self.step <= MAX_STEP:
+            raise UsageError(f"step {self.step} is not between 0 and {MAX_STEP}")
+
+    @property
+    def at(self) -> int | None:
+        """The step at which the training begins, None where that was not told."""
+        return self.step if self.state is None else self.state["step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What came of joining: the step from which updates count on, and the writer's number.
+
+    writer: None on a rank that sends nothing.
+    """
+
+    step: int
+    writer: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,47 +78,81 @@ class Joining:
     plan: Plan
     initial: Initial
 
-    def join(self, *, resume: bool) -> tuple[RunInfo | None, int | None]:
-        """The run and the writer's number. None for the run where another rank makes the run; None for the number on a
-        rank that sends nothing.
-
-        For a constructor to call: a warning names the line that called the constructor. Raises as RemoteEma says.
-        """
-        # First of all: from here on no earlier trainer pushes.
-        writer = self._take_over() if resume else None
-        info = self.plan.together(self._compatible) if resume else None
-        if info is not None and _float32(info.decay) != _float32(self.config.decay):
-            warnings.warn(
-                f"run {self._run!r} goes on with its decay {info.decay:.6g}, not {self.config.decay:.6g}; "
-                "set_decay() changes it",
-                stacklevel=3,
-            )
+    def join(self, start: Start) -> Joined:
+        """For a constructor to call: warnings name the line that called the constructor. Raises as RemoteEma says."""
+        if start.state is not None:
+            check_state_is_of(self._run, start.state)
+        writer = info = None
+        try:
+            if start.resume:
+                # First of all: from here on no earlier trainer pushes.
+                writer = self._take_over()
+                info = self.plan.together(self._compatible)
+        except RunNotFound:
+            if start.resume != "auto":
+                raise
         if info is None or info.status == "awaiting_weights":
-            info = self.plan.create(self.client, self.config, self.initial)
-        return info, writer or self._take_over()
+            self._tell(_lost(self._run, start), level=3)
+            self.plan.create(self.client, self.config, self.initial, step=start.at or 0)
+            return Joined(start.at or 0, writer or self._take_over())
+        self._tell(_other_decay(info, self.config.decay), level=3)
+        step, warning = self._agree_on_step(info, start)
+        self._tell(warning, level=3)
+        return Joined(step, writer)
 
     @property
     def _run(self) -> str:
         return self.config.run
 
+    def _tell(self, warning: str | None, *, level: int) -> None:
+        """Warn on a single rank. level: how far above the caller the line to be named is."""
+        if warning and (self.plan.part or 0) == 0:
+            warnings.warn(warning, stacklevel=level + 1)
+
     def _take_over(self) -> int | None:
         """The writer's number, which fences off earlier trainers, the same on all sending ranks."""
         return self.plan.once(lambda: self.client.attach(self._run))
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def _agree_on_step(self, info: RunInfo, start: Start) -> tuple[int, str | None]:
+        """The step from which updates count on, and what the user is to be told. Goes back with a trainer that did."""
+        theirs, ours = info.step or 0, start.at
+        if start.state is not None:
+            self.plan.once(lambda: rewind_to(self.client, start.state or {}))
+            return ours or 0, None
+        if ours is None or ours >= theirs:
+            return theirs if ours is None else ours, None
+        if self.plan.once(lambda: self._rewind_to_step(ours)) or self.plan.part is None:
+            return ours, None
+        return theirs, (
+            f"run {self._run!r} is at step {theirs} and the training comes back at step {ours}: no snapshot of that "
+            f"step is there, and the {theirs - ours} steps between count twice in the EMA; give the checkpoint's "
+            "state=, of RemoteEma.state_dict(), to go back with it"
+        )
+
+    def _rewind_to_step(self, step: int) -> str | None:
+        """Go back to the newest snapshot of ``step``; its name, None where there is none."""
+        try:
+            of_step = [each for each in self.client.snapshots(self._run) if each.step == step]
+        except StorageDisabled:
+            return None
+        if not of_step:
+            return None
+        name = max(of_step, key=lambda each: each.created_at).name
+        self.client.rewind(self._run, name)
+        return name
+
+    # --- what must be the same --------------------------------------------------------------------------------------
 
     def _compatible(self) -> RunInfo:
         """The run to go on with. Raises UsageError where the run is not as the trainer means it."""
         info = self.client.run(self._run)
         self._check_same("use_num_updates", info.use_num_updates, self.config.use_num_updates)
         self._check_same("decay_per", info.decay_per, self.config.decay_per)
-        self._check_same_copied(info.copied)
-        layout = self.config.layout
-        tensors, elements = len(layout), sum(torch.Size(spec.shape).numel() for spec in layout)
-        if (info.tensors, info.parameters) != (tensors, elements):
-            raise UsageError(
-                f"run {self._run!r} has {info.tensors} tensors with {info.parameters} elements in all, "
-                f"the model {tensors} with {elements}",
-                hint="resume with the model the run was made with, frozen as it was then",
-            )
+        theirs = self.client.layout(self._run)
+        self._check_same_copied(theirs.copied)
+        self._check_same_layout(theirs)
         return info
 
     def _check_same(self, name: str, theirs: object, ours: object) -> None:
@@ -81,14 +161,48 @@ class Joining:
                 f"run {self._run!r} has {name}={theirs!r}", hint=f"resume it with {name}={theirs!r}, or make a new run"
             )
 
-    def _check_same_copied(self, theirs: int) -> None:
+    def _check_same_copied(self, theirs: tuple[str, ...]) -> None:
         ours = self.config.copied
-        if theirs != len(ours):
+        if set(theirs) != set(ours):
             named = f": {listed(ours)}" if ours else ""
             raise UsageError(
-                f"run {self._run!r} copies {theirs} of its tensors, this trainer {len(ours)}{named}",
+                f"run {self._run!r} copies {len(theirs)} of its tensors, this trainer {len(ours)}{named}",
                 hint="resume with the choice of buffers that the run was made with, or make a new run",
             )
+
+    def _check_same_layout(self, run: RunLayout) -> None:
+        theirs = {spec.name: spec for spec in run.layout}
+        ours = {spec.name: spec for spec in self.config.layout}
+        faults = [f"{name!r} is missing" for name in theirs if name not in ours]
+        faults += [f"{name!r} is not the run's" for name in ours if name not in theirs]
+        both = [(theirs[name], spec) for name, spec in ours.items() if name in theirs]
+        faults += [
+            f"{spec.name!r} is {spec.dtype} {spec.shape}, the run's {was.dtype} {was.shape}"
+            for was, spec in both
+            if was != spec
+        ]
+        if faults:
+            only_cast = len(theirs) == len(ours) == len(both) and all(was.shape == spec.shape for was, spec in both)
+            raise UsageError(
+                f"the model's tensors are not those of run {self._run!r}: {listed(faults, '; ')}",
+                hint="send what the run was made with: give push_dtype="
+                if only_cast
+                else "resume with the model the run was made with, frozen as it was then, or make a new run",
+            )
+
+
+def _lost(run: str, start: Start) -> str | None:
+    if start.state is None or not start.at:
+        return None
+    return (
+        f"run {run!r} is not on the service any more: its EMA begins anew, at step {start.at}, with the model's weights"
+    )
+
+
+def _other_decay(info: RunInfo, decay: float) -> str | None:
+    if _float32(info.decay) == _float32(decay):
+        return None
+    return f"run {info.run!r} goes on with its decay {info.decay:.6g}, not {decay:.6g}; set_decay() changes it"
 
 
 def _float32(decay: float) -> float:

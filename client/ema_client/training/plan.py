@@ -56,8 +56,10 @@ class Plan(Protocol):
     def all_have(self, value: object, /) -> bool:
         """Whether all ranks that act together give the same value."""
 
-    def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
+    def create(self, client: EmaClient, config: RunConfig, initial: Initial, *, step: int = 0) -> RunInfo | None:
         """Create the run and send the initial weights; returns the run, None where another rank did both.
+
+        step: the trainer's, of the initial weights.
 
         Raises RunExists, and what EmaClient.create_run() raises.
         """
@@ -90,7 +92,7 @@ class WholePlan:
     def all_have(self, _value: object, /) -> bool:
         return True
 
-    def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
+    def create(self, client: EmaClient, config: RunConfig, initial: Initial, *, step: int = 0) -> RunInfo | None:
         if self.part is None:
             return None
         with _hinting_at_resume():
@@ -103,7 +105,7 @@ class WholePlan:
                 averages=config.averages,
                 durability=config.durability,
                 copied=config.copied,
-                step=0,
+                step=step,
             )
 
     def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> bool:
@@ -141,10 +143,10 @@ class ShardedPlan:
     def all_have(self, value: object, /) -> bool:
         return len(set(self.gather(value))) == 1
 
-    def create(self, client: EmaClient, config: RunConfig, initial: Initial) -> RunInfo | None:
+    def create(self, client: EmaClient, config: RunConfig, initial: Initial, *, step: int = 0) -> RunInfo | None:
         self.together(lambda: self._declare(client, config))
-        self.together(lambda: self._send_initial(client, config.run, initial))
-        return client.wait_for_step(config.run, 0)
+        self.together(lambda: self._send_initial(client, config.run, initial, step))
+        return client.wait_for_step(config.run, step)
 
     def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> bool:
         part, of = self.part, self.of
@@ -163,10 +165,10 @@ class ShardedPlan:
             with _hinting_at_resume():
                 client.declare_run(config)
 
-    def _send_initial(self, client: EmaClient, run: str, initial: Initial) -> None:
+    def _send_initial(self, client: EmaClient, run: str, initial: Initial, step: int) -> None:
         if self.part is not None:
             part, of = self.part, self.of
-            client.send_weights_part(run, initial(), slices=self.slices, part=part, of=of, group=self.group, step=0)
+            client.send_weights_part(run, initial(), slices=self.slices, part=part, of=of, group=self.group, step=step)
 
 
 def plan_whole(layout: tuple[TensorSpec, ...]) -> WholePlan:
@@ -180,5 +182,5 @@ def _hinting_at_resume() -> Iterator[None]:
     try:
         yield
     except RunExists as exists:
-        hint = "pass resume=True to go on with it, choose another name, or delete the old run first"
+        hint = "pass resume=True (or 'auto') to go on with it, choose another name, or delete the old run first"
         raise RunExists(exists.detail, hint=hint) from None

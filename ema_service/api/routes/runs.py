@@ -31,7 +31,16 @@ from ema_client.errors import (
     Superseded,
     TooManyRuns,
 )
-from ema_client.protocol import MAX_TENSORS, NAME_PATTERN, RunConfig, RunInfo, RunList, Writer, to_json
+from ema_client.protocol import (
+    MAX_TENSORS,
+    NAME_PATTERN,
+    RunConfig,
+    RunInfo,
+    RunLayout,
+    RunList,
+    Writer,
+    to_json,
+)
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS, takes_json
@@ -136,6 +145,24 @@ async def _infos(runs: Sequence[Run]) -> AsyncIterator[bytes]:
 async def show_run(run: RunName, server: Server) -> RunInfo:
     """The run as it stands: decay, num_updates, step, version, size."""
     return server.registry.get(run).info()
+
+
+@router.get(
+    "/{run}/layout",
+    summary="Show a run's tensors",
+    response_model=RunLayout,
+    responses=problem_responses(RunNotFound, InvalidRequest),
+)
+async def show_layout(run: RunName, server: Server) -> Response:
+    """Names, shapes and dtypes of the tensors of an update, and which of them are copied."""
+    config = server.registry.get(run).config
+    # Not by FastAPI, on the event loop, as in create_run().
+    raw = await server.workers.block(partial(_layout_json, config))
+    return Response(raw, media_type="application/json")
+
+
+def _layout_json(config: RunConfig) -> bytes:
+    return json.dumps(to_json(RunLayout(config.run, config.layout, config.copied))).encode()
 
 
 @router.patch(

@@ -41,12 +41,181 @@ def test_resume_of_no_run(make_ema: Callable[..., RemoteEma], run_name: str) -> 
         make_ema(nn.Linear(1, 1), resume=True)
 
 
-def test_resume_with_another_model(make_ema: Callable[..., RemoteEma]) -> None:
-    """A model of another size is refused at once, with both sizes."""
-    make_ema(nn.Linear(2, 2))
+class Coder(nn.Module):
+    """Two layers, by the names that are given."""
 
-    with pytest.raises(UsageError, match="2 tensors with 6 elements in all, the model 2 with 12"):
-        make_ema(nn.Linear(3, 3), resume=True)
+    def __init__(self, first: str = "enc", second: str = "dec", *, turned: bool = False) -> None:
+        super().__init__()
+        self.add_module(first, nn.Linear(8, 4) if turned else nn.Linear(4, 8))
+        self.add_module(second, nn.Linear(4, 8) if turned else nn.Linear(8, 4))
+
+
+OTHERS: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
+    "renamed": (Coder("encoder"), {}, "'enc.weight' is missing"),
+    "more": (nn.Sequential(Coder(), nn.Linear(1, 1)), {}, "'1.weight' is not the run's"),
+    "turned": (Coder(turned=True), {}, r"'enc.weight' is F32 \(4, 8\), the run's F32 \(8, 4\)"),
+    "bf16": (Coder().bfloat16(), {}, r"'enc.weight' is BF16 \(8, 4\), the run's F32 \(8, 4\).*give push_dtype="),
+    "push_dtype": (Coder(), {"push_dtype": torch.bfloat16}, "'dec.bias' is BF16"),
+}
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_resume_with_another_model(make_ema: Callable[..., RemoteEma], other: str, resume: Any) -> None:
+    """Names, shapes and dtypes that are not the run's are refused by the constructor, which names them."""
+    make_ema(nn.Sequential(Coder()) if other == "more" else Coder())
+    model, options, message = OTHERS[other]
+
+    with pytest.raises(UsageError, match=message):
+        make_ema(model, resume=resume, **options)
+
+
+def test_a_model_in_another_dtype_goes_on(make_ema: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """With the push_dtype that the error asks for."""
+    make_ema(Coder())
+    model = Coder().bfloat16()
+    again = make_ema(model, resume=True, push_dtype=torch.float32)
+    again(model)
+    again.flush()
+    assert client.run(again.run).step == 1
+
+
+# --- one line for the first start and every later one -----------------------------------------------------------------
+
+
+def steps(ema: RemoteEma, model: nn.Module, count: int) -> None:
+    for _ in range(count):
+        train(model)
+        ema(model)
+    ema.flush()
+
+
+def test_auto(make_ema: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """Makes the run, then goes on with it; the numbers are those of a training that never ended."""
+    model = Zoo()
+    oracle = LitEmaOracle(model, 0.9)
+    for _ in range(3):
+        ema = make_ema(model, 0.9, resume="auto")
+        for _ in range(2):
+            train(model)
+            ema(model)
+            oracle(model)
+        ema.close()
+    assert client.run(ema.run).step == 6
+    assert same(client.pull(ema.run), oracle.shadow)
+
+
+def test_auto_after_a_constructor_that_died(
+    make_ema: Callable[..., RemoteEma], relay: Callable[..., Any], client: EmaClient, run_name: str
+) -> None:
+    """A run that was declared, and never had weights, gets them."""
+    model = nn.Linear(2, 2)
+    with (
+        EmaClient(relay(lambda request: request.method == "POST").url, retry=ONCE) as dying,
+        pytest.raises(ConnectionLost),
+    ):
+        RemoteEma(model, run=run_name, client=dying, resume="auto")
+    make_ema(model, resume="auto")
+    assert same(client.pull(run_name), values(model))
+
+
+def test_a_trainer_that_is_behind_is_told(
+    make_ema: Callable[..., RemoteEma], client: EmaClient, run_name: str, server: Any
+) -> None:
+    """Without a state to go back to, the run goes on where it is, and a warning names both steps."""
+    model = nn.Linear(2, 2)
+    steps(make_ema(model, resume="auto"), model, 6)
+    with pytest.warns(UserWarning, match="at step 6 and the training comes back at step 4") as warned:
+        again = RemoteEma(model, run=run_name, url=server.url, resume="auto", step=4)
+    assert [each.filename for each in warned] == [__file__]
+    with again:
+        steps(again, model, 1)
+    assert client.run(run_name).step == 7
+
+
+@pytest.mark.parametrize("told", ["state", "step"])
+def test_a_trainer_that_goes_back(make_ema: Callable[..., RemoteEma], client: EmaClient, told: str) -> None:
+    """With its checkpoint's state, or with its step where the run has a snapshot of that step: no step counts twice."""
+    model = Zoo()
+    ema, oracle = make_ema(model, 0.9, resume="auto"), LitEmaOracle(model, 0.9)
+    for _ in range(2):
+        train(model)
+        ema(model)
+        oracle(model)
+    state, weights = ema.state_dict(), values(model)
+    steps(ema, model, 3)
+    model.load_state_dict(weights, strict=False)
+    again = make_ema(model, 0.9, resume="auto", **({"state": state} if told == "state" else {"step": 2}))
+    assert (again.num_updates, client.run(ema.run).step) == (2, 2)
+    assert same(client.pull(ema.run), oracle.shadow)
+    train(model)
+    again(model)
+    oracle(model)
+    again.flush()
+    assert client.run(ema.run).step == 3
+    assert same(client.pull(ema.run), oracle.shadow)
+
+
+@pytest.mark.parametrize("step", [5, 9])
+def test_a_trainer_that_is_not_behind(
+    make_ema: Callable[..., RemoteEma], client: EmaClient, recwarn: pytest.WarningsRecorder, step: int
+) -> None:
+    """Updates count on from the trainer's step, which the run may lag behind."""
+    model = nn.Linear(2, 2)
+    steps(make_ema(model, resume="auto"), model, 5)
+    again = make_ema(model, resume="auto", step=step)
+    steps(again, model, 1)
+    assert client.run(again.run).step == step + 1
+    assert list(recwarn) == []
+
+
+def test_a_new_run_of_a_training_under_way(make_ema: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """A training that adds an EMA at step 40 counts from there."""
+    model = nn.Linear(2, 2)
+    ema = make_ema(model, resume="auto", step=40)
+    assert client.run(ema.run).step == 40
+    steps(ema, model, 1)
+    assert client.run(ema.run).step == 41
+
+
+def test_a_run_that_is_gone(make_ema: Callable[..., RemoteEma], client: EmaClient, run_name: str, server: Any) -> None:
+    """With "auto" its EMA begins anew, at the checkpoint's step, and a warning says so; with True that is an error."""
+    model = nn.Linear(2, 2)
+    ema = make_ema(model)
+    steps(ema, model, 3)
+    state = ema.state_dict()
+    ema.close()
+    client.delete_run(run_name)
+    with pytest.raises(RunNotFound):
+        make_ema(model, resume=True, state=state)
+    with pytest.warns(UserWarning, match="begins anew, at step 3"):
+        again = RemoteEma(model, run=run_name, url=server.url, resume="auto", state=state)
+    with again:
+        assert client.run(run_name).step == 3
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"resume": "maybe"}, "resume='maybe' is unknown"),
+        ({"resume": "auto", "step": -1}, "step -1"),
+        ({"resume": True, "step": 1, "state": {}}, "both a step and a state"),
+        ({"state": {}}, "a state is of a run that exists"),
+        ({"resume": True, "state": {"run": "x"}}, "not the state of a run"),
+        (
+            {"resume": True, "state": {"run": "x", "version": "1.0", "step": 1, "snapshot": None}},
+            "the state is of run 'x'",
+        ),
+    ],
+)
+def test_starts_that_cannot_be_meant(
+    make_ema: Callable[..., RemoteEma], client: EmaClient, run_name: str, start: dict[str, Any], message: str
+) -> None:
+    """Are refused before anything is made."""
+    with pytest.raises(UsageError, match=message):
+        make_ema(nn.Linear(2, 2), **start)
+    with pytest.raises(RunNotFound):
+        client.run(run_name)
 
 
 def test_resume_with_another_choice_of_buffers(make_ema: Callable[..., RemoteEma]) -> None:

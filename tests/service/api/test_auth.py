@@ -60,6 +60,7 @@ def url(folder: Path, tokens: dict[str, str], server_class: Callable[..., object
 ROUTES = [
     ("GET", "/v1/runs", {"pull"}),
     ("GET", "/v1/runs/alpha-1", {"pull"}),
+    ("GET", "/v1/runs/alpha-1/layout", {"pull"}),
     ("GET", "/v1/runs/alpha-1/weights", {"pull"}),
     ("GET", "/v1/runs/alpha-1/updates/1", {"pull"}),
     ("GET", "/v1/runs/alpha-1/snapshots", {"pull"}),

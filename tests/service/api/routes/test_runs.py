@@ -217,8 +217,22 @@ def test_run_created_again_is_not_mistaken_for_the_old(server: ServerProcess, pl
     assert run.http.get(f"{run.path}/weights", headers={"Range": "bytes=9-", "If-Range": tag}).status_code == 200
 
 
+def test_the_layout_of_a_run(server: ServerProcess, plain_run: MakeRun) -> None:
+    """Names, shapes and dtypes of an update, in the order of the stream, and the names that are copied."""
+    run = plain_run(server)
+    name = f"{run.name}-2"
+    layout = [{"name": "b", "shape": [2, 3], "dtype": "BF16"}, {"name": "a.w", "shape": [], "dtype": "F32"}]
+    run.http.post("/v1/runs", json={"run": name, "layout": layout, "copied": ["b"]}).raise_for_status()
+
+    answer = run.http.get(f"/v1/runs/{name}/layout")
+
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == {"run": name, "layout": [layout[1], layout[0]], "copied": ["b"]}
+
+
 ROUTES = [
     ("GET", ""),
+    ("GET", "/layout"),
     ("PATCH", ""),
     ("DELETE", ""),
     ("POST", "/reset-num-updates"),
