@@ -45,7 +45,7 @@ class Joining:
             warnings.warn(
                 f"run {self._run!r} goes on with its decay {info.decay:.6g}, not {self.config.decay:.6g}; "
                 "set_decay() changes it",
-                stacklevel=3,
+                stacklevel=4,
             )
         if info is None or info.status == "awaiting_weights":
             info = self.plan.create(self.client, self.config, self.initial)

@@ -4,7 +4,8 @@ While the model stays as it was, finding its tensors costs microseconds: the ide
 tensors are compared with those of the latest update. Only where something differs are the names looked at again, and a
 fault is told by name.
 
-Knows modules, parameters and buffers, and their canonical names. Does not know shards, or how tensors travel.
+Knows modules, parameters and buffers, and their canonical names. Does not know what a sharded model's ranks hold, or
+how tensors travel.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.tensors.layout import dtype_name, parameters_of, specs_of, state_of
 from ema_client.tensors.names import canonical_name
+from ema_client.training.sharding import is_sharded
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 
@@ -136,7 +138,15 @@ class Selection:
         raise _mismatch(faults)
 
     def _all_named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Parameters, trained or not, and buffers if asked for, by all canonical names of each."""
+        """Parameters, trained or not, and buffers if asked for, by all canonical names of each.
+
+        Raises NameCollision; UsageError for a model that was sharded since the selection.
+        """
+        if is_sharded(model):
+            raise UsageError(
+                f"{type(model).__name__} was sharded after its RemoteEma was made",
+                hint="make the RemoteEma when the model is sharded, or use the callback of ema_client.integrations",
+            )
         named: dict[str, Tensor] = {}
         originals: dict[str, str] = {}
         parameters = list(model.named_parameters(remove_duplicate=False))
