@@ -83,7 +83,9 @@ class RemoteEma:
         borrow: send the parameters from where they lie, on the CPU, and let the next step of a torch optimizer wait
             until they are sent. Saves the copy. Nothing but an optimizer may change the parameters between update()
             and step().
-        frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError.
+        frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError;
+            "average": frozen parameters are averaged from the beginning, and sent with each update, so that a training
+            may freeze and unfreeze as it likes.
         buffers: what becomes of floating-point buffers that are saved with the model, such as BatchNorm's statistics:
             "none": buffers stay the model's own; "average": buffers are averaged as well; "copy": beside the averages
             stand the buffers of the latest update sent. Other buffers, such as BatchNorm's counter of batches, stay the

@@ -31,11 +31,12 @@ __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 #: averaged or copied.
 BufferPolicy = Literal["none", "average", "copy"]
 #: What becomes of a parameter that is frozen later: the average goes on, of a value that stays; or an error is raised.
-FrozenPolicy = Literal["hold", "error"]
+#: "average": frozen parameters are averaged from the beginning, for a training that freezes and unfreezes.
+FrozenPolicy = Literal["hold", "error", "average"]
 
 
 class Selection:
-    """The averaged tensors of a whole model: parameters that require gradients now and, if asked for, buffers.
+    """The averaged tensors of a whole model: parameters that require gradients now, and others or buffers if asked for.
 
     Args:
         model: looked at now, and not referred to later.
@@ -61,7 +62,7 @@ class Selection:
         self._dtype = None if dtype is None else dtype_name(dtype)
         named = self._all_named(model)
         chosen_buffers = _chosen_buffers(model) if self._buffers else {}
-        chosen = parameters_of(model) | chosen_buffers
+        chosen = parameters_of(model, frozen=frozen == "average") | chosen_buffers
         #: Names of the tensors to copy instead of averaging.
         self.copied = frozenset(chosen_buffers if buffers == "copy" else ())
         specs = [self._sent(spec) for spec in specs_of(state_of(chosen))]
@@ -90,6 +91,8 @@ class Selection:
         places = {id(tensor): place for place, tensor in enumerate(tensors)}
         self._positions = [places[id(tensor)] for tensor in found]
         self._model, self._signature = weakref.ref(model), signature
+        if self._frozen_policy == "average":
+            return found, []
         return found, [spec.name for spec, t in zip(self.specs, found, strict=True) if _is_frozen(t)]
 
     def targets(self, model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Tensor, str]]]:
@@ -254,5 +257,6 @@ def _check_choice(what: str, given: str, policy: Any) -> None:
 def _mismatch(faults: list[str]) -> UsageError:
     return UsageError(
         f"the model's tensors are not those of the run: {listed(faults, '; ')}",
-        hint="unfreeze and add parameters before the RemoteEma is made, or make a new run for the changed model",
+        hint="add and unfreeze parameters before the RemoteEma is made, or average frozen ones from the beginning "
+        "(frozen='average'), or make a new run for the changed model",
     )
