@@ -12,6 +12,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -28,7 +29,9 @@ from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.cadence import Cadence
 from ema_client.training.joining import Joining, Resume, Start
 from ema_client.training.kinds import choose
+from ema_client.training.plan import WholePlan, plan_whole
 from ema_client.training.publisher import Publisher
+from ema_client.training.ranks import may_be_later_rank
 from ema_client.training.rounds import SendPolicy
 from ema_client.training.selection import BufferPolicy, FrozenPolicy
 from ema_client.training.sharding import reshard
@@ -50,6 +53,9 @@ class RemoteEma:
     Called where LitEma is: ``ema(model)`` after each optimizer step, ``with ema.scope(model):`` around an evaluation.
     Averaged are the parameters that require gradients, by their canonical names. Not an nn.Module: there are no weights
     to save, move or cast. For a single thread at a time, and for the process that made it.
+
+    May be made before there is a process group: a process that its launcher (torchrun, Lightning, SLURM, MPI) calls
+    another than the first asks the process group with its first use, and joins the run then.
 
     update() takes the parameters and returns; a thread sends them. A failure of the sending is logged, counted
     (``stats``) and raised by flush(), close() and every call that reads, which wait for all earlier updates. The end of
@@ -84,7 +90,9 @@ class RemoteEma:
         borrow: send the parameters from where they lie, on the CPU, and let the next step of a torch optimizer wait
             until they are sent. Saves the copy. Nothing but an optimizer may change the parameters between update()
             and step().
-        frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError.
+        frozen: "hold": a parameter that is frozen later goes on being averaged, with a warning; "error": a UsageError;
+            "average": frozen parameters are averaged from the beginning, and sent with each update, so that a training
+            may freeze and unfreeze as it likes.
         buffers: what becomes of floating-point buffers that are saved with the model, such as BatchNorm's statistics:
             "none": buffers stay the model's own; "average": buffers are averaged as well; "copy": beside the averages
             stand the buffers of the latest update sent. Other buffers, such as BatchNorm's counter of batches, stay the
@@ -156,22 +164,17 @@ class RemoteEma:
             durability=durability,
             copied=tuple(sorted(self._selection.copied)),
         )
-        joining = Joining(self._client, config, self._plan, lambda: self._initial(tensors))
+        #: What joining needs, until this process has joined.
+        self._unjoined: _Unjoined | None = _Unjoined(config, tensors, start, update_every, on_device)
+        if may_be_later_rank():
+            # The first use tells. Should the process be on its own, the shadow begins with the weights of now.
+            self._unjoined.tensors = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+            return
         try:
-            joined = joining.join(start)
+            self._join()
         except BaseException:
             self._release()
             raise
-        self._cadence = Cadence(update_every, joined.step)
-        # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
-        send = partial(self._plan.push, self._client, run, joined.writer)
-        policy = SendPolicy(self._client.retry)
-        fate = partial(self._plan.fate, self._client, run)
-        self._publisher = Publisher(send, policy, name=f"run {run!r} at {self._client.url}", fate=fate)
-        self._hook = _hook(self._publisher, self._buffers) if borrow or on_device else None
-        self._dropped = weakref.finalize(self, self._publisher.finish)
-        # At the end of the program the publisher ends by itself, and waits for its updates.
-        self._dropped.atexit = False
 
     @property
     def run(self) -> str:
@@ -193,22 +196,23 @@ class RemoteEma:
     @property
     def pending(self) -> int:
         """Updates taken and not yet applied: 0, 1 or 2."""
-        return self._publisher.pending
+        return 0 if self._unjoined else self._publisher.pending
 
     @property
     def away(self) -> bool:
         """Whether the service counts as away: a round of tries came to nothing, and no update was applied since."""
-        return self._publisher.stuck
+        return self._unjoined is None and self._publisher.stuck
 
     @property
     def step(self) -> int:
         """The trainer's step: the calls of update() so far, with those before a resume."""
+        self._join()
         return self._cadence.step
 
     @property
     def stats(self) -> Stats:
         """How many updates were sent, skipped and failed."""
-        return self._publisher.stats
+        return Stats() if self._unjoined else self._publisher.stats
 
     def __repr__(self) -> str:
         return f"RemoteEma(run={self._run!r}, url={self._client.url!r})"
@@ -228,6 +232,7 @@ class RemoteEma:
         raises for what the service or the network does. Raises UsageError if the parameters are no longer the run's,
         and after close(). A failed update is not made up for: the next update is a new step.
         """
+        self._join()
         self._publisher.check_usable()
         # At every call, due or not: what counts is a step since the latest call.
         hooked = self._hook is not None and self._hook.fired()
@@ -248,6 +253,7 @@ class RemoteEma:
         Raises UpdatesPending after ``timeout`` seconds; ServiceUnreachable or ConnectionLost where the service is away
         for longer than the client's retries (about ten seconds). What is pending is sent on, and training can go on.
         """
+        self._join()
         self._publisher.flush(timeout)
         if self._plan.others:
             wait = MAX_WAIT if timeout is None else timeout
@@ -259,6 +265,9 @@ class RemoteEma:
         Raises as flush(), and everything is closed all the same: updates that are not sent by then are lost, and
         logged.
         """
+        if self._unjoined:
+            self._release()
+            return
         if not self._dropped.alive:
             return
         try:
@@ -362,6 +371,29 @@ class RemoteEma:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _join(self) -> None:
+        """Join the run, once: in the constructor or, where there may be a rank before this one, at the first use.
+
+        By then the process group tells the rank. Raises as the constructor does.
+        """
+        if (waiting := self._unjoined) is None:
+            return
+        if isinstance(self._plan, WholePlan):
+            self._plan = plan_whole(self._plan.layout)
+        joining = Joining(self._client, waiting.config, self._plan, lambda: self._initial(waiting.tensors))
+        joined = joining.join(waiting.start)
+        self._unjoined = None
+        self._cadence = Cadence(waiting.update_every, joined.step)
+        # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
+        send = partial(self._plan.push, self._client, self._run, joined.writer)
+        fate = partial(self._plan.fate, self._client, self._run)
+        name = f"run {self._run!r} at {self._client.url}"
+        self._publisher = Publisher(send, SendPolicy(self._client.retry), name=name, fate=fate)
+        self._hook = _hook(self._publisher, self._buffers) if self._borrows or waiting.on_device else None
+        self._dropped = weakref.finalize(self, self._publisher.finish)
+        # At the end of the program the publisher ends by itself, and waits for its updates.
+        self._dropped.atexit = False
+
     def _send(self, tensors: list[Tensor], step: int, *, hooked: bool) -> None:
         """The only place where an update leaves the trainer."""
         if hooked and self._sends_module_buffers:
@@ -391,6 +423,20 @@ class RemoteEma:
     def _release(self) -> None:
         if self._owns_client:
             self._client.close()
+
+
+@dataclass(slots=True)
+class _Unjoined:
+    """What a RemoteEma that has not joined its run yet joins with.
+
+    tensors: the model's, or copies, for the first shadow. on_device: whether the model's are on a CUDA device.
+    """
+
+    config: RunConfig
+    tensors: list[Tensor]
+    start: Start
+    update_every: int
+    on_device: bool
 
 
 def _hook(publisher: Publisher, buffers: UpdateBuffers) -> StepHook:

@@ -144,6 +144,10 @@ class Core:
         self.kept = KeptSnapshots(replica.client, run) if first and self._keep is None else None
         self._training = True
 
+    def prefer(self, name: str, value: Any) -> None:
+        """Give one of RemoteEma's options another default."""
+        self._options.setdefault(name, value)
+
     def update(self, *, due: bool | None = None) -> None:
         """An EMA step with the model as it is. due: as for RemoteEma.update()."""
         if self._replica:

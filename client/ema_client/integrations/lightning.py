@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import BaseFinetuning
 except ModuleNotFoundError:
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.callbacks import BaseFinetuning
 
 from ema_client.errors import UsageError
 from ema_client.integrations.core import Core
@@ -63,10 +65,11 @@ class RemoteEmaCallback(Callback):
             the error. A training that begins, and finds no service, raises in either case.
         swap_at_end: leave the EMA weights in the module when fit() ends, as Lightning's own callback does.
         update_every_n_steps, update_starting_at_step: as for Lightning's EMAWeightAveraging: updates after the steps
-            with these numbers, counted from 0.
+            with these numbers, counted from 0. The average begins with the weights of the training's start, where
+            Lightning's begins with those of its first update: leave ``use_num_updates`` on, which soon forgets them.
         keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
         options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, push_dtype,
-            update_every, borrow.
+            update_every, borrow. With a callback that unfreezes layers (BaseFinetuning) ``frozen`` is "average".
     """
 
     def __init__(
@@ -131,6 +134,8 @@ class RemoteEmaCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del stage
         self._core.owner = pl_module
+        if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):
+            self._core.prefer("frozen", "average")
         # Lightning has no hook around a checkpoint and none for its removal, and before 2.6 no callback is told of the
         # checkpoint that is tested.
         _around(trainer, "save_checkpoint", self._saving)

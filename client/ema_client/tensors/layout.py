@@ -30,9 +30,10 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+def parameters_of(module: nn.Module, *, frozen: bool = False) -> dict[str, Tensor]:
     """The parameters to average of ``module``: all that require gradients, by their canonical names.
 
+    frozen: with the floating-point parameters that do not.
     Tied parameters appear once, as in named_parameters(). The tensors are the module's own. Raises NameCollision;
     UsageError if no parameter requires gradients.
     """
@@ -42,7 +43,8 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
             f"{type(module).__name__} has no parameter that requires gradients",
             hint="make the EMA before freezing the model, or pass the tensors to average as a mapping",
         )
-    return {name: trained[original] for original, name in canonical_names(trained).items()}
+    chosen = {n: p for n, p in module.named_parameters() if n in trained or (frozen and p.is_floating_point())}
+    return {name: chosen[original] for original, name in canonical_names(chosen).items()}
 
 
 def state_of(state: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class Joining:
     initial: Initial
 
     def join(self, start: Start) -> Joined:
-        """For a constructor to call: warnings name the line that called the constructor. Raises as RemoteEma says."""
+        """For RemoteEma alone: warnings name the line that called its constructor. Raises as RemoteEma says."""
         if start.state is not None:
             check_state_is_of(self._run, start.state)
         writer = info = None
@@ -92,12 +92,12 @@ class Joining:
             if start.resume != "auto":
                 raise
         if info is None or info.status == "awaiting_weights":
-            self._tell(_lost(self._run, start), level=3)
+            self._tell(_lost(self._run, start), level=4)
             self.plan.create(self.client, self.config, self.initial, step=start.at or 0)
             return Joined(start.at or 0, writer or self._take_over())
-        self._tell(_other_decay(info, self.config.decay), level=3)
+        self._tell(_other_decay(info, self.config.decay), level=4)
         step, warning = self._agree_on_step(info, start)
-        self._tell(warning, level=3)
+        self._tell(warning, level=4)
         return Joined(step, writer)
 
     @property

@@ -1,20 +1,37 @@
 """The ranks of a distributed training: work done together, and values told to each other.
 
-Knows: torch.distributed's default group. Does not know: models, tensors, HTTP, runs.
+Knows: torch.distributed's default group, and what launchers write into the environment before there is a group. Does
+not know: models, tensors, HTTP, runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from ema_client.errors import EmaError
 
-__all__ = ["Gather", "agreed", "gathered", "is_distributed", "own_rank", "ranks_in_all", "together"]
+__all__ = [
+    "Gather",
+    "agreed",
+    "gathered",
+    "is_distributed",
+    "may_be_later_rank",
+    "own_rank",
+    "ranks_in_all",
+    "together",
+]
 
 T = TypeVar("T")
+
+#: A process' number among all processes, by torchrun.
+_RANK = "RANK"
+#: A process' number by other launchers, or a part of the number: of the process on its host, and of the host. Lightning
+#: starts its processes with the latter two; SLURM, Open MPI, MPICH and LSF have one each.
+_NUMBERS = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
 
 #: Gives each rank's value, by rank, on all ranks; all ranks call together.
 Gather = Callable[[Any], list[Any]]
@@ -23,6 +40,17 @@ Gather = Callable[[Any], list[Any]]
 def is_distributed() -> bool:
     """Whether the process is a rank of a process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def may_be_later_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher says that this process is not the first, and there is no process group yet that could tell.
+
+    False also where a launcher says nothing: Lightning's first process, which launches the others later.
+    """
+    if is_distributed():
+        return False
+    names = (_RANK,) if _RANK in environment else _NUMBERS
+    return any(environment.get(name, "0") not in ("", "0") for name in names)
 
 
 def own_rank() -> int:

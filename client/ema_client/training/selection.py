@@ -4,7 +4,8 @@ While the model stays as it was, finding its tensors costs microseconds: the ide
 tensors are compared with those of the latest update. Only where something differs are the names looked at again, and a
 fault is told by name.
 
-Knows modules, parameters and buffers, and their canonical names. Does not know shards, or how tensors travel.
+Knows modules, parameters and buffers, and their canonical names. Does not know what a sharded model's ranks hold, or
+how tensors travel.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.tensors.layout import dtype_name, parameters_of, specs_of, state_of
 from ema_client.tensors.names import canonical_name
 from ema_client.tensors.writing import write
+from ema_client.training.sharding import is_sharded
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 
@@ -30,11 +32,12 @@ __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
 #: averaged or copied.
 BufferPolicy = Literal["none", "average", "copy"]
 #: What becomes of a parameter that is frozen later: the average goes on, of a value that stays; or an error is raised.
-FrozenPolicy = Literal["hold", "error"]
+#: "average": frozen parameters are averaged from the beginning, for a training that freezes and unfreezes.
+FrozenPolicy = Literal["hold", "error", "average"]
 
 
 class Selection:
-    """The averaged tensors of a whole model: parameters that require gradients now and, if asked for, buffers.
+    """The averaged tensors of a whole model: parameters that require gradients now, and others or buffers if asked for.
 
     Args:
         model: looked at now, and not referred to later.
@@ -60,7 +63,7 @@ class Selection:
         self._dtype = None if dtype is None else dtype_name(dtype)
         named = self._all_named(model)
         chosen_buffers = _chosen_buffers(model) if self._buffers else {}
-        chosen = parameters_of(model) | chosen_buffers
+        chosen = parameters_of(model, frozen=frozen == "average") | chosen_buffers
         #: Names of the tensors to copy instead of averaging.
         self.copied = frozenset(chosen_buffers if buffers == "copy" else ())
         specs = [self._sent(spec) for spec in specs_of(state_of(chosen))]
@@ -89,6 +92,8 @@ class Selection:
         places = {id(tensor): place for place, tensor in enumerate(tensors)}
         self._positions = [places[id(tensor)] for tensor in found]
         self._model, self._signature = weakref.ref(model), signature
+        if self._frozen_policy == "average":
+            return found, []
         return found, [spec.name for spec, t in zip(self.specs, found, strict=True) if _is_frozen(t)]
 
     def targets(self, model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Tensor, str]]]:
@@ -137,7 +142,15 @@ class Selection:
         raise _mismatch(faults)
 
     def _all_named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Parameters, trained or not, and buffers if asked for, by all canonical names of each."""
+        """Parameters, trained or not, and buffers if asked for, by all canonical names of each.
+
+        Raises NameCollision; UsageError for a model that was sharded since the selection.
+        """
+        if is_sharded(model):
+            raise UsageError(
+                f"{type(model).__name__} was sharded after its RemoteEma was made",
+                hint="make the RemoteEma when the model is sharded, or use the callback of ema_client.integrations",
+            )
         named: dict[str, Tensor] = {}
         originals: dict[str, str] = {}
         parameters = list(model.named_parameters(remove_duplicate=False))
@@ -245,5 +258,6 @@ def _check_choice(what: str, given: str, policy: Any) -> None:
 def _mismatch(faults: list[str]) -> UsageError:
     return UsageError(
         f"the model's tensors are not those of the run: {listed(faults, '; ')}",
-        hint="unfreeze and add parameters before the RemoteEma is made, or make a new run for the changed model",
+        hint="add and unfreeze parameters before the RemoteEma is made, or average frozen ones from the beginning "
+        "(frozen='average'), or make a new run for the changed model",
     )

@@ -46,7 +46,7 @@ class ShardedSelection:
     def __init__(self, model: nn.Module, *, frozen: FrozenPolicy = "hold", dtype: str | torch.dtype | None = None):
         self._frozen_policy = frozen
         self._dtype = None if dtype is None else dtype_name(dtype)
-        shards = shards_of(model)
+        shards = shards_of(model, frozen=_floating(model) if frozen == "average" else frozenset())
         self._shards = {name: (shard.spec, shard.boxes) for name, shard in shards.items()}
         layout, firsts, group = _agree_on_layout(tuple(self._sent(shard.spec) for shard in shards.values()))
         sends = {name: shard for name, shard in shards.items() if shard.is_sent(own_rank(), firsts[name])}
@@ -75,7 +75,8 @@ class ShardedSelection:
             self._model, self._signature = weakref.ref(model), signature
             self._parameters = [parameters[spec.name] for spec in self.specs]
         present = (spec.name for spec in self.specs if spec.name in parameters)
-        frozen = [name for name in present if not parameters[name].requires_grad]
+        told = self._frozen_policy != "average"
+        frozen = [name for name in present if told and not parameters[name].requires_grad]
         if frozen and self._frozen_policy == "error":
             raise _mismatch([f"{name!r} is frozen" for name in frozen])
         return [shards[spec.name].local for spec in self.specs], frozen
@@ -112,6 +113,11 @@ class ShardedSelection:
 
     def _sent(self, spec: TensorSpec) -> TensorSpec:
         return spec if self._dtype is None else TensorSpec(spec.name, spec.shape, self._dtype)
+
+
+def _floating(model: nn.Module) -> frozenset[str]:
+    """The canonical names of a model's floating-point parameters."""
+    return frozenset(canonical_name(name) for name, p in model.named_parameters() if p.is_floating_point())
 
 
 def _agree_on_layout(mine: tuple[TensorSpec, ...]) -> tuple[tuple[TensorSpec, ...], dict[str, int], str]:
