@@ -28,6 +28,7 @@ from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, fro
 from ema_service.averaging import prepare
 from ema_service.memory import FrozenWeights, Layout, Memory, Staging
 from ema_service.persistence import History, Snapshots, Versions
+from ema_service.runs.branching import branched, check_branch
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.run import Run
 from ema_service.storage import CatalogUnusable, RunRow, Store
@@ -197,18 +198,26 @@ class Registry:
         found = self._find(name)
         return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing))
 
-    def rewind(self, name: str, snapshot: str) -> Run:
+    def rewind(self, name: str, snapshot: str, source: str | None = None) -> Run:
         """Take a run back to a snapshot. When this returns, the rewind outlives a crash, whatever the run's durability.
 
-        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound; StorageFailed where the rewind would not outlive a crash:
-        the run may be at the snapshot all the same, and the rewind can be repeated.
+        source: the run of the snapshot, where the run branches from another; it may have no weights yet. Raises
+        SnapshotNotFound, SnapshotDamaged, RunNotFound; LayoutMismatch, AverageNotFound or InvalidRequest where the run
+        cannot go on from the other's snapshot; StorageFailed where the rewind would not outlive a crash: the run may be
+        at the snapshot all the same, and the rewind can be repeated.
         """
         run, disk = self.get(name), self._disk(name)
-        info, averages, arenas = disk.snapshots.read(snapshot)
+        if source is None:
+            info, averages, arenas = disk.snapshots.read(snapshot)
+        else:
+            check_branch(run, self.get(source))
+            found = disk.snapshots.read(snapshot, of=self._disk(source).snapshots)
+            info, averages, arenas = branched(run.config, *found)
         run.rewind(info, averages, arenas)
         self._keep(run, disk)
         disk.versions.sync()
-        disk.history.record(f"rewound to snapshot {snapshot} (version {info.version}, step {info.step})")
+        where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
+        disk.history.record(f"rewound to {where} (version {info.version}, step {info.step})")
         return run
 
     def accept(self, name: str) -> Run:

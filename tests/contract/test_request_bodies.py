@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from ema_client import protocol
-from ema_service.api.schemas import RunConfigBody, RunPatchBody
+from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody
 
 
 def required(kind: type[Any]) -> set[str]:
@@ -23,7 +23,9 @@ def required(kind: type[Any]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("body", "kind"), [(RunConfigBody, protocol.RunConfig), (RunPatchBody, protocol.RunPatch)], ids=["config", "patch"]
+    ("body", "kind"),
+    [(RunConfigBody, protocol.RunConfig), (RunPatchBody, protocol.RunPatch), (RewindBody, protocol.Rewind)],
+    ids=["config", "patch", "rewind"],
 )
 def test_fields_are_the_protocols(body: type[BaseModel], kind: type[Any]) -> None:
     """A field that only one side knows would be refused as unknown, or never sent."""
