@@ -155,6 +155,7 @@ class EmaClient:
         copied: Collection[str] = (),
         num_updates: int | None = None,
         step: int | None = None,
+        from_snapshot: tuple[str, str] | None = None,
         exist_ok: bool = False,
     ) -> RunInfo:
         """Create a run with the layout of ``state`` and send the initial weights; returns the run as it is then.
@@ -172,10 +173,15 @@ class EmaClient:
             copied: names of tensors of ``state`` that are not averaged: the run holds their newest value, bit for bit,
                 such as that of BatchNorm's statistics.
             num_updates, step: to carry on an EMA from elsewhere.
+            from_snapshot: (run, snapshot), to branch from another run on the service: weights, counter, step and decays
+                are the snapshot's, and nothing of ``state`` is sent but names, shapes and dtypes.
             exist_ok: return a run that has its weights already as it is, and send nothing.
 
-        Raises RunExists; StorageDisabled; InvalidDecay; NameCollision and UsageError for a state that cannot be sent.
+        Raises RunExists; StorageDisabled; InvalidDecay; NameCollision and UsageError for a state that cannot be sent;
+        with ``from_snapshot`` SnapshotNotFound, and what rewind() raises.
         """
+        if from_snapshot is not None and (num_updates is not None or step is not None):
+            raise UsageError("num_updates or step is given with from_snapshot, which has both")
         _require_torch()
         from ema_client.tensors.layout import specs_of, state_of
 
@@ -190,8 +196,14 @@ class EmaClient:
             durability=durability,
             copied=tuple(copied),
         )
+        if from_snapshot is not None:
+            # A snapshot that is not there leaves no run without weights behind.
+            source, snapshot = _name(from_snapshot[0], "run"), _name(from_snapshot[1], "snapshot")
+            self._transport.json("GET", protocol.snapshot_path(source, snapshot))
         info = self._declare(config)
         if info.status == "awaiting_weights":
+            if from_snapshot is not None:
+                return self.rewind(run, snapshot, from_run=source)
             try:
                 query = {"num_updates": num_updates, "step": step}
                 reply = self._transport.upload(protocol.weights_path(run), _body(state), query=query)
@@ -245,16 +257,24 @@ class EmaClient:
         """
         return self._transport.json("POST", protocol.writers_path(_name(run, "run"))).parsed(Writer).writer
 
-    def rewind(self, run: str, snapshot: str | None) -> RunInfo:
+    def rewind(self, run: str, snapshot: str | None, *, from_run: str | None = None) -> RunInfo:
         """Bring a run back to a snapshot: weights, step, counter and decays, in a new epoch.
 
         Steps after the snapshot's can be pushed again. Attach before you rewind: a trainer that still runs could push
         in between. None: let a run that is ``degraded`` go on with the version that is there.
 
-        Raises SnapshotNotFound, SnapshotDamaged, StorageDisabled.
+        from_run: the snapshot's run, where it is another: the run branches from it. Nothing is sent; both runs have
+        tensors of the same names and shapes, count their updates alike, and the snapshot has the averages of the run.
+
+        Raises SnapshotNotFound, SnapshotDamaged, StorageDisabled; of another run LayoutMismatch, AverageNotFound.
         """
         self._steps.forget(run)
-        body = protocol.to_json(Rewind(None if snapshot is None else _name(snapshot, "snapshot")))
+        where = Rewind(
+            None if snapshot is None else _name(snapshot, "snapshot"),
+            None if from_run is None else _name(from_run, "run"),
+        )
+        # A server of before branches knows no `run`: left out where there is none.
+        body = {key: value for key, value in protocol.to_json(where).items() if key != "run" or value is not None}
         path = protocol.rewind_path(_name(run, "run"))
         return self._seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
 

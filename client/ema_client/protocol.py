@@ -299,10 +299,12 @@ class Writer:
 class Rewind:
     """The body of ``POST /v1/runs/{run}/rewind``: the snapshot to go back to.
 
-    None, for a run that is degraded: go on with the version that is there.
+    None, for a run that is degraded: go on with the version that is there. run: the run of the snapshot, None for the
+    run that is rewound.
     """
 
     snapshot: Name | None = None
+    run: Name | None = None
 
 
 @dataclass(frozen=True, slots=True)

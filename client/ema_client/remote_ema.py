@@ -311,17 +311,21 @@ class RemoteEma:
         self.flush()
         return saved_state(self._client, self._run, keep=self._keep)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, branch: bool = False) -> None:
         """Go back to the EMA of state_dict(): weights, counter, decay and step. Later updates are as if never made.
 
-        For a RemoteEma of the same run, made with ``resume=True``. Raises UsageError for another run's state, for a
-        value that is no state, and where there is no snapshot to go back to; SnapshotNotFound where the snapshot was
-        deleted since.
+        branch: the state may be another run's, of the same model: this run goes on from there, and the other stays as
+        it is. Nothing is sent. Without ``branch`` for a RemoteEma of the same run, made with ``resume=True``.
+
+        Raises UsageError for another run's state without ``branch``, for a value that is no state, and where there is
+        no snapshot to go back to; SnapshotNotFound where the snapshot was deleted since; with ``branch`` what
+        EmaClient.rewind() raises.
         """
-        check_state_is_of(self._run, state)
+        check_state_is_of(self._run, state, branch=branch)
+        other = self._run if branch and state["run"] != self._run else None
         # All ranks flush before the rewind: a late rank would wait for a step that the rewind takes away.
         self._plan.together(self.flush)
-        self._plan.once(lambda: rewind_to(self._client, state))
+        self._plan.once(lambda: rewind_to(self._client, state, branch=other))
         self._cadence.begin_at(state["step"] or 0)
 
     # --- evaluation -------------------------------------------------------------------------------------------------

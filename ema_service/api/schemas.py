@@ -145,3 +145,4 @@ class RewindBody(_Body):
     snapshot: Annotated[
         _Name | None, Field(description="The snapshot's name; None: accept the version of a degraded run")
     ] = None
+    run: Annotated[_Name | None, Field(description="The snapshot's run, to branch from; None: this run")] = None

@@ -115,13 +115,19 @@ class Snapshots:
         """
         return self._open(self.find(name), average)
 
-    def read(self, name: str) -> tuple[SnapshotInfo, tuple[Average, ...], tuple[Arena, ...]]:
-        """A snapshot with its averages, read back into memory. Raises SnapshotNotFound, SnapshotDamaged."""
-        with self._lock:  # nobody deletes a snapshot that is being read
-            info, checksums = self._with_checksums().get(name, (None, {}))
+    def read(
+        self, name: str, *, of: Snapshots | None = None
+    ) -> tuple[SnapshotInfo, tuple[Average, ...], tuple[Arena, ...]]:
+        """A snapshot with its averages, read back into the run's memory.
+
+        of: the snapshots of another run with the same shadows. Raises SnapshotNotFound, SnapshotDamaged.
+        """
+        source = self if of is None else of
+        with source._lock:  # nobody deletes a snapshot that is being read
+            info, checksums = source._with_checksums().get(name, (None, {}))
             if info is None:
-                raise _missing(self._row.name, name)
-            pairs = [self._read(info, each, checksums) for each in info.averages]
+                raise _missing(source._row.name, name)
+            pairs = [source._read(info, each, checksums, self._memory) for each in info.averages]
         return info, tuple(average for average, _ in pairs), tuple(arena for _, arena in pairs)
 
     def delete(self, name: str, created_at: float | None = None) -> None:
@@ -266,10 +272,10 @@ class Snapshots:
         # A file of an earlier server does not name the schedule.
         return file, replace(weights, schedule=self._config.schedule_of(chosen))
 
-    def _read(self, info: SnapshotInfo, name: str, checksums: dict[str, str]) -> tuple[Average, Arena]:
+    def _read(self, info: SnapshotInfo, name: str, checksums: dict[str, str], memory: Memory) -> tuple[Average, Arena]:
         file, weights = self._open(info, name)
         try:
-            arena = read_arena(file, self._layout, self._memory, checksums.get(name))
+            arena = read_arena(file, self._layout, memory, checksums.get(name))
         except (OSError, MalformedBody) as fault:
             raise _damaged(info, fault) from fault
         finally:

@@ -33,6 +33,7 @@ from ema_service.averaging import prepare
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
 from ema_service.persistence import History, MemoryVersions, Restored, Snapshots, Versions
+from ema_service.runs.branching import branched, check_branch
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.room import Needs, check_room
 from ema_service.runs.run import Run
@@ -237,20 +238,28 @@ class Registry:
         found = self._find(name)
         return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing, key))
 
-    def rewind(self, name: str, snapshot: str, key: str | None = None) -> Run:
+    def rewind(self, name: str, snapshot: str, key: str | None = None, *, source: str | None = None) -> Run:
         """Take a run back to a snapshot. When this returns, the rewind outlives a crash, whatever the run's durability.
 
-        Raises SnapshotNotFound, SnapshotDamaged, RunNotFound; StorageFailed where the rewind would not outlive a crash:
-        the run may be at the snapshot all the same, and the rewind can be repeated.
+        source: the run of the snapshot, where the run branches from another; it may have no weights yet. Raises
+        SnapshotNotFound, SnapshotDamaged, RunNotFound; LayoutMismatch, AverageNotFound or InvalidRequest where the run
+        cannot go on from the other's snapshot; StorageFailed where the rewind would not outlive a crash: the run may be
+        at the snapshot all the same, and the rewind can be repeated.
         """
         run, disk = self.get(name), self._disk(name)
         if run.ledger.repeats(key):
             self._settle(run, disk)
             return run
-        info, averages, arenas = disk.snapshots.read(snapshot)
+        if source is None:
+            info, averages, arenas = disk.snapshots.read(snapshot)
+        else:
+            check_branch(run, self.get(source))
+            found = disk.snapshots.read(snapshot, of=self._disk(source).snapshots)
+            info, averages, arenas = branched(run.config, *found)
         run.rewind(info, averages, arenas, key)
         self._settle(run, disk)
-        disk.history.record(f"rewound to snapshot {snapshot} (version {info.version}, step {info.step})")
+        where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
+        disk.history.record(f"rewound to {where} (version {info.version}, step {info.step})")
         return run
 
     def accept(self, name: str, key: str | None = None) -> Run:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from ema_client import protocol
 from ema_service.api.app import create_app
-from ema_service.api.schemas import RunConfigBody, RunPatchBody
+from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody
 from ema_service.settings import Settings
 
 
@@ -25,7 +25,9 @@ def required(kind: type[Any]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("body", "kind"), [(RunConfigBody, protocol.RunConfig), (RunPatchBody, protocol.RunPatch)], ids=["config", "patch"]
+    ("body", "kind"),
+    [(RunConfigBody, protocol.RunConfig), (RunPatchBody, protocol.RunPatch), (RewindBody, protocol.Rewind)],
+    ids=["config", "patch", "rewind"],
 )
 def test_fields_are_the_protocols(body: type[BaseModel], kind: type[Any]) -> None:
     """A field that only one side knows would be refused as unknown, or never sent."""

@@ -53,8 +53,9 @@ def saved_state(
     return {**state, "snapshot": name}
 
 
-def check_state_is_of(run: str, state: object) -> None:
-    """Raises UsageError for another run's state, for a state that lacks its EMA, and for a value that is no state."""
+def check_state_is_of(run: str, state: object, *, branch: bool = False) -> None:
+    """Raises UsageError for a state that lacks its EMA, for a value that is no state, and for another run's state
+    unless the run is to branch from it."""
     if isinstance(state, Mapping) and state.get(LACKS):
         raise UsageError(
             f"the checkpoint was written without its EMA: {state[LACKS]}",
@@ -67,21 +68,29 @@ def check_state_is_of(run: str, state: object) -> None:
             f"this is not the state of a run: {str(state)[:_SHOWN]!r}",
             hint="give what RemoteEma.state_dict() returned",
         )
-    if state["run"] != run:
+    if state["run"] != run and not branch:
         raise UsageError(
             f"the state is of run {state['run']!r}, this is {run!r}",
-            hint="give the RemoteEma the run's name of the checkpoint, and resume=True",
+            hint="give the RemoteEma the run's name of the checkpoint, and resume=True; or branch=True, to go on from "
+            "the other run's state in this run",
         )
 
 
-def rewind_to(client: EmaClient, state: Mapping[str, Any]) -> None:
-    """Bring a state's run back to the state's version. Raises UsageError where the state names no snapshot for that."""
+def rewind_to(client: EmaClient, state: Mapping[str, Any], *, branch: str | None = None) -> None:
+    """Bring a state's run back to the state's version, or bring the run ``branch`` there from its own.
+
+    Raises UsageError where the state names no snapshot for that.
+    """
     run = state["run"]
-    if client.run(run).version == state["version"]:
+    if branch is None and client.run(run).version == state["version"]:
         return
     if state["snapshot"] is None:
+        why = "went on since" if branch is None else "is another than this one, at"
         raise UsageError(
-            f"run {run!r} went on since version {state['version']}, of which there is no snapshot",
+            f"run {run!r} {why} version {state['version']}, of which there is no snapshot",
             hint="let the service keep runs on disk (--data-dir), or begin a new run with the model as it is",
         )
-    client.rewind(run, state["snapshot"])
+    if branch is None:
+        client.rewind(run, state["snapshot"])
+    else:
+        client.rewind(branch, state["snapshot"], from_run=run)

@@ -20,6 +20,7 @@ from ema_client.errors import (
     AwaitingWeights,
     Forbidden,
     InvalidRequest,
+    LayoutMismatch,
     Overloaded,
     RunDegraded,
     RunExists,
@@ -215,19 +216,30 @@ async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer
         SnapshotDamaged,
         StorageDisabled,
         RunDegraded,
+        AverageNotFound,
+        LayoutMismatch,
+        Forbidden,
         InvalidRequest,
         StorageFailed,
         Superseded,
     ),
 )
-async def rewind_run(run: RunName, body: RewindBody, server: Server, key: Key = None) -> RunInfo:
+async def rewind_run(run: RunName, request: Request, body: RewindBody, server: Server, key: Key = None) -> RunInfo:
     """Make the snapshot's weights, step, counter and decays the current ones, in a new epoch.
 
-    For a trainer that resumed from an older checkpoint. Without a snapshot: let a degraded run go on with the version
-    that is there.
+    For a trainer that resumed from an older checkpoint. With another run's snapshot: branch from that run; the run may
+    have no weights yet. Without a snapshot: let a degraded run go on with the version that is there.
     """
-    registry, snapshot = server.registry, body.snapshot
-    go = partial(registry.accept, run, key) if snapshot is None else partial(registry.rewind, run, snapshot, key)
+    registry, snapshot, source = server.registry, body.snapshot, body.run
+    if source is not None:
+        if snapshot is None:
+            raise InvalidRequest(f"run: {source!r} was given without a snapshot of it")
+        access_of(request).check("pull", source)
+    go = (
+        partial(registry.accept, run, key)
+        if snapshot is None
+        else partial(registry.rewind, run, snapshot, key, source=source)
+    )
     return (await server.file(run, go)).info()
 
 
