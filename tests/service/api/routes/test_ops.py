@@ -37,6 +37,8 @@ NAMES = {
     "ema_waiting_readers",
     "ema_frozen_bytes",
     "ema_idle_bytes",
+    "ema_memory_bytes",
+    "ema_memory_limit_bytes",
 }
 TENSORS = {"w": torch.zeros(1000)}
 #: What --device auto picks.

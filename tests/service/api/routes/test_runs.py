@@ -41,6 +41,8 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "step": None,
         "version": None,
         "durable_step": None,
+        "checkpoint_step": None,
+        "versions_in": "memory files",
         "durability": "process",
         "reason": None,
         "writer": 0,
