@@ -144,8 +144,8 @@ class RemoteEmaCallback(TrainerCallback):
         # alone may ask for the state: no newer update is applied before this process has sent its part of it.
         if self.ema and state.is_world_process_zero and folder.is_dir():
             # Whole or not there: a killed training must not leave a checkpoint that cannot be gone on from.
-            with whole_file(self._reference(folder)) as file:
-                file.write(json.dumps(self.ema.state_dict()).encode())
+            with whole_file(self._reference(folder)) as part:
+                part.write_text(json.dumps(self.ema.state_dict()))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._replica:
