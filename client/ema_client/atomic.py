@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from ema_client.errors import UsageError
 
-__all__ = ["move_whole", "whole_file"]
+__all__ = ["move_whole", "open_whole", "whole_file"]
 
 #: What open() of a file without a name says where the file system, or the kernel, has no such files.
 _HAS_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR)
@@ -34,7 +34,7 @@ _KINDS = {
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def open_whole(path: Path) -> Iterator[BinaryIO]:
     """A file for the block to write and read; at the block's end the file takes the place of ``path``.
 
     A block that raises leaves ``path`` as before. Of a link, the file that the link names is replaced; an older file's
@@ -57,8 +57,23 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         undo.pop_all()
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden path beside ``path`` for a few bytes that the block writes at once; that file then takes the place.
+
+    For what writes by path. As open_whole(), but a process that is killed within the block leaves the hidden file.
+    """
+    target = _plain(path)
+    part = _hidden(target, secrets.token_hex(4))
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def move_whole(whole: Path, path: Path) -> None:
-    """Let the file ``whole`` take the place of ``path``, as at the end of whole_file()."""
+    """Let the file ``whole`` take the place of ``path``, as at the end of open_whole()."""
     whole.replace(_plain(path))
 
 

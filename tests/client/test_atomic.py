@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from ema_client import EmaClient, wire
-from ema_client.atomic import move_whole, whole_file
+from ema_client.atomic import move_whole, open_whole, whole_file
 from ema_client.checkpoints import write
 from ema_client.errors import UsageError
 from ema_client.protocol import TensorSpec, WeightsInfo
@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    with whole_file(path) as file:
+    with open_whole(path) as file:
         file.write(data)
 
 
@@ -63,7 +63,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "w"
     for data in (b"first", b"second"):
         before = path.read_bytes() if path.exists() else None
-        with whole_file(path) as file:
+        with open_whole(path) as file:
             file.write(data)
             assert (path.read_bytes() if path.exists() else None) == before
         assert path.read_bytes() == data
@@ -77,7 +77,7 @@ def test_a_block_that_raises_leaves_what_was_there(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def break_off() -> None:
-        with whole_file(path) as file:
+        with open_whole(path) as file:
             file.write(b"new")
             raise KeyError
 
@@ -90,9 +90,9 @@ def test_a_block_that_raises_leaves_what_was_there(tmp_path: Path) -> None:
 def test_two_at_once_are_both_whole(tmp_path: Path) -> None:
     """Writers of one file do not write into one another's; who ends last is what stays."""
     path = tmp_path / "w"
-    with whole_file(path) as first:
+    with open_whole(path) as first:
         first.write(b"1" * 1000)
-        with whole_file(path) as second:
+        with open_whole(path) as second:
             second.write(b"2" * 10)
         assert path.read_bytes() == b"2" * 10
         first.write(b"1")
@@ -109,6 +109,16 @@ def test_permissions_stay(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("closed", "new", "usual")]
     assert modes == [0o600, modes[2], modes[2]]
+
+
+def test_what_writes_by_path_is_whole_as_well(tmp_path: Path) -> None:
+    """whole_file() gives a path beside the place, replaces the file that a link names, and leaves nothing else."""
+    (tmp_path / "link").symlink_to("w")
+    with whole_file(tmp_path / "link") as part:
+        part.write_text("whole")
+        assert part.parent == tmp_path
+        assert not (tmp_path / "w").exists()
+    assert ((tmp_path / "w").read_text(), names(tmp_path)) == ("whole", ["link", "w"])
 
 
 # --- at its place ---------------------------------------------------------------------------------------------------
@@ -159,6 +169,7 @@ def test_what_is_no_plain_file_stays(
             lambda: write(path, "litema", {"w": torch.ones(1)}, INFO),
             lambda: write(path, "safetensors", {"w": torch.ones(1)}, INFO),
             lambda: move_whole(whole, path),
+            lambda: whole_file(path).__enter__(),
         )
         for action in actions:
             with pytest.raises(UsageError, match=f"is {kind}, which a file would replace; nothing was written"):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ema_client import wire
-from ema_client.atomic import whole_file
+from ema_client.atomic import open_whole
 from ema_client.errors import MalformedBody, UsageError
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.body import memory
@@ -116,7 +116,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = wire.place(TensorSpec(name, tuple(t.shape), _NAMES[t.dtype]) for name, t in tensors.items())
 
-    with whole_file(path) as file:
+    with open_whole(path) as file:
         file.write(wire.build_header(entries, metadata))
         for entry in entries:
             file.write(memory(tensors[entry.name]))
@@ -124,5 +124,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def write_torch(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` by torch.save()."""
-    with whole_file(path) as file:
+    with open_whole(path) as file:
         torch.save(dict(content), file)

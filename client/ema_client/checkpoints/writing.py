@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_client.atomic import whole_file
+from ema_client.atomic import open_whole
 from ema_client.checkpoints import files
 from ema_client.checkpoints.continuation import to_emamodel
 from ema_client.errors import UsageError
@@ -89,7 +89,7 @@ def _write_folder(
     config = json.loads((like / "config.json").read_text())
     path.mkdir(parents=True, exist_ok=True)
     # The weights last: a folder without weights is seen to be no model.
-    with whole_file(path / "config.json") as file:
+    with open_whole(path / "config.json") as file:
         file.write(json.dumps({**config, **said}, indent=2).encode() + b"\n")
     _safetensors(path / "diffusion_pytorch_model.safetensors", tensors, info, None)
 

@@ -180,8 +180,8 @@ class RemoteEmaCallback(TrainerCallback):
             warnings.warn(f"{folder} holds EMA weights as training weights: attach() the callback", stacklevel=2)
         said = self._core.state()
         # Whole or not there: a killed training must not leave a checkpoint that cannot be gone on from.
-        with whole_file(self._reference(folder, self.run)) as file:
-            file.write(json.dumps(said).encode())
+        with whole_file(self._reference(folder, self.run)) as part:
+            part.write_text(json.dumps(said))
         if self._core.kept:
             self._core.kept.hold(str(folder), said.get("snapshot"))
             self._forget_deleted()

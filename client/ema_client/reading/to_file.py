@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from ema_client.atomic import whole_file
+from ema_client.atomic import open_whole
 from ema_client.errors import ProtocolError
 from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
@@ -33,7 +33,7 @@ def save(transport: Transport, asked: Asked, path: Path, progress: Progress | No
     Raises what the transport raises once its retries are spent, ProtocolError if the body is no weights stream or of
     other weights, UsageError if ``path`` is no plain file, OSError if the file cannot be written.
     """
-    with whole_file(path) as file:
+    with open_whole(path) as file:
         transfer = _Transfer(file, progress)
         transport.retrying(
             lambda _: transfer.go_on(
