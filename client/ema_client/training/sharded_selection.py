@@ -42,6 +42,7 @@ class ShardedSelection:
     """
 
     copied: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, *, frozen: FrozenPolicy = "hold", dtype: str | torch.dtype | None = None):
         self._frozen_policy = frozen
