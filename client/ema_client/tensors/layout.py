@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ema_client import wire
 from ema_client.errors import ProtocolError, UsageError, listed
 from ema_client.protocol import TensorSpec
-from ema_client.tensors.names import canonical_names
+from ema_client.tensors.wrappers import bare_names
 
 __all__ = [
     "Named",
@@ -48,7 +48,7 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
             f"{type(module).__name__} has no parameter that requires gradients",
             hint="make the EMA before freezing the model, or pass the tensors to average as a mapping",
         )
-    return {name: trained[original] for original, name in canonical_names(trained).items()}
+    return {name: trained[original] for original, name in bare_names(module, trained).items()}
 
 
 def state_of(state: Named) -> dict[str, Tensor]:

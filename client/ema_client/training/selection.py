@@ -21,7 +21,7 @@ from ema_client.client import EmaClient
 from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.tensors.layout import dtype_name, is_lazy, parameters_of, specs_of, state_of
-from ema_client.tensors.names import canonical_name
+from ema_client.tensors.wrappers import bare_name
 from ema_client.tensors.writing import write
 
 __all__ = ["BufferPolicy", "FrozenPolicy", "Selection"]
@@ -141,7 +141,7 @@ class Selection:
         originals: dict[str, str] = {}
         parameters = list(model.named_parameters(remove_duplicate=False))
         for original, tensor in [*parameters, *(_saved_buffers(model) if self._buffers else ())]:
-            name = canonical_name(original)
+            name = bare_name(model, original)
             first = originals.setdefault(name, original)
             if named.setdefault(name, tensor) is not tensor:
                 raise NameCollision(f"{first!r} and {original!r} are both {name!r} without wrappers' prefixes")
@@ -167,7 +167,7 @@ class Selection:
         """
         averaged = {id(named[name]) for name in self._by_name if name in named}
         twins = set() if untied else set(self._twins)
-        trained = (canonical_name(name) for name, tensor in model.named_parameters() if tensor.requires_grad)
+        trained = (bare_name(model, name) for name, tensor in model.named_parameters() if tensor.requires_grad)
         new = [n for n in trained if n not in self._by_name and n not in twins and id(named[n]) not in averaged]
         return [
             f"{n!r} is no longer tied to {self._twins[n]!r}"
@@ -223,7 +223,7 @@ def _chosen_buffers(model: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...
     for name, buffer in _saved_buffers(model):
         if id(buffer) not in seen:
             seen.add(id(buffer))
-            found[canonical_name(name)] = buffer
+            found[bare_name(model, name)] = buffer
     left_out = tuple(name for name, buffer in found.items() if not (is_lazy(buffer) or buffer.isfinite().all()))
     return {name: buffer for name, buffer in found.items() if name not in left_out}, left_out
 

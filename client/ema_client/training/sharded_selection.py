@@ -22,7 +22,7 @@ from ema_client.errors import UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.reading.slices import Wanted
 from ema_client.tensors.layout import dtype_name, spec_of
-from ema_client.tensors.names import canonical_name
+from ema_client.tensors.wrappers import bare_name
 from ema_client.tensors.writing import noticed, write
 from ema_client.training.plan import ShardedPlan
 from ema_client.training.ranks import gathered, own_rank
@@ -71,7 +71,7 @@ class ShardedSelection:
         if self._model is not None and self._model() is model and signature == self._signature:
             return [local_memory(parameter) for parameter in self._parameters], []
         shards = self._found(model)
-        parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+        parameters = {bare_name(model, name): p for name, p in model.named_parameters()}
         if not has_flat_parameters(model):
             self._model, self._signature = weakref.ref(model), signature
             self._parameters = [parameters[spec.name] for spec in self.specs]
