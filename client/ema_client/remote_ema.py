@@ -27,6 +27,7 @@ from ema_client.tensors.writing import noticed
 from ema_client.training.aside import SetAside
 from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.cadence import Cadence
+from ema_client.training.given import Given, Named
 from ema_client.training.joining import Joining, Resume, Start
 from ema_client.training.kinds import choose
 from ema_client.training.plan import WholePlan, plan_whole
@@ -64,7 +65,8 @@ class RemoteEma:
     More than twenty methods, all calls of LitEma, and more than a dozen attributes, the parts behind those calls.
 
     Args:
-        model: the model. Its parameters are sent once, as the initial shadow; the model is not referred to later.
+        model: the model, or a mapping from name to tensor, all of which are averaged; each call that takes a model
+            takes a mapping too. The parameters are sent once, as the initial shadow; a model is not referred to later.
         decay: the largest decay, between 0 and 1.
         use_num_updates: whether the decay warms up as min(decay, (1 + n) / (10 + n)). ``use_num_upates``, as LitEma
             spells it, is the same.
@@ -106,7 +108,7 @@ class RemoteEma:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Named,
         decay: float = DEFAULT_DECAY,
         use_num_updates: bool = True,
         *,
@@ -133,6 +135,8 @@ class RemoteEma:
         decay = checked_decay(decay)
         start = Start(resume, step, state)
         _check_cadence(update_every, on_busy, keep)
+        self._given = Given()
+        model = self._given.module(model)
         self._selection, self._plan = choose(
             model, buffers=buffers, frozen=frozen, dtype=push_dtype, skips=on_busy == "skip"
         )
@@ -145,6 +149,12 @@ class RemoteEma:
         self._sends_module_buffers = buffers != "none"
         self._aside = SetAside()
         self._told_frozen: set[str] = set()
+        if self._selection.left_out:
+            warnings.warn(
+                f"buffers of run {run!r} hold infinities or NaN and stay the model's own: "
+                + listed(self._selection.left_out),
+                stacklevel=2,
+            )
         tensors, _ = self._selection.of(model)
         on_device = any(tensor.is_cuda for tensor in tensors)
         self._client = client or EmaClient(url, token=token)
@@ -219,11 +229,11 @@ class RemoteEma:
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, model: nn.Module) -> None:
+    def __call__(self, model: Named) -> None:
         """The same as update()."""
         self.update(model)
 
-    def update(self, model: nn.Module, *, due: bool | None = None) -> None:
+    def update(self, model: Named, *, due: bool | None = None) -> None:
         """An EMA step with the model's parameters as they are; they may change again once update() returns.
 
         due: whether the update is sent, or only counted; by default each ``update_every``-th is sent.
@@ -237,7 +247,7 @@ class RemoteEma:
         # At every call, due or not: what counts is a step since the latest call.
         hooked = self._hook is not None and self._hook.fired()
         due = self._cadence.due if due is None else due
-        tensors = self._tensors(model) if due else []
+        tensors = self._tensors(self._given.module(model)) if due else []
         step = self._cadence.advance(due)
         if due and self._plan.part is not None and self._publisher.room(wait=self._waits):
             self._send(tensors, step, hooked=hooked)
@@ -330,7 +340,7 @@ class RemoteEma:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def copy_to(self, model: nn.Module) -> None:
+    def copy_to(self, model: Named) -> None:
         """Write the EMA weights into the model's parameters (and buffers, unless left alone), frozen ones too.
 
         Includes every update so far. Nothing is written before all weights have come, into memory of the host, and
@@ -340,13 +350,13 @@ class RemoteEma:
             # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
             # part.
             self.flush()
-            self._selection.pull_into(model, self._client, self._run)
+            self._selection.pull_into(self._given.module(model), self._client, self._run)
 
-    def store(self, parameters: Iterable[Tensor]) -> None:
+    def store(self, parameters: Iterable[Tensor] | nn.Module) -> None:
         """Set copies of ``parameters`` aside, on their devices, until restore(). Raises AlreadyStored."""
         self._aside.store(parameters)
 
-    def restore(self, parameters: Iterable[Tensor]) -> None:
+    def restore(self, parameters: Iterable[Tensor] | nn.Module) -> None:
         """Write back the copies that store() made, and free them.
 
         Raises NothingStored; UsageError, before anything is written and with the copies still there, if ``parameters``
@@ -355,12 +365,13 @@ class RemoteEma:
         self._aside.restore(parameters)
 
     @contextlib.contextmanager
-    def scope(self, model: nn.Module) -> Iterator[None]:
+    def scope(self, model: Named) -> Iterator[None]:
         """EMA weights in the model inside the block, the training weights again after it, whatever the block raises.
 
         Raises AlreadyStored, before anything is overwritten, inside another scope or after store().
         """
         self._aside.check_empty()
+        model = self._given.module(model)
         # The very tensors: a parameter that is frozen inside the block is restored all the same.
         parameters = self._selection.written(model)
         self.store(parameters)

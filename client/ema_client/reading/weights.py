@@ -6,8 +6,10 @@ sockets, torch (but as a type), where the tensors are to go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ema_client import wire
 from ema_client.errors import MalformedBody, ProtocolError
@@ -24,24 +26,27 @@ __all__ = ["Into", "Source", "Weights", "read_header"]
 Into = Callable[[tuple[wire.Entry, ...]], "Mapping[str, Tensor]"]
 
 
-class Weights(Mapping[str, "Tensor"]):
-    """Pulled weights: a mapping from name to tensor, all of one version, with the version's ``info``.
+class Weights(dict[str, "Tensor"]):
+    """Pulled weights: a dict from name to tensor, all of one version, with the version's ``info``.
 
     The caller owns the tensors, which nothing else refers to; after ``pull(out=...)``, the tensors of ``out``.
+
+    torch.save() and pickle write a plain OrderedDict, without ``info``, as a module's state dict is: whoever loads the
+    file needs nothing of this client, nor weights_only=False.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], info: WeightsInfo) -> None:
-        self._tensors = tensors
+        super().__init__(tensors)
         self.info = info
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+    def __copy__(self) -> Weights:
+        return Weights(self, self.info)
 
-    def __len__(self) -> int:
-        return len(self._tensors)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
+        return Weights({name: copy.deepcopy(tensor, memo) for name, tensor in self.items()}, self.info)
 
     def __repr__(self) -> str:
         return f"<Weights {self.info.run}/{self.info.average} version {self.info.version}: {len(self)} tensors>"

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from ema_client import wire
 from ema_client.errors import ProtocolError, UsageError, listed
 from ema_client.protocol import TensorSpec
-from ema_client.tensors.names import canonical_names
+from ema_client.tensors.wrappers import bare_names
 
 __all__ = [
+    "Named",
     "check_targets",
     "dtype_name",
     "dtype_of",
+    "is_lazy",
     "is_sent_as",
+    "not_named",
     "parameters_of",
     "spec_of",
     "specs_of",
@@ -28,6 +31,9 @@ __all__ = [
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+#: Tensors by name: a module, or a mapping.
+Named = Mapping[str, Tensor] | nn.Module
 
 
 def parameters_of(module: nn.Module, *, frozen: bool = False) -> dict[str, Tensor]:
@@ -44,14 +50,16 @@ def parameters_of(module: nn.Module, *, frozen: bool = False) -> dict[str, Tenso
             hint="make the EMA before freezing the model, or pass the tensors to average as a mapping",
         )
     chosen = {n: p for n, p in module.named_parameters() if n in trained or (frozen and p.is_floating_point())}
-    return {name: chosen[original] for original, name in canonical_names(chosen).items()}
+    return {name: chosen[original] for original, name in bare_names(module, chosen).items()}
 
 
-def state_of(state: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
+def state_of(state: Named) -> dict[str, Tensor]:
     """The named tensors of a module (see parameters_of) or of a mapping, checked to be sendable.
 
-    Raises UsageError naming the first tensor that cannot be sent.
+    Raises UsageError for what has no names, and naming the first tensor that cannot be sent.
     """
+    if not isinstance(state, nn.Module | Mapping):
+        raise not_named(state)
     named = parameters_of(state) if isinstance(state, nn.Module) else dict(state)
     if not named:
         raise UsageError("there is no tensor to send")
@@ -117,15 +125,40 @@ def check_targets(entries: tuple[wire.Entry, ...], out: Mapping[str, Tensor]) ->
         _check_dense(name, tensor)
 
 
+def not_named(given: object) -> UsageError:
+    """The error for tensors without names, such as model.parameters()."""
+    return UsageError(
+        f"a module, or a mapping from name to tensor, is needed, not a {type(given).__name__}",
+        hint="give the model itself or, of some of its parameters, dict(model.named_parameters())",
+    )
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a parameter or buffer gets its shape with the first batch."""
+    return bool(nn.parameter.is_lazy(tensor))
+
+
 def _check_sendable(name: str, tensor: object) -> None:
+    if not isinstance(name, str):
+        raise UsageError(f"{name!r} is a {type(name).__name__}, not a tensor's name")
     if not isinstance(tensor, Tensor):
         raise UsageError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+    if is_lazy(tensor):
+        raise UsageError(
+            f"{name!r} has no shape yet, as its module is lazy",
+            hint="run a batch through the model before its EMA is made",
+        )
     if tensor.dtype not in _NAMES:
         raise _unsendable(name, tensor)
     _check_dense(name, tensor)
 
 
 def _unsendable(name: str, tensor: Tensor) -> UsageError:
+    if tensor.is_complex():
+        return UsageError(
+            f"{name!r} is of {tensor.dtype}, and an EMA is kept of real numbers",
+            hint="give a mapping from name to tensor, with torch.view_as_real() of the complex ones",
+        )
     return UsageError(
         f"{name!r} is of {tensor.dtype}; an EMA is kept of {', '.join(_DTYPES)}",
         hint="leave out what is not averaged (counters, masks), or cast it",

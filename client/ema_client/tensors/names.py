@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from ema_client.errors import NameCollision
 
-__all__ = ["canonical_name", "canonical_names", "dotless_names"]
+__all__ = ["canonical_name", "canonical_names", "distinct", "dotless_names", "is_wrappers_word"]
 
 #: Components that torch.compile, FSDP and activation checkpointing put anywhere into a dotted name.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -28,6 +28,7 @@ _LITEMA_OWN = ("decay", "num_updates")
 def canonical_name(name: str) -> str:
     """``name`` without the components of wrappers: ``module._orig_mod.conv.weight`` is ``conv.weight``.
 
+    For names in a file, whose model is not there to be asked (wrappers): ``module`` in front is taken for a wrapper's.
     The last component is the parameter's own name and stays, whatever that name is.
     """
     *path, last = name.split(".")
@@ -39,7 +40,7 @@ def canonical_name(name: str) -> str:
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """name -> canonical name, in the order given. Raises NameCollision where two names share a canonical name."""
-    return _distinct(((name, canonical_name(name)) for name in names), "without wrappers' prefixes")
+    return distinct(((name, canonical_name(name)) for name in names), "without wrappers' prefixes")
 
 
 def dotless_names(names: Iterable[str]) -> dict[str, str]:
@@ -48,14 +49,20 @@ def dotless_names(names: Iterable[str]) -> dict[str, str]:
     Raises NameCollision where LitEma would let two parameters share a buffer (``a.bc`` and ``ab.c``), or where a
     parameter's buffer would overwrite LitEma's own ``decay`` or ``num_updates``.
     """
-    dotless = _distinct(((name, name.replace(".", "")) for name in names), "without dots")
+    dotless = distinct(((name, name.replace(".", "")) for name in names), "without dots")
     for name, short in dotless.items():
         if short in _LITEMA_OWN:
             raise NameCollision(f"parameter {name!r} would take the place of LitEma's own buffer {short!r}")
     return dotless
 
 
-def _distinct(pairs: Iterable[tuple[str, str]], how: str) -> dict[str, str]:
+def is_wrappers_word(component: str) -> bool:
+    """Whether a component of a name is a word that no model of its own has."""
+    return component in _WRAPPERS
+
+
+def distinct(pairs: Iterable[tuple[str, str]], how: str) -> dict[str, str]:
+    """name -> short name, of pairs of the two. Raises NameCollision, saying ``how`` names are shortened."""
     owners: dict[str, str] = {}
     for name, short in pairs:
         first = owners.setdefault(short, name)

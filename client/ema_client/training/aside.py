@@ -6,9 +6,9 @@ Knows copies of tensors and their shapes. Does not know models, names, or what i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_client.errors import AlreadyStored, NothingStored, UsageError
 from ema_client.tensors.writing import write
@@ -34,10 +34,10 @@ class SetAside:
         if self._copies is not None and self._needed:
             raise AlreadyStored("training weights are stored and wait for restore()")
 
-    def store(self, parameters: Iterable[Tensor]) -> None:
+    def store(self, parameters: Iterable[Tensor] | nn.Module) -> None:
         """Copy the parameters. Raises AlreadyStored."""
         self.check_empty()
-        self._copies = [parameter.detach().clone() for parameter in parameters]
+        self._copies = [parameter.detach().clone() for parameter in _listed(parameters)]
         self._overwritten, self._needed = False, True
 
     @contextlib.contextmanager
@@ -53,14 +53,14 @@ class SetAside:
             raise
         self._overwritten = self._needed = True
 
-    def restore(self, parameters: Iterable[Tensor]) -> None:
+    def restore(self, parameters: Iterable[Tensor] | nn.Module) -> None:
         """Write the copies into ``parameters`` and free the copies.
 
         Raises NothingStored; UsageError before anything is written, where number or shapes differ.
         """
         if self._copies is None:
             raise NothingStored("restore() was called, and nothing is stored")
-        targets = list(parameters)
+        targets = _listed(parameters)
         _check_same_shapes(self._copies, targets)
         write(targets, self._copies)
         self._copies = None
@@ -104,6 +104,15 @@ def _take_back(copies: list[Tensor], targets: list[Tensor], replaced: list[Tenso
                 copies[place] = target.detach().clone()
             write([target], [value])
             replaced[place] = None
+
+
+def _listed(parameters: Iterable[Tensor] | nn.Module) -> list[Tensor]:
+    if isinstance(parameters, nn.Module):
+        return list(parameters.parameters())
+    found = list(parameters.values() if isinstance(parameters, Mapping) else parameters)
+    if not all(isinstance(each, Tensor) for each in found):
+        raise UsageError("tensors are stored and restored", hint="give model.parameters(), or the model")
+    return found
 
 
 def _check_same_shapes(copies: list[Tensor], targets: list[Tensor]) -> None:

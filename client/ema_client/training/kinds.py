@@ -25,10 +25,12 @@ class AnySelection(Protocol):
     """The tensors of a model for this rank to send, found again in the model at every update.
 
     specs: of the tensors as sent, in canonical order. copied: names of the tensors to copy instead of averaging.
+    left_out: names of buffers that stay the model's own because no average can be made of their values.
     """
 
     specs: tuple[TensorSpec, ...]
     copied: frozenset[str]
+    left_out: tuple[str, ...]
 
     def of(self, model: nn.Module) -> tuple[list[Tensor], list[str]]:
         """The tensors of now, in the order of ``specs``; and names of parameters frozen since the latest call."""

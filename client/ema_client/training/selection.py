@@ -21,8 +21,8 @@ from ema_client import wire
 from ema_client.client import EmaClient
 from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
-from ema_client.tensors.layout import dtype_name, parameters_of, specs_of, state_of
-from ema_client.tensors.names import canonical_name
+from ema_client.tensors.layout import dtype_name, is_lazy, parameters_of, specs_of, state_of
+from ema_client.tensors.wrappers import bare_name
 from ema_client.tensors.writing import write
 from ema_client.training.sharding import is_sharded
 
@@ -62,8 +62,9 @@ class Selection:
         self._buffers = buffers != "none"
         self._dtype = None if dtype is None else dtype_name(dtype)
         named = self._all_named(model)
-        chosen_buffers = _chosen_buffers(model) if self._buffers else {}
+        chosen_buffers, self.left_out = _chosen_buffers(model) if self._buffers else ({}, ())
         chosen = parameters_of(model, frozen=frozen == "average") | chosen_buffers
+        # left_out: names of buffers that would be averaged or copied, and hold an infinity or a NaN.
         #: Names of the tensors to copy instead of averaging.
         self.copied = frozenset(chosen_buffers if buffers == "copy" else ())
         specs = [self._sent(spec) for spec in specs_of(state_of(chosen))]
@@ -85,7 +86,7 @@ class Selection:
         Raises UsageError naming what is missing, new or changed.
         """
         tensors = list(_tensors(model))
-        signature = [(id(t), t.requires_grad, t.dtype, t.shape) for t in tensors]
+        signature = [(id(t), t.requires_grad, t.dtype, None if is_lazy(t) else t.shape) for t in tensors]
         if self._model is not None and self._model() is model and signature == self._signature:
             return [tensors[position] for position in self._positions], []
         found = self._found(model)
@@ -155,7 +156,7 @@ class Selection:
         originals: dict[str, str] = {}
         parameters = list(model.named_parameters(remove_duplicate=False))
         for original, tensor in [*parameters, *(_saved_buffers(model) if self._buffers else ())]:
-            name = canonical_name(original)
+            name = bare_name(model, original)
             first = originals.setdefault(name, original)
             if named.setdefault(name, tensor) is not tensor:
                 raise NameCollision(f"{first!r} and {original!r} are both {name!r} without wrappers' prefixes")
@@ -181,7 +182,7 @@ class Selection:
         """
         averaged = {id(named[name]) for name in self._by_name if name in named}
         twins = set() if untied else set(self._twins)
-        trained = (canonical_name(name) for name, tensor in model.named_parameters() if tensor.requires_grad)
+        trained = (bare_name(model, name) for name, tensor in model.named_parameters() if tensor.requires_grad)
         new = [n for n in trained if n not in self._by_name and n not in twins and id(named[n]) not in averaged]
         return [
             f"{n!r} is no longer tied to {self._twins[n]!r}"
@@ -227,15 +228,19 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
                     yield tensor
 
 
-def _chosen_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers to average or copy, each once, by canonical name."""
+def _chosen_buffers(model: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The buffers to average or copy, each once, by canonical name; and names of those that no average can be made of.
+
+    A buffer that holds an infinity, such as a mask, would have every update refused.
+    """
     found: dict[str, Tensor] = {}
     seen = set()
     for name, buffer in _saved_buffers(model):
         if id(buffer) not in seen:
             seen.add(id(buffer))
-            found[canonical_name(name)] = buffer
-    return found
+            found[bare_name(model, name)] = buffer
+    left_out = tuple(name for name, buffer in found.items() if not (is_lazy(buffer) or buffer.isfinite().all()))
+    return {name: buffer for name, buffer in found.items() if name not in left_out}, left_out
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from ema_client.errors import UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.reading.slices import Wanted
 from ema_client.tensors.layout import dtype_name, spec_of
-from ema_client.tensors.names import canonical_name
+from ema_client.tensors.wrappers import bare_name
 from ema_client.tensors.writing import noticed, write
 from ema_client.training.plan import ShardedPlan
 from ema_client.training.ranks import gathered, own_rank
@@ -42,6 +42,7 @@ class ShardedSelection:
     """
 
     copied: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, *, frozen: FrozenPolicy = "hold", dtype: str | torch.dtype | None = None):
         self._frozen_policy = frozen
@@ -70,7 +71,7 @@ class ShardedSelection:
         if self._model is not None and self._model() is model and signature == self._signature:
             return [local_memory(parameter) for parameter in self._parameters], []
         shards = self._found(model)
-        parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+        parameters = {bare_name(model, name): p for name, p in model.named_parameters()}
         if not has_flat_parameters(model):
             self._model, self._signature = weakref.ref(model), signature
             self._parameters = [parameters[spec.name] for spec in self.specs]
@@ -117,7 +118,7 @@ class ShardedSelection:
 
 def _floating(model: nn.Module) -> frozenset[str]:
     """The canonical names of a model's floating-point parameters."""
-    return frozenset(canonical_name(name) for name, p in model.named_parameters() if p.is_floating_point())
+    return frozenset(bare_name(model, name) for name, p in model.named_parameters() if p.is_floating_point())
 
 
 def _agree_on_layout(mine: tuple[TensorSpec, ...]) -> tuple[tuple[TensorSpec, ...], dict[str, int], str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ema_client.errors import NameCollision, UsageError
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.layout import spec_of, state_of
-from ema_client.tensors.names import canonical_name
+from ema_client.tensors.wrappers import bare_name
 from ema_client.training.ranks import is_distributed
 from ema_client.wire import Box, boxes_of_range
 
@@ -85,7 +85,7 @@ def shards_of(model: nn.Module, *, frozen: frozenset[str] = frozenset()) -> dict
     originals: dict[str, str] = {}
     shards: dict[str, Shard] = {}
     for original, parameter in model.named_parameters():
-        name = canonical_name(original)
+        name = bare_name(model, original)
         if name in flat or name.rpartition(".")[2] == "_flat_param" or not (parameter.requires_grad or name in frozen):
             continue
         if (first := originals.setdefault(name, original)) != original:
@@ -238,7 +238,7 @@ def _flat_shards(model: nn.Module, frozen: frozenset[str]) -> Iterator[tuple[str
         replica = 0 if handle.uses_sharded_strategy else dist.get_rank(handle.process_group)
         shards = zip(flat._fqns, flat._shapes, flat._shard_param_infos, _trained(flat), strict=True)
         for fqn, shape, info, trained in shards:
-            name = canonical_name(f"{path}.{fqn}" if path else fqn)
+            name = bare_name(model, f"{path}.{fqn}" if path else fqn)
             if not trained and name not in frozen:
                 continue
             if seen.setdefault(name, path) != path:

@@ -202,9 +202,9 @@ def test_targets_that_are_not_the_runs(change: Callable[[Model], object], messag
 
 def test_colliding_names() -> None:
     """Two parameters with one name once wrappers' prefixes are gone are named, and not mixed up."""
-    model = nn.ModuleDict({"module": nn.Linear(1, 1), "_orig_mod": nn.Linear(1, 1)})
+    model = nn.ModuleDict({"_checkpoint_wrapped_module": nn.Linear(1, 1), "_orig_mod": nn.Linear(1, 1)})
 
-    with pytest.raises(NameCollision, match=r"'module\.weight' and '_orig_mod\.weight' are both 'weight'"):
+    with pytest.raises(NameCollision, match=r"'_checkpoint_wrapped_module\.weight' and '_orig_mod\.weight' are both"):
         Selection(model)
 
 
