@@ -129,6 +129,22 @@ def test_states_are_bounded(server: ServerProcess, run_name: str, training: Trai
         assert ema.num_updates == 3
 
 
+@pytest.mark.parametrize(("keep", "stay"), [(2, 2), (None, 12)])
+def test_so_many_states_stay(
+    server: ServerProcess, run_name: str, training: Training, keep: int | None, stay: int
+) -> None:
+    """keep= says how many states of a run stay, the newest; None keeps all; less than one is refused at once."""
+    where = {"run": run_name, "url": server.url}
+    with pytest.raises(UsageError, match="keep=0 is less than 1"):
+        RemoteEma(training.model, keep=0, **where)
+    with RemoteEma(training.model, 0.9, keep=keep, **where) as ema, EmaClient(server.url) as client:
+        states = []
+        for _ in range(12):
+            training.step(ema)
+            states.append(ema.state_dict()["snapshot"])
+        assert [snapshot.name for snapshot in client.snapshots(run_name)] == states[-stay:]
+
+
 def test_state_of_another_run_is_refused(server: ServerProcess, run_name: str, training: Training) -> None:
     """A checkpoint of another run is the caller's mistake, named with both runs; nothing changes."""
     with RemoteEma(training.model, 0.9, run=run_name, url=server.url) as ema:

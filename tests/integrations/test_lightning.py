@@ -154,15 +154,25 @@ def test_a_service_that_is_not_there(tmp_path: Path, trained: Any, monkeypatch: 
 
 
 @pytest.mark.timeout(240)
-def test_two_processes(client: EmaClient, run_name: str, tmp_path: Path, server: Any) -> None:
-    """Under DDP the first process sends, once for each step, and both validate with the same EMA weights."""
+def test_two_processes(client: EmaClient, run_name: str, tmp_path: Path, server: Any, start_server: Any) -> None:
+    """Under DDP the first process sends, once for each step, and both validate with the same EMA weights.
+
+    Without the service both go on with their own weights; where a training begins without, both say so.
+    """
+    doomed = start_server(memory=True)
     env = {**os.environ, "EMA_SERVICE_URL": server.url, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(Path(__file__).parent / "programs" / "lightning_ddp.py"), run_name, str(tmp_path)]
+    program = str(Path(__file__).parent / "programs" / "lightning_ddp.py")
+    command = [sys.executable, program, run_name, str(tmp_path), doomed.url, str(doomed.process.pid)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert client.run(run_name).num_updates == 4
     pulled = dict(client.pull(run_name))
     for rank in (0, 1):
-        seen = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        assert all(torch.equal(seen["validated"][name], pulled[name]) for name in pulled), rank
-        assert not torch.equal(seen["after"]["net.weight"], pulled["net.weight"])
+        whole, without, nowhere = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert all(torch.equal(whole["validated"][name], pulled[name]) for name in pulled), rank
+        assert not torch.equal(whole["after"]["net.weight"], pulled["net.weight"])
+        assert [each["raised"] for each in (whole, without)] == ["", ""]
+        assert torch.equal(without["validated"]["net.weight"], whole["after"]["net.weight"])
+        assert torch.equal(without["after"]["net.weight"], whole["after"]["net.weight"])
+        assert nowhere["raised"].startswith("ServiceUnreachable: ")
+        assert "on rank 0" in nowhere["raised"]

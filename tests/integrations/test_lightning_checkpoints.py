@@ -281,6 +281,17 @@ def test_another_callback_of_the_same_name(run_name: str, tmp_path: Path, traine
         trainer(tmp_path, RemoteEmaCallback(0.9, run=run_name)).fit(Module(trained), batches())
 
 
+def test_a_checkpoint_of_another_run(client: EmaClient, run_name: str, tmp_path: Path, trained: Any) -> None:
+    """Where a run is gone on with from the checkpoint of another run, a warning names both."""
+    made = Trainings(client, run_name, tmp_path, trained)
+    other = f"{run_name}-other"
+    trainer(tmp_path, RemoteEmaCallback(0.9, run=other)).fit(Module(trained), batches())
+    fitter = trainer(tmp_path, RemoteEmaCallback(0.9, run=other, resume=True), max_epochs=2)
+    with pytest.warns(UserWarning, match=rf"EMA is of run '{run_name}': run '{other}' goes on with the EMA .* has now"):
+        fitter.fit(Module(trained), batches(), ckpt_path=made.first)
+    assert client.run(other).num_updates == 2 * BATCHES
+
+
 def test_a_trial_of_the_program(client: EmaClient, run_name: str, tmp_path: Path, trained: Any) -> None:
     """fast_dev_run has a run that is gone after it, and leaves the name to the training."""
     module, callback = Module(trained), RemoteEmaCallback(0.9, run=run_name)

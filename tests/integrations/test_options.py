@@ -290,3 +290,33 @@ def test_unfreezing_by_hand(client: EmaClient, run_name: str, litema: Any, same:
         with ema.scope(module):
             assert same(module.copies(), oracle.shadow)
     assert same(dict(client.pull(run_name)), oracle.shadow)
+
+
+@pytest.mark.usefixtures("client")
+def test_unfreezing_a_sharded_model(run_name: str, tmp_path: Path, litema: Any, same: Any) -> None:
+    """frozen="average" does the same where ranks hold shards."""
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def copies() -> dict[str, Tensor]:
+        return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model: Any = fully_shard(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), mesh=init_device_mesh("cpu", (1,)))
+        model[0].requires_grad_(False)
+        oracle = litema(copies(), 0.9, True)
+        with RemoteEma(model, 0.9, run=run_name, frozen="average") as ema, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            for trains in (False, True, False):
+                model[0].requires_grad_(trains)
+                with torch.no_grad():
+                    for parameter in model[0 if trains else 1].parameters():
+                        parameter.add_(1)
+                ema(model)
+                oracle.update(copies())
+            with ema.scope(model):
+                assert same(copies(), oracle.shadow)
+    finally:
+        dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """RemoteEma inside training frameworks: a module for each framework, which imports that framework.
 
-The rule: nothing is imported here, so that no framework is imported for the sake of another. What all frameworks need
-of a process of a training is in ``replica``.
+The rule: nothing is imported here, so that no framework is imported for the sake of another. A framework's module turns
+events into calls of ``core``, which asks ``origins`` which EMA belongs to a model's weights, ``replica`` for the way of
+the weights, and ``kept`` which snapshots stay; ``options`` are what all callbacks take.
 """
 
 from __future__ import annotations

@@ -132,10 +132,10 @@ class Core:
             except BaseException:
                 self._close_quietly()
                 raise
-        if isinstance(origin, Lacking) and resume and replica.ema:
+        if resume and replica.ema and (why := _unmatched(origin, run)):
             self._warn(
-                f"{origin.why}: run {run!r} goes on with the EMA that the service has now, of step "
-                f"{replica.ema.step}, which may be of another step than the checkpoint's, {step}"
+                f"{why}: run {run!r} goes on with the EMA that the service has now, of step {replica.ema.step}, which "
+                f"may be of another step than the checkpoint's, {step}"
             )
         if not throwaway:
             if run != self.run:
@@ -349,6 +349,16 @@ class Core:
     def __getstate__(self) -> dict[str, Any]:
         # Another process has other connections.
         return {**self.__dict__, "_owner": None, "_replica": None, "kept": None}
+
+
+def _unmatched(origin: Origin | None, run: str) -> str | None:
+    """Why the EMA that ``run`` has may not be that of weights of this origin; None where it is."""
+    match origin:
+        case Lacking(why):
+            return why
+        case Loaded() if origin.run != run:
+            return f"the checkpoint's EMA is of run {origin.run!r}"
+    return None
 
 
 def _throwaway_name(run: str) -> str:

@@ -64,8 +64,9 @@ def origin_of(state: Mapping[str, Any] | None, where: str) -> Origin | None:
         return None
     if state.get(LACKS):
         return Lacking(f"{where} was written without its EMA: {state[LACKS]}", state.get("run"))
-    if "snapshot" not in state:
-        return Lacking(f"{where} was written by a process that does not send, and names no EMA", state.get("run"))
+    if not state.keys() >= {"run", "version", "snapshot"}:
+        # Of a process that does not send, or of somebody else.
+        return Lacking(f"{where} names no EMA", state.get("run"))
     return Loaded(state)
 
 

@@ -60,6 +60,13 @@ def test_a_state_of_another_run() -> None:
         check_state_is_of("other", STATE)
 
 
+def test_a_checkpoint_without_its_ema() -> None:
+    """A state that says what it lacks is refused with its reason, and with what can be gone on from."""
+    with pytest.raises(UsageError, match="written without its EMA: nothing listens") as raised:
+        check_state_is_of("r", {"run": "r", "lacks": "nothing listens"})
+    assert "resume=True alone" in raised.value.hint
+
+
 def test_a_run_goes_back_only_where_it_went_on() -> None:
     """At the state's version nothing is to be done; later, the run goes back to the snapshot, which must be there."""
     there, later, lost = Client(), Client(version="1.9"), Client(version="1.9")

@@ -1,19 +1,24 @@
 """Two processes train one model by DDP on gloo with the callback; each writes down what it validated with.
 
-Knows Lightning. Run as ``lightning_ddp.py RUN FOLDER``; it starts its second process itself.
+Knows Lightning. Run as ``lightning_ddp.py RUN FOLDER URL PID``, the latter two of a service that is to be killed; it
+starts its second process itself.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ema_client import RetryPolicy
+from ema_client.errors import EmaError
 from ema_client.integrations.lightning import RemoteEmaCallback
 
 
@@ -38,7 +43,19 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def main(run: str, folder: Path) -> None:
+class Killing(Callback):
+    """Ends the service in the second step, from the first process."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def on_train_batch_start(self, trainer: Trainer, _: LightningModule, *__: Any) -> None:
+        if trainer.global_step == 1 and trainer.is_global_zero:
+            os.kill(self._pid, signal.SIGKILL)
+
+
+def train(run: str, *callbacks: Callback, **options: Any) -> dict[str, Any]:
+    """What this process saw of a training."""
     module = Module()
     data = DataLoader(torch.randn(16, 3, generator=torch.Generator().manual_seed(1)), batch_size=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -48,12 +65,28 @@ def main(run: str, folder: Path) -> None:
         strategy="ddp",
         devices=2,
         enable_checkpointing=False,
-        callbacks=[RemoteEmaCallback(0.9, run=run)],
+        callbacks=[*callbacks, RemoteEmaCallback(0.9, run=run, **options)],
         **quiet,
     )
-    trainer.fit(module, data, DataLoader(torch.zeros(2, 3)))
-    torch.save({"validated": module.validated, "after": module.copies()}, folder / f"rank{trainer.global_rank}.pt")
+    raised = ""
+    try:
+        trainer.fit(module, data, DataLoader(torch.zeros(2, 3)))
+    except EmaError as error:
+        raised = f"{type(error).__name__}: {error} {error.__notes__}"
+    return {"validated": module.validated, "after": module.copies(), "raised": raised, "rank": trainer.global_rank}
+
+
+def main(run: str, folder: Path, doomed: str, pid: int) -> None:
+    """A training; one whose service is killed; and one that finds no service."""
+    seen = [
+        train(run),
+        train(run, Killing(pid), url=doomed),
+        train(f"{run}-none", url=doomed),
+    ]
+    torch.save(seen, folder / f"rank{seen[0]['rank']}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    # Nobody waits between two tries to reach the service.
+    RetryPolicy.delay = lambda *_: None  # type: ignore[method-assign]
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
