@@ -43,7 +43,8 @@ class Origins:
         self, app: ASGIApp, names: Collection[str], refused: Callable[[str], None], *, any_host: bool = False
     ) -> None:
         self._app = app
-        self._names = {name.lower() for name in names} | _names_of_this_machine()
+        given = (name.lower() for name in names)
+        self._names = ({_name(each) or each for each in given} | _names_of_this_machine()) - {""}
         self._refused = refused
         self._any_host = any_host
 

@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from ema_client.errors import (
@@ -85,8 +85,7 @@ class Snapshots:
             found = self._found()
             existing = found.get(name)
             if existing is None:
-                self._check_count(len(found))
-                self._check_case(name, found)
+                self._check_free(name, found)
                 return self._make(name, state, keep, key), True
             if key is not None and self._keys()[name] == key:
                 return existing, False
@@ -165,18 +164,16 @@ class Snapshots:
         self._changed()
         return info
 
-    def _check_case(self, name: str, others: Iterable[str]) -> None:
-        """Raises SnapshotExists where the files of another snapshot would be overwritten."""
+    def _check_free(self, name: str, others: Collection[str]) -> None:
+        """Raises SnapshotExists where the files of another snapshot would be overwritten, TooManySnapshots."""
         same = [other for other in others if other.casefold() == name.casefold()]
         if same and self._store.folds_case:
             raise SnapshotExists(
                 f"snapshot {same[0]!r} of run {self._row.name!r} has the same name but for its case, which the file "
                 "system of the data dir does not tell apart"
             )
-
-    def _check_count(self, count: int) -> None:
-        if count >= self._most:
-            raise TooManySnapshots(f"run {self._row.name!r} has {count} snapshots, and may have {self._most}")
+        if len(others) >= self._most:
+            raise TooManySnapshots(f"run {self._row.name!r} has {len(others)} snapshots, and may have {self._most}")
 
     def _info(self, name: str, state: State) -> SnapshotInfo:
         version = state.version

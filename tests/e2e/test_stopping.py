@@ -58,6 +58,8 @@ def test_what_must_be_kept_is_kept_first(
     server.process.send_signal(signal.SIGTERM)
     time.sleep(4)
     assert server.process.poll() is None, "the readers hold nothing up: this test shows nothing"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((urlsplit(server.url).hostname, urlsplit(server.url).port), timeout=5)
     server.kill()
     server.start()
     with server.http() as http:

@@ -100,9 +100,11 @@ class _Start:
 
     @property
     def idle_since(self) -> tuple[int, float] | None:
+        """As Idling.idle_since."""
         return None if self._given_up else (SILENT, self._begun)
 
     def give_up(self) -> None:
+        """End the handshake, and with it the connection."""
         self._given_up = True
         self.task.cancel()
 
@@ -137,8 +139,11 @@ class Acceptor:
         self._loop.add_reader(sock, self._accept)
 
     def close(self) -> None:
-        """Accept no more. Connections go on; the socket is its owner's."""
+        """Accept no more: who connects is refused, and tries elsewhere or again. Connections go on."""
+        if self._sock.fileno() < 0:
+            return
         self._loop.remove_reader(self._sock)
+        self._sock.close()
         if self._resumes:
             self._resumes.cancel()
         if self._accepted:

@@ -56,7 +56,7 @@ def run(server: ServerProcess, plain_run: Callable[..., PlainRun]) -> PlainRun:
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory, server_class: type[ServerProcess]) -> Iterator[ServerProcess]:
     """A server that was told two names."""
-    flags = ("--allowed-host", "ema.lab.example", "--allowed-host", "ema")
+    flags = ("--allowed-host", "ema.lab.example", "--allowed-host", "Ema:8470")
     running = server_class(tmp_path_factory.mktemp("named"), flags).start()
     yield running
     running.stop()

@@ -110,7 +110,7 @@ def talk(server: ServerProcess, *pieces: bytes, to_the_end: bool = False) -> byt
                 raw.sendall(piece)
             while part := raw.recv(1 << 16):
                 if not answers and not to_the_end:
-                    with contextlib.suppress(OSError):  # the server may have closed the connection by now
+                    with contextlib.suppress(OSError):  # the server has ended the connection already
                         raw.shutdown(socket.SHUT_WR)
                 answers += part
     return answers
