@@ -244,7 +244,7 @@ class Registry:
         the run may be at the snapshot all the same, and the rewind can be repeated.
         """
         run, disk = self.get(name), self._disk(name)
-        if run.ledger.repeats(key):
+        if run.ledger.version and run.ledger.version.made_by(key):
             self._settle(run, disk)
             return run
         info, averages, arenas = disk.snapshots.read(snapshot)
@@ -256,7 +256,7 @@ class Registry:
     def accept(self, name: str, key: str | None = None) -> Run:
         """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
         run, disk = self.get(name), self._disk(name)
-        if run.ledger.repeats(key):
+        if run.ledger.version and run.ledger.version.made_by(key):
             self._settle(run, disk)
             return run
         run.accept(key)
