@@ -10,16 +10,21 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import DigestMismatch
 from ema_client.http.retry import RetryPolicy
+from ema_client.http.transport import Transport
+from ema_client.reading.asked import Asked
+from ema_client.reading.pulls import Pulls
 
 ONCE = RetryPolicy(attempts=1)
 #: More than two blocks of the digest, not whole ones.
@@ -115,6 +120,60 @@ def test_initial_weights(way: Flipping, run_name: str, client_of: Callable[[str]
 
     assert way.flipped == 1
     assert torch.equal(client.pull(run_name)["w"], state_of(1.0)["w"])
+
+
+def test_flipped_bits_of_a_pull_are_not_evaluated(way: Flipping, run_name: str) -> None:
+    """A pull in which a bit flipped is refused by the client, and made again."""
+    expected = torch.full((ELEMENTS,), 2.0)
+    with EmaClient(way.url, retry=ONCE) as client, EmaClient(way.url) as patient:
+        client.create_run(run_name, state_of(1.0), decay=0.5, use_num_updates=False, step=0)
+        client.push(run_name, state_of(3.0), step=1)
+        for flip in (2000, 9_000_000, 4 * ELEMENTS):
+            way.flip["down"] = flip
+            with pytest.raises(DigestMismatch):
+                client.pull(run_name)
+        way.flip["down"] = 9_000_000
+        out = {"w": torch.zeros(ELEMENTS)}
+        assert torch.equal(patient.pull(run_name)["w"], expected)
+        way.flip["down"] = 9_000_000
+        patient.pull(run_name, out=out)
+
+    assert way.flipped == 5
+    assert torch.equal(out["w"], expected)
+
+
+def test_flipped_bits_of_a_file(way: Flipping, run_name: str, tmp_path: Path) -> None:
+    """A file appears under its name with the bytes that the service has, or not at all."""
+    with EmaClient(way.url, retry=ONCE) as client, EmaClient(way.url) as patient:
+        client.create_run(run_name, state_of(1.0), decay=0.5, use_num_updates=False, step=0)
+        client.push(run_name, state_of(3.0), step=1)
+        way.flip["down"] = 9_000_000
+        with pytest.raises(DigestMismatch):
+            client.download(run_name, tmp_path / "w.safetensors")
+        assert list(tmp_path.iterdir()) == []
+        way.flip["down"] = 9_000_000
+        patient.download(run_name, tmp_path / "w.safetensors")
+
+    assert way.flipped == 2
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], torch.full((ELEMENTS,), 2.0))
+
+
+def test_flipped_bits_of_a_half(way: Flipping, run_name: str) -> None:
+    """Of large weights that come over two connections, both halves are compared."""
+    state = {"a": torch.full((ELEMENTS,), 1.0), "b": torch.full((ELEMENTS,), 1.0)}
+    with EmaClient(way.url) as client, contextlib.closing(Transport(way.url, retry=ONCE)) as transport:
+        client.create_run(run_name, state, decay=0.5, use_num_updates=False, step=0)
+        client.push(run_name, {name: each + 2 for name, each in state.items()}, step=1)
+        pulls = Pulls(transport, split_above=1 << 20, check_halves=True)
+        pulls.pull(Asked(run_name))
+        for flip in (2000, 9_000_000, 4 * ELEMENTS):
+            way.flip["down"] = flip
+            with pytest.raises(DigestMismatch):
+                pulls.pull(Asked(run_name))
+        weights = pulls.pull(Asked(run_name))
+
+    assert way.flipped == 3
+    assert all(torch.equal(each, torch.full((ELEMENTS,), 2.0)) for each in weights.values())
 
 
 def test_digest_is_not_taken_on_trust(server: Any, way: Flipping, run_name: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import xxhash
 
-__all__ = ["HASHED_AT_ONCE", "Digest", "blocks", "can_digest"]
+__all__ = ["HASHED_AT_ONCE", "Digest", "Rest", "blocks", "can_digest"]
 
 #: Bytes of each stretch of a body that holds whole tensors; its last one is shorter. The service hashes so, as it
 #: averages.
@@ -48,7 +48,9 @@ class Digest:
     def __init__(self, stretches: Iterable[int], *, skip: int = 0) -> None:
         self._skip = skip
         self._stretches = chain(stretches, repeat(1 << 62))
-        self._whole, self._part = _new(), _new()
+        self._part = _new()
+        #: The XXH3s of the stretches that have ended.
+        self._ended: list[bytes] = []
         self._size = self._room = next(self._stretches)
         self._end_full()
 
@@ -67,16 +69,46 @@ class Digest:
         """The digest, 16 bytes, after the stream's last byte."""
         if self._room < self._size:
             self._end()
-        return self._whole.digest()
+        whole = _new()
+        whole.update(b"".join(self._ended))
+        return whole.digest()
+
+    def append(self, rest: Rest) -> None:
+        """Take in the rest of the stream, of which this digest has all that is before."""
+        self.update(memoryview(rest.lead))
+        if rest.size:
+            rest.digest.digest()
+            self._ended += rest.digest._ended
 
     def _end_full(self) -> None:
         while not self._room:
             self._end()
 
     def _end(self) -> None:
-        self._whole.update(self._part.digest())
+        self._ended.append(self._part.digest())
         self._part.reset()
         self._size = self._room = next(self._stretches)
+
+
+class Rest:
+    """What another thread has of a stream in blocks, from byte ``begin`` on: for Digest.append(). Not thread-safe.
+
+    lead: the bytes up to the next block. digest, size: of those after them.
+    """
+
+    def __init__(self, begin: int) -> None:
+        self.lead = bytearray()
+        self.digest = Digest(blocks())
+        self.size = 0
+        self._missing = -begin % BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        """Take in the next bytes of the stream, any number of them."""
+        lead, data = data[: self._missing], data[self._missing :]
+        self.lead += lead
+        self._missing -= len(lead)
+        self.size += len(data)
+        self.digest.update(data)
 
 
 def _new() -> xxhash.xxh3_128:

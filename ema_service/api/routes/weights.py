@@ -28,7 +28,7 @@ from ema_client.errors import (
     SnapshotNotFound,
     StepNotReached,
 )
-from ema_client.protocol import MAX_STEP, MAX_WAIT, NAME_PATTERN
+from ema_client.protocol import HEADER_DIGEST, MAX_STEP, MAX_WAIT, NAME_PATTERN
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
@@ -94,6 +94,8 @@ async def get_weights(
         partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
     )
 
+    untouched = dtype is None and prefix is None and request.url.scheme == "http"
+
     async def open_source(stack: ExitStack) -> ReadBytes:
         await server.hold(request, arena)
         stack.callback(server.registry.frozen.release, arena)
@@ -101,7 +103,8 @@ async def get_weights(
         return lambda start, stop: data[start:stop]
 
     with ExitStack() as source:
-        return await _answer(request, server, stream, source, open_source, on_disk=False)
+        digest = arena.digest if untouched else None
+        return await _answer(request, server, stream, source, open_source, on_disk=False, digest=digest)
 
 
 @router.get(
@@ -168,14 +171,18 @@ async def _answer(
     open_source: Callable[[ExitStack], Awaitable[ReadBytes]],
     *,
     on_disk: bool,
+    digest: bytes | None = None,
 ) -> Response:
     """The answer to a GET or HEAD.
 
     A body closes ``source`` at its end; an answer without a body leaves that to the caller.
 
-    open_source: called only where there is a body; adds to ``source`` what is to be closed.
+    open_source: called only where there is a body; adds to ``source`` what is to be closed. digest: of the data, where
+    somebody knows it.
     """
     headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
+    if digest:
+        headers[HEADER_DIGEST] = digest.hex()
     if _matches(request.headers.get("if-none-match"), stream.etag):
         return Response(status_code=304, headers=headers)
     try:

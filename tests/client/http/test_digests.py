@@ -7,7 +7,7 @@ import random
 import pytest
 import xxhash
 
-from ema_client.http.digests import BLOCK_BYTES, Digest, blocks
+from ema_client.http.digests import BLOCK_BYTES, Digest, Rest, blocks
 from ema_service.averaging import Digest as ServiceDigest
 
 
@@ -26,6 +26,21 @@ def test_blocks_are_the_services(size: int) -> None:
             ours.update(rest[:count])
             rest = rest[count:]
         assert ours.digest() == theirs.digest()
+
+
+@pytest.mark.parametrize("begin", [1, 1000, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES - 7])
+def test_two_threads_make_one_digest(begin: int) -> None:
+    """Wherever a stream is parted, what two threads have of it is the digest of the whole."""
+    raw = memoryview(random.Random(begin).randbytes(3 * BLOCK_BYTES + 77))
+    theirs = ServiceDigest()
+    theirs.update(raw)
+    ours, rest = Digest(blocks()), Rest(begin)
+    ours.update(raw[:begin])
+    for start in range(begin, len(raw), 1_000_003):
+        rest.update(raw[start : start + 1_000_003])
+    ours.append(rest)
+
+    assert ours.digest() == theirs.digest()
 
 
 def test_stretches_may_be_empty() -> None:
