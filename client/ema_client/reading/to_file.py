@@ -31,8 +31,8 @@ _BUFFER_BYTES = 1 << 20
 def save(transport: Transport, asked: Asked, path: Path, progress: Progress | None) -> WeightsInfo:
     """Download the weights asked for into the file ``path``, which is replaced when the whole body has come.
 
-    Raises what the transport raises once its retries are spent; DigestMismatch likewise; ProtocolError where the body is
-    no weights stream or of other weights, OSError where the file cannot be written.
+    Raises what the transport raises once its retries are spent, DigestMismatch likewise; ProtocolError where the body
+    is no weights stream or of other weights; OSError where the file cannot be written.
     """
     with whole_file(path) as part:
         with part.open("x+b") as file:
