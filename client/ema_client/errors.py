@@ -32,6 +32,7 @@
     |-- Invalid                   422
     |   |-- InvalidRequest        a field of the JSON body, the path or the query
     |   |-- MalformedBody         not a well-formed safetensors stream
+    |   |-- DigestMismatch        not the bytes that were sent: send them again
     |   |-- LayoutMismatch        well-formed, but not the tensors of this run
     |   +-- NonFinite             NaN or Inf where the run refuses them
     |-- HeadTooLarge              431: too many or too long header fields
@@ -61,6 +62,7 @@ __all__ = [
     "BodyTooLarge",
     "Conflict",
     "ConnectionLost",
+    "DigestMismatch",
     "EmaError",
     "Fenced",
     "Forbidden",
@@ -473,6 +475,15 @@ class MalformedBody(Invalid):
     code = "malformed_body"
     title = "Not a safetensors body"
     default_hint = "send a body as safetensors.torch.save_file writes it"
+
+
+class DigestMismatch(Invalid):
+    """Bytes changed between the two ends, and nothing was changed by them."""
+
+    code = "digest_mismatch"
+    retryable = True
+    title = "Not the bytes that were sent"
+    default_hint = "it is tried again by itself; where it comes often, memory, a cable or a proxy on the way is broken"
 
 
 class LayoutMismatch(Invalid):

@@ -51,6 +51,11 @@ HEADER_NUM_UPDATES = "Ema-Num-Updates"
 HEADER_DECAY = "Ema-Decay"
 #: Of a push: the writer's number, which attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
+#: Of a body that is sent: what its digest is, and where. A service's answer has the digest itself, in hexadecimal.
+HEADER_DIGEST = "Ema-Digest"
+#: The digest's bytes follow the body's data.
+DIGEST_FOLLOWS = "xxh3-128; follows"
+DIGEST_BYTES = 16
 #: Of a write that is no push: any word, the same in all tries of one call. A write is applied once for each key.
 HEADER_KEY = "Idempotency-Key"
 KEY_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"

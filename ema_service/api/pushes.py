@@ -19,7 +19,7 @@ from typing import Self, TypeVar
 from fastapi import Request
 
 from ema_client.errors import InvalidRequest, SegmentUnusable
-from ema_client.protocol import HEADER_SEGMENT, RunInfo, Segment, UpdateResult
+from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_SEGMENT, RunInfo, Segment, UpdateResult
 from ema_service.api.context import Context
 from ema_service.api.transfer.filling import Work, content_length, receive
 from ema_service.api.transfer.lending import link_of
@@ -51,6 +51,8 @@ class _Incoming:
         """
         if self._named is None:
             body, server = body_of(content_length(self._request)), self._server
+            if self._digested():
+                body.expect_digest()
             silence = server.settings.body_timeout
             await receive(self._request, body, server.workers.receivers, silence=silence, work=work)
             return
@@ -69,6 +71,13 @@ class _Incoming:
         self._run.links.shared() if shared else self._run.links.came(link)
         self._server.metrics.pushes.labels(link).inc()
         self._server.metrics.received.inc(nbytes)
+
+    def _digested(self) -> bool:
+        """Whether the sender's digest follows the data. Raises InvalidRequest for any other digest."""
+        said = self._request.headers.get(HEADER_DIGEST)
+        if said not in (None, DIGEST_FOLLOWS):
+            raise InvalidRequest(f"{HEADER_DIGEST}: {said[:40]!r} is not {DIGEST_FOLLOWS!r}")
+        return said is not None
 
     def _segment(self, header: str) -> Segment:
         """The segment that the request names.

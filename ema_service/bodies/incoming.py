@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from ema_client.errors import BodyTooLarge, MalformedBody
+from ema_client.protocol import DIGEST_BYTES
 from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
 from ema_service.memory import Shared, Staged
 
@@ -32,11 +33,15 @@ class Body(ABC):
 
     Use: ``while not body.complete: n = read_into(body.window()); body.advance(n)``, then ``body.finish()``.
 
+    More than twenty methods: what a receiver asks of any body, and what each kind of body answers.
+
     max_header_bytes: a longer header is refused. content_length: the announced length of the whole body, None where it
-    is not known.
+    is not known. digest: the sender's, which follows the data, once it has arrived; None where none was announced.
     """
 
     def __init__(self, max_header_bytes: int, content_length: int | None) -> None:
+        self.digest: bytearray | None = None
+        self._data_over = False
         self._max_header_bytes = max_header_bytes
         self._content_length = content_length
         self._header: bytearray | None = None
@@ -75,6 +80,10 @@ class Body(ABC):
             raw, self._unread = self._unread, None
             self._begin(raw)
 
+    def expect_digest(self) -> None:
+        """The sender's digest follows the data. Before the first byte."""
+        self.digest = bytearray(DIGEST_BYTES)
+
     def window(self) -> memoryview:
         """The memory that the next bytes belong in; empty once the body is complete."""
         return self._window[self._filled :]
@@ -90,7 +99,7 @@ class Body(ABC):
             if self._header is None:
                 self._begin_header(filled)
             elif self._begun:
-                self._window = self._next_window()
+                self._go_on()
             elif len(filled) > LONG_HEADER_BYTES and not self._is_known(raw := bytes(filled)):
                 self._unread, self._window = raw, memoryview(b"")
             else:
@@ -148,7 +157,14 @@ class Body(ABC):
     def _begin(self, raw: bytes) -> None:
         self._begin_data(raw)
         self._begun = True
-        self._window = self._next_window()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Open the window of what comes next: data, then the digest."""
+        self._window = memoryview(b"") if self._data_over else self._next_window()
+        if not self._window and not self._data_over:
+            self._data_over = True
+            self._window = memoryview(self.digest or b"")
 
     def _is_known(self, raw: bytes) -> bool:  # noqa: ARG002 - a body that knows headers looks
         """Whether the header is one that need not be parsed."""
@@ -178,7 +194,7 @@ class Body(ABC):
 
     def _check_length(self, header_bytes: int, data_bytes: int) -> None:
         """Raises MalformedBody where header and data do not add up to the announced length."""
-        whole = LENGTH_BYTES + header_bytes + data_bytes
+        whole = LENGTH_BYTES + header_bytes + data_bytes + len(self.digest or b"")
         if self._content_length is not None and self._content_length != whole:
             fault = "longer" if self._content_length > whole else "shorter"
             raise MalformedBody(f"the body has {self._content_length} bytes, {fault} than its header says ({whole})")
@@ -190,7 +206,7 @@ class UpdateBody(Body):
     def __init__(self, staged: Staged, content_length: int | None = None) -> None:
         """Raises BodyTooLarge where the announced length is more than any push of this run has."""
         layout = staged.layout
-        most = LENGTH_BYTES + layout.max_header_bytes + layout.param_bytes
+        most = LENGTH_BYTES + layout.max_header_bytes + layout.param_bytes + DIGEST_BYTES
         if content_length is not None and content_length > most:
             raise BodyTooLarge(f"the body announces {content_length} bytes; a push of this run has at most {most}")
         super().__init__(layout.max_header_bytes, content_length)
@@ -204,7 +220,13 @@ class UpdateBody(Body):
     def arrived(self) -> int:
         if not self._in_order:
             return 0
-        return self._layout.param_bytes if self.complete else self._filled
+        return self._layout.param_bytes if self._data_over else self._filled
+
+    def finish(self) -> None:
+        """As Body.finish(); the pass over the parameters then compares their digest with the sender's."""
+        super().finish()
+        if self.digest is not None:
+            self._staged.expected = bytes(self.digest)
 
     def _is_known(self, raw: bytes) -> bool:
         """Whether the header is that of a canonical push: byte for byte the layout's own."""

@@ -45,8 +45,9 @@ class Staged:
 
     data: the parameters in host memory, layout.param_bytes long. on_host: whether they are averaged in host memory.
     arena: the same buffer once averages are written over the parameters; on the device. shared: the client's memory
-    that ``data`` is a view of, None where the push is received; a reader of ``data`` must call settle() after it. The
-    budget is given back by release(), or when this object dies; the memory lives as long as its views.
+    that ``data`` is a view of, None where the push is received; a reader of ``data`` must call settle() after it.
+    expected: the digest of the parameters as they were sent, None where the sender gave none. The budget is given back
+    by release(), or when this object dies; the memory lives as long as its views.
     """
 
     def __init__(self, layout: Layout, memory: Memory) -> None:
@@ -61,6 +62,7 @@ class Staged:
         self.data = self._host[start : start + layout.param_bytes].numpy().data
         self.arena = Arena(layout, self._buffer)
         self.shared: Shared | None = None
+        self.expected: bytes | None = None
         self._adopted: Tensor | None = None
 
     def adopt(self, shared: Shared, start: int) -> bool:

@@ -32,7 +32,7 @@ from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import read_arena
 from ema_service.shadows.state import Average, State
-from ema_service.storage import RunRow, Store, TensorFile
+from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
 
 __all__ = ["Snapshots"]
 
@@ -87,7 +87,7 @@ class Snapshots:
             if existing is None:
                 self._check_free(name, found)
                 return self._make(name, state, keep, key), True
-            if key is not None and self._keys()[name] == key:
+            if key is not None and _key_of(name, self._store.snapshots(self._row)) == key:
                 return existing, False
             if existing.version != str(state.version):
                 raise SnapshotExists(
@@ -241,10 +241,6 @@ class Snapshots:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def _keys(self) -> dict[str, str | None]:
-        """By name, the key of the call that took each snapshot."""
-        return {row.name: json.loads(row.info).get("key") for row in self._store.snapshots(self._row)}
-
     def _found(self) -> dict[str, SnapshotInfo]:
         return {name: info for name, (info, _) in self._with_checksums().items()}
 
@@ -278,6 +274,12 @@ class Snapshots:
         finally:
             file.close()
         return Average(name, weights.decay, None), arena
+
+
+def _key_of(name: str, rows: list[SnapshotRow]) -> str | None:
+    """The key of the call that took a snapshot, None where the call had none."""
+    found: list[str | None] = [json.loads(row.info).get("key") for row in rows if row.name == name]
+    return found[0] if found else None
 
 
 def _missing(run: str, name: str) -> SnapshotNotFound:

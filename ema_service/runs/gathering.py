@@ -16,7 +16,8 @@ from typing import Protocol
 
 import xxhash
 
-from ema_client.errors import BodyTooLarge, EmaError
+from ema_client.errors import BodyTooLarge, DigestMismatch, EmaError
+from ema_client.protocol import DIGEST_BYTES
 from ema_client.wire import LENGTH_BYTES, Box, parse_header
 from ema_service.bodies.incoming import Body
 from ema_service.bodies.slices import Cover, Piece, pieces_of, slices_of
@@ -137,7 +138,7 @@ class Part(Body):
 
     def announce(self, content_length: int | None) -> None:
         """Note the length of the whole body. Raises BodyTooLarge where no part of this run can be as long."""
-        most = LENGTH_BYTES + self._max_header_bytes + self._parts.layout.param_bytes
+        most = LENGTH_BYTES + self._max_header_bytes + self._parts.layout.param_bytes + DIGEST_BYTES
         if content_length is not None and content_length > most:
             raise BodyTooLarge(f"the body announces {content_length} bytes; a part of this run has at most {most}")
         self._content_length = content_length
@@ -156,6 +157,16 @@ class Part(Body):
         if self.gathering:
             self.gathering.touched = time.monotonic()
         super().advance(count)
+
+    def finish(self) -> None:
+        """As Body.finish(). Raises DigestMismatch where the part is not the one that was sent."""
+        super().finish()
+        if self.digest is not None:
+            whole = xxhash.xxh3_128()
+            for each in self._hashes.values():
+                whole.update(each.digest())
+            if whole.digest() != bytes(self.digest):
+                raise DigestMismatch(f"part {self.index} is not the one that was sent: the digests differ")
 
     def _begin_data(self, raw: bytes) -> None:
         header = parse_header(raw)

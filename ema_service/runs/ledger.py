@@ -216,11 +216,6 @@ class Ledger:
         """Whether ``step`` was applied, as far as the run remembers its latest steps."""
         return UpdateStatus(step, "applied" if step in tuple(self._steps) else "unknown")
 
-    def repeats(self, key: str | None) -> bool:
-        """Whether the write of this key was applied, on the way to the current version."""
-        version = self.version
-        return key is not None and version is not None and key in version.keys
-
     # --- going back, going on, another trainer ----------------------------------------------------------------------
 
     def rewound(self, info: SnapshotInfo, averages: Iterable[Average], lineage: str, now: float) -> Version:
@@ -253,15 +248,13 @@ class Ledger:
             raise InvalidRequest(f"run {self._run!r} is not degraded: name the snapshot to go back to")
         return self.readable()
 
-    def next_writer(self) -> int:
-        """The number for a trainer that takes over the run. Raises RunNotFound."""
-        self.check_exists()
-        return self.writer + 1
+    def next_writer(self, key: str | None = None) -> int:
+        """The number for a trainer that takes over the run: for a key that it was given for already, the same number.
 
-    def given_writer(self, key: str | None) -> int | None:
-        """The number that attaching with this key gave since the server started, None if it gave none."""
+        Raises RunNotFound.
+        """
         self.check_exists()
-        return None if key is None else self._given.get(key)
+        return self._given.get(key or "", self.writer + 1)
 
     # --- what takes effect ------------------------------------------------------------------------------------------
 

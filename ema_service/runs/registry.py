@@ -247,7 +247,7 @@ class Registry:
         at the snapshot all the same, and the rewind can be repeated.
         """
         run, disk = self.get(name), self._disk(name)
-        if run.ledger.repeats(key):
+        if run.ledger.version and run.ledger.version.made_by(key):
             self._settle(run, disk)
             return run
         if source is None:
@@ -265,7 +265,7 @@ class Registry:
     def accept(self, name: str, key: str | None = None) -> Run:
         """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
         run, disk = self.get(name), self._disk(name)
-        if run.ledger.repeats(key):
+        if run.ledger.version and run.ledger.version.made_by(key):
             self._settle(run, disk)
             return run
         run.accept(key)

@@ -259,7 +259,7 @@ class Run:
         """
         with self._lock:
             before = self.ledger.writable()
-            if self.ledger.repeats(key):
+            if before.made_by(key):
                 return False
             state = State(change(self.ledger.succession, before).keyed(key), self.ready_state().arenas)
             if self._keeper:
@@ -276,8 +276,8 @@ class Run:
     ) -> None:
         """Go back to the state of a snapshot, in a new epoch; updates after the snapshot are as if they had never been.
 
-        Also a way out of ``degraded``. key: of the write; where Ledger.repeats() it, do not call. Raises RunNotFound,
-        StorageFailed, Superseded.
+        Also a way out of ``degraded``. key: of the write; not to be called for the key of a write that was applied
+        (Version.made_by). Raises RunNotFound, StorageFailed, Superseded.
         """
         version = self.ledger.rewound(info, averages, secrets.token_hex(8), time.time())
         state = State(version.keyed(key), arenas)
@@ -312,11 +312,10 @@ class Run:
         however often it comes. Raises what ``keep`` raises, RunNotFound.
         """
         with self._lock:
-            if (given := self.ledger.given_writer(key)) is not None:
-                return given
-            number = self.ledger.next_writer()
-            keep(number)
-            self.ledger.attach(number, key)
+            number = self.ledger.next_writer(key)
+            if number > self.ledger.writer:
+                keep(number)
+                self.ledger.attach(number, key)
             return number
 
     def restore(self, state: State | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ema_client.errors import NonFinite, listed
+from ema_client.errors import DigestMismatch, NonFinite, listed
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.averaging import (
     BLOCK_BYTES,
@@ -133,8 +133,8 @@ class Pass(ABC):
     def finish(self) -> bytes:
         """Digest and average the rest. Returns the digest of the parameters (averaging.Digest, 16 bytes).
 
-        Raises NonFinite; SegmentUnusable where the parameters lay in a client's memory and were withdrawn
-        (Staged.settle).
+        Raises DigestMismatch where the parameters are not those that were sent (Staged.expected); NonFinite;
+        SegmentUnusable where the parameters lay in a client's memory and were withdrawn (Staged.settle).
         """
         try:
             if self._staged.shared is None:
@@ -146,13 +146,17 @@ class Pass(ABC):
             # reads it.
             self._bound.clear()
         self._staged.settle()
+        digest = self._digest.digest()
+        if self._staged.expected not in (None, digest):
+            # Before anything else is said of them: a flipped bit may have made a NaN, and none was sent.
+            raise DigestMismatch("the parameters that arrived are not those that were sent: their digests differ")
         for number, feed in enumerate(self._feeds):
             if self._check and not self._is_finite(number, feed.out):
                 raise NonFinite(f"NaN or Inf in {listed(feed.out.non_finite())}")
         for result in self._results:
             if result:
                 result.finish()
-        return self._digest.digest()
+        return digest
 
     # --- what memory of the host and of a device differ in -----------------------------------------------------------
 

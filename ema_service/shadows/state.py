@@ -54,6 +54,10 @@ class Version:
     def __str__(self) -> str:
         return f"{self.epoch}.{self.n}"
 
+    def made_by(self, key: str | None) -> bool:
+        """Whether the write of this key led to the version."""
+        return key is not None and key in self.keys
+
     def keyed(self, key: str | None) -> Version:
         """The version as what the write of this key makes; the oldest of many keys is forgotten."""
         return self if key is None else replace(self, keys=(*self.keys, key)[-_REMEMBERED_KEYS:])

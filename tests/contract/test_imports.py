@@ -62,6 +62,7 @@ CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_clie
 #: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
 CLIENT_THIRD_PARTY = {
     "httpx": {"ema_client.http.control"},
+    "xxhash": {"ema_client.http.digests"},
     "lightning": {"ema_client.integrations.lightning"},
     "pytorch_lightning": {"ema_client.integrations.lightning"},
     "transformers": {"ema_client.integrations.transformers"},

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ema_client.http.digests import HASHED_AT_ONCE, Digest
+
 if TYPE_CHECKING:
     from ema_client.http.memfd import SharedBody
 
-__all__ = ["Body", "portions"]
+__all__ = ["Body", "digested", "portions"]
 
 #: Between two portions of so many bytes the sender looks for an early answer.
 SEND_BYTES = 4 << 20
@@ -36,18 +38,30 @@ class Body:
     pieces: gives the body's memory from the beginning at each call. Pieces are not copied: the memory of a piece must
     not change until the sender asks for the next piece.
     shared: shared memory with the same bytes, where a service on the same host reads the body instead.
+    digest: gives what digests the body as it is sent, header and all; None for a body that goes without a digest.
     moved: called by the sending thread whenever bytes of the body went out, with their number since its beginning.
     """
 
     length: int
     pieces: Callable[[], Iterable[memoryview]]
     shared: SharedBody | None = None
+    digest: Callable[[], Digest] | None = None
     moved: Callable[[int], None] = _nothing
 
     @property
     def patience(self) -> float:
         """Seconds beyond those of a short answer that the answer to this body may take."""
         return (self.length if self.shared is None else self.shared.length) / SLOWEST_BYTES_PER_SECOND
+
+
+def digested(portions: Iterable[memoryview], digest: Digest) -> Iterator[memoryview]:
+    """The portions in shares that are hashed just before they are sent, and the digest behind the last."""
+    for portion in portions:
+        for start in range(0, len(portion), HASHED_AT_ONCE):
+            share = portion[start : start + HASHED_AT_ONCE]
+            digest.update(share)
+            yield share
+    yield memoryview(digest.digest())
 
 
 def portions(pieces: Iterable[memoryview]) -> Iterator[memoryview]:

@@ -25,11 +25,12 @@ from ema_client.errors import ConnectionLost, ProtocolError, printable
 from ema_client.forks import tell_in_child
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer
-from ema_client.http.body import Body, portions
+from ema_client.http.body import Body, digested, portions
 from ema_client.http.early import is_continue, read_head, replaying
 from ema_client.http.faults import broken, no_tls, unreachable
 from ema_client.http.heads import WholeHead
 from ema_client.http.sockets import Selector, give_up, open_http, readable
+from ema_client.protocol import DIGEST_BYTES, DIGEST_FOLLOWS, HEADER_DIGEST
 
 __all__ = ["Connection", "Timeouts", "headers_of"]
 
@@ -96,7 +97,10 @@ class Connection:
         patience: seconds that the answer may take beyond the timeout.
         """
         asks = body.length > EXPECT_ABOVE
-        extra = {"Content-Length": str(body.length)} | ({"Expect": "100-continue"} if asks else {})
+        length = body.length + (DIGEST_BYTES if body.digest else 0)
+        extra = {"Content-Length": str(length)} | ({"Expect": "100-continue"} if asks else {})
+        if body.digest:
+            extra[HEADER_DIGEST] = DIGEST_FOLLOWS
         with self._faults():
             self._begin("PUT", path, {**headers, **extra})
             early = self._early_answer(self._timeouts.expect) if asks else b""
@@ -208,7 +212,7 @@ class Connection:
         try:
             with Selector() as arrival:
                 arrival.register(self._socket, selectors.EVENT_READ)
-                for portion in portions(body.pieces()):
+                for portion in _shares(body):
                     if sent and arrival.select(0.0) and (early := self._early_answer(0.0)):
                         return self._refused(early)
                     while portion:
@@ -280,6 +284,11 @@ class Connection:
             # Ctrl-C, or a body whose pieces raise: half a request has gone out.
             self.close()
             raise
+
+
+def _shares(body: Body) -> Iterator[memoryview]:
+    whole = portions(body.pieces())
+    return digested(whole, body.digest()) if body.digest else whole
 
 
 def headers_of(response: http.client.HTTPResponse) -> dict[str, str]:

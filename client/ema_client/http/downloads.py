@@ -53,7 +53,7 @@ class Download:
     def __enter__(self) -> Download:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         if kind is not None and issubclass(kind, ConnectionLost):
             self._pool.doubt()
         if self._response.isclosed():

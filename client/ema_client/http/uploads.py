@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeGuard
 
 from ema_client.errors import EmaError, MalformedBody, SegmentUnusable
@@ -56,6 +57,9 @@ class Uploads:
 
     def _send(self, path: str, headers: Mapping[str, str], body: Body, patience: float | None = None) -> Answer:
         longer = body.patience if patience is None else patience
+        if self._address.secure:
+            # TLS has a digest of its own.
+            body = replace(body, digest=None)
         connection, answer = self._pool.exchange(
             lambda connection: connection.put(path, headers, body, patience=longer)
         )

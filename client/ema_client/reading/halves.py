@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ema_client.http.downloads import Download
 from ema_client.reading.asked import Asked
+from ema_client.reading.checking import Checked
 from ema_client.reading.ranges import OpenRange, whole_length
 from ema_client.reading.weights import Into, Weights, read_header
 from ema_client.wire import Entry, Header
@@ -41,11 +42,12 @@ def split_of(header: Header, length: int) -> int:
     return length - header.data_bytes + cut
 
 
-def pull_halves(asked: Asked, open_range: OpenRange, split: int, into: Into) -> Weights | None:
+def pull_halves(asked: Asked, open_range: OpenRange, split: int, into: Into, *, check: bool = False) -> Weights | None:
     """Pull weights in two halves; ``split`` is the result of split_of() at the latest pull of the same weights.
 
-    into: gives the tensors to receive in; see Into. None where the weights have no such halves, or moved on to another
-    version before the second request: the caller then pulls the whole, and the tensors may be part new.
+    into: gives the tensors to receive in; see Into. check: whether to compare the data with the service's digest, which
+    may raise DigestMismatch. None where the weights have no such halves, or moved on to another version before the
+    second request: the caller then pulls the whole, and the tensors may be part new.
     """
     from ema_client.tensors.body import receive
 
@@ -62,18 +64,24 @@ def pull_halves(asked: Asked, open_range: OpenRange, split: int, into: Into) -> 
         # Before the other thread begins: the C library would give a new thread memory that was never touched.
         target = into(entries)
         etag, begin = first.headers.get("etag", ""), source.position + others[0].begin
+        data = Checked(first, wanted=check)
 
         def second_half() -> dict[str, Tensor] | None:
             with open_range(begin, source.length, etag) as second:
-                return receive(others, second.readinto, _of(target, others)) if second.status == 206 else None
+                if second.status != 206:
+                    return None
+                return receive(others, data.rest(others[0].begin, second.readinto), _of(target, others))
 
         # The block waits for the thread whatever happens: the thread writes to the tensors until its end.
         with ThreadPoolExecutor(1, "ema pull") as thread:
             coming = thread.submit(second_half)
-            tensors = receive(mine, first.readinto, _of(target, mine))
+            tensors = receive(mine, data.readinto, _of(target, mine))
             first.readinto(memoryview(bytearray(there - mine[-1].end)))
     rest = coming.result()
-    return None if rest is None else Weights({**tensors, **rest}, info)
+    if rest is None:
+        return None
+    data.check()
+    return Weights({**tensors, **rest}, info)
 
 
 class _FirstPart:

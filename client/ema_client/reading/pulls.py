@@ -16,6 +16,7 @@ from ema_client.http.downloads import Download
 from ema_client.http.transport import Query, Transport
 from ema_client.protocol import MAX_WAIT, WeightsInfo
 from ema_client.reading.asked import Asked
+from ema_client.reading.checking import Checked
 from ema_client.reading.halves import pull_halves, split_of
 from ema_client.reading.ranges import OpenRange, check_part
 from ema_client.reading.slices import Wanted, fetch
@@ -40,13 +41,23 @@ class Pulls:
     Args:
         transport: opens bodies and repeats requests.
         split_above: weights of more bytes than this are pulled in halves, from their second pull on.
+        check_halves: whether large weights are compared with the service's digest; by default where the service is on
+            another host, as two connections on one host use both of its cores already.
         longest_wait: seconds for which the service holds a request; a longer wait is several requests.
     """
 
-    def __init__(self, transport: Transport, *, split_above: int = SPLIT_ABOVE, longest_wait: float = MAX_WAIT) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        split_above: int = SPLIT_ABOVE,
+        longest_wait: float = MAX_WAIT,
+        check_halves: bool | None = None,
+    ) -> None:
         self._transport = transport
         self._split_above = split_above
         self._longest_wait = longest_wait
+        self._check_halves = not transport.same_host if check_halves is None else check_halves
         #: request -> the byte at which the weights are parted, 0 for weights to be pulled whole.
         self._splits: dict[Asked, int] = {}
         self._lock = Lock()
@@ -99,14 +110,17 @@ class Pulls:
 
         def attempt(_: int) -> Weights:
             split = self._splits.get(request, 0)
-            halves = pull_halves(asked, open_range, split, into) if split else None
+            halves = pull_halves(asked, open_range, split, into, check=self._check_halves) if split else None
             if halves is not None:
                 return halves
             with open_range(0, None, None) as download:
                 header, info = read_header(download, asked)
                 large = download.length > self._split_above
                 self._remember(request, split_of(header, download.length) if large else 0)
-                return Weights(receive(header.entries, download.readinto, into(header.entries)), info)
+                data = Checked(download)
+                weights = Weights(receive(header.entries, data.readinto, into(header.entries)), info)
+                data.check()
+                return weights
 
         return self._transport.retrying(attempt)
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ema_client.atomic import open_whole
-from ema_client.errors import ProtocolError
+from ema_client.errors import DigestMismatch, ProtocolError
+from ema_client.http.digests import Digest, blocks, can_digest
 from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
-from ema_client.protocol import WeightsInfo
+from ema_client.protocol import HEADER_DIGEST, WeightsInfo
 from ema_client.reading.asked import Asked
 from ema_client.reading.weights import read_header
+from ema_client.wire import LENGTH_BYTES
 
 __all__ = ["Progress", "save"]
 
@@ -30,8 +32,9 @@ _BUFFER_BYTES = 1 << 20
 def save(transport: Transport, asked: Asked, path: Path, progress: Progress | None) -> WeightsInfo:
     """Download the weights asked for into the file ``path``, which is replaced when the whole body has come.
 
-    Raises what the transport raises once its retries are spent, ProtocolError if the body is no weights stream or of
-    other weights, UsageError if ``path`` is no plain file, OSError if the file cannot be written.
+    Raises what the transport raises once its retries are spent, DigestMismatch likewise; ProtocolError where the body
+    is no weights stream or of other weights; UsageError where ``path`` is no plain file; OSError where the file cannot
+    be written.
     """
     with open_whole(path) as file:
         transfer = _Transfer(file, progress)
@@ -68,6 +71,26 @@ class _Transfer:
                 count = download.read_some(self._buffer[:missing])
                 self._file.write(self._buffer[:count])
                 self._progress(self._file.tell(), total)
+        self._check(download)
+
+    def _check(self, download: Download) -> None:
+        """Compare the whole file with the service's digest, if it gave one.
+
+        Raises DigestMismatch, after which the next download begins anew.
+        """
+        expected = download.headers.get(HEADER_DIGEST.lower())
+        if expected is None or not can_digest():
+            return
+        self._file.seek(0)
+        head = LENGTH_BYTES + int.from_bytes(self._file.read(LENGTH_BYTES), "little")
+        self._file.seek(head)
+        digest = Digest(blocks())
+        while count := self._file.readinto(self._buffer):  # type: ignore[attr-defined]
+            digest.update(self._buffer[:count])
+        if digest.digest().hex() != expected:
+            self.etag = None
+            self._file.seek(0)
+            raise DigestMismatch(f"the weights that came from {download.url} are not those that were sent")
 
     def _check_continues(self, download: Download) -> None:
         span = download.headers.get("content-range", "")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ema_client import wire
 from ema_client.http.body import Body
+from ema_client.http.digests import Digest, blocks, can_digest
 from ema_client.protocol import TensorSpec
 from ema_client.tensors.layout import check_targets, dtype_of, is_sent_as, specs_of
 from ema_client.tensors.writing import noticed, write
@@ -41,7 +42,11 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
         for name in (entry.name for entry in entries):
             yield views[name] if name in views else memory(on_host(state[name]))
 
-    return Body(len(header) + (entries[-1].end if entries else 0), pieces)
+    def digest() -> Digest:
+        stretches = blocks() if slices is None else (entry.end - entry.begin for entry in entries)
+        return Digest(stretches, skip=len(header))
+
+    return Body(len(header) + (entries[-1].end if entries else 0), pieces, digest=digest if can_digest() else None)
 
 
 @functools.lru_cache(maxsize=2)

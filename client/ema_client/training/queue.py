@@ -35,6 +35,8 @@ class UpdateQueue:
 
     silence: seconds without progress after which the service counts as away.
 
+    More than twenty methods: what each of the two threads does and asks, the same few fields under one lock.
+
     The lock is reentrant, as the garbage collector may call end() in the middle of any other method.
     """
 

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from ema_client.errors import (
     AwaitingWeights,
     BodyTooLarge,
+    DigestMismatch,
     Fenced,
     InvalidRequest,
     LayoutMismatch,
@@ -34,6 +35,8 @@ from ema_client.errors import (
     WeightsExist,
 )
 from ema_client.protocol import (
+    DIGEST_FOLLOWS,
+    HEADER_DIGEST,
     HEADER_SEGMENT,
     MAX_PARTS,
     MAX_STEP,
@@ -64,8 +67,15 @@ _SEGMENT_HEADER: dict[str, Any] = {
     "schema": {"type": "string"},
     "example": f"pid=4242, fd=7, offset=4096, length=1073745920, secret={bytes(SECRET_BYTES).hex()}",
 }
+_DIGEST_HEADER: dict[str, Any] = {
+    "name": HEADER_DIGEST,
+    "in": "header",
+    "required": False,
+    "description": "Whether a digest of 16 bytes follows the body's data (PROTOCOL.md)",
+    "schema": {"type": "string", "enum": [DIGEST_FOLLOWS]},
+}
 _SAFETENSORS_BODY: dict[str, Any] = {
-    "parameters": [_SEGMENT_HEADER],
+    "parameters": [_SEGMENT_HEADER, _DIGEST_HEADER],
     "requestBody": {
         "required": True,
         "description": "The run's tensors as one safetensors stream, as safetensors.torch.save_file writes them",
@@ -73,7 +83,7 @@ _SAFETENSORS_BODY: dict[str, Any] = {
     },
 }
 _PART_BODY: dict[str, Any] = {
-    "parameters": [_SEGMENT_HEADER],
+    "parameters": [_SEGMENT_HEADER, _DIGEST_HEADER],
     "requestBody": {
         "required": True,
         "description": "Slices of the run's tensors as one safetensors stream; its metadata `ema.slices` says which: "
@@ -95,6 +105,7 @@ _BODY_ERRORS = (
     BodyTooLarge,
     InvalidRequest,
     MalformedBody,
+    DigestMismatch,
     LayoutMismatch,
     NonFinite,
     Overloaded,

@@ -34,6 +34,7 @@ from ema_client.errors import (
 from ema_client.protocol import (
     HEADER_AVERAGE,
     HEADER_DECAY,
+    HEADER_DIGEST,
     HEADER_NUM_UPDATES,
     HEADER_RUN,
     HEADER_STEP,
@@ -74,6 +75,7 @@ _HEADERS = {
     HEADER_STEP: _header("integer", "The trainer's step; absent before the first step is known", required=False),
     HEADER_NUM_UPDATES: _header("integer", "LitEma's counter; -1 where the counter is off"),
     HEADER_DECAY: _header("number", "The largest decay"),
+    HEADER_DIGEST: _header("string", "The digest of the data, of whole weights that are kept by it", required=False),
     "ETag": _header("string", "Names these very bytes, for If-None-Match and If-Range"),
     "Accept-Ranges": _header("string", "bytes"),
 }
@@ -177,6 +179,8 @@ async def get_weights(
         partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
     )
 
+    untouched = dtype is None and prefix is None and request.url.scheme == "http"
+
     async def open_source(stack: ExitStack) -> ReadBytes:
         await server.hold(request, arena)
         stack.callback(server.registry.frozen.release, arena)
@@ -184,7 +188,8 @@ async def get_weights(
         return lambda start, stop: data[start:stop]
 
     with ExitStack() as source:
-        return await _answer(request, server, stream, source, open_source, on_disk=False)
+        digest = arena.digest if untouched else None
+        return await _answer(request, server, stream, source, open_source, on_disk=False, digest=digest)
 
 
 @router.get(
@@ -254,14 +259,18 @@ async def _answer(
     open_source: Callable[[ExitStack], Awaitable[ReadBytes]],
     *,
     on_disk: bool,
+    digest: bytes | None = None,
 ) -> Response:
     """The answer to a GET or HEAD.
 
     A body closes ``source`` at its end; an answer without a body leaves that to the caller.
 
-    open_source: called only where there is a body; adds to ``source`` what is to be closed.
+    open_source: called only where there is a body; adds to ``source`` what is to be closed. digest: of the data, where
+    somebody knows it.
     """
     headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
+    if digest:
+        headers[HEADER_DIGEST] = digest.hex()
     if _matches(request.headers.get("if-none-match"), stream.etag):
         return Response(status_code=304, headers=headers)
     try:
