@@ -79,7 +79,7 @@ _POLL_SECONDS = 0.02
 
 
 class EmaClient:
-    """The calls to one service. Thread-safe; one client serves a process.
+    """The calls to one service. Thread-safe; one client serves a process, and its forks by connections of their own.
 
     More than twenty methods: one for each thing that a user may ask of the service.
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ema_client import AverageConfig, EmaClient, RemoteEma
-from ema_client.errors import ConnectionLost, LayoutMismatch, NonFinite, RunNotFound, TransportError, UsageError
+from ema_client.errors import ConnectionLost, NonFinite, RunNotFound, TransportError, UsageError
 from ema_client.training.selection import BufferPolicy
 from ema_client.training.step_hook import StepHook
 from tests.client.trainers import ONCE, LitEmaOracle, Oops, Zoo, oops_after, same, train, values
@@ -126,11 +126,9 @@ def test_a_trainer_of_another_dtype_goes_on_with_a_run(
     model = nn.Linear(3, 2).bfloat16()
     average = {name: torch.randn(parameter.shape) for name, parameter in model.named_parameters()}
     client.create_run(run_name, average, decay=0.5, use_num_updates=False)
-    refused = make_ema(model, 0.5, False, resume=True)
-    refused(model)
-    with pytest.raises(LayoutMismatch, match="push_dtype"):
-        refused.flush()
-    ema = make_ema(model, 0.5, False, resume=True, push_dtype=torch.float32)
+    with pytest.raises(UsageError, match="push_dtype='F32'"):
+        make_ema(model, 0.5, False, resume=True)
+    ema = make_ema(model, 0.5, False, resume=True, push_dtype="F32")
     ema(model)
     ema.flush()
 

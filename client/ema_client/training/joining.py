@@ -182,12 +182,13 @@ class Joining:
             if was != spec
         ]
         if faults:
-            only_cast = len(theirs) == len(ours) == len(both) and all(was.shape == spec.shape for was, spec in both)
+            hint = "resume with the model the run was made with, frozen as it was then, or make a new run"
+            dtypes = {spec.dtype for spec in run.layout}
+            fit = len(theirs) == len(ours) == len(both) and all(was.shape == spec.shape for was, spec in both)
+            if fit and len(dtypes) == 1:
+                hint = f"send what the run was made with: push_dtype={dtypes.pop()!r}"
             raise UsageError(
-                f"the model's tensors are not those of run {self._run!r}: {listed(faults, '; ')}",
-                hint="send what the run was made with: give push_dtype="
-                if only_cast
-                else "resume with the model the run was made with, frozen as it was then, or make a new run",
+                f"the model's tensors are not those of run {self._run!r}: {listed(faults, '; ')}", hint=hint
             )
 
 

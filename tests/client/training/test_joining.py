@@ -54,7 +54,7 @@ OTHERS: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
     "renamed": (Coder("encoder"), {}, "'enc.weight' is missing"),
     "more": (nn.Sequential(Coder(), nn.Linear(1, 1)), {}, "'1.weight' is not the run's"),
     "turned": (Coder(turned=True), {}, r"'enc.weight' is F32 \(4, 8\), the run's F32 \(8, 4\)"),
-    "bf16": (Coder().bfloat16(), {}, r"'enc.weight' is BF16 \(8, 4\), the run's F32 \(8, 4\).*give push_dtype="),
+    "bf16": (Coder().bfloat16(), {}, r"'enc.weight' is BF16 \(8, 4\), the run's F32 \(8, 4\).*push_dtype='F32'"),
     "push_dtype": (Coder(), {"push_dtype": torch.bfloat16}, "'dec.bias' is BF16"),
 }
 
