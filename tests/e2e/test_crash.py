@@ -245,8 +245,7 @@ def test_kill_in_a_checkpoint_of_memory(phase: str, life: Life) -> None:
 
 
 STOP_PHASES = [
-    "half of a slot by MainThread",
-    *CHECKPOINT_PHASES[1:],
+    *CHECKPOINT_PHASES,
     "before the row",
     "row committed",
     "before the memory's row goes",
