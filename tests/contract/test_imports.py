@@ -88,7 +88,7 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "training": {"client", "reading", "tensors", "http", "forks"} | CLIENT_WORDS,
     "remote_ema": {"training", "client", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
-    "integrations": {"remote_ema", "training", "client", "atomic"} | CLIENT_WORDS,
+    "integrations": {"remote_ema", "training", "client", "tensors", "atomic"} | CLIENT_WORDS,
     "cli": {"", "atomic", "checkpoints", "client"} | CLIENT_WORDS,
     "__main__": {"cli"},
     # What a user imports from the package itself.

@@ -20,6 +20,7 @@ from ema_client.client import EmaClient
 from ema_client.errors import Fenced, Forbidden, SnapshotNotFound, StepNotReached
 from ema_client.protocol import WeightsInfo
 from ema_client.remote_ema import RemoteEma
+from ema_client.tensors.writing import noticed
 from ema_client.training.aside import SetAside
 from ema_client.training.kinds import AnySelection, choose
 from ema_client.training.plan import Plan, ShardedPlan
@@ -150,6 +151,8 @@ class Replica:
         if self.swapped:
             reshard(self._model)
             self._aside.restore(self._tensors)
+            # A DTensor counts the writes to it by itself, and not those to its local memory.
+            noticed(self._model.parameters())
 
     @contextlib.contextmanager
     def training_weights(self) -> Iterator[None]:
@@ -159,10 +162,12 @@ class Replica:
             return
         reshard(self._model)
         with self._aside.lent(self._tensors):
+            noticed(self._model.parameters())
             try:
                 yield
             finally:
                 reshard(self._model)
+        noticed(self._model.parameters())
 
     def keep_swapped(self) -> None:
         """Leave the EMA weights in the model for good, if it holds them."""
