@@ -43,6 +43,8 @@ _RAM_DIR = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir
 
 
 def pytest_configure() -> None:
+    # The workers of xdist are started with Ctrl-C ignored, and every process that a test starts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("EMA_SERVICE_RAM_DIR", str(_RAM_DIR))
 
 

@@ -316,6 +316,8 @@ IN_A_FORK: dict[str, Callable[[RemoteEma, nn.Module], object]] = {
     "run": lambda ema, _: ema.run,
     "pending": lambda ema, _: ema.pending,
     "stats": lambda ema, _: str(ema.stats),
+    "step": lambda ema, _: ema.step,
+    "away": lambda ema, _: ema.away,
 }
 
 

@@ -162,6 +162,6 @@ def test_headers_of_weights_are_described(route: str) -> None:
     """The headers that tell the version stand at GET and HEAD; the step is an integer, or absent."""
     headers = OPERATIONS[route]["responses"]["200"]["headers"]
     info = WeightsInfo("r", "ema", "1.0", 1, 1, 0.5)
-    assert headers.keys() == {*info.to_headers(), "ETag", "Accept-Ranges"}
-    assert [name for name in headers if not headers[name]["required"]] == ["Ema-Step"]
+    assert headers.keys() == {*info.to_headers(), "ETag", "Accept-Ranges", "Ema-Digest"}
+    assert [name for name in headers if not headers[name]["required"]] == ["Ema-Step", "Ema-Digest"]
     assert headers["Ema-Step"]["schema"] == {"type": "integer"}

@@ -167,8 +167,7 @@ def test_names_that_confuse_litema(server, client, run_name, litema):
 def test_wrappers_do_not_enter_the_names(server, client, run_name):
     """module. and _orig_mod. are removed, so a compiled or wrapped model updates and reads the run of the plain one."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    wrapped = nn.Module()
-    wrapped.module = torch.compile(model)
+    wrapped = nn.DataParallel(torch.compile(model))
     with RemoteEma(wrapped, 0.5, run=run_name, url=server.url) as ema:
         assert set(client.pull(run_name)) == set(parameters(model))
         ema(model)

@@ -92,8 +92,6 @@ def assert_as_whole(client: EmaClient, run: str, steps: list[int]) -> None:
     assert client.run(run).num_updates == len(steps)
 
 
-# httpcore leaves a Unix socket on which nobody listened to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("end", ["kill", "stop"])
 def test_server_ends_between_two_parts(end: str, server: ServerProcess, ranks: list[Rank], run_name: str) -> None:
     """The rank whose part was answered sends it again to the next server, and the update is applied once, whole."""

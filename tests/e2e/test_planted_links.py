@@ -44,6 +44,16 @@ def planted(
     return server, run, next((server.data_dir / "runs").glob(f"{run.name}.*/snapshots"))
 
 
+@pytest.fixture
+def on_disk(start_server: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun]) -> tuple[PlainRun, Path]:
+    """A run of which each version is written to disk, with a snapshot, and the run's folder."""
+    server = start_server()
+    run = plain_run(server, TENSORS, durability="disk")
+    run.http.put(f"{run.path}/snapshots/first").raise_for_status()
+    assert server.data_dir
+    return run, next((server.data_dir / "runs").glob(f"{run.name}.*"))
+
+
 def test_a_link_is_no_snapshot(planted: tuple[ServerProcess, PlainRun, Path], outside: Path) -> None:
     """A link among the snapshots is not one: not listed, not served, not deleted."""
     _, run, folder = planted
@@ -158,10 +168,9 @@ def test_a_link_in_the_place_of_a_run_without_weights(
     assert contents(outside) == before
 
 
-def test_a_link_planted_under_a_running_server(planted: tuple[ServerProcess, PlainRun, Path], tmp_path: Path) -> None:
+def test_a_link_planted_under_a_running_server(on_disk: tuple[PlainRun, Path], tmp_path: Path) -> None:
     """Pushes and snapshots are refused from then on, and deleting the run removes the link alone."""
-    _, run, snapshots = planted
-    folder, elsewhere = snapshots.parent, tmp_path / "elsewhere"
+    (run, folder), elsewhere = on_disk, tmp_path / "elsewhere"
     before = moved_behind_a_link(folder, elsewhere)
 
     for answer in (run.push(1, TENSORS), run.http.put(f"{run.path}/snapshots/second")):
@@ -223,11 +232,11 @@ def test_a_link_where_slots_will_be(
 @pytest.mark.parametrize("place", ["slots", "slots/*", "slots/*/ema.safetensors"])
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_link_in_the_place_of_a_slot_of_a_running_server(
-    planted: tuple[ServerProcess, PlainRun, Path], outside: Path, place: str, empty: bool
+    on_disk: tuple[PlainRun, Path], outside: Path, place: str, empty: bool
 ) -> None:
     """Pushes are refused from then on, wherever the link leads, and deleting the run leaves that as it is."""
-    _, run, snapshots = planted
-    found = list(snapshots.parent.glob(place))
+    run, folder = on_disk
+    found = list(folder.glob(place))
     for number, path in enumerate(found):
         moved_behind_a_link(path, outside / f"moved-{number}")
         if empty:

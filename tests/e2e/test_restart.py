@@ -116,7 +116,7 @@ def test_clean_restart_brings_everything_back(durability: str, start_server: Sta
     for run in runs:
         seen = stands_as(run)
         assert _without_durable_step(seen) == _without_durable_step(before[run.name])
-        assert seen["info"]["durable_step"] == seen["info"]["step"]
+        assert seen["info"]["durable_step"] == seen["info"]["checkpoint_step"] == seen["info"]["step"]
     _goes_on(runs, before, durable_step=11 if durability == "memory" else 12)
     for run in runs:
         run.http.close()
@@ -146,9 +146,10 @@ def _averages(before: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _without_durable_step(seen: dict[str, Any]) -> dict[str, Any]:
-    """A clean stop makes every step durable: the one field that may change by it."""
-    infos = [{**info, "durable_step": None} for info in seen["list"]["runs"]]
-    return {**seen, "info": {**seen["info"], "durable_step": None}, "list": infos}
+    """A clean stop makes every step durable, and writes a checkpoint: the two fields that may change by it."""
+    unknown = {"durable_step": None, "checkpoint_step": None}
+    infos = [{**info, **unknown} for info in seen["list"]["runs"]]
+    return {**seen, "info": {**seen["info"], **unknown}, "list": infos}
 
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------

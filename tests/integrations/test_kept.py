@@ -183,7 +183,7 @@ def test_one_snapshot_of_two_checkpoints(client: EmaClient, run_name: str) -> No
 
 def test_what_cannot_be_deleted_now(start_server: Any, run_name: str, caplog: Any, monkeypatch: Any) -> None:
     """While the service is away a checkpoint's end is no error: its snapshot is deleted when the service is back."""
-    monkeypatch.setattr("ema_client.http.retry.RetryPolicy.delay", lambda *_: None)
+    monkeypatch.setattr("ema_client.http.retry.RetryPolicy.delay", lambda *_, **__: None)
     service = start_server()
     with EmaClient(service.uds) as client:
         client.create_run(run_name, {"w": torch.zeros(2)})

@@ -148,7 +148,7 @@ def test_the_older_package(client: EmaClient, run_name: str, tmp_path: Path) -> 
 def test_a_service_that_is_not_there(tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training does not begin, and says where nothing listens."""
     nowhere = "http://127.0.0.1:9"  # the port "discard"
-    monkeypatch.setattr("ema_client.http.retry.RetryPolicy.delay", lambda *_: None)
+    monkeypatch.setattr("ema_client.http.retry.RetryPolicy.delay", lambda *_, **__: None)
     with pytest.raises(ServiceUnreachable, match=nowhere):
         trainer(tmp_path, RemoteEmaCallback(run="r", url=nowhere)).fit(Module(trained), batches())
 

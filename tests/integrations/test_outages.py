@@ -35,7 +35,7 @@ RUN = "outage"
 @pytest.fixture
 def service(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
     """A service of one's own at a path that stays; nobody waits between two tries to reach the service."""
-    monkeypatch.setattr("ema_client.http.retry.RetryPolicy.delay", lambda *_: None)
+    monkeypatch.setattr("ema_client.http.retry.RetryPolicy.delay", lambda *_, **__: None)
     started: ServerProcess = start_server()
     monkeypatch.setenv("EMA_SERVICE_URL", started.uds)
     return started

@@ -122,9 +122,8 @@ def test_activation_checkpointing_changes_no_name() -> None:
 
 
 def test_colliding_parameters_are_refused() -> None:
-    """A model with a submodule named like a wrapper is refused where that makes two parameters one."""
-    model = nn.Module()
-    model.module = nn.Linear(1, 1)
+    """A wrapper with a parameter of its own is refused where the names make two parameters one."""
+    model = nn.DataParallel(nn.Linear(1, 1))
     model.weight = nn.Parameter(torch.zeros(1))
 
     with pytest.raises(NameCollision, match=r"'weight' and 'module\.weight'"):

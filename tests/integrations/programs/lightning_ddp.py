@@ -88,5 +88,5 @@ def main(run: str, folder: Path, doomed: str, pid: int) -> None:
 
 if __name__ == "__main__":
     # Nobody waits between two tries to reach the service.
-    RetryPolicy.delay = lambda *_: None  # type: ignore[method-assign]
+    RetryPolicy.delay = lambda *_, **__: None  # type: ignore[method-assign]
     main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
