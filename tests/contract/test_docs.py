@@ -268,6 +268,7 @@ def test_program_keeps_order_and_lines() -> None:
     assert error.traceback[-1].lineno + 1 == 18
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("document", WITH_SNIPPETS)
 def test_snippets_run(document: str, server: Any, tmp_path: Path) -> None:
     """A reader who types the document from top to bottom beside a running server meets no error and no warning."""
@@ -285,7 +286,7 @@ def test_snippets_run(document: str, server: Any, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {"PATH": path, "HOME": str(tmp_path), "EMA_SERVICE_URL": server.url, "MPLBACKEND": "Agg"}
     command = [sys.executable, "-W", "error", str(script)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=220, check=False)
 
     assert any(block.language == "python" for block in blocks(text))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -60,7 +60,7 @@ def play(server: Any) -> Callable[..., dict[str, list[dict[str, Any]]]]:
         with (folder / f"{ranks}.log").open("w+") as log:
             process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
             try:
-                code = process.wait(100)
+                code = process.wait(200)
             finally:
                 # Not kill(): torchrun ends its ranks.
                 process.terminate()
