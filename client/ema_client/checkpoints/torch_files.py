@@ -73,7 +73,7 @@ def read(path: Path) -> Any:
             f"{path} holds more than tensors and plain values, and reading that could run code: {fault}",
             hint="where the file is trusted: torch.save(torch.load(path, weights_only=False)['state_dict'], ...)",
         ) from None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error) as fault:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as fault:
         raise UsageError(
             f"{path} is neither safetensors nor a whole file of torch.save: {str(fault)[:200]}",
             hint="copy it again from where it was made",
@@ -130,7 +130,8 @@ def _records(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
 
 
 def _range(data: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]:
-    # struct.error where the header itself lies beyond the file.
+    if not 0 <= member.header_offset <= len(data) - _LOCAL_HEADER.size:
+        raise ValueError(f"the record {member.filename[:80]!r} begins beyond the file")
     signature, name, extra = _LOCAL_HEADER.unpack_from(data, member.header_offset)
     if signature != _ZIP or member.flag_bits & _ENCRYPTED or member.compress_size != member.file_size:
         raise ValueError(f"the record {member.filename[:80]!r} is damaged")

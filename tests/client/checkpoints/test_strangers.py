@@ -189,6 +189,16 @@ def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
     assert "beyond its place" in refused(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("place", [2**40, 2**63 + 5])
+def test_records_beyond_the_file_are_refused(tmp_path: Path, place: int) -> None:
+    """The directory of an archive gives places of 64 bits."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({}, 2))
+        archive.writestr("x/data/0", bytes(16))
+        archive.filelist[1].header_offset = place
+    assert "begins beyond the file" in refused(tmp_path / "x.pt")
+
+
 # --- compressed, and bombs ------------------------------------------------------------------------------------------
 
 
