@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ema_client.checkpoints.values import real, whole
 from ema_client.errors import UsageError
 from ema_client.protocol import DEFAULT_DECAY, ScheduleName
 
@@ -81,16 +82,16 @@ def of_emamodel(said: Mapping[str, Any]) -> Continuation:
     is LitEma's counter and one more. Until ``update_after_step`` each update copies. Raises UsageError for fields that
     are not EMAModel's.
     """
-    if not isinstance(said.get("optimization_step"), int):
+    if "optimization_step" not in said:
         raise UsageError("the file has no `optimization_step` as EMAModel keeps it", hint="give another --format")
-    decay, smallest = float(said.get("decay", DEFAULT_DECAY)), float(said.get("min_decay", 0.0))
-    step = said["optimization_step"] - int(said.get("update_after_step", 0))
+    decay, smallest = real(said, "decay", DEFAULT_DECAY), real(said, "min_decay", 0.0)
+    step = whole(said, "optimization_step") - whole(said, "update_after_step", 0, least=-(2**62))
     count = max(step - 1, 0)
     following, rule = _emamodel_decay(said, step, decay, smallest)
     if smallest >= decay:
         # One update counted is what to_emamodel() makes of a run without a counter.
         return Continuation("constant", smallest, count or None, following, rule=rule)
-    schedule: ScheduleName = "constant" if said.get("use_ema_warmup") else "litema"
+    schedule: ScheduleName = "constant" if said.get("use_ema_warmup") is True else "litema"
     return Continuation(schedule, decay, count, following, rule=rule)
 
 
@@ -98,9 +99,11 @@ def _emamodel_decay(said: Mapping[str, Any], step: int, decay: float, smallest: 
     """The decay of the update that follows ``step`` counted ones, as EMAModel.get_decay() has it; its rule in words."""
     if step <= 0:
         return 0.0, "it copies the parameters until update_after_step"
-    if not said.get("use_ema_warmup"):
+    if said.get("use_ema_warmup") is not True:
         return max(_warm(decay, step - 1), smallest), "min_decay"
-    gamma, power = float(said.get("inv_gamma", 1.0)), float(said.get("power", 2 / 3))
+    gamma, power = real(said, "inv_gamma", 1.0), real(said, "power", 2 / 3)
+    if gamma <= 0 or power < 0:
+        raise UsageError(f"the file has inv_gamma {gamma:g} and power {power:g}, with which no decay warms up")
     rule = POWER_RULE if gamma == 1.0 else f"1 - (1 + n / {gamma:g})^-p"
     return max(min(1 - (1 + step / gamma) ** -power, decay), smallest), f"{rule} with p = {power:.3g}"
 

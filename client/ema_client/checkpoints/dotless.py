@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ema_client.checkpoints.values import strings
 from ema_client.errors import NameCollision, UsageError, listed
 
 __all__ = ["below", "candidates", "litema_prefix", "match", "tensors_of"]
@@ -37,7 +38,7 @@ def candidates(
     if names is not None:
         return [dict(names), below(names, "model.")]
     if "ema_names" in described:
-        return [dict.fromkeys(json.loads(described["ema_names"]))]
+        return [dict.fromkeys(_said_names(described["ema_names"]))]
     if not prefix:
         # A LitEma's own state dict: there is no model beside it.
         return [{}]
@@ -45,6 +46,13 @@ def candidates(
     beside = {key: value for key, value in tensors_of(state).items() if not key.startswith(prefix)}
     # sgm and latent-diffusion make a LitEma over self.model, their autoencoders over self.
     return [below(beside, f"{parent}model."), below(beside, parent)]
+
+
+def _said_names(said: Any) -> list[str]:
+    try:
+        return strings(json.loads(said))
+    except (RecursionError, TypeError, ValueError):
+        return strings(None)
 
 
 def match(shadows: Mapping[str, Tensor], sources: Iterable[Mapping[str, Tensor | None]]) -> dict[str, str]:

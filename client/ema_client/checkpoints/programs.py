@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ema_client.checkpoints.continuation import POWER_RULE, Continuation, constant, of_emamodel, warmed_up
 from ema_client.checkpoints.dotless import below, candidates, litema_prefix, match, tensors_of
+from ema_client.checkpoints.values import real, whole
 from ema_client.errors import UsageError
 from ema_client.protocol import WeightsInfo
 
@@ -46,7 +47,8 @@ def _litema(state: Mapping[str, Any], described: Mapping[str, Any], names: _Name
     if prefix is None:
         raise UsageError("the file has no `decay` and `num_updates` as LitEma keeps them")
     shadows = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-    decay, num_updates = float(shadows.pop("decay")), int(shadows.pop("num_updates"))
+    decay, num_updates = real(shadows, "decay"), whole(shadows, "num_updates", least=-1)
+    shadows = {name: tensor for name, tensor in tensors_of(shadows).items() if name not in ("decay", "num_updates")}
     matched = match(shadows, candidates(state, prefix, described, names))
     tensors = {dotted: shadows[short] for short, dotted in matched.items()}
     # LitEma holds the decay as float32, whose nearest to 0.9999 means 0.9999.
@@ -57,7 +59,9 @@ def _litema(state: Mapping[str, Any], described: Mapping[str, Any], names: _Name
 def _torch_ema(state: Mapping[str, Any], _: Mapping[str, Any], names: _Names) -> Found:
     if not {"shadow_params", "num_updates", "decay"} <= state.keys():
         raise UsageError("the file has no `shadow_params`, `num_updates` and `decay` as torch_ema keeps them")
-    return Found("", _ordered(state["shadow_params"], names), warmed_up(float(state["decay"]), state["num_updates"]))
+    # torch_ema has None as num_updates where its decay is constant.
+    count = None if state["num_updates"] is None else whole(state, "num_updates")
+    return Found("", _ordered(state["shadow_params"], names), warmed_up(real(state, "decay"), count))
 
 
 def _diffusers(state: Mapping[str, Any], described: Mapping[str, Any], names: _Names) -> Found:
@@ -68,7 +72,7 @@ def _diffusers(state: Mapping[str, Any], described: Mapping[str, Any], names: _N
 
 def _averaged_model(state: Mapping[str, Any], _: Mapping[str, Any], __: _Names) -> Found:
     tensors = below(tensors_of(state), "module.")
-    count = int(state["n_averaged"]) if "n_averaged" in state else None
+    count = whole(state, "n_averaged") if "n_averaged" in state else None
     if count == 0:
         going_on = Continuation("constant", None, 0, 0.0, _TORCH_DECAY, rule="the first update copies the parameters")
     else:
@@ -78,14 +82,14 @@ def _averaged_model(state: Mapping[str, Any], _: Mapping[str, Any], __: _Names) 
 
 
 def _timm(state: Mapping[str, Any], described: Mapping[str, Any], _: _Names) -> Found:
-    args = described.get("args", {})
-    decay = float(args["model_ema_decay"]) if "model_ema_decay" in args else None
+    args = described["args"] if isinstance(described.get("args"), Mapping) else {}
+    decay = real(args, "model_ema_decay") if "model_ema_decay" in args else None
     notes = (f"timm's warm-up, {POWER_RULE}, is not carried on",) if args.get("model_ema_warmup") else ()
     return Found("", tensors_of(state), Continuation("litema", decay, None, None if notes else decay), notes)
 
 
 def _ema_pytorch(state: Mapping[str, Any], _: Mapping[str, Any], __: _Names) -> Found:
-    count = int(state["step"]) if "step" in state else None
+    count = whole(state, "step") if "step" in state else None
     notes = (
         "`step` counts calls of update(), those that ema-pytorch left out included",
         f"ema-pytorch's warm-up, {POWER_RULE}, is not carried on; the file has neither its powers nor its beta",
@@ -108,7 +112,7 @@ def _state_dict(state: Mapping[str, Any], _: Mapping[str, Any], __: _Names) -> F
 def _own_going_on(described: Mapping[str, Any]) -> Continuation | None:
     """How the average of a run goes on, by the metadata that we write; None where there is none."""
     try:
-        info = WeightsInfo.from_metadata(dict(described))
+        info = WeightsInfo.from_metadata({key: value for key, value in described.items() if isinstance(value, str)})
     except (KeyError, ValueError):
         return None
     if info.schedule != "litema":
@@ -116,8 +120,10 @@ def _own_going_on(described: Mapping[str, Any]) -> Continuation | None:
     return warmed_up(info.decay, info.num_updates)
 
 
-def _ordered(shadows: Sequence[Tensor], names: _Names) -> dict[str, Tensor]:
+def _ordered(shadows: Any, names: _Names) -> dict[str, Tensor]:
     """The averages of a program that keeps no names, by the names of the model, in the model's order."""
+    if not isinstance(shadows, Sequence) or not all(isinstance(tensor, Tensor) for tensor in shadows):
+        raise UsageError("the file's `shadow_params` are not a list of tensors", hint="give the right file")
     if names is None:
         raise UsageError(
             "the file holds no names, only the order of the parameters",

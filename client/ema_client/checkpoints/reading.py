@@ -21,6 +21,7 @@ from ema_client.checkpoints import files
 from ema_client.checkpoints.continuation import Continuation
 from ema_client.checkpoints.dotless import litema_prefix, tensors_of
 from ema_client.checkpoints.programs import FORMATS, OWN
+from ema_client.checkpoints.values import strings
 from ema_client.errors import UsageError, listed
 from ema_client.tensors.names import canonical_names
 
@@ -32,6 +33,11 @@ _EMA_ENTRIES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_
 _ENTRIES = (*_EMA_ENTRIES, "state_dict", "module", "model")
 #: Names of buffers that every torch user has; users name other buffers with ``drop``.
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
+#: A step has fewer digits: what 64 bits hold.
+_STEP_DIGITS = 18
+#: How often the tensors of a file may hold the file's bytes. Tied parameters have several names for the same bytes, a
+#: layer that is applied many times has as many; in a file of a kilobyte a thousand names are a megabyte.
+_MOST_TIED = 64
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,16 @@ def read(
     Raises UsageError for a file that cannot be read, is of no known format, or lacks names; NameCollision where a
     dotless name of LitEma fits two parameters, naming both; OSError.
     """
+    try:
+        return _read(path, format, like, drop, keep)
+    except UsageError as fault:
+        if str(path) in fault.detail:
+            raise
+        # Who knows a program's entries does not know files.
+        raise type(fault)(f"{path}: {fault.detail}", hint=fault.hint) from None
+
+
+def _read(path: Path, format: str | None, like: Path | None, drop: Sequence[str], keep: Sequence[str]) -> Imported:
     content, described = files.read(path)
     state, source = _opened(content)
     described = {**described, **_described_by(content)}
@@ -89,6 +105,7 @@ def read(
         raise UsageError(
             f"{path} holds no weights as {kind} keeps them", hint="give another --format, or the right file"
         )
+    _check_tied(path, tensors)
     if not own:
         # A run's own names are canonical, whatever they begin with.
         tensors = {canonical: tensors[name] for name, canonical in canonical_names(tensors).items()}
@@ -96,14 +113,27 @@ def read(
     return Imported(kind, where, tensors, found.going_on, _step(described), dropped, found.notes)
 
 
+def _check_tied(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if (total := sum(tensor.nbytes for tensor in tensors.values())) > _MOST_TIED * held:
+        raise UsageError(
+            f"{path} holds {held} bytes of weights, and names them {total / max(held, 1):.0f} times over: "
+            f"{_MOST_TIED} times are possible",
+            hint="save the model's parameters without their other names",
+        )
+
+
 def _opened(content: Any) -> tuple[Mapping[str, Any], str]:
     """The mapping in a file's content that holds the weights, and the entry that the mapping stands in."""
     if not isinstance(content, Mapping):
         raise UsageError(f"the file holds a {type(content).__name__}, not named tensors")
+    content = _named(content)
     if isinstance(count := content.get("averaging_state"), Mapping) and isinstance(content.get("state_dict"), Mapping):
         # Lightning's WeightAveraging has the average in the model's place, and what else AveragedModel holds beside it.
-        return {**{f"module.{key}": value for key, value in content["state_dict"].items()}, **count}, "WeightAveraging"
-    inner = {key: value for key in _ENTRIES if isinstance(value := content.get(key), Mapping) and value}
+        averaged = {f"module.{key}": value for key, value in _named(content["state_dict"]).items()}
+        return {**averaged, **_named(count)}, "WeightAveraging"
+    inner = {key: _named(value) for key in _ENTRIES if isinstance(value := content.get(key), Mapping) and value}
     whole = "shadow_params" in content or litema_prefix(content) is not None
     named = next(iter(inner), None)
     if whole or named is None or (named not in _EMA_ENTRIES and len(tensors_of(content)) > 1):
@@ -114,15 +144,19 @@ def _opened(content: Any) -> tuple[Mapping[str, Any], str]:
     return inner[named], f"entry {named!r}"
 
 
+def _named(content: Mapping[Any, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if isinstance(key, str)}
+
+
 def _described_by(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of torch.save says beside its weights, as the metadata of a safetensors file would say it."""
     said: dict[str, Any] = {"global_step": content["global_step"]} if "global_step" in content else {}
     if isinstance(args := content.get("args"), Namespace):
         said["args"] = vars(args)
     if isinstance(info := content.get("ema_info"), Mapping):
-        said.update(info)
+        said.update(_named(info))
     if isinstance(names := content.get("ema_names"), Mapping):
-        said["ema_names"] = json.dumps(list(names.values()))
+        said["ema_names"] = json.dumps(strings(list(names.values())))
     return said
 
 
@@ -139,7 +173,8 @@ def _detected(state: Mapping[str, Any], described: Mapping[str, Any]) -> str:
         return "ema-pytorch"
     if "n_averaged" in state:
         return "averaged-model"
-    if "model_ema_decay" in described.get("args", ()) or all(key.startswith("module.") for key in state):
+    args = described.get("args")
+    if (isinstance(args, Mapping) and "model_ema_decay" in args) or all(key.startswith("module.") for key in state):
         return "timm"
     return "state-dict"
 
@@ -147,7 +182,9 @@ def _detected(state: Mapping[str, Any], described: Mapping[str, Any]) -> str:
 def _step(described: Mapping[str, Any]) -> int | None:
     """The trainer's step, as Lightning and we say it."""
     step = described.get("ema_step", described.get("global_step"))
-    return step if isinstance(step, int) else int(step) if isinstance(step, str) and step.isdigit() else None
+    if isinstance(step, str) and step.isdecimal() and len(step) < _STEP_DIGITS:
+        step = int(step)
+    return step if isinstance(step, int) and 0 <= step < 10**_STEP_DIGITS else None
 
 
 def _parameters(

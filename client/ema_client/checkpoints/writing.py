@@ -86,7 +86,7 @@ def _diffusers(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, lik
 def _write_folder(
     path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, said: Mapping[str, Any], like: Path
 ) -> None:
-    config = json.loads((like / "config.json").read_text())
+    config = files.read_json(like / "config.json")
     path.mkdir(parents=True, exist_ok=True)
     # The weights last: a folder without weights is seen to be no model.
     with open_whole(path / "config.json") as file:
@@ -96,7 +96,8 @@ def _write_folder(
 
 def _in_order(tensors: Mapping[str, Tensor], like: Path) -> list[Tensor]:
     content, _ = files.read(like)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    content = content if isinstance(content, Mapping) else {}
+    state = inner if isinstance(inner := content.get("state_dict"), Mapping) else content
     order = [name for name in state if name in tensors]
     if missing := [name for name in tensors if name not in state]:
         raise UsageError(f"{like} has no {missing[0]!r} ({len(missing)} of {len(tensors)} names are missing)")
