@@ -26,7 +26,8 @@ class StepHook:
     """Calls ``before`` ahead of every step of every torch optimizer, and knows which optimizers step so.
 
     A step that is captured into a CUDA graph changes nothing and waits for nothing (waiting would end the capture):
-    ``before`` is not called, and the optimizer is taken to be replayed, without the hook, until it steps by itself.
+    ``before`` is not called. From then on the optimizer is taken to be replayed, without the hook, even where it steps
+    by itself now and then, as trainings do for a batch that does not fit their graph.
 
     For the process that made the hook: steps in its forks are no concern of it.
 
@@ -37,7 +38,7 @@ class StepHook:
         self._before = before
         self._capturing = capturing or _is_capturing
         self._fired = False
-        #: Optimizer -> whether its latest step was captured.
+        #: Optimizer that stepped -> whether a step of it was captured.
         self._captured: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._home = Home()
         self._handle = register_optimizer_step_pre_hook(self._fire)
@@ -54,12 +55,10 @@ class StepHook:
         such as parameters of which mixed precision's optimizer holds float32 copies, cannot be told: for these it is
         enough that no optimizer is replayed.
         """
-        fires, replayed = self._optimizers(captured=False), self._optimizers(captured=True)
-        held = [each for optimizer in fires for group in optimizer.param_groups for each in group["params"]]
-        # By address: tensors may be views of the optimizers' parameters, or a rank's own memory of them.
-        addresses = {local_memory(each).data_ptr() for each in held}
-        others = [each for each in tensors if each.data_ptr() not in addresses]
-        if not others:
+        held, replayed = self._held(captured=False), self._held(captured=True)
+        if replayed and len(_apart(tensors, replayed)) < len(tensors):
+            return False
+        if not (others := _apart(tensors, held)):
             return True
         has_copies = any(not isinstance(each, nn.Parameter) for each in held)
         return not replayed and (has_copies or not any(_is_trained(each) for each in others))
@@ -68,16 +67,29 @@ class StepHook:
         """Call ``before`` no more."""
         self._handle.remove()
 
-    def _optimizers(self, *, captured: bool) -> list[Optimizer]:
-        """The optimizers that stepped so far, and whose latest step was captured, or was not."""
-        return [optimizer for optimizer, was in list(self._captured.items()) if was == captured]
+    def _held(self, *, captured: bool) -> list[Tensor]:
+        """What the optimizers hold that stepped so far, and of which a step was captured, or none was."""
+        optimizers = [optimizer for optimizer, was in list(self._captured.items()) if was == captured]
+        return [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]
 
     def _fire(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if self._home.is_here:
-            self._captured[optimizer] = captured = self._capturing()
+            captured = self._capturing()
+            self._captured[optimizer] = captured or self._captured.get(optimizer, False)
             if not captured:
                 self._fired = True
                 self._before()
+
+
+def _apart(tensors: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that are none of those held, no views of them, and no rank's own memory of them."""
+    identities = set(map(id, held))
+    others = [each for each in tensors if id(each) not in identities]
+    if not others:
+        # Looking at the addresses of 580 parameters takes 0.4 ms.
+        return []
+    addresses = {local_memory(each).data_ptr() for each in held}
+    return [each for each in others if each.data_ptr() not in addresses]
 
 
 def _is_capturing() -> bool:

@@ -66,7 +66,7 @@ def parameters(*modules: nn.Module) -> list[torch.Tensor]:
 
 
 def test_captured_step(steps: Steps) -> None:
-    """Nothing waits, for that would end the capture, and what is replayed later fires no hook; until a step does."""
+    """Nothing waits, for that would end the capture, and replays fire no hook, though a step between them does."""
     model = nn.Linear(2, 2)
     optimizer = sgd(model)
     steps.step(optimizer)
@@ -79,8 +79,22 @@ def test_captured_step(steps: Steps) -> None:
     assert not steps.hook.guards(parameters(model))
 
     steps.step(optimizer)
+    assert steps.calls == 2
     assert steps.hook.fired()
+    assert not steps.hook.guards(parameters(model))
+
+
+def test_two_optimizers_of_one_model(steps: Steps) -> None:
+    """Where one of them is replayed, the steps of the other guard nothing."""
+    model = nn.Linear(2, 2)
+    one, other = sgd(model), sgd(model)
+    steps.step(one)
+    steps.step(other)
     assert steps.hook.guards(parameters(model))
+    steps.step(one, captured=True)
+    steps.step(other)
+
+    assert not steps.hook.guards(parameters(model))
 
 
 def test_only_what_an_optimizer_holds_is_guarded(steps: Steps) -> None:

@@ -302,6 +302,30 @@ def test_update_without_memory(
     assert torch.equal(run.shadows()["F32"], oracle.shadow["F32"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_full_gpu(local_server: Callable[..., Any]) -> None:
+    """A GPU that has no room for an update, and then for nothing but the update's own memory: the same on a real one."""
+    server = local_server(new_memory=lambda: Memory(torch.device("cuda"), keep_bytes=1 << 24))
+    before = {"F32": torch.randn(64 << 20)}
+    run = server.create("r", before, durability="memory", averages=(AverageConfig(), AverageConfig("slow")))
+    run.begin(before)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    try:
+        # 256 MiB each: a push takes its own memory and a new arena for the second average.
+        for room in (64 << 20, 300 << 20):
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+            with pytest.raises(Overloaded, match="out of memory"):
+                run.push(1, before)
+            gc.collect()
+            torch.cuda.empty_cache()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert run.push(1, before).applied
+
+
 def test_push_that_broke_off_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece that was averaged by half is not averaged again, though memory came free before the last byte."""
     memory = Elsewhere()
