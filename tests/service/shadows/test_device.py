@@ -305,7 +305,7 @@ def test_update_without_memory(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_full_gpu(local_server: Callable[..., Any]) -> None:
-    """A GPU that has no room for an update, and then for nothing but the update's own memory: the same on a real one."""
+    """The same on a real GPU: without room for an update, and with room for no more than the update's own memory."""
     server = local_server(new_memory=lambda: Memory(torch.device("cuda"), keep_bytes=1 << 24))
     before = {"F32": torch.randn(64 << 20)}
     run = server.create("r", before, durability="memory", averages=(AverageConfig(), AverageConfig("slow")))
