@@ -245,12 +245,12 @@ class RemoteEma:
         self._join()
         self._publisher.check_usable()
         # At every call, due or not: what counts is a step since the latest call.
-        hooked = self._hook is not None and self._hook.fired()
+        fired = self._hook is not None and self._hook.fired()
         due = self._cadence.due if due is None else due
         tensors = self._tensors(self._given.module(model)) if due else []
         step = self._cadence.advance(due)
         if due and self._plan.part is not None and self._publisher.room(wait=self._waits):
-            self._send(tensors, step, hooked=hooked)
+            self._send(tensors, step, hooked=fired and self._hook is not None and self._hook.guards(tensors))
 
     def reset_num_updates(self) -> None:
         """Let the warm-up begin anew. A counter that is off stays off (LitEma's is switched on)."""

@@ -57,9 +57,19 @@ class Context:
         Raises BodyTooLarge at once where the push can never fit; Overloaded, ClientDisconnect.
         """
         self.registry.staging.needed(run.layout, averages)
-        return await self.pushers.take(
+        staged = await self.pushers.take(
             request, partial(self.registry.staging.reserve, run.layout, averages, run.memory)
         )
+        with contextlib.ExitStack() as undo:
+            undo.callback(staged.release)
+            await self.allocate(run, staged.allocate)
+            undo.pop_all()
+        return staged
+
+    async def allocate(self, run: Run, work: Callable[[], T]) -> T:
+        """What ``work`` returns, which takes memory for a push: on a thread where the memory is a device's, for the
+        event loop waits for no device; else at once."""
+        return work() if run.memory.on_host else await self.workers.allocate(work)
 
     async def hold(self, request: Request, arena: Arena) -> None:
         """Hold a version for a reader, once there is room; the caller releases it. Raises Overloaded,

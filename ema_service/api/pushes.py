@@ -12,6 +12,7 @@ Knows that order, and how a push may arrive. Does not know bytes (transfer, bodi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
@@ -161,6 +162,11 @@ class PartialPush:
             # The step has its staging already. Waiting in the queue would be wrong: the others may wait for this part's
             # step to end.
             self._part = begin()
+        if gathering := self._part.gathering:
+            with ExitStack() as undo:
+                undo.callback(self._parts.give_up, self._part)
+                await self._server.allocate(self._run, gathering.staged.allocate)
+                undo.pop_all()
         return self
 
     async def receive(self) -> Outcome:

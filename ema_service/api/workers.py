@@ -40,6 +40,8 @@ _SHARE_THREADS = os.cpu_count() or 1
 _FILE_THREADS = 8
 #: Threads that sync acknowledged versions, at the speed of the disk.
 _SYNC_THREADS = 4
+#: Threads that take memory of a device for pushes, and wait for the device meanwhile.
+_DEVICE_THREADS = 2
 #: Bytes that must have arrived before a thread is woken to average them.
 _WORTH_WAKING_BYTES = 8 << 20
 
@@ -58,6 +60,7 @@ class Workers:
         self._files = Threads(_FILE_THREADS, "ema-files")
         self._sync = Threads(_SYNC_THREADS, "ema-sync")
         self._share = Threads(_SHARE_THREADS, "ema-share")
+        self._device = Threads(_DEVICE_THREADS, "ema-device")
         self.helpers = Threads(_HELPERS, "ema-help", torch.set_num_threads, (1,))
         self.receivers = SocketThreads(self._receive, _RECEIVE_THREADS)
         self.senders = SocketThreads(self._send, _SEND_THREADS)
@@ -80,6 +83,13 @@ class Workers:
         """
         return await _outlasting(self._share, work)
 
+    async def allocate(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which takes memory of a device, on a thread that no disk holds up.
+
+        Returns, or raises, only after the work is over.
+        """
+        return await _outlasting(self._device, work)
+
     def sync(self, work: Callable[[], None]) -> asyncio.Future[None]:
         """Begin ``work``, which waits for the medium, on a thread for syncing."""
         return asyncio.get_running_loop().run_in_executor(self._sync, work)
@@ -91,7 +101,8 @@ class Workers:
 
     def close(self) -> None:
         """Finish the updates and files in hand, and end the threads."""
-        for threads in (self._receive, self._send, self._apply, self._sync, self._share, self.helpers, self._files):
+        updates = self._receive, self._send, self._apply, self._share, self._device, self.helpers
+        for threads in (*updates, self._sync, self._files):
             threads.shutdown()
 
 

@@ -9,10 +9,10 @@ Knows bytes, devices and torch's dtypes. Does not know runs, updates or files, o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -24,7 +24,7 @@ from ema_service.memory.layout import Layout
 from ema_service.memory.pool import HostPool
 from ema_service.threads import Threads
 
-__all__ = ["TORCH_DTYPES", "Arena", "Mark", "Memory", "Pool", "buffer_bytes", "param_offset"]
+__all__ = ["TORCH_DTYPES", "Arena", "Mark", "Memory", "Pool", "buffer_bytes", "overloaded", "param_offset"]
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -98,7 +98,8 @@ class Memory:
         self.device = device
         self.on_host = device.type == "cpu"
         self.budget = Budget(limit)
-        self.pool = HostPool(pinned=device.type == "cuda", keep_bytes=keep_bytes, budget=self.budget)
+        pinned_for = device if device.type == "cuda" else None
+        self.pool = HostPool(pinned_for=pinned_for, keep_bytes=keep_bytes, budget=self.budget)
         self.arenas: Pool = self.pool
         #: Threads that wait for a device's results, so that the thread that receives a push need not.
         self.followers = Threads(_FOLLOWERS, "ema-follow")
@@ -113,7 +114,11 @@ class Memory:
         """A uint8 tensor on the device with arbitrary content, the caller's until its last view is gone."""
         if self.on_host:
             return _had(self.arenas.lend, nbytes)
-        return _had(partial(torch.empty, dtype=torch.uint8, device=self.device), nbytes)
+        return _had(self.empty, nbytes)
+
+    def empty(self, nbytes: int) -> Tensor:
+        """As allocate(), new memory of a device. Raises what torch raises where there is none."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def landing(self, nbytes: int) -> Tensor:
         """Host memory that an arena's bytes arrive in: the arena's own, or what they are uploaded from."""
@@ -138,20 +143,49 @@ class Memory:
         """The bytes of ``tensor`` in host memory: ``tensor`` itself on the CPU, else a copy in memory of the pool."""
         if self.on_host:
             return tensor
-        return _had(self.pool.lend, tensor.numel()).copy_(tensor)
+        host = _had(self.pool.lend, tensor.numel())
+        with overloaded(f"{tensor.numel()} bytes could not be copied from the device"):
+            return host.copy_(tensor)
 
     def to_device(self, host: Tensor) -> Tensor:
         """The bytes of ``host`` on the device: ``host`` itself on the CPU, else a copy."""
-        return host if self.on_host else self.allocate(host.numel()).copy_(host)
+        if self.on_host:
+            return host
+        tensor = self.allocate(host.numel())
+        with overloaded(f"{host.numel()} bytes could not be copied to the device"):
+            return tensor.copy_(host)
+
+
+@contextlib.contextmanager
+def overloaded(what: str) -> Iterator[None]:
+    """Raises Overloaded where work of the block finds no memory, of the device or for torch's own; ``what`` failed."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as fault:
+        if not _tells_of_memory(fault):
+            raise
+        raise Overloaded(f"{what}: {_said(fault)}", retry_after=1.0) from fault
+
+
+def _tells_of_memory(fault: Exception) -> bool:
+    # Of memory for other things than tensors (a kernel, an event), and of the host's, a plain RuntimeError tells.
+    said = str(fault).lower()
+    known = isinstance(fault, MemoryError | torch.cuda.OutOfMemoryError)
+    return known or "out of memory" in said or "can't allocate memory" in said
+
+
+def _said(fault: Exception) -> str:
+    return str(fault).splitlines()[0] if str(fault) else type(fault).__name__
 
 
 def _had(allocate: Callable[[int], Tensor], nbytes: int) -> Tensor:
     """Memory, or Overloaded where there is none."""
+    what = f"{nbytes} bytes of memory could not be had"
     try:
-        return allocate(nbytes)
-    except (MemoryError, OSError, torch.cuda.OutOfMemoryError) as fault:
-        said = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise Overloaded(f"{nbytes} bytes of memory could not be had: {said}", retry_after=1.0) from fault
+        with overloaded(what):
+            return allocate(nbytes)
+    except OSError as fault:
+        raise Overloaded(f"{what}: {_said(fault)}", retry_after=1.0) from fault
 
 
 def param_offset(layout: Layout) -> int:

@@ -77,7 +77,7 @@ class FrozenWeights:
         self.hold(arena)
         try:
             return self.data(arena)
-        except (MemoryError, OSError, RuntimeError):
+        except (Overloaded, MemoryError, OSError, RuntimeError):
             self.release(arena)
             raise
 

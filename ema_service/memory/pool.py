@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import logging
 import mmap
+import queue
 import sys
 import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,19 +45,21 @@ class HostPool:
 
     Thread-safe.
 
-    pinned: allocate page-locked memory, which a GPU copies from and to at full speed.
+    pinned_for: a GPU for which memory is page-locked, so that it copies from and to the memory at full speed.
     keep_bytes: most idle memory that stays for reuse; memory that comes back beyond goes to the system.
     budget: of all memory of the host, this pool's and others'; idle memory is given up before the budget says no.
     """
 
-    def __init__(self, *, pinned: bool = False, keep_bytes: int = 0, budget: Budget | None = None) -> None:
+    def __init__(
+        self, *, pinned_for: torch.device | None = None, keep_bytes: int = 0, budget: Budget | None = None
+    ) -> None:
         self.budget = budget or Budget(sys.maxsize)
-        self._pinned = pinned
         self._keep_bytes = keep_bytes
         self._idle: dict[int, deque[_Raw]] = {}
         #: By size: when memory of the size was last lent or came back, by time.monotonic().
         self._used: dict[int, float] = {}
         self._lock = threading.Lock()
+        self._locks = None if pinned_for is None else _PageLocks(pinned_for)
 
     def lend(self, nbytes: int) -> Tensor:
         """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
@@ -84,6 +89,8 @@ class HostPool:
                 return
             if not self._drop_oldest():
                 break
+            if self._locks:
+                self._locks.settle()
         if nbytes > room:
             raise MemoryError(f"the machine, or this server's control group, has {max(room, 0)} bytes left")
         raise MemoryError(f"{self.budget.used} of {self.budget.limit} bytes are in use (--memory-limit)")
@@ -132,27 +139,60 @@ class HostPool:
             region.madvise(mmap.MADV_HUGEPAGE)
         raw = np.frombuffer(region, dtype=np.uint8, count=nbytes)
         weakref.finalize(raw, self.budget.give_back, nbytes).atexit = False
-        if self._pinned and nbytes:
-            _lock_pages(raw)
+        if self._locks and nbytes:
+            self._locks.lock(raw, region)
         return raw
 
 
-def _lock_pages(raw: _Raw) -> None:
-    """Page-lock an array's memory for as long as the array lives. A failure is logged: copies are slower then.
+class _PageLocks:
+    """Page-locks memory for as long as an array over the memory lives, and unlocks it on a thread.
 
-    Not by torch, whose pinned memory takes the next power of two, and 0.42 s for 1 GiB where cudaHostRegister takes
-    0.23 (16 cores, H200).
+    Unlocking waits for the device, and an array may die anywhere: on the event loop, in a garbage collection.
     """
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostRegister(raw.ctypes.data, raw.nbytes, 0))
-    if code:
-        _log.warning("%d bytes could not be page-locked (CUDA error %d): copies of them are slower", raw.nbytes, code)
-    else:
-        weakref.finalize(raw, _unlock_pages, runtime, raw.ctypes.data).atexit = False
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Takes no lock that a garbage collection within put() would wait for.
+        self._dead: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def lock(self, raw: _Raw, region: mmap.mmap) -> None:
+        """Page-lock an array's memory, the whole of ``region``. A failure is logged: copies are slower then.
+
+        Not by torch, whose pinned memory takes the next power of two, and 0.42 s for 1 GiB where cudaHostRegister takes
+        0.23 (16 cores, H200).
+        """
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = raw.ctypes.data
+        code = int(runtime.cudaHostRegister(address, raw.nbytes, 0))
+        if code:
+            _log.warning("%d bytes could not be page-locked (CUDA error %d): copies of them are slower", len(raw), code)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._unlock, name="ema-unlock", daemon=True)
+            self._thread.start()
+        # The region lives until the memory is unlocked.
+        weakref.finalize(
+            raw, self._dead.put, partial(_unlock_pages, runtime, self._device, address, region)
+        ).atexit = False
+
+    def settle(self) -> None:
+        """Return once the memory of every array that is dead is unlocked."""
+        if self._thread is not None:
+            done = threading.Event()
+            self._dead.put(done.set)
+            done.wait()
+
+    def _unlock(self) -> None:
+        while True:
+            self._dead.get()()
 
 
-def _unlock_pages(runtime: Any, address: int) -> None:
-    """Unlock an array's memory, once the array is dead."""
-    # The device may still be copying a push that was dropped.
-    torch.cuda.synchronize()
+def _unlock_pages(runtime: Any, device: torch.device, address: int, region: mmap.mmap) -> None:  # noqa: ARG001 - mapped until then
+    """Unlock a dead array's memory."""
+    try:
+        # The device may still be copying a push that was dropped.
+        torch.cuda.synchronize(device)
+    except RuntimeError as fault:
+        _log.error("the device failed before memory was unlocked: %s", fault)
     runtime.cudaHostUnregister(address)

@@ -7,6 +7,7 @@ Knows layouts, devices and budgets. Does not know the byte stream, sockets, or w
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -48,22 +49,38 @@ class Staged:
     that ``data`` is a view of, None where the push is received; a reader of ``data`` must call settle() after it.
     expected: the digest of the parameters as they were sent, None where the sender gave none. The budget is given back
     by release(), or when this object dies; the memory lives as long as its views.
+
+    allocate: take the memory at once; else allocate() has to be called before anything else is asked.
     """
 
-    def __init__(self, layout: Layout, memory: Memory) -> None:
+    def __init__(self, layout: Layout, memory: Memory, *, allocate: bool = True) -> None:
         self.layout = layout
         self.on_host = memory.on_host
         self._memory = memory
-        self._offset = param_offset(layout)
-        size = buffer_bytes(layout)
-        self._host = memory.landing(size if memory.on_host else layout.param_bytes)
-        self._buffer = self._host if memory.on_host else memory.allocate(size)
-        start = self._offset if memory.on_host else 0
-        self.data = self._host[start : start + layout.param_bytes].numpy().data
-        self.arena = Arena(layout, self._buffer)
+        self._allocating = threading.Lock()
+        self._host: Tensor | None = None
         self.shared: Shared | None = None
         self.expected: bytes | None = None
         self._adopted: Tensor | None = None
+        if allocate:
+            self.allocate()
+
+    def allocate(self) -> None:
+        """Take the memory, unless that was done. Raises Overloaded.
+
+        Memory of a device is to be taken off the event loop: CUDA may wait for the device, and locking new pages takes
+        0.23 s a GiB.
+        """
+        with self._allocating:
+            if self._host is not None:
+                return
+            layout, size = self.layout, buffer_bytes(self.layout)
+            host = self._memory.landing(size if self.on_host else layout.param_bytes)
+            self._buffer = host if self.on_host else self._memory.allocate(size)
+            start = self._offset if self.on_host else 0
+            self.data = host[start : start + layout.param_bytes].numpy().data
+            self.arena = Arena(layout, self._buffer)
+            self._host = host
 
     def adopt(self, shared: Shared, start: int) -> bool:
         """Leave the parameters in the client's memory, where they lie in canonical order from byte ``start`` of the
@@ -95,10 +112,21 @@ class Staged:
         """Copy bytes ``start`` to ``stop`` of the parameters to the device, without waiting. Nothing to do on the
         CPU."""
         if not self.on_host:
+            host = self._landed()
             if self._adopted is not None:
-                self._host[start:stop].copy_(self._adopted[start:stop])
+                host[start:stop].copy_(self._adopted[start:stop])
             param = self._buffer[self._offset + start : self._offset + stop]
-            param.copy_(self._host[start:stop], non_blocking=True)
+            param.copy_(host[start:stop], non_blocking=True)
+
+    @property
+    def _offset(self) -> int:
+        """At which byte of the buffer the parameters begin."""
+        return param_offset(self.layout)
+
+    def _landed(self) -> Tensor:
+        if self._host is None:
+            raise RuntimeError("staging has no memory before allocate()")
+        return self._host
 
     def host_twin(self, arena: Arena) -> Tensor:
         """Host memory, uint8, as long as an arena of the device: for a copy of its results. The arena keeps it."""
@@ -173,8 +201,9 @@ class Staging:
     def reserve(self, layout: Layout, averages: int = 1, memory: Memory | None = None) -> Staged:
         """Memory for one push of this layout, and room for the new shadows of all averages.
 
-        memory: the run's, where its arenas are not those of all. Raises BodyTooLarge where the whole budget is too
-        small, Overloaded where too little of it is free, or where there is no memory all the same.
+        memory: the run's, where its arenas are not those of all. Memory of a device is taken by Staged.allocate() only,
+        which the caller has to call off the event loop. Raises BodyTooLarge where the whole budget is too small,
+        Overloaded where too little of it is free, or where there is no memory all the same.
         """
         nbytes = self.needed(layout, averages)
         if not self._budget.take(nbytes):
@@ -184,7 +213,8 @@ class Staging:
                 retry_after=1.0,
             )
         try:
-            staged = Staged(layout, memory or self._memory)
+            memory = memory or self._memory
+            staged = Staged(layout, memory, allocate=memory.on_host)
             staged.charge(self._budget, nbytes)
         except (RuntimeError, Overloaded):
             self._budget.give_back(nbytes)

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ema_client.errors import StorageFailed
+from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import MAX_STEP, Durability, RunConfig, WeightsInfo
 from ema_service.averaging import Digest
 from ema_service.bodies.outgoing import header_of
@@ -237,7 +237,8 @@ class Versions:
                 self.sync()
             try:
                 self._save(state, final=final)
-            except (OSError, sqlite3.Error) as fault:
+            except (OSError, sqlite3.Error, Overloaded) as fault:
+                # Overloaded: of the host's memory, for the copy of a device's shadows.
                 raise self._failed(f"version {state.version} could not be kept: {fault}") from fault
             self.trouble = None
 

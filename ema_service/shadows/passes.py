@@ -9,6 +9,7 @@ Knows staged memory, arenas and the kernel. Does not know sockets, threads, or w
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ema_client.errors import DigestMismatch, NonFinite, listed
+from ema_client.errors import DigestMismatch, NonFinite, Overloaded, listed
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.averaging import (
     BLOCK_BYTES,
@@ -30,10 +31,14 @@ from ema_service.averaging import (
     finite,
 )
 from ema_service.memory import Arena, Staged
+from ema_service.memory.arena import overloaded
 from ema_service.memory.layout import Section
 from ema_service.shadows.results import DeviceResult, Result, Sink
 
 __all__ = ["DevicePass", "Feed", "Grain", "HostPass", "Pass", "pass_over"]
+
+
+_NO_MEMORY = "the push could not be averaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +118,15 @@ class Pass(ABC):
         self._block: _Block | None = None
         self._digest = Digest(grain.block)
         self._lock = threading.Lock()
+        #: Whether a piece was begun and not ended: the pass has no result then.
+        self._broke_off = False
 
     def advance(self, received: int) -> None:
-        """Digest the parameters that have arrived, the first ``received`` bytes, and average as much as pays."""
-        with self._lock:
+        """Digest the parameters that have arrived, the first ``received`` bytes, and average as much as pays.
+
+        Raises Overloaded where the device has no memory for the work, at every call from then on.
+        """
+        with self._lock, self._whole():
             if received < self._layout.param_bytes:
                 # Whole pieces until the end, so that sinks write whole pages of the disk.
                 received -= received % self._grain.piece
@@ -133,9 +143,14 @@ class Pass(ABC):
     def finish(self) -> bytes:
         """Digest and average the rest. Returns the digest of the parameters (averaging.Digest, 16 bytes).
 
-        Raises DigestMismatch where the parameters are not those that were sent (Staged.expected); NonFinite;
-        SegmentUnusable where the parameters lay in a client's memory and were withdrawn (Staged.settle).
+        Raises DigestMismatch where the parameters are not those that were sent (Staged.expected); NonFinite; Overloaded
+        where the device has no memory for the work; SegmentUnusable where the parameters lay in a client's memory and
+        were withdrawn (Staged.settle).
         """
+        with overloaded(_NO_MEMORY):
+            return self._finish()
+
+    def _finish(self) -> bytes:
         try:
             if self._staged.shared is None:
                 self.advance(self._layout.param_bytes)
@@ -179,6 +194,16 @@ class Pass(ABC):
     @abstractmethod
     def _is_finite(self, number: int, out: Arena) -> bool:
         """Whether the result of a feed has no NaN and no Inf, now that everything is averaged."""
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Work on pieces that is all done, or the pass is over: a piece begun twice would be averaged twice."""
+        if self._broke_off:
+            raise Overloaded(f"{_NO_MEMORY}, or broke off", retry_after=1.0)
+        self._broke_off = True
+        with overloaded(_NO_MEMORY):
+            yield
+        self._broke_off = False
 
     # --- pieces, blocks and kernels ----------------------------------------------------------------------------------
 

@@ -41,14 +41,14 @@ class Preparation:
     def advance(self, received: int) -> None:
         """Average the parameters that have arrived, the first ``received`` bytes.
 
-        Callable from any thread, with growing counts.
+        Callable from any thread, with growing counts. Raises Overloaded where the device has no memory for the work.
         """
         self._running.advance(received)
 
     def finish(self) -> Prepared:
         """Average the rest and return the prepared version.
 
-        Raises NonFinite; SegmentUnusable where a client withdrew its shared memory meanwhile.
+        Raises NonFinite, Overloaded; SegmentUnusable where a client withdrew its shared memory meanwhile.
         """
         return Prepared(self._running.finish(), self._arenas)
 

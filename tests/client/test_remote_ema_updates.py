@@ -256,6 +256,74 @@ def test_forward_on_a_gpu_right_after_the_update(make_ema: Callable[..., RemoteE
         assert torch.equal(target[1].running_mean, mean)
 
 
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another model's optimizer"])
+def test_replayed_steps_on_a_gpu(make_ema: Callable[..., RemoteEma], beside: bool) -> None:
+    """A captured graph is replayed right after the update, and no hook fires: what was there is sent all the same."""
+    model, other = nn.Linear(8192, 8192, device="cuda"), nn.Linear(2, 2, device="cuda")
+    ema = make_ema(model, 0.0, False)
+    optimizer, others = (torch.optim.SGD(each.parameters(), lr=0.5, foreach=True) for each in (model, other))
+    for each in [*model.parameters(), *other.parameters()]:
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    ema(model)
+    ema.flush()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    target = copy.deepcopy(model)
+    for _ in range(5):
+        graph.replay()
+        if beside:
+            others.step()
+        expected = values(model)
+        ema(model)
+        graph.replay()
+        ema.copy_to(target)
+        assert same(values(target), expected)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_steps_on_two_streams(make_ema: Callable[..., RemoteEma]) -> None:
+    """Two optimizers that step on streams of their own both wait for the copy that was begun on a third."""
+    model = nn.Sequential(nn.Linear(8192, 8192, device="cuda"), nn.Linear(8192, 8192, device="cuda"))
+    ema = make_ema(model, 0.0, False)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in model]
+    streams = [torch.cuda.Stream() for _ in optimizers]
+    target = copy.deepcopy(model)
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+    for _ in range(5):
+        expected = values(model)
+        ema(model)
+        torch.cuda.current_stream().record_event(begun := torch.cuda.Event())
+        for optimizer, stream in zip(optimizers, streams, strict=True):
+            stream.wait_event(begun)
+            with torch.cuda.stream(stream):
+                optimizer.step()
+        torch.cuda.synchronize()
+        ema.copy_to(target)
+        assert same(values(target), expected)
+
+
+def test_half_of_the_parameters_change_by_hand(make_ema: Callable[..., RemoteEma]) -> None:
+    """Nothing waits there, though torch's optimizer of the other half does: a copy is sent of all, not live memory."""
+    model = nn.Sequential(nn.Linear(2000, 2000), nn.Linear(2000, 2000))
+    ema = make_ema(model, 0.0, False, borrow=True)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.5)
+    target = copy.deepcopy(model)
+    for _ in range(5):
+        optimizer.step()
+        expected = values(model)
+        ema(model)
+        with torch.no_grad():
+            model[1].weight.add_(1)
+        ema.copy_to(target)
+        assert same(values(target), expected)
+
+
 def test_frozen_later(make_ema: Callable[..., RemoteEma]) -> None:
     """A parameter frozen in the middle goes on being averaged, with one warning; copy_to() and scope() include it."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

@@ -153,7 +153,7 @@ async def put_update(
     found = server.registry.get(run)
     found.ledger.admit(step, writer)
     async with Push(request, server, found, averages=len(found.config.averages)) as push:
-        update = found.begin(step, push.staged, writer)
+        update = await server.allocate(found, partial(found.begin, step, push.staged, writer))
         await push.receive(update.preparation)
         result = await push.decide(server.metrics.timed(partial(found.commit, update)), quick=found.quick)
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()

@@ -9,7 +9,6 @@ Knows runs, arenas and the pass. Does not know sockets.
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,53 +19,21 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ema_client.errors import NonFinite
-from ema_client.protocol import TensorSpec
-from ema_service.averaging import Digest
+from ema_client.errors import NonFinite, Overloaded
+from ema_client.protocol import AverageConfig, TensorSpec
+from ema_service.averaging import Digest, averaging
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.memory.staging import Shared
 from ema_service.persistence import Versions
+from ema_service.shadows import passes
 from ema_service.shadows.passes import Feed, Grain, pass_over
+from tests.service.elsewhere import WAIT_SECONDS, Elsewhere, Mark
 
 Model = Callable[[int], dict[str, Tensor]]
 
-WAIT_SECONDS = 30.0
 #: Parameters of every dtype; the float32 ones come in many pieces.
 SIZES = {"F64": 700, "F32": 60_000, "BF16": 9001, "F16": 5}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-class Mark:
-    """Passed once someone waited for it, and the device may go on."""
-
-    def __init__(self, may_go_on: threading.Event) -> None:
-        self._may_go_on = may_go_on
-        self.passed = False
-
-    def synchronize(self) -> None:
-        assert self._may_go_on.wait(WAIT_SECONDS)
-        self.passed = True
-
-
-class Elsewhere(Memory):
-    """A device on the host."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), keep_bytes=1 << 24)
-        self.on_host = False
-        self.marks: list[Mark] = []
-        self.may_go_on = threading.Event()
-        self.may_go_on.set()
-
-    def allocate(self, nbytes: int) -> Tensor:
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
-
-    def mark(self) -> Mark:
-        self.marks.append(Mark(self.may_go_on))
-        return self.marks[-1]
-
-    def to_device(self, host: Tensor) -> Tensor:
-        return host.clone()
 
 
 @pytest.fixture(
@@ -259,3 +226,158 @@ def test_kept(
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- a device without memory ------------------------------------------------------------------------------------------
+
+FAULTS = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other call"),
+]
+
+
+class Full(Elsewhere):
+    """A device that refuses work of one kind, once it is told of a fault."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.fault: Exception | None = None
+
+    def check(self, kind: str) -> None:
+        if self.fault is not None and kind == self.kind:
+            raise self.fault
+
+    def empty(self, nbytes: int) -> Tensor:
+        self.check("allocate")
+        return super().empty(nbytes)
+
+    def mark(self) -> Mark:
+        self.check("mark")
+        return super().mark()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=["of tensors", "of anything else"])
+@pytest.mark.parametrize("kind", ["allocate", "mark", "averaging", "finite"])
+def test_update_without_memory(
+    kind: str,
+    fault: Exception,
+    local_server: Callable[..., Any],
+    litema: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told to come again, wherever memory is missing; nothing has changed, and another try is like the first."""
+    memory = Full(kind)
+    server = local_server(new_memory=lambda: memory)
+    run = server.create("r", tensors_of(0), durability="process", averages=(AverageConfig(), AverageConfig("slow")))
+    run.begin(tensors_of(0))
+    oracle = litema({"F32": tensors_of(0)["F32"]})
+
+    def refusing(*arguments: Any, **options: Any) -> Callable[[int, int], bool]:
+        kernel = averaging(*arguments, **options)
+
+        def refuse(start: int, stop: int) -> bool:
+            memory.check("averaging")
+            return kernel(start, stop)
+
+        return refuse
+
+    def looked_at(values: Tensor) -> bool:
+        memory.check("finite")
+        return bool(values.isfinite().all())
+
+    monkeypatch.setattr(passes, "averaging", refusing)
+    monkeypatch.setattr(passes, "finite", looked_at)
+    for step in (1, 2):
+        before = run.version
+        memory.fault = fault
+        for _ in range(2):
+            with pytest.raises(Overloaded, match="out of memory"):
+                run.push(step, tensors_of(step))
+        memory.fault = None
+        assert run.version == before
+        assert run.push(step, tensors_of(step)).applied
+        oracle.update({"F32": tensors_of(step)["F32"]})
+
+    assert torch.equal(run.shadows()["F32"], oracle.shadow["F32"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_full_gpu(local_server: Callable[..., Any]) -> None:
+    """The same on a real GPU: without room for an update, and with room for no more than the update's own memory."""
+    server = local_server(new_memory=lambda: Memory(torch.device("cuda"), keep_bytes=1 << 24))
+    before = {"F32": torch.randn(64 << 20)}
+    run = server.create("r", before, durability="memory", averages=(AverageConfig(), AverageConfig("slow")))
+    run.begin(before)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    try:
+        # 256 MiB each: a push takes its own memory and a new arena for the second average.
+        for room in (64 << 20, 300 << 20):
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+            with pytest.raises(Overloaded, match="out of memory"):
+                run.push(1, before)
+            gc.collect()
+            torch.cuda.empty_cache()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert run.push(1, before).applied
+
+
+def test_push_that_broke_off_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece that was averaged by half is not averaged again, though memory came free before the last byte."""
+    memory = Elsewhere()
+    staged, shadow = staged_in(memory, tensors_of(1)), memory.new_arena(LAYOUT)
+    work = pass_over(staged, [Feed(staged.arena, shadow, 0.25)], check=False, grain=GRAIN)
+    with monkeypatch.context() as full:
+
+        def none(*_: Any) -> None:
+            raise FAULTS[0]
+
+        full.setattr(Staged, "upload", none)
+        with pytest.raises(Overloaded, match="CUDA out of memory"):
+            work.advance(100_000)
+
+    for _ in range(2):
+        with pytest.raises(Overloaded, match="broke off"):
+            work.finish()
+
+
+def test_defects_are_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else a device says is not told to come again."""
+    memory = Elsewhere()
+    staged = staged_in(memory, tensors_of(1))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Staged, "upload", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pass_over(staged, [Feed(staged.arena, None, 0.0)], check=False, grain=GRAIN).finish()
+
+
+def test_nothing_to_copy_a_version_to(local_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is tried again, and the run tells; a reader is told to come again, and holds nothing."""
+    memory = Elsewhere()
+    server = local_server(new_memory=lambda: memory)
+    run = server.create("r", tensors_of(0), durability="memory")
+    run.begin(tensors_of(0))
+    frozen = server.registry.frozen
+    arena = run.state.arenas[0]
+
+    def none(_: int) -> Tensor:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(memory.pool, "lend", none)
+        server.registry.checkpoint()
+        assert run.info.status == "degraded"
+        assert "no memory" in str(run.info.reason)
+        with pytest.raises(Overloaded, match="no memory"):
+            frozen.acquire(arena)
+        assert frozen.bytes_in_use == 0
+    server.registry.checkpoint()
+
+    assert run.info.status == "ready"
