@@ -67,6 +67,23 @@ def of(client: EmaClient, run: str) -> tuple[float, float]:
 
 
 @pytest.fixture
+def in_between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Have something done once between a creation's two requests: the run is there and its weights are not sent."""
+
+    def arrange(act: Callable[[], object]) -> None:
+        whole = module._body
+
+        def body(state: module.State) -> module.Body:
+            monkeypatch.setattr(module, "_body", whole)
+            act()
+            return whole(state)
+
+        monkeypatch.setattr(module, "_body", body)
+
+    return arrange
+
+
+@pytest.fixture
 def on_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
     """Have something done once in the middle of the next body that this process sends."""
 
@@ -122,8 +139,9 @@ def test_mended_model_takes_its_run(server: Any, client: EmaClient, run_name: st
         RemoteEma(mended, 0.25, run=run_name, url=server.url)
 
 
-def test_push_token_suffices(start_server: Callable[..., Any], tmp_path: Path) -> None:
-    """A token that may push, and neither read nor delete, takes its run again; another's pattern does not fit."""
+def test_push_token_suffices(start_server: Callable[..., Any], tmp_path: Path, in_between: Callable[..., None]) -> None:
+    """A token that may push, and neither read nor delete, takes its run again; another's pattern does not fit. Such a
+    trainer is told of another that was quicker."""
     file = tmp_path / "tokens"
     mine, other = create_token(file, ["push"], "mine*"), create_token(file, ["push"], "other*")
     admin = create_token(file, ["admin"], "*")
@@ -138,6 +156,10 @@ def test_push_token_suffices(start_server: Callable[..., Any], tmp_path: Path) -
             client.create_run("mine", model(), decay=0.25)
     with EmaClient(url, token=admin) as client:
         assert of(client, "mine") == (0.5, 1.0)
+        in_between(lambda: client.create_run("mine-2", model(value=2.0)))
+        with EmaClient(url, token=mine) as pushing, pytest.raises(RunExists, match="is at step None"):
+            pushing.create_run("mine-2", model())
+        assert of(client, "mine-2")[1] == 2.0
 
 
 def test_failed_branch(client: EmaClient, run_name: str) -> None:
@@ -260,23 +282,46 @@ def test_every_rank_is_told(client: EmaClient, run_name: str) -> None:
 
 
 def test_weights_go_to_the_run_they_were_made_for(
-    server: Any, client: EmaClient, run_name: str, monkeypatch: pytest.MonkeyPatch
+    client: EmaClient, run_name: str, in_between: Callable[..., None]
 ) -> None:
     """A creator whose run another took over between its two requests is told, and its weights are not taken."""
-    whole = module._body
-
-    def body(state: module.State) -> module.Body:
-        monkeypatch.setattr(module, "_body", whole)
-        with EmaClient(server.url) as other:
-            other.declare_run(RunConfig(run_name, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5))
-        return whole(state)
-
-    monkeypatch.setattr(module, "_body", body)
+    others = RunConfig(run_name, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5)
+    in_between(lambda: client.declare_run(others))
     with pytest.raises(RunExists, match="made anew by another trainer"):
         client.create_run(run_name, model(), decay=0.9)
     assert (client.run(run_name).status, round(client.run(run_name).decay, 6)) == ("awaiting_weights", 0.5)
     client.create_run(run_name, model(value=2.0), decay=0.5)
     assert of(client, run_name) == (0.5, 2.0)
+
+
+def test_who_has_the_run_may_train(
+    server: Any, client: EmaClient, run_name: str, in_between: Callable[..., None]
+) -> None:
+    """A trainer that found the run without weights, and made it, is not fenced off by one that attached meanwhile."""
+    client.declare_run(RunConfig(run_name, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5))
+    in_between(lambda: client.attach(run_name))
+    with RemoteEma(model(), 0.9, run=run_name, url=server.url, resume="auto") as ema:
+        ema(model())
+        ema.flush()
+        assert client.run(run_name).step == 1
+
+
+def test_branch_goes_to_the_run_it_was_made_for(
+    client: EmaClient, run_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is a creator that branches from a snapshot."""
+    client.create_run(run_name, model(value=2.0), decay=0.9)
+    client.snapshot(run_name, "kept")
+    branch, rewind = f"{run_name}-branch", EmaClient._rewind
+
+    def late(self: EmaClient, *words: Any) -> Any:
+        self.declare_run(RunConfig(branch, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5))
+        return rewind(self, *words)
+
+    monkeypatch.setattr(EmaClient, "_rewind", late)
+    with pytest.raises(RunExists, match="made anew by another trainer"):
+        client.create_run(branch, model(), from_snapshot=(run_name, "kept"))
+    assert client.run(branch).status == "awaiting_weights"
 
 
 @pytest.mark.parametrize("breaks", [False, True])
