@@ -7,6 +7,7 @@ that programs which look at runs or steer runs do without.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
@@ -177,8 +178,12 @@ class EmaClient:
                 are the snapshot's, and nothing of ``state`` is sent but names, shapes and dtypes.
             exist_ok: return a run that has its weights already as it is, and send nothing.
 
+        A run of this name that never had weights, whatever its configuration, is taken for an attempt that failed and
+        made anew. Of two trainers that make one run at once the first whose weights have come has it whole.
+
         Raises RunExists; StorageDisabled; InvalidDecay; NameCollision and UsageError for a state that cannot be sent;
-        with ``from_snapshot`` SnapshotNotFound, and what rewind() raises.
+        Superseded where another trainer goes on sending the initial weights of another configuration; with
+        ``from_snapshot`` SnapshotNotFound, and what rewind() raises.
         """
         if from_snapshot is not None and (num_updates is not None or step is not None):
             raise UsageError("num_updates or step is given with from_snapshot, which has both")
@@ -202,15 +207,17 @@ class EmaClient:
             self._transport.json("GET", protocol.snapshot_path(source, snapshot))
         info = self._declare(config)
         if info.status == "awaiting_weights":
-            if from_snapshot is not None:
-                return self.rewind(run, snapshot, from_run=source)
-            try:
-                query = {"num_updates": num_updates, "step": step}
-                reply = self._transport.upload(protocol.weights_path(run), _body(state), query=query)
-                return self._seen(_info(run, reply))
-            except WeightsExist:
-                # Another trainer sent the weights between our two requests.
-                info = self.run(run)
+            with _told_if_replaced(run):
+                if from_snapshot is not None:
+                    return self._rewind(run, snapshot, source, info.created_at)
+                try:
+                    query = {"num_updates": num_updates, "step": step, "created_at": info.created_at}
+                    reply = self._transport.upload(protocol.weights_path(run), _body(state), query=query)
+                    return self._seen(_info(run, reply))
+                except WeightsExist:
+                    # Another trainer sent the weights between our two requests. Asked so as a trainer may, who need
+                    # not have the right to read.
+                    info = self._declare(config)
         if not exist_ok:
             raise _exists(info)
         return self._seen(info)
@@ -268,6 +275,9 @@ class EmaClient:
 
         Raises SnapshotNotFound, SnapshotDamaged, StorageDisabled; of another run LayoutMismatch, AverageNotFound.
         """
+        return self._rewind(run, snapshot, from_run, None)
+
+    def _rewind(self, run: str, snapshot: str | None, from_run: str | None, created_at: float | None) -> RunInfo:
         self._steps.forget(run)
         where = Rewind(
             None if snapshot is None else _name(snapshot, "snapshot"),
@@ -275,13 +285,14 @@ class EmaClient:
         )
         # A server of before branches knows no `run`: left out where there is none.
         body = {key: value for key, value in protocol.to_json(where).items() if key != "run" or value is not None}
-        path = protocol.rewind_path(_name(run, "run"))
+        path = _of_that_time(protocol.rewind_path(_name(run, "run")), created_at)
         return self._seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
 
     def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
         """Create a run whose initial weights come later, in parts: see send_weights_part().
 
-        exist_ok: return a run that has its weights already as it is. Raises RunExists.
+        A run of this name that never had weights is made anew, as by create_run(). exist_ok: return a run that has its
+        weights already as it is. Raises RunExists, Superseded.
         """
         info = self._declare(config)
         if info.status != "awaiting_weights" and not exist_ok:
@@ -352,11 +363,16 @@ class EmaClient:
         group: str = "",
         num_updates: int | None = None,
         step: int | None = None,
+        created_at: float | None = None,
     ) -> bool:
-        """Send a part of the initial weights, like push_part(); True if it was the last part to come."""
-        query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step}
+        """Send a part of the initial weights, like push_part(); True if it was the last part to come.
+
+        created_at: what declare_run() told: RunExists is raised where the run was made anew since, by another trainer.
+        """
+        query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step, "created_at": created_at}
         path = protocol.part_path(_name(run, "run"), None, part)
-        return _was_last(self._transport.upload(path, _part_body(state, slices), query=query))
+        with _told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
+            return _was_last(self._transport.upload(path, _part_body(state, slices), query=query))
 
     def wait_for_step(self, run: str, step: int, *, wait: float = protocol.MAX_WAIT) -> RunInfo:
         """The run, once it has reached ``step``. Raises StepNotReached after ``wait`` seconds."""
@@ -573,7 +589,7 @@ class EmaClient:
 
     def _delete(self, path: str, created_at: float, gone: type[Exception]) -> None:
         # Of that time: a try that comes late does not delete what was made since under the same name.
-        path = f"{path}?created_at={created_at!r}"
+        path = _of_that_time(path, created_at)
 
         def attempt(number: int) -> None:
             try:
@@ -657,6 +673,22 @@ def _info(run: str, reply: Reply) -> RunInfo:
     if info.run != run:
         raise ProtocolError(f"{reply.url} was asked about run {run!r} and answered of {info.run!r}")
     return info
+
+
+def _of_that_time(path: str, created_at: float | None) -> str:
+    return path if created_at is None else f"{path}?created_at={created_at!r}"
+
+
+@contextlib.contextmanager
+def _told_if_replaced(run: str) -> Iterator[None]:
+    """Raises RunExists where the service has no run of the time any more at which this trainer made it."""
+    try:
+        yield
+    except RunNotFound:
+        raise RunExists(
+            f"run {run!r} was made anew by another trainer, or deleted, before its initial weights were there",
+            hint="choose another name, or find out who makes runs of this one",
+        ) from None
 
 
 def _exists(info: RunInfo) -> RunExists:

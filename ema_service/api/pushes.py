@@ -145,7 +145,7 @@ class PartialPush:
         self._server = server
         self._run = run
         self._place = step, index, terms
-        self._parts = server.registry.parts(run.config.run)
+        self._parts = server.registry.parts(run.config.run, run.created_at)
         self._incoming = _Incoming(request, server, run)
         self._whole = False
 

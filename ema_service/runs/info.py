@@ -5,6 +5,8 @@ Knows the fields of RunInfo. Does not know how any of them comes about.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ema_client.protocol import AverageInfo, RunConfig, RunInfo, RunStatus
@@ -19,11 +21,24 @@ __all__ = ["Links", "describe"]
 
 
 class Links:
-    """How the pushes of a run arrive, in words for people; and why not through shared memory, where that was tried."""
+    """How the pushes of a run arrive, in words for people; and why not through shared memory, where that was tried.
+
+    beginning: how many requests bring initial weights at the moment, whole or in parts.
+    """
 
     def __init__(self) -> None:
+        self.beginning = 0
         self._latest: str | None = None
         self._refusal: str | None = None
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Initial weights are being received within the block. On the event loop only."""
+        self.beginning += 1
+        try:
+            yield
+        finally:
+            self.beginning -= 1
 
     def came(self, link: str) -> None:
         """Note that a push arrived over ``link``, whole and right."""

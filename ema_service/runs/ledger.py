@@ -129,7 +129,7 @@ class Ledger:
 
     version: the current one, None before the initial weights. writer: the number of the trainer that attached last, 0
     before any did. fault: why the run takes no updates (its latest stored version was damaged), None if all is well.
-    retired: whether the run was deleted.
+    retired: whether the run is gone: deleted or, where ``replaced`` is true as well, in favour of another of its name.
 
     admit() is called without the run's lock too, before a body is read; so each method reads ``version`` once.
     """
@@ -140,6 +140,7 @@ class Ledger:
         self.writer = writer
         self.fault: str | None = None
         self.retired = False
+        self.replaced = False
         self._run = config.run
         #: The largest epoch that someone may have read a version of, although its files are damaged.
         self._last_epoch = 0
@@ -289,12 +290,19 @@ class Ledger:
         if version:
             self.commit(version)
 
-    def retire(self) -> None:
-        """The run is deleted: refuse everything from now on."""
+    def retire(self, *, replaced: bool = False) -> None:
+        """The run is deleted, or replaced by another of its name: refuse everything from now on."""
+        self.replaced = replaced
         self.retired = True
 
     def check_exists(self) -> None:
-        """Raises RunNotFound once the run is deleted."""
+        """Raises RunNotFound once the run is deleted; Superseded once it is replaced."""
+        if self.replaced:
+            raise Superseded(
+                f"run {self._run!r} was made anew meanwhile, with another configuration",
+                hint="nothing was changed; ask again",
+                retry_after=0.0,
+            )
         if self.retired:
             raise RunNotFound(f"run {self._run!r} was deleted")
 

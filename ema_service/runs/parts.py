@@ -259,11 +259,11 @@ class Parts:
                 self._drop(gathering, StaleStep(str(why)))
         return expired
 
-    def close(self) -> None:
-        """Give up every step that is not being applied: the run is deleted."""
+    def close(self, fault: EmaError) -> None:
+        """Give up every step that is not being applied: the run is gone. fault: raised by parts that are coming."""
         with self._lock:
             for gathering in [g for g in self._gatherings if not g.applying]:
-                self._drop(gathering, StaleStep(f"run {self._run.config.run!r} was deleted"))
+                self._drop(gathering, fault)
 
     # ----------------------------------------------------------------------------------------------------------------
 

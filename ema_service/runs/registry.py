@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sqlite3
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -23,8 +25,10 @@ from ema_client.errors import (
     Overloaded,
     RunExists,
     RunNotFound,
+    StaleStep,
     StorageDisabled,
     StorageFailed,
+    Superseded,
     TooManyRuns,
     listed,
 )
@@ -51,6 +55,9 @@ MORE_ROOM = (
     "give shared memory more room (docker run --shm-size=…, Kubernetes: an emptyDir of medium Memory at /dev/shm), or "
     "another folder in memory with --ram-dir"
 )
+
+#: Retry-After for a creation while another trainer's initial weights are being received.
+_RECEIVING_SECONDS = 1.0
 
 #: Members of a configuration that name tensors, too long to be shown in a message.
 _LONG = ("layout", "copied")
@@ -175,17 +182,19 @@ class Registry:
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
+    # created_at, wherever a method takes it: of the run that is meant, which a run made since in its place is not.
+
     def runs(self) -> list[Run]:
         """All runs, oldest first."""
-        return [each.run for each in self._all()]
+        return sorted((each.run for each in self._all()), key=lambda run: run.created_at)
 
-    def get(self, name: str) -> Run:
+    def get(self, name: str, created_at: float | None = None) -> Run:
         """The run of this name. Raises RunNotFound."""
-        return self._find(name).run
+        return self._find(name, created_at).run
 
-    def parts(self, name: str) -> Parts:
+    def parts(self, name: str, created_at: float | None = None) -> Parts:
         """The parts of a run. Raises RunNotFound."""
-        return self._find(name).parts
+        return self._find(name, created_at).parts
 
     def snapshots(self, name: str) -> Snapshots:
         """The snapshots of a run. Raises RunNotFound; StorageDisabled where nothing is kept on disk."""
@@ -195,6 +204,9 @@ class Registry:
 
     def create(self, config: RunConfig) -> tuple[Run, bool]:
         """The run of this configuration, and whether it is new.
+
+        A run of this name with another configuration gives way where it has neither weights nor snapshots: its creator
+        failed, or began anew. While its initial weights are being received Superseded is raised, as they decide.
 
         A ``durability`` left out is that of the run if it exists, else ``process``, or ``memory`` where there is no
         store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed; Overloaded where memory
@@ -211,11 +223,14 @@ class Registry:
                 config = replace(config, durability=self._durability(config))
                 self._check_room(config, layout)
                 return self._add(config, layout).run, True
-        if config.durability is None:
-            config = replace(config, durability=found.run.config.durability)
-        if found.run.config != config:
-            raise RunExists(f"run {config.run!r} exists with another {_difference(found.run.config, config)}")
-        return found.run, False
+            same = replace(config, durability=config.durability or found.run.config.durability)
+            if found.run.config == same:
+                return found.run, False
+            refusal = f"run {config.run!r} exists with another {_difference(found.run.config, same)}"
+            _check_gives_way(found, refusal)
+            config = replace(config, durability=self._durability(config))
+            self._check_room(config, layout, without=found)
+            return self._replaced(found, config, layout, refusal).run, True
 
     # key, wherever a method takes it: of the write, which is applied once however often it comes.
 
@@ -238,7 +253,15 @@ class Registry:
         found = self._find(name)
         return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing, key))
 
-    def rewind(self, name: str, snapshot: str, key: str | None = None, *, source: str | None = None) -> Run:
+    def rewind(
+        self,
+        name: str,
+        snapshot: str,
+        key: str | None = None,
+        *,
+        source: str | None = None,
+        created_at: float | None = None,
+    ) -> Run:
         """Take a run back to a snapshot. When this returns, the rewind outlives a crash, whatever the run's durability.
 
         source: the run of the snapshot, where the run branches from another; it may have no weights yet. Raises
@@ -246,7 +269,8 @@ class Registry:
         cannot go on from the other's snapshot; StorageFailed where the rewind would not outlive a crash: the run may be
         at the snapshot all the same, and the rewind can be repeated.
         """
-        run, disk = self.get(name), self._disk(name)
+        found = self._find(name, created_at)
+        run, disk = found.run, self._disk_of(found)
         if run.ledger.version and run.ledger.version.made_by(key):
             self._settle(run, disk)
             return run
@@ -254,17 +278,18 @@ class Registry:
             info, averages, arenas = disk.snapshots.read(snapshot)
         else:
             check_branch(run, self.get(source))
-            found = disk.snapshots.read(snapshot, of=self._disk(source).snapshots)
-            info, averages, arenas = branched(run.config, *found)
+            read = disk.snapshots.read(snapshot, of=self._disk(source).snapshots)
+            info, averages, arenas = branched(run.config, *read)
         run.rewind(info, averages, arenas, key)
         self._settle(run, disk)
         where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
         disk.history.record(f"rewound to {where} (version {info.version}, step {info.step})")
         return run
 
-    def accept(self, name: str, key: str | None = None) -> Run:
+    def accept(self, name: str, key: str | None = None, *, created_at: float | None = None) -> Run:
         """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
-        run, disk = self.get(name), self._disk(name)
+        found = self._find(name, created_at)
+        run, disk = found.run, self._disk_of(found)
         if run.ledger.version and run.ledger.version.made_by(key):
             self._settle(run, disk)
             return run
@@ -276,33 +301,44 @@ class Registry:
     def delete(self, name: str, created_at: float | None = None) -> None:
         """Delete a run with its weights, versions and snapshots, once what is being written of the run is written.
 
-        created_at: of the run that is meant, which a run made since in its place is not. Raises RunNotFound;
-        StorageFailed, and then the run is as it was.
+        Raises RunNotFound; StorageFailed, and then the run is as it was.
         """
-        found = self._find(name)
-        if created_at not in (None, found.run.created_at):
-            raise RunNotFound(f"there is no run {name!r} of that time any more")
-        disk = found.disk
+        found = self._find(name, created_at)
 
         def forget() -> None:
-            if disk:
-                disk.forget()
+            if found.disk:
+                found.disk.forget()
             del self._runs[name]
 
-        with contextlib.ExitStack() as quiet:
-            if disk:
-                quiet.enter_context(disk.snapshots.closing())
-                quiet.enter_context(disk.versions.closing())
-            found.run.retire(forget)
-        found.parts.close()
-        if disk:
-            disk.free()
+        _retire(found, forget)
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _check_room(self, config: RunConfig, layout: Layout) -> None:
-        """Raises Overloaded where memory has no room for a run beside those that are there."""
-        runs = [self._needs(each.run.config, each.run.layout) for each in self._all()]
+    def _replaced(self, found: _Registered, config: RunConfig, layout: Layout, refusal: str) -> _Registered:
+        """A new run in the place of ``found``, which is forgotten first: there may be no room for both.
+
+        Until the new run is there requests for the name are Superseded; where it cannot be made there is neither.
+        refusal: what RunExists says. Raises as _check_gives_way() and _add().
+        """
+
+        def forget() -> None:
+            _check_gives_way(found, refusal)
+            if found.disk:
+                found.disk.forget()
+
+        with contextlib.suppress(RunNotFound):  # deleted meanwhile
+            _retire(found, forget, replaced=True)
+        try:
+            made = self._add(config, layout, found.run)
+        finally:
+            if self._runs.get(config.run) is found:
+                del self._runs[config.run]
+        _log.info("run %s, which had no weights, was made anew with another configuration", config.run)
+        return made
+
+    def _check_room(self, config: RunConfig, layout: Layout, *, without: _Registered | None = None) -> None:
+        """Raises Overloaded where memory has no room for a run beside those that are there, but for ``without``."""
+        runs = [self._needs(each.run.config, each.run.layout) for each in self._all() if each is not without]
         check_room(runs, self._needs(config, layout), self.memory.budget.limit)
 
     def _needs(self, config: RunConfig, layout: Layout) -> Needs:
@@ -320,15 +356,21 @@ class Registry:
             )
         return chosen
 
-    def _add(self, config: RunConfig, layout: Layout) -> _Registered:
-        """Add a new run, first to the disk, then to the registry. Raises StorageFailed, Overloaded."""
-        created_at = time.time()
+    def _add(self, config: RunConfig, layout: Layout, before: Run | None = None) -> _Registered:
+        """Add a new run, first to the disk, then to the registry. Raises StorageFailed, Overloaded.
+
+        before: the run that gave way. The new one has another ``created_at`` whatever the clock says, and counts
+        writers on: a number that a trainer has of the run before is never given to another.
+        """
+        created_at, writer = time.time(), 0
+        if before:
+            created_at, writer = max(created_at, math.nextafter(before.created_at, math.inf)), before.ledger.writer
         if self._store is None:
-            made = self._runs[config.run] = self._make(config, layout, None, created_at)
+            made = self._runs[config.run] = self._make(config, layout, None, created_at, writer=writer)
             return made
         try:
             self._store.check_room(0)
-            row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at)
+            row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer)
             try:
                 made = self._allocated(config, layout, row, created_at)
             except (OSError, Overloaded):
@@ -370,11 +412,18 @@ class Registry:
         return made
 
     def _make(
-        self, config: RunConfig, layout: Layout, row: RunRow | None, created_at: float, *, refusal: str | None = None
+        self,
+        config: RunConfig,
+        layout: Layout,
+        row: RunRow | None,
+        created_at: float,
+        *,
+        refusal: str | None = None,
+        writer: int = 0,
     ) -> _Registered:
-        """refusal: why the run's versions can't lie in memory files."""
+        """refusal: why the run's versions can't lie in memory files. writer: of a run without a row."""
         if self._store is None or row is None:
-            run = Run(config, layout, self.memory, created_at=created_at)
+            run = Run(config, layout, self.memory, created_at=created_at, writer=writer)
             return _Registered(run, Parts(run), None)
         store, memory, files = self._store, self.memory, self._store.memory_files
         versions: Versions | MemoryVersions
@@ -399,17 +448,52 @@ class Registry:
         # is atomic.)
         return list(self._runs.values())
 
-    def _find(self, name: str) -> _Registered:
+    def _find(self, name: str, created_at: float | None = None) -> _Registered:
         found = self._runs.get(name)
         if found is None:
             raise RunNotFound(f"there is no run {name!r}")
+        if created_at not in (None, found.run.created_at):
+            raise RunNotFound(f"there is no run {name!r} of that time any more")
         return found
 
     def _disk(self, name: str) -> _Disk:
-        disk = self._find(name).disk
-        if disk is None:
+        return self._disk_of(self._find(name))
+
+    @staticmethod
+    def _disk_of(found: _Registered) -> _Disk:
+        if found.disk is None:
             raise StorageDisabled("snapshots are files, and this server was started with --memory")
-        return disk
+        return found.disk
+
+
+def _check_gives_way(found: _Registered, refusal: str) -> None:
+    """Raises RunExists, with ``refusal``, unless nothing but a configuration would be lost with the run; Superseded
+    while its initial weights are being received."""
+    run, disk = found.run, found.disk
+    if run.state or run.ledger.fault or (disk and disk.snapshots.all()):
+        raise RunExists(refusal)
+    if run.links.beginning:
+        raise Superseded(
+            f"{refusal}, and its initial weights are being received",
+            hint="another trainer makes the run at the moment: choose another name, or come again",
+            retry_after=_RECEIVING_SECONDS,
+        )
+
+
+def _retire(found: _Registered, forget: Callable[[], None], *, replaced: bool = False) -> None:
+    """Take a run out of use once what is being written of it is written, then give its files and memory back.
+
+    forget, replaced: as for Run.retire(). Raises as Run.retire().
+    """
+    disk, name = found.disk, found.run.config.run
+    with contextlib.ExitStack() as quiet:
+        if disk:
+            quiet.enter_context(disk.snapshots.closing())
+            quiet.enter_context(disk.versions.closing())
+        found.run.retire(forget, replaced=replaced)
+    found.parts.close(StaleStep(f"run {name!r} was deleted, or made anew"))
+    if disk:
+        disk.free()
 
 
 def _read_back(versions: Versions | MemoryVersions) -> Restored:

@@ -325,8 +325,8 @@ class Run:
             self.ledger.restore(state.version if state else None, steps, last_epoch, fault)
         self.changes.tell()
 
-    def retire(self, forget: Callable[[], None]) -> None:
-        """Take no update from now on: the run is deleted. Waits for the update in hand.
+    def retire(self, forget: Callable[[], None], *, replaced: bool = False) -> None:
+        """Take no update from now on: the run is deleted, or replaced by another. Waits for the update in hand.
 
         forget: takes the run out of what a restart brings back, before anything else. Raises what ``forget`` raises,
         and then the run goes on; RunNotFound where the run is deleted already.
@@ -334,7 +334,7 @@ class Run:
         with self._lock:
             self.ledger.check_exists()
             forget()
-            self.ledger.retire()
+            self.ledger.retire(replaced=replaced)
             self._keeper = None  # whoever still reads this run keeps none of its files open
         self.changes.tell()
 

@@ -150,10 +150,11 @@ class Catalog:
         with self._lock:
             self._db.close()
 
-    def add_run(self, name: str, config: str, created_at: float) -> RunRow:
+    def add_run(self, name: str, config: str, created_at: float, writer: int = 0) -> RunRow:
         """Add a run. Raises sqlite3.IntegrityError where the name is taken."""
-        cursor = self._write("INSERT INTO runs (name, config, created_at) VALUES (?, ?, ?)", name, config, created_at)
-        return RunRow(cursor.lastrowid or 0, name, config, created_at)
+        values = name, config, created_at, writer
+        cursor = self._write("INSERT INTO runs (name, config, created_at, writer) VALUES (?, ?, ?, ?)", *values)
+        return RunRow(cursor.lastrowid or 0, *values)
 
     def remove_run(self, run_id: int) -> None:
         """Remove the run with its checkpoints, snapshots and history."""

@@ -136,14 +136,17 @@ class Store:
         """All runs, oldest first."""
         return self._catalog.runs()
 
-    def add_run(self, name: str, config: str, created_at: float) -> RunRow:
-        """Add a run that nobody has: its row, then its folder. Raises OSError, sqlite3.Error."""
+    def add_run(self, name: str, config: str, created_at: float, writer: int = 0) -> RunRow:
+        """Add a run that nobody has: its row, then its folder. Raises OSError, sqlite3.Error.
+
+        writer: the largest number that a trainer may have of a run of this name.
+        """
         try:
-            row = self._catalog.add_run(name, config, created_at)
+            row = self._catalog.add_run(name, config, created_at, writer)
         except sqlite3.IntegrityError:
             # The row of a run that could not be made, and that could not be removed then.
             self._catalog.remove_named(name)
-            row = self._catalog.add_run(name, config, created_at)
+            row = self._catalog.add_run(name, config, created_at, writer)
         folder = self._run_folder(row)
         if folder.is_symlink():
             folder.unlink()  # planted before the run was made: it is not the run's

@@ -138,13 +138,15 @@ def test_other_trainer_was_quicker(scripted: Callable[..., Any], exist_ok: bool)
         "shadow_dtype": "F32", "created_at": 0.0, "updated_at": 0.0,
     }  # fmt: skip
 
+    status = iter(["awaiting_weights", "ready"])
+
     def script(peer: Any) -> None:
         while request := peer.request():
             peer.body(request.length)
             if request.method == "PUT":
                 peer.problem(409, "weights_exist")
             else:
-                peer.answer(200, ready | ({"status": "awaiting_weights"} if request.method == "POST" else {}))
+                peer.answer(200, ready | {"status": next(status)})
 
     with EmaClient(scripted(script).url, retry=ONCE) as client:
         if exist_ok:

@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from ema_client.errors import BY_CODE
 from ema_service.api.schemas import CONFIG_BYTES
@@ -89,7 +91,9 @@ def test_refusal_has_the_one_shape(case: str, server: Any, run: str) -> None:
 
 
 def test_other_config_is_refused(server: Any, run: str) -> None:
-    """Creating a run again with another configuration is a conflict that names the run."""
+    """Creating a run that has weights again, with another configuration, is a conflict that names the run."""
+    weights = save({spec["name"]: torch.zeros(spec["shape"]) for spec in LAYOUT})
+    assert ask(server.url, "PUT", f"/v1/runs/{run}/weights", weights).status == 200
     body = json.dumps({"run": run, "layout": LAYOUT, "decay": 0.5}).encode()
 
     answer = ask(server.url, "POST", "/v1/runs", body, JSON)

@@ -131,10 +131,11 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     config = ask.model("RunConfigBody", run="r", layout=LAYOUT, decay=0.5, use_num_updates=False)
     assert ask("create_run", body=config, status=201).status == "awaiting_weights"
     assert ask("create_run", body=config).run == "r"
-    ask("create_run", body=ask.model("RunConfigBody", run="r", layout=LAYOUT), status=409)
     assert ask("get_weights", "r", status=409).code == "awaiting_weights"
     assert ask("put_weights", "r", body=ask.body(BODY[:-1]), status=422).code == "malformed_body"
+    assert ask("put_weights", "r", body=ask.body(), created_at=0.5, status=404).code == "run_not_found"
     assert ask("put_weights", "r", body=ask.body()).status == "ready"
+    ask("create_run", body=ask.model("RunConfigBody", run="r", layout=LAYOUT), status=409)
     ask("get_weights", "r")  # no step is known yet
     writer = ask("attach_writer", "r", status=201).writer
     assert ask("put_update", "r", 1, body=ask.body(), ema_writer=writer).applied

@@ -94,7 +94,8 @@ class Joining:
         if info is None or info.status == "awaiting_weights":
             self._tell(_lost(self._run, start), level=4)
             self.plan.create(self.client, self.config, self.initial, step=start.at or 0)
-            return Joined(start.at or 0, writer or self._take_over())
+            # Also where the run was there: another trainer may have attached before the run was made anew.
+            return Joined(start.at or 0, self._take_over())
         self._tell(_other_decay(info, self.config.decay), level=4)
         step, warning = self._agree_on_step(info, start)
         self._tell(warning, level=4)
@@ -146,8 +147,13 @@ class Joining:
     # --- what must be the same --------------------------------------------------------------------------------------
 
     def _compatible(self) -> RunInfo:
-        """The run to go on with. Raises UsageError where the run is not as the trainer means it."""
+        """The run to go on with. Raises UsageError where the run is not as the trainer means it.
+
+        A run that awaits its initial weights is whatever its creator means: it is made anew.
+        """
         info = self.client.run(self._run)
+        if info.status == "awaiting_weights":
+            return info
         self._check_same("use_num_updates", info.use_num_updates, self.config.use_num_updates)
         self._check_same("decay_per", info.decay_per, self.config.decay_per)
         theirs = self.client.layout(self._run)

@@ -144,8 +144,9 @@ class ShardedPlan:
         return len(set(self.gather(value))) == 1
 
     def create(self, client: EmaClient, config: RunConfig, initial: Initial, *, step: int = 0) -> RunInfo | None:
-        self.together(lambda: self._declare(client, config))
-        self.together(lambda: self._send_initial(client, config.run, initial, step))
+        declared = self.once(lambda: self._declare(client, config))
+        created_at = declared.created_at if declared else None
+        self.together(lambda: self._send_initial(client, config.run, initial, step, created_at))
         return client.wait_for_step(config.run, step)
 
     def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> bool:
@@ -160,15 +161,22 @@ class ShardedPlan:
             return True
         return False if self.part in status.parts else None
 
-    def _declare(self, client: EmaClient, config: RunConfig) -> None:
-        if self.part == 0:
-            with _hinting_at_resume():
-                client.declare_run(config)
+    def _declare(self, client: EmaClient, config: RunConfig) -> RunInfo:
+        with _hinting_at_resume():
+            return client.declare_run(config)
 
-    def _send_initial(self, client: EmaClient, run: str, initial: Initial, step: int) -> None:
+    def _send_initial(self, client: EmaClient, run: str, initial: Initial, step: int, created_at: float | None) -> None:
         if self.part is not None:
-            part, of = self.part, self.of
-            client.send_weights_part(run, initial(), slices=self.slices, part=part, of=of, group=self.group, step=step)
+            client.send_weights_part(
+                run,
+                initial(),
+                slices=self.slices,
+                part=self.part,
+                of=self.of,
+                group=self.group,
+                step=step,
+                created_at=created_at,
+            )
 
 
 def plan_whole(layout: tuple[TensorSpec, ...]) -> WholePlan:

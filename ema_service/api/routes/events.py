@@ -73,8 +73,8 @@ async def _place(server: Server) -> AsyncIterator[None]:
 async def get_events(run: RunName, server: Server) -> Response:
     """Server-sent events, beginning with the version as it is now; there is no backlog, whatever Last-Event-ID says.
 
-    A reader that falls behind is told of the newest version only. The stream ends when the run is deleted or the
-    server stops.
+    A reader that falls behind is told of the newest version only. The stream ends when the run is deleted or made
+    anew, or the server stops.
     """
     found, snapshots = server.registry.get(run), _snapshots(server, run)
     # no-transform and X-Accel-Buffering: a proxy that collects events would delay them.
@@ -94,7 +94,10 @@ class Look:
 async def stream(
     server: Context, run: Run, snapshots: Snapshots | None, *, heartbeat: float = HEARTBEAT_SECONDS
 ) -> AsyncIterator[bytes]:
-    """The body: encoded events until the run is deleted or the server stops."""
+    """The body: encoded events until the run is deleted or replaced, or the server stops.
+
+    Of a run that is replaced before it had weights nobody is told: the watcher connects again, and sees the new run.
+    """
     with server.watching(run) as moved, server.metrics.watchers.track_inprogress():
         yield _OPENING
         # The present snapshots are no news; the present version is.
@@ -103,7 +106,8 @@ async def stream(
             moved.clear()
             gone = run.ledger.retired
             now = before if gone else await _look(server, run, snapshots, before)
-            for event in [*changes(run, before, now), *([_event(run, "run_deleted", now.version)] if gone else [])]:
+            deleted = [_event(run, "run_deleted", now.version)] if gone and not run.ledger.replaced else []
+            for event in [*changes(run, before, now), *deleted]:
                 server.metrics.events.labels(event.kind).inc()
                 yield _encode(event)
             if gone or server.stopping:

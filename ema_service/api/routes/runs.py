@@ -83,6 +83,7 @@ _MAX_COLONS = 4 * MAX_TENSORS
             InvalidRequest,
             StorageDisabled,
             StorageFailed,
+            Superseded,
             Overloaded,
         ),
     },
@@ -90,7 +91,7 @@ _MAX_COLONS = 4 * MAX_TENSORS
 async def create_run(request: Request, response: Response, server: Server) -> RunInfo:
     """Create a run from its configuration. The run then awaits its initial weights.
 
-    The same configuration again changes nothing.
+    The same configuration again changes nothing. A run of another configuration that never had weights gives way.
     """
     config = await server.workers.block(partial(_read_config, await request.body()))
     access_of(request).check("push", config.run)
@@ -171,7 +172,14 @@ def _layout_json(config: RunConfig) -> bytes:
     summary="Change the decay",
     openapi_extra=takes_json(CHANGE_BYTES),
     responses=problem_responses(
-        *JSON_REFUSALS, RunNotFound, AverageNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed
+        *JSON_REFUSALS,
+        RunNotFound,
+        AverageNotFound,
+        AwaitingWeights,
+        RunDegraded,
+        InvalidRequest,
+        StorageFailed,
+        Superseded,
     ),
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server, key: Key = None) -> RunInfo:
@@ -183,7 +191,7 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server, key: Key 
 @router.post(
     "/{run}/reset-num-updates",
     summary="Begin the warm-up anew",
-    responses=problem_responses(RunNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed),
+    responses=problem_responses(RunNotFound, AwaitingWeights, RunDegraded, InvalidRequest, StorageFailed, Superseded),
 )
 async def reset_num_updates(run: RunName, server: Server, key: Key = None) -> RunInfo:
     """Set num_updates to 0; where use_num_updates is off, it stays -1."""
@@ -194,7 +202,7 @@ async def reset_num_updates(run: RunName, server: Server, key: Key = None) -> Ru
     "/{run}/writers",
     status_code=201,
     summary="Attach a trainer",
-    responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
+    responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed, Superseded),
 )
 async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer:
     """Give a trainer a number to send with each push (``Ema-Writer``).
@@ -224,7 +232,14 @@ async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer
         Superseded,
     ),
 )
-async def rewind_run(run: RunName, request: Request, body: RewindBody, server: Server, key: Key = None) -> RunInfo:
+async def rewind_run(
+    run: RunName,
+    request: Request,
+    body: RewindBody,
+    server: Server,
+    key: Key = None,
+    created_at: CreatedAt = None,
+) -> RunInfo:
     """Make the snapshot's weights, step, counter and decays the current ones, in a new epoch.
 
     For a trainer that resumed from an older checkpoint. With another run's snapshot: branch from that run; the run may
@@ -236,9 +251,9 @@ async def rewind_run(run: RunName, request: Request, body: RewindBody, server: S
             raise InvalidRequest(f"run: {source!r} was given without a snapshot of it")
         access_of(request).check("pull", source)
     go = (
-        partial(registry.accept, run, key)
+        partial(registry.accept, run, key, created_at=created_at)
         if snapshot is None
-        else partial(registry.rewind, run, snapshot, key, source=source)
+        else partial(registry.rewind, run, snapshot, key, source=source, created_at=created_at)
     )
     return (await server.file(run, go)).info()
 
@@ -247,7 +262,7 @@ async def rewind_run(run: RunName, request: Request, body: RewindBody, server: S
     "/{run}",
     status_code=204,
     summary="Delete a run",
-    responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
+    responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed, Superseded),
 )
 async def delete_run(run: RunName, server: Server, created_at: CreatedAt = None) -> None:
     """Delete the run with its weights and all its snapshots. There is no way back."""

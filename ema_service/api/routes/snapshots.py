@@ -19,6 +19,7 @@ from ema_client.errors import (
     SnapshotNotFound,
     StorageDisabled,
     StorageFailed,
+    Superseded,
     TooManySnapshots,
 )
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
@@ -46,6 +47,7 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
             StorageDisabled,
             InvalidRequest,
             StorageFailed,
+            Superseded,
         ),
     },
 )

@@ -49,7 +49,7 @@ from ema_client.protocol import (
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
 from ema_service.api.pushes import PartialPush, Push
-from ema_service.api.routes.parameters import Number, RunName, Server, Step, WriterNumber
+from ema_service.api.routes.parameters import CreatedAt, Number, RunName, Server, Step, WriterNumber
 from ema_service.runs import Parameters, Run, Terms
 from ema_service.runs.parts import Outcome
 
@@ -119,7 +119,7 @@ _BODY_ERRORS = (
     "/weights",
     summary="Give the initial weights",
     openapi_extra=_SAFETENSORS_BODY,
-    responses=problem_responses(*_BODY_ERRORS, WeightsExist),
+    responses=problem_responses(*_BODY_ERRORS, WeightsExist, Superseded),
 )
 async def put_weights(
     run: RunName,
@@ -127,13 +127,15 @@ async def put_weights(
     server: Server,
     num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
     step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
+    created_at: CreatedAt = None,
 ) -> RunInfo:
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
-    found = server.registry.get(run)
-    async with Push(request, server, found) as push:
-        await push.receive()
-        first = Parameters(push.staged)
-        await push.decide(partial(found.initialise, first, num_updates=num_updates, step=step))
+    found = server.registry.get(run, created_at)
+    with found.links.begun():
+        async with Push(request, server, found) as push:
+            await push.receive()
+            first = Parameters(push.staged)
+            await push.decide(partial(found.initialise, first, num_updates=num_updates, step=step))
     return found.info()
 
 
@@ -176,13 +178,15 @@ async def put_weights_part(
     group: PartGroup = "",
     num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
     step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
+    created_at: CreatedAt = None,
 ) -> RunInfo | Response:
     """Take one of ``of`` parts of the initial weights; answered 202 while others are missing.
 
     The part that completes the set makes it the first shadow of every average.
     """
-    found = server.registry.get(run)
-    outcome, result = await _push_part(request, server, found, None, part, Terms(of, group, num_updates, step))
+    found = server.registry.get(run, created_at)
+    with found.links.begun():
+        outcome, result = await _push_part(request, server, found, None, part, Terms(of, group, num_updates, step))
     if outcome != "staged":
         return found.info() if result is None else cast(RunInfo, result)
     return _staged(UpdateStatus(step or 0, "staged", server.registry.parts(run).staged(None) or ()))

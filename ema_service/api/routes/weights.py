@@ -30,6 +30,7 @@ from ema_client.errors import (
     SnapshotNotFound,
     StepNotReached,
     StorageDisabled,
+    Superseded,
 )
 from ema_client.protocol import (
     HEADER_AVERAGE,
@@ -133,6 +134,7 @@ _CURRENT_ERRORS = (
     RangeNotSatisfiable,
     InvalidRequest,
     Overloaded,
+    Superseded,
 )
 _SNAPSHOT_ERRORS = (
     RunNotFound,
@@ -232,7 +234,8 @@ async def get_snapshot_weights(
 async def _reach(server: Context, run: Run, step: int, wait: float) -> None:
     """Return once the run has applied ``step`` or a later one.
 
-    Raises StepNotReached after ``wait`` seconds or when the server stops, RunNotFound when the run is deleted.
+    Raises StepNotReached after ``wait`` seconds or when the server stops, RunNotFound when the run is deleted,
+    Superseded when it is replaced.
     """
     with server.watching(run) as moved:
         with contextlib.suppress(TimeoutError):
@@ -240,8 +243,7 @@ async def _reach(server: Context, run: Run, step: int, wait: float) -> None:
                 while not (_reached(run, step) or run.ledger.retired or server.stopping):
                     await moved.wait()
                     moved.clear()
-        if run.ledger.retired:
-            raise RunNotFound(f"run {run.config.run!r} was deleted")
+        run.ledger.check_exists()
         if not _reached(run, step):
             raise StepNotReached(f"run {run.config.run!r} did not reach step {step} within {wait:g} seconds")
 

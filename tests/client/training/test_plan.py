@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -63,12 +64,12 @@ class Client:
         self.asked: list[Any] = []
         self._exists = exists
 
-    def __getattr__(self, name: str) -> Callable[..., str]:
-        def asked(*words: Any, **options: Any) -> str:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def asked(*words: Any, **options: Any) -> Any:
             self.asked.append((name, words, options))
             if self._exists and name in ("create_run", "declare_run"):
                 raise RunExists("run 'r' exists already", hint="")
-            return f"answer to {name}"
+            return SimpleNamespace(created_at=1.5) if name == "declare_run" else f"answer to {name}"
 
         return asked
 
@@ -142,6 +143,8 @@ def test_initial_weights_in_parts() -> None:
         (0, 2, "start", SLICES[0]),
         (1, 2, "start", SLICES[1]),
     ]
+    # Each rank names the run that the one rank declared.
+    assert [part["created_at"] for part in sent] == [1.5, 1.5]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -5,6 +5,7 @@ Knows registries in this process. Does not know HTTP, or how a state is kept (te
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_client.errors import InvalidRequest, RunExists, RunNotFound, StorageDisabled, TooManyRuns
+from ema_client.errors import (
+    InvalidRequest,
+    Overloaded,
+    RunExists,
+    RunNotFound,
+    StorageDisabled,
+    StorageFailed,
+    Superseded,
+    TooManyRuns,
+)
 from ema_client.protocol import AverageConfig, RunConfig, TensorSpec
 
 if TYPE_CHECKING:
@@ -50,14 +60,85 @@ def test_same_config_again_is_the_same_run(server: LocalServer, model: Model) ->
     ],
 )
 def test_other_config_is_refused(changes: dict[str, Any], words: str, server: LocalServer, model: Model) -> None:
-    """Creating a run again with another configuration is refused, naming the run and what differs."""
-    server.create("r", model(0), decay=0.5)
+    """Creating a run that has weights with another configuration is refused, naming the run and what differs."""
+    server.create("r", model(0), decay=0.5).begin(model(0))
 
     with pytest.raises(RunExists) as refusal:
         server.create("r", model(0), **changes)
 
     assert "'r'" in refusal.value.detail
     assert words in refusal.value.detail
+
+
+def test_run_without_weights_gives_way(server: LocalServer, model: Model) -> None:
+    """A run that awaits its weights is replaced where the configuration is another, and nothing of it stays: its files,
+    its place among the runs, its number of writers alone. Who still has it in hand is told to come again."""
+    old = server.create("r", model(0), decay=0.5)
+    server.create("later", model(0))
+    server.registry.attach("r")
+    new = server.create("r", {"other": torch.zeros(3)}, decay=0.25)
+
+    assert (new.info.status, new.info.decay, new.info.writer) == ("awaiting_weights", 0.25, 1)
+    assert new.info.created_at > old.info.created_at
+    assert [run.config.run for run in server.registry.runs()] == ["later", "r"]
+    assert server.folder is None or len(server.data_files("r.*")) == 1
+    with pytest.raises(Superseded, match="was made anew"):
+        old.begin(model(0))
+    with pytest.raises(RunNotFound, match="of that time"):
+        server.registry.get("r", old.info.created_at)
+    new.begin({"other": torch.ones(3)})
+    with pytest.raises(RunExists):
+        server.create("r", model(0), decay=0.5)
+
+
+def test_run_that_gives_way_makes_room(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the number of runs nor their memory counts a run twice that is replaced; where the new run has no room
+    the old one stays."""
+    monkeypatch.setattr("ema_service.runs.registry.MAX_RUNS", 1)
+    server.create("r", {"w": torch.zeros(1 << 20)})
+    monkeypatch.setattr(server.registry.memory.budget, "limit", 40 << 20)
+    assert server.create("r", {"w": torch.zeros(1 << 20)}, decay=0.5).info.decay == 0.5
+    with pytest.raises(Overloaded, match="0 runs take 0"):
+        server.create("r", {"w": torch.zeros(1 << 24)})
+    assert server.run("r").info.decay == 0.5
+
+
+def test_run_with_snapshots_does_not_give_way(local_server: StartServer, model: Model) -> None:
+    """A run of ``memory`` that a crash left without weights keeps its name as long as it has a snapshot."""
+    server = local_server()
+    server.create("r", model(0), durability="memory").begin(model(0))
+    server.snapshot("s")
+    server.crash()
+    server.start()
+    assert server.run("r").info.status == "awaiting_weights"
+    with pytest.raises(RunExists):
+        server.create("r", model(0), durability="memory", decay=0.5)
+    server.registry.snapshots("r").delete("s")
+    assert server.create("r", model(0), durability="memory", decay=0.5).info.decay == 0.5
+
+
+def test_locked_catalog_leaves_the_run(
+    local_server: StartServer, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the row of a run cannot be removed the run stays as it was; where that of the new one cannot be written
+    there is neither, and the name is free."""
+    server = local_server()
+    server.create("r", model(0), decay=0.5)
+
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as locked:
+        locked.setattr("ema_service.storage.catalog.Catalog.remove_run", fail)
+        with pytest.raises(StorageFailed, match="was not deleted"):
+            server.create("r", model(0), decay=0.25)
+    assert (server.run("r").info.decay, server.run("r").info.status) == (0.5, "awaiting_weights")
+    with monkeypatch.context() as locked:
+        locked.setattr("ema_service.storage.catalog.Catalog.add_run", fail)
+        with pytest.raises(StorageFailed, match="was not created"):
+            server.create("r", model(0), decay=0.25)
+    assert server.registry.runs() == []
+    server.create("r", model(0), decay=0.25).begin(model(0))
 
 
 def test_runs_are_counted(server: LocalServer, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +156,7 @@ def test_runs_are_counted(server: LocalServer, model: Model, monkeypatch: pytest
 
 def test_other_layout_is_refused_without_listing_it(server: LocalServer, model: Model) -> None:
     """A run with another layout is refused in one short line."""
-    server.create("r", model(0))
+    server.create("r", model(0)).begin(model(0))
 
     with pytest.raises(RunExists) as refusal:
         server.create("r", {**model(0), "more": torch.zeros(1)})
@@ -88,6 +169,7 @@ def test_copied_tensors_are_a_set(server: LocalServer, model: Model) -> None:
     run = server.create("r", model(0), copied=("emb", "wide"))
 
     assert server.create("r", model(0), copied=["wide", "emb"]).run is run.run
+    run.begin(model(0))
     with pytest.raises(RunExists, match=r"copied tensors \(conv\.weight, emb, half, none, scalar and 1 more\)"):
         server.create("r", model(0), copied=("conv.weight", "half", "none", "scalar"))
     with pytest.raises(InvalidRequest, match="copied: not in the layout: w"):
