@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import AwaitingWeights, EmaError, UsageError, listed
-from ema_client.forks import this_process
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
 from ema_client.tensors.writing import noticed
 from ema_client.training.aside import SetAside
 from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.cadence import Cadence
+from ema_client.training.copied import Copied
 from ema_client.training.given import Given, Named
 from ema_client.training.joining import Joining, Resume, Start
 from ema_client.training.kinds import choose
@@ -38,7 +38,7 @@ from ema_client.training.ranks import may_be_later_rank
 from ema_client.training.rounds import SendPolicy
 from ema_client.training.selection import BufferPolicy, FrozenPolicy
 from ema_client.training.sharding import reshard
-from ema_client.training.state import MOST_STATES, check_state_is_of, rewind_to, saved_state, snapshot_of_step
+from ema_client.training.state import MOST_STATES, check_state_is_of, rewind_to, saved_state
 from ema_client.training.step_hook import StepHook
 from ema_client.training.tally import Stats
 
@@ -345,7 +345,8 @@ class RemoteEma:
         """
         self.flush()
         state = saved_state(self._client, self._run, keep=self._keep)
-        self._tell_if_later(state["step"])
+        if copied := self._copied:
+            copied.tell_if_later(self._run, state["step"])
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, branch: bool = False) -> None:
@@ -378,9 +379,11 @@ class RemoteEma:
             # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
             # part.
             self.flush()
-            snapshot = self._snapshot_of_copy()
+            copied = self._copied
+            snapshot = copied.snapshot(self._client, self._run) if copied else None
             info = self._selection.pull_into(self._given.module(model), self._client, self._run, snapshot=snapshot)
-        self._tell_if_later(info.step)
+        if copied:
+            copied.tell_if_later(self._run, info.step)
 
     def store(self, parameters: Iterable[Tensor] | nn.Module) -> None:
         """Set copies of ``parameters`` aside, on their devices, until restore(). Raises AlreadyStored."""
@@ -433,13 +436,12 @@ class RemoteEma:
     def _for_a_copy(self) -> _Unjoined:
         """What a copy of now joins with."""
         if (waiting := self._unjoined) is not None:
-            copied = waiting.copied or _Copied(this_process())
-            return replace(waiting, copied=replace(copied, process=this_process()))
+            return replace(waiting, copied=(waiting.copied or Copied()).again())
         self._publisher.settle()
         # Of a process that has trained nothing, others that were spawned from it may have trained since.
         began = self._cadence.begun
         step, sent = (self._cadence.step, self._cadence.sent) if began else (self._step_of_run(),) * 2
-        return _Unjoined(Start(resume=True, step=step), copied=_Copied(this_process(), step, sent))
+        return _Unjoined(Start(resume=True, step=step), copied=Copied(step, sent))
 
     def _step_of_run(self) -> int | None:
         try:
@@ -449,25 +451,9 @@ class RemoteEma:
             return None
 
     @property
-    def _copied(self) -> _Copied | None:
+    def _copied(self) -> Copied | None:
         """Of what this is a copy, until the copy has joined."""
         return self._unjoined.copied if self._unjoined else None
-
-    def _snapshot_of_copy(self) -> str | None:
-        """What a copy reads where the run went on since: the snapshot of the copy's step, None if there is none."""
-        copied = self._copied
-        if copied is None or copied.sent is None or (self._client.run(self._run).step or 0) <= copied.sent:
-            return None
-        return snapshot_of_step(self._client, self._run, copied.sent)
-
-    def _tell_if_later(self, step: int | None) -> None:
-        """Warn where a copy has read a later EMA than its own."""
-        if (copied := self._copied) and copied.sent is not None and (step or 0) > copied.sent:
-            warnings.warn(
-                f"a copy of step {copied.sent} of run {self._run!r} reads the EMA of step {step}: no snapshot of the "
-                "copy's step is there; a state_dict() when the copy is made keeps one",
-                stacklevel=3,
-            )
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -503,8 +489,8 @@ class RemoteEma:
         # At the end of the program the publisher ends by itself, and waits for its updates.
         self._dropped.atexit = False
 
-    def _check_may_join(self, copied: _Copied) -> None:
-        if copied.process == this_process():
+    def _check_may_join(self, copied: Copied) -> None:
+        if copied.is_here:
             raise UsageError(
                 f"this RemoteEma is a copy, and the original may train run {self._run!r}: a copy only reads",
                 hint="to train the copied model, make a RemoteEma for it: with a run of its own or, in place of the "
@@ -559,19 +545,6 @@ class _Setup:
     on_device: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Copied:
-    """When and where a copy was made.
-
-    process: in which the copy does not send. step, sent: the trainer's, and that of its latest update sent; None where
-    neither is known.
-    """
-
-    process: str
-    step: int | None = None
-    sent: int | None = None
-
-
 @dataclass(slots=True)
 class _Unjoined:
     """What a RemoteEma that has not joined its run yet joins with.
@@ -581,7 +554,7 @@ class _Unjoined:
 
     start: Start
     tensors: list[Tensor] | None = None
-    copied: _Copied | None = None
+    copied: Copied | None = None
 
 
 def _hook(publisher: Publisher, buffers: UpdateBuffers) -> StepHook:
