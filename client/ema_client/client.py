@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ema_client import protocol
 from ema_client.errors import (
@@ -82,6 +82,9 @@ _POLL_SECONDS = 0.02
 class EmaClient:
     """The calls to one service. Thread-safe; one client serves a process, and its forks by connections of their own.
 
+    A copy is a client of the same URL with connections of its own. A pickle holds no token: where it is loaded the
+    token is $EMA_SERVICE_TOKEN.
+
     More than twenty methods: one for each thing that a user may ask of the service.
 
     Args:
@@ -98,7 +101,8 @@ class EmaClient:
         url = url or os.environ.get("EMA_SERVICE_URL") or protocol.DEFAULT_URL
         token = token or os.environ.get("EMA_SERVICE_TOKEN") or None
         # A token read from a file or a variable often ends in a newline.
-        self._transport = Transport(url.strip(), token=token.strip() if token else None, retry=retry)
+        self._token = token.strip() if token else None
+        self._transport = Transport(url.strip(), token=self._token, retry=retry)
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
@@ -129,6 +133,16 @@ class EmaClient:
 
     def __repr__(self) -> str:
         return f"EmaClient({self.url!r})"
+
+    def __copy__(self) -> EmaClient:
+        return EmaClient(self.url, token=self._token, retry=self.retry)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> EmaClient:
+        return self.__copy__()
+
+    def __reduce__(self) -> Any:
+        # Without the token: pickles are files, and go to others.
+        return partial(EmaClient, self.url, retry=self.retry), ()
 
     def __enter__(self) -> EmaClient:
         return self

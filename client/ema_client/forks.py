@@ -11,13 +11,14 @@ Knows: os.fork, and what multiprocessing does with it. Does not know: what an ob
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import weakref
 from typing import Protocol
 
 from ema_client.errors import UsageError
 
-__all__ = ["Home", "Lock", "tell_in_child"]
+__all__ = ["Home", "Lock", "tell_in_child", "this_process"]
 
 
 class _Told(Protocol):
@@ -68,6 +69,23 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+class _ProcessName:
+    def __init__(self) -> None:
+        self.now = secrets.token_hex(8)
+        tell_in_child(self)
+
+    def after_fork(self) -> None:
+        self.now = secrets.token_hex(8)
+
+
+_process = _ProcessName()
+
+
+def this_process() -> str:
+    """A name for this process that no other process has: numbers of processes come again, in containers above all."""
+    return _process.now
 
 
 def _tell_all() -> None:

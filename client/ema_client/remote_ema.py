@@ -8,11 +8,12 @@ made (buffers) and sent (publisher), what a checkpoint holds (state), or the ave
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
-from ema_client.errors import EmaError, UsageError, listed
+from ema_client.errors import AwaitingWeights, EmaError, UsageError, listed
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
 from ema_client.tensors.writing import noticed
 from ema_client.training.aside import SetAside
 from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.cadence import Cadence
+from ema_client.training.copied import Copied
 from ema_client.training.given import Given, Named
 from ema_client.training.joining import Joining, Resume, Start
 from ema_client.training.kinds import choose
@@ -47,6 +49,22 @@ BusyPolicy = Literal["block", "skip"]
 
 _log = logging.getLogger("ema_client")
 
+#: The attributes that a copy takes over.
+_COPIED = (
+    "_run",
+    "_keep",
+    "_waits",
+    "_borrows",
+    "_sends_module_buffers",
+    "_aside",
+    "_told_frozen",
+    "_client",
+    "_owns_client",
+    "_selection",
+    "_plan",
+    "_setup",
+)
+
 
 class RemoteEma:
     """The exponential moving average of a model's parameters, kept by the service.
@@ -54,6 +72,10 @@ class RemoteEma:
     Called where LitEma is: ``ema(model)`` after each optimizer step, ``with ema.scope(model):`` around an evaluation.
     Averaged are the parameters that require gradients, by their canonical names. Not an nn.Module: there are no weights
     to save, move or cast. For a single thread at a time, and for the process that made it.
+
+    A copy (copy.deepcopy, torch.save, multiprocessing) has connections of its own and the weights set aside by store(),
+    and reads. A copy in another process than the one it was made in, such as a process that "ddp_spawn" starts, joins
+    the run with its first update(), and goes on at the step of the copy. In the same process a copy does not send.
 
     May be made before there is a process group: a process that its launcher (torchrun, Lightning, SLURM, MPI) calls
     another than the first asks the process group with its first use, and joins the run then.
@@ -156,14 +178,8 @@ class RemoteEma:
                 stacklevel=2,
             )
         tensors, _ = self._selection.of(model)
-        on_device = any(tensor.is_cuda for tensor in tensors)
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
-        self._buffers = UpdateBuffers(
-            self._selection.specs, pinned=on_device, slices=self._plan.slices, shared=self._client.same_host
-        )
-        if self._plan.part is not None and not (borrow and self._buffers.can_borrow(tensors)):
-            self._buffers.prepare()
         config = RunConfig(
             run=run,
             layout=self._plan.layout,
@@ -174,8 +190,9 @@ class RemoteEma:
             durability=durability,
             copied=tuple(sorted(self._selection.copied)),
         )
+        self._setup = _Setup(config, update_every, on_device=any(tensor.is_cuda for tensor in tensors))
         #: What joining needs, until this process has joined.
-        self._unjoined: _Unjoined | None = _Unjoined(config, tensors, start, update_every, on_device)
+        self._unjoined: _Unjoined | None = _Unjoined(start, tensors)
         if may_be_later_rank():
             # The first use tells. Should the process be on its own, the shadow begins with the weights of now.
             self._unjoined.tensors = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
@@ -215,7 +232,9 @@ class RemoteEma:
 
     @property
     def step(self) -> int:
-        """The trainer's step: the calls of update() so far, with those before a resume."""
+        """The trainer's step: the calls of update() so far, with those before a resume; of a copy, when it was made."""
+        if (copied := self._copied) and copied.step is not None:
+            return copied.step
         self._join()
         return self._cadence.step
 
@@ -240,7 +259,8 @@ class RemoteEma:
 
         To be called once for each optimizer step, also where gradients are accumulated over several batches. Never
         raises for what the service or the network does. Raises UsageError if the parameters are no longer the run's,
-        and after close(). A failed update is not made up for: the next update is a new step.
+        after close(), and for a copy in its own process. A failed update is not made up for: the next update is a new
+        step.
         """
         self._join()
         self._publisher.check_usable()
@@ -254,6 +274,7 @@ class RemoteEma:
 
     def reset_num_updates(self) -> None:
         """Let the warm-up begin anew. A counter that is off stays off (LitEma's is switched on)."""
+        self._join()
         self.flush()
         self._client.reset_num_updates(self._run)
 
@@ -263,11 +284,15 @@ class RemoteEma:
         Raises UpdatesPending after ``timeout`` seconds; ServiceUnreachable or ConnectionLost where the service is away
         for longer than the client's retries (about ten seconds). What is pending is sent on, and training can go on.
         """
-        self._join()
-        self._publisher.flush(timeout)
-        if self._plan.others:
+        if copied := self._copied:
+            sent = copied.sent
+        else:
+            self._join()
+            self._publisher.flush(timeout)
+            sent = self._cadence.sent
+        if self._plan.others and sent is not None:
             wait = MAX_WAIT if timeout is None else timeout
-            self._client.wait_for_step(self._run, self._cadence.sent, wait=wait)
+            self._client.wait_for_step(self._run, sent, wait=wait)
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, and close the connections. The run stays on the service.
@@ -319,7 +344,10 @@ class RemoteEma:
         version.
         """
         self.flush()
-        return saved_state(self._client, self._run, keep=self._keep)
+        state = saved_state(self._client, self._run, keep=self._keep)
+        if copied := self._copied:
+            copied.tell_if_later(self._run, state["step"])
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, branch: bool = False) -> None:
         """Go back to the EMA of state_dict(): weights, counter, decay and step. Later updates are as if never made.
@@ -332,6 +360,7 @@ class RemoteEma:
         EmaClient.rewind() raises.
         """
         check_state_is_of(self._run, state, branch=branch)
+        self._join()
         other = self._run if branch and state["run"] != self._run else None
         # All ranks flush before the rewind: a late rank would wait for a step that the rewind takes away.
         self._plan.together(self.flush)
@@ -350,7 +379,11 @@ class RemoteEma:
             # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
             # part.
             self.flush()
-            self._selection.pull_into(self._given.module(model), self._client, self._run)
+            copied = self._copied
+            snapshot = copied.snapshot(self._client, self._run) if copied else None
+            info = self._selection.pull_into(self._given.module(model), self._client, self._run, snapshot=snapshot)
+        if copied:
+            copied.tell_if_later(self._run, info.step)
 
     def store(self, parameters: Iterable[Tensor] | nn.Module) -> None:
         """Set copies of ``parameters`` aside, on their devices, until restore(). Raises AlreadyStored."""
@@ -384,30 +417,90 @@ class RemoteEma:
             # A DTensor counts the writes to it by itself, and not those to its local memory.
             noticed(model.parameters())
 
+    # --- copies -----------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> RemoteEma:
+        return copy.deepcopy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy begins with: no token, connection, thread or buffer, and nothing of the model.
+
+        Waits for updates on their way, unless the service counts as away; raises nothing for what the service does.
+        """
+        return {**{name: getattr(self, name) for name in _COPIED}, "_unjoined": self._for_a_copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._given = Given()
+
+    def _for_a_copy(self) -> _Unjoined:
+        """What a copy of now joins with."""
+        if (waiting := self._unjoined) is not None:
+            return replace(waiting, copied=(waiting.copied or Copied()).again())
+        self._publisher.settle()
+        # Of a process that has trained nothing, others that were spawned from it may have trained since.
+        began = self._cadence.begun
+        step, sent = (self._cadence.step, self._cadence.sent) if began else (self._step_of_run(),) * 2
+        return _Unjoined(Start(resume=True, step=step), copied=Copied(step, sent))
+
+    def _step_of_run(self) -> int | None:
+        try:
+            return self._client.run(self._run).step
+        except EmaError as error:
+            _log.warning("run %r is copied without its step: %s", self._run, error)
+            return None
+
+    @property
+    def _copied(self) -> Copied | None:
+        """Of what this is a copy, until the copy has joined."""
+        return self._unjoined.copied if self._unjoined else None
+
     # ----------------------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
         """Join the run, once: in the constructor or, where there may be a rank before this one, at the first use.
 
-        By then the process group tells the rank. Raises as the constructor does.
+        By then the process group tells the rank. Raises as the constructor does; UsageError for a copy that only reads.
         """
         if (waiting := self._unjoined) is None:
             return
+        if waiting.copied:
+            self._check_may_join(waiting.copied)
         if isinstance(self._plan, WholePlan):
             self._plan = plan_whole(self._plan.layout)
-        joining = Joining(self._client, waiting.config, self._plan, lambda: self._initial(waiting.tensors))
+        setup, tensors = self._setup, waiting.tensors
+        self._buffers = UpdateBuffers(
+            self._selection.specs, pinned=setup.on_device, slices=self._plan.slices, shared=self._client.same_host
+        )
+        borrows = self._borrows and (tensors is None or self._buffers.can_borrow(tensors))
+        if self._plan.part is not None and not borrows:
+            self._buffers.prepare()
+        joining = Joining(self._client, setup.config, self._plan, lambda: self._initial(tensors))
         joined = joining.join(waiting.start)
         self._unjoined = None
-        self._cadence = Cadence(waiting.update_every, joined.step)
+        self._cadence = Cadence(setup.update_every, joined.step)
         # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
         send = partial(self._plan.push, self._client, self._run, joined.writer)
         fate = partial(self._plan.fate, self._client, self._run)
         name = f"run {self._run!r} at {self._client.url}"
         self._publisher = Publisher(send, SendPolicy(self._client.retry), name=name, fate=fate)
-        self._hook = _hook(self._publisher, self._buffers) if self._borrows or waiting.on_device else None
+        self._hook = _hook(self._publisher, self._buffers) if self._borrows or setup.on_device else None
         self._dropped = weakref.finalize(self, self._publisher.finish)
         # At the end of the program the publisher ends by itself, and waits for its updates.
         self._dropped.atexit = False
+
+    def _check_may_join(self, copied: Copied) -> None:
+        if copied.is_here:
+            raise UsageError(
+                f"this RemoteEma is a copy, and the original may train run {self._run!r}: a copy only reads",
+                hint="to train the copied model, make a RemoteEma for it: with a run of its own or, in place of the "
+                "original, with resume=True",
+            )
+        if not isinstance(self._plan, WholePlan):
+            raise UsageError(
+                f"this RemoteEma is a copy, of a sharded model's in run {self._run!r}: a copy only reads",
+                hint="make the RemoteEma when the model is sharded, with resume=True",
+            )
 
     def _send(self, tensors: list[Tensor], step: int, *, hooked: bool) -> None:
         """The only place where an update leaves the trainer."""
@@ -430,8 +523,11 @@ class RemoteEma:
             )
         return tensors
 
-    def _initial(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+    def _initial(self, tensors: list[Tensor] | None) -> dict[str, Tensor]:
         """name -> the tensor as it is sent; copies lie in the memory of the first update to come."""
+        if tensors is None:
+            # Made anew by somebody else, since the copy that joins was made.
+            raise AwaitingWeights(f"run {self._run!r} has no weights", hint="make a new RemoteEma for the model")
         sent = self._buffers.initial(tensors, borrow=self._borrows)
         return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
@@ -440,18 +536,25 @@ class RemoteEma:
             self._client.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """What a RemoteEma was made with. on_device: whether the model's tensors were on a CUDA device."""
+
+    config: RunConfig
+    update_every: int
+    on_device: bool
+
+
 @dataclass(slots=True)
 class _Unjoined:
     """What a RemoteEma that has not joined its run yet joins with.
 
-    tensors: the model's, or copies, for the first shadow. on_device: whether the model's are on a CUDA device.
+    tensors: the model's, or copies, for the first shadow; None where the run was joined before the copy was made.
     """
 
-    config: RunConfig
-    tensors: list[Tensor]
     start: Start
-    update_every: int
-    on_device: bool
+    tensors: list[Tensor] | None = None
+    copied: Copied | None = None
 
 
 def _hook(publisher: Publisher, buffers: UpdateBuffers) -> StepHook:

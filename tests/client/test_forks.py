@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma, RetryPolicy
 from ema_client.errors import UsageError
-from ema_client.forks import Home, Lock, tell_in_child
+from ema_client.forks import Home, Lock, tell_in_child, this_process
 from ema_client.reading.slices import Wanted
 from tests.client.trainers import same, values
 
@@ -422,3 +422,9 @@ def test_what_is_dropped_is_not_told() -> None:
 
     assert Fork(lambda: told).result() == ["told"]
     assert told == []
+
+
+def test_each_process_has_a_name() -> None:
+    """A process keeps its name, and a fork has another: a copied RemoteEma knows its own process by that."""
+    fork = Fork(this_process)
+    assert fork.result() != this_process() == this_process()

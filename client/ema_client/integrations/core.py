@@ -9,6 +9,7 @@ know: frameworks and their events, files, how weights travel or are swapped (rep
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import secrets
 import warnings
@@ -347,8 +348,14 @@ class Core:
             warnings.warn(what, stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process has other connections.
-        return {**self.__dict__, "_owner": None, "_replica": None, "kept": None}
+        # Another process has other connections, and a token of its own: pickles are files, and go to others.
+        where = {**self._where, "token": None}
+        return {**self.__dict__, "_owner": None, "_replica": None, "kept": None, "_where": where}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Core:
+        copied = memo[id(self)] = Core.__new__(Core)
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo), _where=dict(self._where))
+        return copied
 
 
 def _unmatched(origin: Origin | None, run: str) -> str | None:

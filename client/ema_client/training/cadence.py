@@ -23,6 +23,11 @@ class Cadence:
         self._first = self.step = self.sent = step
 
     @property
+    def begun(self) -> bool:
+        """Whether a call was counted since the beginning."""
+        return self.step != self._first
+
+    @property
     def due(self) -> bool:
         """Whether the next call sends."""
         return (self.step + 1 - self._first) % self._every == 0

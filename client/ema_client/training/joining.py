@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from ema_client.client import EmaClient
-from ema_client.errors import RunNotFound, StorageDisabled, UsageError, listed
+from ema_client.errors import RunNotFound, UsageError, listed
 from ema_client.protocol import MAX_STEP, RunConfig, RunInfo, RunLayout
 from ema_client.training.plan import Initial, Plan
-from ema_client.training.state import check_state_is_of, rewind_to
+from ema_client.training.state import check_state_is_of, rewind_to, snapshot_of_step
 
 __all__ = ["Joined", "Joining", "Resume", "Start"]
 
@@ -134,14 +134,9 @@ class Joining:
 
     def _rewind_to_step(self, step: int) -> str | None:
         """Go back to the newest snapshot of ``step``; its name, None where there is none."""
-        try:
-            of_step = [each for each in self.client.snapshots(self._run) if each.step == step]
-        except StorageDisabled:
-            return None
-        if not of_step:
-            return None
-        name = max(of_step, key=lambda each: each.created_at).name
-        self.client.rewind(self._run, name)
+        name = snapshot_of_step(self.client, self._run, step)
+        if name is not None:
+            self.client.rewind(self._run, name)
         return name
 
     # --- what must be the same --------------------------------------------------------------------------------------

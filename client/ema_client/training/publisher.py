@@ -124,6 +124,11 @@ class Publisher:
         if pending:
             raise stuck or UpdatesPending(f"{pending} updates of {self._name} are not applied after {timeout} s")
 
+    def settle(self) -> None:
+        """Return once no update is pending or, without raising, once the service counts as away."""
+        if not (self._is_fork or self.stuck):
+            self._queue.wait_until_empty(None)
+
     def recall(self) -> None:
         """Return once no borrowed memory is in use: every such update is sent, or given up where a try failed."""
         if not self._is_fork:

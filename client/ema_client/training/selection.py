@@ -132,6 +132,10 @@ class Selection:
         write([twin for twin, _ in twins], [targets[name] for _, name in twins])
         return info
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds its tensors anew, in a model of its own.
+        return {**self.__dict__, "_model": None, "_signature": [], "_positions": []}
+
     def _found(self, model: nn.Module) -> list[Tensor]:
         named = self._all_named(model)
         faults = self._missing(named) + self._new(model, named, untied=True)

@@ -99,6 +99,10 @@ class ShardedSelection:
         noticed(model.parameters())
         return info
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds its tensors anew, in a model of its own.
+        return {**self.__dict__, "_model": None, "_signature": [], "_parameters": []}
+
     def _found(self, model: nn.Module) -> dict[str, Shard]:
         shards = shards_of(model, frozen=frozenset(self._shards))
         faults = [f"{name!r} is missing" for name in self._shards if name not in shards]

@@ -14,7 +14,7 @@ from ema_client.client import EmaClient
 from ema_client.errors import StorageDisabled, UsageError
 from ema_client.protocol import RunInfo
 
-__all__ = ["LACKS", "MOST_STATES", "check_state_is_of", "rewind_to", "saved_state"]
+__all__ = ["LACKS", "MOST_STATES", "check_state_is_of", "rewind_to", "saved_state", "snapshot_of_step"]
 
 #: A state's snapshot is named so, with the run's version behind.
 _STATES = "state"
@@ -51,6 +51,15 @@ def saved_state(
         warnings.warn(f"the service keeps no snapshot of run {run!r}: it has no disk", stacklevel=3)
         return {**state, "snapshot": None}
     return {**state, "snapshot": name}
+
+
+def snapshot_of_step(client: EmaClient, run: str, step: int) -> str | None:
+    """The name of the newest snapshot of a run's ``step``; None where there is none."""
+    try:
+        of_step = [each for each in client.snapshots(run) if each.step == step]
+    except StorageDisabled:
+        return None
+    return max(of_step, key=lambda each: each.created_at).name if of_step else None
 
 
 def check_state_is_of(run: str, state: object, *, branch: bool = False) -> None:
