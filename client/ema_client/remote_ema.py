@@ -196,6 +196,8 @@ class RemoteEma:
         if may_be_later_rank():
             # The first use tells. Should the process be on its own, the shadow begins with the weights of now.
             self._unjoined.tensors = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+            # By the first use the first rank may have sent an update, which this rank has yet to count.
+            self._unjoined.start = start.from_where_it_is(self._client, run)
             return
         try:
             self._join()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -52,6 +52,15 @@ class Start:
     def at(self) -> int | None:
         """The step at which the training begins, None where that was not told."""
         return self.step if self.state is None else self.state["step"]
+
+    def from_where_it_is(self, client: EmaClient, run: str) -> Start:
+        """The start at the run's step of now, where no step was told and there is a run to go on with."""
+        if not self.resume or self.at is not None:
+            return self
+        try:
+            return replace(self, step=client.run(run).step or 0)
+        except RunNotFound:
+            return self
 
 
 @dataclass(frozen=True, slots=True)
