@@ -46,9 +46,9 @@ def planted(
 
 @pytest.fixture
 def on_disk(start_server: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun]) -> tuple[PlainRun, Path]:
-    """A run of which each version is written to disk, with a snapshot, and the run's folder."""
-    server = start_server()
-    run = plain_run(server, TENSORS, durability="disk")
+    """A run whose versions lie in slots on disk, as there is no memory for them; with a snapshot; and its folder."""
+    server = start_server("--ram-dir", "/proc/no/such/folder")
+    run = plain_run(server, TENSORS)
     run.http.put(f"{run.path}/snapshots/first").raise_for_status()
     assert server.data_dir
     return run, next((server.data_dir / "runs").glob(f"{run.name}.*"))

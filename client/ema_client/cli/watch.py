@@ -22,6 +22,7 @@ import typer
 
 from ema_client.atomic import move_whole
 from ema_client.cli import show
+from ema_client.cli.ending import held_back
 from ema_client.cli.options import Average, Json, Run, Token, Url, connect
 from ema_client.cli.templates import WORDS, environment, file_name, has_placeholder, shell_line
 from ema_client.client import EmaClient
@@ -142,15 +143,29 @@ class _Watcher:
         if self.command is None:
             return True
         told = {**os.environ, **environment(words)}
-        done = subprocess.run(shell_line(self.command), shell=True, check=False, env=told)
-        if done.returncode:
-            how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
+        code = _run(shell_line(self.command), told)
+        if code:
+            how = f"exit code {code}" if code > 0 else f"signal {-code}"
             show.complain(f"the command failed with {how} on version {words['version']}; watching goes on")
-        return done.returncode == 0
+        return code == 0
 
     def _tell(self, data: Mapping[str, object], text: str) -> None:
         sys.stdout.write((json.dumps(data) if self.as_json else printable(text)) + "\n")
         sys.stdout.flush()
+
+
+def _run(line: str, environ: Mapping[str, str]) -> int:
+    """The return code of a line of the shell, which is ended where this command is."""
+    process = None
+    try:
+        # Told to end in the middle of Popen(), the command would stay without anyone who knows of it.
+        with held_back():
+            process = subprocess.Popen(line, shell=True, env=environ)
+        return process.wait()
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _words(path: Path, info: WeightsInfo) -> dict[str, str]:
