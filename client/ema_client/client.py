@@ -487,19 +487,26 @@ class EmaClient:
         return self._pulls.pull_slices(replace(_asked(run, average, snapshot), min_step=min_step), wanted)
 
     def copy_to(
-        self, run: str, module: State, *, average: str | None = None, snapshot: str | None = None
+        self,
+        run: str,
+        module: State,
+        *,
+        average: str | None = None,
+        snapshot: str | None = None,
+        memory: Tensor | None = None,
     ) -> WeightsInfo:
         """Write the EMA weights into all parameters of ``module`` that require gradients, once all weights have come.
 
         module: or a mapping from name to tensor, to be written to.
 
-        Until then the weights lie in memory of the host, of their size; pull() with ``out`` does without. Whatever is
-        raised, nothing was written: UsageError unless the parameters are the run's, or what pull() raises.
+        Until then the weights lie in memory of the host, of their size: in ``memory``, a uint8 tensor, where that
+        is given and large enough, else in new memory. pull() with ``out`` does without. Whatever is raised, nothing
+        was written: UsageError unless the parameters are the run's, or what pull() raises.
         """
         _require_torch()
         from ema_client.tensors.layout import state_of
 
-        return self._pulls.copy(_asked(run, average, snapshot), state_of(module))
+        return self._pulls.copy(_asked(run, average, snapshot), state_of(module), memory)
 
     def download(
         self,

@@ -383,7 +383,11 @@ class RemoteEma:
             self.flush()
             copied = self._copied
             snapshot = copied.snapshot(self._client, self._run) if copied else None
-            info = self._selection.pull_into(self._given.module(model), self._client, self._run, snapshot=snapshot)
+            module = self._given.module(model)
+            # No update is on its way: its memory holds what comes, and a scope costs no further model.
+            with contextlib.nullcontext() if self._unjoined else self._buffers.spare() as memory:
+                pull = partial(self._selection.pull_into, module, self._client, self._run)
+                info = pull(snapshot=snapshot, memory=memory)
         if copied:
             copied.tell_if_later(self._run, info.step)
 

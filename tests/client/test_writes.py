@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma
 from ema_client.errors import AlreadyStored, ConnectionLost, EmaError, NothingStored
+from ema_client.tensors import writing
 from tests.client.conftest import Request, Scripted
 from tests.client.trainers import ONCE, same, values
 
@@ -97,6 +98,25 @@ def test_a_scope_that_cannot_begin(
         with scope(ema, model):
             assert not any(torch.equal(tensor, training[name]) for name, tensor in values(model).items())
         assert same(values(model), training)
+
+
+def test_no_memory_but_that_of_updates(
+    client: EmaClient, server: Any, run_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """copy_to() receives in the memory of an update that was sent, and the next update is sent from there again."""
+    model = layers()
+    with RemoteEma(model, 0.5, False, run=run_name, url=server.url) as ema:
+        for _ in range(2):
+            change(model)
+            ema(model)
+            ema.flush()
+            with monkeypatch.context() as patch:
+                patch.setattr(writing, "pages", lambda size: pytest.fail(f"{size} bytes of new memory"))
+                training = values(model)
+                with ema.scope(model):
+                    pulled = client.pull(run_name)
+                    assert all(torch.equal(tensor, pulled[name]) for name, tensor in values(model).items())
+                assert same(values(model), training)
 
 
 def test_a_flush_that_fails(breaking: EmaClient, run_name: str) -> None:

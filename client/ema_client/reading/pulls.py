@@ -88,11 +88,14 @@ class Pulls:
                     raise
             time.sleep(_POLL_SECONDS)
 
-    def copy(self, asked: Asked, out: Mapping[str, Tensor]) -> WeightsInfo:
-        """The weights asked for to the tensors of ``out``, none of which is written before all weights have come."""
+    def copy(self, asked: Asked, out: Mapping[str, Tensor], memory: Tensor | None = None) -> WeightsInfo:
+        """The weights asked for to the tensors of ``out``, none of which is written before all weights have come.
+
+        memory: where the weights may lie until then, see Staging.
+        """
         from ema_client.tensors.writing import Staging
 
-        staging = Staging(out)
+        staging = Staging(out, memory)
         info = self._pull(asked, staging.tensors, {}).info
         staging.write()
         return info

@@ -52,11 +52,13 @@ class Staging:
     """Memory of the host in which weights come, all of them, before a tensor of ``out`` is written.
 
     Of the weights' size; freed with the staging. Not thread-safe.
+
+    memory: a uint8 tensor to be used in place of new memory, where it is large enough.
     """
 
-    def __init__(self, out: Mapping[str, Tensor]) -> None:
+    def __init__(self, out: Mapping[str, Tensor], memory: Tensor | None = None) -> None:
         self._out = out
-        self._flat: Tensor | None = None
+        self._flat = memory
         self._came: dict[str, Tensor] = {}
 
     def tensors(self, entries: Sequence[wire.Entry]) -> Mapping[str, Tensor]:

@@ -11,6 +11,7 @@ Knows torch, host memory, and when parameters may change. Does not know models, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -124,6 +125,17 @@ class UpdateBuffers:
         self._give(buffer)
         return buffer.targets
 
+    @contextlib.contextmanager
+    def spare(self) -> Iterator[Tensor | None]:
+        """The memory of a buffer that no update uses, as a uint8 tensor, for the block; None where there is none."""
+        with self._change:
+            buffer = self._free.popleft() if self._free else None
+        try:
+            yield buffer.flat if buffer else None
+        finally:
+            if buffer:
+                self._give(buffer)
+
     def can_borrow(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors' own memory holds what is to be sent."""
         pairs = zip(tensors, self._entries, strict=True)
@@ -188,6 +200,7 @@ class _Buffer:
     """
 
     def __init__(self, body: Body, flat: Tensor, targets: list[Tensor], *, pinned: bool) -> None:
+        self.flat = flat
         self.targets = targets
         self.body = body
         self._under_way: list[Copy] = []

@@ -38,7 +38,15 @@ class AnySelection(Protocol):
     def written(self, model: nn.Module) -> list[Tensor]:
         """The tensors to be written by pull_into()."""
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+    def pull_into(
+        self,
+        model: nn.Module,
+        client: EmaClient,
+        run: str,
+        *,
+        snapshot: str | None = None,
+        memory: Tensor | None = None,
+    ) -> WeightsInfo:
         """Write the EMA weights or a snapshot's, all or this rank's slices, into the model."""
 
 

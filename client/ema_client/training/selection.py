@@ -120,15 +120,23 @@ class Selection:
         targets, twins = self.targets(model)
         return [*targets.values(), *(twin for twin, _ in twins)]
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+    def pull_into(
+        self,
+        model: nn.Module,
+        client: EmaClient,
+        run: str,
+        *,
+        snapshot: str | None = None,
+        memory: Tensor | None = None,
+    ) -> WeightsInfo:
         """Write the EMA weights, or those of a snapshot, into the model's tensors, once all have come.
 
-        Returns what was written.
+        memory: where the weights may lie until then, see EmaClient.copy_to(). Returns what was written.
 
         Raises as targets().
         """
         targets, twins = self.targets(model)
-        info = client.copy_to(run, targets, snapshot=snapshot)
+        info = client.copy_to(run, targets, snapshot=snapshot, memory=memory)
         write([twin for twin, _ in twins], [targets[name] for _, name in twins])
         return info
 

@@ -86,7 +86,15 @@ class ShardedSelection:
         """The memory to be written by pull_into(), of replicas and frozen parameters too. Raises as of()."""
         return [shard.local for shard in self._found(model).values()]
 
-    def pull_into(self, model: nn.Module, client: EmaClient, run: str, *, snapshot: str | None = None) -> WeightsInfo:
+    def pull_into(
+        self,
+        model: nn.Module,
+        client: EmaClient,
+        run: str,
+        *,
+        snapshot: str | None = None,
+        memory: Tensor | None = None,  # noqa: ARG002 - slices lie one by one
+    ) -> WeightsInfo:
         """Write this rank's slices of the EMA weights, or of a snapshot's, into the model, once all have come.
 
         Returns what was written. Raises as of().
