@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from ema_client.errors import ConnectionLost, LayoutMismatch
-from ema_client.http import connection
+from ema_client.http import connection, uploads
 from ema_client.http.body import Body
 from ema_client.http.connection import Timeouts
 from ema_client.http.transport import Transport
+from ema_client.tensors.body import encode
 from tests.client.http.scripts import LARGE, Scripted, body_of, ok
 
 
@@ -172,3 +174,24 @@ def test_fault_of_the_pieces_leaves_no_half_request(scripted: Scripted, transpor
         one.upload("/x", Body(200_000, pieces))
 
     assert one.upload("/x", body_of(b"x")).data == {}
+
+
+def test_large_body_to_this_host_goes_without_a_digest(
+    scripted: Scripted, transport: Callable[..., Transport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no wire in between; a small body goes with its digest all the same."""
+    small, large = encode({"w": torch.zeros(10)}), encode({"w": torch.zeros(1000)})
+    monkeypatch.setattr(uploads, "_DIGEST_UP_TO", small.length)
+    seen = []
+
+    def script(peer: Any) -> None:
+        while request := peer.request():
+            seen.append("ema-digest" in request.headers)
+            peer.body(request.length)
+            peer.answer(200, {})
+
+    one = transport(scripted(script).url)
+    one.upload("/x", small)
+    one.upload("/x", large)
+
+    assert seen == [True, False]
