@@ -330,10 +330,17 @@ DEMANDED = {
     ("kernel, float32", "LitEma as written", 3),
     ("kernel, bf16 into float32", "lerp_", 0.6),
     ("frozen copies at most", None, 1),
-    ("push, durability memory, during a checkpoint", "push, durability memory", 1 / 1.5),
+    ("push, memory, during a checkpoint", "push, durability memory", 1 / 1.5),
     ("push, durability process", "raw TCP loopback", 0.75),
+    ("push, durability process", "push, durability memory", 0.95),
+    ("push, process, during a checkpoint", "push, durability memory", 0.8),
+    ("push from shared memory, process", "push from shared memory, memory", 0.95),
     ("push, durability disk", "write a file again and fdatasync", 0.8),
-    ("restart: the run back in memory", "read the run's file", 0.5),
+    ("a run of durability disk, back in memory", "read the run's file", 0.5),
+    ("the same, beyond a server without runs", None, 0.3),
+    ("constructor, process", "constructor, process in slots", 0.3),
+    ("longest update, process", "update, median, process", 2.0),
+    ("restart, process", None, 1.0),
     ("RemoteEma.update", "copy_ of every parameter", 1.3),
     ("RemoteEma.update, update_every=10, amortised", "copy_ of every parameter", 0.13),
     ("LitEma as written", "RemoteEma.update", 4),
@@ -344,14 +351,16 @@ DEMANDED = {
 
 
 def demands(found: Mapping[str, Any]) -> set[tuple[str, str | None, float]]:
-    """The demands of a result file, but for those in MB and those that need torchft or a GPU."""
+    """The demands of a result file, but for those in bytes and those that need torchft or a GPU."""
     optional = ("torchft",)
     return {
         (row["name"], demand["against"], demand["bound"])
         for group in found["groups"]
         for row in group["rows"]
         for demand in row["comparisons"]
-        if demand["bound"] is not None and row["unit"] != "MB" and not (demand["against"] or "").startswith(optional)
+        if demand["bound"] is not None
+        and row["unit"] not in ("MB", "GiB")
+        and not (demand["against"] or "").startswith(optional)
     }
 
 
