@@ -32,8 +32,8 @@ class Settings:
     process is made of, shadows, layouts, pushes, versions being read, and memory that waits to be used again.
     staging_bytes: of that, most for pushes being received or applied.
     frozen_bytes: of that, most for versions held for readers beside the current ones.
-    checkpoint_interval: seconds between two looks for runs of durability ``memory`` that moved since their last
-    checkpoint.
+    checkpoint_interval: seconds between two looks for runs of durability ``process`` or ``memory`` that moved since
+    their last checkpoint.
     body_timeout: seconds that a sender may stay silent in the middle of a body, and that a reader may take nothing.
     max_connections: most connections at once; fewer where the process may not have twice as many descriptors.
     max_watchers: most streams of events at once. Each keeps a connection open; half of them are for trainers and

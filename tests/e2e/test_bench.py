@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PROC = Path("/proc")
@@ -368,10 +369,3 @@ def bench_runs(server: Any) -> list[dict[str, Any]]:
     """The runs of a benchmark that the server holds."""
     runs = httpx.get(f"{server.url}/v1/runs", timeout=30).json()["runs"]
     return [run for run in runs if run["run"].startswith("bench-")]
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT
-    while not true():
-        assert time.monotonic() < deadline, f"waited {WAIT:.0f} s for {what}"
-        time.sleep(0.05)

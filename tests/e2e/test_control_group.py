@@ -5,12 +5,8 @@ Knows control groups of both versions, processes and plain HTTP. Does not know h
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +16,8 @@ import httpx
 import pytest
 import torch
 from torch import Tensor
+
+from tests.control_groups import memory_group
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -36,21 +34,8 @@ def model(seed: int) -> dict[str, Tensor]:
 @pytest.fixture
 def group() -> Iterator[Path]:
     """A control group with LIMIT bytes of memory, whose processes are killed after the test."""
-    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    root, limit = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
-    folder = root / f"ema-test-{secrets.token_hex(4)}"
-    try:
-        folder.mkdir()
-        (folder / limit).write_text(str(LIMIT))
-    except OSError as fault:
-        pytest.skip(f"no control group for memory can be made: {fault}")
-    yield folder
-    for pid in (folder / "cgroup.procs").read_text().split():
-        os.kill(int(pid), signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while (folder / "cgroup.procs").read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    folder.rmdir()
+    with memory_group(LIMIT) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from safetensors.torch import load
 
 from ema_client import EmaClient
 from tests.e2e.tracked import LARGE, Tracked, params
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
@@ -117,13 +117,6 @@ def life_in_slots(make_life: MakeLife) -> Life:
     made = make_life(*NO_MEMORY)
     assert made.runs["process"].run.info()["versions_in"].startswith("slots on disk")
     return made
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def _plain(phase: str) -> str:
@@ -387,7 +380,7 @@ def test_kill_in_a_checkpoint(life: Life) -> None:
     run.create(params(0), durability="memory").raise_for_status()
     run.begin(params(0)).raise_for_status()
     run.push(1, params(1)).raise_for_status()
-    wait_for(lambda: run.info()["durable_step"] == 1, "no checkpoint was taken")
+    wait_until(lambda: run.info()["durable_step"] == 1, "a checkpoint")
     kept = run.weights()
     life.doom("half of a slot by ema-files", lambda: run.push(2, params(2)))
     run = life.plain("memory")
@@ -412,7 +405,7 @@ def test_server_dies_under_a_trainer(life: Life, litema: type[LitEmaOracle]) -> 
     trainer = threading.Thread(target=train)
     trainer.start()
     for moment in (5, 20):
-        wait_for(lambda at=moment: int(oracle.num_updates) >= at, "the trainer makes no progress")  # type: ignore[misc]
+        wait_until(lambda at=moment: int(oracle.num_updates) >= at, "the trainer's progress")  # type: ignore[misc]
         life.server.kill()
         life.start()
     trainer.join(60)

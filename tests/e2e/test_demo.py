@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from ema_service.demo import run_demo
+from tests.waiting import wait_until
 
 PROC = Path("/proc")
 MARK = "EMA_DEMO_TEST"
@@ -81,13 +81,6 @@ class Demo:
         assert self.processes() == {}
         assert list((self.folder / "tmp").glob("ema-demo-*")) == [], "a temporary folder was left behind"
         return status
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT
-    while not true():
-        assert time.monotonic() < deadline, f"waited {WAIT:.0f} s for {what}"
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
+
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -71,13 +72,6 @@ def forget_connections(run: PlainRun, server: ServerProcess) -> PlainRun:
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 # --- a clean stop ---------------------------------------------------------------------------------------------------
@@ -211,10 +205,10 @@ def test_kill_in_the_middle_of_a_push(start_server: Start, plain_run: MakeRun) -
     server = start_server(*OFTEN)
     run = plain_run(server, tensors(0), durability="memory")
     push_all(run, range(1, 3))
-    wait_for(lambda: run.info()["durable_step"] == 2, "no checkpoint was taken")
+    wait_until(lambda: run.info()["durable_step"] == 2, "a checkpoint")
     before = run.weights()
     push = HalfPush(server, run, 3)
-    wait_for(lambda: _staging(run) > 0, "the push never arrived")
+    wait_until(lambda: _staging(run) > 0, "the push")
     server.kill()
     assert push.rest() == b""
     server.start()

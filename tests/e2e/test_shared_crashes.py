@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ema_client import EmaClient, RetryPolicy
 from ema_client.errors import TransportError
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
@@ -46,13 +47,6 @@ def start_trainer(url: str, run: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", TRAINER, url, run], stdout=subprocess.PIPE, text=True)
 
 
-def wait_for(what: str, done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 def held_by(pid: int) -> list[str]:
     """Segments that a process has mapped or open."""
     found = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "memfd:ema-push" in line]
@@ -75,7 +69,7 @@ def test_trainer_is_killed(server: Any, run_name: str, delay: float) -> None:
         trainer.wait(PATIENCE)
         step = max([step, *map(int, trainer.stdout.read().split())])
 
-    wait_for("the server holds the memory of a dead trainer", lambda: not held_by(server.process.pid))
+    wait_until(lambda: not held_by(server.process.pid), "the server to let go of a dead trainer's memory")
     with EmaClient(server.url) as client:
         weights = client.pull(run_name)
         value = float(weights["w"][0])

@@ -16,6 +16,7 @@ import pytest
 
 from ema_service import machine_memory
 from ema_service.machine_memory import memory_limit, memory_room
+from tests.control_groups import memory_group
 
 MEBIBYTE = 1 << 20
 LIMIT = 400 * MEBIBYTE
@@ -32,16 +33,8 @@ def test_machine() -> None:
 @pytest.fixture
 def group() -> Iterator[Path]:
     """A control group with LIMIT bytes of memory."""
-    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    root, limit = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
-    folder = root / f"ema-test-{secrets.token_hex(4)}"
-    try:
-        folder.mkdir()
-        (folder / limit).write_text(str(LIMIT))
-    except OSError as fault:
-        pytest.skip(f"no control group for memory can be made: {fault}")
-    yield folder
-    folder.rmdir()
+    with memory_group(LIMIT) as folder:
+        yield folder
 
 
 IN_GROUP = """

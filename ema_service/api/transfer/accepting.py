@@ -59,25 +59,29 @@ class Idling(Protocol):
 class Connections:
     """The open connections of one server. On the event loop only.
 
-    most: how many there may be at once. opened: those whose protocol runs. starting: those accepted whose protocol does
-    not run yet, for their TLS handshake takes time.
+    most: how many there may be at once. opened: the protocols that run. starts: of accepted connections, each until its
+    task has ended, which is some turns of the loop after the connection's protocol runs.
     """
 
     def __init__(self, most: int, opened: Collection[Idling]) -> None:
         self.most = most
         self.opened = opened
-        self.starting: set[Idling] = set()
+        self.starts: set[_Start] = set()
 
     @property
     def full(self) -> bool:
         """Whether there are as many as there may be."""
-        return len(self.starting) + len(self.opened) >= self.most
+        return len(self._starting()) + len(self.opened) >= self.most
+
+    def _starting(self) -> list[_Start]:
+        """The starts of connections whose protocol does not run yet, for their TLS handshake takes time."""
+        return [start for start in self.starts if start.protocol not in self.opened]
 
     def close_idlest(self) -> bool:
         """Close the connections that have waited for their clients longest, and say whether there was any."""
         idle = sorted(
             (since, number, each)
-            for number, each in enumerate((*self.starting, *self.opened))
+            for number, each in enumerate((*self._starting(), *self.opened))
             if (since := getattr(each, "idle_since", None)) is not None
         )
         if not idle:
@@ -91,12 +95,18 @@ class Connections:
 
 
 class _Start:
-    """A connection whose handshake is under way."""
+    """The start of a connection: its TLS handshake, if there is one, and the first call of its protocol.
 
-    def __init__(self, task: asyncio.Task[None], begun: float) -> None:
-        self.task = task
-        self._begun = begun
+    make: makes the protocol.
+    """
+
+    def __init__(self, sock: socket.socket, make: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None) -> None:
+        self.protocol: object = None
+        self._make = make
+        self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.time()
         self._given_up = False
+        self.task = self._loop.create_task(self._run(sock, tls))
 
     @property
     def idle_since(self) -> tuple[int, float] | None:
@@ -107,6 +117,15 @@ class _Start:
         """End the handshake, and with it the connection."""
         self._given_up = True
         self.task.cancel()
+
+    async def _run(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        timeout = HANDSHAKE_SECONDS if tls else None
+        with contextlib.suppress(OSError):  # the handshake failed or took too long; the transport has closed the socket
+            await self._loop.connect_accepted_socket(self._made, sock, ssl=tls, ssl_handshake_timeout=timeout)
+
+    def _made(self) -> asyncio.Protocol:
+        self.protocol = made = self._make()
+        return made
 
 
 class Acceptor:
@@ -130,7 +149,7 @@ class Acceptor:
         self._make = make
         self._tls = tls
         self._loop = asyncio.get_running_loop()
-        self._starting: set[_Start] = set()
+        self._starts: set[_Start] = set()
         #: Accepted while every connection was at work: begins once one of them ends.
         self._accepted: socket.socket | None = None
         self._resumes: asyncio.TimerHandle | None = None
@@ -148,12 +167,12 @@ class Acceptor:
             self._resumes.cancel()
         if self._accepted:
             self._accepted.close()
-        for start in self._starting:
+        for start in self._starts:
             start.give_up()
 
     async def wait_closed(self) -> None:
         """Return once every handshake under way has ended."""
-        await asyncio.gather(*(start.task for start in self._starting), return_exceptions=True)
+        await asyncio.gather(*(start.task for start in self._starts), return_exceptions=True)
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
@@ -164,10 +183,10 @@ class Acceptor:
             if full and not self._connections.close_idlest():
                 self._pause()
                 return
-            start = _Start(self._loop.create_task(self._begin(self._accepted)), self._loop.time())
+            start = _Start(self._accepted, self._make, self._tls)
             self._accepted = None
-            self._connections.starting.add(start)
-            self._starting.add(start)
+            self._connections.starts.add(start)
+            self._starts.add(start)
             start.task.add_done_callback(partial(self._begun, start))
             if full:
                 return  # what was closed for the new one is counted until the loop's next turn
@@ -188,8 +207,8 @@ class Acceptor:
             return None
 
     def _begun(self, start: _Start, _task: asyncio.Task[None]) -> None:
-        self._connections.starting.discard(start)
-        self._starting.discard(start)
+        self._connections.starts.discard(start)
+        self._starts.discard(start)
 
     def _pause(self) -> None:
         """Leave new connections in the kernel's queue for a moment."""
@@ -199,9 +218,3 @@ class Acceptor:
     def _resume(self) -> None:
         self._loop.add_reader(self._sock, self._accept)
         self._accept()  # of what waits already the loop tells nothing
-
-    async def _begin(self, sock: socket.socket) -> None:
-        """Give an accepted socket its protocol, after the handshake where there is one."""
-        timeout = HANDSHAKE_SECONDS if self._tls else None
-        with contextlib.suppress(OSError):  # the handshake failed or took too long; the transport has closed the socket
-            await self._loop.connect_accepted_socket(self._make, sock, ssl=self._tls, ssl_handshake_timeout=timeout)

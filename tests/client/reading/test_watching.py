@@ -20,6 +20,7 @@ from ema_client.errors import RunNotFound, StepNotReached, Unauthorized
 from ema_client.http.transport import Transport
 from ema_client.protocol import AverageInfo, RunEvent, RunInfo, events_path, to_json
 from ema_client.reading.watching import Pauses, Questions, watch
+from tests.waiting import wait_until
 
 STATE = {"w": torch.arange(3.0)}
 PATIENCE = 30.0
@@ -81,7 +82,7 @@ def test_kinds_are_chosen(client: EmaClient, run: str) -> None:
     threads = [threading.Thread(target=lambda w=w: taken.append(next(w))) for w in (snapshots, steering)]
     for thread in threads:
         thread.start()
-    _until(lambda: _watchers(client) >= 2)
+    wait_until(lambda: _watchers(client) >= 2)
     client.push(run, STATE)
     client.snapshot(run, "after")
     client.set_decay(run, 0.5)
@@ -128,7 +129,7 @@ def test_a_restart_of_the_service_is_waited_out(
         assert next(watch).version == "1.0"
         server.stop()
         # Long enough for the watcher to see that nothing listens.
-        _until(lambda: "trying again" in caplog.text)
+        wait_until(lambda: "trying again" in caplog.text)
         server.start()
         with EmaClient(server.url) as other:
             other.snapshot("r", "meanwhile")
@@ -179,7 +180,7 @@ def test_without_events_it_asks(
         )
         events = watch(questions, kinds, PATIENCE, pauses=Pauses(first_word=0.3))  # type: ignore[arg-type]
         assert next(events).version == "1.0"
-        _until(lambda: any("min_step" in target for target in proxy.targets))
+        wait_until(lambda: any("min_step" in target for target in proxy.targets))
         before = time.monotonic()
         client.push(run, STATE)
         assert next(events).version == "1.1"
@@ -216,12 +217,12 @@ def test_without_room_it_asks_until_there_is(
     with EmaClient(proxy.url) as watching_client:
         watch = watching_client.watch(run, kinds=["version", "decay_changed"], timeout=PATIENCE)
         assert next(watch).version == "1.0"
-        _until(lambda: any("min_step" in target for target in proxy.targets))
+        wait_until(lambda: any("min_step" in target for target in proxy.targets))
         time.sleep(1.1)  # until it may ask for a stream again
         client.set_decay(run, 0.5)
         client.push(run, STATE)
         assert {next(watch).kind for _ in range(2)} == {"version", "decay_changed"}
-        _until(lambda: not left)
+        wait_until(lambda: not left)
         client.push(run, STATE)
         while (event := next(watch)).version != "1.2":
             assert event.kind == "version"
@@ -249,7 +250,7 @@ def test_closing_the_iterator_ends_a_stream_at_once(client: EmaClient, run: str)
     for _ in client.watch(run):
         break
     before = time.monotonic()
-    _until(lambda: not any(thread.name == f"ema-watch-{run}" for thread in threading.enumerate()))
+    wait_until(lambda: not any(thread.name == f"ema-watch-{run}" for thread in threading.enumerate()))
     assert time.monotonic() - before < 5
 
 
@@ -303,10 +304,3 @@ def _watchers(client: EmaClient) -> float:
 
     lines = httpx.get(f"{client.url}/metrics").text.splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("ema_watchers "))
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

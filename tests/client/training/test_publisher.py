@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -32,6 +31,7 @@ from ema_client.training.publisher import Publisher
 from ema_client.training.rounds import SendPolicy
 from ema_client.training.tally import Stats
 from ema_client.training.updates import Update
+from tests.waiting import wait_until
 
 PATIENCE = 20.0
 QUICK = SendPolicy(RetryPolicy(attempts=3, base=0.001, cap=0.002), stuck_pause=0.01)
@@ -113,13 +113,6 @@ def push(publisher: Publisher, step: int, *, wait: bool = True, borrowed: bool =
     given = Given(step, borrowed=borrowed)
     publisher.submit(given.update)
     return given
-
-
-def wait_for(condition: Callable[[], object], what: str = "it never happened") -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
 
 
 # --- the queue ------------------------------------------------------------------------------------------------------
@@ -227,7 +220,7 @@ def test_a_service_that_is_away_stops_nobody(
     service.down = True
     with caplog.at_level(logging.WARNING, "ema_client"):
         push(publisher, 1)
-        wait_for(lambda: publisher.stuck)
+        wait_until(lambda: publisher.stuck)
         push(publisher, 2)
         assert all(push(publisher, step) is None for step in range(3, 20))
         with pytest.raises(ServiceUnreachable):
@@ -262,7 +255,7 @@ def test_a_hanging_try_ends_the_round(make: Callable[[SendPolicy], Publisher], s
     publisher = make(dataclasses.replace(QUICK, round_seconds=0.0, stuck_pause=1000.0))
     service.down = True
     push(publisher, 1)
-    wait_for(lambda: publisher.stuck)
+    wait_until(lambda: publisher.stuck)
 
     assert service.tries == [1]
 
@@ -272,7 +265,7 @@ def test_flush_does_not_wait_for_the_next_round(make: Callable[[SendPolicy], Pub
     publisher = make(dataclasses.replace(QUICK, stuck_pause=1e6, longest_stuck_pause=1e6))
     service.down = True
     push(publisher, 1)
-    wait_for(lambda: publisher.stuck)
+    wait_until(lambda: publisher.stuck)
     service.down = False
     publisher.flush(PATIENCE)
 
@@ -354,7 +347,7 @@ def test_part_is_kept_until_the_update_is_applied(rank: Publisher, gathering: Ga
     first, second = push(rank, 1), push(rank, 2)
     assert first is not None
     assert second is not None
-    wait_for(lambda: gathering.sent == [1, 2])
+    wait_until(lambda: gathering.sent == [1, 2])
     with pytest.raises(UpdatesPending):
         rank.flush(0.05)
     assert (rank.pending, first.back.is_set(), rank.stats) == (2, False, Stats())
@@ -369,9 +362,9 @@ def test_part_is_kept_until_the_update_is_applied(rank: Publisher, gathering: Ga
 def test_part_that_was_lost_is_sent_again(rank: Publisher, gathering: Gathering) -> None:
     """A service that forgot a part, as one that was killed has, is sent the part again."""
     push(rank, 1)
-    wait_for(lambda: gathering.asked)
+    wait_until(lambda: gathering.asked)
     gathering.there.clear()
-    wait_for(lambda: gathering.sent == [1, 1])
+    wait_until(lambda: gathering.sent == [1, 1])
     gathering.applied.add(1)
     rank.flush(PATIENCE)
 
@@ -382,7 +375,7 @@ def test_update_that_went_on_without_a_part_is_told(rank: Publisher, gathering: 
     """Where a newer step was applied and this one was not, flush() raises although every part was answered."""
     push(rank, 1)
     push(rank, 2)
-    wait_for(lambda: gathering.sent == [1, 2])
+    wait_until(lambda: gathering.sent == [1, 2])
     gathering.stale.add(1)
     gathering.there.discard(1)
     gathering.applied.add(2)
@@ -417,7 +410,7 @@ def test_lent_memory_of_a_part_comes_back(
 ) -> None:
     """recall() waits for the other ranks' parts, but not for ever: the model's memory is the model's."""
     push(rank, 1, borrowed=True)
-    wait_for(lambda: gathering.sent)
+    wait_until(lambda: gathering.sent)
     threading.Timer(0.1, gathering.applied.add, (1,)).start()
     rank.recall()
     assert rank.stats == Stats(sent=1)
@@ -475,7 +468,7 @@ def test_closed_publisher(publisher: Publisher, service: Service, caplog: pytest
     publisher.at_end(ended.set)
     service.down = True
     push(publisher, 1)
-    wait_for(lambda: publisher.stuck)
+    wait_until(lambda: publisher.stuck)
     with caplog.at_level(logging.ERROR, "ema_client"):
         publisher.close()
         assert ended.wait(PATIENCE)

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from ema_service.api.schemas import CHANGE_BYTES, CONFIG_BYTES
 from ema_service.api.transfer.filling import MIN_BYTES_PER_SECOND
 from ema_service.settings import Settings
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -109,13 +110,6 @@ def metric(run: PlainRun, name: str) -> float:
 def resident_mib(server: ServerProcess) -> float:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status).group(1)) / 1024  # type: ignore[union-attr]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- size and depth -------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ Knows runs, arenas and the pass. Does not know sockets.
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,7 +26,8 @@ from ema_service.memory.staging import Shared
 from ema_service.persistence import Versions
 from ema_service.shadows import passes
 from ema_service.shadows.passes import Feed, Grain, pass_over
-from tests.service.elsewhere import WAIT_SECONDS, Elsewhere, Mark
+from tests.service.elsewhere import Elsewhere, Mark
+from tests.waiting import wait_until
 
 Model = Callable[[int], dict[str, Tensor]]
 
@@ -160,13 +160,6 @@ def test_given_up_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert lent_too_early == []
     assert lent == [True]
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("at", [0, 30_000, 59_999])

@@ -23,6 +23,7 @@ from ema_service.api.context import Context
 from ema_service.api.routes.events import HEARTBEAT_SECONDS, Look, changes, stream
 from ema_service.metrics import Metrics
 from ema_service.settings import Settings
+from tests.waiting import wait_until
 
 W = {"w": torch.ones(2)}
 PATIENCE = 30.0
@@ -157,7 +158,7 @@ def test_a_stopping_server_ends_its_streams(start_server: Callable[..., Any], pl
     with events(server, run.name) as told, socket.create_connection(_address(server), timeout=PATIENCE) as poll:
         told.next()
         poll.sendall(f"GET {run.path}/weights?min_step=9&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        _until(lambda: _metric(server, "ema_watchers") == 1)
+        wait_until(lambda: _metric(server, "ema_watchers") == 1)
         before = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - before < 15
@@ -175,7 +176,7 @@ def test_a_slow_reader_is_told_of_the_newest(start_server: Callable[..., Any], p
         slow.settimeout(PATIENCE)
         slow.connect(server.uds.removeprefix("unix://"))
         slow.sendall(f"GET {run.path}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        _until(lambda: _metric(server, "ema_watchers") == 1)
+        wait_until(lambda: _metric(server, "ema_watchers") == 1)
         for step in range(1, 1501):
             run.push(step, {"w": torch.ones(1)})
         assert _metric(server, 'ema_events_total{kind="version"}') < 1400
@@ -195,7 +196,7 @@ def test_watchers_and_events_are_counted(start_server: Callable[..., Any], plain
         told.next()
         assert _metric(server, "ema_watchers") == 1
         assert _metric(server, 'ema_events_total{kind="version"}') == 2
-    _until(lambda: _metric(server, "ema_watchers") == 0)
+    wait_until(lambda: _metric(server, "ema_watchers") == 0)
 
 
 def test_watchers_are_limited(start_server: Callable[..., Any], plain_run: Callable[..., Any]) -> None:
@@ -216,7 +217,7 @@ def test_watchers_are_limited(start_server: Callable[..., Any], plain_run: Calla
         assert int(answer.headers["Retry-After"]) > 1
         assert "max_watchers" in answer.json()["detail"]
         sockets[statuses.index(b"200")].close()
-        _until(lambda: _metric(server, "ema_watchers") == 2)
+        wait_until(lambda: _metric(server, "ema_watchers") == 2)
         with events(server, run.name) as told:
             assert told.next()["event"] == "version"
 
@@ -297,10 +298,3 @@ def _metric(server: Any, name: str) -> float:
     with server.http() as http:
         lines = http.get("/metrics").text.splitlines()
     return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.rsplit(" ", 1)[0] == name), 0.0)
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

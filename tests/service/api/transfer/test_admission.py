@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save
 
 from ema_service.api.transfer.admission import WAIT_SECONDS
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -74,13 +75,6 @@ class Push:
 def metric(run: PlainRun, name: str) -> float:
     lines = run.http.get("/metrics").text.splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture

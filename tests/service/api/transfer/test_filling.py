@@ -33,6 +33,7 @@ from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
 from ema_service.settings import Settings
 from ema_service.shadows.passes import Pass
+from tests.waiting import wait_until
 
 STOCK = """
 import sys, uvicorn
@@ -130,13 +131,6 @@ def answers(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(f"{url}/healthz").status_code == 200
     return False
-
-
-def wait_until(condition, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture

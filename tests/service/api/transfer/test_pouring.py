@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ema_service.api.transfer.pouring import Pouring
 from ema_service.threads import Threads
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -46,13 +47,6 @@ def equal(weights: dict[str, Tensor]) -> bool:
 def metric(run: PlainRun, name: str) -> float:
     lines = run.http.get("/metrics").text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

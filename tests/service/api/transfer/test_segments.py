@@ -16,7 +16,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +36,7 @@ from ema_service.memory import Staged
 from ema_service.memory.budget import Budget
 from ema_service.settings import Settings
 from ema_service.shadows.passes import Feed, Grain, pass_over
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
 
@@ -226,13 +226,6 @@ def refused(run: Any, headers: dict[str, str], says: str) -> None:
     assert answer.json()["hint"]
     after = run.info()
     assert (after["version"], after["num_updates"]) == (before["version"], before["num_updates"])
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
