@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 _AT_ONCE = 64
 #: Seconds between two looks for room, where a connection could not be accepted.
 _PAUSE_SECONDS = 0.1
+#: Seconds that a connection waits for its client before it counts as idle: longer than the server takes to read what
+#: came, where many connections are opened in one moment.
+_SPARED_SECONDS = 0.1
 #: Seconds in which a TLS handshake must be done. A handshake takes two round trips.
 HANDSHAKE_SECONDS = 10.0
 #: Of the connections over which nothing ever came, so many are closed together: a flood of them costs one look through
@@ -78,11 +81,15 @@ class Connections:
         return [start for start in self.starts if start.protocol not in self.opened]
 
     def close_idlest(self) -> bool:
-        """Close the connections that have waited for their clients longest, and say whether there was any."""
+        """Close the connections that have waited for their clients longest, and say whether there was any.
+
+        Not those that have waited for a moment only: what their clients sent may lie in the kernel.
+        """
+        latest = asyncio.get_running_loop().time() - _SPARED_SECONDS
         idle = sorted(
             (since, number, each)
             for number, each in enumerate((*self._starting(), *self.opened))
-            if (since := getattr(each, "idle_since", None)) is not None
+            if (since := getattr(each, "idle_since", None)) is not None and since[1] <= latest
         )
         if not idle:
             return False

@@ -150,7 +150,8 @@ def test_a_burst_within_the_limit_is_taken(bounded: ServerProcess) -> None:
             for raw in burst:
                 raw.settimeout(10)
                 raw.sendall(ask)
-            assert [raw.recv(12) for raw in burst] == [b"HTTP/1.1 200"] * len(burst)
+            # Whole answers: a client's end that leaves something unread is a reset, which the kernel forgets at once.
+            assert [raw.recv(65536)[:12] for raw in burst] == [b"HTTP/1.1 200"] * len(burst)
 
 
 def test_handshakes_are_counted(
