@@ -530,11 +530,12 @@ class RemoteEma:
         return tensors
 
     def _initial(self, tensors: list[Tensor] | None) -> dict[str, Tensor]:
-        """name -> the tensor as it is sent; copies lie in the memory of the first update to come."""
+        """name -> the tensor as it is sent: nothing changes it before the constructor returns. Copies that are needed
+        all the same lie in the memory of the first update to come."""
         if tensors is None:
             # Made anew by somebody else, since the copy that joins was made.
             raise AwaitingWeights(f"run {self._run!r} has no weights", hint="make a new RemoteEma for the model")
-        sent = self._buffers.initial(tensors, borrow=self._borrows)
+        sent = self._buffers.initial(tensors)
         return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
     def _release(self) -> None:

@@ -27,6 +27,7 @@ from ema_service.runs.changes import Changes
 from ema_service.runs.info import Links, describe
 from ema_service.runs.ledger import Ledger, Succession
 from ema_service.shadows import Average, Plan, Preparation, Prepared, Shadows, State, Version
+from ema_service.shadows.results import Sink
 
 __all__ = ["Keeper", "Parameters", "Place", "Run", "Update"]
 
@@ -53,11 +54,15 @@ class Parameters:
     """Parameters that have all arrived, and what was computed of them, in their own memory.
 
     After a write that failed the computed version is written again: the parameters are gone by then.
+
+    preparation, place: of initial weights that were looked at as they arrived (Run.begin_first()).
     """
 
     staged: Staged
     update: Update | None = None
     prepared: Prepared | None = None
+    preparation: Preparation | None = None
+    place: Place | None = None
 
 
 class Place(Protocol):
@@ -232,6 +237,21 @@ class Run:
 
     # --- other ways to another version ------------------------------------------------------------------------------
 
+    def begin_first(self, staged: Staged) -> Parameters:
+        """Begin with initial weights: advance the preparation as parameters arrive, then initialise().
+
+        Raises RunDegraded, RunNotFound.
+        """
+        self.ledger.check_writable()
+        place = self._keeper.take() if self._keeper and self.state is None else None
+        names = [average.name for average in self.config.averages] if place else []
+
+        def sink(data: memoryview, upto: int) -> None:
+            for name in names:
+                place.write(name, data, upto)  # type: ignore[union-attr]  # without a place there is no name
+
+        return Parameters(staged, preparation=self._cast(staged, sink if place else None), place=place)
+
     def initialise(self, parameters: Parameters, *, num_updates: int | None = None, step: int | None = None) -> None:
         """Make the pushed parameters the first shadow of every average, as LitEma's constructor clones them.
 
@@ -243,10 +263,12 @@ class Run:
         first = partial(self.ledger.succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
         first(b"", 0.0)  # a wrong counter is refused before anything is computed
         if parameters.prepared is None:
-            parameters.prepared = self._shadows.cast(parameters.staged, len(self.config.averages)).finish()
+            parameters.prepared = (parameters.preparation or self._cast(parameters.staged)).finish()
         prepared = parameters.prepared
         state = State(first(prepared.digest, time.time()), prepared.arenas)
-        place = self._write(state) if self.state is None else None
+        place, parameters.place = parameters.place, None
+        if self.state is None:
+            place = self._write(state, place)
         with self._lock:
             if self.ledger.judge_first(prepared.digest):
                 self._commit(state, place)
@@ -340,9 +362,13 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _write(self, state: State) -> Place | None:
-        """Write a state all at once; None where not every version is kept."""
-        place = self._keeper.take() if self._keeper else None
+    def _cast(self, staged: Staged, sink: Sink | None = None) -> Preparation:
+        return self._shadows.cast(staged, len(self.config.averages), sink)
+
+    def _write(self, state: State, place: Place | None = None) -> Place | None:
+        """Write what is not written yet of a state; None where not every version is kept. place: where it is begun."""
+        if place is None and self._keeper:
+            place = self._keeper.take()
         if place:
             place.finish(state)
         return place

@@ -103,9 +103,12 @@ class Shadows:
         ]
         return Preparation(pass_over(staged, feeds, check=self._check), arenas)
 
-    def cast(self, staged: Staged, averages: int) -> Preparation:
-        """Begin to prepare the first version, in which the parameters themselves are the shadow of every average."""
-        work = pass_over(staged, [Feed(staged.arena, None, 0.0)], check=self._check)
+    def cast(self, staged: Staged, averages: int, sink: Sink | None = None) -> Preparation:
+        """Begin to prepare the first version, in which the parameters themselves are the shadow of every average.
+
+        sink: told how far that shadow is final.
+        """
+        work = pass_over(staged, [Feed(staged.arena, None, 0.0, sink)], check=self._check)
         return Preparation(work, (staged.arena,) * averages)
 
     def commit(self, state: State | None) -> None:

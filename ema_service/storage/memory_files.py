@@ -50,6 +50,10 @@ DEFAULT_RAM_DIR = _SHARED_MEMORY / f"ema-service-{os.geteuid()}"
 #: Other names for a folder that somebody else has taken.
 _MOST_SUFFIXES = 8
 _OWNER = "owner"
+#: madvise(2), since Linux 5.14: Python has no name for it.
+_POPULATE_WRITE = 23
+#: Bytes of pages mapped at a time: meanwhile no other thread can map memory.
+_POPULATED_AT_ONCE = 64 << 20
 #: Left to the rest of the process and to the kernel when memory is taken for files.
 _SPARE_BYTES = 64 << 20
 
@@ -138,12 +142,17 @@ class MemoryFiles:
             with ThreadPoolExecutor(min(count, os.cpu_count() or 1), "ema-create") as threads:
                 creating = [threads.submit(self._create, nbytes, prefix) for _ in range(count)]
             try:
-                return [each.result() for each in creating]
+                made = [each.result() for each in creating]
             except OSError:
                 for each in creating:
                     if each.exception() is None:
                         self.remove(each.result().name)
                 raise
+        if self._tmpfs:
+            # The last one is lent first.
+            pages = [each.raw for each in reversed(made)]
+            threading.Thread(target=_use_pages, args=(pages,), name="ema-pages", daemon=True).start()
+        return made
 
     def _create(self, nbytes: int, prefix: str) -> MappedFile:
         name = prefix + secrets.token_hex(8)
@@ -304,6 +313,19 @@ def _map(descriptor: int, nbytes: int) -> npt.NDArray[np.uint8]:
         _libc.madvise(address, size, mmap.MADV_HUGEPAGE)
     # The array refers to the mapping, and so does every view of the array.
     return np.asarray(_Mapping(address, size, nbytes))
+
+
+def _use_pages(files: list[npt.NDArray[np.uint8]]) -> None:
+    """Have all pages of new files mapped: one by one, as they are first written, takes twice as long, and a push waits.
+
+    An older kernel does nothing.
+    """
+    while files:
+        raw = files.pop(0)
+        for start in range(0, raw.nbytes, _POPULATED_AT_ONCE):
+            size = min(_POPULATED_AT_ONCE, raw.nbytes - start)
+            if _libc.madvise(raw.ctypes.data + start, size, _POPULATE_WRITE):
+                return
 
 
 class _Mapping:

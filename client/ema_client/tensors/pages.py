@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,11 @@ __all__ = ["pages", "use_pages", "views_of"]
 
 #: madvise(2), since Linux 4.14: Python has no name for it.
 _WIPE_ON_FORK = 18
+#: madvise(2), since Linux 5.14.
+_POPULATE_WRITE = 23
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+#: Bytes of pages that are taken at a time: meanwhile no other thread can map memory.
+_USED_AT_ONCE = 64 << 20
 
 
 def pages(size: int) -> Tensor:
@@ -42,9 +48,12 @@ def views_of(entries: Iterable[wire.Entry], flat: Tensor) -> list[Tensor]:
 
 
 def use_pages(flat: Tensor) -> None:
-    """Have the system give the memory's pages now, without the interpreter's lock."""
-    if flat.numel():
-        ctypes.memset(flat.data_ptr(), 0, flat.numel())
+    """Have the system give the memory's pages now, without the interpreter's lock. ``flat`` begins at a page."""
+    for start in range(0, flat.numel(), _USED_AT_ONCE):
+        address, size = flat.data_ptr() + start, min(_USED_AT_ONCE, flat.numel() - start)
+        # Asked for, pages come in half the time that it takes to write to each.
+        if _madvise is None or _madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_WRITE):
+            ctypes.memset(address, 0, size)
 
 
 def _keep_from_forks(region: mmap.mmap) -> None:

@@ -113,12 +113,12 @@ class UpdateBuffers:
         length = len(self._header) + (self._entries[-1].end if self._entries else 0)
         return Update(step, Body(length, pieces), _nothing, _nothing, borrowed=True)
 
-    def initial(self, tensors: Sequence[Tensor], *, borrow: bool) -> list[Tensor]:
-        """The tensors as they are sent: the tensors themselves to ``borrow`` them where possible, else a copy.
+    def initial(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as they are sent: the tensors themselves where their memory holds that, else a copy.
 
-        The copy lies in the buffer of the first update, whose pages are warm then; valid until the first update.
+        The copy lies in the buffer of the first update; valid until the first update.
         """
-        if borrow and self.can_borrow(tensors):
+        if self.can_borrow(tensors):
             return list(tensors)
         buffer = self._take()
         buffer.fill(tensors, self.devices)()

@@ -50,7 +50,7 @@ from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
 from ema_service.api.pushes import PartialPush, Push
 from ema_service.api.routes.parameters import CreatedAt, Number, RunName, Server, Step, WriterNumber
-from ema_service.runs import Parameters, Run, Terms
+from ema_service.runs import Run, Terms
 from ema_service.runs.parts import Outcome
 
 __all__ = ["router"]
@@ -133,8 +133,8 @@ async def put_weights(
     found = server.registry.get(run, created_at)
     with found.links.begun():
         async with Push(request, server, found) as push:
-            await push.receive()
-            first = Parameters(push.staged)
+            first = found.begin_first(push.staged)
+            await push.receive(first.preparation)
             await push.decide(partial(found.initialise, first, num_updates=num_updates, step=step))
     return found.info()
 

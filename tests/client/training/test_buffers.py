@@ -94,12 +94,13 @@ def memory_of(update: Update) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
-def test_the_initial_weights_warm_the_first_updates_memory() -> None:
-    """What the run is made of lies where the first update will be copied to, and is right."""
+def test_cast_initial_weights_warm_the_first_updates_memory() -> None:
+    """Initial weights that are sent in another dtype lie where the first update will be copied to, and are right."""
     state = tensors()
     maker = buffers(state)
-    warmed = maker.initial(values(state), borrow=False)
-    assert all(torch.equal(one, other) for one, other in zip(warmed, values(state), strict=True))
+    narrow = [tensor.half() if tensor.dtype == torch.float32 else tensor for tensor in values(state)]
+    warmed = maker.initial(narrow)
+    assert all(torch.equal(one, other.to(one.dtype)) for one, other in zip(warmed, narrow, strict=True))
     update = maker.copied(1, values(state), hooked=False)
     assert warmed[3].data_ptr() >= memory_of(update) > 0
     assert warmed[3].data_ptr() < memory_of(update) + update.body.length
@@ -184,10 +185,10 @@ def test_when_an_update_is_borrowed(hooked: bool, borrow: bool, dtype: torch.dty
     assert sent(update) == reference(state)
 
 
-def test_initial_weights_are_borrowed_too() -> None:
-    """Where updates will be, the initial weights are not copied either."""
+def test_initial_weights_are_sent_from_where_they_lie() -> None:
+    """Nothing changes them before the constructor returns, so they are not copied."""
     state = tensors()
-    sent_as_they_lie = buffers(state).initial(values(state), borrow=True)
+    sent_as_they_lie = buffers(state).initial(values(state))
 
     assert all(one is other for one, other in zip(sent_as_they_lie, values(state), strict=True))
 

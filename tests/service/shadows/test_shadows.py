@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ema_client.errors import NonFinite
+from ema_service.averaging import Digest
 from ema_service.averaging.schedules import Retention
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.shadows import Average, Plan, Shadows, State, Version
@@ -55,6 +56,22 @@ def state_of(shadows: Shadows) -> State:
 
 def bytes_of(state: State) -> list[bytes]:
     return [arena.tensor.numpy().tobytes() for arena in state.arenas]
+
+
+def test_first_version_is_told_of_as_it_arrives(layout: Layout, memory: Memory, model: Model) -> None:
+    """Initial weights are looked at while they come; the shadow has its digest then, and nobody reads it again."""
+    told: list[int] = []
+    shadows, staged = Shadows(layout, memory, check=True), staged_of(layout, memory, model(0))
+    preparation = shadows.cast(staged, 1, lambda _data, upto: told.append(upto))
+    preparation.advance(layout.param_bytes // 2)
+    half = list(told)
+    prepared = preparation.finish()
+
+    assert half or layout.param_bytes < 2 * (256 << 10), "a piece is told once it is whole"
+    assert told[-1] == layout.shadow_bytes
+    whole = Digest()
+    whole.update(prepared.arenas[0].tensor.numpy().data)
+    assert prepared.arenas[0].digest == whole.digest()
 
 
 def test_prepared_is_whole_beside_the_current(shadows: Shadows, layout: Layout, memory: Memory, model: Model) -> None:

@@ -9,9 +9,11 @@ import errno
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,8 @@ import numpy as np
 import pytest
 
 from ema_service.storage import memory_files as module
-from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
+from ema_service.storage.memory_files import _POPULATE_WRITE, MemoryFiles, MemoryFilesUnusable, _libc
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system has no /dev/shm")
 
@@ -96,6 +99,19 @@ def test_memory_is_taken_at_once(files: MemoryFiles) -> None:
     [made] = files.create(SIZE)
 
     assert (files.folder / made.name).stat().st_blocks * 512 >= SIZE
+
+
+def test_pages_are_mapped_ahead_of_their_use(files: MemoryFiles) -> None:
+    """A thread maps the pages of new files: the push that writes to them first waits for none."""
+    made = files.create(48 << 20, count=2)
+    wait_until(lambda: not any(thread.name == "ema-pages" for thread in threading.enumerate()))
+    if _libc.madvise(made[0].raw.ctypes.data, 1 << 20, _POPULATE_WRITE):
+        pytest.skip("this kernel does not map pages ahead")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for each in made:
+        each.raw[:] = 1
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000, "of 24,576 pages"
 
 
 def test_more_than_there_is_room_for(files: MemoryFiles) -> None:
