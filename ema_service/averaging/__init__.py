@@ -1,4 +1,5 @@
-"""Pure numerics of the exponential moving average: decay schedules, the kernel that averages flat memory, digests.
+"""Pure numerics of the exponential moving average: decay schedules, the kernel that averages flat memory, digests, and
+the weights of snapshots whose sum is another average.
 
 Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets or clocks.
 """
@@ -8,22 +9,39 @@ from __future__ import annotations
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
 from ema_service.averaging.fused import prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
+from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import SCHEDULES, Retention, Schedule
+from ema_service.averaging.synthesis import Average, Snapshots, Synthesis, soup, synthesise
+from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
+from ema_service.averaging.thinning import Ring, forecast
 
 __all__ = [
     "BLOCK_BYTES",
     "GULP_BYTES",
     "SCHEDULES",
     "Accumulators",
+    "Average",
     "BlockDigest",
+    "ConstantDecay",
+    "ConstantHalfLife",
     "Digest",
     "Retention",
+    "Ring",
     "Schedule",
+    "SigmaRel",
+    "Snapshots",
+    "Synthesis",
+    "Target",
+    "TargetRefused",
+    "Window",
     "average_into",
     "averaging",
     "cast_into",
     "casting",
     "digesting",
     "finite",
+    "forecast",
     "prepare",
+    "soup",
+    "synthesise",
 ]
