@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ema_service.averaging.profiles import TargetRefused, decays_of, elementwise, gamma_of, power_decay
+from ema_service.averaging.profiles import TargetRefused, decays_of, elementwise, gamma_of, power_decay, sigma_rel_of
 from ema_service.averaging.synthesis import MAX_ROUNDING, ROUNDING, Average, Snapshots, Synthesis, soup, synthesise
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 
@@ -304,6 +304,37 @@ def test_any_updates_any_times(gaps: list[int], widths: list[float], width: floa
     true = np.linalg.norm(run.found(found) - wished) / np.linalg.norm(wished)
     assert math.fsum(found.weights.flat) == pytest.approx(1.0, abs=1e-13 * size + 1e-12)
     assert found.error == pytest.approx(true, rel=0.01, abs=1e-10)
+
+
+@pytest.mark.parametrize("widths", [PAIR, TRIPLE])
+@pytest.mark.parametrize("target", [*(SigmaRel(w) for w in (0.02, 0.06, 0.15)), ConstantDecay(0.996)], ids=str)
+def test_neighbouring_updates_taken_together(widths: tuple[float, ...], target: Target) -> None:
+    """With 50 groups an interval instead of 100 updates: the same error to 1 %, and the sums of intervals are exact."""
+    run = long_run(widths)
+    fine, grouped = run.snapshots, Snapshots(run.counters, run.averages, single=50)
+    expected = fine.solve(target, LONG, DAMPING)
+
+    found = grouped.solve(target, LONG, DAMPING)
+
+    wished = run.target(target, LONG)
+    true = np.linalg.norm(run.found(found) - wished) / np.linalg.norm(wished)
+    assert found.error == pytest.approx(true, rel=0.01)
+    assert true == pytest.approx(expected.error, rel=0.01)
+    assert math.fsum(found.weights.flat) == pytest.approx(1.0, abs=1e-12)
+    assert grouped.solve(SigmaRel(widths[0]), LONG, DAMPING).weights[0, -1] == 1.0
+
+
+@pytest.mark.parametrize("updates", [1, 7, 24, 25, 26, 49, 50, 51, 99])
+def test_groups_hold_every_update_once(updates: int) -> None:
+    """Whatever number of updates an interval has, all of the target is seen: one average gives itself back."""
+    counters = np.arange(1, 100)
+    average = Average(decays_of(power_decay(3.0), counters), tuple(sorted({updates, 99})))
+    snapshots = Snapshots(counters, [average], single=25)
+
+    found = snapshots.solve(SigmaRel(sigma_rel_of(3.0)), 99, DAMPING)
+
+    assert found.error < 1e-12
+    assert found.weights[0, -1] == 1.0
 
 
 # --- what is found --------------------------------------------------------------------------------------------------
