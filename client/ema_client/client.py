@@ -61,6 +61,7 @@ from ema_client.reading.slices import Wanted
 from ema_client.reading.to_file import Progress, save
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
+from ema_client.schedules import averages_of
 from ema_client.wire import Box
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ class EmaClient:
         decay: float = protocol.DEFAULT_DECAY,
         use_num_updates: bool = True,
         decay_per: DecayPer = "update",
+        schedule: AverageConfig | None = None,
         averages: Sequence[AverageConfig] | None = None,
         non_finite: NonFinitePolicy = "refuse",
         durability: Durability | None = None,
@@ -181,7 +183,8 @@ class EmaClient:
                 by their canonical names. Read from the tensors' memory until the call returns; never copied as a whole.
             decay, use_num_updates: as LitEma's.
             decay_per: "update", or "step" for a trainer that pushes every k-th step.
-            averages: the averages of the run; by default a single one, named "ema".
+            schedule: of the run's average, by a function of ``ema_client.schedules``; None: LitEma's.
+            averages: the averages of the run, where there are several, each with its schedule and name.
             non_finite: whether updates with NaN or Inf are refused or allowed.
             durability: what an answered update outlives: "memory" a clean stop of the server, "process" a sudden end of
                 the server, "disk" a power loss. None: "process", or "memory" where the server keeps nothing on disk.
@@ -210,7 +213,7 @@ class EmaClient:
             decay=checked_decay(decay),
             use_num_updates=use_num_updates,
             decay_per=decay_per,
-            averages=(AverageConfig(),) if averages is None else tuple(averages),
+            averages=averages_of(schedule, averages),
             non_finite=non_finite,
             durability=durability,
             copied=tuple(copied),

@@ -73,7 +73,7 @@ _SEGMENT = re.compile(
 LAYOUT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 RunStatus = Literal["awaiting_weights", "ready", "degraded"]
-ScheduleName = Literal["litema", "constant"]
+ScheduleName = Literal["litema", "constant", "half_life", "power", "inverse_gamma"]
 DecayPer = Literal["update", "step"]
 Durability = Literal["memory", "process", "disk"]
 NonFinitePolicy = Literal["refuse", "allow"]
@@ -91,6 +91,16 @@ Step = Annotated[int, (0, MAX_STEP)]
 Count = Annotated[int, (0, MAX_STEP)]
 Counter = Annotated[int, (-1, MAX_STEP)]
 Decay = Annotated[float, (0.0, 1.0)]
+#: Of which a millionth and a million-million-fold are numbers as well: half-lives, inverse gammas, powers.
+POSITIVE = (1e-12, 1e18)
+Positive = Annotated[float, POSITIVE]
+#: The relative standard deviation of a power average (Karras et al. 2024) with gamma 0, in which all updates weigh the
+#: same. With a larger one old updates would weigh more than new ones.
+LARGEST_SIGMA_REL = 12**-0.5
+SIGMA_RELS = (1e-4, 0.2887)
+SigmaRel = Annotated[float, SIGMA_RELS]
+GAMMAS = (0.0, 1e4)
+Gamma = Annotated[float, GAMMAS]
 #: Seconds since 1970-01-01 UTC, up to the year 9999: a calendar has no others.
 Moment = Annotated[float, (0.0, 253_402_000_000.0)]
 
@@ -173,13 +183,80 @@ class TensorSpec:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleFields:
+    """What a schedule takes beside its largest decay. n counts the updates (or steps) since the average began.
+
+    start: the average begins after this update: up to and including update start + 1 it is the parameters themselves,
+        and the schedule counts from there. None: it begins with the initial weights.
+    half_life: of "half_life", in updates: 2^(-1 / half_life).
+    sigma_rel, gamma: of "power", one of the two: (1 - 1 / n)^(gamma + 1); sigma_rel is the relative standard deviation
+        of the weights that updates have.
+    inv_gamma, power, min_decay: of "inverse_gamma": 1 - (1 + s / inv_gamma)^-power with s = n - 1, no less than
+        min_decay; None: 1, 2/3 and 0.
+    """
+
+    start: Step | None = None
+    half_life: Positive | None = None
+    sigma_rel: SigmaRel | None = None
+    gamma: Gamma | None = None
+    inv_gamma: Positive | None = None
+    power: Positive | None = None
+    min_decay: Decay | None = None
+
+    def schedule_fields(self) -> dict[str, Any]:
+        """The fields of this class alone, by name; those that are None are left out."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(ScheduleFields)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 @dataclass(frozen=True, slots=True)
-class AverageConfig:
-    """An average of a run, as a client asks for it. ``decay`` None means the run's decay."""
+class AverageConfig(ScheduleFields):
+    """An average of a run, as a client asks for it: a name, a schedule, and the fields of that schedule.
+
+    The functions of ``ema_client.schedules`` make one without its name.
+
+    schedule: "litema", min(decay, (1 + n) / (10 + n)); "constant", ``decay``; "half_life", "power" or "inverse_gamma",
+        see ScheduleFields.
+    decay: the largest decay; None means the run's decay.
+    """
 
     name: Name = DEFAULT_AVERAGE
     schedule: ScheduleName = "litema"
     decay: Decay | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Which field does not go with the schedule, and what to do; None where all do."""
+        if self.schedule not in SCHEDULE_FIELDS:
+            return f"schedule: there is no {self.schedule!r}; there are {', '.join(SCHEDULE_FIELDS)}"
+        fields = SCHEDULE_FIELDS[self.schedule]
+        for name in sorted(_SCHEDULE_FIELDS - fields):
+            if getattr(self, name) is not None:
+                return f"{name}: has no meaning for schedule {self.schedule!r}, which takes {', '.join(sorted(fields))}"
+        if self.schedule == "half_life" and self.half_life is None:
+            return "half_life: is missing: the number of updates in which the weight of an update halves"
+        if self.schedule == "power" and (self.gamma is None) == (self.sigma_rel is None):
+            return "sigma_rel, gamma: one of the two is to be given for schedule 'power'"
+        if self.sigma_rel is not None and self.sigma_rel >= LARGEST_SIGMA_REL:
+            return (
+                f"sigma_rel: {self.sigma_rel:g} is too large: from {LARGEST_SIGMA_REL:.6f} on, which is gamma 0, old "
+                "parameters would weigh more than new ones"
+            )
+        if self.min_decay is not None and self.decay is not None and self.min_decay > self.decay:
+            return f"min_decay: {self.min_decay:g} is above decay {self.decay:g}"
+        return None
+
+
+#: By schedule, the fields of an AverageConfig that the schedule takes, beside ``start``, which each does.
+SCHEDULE_FIELDS: dict[str, frozenset[str]] = {
+    "litema": frozenset({"decay"}),
+    "constant": frozenset({"decay"}),
+    "half_life": frozenset({"half_life"}),
+    "power": frozenset({"sigma_rel", "gamma"}),
+    "inverse_gamma": frozenset({"decay", "inv_gamma", "power", "min_decay"}),
+}
+_SCHEDULE_FIELDS = frozenset[str]().union(*SCHEDULE_FIELDS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +285,9 @@ class RunConfig:
     durability: Durability | None = None
     copied: tuple[str, ...] = ()
 
-    def schedule_of(self, average: str) -> ScheduleName:
-        """The schedule of the average of this name. Raises KeyError where the run has no such average."""
-        return {each.name: each.schedule for each in self.averages}[average]
+    def average(self, name: str) -> AverageConfig:
+        """The average of this name. Raises KeyError where the run has no such average."""
+        return {each.name: each for each in self.averages}[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +300,21 @@ class RunLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class AverageInfo:
-    """An average as it stands. ``effective_decay`` is the decay of the latest update, None before any."""
+class AverageInfo(ScheduleFields):
+    """An average as it stands.
+
+    decay: the largest decay that the schedule reaches; of "power", which has no largest, 1.
+    effective_decay: the decay of the latest update, None before any.
+    num_updates: the counter that the schedule goes by: updates since the average began, or steps where decay_per is
+        "step"; -1 where the average does not count.
+    Of "power" both sigma_rel and gamma are told.
+    """
 
     name: Name
     schedule: ScheduleName
     decay: Decay
     effective_decay: Decay | None
+    num_updates: Counter = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,11 +460,11 @@ class RunEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsInfo:
+class WeightsInfo(ScheduleFields):
     """The run's state that travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``.
 
-    schedule: of the average (ScheduleName, or one of a newer service), without which decay and counter do not say what
-    the next update retains.
+    num_updates: the average's counter. schedule: of the average (ScheduleName, or one of a newer service), without
+    which, and without its fields, decay and counter do not say what the next update retains.
     """
 
     run: Name
@@ -423,6 +508,9 @@ class WeightsInfo:
             "snapshot": metadata.get("ema_snapshot"),
             "schedule": metadata.get("ema_schedule", "litema"),
         }
+        for each in dataclasses.fields(ScheduleFields):
+            if (said := metadata.get(f"ema_{each.name}")) is not None:
+                state[each.name] = _integer(said) if each.name == "start" else float(said)
         return from_json(cls, state)
 
 

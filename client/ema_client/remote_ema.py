@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import AwaitingWeights, EmaError, UsageError, listed
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
+from ema_client.schedules import averages_of
 from ema_client.tensors.writing import noticed
 from ema_client.training.aside import SetAside
 from ema_client.training.buffers import UpdateBuffers
@@ -94,7 +95,9 @@ class RemoteEma:
             spells it, is the same.
         run: the run's name on the service.
         url, token: as for EmaClient.
-        averages: the averages of the run; by default a single one, named "ema". copy_to() and decay are of the first.
+        schedule: of the run's average, by a function of ``ema_client.schedules``; None: LitEma's.
+        averages: the averages of the run, where there are several, each with its schedule and name. copy_to(), decay
+            and num_updates are of the first.
         resume: "auto": go on with the run of this name, or make the run where there is none; True: only go on; False: a
             run of this name must not exist. A run that goes on keeps its decay and counter, and the model must have the
             run's names, shapes and dtypes.
@@ -137,6 +140,7 @@ class RemoteEma:
         run: str,
         url: str | None = None,
         token: str | None = None,
+        schedule: AverageConfig | None = None,
         averages: Sequence[AverageConfig] | None = None,
         resume: Resume = False,
         step: int | None = None,
@@ -186,7 +190,7 @@ class RemoteEma:
             decay=decay,
             use_num_updates=counted,
             decay_per=decay_per,
-            averages=(AverageConfig(),) if averages is None else tuple(averages),
+            averages=averages_of(schedule, averages),
             durability=durability,
             copied=tuple(sorted(self._selection.copied)),
         )

@@ -14,12 +14,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ema_client.protocol import (
     DEFAULT_AVERAGE,
     DEFAULT_DECAY,
+    GAMMAS,
     MAX_AVERAGES,
     MAX_RANK,
     MAX_STEP,
     MAX_TENSOR_NAME,
     MAX_TENSORS,
     NAME_PATTERN,
+    POSITIVE,
+    SIGMA_RELS,
     AverageConfig,
     DecayPer,
     Durability,
@@ -40,6 +43,10 @@ CHANGE_BYTES = 4 << 10
 
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+_Step = Annotated[int, Field(ge=0, le=MAX_STEP)]
+_Positive = Annotated[float, Field(ge=POSITIVE[0], le=POSITIVE[1], allow_inf_nan=False)]
+_SigmaRel = Annotated[float, Field(ge=SIGMA_RELS[0], le=SIGMA_RELS[1], allow_inf_nan=False)]
+_Gamma = Annotated[float, Field(ge=GAMMAS[0], le=GAMMAS[1], allow_inf_nan=False)]
 
 
 def json_body(kind: type[BaseModel]) -> dict[str, Any]:
@@ -76,7 +83,16 @@ def _spec(body: _TensorSpecBody) -> TensorSpec:
 class _AverageConfigBody(_Body):
     name: _Name = DEFAULT_AVERAGE
     schedule: ScheduleName = "litema"
-    decay: Annotated[_Decay | None, Field(description="None: the run's decay")] = None
+    decay: Annotated[_Decay | None, Field(description="The largest decay. None: the run's decay")] = None
+    start: Annotated[
+        _Step | None, Field(description="The average begins after this update. None: with the initial weights")
+    ] = None
+    half_life: Annotated[_Positive | None, Field(description="Of schedule half_life, in updates")] = None
+    sigma_rel: Annotated[_SigmaRel | None, Field(description="Of schedule power: this, or gamma")] = None
+    gamma: Annotated[_Gamma | None, Field(description="Of schedule power: this, or sigma_rel")] = None
+    inv_gamma: Annotated[_Positive | None, Field(description="Of schedule inverse_gamma; None: 1")] = None
+    power: Annotated[_Positive | None, Field(description="Of schedule inverse_gamma; None: 2/3")] = None
+    min_decay: Annotated[_Decay | None, Field(description="Of schedule inverse_gamma; None: 0")] = None
 
 
 class RunConfigBody(_Body):
@@ -121,7 +137,7 @@ class RunConfigBody(_Body):
             decay=self.decay,
             use_num_updates=self.use_num_updates,
             decay_per=self.decay_per,
-            averages=tuple(AverageConfig(a.name, a.schedule, a.decay) for a in self.averages),
+            averages=tuple(AverageConfig(**a.model_dump()) for a in self.averages),
             non_finite=self.non_finite,
             durability=self.durability,
             copied=tuple(self.copied),

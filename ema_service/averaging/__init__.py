@@ -10,7 +10,7 @@ from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, 
 from ema_service.averaging.fused import prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.profiles import TargetRefused
-from ema_service.averaging.schedules import SCHEDULES, Retention, Schedule
+from ema_service.averaging.schedules import Retention, Schedule
 from ema_service.averaging.synthesis import Average, Snapshots, Synthesis, soup, synthesise
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 from ema_service.averaging.thinning import Ring, forecast
@@ -18,7 +18,6 @@ from ema_service.averaging.thinning import Ring, forecast
 __all__ = [
     "BLOCK_BYTES",
     "GULP_BYTES",
-    "SCHEDULES",
     "Accumulators",
     "Average",
     "BlockDigest",

@@ -80,7 +80,11 @@ class StoredVersion:
     def version(self) -> Version:
         """The version as it was written. Only for a row that is not damaged."""
         said = self.said
-        averages = (Average(each["name"], each["decay"], each["effective_decay"]) for each in said["averages"])
+        # Rows of a server whose averages all went by the run's counter do not name one for each.
+        averages = (
+            Average(each["name"], each["decay"], each["effective_decay"], each.get("num_updates", said["num_updates"]))
+            for each in said["averages"]
+        )
         return Version(
             lineage=said["lineage"],
             epoch=said["epoch"],
@@ -118,6 +122,7 @@ def dump(state: State, *, final: bool, **more: object) -> str:
                     "name": average.name,
                     "decay": average.decay,
                     "effective_decay": average.effective_decay,
+                    "num_updates": average.num_updates,
                     "checksum": arena.digest.hex() if arena.digest else None,
                 }
                 for average, arena in zip(version.averages, state.arenas, strict=True)

@@ -31,7 +31,7 @@ from ema_service.averaging import Digest
 from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import read_arena
-from ema_service.shadows.state import Average, State
+from ema_service.shadows.state import Average, State, schedule_told
 from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
 
 __all__ = ["Snapshots"]
@@ -263,7 +263,7 @@ class Snapshots:
             raise _damaged(info, fault) from fault
         weights = WeightsInfo.from_metadata(dict(file.header.metadata))
         # A file of an earlier server does not name the schedule.
-        return file, replace(weights, schedule=self._config.schedule_of(chosen))
+        return file, replace(weights, **schedule_told(self._config, chosen))
 
     def _read(self, info: SnapshotInfo, name: str, checksums: dict[str, str], memory: Memory) -> tuple[Average, Arena]:
         file, weights = self._open(info, name)
@@ -273,7 +273,7 @@ class Snapshots:
             raise _damaged(info, fault) from fault
         finally:
             file.close()
-        return Average(name, weights.decay, None), arena
+        return Average(name, weights.decay, None, weights.num_updates), arena
 
 
 def _key_of(name: str, rows: list[SnapshotRow]) -> str | None:

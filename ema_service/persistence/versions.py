@@ -28,7 +28,7 @@ from ema_service.bodies.outgoing import header_of
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import Restored, Search
 from ema_service.persistence.rows import StoredVersion, dump, read_rows
-from ema_service.shadows.state import Average, State
+from ema_service.shadows.state import Average, State, schedule_told
 from ema_service.storage import MEMORY, CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
 __all__ = ["SlotPlace", "Versions"]
@@ -423,6 +423,6 @@ def _header_bytes(config: RunConfig, average: str, layout: Layout) -> int:
         step=MAX_STEP,
         num_updates=MAX_STEP,
         decay=sys.float_info.min,  # 23 digits, as many as a float can have
-        schedule=config.schedule_of(average),
+        **schedule_told(config, average),
     )
     return padded_bytes(header_of(layout.shadows, widest))

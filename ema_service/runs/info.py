@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ema_client.protocol import AverageInfo, RunConfig, RunInfo, RunStatus
+from ema_service.shadows.state import schedule_told
 
 if TYPE_CHECKING:
     from ema_service.memory import Layout
     from ema_service.runs.ledger import Ledger
     from ema_service.runs.run import Keeper
-    from ema_service.shadows import Shadows
+    from ema_service.shadows import Average, Shadows
 
 __all__ = ["Links", "describe"]
 
@@ -71,10 +72,7 @@ def describe(
     version = state.version if state else None
     trouble = ledger.fault or (keeper.trouble if keeper else None)
     known = version.averages if version else ledger.succession.averages_at_start
-    averages = tuple(
-        AverageInfo(average.name, each.schedule, average.decay, average.effective_decay)
-        for each, average in zip(config.averages, known, strict=True)
-    )
+    averages = tuple(_average_info(config, average) for average in known)
     return RunInfo(
         run=config.run,
         status=_status(degraded=trouble is not None, awaiting=version is None),
@@ -102,6 +100,16 @@ def describe(
         writer=ledger.writer,
         link=str(links) or None,
         copied=len(layout.copied),
+    )
+
+
+def _average_info(config: RunConfig, average: Average) -> AverageInfo:
+    return AverageInfo(
+        name=average.name,
+        decay=average.decay,
+        effective_decay=average.effective_decay,
+        num_updates=average.num_updates,
+        **schedule_told(config, average.name),
     )
 
 

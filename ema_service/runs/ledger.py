@@ -28,8 +28,15 @@ from ema_client.errors import (
     Superseded,
     WeightsExist,
 )
-from ema_client.protocol import MAX_STEP, RunConfig, SnapshotInfo, UpdateStatus
-from ema_service.averaging.schedules import SCHEDULES
+from ema_client.protocol import (
+    MAX_STEP,
+    SCHEDULE_FIELDS,
+    AverageConfig,
+    RunConfig,
+    SnapshotInfo,
+    UpdateStatus,
+)
+from ema_service.runs.schedules import counts, largest_decay, schedule_of
 from ema_service.shadows.state import Average, Plan, Version
 
 __all__ = ["Ledger", "Succession"]
@@ -57,8 +64,7 @@ class Succession:
     @property
     def averages_at_start(self) -> tuple[Average, ...]:
         """The averages before any update, with the decays of the run's configuration."""
-        config = self._config
-        return tuple(Average(a.name, config.decay if a.decay is None else a.decay, None) for a in config.averages)
+        return tuple(self._began(average, 0) for average in self._config.averages)
 
     def position(self, average: str | None) -> int:
         """The position of the average of this name, from 0; None names the first. Raises AverageNotFound."""
@@ -74,34 +80,34 @@ class Succession:
         """
         if num_updates is not None and not self._config.use_num_updates:
             raise InvalidRequest(f"num_updates: {num_updates} was given, but use_num_updates is off in this run")
+        averages = tuple(self._began(average, num_updates or 0) for average in self._config.averages)
         counter = self.counter_at_start if num_updates is None else num_updates
-        return Version(lineage, 1, 0, step, counter, digest, self.averages_at_start, now)
+        return Version(lineage, 1, 0, step, counter, digest, averages, now)
 
     def plan(self, step: int, base: Version) -> Plan:
         """What an admitted update of ``step`` is to make of ``base``: its decays and its counter, exact over the gap of
         steps."""
         if step == base.step:
             # Only the same update again can be meant, and its digest tells: nothing is averaged.
-            return Plan(base, step, base.num_updates, ())
+            return Plan(base, step, 0, ())
         gap = 1 if self._config.decay_per == "update" or base.step is None else step - base.step
         retentions = tuple(
-            SCHEDULES[config.schedule](average.decay, base.num_updates, gap)
+            schedule_of(self._config, config, average.decay).retention(average.num_updates, gap)
             for config, average in zip(self._config.averages, base.averages, strict=True)
         )
-        counter = min(base.num_updates + gap, MAX_STEP) if self._config.use_num_updates else -1
-        return Plan(base, step, counter, retentions)
+        return Plan(base, step, gap, retentions)
 
     def following(self, plan: Plan, digest: bytes, now: float) -> Version:
         """The version that a planned update makes. digest: of the update's parameters."""
         averages = tuple(
-            replace(average, effective_decay=retention.decay)
+            replace(average, effective_decay=retention.decay, num_updates=_counted(average.num_updates, plan.gap))
             for average, retention in zip(plan.base.averages, plan.retentions, strict=True)
         )
         return replace(
             plan.base,
             n=plan.base.n + 1,
             step=plan.step,
-            num_updates=plan.num_updates,
+            num_updates=_counted(plan.base.num_updates, plan.gap),
             digest=digest,
             averages=averages,
             updated_at=now,
@@ -113,15 +119,28 @@ class Succession:
         if not 0.0 <= decay <= 1.0:
             raise InvalidRequest(f"decay: {decay} is not between 0 and 1")
         chosen = self.position(average)
+        config = self._config.averages[chosen]
+        if "decay" not in SCHEDULE_FIELDS[config.schedule]:
+            raise InvalidRequest(
+                f"average {config.name!r} of run {self._config.run!r} has schedule {config.schedule!r}, which takes no "
+                "decay: add an average with the schedule that is wanted"
+            )
         averages = (replace(a, decay=decay) if i == chosen else a for i, a in enumerate(version.averages))
         return replace(version, averages=tuple(averages))
 
     def with_counter_reset(self, version: Version) -> Version:
         """The version with its counter at the beginning of the warm-up.
 
-        A counter that is off stays off (LitEma switches it on).
+        A counter that is off stays off (LitEma switches it on). An average whose schedule begins with a copy copies the
+        next update.
         """
-        return replace(version, num_updates=self.counter_at_start)
+        averages = tuple(replace(each, num_updates=min(each.num_updates, 0)) for each in version.averages)
+        return replace(version, num_updates=self.counter_at_start, averages=averages)
+
+    def _began(self, average: AverageConfig, num_updates: int) -> Average:
+        """An average that begins with this counter."""
+        counter = num_updates if counts(self._config, average) else -1
+        return Average(average.name, largest_decay(self._config, average), None, counter)
 
 
 class Ledger:
@@ -320,3 +339,8 @@ class Ledger:
     def _forget_steps_after(self, step: int | None) -> None:
         kept = [] if step is None else [each for each in self._steps if each <= step]
         self._steps = deque(kept, maxlen=_REMEMBERED_STEPS)
+
+
+def _counted(counter: int, gap: int) -> int:
+    """The counter after an update; one that is off stays off."""
+    return min(counter + gap, MAX_STEP) if counter >= 0 else -1

@@ -528,13 +528,19 @@ def _config_of(row: RunRow) -> RunConfig:
 
 
 def _check_averages(config: RunConfig, *, folds_case: bool) -> None:
-    """Raises InvalidRequest where the averages are too many, or two have one name. folds_case: or one but for case."""
+    """Raises InvalidRequest where the averages are too many, two have one name, or a field does not go with a schedule.
+
+    folds_case: two names are one also where they differ in case.
+    """
     names = Counter(average.name.casefold() if folds_case else average.name for average in config.averages)
     if not 1 <= len(config.averages) <= MAX_AVERAGES:
         raise InvalidRequest(f"averages: {len(config.averages)} were given; 1 to {MAX_AVERAGES} are possible")
     name, count = names.most_common(1)[0]
     if count > 1:
         raise InvalidRequest(f"averages: the name {name!r} stands there {count} times")
+    for average in config.averages:
+        if average.fault:
+            raise InvalidRequest(f"averages: {average.name!r}: {average.fault}")
 
 
 def _difference(old: RunConfig, new: RunConfig) -> str:

@@ -112,6 +112,8 @@ class Run:
 
     Methods that change the run take its lock and may block: call them off the event loop (see ``quick``).
 
+    More than twenty methods: one for each way in which a version of the run comes about, and what readers ask.
+
     ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
     changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made.
     """

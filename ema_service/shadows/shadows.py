@@ -96,7 +96,7 @@ class Shadows:
             return Preparation(pass_over(staged, (), check=False), ())
         arenas = (*(self._memory.new_arena(self._layout) for _ in plan.retentions[1:]), staged.arena)
         feeds = [
-            Feed(out, shadow, retention.weight, sinks.get(average.name))
+            Feed(out, None if retention.copies else shadow, retention.weight, sinks.get(average.name))
             for out, shadow, retention, average in zip(
                 arenas, base.arenas, plan.retentions, base.version.averages, strict=True
             )

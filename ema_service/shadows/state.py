@@ -7,15 +7,16 @@ Plain values, all immutable. Knows names and numbers. Does not know how a versio
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ema_client.protocol import RunConfig, WeightsInfo
+from ema_client.protocol import AverageConfig, RunConfig, WeightsInfo
+from ema_service.averaging.profiles import gamma_of, sigma_rel_of
 
 if TYPE_CHECKING:
     from ema_service.averaging.schedules import Retention
     from ema_service.memory import Arena
 
-__all__ = ["Average", "Plan", "State", "Version"]
+__all__ = ["Average", "Plan", "State", "Version", "gamma_of_average", "schedule_told"]
 
 #: A trainer that repeats a write does so within seconds; so many other writes are not made meanwhile.
 _REMEMBERED_KEYS = 16
@@ -23,11 +24,16 @@ _REMEMBERED_KEYS = 16
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """One average in one version. effective_decay: of the latest update, None before the first."""
+    """One average in one version.
+
+    decay: the largest one. effective_decay: of the latest update, None before the first. num_updates: the counter that
+    the average's schedule goes by, -1 where it does not count.
+    """
 
     name: str
     decay: float
     effective_decay: float | None
+    num_updates: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +75,25 @@ class Version:
             average=average.name,
             version=str(self),
             step=self.step,
-            num_updates=self.num_updates,
+            num_updates=average.num_updates,
             decay=average.decay,
-            schedule=config.schedule_of(average.name),
+            **schedule_told(config, average.name),
         )
+
+
+def schedule_told(run: RunConfig, average: str) -> dict[str, Any]:
+    """What is told of an average's schedule: its name and fields, of a power average both sigma_rel and gamma."""
+    config = run.average(average)
+    fields: dict[str, Any] = {"schedule": config.schedule, **config.schedule_fields()}
+    if config.schedule == "power":
+        gamma = gamma_of_average(config)
+        fields |= {"sigma_rel": sigma_rel_of(gamma), "gamma": gamma}
+    return fields
+
+
+def gamma_of_average(average: AverageConfig) -> float:
+    """The gamma of a power average, which may be given by its sigma_rel."""
+    return gamma_of(average.sigma_rel) if average.sigma_rel is not None else average.gamma or 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +112,12 @@ class State:
 class Plan:
     """What an update is to make of a version, decided before the update's parameters arrive.
 
-    base: the version that the update applies to. step: the trainer's. num_updates: the counter after the update.
-    retentions: one for each average of the base, in order; none where the step was applied before, and only the digest
-    of the parameters is needed.
+    base: the version that the update applies to. step: the trainer's. gap: how many updates it counts for. retentions:
+    one for each average of the base, in order; none where the step was applied before, and only the digest of the
+    parameters is needed.
     """
 
     base: Version
     step: int
-    num_updates: int
+    gap: int
     retentions: tuple[Retention, ...]

@@ -1,7 +1,7 @@
 """How an average goes on in a run: the decay of a program's next update, and the run whose decay is the same.
 
-Each program counts something else, and warms its decay up in another way or not at all. A run has LitEma's warm-up or a
-constant decay; where a program has neither, the difference is told.
+Each program counts something else, and warms its decay up in another way or not at all. Where no schedule of a run is
+the program's, or the file does not hold it, the difference is told.
 
 Knows: the decay schedules of LitEma, torch_ema, diffusers' EMAModel and ours. Does not know: files, tensors, the
 service.
@@ -10,18 +10,18 @@ service.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ema_client.checkpoints.values import real, whole
 from ema_client.errors import UsageError
-from ema_client.protocol import DEFAULT_DECAY, ScheduleName
+from ema_client.protocol import DEFAULT_DECAY, AverageConfig, ScheduleName, WeightsInfo
 
-__all__ = ["Continuation", "constant", "of_emamodel", "to_emamodel", "warmed_up"]
+__all__ = ["Continuation", "constant", "next_decay", "of_emamodel", "to_emamodel", "warmed_up"]
 
 #: Decays that differ by less are the same: a run computes in float32, which has a step of 6e-8 below 1.
 _SAME = 1e-6
-#: The warm-up of EMAModel, timm and ema-pytorch, which no run has.
+#: The warm-up of timm and ema-pytorch, whose files do not hold its parameters.
 POWER_RULE = "1 - (1 + n)^-p"
 
 
@@ -29,7 +29,8 @@ POWER_RULE = "1 - (1 + n)^-p"
 class Continuation:
     """How an average goes on.
 
-    schedule: "litema", a warm-up as LitEma's where there is a counter, or "constant".
+    schedule: "litema", a warm-up as LitEma's where there is a counter, "constant", or another that a run has.
+    fields: what that schedule takes beside the decay (ScheduleFields).
     decay: the largest decay; None where the file does not say.
     num_updates: the counter that the run begins with; None for a run without a counter, whose decay is constant.
     next_decay: of the program's own next update; None where the file does not tell.
@@ -43,11 +44,16 @@ class Continuation:
     next_decay: float | None = None
     usual_decay: float = DEFAULT_DECAY
     rule: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def average(self) -> AverageConfig:
+        """The average that a run goes on with; its largest decay is the run's."""
+        return AverageConfig(schedule=self.schedule, **self.fields)
 
     def first_decay(self, decay: float) -> float:
         """The decay of the run's first update, where ``decay`` is its largest."""
-        warm = self.schedule == "litema" and self.num_updates is not None
-        return _warm(decay, self.num_updates or 0) if warm else decay
+        return next_decay(self.average, decay, -1 if self.num_updates is None else self.num_updates)
 
     def difference(self, decay: float) -> str | None:
         """How the run's first update differs from the program's next one, in words; None where it does not, as far as
@@ -88,11 +94,18 @@ def of_emamodel(said: Mapping[str, Any]) -> Continuation:
     step = whole(said, "optimization_step") - whole(said, "update_after_step", 0, least=-(2**62))
     count = max(step - 1, 0)
     following, rule = _emamodel_decay(said, step, decay, smallest)
-    if smallest >= decay:
+    if smallest >= decay and step > 0:
         # One update counted is what to_emamodel() makes of a run without a counter.
         return Continuation("constant", smallest, count or None, following, rule=rule)
-    schedule: ScheduleName = "constant" if said.get("use_ema_warmup") is True else "litema"
-    return Continuation(schedule, decay, count, following, rule=rule)
+    # A step before the beginning of time is none: what counts is how far the beginning is.
+    start = max(whole(said, "update_after_step", 0, least=-(2**62)), 0)
+    if said.get("use_ema_warmup") is True:
+        fields = {"start": start, "min_decay": min(smallest, decay)}
+        fields |= {"inv_gamma": real(said, "inv_gamma", 1.0), "power": real(said, "power", 2 / 3)}
+        return Continuation("inverse_gamma", decay, step + start, following, rule=rule, fields=fields)
+    if start or step <= 0:
+        return Continuation("litema", decay, step + start, following, rule=rule, fields={"start": start})
+    return Continuation("litema", decay, count, following, rule=rule)
 
 
 def _emamodel_decay(said: Mapping[str, Any], step: int, decay: float, smallest: float) -> tuple[float, str]:
@@ -108,9 +121,24 @@ def _emamodel_decay(said: Mapping[str, Any], step: int, decay: float, smallest: 
     return max(min(1 - (1 + step / gamma) ** -power, decay), smallest), f"{rule} with p = {power:.3g}"
 
 
-def to_emamodel(schedule: str, decay: float, num_updates: int) -> dict[str, Any]:
-    """The fields of an EMAModel whose next updates have the decays of a run's: of_emamodel() the other way round."""
-    unchanging = schedule != "litema" or num_updates < 0
+def to_emamodel(info: WeightsInfo) -> dict[str, Any]:
+    """The fields of an EMAModel whose next updates have the decays of a run's: of_emamodel() the other way round.
+
+    Of a schedule that EMAModel does not have, the decay of the next update, constant from there on.
+    """
+    decay, num_updates = info.decay, info.num_updates
+    if info.schedule == "inverse_gamma" or (info.schedule == "litema" and info.start is not None and num_updates >= 0):
+        return {
+            "decay": decay,
+            "min_decay": info.min_decay or 0.0,
+            "optimization_step": num_updates,
+            "update_after_step": info.start or 0,
+            "use_ema_warmup": info.schedule == "inverse_gamma",
+            "inv_gamma": info.inv_gamma or 1.0,
+            "power": info.power or 2 / 3,
+        }
+    unchanging = info.schedule != "litema" or num_updates < 0
+    decay = next_decay(info, decay, num_updates) if unchanging else decay
     return {
         "decay": decay,
         # EMAModel has no constant decay, but a smallest one.
@@ -122,6 +150,33 @@ def to_emamodel(schedule: str, decay: float, num_updates: int) -> dict[str, Any]
         "inv_gamma": 1.0,
         "power": 2 / 3,
     }
+
+
+def next_decay(schedule: AverageConfig | WeightsInfo, decay: float, num_updates: int) -> float:
+    """The decay of a run's update that follows ``num_updates`` earlier ones; -1 where nothing counts.
+
+    decay: the largest. Raises UsageError for a schedule that is not known here.
+    """
+    begins = schedule.start
+    counted = num_updates if begins is None else num_updates - begins - 1
+    if schedule.schedule == "half_life" and schedule.half_life:
+        after = float(2.0 ** (-1.0 / schedule.half_life))
+    elif schedule.schedule == "power":
+        counted = num_updates - (begins or 0)
+        if schedule.gamma is None:
+            raise UsageError("a power average is given by sigma_rel alone", hint="ask the service, which tells gamma")
+        return (counted / (counted + 1)) ** (schedule.gamma + 1) if counted > 0 else 0.0
+    elif schedule.schedule == "inverse_gamma":
+        counted = num_updates - (begins or 0)
+        curve = 1 - (1 + max(counted, 0) / (schedule.inv_gamma or 1.0)) ** -(schedule.power or 2 / 3)
+        return max(min(curve, decay), schedule.min_decay or 0.0) if counted > 0 else 0.0
+    elif schedule.schedule == "litema" and num_updates >= 0:
+        after = _warm(decay, max(counted, 0))
+    elif schedule.schedule in ("litema", "constant"):
+        after = decay
+    else:
+        raise UsageError(f"schedule {schedule.schedule!r} is not known to this client", hint="update ema-client")
+    return after if begins is None or counted >= 0 else 0.0
 
 
 def _warm(decay: float, num_updates: int) -> float:

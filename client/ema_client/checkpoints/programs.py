@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from ema_client.checkpoints.continuation import POWER_RULE, Continuation, consta
 from ema_client.checkpoints.dotless import below, candidates, litema_prefix, match, tensors_of
 from ema_client.checkpoints.values import real, whole
 from ema_client.errors import UsageError
-from ema_client.protocol import WeightsInfo
+from ema_client.protocol import ScheduleName, WeightsInfo
 
 __all__ = ["FORMATS", "OWN", "Found"]
 
@@ -115,6 +115,11 @@ def _own_going_on(described: Mapping[str, Any]) -> Continuation | None:
         info = WeightsInfo.from_metadata({key: value for key, value in described.items() if isinstance(value, str)})
     except (KeyError, ValueError):
         return None
+    if fields := info.schedule_fields():
+        if "gamma" in fields:
+            fields.pop("sigma_rel", None)
+        counter = info.num_updates if info.num_updates >= 0 else None
+        return Continuation(cast(ScheduleName, info.schedule), info.decay, counter, fields=fields)
     if info.schedule != "litema":
         return constant(info.num_updates if info.num_updates >= 0 else None, info.decay, decay=info.decay)
     return warmed_up(info.decay, info.num_updates)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ema_client.atomic import open_whole
 from ema_client.checkpoints import files
-from ema_client.checkpoints.continuation import to_emamodel
+from ema_client.checkpoints.continuation import next_decay, to_emamodel
 from ema_client.errors import UsageError
 from ema_client.protocol import WeightsInfo
 from ema_client.tensors.names import dotless_names
@@ -53,10 +53,12 @@ def _safetensors(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _
 
 def _litema(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Path | None) -> None:
     short = dotless_names(tensors)
-    # LitEma warms its decay up wherever there is a counter.
-    counter = info.num_updates if info.schedule == "litema" else -1
+    # LitEma warms its decay up wherever there is a counter; of another schedule it gets the next decay, constant.
+    warm = info.schedule == "litema" and info.start is None
+    counter = info.num_updates if warm else -1
+    decay = info.decay if warm else next_decay(info, info.decay, info.num_updates)
     state = {
-        "model_ema.decay": torch.tensor(info.decay, dtype=torch.float32, device="cpu"),
+        "model_ema.decay": torch.tensor(decay, dtype=torch.float32, device="cpu"),
         "model_ema.num_updates": torch.tensor(counter, dtype=torch.int, device="cpu"),
         **{f"model_ema.{short[name]}": tensor for name, tensor in tensors.items()},
     }
@@ -71,7 +73,7 @@ def _litema(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, _: Pat
 
 
 def _diffusers(path: Path, tensors: Mapping[str, Tensor], info: WeightsInfo, like: Path | None) -> None:
-    said = to_emamodel(info.schedule, info.decay, info.num_updates)
+    said = to_emamodel(info)
     if like is None:
         raise UsageError(
             "EMAModel needs to know the model's config or the order of its parameters",

@@ -17,7 +17,7 @@ import typer
 from ema_client.cli import show
 from ema_client.cli.options import Average, Run, Token, Url, connect
 from ema_client.errors import UsageError, listed
-from ema_client.protocol import AverageConfig, RunInfo
+from ema_client.protocol import RunInfo
 
 if TYPE_CHECKING:
     from ema_client.checkpoints import Imported
@@ -73,9 +73,9 @@ def import_run(
 ) -> None:
     """Make a run of an EMA that another program kept, or that was exported from here, with its counter and decay.
 
-    Nothing of the file is executed. The run has LitEma's warm-up where the program had it, else a constant decay: a
-    warm-up that began anew would wash the average out. Where the program's next update would have another decay than
-    the run's, that is said.
+    Nothing of the file is executed. The run has the program's schedule where the file holds it, LitEma's and EMAModel's
+    warm-ups among them, else a constant decay: a warm-up that began anew would wash the average out. Where the
+    program's next update would have another decay than the run's, that is said.
     """
     try:
         from ema_client.checkpoints import read
@@ -92,7 +92,7 @@ def import_run(
             found.tensors,
             decay=largest,
             use_num_updates=going_on.num_updates is not None,
-            averages=(AverageConfig(schedule=going_on.schedule),),
+            schedule=going_on.average,
             copied=_matching(found.tensors, copied or ()),
             num_updates=going_on.num_updates,
             step=found.step,

@@ -72,7 +72,9 @@ def shown(name: str, value: Any) -> str:
 
 
 def _average(info: AverageInfo) -> str:
-    return f"{info.name}: {info.schedule}, decay {info.decay:.6g}"
+    fields = {"decay": info.decay} if info.schedule not in ("power", "half_life") else {}
+    said = ", ".join(f"{name} {value:.6g}" for name, value in (fields | info.schedule_fields()).items())
+    return f"{info.name}: {info.schedule}, {said}"
 
 
 def size(count: int) -> str:

@@ -24,6 +24,7 @@ OutagePolicy = Literal["warn", "raise"]
 class RemoteEmaOptions(TypedDict, total=False):
     """RemoteEma's options, all but those that a callback has by name; each as RemoteEma describes it."""
 
+    schedule: AverageConfig | None
     averages: Sequence[AverageConfig] | None
     update_every: int
     decay_per: DecayPer

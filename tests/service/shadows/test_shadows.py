@@ -23,7 +23,9 @@ from ema_service.shadows import Average, Plan, Shadows, State, Version
 Model = Callable[[int], dict[str, Tensor]]
 
 DECAYS = (0.5, 0.9)
-VERSION = Version("life", 1, 0, 0, 0, b"", tuple(Average(f"a{i}", decay, None) for i, decay in enumerate(DECAYS)), 1.0)
+VERSION = Version(
+    "life", 1, 0, 0, 0, b"", tuple(Average(f"a{i}", decay, None, 0) for i, decay in enumerate(DECAYS)), 1.0
+)
 PLAN = Plan(VERSION, 1, 1, tuple(Retention(decay, 1.0 - decay) for decay in DECAYS))
 NEXT = Version("life", 1, 1, 1, 1, b"", VERSION.averages, 2.0)
 
