@@ -443,6 +443,7 @@ class EmaClient:
         *,
         average: str | None = None,
         snapshot: str | None = None,
+        soup: Mapping[str, float] | None = None,
         dtype: str | torch.dtype | None = None,
         prefix: str | None = None,
         out: Mapping[str, Tensor] | None = None,
@@ -455,6 +456,8 @@ class EmaClient:
             run: the run's name.
             average: the average's name; by default the run's first.
             snapshot: the weights of this snapshot instead of the current weights.
+            soup: the sum of snapshots, each times its weight, worked out by the service: ``{"best": 0.5, "last":
+                0.5}``. The weights sum to 1.
             dtype: ``torch.float16`` or ``"F16"``, cast by the service; by default the shadow's own.
             prefix: only the tensors whose names begin with this.
             out: tensors to fill in place, on any device; exactly the names and shapes of the answer, which is checked
@@ -469,7 +472,7 @@ class EmaClient:
         from ema_client.tensors.layout import dtype_name
 
         cast = None if dtype is None else dtype_name(dtype)
-        asked = replace(_asked(run, average, snapshot), dtype=cast, prefix=prefix, min_step=min_step)
+        asked = replace(_asked(run, average, snapshot, soup), dtype=cast, prefix=prefix, min_step=min_step)
         return self._pulls.pull(asked, out, wait=wait)
 
     def pull_slices(
@@ -496,6 +499,7 @@ class EmaClient:
         *,
         average: str | None = None,
         snapshot: str | None = None,
+        soup: Mapping[str, float] | None = None,
         memory: Tensor | None = None,
     ) -> WeightsInfo:
         """Write the EMA weights into all parameters of ``module`` that require gradients, once all weights have come.
@@ -509,7 +513,7 @@ class EmaClient:
         _require_torch()
         from ema_client.tensors.layout import state_of
 
-        return self._pulls.copy(_asked(run, average, snapshot), state_of(module), memory)
+        return self._pulls.copy(_asked(run, average, snapshot, soup), state_of(module), memory)
 
     def download(
         self,
@@ -518,6 +522,7 @@ class EmaClient:
         *,
         average: str | None = None,
         snapshot: str | None = None,
+        soup: Mapping[str, float] | None = None,
         progress: Progress | None = None,
     ) -> WeightsInfo:
         """Save the EMA weights as a safetensors file, without torch and without holding the weights in memory.
@@ -526,11 +531,11 @@ class EmaClient:
         the file that the link names is replaced. Raises UsageError where ``path`` is a folder, pipe or device.
 
         Args:
-            run, average, snapshot: as for pull().
+            run, average, snapshot, soup: as for pull().
             path: the file, which replaces an older file of that name.
             progress: called with (bytes that have come, bytes in all).
         """
-        return save(self._transport, _asked(run, average, snapshot), Path(path), progress)
+        return save(self._transport, _asked(run, average, snapshot, soup), Path(path), progress)
 
     def snapshot(self, run: str, name: str, *, keep: int | None = None) -> SnapshotInfo:
         """Copy the current EMA weights to a snapshot: named, immutable and durable, on the server.
@@ -719,8 +724,13 @@ def _exists(info: RunInfo) -> RunExists:
     return RunExists(f"run {info.run!r} exists already and is at step {info.step}")
 
 
-def _asked(run: str, average: str | None, snapshot: str | None) -> Asked:
-    return Asked(_name(run, "run"), average, None if snapshot is None else _name(snapshot, "snapshot"))
+def _asked(run: str, average: str | None, snapshot: str | None, soup: Mapping[str, float] | None = None) -> Asked:
+    if soup is None:
+        return Asked(_name(run, "run"), average, None if snapshot is None else _name(snapshot, "snapshot"))
+    if snapshot is not None:
+        raise UsageError("both a snapshot and a soup are given", hint="give one: a soup names its snapshots")
+    said = ",".join(f"{_name(name, 'snapshot')}:{float(weight)!r}" for name, weight in soup.items())
+    return Asked(_name(run, "run"), average, soup=said)
 
 
 def _name(value: str, what: str) -> str:

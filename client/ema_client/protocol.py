@@ -463,8 +463,9 @@ class RunEvent:
 class WeightsInfo(ScheduleFields):
     """The run's state that travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``.
 
-    num_updates: the average's counter. schedule: of the average (ScheduleName, or one of a newer service), without
-    which, and without its fields, decay and counter do not say what the next update retains.
+    num_updates: the average's counter. soup: of which snapshots the weights are a sum, NAME:WEIGHT, with commas in
+    between; the other fields are of the newest of the snapshots then. schedule: of the average (ScheduleName, or one of
+    a newer service), without which, and without its fields, decay and counter do not say what the next update retains.
     """
 
     run: Name
@@ -475,6 +476,7 @@ class WeightsInfo(ScheduleFields):
     decay: Decay
     snapshot: Name | None = field(default=None)
     schedule: Name = "litema"
+    soup: Text | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """The state as safetensors metadata: strings only; fields that are None, and LitEma's schedule, are left
@@ -507,6 +509,7 @@ class WeightsInfo(ScheduleFields):
             "decay": float(metadata["ema_decay"]),
             "snapshot": metadata.get("ema_snapshot"),
             "schedule": metadata.get("ema_schedule", "litema"),
+            "soup": metadata.get("ema_soup"),
         }
         for each in dataclasses.fields(ScheduleFields):
             if (said := metadata.get(f"ema_{each.name}")) is not None:

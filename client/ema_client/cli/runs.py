@@ -50,11 +50,16 @@ def pull(
     run: Run,
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.", dir_okay=False)],
     snapshot: Annotated[str | None, typer.Option(help="The weights of this snapshot.", show_default=False)] = None,
+    soup: Annotated[
+        str | None,
+        typer.Option(metavar="NAME:WEIGHT,…", help="The sum of snapshots, each times its weight.", show_default=False),
+    ] = None,
     average: Average = None,
     url: Url = None,
     token: Token = None,
 ) -> None:
     """Save EMA weights as a safetensors file."""
+    mixed = None if soup is None else _soup(soup)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
     with connect(context, url, token) as client, bar:
@@ -64,9 +69,24 @@ def pull(
             output,
             average=average,
             snapshot=snapshot,
+            soup=mixed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     show.say(f"{output}: {info.run}/{info.average}, version {info.version}, step {info.step}, decay {info.decay:.6g}")
+
+
+def _soup(said: str) -> dict[str, float]:
+    """The weight of each snapshot. Raises BadParameter."""
+    weights: dict[str, float] = {}
+    for part in said.split(","):
+        name, _, weight = part.partition(":")
+        try:
+            known, weights[name] = name in weights, float(weight)
+        except ValueError:
+            raise typer.BadParameter(f"--soup: {part!r} is not NAME:WEIGHT, as in last:0.5,best:0.5") from None
+        if known:
+            raise typer.BadParameter(f"--soup: the snapshot {name!r} stands there twice")
+    return weights
 
 
 def snapshot(

@@ -18,13 +18,15 @@ __all__ = ["Asked"]
 class Asked:
     """Weights to ask for.
 
-    average: None for the run's first. snapshot: None for the current weights. dtype: as safetensors writes it, None for
+    average: None for the run's first. snapshot: None for the current weights. soup: NAME:WEIGHT of snapshots, with
+    commas in between, for the sum of these. dtype: as safetensors writes it, None for
     the shadow's own. prefix: of tensor names. min_step: not before the run has reached this step.
     """
 
     run: str
     average: str | None = None
     snapshot: str | None = None
+    soup: str | None = None
     dtype: str | None = None
     prefix: str | None = None
     min_step: int | None = None
@@ -39,7 +41,8 @@ class Asked:
     @property
     def query(self) -> dict[str, str | None]:
         """What says which of the weights on the route, without ``min_step``."""
-        return {"average": self.average, "dtype": self.dtype, "prefix": self.prefix}
+        soup = {} if self.soup is None else {"soup": self.soup}
+        return {"average": self.average, "dtype": self.dtype, "prefix": self.prefix, **soup}
 
     @property
     def without_step(self) -> Asked:
@@ -52,6 +55,8 @@ class Asked:
         if self.average is not None:
             pairs["average"] = self.average, came.average
         faults = [f"{name} {theirs!r} instead of {ours!r}" for name, (ours, theirs) in pairs.items() if theirs != ours]
+        if (self.soup is None) != (came.soup is None):
+            faults.append("a soup instead of weights" if came.soup else "weights instead of a soup")
         if self.min_step is not None and (came.step is None or came.step < self.min_step):
             faults.append(f"step {came.step} instead of {self.min_step} or later")
         if faults:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -43,12 +44,17 @@ from ema_client.protocol import (
     MAX_STEP,
     MAX_WAIT,
     NAME_PATTERN,
+    WeightsInfo,
+    is_name,
 )
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
 from ema_service.api.transfer.pouring import pour
+from ema_service.averaging import TargetRefused
+from ema_service.averaging import soup as soup_of
 from ema_service.bodies import WeightsStream
+from ema_service.bodies.mixing import Mixture
 from ema_service.bodies.outgoing import ReadBytes
 from ema_service.runs import Run
 
@@ -57,6 +63,9 @@ __all__ = ["router"]
 router = APIRouter(prefix="/v1/runs/{run}", tags=["weights"])
 
 _OCTETS = "application/octet-stream"
+_WEIGHT = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?\Z", re.ASCII)
+#: Each is an open file.
+_MOST_IN_SOUP = 64
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z", re.ASCII)
 
 AverageName = Annotated[str | None, Query(pattern=NAME_PATTERN, description="Which average; none: the first")]
@@ -129,6 +138,9 @@ def _documented(*errors: type[EmaError], method: str) -> dict[str, Any]:
 _CURRENT_ERRORS = (
     RunNotFound,
     AverageNotFound,
+    SnapshotNotFound,
+    SnapshotDamaged,
+    StorageDisabled,
     AwaitingWeights,
     StepNotReached,
     RangeNotSatisfiable,
@@ -169,8 +181,18 @@ async def get_weights(
     prefix: Prefix = None,
     min_step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Wait for this step")] = None,
     wait: Annotated[float, Query(ge=0, le=MAX_WAIT, description="How many seconds to wait for min_step")] = 0.0,
+    soup: Annotated[
+        str | None, Query(description="Of snapshots, NAME:WEIGHT,NAME:WEIGHT: their sum. The weights sum to 1")
+    ] = None,
 ) -> Response:
-    """The EMA of one version, whole, while updates go on. Range is answered for the version named by If-Range."""
+    """The EMA of one version, whole, while updates go on. Range is answered for the version named by If-Range.
+
+    With ``soup`` the weighted sum of snapshots, in place of a version.
+    """
+    if soup is not None:
+        if min_step is not None:
+            raise InvalidRequest("soup: snapshots are of the past, and no step is waited for: leave min_step out")
+        return await _get_soup(run, _weights_of(soup), request, server, average, dtype, prefix)
     found = server.registry.get(run)
     if min_step is not None:
         await _reach(server, found, min_step, wait)
@@ -192,6 +214,61 @@ async def get_weights(
     with ExitStack() as source:
         digest = arena.digest if untouched else None
         return await _answer(request, server, stream, source, open_source, on_disk=False, digest=digest)
+
+
+async def _get_soup(
+    run: str,
+    weights: Mapping[str, float],
+    request: Request,
+    server: Context,
+    average: str | None,
+    dtype: str | None,
+    prefix: str | None,
+) -> Response:
+    """The weighted sum of snapshots, worked out while it is sent."""
+    snapshots = server.registry.snapshots(run)
+    with ExitStack() as source:
+        files, infos = [], []
+        for name in weights:
+            file, info = await server.workers.block(partial(snapshots.open, name, average))
+            source.callback(file.close)
+            files.append(file)
+            infos.append(info)
+        said = ",".join(f"{name}:{weight!r}" for name, weight in weights.items())
+        info = replace(max(infos, key=_age), snapshot=None, soup=said)
+        mixture = Mixture(files[0].header.entries, [(f.read, w) for f, w in zip(files, weights.values(), strict=True)])
+        lineage = ",".join(file.identity for file in files)
+        stream = await server.workers.block(
+            partial(WeightsStream, files[0].header.entries, info, lineage=lineage, dtype=dtype, prefix=prefix)
+        )
+
+        async def open_source(_: ExitStack) -> ReadBytes:
+            return mixture.read
+
+        return await _answer(request, server, stream, source, open_source, on_disk=True)
+
+
+def _weights_of(said: str) -> dict[str, float]:
+    """The weight of each snapshot of a soup. Raises InvalidRequest."""
+    weights: dict[str, float] = {}
+    for part in said.split(","):
+        name, colon, weight = part.partition(":")
+        if not (colon and is_name(name) and _WEIGHT.match(weight)):
+            raise InvalidRequest(f"soup: {part[:80]!r} is not NAME:WEIGHT, as in last:0.5,best:0.5")
+        if name in weights:
+            raise InvalidRequest(f"soup: the snapshot {name!r} stands there twice")
+        weights[name] = float(weight)
+    if len(weights) > _MOST_IN_SOUP:
+        raise InvalidRequest(f"soup: {len(weights)} snapshots were given; {_MOST_IN_SOUP} are possible")
+    try:
+        shares = soup_of(list(weights.values())).weights
+    except TargetRefused as refused:
+        raise InvalidRequest(f"soup: {refused}") from None
+    return dict(zip(weights, shares.tolist(), strict=True))
+
+
+def _age(info: WeightsInfo) -> tuple[int, ...]:
+    return tuple(int(part) for part in info.version.split("."))
 
 
 @router.get(
