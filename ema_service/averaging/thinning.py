@@ -48,7 +48,7 @@ class Ring:
     every: updates between candidates at the beginning; the interval doubles as the training goes on.
     times: ascending.
 
-    Raises ValueError for values that make no ring.
+    Raises ValueError for values that make no ring, TargetRefused for a width that no power average has.
     """
 
     sigma_rels: tuple[float, ...]
@@ -59,6 +59,7 @@ class Ring:
     def __post_init__(self) -> None:
         if min(self.capacity, self.every) < 1 or not 0 < len(set(self.sigma_rels)) == len(self.sigma_rels):
             raise ValueError("a ring needs averages of different widths, and a capacity and an interval of at least 1")
+        _gammas(self.sigma_rels)
 
     def interval(self, n: int) -> int:
         """Updates between candidates at time ``n``: ``every``, doubled until n has at most 2 * capacity intervals."""

@@ -235,11 +235,12 @@ def eliminated(system: npt.NDArray[np.object_], right: npt.NDArray[np.object_]) 
     for k in range(len(rows)):
         pivot = k + int(np.argmax(np.abs(rows[k:, k])))
         rows[[k, pivot]] = rows[[pivot, k]]
-        rows[k] /= rows[k, k]
-        for other in range(len(rows)):
-            if other != k:
-                rows[other] -= rows[other, k] * rows[k]
-    return rows[:, -1]
+        rows[k, k:] /= rows[k, k]
+        rows[k + 1 :, k:] -= np.outer(rows[k + 1 :, k], rows[k, k:])
+    solution = rows[:, -1]
+    for k in reversed(range(len(rows) - 1)):
+        solution[k] -= rows[k, k + 1 : -1] @ solution[k + 1 :]
+    return solution
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ema_service.averaging.profiles import decays_of, gamma_of, power_decay, power_product
+from ema_service.averaging.profiles import TargetRefused, decays_of, gamma_of, power_decay, power_product
 from ema_service.averaging.synthesis import Average, Snapshots
 from ema_service.averaging.targets import SigmaRel
 from ema_service.averaging.thinning import Offer, Ring, errors_of, forecast
@@ -183,6 +183,12 @@ def test_what_makes_no_ring(values: tuple[tuple[float, ...], int, int]) -> None:
     """No average, one twice, no room, no interval."""
     with pytest.raises(ValueError, match="a ring needs"):
         Ring(*values)
+
+
+def test_width_that_no_average_has() -> None:
+    """Refused when the ring is made, not when it is first full."""
+    with pytest.raises(TargetRefused, match="sigma_rel"):
+        Ring((0.05, 0.3), 16, 1)
 
 
 # --- the errors of a ring -------------------------------------------------------------------------------------------
