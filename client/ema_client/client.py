@@ -17,9 +17,11 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 from ema_client import protocol
 from ema_client.errors import (
+    AwaitingWeights,
     EmaError,
     InvalidDecay,
     ProtocolError,
@@ -33,7 +35,7 @@ from ema_client.errors import (
 from ema_client.forks import Lock
 from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
-from ema_client.http.transport import Reply, Transport
+from ema_client.http.transport import Query, Reply, Transport
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
@@ -239,6 +241,43 @@ class EmaClient:
             raise _exists(info)
         return self._seen(info)
 
+    def begin_anew(self, run: str, state: State, *, writer: int | None = None) -> RunInfo:
+        """Give a run other initial weights before its first update: those that a model was loaded with since.
+
+        Counter, step and decays stay. The run's own weights again change nothing. state: as for create_run(), of the
+        run's tensors; writer: as for push().
+
+        Raises WeightsExist once an update was applied, or the run went back to a snapshot; LayoutMismatch, NonFinite,
+        Fenced, AwaitingWeights, RunNotFound.
+        """
+        _require_torch()
+        body, info = _body(state), self.run(run)
+        if info.version is None:
+            raise AwaitingWeights(f"run {run!r} has no initial weights yet")
+        query: Query = {"replaces": info.version, "created_at": info.created_at}
+        reply = self._transport.upload(protocol.weights_path(run), body, query=query, headers=_writer_header(writer))
+        return self._seen(_info(run, reply))
+
+    def begin_anew_once(
+        self,
+        run: str,
+        body: Body,
+        *,
+        replaces: str,
+        created_at: float,
+        writer: int | None = None,
+        part: int | None = None,
+        of: int | None = None,
+        group: str | None = None,
+    ) -> bool:
+        """begin_anew() of a ready body, or of a part of one, tried once; True where no other part is awaited.
+
+        replaces: the run's version. For a sender with retries of its own, which are told the same version.
+        """
+        path = protocol.weights_path(run) if part is None else protocol.part_path(run, None, part)
+        query: Query = {"replaces": replaces, "created_at": created_at, "of": of, "group": group}
+        return _was_last(self._transport.upload_once(path, body, query=query, headers=_writer_header(writer)))
+
     def push(self, run: str, state: State, *, step: int | None = None, writer: int | None = None) -> UpdateResult:
         """Send the parameters as of one trainer step; the service applies the update once, all or nothing.
 
@@ -361,13 +400,17 @@ class EmaClient:
         )
         return _was_last(reply)
 
-    def update_status(self, run: str, step: int) -> UpdateStatus:
+    def update_status(self, run: str, step: int, *, first: str | None = None) -> UpdateStatus:
         """What the service knows of a step: applied, its parts that are there, or nothing.
+
+        first: of the initial weights, which are of ``step``, instead of an update: of their parts of this group.
 
         A part that was answered is safe only once its step is applied: until then the service has it in memory alone,
         and whoever sent the part keeps it, and sends it again where it is not among ``parts`` any more.
         """
-        return self._transport.json("GET", protocol.update_path(_name(run, "run"), step)).parsed(UpdateStatus)
+        path = protocol.update_path(_name(run, "run"), step)
+        path = path if first is None else f"{path}?{urlencode({'first': first})}"
+        return self._transport.json("GET", path).parsed(UpdateStatus)
 
     def send_weights_part(
         self,

@@ -26,7 +26,9 @@ from ema_client.errors import AwaitingWeights, EmaError, UsageError, listed
 from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
 from ema_client.schedules import averages_of
 from ema_client.tensors.writing import noticed
+from ema_client.training.anew import sending
 from ema_client.training.aside import SetAside
+from ema_client.training.beginning import Beginning
 from ema_client.training.buffers import UpdateBuffers
 from ema_client.training.cadence import Cadence
 from ema_client.training.copied import Copied
@@ -182,6 +184,10 @@ class RemoteEma:
                 stacklevel=2,
             )
         tensors, _ = self._selection.of(model)
+        #: Until the training begins, of a run that this trainer may make.
+        self._beginning: Beginning | None = None
+        if start.resume is not True:
+            self._beginning = Beginning(model, self._selection, tensors, self._begin)
         self._client = client or EmaClient(url, token=token)
         self._owns_client = client is None
         config = RunConfig(
@@ -199,7 +205,7 @@ class RemoteEma:
         self._unjoined: _Unjoined | None = _Unjoined(start, tensors)
         if may_be_later_rank():
             # The first use tells. Should the process be on its own, the shadow begins with the weights of now.
-            self._unjoined.tensors = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+            self._unjoined.tensors = _copies(tensors)
             # By the first use the first rank may have sent an update, which this rank has yet to count.
             self._unjoined.start = start.from_where_it_is(self._client, run)
             return
@@ -270,6 +276,7 @@ class RemoteEma:
         """
         self._join()
         self._publisher.check_usable()
+        self._beginning = None
         # At every call, due or not: what counts is a step since the latest call.
         fired = self._hook is not None and self._hook.fired()
         due = self._cadence.due if due is None else due
@@ -349,6 +356,7 @@ class RemoteEma:
         service keeps nothing on disk there is no snapshot, and load_state_dict() can only go on from the very same
         version.
         """
+        self._look_again()
         self.flush()
         state = saved_state(self._client, self._run, keep=self._keep)
         if copied := self._copied:
@@ -367,6 +375,7 @@ class RemoteEma:
         """
         check_state_is_of(self._run, state, branch=branch)
         self._join()
+        self._beginning = None
         other = self._run if branch and state["run"] != self._run else None
         # All ranks flush before the rewind: a late rank would wait for a step that the rewind takes away.
         self._plan.together(self.flush)
@@ -382,6 +391,7 @@ class RemoteEma:
         whatever is raised (UsageError if the parameters are not those of the run), nothing was written.
         """
         with self._aside.overwriting():
+            self._look_again()
             # Of a sharded model all ranks read the same version: no newer update is applied before each rank sends its
             # part.
             self.flush()
@@ -442,11 +452,13 @@ class RemoteEma:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._given = Given()
+        self._beginning = None
 
     def _for_a_copy(self) -> _Unjoined:
         """What a copy of now joins with."""
         if (waiting := self._unjoined) is not None:
             return replace(waiting, copied=(waiting.copied or Copied()).again())
+        self._look_again(waits=False)
         self._publisher.settle()
         # Of a process that has trained nothing, others that were spawned from it may have trained since.
         began = self._cadence.begun
@@ -489,15 +501,49 @@ class RemoteEma:
         joined = joining.join(waiting.start)
         self._unjoined = None
         self._cadence = Cadence(setup.update_every, joined.step)
+        if self._plan.part is not None and joined.made is None:
+            # The run has an EMA, which weights of the model do not replace.
+            self._beginning = None
         # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
-        send = partial(self._plan.push, self._client, self._run, joined.writer)
-        fate = partial(self._plan.fate, self._client, self._run)
+        send, fate = sending(self._client, self._run, self._plan, joined)
         name = f"run {self._run!r} at {self._client.url}"
         self._publisher = Publisher(send, SendPolicy(self._client.retry), name=name, fate=fate)
         self._hook = _hook(self._publisher, self._buffers) if self._borrows or setup.on_device else None
         self._dropped = weakref.finalize(self, self._publisher.finish)
         # At the end of the program the publisher ends by itself, and waits for its updates.
         self._dropped.atexit = False
+
+    # --- the beginning ----------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Ahead of the first step: what the model holds are the initial weights of the training."""
+        if (beginning := self._beginning) is not None and self._plan.part is not None:
+            # Of a sharded model all ranks step, and each gives its part: any may have other weights than before.
+            self._give_anew(beginning.tensors() if self._plan.in_parts else beginning.changed())
+
+    def _look_again(self, *, waits: bool = True) -> None:
+        """Ahead of a read: the same, where every rank can tell by itself whether the model has other weights.
+
+        waits: on a rank that sends nothing, until the rank that does has given them.
+        """
+        if self._beginning is not None:
+            self._join()
+        beginning = self._beginning
+        if beginning is None or beginning.over or self._plan.in_parts or (tensors := beginning.changed()) is None:
+            return
+        self._give_anew(tensors)
+        if waits:
+            self._plan.await_anew(self._client, self._run, beginning.changes)
+
+    def _give_anew(self, tensors: list[Tensor] | None) -> None:
+        if tensors is None:
+            return
+        if waiting := self._unjoined:
+            waiting.tensors = _copies(tensors)
+        elif self._plan.part is not None and self._publisher.room(wait=True):
+            self._publisher.submit(self._buffers.copied(None, tensors, hooked=False))
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _check_may_join(self, copied: Copied) -> None:
         if copied.is_here:
@@ -543,6 +589,7 @@ class RemoteEma:
         return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
     def _release(self) -> None:
+        self._beginning = None
         if self._owns_client:
             self._client.close()
 
@@ -566,6 +613,10 @@ class _Unjoined:
     start: Start
     tensors: list[Tensor] | None = None
     copied: Copied | None = None
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 
 
 def _hook(publisher: Publisher, buffers: UpdateBuffers) -> StepHook:

@@ -36,7 +36,8 @@ class Terms:
     """What all parts of a step must agree on.
 
     of: how many parts there are. group: which start of which trainer the parts come from. num_updates, step: of initial
-    weights, see Run.initialise(). writer: the number of the trainer, see Run.begin().
+    weights, see Run.initialise(). writer: the number of the trainer, see Run.begin(). replaces: of initial weights
+    given anew, see Run.initialise_anew().
     """
 
     of: int
@@ -44,6 +45,7 @@ class Terms:
     num_updates: int | None = None
     step: int | None = None
     writer: int | None = None
+    replaces: str | None = None
 
 
 @dataclass

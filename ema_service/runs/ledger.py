@@ -150,6 +150,8 @@ class Ledger:
     before any did. fault: why the run takes no updates (its latest stored version was damaged), None if all is well.
     retired: whether the run is gone: deleted or, where ``replaced`` is true as well, in favour of another of its name.
 
+    More than twenty methods: of each thing that may become of a run, whether it may, and what takes effect.
+
     admit() is called without the run's lock too, before a body is read; so each method reads ``version`` once.
     """
 
@@ -231,6 +233,38 @@ class Ledger:
         if version and (version.n or version.digest != digest):
             raise WeightsExist(f"run {self._run!r} is at version {version}")
         return version is None
+
+    def admit_anew(self, writer: int | None = None) -> Version:
+        """The version whose initial weights may be given anew, before the weights' body is read.
+
+        writer: as for admit(). Raises as admit(); WeightsExist once an update was applied, or the run went back to a
+        snapshot.
+        """
+        version = self.writable()
+        self._check_writer(writer)
+        if version.n or not version.digest:
+            raise WeightsExist(f"run {self._run!r} is at version {version}, which initial weights did not make")
+        return version
+
+    def anew(self, base: Version, digest: bytes, now: float) -> Version:
+        """The version that other initial weights make in place of ``base``, in a new epoch: counter, step and decays
+        stay."""
+        return replace(base, epoch=max(self._last_epoch, base.epoch) + 1, digest=digest, updated_at=now)
+
+    def judge_anew(self, base: Version, replaces: str, digest: bytes, writer: int | None = None) -> bool:
+        """Whether initial weights given anew are to be taken; False where the run has the same.
+
+        base: what admit_anew() returned. replaces: the version that the sender means. Raises as admit_anew();
+        WeightsExist where the run is at another version; Superseded where the run changed since ``base``.
+        """
+        version = self.admit_anew(writer)
+        if version.digest == digest:
+            return False
+        if str(version) != replaces:
+            raise WeightsExist(f"run {self._run!r} is at version {version}, not {replaces}")
+        if version is not base:
+            raise Superseded(f"run {self._run!r} changed while its initial weights were received", retry_after=0.0)
+        return True
 
     def status_of(self, step: int) -> UpdateStatus:
         """Whether ``step`` was applied, as far as the run remembers its latest steps."""

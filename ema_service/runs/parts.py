@@ -35,7 +35,7 @@ from ema_client.errors import (
     Superseded,
     listed,
 )
-from ema_client.protocol import RunInfo, UpdateResult
+from ema_client.protocol import RunInfo, UpdateResult, UpdateStatus
 from ema_client.wire import Box
 from ema_service.bodies.slices import Cover
 from ema_service.memory.staging import Staged
@@ -117,6 +117,8 @@ class Parts:
             raise InvalidRequest(f"part {index} of {terms.of}: parts are numbered from 0 to {terms.of - 1}")
         if step is not None:
             self._run.ledger.admit(step, terms.writer)
+        elif terms.replaces is not None:
+            self._run.ledger.admit_anew(terms.writer)
         with self._lock:
             if self._known_of_applied(step, index, terms) is not None:
                 return False
@@ -245,6 +247,19 @@ class Parts:
             found = self._find(step)
             return tuple(sorted(found.done)) if found else None
 
+    def status_of_first(self, step: int, group: str) -> UpdateStatus:
+        """Which parts of initial weights are there, of one group; applied once an update was, which comes after them.
+
+        step: the trainer's, for the answer.
+        """
+        version = self._run.ledger.version
+        with self._lock:
+            found, applied = self._find(None), self._applied
+            if found and found.terms.group == group:
+                return UpdateStatus(step, "staged", tuple(sorted(found.done)))
+            latest = applied is not None and applied.step is None and applied.terms.group == group
+            return UpdateStatus(step, "applied" if latest or (version and version.n) else "unknown")
+
     def count(self) -> int:
         """How many steps are being put together."""
         return len(self._gatherings)
@@ -355,7 +370,10 @@ class Parts:
         if gathering.step is not None:
             return self._run.apply(gathering.step, gathering.parameters, gathering.terms.writer)
         terms = gathering.terms
-        self._run.initialise(gathering.parameters, num_updates=terms.num_updates, step=terms.step)
+        if terms.replaces is not None:
+            self._run.initialise_anew(gathering.parameters, terms.replaces, terms.writer)
+        else:
+            self._run.initialise(gathering.parameters, num_updates=terms.num_updates, step=terms.step)
         return self._run.info()
 
     def _note(self, gathering: Gathering) -> None:

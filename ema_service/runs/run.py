@@ -264,15 +264,27 @@ class Run:
         self.ledger.check_writable()
         first = partial(self.ledger.succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
         first(b"", 0.0)  # a wrong counter is refused before anything is computed
-        if parameters.prepared is None:
-            parameters.prepared = (parameters.preparation or self._cast(parameters.staged)).finish()
-        prepared = parameters.prepared
+        prepared = self._first(parameters)
         state = State(first(prepared.digest, time.time()), prepared.arenas)
         place, parameters.place = parameters.place, None
         if self.state is None:
             place = self._write(state, place)
         with self._lock:
             if self.ledger.judge_first(prepared.digest):
+                self._commit(state, place)
+
+    def initialise_anew(self, parameters: Parameters, replaces: str, writer: int | None = None) -> None:
+        """Make the pushed parameters the first shadow in place of those that initial weights made before.
+
+        replaces: the version that the sender means. writer: as for begin(). The run's own bytes again change nothing.
+        Raises as Ledger.judge_anew(), and NonFinite; StorageFailed as initialise().
+        """
+        base = self.ledger.admit_anew(writer)
+        prepared = self._first(parameters)
+        state = State(self.ledger.anew(base, prepared.digest, time.time()), prepared.arenas)
+        place = None if prepared.digest == base.digest else self._write(state)
+        with self._lock:
+            if self.ledger.judge_anew(base, replaces, prepared.digest, writer):
                 self._commit(state, place)
 
     def amend(self, change: Callable[[Succession, Version], Version], key: str | None = None) -> bool:
@@ -366,6 +378,12 @@ class Run:
 
     def _cast(self, staged: Staged, sink: Sink | None = None) -> Preparation:
         return self._shadows.cast(staged, len(self.config.averages), sink)
+
+    def _first(self, parameters: Parameters) -> Prepared:
+        """The first shadow of every average, computed once for each ``parameters``."""
+        if parameters.prepared is None:
+            parameters.prepared = (parameters.preparation or self._cast(parameters.staged)).finish()
+        return parameters.prepared
 
     def _write(self, state: State, place: Place | None = None) -> Place | None:
         """Write what is not written yet of a state; None where not every version is kept. place: where it is begun."""

@@ -139,6 +139,7 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
     model = shard(initial(width), scene["how"])
     set_to(model, width, 0)
     ema = RemoteEma(model, 0.9, run=scene["run"], url=scene["url"], resume=scene.get("resume", False))
+    before = load(ema, model, scene) if "loaded" in scene else None
     for step in steps:
         set_to(model, width, step)
         if killed is not None and step == steps[-1]:
@@ -151,9 +152,28 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
         with contextlib.suppress(UpdatesPending):
             ema.flush(timeout=1.0)
         return {}
-    said = checks(ema, model, scene) | {"sent": ema.stats.sent}
+    said = checks(ema, model, scene) | {"sent": ema.stats.sent, "before": before}
     ema.close()
     return said
+
+
+def load(ema: RemoteEma, model: nn.Module, scene: dict[str, Any]) -> bool:
+    """Load weights after the constructor, and make the first step of an optimizer, which moves nothing.
+
+    Returns whether a scope before that step had the loaded weights; a sharded model's has those of the constructor.
+    """
+    from ema_client.training.sharding import shards_of
+
+    # Of a sharded model one rank alone, as where a rank's tensors have no weights to be loaded.
+    if scene["loaded by"] in (None, dist.get_rank()):
+        set_to(model, scene["width"], scene["loaded"])
+    now = {name: shard.local.detach().clone() for name, shard in shards_of(model).items()}
+    with ema.scope(model):
+        before = all(torch.equal(shard.local, now[name]) for name, shard in shards_of(model).items())
+    # No rank trains on before every rank has read.
+    dist.barrier()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    return before
 
 
 def checks(ema: RemoteEma, model: nn.Module, plan: dict[str, Any]) -> dict[str, Any]:

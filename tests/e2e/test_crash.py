@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from ema_client import EmaClient
 from tests.e2e.tracked import LARGE, Tracked, params
@@ -315,6 +315,36 @@ def test_kill_in_a_change_of_decay(phase: str, durability: str, life: Life) -> N
 
     assert decay == (0.75 if phase == "after a change" else 0.9999)
     life.check()
+
+
+# One thread writes initial weights.
+@pytest.mark.parametrize("phase", [phase for phase in PUSH_PHASES if phase != "half of a slot by ema-write"])
+def test_kill_while_initial_weights_come_anew(
+    phase: str, life: Life, life_in_slots: Life, litema: type[LitEmaOracle]
+) -> None:
+    """Killed while a trainer gives other initial weights: the run has the ones or the others, whole; it is given them
+    again, and what follows is LitEma's that began with them."""
+    moved = PUSH_PHASES[phase]
+    each = life_in_slots if phase in SLOT_PHASES else life
+    tracked = Tracked(each.plain(_plain(f"anew-{phase}")), litema, "process")
+    each.runs[tracked.run.name] = tracked
+
+    def give() -> httpx.Response:
+        run = tracked.run
+        return run.http.put(f"{run.path}/weights", content=save(params(9)), params={"replaces": "1.0"})
+
+    try:
+        each.doom(phase, give)
+        found, [ours, others] = tracked.run.weights(average="fast"), [params(0), params(9)]
+        assert tracked.run.info()["version"] == ("2.0" if moved else "1.0")
+        assert all(torch.equal(value, (others if moved else ours)[name]) for name, value in found.items())
+        assert give().json()["version"] == "2.0"
+        oracle = litema(others, 0.5)
+        tracked.run.push(1, params(1)).raise_for_status()
+        oracle.update(params(1))
+        assert all(torch.equal(tracked.run.weights(average="fast")[name], oracle.shadow[name]) for name in found)
+    finally:
+        del each.runs[tracked.run.name]
 
 
 @pytest.mark.parametrize("phase", ["half of a snapshot", "snapshot before its row", "snapshot committed"])

@@ -87,6 +87,9 @@ def four(
     """Four ranks that train one run after the other, until rank 2 is killed in the last one."""
     server, counted = servers
     scenes = [scene(server, kind, kind, [1, 2, 3]) for kind in _KINDS]
+    everywhere: dict[str, Any] = {"loaded": 9, "loaded by": None}
+    scenes += [scene(server, f"loaded-{how}", how, [1, 2], **everywhere) for how in _KINDS]
+    scenes.append(scene(server, "loaded-by-one", "fsdp2", [1, 2], loaded=0, **{"loaded by": 1}))
     scenes.append(scene(server, "fewer", "fsdp2", [1, 2]))
     scenes.append(scene(server, "otherwise", "hsdp", [1, 2]))
     scenes.append(scene(counted, "wide", "fsdp2", [1], width=_WIDE))
@@ -105,10 +108,10 @@ def two(
     return train(tmp_path_factory.mktemp("two") / "ranks", 2, scenes)
 
 
-def unsharded(client: EmaClient, run: str, width: int, steps: list[int]) -> dict[str, Tensor]:
-    """The same updates pushed whole."""
+def unsharded(client: EmaClient, run: str, width: int, steps: list[int], first: int = 0) -> dict[str, Tensor]:
+    """The same updates pushed whole. first: the step whose weights the run begins with."""
     at = runpy.run_path(str(_RANKS))["at"]
-    client.create_run(f"{run}-whole", at(width, 0), decay=0.9, step=0)
+    client.create_run(f"{run}-whole", at(width, first), decay=0.9, step=0)
     for step in steps:
         client.push(f"{run}-whole", at(width, step))
     return dict(client.pull(f"{run}-whole"))
@@ -136,6 +139,31 @@ def test_sharded_equals_unsharded(
         assert (rank["num_updates"], rank["inside"], rank["changed"], rank["after"], rank["own"]) == (3, *[True] * 4)
     assert [rank["sent"] for rank in four[how]] == [3] * _KINDS[how] + [0] * (4 - _KINDS[how])
     assert sum(rank["elements"] for rank in four[how]) == sum(tensor.numel() for tensor in expected.values())
+
+
+@pytest.mark.parametrize("how", _KINDS)
+def test_weights_loaded_after_the_constructor(
+    how: str, four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]
+) -> None:
+    """What the ranks load before their first step is the first shadow, as of the same model unsharded.
+
+    Of a model that each rank holds whole, every rank's reads before the first step have the loaded weights, too.
+    """
+    run = f"loaded-{how}"
+    with EmaClient(servers[0].url) as client:
+        expected = unsharded(client, run, _WIDTHS.get(how, 13), [1, 2], first=9)
+        assert_same(client, run, expected)
+        assert client.run(run).version == "2.2"
+    assert [rank["before"] for rank in four[run]] == [how == "ddp"] * 4
+    assert [rank["sent"] for rank in four[run]] == [2] * _KINDS[how] + [0] * (4 - _KINDS[how])
+
+
+def test_where_nothing_was_loaded(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
+    """Ranks that give the weights of the constructor again change nothing, and wait for nobody."""
+    with EmaClient(servers[0].url) as client:
+        assert_same(client, "loaded-by-one", unsharded(client, "loaded-by-one", 13, [1, 2]))
+        assert client.run("loaded-by-one").version == "1.2"
+    assert [rank["before"] for rank in four["loaded-by-one"]] == [True] * 4
 
 
 def test_each_rank_moves_a_quarter(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:

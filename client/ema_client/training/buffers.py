@@ -79,7 +79,7 @@ class UpdateBuffers:
         with self._change:
             self._make()
 
-    def update(self, step: int, tensors: Sequence[Tensor], *, hooked: bool, borrow: bool) -> Update:
+    def update(self, step: int | None, tensors: Sequence[Tensor], *, hooked: bool, borrow: bool) -> Update:
         """An update of the tensors: borrowed where that is wanted and possible, else copied.
 
         hooked: whether a StepHook guards the tensors until an optimizer's step.
@@ -89,8 +89,10 @@ class UpdateBuffers:
             return self.borrowed(step, tensors)
         return self.copied(step, tensors, hooked=hooked)
 
-    def copied(self, step: int, tensors: Sequence[Tensor], *, hooked: bool) -> Update:
-        """An update of a copy. The tensors may change once copied() returns or, if ``hooked``, in an optimizer's step.
+    def copied(self, step: int | None, tensors: Sequence[Tensor], *, hooked: bool) -> Update:
+        """An update of a copy; without a step, of initial weights given anew.
+
+        The tensors may change once copied() returns or, if ``hooked``, in an optimizer's step.
 
         hooked: whether ``devices.before_step()`` will be called before the tensors change.
         """
@@ -100,7 +102,7 @@ class UpdateBuffers:
             ready()
         return Update(step, buffer.body, ready, partial(self._give, buffer))
 
-    def borrowed(self, step: int, tensors: Sequence[Tensor]) -> Update:
+    def borrowed(self, step: int | None, tensors: Sequence[Tensor]) -> Update:
         """An update of the tensors' own memory: they must not change before the update's ``done`` is called."""
         # Detached: a parameter that is given other memory meanwhile does not change what is sent.
         live = [tensor.detach() for tensor in tensors]

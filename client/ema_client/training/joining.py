@@ -67,11 +67,13 @@ class Start:
 class Joined:
     """What came of joining: the step from which updates count on, and the writer's number.
 
-    writer: None on a rank that sends nothing.
+    writer: None on a rank that sends nothing. made: the run as this trainer's initial weights made it; None where the
+    run was there, and on a rank that sends nothing of a whole model.
     """
 
     step: int
     writer: int | None
+    made: RunInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,9 @@ class Joining:
                 raise
         if info is None or info.status == "awaiting_weights":
             self._tell(_lost(self._run, start), level=4)
-            self.plan.create(self.client, self.config, self.initial, step=start.at or 0)
+            made = self.plan.create(self.client, self.config, self.initial, step=start.at or 0)
             # Also where the run was there: another trainer may have attached before the run was made anew.
-            return Joined(start.at or 0, self._take_over())
+            return Joined(start.at or 0, self._take_over(), made)
         self._tell(_other_decay(info, self.config.decay), level=4)
         step, warning = self._agree_on_step(info, start)
         self._tell(warning, level=4)

@@ -9,9 +9,10 @@ models, what is sent, steps.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from ema_client.wire import Box
 __all__ = ["Plan", "ShardedPlan", "WholePlan", "plan_whole"]
 
 T = TypeVar("T")
+
+#: Seconds that a rank which sends nothing waits for the first rank's initial weights, and its pause between questions.
+_ANEW_SECONDS, _POLL_SECONDS = 10.0, 0.02
 
 #: Gives this rank's tensors as the first shadow, by name; called only on a rank that sends tensors.
 Initial = Callable[[], Mapping[str, Tensor]]
@@ -46,6 +50,9 @@ class Plan(Protocol):
     def slices(self) -> Mapping[str, tuple[Box, ...]]: ...
     @property
     def others(self) -> bool: ...
+    @property
+    def in_parts(self) -> bool:
+        """Whether an update is made of several ranks' parts."""
 
     def together(self, work: Callable[[], T]) -> T:
         """Do the work of each rank, and wait for all ranks that act together; returns the own result."""
@@ -70,6 +77,16 @@ class Plan(Protocol):
     def fate(self, client: EmaClient, run: str, step: int) -> bool | None:
         """Whether an update that this rank sent is applied; None where this rank's part is not there any more."""
 
+    def give_anew(self, client: EmaClient, run: RunInfo, writer: int | None, body: Body) -> bool:
+        """Send this rank's body of initial weights anew, in place of those of ``run``; as push()."""
+
+    def fate_anew(self, client: EmaClient, run: RunInfo) -> bool | None:
+        """As fate(), of initial weights given anew."""
+
+    def await_anew(self, client: EmaClient, run: str, times: int) -> None:
+        """On a rank that sends nothing of a whole model: return once initial weights were given anew so often, or the
+        run went on, or after a few seconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class WholePlan:
@@ -82,6 +99,10 @@ class WholePlan:
     @property
     def slices(self) -> Mapping[str, tuple[Box, ...]]:
         return {}
+
+    @property
+    def in_parts(self) -> bool:
+        return False
 
     def together(self, work: Callable[[], T]) -> T:
         return work()
@@ -115,6 +136,21 @@ class WholePlan:
     def fate(self, _client: EmaClient, _run: str, _step: int) -> bool | None:
         return True
 
+    def give_anew(self, client: EmaClient, run: RunInfo, writer: int | None, body: Body) -> bool:
+        return client.begin_anew_once(run.run, body, writer=writer, **_place_of(run))
+
+    def fate_anew(self, _client: EmaClient, _run: RunInfo) -> bool | None:
+        return True
+
+    def await_anew(self, client: EmaClient, run: str, times: int) -> None:
+        end = time.monotonic() + _ANEW_SECONDS
+        while self.part is None and time.monotonic() < end:
+            epoch, updates = (client.wait_for_step(run, 0).version or "0.0").split(".")
+            # A run begins in epoch 1.
+            if int(updates) or int(epoch) > times:
+                return
+            time.sleep(_POLL_SECONDS)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardedPlan:
@@ -132,6 +168,10 @@ class ShardedPlan:
 
     @property
     def others(self) -> bool:
+        return True
+
+    @property
+    def in_parts(self) -> bool:
         return True
 
     def together(self, work: Callable[[], T]) -> T:
@@ -161,6 +201,26 @@ class ShardedPlan:
             return True
         return False if self.part in status.parts else None
 
+    def give_anew(self, client: EmaClient, run: RunInfo, writer: int | None, body: Body) -> bool:
+        part, of = self.part, self.of
+        return part is None or client.begin_anew_once(
+            run.run, body, writer=writer, part=part, of=of, group=self._anew, **_place_of(run)
+        )
+
+    def fate_anew(self, client: EmaClient, run: RunInfo) -> bool | None:
+        status = client.update_status(run.run, run.step or 0, first=self._anew)
+        if status.state == "applied":
+            return True
+        return False if self.part in status.parts else None
+
+    def await_anew(self, _client: EmaClient, _run: str, _times: int) -> None:
+        pass
+
+    @property
+    def _anew(self) -> str:
+        """The group of initial weights given anew: no part of the first ones is taken for one of theirs."""
+        return f"{self.group}-anew"
+
     def _declare(self, client: EmaClient, config: RunConfig) -> RunInfo:
         with _hinting_at_resume():
             return client.declare_run(config)
@@ -183,6 +243,11 @@ def plan_whole(layout: tuple[TensorSpec, ...]) -> WholePlan:
     """The plan of a model that every rank, or the only process, holds whole."""
     others = ranks_in_all() > 1
     return WholePlan(layout, 0 if not others or own_rank() == 0 else None, others)
+
+
+def _place_of(run: RunInfo) -> dict[str, Any]:
+    """Which weights are replaced, in words of EmaClient.begin_anew_once()."""
+    return {"replaces": run.version, "created_at": run.created_at}
 
 
 @contextlib.contextmanager

@@ -49,11 +49,11 @@ class Publisher:
 
     def __init__(
         self,
-        send: Callable[[int, Body], bool],
+        send: Callable[[int | None, Body], bool],
         policy: SendPolicy,
         *,
         name: str,
-        fate: Callable[[int], bool | None] = lambda _: True,
+        fate: Callable[[int | None], bool | None] = lambda _: True,
         program: ProgramEnd = PROGRAM,
     ) -> None:
         self._name = name

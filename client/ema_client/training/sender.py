@@ -47,7 +47,7 @@ class Sender:
 
     Args:
         send: makes a single try to send an update, given step and body, and says whether the update is applied; if not,
-            other ranks' parts are awaited. Raises EmaError.
+            other ranks' parts are awaited. Without a step: initial weights given anew. Raises EmaError.
         fate: what became of a step of which a part was sent: True, applied; False, other ranks' parts are awaited;
             None, the part is not there any more. Raises EmaError.
         policy: how long to go on with an update.
@@ -58,8 +58,8 @@ class Sender:
 
     def __init__(
         self,
-        send: Callable[[int, Body], bool],
-        fate: Callable[[int], bool | None],
+        send: Callable[[int | None, Body], bool],
+        fate: Callable[[int | None], bool | None],
         policy: SendPolicy,
         queue: UpdateQueue,
         tally: Tally,
@@ -111,14 +111,14 @@ class Sender:
                     attempt += 1
                 case Stuck(pause):
                     if self._queue.get_stuck(error, after_round=True):
-                        _log.error("%s: step %d cannot be sent, and is tried again: %s", self._name, update.step, error)
+                        _log.error("%s: %s cannot be sent, and is tried again: %s", self._name, update.what, error)
                     attempt, began = 0, time.monotonic()
             if not self._queue.pause(update, pause):
                 self._given_up(update, error)
                 return
         self._applied(update) if error else self._await(update)
 
-    def _try(self, step: int, body: Body) -> EmaError | bool:
+    def _try(self, step: int | None, body: Body) -> EmaError | bool:
         """Whether the update is applied, or why it is not there.
 
         Earlier parts are seen to first: a service that lost one, and was sent this one, would go past the lost one.
@@ -150,7 +150,7 @@ class Sender:
             else:
                 self._wait_on(each)
 
-    def _ask(self, step: int) -> bool | None:
+    def _ask(self, step: int | None) -> bool | None:
         """The fate of a step. Where nobody can say, the part is sent again, which asks as well."""
         try:
             return self._fate(step)
@@ -161,12 +161,15 @@ class Sender:
         """Go on waiting for other ranks' parts, unless nobody does any more."""
         waited = time.monotonic() - each.since
         late = StepNotReached(
-            f"{self._name}: step {each.update.step} is not complete: other ranks' parts did not come within "
-            f"{waited:.0f} s",
+            f"{self._name}: {each.update.what} is not complete: other ranks' parts did not come within {waited:.0f} s",
             hint="see the other ranks' messages",
         )
         if self._queue.gives_up(each.update) and not (each.update.borrowed and waited < _LENT_SECONDS):
             self._given_up(each.update, late)
+            return
+        if each.update.step is None and waited > _FLUSH_SECONDS:
+            # Some rank does not give any: the run has its first ones, and updates must not wait for ever.
+            self._refused(each.update, late)
             return
         if waited > _ROOM_SECONDS and self._queue.get_stuck(late, after_round=waited > _FLUSH_SECONDS):
             _log.error("%s", late)
@@ -175,7 +178,7 @@ class Sender:
     # An update is counted before its removal: flush() returns with the removal of the last update.
 
     def _applied(self, update: Update) -> None:
-        self._tally.sent(was_stuck=self._queue.get_through())
+        self._tally.sent(was_stuck=self._queue.get_through(), counted=update.step is not None)
         self._queue.remove(update)
 
     def _refused(self, update: Update, error: EmaError) -> None:
@@ -185,7 +188,7 @@ class Sender:
 
     def _given_up(self, update: Update, error: EmaError) -> None:
         if self._queue.get_stuck(error, after_round=False):
-            _log.error("%s: step %d was given up: %s", self._name, update.step, error)
+            _log.error("%s: %s was given up: %s", self._name, update.what, error)
         self._tally.given_up()
         self._queue.remove(update)
 

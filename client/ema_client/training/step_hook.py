@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from ema_client.forks import Home
 from ema_client.training.sharding import local_memory
 
-__all__ = ["StepHook"]
+__all__ = ["StepHook", "is_capturing", "may_change"]
 
 
 class StepHook:
@@ -36,7 +36,7 @@ class StepHook:
 
     def __init__(self, before: Callable[[], None], *, capturing: Callable[[], bool] | None = None) -> None:
         self._before = before
-        self._capturing = capturing or _is_capturing
+        self._capturing = capturing or is_capturing
         self._fired = False
         #: Optimizer that stepped -> whether a step of it was captured.
         self._captured: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
@@ -92,9 +92,28 @@ def _apart(tensors: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
     return [each for each in others if each.data_ptr() not in addresses]
 
 
-def _is_capturing() -> bool:
+def may_change(optimizer: Optimizer, tensors: Sequence[Tensor]) -> bool:
+    """Whether a step of the optimizer may change the tensors.
+
+    An optimizer changes tensors that it holds, or has memory of. Where an optimizer holds tensors that are no
+    parameters, such as mixed precision's float32 copies, whose tensors follow cannot be told: they may be these.
+    """
+    held = [each for group in optimizer.param_groups for each in group["params"]]
+    if any(not isinstance(each, nn.Parameter) for each in held):
+        return True
+    identities = set(map(id, tensors))
+    return any(id(each) in identities for each in held) or not _storages(held).isdisjoint(_storages(tensors))
+
+
+def is_capturing() -> bool:
+    """Whether the calling thread captures a CUDA graph."""
     # Where CUDA is not in use, torch cannot be asked.
     return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def _storages(tensors: Sequence[Tensor]) -> set[int]:
+    """The addresses of the tensors' memory, in which others may have their own parts."""
+    return {local_memory(each).untyped_storage().data_ptr() for each in tensors} - {0}
 
 
 def _is_trained(tensor: Tensor) -> bool:

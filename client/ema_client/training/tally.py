@@ -58,25 +58,29 @@ class Tally:
         with self._lock:
             self._stats = replace(self._stats, skipped=self._stats.skipped + 1)
 
-    def sent(self, *, was_stuck: bool) -> None:
-        """The service applied an update. was_stuck: the service was away until then."""
+    def sent(self, *, was_stuck: bool, counted: bool = True) -> None:
+        """The service applied an update. was_stuck: the service was away until then.
+
+        counted: whether it is one of the trainer's updates.
+        """
         with self._lock:
             if was_stuck:
                 _log.warning("%s: updates are applied again; %d were skipped", self._name, self._skips_in_a_row)
             self._skips_in_a_row = self._failures_in_a_row = 0
-            self._stats = replace(self._stats, sent=self._stats.sent + 1)
+            self._stats = replace(self._stats, sent=self._stats.sent + counted)
 
-    def failed(self, step: int, error: EmaError) -> None:
-        """The service refused the update of ``step``.
+    def failed(self, step: int | None, error: EmaError) -> None:
+        """The service refused the update of ``step``; without a step, initial weights.
 
         Of several failures the first is held for raise_failure() and the others are counted: a training that nobody
         watches must not grow by its failures.
         """
-        error.add_note(f"update of step {step}, {self._name}")
+        what = "initial weights" if step is None else f"step {step}"
+        error.add_note(f"update of {what}, {self._name}")
         with self._lock:
             self._failures_in_a_row += 1
             if _worth_a_line(self._failures_in_a_row):
-                _log.error("%s: step %d failed: %s", self._name, step, error)
+                _log.error("%s: %s failed: %s", self._name, what, error)
             self._failure = self._failure or error
             self._untold_failures += 1
             self._stats = replace(self._stats, failed=self._stats.failed + 1)

@@ -15,15 +15,20 @@ __all__ = ["Update"]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The parameters as of ``step``, to be sent.
+    """The parameters as of ``step``, to be sent; without a step, the initial weights given anew.
 
     body: its memory belongs to the sender, and must not change, until the sender calls ``done``. ready: called in the
     sending thread; waits until the body's bytes are in the memory. done: gives the memory back. borrowed: whether the
     memory is the model's own, which the model needs back before the parameters change.
     """
 
-    step: int
+    step: int | None
     body: Body
     ready: Callable[[], None]
     done: Callable[[], None]
     borrowed: bool = False
+
+    @property
+    def what(self) -> str:
+        """The update in words."""
+        return "the initial weights" if self.step is None else f"step {self.step}"

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator
 from ema_client.protocol import HEADER_KEY, HEADER_WRITER, KEY_PATTERN, MAX_STEP, NAME_PATTERN
 from ema_service.api.context import Context
 
-__all__ = ["CreatedAt", "Key", "Number", "RunName", "Server", "SnapshotName", "Step", "WriterNumber"]
+__all__ = ["CreatedAt", "Key", "Number", "Replaces", "RunName", "Server", "SnapshotName", "Step", "WriterNumber"]
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
 
@@ -38,6 +38,15 @@ Key = Annotated[
 ]
 CreatedAt = Annotated[
     float | None, Query(description="Only the one that was created at that time, and none made since in its place")
+]
+#: Decimal digits, as version names are made of.
+Replaces = Annotated[
+    str | None,
+    Query(
+        pattern=r"^[0-9]{1,19}\.[0-9]{1,19}$",
+        description="Initial weights given anew, before the first update: the run's version, in whose place they come",
+        examples=["1.0"],
+    ),
 ]
 
 

@@ -49,7 +49,7 @@ from ema_client.protocol import (
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
 from ema_service.api.pushes import PartialPush, Push
-from ema_service.api.routes.parameters import CreatedAt, Number, RunName, Server, Step, WriterNumber
+from ema_service.api.routes.parameters import CreatedAt, Number, Replaces, RunName, Server, Step, WriterNumber
 from ema_service.runs import Run, Terms
 from ema_service.runs.parts import Outcome
 
@@ -119,7 +119,7 @@ _BODY_ERRORS = (
     "/weights",
     summary="Give the initial weights",
     openapi_extra=_SAFETENSORS_BODY,
-    responses=problem_responses(*_BODY_ERRORS, WeightsExist, Superseded),
+    responses=problem_responses(*_BODY_ERRORS, AwaitingWeights, Fenced, WeightsExist, Superseded),
 )
 async def put_weights(
     run: RunName,
@@ -128,14 +128,22 @@ async def put_weights(
     num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
     step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
     created_at: CreatedAt = None,
+    replaces: Replaces = None,
+    writer: WriterNumber = None,
 ) -> RunInfo:
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
     found = server.registry.get(run, created_at)
+    if replaces is not None:
+        _check_anew(num_updates, step)
+        found.ledger.admit_anew(writer)
     with found.links.begun():
         async with Push(request, server, found) as push:
             first = found.begin_first(push.staged)
             await push.receive(first.preparation)
-            await push.decide(partial(found.initialise, first, num_updates=num_updates, step=step))
+            if replaces is None:
+                await push.decide(partial(found.initialise, first, num_updates=num_updates, step=step))
+            else:
+                await push.decide(partial(found.initialise_anew, first, replaces, writer))
     return found.info()
 
 
@@ -167,7 +175,10 @@ async def put_update(
     summary="Give one part of the initial weights",
     response_model=RunInfo,
     openapi_extra=_PART_BODY,
-    responses={**_STAGED, **problem_responses(*_BODY_ERRORS, WeightsExist, StepConflict, Superseded)},
+    responses={
+        **_STAGED,
+        **problem_responses(*_BODY_ERRORS, AwaitingWeights, Fenced, WeightsExist, StepConflict, Superseded),
+    },
 )
 async def put_weights_part(
     run: RunName,
@@ -179,14 +190,21 @@ async def put_weights_part(
     num_updates: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Counter to carry on from")] = None,
     step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="The trainer's step of these weights")] = None,
     created_at: CreatedAt = None,
+    replaces: Replaces = None,
+    writer: WriterNumber = None,
 ) -> RunInfo | Response:
     """Take one of ``of`` parts of the initial weights; answered 202 while others are missing.
 
     The part that completes the set makes it the first shadow of every average.
     """
     found = server.registry.get(run, created_at)
+    if replaces is not None:
+        _check_anew(num_updates, step)
+        terms = Terms(of, group, writer=writer, replaces=replaces)
+    else:
+        terms = Terms(of, group, num_updates, step)
     with found.links.begun():
-        outcome, result = await _push_part(request, server, found, None, part, Terms(of, group, num_updates, step))
+        outcome, result = await _push_part(request, server, found, None, part, terms)
     if outcome != "staged":
         return found.info() if result is None else cast(RunInfo, result)
     return _staged(UpdateStatus(step or 0, "staged", server.registry.parts(run).staged(None) or ()))
@@ -231,14 +249,27 @@ async def put_update_part(
     summary="Ask about one update",
     responses=problem_responses(RunNotFound, InvalidRequest),
 )
-async def get_update(run: RunName, step: Step, server: Server) -> UpdateStatus:
+async def get_update(
+    run: RunName,
+    step: Step,
+    server: Server,
+    first: Annotated[str | None, Query(max_length=128, description="Of the initial weights: of this group")] = None,
+) -> UpdateStatus:
     """Whether the step was applied, or which of its parts have arrived; else unknown.
 
     The server remembers the latest 1024 steps that it applied.
     """
+    if first is not None:
+        return server.registry.parts(run).status_of_first(step, first)
     status = server.registry.get(run).ledger.status_of(step)
     staged = None if status.state == "applied" else server.registry.parts(run).staged(step)
     return status if staged is None else UpdateStatus(step, "staged", staged)
+
+
+def _check_anew(num_updates: int | None, step: int | None) -> None:
+    """Raises InvalidRequest where initial weights given anew would bring a counter or a step of their own."""
+    if num_updates is not None or step is not None:
+        raise InvalidRequest("num_updates or step is given with replaces: counter and step stay those of the run")
 
 
 def _staged(status: UpdateStatus) -> JSONResponse:
