@@ -83,6 +83,10 @@ class RemoteEma:
     May be made before there is a process group: a process that its launcher (torchrun, Lightning, SLURM, MPI) calls
     another than the first asks the process group with its first use, and joins the run then.
 
+    The weights that a training begins with are those ahead of the first step of a torch optimizer that may change them.
+    Where they were loaded after the constructor, they take the place of the initial shadow then, or with the first read
+    of weights before that step. Not in a run that is gone on with, nor after the first update() or load_state_dict().
+
     update() takes the parameters and returns; a thread sends them. A failure of the sending is logged, counted
     (``stats``) and raised by flush(), close() and every call that reads, which wait for all earlier updates. The end of
     the program waits for updates on their way, for at most 30 seconds.
@@ -91,7 +95,7 @@ class RemoteEma:
 
     Args:
         model: the model, or a mapping from name to tensor, all of which are averaged; each call that takes a model
-            takes a mapping too. The parameters are sent once, as the initial shadow; a model is not referred to later.
+            takes a mapping too. The parameters are sent as the initial shadow; a model is not kept alive.
         decay: the largest decay, between 0 and 1.
         use_num_updates: whether the decay warms up as min(decay, (1 + n) / (10 + n)). ``use_num_upates``, as LitEma
             spells it, is the same.

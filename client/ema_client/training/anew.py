@@ -6,15 +6,19 @@ sends what (plan), or when weights are given anew (beginning).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from ema_client.client import EmaClient
+from ema_client.errors import Fenced, WeightsExist
 from ema_client.http.body import Body
 from ema_client.protocol import RunInfo
 from ema_client.training.joining import Joined
 from ema_client.training.plan import Plan
 
 __all__ = ["Anew", "sending"]
+
+_log = logging.getLogger("ema_client")
 
 
 class Anew:
@@ -32,10 +36,17 @@ class Anew:
         self._writer = writer
 
     def send(self, body: Body) -> bool:
-        """A single try; whether no other rank's part is awaited. Raises EmaError."""
+        """A single try; whether no other rank's part is awaited.
+
+        A run that went on by others, such as the processes that this one spawned, keeps what it has. Raises EmaError.
+        """
         if self._replaced is None:
             self._replaced = self._client.run(self._run)
-        done = self._plan.give_anew(self._client, self._replaced, self._writer, body)
+        try:
+            done = self._plan.give_anew(self._client, self._replaced, self._writer, body)
+        except (Fenced, WeightsExist) as went_on:
+            _log.info("run %r keeps its weights: %s", self._run, went_on)
+            done = True
         self._settle(done)
         return done
 

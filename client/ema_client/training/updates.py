@@ -31,4 +31,4 @@ class Update:
     @property
     def what(self) -> str:
         """The update in words."""
-        return "the initial weights" if self.step is None else f"step {self.step}"
+        return "the set of initial weights" if self.step is None else f"step {self.step}"

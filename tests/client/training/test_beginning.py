@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ema_client import EmaClient, RemoteEma
-from ema_client.errors import NonFinite, UsageError
+from ema_client.errors import Fenced, NonFinite, UsageError
 from tests.client.trainers import LitEmaOracle, Zoo, same, values
 from tests.waiting import wait_until
 
@@ -469,3 +470,40 @@ def test_launched_by_number(
     Training(model).go_on(ema, oracle)
     assert same(client.pull(ema.run), oracle.shadow)
     assert client.run(ema.run).version == "1.3"
+
+
+def test_a_fork_begins_nothing(make_ema: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """A step in a forked process, such as a worker's, is not the training's; the parent's still is."""
+    model = Zoo()
+    ema, training = make_ema(model, 0.9), Training(model)
+    child = os.fork()
+    if child == 0:
+        try:
+            by_load_state_dict(model)
+            training.step()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    by_load_state_dict(model)
+    oracle = LitEmaOracle(model, 0.9)
+    training.go_on(ema, oracle)
+    assert same(client.pull(ema.run), oracle.shadow)
+    assert client.run(ema.run).version == "2.3"
+
+
+def test_a_run_that_was_taken_over(make_ema: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """Another trainer's run keeps its EMA, which a read has; that this trainer was replaced the update tells."""
+    model = Zoo()
+    ema = make_ema(model, 0.9)
+    other, oracle = Zoo(), LitEmaOracle(model, 0.9)
+    Training(other).go_on(make_ema(other, 0.9, resume=True), oracle)
+    by_load_state_dict(model)
+    ema.copy_to(copied := Zoo())
+    assert all(torch.equal(values(copied)[name], shadow) for name, shadow in oracle.shadow.items())
+    Training(model).step()
+    ema.flush()
+    ema(model)
+    with pytest.raises(Fenced):
+        ema.flush()
+    assert same(client.pull(ema.run), oracle.shadow)

@@ -102,12 +102,12 @@ def ended(publisher: Publisher) -> None:
 class Given:
     """An update, and whether its memory was given back."""
 
-    def __init__(self, step: int, *, borrowed: bool = False, ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, step: int | None, *, borrowed: bool = False, ready: Callable[[], None] = lambda: None) -> None:
         self.back = threading.Event()
         self.update = Update(step, BODY, ready, self.back.set, borrowed)
 
 
-def push(publisher: Publisher, step: int, *, wait: bool = True, borrowed: bool = False) -> Given | None:
+def push(publisher: Publisher, step: int | None, *, wait: bool = True, borrowed: bool = False) -> Given | None:
     if not publisher.room(wait=wait):
         return None
     given = Given(step, borrowed=borrowed)
@@ -311,20 +311,20 @@ class Gathering:
     """A service that keeps parts until the others come, and loses them where it is told to."""
 
     def __init__(self) -> None:
-        self.sent: list[int] = []
-        self.there: set[int] = set()
-        self.applied: set[int] = set()
-        self.stale: set[int] = set()
+        self.sent: list[int | None] = []
+        self.there: set[int | None] = set()
+        self.applied: set[int | None] = set()
+        self.stale: set[int | None] = set()
         self.asked = 0
 
-    def send(self, step: int, _body: Body) -> bool:
+    def send(self, step: int | None, _body: Body) -> bool:
         if step in self.stale:
             raise StaleStep(f"step {step} was given up")
         self.sent.append(step)
         self.there.add(step)
         return step in self.applied
 
-    def fate(self, step: int) -> bool | None:
+    def fate(self, step: int | None) -> bool | None:
         self.asked += 1
         return True if step in self.applied else False if step in self.there else None
 
@@ -403,6 +403,32 @@ def test_others_that_never_come_stop_nobody(
     gathering.applied |= {1, 2}
     rank.flush(PATIENCE)
     assert rank.stats == Stats(sent=2, skipped=1)
+
+
+def test_initial_weights_that_others_do_not_give_are_given_up(
+    rank: Publisher, gathering: Gathering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has its first ones: updates do not wait for the rest for ever, and flush() tells. They are no update."""
+    monkeypatch.setattr(sender, "_FLUSH_SECONDS", 0.05)
+    given, update = push(rank, None), push(rank, 1)
+    wait_until(lambda: gathering.sent == [None, 1])
+    gathering.applied.add(1)
+    with pytest.raises(StepNotReached, match="the set of initial weights is not complete"):
+        rank.flush(PATIENCE)
+    assert given is not None
+    assert given.back.is_set()
+    rank.flush(PATIENCE)
+    assert update is not None
+    assert rank.stats == Stats(sent=1, failed=1)
+
+
+def test_initial_weights_are_no_update(rank: Publisher, gathering: Gathering) -> None:
+    """Where all are there, nothing is counted."""
+    gathering.applied |= {None, 1}
+    push(rank, None)
+    push(rank, 1)
+    rank.flush(PATIENCE)
+    assert (gathering.sent, rank.stats) == ([None, 1], Stats(sent=1))
 
 
 def test_lent_memory_of_a_part_comes_back(

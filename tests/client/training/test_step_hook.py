@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ema_client.training.step_hook import StepHook
+from ema_client.training.step_hook import StepHook, may_change
 
 
 def test_hook_comes_before_the_step() -> None:
@@ -172,3 +172,19 @@ def test_masters_and_views(steps: Steps) -> None:
     assert steps.hook.guards(views)
     steps.step(own, captured=True)
     assert not steps.hook.guards(views)
+
+
+def test_whose_tensors_a_step_may_change() -> None:
+    """Those that an optimizer holds, or holds memory of; any where it holds copies, which its step writes back."""
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    tensors = parameters(model)
+    flat = nn.Parameter(torch.zeros(6))
+    view = nn.Parameter(flat.detach()[2:])
+    copies = [each.detach().clone() for each in tensors]
+
+    assert may_change(sgd(model, other), tensors)
+    assert not may_change(sgd(other), tensors)
+    assert may_change(torch.optim.SGD([flat], lr=0.1), [view])
+    assert may_change(torch.optim.SGD(copies, lr=0.1), tensors)
+    # Without elements nothing is shared.
+    assert not may_change(torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=0.1), [torch.empty(0, 3)])

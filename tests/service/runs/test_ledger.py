@@ -339,6 +339,45 @@ def test_initial_weights_are_of_a_step() -> None:
         update(begun(), 0)
 
 
+def test_initial_weights_anew() -> None:
+    """Others take the place of the version they name, in a new epoch with its step, counter, decays and keys; once."""
+    ledger = begun()
+    ledger.commit(ledger.succession.with_decay(ledger.readable(), 0.5, None).keyed("key"))
+    base = ledger.admit_anew()
+    assert not ledger.judge_anew(base, "9.9", b"first")
+    assert ledger.judge_anew(base, "1.0", b"second")
+    ledger.commit(ledger.anew(base, b"second", 2.0))
+    expected = replace(base, epoch=2, digest=b"second", updated_at=2.0)
+    assert ledger.readable() == expected
+    assert not ledger.judge_anew(ledger.admit_anew(), "1.0", b"second")
+    with pytest.raises(WeightsExist, match=r"2\.0, not 1\.0"):
+        ledger.judge_anew(ledger.admit_anew(), "1.0", b"third")
+    assert update(ledger, 1)
+    with pytest.raises(WeightsExist):
+        ledger.admit_anew()
+
+
+def test_initial_weights_anew_of_a_run_that_changed() -> None:
+    """A decay that was changed while the weights came is not lost: they have to come again."""
+    ledger = begun()
+    base = ledger.admit_anew()
+    ledger.commit(ledger.succession.with_decay(base, 0.5, None))
+    with pytest.raises(Superseded):
+        ledger.judge_anew(base, "1.0", b"second")
+
+
+def test_initial_weights_anew_are_for_who_trains() -> None:
+    """Not for a trainer that was replaced, nor after a rewind, whose weights are a snapshot's."""
+    ledger = begun()
+    ledger.attach(1)
+    for writer in (None, 2):
+        with pytest.raises((Fenced, InvalidRequest)):
+            ledger.admit_anew(writer)
+    ledger.commit(ledger.rewound(snapshot_of(ledger.readable()), ledger.readable().averages, "new", 1.0))
+    with pytest.raises(WeightsExist, match="which initial weights did not make"):
+        ledger.admit_anew(1)
+
+
 def test_counter_where_nothing_counts() -> None:
     """A counter cannot be carried on by a run that counts nothing."""
     succession = Ledger(config(use_num_updates=False)).succession
@@ -421,6 +460,8 @@ def test_questions_change_nothing() -> None:
         lambda: ledger.admit(5, 9),
         lambda: ledger.next_writer(),
         lambda: ledger.judge_first(b"x"),
+        lambda: ledger.admit_anew(),
+        lambda: ledger.judge_anew(version, "1.0", b"x"),
     ):
         with contextlib.suppress(EmaError):
             question()
