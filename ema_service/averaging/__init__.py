@@ -11,7 +11,7 @@ from ema_service.averaging.fused import prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import Retention, Schedule
-from ema_service.averaging.synthesis import Average, Snapshots, Synthesis, soup, synthesise
+from ema_service.averaging.synthesis import Snapshots, Synthesis, TrackedAverage, soup, synthesise
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 from ema_service.averaging.thinning import Ring, forecast
 
@@ -19,7 +19,6 @@ __all__ = [
     "BLOCK_BYTES",
     "GULP_BYTES",
     "Accumulators",
-    "Average",
     "BlockDigest",
     "ConstantDecay",
     "ConstantHalfLife",
@@ -32,6 +31,7 @@ __all__ = [
     "Synthesis",
     "Target",
     "TargetRefused",
+    "TrackedAverage",
     "Window",
     "average_into",
     "averaging",

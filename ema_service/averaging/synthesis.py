@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ema_service.averaging.profiles import Counters, Floats, TargetRefused, profile_of
 from ema_service.averaging.targets import Target
 
-__all__ = ["MAX_ERROR", "MAX_ROUNDING", "ROUNDING", "Average", "Snapshots", "Synthesis", "soup", "synthesise"]
+__all__ = ["MAX_ERROR", "MAX_ROUNDING", "ROUNDING", "Snapshots", "Synthesis", "TrackedAverage", "soup", "synthesise"]
 
 #: Relative rounding of one stored value, root mean square, by the dtype of the snapshots.
 ROUNDING = {"F64": 4.8e-17, "F32": 2.6e-8, "F16": 2.1e-4, "BF16": 1.7e-3}
@@ -48,7 +48,7 @@ _EXACT = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
-class Average:
+class TrackedAverage:
     """A tracked average.
 
     decays: what each update of the run retained, with the rounding of its schedule; 0 where an update copied the
@@ -118,7 +118,7 @@ class Snapshots:
     taken together.
     """
 
-    def __init__(self, counters: Counters, averages: Sequence[Average], single: int = _SINGLE) -> None:
+    def __init__(self, counters: Counters, averages: Sequence[TrackedAverage], single: int = _SINGLE) -> None:
         """
         Args:
             counters: the time after each update of the run, ascending. The first is 0 where weights were given before

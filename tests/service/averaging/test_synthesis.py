@@ -19,7 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ema_service.averaging.profiles import TargetRefused, decays_of, elementwise, gamma_of, power_decay, sigma_rel_of
-from ema_service.averaging.synthesis import MAX_ROUNDING, ROUNDING, Average, Snapshots, Synthesis, soup, synthesise
+from ema_service.averaging.synthesis import (
+    MAX_ROUNDING,
+    ROUNDING,
+    Snapshots,
+    Synthesis,
+    TrackedAverage,
+    soup,
+    synthesise,
+)
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 
 Floats = npt.NDArray[np.float64]
@@ -52,7 +60,7 @@ class Run:
     """A run with its averages, and their profiles from a loop over the updates."""
 
     counters: npt.NDArray[np.int64]
-    averages: list[Average]
+    averages: list[TrackedAverage]
 
     def __post_init__(self) -> None:
         times = {time for average in self.averages for time in average.times}
@@ -63,7 +71,7 @@ class Run:
     def snapshots(self) -> Snapshots:
         return Snapshots(self.counters, self.averages)
 
-    def profile(self, average: Average, time: int) -> Floats:
+    def profile(self, average: TrackedAverage, time: int) -> Floats:
         return by_loop(average.decays, int(np.searchsorted(self.counters, time)) + 1)
 
     def target(self, target: Target, at: int) -> Floats:
@@ -114,13 +122,13 @@ def recursion_of(target: Target) -> Decay:
 
 
 def power_run(widths: Sequence[float], times: tuple[int, ...], counters: npt.NDArray[np.int64]) -> Run:
-    return Run(counters, [Average(decays_of(power_decay(gamma_of(w)), counters), times) for w in widths])
+    return Run(counters, [TrackedAverage(decays_of(power_decay(gamma_of(w)), counters), times) for w in widths])
 
 
 def litema_run(caps: Sequence[float], times: tuple[int, ...], counters: npt.NDArray[np.int64]) -> Run:
     """Averages that begin as copies of the weights the run began with."""
     counters = np.concatenate(([0], counters))
-    return Run(counters, [Average(decays_of(elementwise(litema(cap)), counters), times) for cap in caps])
+    return Run(counters, [TrackedAverage(decays_of(elementwise(litema(cap)), counters), times) for cap in caps])
 
 
 def steady(updates: int = UPDATES) -> npt.NDArray[np.int64]:
@@ -155,7 +163,9 @@ def late_run() -> Run:
     counters = steady()
     wide, early = (decays_of(power_decay(gamma_of(width)), counters) for width in (0.25, 0.03))
     late = decays_of(power_decay(gamma_of(0.1)), counters, start=120)
-    return Run(counters, [Average(wide, REGULAR), Average(early, REGULAR[:4]), Average(late, REGULAR[2:])])
+    return Run(
+        counters, [TrackedAverage(wide, REGULAR), TrackedAverage(early, REGULAR[:4]), TrackedAverage(late, REGULAR[2:])]
+    )
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -329,7 +339,7 @@ def test_neighbouring_updates_taken_together(widths: tuple[float, ...], target: 
 def test_groups_hold_every_update_once(updates: int) -> None:
     """Whatever number of updates an interval has, all of the target is seen: one average gives itself back."""
     counters = np.arange(1, 100)
-    average = Average(decays_of(power_decay(3.0), counters), tuple(sorted({updates, 99})))
+    average = TrackedAverage(decays_of(power_decay(3.0), counters), tuple(sorted({updates, 99})))
     snapshots = Snapshots(counters, [average], single=25)
 
     found = snapshots.solve(SigmaRel(sigma_rel_of(3.0)), 99, DAMPING)
@@ -363,7 +373,7 @@ def test_tracked_constant_decay_gives_itself_back() -> None:
         decays_of(elementwise(recursion_of(target)), counters)
         for target in (ConstantDecay(0.99), ConstantHalfLife(30.0))
     ]
-    snapshots = Snapshots(counters, [Average(each, EVERY_100) for each in decays])
+    snapshots = Snapshots(counters, [TrackedAverage(each, EVERY_100) for each in decays])
 
     assert synthesise(snapshots, ConstantDecay(0.99)).weights[0, -1] == 1.0
     assert synthesise(snapshots, ConstantHalfLife(30.0)).weights[1, -1] == 1.0
@@ -410,13 +420,13 @@ def test_window_anywhere(edges: tuple[int, int]) -> None:
 def test_initial_weights_as_a_snapshot() -> None:
     """A decay too long for the run to forget its first weights is had where those were kept, and refused otherwise."""
     counters = np.arange(0, LONG + 1)
-    averages = [Average(decays_of(power_decay(gamma_of(width)), counters), EVERY_100) for width in TRIPLE]
+    averages = [TrackedAverage(decays_of(power_decay(gamma_of(width)), counters), EVERY_100) for width in TRIPLE]
     target = ConstantDecay(0.998)
 
     with pytest.raises(TargetRefused, match=r"decay 0\.998 would have an error of 0\.\d+, above 0\.05"):
         synthesise(Snapshots(counters, averages), target)
 
-    began = [Average(average.decays, (0, *EVERY_100)) for average in averages]
+    began = [TrackedAverage(average.decays, (0, *EVERY_100)) for average in averages]
     assert synthesise(Snapshots(counters, began), target).error < 0.01
 
 
@@ -507,11 +517,11 @@ def test_arrays_that_contradict_each_other() -> None:
     counters = np.arange(1, 11)
     decays = np.concatenate(([0.0], np.full(9, 0.5)))
     for average in (
-        Average(decays, ()),
-        Average(decays, (11,)),
-        Average(decays, (0,)),
-        Average(decays[:9], (5,)),
-        Average(np.full(10, 0.5), (5,)),
+        TrackedAverage(decays, ()),
+        TrackedAverage(decays, (11,)),
+        TrackedAverage(decays, (0,)),
+        TrackedAverage(decays[:9], (5,)),
+        TrackedAverage(np.full(10, 0.5), (5,)),
     ):
         with pytest.raises(ValueError, match="must"):
             Snapshots(counters, [average])
@@ -520,14 +530,14 @@ def test_arrays_that_contradict_each_other() -> None:
 def test_no_average_spans_an_interval() -> None:
     """An average that ended before another began, with updates between them that neither knows."""
     counters = np.arange(1, 101)
-    first = Average(decays_of(power_decay(5.0), counters), (20, 40))
-    second = Average(decays_of(power_decay(5.0), counters, start=50), (80, 100))
-    lonely = Average(first.decays, (100,))
+    first = TrackedAverage(decays_of(power_decay(5.0), counters), (20, 40))
+    second = TrackedAverage(decays_of(power_decay(5.0), counters, start=50), (80, 100))
+    lonely = TrackedAverage(first.decays, (100,))
     snapshots = Snapshots(counters, [first, second])
 
     assert math.fsum(synthesise(snapshots, SigmaRel(0.1), max_error=math.inf).weights.flat) == pytest.approx(1.0)
     with pytest.raises(TargetRefused, match="no average has snapshots at both ends of the interval up to 100"):
-        synthesise(Snapshots(counters, [lonely, Average(second.decays, (80,))]), SigmaRel(0.1))
+        synthesise(Snapshots(counters, [lonely, TrackedAverage(second.decays, (80,))]), SigmaRel(0.1))
 
 
 # --- soups, rounding ------------------------------------------------------------------------------------------------
