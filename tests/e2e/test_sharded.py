@@ -89,7 +89,8 @@ def four(
     scenes = [scene(server, kind, kind, [1, 2, 3]) for kind in _KINDS]
     everywhere: dict[str, Any] = {"loaded": 9, "loaded by": None}
     scenes += [scene(server, f"loaded-{how}", how, [1, 2], **everywhere) for how in _KINDS]
-    scenes.append(scene(server, "loaded-by-one", "fsdp2", [1, 2], loaded=0, **{"loaded by": 1}))
+    scenes.append(scene(server, "loaded-nothing", "fsdp2", [1, 2], **{**everywhere, "loaded": 0}))
+    scenes.append(scene(server, "loaded-by-one", "fsdp2", [1, 2], **{**everywhere, "loaded by": 1}))
     scenes.append(scene(server, "fewer", "fsdp2", [1, 2]))
     scenes.append(scene(server, "otherwise", "hsdp", [1, 2]))
     scenes.append(scene(counted, "wide", "fsdp2", [1], width=_WIDE))
@@ -108,13 +109,20 @@ def two(
     return train(tmp_path_factory.mktemp("two") / "ranks", 2, scenes)
 
 
-def unsharded(client: EmaClient, run: str, width: int, steps: list[int], first: int = 0) -> dict[str, Tensor]:
-    """The same updates pushed whole. first: the step whose weights the run begins with."""
-    at = runpy.run_path(str(_RANKS))["at"]
-    client.create_run(f"{run}-whole", at(width, first), decay=0.9, step=0)
+def unsharded(
+    client: EmaClient, run: str, width: int, steps: list[int], first: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The same updates pushed whole. first: the weights that the run begins with, by default those of step 0."""
+    client.create_run(f"{run}-whole", first or at(width, 0), decay=0.9, step=0)
     for step in steps:
         client.push(f"{run}-whole", at(width, step))
     return dict(client.pull(f"{run}-whole"))
+
+
+def at(width: int, step: int) -> dict[str, Tensor]:
+    """The parameters as of one step."""
+    values: dict[str, Tensor] = runpy.run_path(str(_RANKS))["at"](width, step)
+    return values
 
 
 def assert_same(client: EmaClient, run: str, expected: dict[str, Tensor]) -> None:
@@ -151,19 +159,35 @@ def test_weights_loaded_after_the_constructor(
     """
     run = f"loaded-{how}"
     with EmaClient(servers[0].url) as client:
-        expected = unsharded(client, run, _WIDTHS.get(how, 13), [1, 2], first=9)
+        width = _WIDTHS.get(how, 13)
+        expected = unsharded(client, run, width, [1, 2], first=at(width, 9))
         assert_same(client, run, expected)
         assert client.run(run).version == "2.2"
     assert [rank["before"] for rank in four[run]] == [how == "ddp"] * 4
     assert [rank["sent"] for rank in four[run]] == [2] * _KINDS[how] + [0] * (4 - _KINDS[how])
 
 
-def test_where_nothing_was_loaded(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
-    """Ranks that give the weights of the constructor again change nothing, and wait for nobody."""
+def test_weights_loaded_on_one_rank(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
+    """Where one rank alone has other weights, all ranks give theirs, and wait for nobody."""
+    before, loaded = at(13, 0), at(13, 9)
+    # As FSDP2 cuts: of rows, as torch.chunk() does.
+    mixed = {}
+    for name, tensor in before.items():
+        chunks = [*tensor.chunk(4)]
+        chunks[1:2] = loaded[name].chunk(4)[1:2]
+        mixed[name] = torch.cat(chunks)
     with EmaClient(servers[0].url) as client:
-        assert_same(client, "loaded-by-one", unsharded(client, "loaded-by-one", 13, [1, 2]))
-        assert client.run("loaded-by-one").version == "1.2"
-    assert [rank["before"] for rank in four["loaded-by-one"]] == [True] * 4
+        assert_same(client, "loaded-by-one", unsharded(client, "loaded-by-one", 13, [1, 2], first=mixed))
+        assert client.run("loaded-by-one").version == "2.2"
+    assert [rank["sent"] for rank in four["loaded-by-one"]] == [2] * 4
+
+
+def test_where_nothing_was_loaded(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
+    """Ranks that give the weights of the constructor again change nothing."""
+    with EmaClient(servers[0].url) as client:
+        assert_same(client, "loaded-nothing", unsharded(client, "loaded-nothing", 13, [1, 2]))
+        assert client.run("loaded-nothing").version == "1.2"
+    assert [rank["before"] for rank in four["loaded-nothing"]] == [True] * 4
 
 
 def test_each_rank_moves_a_quarter(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
