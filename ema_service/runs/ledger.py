@@ -246,10 +246,11 @@ class Ledger:
             raise WeightsExist(f"run {self._run!r} is at version {version}, which initial weights did not make")
         return version
 
-    def anew(self, base: Version, digest: bytes, now: float) -> Version:
+    def anew(self, base: Version, lineage: str, digest: bytes, now: float) -> Version:
         """The version that other initial weights make in place of ``base``, in a new epoch: counter, step and decays
         stay."""
-        return replace(base, epoch=max(self._last_epoch, base.epoch) + 1, digest=digest, updated_at=now)
+        epoch = max(self._last_epoch, base.epoch) + 1
+        return replace(base, lineage=lineage, epoch=epoch, digest=digest, updated_at=now)
 
     def judge_anew(self, base: Version, replaces: str, digest: bytes, writer: int | None = None) -> bool:
         """Whether initial weights given anew are to be taken; False where the run has the same.

@@ -106,6 +106,12 @@ class Keeper(Protocol):
         Raises StorageFailed.
         """
 
+    def settle(self, state: State) -> None:
+        """Bring the state to the medium, so that the machine's end leaves it. Not under the run's lock.
+
+        Raises StorageFailed.
+        """
+
 
 class Run:
     """One training run.
@@ -277,15 +283,22 @@ class Run:
         """Make the pushed parameters the first shadow in place of those that initial weights made before.
 
         replaces: the version that the sender means. writer: as for begin(). The run's own bytes again change nothing.
-        Raises as Ledger.judge_anew(), and NonFinite; StorageFailed as initialise().
+        When this returns, the weights outlive the machine, whatever the run's durability: the version before, in a new
+        epoch, would have the name of this one. Raises as Ledger.judge_anew(), and NonFinite; StorageFailed as
+        initialise().
         """
         base = self.ledger.admit_anew(writer)
         prepared = self._first(parameters)
-        state = State(self.ledger.anew(base, prepared.digest, time.time()), prepared.arenas)
+        version = self.ledger.anew(base, secrets.token_hex(8), prepared.digest, time.time())
+        state = State(version, prepared.arenas)
         place = None if prepared.digest == base.digest else self._write(state)
         with self._lock:
             if self.ledger.judge_anew(base, replaces, prepared.digest, writer):
                 self._commit(state, place)
+            state = self.ready_state()
+        # Also of a try that comes again: the one before may have failed here.
+        if self._keeper and state.version.epoch > 1:
+            self._keeper.settle(state)
 
     def amend(self, change: Callable[[Succession, Version], Version], key: str | None = None) -> bool:
         """Go on with another decay or counter from the next update on; the weights stay.

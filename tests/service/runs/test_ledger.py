@@ -346,8 +346,8 @@ def test_initial_weights_anew() -> None:
     base = ledger.admit_anew()
     assert not ledger.judge_anew(base, "9.9", b"first")
     assert ledger.judge_anew(base, "1.0", b"second")
-    ledger.commit(ledger.anew(base, b"second", 2.0))
-    expected = replace(base, epoch=2, digest=b"second", updated_at=2.0)
+    ledger.commit(ledger.anew(base, "other", b"second", 2.0))
+    expected = replace(base, lineage="other", epoch=2, digest=b"second", updated_at=2.0)
     assert ledger.readable() == expected
     assert not ledger.judge_anew(ledger.admit_anew(), "1.0", b"second")
     with pytest.raises(WeightsExist, match=r"2\.0, not 1\.0"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ema_client import EmaClient
@@ -59,7 +59,7 @@ def test_they_take_the_place_of_the_first(
 
     assert answer == run.info()
     assert answer["version"] == "2.0"
-    moved = {"version", "updated_at", "link"}
+    moved = {"version", "updated_at", "link", "checkpoint_step", "durable_step"}
     assert {k: v for k, v in answer.items() if k not in moved} == {k: v for k, v in before.items() if k not in moved}
     again = run.http.get(f"{run.path}/weights", headers={"If-None-Match": read.headers["etag"]})
     assert (again.status_code, again.headers["ema-version"]) == (200, "2.0")
@@ -185,6 +185,39 @@ def test_the_same_in_parts(server: ServerProcess, plain_run: MakeRun, model: Mod
     answer = run.http.get(f"{run.path}/updates/0", params={"first": "g"}).json()
     assert (answer["state"], run.info()["version"]) == ("applied", "1.0")
     assert run.pull().content == before
+
+
+@pytest.mark.parametrize("durability", ["memory", "process", "disk"])
+def test_outlive_the_server(
+    start_server: Callable[..., ServerProcess],
+    plain_run: MakeRun,
+    model: Model,
+    litema: type[LitEmaOracle],
+    durability: str,
+) -> None:
+    """Once they are answered, kill -9 brings none of the others back, whatever the run's durability: a version's name
+    and an ETag would stand for two states."""
+    server = start_server("--checkpoint-interval", "3600")
+    run = plain_run(server, model(0), durability=durability)
+    anew(run, model(1)).raise_for_status()
+    read = run.pull()
+    server.kill()
+    server.start()
+    run = plain_run(server)
+    assert weights_equal(run.weights(), litema(model(1)).shadow)
+    again = run.pull()
+    assert (again.headers["ema-version"] == "2.0") == (durability != "memory")
+    assert (again.headers["etag"] == read.headers["etag"]) == (durability != "memory")
+
+
+def test_snapshots_stay(server: ServerProcess, plain_run: MakeRun, model: Model, litema: type[LitEmaOracle]) -> None:
+    """What an evaluator kept before is what it was; one of that name again is another."""
+    run = plain_run(server, model(0))
+    run.http.put(f"{run.path}/snapshots/s").raise_for_status()
+    anew(run, model(1)).raise_for_status()
+    kept = load(run.http.get(f"{run.path}/snapshots/s/weights").content)
+    assert weights_equal(kept, litema(model(0)).shadow)
+    assert run.http.put(f"{run.path}/snapshots/s").json()["code"] == "snapshot_exists"
 
 
 def test_from_python(server: ServerProcess, run_name: str) -> None:
