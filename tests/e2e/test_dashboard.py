@@ -79,7 +79,10 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def browsing(browser: Any) -> Iterator[Browsing]:
     context = browser.new_context(viewport={"width": 1280, "height": 800})
-    yield Browsing(context.new_page())
+    made = Browsing(context.new_page())
+    yield made
+    # A request may be on its way through a test's route.
+    made.page.unroute_all(behavior="ignoreErrors")
     context.close()
 
 

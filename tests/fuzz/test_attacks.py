@@ -128,7 +128,9 @@ def unchanged(server: ServerProcess, honest: httpx.Client, target: PlainRun, fre
     def everything() -> tuple[object, ...]:
         pulls = [target.pull(average=average).raise_for_status().content for average in ("ema", "fast")]
         names = {run["run"] for run in honest.get("/v1/runs").json()["runs"]}
-        return (*pulls, target.info(), fresh.info(), names)
+        # A checkpoint is taken when its time comes, attack or not.
+        infos = [{**run.info(), "checkpoint_step": None} for run in (target, fresh)]
+        return (*pulls, *infos, names)
 
     before = everything()
     yield

@@ -138,7 +138,7 @@ async def put_weights(
         found.ledger.admit_anew(writer)
     with found.links.begun():
         async with Push(request, server, found) as push:
-            first = found.begin_first(push.staged)
+            first = await server.allocate(found, partial(found.begin_first, push.staged))
             await push.receive(first.preparation)
             if replaces is None:
                 await push.decide(partial(found.initialise, first, num_updates=num_updates, step=step))

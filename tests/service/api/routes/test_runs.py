@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 MakeRun = Callable[..., "PlainRun"]
 
+#: LitEma's average before any update, as it is told.
+LITEMA = {
+    "name": "ema",
+    "schedule": "litema",
+    "decay": 0.9999,
+    "effective_decay": None,
+    "num_updates": 0,
+    **dict.fromkeys(("start", "half_life", "sigma_rel", "gamma", "inv_gamma", "power", "min_decay")),
+}
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(5, dtype=torch.bfloat16), "s": torch.tensor(1.5)}
 
 
@@ -49,7 +58,7 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "link": None,
         "copied": 0,
         "non_finite": "refuse",
-        "averages": [{"name": "ema", "schedule": "litema", "decay": 0.9999, "effective_decay": None}],
+        "averages": [LITEMA],
         "tensors": 3,
         "parameters": 12,
         "bytes": 48,

@@ -414,7 +414,7 @@ def test_long_bodies_are_read_and_averaged_on_a_thread(running_app, monkeypatch)
         averaging.append(threading.current_thread().name)
         return advance(*arguments)
 
-    with httpx.Client(base_url=url) as http:
+    with httpx.Client(base_url=url, timeout=30) as http:
         http.post("/v1/runs", json={"run": "long", "layout": LONG_LAYOUT})
         http.put("/v1/runs/long/weights", content=long_body(1.0)).raise_for_status()
         monkeypatch.setattr(os, "readv", watched_readv)
