@@ -40,7 +40,7 @@ demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minut
 	$(BIN)/ema-service demo $(ARGS)
 
 test: $(DEV) ## Run all tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), then one of overload; 15 at most
 	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 -o faulthandler_timeout=800 $(ARGS)

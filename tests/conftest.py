@@ -48,6 +48,15 @@ def pytest_configure() -> None:
     os.environ.setdefault("EMA_SERVICE_RAM_DIR", str(_RAM_DIR))
 
 
+#: Tests that wait longest for processes come first: one that is left for last has a worker alone at the end.
+_FIRST = ("tests/e2e/test_bench.py", "tests/integrations/", "tests/e2e/", "tests/contract/", "tests/fuzz/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {path: rank for rank, path in enumerate(_FIRST)}
+    items.sort(key=lambda item: next((ranks[path] for path in _FIRST if item.nodeid.startswith(path)), len(_FIRST)))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_RAM_DIR, ignore_errors=True)
 
