@@ -12,6 +12,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from numba.core.caching import CompileResultCacheImpl
 
 from ema_service.averaging.compiling import compiled
 
@@ -106,9 +107,8 @@ def test_folder_that_is_gone(folder: Path) -> None:
     assert sum_up() == (6.0, 1)
 
 
-def test_no_place_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no folder can be made, the function is compiled in memory."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "file" / "cache"))
+def test_no_place_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder can be made, neither the one that was named nor one beside the source, nothing is kept."""
+    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
 
     assert sum_up() == (6.0, 0)
