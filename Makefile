@@ -42,8 +42,9 @@ demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minut
 test: $(DEV) ## Run all tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), one of overload, and all benchmarks small; 20 at most
-	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py tests/e2e/test_bench.py --soak 600 --timeout 750 -o faulthandler_timeout=800 $(ARGS)
+soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), one of overload, and the long tests
+	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 -o faulthandler_timeout=800 $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m soak --soak 1 --timeout 600 -o faulthandler_timeout=800 $(ARGS)
 
 lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .

@@ -52,7 +52,11 @@ def pytest_configure() -> None:
 _FIRST = ("tests/e2e/test_bench.py", "tests/integrations/", "tests/e2e/", "tests/contract/", "tests/fuzz/")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--soak"):
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="a long form of other tests: make soak"))
     ranks = {path: rank for rank, path in enumerate(_FIRST)}
     items.sort(key=lambda item: next((ranks[path] for path in _FIRST if item.nodeid.startswith(path)), len(_FIRST)))
 

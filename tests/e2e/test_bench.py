@@ -156,12 +156,19 @@ def test_bench_says_what_is_wrong(start: Callable[..., Bench], words: tuple[str,
     assert "Traceback" not in bench.output
 
 
-def test_full_comparison(start: Callable[..., Bench], soak_seconds: float) -> None:
-    """Every group of tests/benchmarks runs, and every row is there: measured, or with the reason why it is not.
+#: Groups of the full comparison that are done within seconds, some of each kind; and the others, of minutes.
+SOON = ("wire", "latency", "kernel", "gpt2", "trainer", "gpu", "gpu-trainer")
+LATER = ("connections", "sizes", "readers", "memory", "durability", "large", "loop", "gap")
 
-    Two groups start a dozen servers each, which takes two minutes: with ``make soak`` alone.
-    """
-    groups = [name for name in EXPECTED if soak_seconds or name not in ("durability", "large")]
+
+def test_every_group_is_tried() -> None:
+    """None is left out below."""
+    assert {*SOON, *LATER} == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("groups", [SOON, pytest.param(LATER, marks=pytest.mark.soak)], ids=["soon", "later"])
+def test_full_comparison(groups: tuple[str, ...], start: Callable[..., Bench]) -> None:
+    """Every group of tests/benchmarks runs, and every row is there: measured, or with the reason why it is not."""
     only = [word for name in groups for word in ("--only", name)]
     bench = start(str(ROOT / "tests" / "benchmarks" / "run.py"), "--quick", *only, "--json", "found.json")
 

@@ -48,7 +48,7 @@ def server(group: Path, tmp_path: Path, server_class: type[ServerProcess]) -> It
         made.kill()
 
 
-@pytest.mark.parametrize("durability", ["process", "memory"])
+@pytest.mark.parametrize("durability", ["process", pytest.param("memory", marks=pytest.mark.soak)])
 def test_what_the_group_has_no_room_for(
     durability: str, group: Path, server: ServerProcess, plain_run_class: type[PlainRun], tmp_path: Path
 ) -> None:

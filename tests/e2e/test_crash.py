@@ -318,7 +318,14 @@ def test_kill_in_a_change_of_decay(phase: str, durability: str, life: Life) -> N
 
 
 # One thread writes initial weights.
-@pytest.mark.parametrize("phase", [phase for phase in PUSH_PHASES if phase != "half of a slot by ema-write"])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param(phase, marks=[pytest.mark.soak] if number % 3 else [])
+        for number, phase in enumerate(PUSH_PHASES)
+        if phase != "half of a slot by ema-write"
+    ],
+)
 def test_kill_while_initial_weights_come_anew(
     phase: str, life: Life, life_in_slots: Life, litema: type[LitEmaOracle]
 ) -> None:

@@ -145,6 +145,7 @@ def test_demo_proves_and_draws(start: Callable[..., Demo]) -> None:
     assert (width, height) == (1320, 990)
 
 
+@pytest.mark.soak
 def test_demo_fails_when_the_proof_does(start: Callable[..., Demo], tmp_path: Path) -> None:
     """A trainer whose own EMA has another decay than the service's makes the demo fail and name the tensors."""
     source = (
@@ -162,6 +163,7 @@ def test_demo_fails_when_the_proof_does(start: Callable[..., Demo], tmp_path: Pa
     assert not (demo.folder / "out.png").exists()
 
 
+@pytest.mark.soak
 def test_ctrl_c_in_the_middle(start: Callable[..., Demo]) -> None:
     """SIGINT to the running command ends server, trainer and evaluator, and it says so."""
     demo = start()

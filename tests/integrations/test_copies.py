@@ -226,6 +226,7 @@ def test_a_saved_engine(engine: Engine, oracle: Any, client: EmaClient, same: An
         engine.model_ema.flush()
 
 
+@pytest.mark.soak
 def test_spawned_ranks(engine: Engine, client: EmaClient, litema: Any, same: Any, tmp_path: Path) -> None:
     """Two spawned processes train one DDP model: one sends, both evaluate alike; a second time goes on with the run.
 
@@ -250,6 +251,7 @@ def test_spawned_ranks(engine: Engine, client: EmaClient, litema: Any, same: Any
         assert same(dict(other.pull(engine.model_ema.run)), oracle.shadow)
 
 
+@pytest.mark.soak
 def test_lightning_spawns(play: Any, client: EmaClient, run_name: str, same: Any, tmp_path: Path) -> None:
     """strategy="ddp_spawn": the seed's line in the constructor, sent to two processes, trains its run.
 

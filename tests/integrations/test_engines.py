@@ -38,6 +38,7 @@ def play_engine(play: Any, tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.soak
 def test_the_line_in_the_constructor(play_engine: Any, client: EmaClient, run_name: str) -> None:
     """The seed's line trains under DDP, launched by Lightning or torchrun, first and with resume=True.
 
@@ -54,6 +55,7 @@ def test_the_line_in_the_constructor(play_engine: Any, client: EmaClient, run_na
             assert not torch.equal(rank["after"]["weight"], pulled["weight"])
 
 
+@pytest.mark.soak
 def test_what_one_rank_raises_ends_all(client: EmaClient, server: Any, run_name: str, tmp_path: Path) -> None:
     """A name that is taken: the first process says so, and the others end with it instead of waiting."""
     if find_spec("lightning") is None:

@@ -153,6 +153,7 @@ def test_a_service_that_is_not_there(tmp_path: Path, trained: Any, monkeypatch: 
         trainer(tmp_path, RemoteEmaCallback(run="r", url=nowhere)).fit(Module(trained), batches())
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_two_processes(client: EmaClient, run_name: str, tmp_path: Path, server: Any, start_server: Any) -> None:
     """Under DDP the first process sends, once for each step, and both validate with the same EMA weights.

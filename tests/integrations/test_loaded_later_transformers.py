@@ -21,6 +21,7 @@ from tests.integrations.transformers_training import Net, a_trainer, transformer
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.soak
 def test_transformers_checkpoint(
     client: EmaClient, run_name: str, tmp_path: Path, litema: Any, trained: Any, same: Any
 ) -> None:
@@ -51,6 +52,7 @@ def test_transformers_checkpoint(
     assert same(dict(pulled), line.oracle.shadow)
 
 
+@pytest.mark.soak
 def test_accelerate(client: EmaClient, run_name: str, tmp_path: Path, litema: Any, trained: Any, same: Any) -> None:
     """load_state() after prepare(), with gradients accumulated over two batches."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -76,6 +78,7 @@ def test_accelerate(client: EmaClient, run_name: str, tmp_path: Path, litema: An
     assert client.run(run_name).version == "2.2"
 
 
+@pytest.mark.soak
 def test_peft(client: EmaClient, run_name: str, litema: Any, trained: Any, same: Any) -> None:
     """An adapter that is loaded into a model with LoRA; the frozen weights, which are loaded too, are not averaged."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
