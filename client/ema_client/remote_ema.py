@@ -105,8 +105,8 @@ class RemoteEma:
         averages: the averages of the run, where there are several, each with its schedule and name. copy_to(), decay
             and num_updates are of the first.
         resume: "auto": go on with the run of this name, or make the run where there is none; True: only go on; False: a
-            run of this name must not exist. A run that goes on keeps its decay and counter, and the model must have the
-            run's names, shapes and dtypes.
+            run of this name must not exist. A run that goes on keeps its schedule, decay and counter, with a warning
+            where another is asked for; the model must have the run's names, shapes and dtypes.
         step: the step of the checkpoint that the model was loaded from: updates count on from there. Where the run is
             ahead, it goes back to its snapshot of that step or, where there is none, goes on from its own step, and a
             warning names both. Without ``step`` and ``state`` the training is taken to be where the run is.

@@ -123,7 +123,7 @@ class Succession:
         if "decay" not in SCHEDULE_FIELDS[config.schedule]:
             raise InvalidRequest(
                 f"average {config.name!r} of run {self._config.run!r} has schedule {config.schedule!r}, which takes no "
-                "decay: add an average with the schedule that is wanted"
+                "decay: make a run of an average whose schedule takes one"
             )
         averages = (replace(a, decay=decay) if i == chosen else a for i, a in enumerate(version.averages))
         return replace(version, averages=tuple(averages))

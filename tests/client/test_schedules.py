@@ -6,6 +6,7 @@ Knows AverageConfig. Does not know how a decay is computed.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ema_client import AverageConfig, EmaClient, RemoteEma
-from ema_client.errors import UsageError
+from ema_client.errors import InvalidRequest, UsageError
 from ema_client.schedules import constant, half_life, inverse_gamma, litema, of_run_fraction, power, uniform
 
 
@@ -89,3 +90,17 @@ def test_an_average_by_its_schedule(client: EmaClient, run_name: str) -> None:
 
     assert (told.schedule, told.decay, told.power, told.num_updates) == ("inverse_gamma", 0.75, 0.5, 3)
     assert told.effective_decay == 1 - (1 + 2) ** -0.5
+
+
+def test_going_on_with_a_schedule(client: EmaClient, run_name: str) -> None:
+    """A run is gone on with silently by who asks for what it has; who asks for another schedule is told what stays."""
+    model = nn.Linear(2, 2)
+    RemoteEma(model, run=run_name, client=client, schedule=power(0.1)).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RemoteEma(model, run=run_name, client=client, schedule=power(0.1), resume=True).close()
+    for other in (None, power(0.2), power(0.1, start=3), half_life(5)):
+        with pytest.warns(UserWarning, match="goes on with schedule 'power'"):
+            RemoteEma(model, run=run_name, client=client, schedule=other, resume=True).close()
+    with pytest.raises(InvalidRequest, match="takes no decay"):
+        client.set_decay(run_name, 0.5)

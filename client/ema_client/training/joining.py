@@ -6,6 +6,7 @@ does what (plan), updates, or when an update is due: the initial weights come fr
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 
 from ema_client.client import EmaClient
 from ema_client.errors import RunNotFound, UsageError, listed
-from ema_client.protocol import MAX_STEP, RunConfig, RunInfo, RunLayout
+from ema_client.protocol import MAX_STEP, SCHEDULE_FIELDS, RunConfig, RunInfo, RunLayout
 from ema_client.training.plan import Initial, Plan
 from ema_client.training.state import check_state_is_of, rewind_to, snapshot_of_step
 
@@ -107,7 +108,7 @@ class Joining:
             made = self.plan.create(self.client, self.config, self.initial, step=start.at or 0)
             # Also where the run was there: another trainer may have attached before the run was made anew.
             return Joined(start.at or 0, self._take_over(), made)
-        self._tell(_other_decay(info, self.config.decay), level=4)
+        self._tell(_other_schedule(info, self.config), level=4)
         step, warning = self._agree_on_step(info, start)
         self._tell(warning, level=4)
         return Joined(step, writer)
@@ -212,10 +213,26 @@ def _lost(run: str, start: Start) -> str | None:
     )
 
 
-def _other_decay(info: RunInfo, decay: float) -> str | None:
-    if _float32(info.decay) == _float32(decay):
-        return None
-    return f"run {info.run!r} goes on with its decay {info.decay:.6g}, not {decay:.6g}; set_decay() changes it"
+def _other_schedule(info: RunInfo, config: RunConfig) -> str | None:
+    """What a run that is gone on with keeps, where the trainer asks for another schedule or decay; None where it has
+    what is asked for."""
+    told = {average.name: average for average in info.averages}
+    for asked in config.averages:
+        if (theirs := told.get(asked.name)) is None:
+            continue
+        fields = asked.schedule_fields()
+        same = all(math.isclose(getattr(theirs, name) or 0.0, value, rel_tol=1e-9) for name, value in fields.items())
+        if theirs.schedule != asked.schedule or theirs.start != asked.start or not same:
+            return (
+                f"run {info.run!r} goes on with schedule {theirs.schedule!r} of average {asked.name!r} as it was made, "
+                f"not with {asked.schedule!r} {fields}: make a new run for another schedule"
+            )
+        decay = config.decay if asked.decay is None else asked.decay
+        if "decay" in SCHEDULE_FIELDS[asked.schedule] and _float32(theirs.decay) != _float32(decay):
+            return (
+                f"run {info.run!r} goes on with its decay {theirs.decay:.6g}, not {decay:.6g}; set_decay() changes it"
+            )
+    return None
 
 
 def _float32(decay: float) -> float:

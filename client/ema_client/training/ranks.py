@@ -82,7 +82,7 @@ def together(work: Callable[[], T], *, gather: Gather = gathered) -> T:
         result = work()
     except EmaError as error:
         fault = error
-    except Exception as error:
+    except Exception as error:  # of any kind: the other ranks wait for an answer, and get it before it goes on here
         gather(EmaError(f"{type(error).__name__}: {error}", hint="see that rank's own message"))
         raise
     for rank, other in enumerate(gather(fault)):
