@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from ema_client import AverageConfig, EmaClient, RemoteEma
-from ema_client.schedules import half_life, inverse_gamma, litema, power, uniform
+from ema_client.schedules import constant, half_life, inverse_gamma, litema, power, uniform
 from tests.client.checkpoints.litema import LitEma
 
 Ema = Callable[..., tuple[int, str, str]]
@@ -503,7 +503,9 @@ def test_statistics_go_on_beside_the_averages(ema: Ema, server: Any, run_name: s
     words = (tmp_path / "ema.pt", run_name, "--decay", "0.9", "--copied", "*.running_*")
     assert "6 tensors" in ema("import", *words)[1]
     evaluated = copy.deepcopy(model)
-    with RemoteEma(model, 0.9, run=run_name, url=server.url, resume=True, buffers="copy") as resumed:
+    with RemoteEma(
+        model, 0.9, run=run_name, url=server.url, schedule=constant(), resume=True, buffers="copy"
+    ) as resumed:
         for _ in range(5):
             train()
             resumed(model)
