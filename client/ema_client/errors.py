@@ -34,6 +34,7 @@
     |   |-- MalformedBody         not a well-formed safetensors stream
     |   |-- DigestMismatch        not the bytes that were sent: send them again
     |   |-- LayoutMismatch        well-formed, but not the tensors of this run
+    |   |-- SynthesisRefused      an average that the run's snapshots do not give
     |   +-- NonFinite             NaN or Inf where the run refuses them
     |-- HeadTooLarge              431: too many or too long header fields
     |-- InternalError             500: a defect of the server
@@ -101,6 +102,7 @@ __all__ = [
     "StorageDisabled",
     "StorageFailed",
     "Superseded",
+    "SynthesisRefused",
     "TooManyRuns",
     "TooManySnapshots",
     "TransportError",
@@ -490,6 +492,14 @@ class LayoutMismatch(Invalid):
     code = "layout_mismatch"
     title = "Tensors differ from the run's layout"
     default_hint = "send exactly the tensors the run was created with, or create a new run for the changed model"
+
+
+class SynthesisRefused(Invalid):
+    """An average that cannot be worked out of the run's snapshots, or not as exactly as was asked for."""
+
+    code = "synthesis_refused"
+    title = "Not to be had from the run's snapshots"
+    default_hint = "ask for what the message names instead, or for GET /v1/runs/{run}/profiles, which says what can be"
 
 
 class NonFinite(Invalid):

@@ -49,6 +49,10 @@ HEADER_VERSION = "Ema-Version"
 HEADER_STEP = "Ema-Step"
 HEADER_NUM_UPDATES = "Ema-Num-Updates"
 HEADER_DECAY = "Ema-Decay"
+#: Of an average that was worked out of snapshots: how far its profile is from the wished one, and by how much the
+#: rounding of what was stored grew.
+HEADER_PROFILE_ERROR = "Ema-Profile-Error"
+HEADER_AMPLIFICATION = "Ema-Amplification"
 #: Of a push: the writer's number, which attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
 #: Of a body that is sent: what its digest is, and where. A service's answer has the digest itself, in hexadecimal.
@@ -69,6 +73,10 @@ _SEGMENT = re.compile(
     r"pid=(\d{1,10}), fd=(\d{1,10}), offset=(\d{1,19}), length=(\d{1,19}), secret=([0-9a-f]{64})\Z", re.ASCII
 )
 
+#: The most averages that one sweep has, and the bytes of each of its pieces.
+MAX_SWEPT = 8
+SWEEP_PIECE_BYTES = 1 << 20
+
 #: dtype that a run may hold, as safetensors writes it -> bytes per element
 LAYOUT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -78,6 +86,7 @@ DecayPer = Literal["update", "step"]
 Durability = Literal["memory", "process", "disk"]
 NonFinitePolicy = Literal["refuse", "allow"]
 UpdateState = Literal["applied", "staged", "unknown"]
+RingDtype = Literal["F64", "F32", "BF16", "F16"]
 EventKind = Literal[
     "version", "decay_changed", "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted"
 ]
@@ -101,6 +110,9 @@ SIGMA_RELS = (1e-4, 0.2887)
 SigmaRel = Annotated[float, SIGMA_RELS]
 GAMMAS = (0.0, 1e4)
 Gamma = Annotated[float, GAMMAS]
+#: How many snapshots a ring may have.
+RING_SNAPSHOTS = (2, 1024)
+Snapshots = Annotated[int, RING_SNAPSHOTS]
 #: Seconds since 1970-01-01 UTC, up to the year 9999: a calendar has no others.
 Moment = Annotated[float, (0.0, 253_402_000_000.0)]
 
@@ -143,6 +155,14 @@ def rewind_path(run: str) -> str:
 
 def weights_path(run: str) -> str:
     return f"{run_path(run)}/weights"
+
+
+def profiles_path(run: str) -> str:
+    return f"{run_path(run)}/profiles"
+
+
+def sweep_path(run: str) -> str:
+    return f"{run_path(run)}/sweep"
 
 
 def update_path(run: str, step: int) -> str:
@@ -260,6 +280,33 @@ _SCHEDULE_FIELDS = frozenset[str]().union(*SCHEDULE_FIELDS.values())
 
 
 @dataclass(frozen=True, slots=True)
+class Posthoc:
+    """What a run keeps so that an average of any length can be worked out later: power averages, and their snapshots.
+
+    snapshots: how many times of these averages are kept; there is one more while another is dropped. dtype: what they
+        are stored in, as safetensors writes it.
+    sigma_rel: the relative standard deviation of each average (Karras et al. 2024).
+    """
+
+    snapshots: Snapshots = 16
+    dtype: RingDtype = "F32"
+    sigma_rel: tuple[SigmaRel, ...] = (0.015, 0.03, 0.25)
+
+    @property
+    def averages(self) -> tuple[AverageConfig, ...]:
+        """The averages that a run tracks for this."""
+        return tuple(AverageConfig(f"posthoc-{each:g}", "power", sigma_rel=each) for each in self.sigma_rel)
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong, and what to do; None where nothing is."""
+        names = {average.name for average in self.averages}
+        if not 0 < len(names) == len(self.sigma_rel):
+            return "sigma_rel: one or more different numbers are needed"
+        return next((average.fault for average in self.averages if average.fault), None)
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """The body of ``POST /v1/runs``. Every field but ``run`` and ``layout`` is optional.
 
@@ -273,6 +320,7 @@ class RunConfig:
         the server, such as kill -9; "disk": a power loss. None: the durability of a run that exists, else "process", or
         "memory" where the server keeps nothing on disk.
     copied: names of tensors of which every average holds the newest value, bit for bit, instead of an average.
+    posthoc: what is kept for averages of any length later; its own averages stand behind those of ``averages``.
     """
 
     run: Name
@@ -284,6 +332,7 @@ class RunConfig:
     non_finite: NonFinitePolicy = "refuse"
     durability: Durability | None = None
     copied: tuple[str, ...] = ()
+    posthoc: Posthoc | None = None
 
     def average(self, name: str) -> AverageConfig:
         """The average of this name. Raises KeyError where the run has no such average."""
@@ -318,6 +367,23 @@ class AverageInfo(ScheduleFields):
 
 
 @dataclass(frozen=True, slots=True)
+class RingInfo:
+    """The ring of a run as it stands.
+
+    snapshots, dtype, sigma_rel: as in Posthoc. times: the counters at which the averages were stored, ascending; the
+    run's present state is one more. begin: the counter of the stored weights that the run began with, None where none
+    are. bytes: of the files.
+    """
+
+    snapshots: Count
+    dtype: Name
+    sigma_rel: tuple[SigmaRel, ...]
+    times: tuple[Count, ...]
+    begin: Count | None
+    bytes: Count
+
+
+@dataclass(frozen=True, slots=True)
 class RunInfo:
     """A run as it stands. ``decay`` and ``effective_decay`` are the first average's.
 
@@ -334,6 +400,7 @@ class RunInfo:
     copied: how many of the tensors are copied, not averaged.
     checkpoint_step: the step that the run would have after the loss of the machine, None if none.
     versions_in: where versions are kept, for people to read: memory files, slots on disk; None where nothing is.
+    ring: of a run with ``posthoc``.
     """
 
     run: Name
@@ -362,6 +429,7 @@ class RunInfo:
     copied: Count = 0
     checkpoint_step: Step | None = None
     versions_in: Text | None = None
+    ring: RingInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,6 +506,35 @@ class SnapshotList:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileSource:
+    """Stored weights in a sum: those of an average at a time, and their weight in it. current: the run's own state."""
+
+    time: Count
+    average: Name
+    weight: float
+    current: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileInfo:
+    """The answer to ``GET /v1/runs/{run}/profiles``: how an average would be worked out, and how well.
+
+    target: the wished average, for people to read. num_updates: the counter that it would be of.
+    error: |found profile - target's| / |target's|, over all updates. amplification: the norm of the weights.
+    refused: why the weights could not be had, and what could; None where they can.
+    """
+
+    run: Name
+    version: Version
+    target: Text
+    num_updates: Count
+    error: float
+    amplification: float
+    refused: Text | None
+    sources: tuple[ProfileSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunEvent:
     """Something that happened to a run: the data of an event of ``GET /v1/runs/{run}/events``.
 
@@ -466,6 +563,8 @@ class WeightsInfo(ScheduleFields):
     num_updates: the average's counter. soup: of which snapshots the weights are a sum, NAME:WEIGHT, with commas in
     between; the other fields are of the newest of the snapshots then. schedule: of the average (ScheduleName, or one of
     a newer service), without which, and without its fields, decay and counter do not say what the next update retains.
+    target: of an average that was worked out of the run's ring, what was wished for; ``average`` is then "posthoc".
+    profile_error, amplification: of such an average, as in ProfileInfo.
     """
 
     run: Name
@@ -477,6 +576,9 @@ class WeightsInfo(ScheduleFields):
     snapshot: Name | None = field(default=None)
     schedule: Name = "litema"
     soup: Text | None = None
+    target: Text | None = None
+    profile_error: float | None = None
+    amplification: float | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """The state as safetensors metadata: strings only; fields that are None, and LitEma's schedule, are left
@@ -493,6 +595,8 @@ class WeightsInfo(ScheduleFields):
             HEADER_STEP: self.step,
             HEADER_NUM_UPDATES: self.num_updates,
             HEADER_DECAY: self.decay,
+            HEADER_PROFILE_ERROR: self.profile_error,
+            HEADER_AMPLIFICATION: self.amplification,
         }
         return {key: _plain(value) for key, value in pairs.items() if value is not None}
 
@@ -510,10 +614,12 @@ class WeightsInfo(ScheduleFields):
             "snapshot": metadata.get("ema_snapshot"),
             "schedule": metadata.get("ema_schedule", "litema"),
             "soup": metadata.get("ema_soup"),
+            "target": metadata.get("ema_target"),
         }
-        for each in dataclasses.fields(ScheduleFields):
-            if (said := metadata.get(f"ema_{each.name}")) is not None:
-                state[each.name] = _integer(said) if each.name == "start" else float(said)
+        numbers = [each.name for each in dataclasses.fields(ScheduleFields)]
+        for name in [*numbers, "profile_error", "amplification"]:
+            if (said := metadata.get(f"ema_{name}")) is not None:
+                state[name] = _integer(said) if name == "start" else float(said)
         return from_json(cls, state)
 
 
