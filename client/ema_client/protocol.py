@@ -53,6 +53,8 @@ HEADER_DECAY = "Ema-Decay"
 #: rounding of what was stored grew.
 HEADER_PROFILE_ERROR = "Ema-Profile-Error"
 HEADER_AMPLIFICATION = "Ema-Amplification"
+#: Of a sweep: how many averages its body has.
+HEADER_TARGETS = "Ema-Targets"
 #: Of a push: the writer's number, which attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
 #: Of a body that is sent: what its digest is, and where. A service's answer has the digest itself, in hexadecimal.
@@ -111,7 +113,7 @@ SigmaRel = Annotated[float, SIGMA_RELS]
 GAMMAS = (0.0, 1e4)
 Gamma = Annotated[float, GAMMAS]
 #: How many snapshots a ring may have.
-RING_SNAPSHOTS = (2, 1024)
+RING_SNAPSHOTS = (2, 64)
 Snapshots = Annotated[int, RING_SNAPSHOTS]
 #: Seconds since 1970-01-01 UTC, up to the year 9999: a calendar has no others.
 Moment = Annotated[float, (0.0, 253_402_000_000.0)]
@@ -372,7 +374,7 @@ class RingInfo:
 
     snapshots, dtype, sigma_rel: as in Posthoc. times: the counters at which the averages were stored, ascending; the
     run's present state is one more. begin: the counter of the stored weights that the run began with, None where none
-    are. bytes: of the files.
+    are. bytes: of the files. trouble: why the latest snapshot could not be stored; None if all is well.
     """
 
     snapshots: Count
@@ -381,6 +383,7 @@ class RingInfo:
     times: tuple[Count, ...]
     begin: Count | None
     bytes: Count
+    trouble: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -488,7 +491,10 @@ class UpdateStatus:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """A named, immutable, durable copy of all averages of a run. ``bytes``: of the snapshot's files."""
+    """A named, immutable, durable copy of all averages of a run. ``bytes``: of the snapshot's files.
+
+    target: of the single average "posthoc" that was worked out of the run's ring, what was wished for.
+    """
 
     run: Name
     name: Name
@@ -498,6 +504,7 @@ class SnapshotInfo:
     averages: tuple[Name, ...]
     bytes: Count
     created_at: Moment
+    target: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,10 +71,12 @@ class Context:
         event loop waits for no device; else at once."""
         return work() if run.memory.on_host else await self.workers.allocate(work)
 
-    async def hold(self, request: Request, arena: Arena) -> None:
-        """Hold a version for a reader, once there is room; the caller releases it. Raises Overloaded,
-        ClientDisconnect."""
-        await self.readers.take(request, partial(self.registry.frozen.hold, arena))
+    async def hold(self, request: Request, *arenas: Arena) -> None:
+        """Hold the averages of a version for a reader, once there is room; the caller releases them.
+
+        Raises Overloaded, ClientDisconnect.
+        """
+        await self.readers.take(request, partial(self.registry.frozen.hold, *arenas))
 
     def turn(self, *of: str) -> asyncio.Lock:
         """The turn of a piece of work on a run, or of another thing that has a lock: one at a time, in order.

@@ -22,11 +22,14 @@ from ema_client.protocol import (
     MAX_TENSORS,
     NAME_PATTERN,
     POSITIVE,
+    RING_SNAPSHOTS,
     SIGMA_RELS,
     AverageConfig,
     DecayPer,
     Durability,
     NonFinitePolicy,
+    Posthoc,
+    RingDtype,
     RunConfig,
     ScheduleName,
     TensorSpec,
@@ -95,6 +98,18 @@ class _AverageConfigBody(_Body):
     min_decay: Annotated[_Decay | None, Field(description="Of schedule inverse_gamma; None: 0")] = None
 
 
+class _PosthocBody(_Body):
+    snapshots: int = Field(16, ge=RING_SNAPSHOTS[0], le=RING_SNAPSHOTS[1], description="How many times are kept")
+    dtype: RingDtype = Field("F32", description="What snapshots are stored in")
+    sigma_rel: Annotated[
+        list[_SigmaRel], Field(min_length=1, max_length=MAX_AVERAGES, description="Of the averages that are tracked")
+    ] = [0.015, 0.03, 0.25]
+
+    def to_posthoc(self) -> Posthoc:
+        """The body as the protocol's dataclass."""
+        return Posthoc(self.snapshots, self.dtype, tuple(self.sigma_rel))
+
+
 class RunConfigBody(_Body):
     """The configuration of a run: its layout and how it averages."""
 
@@ -128,6 +143,9 @@ class RunConfigBody(_Body):
     copied: Annotated[
         list[str], Field(max_length=MAX_TENSORS, description="Tensors whose newest value is kept, not an average")
     ] = []
+    posthoc: Annotated[
+        _PosthocBody | None, Field(description="Keep what averages of any length can be worked out of later")
+    ] = None
 
     def to_config(self) -> RunConfig:
         """The same configuration as the protocol's dataclass."""
@@ -141,6 +159,7 @@ class RunConfigBody(_Body):
             non_finite=self.non_finite,
             durability=self.durability,
             copied=tuple(self.copied),
+            posthoc=self.posthoc.to_posthoc() if self.posthoc else None,
         )
 
 

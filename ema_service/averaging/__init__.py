@@ -11,7 +11,16 @@ from ema_service.averaging.fused import prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import Retention, Schedule
-from ema_service.averaging.synthesis import Snapshots, Synthesis, TrackedAverage, soup, synthesise
+from ema_service.averaging.summing import add_weighted
+from ema_service.averaging.synthesis import (
+    SnapshotBasis,
+    Synthesis,
+    TrackedAverage,
+    approximate,
+    check,
+    soup,
+    synthesise,
+)
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 from ema_service.averaging.thinning import Ring, forecast
 
@@ -27,16 +36,19 @@ __all__ = [
     "Ring",
     "Schedule",
     "SigmaRel",
-    "Snapshots",
+    "SnapshotBasis",
     "Synthesis",
     "Target",
     "TargetRefused",
     "TrackedAverage",
     "Window",
+    "add_weighted",
+    "approximate",
     "average_into",
     "averaging",
     "cast_into",
     "casting",
+    "check",
     "digesting",
     "finite",
     "forecast",

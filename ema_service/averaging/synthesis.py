@@ -26,7 +26,18 @@ import numpy.typing as npt
 from ema_service.averaging.profiles import Counters, Floats, TargetRefused, profile_of
 from ema_service.averaging.targets import Target
 
-__all__ = ["MAX_ERROR", "MAX_ROUNDING", "ROUNDING", "Snapshots", "Synthesis", "TrackedAverage", "soup", "synthesise"]
+__all__ = [
+    "MAX_ERROR",
+    "MAX_ROUNDING",
+    "ROUNDING",
+    "SnapshotBasis",
+    "Synthesis",
+    "TrackedAverage",
+    "approximate",
+    "check",
+    "soup",
+    "synthesise",
+]
 
 #: Relative rounding of one stored value, root mean square, by the dtype of the snapshots.
 ROUNDING = {"F64": 4.8e-17, "F32": 2.6e-8, "F16": 2.1e-4, "BF16": 1.7e-3}
@@ -110,7 +121,7 @@ class _Interval:
         return np.asarray(held + free @ (right.T @ (filtered * (left.T @ (seen - self.corner @ held)))))
 
 
-class Snapshots:
+class SnapshotBasis:
     """The snapshots of some averages of a run, prepared for finding weights.
 
     Preparing them costs a QR factorisation over all updates, and keeps a number for each update and average. A target
@@ -139,9 +150,9 @@ class Snapshots:
         bounds = pairwise((0, *(ends + 1).tolist()))
         self._intervals = [self._interval(k, first, last, single) for k, (first, last) in enumerate(bounds)]
 
-    def coarse(self) -> Snapshots:
+    def coarse(self) -> SnapshotBasis:
         """The same snapshots, with far fewer updates looked at one by one: errors to a few digits, at once."""
-        return Snapshots(*self._given, single=_SINGLE_IN_SEARCH)
+        return SnapshotBasis(*self._given, single=_SINGLE_IN_SEARCH)
 
     def _interval(self, k: int, first: int, last: int, single: int) -> _Interval:
         counters, averages = self._given
@@ -240,28 +251,53 @@ def _error(coefficients: Floats, views: Sequence[_View]) -> float:
 
 
 def synthesise(
-    snapshots: Snapshots, target: Target, *, at: int | None = None, dtype: str = "F32", max_error: float = MAX_ERROR
+    snapshots: SnapshotBasis, target: Target, *, at: int | None = None, dtype: str = "F32", max_error: float = MAX_ERROR
 ) -> Synthesis:
     """The weights of the snapshots, (averages, times), whose sum is nearest to the target at time ``at``.
+
+    As approximate(), then check(), with their arguments and errors.
+    """
+    found = approximate(snapshots, target, at=at, dtype=dtype)
+    check(found, snapshots, target, at=at, dtype=dtype, max_error=max_error)
+    return found
+
+
+def approximate(snapshots: SnapshotBasis, target: Target, *, at: int | None = None, dtype: str = "F32") -> Synthesis:
+    """The weights of the snapshots, (averages, times), whose sum is nearest to the target, however far from it.
 
     Args:
         at: one of the snapshots' times; the newest if None.
         dtype: of the stored snapshots, as safetensors writes it: its rounding damps the weights.
-        max_error: largest relative error of the profile that is accepted.
 
-    Raises TargetRefused where ``at`` is no snapshot's time, the error is above ``max_error``, or the expected rounding
-    above MAX_ROUNDING; its ``nearest`` is the nearest target, or the times beside ``at``, that can be had.
+    Raises TargetRefused where ``at`` is no snapshot's time, or the target cannot be had at this time; its ``nearest``
+    is the times beside ``at``.
     """
     time = snapshots.times[-1] if at is None else at
     if time not in snapshots.times:
         raise _no_snapshot(time, snapshots.times)
-    found = snapshots.solve(target, time, _DAMPING[dtype])
-    if _accepted(found, dtype, max_error):
-        return found
-    raise _too_far(target, found, _nearest(snapshots, target, time, dtype, max_error), dtype, max_error)
+    return snapshots.solve(target, time, _DAMPING[dtype])
 
 
-def _nearest(snapshots: Snapshots, target: Target, at: int, dtype: str, max_error: float) -> Target | None:
+def check(
+    found: Synthesis,
+    snapshots: SnapshotBasis,
+    target: Target,
+    *,
+    at: int | None = None,
+    dtype: str = "F32",
+    max_error: float = MAX_ERROR,
+) -> None:
+    """Raises TargetRefused where what approximate() found for the same arguments is too far from the target.
+
+    That is where the error is above ``max_error``, or the expected rounding above MAX_ROUNDING; ``nearest`` is the
+    nearest target that can be had.
+    """
+    if not _accepted(found, dtype, max_error):
+        time = snapshots.times[-1] if at is None else at
+        raise _too_far(target, found, _nearest(snapshots, target, time, dtype, max_error), dtype, max_error)
+
+
+def _nearest(snapshots: SnapshotBasis, target: Target, at: int, dtype: str, max_error: float) -> Target | None:
     """The nearest target of this kind that is accepted; None if none is in reach."""
     coarse = snapshots.coarse()
     for other in target.others([time for time in snapshots.times if time <= at]):

@@ -72,10 +72,14 @@ class Ring:
         A snapshot is taken at the first update at or past each multiple of the interval. None is taken while an earlier
         one is still to be dropped.
         """
-        interval, newest = self.interval(n), self.times[-1] if self.times else 0
-        if self.surplus() is not None or n // interval <= newest // interval:
+        if not self.due(n) or self.surplus() is not None:
             return Offer(take=False)
         return Offer(take=True, drop=self.taken(n).surplus())
+
+    def due(self, n: int) -> bool:
+        """Whether a multiple of the interval lies after the newest snapshot and not after ``n``. Takes microseconds."""
+        interval, newest = self.interval(n), self.times[-1] if self.times else 0
+        return n // interval > newest // interval
 
     def taken(self, n: int) -> Ring:
         """The ring with a snapshot at ``n``, after all others."""

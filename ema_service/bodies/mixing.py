@@ -1,6 +1,6 @@
-"""A weighted sum of sources of one layout, worked out as it is read: no more memory than a piece of each.
+"""Weighted sums of sources of one layout, worked out as they are read: no more memory than a piece of each.
 
-Sums are float64 and are rounded once, to each tensor's dtype.
+Sums are float64 and are rounded once, to each tensor's dtype. Several sums of the same sources cost one reading.
 
 Knows entries, dtypes and byte offsets. Does not know what the sources are or where the weights come from.
 """
@@ -8,38 +8,128 @@ Knows entries, dtypes and byte offsets. Does not know what the sources are or wh
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
+from torch import Tensor
 
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.wire import Entry
-from ema_service.bodies.outgoing import ReadBytes
+from ema_service.averaging import add_weighted
+from ema_service.bodies.outgoing import ReadBytes, WeightsStream
 from ema_service.memory.arena import TORCH_DTYPES
 
-__all__ = ["Mixture"]
+__all__ = ["Ingredient", "Mixture", "interleaved"]
+
+#: Of each source at a time: with float64 sums, what a core's cache holds.
+_BLOCK_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    """A source of sums. read: gives bytes of the source's data section. weights: its weight in each sum.
+
+    entries: the source's tensors, in the order of their bytes; of the sums' names and shapes, perhaps of another dtype.
+    """
+
+    read: ReadBytes
+    entries: Sequence[Entry]
+    weights: tuple[float, ...]
 
 
 class Mixture:
-    """The sum of sources, each times its weight. Thread-safe where the sources are.
+    """Sums of ingredients, each times its weight. Thread-safe where the ingredients are.
 
-    entries: of every source, in the order of their bytes. sources: what reads each, and its weight.
+    entries: of every sum, in the order of their bytes. copied: names of tensors that a sum takes from the last
+    ingredient as they are.
     """
 
-    def __init__(self, entries: Sequence[Entry], sources: Sequence[tuple[ReadBytes, float]]) -> None:
-        self._entries = [entry for entry in entries if entry.begin < entry.end]
+    def __init__(
+        self, entries: Sequence[Entry], ingredients: Sequence[Ingredient], *, copied: Collection[str] = ()
+    ) -> None:
+        pairs = [i for i, entry in enumerate(entries) if entry.begin < entry.end]
+        self._entries = [entries[i] for i in pairs]
         self._begins = [entry.begin for entry in self._entries]
-        self._sources = sources
+        self._ingredients = ingredients
+        self._theirs = [[each.entries[i] for i in pairs] for each in ingredients]
+        self._copied = frozenset(copied)
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop) of the sum's data section, which lie in tensors of one dtype. Blocks."""
-        entry = self._entries[bisect_right(self._begins, start) - 1]
-        width, dtype = LAYOUT_DTYPES[entry.dtype], TORCH_DTYPES[entry.dtype]
+        """Bytes [start, stop) of the first sum's data section, which lie in tensors of one dtype. Blocks."""
+        return self.read_each(start, stop)[0]
+
+    def read_each(self, start: int, stop: int) -> list[memoryview]:
+        """As read(), of each sum."""
+        index = bisect_right(self._begins, start) - 1
+        begin, dtype = self._entries[index].begin, self._entries[index].dtype
+        width = LAYOUT_DTYPES[dtype]
         # Whole elements: tensors of one dtype lie back to back.
-        first = start - (start - entry.begin) % width
-        last = stop + (entry.begin - stop) % width
-        total = torch.zeros((last - first) // width, dtype=torch.float64)
-        for read, weight in self._sources:
-            total.add_(torch.frombuffer(read(first, last), dtype=dtype).to(torch.float64), alpha=weight)
-        summed = total.to(dtype).view(torch.uint8).numpy().data
-        return summed[start - first : stop - first]
+        first = start - (start - begin) % width
+        last = stop + (begin - stop) % width
+        pieces = [self._sums(*span, copied=copied) for *span, copied in self._spans(index, first, last)]
+        sums = pieces[0] if len(pieces) == 1 else [torch.cat(each) for each in zip(*pieces, strict=True)]
+        rounded = (each.to(TORCH_DTYPES[dtype]).view(torch.uint8).numpy().data for each in sums)
+        return [data[start - first : stop - first] for data in rounded]
+
+    def _spans(self, index: int, first: int, last: int) -> Iterator[tuple[int, int, int, bool]]:
+        """Bytes [first, last), from entry ``index`` on, cut where copied tensors begin and end: (index, first, last,
+        whether copied)."""
+        position = index
+        while first < last:
+            copied = self._is_copied(position)
+            end = position + 1
+            while end < len(self._entries) and self._begins[end] < last and self._is_copied(end) == copied:
+                end += 1
+            stop = min(last, self._entries[end - 1].end)
+            yield position, first, stop, copied
+            position, first = end, stop
+
+    def _is_copied(self, index: int) -> bool:
+        return self._entries[index].name in self._copied
+
+    def _sums(self, index: int, first: int, last: int, *, copied: bool) -> list[Tensor]:
+        """Elements of each sum, float64: bytes [first, last) of a sum, from entry ``index`` on."""
+        entry = self._entries[index]
+        width = LAYOUT_DTYPES[entry.dtype]
+        skipped, count = (first - entry.begin) // width, (last - first) // width
+        if copied:
+            taken = self._elements(len(self._ingredients) - 1, index, skipped, count).to(torch.float64)
+            return [taken] * len(self._ingredients[-1].weights)
+        sums = torch.zeros((len(self._ingredients[0].weights), count), dtype=torch.float64)
+        for begin in range(0, count, _BLOCK_ELEMENTS):
+            block = sums[:, begin : begin + _BLOCK_ELEMENTS]
+            for number, ingredient in enumerate(self._ingredients):
+                if any(ingredient.weights):
+                    values = self._elements(number, index, skipped + begin, block.shape[1])
+                    add_weighted(block, values, ingredient.weights)
+        return list(sums)
+
+    def _elements(self, number: int, index: int, skipped: int, count: int) -> Tensor:
+        """So many elements of an ingredient, behind the first ``skipped`` of its entry ``index``."""
+        entry = self._theirs[number][index]
+        width = LAYOUT_DTYPES[entry.dtype]
+        begin = entry.begin + skipped * width
+        raw = self._ingredients[number].read(begin, begin + count * width)
+        return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype])
+
+
+def interleaved(streams: Sequence[WeightsStream], mixture: Mixture, at_once: int) -> Iterator[memoryview]:
+    """The bodies of all sums, in one reading: every head, then the data in turn, ``at_once`` bytes of each.
+
+    streams: one for each sum, alike but for what their heads say.
+    """
+    for stream in streams:
+        yield from stream.chunks(mixture.read, 0, stream.head_bytes)
+    data_bytes = streams[0].length - streams[0].head_bytes
+    for position in range(0, data_bytes, at_once):
+        read = cache(mixture.read_each)  # every stream reads the same stretches of the piece
+        for number, stream in enumerate(streams):
+            start = stream.head_bytes + position
+            stop = min(start + at_once, stream.length)
+            yield from stream.chunks(partial(_of_sum, read, number), start, stop)
+
+
+def _of_sum(read: Callable[[int, int], list[memoryview]], number: int, start: int, stop: int) -> memoryview:
+    return read(start, stop)[number]

@@ -46,6 +46,8 @@ class _Stretch:
 class WeightsStream:
     """A body of ``length`` bytes; ``chunks(start, stop)`` gives any part of the body. ``etag`` names the content.
 
+    head_bytes: of the safetensors header and its length, which the body begins with.
+
     Args:
         source: the entries of the source, in the order of their bytes.
         info: what the answer says of the weights; goes into the header's ``__metadata__``.
@@ -76,7 +78,8 @@ class WeightsStream:
         self._stretches = _merge(chosen, entries)
         self._begins = [stretch.begin for stretch in self._stretches]
         self.info = info
-        self.length = len(self._header) + entries[-1].end
+        self.head_bytes = len(self._header)
+        self.length = self.head_bytes + entries[-1].end
         self.etag = f'"{info.version}-{xxhash.xxh3_64_hexdigest(self._header + lineage.encode())}"'
 
     def chunks(

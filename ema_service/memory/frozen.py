@@ -47,17 +47,18 @@ class FrozenWeights:
         """Bytes of all arenas with readers."""
         return sum(arena.layout.shadow_bytes for arena in list(self._held))
 
-    def hold(self, arena: Arena) -> None:
-        """Count one more reader of the arena, until release(). Does not block.
+    def hold(self, *arenas: Arena) -> None:
+        """Count one more reader of each of the arenas, until release(). Does not block.
 
-        Raises Overloaded where the versions being read leave no room for another; with no other reader one always fits.
+        Raises Overloaded, holding none, where the versions being read leave no room for them; with no other reader
+        there always is.
         """
         with self._lock:
-            held = self._held.get(arena)
-            if held is None:
-                self._admit(arena.layout.shadow_bytes)
-                held = self._held[arena] = _Held()
-            held.readers += 1
+            new = sum(arena.layout.shadow_bytes for arena in set(arenas) if arena not in self._held)
+            if new:
+                self._admit(new)
+            for arena in arenas:
+                self._held.setdefault(arena, _Held()).readers += 1
 
     def data(self, arena: Arena) -> memoryview:
         """The bytes of an arena that the caller holds, in host memory, unchanging until release().

@@ -1,4 +1,5 @@
-"""Persistence: one run on disk. Its versions, how a restart finds them, its snapshots, its history.
+"""Persistence: one run on disk. Its versions, how a restart finds them, its snapshots, its ring,
+its history.
 
 Knows how states become rows and files, and how rows and files become states. Never imports ``runs``: what the disk
 tells is returned, and the caller decides what is to be kept.
@@ -9,7 +10,8 @@ from __future__ import annotations
 from ema_service.persistence.history import History
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
+from ema_service.persistence.ring import RingSnapshot, StoredRing
 from ema_service.persistence.snapshots import Snapshots
 from ema_service.persistence.versions import Versions
 
-__all__ = ["History", "MemoryVersions", "Restored", "Snapshots", "Versions"]
+__all__ = ["History", "MemoryVersions", "Restored", "RingSnapshot", "Snapshots", "StoredRing", "Versions"]

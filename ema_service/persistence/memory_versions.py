@@ -89,6 +89,7 @@ class MemoryVersions:
     ) -> None:
         """memory: the run's, whose arenas are lent by ``pool``. nonce: of the folder that the files lie in."""
         self._run = config.run
+        self._ringed = len(config.posthoc.sigma_rel) if config.posthoc else 0
         self._row = row
         self._store = store
         self._layout = layout
@@ -134,8 +135,11 @@ class MemoryVersions:
 
     @property
     def _needed(self) -> int:
-        """Files that updates take turns in: of each average the current version's, and the next one's."""
-        return 2 * len(self.checkpoints.averages)
+        """Files that updates take turns in: of each average the current version's, and the next one's.
+
+        And those of a version that is written to the ring.
+        """
+        return 2 * len(self.checkpoints.averages) + self._ringed
 
     def take(self) -> InPlace:
         """Where the next version is written to: nowhere else than where it is computed."""

@@ -125,8 +125,9 @@ def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str |
 def _in_new_epoch(state: State, rows: Sequence[StoredVersion]) -> State:
     """The state in an epoch after those of ``rows``: someone may have read later versions, and no name may stand for
     two states."""
-    epoch = max(row.epoch for row in rows) + 1
-    return replace(state, version=replace(state.version, epoch=epoch))
+    version, epoch = state.version, max(row.epoch for row in rows) + 1
+    descent = version.descent.followed(version.epoch, version.n, version.n)
+    return replace(state, version=replace(version, epoch=epoch, descent=descent))
 
 
 def _may_have_moved(row: StoredVersion, durability: Durability) -> bool:

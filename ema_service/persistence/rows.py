@@ -6,14 +6,14 @@ Knows the members of that text, in every format there was. Does not know SQL, fi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ema_service.shadows.state import Average, State, Version
+from ema_service.shadows.state import Average, Descent, State, Version
 from ema_service.storage import CheckpointRow
 
-__all__ = ["StoredVersion", "boot_id", "dump", "read_rows"]
+__all__ = ["StoredVersion", "boot_id", "descent_of", "dump", "read_rows"]
 
 #: The members that the text of every row has, in every format.
 _MEMBERS = {"lineage", "epoch", "n", "step", "num_updates", "digest", "updated_at", "final", "averages"}
@@ -95,6 +95,7 @@ class StoredVersion:
             averages=tuple(averages),
             updated_at=said["updated_at"],
             keys=tuple(said.get("keys", ())),
+            descent=descent_of(said.get("descent")),
         )
 
 
@@ -115,6 +116,7 @@ def dump(state: State, *, final: bool, **more: object) -> str:
             "digest": version.digest.hex(),
             "updated_at": version.updated_at,
             "keys": version.keys,
+            "descent": asdict(version.descent),
             "final": final,
             "boot": boot_id(),
             "averages": [
@@ -129,6 +131,13 @@ def dump(state: State, *, final: bool, **more: object) -> str:
             ],
         }
     )
+
+
+def descent_of(said: dict[str, Any] | None) -> Descent:
+    """The descent that asdict() wrote; rows of an earlier server have none."""
+    if said is None:
+        return Descent()
+    return Descent(**{**said, "earlier": tuple(tuple(each) for each in said["earlier"])})
 
 
 def read_rows(rows: list[CheckpointRow]) -> list[StoredVersion]:

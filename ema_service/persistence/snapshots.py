@@ -13,8 +13,8 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, replace
 
 from ema_client.errors import (
     AverageNotFound,
@@ -27,12 +27,16 @@ from ema_client.errors import (
     TooManySnapshots,
 )
 from ema_client.protocol import RunConfig, SnapshotInfo, WeightsInfo, from_json, to_json
+from ema_client.wire import Entry
 from ema_service.averaging import Digest
 from ema_service.bodies import WeightsStream
+from ema_service.bodies.outgoing import ReadBytes
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import read_arena
-from ema_service.shadows.state import Average, State, schedule_told
+from ema_service.persistence.rows import descent_of
+from ema_service.shadows.state import Average, Descent, State, schedule_told
 from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
+from ema_service.storage.store import Files
 
 __all__ = ["Snapshots"]
 
@@ -96,6 +100,41 @@ class Snapshots:
                 )
             return existing, False
 
+    def keep(
+        self, name: str, source: Sequence[Entry], info: WeightsInfo, read: ReadBytes, *, key: str | None = None
+    ) -> tuple[SnapshotInfo, bool]:
+        """Write one average that was worked out elsewhere as a snapshot, and say whether the snapshot is new.
+
+        source, read: its tensors, and what reads them. info: what is told of it. Raises SnapshotExists where the name
+        stands for anything else, TooManySnapshots, StorageFailed.
+        """
+        stream = WeightsStream(source, replace(info, snapshot=name))
+        made = SnapshotInfo(
+            run=self._row.name,
+            name=name,
+            version=info.version,
+            step=info.step,
+            num_updates=info.num_updates,
+            averages=(info.average,),
+            bytes=stream.length,
+            created_at=time.time(),
+            target=info.target,
+        )
+        with self._lock:
+            if self._closed:
+                raise RunNotFound(f"run {self._row.name!r} was deleted")
+            found = self._found()
+            if (existing := found.get(name)) is not None:
+                same = _key_of(name, self._store.snapshots(self._row)) == key is not None
+                if same or replace(existing, created_at=made.created_at) == made:
+                    return existing, False
+                raise SnapshotExists(f"snapshot {name!r} of run {self._row.name!r} is of something else")
+            self._check_free(name, found)
+            files = {info.average: stream.chunks(read)}
+            self._save(name, made.bytes, lambda: json.dumps({**to_json(made), "key": key}), files)
+            self._changed()
+            return made, True
+
     def all(self) -> list[SnapshotInfo]:
         """All snapshots of the run, oldest first."""
         return list(self._found().values())
@@ -129,6 +168,20 @@ class Snapshots:
             pairs = [source._read(info, each, checksums, self._memory) for each in info.averages]
         return info, tuple(average for average, _ in pairs), tuple(arena for _, arena in pairs)
 
+    def descent(self, info: SnapshotInfo) -> Descent:
+        """Which versions led to that of a snapshot. Raises SnapshotNotFound where the snapshot is gone."""
+        for row in self._store.snapshots(self._row):
+            said = json.loads(row.info)
+            if row.name == info.name and said["version"] == info.version:
+                return descent_of(said.get("descent"))
+        raise _missing(self._row.name, info.name)
+
+    def counter(self, info: SnapshotInfo, average: str) -> int:
+        """The counter of an average of a snapshot. Raises SnapshotDamaged, AverageNotFound."""
+        file, weights = self._open(info, average)
+        file.close()
+        return weights.num_updates
+
     def delete(self, name: str, created_at: float | None = None) -> None:
         """Delete a snapshot. A reader that has its files open reads on to the end.
 
@@ -153,13 +206,7 @@ class Snapshots:
     def _make(self, name: str, state: State, keep: int | None, key: str | None) -> SnapshotInfo:
         """Write a new snapshot and drop old ones of its series. Raises StorageFailed."""
         info = self._info(name, state)
-        try:
-            self._store.check_room(info.bytes)
-            self._write(state, info, key)
-        except (OSError, sqlite3.Error) as fault:
-            raise StorageFailed(
-                f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}", retry_after=1.0
-            ) from fault
+        self._write(state, info, key)
         self._drop_oldest(name, keep)
         self._changed()
         return info
@@ -193,16 +240,26 @@ class Snapshots:
         """Write one file for each average, then the row, which has the checksums of the files and the call's key.
 
         The state cannot change meanwhile. On a GPU, one average at a time is copied to the host. Readers' budgets are
-        left alone: whether a snapshot can be taken must not depend on who reads.
+        left alone: whether a snapshot can be taken must not depend on who reads. Raises StorageFailed.
         """
         checksums: dict[str, str] = {}
         files = {
             average.name: self._chunks(state, average, arena, info.name, checksums)
             for average, arena in zip(state.version.averages, state.arenas, strict=True)
         }
-        self._store.save_snapshot(
-            self._row, info.name, lambda: json.dumps({**to_json(info), "checksums": checksums, "key": key}), files
-        )
+        said = {**to_json(info), "checksums": checksums, "key": key, "descent": asdict(state.version.descent)}
+        self._save(info.name, info.bytes, lambda: json.dumps(said), files)
+
+    def _save(self, name: str, nbytes: int, text: Callable[[], str], files: Files) -> None:
+        """Write files and row of a snapshot. text: gives the row's, once the files are written. Raises
+        StorageFailed."""
+        try:
+            self._store.check_room(nbytes)
+            self._store.save_snapshot(self._row, name, text, files)
+        except (OSError, sqlite3.Error) as fault:
+            raise StorageFailed(
+                f"snapshot {name!r} of run {self._row.name!r} was not written: {fault}", retry_after=1.0
+            ) from fault
 
     def _chunks(
         self, state: State, average: Average, arena: Arena, snapshot: str, checksums: dict[str, str]

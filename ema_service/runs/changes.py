@@ -17,6 +17,10 @@ class Changes:
     def __init__(self) -> None:
         self._listeners: set[Callable[[], None]] = set()
 
+    def tell_always(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called after each change from now on, on any thread."""
+        self._listeners.add(listener)
+
     @contextlib.contextmanager
     def heard_by(self, listener: Callable[[], None]) -> Iterator[None]:
         """Have ``listener`` called after each change within the block, on any thread."""

@@ -37,7 +37,7 @@ from ema_client.protocol import (
     UpdateStatus,
 )
 from ema_service.runs.schedules import counts, largest_decay, schedule_of
-from ema_service.shadows.state import Average, Plan, Version
+from ema_service.shadows.state import Average, Descent, Plan, Version
 
 __all__ = ["Ledger", "Succession"]
 
@@ -82,7 +82,7 @@ class Succession:
             raise InvalidRequest(f"num_updates: {num_updates} was given, but use_num_updates is off in this run")
         averages = tuple(self._began(average, num_updates or 0) for average in self._config.averages)
         counter = self.counter_at_start if num_updates is None else num_updates
-        return Version(lineage, 1, 0, step, counter, digest, averages, now)
+        return Version(lineage, 1, 0, step, counter, digest, averages, now, descent=Descent(num_updates or 0))
 
     def plan(self, step: int, base: Version) -> Plan:
         """What an admitted update of ``step`` is to make of ``base``: its decays and its counter, exact over the gap of
@@ -135,7 +135,8 @@ class Succession:
         next update.
         """
         averages = tuple(replace(each, num_updates=min(each.num_updates, 0)) for each in version.averages)
-        return replace(version, num_updates=self.counter_at_start, averages=averages)
+        descent = Descent(first=version.n)
+        return replace(version, num_updates=self.counter_at_start, averages=averages, descent=descent)
 
     def _began(self, average: AverageConfig, num_updates: int) -> Average:
         """An average that begins with this counter."""
@@ -250,7 +251,8 @@ class Ledger:
         """The version that other initial weights make in place of ``base``, in a new epoch: counter, step and decays
         stay."""
         epoch = max(self._last_epoch, base.epoch) + 1
-        return replace(base, lineage=lineage, epoch=epoch, digest=digest, updated_at=now)
+        descent = Descent(base.descent.counter)
+        return replace(base, lineage=lineage, epoch=epoch, digest=digest, updated_at=now, descent=descent)
 
     def judge_anew(self, base: Version, replaces: str, digest: bytes, writer: int | None = None) -> bool:
         """Whether initial weights given anew are to be taken; False where the run has the same.
@@ -273,17 +275,19 @@ class Ledger:
 
     # --- going back, going on, another trainer ----------------------------------------------------------------------
 
-    def rewound(self, info: SnapshotInfo, averages: Iterable[Average], lineage: str, now: float) -> Version:
+    def rewound(
+        self, info: SnapshotInfo, averages: Iterable[Average], descent: Descent, lineage: str, now: float
+    ) -> Version:
         """The version at a snapshot, in a new epoch: updates after the snapshot are as if they had never been.
 
-        averages, info: of the snapshot. lineage: for a run that has no version. A rewind is also a way out of
-        ``degraded``, so nothing is asked for.
+        averages, info: of the snapshot. descent: of the version that follows the snapshot. lineage: for a run that has
+        no version. A rewind is also a way out of ``degraded``, so nothing is asked for.
         """
         version = self.version
         epoch = max(self._last_epoch, version.epoch if version else 0) + 1
         lineage = version.lineage if version else lineage
         keys = version.keys if version else ()
-        return Version(lineage, epoch, 0, info.step, info.num_updates, b"", tuple(averages), now, keys)
+        return Version(lineage, epoch, 0, info.step, info.num_updates, b"", tuple(averages), now, keys, descent)
 
     def judge_rewind(self, to: Version) -> None:
         """Whether a rewind to the version ``to`` may take effect.

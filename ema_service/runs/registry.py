@@ -29,19 +29,23 @@ from ema_client.errors import (
     StorageDisabled,
     StorageFailed,
     Superseded,
+    SynthesisRefused,
     TooManyRuns,
     listed,
 )
-from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, Writer, from_json, to_json
+from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, SnapshotInfo, Writer, from_json, to_json
 from ema_service.averaging import prepare
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
-from ema_service.persistence import History, MemoryVersions, Restored, Snapshots, Versions
+from ema_service.persistence import History, MemoryVersions, Restored, Snapshots, StoredRing, Versions
 from ema_service.runs.branching import branched, check_branch
 from ema_service.runs.parts import Expired, Parts
+from ema_service.runs.posthoc import Synthesiser
 from ema_service.runs.room import Needs, check_room
 from ema_service.runs.run import Run
+from ema_service.shadows import Descent
 from ema_service.storage import CatalogUnusable, MemoryFilesUnusable, RunRow, Store, memory_prefix
+from ema_service.threads import Threads
 
 __all__ = ["MAX_RUNS", "Registry"]
 
@@ -72,6 +76,7 @@ class _Disk:
     versions: Versions | MemoryVersions
     snapshots: Snapshots
     history: History
+    ring: StoredRing | None
 
     def keep_writer(self, writer: int) -> None:
         """Remember the number of the writer that attached last, beyond the server's end. Raises StorageFailed."""
@@ -102,6 +107,7 @@ class _Registered:
     run: Run
     parts: Parts
     disk: _Disk | None
+    synthesiser: Synthesiser | None = None
 
 
 class Registry:
@@ -130,6 +136,8 @@ class Registry:
         self.frozen = FrozenWeights(memory, frozen_bytes)
         self._store = store
         self._max_snapshots = max_snapshots
+        #: Writes snapshots of rings, one after the other: the disk is shared with versions and checkpoints.
+        self._followers = Threads(1, "ema-ring")
         self._lock = threading.Lock()
         self._runs: dict[str, _Registered] = {}
         for row in store.runs() if store else []:
@@ -149,6 +157,7 @@ class Registry:
 
     def close(self) -> None:
         """Take a last checkpoint of every run that moved, and close the store."""
+        self._followers.shutdown(cancel_futures=True)
         self.checkpoint(final=True)
         if self._store:
             self._store.close()
@@ -200,6 +209,16 @@ class Registry:
         """The snapshots of a run. Raises RunNotFound; StorageDisabled where nothing is kept on disk."""
         return self._disk(name).snapshots
 
+    def synthesiser(self, name: str) -> Synthesiser:
+        """What works out averages of other lengths for a run. Raises RunNotFound, StorageDisabled, SynthesisRefused."""
+        found = self._find(name)
+        if found.synthesiser is None:
+            raise SynthesisRefused(
+                f"run {name!r} keeps no snapshots that an average of another length could be worked out of",
+                hint="create a run with posthoc={} to have them from the beginning, or ask for one of its averages",
+            )
+        return found.synthesiser
+
     # --- what is done to a run as a whole ---------------------------------------------------------------------------
 
     def create(self, config: RunConfig) -> tuple[Run, bool]:
@@ -212,6 +231,7 @@ class Registry:
         store. Raises RunExists, TooManyRuns, InvalidRequest, StorageDisabled, StorageFailed; Overloaded where memory
         has no room for the run.
         """
+        config = self._with_posthoc(config)
         _check_averages(config, folds_case=self._store is not None and self._store.folds_case)
         layout = Layout(config.layout, config.copied)
         config = replace(config, layout=tuple(entry.spec for entry in layout.params), copied=layout.copied)
@@ -276,11 +296,17 @@ class Registry:
             return run
         if source is None:
             info, averages, arenas = disk.snapshots.read(snapshot)
+            _check_state(info)
+            epoch, n = map(int, info.version.split("."))
+            descent = disk.snapshots.descent(info).followed(epoch, n, 0)
         else:
             check_branch(run, self.get(source))
             read = disk.snapshots.read(snapshot, of=self._disk(source).snapshots)
+            _check_state(read[0])
             info, averages, arenas = branched(run.config, *read)
-        run.rewind(info, averages, arenas, key)
+            counter = max(0, *(average.num_updates for average in averages))
+            descent = Descent(counter, before=max(counter, 1))
+        run.rewind(info, averages, arenas, descent, key)
         self._settle(run, disk)
         where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
         disk.history.record(f"rewound to {where} (version {info.version}, step {info.step})")
@@ -344,7 +370,25 @@ class Registry:
     def _needs(self, config: RunConfig, layout: Layout) -> Needs:
         files = self._store.memory_files if self._store else None
         in_files = files is not None and config.durability == "process"
-        return Needs.of(layout, len(config.averages), on_host=self.memory.on_host, in_files=in_files)
+        ring = len(config.posthoc.sigma_rel) if config.posthoc else 0
+        return Needs.of(layout, len(config.averages), on_host=self.memory.on_host, in_files=in_files, ring=ring)
+
+    def _with_posthoc(self, config: RunConfig) -> RunConfig:
+        """The configuration with the averages that post-hoc averages are made of, behind its own.
+
+        Raises InvalidRequest, StorageDisabled.
+        """
+        if config.posthoc is None:
+            return config
+        if self._store is None:
+            raise StorageDisabled(
+                "posthoc: snapshots are files, and this server was started with --memory",
+                hint="leave posthoc out, or start the server with --data-dir",
+            )
+        if config.posthoc.fault:
+            raise InvalidRequest(f"posthoc: {config.posthoc.fault}")
+        more = tuple(average for average in config.posthoc.averages if average not in config.averages)
+        return replace(config, averages=(*config.averages, *more))
 
     def _durability(self, config: RunConfig) -> Durability:
         """The durability of a new run. Raises StorageDisabled where it needs a disk and there is none."""
@@ -373,6 +417,8 @@ class Registry:
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer)
             try:
                 made = self._allocated(config, layout, row, created_at)
+                if made.disk and made.disk.ring:
+                    self._store.check_room(made.disk.ring.most_bytes)
             except (OSError, Overloaded):
                 self._store.remove_run(row)
                 raise
@@ -435,8 +481,15 @@ class Registry:
             why = (refusal or store.memory_fault) if config.durability == "process" else None
             versions = Versions(config, row, store, layout, memory, reason=why)
         run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer)
-        snapshots = Snapshots(config, row, self._store, layout, memory, run.changes.tell, most=self._max_snapshots)
-        return _Registered(run, Parts(run), _Disk(row, self._store, versions, snapshots, History(row, self._store)))
+        snapshots = Snapshots(config, row, store, layout, memory, run.changes.tell, most=self._max_snapshots)
+        ring = synthesiser = None
+        if config.posthoc:
+            ring = StoredRing(config, config.posthoc, row, store, layout, memory, self._followers, lambda: run.state)
+            run.ring = ring.told
+            run.changes.tell_always(ring.moved)
+            synthesiser = Synthesiser(run, config.posthoc, ring, snapshots)
+        disk = _Disk(row, store, versions, snapshots, History(row, store), ring)
+        return _Registered(run, Parts(run), disk, synthesiser)
 
     def _settle(self, run: Run, disk: _Disk) -> None:
         """Bring to the medium what was decided, whatever the run's durability. Raises StorageFailed."""
@@ -466,6 +519,16 @@ class Registry:
         return found.disk
 
 
+def _check_state(info: SnapshotInfo) -> None:
+    """Raises InvalidRequest for a snapshot that no run was ever at."""
+    if info.target is not None:
+        raise InvalidRequest(
+            f"snapshot {info.name!r} of run {info.run!r} is an average that was worked out afterwards ({info.target}): "
+            "no run was ever at it",
+            hint="rewind to a snapshot of the run; what was worked out can be pulled, and begin another run",
+        )
+
+
 def _check_gives_way(found: _Registered, refusal: str) -> None:
     """Raises RunExists, with ``refusal``, unless nothing but a configuration would be lost with the run; Superseded
     while its initial weights are being received."""
@@ -490,6 +553,8 @@ def _retire(found: _Registered, forget: Callable[[], None], *, replaced: bool = 
         if disk:
             quiet.enter_context(disk.snapshots.closing())
             quiet.enter_context(disk.versions.closing())
+            if disk.ring:
+                quiet.enter_context(disk.ring.closing())
         found.run.retire(forget, replaced=replaced)
     found.parts.close(StaleStep(f"run {name!r} was deleted, or made anew"))
     if disk:

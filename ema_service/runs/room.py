@@ -31,14 +31,17 @@ class Needs:
     push: int
 
     @classmethod
-    def of(cls, layout: Layout, averages: int, *, on_host: bool, in_files: bool) -> Needs:
-        """in_files: whether versions lie in memory files, of which a run always has the next version's, too."""
+    def of(cls, layout: Layout, averages: int, *, on_host: bool, in_files: bool, ring: int = 0) -> Needs:
+        """in_files: whether versions lie in memory files, of which a run always has the next version's, too.
+
+        ring: how many averages a snapshot of the ring has: while one is written, those of an older version are held.
+        """
         about = _BYTES_PER_TENSOR * len(layout.params)
         if in_files:
-            return cls(about + 2 * averages * buffer_bytes(layout), 0 if on_host else layout.param_bytes)
+            return cls(about + (2 * averages + ring) * buffer_bytes(layout), 0 if on_host else layout.param_bytes)
         if on_host:
             version = buffer_bytes(layout) + (averages - 1) * layout.shadow_bytes
-            return cls(about + version, version)
+            return cls(about + version + ring * layout.shadow_bytes, version)
         return cls(about, layout.param_bytes)
 
 

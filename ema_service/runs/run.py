@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, UpdateResult
+from ema_client.protocol import RingInfo, RunConfig, RunInfo, SnapshotInfo, UpdateResult
 from ema_service.memory import Arena, Layout, Memory, Staged
 from ema_service.runs.changes import Changes
 from ema_service.runs.info import Links, describe
 from ema_service.runs.ledger import Ledger, Succession
-from ema_service.shadows import Average, Plan, Preparation, Prepared, Shadows, State, Version
+from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Shadows, State, Version
 from ema_service.shadows.results import Sink
 
 __all__ = ["Keeper", "Parameters", "Place", "Run", "Update"]
@@ -121,7 +121,8 @@ class Run:
     More than twenty methods: one for each way in which a version of the run comes about, and what readers ask.
 
     ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
-    changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made.
+    changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made. ring: tells of the run's
+    ring, where it has one.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Run:
         self.ledger = Ledger(config, writer=writer)
         self.changes = Changes()
         self.links = Links()
+        self.ring: Callable[[], RingInfo] | None = None
         self._shadows = Shadows(layout, memory, check=config.non_finite == "refuse")
         self._keeper = keeper
         self._lock = threading.Lock()
@@ -166,7 +168,8 @@ class Run:
 
     def info(self) -> RunInfo:
         """What is told of the run (RunInfo), as it stands."""
-        return describe(self.config, self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
+        told = describe(self.config, self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
+        return replace(told, ring=self.ring()) if self.ring else told
 
     # --- an update --------------------------------------------------------------------------------------------------
 
@@ -321,14 +324,15 @@ class Run:
         info: SnapshotInfo,
         averages: tuple[Average, ...],
         arenas: tuple[Arena, ...],
+        descent: Descent,
         key: str | None = None,
     ) -> None:
         """Go back to the state of a snapshot, in a new epoch; updates after the snapshot are as if they had never been.
 
-        Also a way out of ``degraded``. key: of the write; not to be called for the key of a write that was applied
-        (Version.made_by). Raises RunNotFound, StorageFailed, Superseded.
+        Also a way out of ``degraded``. descent: of the version that follows the snapshot. key: of the write; not to be
+        called for the key of a write that was applied (Version.made_by). Raises RunNotFound, StorageFailed, Superseded.
         """
-        version = self.ledger.rewound(info, averages, secrets.token_hex(8), time.time())
+        version = self.ledger.rewound(info, averages, descent, secrets.token_hex(8), time.time())
         state = State(version.keyed(key), arenas)
         place = self._write(state)
         with self._lock:

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from ema_service.averaging.schedules import Retention
     from ema_service.memory import Arena
 
-__all__ = ["Average", "Plan", "State", "Version", "gamma_of_average", "schedule_told"]
+__all__ = ["Average", "Descent", "Plan", "State", "Version", "gamma_of_average", "schedule_told"]
 
 #: A trainer that repeats a write does so within seconds; so many other writes are not made meanwhile.
 _REMEMBERED_KEYS = 16
+#: Versions of earlier epochs are as if they had not led to a version that has so many between.
+_REMEMBERED_EPOCHS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,37 @@ class Average:
 
 
 @dataclass(frozen=True, slots=True)
+class Descent:
+    """Which versions of a run led to a version, from the beginning of its averages on.
+
+    Versions that a rewind went back over did not, nor did those before the counters were reset.
+
+    counter: of the averages at the beginning. before: updates until then; the weights that a run begins with count as
+    one. earlier: by epoch, the first and the last n of the versions before the version's own epoch. first: the n at
+    which the version's own epoch goes on from there.
+    """
+
+    counter: int = 0
+    before: int = 1
+    earlier: tuple[tuple[int, int, int], ...] = ()
+    first: int = 0
+
+    def updates(self, of: Version, epoch: int, n: int) -> int | None:
+        """How many updates since the beginning led to version epoch.n; None where that did not lead to ``of``."""
+        passed = 0
+        for each, first, last in (*self.earlier, (of.epoch, self.first, of.n)):
+            if each == epoch and first <= n <= last:
+                return passed + n - first
+            passed += last - first
+        return None
+
+    def followed(self, epoch: int, n: int, first: int) -> Descent:
+        """The descent of a version in a later epoch that goes on from version epoch.n, with this n ``first``."""
+        earlier = (*self.earlier, (epoch, self.first, n))
+        return replace(self, earlier=earlier[-_REMEMBERED_EPOCHS:], first=first)
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     """The facts of a version; ``str()`` is the version's name, "epoch.n".
 
@@ -44,7 +77,7 @@ class Version:
     updates applied in this epoch. step: the trainer's, None where no step is known. num_updates: LitEma's counter, -1
     where the counter is off. digest: of the parameters pushed (averaging.Digest); empty after a rewind. updated_at:
     seconds since 1970-01-01 UTC, for people to read. keys: of the latest writes other than updates that led here, by
-    which a write that comes again is known; they live and die with the version.
+    which a write that comes again is known; they live and die with the version. descent: the versions before.
     """
 
     lineage: str
@@ -56,6 +89,7 @@ class Version:
     averages: tuple[Average, ...]
     updated_at: float
     keys: tuple[str, ...] = ()
+    descent: Descent = Descent()
 
     def __str__(self) -> str:
         return f"{self.epoch}.{self.n}"
@@ -87,7 +121,7 @@ def schedule_told(run: RunConfig, average: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"schedule": config.schedule, **config.schedule_fields()}
     if config.schedule == "power":
         gamma = gamma_of_average(config)
-        fields |= {"sigma_rel": sigma_rel_of(gamma), "gamma": gamma}
+        fields |= {"sigma_rel": config.sigma_rel or sigma_rel_of(gamma), "gamma": gamma}
     return fields
 
 

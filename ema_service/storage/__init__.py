@@ -5,7 +5,7 @@ Knows files, rows and bytes. Does not know torch, updates, or when something sho
 
 from __future__ import annotations
 
-from ema_service.storage.catalog import MEMORY, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
+from ema_service.storage.catalog import MEMORY, CatalogUnusable, CheckpointRow, RunRow, Shelf, SnapshotRow
 from ema_service.storage.files import TensorFile
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent, SlotFiles, padded_bytes
@@ -20,6 +20,7 @@ __all__ = [
     "MemoryFiles",
     "MemoryFilesUnusable",
     "RunRow",
+    "Shelf",
     "Slot",
     "SlotFiles",
     "Slots",

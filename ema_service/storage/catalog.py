@@ -13,16 +13,16 @@ import sqlite3
 import threading
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ema_service.storage.files import reserve_beyond
 
-__all__ = ["FORMAT", "MEMORY", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "SnapshotRow"]
+__all__ = ["FORMAT", "MEMORY", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "Shelf", "SnapshotRow"]
 
 _log = logging.getLogger(__name__)
 
 #: Version of the tables below, and of the files that the rows speak of.
-FORMAT = 5
+FORMAT = 6
 
 #: In place of a slot's folder: the version lies in memory files, which its state names.
 MEMORY = "memory"
@@ -33,6 +33,11 @@ CREATE TABLE checkpoints (
     folder TEXT NOT NULL, state TEXT NOT NULL, synced INTEGER NOT NULL, created_at REAL NOT NULL,
     UNIQUE (run_id, folder));
 """
+_RING = """
+CREATE TABLE IF NOT EXISTS ring (
+    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
+"""
 _SCHEMA = f"""
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL,
@@ -41,13 +46,14 @@ CREATE TABLE runs (
 CREATE TABLE snapshots (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
     name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
+{_RING}
 CREATE TABLE history (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
 """
 #: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
 #: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
 #: had other checksums: its servers would take newer files for damaged. Format 4 had no memory files: its servers would
-#: take their rows for slots that are gone.
+#: take their rows for slots that are gone. Format 5 had no ring: its servers would let the ring of a run fall behind.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -60,6 +66,7 @@ ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
     2: "",
     3: "",
     4: "",
+    5: _RING,
 }
 
 
@@ -109,6 +116,10 @@ class SnapshotRow:
     name: str
     info: str
     created_at: float
+
+
+#: The tables of snapshots: those that somebody named, and those of the ring, whose names are versions.
+Shelf = Literal["snapshots", "ring"]
 
 
 class Catalog:
@@ -210,18 +221,18 @@ class Catalog:
             CheckpointRow(i, run, folder, s, bool(on), at) for i, run, folder, s, on, at in self._read(query, run_id)
         ]
 
-    def add_snapshot(self, row: SnapshotRow) -> None:
+    def add_snapshot(self, row: SnapshotRow, shelf: Shelf = "snapshots") -> None:
         """Add a snapshot. Raises sqlite3.IntegrityError where the name is taken."""
-        self._write("INSERT INTO snapshots VALUES (?, ?, ?, ?)", *astuple(row))
+        self._write(f"INSERT INTO {shelf} VALUES (?, ?, ?, ?)", *astuple(row))
 
-    def remove_snapshot(self, run_id: int, name: str) -> None:
+    def remove_snapshot(self, run_id: int, name: str, shelf: Shelf = "snapshots") -> None:
         """Remove a snapshot, if it is there."""
-        self._write("DELETE FROM snapshots WHERE run_id = ? AND name = ?", run_id, name)
+        self._write(f"DELETE FROM {shelf} WHERE run_id = ? AND name = ?", run_id, name)
 
-    def snapshots(self, run_id: int) -> list[SnapshotRow]:
+    def snapshots(self, run_id: int, shelf: Shelf = "snapshots") -> list[SnapshotRow]:
         """The snapshots of a run, in the order they were made."""
         # By rowid and not by time: the clock may have jumped.
-        query = "SELECT run_id, name, info, created_at FROM snapshots WHERE run_id = ? ORDER BY rowid"
+        query = f"SELECT run_id, name, info, created_at FROM {shelf} WHERE run_id = ? ORDER BY rowid"
         return [SnapshotRow(*row) for row in self._read(query, run_id)]
 
     def add_history(self, run_id: int, at: float, event: str) -> None:

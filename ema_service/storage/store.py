@@ -6,6 +6,7 @@
         runs/<name>.<id>/        by the id, a run that was deleted and created again has another folder
             slots/<k>/<average>.safetensors        (format 1 had checkpoint-{a,b}, which are slots since)
             snapshots/<name>/<average>.safetensors
+            ring/<version>/<average>.safetensors
 
 Knows where files lie and in which order file, row and removal must happen so that a crash between any two leaves either
 the old or the new. Does not know torch, updates, or when something is due. Safe for several threads, one per run.
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ema_service.storage.catalog import MEMORY, Catalog, CatalogUnusable, CheckpointRow, RunRow, SnapshotRow
+from ema_service.storage.catalog import MEMORY, Catalog, CatalogUnusable, CheckpointRow, RunRow, Shelf, SnapshotRow
 from ema_service.storage.files import (
     FolderLock,
     TensorFile,
@@ -48,7 +49,8 @@ _WRITE_THREADS = 4
 #: By name of the average, the chunks of its file.
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
-_SNAPSHOTS = "snapshots"
+#: Folders of a run, each a table of the catalog.
+_SHELVES: tuple[Shelf, ...] = "snapshots", "ring"
 #: Free space that new runs and snapshots leave to updates and the catalog: a twentieth of the disk, at most this.
 _FLOOR_BYTES = 5 << 30
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
@@ -235,37 +237,41 @@ class Store:
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
-    def save_snapshot(self, row: RunRow, name: str, info: Callable[[], str], files: Files) -> None:
+    # shelf, wherever a method takes it: where the snapshot stands, among those that somebody named or in the ring.
+
+    def save_snapshot(
+        self, row: RunRow, name: str, info: Callable[[], str], files: Files, shelf: Shelf = "snapshots"
+    ) -> None:
         """Write a snapshot under a name that is free. info: gives the row's text, once the files are written.
 
         Raises OSError, sqlite3.Error; then nothing of the snapshot stays.
         """
-        refuse_link(self._run_folder(row), _SNAPSHOTS)
-        folder = self._snapshot_folder(row, name)
+        refuse_link(self._run_folder(row), shelf)
+        folder = self._snapshot_folder(row, shelf, name)
         remove_tree(folder)  # the files of a snapshot whose row was never written
         try:
             self._write_files(folder, files)
-            self._catalog.add_snapshot(SnapshotRow(row.id, name, info(), time.time()))
+            self._catalog.add_snapshot(SnapshotRow(row.id, name, info(), time.time()), shelf)
         except (OSError, sqlite3.Error):
             remove_tree(folder)
             raise
 
-    def snapshots(self, row: RunRow) -> list[SnapshotRow]:
+    def snapshots(self, row: RunRow, shelf: Shelf = "snapshots") -> list[SnapshotRow]:
         """The snapshots of a run, in the order they were made."""
-        return self._catalog.snapshots(row.id)
+        return self._catalog.snapshots(row.id, shelf)
 
-    def open_snapshot(self, row: RunRow, name: str, average: str) -> TensorFile:
+    def open_snapshot(self, row: RunRow, name: str, average: str, shelf: Shelf = "snapshots") -> TensorFile:
         """The file of one average of a snapshot. Raises OSError, MalformedBody."""
-        path = self._snapshot_folder(row, name) / file_name(average)
-        refuse_link(self._run_folder(row), f"{_SNAPSHOTS}/{name}/{path.name}")
+        path = self._snapshot_folder(row, shelf, name) / file_name(average)
+        refuse_link(self._run_folder(row), f"{shelf}/{name}/{path.name}")
         return TensorFile(path)
 
-    def remove_snapshot(self, row: RunRow, name: str) -> None:
+    def remove_snapshot(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         """Remove a snapshot: its row, then its files."""
-        self._catalog.remove_snapshot(row.id, name)
+        self._catalog.remove_snapshot(row.id, name, shelf)
         with contextlib.suppress(OSError):  # the files behind a symbolic link are not the server's
-            refuse_link(self._run_folder(row), _SNAPSHOTS)
-            remove_tree(self._snapshot_folder(row, name))
+            refuse_link(self._run_folder(row), shelf)
+            remove_tree(self._snapshot_folder(row, shelf, name))
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -300,18 +306,19 @@ class Store:
 
     def _sweep_snapshots(self, row: RunRow) -> None:
         """Remove the files of snapshots whose row was never written."""
-        with contextlib.suppress(OSError):  # no folder, or a symbolic link: nothing there is the server's
-            refuse_link(self._run_folder(row), _SNAPSHOTS)
-            known = {snapshot.name for snapshot in self._catalog.snapshots(row.id)}
-            for folder in (self._run_folder(row) / _SNAPSHOTS).iterdir():
-                if folder.name not in known:
-                    remove_tree(folder)
+        for shelf in _SHELVES:
+            with contextlib.suppress(OSError):  # no folder, or a symbolic link: nothing there is the server's
+                refuse_link(self._run_folder(row), shelf)
+                known = {snapshot.name for snapshot in self._catalog.snapshots(row.id, shelf)}
+                for folder in (self._run_folder(row) / shelf).iterdir():
+                    if folder.name not in known:
+                        remove_tree(folder)
 
     def _run_folder(self, row: RunRow) -> Path:
         return self._runs / f"{row.name}.{row.id}"
 
-    def _snapshot_folder(self, row: RunRow, name: str) -> Path:
-        return self._run_folder(row) / _SNAPSHOTS / name
+    def _snapshot_folder(self, row: RunRow, shelf: Shelf, name: str) -> Path:
+        return self._run_folder(row) / shelf / name
 
     def _write_files(self, folder: Path, files: Files) -> None:
         """Write the files of a snapshot, whole, and make their names durable."""

@@ -5,6 +5,7 @@ Knows the routes and their answers. Does not know how a snapshot is kept.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Annotated
 
@@ -14,18 +15,22 @@ from ema_client.errors import (
     AwaitingWeights,
     Forbidden,
     InvalidRequest,
+    Overloaded,
     RunNotFound,
+    SnapshotDamaged,
     SnapshotExists,
     SnapshotNotFound,
     StorageDisabled,
     StorageFailed,
     Superseded,
+    SynthesisRefused,
     TooManySnapshots,
 )
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
 from ema_service.api.routes.parameters import CreatedAt, Key, RunName, Server, SnapshotName
+from ema_service.api.synthesis import AskedFor, find, open_mixture
 
 __all__ = ["router"]
 
@@ -48,6 +53,9 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
             InvalidRequest,
             StorageFailed,
             Superseded,
+            SynthesisRefused,
+            SnapshotDamaged,
+            Overloaded,
         ),
     },
 )
@@ -59,16 +67,30 @@ async def put_snapshot(
     server: Server,
     keep: Annotated[int | None, Query(ge=1, le=MAX_STEP, description="How many of its series stay")] = None,
     key: Key = None,
+    *,
+    asked: AskedFor,
 ) -> SnapshotInfo:
     """Copy all averages, as they are now, to files under this name.
 
     The snapshot is on disk when the request is answered, and is never changed after. ``keep``: of the snapshots whose
-    names are the same up to the last "-", only so many, the newest, stay.
+    names are the same up to the last "-", only so many, the newest, stay. With ``sigma_rel``, ``decay``, ``half_life``
+    or ``window`` the snapshot is of one average that the run did not track, worked out of its ring.
     """
     if keep is not None:
         # The rest of the series is deleted: a reader may not.
         access_of(request).check("push", run)
     found, snapshots = server.registry.get(run), server.registry.snapshots(run)
+    if asked.targets:
+        asked.one()
+        if keep is not None:
+            raise InvalidRequest("keep: does not go with sigma_rel, decay, half_life or window")
+        recipes = await find(server, run, asked)
+        with ExitStack() as source:
+            mixture = await open_mixture(request, server, found, recipes, source)
+            work = partial(snapshots.keep, name, found.layout.shadows, recipes[0].info, mixture.read, key=key)
+            info, created = await server.file(run, work)
+        response.status_code = 201 if created else 200
+        return info
     info, created = await server.file(run, partial(snapshots.take, name, found.ready_state, keep=keep, key=key))
     response.status_code = 201 if created else 200
     return info

@@ -26,35 +26,43 @@ from ema_client.errors import (
     InvalidRequest,
     Overloaded,
     RangeNotSatisfiable,
+    RunDegraded,
     RunNotFound,
     SnapshotDamaged,
     SnapshotNotFound,
     StepNotReached,
     StorageDisabled,
     Superseded,
+    SynthesisRefused,
 )
 from ema_client.protocol import (
+    HEADER_AMPLIFICATION,
     HEADER_AVERAGE,
     HEADER_DECAY,
     HEADER_DIGEST,
     HEADER_NUM_UPDATES,
+    HEADER_PROFILE_ERROR,
     HEADER_RUN,
     HEADER_STEP,
+    HEADER_TARGETS,
     HEADER_VERSION,
     MAX_STEP,
     MAX_WAIT,
     NAME_PATTERN,
+    SWEEP_PIECE_BYTES,
+    ProfileInfo,
     WeightsInfo,
     is_name,
 )
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
+from ema_service.api.synthesis import Asked, AskedFor, find, open_mixture
 from ema_service.api.transfer.pouring import pour
 from ema_service.averaging import TargetRefused
 from ema_service.averaging import soup as soup_of
 from ema_service.bodies import WeightsStream
-from ema_service.bodies.mixing import Mixture
+from ema_service.bodies.mixing import Ingredient, Mixture, interleaved
 from ema_service.bodies.outgoing import ReadBytes
 from ema_service.runs import Run
 
@@ -85,6 +93,8 @@ _HEADERS = {
     HEADER_STEP: _header("integer", "The trainer's step; absent before the first step is known", required=False),
     HEADER_NUM_UPDATES: _header("integer", "LitEma's counter; -1 where the counter is off"),
     HEADER_DECAY: _header("number", "The largest decay"),
+    HEADER_PROFILE_ERROR: _header("number", "Of an average worked out: how far from the wished one", required=False),
+    HEADER_AMPLIFICATION: _header("number", "Of an average worked out: the norm of its weights", required=False),
     HEADER_DIGEST: _header("string", "The digest of the data, of whole weights that are kept by it", required=False),
     "ETag": _header("string", "Names these very bytes, for If-None-Match and If-Range"),
     "Accept-Ranges": _header("string", "bytes"),
@@ -95,6 +105,11 @@ _OK: dict[int | str, dict[str, Any]] = {
     200: {"description": "One version, whole, as a safetensors stream", "content": _BODY, "headers": _HEADERS},
     206: {"description": "The part asked for by Range", "content": _BODY, "headers": {**_HEADERS, **_CONTENT_RANGE}},
     304: {"description": "The version named by If-None-Match is still the current one", "headers": _HEADERS},
+}
+_SWEPT: dict[str, Any] = {
+    "description": "The averages, interleaved",
+    "content": _BODY,
+    "headers": {HEADER_TARGETS: _header("integer", "How many averages the body has")},
 }
 # What a request may ask for by headers that the routes read themselves.
 _CONDITION = {
@@ -145,7 +160,18 @@ _CURRENT_ERRORS = (
     StepNotReached,
     RangeNotSatisfiable,
     InvalidRequest,
+    SynthesisRefused,
     Overloaded,
+    Superseded,
+)
+_SYNTHESIS_ERRORS = (
+    RunNotFound,
+    SnapshotDamaged,
+    StorageDisabled,
+    AwaitingWeights,
+    RunDegraded,
+    InvalidRequest,
+    SynthesisRefused,
     Superseded,
 )
 _SNAPSHOT_ERRORS = (
@@ -184,11 +210,18 @@ async def get_weights(
     soup: Annotated[
         str | None, Query(description="Of snapshots, NAME:WEIGHT,NAME:WEIGHT: their sum. The weights sum to 1")
     ] = None,
+    *,
+    asked: AskedFor,
 ) -> Response:
     """The EMA of one version, whole, while updates go on. Range is answered for the version named by If-Range.
 
-    With ``soup`` the weighted sum of snapshots, in place of a version.
+    With ``soup`` the weighted sum of snapshots, in place of a version. With ``sigma_rel``, ``decay``, ``half_life`` or
+    ``window`` an average that the run did not track, worked out of its ring while it is sent.
     """
+    if asked.targets:
+        if (average, min_step, soup) != (None, None, None):
+            raise InvalidRequest("average, min_step, soup: don't go with sigma_rel, decay, half_life or window")
+        return await _get_synthesised(run, asked, request, server, dtype, prefix)
     if soup is not None:
         if min_step is not None:
             raise InvalidRequest("soup: snapshots are of the past, and no step is waited for: leave min_step out")
@@ -216,6 +249,65 @@ async def get_weights(
         return await _answer(request, server, stream, source, open_source, on_disk=False, digest=digest)
 
 
+async def _get_synthesised(
+    run: str, asked: Asked, request: Request, server: Context, dtype: str | None, prefix: str | None
+) -> Response:
+    """An average that is worked out of stored weights while it is sent."""
+    asked.one()
+    found = server.registry.get(run)
+    recipes = await find(server, run, asked)
+    info, lineage = recipes[0].info, recipes[0].identity
+    stream = await server.workers.block(
+        partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
+    )
+
+    async def open_source(stack: ExitStack) -> ReadBytes:
+        return (await open_mixture(request, server, found, recipes, stack)).read
+
+    with ExitStack() as source:
+        return await _answer(request, server, stream, source, open_source, on_disk=True)
+
+
+@router.get(
+    "/profiles",
+    summary="Ask how an average would be worked out",
+    responses=problem_responses(*_SYNTHESIS_ERRORS),
+)
+async def get_profiles(run: RunName, server: Server, asked: AskedFor) -> ProfileInfo:
+    """Of which stored weights the average that is asked for would be a sum, and how far its profile is from the wish.
+
+    ``refused`` says why ``GET weights`` would not send it, and what it would send.
+    """
+    synthesiser, target = server.registry.synthesiser(run), asked.one()
+    return await server.workers.block(partial(synthesiser.dry_run, target, asked.at, asked.max_error))
+
+
+@router.get(
+    "/sweep",
+    summary="Read several averages in one",
+    response_class=Response,
+    responses={200: _SWEPT, **problem_responses(*_SYNTHESIS_ERRORS, Overloaded)},
+)
+async def get_sweep(run: RunName, request: Request, server: Server, asked: AskedFor, dtype: Dtype = None) -> Response:
+    """Averages of several lengths, worked out in one reading of the stored weights, interleaved.
+
+    The heads of all safetensors streams come first, one behind the other; then their data, a mebibyte of each in turn.
+    """
+    if not asked.targets:
+        asked.one()
+    found = server.registry.get(run)
+    recipes = await find(server, run, asked)
+    streams = await server.workers.block(
+        lambda: [WeightsStream(found.layout.shadows, each.info, dtype=dtype) for each in recipes]
+    )
+    length = sum(stream.length for stream in streams)
+    headers = {HEADER_TARGETS: str(len(streams)), "Content-Length": str(length)}
+    with ExitStack() as source:
+        mixture = await open_mixture(request, server, found, recipes, source)
+        body = _from_disk(server, interleaved(streams, mixture, SWEEP_PIECE_BYTES))
+        return _Streaming(source.pop_all(), server, body, status_code=200, headers=headers)
+
+
 async def _get_soup(
     run: str,
     weights: Mapping[str, float],
@@ -236,10 +328,12 @@ async def _get_soup(
             infos.append(info)
         said = ",".join(f"{name}:{weight!r}" for name, weight in weights.items())
         info = replace(max(infos, key=_age), snapshot=None, soup=said)
-        mixture = Mixture(files[0].header.entries, [(f.read, w) for f, w in zip(files, weights.values(), strict=True)])
+        entries = files[0].header.entries
+        ingredients = [Ingredient(f.read, entries, (w,)) for f, w in zip(files, weights.values(), strict=True)]
+        mixture = Mixture(entries, ingredients)
         lineage = ",".join(file.identity for file in files)
         stream = await server.workers.block(
-            partial(WeightsStream, files[0].header.entries, info, lineage=lineage, dtype=dtype, prefix=prefix)
+            partial(WeightsStream, entries, info, lineage=lineage, dtype=dtype, prefix=prefix)
         )
 
         async def open_source(_: ExitStack) -> ReadBytes:

@@ -22,7 +22,7 @@ from ema_service.averaging.profiles import TargetRefused, decays_of, elementwise
 from ema_service.averaging.synthesis import (
     MAX_ROUNDING,
     ROUNDING,
-    Snapshots,
+    SnapshotBasis,
     Synthesis,
     TrackedAverage,
     soup,
@@ -68,8 +68,8 @@ class Run:
             raise ValueError("a time without an update")
 
     @property
-    def snapshots(self) -> Snapshots:
-        return Snapshots(self.counters, self.averages)
+    def snapshots(self) -> SnapshotBasis:
+        return SnapshotBasis(self.counters, self.averages)
 
     def profile(self, average: TrackedAverage, time: int) -> Floats:
         return by_loop(average.decays, int(np.searchsorted(self.counters, time)) + 1)
@@ -322,7 +322,7 @@ def test_any_updates_any_times(gaps: list[int], widths: list[float], width: floa
 def test_neighbouring_updates_taken_together(widths: tuple[float, ...], target: Target) -> None:
     """With 50 groups an interval instead of 100 updates: the same error to 1 %, and the sums of intervals are exact."""
     run = long_run(widths)
-    fine, grouped = run.snapshots, Snapshots(run.counters, run.averages, single=50)
+    fine, grouped = run.snapshots, SnapshotBasis(run.counters, run.averages, single=50)
     expected = fine.solve(target, LONG, DAMPING)
 
     found = grouped.solve(target, LONG, DAMPING)
@@ -340,7 +340,7 @@ def test_groups_hold_every_update_once(updates: int) -> None:
     """Whatever number of updates an interval has, all of the target is seen: one average gives itself back."""
     counters = np.arange(1, 100)
     average = TrackedAverage(decays_of(power_decay(3.0), counters), tuple(sorted({updates, 99})))
-    snapshots = Snapshots(counters, [average], single=25)
+    snapshots = SnapshotBasis(counters, [average], single=25)
 
     found = snapshots.solve(SigmaRel(sigma_rel_of(3.0)), 99, DAMPING)
 
@@ -373,7 +373,7 @@ def test_tracked_constant_decay_gives_itself_back() -> None:
         decays_of(elementwise(recursion_of(target)), counters)
         for target in (ConstantDecay(0.99), ConstantHalfLife(30.0))
     ]
-    snapshots = Snapshots(counters, [TrackedAverage(each, EVERY_100) for each in decays])
+    snapshots = SnapshotBasis(counters, [TrackedAverage(each, EVERY_100) for each in decays])
 
     assert synthesise(snapshots, ConstantDecay(0.99)).weights[0, -1] == 1.0
     assert synthesise(snapshots, ConstantHalfLife(30.0)).weights[1, -1] == 1.0
@@ -424,10 +424,10 @@ def test_initial_weights_as_a_snapshot() -> None:
     target = ConstantDecay(0.998)
 
     with pytest.raises(TargetRefused, match=r"decay 0\.998 would have an error of 0\.\d+, above 0\.05"):
-        synthesise(Snapshots(counters, averages), target)
+        synthesise(SnapshotBasis(counters, averages), target)
 
     began = [TrackedAverage(average.decays, (0, *EVERY_100)) for average in averages]
-    assert synthesise(Snapshots(counters, began), target).error < 0.01
+    assert synthesise(SnapshotBasis(counters, began), target).error < 0.01
 
 
 def test_damping_bounds_the_weights_of_averages_that_agree() -> None:
@@ -524,7 +524,7 @@ def test_arrays_that_contradict_each_other() -> None:
         TrackedAverage(np.full(10, 0.5), (5,)),
     ):
         with pytest.raises(ValueError, match="must"):
-            Snapshots(counters, [average])
+            SnapshotBasis(counters, [average])
 
 
 def test_no_average_spans_an_interval() -> None:
@@ -533,11 +533,11 @@ def test_no_average_spans_an_interval() -> None:
     first = TrackedAverage(decays_of(power_decay(5.0), counters), (20, 40))
     second = TrackedAverage(decays_of(power_decay(5.0), counters, start=50), (80, 100))
     lonely = TrackedAverage(first.decays, (100,))
-    snapshots = Snapshots(counters, [first, second])
+    snapshots = SnapshotBasis(counters, [first, second])
 
     assert math.fsum(synthesise(snapshots, SigmaRel(0.1), max_error=math.inf).weights.flat) == pytest.approx(1.0)
     with pytest.raises(TargetRefused, match="no average has snapshots at both ends of the interval up to 100"):
-        synthesise(Snapshots(counters, [lonely, TrackedAverage(second.decays, (80,))]), SigmaRel(0.1))
+        synthesise(SnapshotBasis(counters, [lonely, TrackedAverage(second.decays, (80,))]), SigmaRel(0.1))
 
 
 # --- soups, rounding ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ema_service.averaging.profiles import TargetRefused, decays_of, gamma_of, power_decay, power_product
-from ema_service.averaging.synthesis import Snapshots, TrackedAverage
+from ema_service.averaging.synthesis import SnapshotBasis, TrackedAverage
 from ema_service.averaging.targets import SigmaRel
 from ema_service.averaging.thinning import Offer, Ring, errors_of, forecast
 
@@ -45,7 +45,7 @@ def true_errors(sigma_rels: Sequence[float], times: Sequence[int], at: int, upda
     upto = tuple(sorted({*(time for time in times if time < at), at}))
     scaled = tuple(time * updates_a_time for time in upto)
     averages = [TrackedAverage(decays_of(power_decay(gamma_of(width)), counters), scaled) for width in sigma_rels]
-    snapshots = Snapshots(counters, averages)
+    snapshots = SnapshotBasis(counters, averages)
     return [snapshots.solve(SigmaRel(width), scaled[-1], 0.0).error for width in WIDTHS]
 
 

@@ -31,7 +31,7 @@ from ema_client.errors import (
 from ema_client.protocol import MAX_STEP, AverageConfig, RunConfig, SnapshotInfo, TensorSpec
 from ema_service.averaging import average_into
 from ema_service.runs.ledger import Ledger
-from ema_service.shadows.state import Version
+from ema_service.shadows.state import Descent, Version
 
 LAYOUT = (TensorSpec("w", (1,), "F32"),)
 TWO = (AverageConfig("slow"), AverageConfig("fast", decay=0.5))
@@ -153,7 +153,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def rewind(self, data: st.DataObject) -> None:
         version, past = data.draw(st.sampled_from(self.snapshots))
-        to = self.ledger.rewound(snapshot_of(version), version.averages, "another", 5.0)
+        to = self.ledger.rewound(snapshot_of(version), version.averages, Descent(), "another", 5.0)
         self.ledger.judge_rewind(to)
         self.ledger.commit(to)
         self.past = Past(list(past.steps), past.counter, self.past.epoch + 1, self.past.writer)
@@ -274,7 +274,7 @@ def test_a_rewind_takes_counters_along() -> None:
     past = ledger.readable()
     following = ledger.succession.plan(20, past).retentions
     update(ledger, 9)
-    ledger.commit(ledger.rewound(snapshot_of(past), past.averages, "other", 1.0))
+    ledger.commit(ledger.rewound(snapshot_of(past), past.averages, Descent(), "other", 1.0))
 
     assert ledger.succession.plan(20, ledger.readable()).retentions == following
 
@@ -373,7 +373,7 @@ def test_initial_weights_anew_are_for_who_trains() -> None:
     for writer in (None, 2):
         with pytest.raises((Fenced, InvalidRequest)):
             ledger.admit_anew(writer)
-    ledger.commit(ledger.rewound(snapshot_of(ledger.readable()), ledger.readable().averages, "new", 1.0))
+    ledger.commit(ledger.rewound(snapshot_of(ledger.readable()), ledger.readable().averages, Descent(), "new", 1.0))
     with pytest.raises(WeightsExist, match="which initial weights did not make"):
         ledger.admit_anew(1)
 
@@ -396,7 +396,7 @@ def test_degraded_run_takes_nothing_until_someone_decides() -> None:
     with pytest.raises(RunDegraded, match=r"damaged .version 1\.0 can be read"):
         ledger.admit(1)
     assert ledger.acceptable() is ledger.readable()
-    to = ledger.rewound(snapshot_of(whole.readable()), whole.readable().averages, "new", 1.0)
+    to = ledger.rewound(snapshot_of(whole.readable()), whole.readable().averages, Descent(), "new", 1.0)
 
     assert to.epoch == 8, "epochs up to 7 may have been read by someone"
     ledger.commit(to)
@@ -413,7 +413,7 @@ def test_degraded_run_without_a_version() -> None:
     for act in (ledger.readable, ledger.acceptable, lambda: ledger.judge_first(b"")):
         with pytest.raises(RunDegraded):
             act()
-    assert (v := ledger.rewound(snapshot_of(source), source.averages, "new", 1.0)).lineage == "new"
+    assert (v := ledger.rewound(snapshot_of(source), source.averages, Descent(), "new", 1.0)).lineage == "new"
     assert v.epoch == 4
 
 
@@ -421,7 +421,7 @@ def test_deleted_run_takes_nothing() -> None:
     """After a deletion every question has one answer."""
     ledger = begun()
     plan = ledger.succession.plan(1, ledger.readable())
-    to = ledger.rewound(snapshot_of(ledger.readable()), ledger.readable().averages, "new", 1.0)
+    to = ledger.rewound(snapshot_of(ledger.readable()), ledger.readable().averages, Descent(), "new", 1.0)
     ledger.retire()
     for act in (
         ledger.readable,

@@ -1,0 +1,180 @@
+"""Averages after the fact, as a request asks for them, and the sum of stored weights that answers it.
+
+Knows the query's words for a target, and how what a recipe names is opened and held while it is read. Does not know how
+recipes are found (runs.posthoc), summed (bodies.mixing), or what an answer looks like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+
+from ema_client.errors import InvalidRequest, Superseded, SynthesisRefused
+from ema_client.protocol import MAX_SWEPT, SnapshotInfo
+from ema_client.wire import Entry
+from ema_service.api.context import Context
+from ema_service.averaging import ConstantDecay, ConstantHalfLife, SigmaRel, Target, TargetRefused, Window
+from ema_service.averaging.synthesis import MAX_ERROR
+from ema_service.bodies.mixing import Ingredient, Mixture
+from ema_service.bodies.outgoing import ReadBytes
+from ema_service.memory import Arena
+from ema_service.persistence import RingSnapshot
+from ema_service.runs import Run
+from ema_service.runs.posthoc import Recipe, Source, Synthesiser
+from ema_service.storage import TensorFile
+
+__all__ = ["Asked", "AskedFor", "find", "open_mixture"]
+
+_NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{0,18})?([eE][+-]?[0-9]{1,2})?\Z|\.[0-9]{1,18}\Z", re.ASCII)
+_WINDOW = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Targets that a query asks for, none for the run's own averages. at: as for Synthesiser.recipes()."""
+
+    targets: tuple[Target, ...]
+    at: str | None
+    max_error: float
+
+    def one(self) -> Target:
+        """The target. Raises InvalidRequest unless there is one."""
+        if len(self.targets) != 1:
+            raise InvalidRequest("sigma_rel, decay, half_life, window: one number of one of them is needed here")
+        return self.targets[0]
+
+
+# async: FastAPI would call a plain function on a thread, for each request.
+async def _asked(
+    sigma_rel: Annotated[
+        str | None, Query(description="A power average of this relative standard deviation, worked out of the ring")
+    ] = None,
+    decay: Annotated[str | None, Query(description="What a constant decay would have given")] = None,
+    half_life: Annotated[
+        str | None, Query(description="What a constant half-life, in updates, would have given")
+    ] = None,
+    window: Annotated[str | None, Query(description="A:B, the uniform average of the updates after A, up to B")] = None,
+    at: Annotated[
+        str | None, Query(max_length=128, description="Of these: a snapshot, or a time of the ring; none: now")
+    ] = None,
+    max_error: Annotated[
+        float | None, Query(gt=0.0, le=1.0, description="Of these: the largest relative error of the profile")
+    ] = None,
+) -> Asked:
+    texts = {"sigma_rel": sigma_rel, "decay": decay, "half_life": half_life, "window": window}
+    given = {name: text for name, text in texts.items() if text is not None}
+    if len(given) > 1:
+        raise InvalidRequest(f"{', '.join(given)}: one of these can be asked for at a time")
+    if not given and (at is not None or max_error is not None):
+        raise InvalidRequest("at, max_error: belong to sigma_rel, decay, half_life or window, of which none was given")
+    targets = tuple(_target(name, part) for name, text in given.items() for part in text.split(","))
+    if len(targets) > MAX_SWEPT:
+        raise InvalidRequest(f"{next(iter(given))}: {len(targets)} were given; {MAX_SWEPT} are possible at a time")
+    return Asked(targets, at, MAX_ERROR if max_error is None else max_error)
+
+
+AskedFor = Annotated[Asked, Depends(_asked)]
+
+_KINDS: dict[str, Callable[[float], Target]] = {
+    "sigma_rel": SigmaRel,
+    "decay": ConstantDecay,
+    "half_life": ConstantHalfLife,
+}
+
+
+def _target(name: str, text: str) -> Target:
+    """A target from its text in a query. Raises InvalidRequest, SynthesisRefused."""
+    try:
+        if name == "window":
+            if (bounds := _WINDOW.match(text)) is None:
+                raise InvalidRequest(f"window: {text[:80]!r} is not A:B, as in 1000:2000")
+            return Window(int(bounds[1]), int(bounds[2]))
+        if not _NUMBER.match(text):
+            raise InvalidRequest(f"{name}: {text[:80]!r} is not a number")
+        return _KINDS[name](float(text))
+    except TargetRefused as refused:
+        raise SynthesisRefused(f"{name}: {refused}") from None
+
+
+async def find(server: Context, run: str, asked: Asked) -> list[Recipe]:
+    """The recipes of what is asked for. Raises as Synthesiser.recipes(), and where the run has no ring."""
+    synthesiser = server.registry.synthesiser(run)
+    return await server.workers.block(partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error))
+
+
+async def open_mixture(request: Request, server: Context, run: Run, recipes: list[Recipe], stack: ExitStack) -> Mixture:
+    """The sums of recipes, whose sources stay open and held until ``stack`` ends.
+
+    Raises Superseded where what the recipes name was dropped since; Overloaded, SnapshotDamaged, ClientDisconnect.
+    """
+    synthesiser, state = server.registry.synthesiser(run.config.run), recipes[0].state
+    sources = _sources(recipes)
+    position = run.ledger.succession.position
+    arenas = {source: state.at(position(source.average))[1] for source in sources if source.of is None}
+    if arenas:
+        await server.hold(request, *arenas.values())
+        for arena in arenas.values():
+            stack.callback(server.registry.frozen.release, arena)
+
+    def opened(source: Source) -> tuple[ReadBytes, Sequence[Entry]]:
+        if source.of is None:
+            return _arena_reader(run, arenas[source]), run.layout.shadows
+        file = _file(synthesiser, source)
+        stack.callback(file.close)
+        return _file_reader(file), file.header.entries
+
+    def all_opened() -> list[Ingredient]:
+        return [Ingredient(*opened(source), tuple(_weight(each, source) for each in recipes)) for source in sources]
+
+    try:
+        ingredients = await server.workers.block(all_opened)
+    except FileNotFoundError as dropped:
+        raise Superseded(f"the ring dropped a snapshot meanwhile: {dropped}", retry_after=0.0) from None
+    return Mixture(run.layout.shadows, ingredients, copied=run.layout.copied)
+
+
+def _sources(recipes: Sequence[Recipe]) -> list[Source]:
+    """What any of the recipes needs, once; last what copied tensors are taken from."""
+    newest = recipes[0].newest
+    return [*dict.fromkeys(each for recipe in recipes for each in recipe.sources if each != newest), newest]
+
+
+def _weight(recipe: Recipe, source: Source) -> float:
+    return dict(zip(recipe.sources, recipe.weights, strict=True)).get(source, 0.0)
+
+
+def _file(synthesiser: Synthesiser, source: Source) -> TensorFile:
+    if isinstance(source.of, RingSnapshot):
+        return synthesiser.ring.open(source.of, source.average)
+    if isinstance(source.of, SnapshotInfo):
+        return synthesiser.snapshots.open(source.of.name, source.average)[0]
+    raise TypeError("weights of the run's state lie in no file")
+
+
+def _file_reader(file: TensorFile) -> ReadBytes:
+    """Reads into the same memory each time: what was read before is not needed any more."""
+    memory = bytearray()
+
+    def read(start: int, stop: int) -> memoryview:
+        nonlocal memory
+        if len(memory) < stop - start:
+            memory = bytearray(stop - start)
+        piece = memoryview(memory)[: stop - start]
+        file.read_into(piece, start)
+        return piece
+
+    return read
+
+
+def _arena_reader(run: Run, arena: Arena) -> ReadBytes:
+    """Of a device, piece by piece: no copy of the whole is made."""
+    if run.memory.on_host or arena.twin is not None:
+        data = arena.host.numpy().data
+        return lambda start, stop: data[start:stop]
+    return lambda start, stop: run.memory.to_host(arena.tensor[start:stop]).numpy().data

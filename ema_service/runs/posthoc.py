@@ -1,0 +1,275 @@
+"""Averages after the fact: of which stored weights of a run an average of another length is the sum, and how exactly.
+
+Knows a run's ring, snapshots and state, and how the averages' counters moved from one to the next. Does not know how
+weights are found (averaging.synthesis), files, or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ema_client.errors import SynthesisRefused, listed
+from ema_client.protocol import Posthoc, ProfileInfo, ProfileSource, SnapshotInfo, WeightsInfo
+from ema_service.averaging import (
+    ConstantDecay,
+    ConstantHalfLife,
+    SigmaRel,
+    SnapshotBasis,
+    Synthesis,
+    Target,
+    TargetRefused,
+    TrackedAverage,
+    approximate,
+    check,
+)
+from ema_service.averaging.profiles import Counters, decays_of, gamma_of, power_decay
+from ema_service.averaging.synthesis import MAX_ROUNDING
+from ema_service.persistence import RingSnapshot, Snapshots, StoredRing
+from ema_service.runs.run import Run
+from ema_service.shadows import Descent, State, Version
+
+__all__ = ["Recipe", "Source", "Synthesiser"]
+
+#: Most updates that are looked at one by one; of more, so many are spread as the updates were.
+_MOST_UPDATES = 1 << 21
+#: Smaller weights, as a share of the largest, are left out.
+_NO_WEIGHT = 1e-12
+#: Results that are remembered: of the parts of one download, and of a sweep.
+_REMEMBERED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Stored weights: those of an average at a time, in the ring, in a snapshot, or (None) in the run's state."""
+
+    average: str
+    time: int
+    of: RingSnapshot | SnapshotInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How an average is worked out: ``weights`` of ``sources``.
+
+    info: what is told of the result. state: the run's. newest: a source of the time that the average is of.
+    """
+
+    info: WeightsInfo
+    state: State
+    target: Target
+    synthesis: Synthesis
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    newest: Source
+
+    @property
+    def identity(self) -> str:
+        """A text that differs for sums of other bytes, of one run and version."""
+        return f"{self.state.version.lineage} {self.target!r} {list(zip(self.sources, self.weights, strict=True))!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A time at which averages are stored. passed: updates since the averages began. of: as of a Source."""
+
+    passed: int
+    time: int
+    averages: tuple[str, ...]
+    of: RingSnapshot | SnapshotInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stock:
+    """What is stored up to the last node, the time that is asked for. version, step: of that."""
+
+    nodes: tuple[_Node, ...]
+    descent: Descent
+    version: str
+    step: int | None
+
+
+class Synthesiser:
+    """Finds recipes for one run. Thread-safe. Methods take up to a second: call them off the event loop."""
+
+    def __init__(self, run: Run, posthoc: Posthoc, ring: StoredRing, snapshots: Snapshots) -> None:
+        self._run = run
+        self._posthoc = posthoc
+        self._names = tuple(average.name for average in posthoc.averages)
+        self.ring = ring
+        self.snapshots = snapshots
+        self._found: OrderedDict[object, Synthesis] = OrderedDict()
+
+    # at: a snapshot's name, or the counter of one of the ring; None: now.
+
+    def recipes(self, targets: Sequence[Target], at: str | None, max_error: float) -> list[Recipe]:
+        """How to work out averages, all of one state of the run.
+
+        Raises SynthesisRefused, with numbers and the nearest that can be had; AwaitingWeights, RunNotFound,
+        RunDegraded, SnapshotDamaged.
+        """
+        state, recipes = self._run.ready_state(), []
+        for target in targets:
+            recipe, refused = self._recipe(state, target, at, max_error)
+            if refused is not None:
+                raise SynthesisRefused(refused)
+            recipes.append(recipe)
+        return recipes
+
+    def dry_run(self, target: Target, at: str | None, max_error: float) -> ProfileInfo:
+        """What recipes() would give, or why it would not. Raises as recipes(), but not for error and rounding."""
+        recipe, refused = self._recipe(self._run.ready_state(), target, at, max_error)
+        sources = zip(recipe.sources, recipe.weights, strict=True)
+        return ProfileInfo(
+            run=recipe.info.run,
+            version=recipe.info.version,
+            target=str(target),
+            num_updates=recipe.info.num_updates,
+            error=recipe.synthesis.error,
+            amplification=recipe.synthesis.amplification,
+            refused=refused,
+            sources=tuple(ProfileSource(each.time, each.average, w, each.of is None) for each, w in sources if w),
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _recipe(self, state: State, target: Target, at: str | None, max_error: float) -> tuple[Recipe, str | None]:
+        """A recipe, and why it is not exact enough, or None."""
+        stock = self._stock(state, at)
+        last = stock.nodes[-1]
+        if last.time == 0:
+            raise SynthesisRefused(
+                f"run {self._run.config.run!r} has no update since its averages began", hint="ask after an update"
+            )
+        found = self._solved(stock, target, state.version)
+        sources, weights = self._sources(stock, found)
+        newest = Source(self._names[0], last.time, last.of)
+        info = replace(self._info(target, stock), profile_error=found.error, amplification=found.amplification)
+        return Recipe(info, state, target, found, sources, weights, newest), self._refusal(
+            stock, target, found, max_error
+        )
+
+    def _solved(self, stock: _Stock, target: Target, version: Version) -> Synthesis:
+        """The weights of what is stored. Raises SynthesisRefused where none give the target."""
+        key = (version.lineage, str(version), stock.nodes, target)
+        if (found := self._found.get(key)) is None:
+            try:
+                found = approximate(self._basis(stock), target, at=stock.nodes[-1].time, dtype=self._posthoc.dtype)
+            except TargetRefused as refused:
+                raise SynthesisRefused(f"run {self._run.config.run!r}: {refused}") from None
+            self._found[key] = found
+            if len(self._found) > _REMEMBERED:
+                self._found.popitem(last=False)
+        return found
+
+    def _refusal(self, stock: _Stock, target: Target, found: Synthesis, max_error: float) -> str | None:
+        """Why what was found is too far from the target, and what is not; None where it is near enough."""
+        dtype = self._posthoc.dtype
+        if found.error <= max_error and found.rounding(dtype) <= MAX_ROUNDING:
+            return None
+        try:
+            check(found, self._basis(stock), target, at=stock.nodes[-1].time, dtype=dtype, max_error=max_error)
+        except TargetRefused as refused:
+            return f"run {self._run.config.run!r}: {refused}"
+        return None
+
+    def _stock(self, state: State, at: str | None) -> _Stock:
+        """What is stored up to a time. Raises SynthesisRefused, SnapshotNotFound."""
+        version = state.version
+        ring = [
+            _Node(version.descent.updates(version, each.epoch, each.n) or 0, each.time, each.averages, each)
+            for each in self.ring.leading_to(version)
+        ]
+        last = next((node for node in ring if str(node.time) == at), None)
+        if at is None:
+            passed = version.descent.updates(version, version.epoch, version.n) or 0
+            last = _Node(passed, self._time(version), self._names, None)
+        elif last is None:
+            last = self._snapshot(version, at)
+        named = (str(version), version.step) if last.of is None else (last.of.version, last.of.step)
+        before = [node for node in ring if node.time < last.time]
+        return _Stock((*before, last), version.descent, *named)
+
+    def _snapshot(self, version: Version, name: str) -> _Node:
+        """The node of a named snapshot."""
+        known = {info.name: info for info in self.snapshots.all()}
+        if name not in known:
+            times = [*known, *(str(node.time) for node in self.ring.leading_to(version))]
+            raise SynthesisRefused(
+                f"at: {name!r} is neither a snapshot of run {self._run.config.run!r} nor a time of its ring",
+                hint=f"leave at out for the present; there are {listed(times)}" if times else "leave at out",
+            )
+        info = known[name]
+        epoch, n = map(int, info.version.split("."))
+        passed = version.descent.updates(version, epoch, n)
+        if passed is None:
+            raise SynthesisRefused(
+                f"at: snapshot {name!r} of version {info.version} did not lead to version {version}: the run was "
+                "rewound, or its counters reset, since",
+                hint="rewind the run to the snapshot, or ask for another time",
+            )
+        if missing := [average for average in self._names if average not in info.averages]:
+            raise SynthesisRefused(f"at: snapshot {name!r} has no average {missing[0]!r}")
+        return _Node(passed, self.snapshots.counter(info, self._names[0]), self._names, info)
+
+    def _time(self, version: Version) -> int:
+        return next(average.num_updates for average in version.averages if average.name == self._names[0])
+
+    def _basis(self, stock: _Stock) -> SnapshotBasis:
+        counters = _counters(stock)
+        averages = []
+        for name, width in zip(self._names, self._posthoc.sigma_rel, strict=True):
+            # Of the weights that the run began with one average is stored, for all are the same then.
+            times = tuple(node.time for node in stock.nodes if name in node.averages or _begins(node))
+            averages.append(TrackedAverage(decays_of(power_decay(gamma_of(width)), counters), times))
+        return SnapshotBasis(counters, averages)
+
+    def _sources(self, stock: _Stock, found: Synthesis) -> tuple[tuple[Source, ...], tuple[float, ...]]:
+        """The sources that have a weight, and it; the one of the time that is asked for always has one."""
+        weights: dict[Source, float] = {}
+        least = _NO_WEIGHT * float(np.abs(found.weights).max())
+        for j, name in enumerate(self._names):
+            for k, node in enumerate(stock.nodes):
+                source = Source(node.averages[0] if _begins(node) else name, node.time, node.of)
+                if abs(weight := float(found.weights[j, k])) > least:
+                    weights[source] = weights.get(source, 0.0) + weight
+        return tuple(weights), tuple(weights.values())
+
+    def _info(self, target: Target, stock: _Stock) -> WeightsInfo:
+        run, time = self._run.config.run, stock.nodes[-1].time
+        told = WeightsInfo(run, "posthoc", stock.version, stock.step, time, 1.0, target=str(target), schedule="window")
+        if isinstance(target, SigmaRel):
+            return replace(told, schedule="power", sigma_rel=target.sigma_rel, gamma=gamma_of(target.sigma_rel))
+        if isinstance(target, ConstantDecay):
+            return replace(told, schedule="constant", decay=target.decay)
+        if isinstance(target, ConstantHalfLife):
+            return replace(told, schedule="half_life", half_life=target.updates, decay=2.0 ** (-1.0 / target.updates))
+        return told
+
+
+def _begins(node: _Node) -> bool:
+    return isinstance(node.of, RingSnapshot) and node.of.begin
+
+
+def _counters(stock: _Stock) -> Counters:
+    """The averages' counter after each update, of which there are as many between two nodes as there were.
+
+    Where updates stood for different numbers of steps, they are spread evenly between two nodes.
+    """
+    descent = stock.descent
+    stretches = [(0, descent.counter, descent.before)]
+    passed = 0
+    for node in stock.nodes:
+        if node.time > stretches[-1][1]:
+            stretches.append((stretches[-1][1], node.time, node.passed - passed))
+            passed = node.passed
+    coarse = -(-sum(count for *_, count in stretches) // _MOST_UPDATES)
+    return np.concatenate([_spread(*each, coarse) for each in stretches])
+
+
+def _spread(low: int, high: int, count: int, coarse: int) -> Counters:
+    kept = max(1, min(count, high - low) // coarse)
+    return low + (high - low) * np.arange(1, kept + 1, dtype=np.int64) // kept
