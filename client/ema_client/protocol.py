@@ -88,7 +88,6 @@ DecayPer = Literal["update", "step"]
 Durability = Literal["memory", "process", "disk"]
 NonFinitePolicy = Literal["refuse", "allow"]
 UpdateState = Literal["applied", "staged", "unknown"]
-RingDtype = Literal["F64", "F32", "BF16", "F16"]
 EventKind = Literal[
     "version", "decay_changed", "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted"
 ]
@@ -98,6 +97,7 @@ EventKind = Literal[
 Name = Annotated[str, _NAME]
 Version = Annotated[str, re.compile(r"[0-9]{1,19}\.[0-9]{1,19}\Z")]
 Text = Annotated[str, printable]
+Dtype = Annotated[str, re.compile(r"(F64|F32|BF16|F16)\Z")]
 Step = Annotated[int, (0, MAX_STEP)]
 Count = Annotated[int, (0, MAX_STEP)]
 Counter = Annotated[int, (-1, MAX_STEP)]
@@ -291,7 +291,7 @@ class Posthoc:
     """
 
     snapshots: Snapshots = 16
-    dtype: RingDtype = "F32"
+    dtype: Dtype = "F32"
     sigma_rel: tuple[SigmaRel, ...] = (0.015, 0.03, 0.25)
 
     @property
@@ -374,7 +374,8 @@ class RingInfo:
 
     snapshots, dtype, sigma_rel: as in Posthoc. times: the counters at which the averages were stored, ascending; the
     run's present state is one more. begin: the counter of the stored weights that the run began with, None where none
-    are. bytes: of the files. trouble: why the latest snapshot could not be stored; None if all is well.
+    are. bytes: of the files. waiting: snapshots that are being stored. trouble: why the latest one could not be; None
+    if all is well.
     """
 
     snapshots: Count
@@ -383,6 +384,7 @@ class RingInfo:
     times: tuple[Count, ...]
     begin: Count | None
     bytes: Count
+    waiting: Count = 0
     trouble: Text | None = None
 
 

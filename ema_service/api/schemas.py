@@ -7,7 +7,7 @@ Knows the fields of ``ema_client.protocol`` and their limits. Does not know what
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -29,7 +29,6 @@ from ema_client.protocol import (
     Durability,
     NonFinitePolicy,
     Posthoc,
-    RingDtype,
     RunConfig,
     ScheduleName,
     TensorSpec,
@@ -100,7 +99,7 @@ class _AverageConfigBody(_Body):
 
 class _PosthocBody(_Body):
     snapshots: int = Field(16, ge=RING_SNAPSHOTS[0], le=RING_SNAPSHOTS[1], description="How many times are kept")
-    dtype: RingDtype = Field("F32", description="What snapshots are stored in")
+    dtype: Literal["F64", "F32", "BF16", "F16"] = Field("F32", description="What snapshots are stored in")
     sigma_rel: Annotated[
         list[_SigmaRel], Field(min_length=1, max_length=MAX_AVERAGES, description="Of the averages that are tracked")
     ] = [0.015, 0.03, 0.25]

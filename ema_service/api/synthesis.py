@@ -29,10 +29,12 @@ from ema_service.runs import Run
 from ema_service.runs.posthoc import Recipe, Source, Synthesiser
 from ema_service.storage import TensorFile
 
-__all__ = ["Asked", "AskedFor", "find", "open_mixture"]
+__all__ = ["Asked", "AskedFor", "work_out"]
 
 _NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{0,18})?([eE][+-]?[0-9]{1,2})?\Z|\.[0-9]{1,18}\Z", re.ASCII)
 _WINDOW = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z", re.ASCII)
+#: A ring drops a snapshot now and then; that each try meets one is next to impossible.
+_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +104,36 @@ def _target(name: str, text: str) -> Target:
         raise SynthesisRefused(f"{name}: {refused}") from None
 
 
-async def find(server: Context, run: str, asked: Asked) -> list[Recipe]:
-    """The recipes of what is asked for. Raises as Synthesiser.recipes(), and where the run has no ring."""
-    synthesiser = server.registry.synthesiser(run)
+async def work_out(
+    request: Request, server: Context, run: Run, asked: Asked, stack: ExitStack
+) -> tuple[list[Recipe], Mixture]:
+    """The recipes of what is asked for, and their sums, whose sources stay open and held until ``stack`` ends.
+
+    Raises as Synthesiser.recipes(); SynthesisRefused where the run has no ring; Overloaded, Superseded,
+    ClientDisconnect.
+    """
+    for left in reversed(range(_TRIES)):
+        recipes = await _found(server, run, asked)
+        try:
+            with ExitStack() as opened:
+                mixture = await _opened(request, server, run, recipes, opened)
+                stack.push(opened.pop_all())
+                return recipes, mixture
+        except FileNotFoundError as dropped:
+            if not left:
+                raise Superseded(
+                    f"the ring drops its snapshots as they are opened: {dropped}", retry_after=1.0
+                ) from None
+    raise RuntimeError("the last try returns or raises")
+
+
+async def _found(server: Context, run: Run, asked: Asked) -> list[Recipe]:
+    synthesiser = server.registry.synthesiser(run.config.run)
     return await server.workers.block(partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error))
 
 
-async def open_mixture(request: Request, server: Context, run: Run, recipes: list[Recipe], stack: ExitStack) -> Mixture:
-    """The sums of recipes, whose sources stay open and held until ``stack`` ends.
-
-    Raises Superseded where what the recipes name was dropped since; Overloaded, SnapshotDamaged, ClientDisconnect.
-    """
+async def _opened(request: Request, server: Context, run: Run, recipes: list[Recipe], stack: ExitStack) -> Mixture:
+    """The sums of recipes. Raises FileNotFoundError where the ring dropped a snapshot meanwhile."""
     synthesiser, state = server.registry.synthesiser(run.config.run), recipes[0].state
     sources = _sources(recipes)
     position = run.ledger.succession.position
@@ -132,11 +153,7 @@ async def open_mixture(request: Request, server: Context, run: Run, recipes: lis
     def all_opened() -> list[Ingredient]:
         return [Ingredient(*opened(source), tuple(_weight(each, source) for each in recipes)) for source in sources]
 
-    try:
-        ingredients = await server.workers.block(all_opened)
-    except FileNotFoundError as dropped:
-        raise Superseded(f"the ring dropped a snapshot meanwhile: {dropped}", retry_after=0.0) from None
-    return Mixture(run.layout.shadows, ingredients, copied=run.layout.copied)
+    return Mixture(run.layout.shadows, await server.workers.block(all_opened), copied=run.layout.copied)
 
 
 def _sources(recipes: Sequence[Recipe]) -> list[Source]:

@@ -19,7 +19,7 @@ __all__ = ["ConstantDecay", "ConstantHalfLife", "SigmaRel", "Target", "Window"]
 #: How far the first neighbours in a search for the nearest target lie from the wished one, as a share of it.
 _NEAREST = 0.05
 #: The next ones lie farther by this factor, up to the last.
-_FARTHER, _FARTHEST = 1.25, math.log(64.0)
+_FARTHER, _FARTHEST = 1.25, math.log(4096.0)
 
 
 class Target(Protocol):

@@ -2,8 +2,9 @@
 
 The ring follows the run: after each update it is asked whether a snapshot is due (averaging.Ring). If so, a thread
 writes the averages' files and then the row that makes them count, and drops what the ring has too many, while updates
-go on. A snapshot that is not written yet when the next one is due makes the ring leave that out. Snapshots of versions
-that a rewind went back over, or from before the counters were reset, are dropped, for they did not lead to the run's.
+go on. Where the disk is slower than snapshots are due, those are left out that would hold too much memory. Snapshots of
+versions that a rewind went back over, or from before the counters were reset, are dropped: they did not lead to the
+run's.
 
 Beside the ring stand the weights that the run began with: a constant decay gives them a share for long.
 
@@ -18,6 +19,7 @@ import json
 import logging
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +36,9 @@ from ema_service.threads import Threads
 __all__ = ["RingSnapshot", "StoredRing"]
 
 _log = logging.getLogger(__name__)
+
+#: Of versions that wait to be written, of one run: small ones come faster than a disk syncs.
+_HELD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,10 @@ class StoredRing:
         self._current = current
         self.trouble: str | None = None
         self._names = frozenset(average.name for average in posthoc.averages)
-        self._busy = self._closed = False
+        self._closed = False
+        #: Of each version that is being written, or waits for it: its descent and time; no time where only dropping is
+        #: to be done.
+        self._waiting: deque[tuple[Descent, int | None]] = deque()
         self._changing, self._writing = threading.Lock(), threading.Lock()
         self._snapshots = tuple(_read(store.snapshots(row, "ring")))
         self._found = _Found(None, (), (), self._ring(()))
@@ -106,16 +114,21 @@ class StoredRing:
     def moved(self) -> None:
         """The run has another state: begin to write a snapshot of it if one is due. Takes microseconds."""
         state = self._current()
-        if state is None or self._busy or self._closed:
+        if state is None or self._closed:
             return
         found = self._look(state.version)
-        due = self._is_due(state.version, found)
-        if due or len(found.leading) < len(self._snapshots):
-            self._busy = True
+        due = self._has_room and self._is_due(state.version, found)
+        if due or (not self._waiting and len(found.leading) < len(self._snapshots)):
             averages = self._averages(state.version) if due else ()
             held = [(average, state.arenas[position]) for position, average in averages]
+            self._waiting.append((state.version.descent, self._time(state.version) if due else None))
             with contextlib.suppress(RuntimeError):  # the server stops
                 self._threads.submit(self._follow, state.version, held)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be written or dropped."""
+        return not self._waiting
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -162,6 +175,7 @@ class StoredRing:
             times=tuple(each.time for each in leading if not each.begin),
             begin=next((each.time for each in leading if each.begin), None),
             bytes=sum(each.bytes for each in snapshots),
+            waiting=len(self._waiting),
             trouble=self.trouble,
         )
 
@@ -169,8 +183,16 @@ class StoredRing:
 
     def _is_due(self, version: Version, found: _Found) -> bool:
         # Also what a run begins with that goes on from another run's snapshot.
-        begins = version.n == 0 and not found.leading
-        return begins or (version.n > 0 and found.ring.due(self._time(version)))
+        coming = [time for descent, time in self._waiting if descent is version.descent and time is not None]
+        begins = version.n == 0 and not found.leading and not coming
+        ring = found.ring.taken(max(coming)) if coming else found.ring
+        return begins or (version.n > 0 and ring.due(self._time(version)))
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more version may be held until it is written. One always may."""
+        each = self._layout.shadow_bytes * len(self._names)
+        return (len(self._waiting) + 1) * each <= _HELD_BYTES or not self._waiting
 
     def _follow(self, version: Version, held: list[tuple[Average, Arena]]) -> None:
         """Write a snapshot, where something is held, then drop what there is too much of.
@@ -190,7 +212,7 @@ class StoredRing:
             _log.error("run %s: ring: %s", self._row.name, self.trouble)
         finally:
             held.clear()
-            self._busy = False
+            self._waiting.popleft()
 
     def _prune(self) -> None:
         """Drop the snapshots that did not lead to the run's state, and those that the ring has too many.
@@ -204,9 +226,10 @@ class StoredRing:
             stray += [each for each in found.leading if each.time == surplus and not each.begin]
             if not stray:
                 return
-            self._store.remove_snapshot(self._row, stray[0].version, "ring")
+            # First for readers: whoever finds the file gone finds the snapshot gone.
             with self._changing:
                 self._snapshots = tuple(each for each in self._snapshots if each is not stray[0])
+            self._store.remove_snapshot(self._row, stray[0].version, "ring")
 
     def _write(self, version: Version, held: list[tuple[Average, Arena]]) -> None:
         """Write one file for each average, then the row. Raises OSError, sqlite3.Error, Overloaded."""
@@ -243,7 +266,7 @@ class StoredRing:
         found, snapshots, descent = self._found, self._snapshots, version.descent
         if found.descent is descent and found.snapshots is snapshots:
             return found
-        placed = [(descent.updates(version, each.epoch, each.n), each) for each in snapshots]
+        placed = [(descent.updates(version, each.epoch, each.n, each.time), each) for each in snapshots]
         led = sorted((each for passed, each in placed if passed is not None), key=lambda each: (each.time, each.n))
         self._found = _Found(descent, snapshots, tuple(led), self._ring(each.time for each in led if not each.begin))
         return self._found

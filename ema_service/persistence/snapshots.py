@@ -93,10 +93,10 @@ class Snapshots:
                 return self._make(name, state, keep, key), True
             if key is not None and _key_of(name, self._store.snapshots(self._row)) == key:
                 return existing, False
-            if existing.version != str(state.version):
+            if existing.version != str(state.version) or existing.target is not None:
+                of = f"version {existing.version}" if existing.target is None else existing.target
                 raise SnapshotExists(
-                    f"snapshot {name!r} of run {self._row.name!r} is of version {existing.version}, "
-                    f"the run is at {state.version}"
+                    f"snapshot {name!r} of run {self._row.name!r} is of {of}, the run is at {state.version}"
                 )
             return existing, False
 
@@ -319,6 +319,8 @@ class Snapshots:
         except (OSError, MalformedBody) as fault:
             raise _damaged(info, fault) from fault
         weights = WeightsInfo.from_metadata(dict(file.header.metadata))
+        if info.target is not None:
+            return file, weights
         # A file of an earlier server does not name the schedule.
         return file, replace(weights, **schedule_told(self._config, chosen))
 

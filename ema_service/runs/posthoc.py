@@ -180,13 +180,13 @@ class Synthesiser:
         """What is stored up to a time. Raises SynthesisRefused, SnapshotNotFound."""
         version = state.version
         ring = [
-            _Node(version.descent.updates(version, each.epoch, each.n) or 0, each.time, each.averages, each)
+            _Node(_passed(version, each.epoch, each.n, each.time), each.time, each.averages, each)
             for each in self.ring.leading_to(version)
         ]
         last = next((node for node in ring if str(node.time) == at), None)
         if at is None:
-            passed = version.descent.updates(version, version.epoch, version.n) or 0
-            last = _Node(passed, self._time(version), self._names, None)
+            time = self._time(version)
+            last = _Node(_passed(version, version.epoch, version.n, time), time, self._names, None)
         elif last is None:
             last = self._snapshot(version, at)
         named = (str(version), version.step) if last.of is None else (last.of.version, last.of.step)
@@ -204,16 +204,17 @@ class Synthesiser:
             )
         info = known[name]
         epoch, n = map(int, info.version.split("."))
-        passed = version.descent.updates(version, epoch, n)
+        if missing := [average for average in self._names if average not in info.averages]:
+            raise SynthesisRefused(f"at: snapshot {name!r} has no average {missing[0]!r}")
+        time = self.snapshots.counter(info, self._names[0])
+        passed = version.descent.updates(version, epoch, n, time)
         if passed is None:
             raise SynthesisRefused(
                 f"at: snapshot {name!r} of version {info.version} did not lead to version {version}: the run was "
                 "rewound, or its counters reset, since",
                 hint="rewind the run to the snapshot, or ask for another time",
             )
-        if missing := [average for average in self._names if average not in info.averages]:
-            raise SynthesisRefused(f"at: snapshot {name!r} has no average {missing[0]!r}")
-        return _Node(passed, self.snapshots.counter(info, self._names[0]), self._names, info)
+        return _Node(passed, time, self._names, info)
 
     def _time(self, version: Version) -> int:
         return next(average.num_updates for average in version.averages if average.name == self._names[0])
@@ -248,6 +249,11 @@ class Synthesiser:
         if isinstance(target, ConstantHalfLife):
             return replace(told, schedule="half_life", half_life=target.updates, decay=2.0 ** (-1.0 / target.updates))
         return told
+
+
+def _passed(version: Version, epoch: int, n: int, time: int) -> int:
+    """How many updates led to version epoch.n, which led to ``version``."""
+    return version.descent.updates(version, epoch, n, time) or 0
 
 
 def _begins(node: _Node) -> bool:

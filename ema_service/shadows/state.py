@@ -54,12 +54,16 @@ class Descent:
     earlier: tuple[tuple[int, int, int], ...] = ()
     first: int = 0
 
-    def updates(self, of: Version, epoch: int, n: int) -> int | None:
-        """How many updates since the beginning led to version epoch.n; None where that did not lead to ``of``."""
+    def updates(self, of: Version, epoch: int, n: int, counter: int) -> int | None:
+        """How many updates since the beginning led to version epoch.n; None where that did not lead to ``of``.
+
+        counter: the averages' in that version, which a reset of the counters leaves the name of.
+        """
         passed = 0
         for each, first, last in (*self.earlier, (of.epoch, self.first, of.n)):
             if each == epoch and first <= n <= last:
-                return passed + n - first
+                passed += n - first
+                return passed if passed or counter == self.counter else None
             passed += last - first
         return None
 

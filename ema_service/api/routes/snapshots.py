@@ -30,7 +30,7 @@ from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
 from ema_service.api.routes.parameters import CreatedAt, Key, RunName, Server, SnapshotName
-from ema_service.api.synthesis import AskedFor, find, open_mixture
+from ema_service.api.synthesis import AskedFor, work_out
 
 __all__ = ["router"]
 
@@ -84,10 +84,9 @@ async def put_snapshot(
         asked.one()
         if keep is not None:
             raise InvalidRequest("keep: does not go with sigma_rel, decay, half_life or window")
-        recipes = await find(server, run, asked)
         with ExitStack() as source:
-            mixture = await open_mixture(request, server, found, recipes, source)
-            work = partial(snapshots.keep, name, found.layout.shadows, recipes[0].info, mixture.read, key=key)
+            [recipe], mixture = await work_out(request, server, found, asked, source)
+            work = partial(snapshots.keep, name, found.layout.shadows, recipe.info, mixture.read, key=key)
             info, created = await server.file(run, work)
         response.status_code = 201 if created else 200
         return info

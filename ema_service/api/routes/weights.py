@@ -57,7 +57,7 @@ from ema_client.protocol import (
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
-from ema_service.api.synthesis import Asked, AskedFor, find, open_mixture
+from ema_service.api.synthesis import Asked, AskedFor, work_out
 from ema_service.api.transfer.pouring import pour
 from ema_service.averaging import TargetRefused
 from ema_service.averaging import soup as soup_of
@@ -255,16 +255,16 @@ async def _get_synthesised(
     """An average that is worked out of stored weights while it is sent."""
     asked.one()
     found = server.registry.get(run)
-    recipes = await find(server, run, asked)
-    info, lineage = recipes[0].info, recipes[0].identity
-    stream = await server.workers.block(
-        partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
-    )
-
-    async def open_source(stack: ExitStack) -> ReadBytes:
-        return (await open_mixture(request, server, found, recipes, stack)).read
-
     with ExitStack() as source:
+        [recipe], mixture = await work_out(request, server, found, asked, source)
+        info, lineage = recipe.info, recipe.identity
+        stream = await server.workers.block(
+            partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
+        )
+
+        async def open_source(_: ExitStack) -> ReadBytes:
+            return mixture.read
+
         return await _answer(request, server, stream, source, open_source, on_disk=True)
 
 
@@ -296,14 +296,13 @@ async def get_sweep(run: RunName, request: Request, server: Server, asked: Asked
     if not asked.targets:
         asked.one()
     found = server.registry.get(run)
-    recipes = await find(server, run, asked)
-    streams = await server.workers.block(
-        lambda: [WeightsStream(found.layout.shadows, each.info, dtype=dtype) for each in recipes]
-    )
-    length = sum(stream.length for stream in streams)
-    headers = {HEADER_TARGETS: str(len(streams)), "Content-Length": str(length)}
     with ExitStack() as source:
-        mixture = await open_mixture(request, server, found, recipes, source)
+        recipes, mixture = await work_out(request, server, found, asked, source)
+        streams = await server.workers.block(
+            lambda: [WeightsStream(found.layout.shadows, each.info, dtype=dtype) for each in recipes]
+        )
+        length = sum(stream.length for stream in streams)
+        headers = {HEADER_TARGETS: str(len(streams)), "Content-Length": str(length)}
         body = _from_disk(server, interleaved(streams, mixture, SWEEP_PIECE_BYTES))
         return _Streaming(source.pop_all(), server, body, status_code=200, headers=headers)
 
