@@ -7,6 +7,7 @@ recipes are found (runs.posthoc), summed (bodies.mixing), or what an answer look
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -153,7 +154,8 @@ async def _opened(request: Request, server: Context, run: Run, recipes: list[Rec
     def all_opened() -> list[Ingredient]:
         return [Ingredient(*opened(source), tuple(_weight(each, source) for each in recipes)) for source in sources]
 
-    return Mixture(run.layout.shadows, await server.workers.block(all_opened), copied=run.layout.copied)
+    ingredients = await server.workers.block(all_opened)
+    return Mixture(run.layout.shadows, ingredients, server.workers.helpers, copied=run.layout.copied)
 
 
 def _sources(recipes: Sequence[Recipe]) -> list[Source]:
@@ -175,14 +177,13 @@ def _file(synthesiser: Synthesiser, source: Source) -> TensorFile:
 
 
 def _file_reader(file: TensorFile) -> ReadBytes:
-    """Reads into the same memory each time: what was read before is not needed any more."""
-    memory = bytearray()
+    """Reads into the same memory each time, on each thread: what was read before is not needed any more."""
+    own = threading.local()
 
     def read(start: int, stop: int) -> memoryview:
-        nonlocal memory
-        if len(memory) < stop - start:
-            memory = bytearray(stop - start)
-        piece = memoryview(memory)[: stop - start]
+        if len(getattr(own, "memory", b"")) < stop - start:
+            own.memory = bytearray(stop - start)
+        piece = memoryview(own.memory)[: stop - start]
         file.read_into(piece, start)
         return piece
 

@@ -8,7 +8,9 @@ Knows entries, dtypes and byte offsets. Does not know what the sources are or wh
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -29,7 +31,8 @@ _BLOCK_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
-    """A source of sums. read: gives bytes of the source's data section. weights: its weight in each sum.
+    """A source of sums. read: gives bytes of the source's data section, to many threads. weights: its weight in each
+    sum.
 
     entries: the source's tensors, in the order of their bytes; of the sums' names and shapes, perhaps of another dtype.
     """
@@ -40,15 +43,21 @@ class Ingredient:
 
 
 class Mixture:
-    """Sums of ingredients, each times its weight. Thread-safe where the ingredients are.
+    """Sums of ingredients, each times its weight.
 
-    entries: of every sum, in the order of their bytes. copied: names of tensors that a sum takes from the last
-    ingredient as they are.
+    entries: of every sum, in the order of their bytes. threads: that blocks are divided among, which read ingredients
+    at the same time. copied: names of tensors that a sum takes from the last ingredient as they are.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], ingredients: Sequence[Ingredient], *, copied: Collection[str] = ()
+        self,
+        entries: Sequence[Entry],
+        ingredients: Sequence[Ingredient],
+        threads: Executor,
+        *,
+        copied: Collection[str] = (),
     ) -> None:
+        self._threads = threads
         pairs = [i for i, entry in enumerate(entries) if entry.begin < entry.end]
         self._entries = [entries[i] for i in pairs]
         self._begins = [entry.begin for entry in self._entries]
@@ -98,12 +107,15 @@ class Mixture:
             taken = self._elements(len(self._ingredients) - 1, index, skipped, count).to(torch.float64)
             return [taken] * len(self._ingredients[-1].weights)
         sums = torch.zeros((len(self._ingredients[0].weights), count), dtype=torch.float64)
-        for begin in range(0, count, _BLOCK_ELEMENTS):
+
+        def add(begin: int) -> None:
             block = sums[:, begin : begin + _BLOCK_ELEMENTS]
             for number, ingredient in enumerate(self._ingredients):
                 if any(ingredient.weights):
                     values = self._elements(number, index, skipped + begin, block.shape[1])
                     add_weighted(block, values, ingredient.weights)
+
+        deque(self._threads.map(add, range(0, count, _BLOCK_ELEMENTS)), maxlen=0)
         return list(sums)
 
     def _elements(self, number: int, index: int, skipped: int, count: int) -> Tensor:

@@ -77,6 +77,10 @@ class StoredRing:
     """The ring of one run. Thread-safe: one snapshot at a time is written.
 
     trouble: why the latest snapshot could not be written, or None.
+
+    More than a dozen attributes: what a snapshot is made of and where it goes (config, posthoc, names, row, store,
+    layout, memory, threads), the run's state, the snapshots there are, those that wait, and what was last found of
+    them.
     """
 
     def __init__(

@@ -47,6 +47,8 @@ class Snapshots:
     """The snapshots of one run. Thread-safe: one snapshot at a time is made or deleted.
 
     changes: grows with each snapshot that is made or deleted, so that a watcher knows when to look again.
+
+    More than twenty methods: one for each way in which a snapshot is made, looked at and read, and their steps.
     """
 
     def __init__(

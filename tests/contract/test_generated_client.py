@@ -164,6 +164,15 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
         ask(f"head_{name}", *path, if_none_match="*", status=304)
         ask(f"head_{name}", "nobody", *path[1:], status=404)
     ask("get_weights", "r", min_step=9, wait=0.01, status=409)
+    assert ask("get_profiles", "r", sigma_rel="0.1", status=422).code == "synthesis_refused"
+
+    ring = ask.model("RunConfigBody", run="ringed", layout=LAYOUT, posthoc={"snapshots": 4, "sigma_rel": [0.1]})
+    assert ask("create_run", body=ring, status=201).ring.snapshots == 4
+    ask("put_weights", "ringed", body=ask.body())
+    ask("put_update", "ringed", 1, body=ask.body())
+    assert ask("get_profiles", "ringed", sigma_rel="0.1").error < 1e-12
+    assert ask("get_weights", "ringed", sigma_rel="0.1", max_error=1.0).payload.read()
+    assert ask("get_sweep", "ringed", sigma_rel="0.1,0.2", max_error=1.0).payload.read()
 
     assert ask("change_run", "r", body=ask.model("RunPatchBody", decay=0.25)).decay == 0.25
     ask("reset_num_updates", "r")

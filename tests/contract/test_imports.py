@@ -35,7 +35,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "shadows": {"memory", "averaging"} | LEAVES,
-    "bodies": {"memory"} | LEAVES,
+    "bodies": {"memory", "averaging"} | LEAVES,
     "memory": LEAVES,
     "storage": LEAVES,
     "averaging": set(),

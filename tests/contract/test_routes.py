@@ -44,6 +44,8 @@ BUILT = {
     "GET /v1/runs/{run}/snapshots/{name}/weights",
     "HEAD /v1/runs/{run}/weights",
     "HEAD /v1/runs/{run}/snapshots/{name}/weights",
+    "GET /v1/runs/{run}/profiles",
+    "GET /v1/runs/{run}/sweep",
     "GET /v1/runs/{run}/events",
     "GET /healthz",
     "GET /readyz",
@@ -161,7 +163,12 @@ def test_parameters_are_absent_or_of_their_type(route: str) -> None:
 def test_headers_of_weights_are_described(route: str) -> None:
     """The headers that tell the version stand at GET and HEAD; the step is an integer, or absent."""
     headers = OPERATIONS[route]["responses"]["200"]["headers"]
-    info = WeightsInfo("r", "ema", "1.0", 1, 1, 0.5)
+    info = WeightsInfo("r", "ema", "1.0", 1, 1, 0.5, profile_error=0.1, amplification=1.0)
     assert headers.keys() == {*info.to_headers(), "ETag", "Accept-Ranges", "Ema-Digest"}
-    assert [name for name in headers if not headers[name]["required"]] == ["Ema-Step", "Ema-Digest"]
+    assert [name for name in headers if not headers[name]["required"]] == [
+        "Ema-Step",
+        "Ema-Profile-Error",
+        "Ema-Amplification",
+        "Ema-Digest",
+    ]
     assert headers["Ema-Step"]["schema"] == {"type": "integer"}

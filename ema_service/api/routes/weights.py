@@ -329,7 +329,7 @@ async def _get_soup(
         info = replace(max(infos, key=_age), snapshot=None, soup=said)
         entries = files[0].header.entries
         ingredients = [Ingredient(f.read, entries, (w,)) for f, w in zip(files, weights.values(), strict=True)]
-        mixture = Mixture(entries, ingredients)
+        mixture = Mixture(entries, ingredients, server.workers.helpers)
         lineage = ",".join(file.identity for file in files)
         stream = await server.workers.block(
             partial(WeightsStream, entries, info, lineage=lineage, dtype=dtype, prefix=prefix)

@@ -52,6 +52,7 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "durable_step": None,
         "checkpoint_step": None,
         "versions_in": "memory files",
+        "ring": None,
         "durability": "process",
         "reason": None,
         "writer": 0,
