@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlencode
 
 from ema_client import protocol
@@ -35,13 +35,15 @@ from ema_client.errors import (
 from ema_client.forks import Lock
 from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
-from ema_client.http.transport import Query, Reply, Transport
+from ema_client.http.transport import Query, Reply, Transport, with_query
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
     Durability,
     EventKind,
     NonFinitePolicy,
+    Posthoc,
+    ProfileInfo,
     Rewind,
     RunConfig,
     RunEvent,
@@ -63,7 +65,8 @@ from ema_client.reading.slices import Wanted
 from ema_client.reading.to_file import Progress, save
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
-from ema_client.schedules import averages_of
+from ema_client.schedules import averages_of, posthoc_of
+from ema_client.targets import Target, Wished
 from ema_client.wire import Box
 
 if TYPE_CHECKING:
@@ -172,6 +175,7 @@ class EmaClient:
         non_finite: NonFinitePolicy = "refuse",
         durability: Durability | None = None,
         copied: Collection[str] = (),
+        posthoc: Posthoc | Mapping[str, Any] | bool | None = None,
         num_updates: int | None = None,
         step: int | None = None,
         from_snapshot: tuple[str, str] | None = None,
@@ -192,6 +196,8 @@ class EmaClient:
                 the server, "disk" a power loss. None: "process", or "memory" where the server keeps nothing on disk.
             copied: names of tensors of ``state`` that are not averaged: the run holds their newest value, bit for bit,
                 such as that of BatchNorm's statistics.
+            posthoc: keep what averages of any length can be worked out of later, by ``sigma_rel`` and so on of pull():
+                True, or ``Posthoc(snapshots=32)``, or its fields by name. ``ema plan`` says what that costs.
             num_updates, step: to carry on an EMA from elsewhere.
             from_snapshot: (run, snapshot), to branch from another run on the service: weights, counter, step and decays
                 are the snapshot's, and nothing of ``state`` is sent but names, shapes and dtypes.
@@ -219,6 +225,7 @@ class EmaClient:
             non_finite=non_finite,
             durability=durability,
             copied=tuple(copied),
+            posthoc=posthoc_of(posthoc),
         )
         if from_snapshot is not None:
             # A snapshot that is not there leaves no run without weights behind.
@@ -492,6 +499,7 @@ class EmaClient:
         out: Mapping[str, Tensor] | None = None,
         min_step: int | None = None,
         wait: float | None = None,
+        **wished: Unpack[Wished],
     ) -> Weights:
         """The EMA weights of one version, whole, while updates go on.
 
@@ -507,15 +515,18 @@ class EmaClient:
                 before a byte is written. Values are cast to the tensors' dtypes. Without ``out``, new tensors on the
                 CPU.
             min_step, wait: not before the run has reached this step, waiting up to so many seconds.
+            wished: of a run with ``posthoc``, an average of any length instead: ``sigma_rel``, ``decay``, ``half_life``
+                or ``window``, with ``at`` and ``max_error``; see ``ema_client.targets.Wished``.
 
-        Raises RunNotFound, SnapshotNotFound, AverageNotFound, AwaitingWeights, StepNotReached; UsageError for an
-        ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
+        Raises RunNotFound, SnapshotNotFound, AverageNotFound, AwaitingWeights, StepNotReached, SynthesisRefused;
+        UsageError for an ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
         """
         _require_torch()
         from ema_client.tensors.layout import dtype_name
 
         cast = None if dtype is None else dtype_name(dtype)
-        asked = replace(_asked(run, average, snapshot, soup), dtype=cast, prefix=prefix, min_step=min_step)
+        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="pull"))
+        asked = replace(asked, dtype=cast, prefix=prefix, min_step=min_step)
         return self._pulls.pull(asked, out, wait=wait)
 
     def pull_slices(
@@ -526,6 +537,7 @@ class EmaClient:
         average: str | None = None,
         snapshot: str | None = None,
         min_step: int | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Write slices of the EMA weights of one version into tensors, fetching little more than the slices' bytes.
 
@@ -533,7 +545,8 @@ class EmaClient:
         is waited for as long as the service holds a request (60 seconds).
         """
         _require_torch()
-        return self._pulls.pull_slices(replace(_asked(run, average, snapshot), min_step=min_step), wanted)
+        asked = _asked(run, average, snapshot, target=Target.of(wished, called="pull_slices"))
+        return self._pulls.pull_slices(replace(asked, min_step=min_step), wanted)
 
     def copy_to(
         self,
@@ -544,10 +557,11 @@ class EmaClient:
         snapshot: str | None = None,
         soup: Mapping[str, float] | None = None,
         memory: Tensor | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Write the EMA weights into all parameters of ``module`` that require gradients, once all weights have come.
 
-        module: or a mapping from name to tensor, to be written to.
+        module: or a mapping from name to tensor, to be written to. average, snapshot, soup, wished: as for pull().
 
         Until then the weights lie in memory of the host, of their size: in ``memory``, a uint8 tensor, where that
         is given and large enough, else in new memory. pull() with ``out`` does without. Whatever is raised, nothing
@@ -556,7 +570,8 @@ class EmaClient:
         _require_torch()
         from ema_client.tensors.layout import state_of
 
-        return self._pulls.copy(_asked(run, average, snapshot, soup), state_of(module), memory)
+        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
+        return self._pulls.copy(asked, state_of(module), memory)
 
     def download(
         self,
@@ -567,6 +582,7 @@ class EmaClient:
         snapshot: str | None = None,
         soup: Mapping[str, float] | None = None,
         progress: Progress | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Save the EMA weights as a safetensors file, without torch and without holding the weights in memory.
 
@@ -574,21 +590,37 @@ class EmaClient:
         the file that the link names is replaced. Raises UsageError where ``path`` is a folder, pipe or device.
 
         Args:
-            run, average, snapshot, soup: as for pull().
+            run, average, snapshot, soup, wished: as for pull().
             path: the file, which replaces an older file of that name.
             progress: called with (bytes that have come, bytes in all).
         """
-        return save(self._transport, _asked(run, average, snapshot, soup), Path(path), progress)
+        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="download"))
+        return save(self._transport, asked, Path(path), progress)
 
-    def snapshot(self, run: str, name: str, *, keep: int | None = None) -> SnapshotInfo:
+    def snapshot(self, run: str, name: str, *, keep: int | None = None, **wished: Unpack[Wished]) -> SnapshotInfo:
         """Copy the current EMA weights to a snapshot: named, immutable and durable, on the server.
 
         keep: of the snapshots whose names are the same up to the last "-", let only so many, the newest, stay.
-        Raises SnapshotExists, StorageDisabled.
+        wished: as for pull(): keep that average, and no other. Such a snapshot is for reading: a run does not go back
+        to it.
+
+        Raises SnapshotExists, StorageDisabled; with ``wished`` SynthesisRefused.
         """
+        target = Target.of(wished, called="snapshot")
         path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
-        path = path if keep is None else f"{path}?keep={keep}"
+        path = with_query(path, {"keep": keep, **(target.query if target else {})})
         return self._transport.json("PUT", path, patience=_WORK_SECONDS).parsed(SnapshotInfo)
+
+    def profiles(self, run: str, **wished: Unpack[Wished]) -> ProfileInfo:
+        """How an average of any length would be worked out of a run's ring, and how exactly, without its weights.
+
+        wished: as for pull(). ``refused`` says why pull() would refuse the average, and what could be had instead.
+        Raises SynthesisRefused for an average, or a time, that has no such numbers; UsageError.
+        """
+        if (target := Target.of(wished, called="profiles")) is None:
+            raise UsageError("no average is wished for", hint="give sigma_rel=, decay=, half_life= or window=")
+        path = with_query(protocol.profiles_path(_name(run, "run")), target.query)
+        return self._transport.json("GET", path, patience=_WORK_SECONDS).parsed(ProfileInfo)
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""
@@ -656,7 +688,8 @@ class EmaClient:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _declare(self, config: RunConfig) -> RunInfo:
-        body = protocol.to_json(config)
+        # A server of before rings knows no `posthoc`: left out where there is none.
+        body = {key: value for key, value in protocol.to_json(config).items() if key != "posthoc" or value is not None}
         return _info(config.run, self._transport.json("POST", protocol.runs_path(), body, patience=_WORK_SECONDS))
 
     def _delete(self, path: str, created_at: float, gone: type[Exception]) -> None:
@@ -767,7 +800,22 @@ def _exists(info: RunInfo) -> RunExists:
     return RunExists(f"run {info.run!r} exists already and is at step {info.step}")
 
 
-def _asked(run: str, average: str | None, snapshot: str | None, soup: Mapping[str, float] | None = None) -> Asked:
+def _asked(
+    run: str,
+    average: str | None,
+    snapshot: str | None,
+    soup: Mapping[str, float] | None = None,
+    target: Target | None = None,
+) -> Asked:
+    if target is not None:
+        for other, hint in (
+            (average, f"leave the average out: {target} is worked out of all of the ring"),
+            (snapshot, "give the snapshot as at=, for the average as of that time"),
+            (soup, "give one of the two"),
+        ):
+            if other is not None:
+                raise UsageError(f"{target} is wished for, and {other!r} too", hint=hint)
+        return Asked(_name(run, "run"), target=target)
     if soup is None:
         return Asked(_name(run, "run"), average, None if snapshot is None else _name(snapshot, "snapshot"))
     if snapshot is not None:

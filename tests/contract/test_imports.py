@@ -74,12 +74,13 @@ CLIENT_THIRD_PARTY = {
 # --- the client's floors -------------------------------------------------------------------------------------------
 # remote_ema -> training -> client -> reading -> tensors -> http -> {protocol, wire, errors}; above: integrations, cli,
 # checkpoints. A part may use the parts named here, in type-only imports too.
-CLIENT_WORDS = {"protocol", "wire", "errors", "schedules"}
+CLIENT_WORDS = {"protocol", "wire", "errors", "schedules", "targets"}
 CLIENT_PARTS: dict[str, set[str]] = {
     "errors": set(),
     "protocol": {"errors"},
     "wire": {"protocol", "errors"},
     "schedules": {"protocol", "errors"},
+    "targets": {"protocol", "errors"},
     "atomic": {"errors"},
     "forks": {"errors"},
     "http": {"forks", "protocol", "errors"},

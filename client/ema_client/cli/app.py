@@ -11,16 +11,18 @@ from typing import Annotated
 import typer
 
 from ema_client import __version__
-from ema_client.cli import checkpoints, runs, show, watch
+from ema_client.cli import checkpoints, plan, runs, show, watch
 from ema_client.cli.options import Token, Url
 
 __all__ = ["app"]
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan.plan,
     "runs": runs.runs,
     "show": runs.show_run,
     "pull": runs.pull,
     "watch": watch.watch,
+    "profiles": runs.profiles,
     "snapshot": runs.snapshot,
     "snapshots": runs.snapshots,
     "set-decay": runs.set_decay,
