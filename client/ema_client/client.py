@@ -62,6 +62,7 @@ from ema_client.reading.asked import Asked
 from ema_client.reading.events import CONTENT_TYPE
 from ema_client.reading.pulls import Pulls
 from ema_client.reading.slices import Wanted
+from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint
 from ema_client.reading.to_file import Progress, save
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
@@ -619,8 +620,71 @@ class EmaClient:
         """
         if (target := Target.of(wished, called="profiles")) is None:
             raise UsageError("no average is wished for", hint="give sigma_rel=, decay=, half_life= or window=")
+        return self._profiles(run, target)
+
+    def _profiles(self, run: str, target: Target) -> ProfileInfo:
         path = with_query(protocol.profiles_path(_name(run, "run")), target.query)
         return self._transport.json("GET", path, patience=_WORK_SECONDS).parsed(ProfileInfo)
+
+    def sweep(
+        self,
+        run: str,
+        evaluate: Evaluate,
+        *,
+        sigma_rel: Sequence[float] | None = None,
+        decay: Sequence[float] | None = None,
+        half_life: Sequence[float] | None = None,
+        at: str | int | None = None,
+        max_error: float | None = None,
+        dtype: str | None = None,
+        highest: bool = False,
+        refine: int = 0,
+        told: Callable[[SweptPoint], None] | None = None,
+    ) -> Sweep:
+        """Evaluate averages of several lengths, of a run with ``posthoc``; ``.best`` is the one with the lowest result.
+
+        Eight averages at a time come from one reading of the run's ring, into files of a temporary folder
+        (``$TMPDIR``), without torch and without holding any in memory.
+
+        Args:
+            run: the run's name.
+            evaluate: called with the path of a safetensors file, and its WeightsInfo (``.sigma_rel``, ``.target``);
+                gives a number, such as a loss, or None where that failed. The file is deleted when it returns.
+            sigma_rel, decay, half_life: the lengths, of one of the three; ``ema_client.targets.spread`` makes some.
+            at, max_error: as for pull(). Without ``at`` all averages are of the time at which the first ones came; of
+                a run that goes on meanwhile, name a snapshot, or a time of the ring.
+            dtype: of the files, as safetensors writes it; by default the shadow's own.
+            highest: the highest result is the best.
+            refine: then so many further averages, each beside the best one so far.
+            told: called with each point as it comes.
+
+        What the service refuses is among the points, with the reason. Raises what ``evaluate`` raises; RunNotFound,
+        UsageError.
+        """
+        given = {"sigma_rel": sigma_rel, "decay": decay, "half_life": half_life}
+        kinds = [kind for kind, values in given.items() if values is not None]
+        if len(kinds) != 1:
+            raise UsageError(f"{len(kinds)} kinds of lengths are given", hint="give sigma_rel=, decay= or half_life=")
+        values = given[kind := kinds[0]] or ()
+        targets = [Target.of({kind: value, "at": at, "max_error": max_error}, called="sweep") for value in values]
+        lengths = dict.fromkeys(target.value for target in targets if target and isinstance(target.value, float))
+        if not lengths:
+            raise UsageError(f"{kind}=[] names no average", hint=f"{kind}=[0.05, 0.1]")
+        sweeper = Sweeper(
+            transport=self._transport,
+            run=_name(run, "run"),
+            kind=kind,
+            evaluate=evaluate,
+            profiles=partial(self._profiles, run),
+            told=told or (lambda _: None),
+            at=at,
+            max_error=max_error,
+            dtype=dtype,
+            highest=highest,
+        )
+        sweeper.look_at(list(lengths))
+        sweeper.refine(refine)
+        return sweeper.sweep
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""

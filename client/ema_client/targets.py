@@ -15,10 +15,12 @@ from typing import Any, Self, TypedDict
 from ema_client.errors import UsageError
 from ema_client.protocol import LARGEST_SIGMA_REL, MAX_STEP, WeightsInfo, is_name
 
-__all__ = ["KINDS", "Target", "Wished", "described"]
+__all__ = ["KINDS", "LENGTHS", "Target", "Wished", "between", "described", "spread"]
 
 #: The kinds of targets: an average is wished for by exactly one of these words.
 KINDS = ("sigma_rel", "decay", "half_life", "window")
+#: Those of which one number is the average's length: what a sweep goes through.
+LENGTHS = ("sigma_rel", "decay", "half_life")
 
 
 class Wished(TypedDict, total=False):
@@ -77,7 +79,7 @@ class Target:
     @property
     def said(self) -> str:
         """The value as the query has it."""
-        return f"{self.value[0]}:{self.value[1]}" if isinstance(self.value, tuple) else repr(self.value)
+        return f"{self.value[0]}:{self.value[1]}" if isinstance(self.value, tuple) else f"{self.value:.15g}"
 
     @property
     def query(self) -> dict[str, str | int | float | None]:
@@ -108,6 +110,36 @@ def described(kind: str, value: object) -> str:
     """A target for people to read: ``sigma_rel 0.12``."""
     shown = f"{value[0]}:{value[1]}" if isinstance(value, tuple) else f"{value:.9g}"
     return f"{kind.replace('_', '-') if kind == 'half_life' else kind} {shown}"
+
+
+def spread(kind: str, first: float, last: float, count: int) -> tuple[float, ...]:
+    """``count`` values from ``first`` to ``last``, each longer than the one before by the same factor; of 4 digits.
+
+    kind: one of LENGTHS. Raises UsageError for ends that are no such lengths, and for fewer than two values.
+    """
+    low, high = (_length(kind, _number(kind, end)) for end in (first, last) if _checked(kind, end))
+    if count < 2 or low == high:
+        said = f"{count} values of {kind} from {first:g} to {last:g} are no sweep"
+        raise UsageError(said, hint="such as 12 values of sigma_rel from 0.015 to 0.25")
+    ratio = (high / low) ** (1.0 / (count - 1))
+    inner = (_of_length(kind, low * ratio**k) for k in range(1, count - 1))
+    return (first, *inner, last)
+
+
+def between(kind: str, one: float, other: float) -> float:
+    """The value in the middle of two, on the scale of spread()."""
+    return _of_length(kind, math.sqrt(_length(kind, one) * _length(kind, other)))
+
+
+def _length(kind: str, value: float) -> float:
+    """What grows by factors: of a decay, what an update takes of the parameters."""
+    return 1.0 - value if kind == "decay" else value
+
+
+def _of_length(kind: str, length: float) -> float:
+    rounded = float(f"{length:.4g}")
+    # Another subtraction would leave digits of no meaning.
+    return round(1.0 - rounded, 15) if kind == "decay" else rounded
 
 
 def _checked(kind: str, value: Any) -> float | tuple[int, int]:

@@ -34,7 +34,7 @@ def target(**wished: Any) -> Target:
         ({"sigma_rel": 0.12}, {"sigma_rel": "0.12"}),
         ({"sigma_rel": np.float32(0.25), "at": "best"}, {"sigma_rel": "0.25", "at": "best"}),
         ({"decay": 0.9999, "max_error": 0.2}, {"decay": "0.9999", "max_error": 0.2}),
-        ({"half_life": 1000, "at": np.int64(12)}, {"half_life": "1000.0", "at": 12}),
+        ({"half_life": 1000, "at": np.int64(12)}, {"half_life": "1000", "at": 12}),
         ({"window": [10, 20]}, {"window": "10:20"}),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ema_client import __version__
-from ema_client.cli import checkpoints, plan, runs, show, watch
+from ema_client.cli import checkpoints, plan, runs, show, sweep, watch
 from ema_client.cli.options import Token, Url
 
 __all__ = ["app"]
@@ -23,6 +23,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "pull": runs.pull,
     "watch": watch.watch,
     "profiles": runs.profiles,
+    "sweep": sweep.sweep,
     "snapshot": runs.snapshot,
     "snapshots": runs.snapshots,
     "set-decay": runs.set_decay,
