@@ -119,7 +119,7 @@ Snapshots = Annotated[int, RING_SNAPSHOTS]
 Moment = Annotated[float, (0.0, 253_402_000_000.0)]
 
 #: A word for one of several things; a newer service may have more of them than the Literal.
-_WORD = re.compile(r"[A-Za-z0-9_]{1,64}\Z")
+_WORD = re.compile(r"[a-z_]{1,64}\Z")
 _INTEGER = re.compile(r"-?[0-9]{1,19}\Z")
 
 
@@ -302,8 +302,6 @@ class Posthoc:
     @property
     def fault(self) -> str | None:
         """What is wrong, and what to do; None where nothing is."""
-        if self.dtype not in LAYOUT_DTYPES:
-            return f"dtype: there is no {self.dtype!r}; there are {', '.join(LAYOUT_DTYPES)}"
         names = {average.name for average in self.averages}
         if not 0 < len(names) == len(self.sigma_rel):
             return "sigma_rel: one or more different numbers are needed"

@@ -155,7 +155,7 @@ def test_posthoc(given: Any, made: Posthoc | None) -> None:
         ({"snapshot": 3}, "has no 'snapshot'"),
         ({"snapshots": 1}, "snapshots"),
         ({"snapshots": 16.0}, "snapshots"),
-        ({"dtype": "F8"}, "no 'F8'"),
+        ({"dtype": "F8"}, "dtype: 'F8'"),
         ({"sigma_rel": []}, "one or more"),
         ({"sigma_rel": 0.1}, "sigma_rel"),
         ({"sigma_rel": [0.1, 0.1]}, "different"),

@@ -124,8 +124,8 @@ def plan_of(figures: Figures, parameters: int, steps: int) -> Plan:
         sigma_rel=posthoc.sigma_rel,
         snapshots=posthoc.snapshots,
         dtype=posthoc.dtype,
-        # One more snapshot while another is dropped.
-        disk=min(posthoc.snapshots + 1, written) * one,
+        # One more snapshot while another is dropped, and the weights that the run began with, once for all averages.
+        disk=min(posthoc.snapshots + 1, written) * one + one // averages,
         checkpoints=_VERSIONS * averages * shadow,
         memory=_VERSIONS * averages * shadow,
         snapshots_written=written,

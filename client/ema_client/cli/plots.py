@@ -55,32 +55,29 @@ def check_can_draw(path: Path) -> None:
         raise UsageError(f"there is no folder {path.parent} to draw {path.name} in")
 
 
-def draw(path: Path, points: Sequence[Point], best: Point, *, title: str, label: str, logit: bool = False) -> None:
-    """Draw the curve as a picture. label: of the x axis. logit: for decays, of which 1 - decay counts."""
+def draw(path: Path, points: Sequence[Point], best: Point, *, title: str, label: str, decays: bool = False) -> None:
+    """Draw the curve as a picture. label: of the x axis. decays: of these, 1 - x counts, and is drawn."""
     import matplotlib as mpl
 
     mpl.use("Agg")  # a backend that writes files and needs no screen
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    def place(x: float) -> float:
+        return 1.0 - x if decays else x
 
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
-    places = [1.0 - x if logit else x for x, _ in points]
-    axes.plot(places, [y for _, y in points], color=_COLOUR, marker="o", markersize=4)
-    axes.plot([1.0 - best[0] if logit else best[0]], [best[1]], color=_BEST, marker="*", markersize=14, linestyle="")
-    axes.annotate(
-        f"{best[0]:.4g}: {best[1]:.5g}",
-        (1.0 - best[0] if logit else best[0], best[1]),
-        xytext=(8, 8),
-        textcoords="offset points",
-        color=_BEST,
-    )
+    axes.plot([place(x) for x, _ in points], [y for _, y in points], color=_COLOUR, marker="o", markersize=4)
+    axes.plot([place(best[0])], [best[1]], color=_BEST, marker="*", markersize=14, linestyle="")
     axes.set_xscale("log")
-    axes.set_xticks(places, [f"{x:.4g}" for x, _ in points], rotation=45)
-    axes.set_xticks([], minor=True)
-    if logit:
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{place(x):.6g}"))
+    if decays:
         axes.invert_xaxis()
     axes.set_xlabel(label)
     axes.set_ylabel("result")
-    axes.set_title(title)
+    axes.set_title(f"{title}: best {best[0]:.6g}, {best[1]:.6g}")
     axes.grid(color="#d8dee4", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=_DPI)

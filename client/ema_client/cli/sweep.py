@@ -185,6 +185,9 @@ def _show(found: Sweep) -> None:
         mark = "*" if point is found.best else ""
         rows.add_row(mark, f"{point.value:.9g}", _result(point), error)
     show.say(rows)
+    for point in found.points:
+        if point.refused is not None:
+            show.say(f"{point.value:.9g} refused: {point.refused}")
     if (best := found.best) is None:
         return
     counted = [(point.value, point.result or 0.0) for point in found.points if point.counts]
@@ -198,7 +201,7 @@ def _show(found: Sweep) -> None:
 
 def _result(point: SweptPoint) -> str:
     if point.refused is not None:
-        return f"refused: {point.refused}"
+        return "refused"
     return "failed" if point.result is None else f"{point.result:.6g}"
 
 
@@ -215,7 +218,7 @@ def _draw(path: Path, found: Sweep) -> None:
         (best.value, best.result or 0.0),
         title=f"{found.run} at {found.at}",
         label=found.kind,
-        logit=found.kind == "decay",
+        decays=found.kind == "decay",
     )
 
 
