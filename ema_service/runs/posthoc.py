@@ -103,7 +103,7 @@ class Synthesiser:
         self.snapshots = snapshots
         self._found: OrderedDict[object, Synthesis] = OrderedDict()
 
-    # at: a snapshot's name, or the counter of one of the ring; None: now.
+    # at: a snapshot's name, or the counter of one of the ring, or of now, as a sweep asks in turns; None: now.
 
     def recipes(self, targets: Sequence[Target], at: str | None, max_error: float) -> list[Recipe]:
         """How to work out averages, all of one state of the run.
@@ -183,9 +183,8 @@ class Synthesiser:
             _Node(_passed(version, each.epoch, each.n, each.time), each.time, each.averages, each)
             for each in self.ring.leading_to(version)
         ]
-        last = next((node for node in ring if str(node.time) == at), None)
-        if at is None:
-            time = self._time(version)
+        last, time = next((node for node in ring if str(node.time) == at), None), self._time(version)
+        if at is None or (last is None and at == str(time)):
             last = _Node(_passed(version, version.epoch, version.n, time), time, self._names, None)
         elif last is None:
             last = self._snapshot(version, at)

@@ -27,6 +27,7 @@ from ema_client import EmaClient
 from ema_client.cli import main
 from ema_client.cli.plots import text_plot
 from ema_client.cli.sweep import last_number, lengths_of
+from tests.waiting import settled
 
 RUN = "posthoc-cli"
 Ema = Callable[..., tuple[int, str, str]]
@@ -50,6 +51,7 @@ def trained(server: Any) -> Iterator[EmaClient]:
         client.create_run(RUN, {"w": torch.zeros(300)}, posthoc=True)
         for step in range(1, 101):
             client.push(RUN, {"w": torch.full((300,), math.log(step)) + torch.arange(300) / 100}, step=step)
+        settled(client, RUN)
         yield client
 
 
@@ -77,7 +79,7 @@ def evaluate(tmp_path: Path) -> str:
 
 
 def test_sweep(ema: Ema, evaluate: str, tmp_path: Path, trained: EmaClient) -> None:
-    """A table with the best marked, a plot, a picture, and the best as a snapshot; the command's words are passed on."""
+    """A table with the best marked, a plot, a picture, the best as a snapshot; the command's words are passed on."""
     words = ("--exec", evaluate, "--plot", tmp_path / "curve.png", "--keep", "best")
     code, out, err = ema("sweep", RUN, "--sigma-rel", "0.04,0.06,0.1", *words)
 
@@ -114,9 +116,8 @@ def test_what_fails_is_told_and_the_others_go_on(ema: Ema) -> None:
     assert "0.2885 refused: run 'posthoc-cli'" in out
     assert "nearest that can be had" in out
     assert "best: sigma_rel 0.15, 7" in out
-    assert [line.split()[1] for line in out.splitlines() if line.strip().startswith("0.") and "refused:" not in line] == [
-        "failed", "failed", "refused",
-    ]  # fmt: skip
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith("0.") and "refused:" not in line]
+    assert [row[1] for row in rows] == ["failed", "failed", "refused"]
 
 
 @pytest.mark.parametrize("highest", [False, True])
