@@ -141,6 +141,16 @@ def test_demo_proves_and_draws(start: Callable[..., Demo]) -> None:
     assert 0 < float(raw) < 1
     assert "pulled EMA = in-process EMA, bit for bit, at step 40: 57 tensors, 256,097 elements" in demo.output
     assert "snapshot 'final' = live EMA, bit for bit, at step 40: 57 tensors, 256,097 elements" in demo.output
+    table = demo.output[demo.output.index("EMAs whose length is chosen") :]
+    lengths = [[cell.strip() for cell in line.split("│")[1:5]] for line in table.splitlines() if line.startswith("│")]
+    assert [row[0] for row in lengths if row[2]] == ["0.05", "0.15"]
+    assert len([row for row in lengths if row[1]]) == 10
+    # Those that were tracked lie on the curve: between the losses of their neighbours, as near as the table tells.
+    losses = [float(row[1] or row[2]) for row in lengths]
+    for k, row in enumerate(lengths):
+        if row[2]:
+            low, high = sorted((losses[k - 1], losses[k + 1]))
+            assert low - 2e-3 <= losses[k] <= high + 2e-3
     height, width, _ = image.imread(demo.folder / "out.png").shape
     assert (width, height) == (1320, 990)
 
