@@ -171,6 +171,15 @@ def test_what_cannot_be_had(trained: tuple[EmaClient, str]) -> None:
         client.pull(run, sigmarel=0.1)  # type: ignore[call-arg]
 
 
+def test_right_after_a_fast_training(client: EmaClient, run_name: str) -> None:
+    """A training of a second is not refused because its ring is still on the way to the disk."""
+    client.create_run(run_name, walk(0), posthoc=True)
+    for step in range(1, 101):
+        client.push(run_name, walk(step), step=step)
+
+    assert (client.pull(run_name, sigma_rel=0.12).info.profile_error or 1.0) < 0.01
+
+
 def test_a_run_without_a_ring(client: EmaClient, run_name: str) -> None:
     """A run that keeps no ring says so, and how one is made."""
     client.create_run(run_name, walk(0))
