@@ -5,6 +5,7 @@ Knows EmaClient, RemoteEma and their errors. Does not know how the service works
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -229,6 +230,29 @@ def test_from_a_trainer(make_ema: Callable[..., RemoteEma], client: EmaClient, r
     assert off({"w": model.weight.detach()}, {"w": tracked}) < 5e-3
     with pytest.raises(UsageError, match=r"below 0\.288675"):
         ema.copy_to(model, sigma_rel=0.3)
+
+
+def test_from_a_copy(make_ema: Callable[..., RemoteEma], client: EmaClient, run_name: str) -> None:
+    """A copy reads averages of any length too, as of the step at which it was made where that is kept."""
+    model = nn.Linear(30, 4)
+    ema = make_ema(model, posthoc=True)
+
+    def train() -> None:
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight) * 0.1)
+        ema(model)
+
+    for _ in range(40):
+        train()
+    ema.state_dict()
+    settled(client, run_name)
+    expected = client.pull(run_name, sigma_rel=0.1)["weight"]
+    copied, other = copy.deepcopy(ema), copy.deepcopy(model)
+    train()
+    ema.flush()
+
+    copied.copy_to(other, sigma_rel=0.1)
+    assert off({"w": other.weight.detach()}, {"w": expected}) < 1e-3
 
 
 def test_going_on_with_another_ring(make_ema: Callable[..., RemoteEma], client: EmaClient, run_name: str) -> None:

@@ -144,7 +144,7 @@ class _Evaluation:
 
     def __call__(self, path: Path, info: WeightsInfo) -> float | None:
         done = take_output(self._line, {**os.environ, **environment(words_of(path, info))})
-        sys.stderr.write(printable_lines(done.err))
+        sys.stderr.write(_printable_lines(done.err))
         number = last_number(done.out)
         if done.code == 0 and number is not None:
             return number
@@ -161,7 +161,7 @@ def last_number(printed: str) -> float | None:
     return float(found[-1]) if found else None
 
 
-def printable_lines(text: str) -> str:
+def _printable_lines(text: str) -> str:
     """A text of several lines as it can be shown."""
     return "".join(f"{printable(line)}\n" for line in text.splitlines())
 
