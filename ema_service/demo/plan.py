@@ -33,7 +33,7 @@ AVERAGES = (
     *(AverageConfig(f"power-{width}", schedule="power", sigma_rel=width) for width in TRACKED),
 )
 #: Lengths of an EMA that are looked at after the training.
-WIDTHS = spread("sigma_rel", 0.015, 0.25, 10)
+WIDTHS = spread("sigma_rel", 0.015, 0.25, 8)
 #: The snapshot that the trainer takes as its last act; when the evaluator sees it, the training is over.
 FINAL_SNAPSHOT = "final"
 

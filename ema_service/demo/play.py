@@ -23,8 +23,8 @@ TRAINER = "ema_service.demo.trainer"
 EVALUATOR = "ema_service.demo.evaluator"
 #: Packages that trainer and evaluator need beyond the server's own dependencies.
 NEEDS = ("sklearn", "matplotlib")
-#: Seconds for everything but training: three imports of torch on a busy machine, the last measurement, the picture.
-OVERHEAD = 60.0
+#: Seconds for everything but training: three imports of torch on a busy machine, the last measurements, the picture.
+OVERHEAD = 75.0
 #: Proofs of a successful demo: the trainer's (the pulled EMA against its own) and the evaluator's (the snapshot against
 #: the live EMA).
 PROOFS = 2
