@@ -256,6 +256,21 @@ def test_full_disk_costs_a_snapshot_and_says_so(server: LocalServer, monkeypatch
     assert (ring_of(run).times[-1], ring_of(run).trouble) == (9, None)
 
 
+def test_link_in_its_place_costs_the_ring(server: LocalServer, tmp_path: Path) -> None:
+    """A symbolic link where the ring lies is not followed: nothing is written or removed behind it."""
+    run = begun(server)
+    push(server, run, 1, 3)
+    [folder] = server.data_files("r.*")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder / "ring", elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    (folder / "ring").symlink_to(elsewhere)
+    push(server, run, 4, 8)
+    assert run.version.step == 8
+    assert "symbolic link" in (ring_of(run).trouble or "")
+    assert sorted(elsewhere.rglob("*")) == before
+
+
 def test_disk_too_small_is_refused_at_creation(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ring that cannot fit is refused before any training, with how much it takes; nothing of the run stays."""
     assert server.store is not None
