@@ -98,6 +98,10 @@ class Version:
     def __str__(self) -> str:
         return f"{self.epoch}.{self.n}"
 
+    def updates(self, counter: int) -> int:
+        """How many updates led to the version since its averages began. counter: theirs."""
+        return self.descent.updates(self, self.epoch, self.n, counter) or 0
+
     def made_by(self, key: str | None) -> bool:
         """Whether the write of this key led to the version."""
         return key is not None and key in self.keys
