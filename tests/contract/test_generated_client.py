@@ -166,6 +166,11 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     ask("get_weights", "r", min_step=9, wait=0.01, status=409)
 
     assert ask("change_run", "r", body=ask.model("RunPatchBody", decay=0.25)).decay == 0.25
+    average = ask.model("AverageConfigBody", name="fast", schedule="constant", decay=0.5)
+    assert len(ask("add_average", "r", body=average, status=201).averages) == 2
+    assert ask("add_average", "r", body=average).run == "r"
+    ask("remove_average", "r", "fast", status=204)
+    assert ask("remove_average", "r", "fast", status=404).code == "average_not_found"
     ask("reset_num_updates", "r")
     assert ask("rewind_run", "r", body=ask.model("RewindBody", snapshot="s")).version
     assert ask("show_run", "r").durable_step == 2

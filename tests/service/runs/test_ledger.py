@@ -307,7 +307,7 @@ def test_decay_outside_its_range(decay: float) -> None:
 def test_unknown_average() -> None:
     """An average that the run does not have is refused with the names it has."""
     with pytest.raises(AverageNotFound, match="slow, fast"):
-        begun().succession.position("none")
+        begun().succession.member("none")
 
 
 # --- the first version ----------------------------------------------------------------------------------------------
