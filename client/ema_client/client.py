@@ -806,7 +806,7 @@ def _asked(run: str, average: str | None, snapshot: str | None, soup: Mapping[st
 def _name(value: str, what: str) -> str:
     if not protocol.is_name(value):
         raise UsageError(
-            f"{value!r} cannot name a {what}",
+            f"{value!r} cannot name {'an' if what[0] in 'aeiou' else 'a'} {what}",
             hint="up to 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
         )
     return value
