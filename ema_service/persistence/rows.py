@@ -77,10 +77,6 @@ class StoredVersion:
         """Orders the versions of a run: the newest is the largest."""
         return self.epoch, int(self.said.get("n", 0))
 
-    def has(self, member: Member) -> bool:
-        """Whether the version has an average, and not another of its name."""
-        return (member.name, member.lineage) in self._averages
-
     def version(self, setup: Setup) -> Version:
         """The version as it was written, with those averages that the run still has. Only for a row that is not
         damaged."""
@@ -161,6 +157,8 @@ def read_setup(created: RunConfig, text: str | None) -> Setup:
     said = json.loads(text)
     try:
         members = [Member(from_json(AverageConfig, each["average"]), str(each["lineage"])) for each in said["members"]]
+        if not members:
+            raise ValueError("it has no averages")
         return Setup(created, tuple(members), tuple(map(str, said["keys"])))
     except (KeyError, TypeError) as fault:
         raise ValueError(f"its averages cannot be read: {fault}") from None

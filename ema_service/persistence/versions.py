@@ -204,14 +204,19 @@ class Versions:
 
         Versions superseded meanwhile are skipped.
 
-        A failure is logged and told as ``trouble``; the version synced before stays what a power loss leaves.
+        A failure is logged and told as ``trouble``; the version synced before stays what a power loss leaves. While
+        another thread syncs there is nothing to do.
         """
-        if not self._syncing.acquire(blocking=False):
-            return
-        try:
-            newest = self._newest
-            if newest is None or not self.unsynced:
-                return
+        if self._syncing.acquire(blocking=False):
+            try:
+                self._sync()
+            finally:
+                self._syncing.release()
+
+    def _sync(self) -> bool:
+        """Sync the newest version, and say whether it is on the medium. Under the lock of syncing."""
+        newest = self._newest
+        if newest and self.unsynced:
             try:
                 newest.slot.files.sync()
                 # The old anchor's slot is given up for a row that outlives the machine, never before: the rows of
@@ -221,10 +226,9 @@ class Versions:
             except (OSError, sqlite3.Error) as fault:
                 self._unsyncable = newest.row.id
                 self._tell(f"what {newest.slot.name} holds could not be synced: {fault}")
-                return
-            newest.synced, self._anchor, self._anchor_step = True, newest.slot, newest.step
-        finally:
-            self._syncing.release()
+            else:
+                newest.synced, self._anchor, self._anchor_step = True, newest.slot, newest.step
+        return newest is None or newest.synced
 
     # --- now and then -----------------------------------------------------------------------------------------------
 
@@ -248,9 +252,11 @@ class Versions:
             self.trouble = None
 
     def settle(self, state: State) -> None:
-        """Bring the state to the medium now. Raises StorageFailed."""
+        """Bring the state, or a later one, to the medium now. Waits for a sync under way. Raises StorageFailed."""
         self.save(state)
-        self.sync()
+        with self._syncing:
+            if not self._sync():
+                raise self._failed(self.trouble or f"version {state.version} could not be synced")
 
     # --- other averages ---------------------------------------------------------------------------------------------
 

@@ -69,8 +69,10 @@ class Succession:
 
     def averages(self, version: Version | None) -> tuple[Average, ...]:
         """Every average that the run is to have, as it is in ``version``; one without weights as it will begin."""
-        known = {average.member: average for average in version.averages} if version else {}
-        return tuple(known.get(member) or self._began(member, 0) for member in self.setup.members)
+        known, members = version.averages if version else (), self.setup.members
+        if len(known) == len(members) and all(a.member is member for a, member in zip(known, members, strict=True)):
+            return known  # as in nearly every version
+        return tuple((version and version.find(member)) or self._began(member, 0) for member in members)
 
     def member(self, average: str | None) -> Member:
         """The average of this name; None names the first. Raises AverageNotFound."""
@@ -121,10 +123,10 @@ class Succession:
     def following(self, plan: Plan, digest: bytes, now: float) -> Version:
         """The version that a planned update makes. digest: of the update's parameters."""
         averages = tuple(
-            replace(average, effective_decay=retention.decay, num_updates=_counted(average.num_updates, plan.gap))
-            if plan.base.find(average.member)
             # The parameters that an average begins with are no update of it, as initial weights are none.
-            else average
+            average
+            if plan.base.find(average.member) is None
+            else replace(average, effective_decay=retention.decay, num_updates=_counted(average.num_updates, plan.gap))
             for average, retention in zip(plan.averages, plan.retentions, strict=True)
         )
         return replace(
@@ -152,7 +154,7 @@ class Succession:
             )
         if version.find(chosen) is None:
             raise self.awaiting(chosen)
-        averages = (replace(a, decay=decay) if a.member == chosen else a for a in version.averages)
+        averages = (replace(a, decay=decay) if chosen.is_same(a.member) else a for a in version.averages)
         return replace(version, averages=tuple(averages))
 
     def with_counter_reset(self, version: Version) -> Version:

@@ -39,6 +39,10 @@ class Member:
         """The average's name."""
         return self.config.name
 
+    def is_same(self, other: Member) -> bool:
+        """Whether both are one average. Asked at each update, and answered without a look at the schedules."""
+        return self is other or (self.lineage == other.lineage and self.config.name == other.config.name)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setup:
@@ -131,7 +135,10 @@ class Version:
 
     def find(self, member: Member) -> Average | None:
         """An average in this version, None where it has no weights yet."""
-        return next((average for average in self.averages if average.member == member), None)
+        for average in self.averages:
+            if member is average.member or member.is_same(average.member):
+                return average
+        return None
 
     def weights_info(self, config: RunConfig, average: Average) -> WeightsInfo:
         """The WeightsInfo of one average in this version, which a reader gets beside the weights. config: the run's."""
@@ -175,7 +182,7 @@ class State:
     def at(self, member: Member) -> tuple[Average, Arena] | None:
         """An average of this version and its arena, None where the average has no weights yet."""
         pairs = zip(self.version.averages, self.arenas, strict=True)
-        return next((pair for pair in pairs if pair[0].member == member), None)
+        return next((pair for pair in pairs if member.is_same(pair[0].member)), None)
 
     def only(self, members: Collection[Member]) -> State:
         """The same version, without averages that are none of ``members``."""

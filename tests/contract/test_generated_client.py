@@ -44,7 +44,7 @@ class Asking:
         self.open = set(self._operations) - NOT_ASKED
         self.token: str | None = None
 
-    def model(self, name: str, **fields: Any) -> Any:
+    def model(self, name: str, /, **fields: Any) -> Any:
         return getattr(importlib.import_module(f"{PACKAGE}.models"), name).from_dict(fields)
 
     def body(self, content: bytes = BODY) -> Any:

@@ -384,7 +384,7 @@ def _average_cases() -> Iterator[Any]:
             yield pytest.param(place, change, phase, marks=marks)
 
 
-@pytest.mark.parametrize(("place", "change", "phase"), _average_cases())
+@pytest.mark.parametrize(("place", "change", "phase"), list(_average_cases()))
 def test_kill_in_a_change_of_averages(
     place: str, change: str, phase: str, life: Life, life_in_slots: Life, litema: type[LitEmaOracle]
 ) -> None:

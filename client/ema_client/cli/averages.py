@@ -54,7 +54,7 @@ def add_average(
     )
     with connect(context, url, token) as client:
         info = client.add_average(run, name, _checked(average))
-    show.say(f"{run}: {', '.join(one.name for one in info.averages)}; {name} begins with the next update")
+    show.say(f"{run}: {', '.join(one.name for one in info.averages)}")
 
 
 def remove_average(

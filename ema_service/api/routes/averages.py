@@ -69,4 +69,5 @@ async def add_average(
 )
 async def remove_average(run: RunName, name: AverageName, server: Server, key: Key = None) -> None:
     """Remove an average with its weights; a reader that has them reads on, and snapshots keep theirs."""
-    await server.steer(run, partial(server.registry.remove_average, run, name, key))
+    # In the turn of files, and not of updates, which go on while a version is brought to the medium.
+    await server.file(run, partial(server.registry.remove_average, run, name, key))

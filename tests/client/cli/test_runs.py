@@ -121,7 +121,7 @@ def test_steering(ema: Ema, run: str, client: EmaClient) -> None:
 def test_averages(ema: Ema, run: str, client: EmaClient) -> None:
     """An average is added with the fields of its schedule, and removed where that is confirmed."""
     code, out, _ = ema("add-average", run, "long", "--schedule", "power", "--sigma-rel", "0.1", "--start", "5")
-    assert (code, out) == (0, f"{run}: ema, long; long begins with the next update\n")
+    assert (code, out) == (0, f"{run}: ema, long\n")
     [_, told] = client.run(run).averages
     assert (told.schedule, told.start, told.num_updates) == ("power", 5, 0)
     assert told.sigma_rel == pytest.approx(0.1)

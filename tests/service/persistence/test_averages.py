@@ -627,6 +627,26 @@ def test_machine_ends_after_the_old_averages_went(
     push(run, model, 5)
 
 
+@pytest.mark.parametrize("place", ["memory files", "slots"], indirect=True)
+def test_version_that_cannot_be_brought_to_the_medium(
+    server: LocalServer, run: LocalRun, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is removed then: what the machine's end leaves might have no average of the run."""
+
+    def fails(_: SlotFiles) -> None:
+        raise OSError(5, "input/output error")
+
+    before = seen(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotFiles, "sync", fails)
+        with pytest.raises(StorageFailed, match="input/output error"):
+            server.registry.remove_average("r", "slow")
+    assert same(seen(run), before)
+    push(run, model, 4)
+    server.registry.remove_average("r", "slow")
+    assert list(run.bytes()) == ["fast"]
+
+
 class Chances:
     """Changes of a run's averages at random, and what is known of them: which there are, and all weights they had."""
 

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -38,7 +39,9 @@ from ema_client.errors import (
 from ema_client.protocol import AverageConfig
 from ema_service.persistence import rows
 from ema_service.storage.catalog import Catalog, CatalogUnusable
+from ema_service.storage.slot_files import SlotFiles
 from tests.service.persistence.power import Power
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun, LocalServer
@@ -195,6 +198,53 @@ def test_push_that_breaks_off_gives_its_slot_back(
     server.crash()
 
     assert seen(again(server)) == before
+
+
+def test_rewind_waits_for_a_sync_under_way(
+    server: LocalServer, begun: Callable[..., LocalRun], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewind is answered once it outlives the machine, also where an older version is being synced when it comes."""
+    run = begun("process")
+    server.snapshot("s")
+    run.push(40, model(40))
+    began, goes_on, sync = threading.Event(), threading.Event(), SlotFiles.sync
+
+    def slow(files: SlotFiles) -> None:
+        began.set()
+        goes_on.wait(30)
+        sync(files)
+
+    monkeypatch.setattr(SlotFiles, "sync", slow)
+    [versions] = server.registry.unsynced()
+    behind = threading.Thread(target=versions.sync)
+    behind.start()
+    began.wait(30)
+    rewinding = threading.Thread(target=server.registry.rewind, args=("r", "s"))
+    rewinding.start()
+    wait_until(lambda: run.info.version == "2.0")
+    rewinding.join(0.1)
+    waited = rewinding.is_alive()
+    goes_on.set()
+    rewinding.join(30)
+    behind.join(30)
+
+    assert waited
+    assert (run.info.checkpoint_step, server.registry.unsynced()) == (30, [])
+
+
+def test_rewind_that_cannot_be_synced_is_told(
+    server: LocalServer, begun: Callable[..., LocalRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewind whose version does not reach the medium is no rewind that outlives a crash."""
+    begun("process")
+    server.snapshot("s")
+
+    def fails(_: SlotFiles) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(SlotFiles, "sync", fails)
+    with pytest.raises(StorageFailed, match="input/output error"):
+        server.registry.rewind("r", "s")
 
 
 def test_racing_writers_have_a_slot_each(server: LocalServer, begun: Callable[..., LocalRun], model: Model) -> None:
