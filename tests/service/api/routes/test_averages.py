@@ -156,6 +156,18 @@ def test_awaiting_run(server: ServerProcess, plain_run: MakeRun) -> None:
     assert_equal(run.weights(average="long"), params(0))
 
 
+def test_initial_weights_anew(run: PlainRun, server: ServerProcess, plain_run: MakeRun) -> None:
+    """Weights that come anew before the first update are no update: the average still begins with that."""
+    run = plain_run(server, params(0), name=f"{run.name}-anew")
+    add(run, LONG).raise_for_status()
+    anew = run.http.put(f"{run.path}/weights", content=save(params(5)), params={"replaces": "1.0"})
+    assert anew.raise_for_status().json()["version"] == "2.0"
+    assert_equal(run.weights(), params(5))
+    assert code(run.pull(average="long")) == (409, "awaiting_weights")
+    run.push(1, params(1)).raise_for_status()
+    assert_equal(run.weights(average="long"), params(1))
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
