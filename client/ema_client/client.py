@@ -66,7 +66,7 @@ from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint
 from ema_client.reading.to_file import Progress, save
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
-from ema_client.schedules import averages_of, posthoc_of
+from ema_client.schedules import average_of, averages_of, posthoc_of
 from ema_client.targets import Target, Wished
 from ema_client.wire import Box
 
@@ -482,6 +482,33 @@ class EmaClient:
         body = protocol.to_json(RunPatch(checked_decay(decay), average))
         return _info(run, self._transport.json("PATCH", protocol.run_path(_name(run, "run")), body))
 
+    def add_average(
+        self, run: str, name: str, schedule: AverageConfig | None = None, *, decay: float | None = None
+    ) -> RunInfo:
+        """Have every update feed one more average, from the next update on; returns the run as it is then.
+
+        The average begins with the parameters of the next update, bit for bit; its counter, and ``start`` of its
+        schedule, count from there. Until then pull() of the average raises AwaitingWeights. The run's very average
+        again changes nothing.
+
+        schedule: by a function of ``ema_client.schedules``; None: LitEma's. decay: of a schedule that takes one and
+        does not say its own; None: the run's.
+
+        Raises AverageExists where the run has another average of that name, TooManyAverages, Overloaded and
+        StorageFailed where the service has no room for it.
+        """
+        average = average_of(_name(name, "average"), schedule, None if decay is None else checked_decay(decay))
+        path = protocol.averages_path(_name(run, "run"))
+        return _info(run, self._transport.json("POST", path, protocol.to_json(average), patience=_WORK_SECONDS))
+
+    def remove_average(self, run: str, name: str) -> None:
+        """Remove an average of a run with its weights; snapshots keep theirs.
+
+        Raises AverageNotFound; LastAverage where the run would be left without an average that has weights.
+        """
+        path = protocol.average_path(_name(run, "run"), _name(name, "average"))
+        self._transport.json("DELETE", path, patience=_WORK_SECONDS)
+
     def reset_num_updates(self, run: str) -> RunInfo:
         """Let the warm-up of the decay begin anew. A run without counter stays without."""
         return _info(run, self._transport.json("POST", protocol.reset_path(_name(run, "run"))))
@@ -891,7 +918,7 @@ def _asked(
 def _name(value: str, what: str) -> str:
     if not protocol.is_name(value):
         raise UsageError(
-            f"{value!r} cannot name a {what}",
+            f"{value!r} cannot name {'an' if what[0] in 'aeiou' else 'a'} {what}",
             hint="up to 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
         )
     return value

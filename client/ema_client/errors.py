@@ -23,7 +23,8 @@
     |-- Conflict                  409
     |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep, Fenced,
     |   |-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded,
-    |   +-- SegmentUnusable, TooManyRuns, TooManySnapshots
+    |   |-- SegmentUnusable, TooManyRuns, TooManySnapshots,
+    |   +-- AverageExists, LastAverage, TooManyAverages
     |-- BodyTooLarge              413
     |-- UnsupportedEncoding       415: a compressed body
     |-- UnsupportedMediaType      415: JSON that is not sent as JSON
@@ -57,6 +58,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "AlreadyStored",
+    "AverageExists",
     "AverageNotFound",
     "AwaitingWeights",
     "BadRequest",
@@ -75,6 +77,7 @@ __all__ = [
     "Invalid",
     "InvalidDecay",
     "InvalidRequest",
+    "LastAverage",
     "LayoutMismatch",
     "MalformedBody",
     "MethodNotAllowed",
@@ -103,6 +106,7 @@ __all__ = [
     "StorageFailed",
     "Superseded",
     "SynthesisRefused",
+    "TooManyAverages",
     "TooManyRuns",
     "TooManySnapshots",
     "TransportError",
@@ -407,6 +411,24 @@ class TooManySnapshots(Conflict):
     code = "too_many_snapshots"
     title = "No room for another snapshot of this run"
     default_hint = "delete snapshots that nobody needs any more, or start the server with a larger --max-snapshots"
+
+
+class AverageExists(Conflict):
+    code = "average_exists"
+    title = "Average exists"
+    default_hint = "choose another name, or remove the average first"
+
+
+class LastAverage(Conflict):
+    code = "last_average"
+    title = "The run would be left without an average"
+    default_hint = "add another average first, or delete the run"
+
+
+class TooManyAverages(Conflict):
+    code = "too_many_averages"
+    title = "No room for another average of this run"
+    default_hint = "remove an average that nobody needs any more"
 
 
 class RunDegraded(Conflict):

@@ -89,7 +89,14 @@ Durability = Literal["memory", "process", "disk"]
 NonFinitePolicy = Literal["refuse", "allow"]
 UpdateState = Literal["applied", "staged", "unknown"]
 EventKind = Literal[
-    "version", "decay_changed", "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted"
+    "version",
+    "decay_changed",
+    "num_updates_reset",
+    "average_added",
+    "average_removed",
+    "snapshot_created",
+    "snapshot_deleted",
+    "run_deleted",
 ]
 
 #: The fields of a body, with the rule that a value from the other side must keep: a pattern for strings, bounds for
@@ -179,6 +186,14 @@ def part_path(run: str, step: int | None, part: int) -> str:
     """The path of a part of an update; of a part of the initial weights where ``step`` is None."""
     whole = weights_path(run) if step is None else update_path(run, step)
     return f"{whole}/parts/{part}"
+
+
+def averages_path(run: str) -> str:
+    return f"{run_path(run)}/averages"
+
+
+def average_path(run: str, name: str) -> str:
+    return f"{averages_path(run)}/{quote(name, safe='')}"
 
 
 def snapshots_path(run: str) -> str:
@@ -355,7 +370,8 @@ class AverageInfo(ScheduleFields):
     """An average as it stands.
 
     decay: the largest decay that the schedule reaches; of "power", which has no largest, 1.
-    effective_decay: the decay of the latest update, None before any.
+    effective_decay: the decay of the latest update, None before any; also of an average that was added and begins with
+        the next update.
     num_updates: the counter that the schedule goes by: updates since the average began, or steps where decay_per is
         "step"; -1 where the average does not count.
     Of "power" both sigma_rel and gamma are told.
@@ -548,7 +564,8 @@ class RunEvent:
     """Something that happened to a run: the data of an event of ``GET /v1/runs/{run}/events``.
 
     kind: "version" (there are new versions, of which ``version`` is the newest), "decay_changed" (of ``average``),
-        "num_updates_reset", "snapshot_created", "snapshot_deleted", "run_deleted".
+        "num_updates_reset", "average_added" and "average_removed" (``average``), "snapshot_created",
+        "snapshot_deleted", "run_deleted".
     average: the average that ``decay`` and ``effective_decay`` are of: the run's first, unless the kind says otherwise.
     step, version, num_updates: the run's as it stands.
     snapshot: the snapshot that was created or deleted, which may be of an older version than the run's.

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ema_client.errors import UsageError
 from ema_client.protocol import DEFAULT_AVERAGE, AverageConfig, Posthoc, from_json, to_json
 
 __all__ = [
+    "average_of",
     "averages_of",
     "constant",
     "half_life",
@@ -109,6 +111,20 @@ def averages_of(
     if schedule is not None and averages is not None:
         raise UsageError("both a schedule and averages are given", hint="give one: an average has its own schedule")
     return (schedule or AverageConfig(),) if averages is None else tuple(averages)
+
+
+def average_of(name: str, schedule: AverageConfig | None = None, decay: float | None = None) -> AverageConfig:
+    """The average of this name; without a schedule LitEma's. decay: of a schedule that takes one and does not say its
+    own.
+
+    Raises UsageError where the schedule has a decay already, or takes none.
+    """
+    average = replace(schedule or AverageConfig(), name=name)
+    if decay is not None:
+        if average.decay is not None:
+            raise UsageError("both a schedule with its decay and a decay are given", hint="give the decay once")
+        average = replace(average, decay=decay)
+    return _checked(average)
 
 
 def posthoc_of(wished: Posthoc | Mapping[str, Any] | bool | None) -> Posthoc | None:

@@ -34,7 +34,16 @@ from ema_client.protocol import (
     TensorSpec,
 )
 
-__all__ = ["CHANGE_BYTES", "CONFIG_BYTES", "RewindBody", "RunConfigBody", "RunPatchBody", "definitions", "json_body"]
+__all__ = [
+    "CHANGE_BYTES",
+    "CONFIG_BYTES",
+    "AverageConfigBody",
+    "RewindBody",
+    "RunConfigBody",
+    "RunPatchBody",
+    "definitions",
+    "json_body",
+]
 
 _COMPONENT = "#/components/schemas/{model}"
 
@@ -82,7 +91,11 @@ def _spec(body: _TensorSpecBody) -> TensorSpec:
     return TensorSpec(body.name, tuple(body.shape), body.dtype)
 
 
-class _AverageConfigBody(_Body):
+class AverageConfigBody(_Body):
+    """An average of a run: its name, its schedule, and the fields of the schedule."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "long", "schedule": "power", "sigma_rel": 0.1}]})
+
     name: _Name = DEFAULT_AVERAGE
     schedule: ScheduleName = "litema"
     decay: Annotated[_Decay | None, Field(description="The largest decay. None: the run's decay")] = None
@@ -95,6 +108,10 @@ class _AverageConfigBody(_Body):
     inv_gamma: Annotated[_Positive | None, Field(description="Of schedule inverse_gamma; None: 1")] = None
     power: Annotated[_Positive | None, Field(description="Of schedule inverse_gamma; None: 2/3")] = None
     min_decay: Annotated[_Decay | None, Field(description="Of schedule inverse_gamma; None: 0")] = None
+
+    def to_config(self) -> AverageConfig:
+        """The same average as the protocol's dataclass."""
+        return AverageConfig(**self.model_dump())
 
 
 class _PosthocBody(_Body):
@@ -134,7 +151,7 @@ class RunConfigBody(_Body):
     decay: _Decay = DEFAULT_DECAY
     use_num_updates: bool = Field(True, description="LitEma's warm-up: min(decay, (1 + n) / (10 + n))")
     decay_per: DecayPer = Field("update", description="step: make good for the steps between two updates")
-    averages: Annotated[list[_AverageConfigBody], Field(min_length=1, max_length=MAX_AVERAGES)] = [_AverageConfigBody()]
+    averages: Annotated[list[AverageConfigBody], Field(min_length=1, max_length=MAX_AVERAGES)] = [AverageConfigBody()]
     non_finite: NonFinitePolicy = Field("refuse", description="What to do with NaN and Inf in an update")
     durability: Annotated[
         Durability | None, Field(description="What survives a crash; None: process, where there is a disk")
@@ -154,7 +171,7 @@ class RunConfigBody(_Body):
             decay=self.decay,
             use_num_updates=self.use_num_updates,
             decay_per=self.decay_per,
-            averages=tuple(AverageConfig(**a.model_dump()) for a in self.averages),
+            averages=tuple(average.to_config() for average in self.averages),
             non_finite=self.non_finite,
             durability=self.durability,
             copied=tuple(self.copied),

@@ -137,8 +137,8 @@ async def _opened(request: Request, server: Context, run: Run, recipes: list[Rec
     """The sums of recipes. Raises FileNotFoundError where the ring dropped a snapshot meanwhile."""
     synthesiser, state = server.registry.synthesiser(run.config.run), recipes[0].state
     sources = _sources(recipes)
-    position = run.ledger.succession.position
-    arenas = {source: state.at(position(source.average))[1] for source in sources if source.of is None}
+    current = dict(zip((average.name for average in state.version.averages), state.arenas, strict=True))
+    arenas = {source: current[source.average] for source in sources if source.of is None}
     if arenas:
         await server.hold(request, *arenas.values())
         for arena in arenas.values():

@@ -26,7 +26,7 @@ from ema_service.memory.arena import TORCH_DTYPES
 __all__ = ["Ingredient", "Mixture", "interleaved"]
 
 #: Of each source at a time: with float64 sums, what a core's cache holds.
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)

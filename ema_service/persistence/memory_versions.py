@@ -18,7 +18,7 @@ import logging
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 
 from torch import Tensor
@@ -30,7 +30,7 @@ from ema_service.memory import Arena, FilePool, Layout, Memory
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.rows import StoredVersion, dump, read_rows
 from ema_service.persistence.versions import Versions
-from ema_service.shadows.state import State
+from ema_service.shadows.state import Member, Setup, State
 from ema_service.storage import MEMORY, CheckpointRow, RunRow, Store
 
 __all__ = ["InPlace", "MemoryVersions"]
@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 _TOLD_STEPS = 16
 #: So many bytes are digested at a time when a version is verified: what was read is in the processor's cache.
 _DIGESTED_AT_ONCE = 1 << 20
+#: Memory files of each average, which updates take turns in: the current version's, and the next one's.
+_FILES_EACH = 2
 _MORE_MEMORY = "delete runs that nobody needs any more, or give the server more memory, and --memory-limit"
 #: A write that failed may succeed after this many seconds.
 _RETRY_SECONDS = 1.0
@@ -86,8 +88,11 @@ class MemoryVersions:
         memory: Memory,
         pool: FilePool,
         nonce: str,
+        *,
+        setup: Setup | None = None,
     ) -> None:
-        """memory: the run's, whose arenas are lent by ``pool``. nonce: of the folder that the files lie in."""
+        """config, setup: as for Versions. memory: the run's, whose arenas are lent by ``pool``. nonce: of the folder
+        that the files lie in."""
         self._run = config.run
         self._ringed = len(config.posthoc.sigma_rel) if config.posthoc else 0
         self._row = row
@@ -96,7 +101,8 @@ class MemoryVersions:
         self._memory = memory
         self._pool = pool
         self._nonce = nonce
-        self.checkpoints = Versions(config, row, store, layout, memory, every=False)
+        self.checkpoints = Versions(config, row, store, layout, memory, every=False, setup=setup)
+        self._setup = setup or Setup.of(config)
         self.durable_step: int | None = None
         self._trouble: str | None = None
         self._newest: tuple[CheckpointRow, str] | None = None
@@ -126,12 +132,15 @@ class MemoryVersions:
 
     def allocate(self) -> None:
         """Take the memory that the run will need, and the disk space of its checkpoints. Raises OSError, Overloaded."""
+        self._reserve(self._needed)
+        self.checkpoints.allocate()
+
+    def _reserve(self, count: int) -> None:
         try:
-            self._pool.reserve(self._needed)
+            self._pool.reserve(count)
         except MemoryError as fault:
             text = f"there is no memory for run {self._run!r}: {fault}"
             raise Overloaded(text, hint=_MORE_MEMORY, retry_after=_RETRY_SECONDS) from fault
-        self.checkpoints.allocate()
 
     @property
     def _needed(self) -> int:
@@ -139,9 +148,9 @@ class MemoryVersions:
 
         And those of a version that is written to the ring.
         """
-        return 2 * len(self.checkpoints.averages) + self._ringed
+        return _FILES_EACH * self.checkpoints.count + self._ringed
 
-    def take(self) -> InPlace:
+    def take(self, averages: Collection[str]) -> InPlace:  # noqa: ARG002 - memory files are nobody's in particular
         """Where the next version is written to: nowhere else than where it is computed."""
         return InPlace(self)
 
@@ -200,6 +209,41 @@ class MemoryVersions:
         """Bring the state to the medium now. Raises StorageFailed."""
         self.checkpoints.save(state)
 
+    # --- other averages ---------------------------------------------------------------------------------------------
+
+    def steady(self) -> AbstractContextManager[None]:
+        """As Versions.steady()."""
+        return self.checkpoints.steady()
+
+    def make_room(self, member: Member) -> None:
+        """Take the memory that one more average will need, and the disk space of its checkpoints.
+
+        Raises OSError, Overloaded, and then took nothing.
+        """
+        self._reserve(self._needed + _FILES_EACH)
+        try:
+            self.checkpoints.make_room(member)
+        except OSError:
+            self._pool.trim(self._needed)
+            raise
+
+    def keep_setup(self, setup: Setup) -> None:
+        """As Versions.keep_setup()."""
+        self.checkpoints.keep_setup(setup)
+
+    def change_averages(self, setup: Setup) -> None:
+        """As Versions.change_averages(). The memory of an average that was removed is freed with its last reader."""
+        self._setup = setup
+        self.checkpoints.change_averages(setup)
+        self._held = [state.only(setup.members) for state in self._held]
+
+    def give_back(self) -> None:
+        """Give back the memory and the disk space of averages that the run does not have any more."""
+        self._pool.trim(self._needed)
+        self.checkpoints.give_back()
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
     def closing(self) -> AbstractContextManager[None]:
         """As Versions.closing()."""
         return self.checkpoints.closing()
@@ -237,6 +281,7 @@ class MemoryVersions:
         found = self.checkpoints.restore(fault=fault)
         self.durable_step = self.checkpoints.durable_step
         self._pool.adopt()
+        self._pool.trim(self._needed)
         return found
 
     def _same_as_checkpoint(self) -> StoredVersion | None:
@@ -271,13 +316,15 @@ class MemoryVersions:
     def _attached(self, row: StoredVersion) -> Restored:
         """The version whose files are still there. Raises OSError."""
         arenas: dict[str, Arena] = {}
-        for name in row.files.values():
+        version = row.version(self._setup)
+        if not version.averages:
+            raise OSError("they hold none of the averages that the run has by now")
+        for average in version.averages:
+            name, checksum = row.files[average.name], row.checksums[average.name]
             if name not in arenas:  # the averages of a first version share one
                 arenas[name] = self._arena(name)
-        version = row.version
-        for average, checksum in row.checksums.items():
             if checksum:
-                arenas[row.files[average]].digest = bytes.fromhex(checksum)
+                arenas[name].digest = bytes.fromhex(checksum)
         state = State(version, tuple(arenas[row.files[average.name]] for average in version.averages))
         self._held, self._newest = [state], (row.row, row.row.state)
         self.durable_step = version.step
@@ -285,6 +332,7 @@ class MemoryVersions:
         self._note_step(state)
         self.checkpoints.go_on_beside()
         self._pool.adopt()
+        self._pool.trim(self._needed)
         self._unverified.append((row, state))
         self._verified.clear()
         return Restored(state=state, steps=row.steps, last_epoch=version.epoch)

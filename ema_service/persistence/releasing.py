@@ -16,6 +16,7 @@ from ema_service.memory import FilePool, Layout, Memory
 from ema_service.memory.arena import buffer_bytes
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
+from ema_service.persistence.rows import read_setup
 from ema_service.storage import MEMORY, RunRow, Store, memory_prefix
 
 __all__ = ["release"]
@@ -57,4 +58,5 @@ def _versions(store: Store, row: RunRow, memory: Memory) -> MemoryVersions:
     if files is None:
         raise RuntimeError("there are no memory files")
     pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), memory.pool)
-    return MemoryVersions(config, row, store, layout, memory.of_run(pool), pool, files.nonce)
+    setup = read_setup(config, row.averages)
+    return MemoryVersions(config, row, store, layout, memory.of_run(pool), pool, files.nonce, setup=setup)

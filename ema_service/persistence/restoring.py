@@ -22,7 +22,7 @@ from ema_client.protocol import Durability
 from ema_service.averaging import Digest
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.rows import StoredVersion
-from ema_service.shadows.state import State
+from ema_service.shadows.state import Setup, State
 from ema_service.storage import TensorFile
 
 __all__ = ["Restored", "Search", "read_arena"]
@@ -57,6 +57,7 @@ class Search:
     """The search for what a run comes up with, among the rows of its versions on disk."""
 
     run: str
+    setup: Setup
     durability: Durability
     opening: Opening
     layout: Layout
@@ -92,14 +93,16 @@ class Search:
     def _read(self, row: StoredVersion) -> State:
         if not row.said:
             raise MalformedBody("the catalog's row of it is damaged")
-        arenas = []
-        for average, checksum in row.checksums.items():
-            file = self.opening(row, average)
+        version, arenas = row.version(self.setup), []
+        if not version.averages:
+            raise MalformedBody("it has none of the averages that the run has by now")
+        for average in version.averages:
+            file = self.opening(row, average.name)
             try:
-                arenas.append(read_arena(file, self.layout, self.memory, checksum))
+                arenas.append(read_arena(file, self.layout, self.memory, row.checksums[average.name]))
             finally:
                 file.close()
-        return State(row.version, tuple(arenas))
+        return State(version, tuple(arenas))
 
 
 def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str | None) -> Arena:

@@ -24,11 +24,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from ema_client.errors import MalformedBody, Overloaded, SnapshotDamaged
-from ema_client.protocol import LAYOUT_DTYPES, Posthoc, RingInfo, RunConfig
+from ema_client.protocol import LAYOUT_DTYPES, Posthoc, RingInfo, RunConfig, TensorSpec
+from ema_client.wire import build_header, place
 from ema_service.averaging import Ring
+from ema_service.averaging.strides import Strides
 from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena, Layout, Memory
+from ema_service.persistence.stride_log import StrideLog
 from ema_service.shadows.state import Average, Descent, State, Version
 from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
 from ema_service.threads import Threads
@@ -37,6 +42,8 @@ __all__ = ["RingSnapshot", "StoredRing"]
 
 _log = logging.getLogger(__name__)
 
+#: In place of an average's name: the file of the strides.
+_STRIDES = "-strides"
 #: Of versions that wait to be written, of one run: small ones come faster than a disk syncs.
 _HELD_BYTES = 16 << 20
 
@@ -79,8 +86,8 @@ class StoredRing:
     trouble: why the latest snapshot could not be written, or None.
 
     More than a dozen attributes: what a snapshot is made of and where it goes (config, posthoc, names, row, store,
-    layout, memory, threads), the run's state, the snapshots there are, those that wait, and what was last found of
-    them.
+    layout, memory, threads), the run's state, the snapshots there are, those that wait, what was last found of them,
+    and the strides of updates.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class StoredRing:
         self._changing, self._writing = threading.Lock(), threading.Lock()
         self._snapshots = tuple(_read(store.snapshots(row, "ring")))
         self._found = _Found(None, (), (), self._ring(()))
+        self._log = StrideLog(self._stored_strides)
 
     # --- the run moved ----------------------------------------------------------------------------------------------
 
@@ -120,14 +128,17 @@ class StoredRing:
         state = self._current()
         if state is None or self._closed:
             return
+        time = self._time(state.version)
+        self._log.follow(state.version, time)
         found = self._look(state.version)
         due = self._has_room and self._is_due(state.version, found)
         if due or (not self._waiting and len(found.leading) < len(self._snapshots)):
             averages = self._averages(state.version) if due else ()
             held = [(average, state.arenas[position]) for position, average in averages]
-            self._waiting.append((state.version.descent, self._time(state.version) if due else None))
+            strides = self._log.noted() if due else None
+            self._waiting.append((state.version.descent, time if due else None))
             with contextlib.suppress(RuntimeError):  # the server stops
-                self._threads.submit(self._follow, state.version, held)
+                self._threads.submit(self._follow, state.version, held, strides)
 
     @property
     def idle(self) -> bool:
@@ -168,6 +179,10 @@ class StoredRing:
         width = LAYOUT_DTYPES[self._posthoc.dtype]
         return (1 + (self._posthoc.snapshots + 1) * len(self._names)) * self._layout.elements * width
 
+    def strides(self) -> Strides:
+        """By how much the averages' counter moved at each update, from the beginning of the run's descent on."""
+        return self._log.noted()
+
     def told(self) -> RingInfo:
         """What is told of the ring."""
         state, snapshots = self._current(), self._snapshots
@@ -198,8 +213,8 @@ class StoredRing:
         each = self._layout.shadow_bytes * len(self._names)
         return (len(self._waiting) + 1) * each <= _HELD_BYTES or not self._waiting
 
-    def _follow(self, version: Version, held: list[tuple[Average, Arena]]) -> None:
-        """Write a snapshot, where something is held, then drop what there is too much of.
+    def _follow(self, version: Version, held: list[tuple[Average, Arena]], strides: Strides | None) -> None:
+        """Write a snapshot, where there are strides for one, then drop what there is too much of.
 
         A failure is logged, and told as ``trouble``.
         """
@@ -207,8 +222,8 @@ class StoredRing:
             with self._writing:
                 if self._closed:
                     return
-                if held and all(each.version != str(version) for each in self._snapshots):
-                    self._write(version, held)
+                if strides and all(each.version != str(version) for each in self._snapshots):
+                    self._write(version, held, strides)
                 self._prune()
                 self.trouble = None
         except (OSError, sqlite3.Error, Overloaded) as fault:
@@ -235,8 +250,11 @@ class StoredRing:
                 self._snapshots = tuple(each for each in self._snapshots if each is not stray[0])
             self._store.remove_snapshot(self._row, stray[0].version, "ring")
 
-    def _write(self, version: Version, held: list[tuple[Average, Arena]]) -> None:
-        """Write one file for each average, then the row. Raises OSError, sqlite3.Error, Overloaded."""
+    def _write(self, version: Version, held: list[tuple[Average, Arena]], strides: Strides) -> None:
+        """Write a file for each average and one for the strides, then the row.
+
+        Raises OSError, sqlite3.Error, Overloaded.
+        """
         begin = version.n == 0 and bool(version.digest)  # initial weights: all averages have one arena
         chosen = held[:1] if begin else held
         streams = {average.name: self._stream(version, average) for average, _ in chosen}
@@ -250,7 +268,8 @@ class StoredRing:
             begin,
         )
         self._store.check_room(snapshot.bytes)
-        files = {average.name: self._chunks(streams[average.name], arena) for average, arena in chosen}
+        files: dict[str, Iterable[bytes | memoryview]] = {_STRIDES: _strides_file(strides)}
+        files |= {average.name: self._chunks(streams[average.name], arena) for average, arena in chosen}
         self._store.save_snapshot(self._row, snapshot.version, lambda: json.dumps(asdict(snapshot)), files, "ring")
         with self._changing:
             self._snapshots = (*self._snapshots, snapshot)
@@ -264,6 +283,16 @@ class StoredRing:
         return WeightsStream(self._layout.shadows, info, dtype=self._posthoc.dtype)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _stored_strides(self, version: Version) -> Strides:
+        """The strides that were stored with the newest snapshot that led to a version; none where none can be read."""
+        for snapshot in reversed(self.leading_to(version)):
+            with contextlib.suppress(OSError, MalformedBody), self._opened(snapshot, _STRIDES) as file:
+                return Strides(np.frombuffer(file.read(0, file.header.data_bytes), np.int64).reshape(-1, 2))
+        return Strides()
+
+    def _opened(self, snapshot: RingSnapshot, name: str) -> contextlib.closing[TensorFile]:
+        return contextlib.closing(self._store.open_snapshot(self._row, snapshot.version, name, "ring"))
 
     def _look(self, version: Version) -> _Found:
         """The snapshots that led to a version. Those of a later version of one descent are the same."""
@@ -286,6 +315,12 @@ class StoredRing:
 
     def _damaged(self, snapshot: RingSnapshot, fault: object) -> SnapshotDamaged:
         return SnapshotDamaged(f"ring of run {self._row.name!r}: snapshot {snapshot.version} cannot be read: {fault}")
+
+
+def _strides_file(strides: Strides) -> Iterator[bytes]:
+    runs = strides.runs
+    yield build_header(place([TensorSpec("runs", runs.shape, "I64")]))
+    yield runs.tobytes()
 
 
 def _read(rows: Iterable[SnapshotRow]) -> Iterator[RingSnapshot]:

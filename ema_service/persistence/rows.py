@@ -1,6 +1,6 @@
-"""The text of a row of the catalog: the facts of a version as JSON, written and read back.
+"""The texts of rows of the catalog: the facts of a version, and a run's averages, as JSON, written and read back.
 
-Knows the members of that text, in every format there was. Does not know SQL, files, or which version counts.
+Knows the members of those texts, in every format there was. Does not know SQL, files, or which version counts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ema_service.shadows.state import Average, Descent, State, Version
+from ema_client.protocol import AverageConfig, RunConfig, from_json, to_json
+from ema_service.shadows.state import Average, Descent, Member, Setup, State, Version
 from ema_service.storage import CheckpointRow
 
-__all__ = ["StoredVersion", "boot_id", "descent_of", "dump", "read_rows"]
+__all__ = ["StoredVersion", "boot_id", "descent_of", "dump", "dump_setup", "read_rows", "read_setup"]
 
 #: The members that the text of every row has, in every format.
 _MEMBERS = {"lineage", "epoch", "n", "step", "num_updates", "digest", "updated_at", "final", "averages"}
@@ -76,15 +77,15 @@ class StoredVersion:
         """Orders the versions of a run: the newest is the largest."""
         return self.epoch, int(self.said.get("n", 0))
 
-    @property
-    def version(self) -> Version:
-        """The version as it was written. Only for a row that is not damaged."""
-        said = self.said
-        # Rows of a server whose averages all went by the run's counter do not name one for each.
-        averages = (
-            Average(each["name"], each["decay"], each["effective_decay"], each.get("num_updates", said["num_updates"]))
-            for each in said["averages"]
-        )
+    def version(self, setup: Setup) -> Version:
+        """The version as it was written, with those averages that the run still has. Only for a row that is not
+        damaged."""
+        said, averages = self.said, []
+        for member in setup.members:
+            if each := self._averages.get((member.name, member.lineage)):
+                # Rows of a server whose averages all went by the run's counter do not name one for each.
+                counter = each.get("num_updates", said["num_updates"])
+                averages.append(Average(member, each["decay"], each["effective_decay"], counter))
         return Version(
             lineage=said["lineage"],
             epoch=said["epoch"],
@@ -97,6 +98,11 @@ class StoredVersion:
             keys=tuple(said.get("keys", ())),
             descent=descent_of(said.get("descent")),
         )
+
+    @property
+    def _averages(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What is said of each average, by name and lineage."""
+        return {(each["name"], each.get("lineage", "")): each for each in self.said.get("averages", ())}
 
 
 def dump(state: State, *, final: bool, **more: object) -> str:
@@ -122,6 +128,7 @@ def dump(state: State, *, final: bool, **more: object) -> str:
             "averages": [
                 {
                     "name": average.name,
+                    "lineage": average.member.lineage,
                     "decay": average.decay,
                     "effective_decay": average.effective_decay,
                     "num_updates": average.num_updates,
@@ -143,6 +150,27 @@ def descent_of(said: dict[str, Any] | None) -> Descent:
 def read_rows(rows: list[CheckpointRow]) -> list[StoredVersion]:
     """The rows with their texts parsed, in the same order."""
     return [StoredVersion(row, _parse(row.state)) for row in rows]
+
+
+def dump_setup(setup: Setup) -> str:
+    """The text of a run's averages, where others were added to those it was created with, or removed."""
+    members = [{"average": to_json(member.config), "lineage": member.lineage} for member in setup.members]
+    return json.dumps({"members": members, "keys": setup.keys})
+
+
+def read_setup(created: RunConfig, text: str | None) -> Setup:
+    """The averages that a run is to have. text: None where they are those of ``created``. Raises ValueError where the
+    text is damaged."""
+    if text is None:
+        return Setup.of(created)
+    said = json.loads(text)
+    try:
+        members = [Member(from_json(AverageConfig, each["average"]), str(each["lineage"])) for each in said["members"]]
+        if not members:
+            raise ValueError("it has no averages")
+        return Setup(created, tuple(members), tuple(map(str, said["keys"])))
+    except (KeyError, TypeError) as fault:
+        raise ValueError(f"its averages cannot be read: {fault}") from None
 
 
 def _parse(text: str) -> dict[str, Any]:

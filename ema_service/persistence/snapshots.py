@@ -13,8 +13,8 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from ema_client.errors import (
     AverageNotFound,
@@ -34,13 +34,28 @@ from ema_service.bodies.outgoing import ReadBytes
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import read_arena
 from ema_service.persistence.rows import descent_of
-from ema_service.shadows.state import Average, Descent, State, schedule_told
+from ema_service.shadows.state import Average, Descent, Member, State, schedule_told
 from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
 from ema_service.storage.store import Files
 
 __all__ = ["Snapshots"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A snapshot as its row tells of it. checksums, lineages: by name of the average; no lineage is an empty one."""
+
+    info: SnapshotInfo
+    checksums: Mapping[str, str]
+    lineages: Mapping[str, str]
+
+    def has(self, member: Member, *, by_name: bool) -> bool:
+        """Whether the snapshot has an average. by_name: or another of its name."""
+        if member.name not in self.info.averages:
+            return False
+        return by_name or self.lineages.get(member.name, "") == member.lineage
 
 
 class Snapshots:
@@ -62,7 +77,8 @@ class Snapshots:
         *,
         most: int = sys.maxsize,
     ) -> None:
-        """tell: called, in any thread, after each change of the snapshots. most: how many there may be."""
+        """config: of the run as it was created. tell: called, in any thread, after each change of the snapshots. most:
+        how many there may be."""
         self._config = config
         self._row = row
         self._store = store
@@ -143,32 +159,36 @@ class Snapshots:
 
     def find(self, name: str) -> SnapshotInfo:
         """The snapshot of this name. Raises SnapshotNotFound."""
-        found = self._found().get(name)
-        if found is None:
-            raise _missing(self._row.name, name)
-        return found
+        return _one(self._kept(), self._row.name, name).info
 
     def open(self, name: str, average: str | None = None) -> tuple[TensorFile, WeightsInfo]:
         """The file of one average (the first by default), open for the caller to close.
 
         Raises SnapshotNotFound, AverageNotFound, SnapshotDamaged.
         """
-        return self._open(self.find(name), average)
+        return self._open(_one(self._kept(), self._row.name, name), average)
 
     def read(
-        self, name: str, *, of: Snapshots | None = None
+        self, name: str, wanted: Sequence[Member], *, of: Snapshots | None = None
     ) -> tuple[SnapshotInfo, tuple[Average, ...], tuple[Arena, ...]]:
-        """A snapshot with its averages, read back into the run's memory.
+        """A snapshot with those averages of ``wanted`` that it has, read back into the run's memory.
 
-        of: the snapshots of another run with the same shadows. Raises SnapshotNotFound, SnapshotDamaged.
+        of: the snapshots of another run with the same shadows, whose averages are the wanted ones by their names. An
+        average of this run that was removed, and added again under its name, is another.
+
+        Raises SnapshotNotFound, SnapshotDamaged; AverageNotFound where the snapshot has none of them.
         """
         source = self if of is None else of
         with source._lock:  # nobody deletes a snapshot that is being read
-            info, checksums = source._with_checksums().get(name, (None, {}))
-            if info is None:
-                raise _missing(source._row.name, name)
-            pairs = [source._read(info, each, checksums, self._memory) for each in info.averages]
-        return info, tuple(average for average, _ in pairs), tuple(arena for _, arena in pairs)
+            kept = _one(source._kept(), source._row.name, name)
+            found = [member for member in wanted if kept.has(member, by_name=of is not None)]
+            if not found:
+                raise AverageNotFound(
+                    f"snapshot {name!r} of run {source._row.name!r} has {', '.join(kept.info.averages)}, which are no "
+                    f"averages of run {self._row.name!r} any more"
+                )
+            pairs = [source._read(kept, each, self._memory) for each in found]
+        return kept.info, tuple(average for average, _ in pairs), tuple(arena for _, arena in pairs)
 
     def descent(self, info: SnapshotInfo) -> Descent:
         """Which versions led to that of a snapshot. Raises SnapshotNotFound where the snapshot is gone."""
@@ -180,7 +200,7 @@ class Snapshots:
 
     def counter(self, info: SnapshotInfo, average: str) -> int:
         """The counter of an average of a snapshot. Raises SnapshotDamaged, AverageNotFound."""
-        file, weights = self._open(info, average)
+        file, weights = self.open(info.name, average)
         file.close()
         return weights.num_updates
 
@@ -245,11 +265,18 @@ class Snapshots:
         left alone: whether a snapshot can be taken must not depend on who reads. Raises StorageFailed.
         """
         checksums: dict[str, str] = {}
+        lineages = {each.name: each.member.lineage for each in state.version.averages if each.member.lineage}
         files = {
             average.name: self._chunks(state, average, arena, info.name, checksums)
             for average, arena in zip(state.version.averages, state.arenas, strict=True)
         }
-        said = {**to_json(info), "checksums": checksums, "key": key, "descent": asdict(state.version.descent)}
+        said = {
+            **to_json(info),
+            "checksums": checksums,
+            "lineages": lineages,
+            "key": key,
+            "descent": asdict(state.version.descent),
+        }
         self._save(info.name, info.bytes, lambda: json.dumps(said), files)
 
     def _save(self, name: str, nbytes: int, text: Callable[[], str], files: Files) -> None:
@@ -301,15 +328,19 @@ class Snapshots:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def _found(self) -> dict[str, SnapshotInfo]:
-        return {name: info for name, (info, _) in self._with_checksums().items()}
+        return {name: kept.info for name, kept in self._kept().items()}
 
-    def _with_checksums(self) -> dict[str, tuple[SnapshotInfo, dict[str, str]]]:
-        """By name, each snapshot and the checksums of its averages, oldest first."""
+    def _kept(self) -> dict[str, _Kept]:
+        """By name, each snapshot with what its row says beside, oldest first."""
         texts = {row.name: json.loads(row.info) for row in self._store.snapshots(self._row)}
-        # Rows of format 1 have no checksums.
-        return {name: (from_json(SnapshotInfo, text), text.get("checksums", {})) for name, text in texts.items()}
+        # Rows of format 1 have no checksums, those before format 6 no lineages.
+        return {
+            name: _Kept(from_json(SnapshotInfo, text), text.get("checksums", {}), text.get("lineages", {}))
+            for name, text in texts.items()
+        }
 
-    def _open(self, info: SnapshotInfo, average: str | None) -> tuple[TensorFile, WeightsInfo]:
+    def _open(self, kept: _Kept, average: str | None) -> tuple[TensorFile, WeightsInfo]:
+        info = kept.info
         chosen = info.averages[0] if average is None else average
         if chosen not in info.averages:
             raise AverageNotFound(
@@ -321,26 +352,33 @@ class Snapshots:
         except (OSError, MalformedBody) as fault:
             raise _damaged(info, fault) from fault
         weights = WeightsInfo.from_metadata(dict(file.header.metadata))
-        if info.target is not None:
-            return file, weights
-        # A file of an earlier server does not name the schedule.
-        return file, replace(weights, **schedule_told(self._config, chosen))
+        if info.target is None and chosen not in kept.lineages:
+            # The run was created with the average: a file of an earlier server does not name the schedule.
+            weights = replace(weights, **schedule_told(self._config.average(chosen)))
+        return file, weights
 
-    def _read(self, info: SnapshotInfo, name: str, checksums: dict[str, str], memory: Memory) -> tuple[Average, Arena]:
-        file, weights = self._open(info, name)
+    def _read(self, kept: _Kept, member: Member, memory: Memory) -> tuple[Average, Arena]:
+        file, weights = self._open(kept, member.name)
         try:
-            arena = read_arena(file, self._layout, memory, checksums.get(name))
+            arena = read_arena(file, self._layout, memory, kept.checksums.get(member.name))
         except (OSError, MalformedBody) as fault:
-            raise _damaged(info, fault) from fault
+            raise _damaged(kept.info, fault) from fault
         finally:
             file.close()
-        return Average(name, weights.decay, None, weights.num_updates), arena
+        return Average(member, weights.decay, None, weights.num_updates), arena
 
 
 def _key_of(name: str, rows: list[SnapshotRow]) -> str | None:
     """The key of the call that took a snapshot, None where the call had none."""
     found: list[str | None] = [json.loads(row.info).get("key") for row in rows if row.name == name]
     return found[0] if found else None
+
+
+def _one(found: Mapping[str, _Kept], run: str, name: str) -> _Kept:
+    """The snapshot of this name. Raises SnapshotNotFound."""
+    if name not in found:
+        raise _missing(run, name)
+    return found[name]
 
 
 def _missing(run: str, name: str) -> SnapshotNotFound:

@@ -18,17 +18,17 @@ import logging
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from ema_client.errors import Overloaded, StorageFailed
+from ema_client.errors import Overloaded, StorageFailed, Superseded
 from ema_client.protocol import MAX_STEP, Durability, RunConfig, WeightsInfo
 from ema_service.averaging import Digest
 from ema_service.bodies.outgoing import header_of
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import Restored, Search
-from ema_service.persistence.rows import StoredVersion, dump, read_rows
-from ema_service.shadows.state import Average, State, schedule_told
+from ema_service.persistence.rows import StoredVersion, dump, dump_setup, read_rows
+from ema_service.shadows.state import Average, Member, Setup, State, schedule_told
 from ema_service.storage import MEMORY, CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
 __all__ = ["SlotPlace", "Versions"]
@@ -50,13 +50,14 @@ _RETRY_SECONDS = 1.0
 class _Written:
     """A version on disk. It holds its slot as long as this object lives, and no memory: the run may be further on.
 
-    text: of its row, as it is in the catalog now. step: the version's. synced: whether the version outlives the
-    machine, not only the process.
+    text: of its row, as it is in the catalog now. age: as StoredVersion.age. step: the version's. synced: whether the
+    version outlives the machine, not only the process.
     """
 
     row: CheckpointRow
     slot: Slot
     text: str
+    age: tuple[int, int]
     step: int | None
     synced: bool
 
@@ -103,8 +104,11 @@ class Versions:
         *,
         every: bool | None = None,
         reason: str | None = None,
+        setup: Setup | None = None,
     ) -> None:
-        """every: by default where the run's durability wants it; False where versions are kept elsewhere, too.
+        """config: of the run as it was created. setup: which averages it has by now; None: those of ``config``.
+
+        every: by default where the run's durability wants it; False where versions are kept elsewhere, too.
 
         reason: why a run of durability ``process`` has its versions here and not in memory files.
         """
@@ -117,8 +121,8 @@ class Versions:
         self._store = store
         self._layout = layout
         self._memory = memory
-        self.averages = tuple(average.name for average in config.averages)
-        extents = {name: Extent(_header_bytes(config, name, layout), layout.shadow_bytes) for name in self.averages}
+        self._setup = setup or Setup.of(config)
+        extents = {member.name: self._extent(member) for member in self._setup.members}
         self._slots = store.slots(row, extents, patient=self._durability == "disk")
         self._newest: _Written | None = None
         self._anchor: Slot | None = None
@@ -140,15 +144,16 @@ class Versions:
     def allocate(self) -> None:
         """Take the disk space that the run will need. Raises OSError."""
         count = (_SLOTS if self.every else _CHECKPOINT_SLOTS)[self._durability]
-        self._store.check_room(count * len(self.averages) * self._layout.shadow_bytes)
+        self._store.check_room(count * len(self._setup.members) * self._layout.shadow_bytes)
         self._slots.allocate(count)
 
-    def take(self) -> SlotPlace | None:
+    def take(self, averages: Collection[str]) -> SlotPlace | None:
         """A place for the next version, in a slot; None where versions are kept now and then only.
 
-        Touches no disk; dropping the place gives its slot back.
+        averages: of that version, by name. Touches no disk; dropping the place gives its slot back. Raises Superseded
+        where an average was removed.
         """
-        return SlotPlace(self, self._slots.take()) if self.every else None
+        return SlotPlace(self, self._take(averages)) if self.every else None
 
     def write(self, slot: Slot, state: State) -> None:
         """Write to the slot whatever of the state is not written yet; with ``disk``, sync all of it.
@@ -199,14 +204,19 @@ class Versions:
 
         Versions superseded meanwhile are skipped.
 
-        A failure is logged and told as ``trouble``; the version synced before stays what a power loss leaves.
+        A failure is logged and told as ``trouble``; the version synced before stays what a power loss leaves. While
+        another thread syncs there is nothing to do.
         """
-        if not self._syncing.acquire(blocking=False):
-            return
-        try:
-            newest = self._newest
-            if newest is None or not self.unsynced:
-                return
+        if self._syncing.acquire(blocking=False):
+            try:
+                self._sync()
+            finally:
+                self._syncing.release()
+
+    def _sync(self) -> bool:
+        """Sync the newest version, and say whether it is on the medium. Under the lock of syncing."""
+        newest = self._newest
+        if newest and self.unsynced:
             try:
                 newest.slot.files.sync()
                 # The old anchor's slot is given up for a row that outlives the machine, never before: the rows of
@@ -216,10 +226,9 @@ class Versions:
             except (OSError, sqlite3.Error) as fault:
                 self._unsyncable = newest.row.id
                 self._tell(f"what {newest.slot.name} holds could not be synced: {fault}")
-                return
-            newest.synced, self._anchor, self._anchor_step = True, newest.slot, newest.step
-        finally:
-            self._syncing.release()
+            else:
+                newest.synced, self._anchor, self._anchor_step = True, newest.slot, newest.step
+        return newest is None or newest.synced
 
     # --- now and then -----------------------------------------------------------------------------------------------
 
@@ -243,9 +252,53 @@ class Versions:
             self.trouble = None
 
     def settle(self, state: State) -> None:
-        """Bring the state to the medium now. Raises StorageFailed."""
+        """Bring the state, or a later one, to the medium now. Waits for a sync under way. Raises StorageFailed."""
         self.save(state)
-        self.sync()
+        with self._syncing:
+            if not self._sync():
+                raise self._failed(self.trouble or f"version {state.version} could not be synced")
+
+    # --- other averages ---------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """How many averages the run is to have."""
+        return len(self._setup.members)
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within the block nothing is saved, and the run is not deleted. Waits for a save under way."""
+        with self._saving:
+            yield
+
+    def make_room(self, member: Member) -> None:
+        """Take the disk space that one more average will need, in every slot. Raises OSError, and then took none."""
+        count = (_SLOTS if self.every else _CHECKPOINT_SLOTS)[self._durability]
+        self._store.check_room(count * self._layout.shadow_bytes)
+        self._slots.add(member.name, self._extent(member))
+
+    def keep_setup(self, setup: Setup) -> None:
+        """Make these averages those of the run, from the answer on, whatever becomes of the machine. Raises
+        StorageFailed."""
+        try:
+            self._store.set_averages(self._row, dump_setup(setup))
+        except sqlite3.Error as fault:
+            raise StorageFailed(
+                f"the averages of run {self._run!r} could not be kept: {fault}", retry_after=_RETRY_SECONDS
+            ) from fault
+
+    def change_averages(self, setup: Setup) -> None:
+        """Versions have these averages from now on; nothing is written."""
+        self._setup = setup
+
+    def give_back(self) -> None:
+        """Give back the disk space of averages that the run does not have any more.
+
+        Also at a start: the server before may have been killed once they were removed.
+        """
+        self._slots.keep_only([member.name for member in self._setup.members])
+
+    # --- the end ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -280,7 +333,8 @@ class Versions:
             last_epoch = max((row.epoch for row in [*rows, *([lost] if lost else [])]), default=0)
             found = Restored(last_epoch=last_epoch, fault=f"its files cannot be read: {unreadable}")
         else:
-            search = Search(self._run, self._durability, self._open, self._layout, self._memory)
+            self.give_back()
+            search = Search(self._run, self._setup, self._durability, self._open, self._layout, self._memory)
             found = search.find(rows, lost, fault)
         self._go_on_from(found)
         if found.fault:
@@ -312,6 +366,7 @@ class Versions:
 
     def go_on_beside(self) -> None:
         """Hold the newest checkpoint as it is, unread: the run comes up with a newer version from elsewhere."""
+        self.give_back()
         rows = [row for row in self._rows() if row.said and row.row.synced]
         if rows:
             self._hold(rows[0], rows[1:])
@@ -319,7 +374,7 @@ class Versions:
 
     def _hold(self, row: StoredVersion, older: Sequence[StoredVersion]) -> _Written:
         """Let nobody write over the version of ``row``, nor over the newest that is on the medium."""
-        written = _Written(row.row, self._slots.hold(row.row.folder), row.row.state, row.step, row.row.synced)
+        written = _Written(row.row, self._slots.hold(row.row.folder), row.row.state, row.age, row.step, row.row.synced)
         anchor = next((each for each in (row, *older) if each.row.synced), None)
         self._newest = written
         self._anchor = written.slot if anchor is row else self._slots.hold(anchor.row.folder) if anchor else None
@@ -343,9 +398,12 @@ class Versions:
 
     def _save(self, state: State, *, final: bool) -> None:
         """Write and sync a new checkpoint, or mark the newest row as final. Raises OSError, sqlite3.Error."""
-        newest = self._newest
+        newest, version = self._newest, state.version
+        if newest and newest.age > (version.epoch, version.n):
+            return  # a later state was saved while this one waited for its turn
+        state = state.only(self._setup.members)  # an average may have been removed meanwhile
         if newest is None or not newest.synced or newest.text != dump(state, final=False):
-            slot = self._slots.take()
+            slot = self._take([average.name for average in state.version.averages])
             self._write(slot, state)
             slot.files.sync()
             self._put(slot, state, final=final, synced=True)
@@ -383,7 +441,8 @@ class Versions:
             self._doubtful.append(slot)
             raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
         self._doubtful.clear()
-        self._newest = _Written(row, slot, text, state.version.step, synced)
+        age = state.version.epoch, state.version.n
+        self._newest = _Written(row, slot, text, age, state.version.step, synced)
         if synced:
             self._anchor, self._anchor_step = slot, state.version.step
         self.durable_step = state.version.step
@@ -394,6 +453,16 @@ class Versions:
         if text != written.text:
             self._store.amend_checkpoint(written.row, text, durable=durable)
             written.text = text
+
+    def _take(self, averages: Collection[str]) -> Slot:
+        try:
+            return self._slots.take(averages)
+        except KeyError:
+            raise Superseded(f"an average of run {self._run!r} was removed meanwhile", retry_after=0.0) from None
+
+    def _extent(self, member: Member) -> Extent:
+        """The size of an average's file in a slot."""
+        return Extent(_header_bytes(self._config, member, self._layout), self._layout.shadow_bytes)
 
     def _header(self, state: State, average: Average) -> bytes:
         return header_of(self._layout.shadows, state.version.weights_info(self._config, average))
@@ -414,15 +483,15 @@ class Versions:
         self._store.record(self._row, event)
 
 
-def _header_bytes(config: RunConfig, average: str, layout: Layout) -> int:
+def _header_bytes(config: RunConfig, member: Member, layout: Layout) -> int:
     """Room that the header of any version of this average takes in a slot's file."""
     widest = WeightsInfo(
         run=config.run,
-        average=average,
+        average=member.name,
         version=f"{MAX_STEP}.{MAX_STEP}",
         step=MAX_STEP,
         num_updates=MAX_STEP,
         decay=sys.float_info.min,  # 23 digits, as many as a float can have
-        **schedule_told(config, average),
+        **schedule_told(member.config),
     )
     return padded_bytes(header_of(layout.shadows, widest))

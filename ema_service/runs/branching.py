@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from ema_client.errors import AverageNotFound, InvalidRequest, LayoutMismatch, listed
 from ema_client.protocol import RunConfig, SnapshotInfo
-from ema_service.memory import Arena
 from ema_service.runs.run import Run
-from ema_service.shadows import Average
 
-__all__ = ["branched", "check_branch"]
-
-_Snapshot = tuple[SnapshotInfo, tuple[Average, ...], tuple[Arena, ...]]
+__all__ = ["check_averages", "check_branch"]
 
 
 def check_branch(run: Run, source: Run) -> None:
@@ -34,17 +30,11 @@ def check_branch(run: Run, source: Run) -> None:
         )
 
 
-def branched(
-    config: RunConfig, info: SnapshotInfo, averages: tuple[Average, ...], arenas: tuple[Arena, ...]
-) -> _Snapshot:
-    """Of another run's snapshot the averages that a run of this configuration has, in its order.
-
-    Raises AverageNotFound for an average that the snapshot does not have.
-    """
-    found = {average.name: (average, arena) for average, arena in zip(averages, arenas, strict=True)}
-    wanted = [average.name for average in config.averages]
-    if missing := [name for name in wanted if name not in found]:
+def check_averages(config: RunConfig, snapshot: SnapshotInfo) -> None:
+    """Raises AverageNotFound where another run's snapshot lacks an average that a run of this configuration has."""
+    missing = [average.name for average in config.averages if average.name not in snapshot.averages]
+    if missing:
         raise AverageNotFound(
-            f"snapshot {info.name!r} of run {info.run!r} has no average {missing[0]!r}; it has {', '.join(found)}"
+            f"snapshot {snapshot.name!r} of run {snapshot.run!r} has no average {missing[0]!r}; it has "
+            f"{', '.join(snapshot.averages)}"
         )
-    return info, tuple(found[name][0] for name in wanted), tuple(found[name][1] for name in wanted)

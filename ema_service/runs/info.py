@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ema_client.protocol import AverageInfo, RunConfig, RunInfo, RunStatus
+from ema_client.protocol import AverageInfo, RunInfo, RunStatus
 from ema_service.shadows.state import schedule_told
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ class Links:
 
 
 def describe(
-    config: RunConfig,
     layout: Layout,
     ledger: Ledger,
     shadows: Shadows,
@@ -68,16 +67,16 @@ def describe(
     created_at: float,
 ) -> RunInfo:
     """The RunInfo of a run as it stands."""
-    state = shadows.state
+    state, succession = shadows.state, ledger.succession
+    config = succession.setup.config
     version = state.version if state else None
     trouble = ledger.fault or (keeper.trouble if keeper else None)
-    known = version.averages if version else ledger.succession.averages_at_start
-    averages = tuple(_average_info(config, average) for average in known)
+    averages = tuple(_average_info(average) for average in succession.averages(version))
     return RunInfo(
         run=config.run,
         status=_status(degraded=trouble is not None, awaiting=version is None),
         decay=averages[0].decay,
-        num_updates=version.num_updates if version else ledger.succession.counter_at_start,
+        num_updates=version.num_updates if version else succession.counter_at_start,
         effective_decay=averages[0].effective_decay,
         use_num_updates=config.use_num_updates,
         decay_per=config.decay_per,
@@ -103,13 +102,13 @@ def describe(
     )
 
 
-def _average_info(config: RunConfig, average: Average) -> AverageInfo:
+def _average_info(average: Average) -> AverageInfo:
     return AverageInfo(
         name=average.name,
         decay=average.decay,
         effective_decay=average.effective_decay,
         num_updates=average.num_updates,
-        **schedule_told(config, average.name),
+        **schedule_told(average.member.config),
     )
 
 

@@ -17,18 +17,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ema_client.errors import (
+    AverageExists,
     AverageNotFound,
     AwaitingWeights,
     Fenced,
     InvalidRequest,
+    LastAverage,
     RunDegraded,
     RunNotFound,
     StaleStep,
     StepConflict,
     Superseded,
+    TooManyAverages,
     WeightsExist,
 )
 from ema_client.protocol import (
+    MAX_AVERAGES,
     MAX_STEP,
     SCHEDULE_FIELDS,
     AverageConfig,
@@ -36,8 +40,9 @@ from ema_client.protocol import (
     SnapshotInfo,
     UpdateStatus,
 )
+from ema_service.averaging.schedules import COPY, Retention
 from ema_service.runs.schedules import counts, largest_decay, schedule_of
-from ema_service.shadows.state import Average, Descent, Plan, Version
+from ema_service.shadows.state import Average, Descent, Member, Plan, Setup, Version
 
 __all__ = ["Ledger", "Succession"]
 
@@ -48,30 +53,42 @@ _REMEMBERED_WRITERS = 64
 
 
 class Succession:
-    """Which version follows which, by the run's configuration alone. Every method is pure.
+    """Which version follows which, by what the run is set up to be alone. Every method is pure.
 
     now: seconds since 1970, wherever a method takes it.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._config = setup.config
 
     @property
     def counter_at_start(self) -> int:
         """LitEma's counter before any update: 0, or -1 where the run does not count."""
         return 0 if self._config.use_num_updates else -1
 
-    @property
-    def averages_at_start(self) -> tuple[Average, ...]:
-        """The averages before any update, with the decays of the run's configuration."""
-        return tuple(self._began(average, 0) for average in self._config.averages)
+    def averages(self, version: Version | None) -> tuple[Average, ...]:
+        """Every average that the run is to have, as it is in ``version``; one without weights as it will begin."""
+        known, members = version.averages if version else (), self.setup.members
+        if len(known) == len(members) and all(a.member is member for a, member in zip(known, members, strict=True)):
+            return known  # as in nearly every version
+        return tuple((version and version.find(member)) or self._began(member, 0) for member in members)
 
-    def position(self, average: str | None) -> int:
-        """The position of the average of this name, from 0; None names the first. Raises AverageNotFound."""
-        names = [config.name for config in self._config.averages]
-        if average is not None and average not in names:
-            raise AverageNotFound(f"run {self._config.run!r} has no average {average!r}; it has {', '.join(names)}")
-        return 0 if average is None else names.index(average)
+    def member(self, average: str | None) -> Member:
+        """The average of this name; None names the first. Raises AverageNotFound."""
+        found = self.setup.members[0] if average is None else self.setup.find(average)
+        if found is None:
+            names = ", ".join(member.name for member in self.setup.members)
+            raise AverageNotFound(f"run {self._config.run!r} has no average {average!r}; it has {names}")
+        return found
+
+    def awaiting(self, member: Member) -> AwaitingWeights:
+        """The error for whoever wants the weights of an average that was added, or lost by a rewind, before it begins
+        with the next update."""
+        return AwaitingWeights(
+            f"average {member.name!r} of run {self._config.run!r} has no weights before the next update",
+            hint="it begins with the parameters of the next update: push one, or wait for one (min_step, wait)",
+        )
 
     def first(self, lineage: str, digest: bytes, now: float, *, num_updates: int | None, step: int | None) -> Version:
         """The version that initial weights make.
@@ -80,28 +97,37 @@ class Succession:
         """
         if num_updates is not None and not self._config.use_num_updates:
             raise InvalidRequest(f"num_updates: {num_updates} was given, but use_num_updates is off in this run")
-        averages = tuple(self._began(average, num_updates or 0) for average in self._config.averages)
+        averages = tuple(self._began(member, num_updates or 0) for member in self.setup.members)
         counter = self.counter_at_start if num_updates is None else num_updates
         return Version(lineage, 1, 0, step, counter, digest, averages, now, descent=Descent(num_updates or 0))
 
     def plan(self, step: int, base: Version) -> Plan:
         """What an admitted update of ``step`` is to make of ``base``: its decays and its counter, exact over the gap of
-        steps."""
+        steps.
+
+        An average that the base does not have begins with the update's parameters, whatever its schedule.
+        """
         if step == base.step:
             # Only the same update again can be meant, and its digest tells: nothing is averaged.
-            return Plan(base, step, 0, ())
+            return Plan(base, step, 0, (), ())
         gap = 1 if self._config.decay_per == "update" or base.step is None else step - base.step
-        retentions = tuple(
-            schedule_of(self._config, config, average.decay).retention(average.num_updates, gap)
-            for config, average in zip(self._config.averages, base.averages, strict=True)
-        )
-        return Plan(base, step, gap, retentions)
+        averages = self.averages(base)
+        return Plan(base, step, gap, averages, tuple(self._retention(base, each, gap) for each in averages))
+
+    def _retention(self, base: Version, average: Average, gap: int) -> Retention:
+        if base.find(average.member) is None:
+            return COPY
+        schedule = schedule_of(self._config, average.member.config, average.decay)
+        return schedule.retention(average.num_updates, gap)
 
     def following(self, plan: Plan, digest: bytes, now: float) -> Version:
         """The version that a planned update makes. digest: of the update's parameters."""
         averages = tuple(
-            replace(average, effective_decay=retention.decay, num_updates=_counted(average.num_updates, plan.gap))
-            for average, retention in zip(plan.base.averages, plan.retentions, strict=True)
+            # The parameters that an average begins with are no update of it, as initial weights are none.
+            average
+            if plan.base.find(average.member) is None
+            else replace(average, effective_decay=retention.decay, num_updates=_counted(average.num_updates, plan.gap))
+            for average, retention in zip(plan.averages, plan.retentions, strict=True)
         )
         return replace(
             plan.base,
@@ -114,18 +140,21 @@ class Succession:
         )
 
     def with_decay(self, version: Version, decay: float, average: str | None) -> Version:
-        """The version with another decay of one average, the first by default. Raises InvalidRequest,
-        AverageNotFound."""
+        """The version with another decay of one average, the first by default.
+
+        Raises InvalidRequest, AverageNotFound; AwaitingWeights where the average has no weights yet.
+        """
         if not 0.0 <= decay <= 1.0:
             raise InvalidRequest(f"decay: {decay} is not between 0 and 1")
-        chosen = self.position(average)
-        config = self._config.averages[chosen]
-        if "decay" not in SCHEDULE_FIELDS[config.schedule]:
+        chosen = self.member(average)
+        if "decay" not in SCHEDULE_FIELDS[chosen.config.schedule]:
             raise InvalidRequest(
-                f"average {config.name!r} of run {self._config.run!r} has schedule {config.schedule!r}, which takes no "
-                "decay: make a run of an average whose schedule takes one"
+                f"average {chosen.name!r} of run {self._config.run!r} has schedule {chosen.config.schedule!r}, which "
+                "takes no decay: add an average whose schedule takes one"
             )
-        averages = (replace(a, decay=decay) if i == chosen else a for i, a in enumerate(version.averages))
+        if version.find(chosen) is None:
+            raise self.awaiting(chosen)
+        averages = (replace(a, decay=decay) if chosen.is_same(a.member) else a for a in version.averages)
         return replace(version, averages=tuple(averages))
 
     def with_counter_reset(self, version: Version) -> Version:
@@ -138,10 +167,44 @@ class Succession:
         descent = Descent(first=version.n)
         return replace(version, num_updates=self.counter_at_start, averages=averages, descent=descent)
 
-    def _began(self, average: AverageConfig, num_updates: int) -> Average:
+    def with_average(self, average: AverageConfig, lineage: str, key: str | None) -> Setup | None:
+        """The setup with one more average, the last; None where the run has this very average.
+
+        Raises AverageExists where an average of that name has another configuration, TooManyAverages.
+        """
+        run, found = self._config.run, self.setup.find(average.name)
+        if found and found.config == average:
+            return None
+        if found:
+            raise AverageExists(f"average {average.name!r} of run {run!r} exists with another configuration")
+        if len(self.setup.members) >= MAX_AVERAGES:
+            raise TooManyAverages(f"run {run!r} has {MAX_AVERAGES} averages, and may have no more")
+        return self.setup.followed_by((*self.setup.members, Member(average, lineage)), key)
+
+    def without_average(self, version: Version | None, name: str, key: str | None) -> Setup:
+        """The setup without one of its averages.
+
+        version: the run's current one. Raises AverageNotFound; InvalidRequest for an average of the run's ring;
+        LastAverage where the run would be left without an average, or without one that has weights.
+        """
+        run, gone = self._config.run, self.member(name)
+        if self._config.posthoc and gone.config in self._config.posthoc.averages:
+            raise InvalidRequest(f"average {name!r} of run {run!r} is one that its ring is made of, and stays with it")
+        rest = tuple(member for member in self.setup.members if member != gone)
+        if not rest:
+            raise LastAverage(f"{name!r} is the only average of run {run!r}")
+        if version and not any(version.find(member) for member in rest):
+            names = ", ".join(member.name for member in rest)
+            raise LastAverage(
+                f"{name!r} is the only average of run {run!r} that has weights: {names} begins with the next update",
+                hint="push an update first",
+            )
+        return self.setup.followed_by(rest, key)
+
+    def _began(self, member: Member, num_updates: int) -> Average:
         """An average that begins with this counter."""
-        counter = num_updates if counts(self._config, average) else -1
-        return Average(average.name, largest_decay(self._config, average), None, counter)
+        counter = num_updates if counts(self._config, member.config) else -1
+        return Average(member, largest_decay(self._config, member.config), None, counter)
 
 
 class Ledger:
@@ -156,8 +219,10 @@ class Ledger:
     admit() is called without the run's lock too, before a body is read; so each method reads ``version`` once.
     """
 
-    def __init__(self, config: RunConfig, *, writer: int = 0) -> None:
-        self.succession = Succession(config)
+    def __init__(self, config: RunConfig, *, writer: int = 0, setup: Setup | None = None) -> None:
+        """config: of the run as it was created. setup: the averages of a run that others were added to, or removed
+        from; None: those of ``config``."""
+        self.succession = Succession(setup or Setup.of(config))
         self.version: Version | None = None
         self.writer = writer
         self.fault: str | None = None
@@ -169,6 +234,11 @@ class Ledger:
         self._steps: deque[int] = deque(maxlen=_REMEMBERED_STEPS)
         #: key -> the writer's number that attaching with the key gave.
         self._given: dict[str, int] = {}
+
+    @property
+    def setup(self) -> Setup:
+        """Which averages the run is to have."""
+        return self.succession.setup
 
     # --- whether the run can be read and written --------------------------------------------------------------------
 
@@ -292,9 +362,12 @@ class Ledger:
     def judge_rewind(self, to: Version) -> None:
         """Whether a rewind to the version ``to`` may take effect.
 
-        Raises RunNotFound; Superseded where someone else rewound the run since ``to`` was decided on.
+        Raises RunNotFound; Superseded where someone else rewound the run, or removed one of the averages, since ``to``
+        was decided on.
         """
         self.check_exists()
+        if any(average.member not in self.setup.members for average in to.averages):
+            raise Superseded(f"an average of run {self._run!r} was removed meanwhile", retry_after=0.0)
         if self.version and self.version.epoch >= to.epoch:
             raise Superseded(f"run {self._run!r} was rewound by someone else meanwhile", retry_after=0.0)
 
@@ -332,6 +405,10 @@ class Ledger:
             self._forget_steps_after(version.step)
         elif version.n and version.step is not None and (before is None or version.n > before.n):
             self._steps.append(version.step)
+
+    def change_averages(self, setup: Setup) -> None:
+        """The run is to have the averages of ``setup`` from now on."""
+        self.succession = Succession(setup)
 
     def recover(self) -> None:
         """The run takes updates again: someone decided which version it goes on with."""

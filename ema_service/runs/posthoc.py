@@ -28,6 +28,7 @@ from ema_service.averaging import (
     check,
 )
 from ema_service.averaging.profiles import Counters, decays_of, gamma_of, power_decay
+from ema_service.averaging.strides import Strides
 from ema_service.averaging.synthesis import MAX_ROUNDING
 from ema_service.persistence import RingSnapshot, Snapshots, StoredRing
 from ema_service.runs.run import Run
@@ -198,13 +199,10 @@ class Synthesiser:
     def _stock(self, state: State, at: str | None) -> _Stock:
         """What is stored up to a time. Raises SynthesisRefused, SnapshotNotFound."""
         version = state.version
-        ring = [
-            _Node(_passed(version, each.epoch, each.n, each.time), each.time, each.averages, each)
-            for each in self.ring.leading_to(version)
-        ]
+        ring = [_Node(_passed(version, each), each.time, each.averages, each) for each in self.ring.leading_to(version)]
         last, time = next((node for node in ring if str(node.time) == at), None), self._time(version)
         if at is None or (last is None and at == str(time)):
-            last = _Node(_passed(version, version.epoch, version.n, time), time, self._names, None)
+            last = _Node(version.updates(time), time, self._names, None)
         elif last is None:
             last = self._snapshot(version, at)
         named = (str(version), version.step) if last.of is None else (last.of.version, last.of.step)
@@ -238,7 +236,7 @@ class Synthesiser:
         return next(average.num_updates for average in version.averages if average.name == self._names[0])
 
     def _basis(self, stock: _Stock) -> SnapshotBasis:
-        counters = _counters(stock)
+        counters = _counters(stock, self.ring.strides())
         averages = []
         for name, width in zip(self._names, self._posthoc.sigma_rel, strict=True):
             # Of the weights that the run began with one average is stored, for all are the same then.
@@ -269,31 +267,35 @@ class Synthesiser:
         return told
 
 
-def _passed(version: Version, epoch: int, n: int, time: int) -> int:
-    """How many updates led to version epoch.n, which led to ``version``."""
-    return version.descent.updates(version, epoch, n, time) or 0
+def _passed(version: Version, snapshot: RingSnapshot) -> int:
+    """How many updates led to a snapshot, which led to ``version``."""
+    return version.descent.updates(version, snapshot.epoch, snapshot.n, snapshot.time) or 0
 
 
 def _begins(node: _Node) -> bool:
     return isinstance(node.of, RingSnapshot) and node.of.begin
 
 
-def _counters(stock: _Stock) -> Counters:
-    """The averages' counter after each update, of which there are as many between two nodes as there were.
+def _counters(stock: _Stock, strides: Strides) -> Counters:
+    """The averages' counter after each update up to the last node.
 
-    Where updates stood for different numbers of steps, they are spread evenly between two nodes.
+    strides: of the updates since the averages began. Where these don't lead from a node to the next (the run is further
+    on, or came back without them), the updates in between are spread evenly.
     """
     descent = stock.descent
-    stretches = [(0, descent.counter, descent.before)]
-    passed = 0
+    noted = strides.counters(descent.counter, strides.updates)
+    pieces, passed, time = [_spread(0, descent.counter, descent.before)], 0, descent.counter
     for node in stock.nodes:
-        if node.time > stretches[-1][1]:
-            stretches.append((stretches[-1][1], node.time, node.passed - passed))
-            passed = node.passed
-    coarse = -(-sum(count for *_, count in stretches) // _MOST_UPDATES)
-    return np.concatenate([_spread(*each, coarse) for each in stretches])
+        if node.time > time:
+            piece = noted[passed : node.passed]
+            begin = noted[passed - 1] if 0 < passed <= len(noted) else descent.counter
+            exact = len(piece) == node.passed - passed > 0 and (begin, piece[-1]) == (time, node.time)
+            pieces.append(piece if exact else _spread(time, node.time, node.passed - passed))
+            passed, time = node.passed, node.time
+    coarse = -(-sum(map(len, pieces)) // _MOST_UPDATES)
+    return np.concatenate([piece[::-1][::coarse][::-1] for piece in pieces])
 
 
-def _spread(low: int, high: int, count: int, coarse: int) -> Counters:
-    kept = max(1, min(count, high - low) // coarse)
+def _spread(low: int, high: int, count: int) -> Counters:
+    kept = max(1, min(count, high - low))
     return low + (high - low) * np.arange(1, kept + 1, dtype=np.int64) // kept

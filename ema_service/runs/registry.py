@@ -11,16 +11,18 @@ import contextlib
 import json
 import logging
 import math
+import secrets
 import sqlite3
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from ema_client.errors import (
+    BodyTooLarge,
     InvalidRequest,
     Overloaded,
     RunExists,
@@ -33,17 +35,28 @@ from ema_client.errors import (
     TooManyRuns,
     listed,
 )
-from ema_client.protocol import MAX_AVERAGES, Durability, RunConfig, SnapshotInfo, Writer, from_json, to_json
+from ema_client.protocol import (
+    MAX_AVERAGES,
+    AverageConfig,
+    Durability,
+    RunConfig,
+    SnapshotInfo,
+    Writer,
+    from_json,
+    to_json,
+)
 from ema_service.averaging import prepare
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
 from ema_service.persistence import History, MemoryVersions, Restored, Snapshots, StoredRing, Versions
-from ema_service.runs.branching import branched, check_branch
+from ema_service.persistence.rows import read_setup
+from ema_service.runs.branching import check_averages, check_branch
+from ema_service.runs.ledger import Ledger
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.posthoc import Synthesiser
 from ema_service.runs.room import Needs, check_room
 from ema_service.runs.run import Run
-from ema_service.shadows import Descent
+from ema_service.shadows import Average, Descent, Member, Setup
 from ema_service.storage import CatalogUnusable, MemoryFilesUnusable, RunRow, Store, memory_prefix
 from ema_service.threads import Threads
 
@@ -62,6 +75,9 @@ MORE_ROOM = (
 
 #: Retry-After for a creation while another trainer's initial weights are being received.
 _RECEIVING_SECONDS = 1.0
+
+#: Retry-After where there is no room for another average: somebody has to remove one first, or delete a run.
+_FULL_SECONDS = 5.0
 
 #: Members of a configuration that name tensors, too long to be shown in a message.
 _LONG = ("layout", "copied")
@@ -109,6 +125,20 @@ class _Registered:
     disk: _Disk | None
     synthesiser: Synthesiser | None = None
 
+    def steady(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block no checkpoint is taken, and the run is not deleted."""
+        return self.disk.versions.steady() if self.disk else contextlib.nullcontext()
+
+    def keep_setup(self, setup: Setup) -> None:
+        """Have a restart bring the run back with these averages. Raises StorageFailed."""
+        if self.disk:
+            self.disk.versions.keep_setup(setup)
+
+    def record(self, event: str) -> None:
+        """Add a line to the run's history."""
+        if self.disk:
+            self.disk.history.record(event)
+
 
 class Registry:
     """The runs of one server. Thread-safe.
@@ -141,8 +171,8 @@ class Registry:
         self._lock = threading.Lock()
         self._runs: dict[str, _Registered] = {}
         for row in store.runs() if store else []:
-            config = _config_of(row)
-            self._runs[row.name] = self._restored(config, Layout(config.layout, config.copied), row)
+            setup = _setup_of(row)
+            self._runs[row.name] = self._restored(setup, Layout(setup.config.layout, setup.config.copied), row)
 
     def verify(self) -> None:
         """Compare versions that were taken up from memory with their digests; one that differs is a fault of its run.
@@ -243,10 +273,12 @@ class Registry:
                 config = replace(config, durability=self._durability(config))
                 self._check_room(config, layout)
                 return self._add(config, layout).run, True
-            same = replace(config, durability=config.durability or found.run.config.durability)
-            if found.run.config == same:
+            # Whatever became of its averages since: a creator that comes again asks for those of the beginning.
+            created = found.run.ledger.setup.created
+            same = replace(config, durability=config.durability or created.durability)
+            if created == same:
                 return found.run, False
-            refusal = f"run {config.run!r} exists with another {_difference(found.run.config, same)}"
+            refusal = f"run {config.run!r} exists with another {_difference(created, same)}"
             _check_gives_way(found, refusal)
             config = replace(config, durability=self._durability(config))
             self._check_room(config, layout, without=found)
@@ -261,6 +293,58 @@ class Registry:
         if found.disk and applied:
             found.disk.history.record(f"decay of {average or found.run.config.averages[0].name} set to {decay}")
         return found.run
+
+    def add_average(self, name: str, average: AverageConfig, key: str | None = None) -> tuple[Run, bool]:
+        """The run with one more average, which begins with the next update's parameters, and whether it is new.
+
+        Memory and disk space of the average are taken first: where there is none nothing is changed.
+
+        Raises AverageExists, TooManyAverages, InvalidRequest, Overloaded, StorageFailed, and as Run.change_averages().
+        """
+        found = self._find(name)
+        run, lineage = found.run, secrets.token_hex(4)
+
+        def change(ledger: Ledger) -> Setup | None:
+            return None if ledger.setup.made_by(key) else ledger.succession.with_average(average, lineage, key)
+
+        with self._lock, found.steady():
+            run.ledger.check_writable()
+            if (setup := change(run.ledger)) is None:
+                return run, False
+            _check_averages(setup.config, folds_case=self._store is not None and self._store.folds_case)
+            self._check_room(setup.config, run.layout, without=found)
+            with self._room_for(found, setup.members[-1]):
+                run.change_averages(change, found.keep_setup)
+        found.record(f"average {average.name} added ({_said(average)})")
+        return run, True
+
+    def remove_average(self, name: str, average: str, key: str | None = None) -> None:
+        """Remove an average of a run, and give its memory and disk space back; who reads the average reads on.
+
+        The newest version is brought to the medium first: what the machine's end leaves has another average then.
+
+        Raises AverageNotFound, LastAverage, StorageFailed, and as Run.change_averages().
+        """
+        found = self._find(name)
+        run = found.run
+
+        def change(ledger: Ledger) -> Setup | None:
+            if ledger.setup.made_by(key):
+                return None
+            return ledger.succession.without_average(ledger.version, average, key)
+
+        run.ledger.check_writable()
+        if change(run.ledger) is None:
+            return
+        state = run.state
+        if found.disk and state:
+            found.disk.versions.settle(state)
+        with found.steady():
+            removed = run.change_averages(change, found.keep_setup, epoch=state.version.epoch if state else None)
+            if found.disk:
+                found.disk.versions.give_back()
+        if removed:
+            found.record(f"average {average} removed")
 
     def reset_num_updates(self, name: str, key: str | None = None) -> Run:
         """Begin the warm-up anew; a counter that is off stays off. Raises as Run.amend()."""
@@ -285,8 +369,9 @@ class Registry:
         """Take a run back to a snapshot. When this returns, the rewind outlives a crash, whatever the run's durability.
 
         source: the run of the snapshot, where the run branches from another; it may have no weights yet. Raises
-        SnapshotNotFound, SnapshotDamaged, RunNotFound; LayoutMismatch, AverageNotFound or InvalidRequest where the run
-        cannot go on from the other's snapshot; StorageFailed where the rewind would not outlive a crash: the run may be
+        SnapshotNotFound, SnapshotDamaged, RunNotFound; AverageNotFound where the snapshot has none of the run's
+        averages, or, of another run, not all of them; LayoutMismatch or InvalidRequest where the run cannot go on from
+        the other's snapshot; StorageFailed where the rewind would not outlive a crash: the run may be
         at the snapshot all the same, and the rewind can be repeated.
         """
         found = self._find(name, created_at)
@@ -294,19 +379,14 @@ class Registry:
         if run.ledger.version and run.ledger.version.made_by(key):
             self._settle(run, disk)
             return run
-        if source is None:
-            info, averages, arenas = disk.snapshots.read(snapshot)
-            _check_state(info)
-            epoch, n = map(int, info.version.split("."))
-            descent = disk.snapshots.descent(info).followed(epoch, n, 0)
-        else:
+        of, wanted = None, run.ledger.setup.members
+        if source is not None:
             check_branch(run, self.get(source))
-            read = disk.snapshots.read(snapshot, of=self._disk(source).snapshots)
-            _check_state(read[0])
-            info, averages, arenas = branched(run.config, *read)
-            counter = max(0, *(average.num_updates for average in averages))
-            descent = Descent(counter, before=max(counter, 1))
-        run.rewind(info, averages, arenas, descent, key)
+            of = self._disk(source).snapshots
+            check_averages(run.config, of.find(snapshot))
+        _check_state((disk.snapshots if of is None else of).find(snapshot))
+        info, averages, arenas = disk.snapshots.read(snapshot, wanted, of=of)
+        run.rewind(info, averages, arenas, self._descent(disk, info, averages, branches=of is not None), key)
         self._settle(run, disk)
         where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
         disk.history.record(f"rewound to {where} (version {info.version}, step {info.step})")
@@ -366,6 +446,30 @@ class Registry:
         """Raises Overloaded where memory has no room for a run beside those that are there, but for ``without``."""
         runs = [self._needs(each.run.config, each.run.layout) for each in self._all() if each is not without]
         check_room(runs, self._needs(config, layout), self.memory.budget.limit)
+
+    @contextlib.contextmanager
+    def _room_for(self, found: _Registered, member: Member) -> Iterator[None]:
+        """Take memory and disk space for one more average of a run; give them back where the block raises.
+
+        Raises Overloaded, StorageFailed.
+        """
+        try:
+            self.staging.needed(found.run.layout, len(found.run.config.averages) + 1)
+            if found.disk:
+                found.disk.versions.make_room(member)
+        except BodyTooLarge as fault:
+            raise Overloaded(fault.detail, hint=fault.hint, retry_after=_FULL_SECONDS) from None
+        except MemoryFilesUnusable as fault:
+            raise Overloaded(
+                f"no room for average {member.name!r}: {fault}", hint=MORE_ROOM, retry_after=_FULL_SECONDS
+            ) from fault
+        except OSError as fault:
+            raise StorageFailed(f"average {member.name!r} was not added: {fault}", retry_after=1.0) from fault
+        with contextlib.ExitStack() as undo:
+            if found.disk:
+                undo.callback(found.disk.versions.give_back)
+            yield
+            undo.pop_all()
 
     def _needs(self, config: RunConfig, layout: Layout) -> Needs:
         files = self._store.memory_files if self._store else None
@@ -427,9 +531,10 @@ class Registry:
         self._runs[config.run] = made
         return made
 
-    def _restored(self, config: RunConfig, layout: Layout, row: RunRow) -> _Registered:
+    def _restored(self, setup: Setup, layout: Layout, row: RunRow) -> _Registered:
         """The run with what storage has of it."""
-        made = self._make(config, layout, row, row.created_at)
+        config = setup.created
+        made = self._make(config, layout, row, row.created_at, setup=setup)
         if made.disk is None:
             return made
         try:
@@ -437,7 +542,7 @@ class Registry:
         except Overloaded as fault:
             _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault.detail, MORE_ROOM)
             made.disk.versions.free()
-            made = self._make(config, layout, row, row.created_at, refusal=fault.detail)
+            made = self._make(config, layout, row, row.created_at, refusal=fault.detail, setup=setup)
             found = _read_back(made.disk.versions) if made.disk else Restored()
         _take_up(made.run, found)
         return made
@@ -466,8 +571,10 @@ class Registry:
         *,
         refusal: str | None = None,
         writer: int = 0,
+        setup: Setup | None = None,
     ) -> _Registered:
-        """refusal: why the run's versions can't lie in memory files. writer: of a run without a row."""
+        """config: of the run as it was created. setup: its averages by now; None: those of ``config``. refusal: why the
+        run's versions can't lie in memory files. writer: of a run without a row."""
         if self._store is None or row is None:
             run = Run(config, layout, self.memory, created_at=created_at, writer=writer)
             return _Registered(run, Parts(run), None)
@@ -476,11 +583,11 @@ class Registry:
         if files and not refusal and config.durability == "process":
             pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), self.memory.pool)
             memory = self.memory.of_run(pool)
-            versions = MemoryVersions(config, row, store, layout, memory, pool, files.nonce)
+            versions = MemoryVersions(config, row, store, layout, memory, pool, files.nonce, setup=setup)
         else:
             why = (refusal or store.memory_fault) if config.durability == "process" else None
-            versions = Versions(config, row, store, layout, memory, reason=why)
-        run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer)
+            versions = Versions(config, row, store, layout, memory, reason=why, setup=setup)
+        run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer, setup=setup)
         snapshots = Snapshots(config, row, store, layout, memory, run.changes.tell, most=self._max_snapshots)
         ring = synthesiser = None
         if config.posthoc:
@@ -490,6 +597,15 @@ class Registry:
             synthesiser = Synthesiser(run, config.posthoc, ring, snapshots)
         disk = _Disk(row, store, versions, snapshots, History(row, store), ring)
         return _Registered(run, Parts(run), disk, synthesiser)
+
+    @staticmethod
+    def _descent(disk: _Disk, info: SnapshotInfo, averages: tuple[Average, ...], *, branches: bool) -> Descent:
+        """Of the version that follows a snapshot. branches: whether the snapshot is another run's."""
+        if branches:
+            counter = max(0, *(average.num_updates for average in averages))
+            return Descent(counter, before=max(counter, 1))
+        epoch, n = map(int, info.version.split("."))
+        return disk.snapshots.descent(info).followed(epoch, n, 0)
 
     def _settle(self, run: Run, disk: _Disk) -> None:
         """Bring to the medium what was decided, whatever the run's durability. Raises StorageFailed."""
@@ -582,10 +698,10 @@ def _nothing(_: int) -> None:
     """Keeps no writer's number: there is no disk."""
 
 
-def _config_of(row: RunRow) -> RunConfig:
-    """The configuration in a run's row. Raises CatalogUnusable where the row is damaged."""
+def _setup_of(row: RunRow) -> Setup:
+    """The configuration in a run's row, with its averages by now. Raises CatalogUnusable where the row is damaged."""
     try:
-        return from_json(RunConfig, json.loads(row.config))
+        return read_setup(from_json(RunConfig, json.loads(row.config)), row.averages)
     except ValueError as fault:
         raise CatalogUnusable(
             f"the catalog's row of run {row.name!r} is damaged: {fault}; restore the data dir from a backup"
@@ -606,6 +722,13 @@ def _check_averages(config: RunConfig, *, folds_case: bool) -> None:
     for average in config.averages:
         if average.fault:
             raise InvalidRequest(f"averages: {average.name!r}: {average.fault}")
+
+
+def _said(average: AverageConfig) -> str:
+    """The schedule of an average with its fields, for people."""
+    fields = {"decay": average.decay, **average.schedule_fields()}
+    said = [f"{name} {value:g}" for name, value in fields.items() if value is not None]
+    return ", ".join([average.schedule, *said])
 
 
 def _difference(old: RunConfig, new: RunConfig) -> str:

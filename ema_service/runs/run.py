@@ -16,18 +16,18 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+from ema_client.errors import Superseded
 from ema_client.protocol import RingInfo, RunConfig, RunInfo, SnapshotInfo, UpdateResult
 from ema_service.memory import Arena, Layout, Memory, Staged
 from ema_service.runs.changes import Changes
 from ema_service.runs.info import Links, describe
 from ema_service.runs.ledger import Ledger, Succession
-from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Shadows, State, Version
-from ema_service.shadows.results import Sink
+from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Setup, Shadows, State, Version
 
 __all__ = ["Keeper", "Parameters", "Place", "Run", "Update"]
 
@@ -55,7 +55,8 @@ class Parameters:
 
     After a write that failed the computed version is written again: the parameters are gone by then.
 
-    preparation, place: of initial weights that were looked at as they arrived (Run.begin_first()).
+    preparation, place: of initial weights that were looked at as they arrived (Run.begin_first()). setup: of the run
+    then, which the place is made for.
     """
 
     staged: Staged
@@ -63,6 +64,7 @@ class Parameters:
     prepared: Prepared | None = None
     preparation: Preparation | None = None
     place: Place | None = None
+    setup: Setup | None = None
 
 
 class Place(Protocol):
@@ -97,8 +99,14 @@ class Keeper(Protocol):
     @property
     def where(self) -> str: ...
 
-    def take(self) -> Place | None:
-        """A place for a new version; None where not each is kept. Touches no disk."""
+    def take(self, averages: Collection[str]) -> Place | None:
+        """A place for a new version with these averages, by name; None where not each is kept. Touches no disk.
+
+        Raises Superseded where an average was removed.
+        """
+
+    def change_averages(self, setup: Setup) -> None:
+        """The run has other averages from now on; nothing is written. Under the run's lock."""
 
     def amend(self, state: State) -> None:
         """From here on a restart brings back this state, whose weights are the current ones. Under the run's lock.
@@ -134,12 +142,13 @@ class Run:
         *,
         created_at: float,
         writer: int = 0,
+        setup: Setup | None = None,
     ) -> None:
-        self.config = config
+        """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger."""
         self.layout = layout
         self.memory = memory
         self.created_at = created_at
-        self.ledger = Ledger(config, writer=writer)
+        self.ledger = Ledger(config, writer=writer, setup=setup)
         self.changes = Changes()
         self.links = Links()
         self.ring: Callable[[], RingInfo] | None = None
@@ -148,6 +157,11 @@ class Run:
         self._lock = threading.Lock()
 
     # --- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration, with the averages that it has by now."""
+        return self.ledger.setup.config
 
     @property
     def state(self) -> State | None:
@@ -168,7 +182,7 @@ class Run:
 
     def info(self) -> RunInfo:
         """What is told of the run (RunInfo), as it stands."""
-        told = describe(self.config, self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
+        told = describe(self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
         return replace(told, ring=self.ring()) if self.ring else told
 
     # --- an update --------------------------------------------------------------------------------------------------
@@ -176,14 +190,14 @@ class Run:
     def begin(self, step: int, staged: Staged, writer: int | None = None) -> Update:
         """Begin an update of the current state: advance its preparation as parameters arrive, then commit().
 
-        Raises as Ledger.admit().
+        Raises as Ledger.admit(); Superseded where an average was removed at the same time.
         """
         self.ledger.admit(step, writer)
+        # The state first: the averages that the run is to have are never older than a state, see change_averages().
         state = self.ready_state()
         plan = self.ledger.succession.plan(step, state.version)
-        place = self._keeper.take() if self._keeper and plan.retentions else None
-        averages = state.version.averages if place else ()
-        sinks = {average.name: partial(place.write, average.name) for average in averages} if place else {}
+        place = self._place(plan)
+        sinks = {average.name: partial(place.write, average.name) for average in plan.averages} if place else {}
         return Update(plan, self._shadows.prepare(plan, state, staged, sinks), writer, place)
 
     def commit(self, update: Update) -> UpdateResult:
@@ -221,13 +235,19 @@ class Run:
                 prepared = parameters.prepared = update.preparation.finish()
             else:
                 update, prepared = parameters.update, parameters.prepared
-                update = replace(update, place=self._keeper.take() if self._keeper and update.plan.retentions else None)
+                update = replace(update, place=self._place(update.plan))
             return self._settle(update, prepared, self._next(update, prepared))
 
     def repeated(self, step: int, writer: int | None = None) -> UpdateResult:
         """The answer to the latest step sent again with the same bytes. Raises as Ledger.admit()."""
         self.ledger.admit(step, writer)
         return _result(self.ready_state().version, step, self._keeper, applied=False)
+
+    def _place(self, plan: Plan) -> Place | None:
+        """Where the version that an update makes is kept; None where it is not, or no version comes of the update."""
+        if self._keeper is None or not plan.retentions:
+            return None
+        return self._keeper.take([average.name for average in plan.averages])
 
     def _next(self, update: Update, prepared: Prepared) -> State | None:
         """The state that an update makes, written to its slot; None where only the digest of the update is compared."""
@@ -251,35 +271,40 @@ class Run:
     def begin_first(self, staged: Staged) -> Parameters:
         """Begin with initial weights: advance the preparation as parameters arrive, then initialise().
 
-        Raises RunDegraded, RunNotFound.
+        Raises RunDegraded, RunNotFound, Superseded.
         """
         self.ledger.check_writable()
-        place = self._keeper.take() if self._keeper and self.state is None else None
-        names = [average.name for average in self.config.averages] if place else []
+        setup = self.ledger.setup
+        names = [member.name for member in setup.members]
+        place = self._keeper.take(names) if self._keeper and self.state is None else None
 
         def sink(data: memoryview, upto: int) -> None:
             for name in names:
                 place.write(name, data, upto)  # type: ignore[union-attr]  # without a place there is no name
 
-        return Parameters(staged, preparation=self._cast(staged, sink if place else None), place=place)
+        cast = self._shadows.cast(staged, sink if place else None)
+        return Parameters(staged, preparation=cast, place=place, setup=setup)
 
     def initialise(self, parameters: Parameters, *, num_updates: int | None = None, step: int | None = None) -> None:
         """Make the pushed parameters the first shadow of every average, as LitEma's constructor clones them.
 
         num_updates: the counter of an EMA that began elsewhere. step: the trainer's step of the parameters. The same
         bytes again change nothing. Raises WeightsExist, NonFinite, InvalidRequest, RunDegraded; StorageFailed, after
-        which the same ``parameters`` may be given again.
+        which the same ``parameters`` may be given again; Superseded where an average was added or removed meanwhile.
         """
         self.ledger.check_writable()
-        first = partial(self.ledger.succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
+        succession = self.ledger.succession
+        first = partial(succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
         first(b"", 0.0)  # a wrong counter is refused before anything is computed
         prepared = self._first(parameters)
-        state = State(first(prepared.digest, time.time()), prepared.arenas)
+        state = _begun(first(prepared.digest, time.time()), prepared)
         place, parameters.place = parameters.place, None
         if self.state is None:
-            place = self._write(state, place)
+            place = self._write(state, place if parameters.setup is succession.setup else None)
         with self._lock:
             if self.ledger.judge_first(prepared.digest):
+                if self.ledger.succession is not succession:
+                    raise Superseded(f"the averages of run {self.config.run!r} changed meanwhile", retry_after=0.0)
                 self._commit(state, place)
 
     def initialise_anew(self, parameters: Parameters, replaces: str, writer: int | None = None) -> None:
@@ -293,7 +318,7 @@ class Run:
         base = self.ledger.admit_anew(writer)
         prepared = self._first(parameters)
         version = self.ledger.anew(base, secrets.token_hex(8), prepared.digest, time.time())
-        state = State(version, prepared.arenas)
+        state = _begun(version, prepared)
         place = None if prepared.digest == base.digest else self._write(state)
         with self._lock:
             if self.ledger.judge_anew(base, replaces, prepared.digest, writer):
@@ -318,6 +343,35 @@ class Run:
                 self._keeper.amend(state)
             self._commit(state, None)
             return True
+
+    def change_averages(
+        self, change: Callable[[Ledger], Setup | None], keep: Callable[[Setup], None], *, epoch: int | None = None
+    ) -> bool:
+        """Have other averages from the next update on; the weights of those that stay are as they were.
+
+        change: gives the averages, or None where the run has them already. keep: makes them outlive the server, before
+        they count. epoch: of the versions that the change was prepared for, None where any will do. An update under way
+        was begun on the state before, and is superseded. Returns whether anything was changed. Raises what ``change``
+        and ``keep`` raise, RunDegraded, RunNotFound; Superseded where the run went back meanwhile.
+        """
+        with self._lock:
+            self.ledger.check_writable()
+            setup = change(self.ledger)
+            if setup is None:
+                return False
+            state = self.state
+            if epoch is not None and state and state.version.epoch != epoch:
+                raise Superseded(f"run {self.config.run!r} was rewound meanwhile", retry_after=0.0)
+            keep(setup)
+            # In this order: who reads a state first, and the averages to come then, never begins an average anew that
+            # was removed.
+            self.ledger.change_averages(setup)
+            if state:
+                self._put_in_place(state.only(setup.members))
+            if self._keeper:
+                self._keeper.change_averages(setup)
+        self.changes.tell()
+        return True
 
     def rewind(
         self,
@@ -393,19 +447,16 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _cast(self, staged: Staged, sink: Sink | None = None) -> Preparation:
-        return self._shadows.cast(staged, len(self.config.averages), sink)
-
     def _first(self, parameters: Parameters) -> Prepared:
         """The first shadow of every average, computed once for each ``parameters``."""
         if parameters.prepared is None:
-            parameters.prepared = (parameters.preparation or self._cast(parameters.staged)).finish()
+            parameters.prepared = (parameters.preparation or self._shadows.cast(parameters.staged)).finish()
         return parameters.prepared
 
     def _write(self, state: State, place: Place | None = None) -> Place | None:
         """Write what is not written yet of a state; None where not every version is kept. place: where it is begun."""
         if place is None and self._keeper:
-            place = self._keeper.take()
+            place = self._keeper.take([average.name for average in state.version.averages])
         if place:
             place.finish(state)
         return place
@@ -414,9 +465,17 @@ class Run:
         """Put a version in place, once a restart is sure to bring it back. place: where the version was written."""
         if self._keeper and place:
             place.commit(state)
+        self._put_in_place(state)
+        self.changes.tell()
+
+    def _put_in_place(self, state: State) -> None:
         self._shadows.commit(state)
         self.ledger.commit(state.version)
-        self.changes.tell()
+
+
+def _begun(version: Version, prepared: Prepared) -> State:
+    """A version in which the parameters themselves are the shadow of every average."""
+    return State(version, prepared.arenas * len(version.averages))
 
 
 def _result(version: Version, step: int, keeper: Keeper | None, *, applied: bool) -> UpdateResult:

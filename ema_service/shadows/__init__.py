@@ -7,6 +7,6 @@ Knows arenas, the pass over a push's parameters, and the facts of a version. Doe
 from __future__ import annotations
 
 from ema_service.shadows.shadows import Preparation, Prepared, Shadows
-from ema_service.shadows.state import Average, Descent, Plan, State, Version
+from ema_service.shadows.state import Average, Descent, Member, Plan, Setup, State, Version
 
-__all__ = ["Average", "Descent", "Plan", "Preparation", "Prepared", "Shadows", "State", "Version"]
+__all__ = ["Average", "Descent", "Member", "Plan", "Preparation", "Prepared", "Setup", "Shadows", "State", "Version"]

@@ -23,8 +23,8 @@ __all__ = ["Preparation", "Prepared", "Shadows"]
 class Prepared:
     """The bytes of a version that is not the run's yet: whole, beside the current version, no reader's concern.
 
-    digest: of the parameters that made the version. arenas: one for each average; none where only the digest was
-    wanted.
+    digest: of the parameters that made the version. arenas: one for each average; a single one for all where the
+    parameters themselves are the shadow; none where only the digest was wanted.
     """
 
     digest: bytes
@@ -90,26 +90,27 @@ class Shadows:
         """Begin to prepare the version that ``plan`` makes of ``base``, the state that was planned for.
 
         staged: the push's memory, which becomes the arena of the last average. sinks: by name of the average, told how
-        far results are final. For a plan without retentions only the digest of the parameters is worked out.
+        far results are final. An average that ``base`` does not have becomes the parameters. For a plan without
+        retentions only the digest of the parameters is worked out.
         """
         if not plan.retentions:
             return Preparation(pass_over(staged, (), check=False), ())
         arenas = (*(self._memory.new_arena(self._layout) for _ in plan.retentions[1:]), staged.arena)
-        feeds = [
-            Feed(out, None if retention.copies else shadow, retention.weight, sinks.get(average.name))
-            for out, shadow, retention, average in zip(
-                arenas, base.arenas, plan.retentions, base.version.averages, strict=True
-            )
-        ]
+        feeds = []
+        for out, average, retention in zip(arenas, plan.averages, plan.retentions, strict=True):
+            before = None if retention.copies else base.at(average.member)
+            shadow = before[1] if before else None
+            feeds.append(Feed(out, shadow, retention.weight, sinks.get(average.name)))
         return Preparation(pass_over(staged, feeds, check=self._check), arenas)
 
-    def cast(self, staged: Staged, averages: int, sink: Sink | None = None) -> Preparation:
-        """Begin to prepare the first version, in which the parameters themselves are the shadow of every average.
+    def cast(self, staged: Staged, sink: Sink | None = None) -> Preparation:
+        """Begin to prepare the first version, in which the parameters themselves are the shadow of every average: one
+        arena for all.
 
         sink: told how far that shadow is final.
         """
         work = pass_over(staged, [Feed(staged.arena, None, 0.0, sink)], check=self._check)
-        return Preparation(work, (staged.arena,) * averages)
+        return Preparation(work, (staged.arena,))
 
     def commit(self, state: State | None) -> None:
         """Make ``state`` the current one: prepared bytes, or the current bytes under another version; None: none."""

@@ -6,7 +6,8 @@ Plain values, all immutable. Knows names and numbers. Does not know how a versio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ema_client.protocol import AverageConfig, RunConfig, WeightsInfo
@@ -16,12 +17,71 @@ if TYPE_CHECKING:
     from ema_service.averaging.schedules import Retention
     from ema_service.memory import Arena
 
-__all__ = ["Average", "Descent", "Plan", "State", "Version", "gamma_of_average", "schedule_told"]
+__all__ = ["Average", "Descent", "Member", "Plan", "Setup", "State", "Version", "gamma_of_average", "schedule_told"]
 
 #: A trainer that repeats a write does so within seconds; so many other writes are not made meanwhile.
 _REMEMBERED_KEYS = 16
 #: Versions of earlier epochs are as if they had not led to a version that has so many between.
 _REMEMBERED_EPOCHS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An average that a run is set up to have, with weights or before its first.
+
+    lineage: tells apart two averages of one name, the first of which was removed; empty where the run was created with
+    the average.
+    """
+
+    config: AverageConfig
+    lineage: str = ""
+
+    @property
+    def name(self) -> str:
+        """The average's name."""
+        return self.config.name
+
+    def is_same(self, other: Member) -> bool:
+        """Whether both are one average. Asked at each update, and answered without a look at the schedules."""
+        return self is other or (self.lineage == other.lineage and self.config.name == other.config.name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setup:
+    """Which averages a run is to have: those it was created with, without those removed, with those added since.
+
+    created: the configuration that the run was created with. members: the averages, in order. keys: of the latest
+    writes that added or removed one. config: the run's configuration as it is by now.
+
+    A version has the averages of the setup that have weights; an average that was added has none before the next
+    update.
+    """
+
+    created: RunConfig
+    members: tuple[Member, ...]
+    keys: tuple[str, ...] = ()
+    config: RunConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        averages = tuple(member.config for member in self.members)
+        object.__setattr__(self, "config", replace(self.created, averages=averages))
+
+    @classmethod
+    def of(cls, created: RunConfig) -> Setup:
+        """The setup that a run is created with."""
+        return cls(created, tuple(Member(average) for average in created.averages))
+
+    def find(self, name: str) -> Member | None:
+        """The average of this name, None where the run has none."""
+        return next((member for member in self.members if member.name == name), None)
+
+    def made_by(self, key: str | None) -> bool:
+        """Whether the write of this key led to the setup."""
+        return key is not None and key in self.keys
+
+    def followed_by(self, members: tuple[Member, ...], key: str | None) -> Setup:
+        """The setup with other averages, as the write of this key makes it."""
+        return Setup(self.created, members, _remembered(self.keys, key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +92,15 @@ class Average:
     the average's schedule goes by, -1 where it does not count.
     """
 
-    name: str
+    member: Member
     decay: float
     effective_decay: float | None
     num_updates: int
+
+    @property
+    def name(self) -> str:
+        """The average's name."""
+        return self.member.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +146,8 @@ class Version:
     updates applied in this epoch. step: the trainer's, None where no step is known. num_updates: LitEma's counter, -1
     where the counter is off. digest: of the parameters pushed (averaging.Digest); empty after a rewind. updated_at:
     seconds since 1970-01-01 UTC, for people to read. keys: of the latest writes other than updates that led here, by
-    which a write that comes again is known; they live and die with the version. descent: the versions before.
+    which a write that comes again is known; they live and die with the version. averages: those that have weights.
+    descent: the versions before.
     """
 
     lineage: str
@@ -98,13 +164,24 @@ class Version:
     def __str__(self) -> str:
         return f"{self.epoch}.{self.n}"
 
+    def updates(self, counter: int) -> int:
+        """How many updates led to the version since its averages began. counter: theirs."""
+        return self.descent.updates(self, self.epoch, self.n, counter) or 0
+
     def made_by(self, key: str | None) -> bool:
         """Whether the write of this key led to the version."""
         return key is not None and key in self.keys
 
     def keyed(self, key: str | None) -> Version:
         """The version as what the write of this key makes; the oldest of many keys is forgotten."""
-        return self if key is None else replace(self, keys=(*self.keys, key)[-_REMEMBERED_KEYS:])
+        return replace(self, keys=_remembered(self.keys, key))
+
+    def find(self, member: Member) -> Average | None:
+        """An average in this version, None where it has no weights yet."""
+        for average in self.averages:
+            if member is average.member or member.is_same(average.member):
+                return average
+        return None
 
     def weights_info(self, config: RunConfig, average: Average) -> WeightsInfo:
         """The WeightsInfo of one average in this version, which a reader gets beside the weights. config: the run's."""
@@ -115,13 +192,17 @@ class Version:
             step=self.step,
             num_updates=average.num_updates,
             decay=average.decay,
-            **schedule_told(config, average.name),
+            **schedule_told(average.member.config),
         )
 
 
-def schedule_told(run: RunConfig, average: str) -> dict[str, Any]:
+def _remembered(keys: tuple[str, ...], key: str | None) -> tuple[str, ...]:
+    """The keys with one more; the oldest of many is forgotten."""
+    return keys if key is None else (*keys, key)[-_REMEMBERED_KEYS:]
+
+
+def schedule_told(config: AverageConfig) -> dict[str, Any]:
     """What is told of an average's schedule: its name and fields, of a power average both sigma_rel and gamma."""
-    config = run.average(average)
     fields: dict[str, Any] = {"schedule": config.schedule, **config.schedule_fields()}
     if config.schedule == "power":
         gamma = gamma_of_average(config)
@@ -141,21 +222,30 @@ class State:
     version: Version
     arenas: tuple[Arena, ...]
 
-    def at(self, position: int) -> tuple[Average, Arena]:
-        """The average at a position in this version, from 0, and its arena."""
-        return self.version.averages[position], self.arenas[position]
+    def at(self, member: Member) -> tuple[Average, Arena] | None:
+        """An average of this version and its arena, None where the average has no weights yet."""
+        pairs = zip(self.version.averages, self.arenas, strict=True)
+        return next((pair for pair in pairs if member.is_same(pair[0].member)), None)
+
+    def only(self, members: Collection[Member]) -> State:
+        """The same version, without averages that are none of ``members``."""
+        pairs = [pair for pair in zip(self.version.averages, self.arenas, strict=True) if pair[0].member in members]
+        averages = tuple(average for average, _ in pairs)
+        return State(replace(self.version, averages=averages), tuple(arena for _, arena in pairs))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What an update is to make of a version, decided before the update's parameters arrive.
 
-    base: the version that the update applies to. step: the trainer's. gap: how many updates it counts for. retentions:
-    one for each average of the base, in order; none where the step was applied before, and only the digest of the
-    parameters is needed.
+    base: the version that the update applies to. step: the trainer's. gap: how many updates it counts for. averages:
+    those of the base as they are before the update, and those that begin with the update, in the order of the version
+    to come. retentions: one for each; none where the step was applied before, and only the digest of the parameters is
+    needed.
     """
 
     base: Version
     step: int
     gap: int
+    averages: tuple[Average, ...]
     retentions: tuple[Retention, ...]

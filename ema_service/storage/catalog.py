@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS ring (
 _SCHEMA = f"""
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL,
-    writer INTEGER NOT NULL DEFAULT 0);
+    writer INTEGER NOT NULL DEFAULT 0, averages TEXT);
 {_CHECKPOINTS}
 CREATE TABLE snapshots (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
@@ -53,7 +53,8 @@ CREATE TABLE history (
 #: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
 #: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
 #: had other checksums: its servers would take newer files for damaged. Format 4 had no memory files: its servers would
-#: take their rows for slots that are gone. Format 5 had no ring: its servers would let the ring of a run fall behind.
+#: take their rows for slots that are gone. Format 5 had no ring, and the averages of a run's creation for good: its
+#: servers would find others in the run's versions.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -66,7 +67,7 @@ ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
     2: "",
     3: "",
     4: "",
-    5: _RING,
+    5: f"ALTER TABLE runs ADD COLUMN averages TEXT; {_RING}",
 }
 
 
@@ -84,13 +85,15 @@ class CatalogUnusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """A run. config: JSON. writer: the number of the writer that attached last, 0 before any did."""
+    """A run. config: JSON. writer: the number of the writer that attached last, 0 before any did. averages: JSON, which
+    the run has by now; None where they are those of ``config``."""
 
     id: int
     name: str
     config: str
     created_at: float
     writer: int = 0
+    averages: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +180,16 @@ class Catalog:
 
     def runs(self) -> list[RunRow]:
         """All runs, oldest first."""
-        query = "SELECT id, name, config, created_at, writer FROM runs ORDER BY id"
+        query = "SELECT id, name, config, created_at, writer, averages FROM runs ORDER BY id"
         return [RunRow(*row) for row in self._read(query)]
 
     def set_writer(self, run_id: int, writer: int) -> None:
         """Remember the number of the writer that attached last to a run."""
         self._write("UPDATE runs SET writer = ? WHERE id = ?", writer, run_id)
+
+    def set_averages(self, run_id: int, averages: str) -> None:
+        """Say which averages a run has from now on."""
+        self._write("UPDATE runs SET averages = ? WHERE id = ?", averages, run_id)
 
     def last_run_id(self) -> int:
         """The largest id that a run ever had in this catalog, 0 if there was none."""

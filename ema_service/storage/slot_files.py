@@ -12,8 +12,9 @@ Knows folders, descriptors and bytes. Does not know who writes, when, or which f
 from __future__ import annotations
 
 import errno
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from ema_client.wire import LENGTH_BYTES
 from ema_service.storage.files import file_name, refuse_link, remove_tree, sync_folder
 
 __all__ = ["Extent", "SlotFiles", "padded_bytes"]
+
+_log = logging.getLogger(__name__)
 
 #: Bytes of a page, of memory and of the disk. Writes past the page cache are whole pages of both.
 _PAGE = 4096
@@ -56,6 +59,11 @@ class SlotFiles:
         self._direct = direct
         #: By name of the average, and whether the descriptor writes past the page cache.
         self._descriptors: dict[tuple[str, bool], int] = {}
+
+    @property
+    def averages(self) -> Collection[str]:
+        """The averages that have a file each."""
+        return self._extents.keys()
 
     @property
     def past_cache(self) -> bool:
@@ -135,6 +143,28 @@ class SlotFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+    def remove(self, average: str) -> None:
+        """Remove the file of an average, if it is there; a failure is logged."""
+        self._unlink(self.folder / file_name(average))
+
+    def keep_only(self, averages: Collection[str]) -> None:
+        """Remove the files of all averages but these; nothing behind a symbolic link. A failure is logged."""
+        kept = {file_name(average) for average in averages}
+        try:
+            refuse_link(self._run_folder, self._name)
+            found = [path for path in self.folder.glob(file_name("*")) if path.name not in kept]
+        except OSError as fault:
+            _log.warning("cannot look after %s: %s", self.folder, fault)
+            return
+        for path in found:
+            self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as fault:
+            _log.warning("%s could not be removed, and takes room: %s", path, fault)
 
     def _open_file(self, average: str, extent: Extent) -> bool:
         """Open the file of one average, and say whether it had to be made: it was missing, or of another size."""

@@ -21,7 +21,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,8 @@ class Slots:
         write everything to the disk; else what the disk has not taken by finish() is left in the page cache.
         """
         self._folder = folder
-        self._extents = extents
+        #: By name of the average; another mapping at each change, never changed itself.
+        self._extents = dict(extents)
         self._threads = threads
         self._patient = patient
         self._lock = threading.Lock()
@@ -68,25 +69,59 @@ class Slots:
         # Last in, first out: pages written a moment ago, and superseded since, need never reach the disk.
         self._free = deque(names)
 
-    def take(self) -> Slot:
-        """A slot that nobody has, perhaps a new one. Touches no disk."""
+    def take(self, averages: Collection[str] | None = None) -> Slot:
+        """A slot that nobody has, perhaps a new one. Touches no disk.
+
+        averages: of the version to be written; None: all. Raises KeyError for one that the slots have no file of.
+        """
+        extents = self._extents
+        chosen = extents if averages is None else {average: extents[average] for average in averages}
         with self._lock:
             try:
                 name = self._free.pop()
             except IndexError:
                 name = self._new_name()
-        return self._lend(name)
+        return self._lend(name, chosen)
 
     def hold(self, name: str) -> Slot:
         """The slot of this name, with the version in it; nobody may have it yet, and nobody else gets it meanwhile."""
         with self._lock:
             self._free.remove(name)
-        return self._lend(name)
+        return self._lend(name, self._extents)
 
     def allocate(self, count: int) -> None:
         """Make ``count`` slots for later use. Raises OSError (no space); the slot that failed is removed then."""
         for slot in [self.take() for _ in range(count)]:
             slot.files.open()
+
+    def add(self, average: str, extent: Extent) -> None:
+        """Give every slot that is there a file of one more average, with all the space it takes.
+
+        Raises OSError (no space), and then gave none.
+        """
+        made: list[SlotFiles] = []
+        try:
+            for name in self._on_disk():
+                made.append(SlotFiles(self._folder, name, {average: extent}, direct=False))
+                made[-1].open()
+        except OSError:
+            for files in made:
+                files.remove(average)
+            raise
+        finally:
+            for files in made:
+                files.close()
+        self._extents = {**self._extents, average: extent}
+
+    def keep_only(self, averages: Collection[str]) -> None:
+        """Remove the files of all other averages from every slot; whoever has such a file open goes on with it."""
+        self._extents = {name: extent for name, extent in self._extents.items() if name in averages}
+        for name in self._on_disk():
+            SlotFiles(self._folder, name, {}, direct=False).keep_only(self._extents)
+
+    def _on_disk(self) -> list[str]:
+        """The slots whose folder is there: others are made when they are first written."""
+        return [name for name in sorted(self._names) if (self._folder / name).is_dir()]
 
     def check(self) -> None:
         """Raises OSError where a symbolic link stands in the place of the run's folder, of a slot or of its files."""
@@ -100,11 +135,11 @@ class Slots:
         self._names.add(name)
         return name
 
-    def _lend(self, name: str) -> Slot:
+    def _lend(self, name: str, extents: Mapping[str, Extent]) -> Slot:
         """The Slot object of a slot; when it dies, its files are closed and the slot is free."""
-        small = sum(extent.data for extent in self._extents.values()) < _BEHIND_BYTES
-        files = SlotFiles(self._folder, name, self._extents, direct=not small)
-        slot = Slot(name, files, self._extents, None if small else self._threads, patient=self._patient)
+        small = sum(extent.data for extent in extents.values()) < _BEHIND_BYTES
+        files = SlotFiles(self._folder, name, extents, direct=not small)
+        slot = Slot(name, files, extents, None if small else self._threads, patient=self._patient)
         weakref.finalize(slot, self._take_back, name, files).atexit = False
         return slot
 
@@ -112,6 +147,9 @@ class Slots:
         # Runs wherever the last reference to the slot dies, perhaps inside a locked region, so nothing here may lock
         # (append is atomic).
         files.close()
+        if any(average not in self._extents for average in files.averages):
+            # Removed while the slot was had, and perhaps opened since.
+            files.keep_only(self._extents)
         self._free.append(name)
 
 

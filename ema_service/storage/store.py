@@ -185,6 +185,10 @@ class Store:
         """Remember the number of the writer that attached last. Raises sqlite3.Error."""
         self._catalog.set_writer(row.id, writer)
 
+    def set_averages(self, row: RunRow, averages: str) -> None:
+        """Say which averages the run has from now on. Raises sqlite3.Error."""
+        self._catalog.set_averages(row.id, averages)
+
     def record(self, row: RunRow, event: str) -> None:
         """Add a line to the run's history."""
         self._catalog.add_history(row.id, time.time(), event)

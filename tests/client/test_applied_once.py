@@ -13,6 +13,7 @@ import torch
 
 from ema_client import EmaClient
 from ema_client.errors import SnapshotNotFound
+from ema_client.schedules import power
 
 STATE = {"w": torch.zeros(8)}
 Meanwhile = Callable[[], object]
@@ -68,6 +69,23 @@ def test_decay(client: EmaClient, run: str, losing: Callable[..., EmaClient]) ->
 
     assert far.set_decay(run, 0.5).decay == pytest.approx(0.7)
     assert client.run(run).decay == pytest.approx(0.7)
+
+
+def test_add_average(client: EmaClient, run: str, losing: Callable[..., EmaClient]) -> None:
+    """An average that someone removed after it stays away."""
+    far = losing("POST", lambda: client.remove_average(run, "long"))
+
+    assert [each.name for each in far.add_average(run, "long", power(0.1)).averages] == ["ema"]
+    assert len(client.run(run).averages) == 1
+
+
+def test_remove_average(client: EmaClient, run: str, losing: Callable[..., EmaClient]) -> None:
+    """An average of the name that someone added after it stays."""
+    client.add_average(run, "long", power(0.1))
+    far = losing("DELETE", lambda: client.add_average(run, "long", power(0.2)))
+
+    far.remove_average(run, "long")
+    assert client.run(run).averages[1].sigma_rel == pytest.approx(0.2)
 
 
 def test_snapshot(client: EmaClient, run: str, losing: Callable[..., EmaClient]) -> None:

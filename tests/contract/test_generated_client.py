@@ -44,7 +44,7 @@ class Asking:
         self.open = set(self._operations) - NOT_ASKED
         self.token: str | None = None
 
-    def model(self, name: str, **fields: Any) -> Any:
+    def model(self, name: str, /, **fields: Any) -> Any:
         return getattr(importlib.import_module(f"{PACKAGE}.models"), name).from_dict(fields)
 
     def body(self, content: bytes = BODY) -> Any:
@@ -175,6 +175,11 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     assert ask("get_sweep", "ringed", sigma_rel="0.1,0.2", max_error=1.0).payload.read()
 
     assert ask("change_run", "r", body=ask.model("RunPatchBody", decay=0.25)).decay == 0.25
+    average = ask.model("AverageConfigBody", name="fast", schedule="constant", decay=0.5)
+    assert len(ask("add_average", "r", body=average, status=201).averages) == 2
+    assert ask("add_average", "r", body=average).run == "r"
+    ask("remove_average", "r", "fast", status=204)
+    assert ask("remove_average", "r", "fast", status=404).code == "average_not_found"
     ask("reset_num_updates", "r")
     assert ask("rewind_run", "r", body=ask.model("RewindBody", snapshot="s")).version
     assert ask("show_run", "r").durable_step == 2

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from ema_client import protocol
 from ema_service.api.app import create_app
-from ema_service.api.schemas import RewindBody, RunConfigBody, RunPatchBody
+from ema_service.api.schemas import AverageConfigBody, RewindBody, RunConfigBody, RunPatchBody
 from ema_service.settings import Settings
 
 
@@ -26,8 +26,13 @@ def required(kind: type[Any]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("body", "kind"),
-    [(RunConfigBody, protocol.RunConfig), (RunPatchBody, protocol.RunPatch), (RewindBody, protocol.Rewind)],
-    ids=["config", "patch", "rewind"],
+    [
+        (RunConfigBody, protocol.RunConfig),
+        (AverageConfigBody, protocol.AverageConfig),
+        (RunPatchBody, protocol.RunPatch),
+        (RewindBody, protocol.Rewind),
+    ],
+    ids=["config", "average", "patch", "rewind"],
 )
 def test_fields_are_the_protocols(body: type[BaseModel], kind: type[Any]) -> None:
     """A field that only one side knows would be refused as unknown, or never sent."""

@@ -29,6 +29,8 @@ BUILT = {
     "PATCH /v1/runs/{run}",
     "DELETE /v1/runs/{run}",
     "POST /v1/runs/{run}/reset-num-updates",
+    "POST /v1/runs/{run}/averages",
+    "DELETE /v1/runs/{run}/averages/{name}",
     "POST /v1/runs/{run}/writers",
     "POST /v1/runs/{run}/rewind",
     "PUT /v1/runs/{run}/weights",

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -352,6 +352,80 @@ def test_kill_while_initial_weights_come_anew(
         assert all(torch.equal(tracked.run.weights(average="fast")[name], oracle.shadow[name]) for name in found)
     finally:
         del each.runs[tracked.run.name]
+
+
+#: Of an addition and of a removal -> whether it has happened then.
+AVERAGE_PHASES = {
+    ("add", "memory taken"): False,
+    ("add", "room of an average taken"): False,
+    ("add", "before the averages' row"): False,
+    ("add", "averages' row committed"): True,
+    ("remove", "slot without its header"): False,
+    ("remove", "after a sync"): False,
+    ("remove", "before the averages' row"): False,
+    ("remove", "averages' row committed"): True,
+    ("remove", "before an average's files go"): True,
+    ("remove", "half of an average's files are gone"): True,
+}
+#: Where versions lie, and what is not done there: disk syncs each version, so that a removal has nothing to write.
+AVERAGE_PLACES = {
+    "memory": set[str](),
+    "slots": {"memory taken", "slot without its header"},
+    "disk": {"memory taken", "slot without its header", "after a sync"},
+}
+
+
+def _average_cases() -> Iterator[Any]:
+    """Each phase in one place; in the others when soaking."""
+    for number, (change, phase) in enumerate(AVERAGE_PHASES):
+        places = [place for place, never in AVERAGE_PLACES.items() if phase not in never]
+        for place in places:
+            marks = [] if place == places[number % len(places)] else [pytest.mark.soak]
+            yield pytest.param(place, change, phase, marks=marks)
+
+
+@pytest.mark.parametrize(("place", "change", "phase"), list(_average_cases()))
+def test_kill_in_a_change_of_averages(
+    place: str, change: str, phase: str, life: Life, life_in_slots: Life, litema: type[LitEmaOracle]
+) -> None:
+    """Killed while an average is added or removed: the run has the old ones or the new ones, each with every bit; the
+    change is asked for again, and then nothing of a removed average is left on the disk or in memory."""
+    each = life if place == "memory" else life_in_slots
+    name = f"{place}-{change}-{_plain(phase)}"
+    tracked = Tracked(each.plain(name), litema, "disk" if place == "disk" else "process")
+    each.runs[name] = tracked
+
+    def act() -> httpx.Response:
+        run = tracked.run
+        if change == "add":
+            return run.http.post(f"{run.path}/averages", json={"name": "late", "decay": 0.25})
+        return run.http.delete(f"{run.path}/averages/slow")
+
+    try:
+        for _ in range(4):
+            tracked.push()
+        each.doom(phase, act)
+        done = AVERAGE_PHASES[change, phase]
+        tracked.added("late", 0.25) if change == "add" and done else None
+        tracked.removed("slow") if change == "remove" and done else None
+        each.check()
+        expected = {"add": (201, 200), "remove": (204, 404)}[change][done]
+        assert act().status_code == expected
+        if not done:
+            tracked.added("late", 0.25) if change == "add" else tracked.removed("slow")
+        each.check()
+        for _ in range(5):
+            tracked.push()
+        each.check()
+        assert each.server.data_dir
+        [folder] = (each.server.data_dir / "runs").glob(f"{name}.*")
+        names = {"slow", "fast", "late"} if change == "add" else {"fast"}
+        assert {path.stem for path in folder.glob("slots/*/*")} == names
+        if place == "memory":
+            files = [path for path in _memory_files(each) if path.name.startswith(f"{folder.suffix[1:]}.")]
+            assert len(files) == 2 * len(names)
+    finally:
+        each.http.delete(each.runs.pop(name).run.path).raise_for_status()
 
 
 @pytest.mark.parametrize("phase", ["half of a snapshot", "snapshot before its row", "snapshot committed"])

@@ -34,6 +34,8 @@ class Tracked:
         self.run = run
         self.step = 0
         self.params = partial(params, shape=shape)
+        self._litema = litema
+        self._late: dict[str, float] = {}
         self._oracles = {"slow": litema(self.params(0)), "fast": litema(self.params(0), decay=0.5)}
         run.create(self.params(0), averages=AVERAGES, durability=durability).raise_for_status()
         run.begin(self.params(0)).raise_for_status()
@@ -49,6 +51,17 @@ class Tracked:
         self.step += 1
         for oracle in self._oracles.values():
             oracle.update(self.params(self.step))
+        for name, decay in self._late.items():
+            self._oracles[name] = self._litema(self.params(self.step), decay)
+        self._late.clear()
+
+    def added(self, name: str, decay: float) -> None:
+        """The run has one more average, which begins with the next update."""
+        self._late[name] = decay
+
+    def removed(self, name: str) -> None:
+        """The run has an average less."""
+        del self._oracles[name]
 
     def check(self) -> None:
         """The run is what it must be, to the bit, in the epoch it began in."""
@@ -56,6 +69,7 @@ class Tracked:
         version = f"1.{self.step}"
         expected = ("ready", self.step or None, self.step or None, self.step, version)
         assert tuple(info[key] for key in ("status", "step", "durable_step", "num_updates", "version")) == expected
+        assert {each["name"] for each in info["averages"]} == {*self._oracles, *self._late}
         for name, oracle in self._oracles.items():
             weights = self.run.weights(average=name)
             assert all(torch.equal(weights[each], value) for each, value in oracle.shadow.items())

@@ -17,7 +17,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from tests.conftest import LitEmaOracle, ServerProcess
 
 SHAPES = {"a.weight": (300, 7), "a.bias": (7,), "b": (), "c.half": (1000,)}
-#: The second one's decay is LitEma's too, with its own ceiling.
-AVERAGES = {"ema": None, "fast": 0.5}
+#: By name of an average, its decay: LitEma's, with the run's ceiling or its own.
+DECAYS = {"ema": None, "fast": 0.5, "late": 0.9}
+#: What a run begins with; averages of all names are added and removed.
+AVERAGES = ("ema", "fast")
 
 SOME = settings(
     max_examples=8, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -53,26 +55,37 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 @dataclass
 class Moment:
-    """What a run should be: its averages by LitEma's own arithmetic, and what is counted."""
+    """What a run should be: its averages by LitEma's own arithmetic, by name and number, and what is counted."""
 
-    averages: dict[str, LitEmaOracle]
+    averages: dict[tuple[str, int], LitEmaOracle]
+    num_updates: int
     step: int = 0
     last: bytes = b""
 
     def push(self, step: int, seed: int) -> None:
         for average in self.averages.values():
             average.update(tensors(seed))
+        self.num_updates += self.num_updates >= 0
         self.step, self.last = step, save(tensors(seed))
 
 
 @dataclass
 class Life:
-    """One run as its trainer and the oracle know it."""
+    """One run as its trainer and the oracle know it.
+
+    wanted: the averages that the run is to have, with weights or before: the number tells apart two of one name.
+    """
 
     name: str
     now: Moment
+    wanted: dict[str, int]
     snapshots: dict[str, Moment] = field(default_factory=dict)
     writers: int = 0
+
+    @property
+    def waiting(self) -> list[tuple[str, int]]:
+        """The averages that begin with the next update."""
+        return [key for key in self.wanted.items() if key not in self.now.averages]
 
 
 class Lives(RuleBasedStateMachine):
@@ -81,19 +94,19 @@ class Lives(RuleBasedStateMachine):
     server: ClassVar[ServerProcess]
     litema: ClassVar[Callable[..., LitEmaOracle]]
     count: ClassVar[int] = 0
+    numbers: ClassVar[Iterator[int]] = itertools.count()
 
     @initialize(durability=st.sampled_from(["process", "disk"]), counted=st.booleans(), seed=seeds)
     def create(self, durability: str, counted: bool, seed: int) -> None:
         Lives.count += 1
         dtypes = {torch.float32: "F32", torch.bfloat16: "BF16"}
         layout = [{"name": n, "shape": list(t.shape), "dtype": dtypes[t.dtype]} for n, t in tensors(seed).items()]
-        averages = [{"name": name, "decay": decay} for name, decay in AVERAGES.items()]
+        averages = [{"name": name, "decay": DECAYS[name]} for name in AVERAGES]
         self.http = self.server.http()
-        oracles = {
-            name: self.litema(tensors(seed), 0.9999 if decay is None else decay, counted)
-            for name, decay in AVERAGES.items()
-        }
-        self.life = Life(f"life-{self.count}", Moment(oracles))
+        self.counted = counted
+        wanted = {name: next(self.numbers) for name in AVERAGES}
+        self.life = Life(f"life-{self.count}", Moment({}, 0 if counted else -1), wanted)
+        self.begin(seed)
         config = {"run": self.life.name, "layout": layout, "averages": averages, "use_num_updates": counted}
         self.http.post("/v1/runs", json={**config, "durability": durability}).raise_for_status()
         self.http.put(f"{self.path}/weights", content=save(tensors(seed)), params={"step": 0}).raise_for_status()
@@ -110,7 +123,7 @@ class Lives(RuleBasedStateMachine):
     def push(self, seed: int, gap: int) -> None:
         step = self.life.now.step + gap
         answer = self.put(step, save(tensors(seed)))
-        self.life.now.push(step, seed)
+        self.pushed(step, seed)
         assert answer.json() == {**answer.json(), "applied": True, "step": step, "durable_step": step}
 
     @precondition(lambda self: self.life.now.last)
@@ -155,7 +168,7 @@ class Lives(RuleBasedStateMachine):
             sender.join(10)
         self.restart()
         assert self.put(step, body).json()["step"] == step
-        self.life.now.push(step, seed)
+        self.pushed(step, seed)
         self.compare()
 
     @rule(seed=seeds)
@@ -173,14 +186,40 @@ class Lives(RuleBasedStateMachine):
 
     # --- operators --------------------------------------------------------------------------------------------------
 
-    @rule(decay=st.floats(0, 1, width=32), average=st.sampled_from(list(AVERAGES)))
+    @rule(decay=st.floats(0, 1, width=32), average=st.sampled_from(list(DECAYS)))
     def change_decay(self, decay: float, average: str) -> None:
-        self.http.patch(self.path, json={"decay": decay, "average": average}).raise_for_status()
-        self.life.now.averages[average].decay = torch.tensor(decay, dtype=torch.float32)
+        answer = self.http.patch(self.path, json={"decay": decay, "average": average})
+        oracle = self.life.now.averages.get((average, self.life.wanted.get(average, -1)))
+        if oracle is None:
+            code = "awaiting_weights" if average in self.life.wanted else "average_not_found"
+            assert answer.json()["code"] == code
+            return
+        answer.raise_for_status()
+        oracle.decay = torch.tensor(decay, dtype=torch.float32)
+
+    @rule(name=st.sampled_from(list(DECAYS)))
+    def add_average(self, name: str) -> None:
+        answer = self.http.post(f"{self.path}/averages", json={"name": name, "decay": DECAYS[name]})
+        assert answer.status_code == (200 if name in self.life.wanted else 201)
+        self.life.wanted.setdefault(name, next(self.numbers))
+
+    @rule(name=st.sampled_from(list(DECAYS)))
+    def remove_average(self, name: str) -> None:
+        answer = self.http.delete(f"{self.path}/averages/{name}")
+        life = self.life
+        rest = [key for key in life.now.averages if key[0] != name]
+        if name not in life.wanted:
+            assert answer.json()["code"] == "average_not_found"
+        elif not rest:
+            assert answer.json()["code"] == "last_average"
+        else:
+            assert answer.status_code == 204
+            life.now.averages.pop((name, life.wanted.pop(name)), None)
 
     @rule()
     def reset(self) -> None:
         self.http.post(f"{self.path}/reset-num-updates").raise_for_status()
+        self.life.now.num_updates = min(self.life.now.num_updates, 0)
         for average in self.life.now.averages.values():
             if average.num_updates >= 0:
                 average.num_updates.zero_()
@@ -199,8 +238,13 @@ class Lives(RuleBasedStateMachine):
         if name not in self.life.snapshots:
             assert answer.json()["code"] == "snapshot_not_found"
             return
+        there = copy.deepcopy(self.life.snapshots[name])
+        there.averages = {key: each for key, each in there.averages.items() if key in self.life.wanted.items()}
+        if not there.averages:
+            assert answer.json()["code"] == "average_not_found"
+            return
         answer.raise_for_status()
-        self.life.now = copy.deepcopy(self.life.snapshots[name])
+        self.life.now = there
         self.life.now.last = b""
 
     @rule(name=names)
@@ -219,23 +263,39 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def compare(self) -> None:
         info = self.http.get(self.path).raise_for_status().json()
-        counter = int(next(iter(self.life.now.averages.values())).num_updates)
+        counter = self.life.now.num_updates
         expected = {"step": self.life.now.step, "num_updates": counter, "status": "ready", "writer": self.life.writers}
         assert info == {**info, **expected, "durable_step": self.life.now.step}
+        assert [each["name"] for each in info["averages"]] == list(self.life.wanted)
         self.check_weights("weights", self.life.now)
+        for name, _ in self.life.waiting:
+            refused = self.http.get(f"{self.path}/weights", params={"average": name})
+            assert refused.json()["code"] == "awaiting_weights"
         listed = self.http.get(f"{self.path}/snapshots").json()["snapshots"]
         assert {each["name"]: each["step"] for each in listed} == {n: m.step for n, m in self.life.snapshots.items()}
         for name, moment in self.life.snapshots.items():
             self.check_weights(f"snapshots/{name}/weights", moment)
 
     def check_weights(self, path: str, moment: Moment) -> None:
-        for name, average in moment.averages.items():
+        for (name, _), average in moment.averages.items():
             answer = self.http.get(f"{self.path}/{path}", params={"average": name}).raise_for_status()
             found = load(answer.content)
             assert found.keys() == average.shadow.keys()
             assert [n for n, tensor in found.items() if not torch.equal(tensor, average.shadow[n])] == []
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def begin(self, seed: int) -> None:
+        """The averages that wait begin with these parameters."""
+        for name, number in self.life.waiting:
+            decay = DECAYS[name]
+            oracle = self.litema(tensors(seed), 0.9999 if decay is None else decay, self.counted)
+            self.life.now.averages[name, number] = oracle
+
+    def pushed(self, step: int, seed: int) -> None:
+        """An update was applied."""
+        self.life.now.push(step, seed)
+        self.begin(seed)
 
     @property
     def path(self) -> str:

@@ -118,7 +118,9 @@ class LocalRun:
 
     def shadows(self, average: str | None = None) -> dict[str, Tensor]:
         """The current shadows of one average by name: views, not copies."""
-        _, arena = self.state.at(self.run.ledger.succession.position(average))
+        found = self.state.at(self.run.ledger.succession.member(average))
+        assert found, f"{average} has no weights yet"
+        _, arena = found
         entries = self.run.layout.shadows
         return {e.name: arena.tensor[e.begin : e.end].view(TORCH_DTYPES[e.dtype]).view(e.shape) for e in entries}
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ema_client import __version__
-from ema_client.cli import checkpoints, plan, runs, show, sweep, watch
+from ema_client.cli import averages, checkpoints, plan, runs, show, sweep, watch
 from ema_client.cli.options import Token, Url
 
 __all__ = ["app"]
@@ -27,6 +27,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "snapshot": runs.snapshot,
     "snapshots": runs.snapshots,
     "set-decay": runs.set_decay,
+    "add-average": averages.add_average,
+    "remove-average": averages.remove_average,
     "reset-num-updates": runs.reset_num_updates,
     "rewind": runs.rewind,
     "delete": runs.delete,

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ema_client import protocol
 from ema_client.errors import ProtocolError
-from ema_client.protocol import EventKind, RunEvent, RunInfo, SnapshotInfo
+from ema_client.protocol import AverageInfo, EventKind, RunEvent, RunInfo, SnapshotInfo
 
 __all__ = ["CONTENT_TYPE", "differences", "event_of", "parse", "read_event"]
 
@@ -52,12 +52,27 @@ def differences(old: RunInfo | None, new: RunInfo) -> Iterator[RunEvent]:
     """The events that a stream would have told between two answers to ``GET /v1/runs/{run}``. old: None at first."""
     if new.version is not None and (old is None or old.version != new.version):
         yield event_of("version", new)
-    for was, average in zip(old.averages if old else (), new.averages, strict=False):
-        if was.decay != average.decay:
-            event = event_of("decay_changed", new)
-            yield replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
+    if old:
+        yield from _of_averages(old, new)
     if old and new.num_updates < old.num_updates:
         yield event_of("num_updates_reset", new)
+
+
+def _of_averages(old: RunInfo, new: RunInfo) -> Iterator[RunEvent]:
+    """The events of averages that were removed, that were added, and whose decay was changed."""
+    were, are = ({(each.name, each.schedule): each for each in info.averages} for info in (old, new))
+    kinds: list[tuple[EventKind, list[AverageInfo]]] = [
+        ("average_removed", [average for key, average in were.items() if key not in are]),
+        ("average_added", [average for key, average in are.items() if key not in were]),
+        (
+            "decay_changed",
+            [average for key, average in are.items() if key in were and were[key].decay != average.decay],
+        ),
+    ]
+    for kind, averages in kinds:
+        for average in averages:
+            event = event_of(kind, new)
+            yield replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
 
 
 def event_of(kind: EventKind, info: RunInfo, snapshot: SnapshotInfo | None = None) -> RunEvent:

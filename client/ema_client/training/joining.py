@@ -214,18 +214,18 @@ def _lost(run: str, start: Start) -> str | None:
 
 
 def _other_schedule(info: RunInfo, config: RunConfig) -> str | None:
-    """What a run that is gone on with keeps, where the trainer asks for another schedule or decay; None where it has
-    what is asked for."""
+    """What a run that is gone on with keeps, where the trainer asks for another schedule, decay or average; None where
+    it has what is asked for."""
     told = {average.name: average for average in info.averages}
     for asked in config.averages:
         if (theirs := told.get(asked.name)) is None:
-            continue
+            return f"run {info.run!r} has no average {asked.name!r}; add_average() adds one to a run that exists"
         fields = asked.schedule_fields()
         same = all(math.isclose(getattr(theirs, name) or 0.0, value, rel_tol=1e-9) for name, value in fields.items())
         if theirs.schedule != asked.schedule or theirs.start != asked.start or not same:
             return (
                 f"run {info.run!r} goes on with schedule {theirs.schedule!r} of average {asked.name!r} as it was made, "
-                f"not with {asked.schedule!r} {fields}: make a new run for another schedule"
+                f"not with {asked.schedule!r} {fields}: add_average() adds one of another schedule, under another name"
             )
         decay = config.decay if asked.decay is None else asked.decay
         if "decay" in SCHEDULE_FIELDS[asked.schedule] and _float32(theirs.decay) != _float32(decay):

@@ -26,7 +26,7 @@ from ema_service.api.errors import problem_responses
 from ema_service.api.routes.parameters import RunName, Server
 from ema_service.persistence import Snapshots
 from ema_service.runs import Run
-from ema_service.shadows import Version
+from ema_service.shadows import Average, Version
 
 __all__ = ["HEARTBEAT_SECONDS", "Look", "changes", "router", "stream"]
 
@@ -64,7 +64,8 @@ async def _place(server: Server) -> AsyncIterator[None]:
     response_class=Response,
     responses={
         200: {
-            "description": "An event for each new version, changed decay, reset, snapshot made or deleted",
+            "description": "An event for each new version, changed decay, reset, average added or removed, snapshot "
+            "made or deleted",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
         **problem_responses(RunNotFound, InvalidRequest, Overloaded),
@@ -84,9 +85,11 @@ async def get_events(run: RunName, server: Server) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A run as it is at one moment. snapshots: by name. changes: Snapshots.changes when the snapshots were read."""
+    """A run as it is at one moment. averages: that it is to have, with weights or before. snapshots: by name. changes:
+    Snapshots.changes when the snapshots were read."""
 
     version: Version | None = None
+    averages: tuple[Average, ...] = ()
     snapshots: Mapping[str, SnapshotInfo] = field(default_factory=dict)
     changes: int = -1
 
@@ -128,6 +131,8 @@ def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
             yield _event(run, "version", new)
         if old is not None:
             yield from _steered(run, old, new)
+    if before.averages:
+        yield from _other_averages(run, before, now)
     for name, snapshot in before.snapshots.items():
         if now.snapshots.get(name) != snapshot:
             yield _event(run, "snapshot_deleted", new, snapshot)
@@ -138,19 +143,35 @@ def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
 
 def _steered(run: Run, old: Version, new: Version) -> Iterator[RunEvent]:
     """The events of changed decays and of a reset counter."""
-    for was, average in zip(old.averages, new.averages, strict=True):
-        if was.decay != average.decay:
-            event = _event(run, "decay_changed", new)
-            yield replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
+    for average in new.averages:
+        was = old.find(average.member)
+        if was and was.decay != average.decay:
+            yield _of(average, _event(run, "decay_changed", new))
     # Within an epoch only a reset lowers the counter.
     if new.epoch == old.epoch and new.num_updates < old.num_updates:
         yield _event(run, "num_updates_reset", new)
 
 
+def _other_averages(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
+    """The events of averages that were removed and added."""
+    old, new = ({average.member for average in look.averages} for look in (before, now))
+    for average in before.averages:
+        if average.member not in new:
+            yield _of(average, _event(run, "average_removed", now.version))
+    for average in now.averages:
+        if average.member not in old:
+            yield _of(average, _event(run, "average_added", now.version))
+
+
+def _of(average: Average, event: RunEvent) -> RunEvent:
+    """The event as one of this average."""
+    return replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
+
+
 def _event(run: Run, kind: EventKind, version: Version | None, snapshot: SnapshotInfo | None = None) -> RunEvent:
     """An event of the run as it is in ``version``."""
     succession = run.ledger.succession
-    first = (version.averages if version else succession.averages_at_start)[0]
+    first = succession.averages(version)[0]
     return RunEvent(
         kind=kind,
         run=run.config.run,
@@ -172,11 +193,12 @@ async def _look(server: Context, run: Run, snapshots: Snapshots | None, before: 
     """The run as it is now; the list of snapshots is read again only if it changed."""
     state = run.state
     version = state.version if state else None
+    look = replace(before, version=version, averages=run.ledger.succession.averages(version))
     if snapshots is None or snapshots.changes == before.changes:
-        return replace(before, version=version)
+        return look
     changes = snapshots.changes
     found = await server.workers.block(snapshots.all)
-    return Look(version, {snapshot.name: snapshot for snapshot in found}, changes)
+    return replace(look, snapshots={snapshot.name: snapshot for snapshot in found}, changes=changes)
 
 
 def _snapshots(server: Context, run: str) -> Snapshots | None:

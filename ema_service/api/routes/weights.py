@@ -230,7 +230,12 @@ async def get_weights(
     if min_step is not None:
         await _reach(server, found, min_step, wait)
     state = found.ready_state()
-    chosen, arena = state.at(found.ledger.succession.position(average))
+    succession = found.ledger.succession
+    member = succession.member(average)
+    kept = state.at(member)
+    if kept is None:
+        raise succession.awaiting(member)
+    chosen, arena = kept
     info, lineage = state.version.weights_info(found.config, chosen), state.version.lineage
     stream = await server.workers.block(
         partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)

@@ -118,6 +118,43 @@ def test_steering(ema: Ema, run: str, client: EmaClient) -> None:
     assert ema("reset-num-updates", run)[:2] == (0, f"{run}: num_updates -1\n")
 
 
+def test_averages(ema: Ema, run: str, client: EmaClient) -> None:
+    """An average is added with the fields of its schedule, and removed where that is confirmed."""
+    code, out, _ = ema("add-average", run, "long", "--schedule", "power", "--sigma-rel", "0.1", "--start", "5")
+    assert (code, out) == (0, f"{run}: ema, long\n")
+    [_, told] = client.run(run).averages
+    assert (told.schedule, told.start, told.num_updates) == ("power", 5, 0)
+    assert told.sigma_rel == pytest.approx(0.1)
+    assert "long: power, start 5, sigma_rel 0.1" in ema("show", run)[1]
+    assert ema("add-average", run, "fast", "--decay", "0.5")[0] == 0
+    assert client.run(run).averages[2].decay == 0.5
+
+    assert ema("remove-average", run, "long")[0] == 1
+    assert len(client.run(run).averages) == 3
+    assert ema("remove-average", run, "long", "--yes")[:2] == (0, f"{run}: long removed\n")
+    assert [each.name for each in client.run(run).averages] == ["ema", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--schedule", "none"), "--schedule: there is no 'none'; there are litema,"),
+        (("--schedule", "power"), "--sigma-rel, --gamma: one of the two"),
+        (("--half-life", "3"), "--half-life: has no meaning for schedule 'litema'"),
+        (("--decay", "2"), "--decay: '2.0' is not possible"),
+        (("--schedule", "half_life", "--half-life", "0"), "--half-life: '0.0' is not possible"),
+    ],
+)
+def test_average_that_is_none(words: tuple[str, ...], says: str, ema: Ema, run: str, client: EmaClient) -> None:
+    """A field that does not go with the schedule is told by its option; nothing was added."""
+    code, out, err = ema("add-average", run, "x", *words)
+    plain = " ".join(re.sub(r"[│╭╰─╮╯]", " ", err).split())
+
+    assert (code, out) == (2, "")
+    assert says in plain
+    assert len(client.run(run).averages) == 1
+
+
 def test_delete_asks(ema: Ema, run: str, client: EmaClient) -> None:
     """Without --yes and without an answer nothing is deleted."""
     assert ema("delete", run)[0] == 1

@@ -20,7 +20,7 @@ from ema_service.storage.catalog import MEMORY, Catalog
 from ema_service.storage.files import TensorFile
 from ema_service.storage.memory_files import MemoryFiles
 from ema_service.storage.slot_files import SlotFiles
-from ema_service.storage.slots import Slot
+from ema_service.storage.slots import Slot, Slots
 from ema_service.storage.store import Store
 
 PHASE_FILE = Path(sys.argv[1])
@@ -99,6 +99,9 @@ patch(MemoryFiles, "create", named("", "memory taken"))
 patch(MemoryFiles, "attach", named("", "memory attached"))
 patch(MemoryFiles, "remove", named("", "half of the memory is gone"))
 patch(TensorFile, "read_into", lambda _, __, start=0: ("half of a restart" if start else "", ""))
+patch(Catalog, "set_averages", named("before the averages' row", "averages' row committed"))
+patch(Slots, "add", named("", "room of an average taken"))
+patch(SlotFiles, "keep_only", named("before an average's files go", "half of an average's files are gone"))
 patch(Catalog, "add_run", named("before a run's row", "run's row committed"))
 patch(Catalog, "remove_run", named("before a deletion", "half of a deletion"))
 

@@ -155,6 +155,14 @@ NOT_THERE = [
     Attack(
         "an unknown average", 404, "average_not_found", "none", method="GET", path="/v1/runs/{run}/weights?average=none"
     ),
+    Attack(
+        "a removal of an unknown average",
+        404,
+        "average_not_found",
+        "none",
+        method="DELETE",
+        path="/v1/runs/{run}/averages/none",
+    ),
     Attack("an average named ..", 422, INVALID, "average", method="GET", path="/v1/runs/{run}/weights?average=.."),
     Attack(
         "an unknown snapshot", 404, "snapshot_not_found", "none", method="DELETE", path="/v1/runs/{run}/snapshots/none"

@@ -71,6 +71,8 @@ ROUTES = [
     ("PUT", "/v1/runs/alpha-1/updates/1", {"push"}),
     ("PATCH", "/v1/runs/alpha-1", {"push"}),
     ("POST", "/v1/runs/alpha-1/reset-num-updates", {"push"}),
+    ("POST", "/v1/runs/alpha-1/averages", {"push"}),
+    ("DELETE", "/v1/runs/alpha-1/averages/none", set()),
     ("DELETE", "/v1/runs/alpha-1/snapshots/none", set()),
     ("DELETE", "/v1/runs/alpha-0", set()),
 ]

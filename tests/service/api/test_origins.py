@@ -34,6 +34,8 @@ WRITES = [
     ("POST", "{run}/reset-num-updates", None),
     ("POST", "{run}/writers", None),
     ("PATCH", "{run}", {"decay": 0.5}),
+    ("POST", "{run}/averages", {"name": "other"}),
+    ("DELETE", "{run}/averages/other", None),
     ("PUT", "{run}/snapshots/s", None),
     ("DELETE", "{run}", None),
 ]

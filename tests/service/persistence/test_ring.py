@@ -11,12 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
 from ema_client.errors import InvalidRequest, Overloaded, StorageFailed, SynthesisRefused
 from ema_client.protocol import Posthoc, RingInfo
-from ema_service.averaging import SigmaRel
+from ema_service.averaging import (
+    ConstantHalfLife,
+    SigmaRel,
+    SnapshotBasis,
+    Synthesis,
+    Target,
+    TrackedAverage,
+    approximate,
+)
+from ema_service.averaging.profiles import decays_of, gamma_of, power_decay
 from ema_service.memory import Memory
 from tests.service.posthoc import as_state, walk
 from tests.waiting import wait_until
@@ -85,10 +95,10 @@ def test_first_weights_are_stored_once(server: LocalServer) -> None:
     """Of the weights that a run begins with one average is stored; of a snapshot all that are tracked."""
     run = begun(server)
     push(server, run, 1, 2)
-    files = {path.parent.name: path.name for path in server.data_files("r.*/ring/1.0/*")}
+    files = {path.parent.name: path.name for path in server.data_files("r.*/ring/1.0/posthoc-*")}
     assert files == {"1.0": "posthoc-0.015.safetensors"}
-    assert len(server.data_files("r.*/ring/1.2/*")) == 3
-    assert ring_of(run).bytes == sum(path.stat().st_size for path in server.data_files("r.*/ring/*/*"))
+    assert len(server.data_files("r.*/ring/1.2/posthoc-*")) == 3
+    assert ring_of(run).bytes == sum(path.stat().st_size for path in server.data_files("r.*/ring/*/posthoc-*"))
 
 
 @pytest.mark.parametrize("durability", ["memory", "process", "disk"])
@@ -256,6 +266,21 @@ def test_full_disk_costs_a_snapshot_and_says_so(server: LocalServer, monkeypatch
     assert (ring_of(run).times[-1], ring_of(run).trouble) == (9, None)
 
 
+def test_link_in_its_place_costs_the_ring(server: LocalServer, tmp_path: Path) -> None:
+    """A symbolic link where the ring lies is not followed: nothing is written or removed behind it."""
+    run = begun(server)
+    push(server, run, 1, 3)
+    [folder] = server.data_files("r.*")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder / "ring", elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    (folder / "ring").symlink_to(elsewhere)
+    push(server, run, 4, 8)
+    assert run.version.step == 8
+    assert "symbolic link" in (ring_of(run).trouble or "")
+    assert sorted(elsewhere.rglob("*")) == before
+
+
 def test_disk_too_small_is_refused_at_creation(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ring that cannot fit is refused before any training, with how much it takes; nothing of the run stays."""
     assert server.store is not None
@@ -297,3 +322,67 @@ def test_wrong_averages_are_refused(server: LocalServer) -> None:
     for wrong in (Posthoc(sigma_rel=()), Posthoc(sigma_rel=(0.1, 0.1)), Posthoc(sigma_rel=(0.5,))):
         with pytest.raises(InvalidRequest, match="posthoc: "):
             server.create("r", as_state(WALKED[0]), posthoc=wrong)
+
+
+STEPS = [int(step) for step in np.cumsum(np.random.default_rng(0).integers(1, 8, size=250))]
+
+
+def exact(server: LocalServer, target: Target, counters: list[int]) -> Synthesis:
+    """What the ring's snapshots give, worked out with the counter after each update."""
+    ring = ring_of(server.run("r"))
+    times = tuple(dict.fromkeys((ring.begin or 0, *ring.times, counters[-1])))
+    known = np.array([0, *counters])
+    averages = [TrackedAverage(decays_of(power_decay(gamma_of(width)), known), times) for width in ring.sigma_rel]
+    return approximate(SnapshotBasis(known, averages), target)
+
+
+def check_exact(server: LocalServer, counters: list[int]) -> None:
+    for target in (SigmaRel(0.1), SigmaRel(0.2), ConstantHalfLife(counters[-1] / 8)):
+        [found] = server.registry.synthesiser("r").recipes([target], None, 0.9)
+        assert found.synthesis.error == pytest.approx(exact(server, target, counters).error, rel=0.01)
+
+
+def push_steps(server: LocalServer, run: LocalRun, first: int, last: int) -> None:
+    for step in STEPS[first:last]:
+        run.push(step, as_state(WALKED[0]))
+    idle(server)
+
+
+def test_steps_are_counted_one_by_one(server: LocalServer) -> None:
+    """The error that is told is that of these very updates, however irregular their steps are."""
+    run = begun(server, Posthoc(), decay_per="step")
+    push_steps(server, run, 0, 250)
+    counted = [1, *(1 + step - STEPS[0] for step in STEPS[1:])]
+    check_exact(server, counted)
+
+
+def test_steps_before_a_crash_are_known(server: LocalServer) -> None:
+    """Strides come back with the ring's newest snapshot; of later updates their number does."""
+    run = begun(server, Posthoc(), decay_per="step")
+    push_steps(server, run, 0, 200)
+    server.crash()
+    server.start()
+    server.registry.verify()
+    run = server.run("r")
+    push_steps(server, run, 200, 250)
+    noted = server.registry.synthesiser("r").ring.strides()
+    assert noted.updates == 250
+    counted = [1, *(1 + step - STEPS[0] for step in STEPS[1:])]
+    newest = max(i for i, time in enumerate(counted[:200]) if time in ring_of(run).times)
+    assert noted.counters(0, newest + 1).tolist() == counted[: newest + 1]
+    check_exact(server, counted)
+
+
+def test_steps_before_a_rewind_are_known(server: LocalServer) -> None:
+    """A rewind keeps the strides up to its snapshot, and notes on from there."""
+    run = begun(server, Posthoc(), decay_per="step")
+    push_steps(server, run, 0, 150)
+    server.snapshot("s")
+    push_steps(server, run, 150, 220)
+    server.registry.rewind("r", "s")
+    run.push(STEPS[149] + 3, as_state(WALKED[0]))
+    idle(server)
+    counted = [1, *(1 + step - STEPS[0] for step in STEPS[1:150])]
+    noted = server.registry.synthesiser("r").ring.strides()
+    assert noted.counters(0, 999).tolist() == [*counted, counted[-1] + 3]
+    check_exact(server, [*counted, counted[-1] + 3])

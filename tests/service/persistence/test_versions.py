@@ -39,6 +39,9 @@ from ema_client.errors import (
 from ema_client.protocol import AverageConfig
 from ema_service.persistence import rows
 from ema_service.storage.catalog import Catalog, CatalogUnusable
+from ema_service.storage.slot_files import SlotFiles
+from tests.service.persistence.power import Power
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun, LocalServer
@@ -195,6 +198,53 @@ def test_push_that_breaks_off_gives_its_slot_back(
     server.crash()
 
     assert seen(again(server)) == before
+
+
+def test_rewind_waits_for_a_sync_under_way(
+    server: LocalServer, begun: Callable[..., LocalRun], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewind is answered once it outlives the machine, also where an older version is being synced when it comes."""
+    run = begun("process")
+    server.snapshot("s")
+    run.push(40, model(40))
+    began, goes_on, sync = threading.Event(), threading.Event(), SlotFiles.sync
+
+    def slow(files: SlotFiles) -> None:
+        began.set()
+        goes_on.wait(30)
+        sync(files)
+
+    monkeypatch.setattr(SlotFiles, "sync", slow)
+    [versions] = server.registry.unsynced()
+    behind = threading.Thread(target=versions.sync)
+    behind.start()
+    began.wait(30)
+    rewinding = threading.Thread(target=server.registry.rewind, args=("r", "s"))
+    rewinding.start()
+    wait_until(lambda: run.info.version == "2.0")
+    rewinding.join(0.1)
+    waited = rewinding.is_alive()
+    goes_on.set()
+    rewinding.join(30)
+    behind.join(30)
+
+    assert waited
+    assert (run.info.checkpoint_step, server.registry.unsynced()) == (30, [])
+
+
+def test_rewind_that_cannot_be_synced_is_told(
+    server: LocalServer, begun: Callable[..., LocalRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewind whose version does not reach the medium is no rewind that outlives a crash."""
+    begun("process")
+    server.snapshot("s")
+
+    def fails(_: SlotFiles) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(SlotFiles, "sync", fails)
+    with pytest.raises(StorageFailed, match="input/output error"):
+        server.registry.rewind("r", "s")
 
 
 def test_racing_writers_have_a_slot_each(server: LocalServer, begun: Callable[..., LocalRun], model: Model) -> None:
@@ -581,55 +631,6 @@ def test_checksums_of_all_bytes_as_one(damaged: bool, server: LocalServer, model
 
 
 # --- power loss -----------------------------------------------------------------------------------------------------
-
-
-class Power:
-    """What the medium of a data dir is sure to hold, and what it may hold, when the power goes.
-
-    Of a slot's file: what it held when it was last synced is sure; of what was written since any page may be there or
-    not. Of the catalog: SQLite's log is written in order, so the medium holds all transactions up to the latest durable
-    one, and then any number of the ones after it; here all of them, or none.
-    """
-
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self._folder = folder
-        self._sure: dict[Path, bytes] = {}
-        self._catalog: dict[str, bytes] = {}
-        self._lock = threading.Lock()
-        sync, write = os.fdatasync, Catalog._write
-
-        def fdatasync(descriptor: int) -> None:
-            sync(descriptor)
-            path = Path(f"/proc/self/fd/{descriptor}").readlink()
-            self._sure[path] = path.read_bytes()
-
-        def transaction(catalog: Catalog, sql: str, *values: object, durable: bool = True) -> sqlite3.Cursor:
-            cursor = write(catalog, sql, *values, durable=durable)
-            if durable:
-                self._catalog = self._catalog_files()
-            return cursor
-
-        patch.setattr(os, "fdatasync", fdatasync)
-        patch.setattr(Catalog, "_write", transaction)
-
-    def lost(self, target: Path, *, seed: int) -> None:
-        """Lay out in ``target`` a data dir as the power's going might leave it."""
-        dice = random.Random(seed)
-        shutil.copytree(self._folder, target, ignore=shutil.ignore_patterns("catalog.db*"))
-        for name, content in (self._catalog if dice.random() < 0.5 else self._catalog_files()).items():
-            (target / name).write_bytes(content)
-        for path in self._folder.glob("runs/*/slots/*/*"):
-            now = path.read_bytes()
-            sure = self._sure.get(path, bytes(len(now)))
-            # Small files: sectors stand for pages.
-            parts = range(0, len(now), 512)
-            kept = (now if dice.random() < 0.5 else sure for _ in parts)
-            content = b"".join(which[at : at + 512] for which, at in zip(kept, parts, strict=True))
-            (target / path.relative_to(self._folder)).write_bytes(content)
-
-    def _catalog_files(self) -> dict[str, bytes]:
-        # Without the -shm: it is an index over the log that SQLite makes anew.
-        return {path.name: path.read_bytes() for path in self._folder.glob("catalog.db*") if path.suffix != ".db-shm"}
 
 
 @pytest.mark.parametrize("durability", DURABILITIES)

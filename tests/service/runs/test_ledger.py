@@ -16,19 +16,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ema_client.errors import (
+    AverageExists,
     AverageNotFound,
     AwaitingWeights,
     EmaError,
     Fenced,
     InvalidRequest,
+    LastAverage,
     RunDegraded,
     RunNotFound,
     StaleStep,
     StepConflict,
     Superseded,
+    TooManyAverages,
     WeightsExist,
 )
-from ema_client.protocol import MAX_STEP, AverageConfig, RunConfig, SnapshotInfo, TensorSpec
+from ema_client.protocol import MAX_AVERAGES, MAX_STEP, AverageConfig, RunConfig, SnapshotInfo, TensorSpec
 from ema_service.averaging import average_into
 from ema_service.runs.ledger import Ledger
 from ema_service.shadows.state import Descent, Version
@@ -307,7 +310,85 @@ def test_decay_outside_its_range(decay: float) -> None:
 def test_unknown_average() -> None:
     """An average that the run does not have is refused with the names it has."""
     with pytest.raises(AverageNotFound, match="slow, fast"):
-        begun().succession.position("none")
+        begun().succession.member("none")
+
+
+# --- other averages -------------------------------------------------------------------------------------------------
+
+LATE = AverageConfig("late", "power", sigma_rel=0.1)
+
+
+@pytest.mark.parametrize("counting", [True, False])
+@pytest.mark.parametrize("average", [AverageConfig("late"), LATE, AverageConfig("late", "constant", 0.5, start=2)])
+def test_late_average_begins_with_an_update(average: AverageConfig, counting: bool) -> None:
+    """Whatever its schedule, the first update copies and is not counted; from there it has the decays of an average
+    that began with initial weights."""
+    ledger, other = (
+        begun(use_num_updates=counting),
+        Ledger(RunConfig("r", LAYOUT, averages=(average,), use_num_updates=counting)),
+    )
+    other.commit(other.succession.first("life", b"first", 1.0, num_updates=None, step=0))
+    assert update(ledger, 1)
+    setup = ledger.succession.with_average(average, "lineage", None)
+    assert setup
+    ledger.change_averages(setup)
+    plan = ledger.succession.plan(2, ledger.readable())
+    assert [average.name for average in plan.averages] == ["slow", "fast", "late"]
+    assert [retention.copies for retention in plan.retentions] == [False, False, True]
+    assert update(ledger, 2)
+    for step in range(1, 12):
+        ours, theirs = (each.readable().averages[-1] for each in (ledger, other))
+        assert (ours.num_updates, ours.effective_decay) == (theirs.num_updates, theirs.effective_decay)
+        assert update(ledger, step + 2)
+        assert update(other, step)
+    assert ledger.readable().n == 13
+
+
+def test_order_of_averages() -> None:
+    """Versions have the averages in the order of the setup, also where an earlier one begins later."""
+    ledger = begun()
+    version = ledger.readable()
+    ledger.commit(replace(version, averages=version.averages[1:]))
+    assert [average.name for average in ledger.succession.averages(ledger.readable())] == ["slow", "fast"]
+    assert update(ledger, 1)
+    assert [average.name for average in ledger.readable().averages] == ["slow", "fast"]
+    assert [average.num_updates for average in ledger.readable().averages] == [0, 1]
+
+
+def test_which_averages_there_may_be() -> None:
+    """Sixteen at most, one at least, one with weights at least, and one of each name."""
+    ledger = begun()
+    for number in range(MAX_AVERAGES - 2):
+        setup = ledger.succession.with_average(AverageConfig(f"a{number}"), str(number), None)
+        assert setup
+        ledger.change_averages(setup)
+    succession = ledger.succession
+    with pytest.raises(TooManyAverages):
+        succession.with_average(LATE, "x", None)
+    assert succession.with_average(AverageConfig("a3"), "x", None) is None
+    with pytest.raises(AverageExists):
+        succession.with_average(AverageConfig("a3", decay=0.5), "x", None)
+    with pytest.raises(AverageNotFound):
+        succession.without_average(ledger.version, "none", None)
+    ledger.change_averages(succession.without_average(ledger.version, "slow", None))
+    with pytest.raises(LastAverage, match="a0, a1"):
+        ledger.succession.without_average(ledger.version, "fast", None)
+    assert len(ledger.succession.without_average(None, "fast", None).members) == MAX_AVERAGES - 2
+    with pytest.raises(LastAverage, match="only average"):
+        Ledger(RunConfig("r", LAYOUT)).succession.without_average(None, "ema", None)
+
+
+def test_keys_of_changes() -> None:
+    """The setup remembers the latest keys, and whoever has none is no other."""
+    ledger = begun()
+    for number in range(20):
+        name = "late"
+        setup = ledger.succession.with_average(AverageConfig(name), str(number), f"add-{number}")
+        assert setup
+        ledger.change_averages(setup)
+        ledger.change_averages(ledger.succession.without_average(ledger.version, name, None))
+    assert [number for number in range(20) if ledger.setup.made_by(f"add-{number}")] == list(range(4, 20))
+    assert not ledger.setup.made_by(None)
 
 
 # --- the first version ----------------------------------------------------------------------------------------------

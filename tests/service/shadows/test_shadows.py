@@ -15,18 +15,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ema_client.errors import NonFinite
+from ema_client.protocol import AverageConfig
 from ema_service.averaging import Digest
 from ema_service.averaging.schedules import Retention
 from ema_service.memory import Layout, Memory, Staged
-from ema_service.shadows import Average, Plan, Shadows, State, Version
+from ema_service.shadows import Average, Member, Plan, Shadows, State, Version
 
 Model = Callable[[int], dict[str, Tensor]]
 
 DECAYS = (0.5, 0.9)
-VERSION = Version(
-    "life", 1, 0, 0, 0, b"", tuple(Average(f"a{i}", decay, None, 0) for i, decay in enumerate(DECAYS)), 1.0
-)
-PLAN = Plan(VERSION, 1, 1, tuple(Retention(decay, 1.0 - decay) for decay in DECAYS))
+AVERAGES = tuple(Average(Member(AverageConfig(f"a{i}")), decay, None, 0) for i, decay in enumerate(DECAYS))
+VERSION = Version("life", 1, 0, 0, 0, b"", AVERAGES, 1.0)
+PLAN = Plan(VERSION, 1, 1, VERSION.averages, tuple(Retention(decay, 1.0 - decay) for decay in DECAYS))
 NEXT = Version("life", 1, 1, 1, 1, b"", VERSION.averages, 2.0)
 
 
@@ -39,8 +39,8 @@ def layout(layout_of: Callable[[Mapping[str, Tensor]], Layout], model: Model) ->
 def shadows(layout: Layout, memory: Memory, model: Model) -> Shadows:
     """With its first version: the parameters themselves in each average."""
     made = Shadows(layout, memory, check=True)
-    prepared = made.cast(staged_of(layout, memory, model(0)), len(DECAYS)).finish()
-    made.commit(State(VERSION, prepared.arenas))
+    prepared = made.cast(staged_of(layout, memory, model(0))).finish()
+    made.commit(State(VERSION, prepared.arenas * len(DECAYS)))
     return made
 
 
@@ -64,7 +64,7 @@ def test_first_version_is_told_of_as_it_arrives(layout: Layout, memory: Memory, 
     """Initial weights are looked at while they come; the shadow has its digest then, and nobody reads it again."""
     told: list[int] = []
     shadows, staged = Shadows(layout, memory, check=True), staged_of(layout, memory, model(0))
-    preparation = shadows.cast(staged, 1, lambda _data, upto: told.append(upto))
+    preparation = shadows.cast(staged, lambda _data, upto: told.append(upto))
     preparation.advance(layout.param_bytes // 2)
     half = list(told)
     prepared = preparation.finish()
@@ -99,7 +99,7 @@ def test_dropped_preparation_frees_its_memory(shadows: Shadows, layout: Layout, 
     preparation = shadows.prepare(PLAN, base, staged_of(layout, memory, model(1)), {})
     preparation.advance(layout.param_bytes)
     held = weakref.ref(base.arenas[0])
-    shadows.commit(State(NEXT, shadows.cast(staged_of(layout, memory, model(2)), len(DECAYS)).finish().arenas))
+    shadows.commit(State(NEXT, shadows.cast(staged_of(layout, memory, model(2))).finish().arenas * len(DECAYS)))
     del base
     preparation.drop()
     gc.collect()
@@ -124,7 +124,7 @@ def test_plan_without_retentions_asks_for_the_digest(
     shadows: Shadows, layout: Layout, memory: Memory, model: Model
 ) -> None:
     """Of a step that was applied before only the digest is worked out: the same for the same parameters."""
-    plan = Plan(VERSION, 0, 0, ())
+    plan = Plan(VERSION, 0, 0, (), ())
     base = state_of(shadows)
     first, again, other = (
         shadows.prepare(plan, base, staged_of(layout, memory, model(seed)), {}).finish() for seed in (1, 1, 2)

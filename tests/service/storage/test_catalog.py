@@ -199,20 +199,23 @@ def test_format_1_is_migrated(path: Path) -> None:
     catalog.close()
 
 
-@pytest.mark.parametrize("old", [2, 3])
+@pytest.mark.parametrize("old", [2, 3, 4, 5])
 def test_later_formats_are_migrated(old: int, path: Path) -> None:
     """Their catalogs keep what they have and say so no longer: the servers of format 2 know no copied tensors, those of
-    3 other checksums."""
+    3 other checksums, of 4 no memory files, of 5 no averages but those of a run's creation."""
     catalog = Catalog(path)
     catalog.add_run("r", "{}", 1.5)
     before = catalog.runs()
     catalog.close()
     database = sqlite3.connect(path)
+    database.execute("ALTER TABLE runs DROP COLUMN averages")
     database.execute(f"PRAGMA user_version = {old}")
     database.close()
 
     catalog = Catalog(path)
     assert catalog.runs() == before
+    catalog.set_averages(before[0].id, "{2}")
+    assert [run.averages for run in catalog.runs()] == ["{2}"]
     assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
     catalog.close()
 

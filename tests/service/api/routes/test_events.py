@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 
-from ema_client.protocol import RunEvent, from_json
+from ema_client.protocol import AverageConfig, RunEvent, from_json
 from ema_service.api.context import Context
 from ema_service.api.routes.events import HEARTBEAT_SECONDS, Look, changes, stream
 from ema_service.metrics import Metrics
@@ -241,6 +241,39 @@ def test_silence_is_broken_by_comments(local_server: Callable[..., Any]) -> None
     heard = asyncio.run(watch())
     assert [line[:1] for line in heard[:4]] == [b":", b"e", b":", b":"]
     assert heard[-1].startswith(b"event: version")
+
+
+def test_averages_are_told(server: Any, plain_run: Callable[..., Any]) -> None:
+    """An average that is added or removed is told of by its name, and nothing else is; so is another of its name."""
+    run = plain_run(server, W)
+    with events(server, run.name) as told:
+        told.next()
+        average = {"name": "fast", "schedule": "constant", "decay": 0.5}
+        run.http.post(f"{run.path}/averages", json=average).raise_for_status()
+        added = told.next()["data"]
+        assert (added["kind"], added["average"], added["decay"]) == ("average_added", "fast", 0.5)
+        assert (added["effective_decay"], added["version"]) == (None, "1.0")
+        run.push(1, W)
+        assert told.next()["data"]["kind"] == "version"
+        run.http.delete(f"{run.path}/averages/ema").raise_for_status()
+        removed = told.next()["data"]
+        assert (removed["kind"], removed["average"], removed["decay"]) == ("average_removed", "ema", 0.9999)
+        run.push(2, W)
+        version = told.next()["data"]
+        assert (version["kind"], version["average"], version["decay"]) == ("version", "fast", 0.5)
+
+
+def test_another_average_of_the_name_is_told(local_run: Callable[..., Any]) -> None:
+    """An average that was removed, and added again under its name between two looks, is told of as both."""
+    run = local_run(W, averages=(AverageConfig("slow"), AverageConfig("fast")))
+    ledger = run.run.ledger
+    before = Look(run.version, ledger.succession.averages(run.version))
+    run.run.change_averages(lambda it: it.succession.without_average(it.version, "fast", None), lambda _: None)
+    run.run.change_averages(lambda it: it.succession.with_average(AverageConfig("fast"), "x", None), lambda _: None)
+    now = Look(run.version, ledger.succession.averages(run.version))
+
+    told = [(event.kind, event.average) for event in changes(run.run, before, now)]
+    assert told == [("average_removed", "fast"), ("average_added", "fast")]
 
 
 def test_changes_are_differences(local_run: Callable[..., Any]) -> None:

@@ -396,6 +396,24 @@ def test_configuration(server: ServerProcess, plain_run: Callable[..., PlainRun]
         assert "posthoc" in answer.json()["detail"]
 
 
+def test_averages_of_the_ring_stay(server: ServerProcess, plain_run: Callable[..., PlainRun]) -> None:
+    """Other averages come and go beside the ring; what it is made of cannot be removed."""
+    run = plain_run(server, as_state(WALKED[0]), posthoc={"snapshots": 4})
+    for n in range(1, 101):
+        run.push(n, as_state(WALKED[n])).raise_for_status()
+        if n == 30:
+            added = run.http.post(f"{run.path}/averages", json={"name": "late", "schedule": "constant"})
+            assert added.status_code == 201
+        if n == 60:
+            run.http.delete(f"{run.path}/averages/ema").raise_for_status()
+    refused = run.http.delete(f"{run.path}/averages/posthoc-0.03")
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    assert "ring" in refused.json()["detail"]
+    settled(run)
+    found = flat(load(ask(run, sigma_rel=0.25).content))
+    assert distance(found, power_average(WALKED, 0.25, range(1, 101)), WALKED[:101]) < 1e-5
+
+
 def test_needs_a_disk(start_server: Callable[..., ServerProcess], plain_run_at: Callable[..., PlainRun]) -> None:
     """A server without a disk refuses, and says what to do."""
     server = start_server(memory=True)
