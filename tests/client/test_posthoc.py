@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ema_client import EmaClient, Posthoc, RemoteEma
+from ema_client.cli.plan import Figures, plan_of
 from ema_client.errors import InvalidRequest, SnapshotExists, SynthesisRefused, UsageError
 from ema_client.protocol import WeightsInfo
 from ema_client.reading.slices import Wanted
@@ -203,6 +204,18 @@ def test_a_snapshot_of_one(trained: tuple[EmaClient, str], tmp_path: Path) -> No
         assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
     with pytest.raises(SnapshotExists):
         client.snapshot(run, "kept", sigma_rel=0.08)
+
+
+def test_the_plan_is_kept(trained: tuple[EmaClient, str]) -> None:
+    """The ring takes what ``ema plan`` says of its files, but for their headers: one snapshot less than at its most."""
+    client, run = trained
+    info = client.run(run)
+    assert info.ring is not None
+    plan = plan_of(Figures(Posthoc(), 0.0, 0.0), info.parameters, UPDATES)
+    most, one = plan.disk, 3 * 4 * info.parameters
+
+    assert len(info.ring.times) == 16
+    assert most - one <= info.ring.bytes <= most - one + 49 * 2000
 
 
 # --- what a trainer asks --------------------------------------------------------------------------------------------

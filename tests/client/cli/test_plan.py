@@ -16,7 +16,7 @@ import typer
 from ema_client.cli.plan import FIGURES, Figures, count_of, plan_of
 from ema_client.protocol import Posthoc
 from ema_service.averaging.profiles import gamma_of
-from ema_service.averaging.synthesis import Snapshots, Synthesis, TrackedAverage, synthesise
+from ema_service.averaging.synthesis import SnapshotBasis, Synthesis, TrackedAverage, approximate
 from ema_service.averaging.targets import SigmaRel
 from ema_service.averaging.thinning import Ring, forecast
 
@@ -41,9 +41,9 @@ def found(posthoc: Posthoc, updates: int) -> list[Synthesis]:
     ring, _ = ring_at(posthoc, updates)
     times, counters = tuple(sorted({*ring.times, updates})), np.arange(1, updates + 1)
     decays = [(1.0 - 1.0 / counters) ** (gamma_of(width) + 1.0) for width in posthoc.sigma_rel]
-    snapshots = Snapshots(counters, [TrackedAverage(each, times) for each in decays])
+    basis = SnapshotBasis(counters, [TrackedAverage(each, times) for each in decays])
     widths = np.geomspace(0.015, 0.25, 9)
-    return [synthesise(snapshots, SigmaRel(width), dtype=posthoc.dtype, max_error=1.0) for width in widths]
+    return [approximate(basis, SigmaRel(width), dtype=posthoc.dtype) for width in widths]
 
 
 @pytest.mark.parametrize("figures", [each for each in FIGURES if each.posthoc.dtype == "F32"], ids=str)
