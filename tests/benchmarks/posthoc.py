@@ -99,7 +99,7 @@ def _fill(client: EmaClient, traffic: Traffic, folder: Path) -> list[Path]:
             sleep(0.01)
     if ring is None or len(ring.times) != Posthoc().snapshots:
         raise BenchFailed(f"the ring is not full: {ring}")
-    return [path for path in sorted(folder.rglob("ring/**/*")) if path.is_file()]
+    return sorted(folder.rglob("ring/**/*.safetensors"))
 
 
 def _read(files: Sequence[Path]) -> None:

@@ -46,7 +46,7 @@ class AskedSweep:
         path, seconds = protocol.sweep_path(self.run), Asked(self.run, target=first).work_seconds
 
         def attempt(_: int) -> tuple[WeightsInfo, ...]:
-            with transport.download(path, query=query, patience=seconds * len(paths)) as body, ExitStack() as files:
+            with transport.download(path, query=query, patience=seconds) as body, ExitStack() as files:
                 return self._receive(body, [files.enter_context(path.open("wb")) for path in paths])
 
         return transport.retrying(attempt)
