@@ -180,7 +180,10 @@ class Synthesiser:
     def _stock(self, state: State, at: str | None) -> _Stock:
         """What is stored up to a time. Raises SynthesisRefused, SnapshotNotFound."""
         version = state.version
-        ring = [_Node(_passed(version, each), each.time, each.averages, each) for each in self.ring.leading_to(version)]
+        ring = [
+            _Node(_passed(version, each), each.time, each.averages, each)
+            for each in self.ring.shelf.leading_to(version).snapshots
+        ]
         last = next((node for node in ring if str(node.time) == at), None)
         if at is None:
             time = self._time(version)
@@ -195,7 +198,7 @@ class Synthesiser:
         """The node of a named snapshot."""
         known = {info.name: info for info in self.snapshots.all()}
         if name not in known:
-            times = [*known, *(str(node.time) for node in self.ring.leading_to(version))]
+            times = [*known, *(str(node.time) for node in self.ring.shelf.leading_to(version).snapshots)]
             raise SynthesisRefused(
                 f"at: {name!r} is neither a snapshot of run {self._run.config.run!r} nor a time of its ring",
                 hint=f"leave at out for the present; there are {listed(times)}" if times else "leave at out",
