@@ -1,11 +1,15 @@
-"""Waiting for what another thread or process does. Knows the clock alone."""
+"""Waiting for what another thread or process does. Knows the clock, and what tells that a ring is stored."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-__all__ = ["wait_until"]
+if TYPE_CHECKING:
+    from ema_client import EmaClient
+
+__all__ = ["settled", "wait_until"]
 
 #: Longer than anything takes on a machine that runs three tests at once, and shorter than the time of a test.
 _SECONDS = 60.0
@@ -17,3 +21,13 @@ def wait_until(true: Callable[[], object], what: str = "what the test waits for"
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
         time.sleep(0.01)
+
+
+def settled(client: EmaClient, run: str) -> None:
+    """Return once the ring of a run holds what is due: updates without pauses come faster than a disk syncs."""
+
+    def stored() -> bool:
+        ring = client.run(run).ring
+        return ring is not None and not ring.waiting
+
+    wait_until(stored, f"the ring of run {run!r}")

@@ -12,7 +12,16 @@ from ema_client import errors
 from ema_client.client import EmaClient
 from ema_client.errors import EmaError
 from ema_client.http.retry import RetryPolicy
-from ema_client.protocol import AverageConfig, RunEvent, RunInfo, SnapshotInfo, UpdateResult, WeightsInfo
+from ema_client.protocol import (
+    AverageConfig,
+    Posthoc,
+    ProfileInfo,
+    RunEvent,
+    RunInfo,
+    SnapshotInfo,
+    UpdateResult,
+    WeightsInfo,
+)
 from ema_client.reading.weights import Weights
 
 if TYPE_CHECKING:
@@ -24,6 +33,8 @@ __all__ = [
     "AverageConfig",
     "EmaClient",
     "EmaError",
+    "Posthoc",
+    "ProfileInfo",
     "RemoteEma",
     "RetryPolicy",
     "RunEvent",

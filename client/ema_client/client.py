@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlencode
 
 from ema_client import protocol
@@ -35,13 +35,15 @@ from ema_client.errors import (
 from ema_client.forks import Lock
 from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
-from ema_client.http.transport import Query, Reply, Transport
+from ema_client.http.transport import Query, Reply, Transport, with_query
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
     Durability,
     EventKind,
     NonFinitePolicy,
+    Posthoc,
+    ProfileInfo,
     Rewind,
     RunConfig,
     RunEvent,
@@ -60,10 +62,12 @@ from ema_client.reading.asked import Asked
 from ema_client.reading.events import CONTENT_TYPE
 from ema_client.reading.pulls import Pulls
 from ema_client.reading.slices import Wanted
+from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint
 from ema_client.reading.to_file import Progress, save
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
-from ema_client.schedules import average_of, averages_of
+from ema_client.schedules import average_of, averages_of, posthoc_of
+from ema_client.targets import Target, Wished
 from ema_client.wire import Box
 
 if TYPE_CHECKING:
@@ -172,6 +176,7 @@ class EmaClient:
         non_finite: NonFinitePolicy = "refuse",
         durability: Durability | None = None,
         copied: Collection[str] = (),
+        posthoc: Posthoc | Mapping[str, Any] | bool | None = None,
         num_updates: int | None = None,
         step: int | None = None,
         from_snapshot: tuple[str, str] | None = None,
@@ -192,6 +197,8 @@ class EmaClient:
                 the server, "disk" a power loss. None: "process", or "memory" where the server keeps nothing on disk.
             copied: names of tensors of ``state`` that are not averaged: the run holds their newest value, bit for bit,
                 such as that of BatchNorm's statistics.
+            posthoc: keep what averages of any length can be worked out of later, by ``sigma_rel`` and so on of pull():
+                True, or ``Posthoc(snapshots=32)``, or its fields by name. ``ema plan`` says what that costs.
             num_updates, step: to carry on an EMA from elsewhere.
             from_snapshot: (run, snapshot), to branch from another run on the service: weights, counter, step and decays
                 are the snapshot's, and nothing of ``state`` is sent but names, shapes and dtypes.
@@ -219,6 +226,7 @@ class EmaClient:
             non_finite=non_finite,
             durability=durability,
             copied=tuple(copied),
+            posthoc=posthoc_of(posthoc),
         )
         if from_snapshot is not None:
             # A snapshot that is not there leaves no run without weights behind.
@@ -519,6 +527,7 @@ class EmaClient:
         out: Mapping[str, Tensor] | None = None,
         min_step: int | None = None,
         wait: float | None = None,
+        **wished: Unpack[Wished],
     ) -> Weights:
         """The EMA weights of one version, whole, while updates go on.
 
@@ -534,15 +543,18 @@ class EmaClient:
                 before a byte is written. Values are cast to the tensors' dtypes. Without ``out``, new tensors on the
                 CPU.
             min_step, wait: not before the run has reached this step, waiting up to so many seconds.
+            wished: of a run with ``posthoc``, an average of any length instead: ``sigma_rel``, ``decay``, ``half_life``
+                or ``window``, with ``at`` and ``max_error``; see ``ema_client.targets.Wished``.
 
-        Raises RunNotFound, SnapshotNotFound, AverageNotFound, AwaitingWeights, StepNotReached; UsageError for an
-        ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
+        Raises RunNotFound, SnapshotNotFound, AverageNotFound, AwaitingWeights, StepNotReached, SynthesisRefused;
+        UsageError for an ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
         """
         _require_torch()
         from ema_client.tensors.layout import dtype_name
 
         cast = None if dtype is None else dtype_name(dtype)
-        asked = replace(_asked(run, average, snapshot, soup), dtype=cast, prefix=prefix, min_step=min_step)
+        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="pull"))
+        asked = replace(asked, dtype=cast, prefix=prefix, min_step=min_step)
         return self._pulls.pull(asked, out, wait=wait)
 
     def pull_slices(
@@ -553,6 +565,7 @@ class EmaClient:
         average: str | None = None,
         snapshot: str | None = None,
         min_step: int | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Write slices of the EMA weights of one version into tensors, fetching little more than the slices' bytes.
 
@@ -560,7 +573,8 @@ class EmaClient:
         is waited for as long as the service holds a request (60 seconds).
         """
         _require_torch()
-        return self._pulls.pull_slices(replace(_asked(run, average, snapshot), min_step=min_step), wanted)
+        asked = _asked(run, average, snapshot, target=Target.of(wished, called="pull_slices"))
+        return self._pulls.pull_slices(replace(asked, min_step=min_step), wanted)
 
     def copy_to(
         self,
@@ -571,10 +585,11 @@ class EmaClient:
         snapshot: str | None = None,
         soup: Mapping[str, float] | None = None,
         memory: Tensor | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Write the EMA weights into all parameters of ``module`` that require gradients, once all weights have come.
 
-        module: or a mapping from name to tensor, to be written to.
+        module: or a mapping from name to tensor, to be written to. average, snapshot, soup, wished: as for pull().
 
         Until then the weights lie in memory of the host, of their size: in ``memory``, a uint8 tensor, where that
         is given and large enough, else in new memory. pull() with ``out`` does without. Whatever is raised, nothing
@@ -583,7 +598,8 @@ class EmaClient:
         _require_torch()
         from ema_client.tensors.layout import state_of
 
-        return self._pulls.copy(_asked(run, average, snapshot, soup), state_of(module), memory)
+        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
+        return self._pulls.copy(asked, state_of(module), memory)
 
     def download(
         self,
@@ -594,6 +610,7 @@ class EmaClient:
         snapshot: str | None = None,
         soup: Mapping[str, float] | None = None,
         progress: Progress | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Save the EMA weights as a safetensors file, without torch and without holding the weights in memory.
 
@@ -601,21 +618,100 @@ class EmaClient:
         the file that the link names is replaced. Raises UsageError where ``path`` is a folder, pipe or device.
 
         Args:
-            run, average, snapshot, soup: as for pull().
+            run, average, snapshot, soup, wished: as for pull().
             path: the file, which replaces an older file of that name.
             progress: called with (bytes that have come, bytes in all).
         """
-        return save(self._transport, _asked(run, average, snapshot, soup), Path(path), progress)
+        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="download"))
+        return save(self._transport, asked, Path(path), progress)
 
-    def snapshot(self, run: str, name: str, *, keep: int | None = None) -> SnapshotInfo:
+    def snapshot(self, run: str, name: str, *, keep: int | None = None, **wished: Unpack[Wished]) -> SnapshotInfo:
         """Copy the current EMA weights to a snapshot: named, immutable and durable, on the server.
 
         keep: of the snapshots whose names are the same up to the last "-", let only so many, the newest, stay.
-        Raises SnapshotExists, StorageDisabled.
+        wished: as for pull(): keep that average, and no other. Such a snapshot is for reading: a run does not go back
+        to it.
+
+        Raises SnapshotExists, StorageDisabled; with ``wished`` SynthesisRefused.
         """
+        target = Target.of(wished, called="snapshot")
         path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
-        path = path if keep is None else f"{path}?keep={keep}"
+        path = with_query(path, {"keep": keep, **(target.query if target else {})})
         return self._transport.json("PUT", path, patience=_WORK_SECONDS).parsed(SnapshotInfo)
+
+    def profiles(self, run: str, **wished: Unpack[Wished]) -> ProfileInfo:
+        """How an average of any length would be worked out of a run's ring, and how exactly, without its weights.
+
+        wished: as for pull(). ``refused`` says why pull() would refuse the average, and what could be had instead.
+        Raises SynthesisRefused for an average, or a time, that has no such numbers; UsageError.
+        """
+        if (target := Target.of(wished, called="profiles")) is None:
+            raise UsageError("no average is wished for", hint="give sigma_rel=, decay=, half_life= or window=")
+        return self._profiles(run, target)
+
+    def _profiles(self, run: str, target: Target) -> ProfileInfo:
+        path = with_query(protocol.profiles_path(_name(run, "run")), target.query)
+        return self._transport.json("GET", path, patience=_WORK_SECONDS).parsed(ProfileInfo)
+
+    def sweep(
+        self,
+        run: str,
+        evaluate: Evaluate,
+        *,
+        sigma_rel: Sequence[float] | None = None,
+        decay: Sequence[float] | None = None,
+        half_life: Sequence[float] | None = None,
+        at: str | int | None = None,
+        max_error: float | None = None,
+        dtype: str | None = None,
+        highest: bool = False,
+        refine: int = 0,
+        told: Callable[[SweptPoint], None] | None = None,
+    ) -> Sweep:
+        """Evaluate averages of several lengths, of a run with ``posthoc``; ``.best`` is the one with the lowest result.
+
+        Eight averages at a time come from one reading of the run's ring, into files of a temporary folder
+        (``$TMPDIR``), without torch and without holding any in memory.
+
+        Args:
+            run: the run's name.
+            evaluate: called with the path of a safetensors file, and its WeightsInfo (``.sigma_rel``, ``.target``);
+                gives a number, such as a loss, or None where that failed. The file is deleted when it returns.
+            sigma_rel, decay, half_life: the lengths, of one of the three; ``ema_client.targets.spread`` makes some.
+            at, max_error: as for pull(). Without ``at`` all averages are of the time at which the first ones came; of
+                a run that goes on meanwhile, name a snapshot, or a time of the ring.
+            dtype: of the files, as safetensors writes it; by default the shadow's own.
+            highest: the highest result is the best.
+            refine: then so many further averages, each beside the best one so far.
+            told: called with each point as it comes.
+
+        What the service refuses is among the points, with the reason. Raises what ``evaluate`` raises; RunNotFound,
+        UsageError.
+        """
+        given = {"sigma_rel": sigma_rel, "decay": decay, "half_life": half_life}
+        kinds = [kind for kind, values in given.items() if values is not None]
+        if len(kinds) != 1:
+            raise UsageError(f"{len(kinds)} kinds of lengths are given", hint="give sigma_rel=, decay= or half_life=")
+        values = given[kind := kinds[0]] or ()
+        targets = [Target.of({kind: value, "at": at, "max_error": max_error}, called="sweep") for value in values]
+        lengths = dict.fromkeys(target.value for target in targets if target and isinstance(target.value, float))
+        if not lengths:
+            raise UsageError(f"{kind}=[] names no average", hint=f"{kind}=[0.05, 0.1]")
+        sweeper = Sweeper(
+            transport=self._transport,
+            run=_name(run, "run"),
+            kind=kind,
+            evaluate=evaluate,
+            profiles=partial(self._profiles, run),
+            told=told or (lambda _: None),
+            at=at,
+            max_error=max_error,
+            dtype=dtype,
+            highest=highest,
+        )
+        sweeper.look_at(list(lengths))
+        sweeper.refine(refine)
+        return sweeper.sweep
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""
@@ -683,7 +779,8 @@ class EmaClient:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _declare(self, config: RunConfig) -> RunInfo:
-        body = protocol.to_json(config)
+        # A server of before rings knows no `posthoc`: left out where there is none.
+        body = {key: value for key, value in protocol.to_json(config).items() if key != "posthoc" or value is not None}
         return _info(config.run, self._transport.json("POST", protocol.runs_path(), body, patience=_WORK_SECONDS))
 
     def _delete(self, path: str, created_at: float, gone: type[Exception]) -> None:
@@ -794,7 +891,22 @@ def _exists(info: RunInfo) -> RunExists:
     return RunExists(f"run {info.run!r} exists already and is at step {info.step}")
 
 
-def _asked(run: str, average: str | None, snapshot: str | None, soup: Mapping[str, float] | None = None) -> Asked:
+def _asked(
+    run: str,
+    average: str | None,
+    snapshot: str | None,
+    soup: Mapping[str, float] | None = None,
+    target: Target | None = None,
+) -> Asked:
+    if target is not None:
+        for other, hint in (
+            (average, f"leave the average out: {target} is worked out of all of the ring"),
+            (snapshot, "give the snapshot as at=, for the average as of that time"),
+            (soup, "give one of the two"),
+        ):
+            if other is not None:
+                raise UsageError(f"{target} is wished for, and {other!r} too", hint=hint)
+        return Asked(_name(run, "run"), target=target)
     if soup is None:
         return Asked(_name(run, "run"), average, None if snapshot is None else _name(snapshot, "snapshot"))
     if snapshot is not None:

@@ -16,15 +16,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import AwaitingWeights, EmaError, UsageError, listed
-from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, RunConfig
-from ema_client.schedules import averages_of
+from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, Posthoc, RunConfig
+from ema_client.schedules import averages_of, posthoc_of
+from ema_client.targets import Wished
 from ema_client.tensors.writing import noticed
 from ema_client.training.anew import sending
 from ema_client.training.aside import SetAside
@@ -104,6 +105,8 @@ class RemoteEma:
         schedule: of the run's average, by a function of ``ema_client.schedules``; None: LitEma's.
         averages: the averages of the run, where there are several, each with its schedule and name. copy_to(), decay
             and num_updates are of the first.
+        posthoc: as for EmaClient.create_run(): True keeps what averages of any length are worked out of later, by
+            ``copy_to(model, sigma_rel=0.1)``.
         resume: "auto": go on with the run of this name, or make the run where there is none; True: only go on; False: a
             run of this name must not exist. A run that goes on keeps its schedule, decay and counter, with a warning
             where another is asked for; the model must have the run's names, shapes and dtypes.
@@ -148,6 +151,7 @@ class RemoteEma:
         token: str | None = None,
         schedule: AverageConfig | None = None,
         averages: Sequence[AverageConfig] | None = None,
+        posthoc: Posthoc | Mapping[str, Any] | bool | None = None,
         resume: Resume = False,
         step: int | None = None,
         state: Mapping[str, Any] | None = None,
@@ -203,6 +207,7 @@ class RemoteEma:
             averages=averages_of(schedule, averages),
             durability=durability,
             copied=tuple(sorted(self._selection.copied)),
+            posthoc=posthoc_of(posthoc),
         )
         self._setup = _Setup(config, update_every, on_device=any(tensor.is_cuda for tensor in tensors))
         #: What joining needs, until this process has joined.
@@ -388,8 +393,10 @@ class RemoteEma:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def copy_to(self, model: Named) -> None:
+    def copy_to(self, model: Named, **wished: Unpack[Wished]) -> None:
         """Write the EMA weights into the model's parameters (and buffers, unless left alone), frozen ones too.
+
+        wished: of a run with ``posthoc``, an average of any length instead, as for EmaClient.pull().
 
         Includes every update so far. Nothing is written before all weights have come, into memory of the host, and
         whatever is raised (UsageError if the parameters are not those of the run), nothing was written.
@@ -404,8 +411,8 @@ class RemoteEma:
             module = self._given.module(model)
             # No update is on its way: its memory holds what comes, and a scope costs no further model.
             with contextlib.nullcontext() if self._unjoined else self._buffers.spare() as memory:
-                pull = partial(self._selection.pull_into, module, self._client, self._run)
-                info = pull(snapshot=snapshot, memory=memory)
+                pull = partial(self._selection.pull_into, module, self._client, self._run, memory=memory)
+                info = pull(**_as_of(snapshot, wished)) if wished else pull(snapshot=snapshot)
         if copied:
             copied.tell_if_later(self._run, info.step)
 
@@ -422,8 +429,10 @@ class RemoteEma:
         self._aside.restore(parameters)
 
     @contextlib.contextmanager
-    def scope(self, model: Named) -> Iterator[None]:
+    def scope(self, model: Named, **wished: Unpack[Wished]) -> Iterator[None]:
         """EMA weights in the model inside the block, the training weights again after it, whatever the block raises.
+
+        wished: as for copy_to().
 
         Raises AlreadyStored, before anything is overwritten, inside another scope or after store().
         """
@@ -433,7 +442,7 @@ class RemoteEma:
         parameters = self._selection.written(model)
         self.store(parameters)
         try:
-            self.copy_to(model)
+            self.copy_to(model, **wished)
             yield
         finally:
             reshard(model)
@@ -617,6 +626,11 @@ class _Unjoined:
     start: Start
     tensors: list[Tensor] | None = None
     copied: Copied | None = None
+
+
+def _as_of(snapshot: str | None, wished: Wished) -> Wished:
+    """The same average, as of the snapshot where the caller names no time."""
+    return wished if snapshot is None or wished.get("at") is not None else {**wished, "at": snapshot}
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:

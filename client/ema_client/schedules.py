@@ -12,11 +12,12 @@ Knows the fields of AverageConfig. Does not know how a decay is computed, which 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ema_client.errors import UsageError
-from ema_client.protocol import DEFAULT_AVERAGE, AverageConfig, from_json, to_json
+from ema_client.protocol import DEFAULT_AVERAGE, AverageConfig, Posthoc, from_json, to_json
 
 __all__ = [
     "average_of",
@@ -26,6 +27,7 @@ __all__ = [
     "inverse_gamma",
     "litema",
     "of_run_fraction",
+    "posthoc_of",
     "power",
     "uniform",
 ]
@@ -123,6 +125,29 @@ def average_of(name: str, schedule: AverageConfig | None = None, decay: float | 
             raise UsageError("both a schedule with its decay and a decay are given", hint="give the decay once")
         average = replace(average, decay=decay)
     return _checked(average)
+
+
+def posthoc_of(wished: Posthoc | Mapping[str, Any] | bool | None) -> Posthoc | None:
+    """What a run is to keep for averages of any length later: a Posthoc, or its fields by name; True: its defaults.
+
+    Raises UsageError for what the service would refuse, naming the field.
+    """
+    if wished is None or isinstance(wished, bool):
+        return Posthoc() if wished else None
+    if not isinstance(wished, Posthoc | Mapping):
+        raise UsageError(f"posthoc={wished!r} is no Posthoc", hint="give True, Posthoc(snapshots=32) or a mapping")
+    fields = to_json(wished) if isinstance(wished, Posthoc) else dict(wished)
+    if unknown := sorted(fields.keys() - Posthoc.__annotations__.keys()):
+        raise UsageError(f"posthoc has no {unknown[0]!r}", hint=f"it has {', '.join(Posthoc.__annotations__)}")
+    if isinstance(widths := fields.get("sigma_rel"), tuple):
+        fields["sigma_rel"] = list(widths)
+    try:
+        made = from_json(Posthoc, fields)
+    except ValueError as fault:
+        raise UsageError(str(fault)) from None
+    if made.fault:
+        raise UsageError(f"posthoc: {made.fault}")
+    return made
 
 
 def _checked(average: AverageConfig) -> AverageConfig:

@@ -19,11 +19,12 @@ import torch
 from torch import Generator, Tensor
 
 from ema_client import EmaClient
+from ema_client.checkpoints import read
 from ema_client.errors import AwaitingWeights, RunNotFound
-from ema_client.protocol import RunInfo
+from ema_client.protocol import RunInfo, WeightsInfo
 from ema_service.demo import digits, picture
 from ema_service.demo.model import TIMES, Denoiser, denoising_loss, sample
-from ema_service.demo.plan import FINAL_SNAPSHOT, RAW, RUN, Note, Row, report
+from ema_service.demo.plan import FINAL_SNAPSHOT, RAW, RUN, TRACKED, WIDTHS, Length, Note, Row, report
 from ema_service.demo.proof import compare
 
 #: Seconds between two looks at the run's version. Short enough for some twenty rows in a demo.
@@ -74,7 +75,7 @@ class Meter:
 
 
 def main() -> None:
-    """Watch until the final snapshot, then measure the snapshot and draw the picture."""
+    """Watch until the final snapshot, then measure the snapshot, and EMAs of other lengths, and draw the picture."""
     options = _options()
     torch.set_num_threads(1)
     meter = Meter()
@@ -139,8 +140,26 @@ def _finish(client: EmaClient, meter: Meter, rows: list[Row], out: Path) -> None
         rows.append(final)
         report(final)
     report(compare(f"snapshot '{FINAL_SNAPSHOT}' = live EMA", final.step, client.pull(RUN), ema))
+    report(Note("trying EMAs of other lengths"))
+    lengths = _lengths(client, meter)
     report(Note("drawing samples"))
-    picture.draw(out, rows, raw=meter.samples(raw), ema=meter.samples(ema))
+    picture.draw(out, rows, lengths, raw=meter.samples(raw), ema=meter.samples(ema))
+
+
+def _lengths(client: EmaClient, meter: Meter) -> list[Length]:
+    """The losses of EMAs of several lengths, worked out after the training, and of some that were tracked in it."""
+
+    def evaluate(path: Path, info: WeightsInfo) -> float:
+        loss = meter.loss(read(path).tensors)
+        report(Length(info.sigma_rel or 0.0, loss))
+        return loss
+
+    swept = client.sweep(RUN, evaluate, sigma_rel=WIDTHS)
+    found = [Length(point.value, point.result) for point in swept.points if point.result is not None]
+    for width in TRACKED:
+        found.append(Length(width, meter.loss(client.pull(RUN, average=f"power-{width}")), tracked=True))
+        report(found[-1])
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo's one picture: samples drawn with raw and with EMA weights, and the two loss curves.
+"""The demo's one picture: samples drawn with raw and with EMA weights, the two loss curves, and that over lengths.
 
 Knows matplotlib and rows. Does not know models, processes or the service.
 """
@@ -15,7 +15,7 @@ mpl.use("Agg")  # a backend that writes files and needs no screen
 from matplotlib import pyplot as plt
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from ema_service.demo.plan import DECAY, Row
+from ema_service.demo.plan import DECAY, Length, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,10 +31,10 @@ DPI = 120
 TICKS = (0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
-def draw(out: Path, rows: Sequence[Row], *, raw: Tensor, ema: Tensor) -> None:
+def draw(out: Path, rows: Sequence[Row], lengths: Sequence[Length], *, raw: Tensor, ema: Tensor) -> None:
     """Write the PNG. ``raw`` and ``ema``: samples, [rows, 10, 8, 8], -1 (paper) to 1 (ink)."""
     figure, axes = plt.subplot_mosaic(
-        [["raw", "ema"], ["loss", "loss"]],
+        [["raw", "ema"], ["loss", "lengths"]],
         figsize=SIZE,
         height_ratios=[1, 1.25],
         layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15),
@@ -42,6 +42,7 @@ def draw(out: Path, rows: Sequence[Row], *, raw: Tensor, ema: Tensor) -> None:
     _samples(axes["raw"], raw, f"Samples from the raw weights, loss {rows[-1].raw_loss:.4f}", RAW_COLOUR)
     _samples(axes["ema"], ema, f"Samples from the EMA weights, loss {rows[-1].ema_loss:.4f}", EMA_COLOUR)
     _curves(axes["loss"], rows)
+    _lengths(axes["lengths"], lengths, rows[-1].raw_loss)
     figure.suptitle(f"Handwritten digits after {rows[-1].step} steps", color=INK, fontsize=15)
     figure.savefig(out, dpi=DPI)
     plt.close(figure)
@@ -58,6 +59,27 @@ def _samples(axes: Axes, images: Tensor, title: str, colour: str) -> None:
     axes.set_yticks([])
     axes.tick_params(length=0, colors="#6e7781")
     axes.spines[:].set_visible(False)
+
+
+def _lengths(axes: Axes, lengths: Sequence[Length], raw_loss: float) -> None:
+    after = [length for length in lengths if not length.tracked]
+    tracked = [length for length in lengths if length.tracked]
+    axes.axhline(raw_loss, color=RAW_COLOUR, linestyle="--", label="raw weights")
+    axes.plot(
+        [length.sigma_rel for length in after], [length.loss for length in after],
+        color=EMA_COLOUR, marker="o", markersize=4, linewidth=2, label="EMA, its length chosen after the training",
+    )  # fmt: skip
+    axes.plot(
+        [length.sigma_rel for length in tracked], [length.loss for length in tracked],
+        color=INK, marker="x", markersize=9, linestyle="", label="tracked in the training",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks([0.015, 0.03, 0.06, 0.12, 0.25], ["0.015", "0.03", "0.06", "0.12", "0.25"])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("length of the EMA, sigma_rel", color=INK)
+    axes.grid(color="#d8dee4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def _curves(axes: Axes, rows: Sequence[Row]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ema_client.protocol import AverageConfig, from_json
+from ema_client.targets import spread
 
 RUN = "digits"
 #: The largest decay. 0.999 remembers about 1,000 updates, but in a run this short LitEma's warm-up, (1 + n) / (10 + n),
@@ -23,7 +24,16 @@ DECAY = 0.999
 #: The raw weights, as a second average with decay 0, whose shadow is the parameters last pushed (s - 1 * (s - p) is p,
 #: but for the rounding of s - p). So the evaluator gets raw and EMA weights in the same way and of the same version.
 RAW = "raw"
-AVERAGES = (AverageConfig("ema"), AverageConfig(RAW, schedule="constant", decay=0.0))
+#: Power averages that are tracked all along, beside what any length is worked out of afterwards: their losses lie on
+#: the curve of those.
+TRACKED = (0.05, 0.15)
+AVERAGES = (
+    AverageConfig("ema"),
+    AverageConfig(RAW, schedule="constant", decay=0.0),
+    *(AverageConfig(f"power-{width}", schedule="power", sigma_rel=width) for width in TRACKED),
+)
+#: Lengths of an EMA that are looked at after the training.
+WIDTHS = spread("sigma_rel", 0.015, 0.25, 8)
 #: The snapshot that the trainer takes as its last act; when the evaluator sees it, the training is over.
 FINAL_SNAPSHOT = "final"
 
@@ -56,6 +66,15 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Length:
+    """The held-out loss of an EMA of this length. tracked: all along, where others are worked out afterwards."""
+
+    sigma_rel: float
+    loss: float
+    tracked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
     """The result of comparing two sets of tensors bit for bit. differing: the names of tensors that differ."""
 
@@ -74,8 +93,8 @@ class Note:
     lasting: bool = False
 
 
-Report = Progress | Row | Proof | Note
-_KINDS: dict[str, type[Report]] = {kind.__name__: kind for kind in (Progress, Row, Proof, Note)}
+Report = Progress | Row | Length | Proof | Note
+_KINDS: dict[str, type[Report]] = {kind.__name__: kind for kind in (Progress, Row, Length, Proof, Note)}
 
 
 def report(what: Report) -> None:

@@ -23,8 +23,8 @@ TRAINER = "ema_service.demo.trainer"
 EVALUATOR = "ema_service.demo.evaluator"
 #: Packages that trainer and evaluator need beyond the server's own dependencies.
 NEEDS = ("sklearn", "matplotlib")
-#: Seconds for everything but training: three imports of torch on a busy machine, the last measurement, the picture.
-OVERHEAD = 60.0
+#: Seconds for everything but training: three imports of torch on a busy machine, the last measurements, the picture.
+OVERHEAD = 75.0
 #: Proofs of a successful demo: the trainer's (the pulled EMA against its own) and the evaluator's (the snapshot against
 #: the live EMA).
 PROOFS = 2
@@ -148,6 +148,8 @@ class _Play:
             self.screen.progress(report)
         elif isinstance(report, plan.Row):
             self.screen.row(report)
+        elif isinstance(report, plan.Length):
+            self.screen.length(report)
         elif isinstance(report, plan.Note):
             (self.screen.note if report.lasting else self.screen.stage)(report.text)
         elif isinstance(report, plan.Proof):
@@ -168,6 +170,6 @@ def _verdict(screen: Screen, out: Path, took: float) -> int:
     if len(screen.proofs) < PROOFS or not out.is_file():
         screen.note("the demo failed: trainer and evaluator ended without the proofs or the picture")
         return 1
-    screen.note(f"samples and loss curves: {out}")
+    screen.note(f"samples and loss curves, over steps and over the EMA's length: {out}")
     screen.note(f"all of it took {took:.0f} s")
     return 0

@@ -27,6 +27,7 @@ class Screen:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self.rows: list[plan.Row] = []
+        self.lengths: list[plan.Length] = []
         self.proofs: list[plan.Proof] = []
         self._bar = Progress(
             SpinnerColumn(),
@@ -71,13 +72,19 @@ class Screen:
         if not self.console.is_terminal:
             self.note("  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, _cells(row), strict=True)))
 
+    def length(self, length: plan.Length) -> None:
+        """Remember the loss of an EMA of another length."""
+        self.lengths.append(length)
+
     def proof(self, proof: plan.Proof) -> None:
         """Remember a comparison that holds."""
         self.proofs.append(proof)
 
     def table(self) -> None:
-        """Print all rows; to be called after the context."""
+        """Print all rows, and the losses of other lengths; to be called after the context."""
         self.console.print(_table(self.rows))
+        if self.lengths and self.rows:
+            self.console.print(_lengths(self.lengths, self.rows[-1].raw_loss))
 
     def _picture(self) -> Group:
         return Group(_table(self.rows[-LIVE_ROWS:]), self._bar) if self.rows else Group(self._bar)
@@ -95,4 +102,17 @@ def _table(rows: Sequence[plan.Row]) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*_cells(row))
+    return table
+
+
+def _lengths(lengths: Sequence[plan.Length], raw: float) -> Table:
+    table = Table(title="EMAs whose length is chosen after the training")
+    for name in ("sigma_rel", "loss", "tracked in the training", "better than raw by"):
+        table.add_column(name, justify="right")
+    best = min(lengths, key=lambda length: length.loss)
+    for length in sorted(lengths, key=lambda length: (length.sigma_rel, length.tracked)):
+        cell = f"{length.loss:.4f}"
+        after, tracked = ("", cell) if length.tracked else (cell, "")
+        better = f"{100 * (1 - length.loss / raw):+.1f} %" + (" *" if length is best else "  ")
+        table.add_row(f"{length.sigma_rel:.4g}", after, tracked, better)
     return table

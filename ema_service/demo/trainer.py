@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Denoiser()
-    ema = RemoteEma(model, DECAY, run=RUN, url=options.url, averages=AVERAGES)
+    ema = RemoteEma(model, DECAY, run=RUN, url=options.url, averages=AVERAGES, posthoc=True)
     witness = InProcessEma(model, DECAY)
     steps = _train(model, ema, witness, options.steps, options.seconds)
     ema.close()

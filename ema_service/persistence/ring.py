@@ -89,7 +89,7 @@ class StoredRing:
         if self._has_room and self._is_due(version, leading):
             held = [(average, state.arenas[position]) for position, average in self._averages(version)]
             self._submit(version, time, held, self._log.noted())
-        elif not self._waiting and leading.stray:
+        elif not self._waiting and leading.has_stray:
             self._submit(version, None, [], None)
 
     @property

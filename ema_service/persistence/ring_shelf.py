@@ -64,6 +64,11 @@ class Leading:
     ring: Ring
 
     @property
+    def has_stray(self) -> bool:
+        """Whether there are stray ones."""
+        return len(self.snapshots) < len(self.all) or len(self.ring.times) > self.ring.capacity
+
+    @property
     def stray(self) -> list[RingSnapshot]:
         """The snapshots that did not lead there, and those that the ring has too many."""
         surplus = self.ring.surplus()

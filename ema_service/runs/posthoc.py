@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from time import monotonic, sleep
 
 import numpy as np
 
@@ -39,6 +40,8 @@ __all__ = ["Recipe", "Source", "Synthesiser"]
 _MOST_UPDATES = 1 << 21
 #: Smaller weights, as a share of the largest, are left out.
 _NO_WEIGHT = 1e-12
+#: For so long a request waits for snapshots that are being stored, looking again so often, in seconds.
+_STORING_SECONDS, _STORING_POLL = 5.0, 0.01
 #: Results that are remembered: of the parts of one download, and of a sweep.
 _REMEMBERED = 64
 
@@ -104,7 +107,7 @@ class Synthesiser:
         self.snapshots = snapshots
         self._found: OrderedDict[object, Synthesis] = OrderedDict()
 
-    # at: a snapshot's name, or the counter of one of the ring; None: now.
+    # at: a snapshot's name, or the counter of one of the ring, or of now, as a sweep asks in turns; None: now.
 
     def recipes(self, targets: Sequence[Target], at: str | None, max_error: float) -> list[Recipe]:
         """How to work out averages, all of one state of the run.
@@ -146,6 +149,9 @@ class Synthesiser:
                 f"run {self._run.config.run!r} has no update since its averages began", hint="ask after an update"
             )
         found = self._solved(stock, target, state.version)
+        if not self._accepts(found, max_error) and self._settles():
+            stock = self._stock(state, at)
+            found = self._solved(stock, target, state.version)
         sources, weights = self._sources(stock, found)
         newest = Source(self._names[0], last.time, last.of)
         info = replace(self._info(target, stock), profile_error=found.error, amplification=found.amplification)
@@ -169,7 +175,7 @@ class Synthesiser:
     def _refusal(self, stock: _Stock, target: Target, found: Synthesis, max_error: float) -> str | None:
         """Why what was found is too far from the target, and what is not; None where it is near enough."""
         dtype = self._posthoc.dtype
-        if found.error <= max_error and found.rounding(dtype) <= MAX_ROUNDING:
+        if self._accepts(found, max_error):
             return None
         try:
             check(found, self._basis(stock), target, at=stock.nodes[-1].time, dtype=dtype, max_error=max_error)
@@ -177,16 +183,26 @@ class Synthesiser:
             return f"run {self._run.config.run!r}: {refused}"
         return None
 
+    def _accepts(self, found: Synthesis, max_error: float) -> bool:
+        return found.error <= max_error and found.rounding(self._posthoc.dtype) <= MAX_ROUNDING
+
+    def _settles(self) -> bool:
+        """Wait for snapshots that are still being stored; whether there were any.
+
+        A training that took a second is read before its ring is on the disk, and would be refused.
+        """
+        waits, deadline = not self.ring.idle, monotonic() + _STORING_SECONDS
+        while not self.ring.idle and monotonic() < deadline:
+            sleep(_STORING_POLL)
+        return waits
+
     def _stock(self, state: State, at: str | None) -> _Stock:
         """What is stored up to a time. Raises SynthesisRefused, SnapshotNotFound."""
         version = state.version
-        ring = [
-            _Node(_passed(version, each), each.time, each.averages, each)
-            for each in self.ring.shelf.leading_to(version).snapshots
-        ]
-        last = next((node for node in ring if str(node.time) == at), None)
-        if at is None:
-            time = self._time(version)
+        leading = self.ring.shelf.leading_to(version).snapshots
+        ring = [_Node(_passed(version, each), each.time, each.averages, each) for each in leading]
+        last, time = next((node for node in ring if str(node.time) == at), None), self._time(version)
+        if at is None or (last is None and at == str(time)):
             last = _Node(version.updates(time), time, self._names, None)
         elif last is None:
             last = self._snapshot(version, at)

@@ -14,6 +14,7 @@
     memory    peaks of server and client
     durability   pushes that survive a crash beside the disk's own rate, and a restart
     large     the first minutes of a model of 860 M parameters: wants 20 GiB of memory
+    posthoc   averages of any length after the training, and several averages of one push
     gap       how far off an EMA is that gets each k-th step only, with the decay made good and without
     gpu       what a CUDA device adds, where there is one
     gpu-trainer   time and memory that an EMA costs a training on a CUDA device
@@ -43,6 +44,7 @@ import large
 import latency
 import memory
 import models
+import posthoc
 import training
 import wire
 from scale import FULL, QUICK, Scale
@@ -71,6 +73,7 @@ GROUPS: dict[str, Measure] = {
     "memory": memory.measure,
     "durability": durability.measure,
     "large": large.measure,
+    "posthoc": posthoc.measure,
     "gap": gap.measure,
     "gpu": gpu.measure,
     "gpu-trainer": gpu_training.measure,

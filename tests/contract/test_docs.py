@@ -1,6 +1,7 @@
 """The documents are true: links lead somewhere, flags and named code exist, snippets run against a real server.
 
-Snippets of README.md and client/README.md are run as a reader would, each file from top to bottom in one empty folder:
+Snippets of README.md, client/README.md and client/AVERAGES.md are run as a reader would, each file from top to bottom
+in one empty folder:
 ```python blocks share one namespace, ```bash and ```console blocks are run if they call `curl` or `ema`. A block inside
 an HTML comment, `<!-- python` to `-->`, is run too: preparation that the page need not show.
 
@@ -44,7 +45,7 @@ DESIGNS = [document for document in DOCUMENTS if document.endswith("DESIGN.md")]
 WIDTH = 120
 # Where a reader sees a refusal on the screen, the test has to fail.
 STRICT_CURL = 'set -euo pipefail\ncurl() { command curl --fail -sS --max-time 60 "$@"; }\n'
-WITH_SNIPPETS = ["README.md", "client/README.md"]
+WITH_SNIPPETS = ["README.md", "client/README.md", "client/AVERAGES.md"]
 
 
 def _prose(text: str) -> str:

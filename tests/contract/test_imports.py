@@ -69,17 +69,20 @@ CLIENT_THIRD_PARTY = {
     # Parts of the command line, but not its __init__, which says what to install where these are missing.
     "typer": {"ema_client.cli.*"},
     "rich": {"ema_client.cli.*"},
+    # Where a call draws a picture.
+    "matplotlib": {"ema_client.cli.plots"},
 }
 
 # --- the client's floors -------------------------------------------------------------------------------------------
 # remote_ema -> training -> client -> reading -> tensors -> http -> {protocol, wire, errors}; above: integrations, cli,
 # checkpoints. A part may use the parts named here, in type-only imports too.
-CLIENT_WORDS = {"protocol", "wire", "errors", "schedules"}
+CLIENT_WORDS = {"protocol", "wire", "errors", "schedules", "targets"}
 CLIENT_PARTS: dict[str, set[str]] = {
     "errors": set(),
     "protocol": {"errors"},
     "wire": {"protocol", "errors"},
     "schedules": {"protocol", "errors"},
+    "targets": {"protocol", "errors"},
     "atomic": {"errors"},
     "forks": {"errors"},
     "http": {"forks", "protocol", "errors"},
@@ -90,7 +93,7 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "remote_ema": {"training", "client", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
     "integrations": {"remote_ema", "training", "client", "tensors", "atomic"} | CLIENT_WORDS,
-    "cli": {"", "atomic", "checkpoints", "client"} | CLIENT_WORDS,
+    "cli": {"", "atomic", "checkpoints", "client", "reading"} | CLIENT_WORDS,
     "__main__": {"cli"},
     # What a user imports from the package itself.
     "": {"remote_ema", "client", "reading", "http"} | CLIENT_WORDS,

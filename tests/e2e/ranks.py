@@ -138,7 +138,8 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
     width, steps, killed = scene["width"], scene["steps"], scene.get("killed")
     model = shard(initial(width), scene["how"])
     set_to(model, width, 0)
-    ema = RemoteEma(model, 0.9, run=scene["run"], url=scene["url"], resume=scene.get("resume", False))
+    options = {"resume": scene.get("resume", False), "posthoc": "wished" in scene}
+    ema = RemoteEma(model, 0.9, run=scene["run"], url=scene["url"], **options)
     before = load(ema, model, scene) if "loaded" in scene else None
     for step in steps:
         set_to(model, width, step)
@@ -182,21 +183,22 @@ def checks(ema: RemoteEma, model: nn.Module, plan: dict[str, Any]) -> dict[str, 
     from ema_client.training.sharding import shards_of
 
     out: dict[str, Any] = {"num_updates": ema.num_updates}
+    wished = plan.get("wished", {})
     batch = torch.ones(2, 7)
     with torch.no_grad():
         before = model(batch)
-        with ema.scope(model):
+        with ema.scope(model, **wished):
             inside = model(batch)
         after = model(batch)
     reference = initial(plan["width"])
     with EmaClient(plan["url"]) as client:
-        pulled = client.pull(plan["run"])
+        pulled = client.pull(plan["run"], **wished)
     reference.load_state_dict(dict(pulled), strict=False)
     with torch.no_grad():
         out["inside"] = torch.allclose(inside, reference(batch), rtol=1e-4, atol=1e-4)
     out["changed"] = not torch.equal(before, inside)
     out["after"] = torch.equal(before, after)
-    ema.copy_to(model)
+    ema.copy_to(model, **wished)
     out["own"] = all(
         torch.equal(
             shard.local.reshape(-1),

@@ -158,7 +158,7 @@ def test_bench_says_what_is_wrong(start: Callable[..., Bench], words: tuple[str,
 
 #: Groups of the full comparison that are done within seconds, some of each kind; and the others, of minutes.
 SOON = ("wire", "latency", "kernel", "gpt2", "trainer", "gpu", "gpu-trainer")
-LATER = ("connections", "sizes", "readers", "memory", "durability", "large", "loop", "gap")
+LATER = ("connections", "sizes", "readers", "memory", "durability", "large", "loop", "posthoc", "gap")
 
 
 def test_every_group_is_tried() -> None:
@@ -302,6 +302,12 @@ EXPECTED = {
         "LitEma as written",
         "AveragedModel, foreach",
     ],
+    "posthoc": [
+        "read the ring's files once",
+        "pull of an average worked out of them",
+        "sweep of eight of them",
+        *(f"{what}, {k} average{'s' if k > 1 else ''}" for what in ("pass", "push") for k in (1, 2, 4, 8)),
+    ],
     "gap": [
         row
         for decay in ("0.999", "0.9999")
@@ -363,6 +369,8 @@ DEMANDED = {
     ("RemoteEma.update, update_every=10, amortised", "copy_ of every parameter", 0.13),
     ("LitEma as written", "RemoteEma.update", 4),
     ("RemoteEma", "copy_ of every parameter", 1.05),
+    ("pull of an average worked out of them", "read the ring's files once", 2),
+    *((f"pass, {k} averages", "pass, 1 average", 1.25 * k) for k in (2, 4, 8)),
     ("decay 0.999, k = 1", None, 0.1),
     ("decay 0.9999, k = 1", None, 0.1),
 }

@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 
 PROC = Path("/proc")
 MARK = "EMA_DEMO_TEST"
-WAIT = 60.0
+WAIT = 90.0
 #: Runs the demo with the three modules named, and little patience.
 PARENT = """
 import sys
@@ -134,13 +134,24 @@ def test_demo_proves_and_draws(start: Callable[..., Demo]) -> None:
     assert demo.ends() == 0, demo.output
     assert "raw loss" in demo.output
     assert "EMA loss" in demo.output
-    last = [line.split("│") for line in demo.output.splitlines() if line.startswith("│")][-1]
+    losses_of, lengths_of = demo.output.split("EMAs whose length is chosen")
+    last = [line.split("│") for line in losses_of.splitlines() if line.startswith("│")][-1]
     step, num_updates, decay, raw, ema = (cell.strip() for cell in last[1:6])
     assert (step, num_updates, decay) == ("40", "40", "0.820000")
     assert 0 < float(ema) < 1
     assert 0 < float(raw) < 1
     assert "pulled EMA = in-process EMA, bit for bit, at step 40: 57 tensors, 256,097 elements" in demo.output
     assert "snapshot 'final' = live EMA, bit for bit, at step 40: 57 tensors, 256,097 elements" in demo.output
+    cells = [line.split("│")[1:5] for line in lengths_of.splitlines() if line.startswith("│")]
+    lengths = [[cell.strip() for cell in row] for row in cells]
+    assert [row[0] for row in lengths if row[2]] == ["0.05", "0.15"]
+    assert len([row for row in lengths if row[1]]) == 8
+    # Those that were tracked lie on the curve: between the losses of their neighbours, as near as the table tells.
+    losses = [float(row[1] or row[2]) for row in lengths]
+    for k, row in enumerate(lengths):
+        if row[2]:
+            low, high = sorted((losses[k - 1], losses[k + 1]))
+            assert low - 2e-3 <= losses[k] <= high + 2e-3
     height, width, _ = image.imread(demo.folder / "out.png").shape
     assert (width, height) == (1320, 990)
 

@@ -70,8 +70,10 @@ def servers(
 ) -> Iterator[tuple[ServerProcess, ServerProcess]]:
     """One for all runs, and one whose traffic is counted."""
     arguments = ("--body-timeout", "3")
-    running = tuple(server_class(tmp_path_factory.mktemp("server"), arguments).start() for _ in range(2))
-    yield running  # type: ignore[misc]
+    kept, counted = (tmp_path_factory.mktemp("server") for _ in range(2))
+    # With a disk: averages of any length come from files.
+    running = (server_class(kept, arguments, kept / "data").start(), server_class(counted, arguments).start())
+    yield running
     for server in running:
         server.stop()
 
@@ -91,6 +93,7 @@ def four(
     scenes += [scene(server, f"loaded-{how}", how, [1, 2], **everywhere) for how in _KINDS]
     scenes.append(scene(server, "loaded-nothing", "fsdp2", [1, 2], **{**everywhere, "loaded": 0}))
     scenes.append(scene(server, "loaded-by-one", "fsdp2", [1, 2], **{**everywhere, "loaded by": 1}))
+    scenes.append(scene(server, "any-length", "fsdp2", [1, 2, 3, 4, 5], wished={"sigma_rel": 0.1}))
     scenes.append(scene(server, "fewer", "fsdp2", [1, 2]))
     scenes.append(scene(server, "otherwise", "hsdp", [1, 2]))
     scenes.append(scene(counted, "wide", "fsdp2", [1], width=_WIDE))
@@ -129,6 +132,16 @@ def assert_same(client: EmaClient, run: str, expected: dict[str, Tensor]) -> Non
     found = client.pull(run)
     assert {*found} == {*expected}
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_any_length(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
+    """Each rank gets its own slices of an average that nobody tracked, in copy_to() and scope(): not the run's own."""
+    for rank in four["any-length"]:
+        assert (rank["inside"], rank["changed"], rank["after"], rank["own"]) == (True,) * 4
+    with EmaClient(servers[0].url) as client:
+        wished, own = client.pull("any-length", sigma_rel=0.1), client.pull("any-length")
+        assert all(not torch.equal(wished[name], own[name]) for name in own)
+        assert client.run("any-length").ring is not None
 
 
 @pytest.mark.parametrize("how", _KINDS)

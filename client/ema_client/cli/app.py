@@ -11,16 +11,19 @@ from typing import Annotated
 import typer
 
 from ema_client import __version__
-from ema_client.cli import averages, checkpoints, runs, show, watch
+from ema_client.cli import averages, checkpoints, plan, runs, show, sweep, watch
 from ema_client.cli.options import Token, Url
 
 __all__ = ["app"]
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan.plan,
     "runs": runs.runs,
     "show": runs.show_run,
     "pull": runs.pull,
     "watch": watch.watch,
+    "profiles": runs.profiles,
+    "sweep": sweep.sweep,
     "snapshot": runs.snapshot,
     "snapshots": runs.snapshots,
     "set-decay": runs.set_decay,

@@ -14,9 +14,35 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ema_client.cli import show
-from ema_client.cli.options import Average, Json, Run, Token, Url, connect
+from ema_client.cli.options import (
+    At,
+    Average,
+    Decay,
+    HalfLife,
+    Json,
+    MaxError,
+    Run,
+    SigmaRel,
+    Token,
+    Url,
+    Window,
+    connect,
+    wished_for,
+)
+from ema_client.protocol import WeightsInfo
 
-__all__ = ["delete", "pull", "reset_num_updates", "rewind", "runs", "set_decay", "show_run", "snapshot", "snapshots"]
+__all__ = [
+    "delete",
+    "profiles",
+    "pull",
+    "reset_num_updates",
+    "rewind",
+    "runs",
+    "set_decay",
+    "show_run",
+    "snapshot",
+    "snapshots",
+]
 
 
 def runs(context: typer.Context, as_json: Json = False, url: Url = None, token: Token = None) -> None:
@@ -55,11 +81,18 @@ def pull(
         typer.Option(metavar="NAME:WEIGHT,…", help="The sum of snapshots, each times its weight.", show_default=False),
     ] = None,
     average: Average = None,
+    sigma_rel: SigmaRel = None,
+    decay: Decay = None,
+    half_life: HalfLife = None,
+    window: Window = None,
+    at: At = None,
+    max_error: MaxError = None,
     url: Url = None,
     token: Token = None,
 ) -> None:
     """Save EMA weights as a safetensors file."""
     mixed = None if soup is None else _soup(soup)
+    wished = wished_for(sigma_rel, decay, half_life, window, at, max_error)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
     with connect(context, url, token) as client, bar:
@@ -71,8 +104,16 @@ def pull(
             snapshot=snapshot,
             soup=mixed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **wished,
         )
-    show.say(f"{output}: {info.run}/{info.average}, version {info.version}, step {info.step}, decay {info.decay:.6g}")
+    show.say(f"{output}: {info.run}/{info.average}, version {info.version}, step {info.step}, {_which(info)}")
+
+
+def _which(info: WeightsInfo) -> str:
+    """The decay of an average, or what was wished for, and how nearly it came."""
+    if info.target is None:
+        return f"decay {info.decay:.6g}"
+    return f"num_updates {info.num_updates}, {info.target}, error {info.profile_error or 0.0:.2g}"
 
 
 def _soup(said: str) -> dict[str, float]:
@@ -93,13 +134,49 @@ def snapshot(
     context: typer.Context,
     run: Run,
     name: Annotated[str, typer.Argument(help="Name of the snapshot.", show_default=False)],
+    sigma_rel: SigmaRel = None,
+    decay: Decay = None,
+    half_life: HalfLife = None,
+    window: Window = None,
+    at: At = None,
+    max_error: MaxError = None,
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Keep the current EMA weights under a name, on the server."""
+    """Keep the current EMA weights under a name, on the server; or one average of any length."""
     with connect(context, url, token) as client:
-        info = client.snapshot(run, name)
+        info = client.snapshot(run, name, **wished_for(sigma_rel, decay, half_life, window, at, max_error))
     show.say(f"{info.run}/{info.name}: version {info.version}, step {info.step}, {show.size(info.bytes)}")
+
+
+def profiles(
+    context: typer.Context,
+    run: Run,
+    sigma_rel: SigmaRel = None,
+    decay: Decay = None,
+    half_life: HalfLife = None,
+    window: Window = None,
+    at: At = None,
+    max_error: MaxError = None,
+    as_json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """How exactly an average of any length can be had, and of which snapshots of the ring, without its weights."""
+    with connect(context, url, token) as client:
+        info = client.profiles(run, **wished_for(sigma_rel, decay, half_life, window, at, max_error))
+    if as_json:
+        show.print_json(dataclasses.asdict(info))
+        return
+    exact = f"error {info.error:.2g}, amplification {info.amplification:.3g}"
+    show.say(f"{info.run}: {info.target} at num_updates {info.num_updates}, {exact}")
+    if info.refused:
+        show.say(f"  refused: {info.refused}")
+    rows = show.table("num_updates", "average", "weight")
+    for source in info.sources:
+        now = " (now)" if source.current else ""
+        rows.add_row(f"{source.time}{now}", source.average, f"{source.weight:+.6f}")
+    show.say(rows)
 
 
 def snapshots(context: typer.Context, run: Run, url: Url = None, token: Token = None) -> None:

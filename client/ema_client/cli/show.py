@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ema_client.errors import printable
-from ema_client.protocol import AverageInfo, RunInfo
+from ema_client.protocol import AverageInfo, RingInfo, RunInfo
 
 __all__ = ["complain", "pairs", "print_json", "row", "say", "shown", "size", "table", "when"]
 
@@ -68,6 +68,8 @@ def shown(name: str, value: Any) -> str:
         return when(value)
     if name == "averages":
         return "\n".join(_average(average) for average in value)
+    if isinstance(value, RingInfo):
+        return _ring(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -75,6 +77,14 @@ def _average(info: AverageInfo) -> str:
     fields = {"decay": info.decay} if info.schedule not in ("power", "half_life") else {}
     said = ", ".join(f"{name} {value:.6g}" for name, value in (fields | info.schedule_fields()).items())
     return f"{info.name}: {info.schedule}, {said}"
+
+
+def _ring(info: RingInfo) -> str:
+    """What averages of any length are worked out of: each line of a kind of its own."""
+    widths = ", ".join(f"{width:g}" for width in info.sigma_rel)
+    kept = f"{len(info.times)} of {info.snapshots} snapshots of sigma_rel {widths} in {info.dtype}, {size(info.bytes)}"
+    times = ", ".join(map(str, info.times)) or "none yet"
+    return f"{kept}\nat num_updates {times}"
 
 
 def size(count: int) -> str:

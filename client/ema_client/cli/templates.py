@@ -9,15 +9,20 @@ Knows: names of placeholders, the shell's quotes. Does not know: where values co
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from ema_client.errors import ProtocolError
+from ema_client.protocol import WeightsInfo
 
-__all__ = ["WORDS", "environment", "file_name", "has_placeholder", "shell_line"]
+__all__ = ["WORDS", "environment", "file_name", "has_placeholder", "shell_line", "words_of"]
 
 #: What a placeholder may name.
-WORDS = ("path", "run", "average", "version", "step", "num_updates", "snapshot")
+WORDS = (
+    "path", "run", "average", "version", "step", "num_updates", "snapshot", "sigma_rel", "decay", "half_life"
+)  # fmt: skip
 
 #: {step} and the others; ${step} is left to the shell.
 _PLACEHOLDER = re.compile(rf"(?<!\$)\{{({'|'.join(WORDS)})\}}")
@@ -25,6 +30,12 @@ _PLACEHOLDER = re.compile(rf"(?<!\$)\{{({'|'.join(WORDS)})\}}")
 _PLAIN = re.compile(r"-?[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 #: What decides whether a placeholder of a shell line stands in quotes, and the placeholder.
 _TOKEN = re.compile(rf"\\.|'|\"|\$\(|\(|\)|{_PLACEHOLDER.pattern}", re.DOTALL)
+
+
+def words_of(path: Path, info: WeightsInfo) -> dict[str, str]:
+    """What each placeholder stands for, of a file of weights; empty where the weights have no such thing."""
+    words = {"path": str(path), **dataclasses.asdict(info)}
+    return {name: "" if words[name] is None else str(words[name]) for name in WORDS}
 
 
 def has_placeholder(template: str) -> bool:

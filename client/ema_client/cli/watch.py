@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,9 @@ import typer
 
 from ema_client.atomic import move_whole
 from ema_client.cli import show
-from ema_client.cli.ending import held_back
+from ema_client.cli.commands import how_it_ended, run_line
 from ema_client.cli.options import Average, Json, Run, Token, Url, connect
-from ema_client.cli.templates import WORDS, environment, file_name, has_placeholder, shell_line
+from ema_client.cli.templates import environment, file_name, has_placeholder, shell_line, words_of
 from ema_client.client import EmaClient
 from ema_client.errors import RunNotFound, SnapshotNotFound, printable
 from ema_client.protocol import EventKind, RunEvent, WeightsInfo
@@ -36,7 +35,8 @@ Command = Annotated[
     typer.Option(
         "--exec",
         help="Run this in a shell for each. It is told by the environment: $EMA_PATH, $EMA_RUN, $EMA_AVERAGE, "
-        "$EMA_VERSION, $EMA_STEP, $EMA_NUM_UPDATES, $EMA_SNAPSHOT. {path}, {run} and so on stand for the same, quoted.",
+        "$EMA_VERSION, $EMA_STEP, $EMA_NUM_UPDATES, $EMA_SNAPSHOT, $EMA_DECAY. {path}, {run} and so on stand for the "
+        "same, quoted.",
         show_default=False,
     ),
 ]
@@ -117,7 +117,7 @@ class _Watcher:
                     continue
                 done = info.version
                 self._tell({"path": str(path), **dataclasses.asdict(info)}, f"{path}: {_described(info)}")
-                yield self._execute(_words(path, info))
+                yield self._execute(words_of(path, info))
 
     def _download(self, event: RunEvent, stack: ExitStack) -> tuple[Path, WeightsInfo]:
         name = event.snapshot.name if event.snapshot else None
@@ -134,7 +134,7 @@ class _Watcher:
         whole = folder / f".ema-{os.getpid()}.part"
         stack.callback(whole.unlink, missing_ok=True)
         info = self.client.download(self.run, whole, average=self.average, snapshot=name)
-        path = Path(file_name(self.out, _words(whole, info)))
+        path = Path(file_name(self.out, words_of(whole, info)))
         path.parent.mkdir(parents=True, exist_ok=True)
         move_whole(whole, path)
         return path, info
@@ -143,34 +143,16 @@ class _Watcher:
         if self.command is None:
             return True
         told = {**os.environ, **environment(words)}
-        code = _run(shell_line(self.command), told)
+        code = run_line(shell_line(self.command), told)
         if code:
-            how = f"exit code {code}" if code > 0 else f"signal {-code}"
-            show.complain(f"the command failed with {how} on version {words['version']}; watching goes on")
+            show.complain(
+                f"the command failed with {how_it_ended(code)} on version {words['version']}; watching goes on"
+            )
         return code == 0
 
     def _tell(self, data: Mapping[str, object], text: str) -> None:
         sys.stdout.write((json.dumps(data) if self.as_json else printable(text)) + "\n")
         sys.stdout.flush()
-
-
-def _run(line: str, environ: Mapping[str, str]) -> int:
-    """The return code of a line of the shell, which is ended where this command is."""
-    process = None
-    try:
-        # Told to end in the middle of Popen(), the command would stay without anyone who knows of it.
-        with held_back():
-            process = subprocess.Popen(line, shell=True, env=environ)
-        return process.wait()
-    finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def _words(path: Path, info: WeightsInfo) -> dict[str, str]:
-    words = {"path": str(path), **dataclasses.asdict(info)}
-    return {name: "" if words[name] is None else str(words[name]) for name in WORDS}
 
 
 def _described(of: RunEvent | WeightsInfo) -> str:

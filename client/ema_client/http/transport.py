@@ -29,7 +29,7 @@ from ema_client.http.pool import Pool
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.uploads import Uploads
 
-__all__ = ["Query", "Reply", "Transport"]
+__all__ = ["Query", "Reply", "Transport", "with_query"]
 
 T = TypeVar("T")
 Query = Mapping[str, str | int | float | None]
@@ -123,7 +123,7 @@ class Transport:
         """upload(), tried once: for a caller with retries of its own."""
         self._control.check_open()
         headers = {**self._headers, "Content-Type": "application/octet-stream", **(headers or {})}
-        answer = self._uploads.put(_with_query(path, query), headers, body)
+        answer = self._uploads.put(with_query(path, query), headers, body)
         return Reply(answer.url, json_of(answer))
 
     def download(
@@ -148,7 +148,7 @@ class Transport:
             headers["Range"] = f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"
             if etag:
                 headers["If-Range"] = etag
-        return open_download(self._pool, _with_query(path, query), headers, patience=patience)
+        return open_download(self._pool, with_query(path, query), headers, patience=patience)
 
     def stream(self, path: str, *, accept: str, patience: float) -> Stream:
         """GET an answer without end, tried once. ``patience``: seconds for the answer's head to come."""
@@ -157,7 +157,7 @@ class Transport:
 
     def head(self, path: str, *, query: Query, patience: float) -> int:
         """The status that a GET would be answered with, tried once. ``patience``: as for download()."""
-        return self._control.head(_with_query(path, query), patience=patience)
+        return self._control.head(with_query(path, query), patience=patience)
 
     def retrying(self, operation: Callable[[int], T]) -> T:
         """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up."""
@@ -187,6 +187,7 @@ def _checked(token: str) -> str:
     return token
 
 
-def _with_query(path: str, query: Query | None) -> str:
+def with_query(path: str, query: Query | None) -> str:
+    """The path with what of the query is not None."""
     given = {key: value for key, value in (query or {}).items() if value is not None}
     return f"{path}?{urlencode(given)}" if given else path

@@ -68,8 +68,9 @@ class RemoteEmaCallback(Callback):
             with these numbers, counted from 0. The average begins with the weights of the training's start, where
             Lightning's begins with those of its first update: leave ``use_num_updates`` on, which soon forgets them.
         keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
-        options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, push_dtype,
-            update_every, borrow. With a callback that unfreezes layers (BaseFinetuning) ``frozen`` is "average".
+        options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, posthoc,
+            push_dtype, update_every, borrow. With a callback that unfreezes layers (BaseFinetuning) ``frozen`` is
+            "average".
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 
 from ema_client.errors import UsageError
-from ema_client.protocol import AverageConfig, DecayPer, Durability
+from ema_client.protocol import AverageConfig, DecayPer, Durability, Posthoc
 from ema_client.remote_ema import BusyPolicy
 from ema_client.training.selection import BufferPolicy, FrozenPolicy
 
@@ -26,6 +26,7 @@ class RemoteEmaOptions(TypedDict, total=False):
 
     schedule: AverageConfig | None
     averages: Sequence[AverageConfig] | None
+    posthoc: Posthoc | Mapping[str, Any] | bool | None
     update_every: int
     decay_per: DecayPer
     on_busy: BusyPolicy

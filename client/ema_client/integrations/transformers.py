@@ -65,8 +65,8 @@ class RemoteEmaCallback(TrainerCallback):
             the error. A training that begins, and finds no service, raises in either case.
         swap_at_end: leave the EMA weights in the model when train() ends.
         keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
-        options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, push_dtype,
-            update_every, borrow.
+        options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, posthoc,
+            push_dtype, update_every, borrow.
     """
 
     def __init__(

@@ -10,8 +10,13 @@ from dataclasses import dataclass, replace
 from ema_client import protocol
 from ema_client.errors import ProtocolError
 from ema_client.protocol import WeightsInfo
+from ema_client.targets import Target
 
 __all__ = ["Asked"]
+
+#: Seconds for which the service may look for the weights of an average's snapshots before it answers: of ten million
+#: updates this takes 1.4 s, and where the average is refused, and another looked for, several times that.
+_WORK_SECONDS = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +24,16 @@ class Asked:
     """Weights to ask for.
 
     average: None for the run's first. snapshot: None for the current weights. soup: NAME:WEIGHT of snapshots, with
-    commas in between, for the sum of these. dtype: as safetensors writes it, None for
-    the shadow's own. prefix: of tensor names. min_step: not before the run has reached this step.
+    commas in between, for the sum of these. target: an average that is worked out of the run's ring. dtype: as
+    safetensors writes it, None for the shadow's own. prefix: of tensor names. min_step: not before the run has reached
+    this step.
     """
 
     run: str
     average: str | None = None
     snapshot: str | None = None
     soup: str | None = None
+    target: Target | None = None
     dtype: str | None = None
     prefix: str | None = None
     min_step: int | None = None
@@ -39,10 +46,16 @@ class Asked:
         return protocol.snapshot_weights_path(self.run, self.snapshot)
 
     @property
-    def query(self) -> dict[str, str | None]:
+    def query(self) -> dict[str, str | int | float | None]:
         """What says which of the weights on the route, without ``min_step``."""
         soup = {} if self.soup is None else {"soup": self.soup}
-        return {"average": self.average, "dtype": self.dtype, "prefix": self.prefix, **soup}
+        target = {} if self.target is None else self.target.query
+        return {"average": self.average, "dtype": self.dtype, "prefix": self.prefix, **soup, **target}
+
+    @property
+    def work_seconds(self) -> float:
+        """Seconds that the service may work in silence before its answer begins."""
+        return 0.0 if self.target is None else _WORK_SECONDS
 
     @property
     def without_step(self) -> Asked:
@@ -57,6 +70,10 @@ class Asked:
         faults = [f"{name} {theirs!r} instead of {ours!r}" for name, (ours, theirs) in pairs.items() if theirs != ours]
         if (self.soup is None) != (came.soup is None):
             faults.append("a soup instead of weights" if came.soup else "weights instead of a soup")
+        if self.target is not None:
+            faults.extend(self.target.faults(came))
+        elif came.target is not None and self.snapshot is None:
+            faults.append(f"{came.target} instead of an average of the run")
         if self.min_step is not None and (came.step is None or came.step < self.min_step):
             faults.append(f"step {came.step} instead of {self.min_step} or later")
         if faults:

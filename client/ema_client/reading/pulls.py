@@ -132,7 +132,7 @@ class Pulls:
             # Only the first request waits for the step: the others name the first one's ETag, and so its version.
             query, seconds = (asked.query, 0.0) if etag else ({**asked.query, **waiting}, patience)
             part = self._transport.download(
-                asked.path, query=query, start=start, stop=stop, etag=etag, patience=seconds
+                asked.path, query=query, start=start, stop=stop, etag=etag, patience=seconds + asked.work_seconds
             )
             check_part(part, start, etag)
             return part

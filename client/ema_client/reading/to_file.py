@@ -40,7 +40,9 @@ def save(transport: Transport, asked: Asked, path: Path, progress: Progress | No
         transfer = _Transfer(file, progress)
         transport.retrying(
             lambda _: transfer.go_on(
-                transport.download(asked.path, query=asked.query, start=file.tell(), etag=transfer.etag)
+                transport.download(
+                    asked.path, query=asked.query, start=file.tell(), etag=transfer.etag, patience=asked.work_seconds
+                )
             )
         )
         return read_header(_File(path, file), asked)[1]

@@ -19,7 +19,7 @@ from ema_client.reading.asked import Asked
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Into", "Source", "Weights", "read_header"]
+__all__ = ["Into", "Source", "Weights", "info_of", "read_head", "read_header"]
 
 #: Gives the tensors to receive weights in, by name; asked once for each try, when the header has come. Raises
 #: UsageError where the weights do not fit.
@@ -67,24 +67,36 @@ def read_header(source: Source, asked: Asked) -> tuple[wire.Header, WeightsInfo]
     Raises ProtocolError if the source is no weights stream, its length does not add up, or the weights are others than
     those asked for.
     """
-    if source.length < wire.LENGTH_BYTES:
-        raise ProtocolError(f"{source.url} sent no weights: {source.length} bytes")
+    raw, header = read_head(source, source.length)
+    expected = len(raw) + header.data_bytes
+    if expected != source.length:
+        raise ProtocolError(f"{source.url} sent {source.length} bytes; its header describes {expected}")
+    return header, info_of(source.url, header, asked)
+
+
+def read_head(source: Source, room: int) -> tuple[bytes, wire.Header]:
+    """The head of a safetensors stream, as its bytes and parsed; ``room``: bytes that the source has left.
+
+    Raises ProtocolError where there is no such head.
+    """
+    if room < wire.LENGTH_BYTES:
+        raise ProtocolError(f"{source.url} sent no weights: {room} bytes")
     try:
         prefix = bytearray(wire.LENGTH_BYTES)
         source.readinto(memoryview(prefix))
-        room = source.length - wire.LENGTH_BYTES
-        length = wire.parse_length(bytes(prefix), limit=min(MAX_HEADER_BYTES, room))
+        length = wire.parse_length(bytes(prefix), limit=min(MAX_HEADER_BYTES, room - wire.LENGTH_BYTES))
         raw = bytearray(length)
         source.readinto(memoryview(raw))
-        header = wire.parse_header(memoryview(raw))
+        return bytes(prefix + raw), wire.parse_header(memoryview(raw))
     except MalformedBody as fault:
         raise ProtocolError(f"{source.url} sent no weights: {fault.detail}") from None
-    expected = wire.LENGTH_BYTES + length + header.data_bytes
-    if expected != source.length:
-        raise ProtocolError(f"{source.url} sent {source.length} bytes; its header describes {expected}")
-    info = _info(source.url, header.metadata)
-    asked.check(source.url, info)
-    return header, info
+
+
+def info_of(url: str, header: wire.Header, asked: Asked) -> WeightsInfo:
+    """The run's state in a header. Raises ProtocolError, naming ``url``, unless the weights are those asked for."""
+    info = _info(url, header.metadata)
+    asked.check(url, info)
+    return info
 
 
 def _info(url: str, metadata: Mapping[str, str]) -> WeightsInfo:

@@ -108,7 +108,7 @@ class Joining:
             made = self.plan.create(self.client, self.config, self.initial, step=start.at or 0)
             # Also where the run was there: another trainer may have attached before the run was made anew.
             return Joined(start.at or 0, self._take_over(), made)
-        self._tell(_other_schedule(info, self.config), level=4)
+        self._tell(_other_schedule(info, self.config) or _other_posthoc(info, self.config), level=4)
         step, warning = self._agree_on_step(info, start)
         self._tell(warning, level=4)
         return Joined(step, writer)
@@ -233,6 +233,19 @@ def _other_schedule(info: RunInfo, config: RunConfig) -> str | None:
                 f"run {info.run!r} goes on with its decay {theirs.decay:.6g}, not {decay:.6g}; set_decay() changes it"
             )
     return None
+
+
+def _other_posthoc(info: RunInfo, config: RunConfig) -> str | None:
+    """What a run that is gone on with keeps for averages of any length, where the trainer asks for something else."""
+    asked, ring = config.posthoc, info.ring
+    if asked is None or (
+        ring is not None
+        and (ring.snapshots, ring.dtype) == (asked.snapshots, asked.dtype)
+        and sorted(ring.sigma_rel) == sorted(asked.sigma_rel)
+    ):
+        return None
+    has = "without posthoc" if ring is None else f"with its posthoc of {ring.snapshots} snapshots in {ring.dtype}"
+    return f"run {info.run!r} goes on {has}, as it was made: make a new run for another"
 
 
 def _float32(decay: float) -> float:

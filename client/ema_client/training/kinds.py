@@ -5,7 +5,7 @@ Knows: which kind a model is of, and what RemoteEma asks of either. Does not kno
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ema_client.client import EmaClient
 from ema_client.errors import UsageError
 from ema_client.protocol import TensorSpec, WeightsInfo
+from ema_client.targets import Wished
 from ema_client.training.plan import Plan, plan_whole
 from ema_client.training.selection import BufferPolicy, FrozenPolicy, Selection
 from ema_client.training.sharded_selection import ShardedSelection
@@ -46,8 +47,9 @@ class AnySelection(Protocol):
         *,
         snapshot: str | None = None,
         memory: Tensor | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
-        """Write the EMA weights or a snapshot's, all or this rank's slices, into the model."""
+        """Write the EMA weights, a snapshot's or a wished average's, all or this rank's slices, into the model."""
 
 
 def choose(

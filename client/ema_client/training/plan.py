@@ -126,6 +126,7 @@ class WholePlan:
                 averages=config.averages,
                 durability=config.durability,
                 copied=config.copied,
+                posthoc=config.posthoc,
                 step=step,
             )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ema_client import wire
 from ema_client.client import EmaClient
 from ema_client.errors import NameCollision, UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
+from ema_client.targets import Wished
 from ema_client.tensors.layout import dtype_name, is_lazy, parameters_of, specs_of, state_of
 from ema_client.tensors.wrappers import bare_name
 from ema_client.tensors.writing import write
@@ -128,15 +129,16 @@ class Selection:
         *,
         snapshot: str | None = None,
         memory: Tensor | None = None,
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Write the EMA weights, or those of a snapshot, into the model's tensors, once all have come.
 
-        memory: where the weights may lie until then, see EmaClient.copy_to(). Returns what was written.
+        memory, wished: see EmaClient.copy_to(). Returns what was written.
 
         Raises as targets().
         """
         targets, twins = self.targets(model)
-        info = client.copy_to(run, targets, snapshot=snapshot, memory=memory)
+        info = client.copy_to(run, targets, snapshot=snapshot, memory=memory, **wished)
         write([twin for twin, _ in twins], [targets[name] for _, name in twins])
         return info
 

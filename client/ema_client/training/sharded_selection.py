@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import weakref
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ema_client.client import EmaClient
 from ema_client.errors import UsageError, listed
 from ema_client.protocol import TensorSpec, WeightsInfo
 from ema_client.reading.slices import Wanted
+from ema_client.targets import Wished
 from ema_client.tensors.layout import dtype_name, spec_of
 from ema_client.tensors.wrappers import bare_name
 from ema_client.tensors.writing import noticed, write
@@ -94,14 +95,15 @@ class ShardedSelection:
         *,
         snapshot: str | None = None,
         memory: Tensor | None = None,  # noqa: ARG002 - slices lie one by one
+        **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Write this rank's slices of the EMA weights, or of a snapshot's, into the model, once all have come.
 
-        Returns what was written. Raises as of().
+        wished: see EmaClient.pull(). Returns what was written. Raises as of().
         """
         shards = {name: shard for name, shard in self._found(model).items() if shard.boxes}
         wanted = {name: Wanted(s.spec.shape, s.boxes, _on_host(s.local)) for name, s in shards.items()}
-        info = client.pull_slices(run, wanted, snapshot=snapshot)
+        info = client.pull_slices(run, wanted, snapshot=snapshot, **wished)
         write([shard.local for shard in shards.values()], [want.target for want in wanted.values()])
         # A DTensor counts the writes to it by itself, and not those to its local memory.
         noticed(model.parameters())
