@@ -75,7 +75,7 @@ class StoredRing:
         #: Of each version that is being written, or waits for it: its descent and time; no time where only dropping is
         #: to be done.
         self._waiting: deque[tuple[Descent, int | None]] = deque()
-        self._writing = threading.Lock()
+        self._writing, self._ended = threading.Lock(), threading.Condition()
         self._closed = False
 
     def moved(self) -> None:
@@ -96,6 +96,13 @@ class StoredRing:
     def idle(self) -> bool:
         """Whether nothing waits to be written or dropped."""
         return not self._waiting
+
+    def settled(self, seconds: float) -> bool:
+        """Wait, at most so long, until nothing waits to be written or dropped; whether anything did."""
+        with self._ended:
+            waited = not self.idle
+            self._ended.wait_for(lambda: self.idle, seconds)
+        return waited
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -172,7 +179,9 @@ class StoredRing:
             self.trouble = said
         finally:
             held.clear()
-            self._waiting.popleft()
+            with self._ended:
+                self._waiting.popleft()
+                self._ended.notify_all()
 
     def _prune(self) -> None:
         """Drop the snapshots that did not lead to the run's state, and those that the ring has too many.
