@@ -170,7 +170,7 @@ def _weight(recipe: Recipe, source: Source) -> float:
 
 def _file(synthesiser: Synthesiser, source: Source) -> TensorFile:
     if isinstance(source.of, RingSnapshot):
-        return synthesiser.ring.open(source.of, source.average)
+        return synthesiser.ring.shelf.open(source.of, source.average)
     if isinstance(source.of, SnapshotInfo):
         return synthesiser.snapshots.open(source.of.name, source.average)[0]
     raise TypeError("weights of the run's state lie in no file")

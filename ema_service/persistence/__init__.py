@@ -10,7 +10,8 @@ from __future__ import annotations
 from ema_service.persistence.history import History
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
-from ema_service.persistence.ring import RingSnapshot, StoredRing
+from ema_service.persistence.ring import StoredRing
+from ema_service.persistence.ring_shelf import RingSnapshot
 from ema_service.persistence.snapshots import Snapshots
 from ema_service.persistence.versions import Versions
 

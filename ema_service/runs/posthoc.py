@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from time import monotonic, sleep
 
 import numpy as np
 
@@ -40,8 +39,8 @@ __all__ = ["Recipe", "Source", "Synthesiser"]
 _MOST_UPDATES = 1 << 21
 #: Smaller weights, as a share of the largest, are left out.
 _NO_WEIGHT = 1e-12
-#: For so long a request waits for snapshots that are being stored, looking again so often, in seconds.
-_STORING_SECONDS, _STORING_POLL = 5.0, 0.01
+#: For so long a request waits for snapshots that are being stored.
+_STORING_SECONDS = 5.0
 #: Results that are remembered: of the parts of one download, and of a sweep.
 _REMEMBERED = 64
 
@@ -149,7 +148,8 @@ class Synthesiser:
                 f"run {self._run.config.run!r} has no update since its averages began", hint="ask after an update"
             )
         found = self._solved(stock, target, state.version)
-        if not self._accepts(found, max_error) and self._settles():
+        # A training that took a second is read before its ring is on the disk.
+        if not self._accepts(found, max_error) and self.ring.settled(_STORING_SECONDS):
             stock = self._stock(state, at)
             found = self._solved(stock, target, state.version)
         sources, weights = self._sources(stock, found)
@@ -186,20 +186,11 @@ class Synthesiser:
     def _accepts(self, found: Synthesis, max_error: float) -> bool:
         return found.error <= max_error and found.rounding(self._posthoc.dtype) <= MAX_ROUNDING
 
-    def _settles(self) -> bool:
-        """Wait for snapshots that are still being stored; whether there were any.
-
-        A training that took a second is read before its ring is on the disk, and would be refused.
-        """
-        waits, deadline = not self.ring.idle, monotonic() + _STORING_SECONDS
-        while not self.ring.idle and monotonic() < deadline:
-            sleep(_STORING_POLL)
-        return waits
-
     def _stock(self, state: State, at: str | None) -> _Stock:
         """What is stored up to a time. Raises SynthesisRefused, SnapshotNotFound."""
         version = state.version
-        ring = [_Node(_passed(version, each), each.time, each.averages, each) for each in self.ring.leading_to(version)]
+        leading = self.ring.shelf.leading_to(version).snapshots
+        ring = [_Node(_passed(version, each), each.time, each.averages, each) for each in leading]
         last, time = next((node for node in ring if str(node.time) == at), None), self._time(version)
         if at is None or (last is None and at == str(time)):
             last = _Node(version.updates(time), time, self._names, None)
@@ -213,7 +204,7 @@ class Synthesiser:
         """The node of a named snapshot."""
         known = {info.name: info for info in self.snapshots.all()}
         if name not in known:
-            times = [*known, *(str(node.time) for node in self.ring.leading_to(version))]
+            times = [*known, *(str(node.time) for node in self.ring.shelf.leading_to(version).snapshots)]
             raise SynthesisRefused(
                 f"at: {name!r} is neither a snapshot of run {self._run.config.run!r} nor a time of its ring",
                 hint=f"leave at out for the present; there are {listed(times)}" if times else "leave at out",

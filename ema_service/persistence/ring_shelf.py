@@ -1,0 +1,169 @@
+"""The snapshots of one run's ring: which there are, and which of them led to a version.
+
+Knows rows, files and descents. Does not know when a snapshot is taken, or what is made of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ema_client.errors import MalformedBody, SnapshotDamaged
+from ema_client.protocol import TensorSpec
+from ema_client.wire import build_header, place
+from ema_service.averaging import Ring
+from ema_service.averaging.strides import Strides
+from ema_service.shadows.state import Descent, Version
+from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
+from ema_service.storage.store import Files
+
+__all__ = ["Leading", "RingShelf", "RingSnapshot"]
+
+_log = logging.getLogger(__name__)
+
+#: In place of an average's name: the file of the strides.
+_STRIDES = "-strides"
+
+
+@dataclass(frozen=True, slots=True)
+class RingSnapshot:
+    """A snapshot of the ring, of version epoch.n. time: the averages' counter. step: the trainer's, None if unknown.
+
+    averages: those that are stored. begin: whether these are the weights that the run began with: one average, for all
+    are the same then.
+    """
+
+    epoch: int
+    n: int
+    time: int
+    step: int | None
+    averages: tuple[str, ...]
+    bytes: int
+    begin: bool = False
+
+    @property
+    def version(self) -> str:
+        """The version's name, which its row and its folder have too."""
+        return f"{self.epoch}.{self.n}"
+
+
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """Of all snapshots those that led to the versions of one descent, the oldest first, and the ring of their times."""
+
+    descent: Descent | None
+    all: tuple[RingSnapshot, ...]
+    snapshots: tuple[RingSnapshot, ...]
+    ring: Ring
+
+    @property
+    def has_stray(self) -> bool:
+        """Whether there are stray ones."""
+        return len(self.snapshots) < len(self.all) or len(self.ring.times) > self.ring.capacity
+
+    @property
+    def stray(self) -> list[RingSnapshot]:
+        """The snapshots that did not lead there, and those that the ring has too many."""
+        surplus = self.ring.surplus()
+        stray = [each for each in self.all if each not in self.snapshots]
+        return stray + [each for each in self.snapshots if each.time == surplus and not each.begin]
+
+
+class RingShelf:
+    """The snapshots of one ring. Thread-safe; one thread at a time adds and drops."""
+
+    def __init__(self, row: RunRow, store: Store, empty: Ring) -> None:
+        """empty: the ring before any snapshot."""
+        self._row = row
+        self._store = store
+        self._empty = empty
+        self._lock = threading.Lock()
+        self._all = tuple(_read(store.snapshots(row, "ring")))
+        self._leading = Leading(None, (), (), empty)
+
+    @property
+    def bytes(self) -> int:
+        """Of the averages' files."""
+        return sum(each.bytes for each in self._all)
+
+    def leading_to(self, version: Version) -> Leading:
+        """The snapshots that led to a version. Those of a later version of one descent are the same."""
+        known, snapshots, descent = self._leading, self._all, version.descent
+        if known.descent is descent and known.all is snapshots:
+            return known
+        placed = [(descent.updates(version, each.epoch, each.n, each.time), each) for each in snapshots]
+        led = sorted((each for passed, each in placed if passed is not None), key=lambda each: (each.time, each.n))
+        ring = self._empty
+        for each in led:
+            ring = ring if each.begin else ring.taken(each.time)
+        self._leading = Leading(descent, snapshots, tuple(led), ring)
+        return self._leading
+
+    def has(self, version: Version) -> bool:
+        """Whether there is a snapshot of a version."""
+        return any(each.version == str(version) for each in self._all)
+
+    def add(self, snapshot: RingSnapshot, averages: Files, strides: Strides) -> None:
+        """Write a file for each average and one for the strides, then the row. Raises OSError, sqlite3.Error."""
+        self._store.check_room(snapshot.bytes)
+        files = {_STRIDES: _strides_file(strides), **averages}
+        self._store.save_snapshot(self._row, snapshot.version, lambda: json.dumps(asdict(snapshot)), files, "ring")
+        with self._lock:
+            self._all = (*self._all, snapshot)
+
+    def drop(self, snapshot: RingSnapshot) -> None:
+        """Remove a snapshot. Raises sqlite3.Error."""
+        # First for readers: whoever finds the file gone finds the snapshot gone.
+        with self._lock:
+            self._all = tuple(each for each in self._all if each is not snapshot)
+        self._store.remove_snapshot(self._row, snapshot.version, "ring")
+
+    def open(self, snapshot: RingSnapshot, average: str) -> TensorFile:
+        """The file of one average of a snapshot, open for the caller to close.
+
+        Raises FileNotFoundError where the snapshot was dropped meanwhile; SnapshotDamaged.
+        """
+        try:
+            return self._store.open_snapshot(self._row, snapshot.version, average, "ring")
+        except FileNotFoundError:
+            if snapshot not in self._all:
+                raise
+            raise self._damaged(snapshot, "its file is gone") from None
+        except (OSError, MalformedBody) as fault:
+            raise self._damaged(snapshot, fault) from fault
+
+    def strides(self, version: Version) -> Strides:
+        """The strides that were stored with the newest snapshot that led to a version; none where none can be read."""
+        for snapshot in reversed(self.leading_to(version).snapshots):
+            with (
+                contextlib.suppress(OSError, SnapshotDamaged),
+                contextlib.closing(self.open(snapshot, _STRIDES)) as file,
+            ):
+                return Strides(np.frombuffer(file.read(0, file.header.data_bytes), np.int64).reshape(-1, 2))
+        return Strides()
+
+    def _damaged(self, snapshot: RingSnapshot, fault: object) -> SnapshotDamaged:
+        return SnapshotDamaged(f"ring of run {self._row.name!r}: snapshot {snapshot.version} cannot be read: {fault}")
+
+
+def _strides_file(strides: Strides) -> Iterator[bytes]:
+    runs = strides.runs
+    yield build_header(place([TensorSpec("runs", runs.shape, "I64")]))
+    yield runs.tobytes()
+
+
+def _read(rows: Iterable[SnapshotRow]) -> Iterator[RingSnapshot]:
+    """The snapshots of rows; a damaged row is logged and left out."""
+    for row in rows:
+        try:
+            said: dict[str, Any] = json.loads(row.info)
+            yield RingSnapshot(**{**said, "averages": tuple(said["averages"])})
+        except (ValueError, TypeError, KeyError) as fault:
+            _log.error("ring of run %d: the catalog's row of %s is damaged: %s", row.run_id, row.name, fault)
