@@ -300,6 +300,7 @@ def test_removed_average_is_gone(
     assert slot_files(server) == ["fast"] * SLOTS[place]
     gc.collect()
     push(run, model, 4)
+    assert len(memory_files(server)) == (2 if server.ram_dir else 0), "the next update is in memory that was given back"
     server.registry.checkpoint()
     assert len(memory_files(server)) == (2 if server.ram_dir else 0)
     before = seen(run)
@@ -412,7 +413,7 @@ def test_push_under_way_is_superseded(change: str, server: LocalServer, run: Loc
     """An update that was begun before the change is refused whole, and applied when it comes again; its slot and its
     memory are given back."""
     update = run.run.begin(4, run.staged(model(4)))
-    update.preparation.advance(300)
+    update.preparation.advance(100)
     CHANGES[change](server)
     before = seen(run)
     with pytest.raises(Superseded):
@@ -432,6 +433,7 @@ def test_push_under_way_is_superseded(change: str, server: LocalServer, run: Loc
 def test_checkpoint_of_a_state_before_a_removal(server: LocalServer, run: LocalRun) -> None:
     """A checkpoint that was begun before a removal, and waited for it, does not write the removed average again."""
     state = run.state
+    server.registry.set_decay("r", 0.25, "fast")
     server.registry.remove_average("r", "slow")
     disk = server.registry._runs["r"].disk
     assert disk
