@@ -11,6 +11,7 @@ import gc
 import random
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -469,6 +470,26 @@ def test_deleted_run(change: str, server: LocalServer, run: LocalRun) -> None:
         CHANGES[change](server)
     del server.registry._runs["r"]
     assert (slot_files(server), memory_files(server)) == ([], [])
+
+
+def test_deletion_beside_an_addition(server: LocalServer, run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion that comes while room is taken waits for it, and gives back that room as well."""
+    assert run.info.status == "ready"
+    disk = server.registry._runs["r"].disk
+    assert disk
+    make_room, deleting = disk.versions.make_room, threading.Thread(target=server.registry.delete, args=("r",))
+
+    def deleted_meanwhile(member: Any) -> None:
+        make_room(member)
+        deleting.start()
+        deleting.join(0.2)
+
+    monkeypatch.setattr(disk.versions, "make_room", deleted_meanwhile)
+    assert server.registry.add_average("r", LONG)[1]
+    deleting.join(30)
+    assert (slot_files(server), memory_files(server)) == ([], [])
+    with pytest.raises(RunNotFound):
+        server.registry.get("r")
 
 
 def test_before_initial_weights(server: LocalServer, model: Model, place: str) -> None:
