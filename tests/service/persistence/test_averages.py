@@ -11,6 +11,7 @@ import gc
 import random
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -300,6 +301,7 @@ def test_removed_average_is_gone(
     assert slot_files(server) == ["fast"] * SLOTS[place]
     gc.collect()
     push(run, model, 4)
+    assert len(memory_files(server)) == (2 if server.ram_dir else 0), "the next update is in memory that was given back"
     server.registry.checkpoint()
     assert len(memory_files(server)) == (2 if server.ram_dir else 0)
     before = seen(run)
@@ -412,7 +414,7 @@ def test_push_under_way_is_superseded(change: str, server: LocalServer, run: Loc
     """An update that was begun before the change is refused whole, and applied when it comes again; its slot and its
     memory are given back."""
     update = run.run.begin(4, run.staged(model(4)))
-    update.preparation.advance(300)
+    update.preparation.advance(100)
     CHANGES[change](server)
     before = seen(run)
     with pytest.raises(Superseded):
@@ -432,6 +434,7 @@ def test_push_under_way_is_superseded(change: str, server: LocalServer, run: Loc
 def test_checkpoint_of_a_state_before_a_removal(server: LocalServer, run: LocalRun) -> None:
     """A checkpoint that was begun before a removal, and waited for it, does not write the removed average again."""
     state = run.state
+    server.registry.set_decay("r", 0.25, "fast")
     server.registry.remove_average("r", "slow")
     disk = server.registry._runs["r"].disk
     assert disk
@@ -467,6 +470,26 @@ def test_deleted_run(change: str, server: LocalServer, run: LocalRun) -> None:
         CHANGES[change](server)
     del server.registry._runs["r"]
     assert (slot_files(server), memory_files(server)) == ([], [])
+
+
+def test_deletion_beside_an_addition(server: LocalServer, run: LocalRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion that comes while room is taken waits for it, and gives back that room as well."""
+    assert run.info.status == "ready"
+    disk = server.registry._runs["r"].disk
+    assert disk
+    make_room, deleting = disk.versions.make_room, threading.Thread(target=server.registry.delete, args=("r",))
+
+    def deleted_meanwhile(member: Any) -> None:
+        make_room(member)
+        deleting.start()
+        deleting.join(0.2)
+
+    monkeypatch.setattr(disk.versions, "make_room", deleted_meanwhile)
+    assert server.registry.add_average("r", LONG)[1]
+    deleting.join(30)
+    assert (slot_files(server), memory_files(server)) == ([], [])
+    with pytest.raises(RunNotFound):
+        server.registry.get("r")
 
 
 def test_before_initial_weights(server: LocalServer, model: Model, place: str) -> None:
