@@ -6,6 +6,8 @@ recipes are found (runs.posthoc), summed (bodies.mixing), or what an answer look
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -30,12 +32,14 @@ from ema_service.runs import Run
 from ema_service.runs.posthoc import Recipe, Source, Synthesiser
 from ema_service.storage import TensorFile
 
-__all__ = ["Asked", "AskedFor", "work_out"]
+__all__ = ["Asked", "AskedFor", "stored", "work_out"]
 
 _NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{0,18})?([eE][+-]?[0-9]{1,2})?\Z|\.[0-9]{1,18}\Z", re.ASCII)
 _WINDOW = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z", re.ASCII)
 #: A ring drops a snapshot now and then; that each try meets one is next to impossible.
 _TRIES = 3
+#: For so long a request waits for snapshots that are being stored.
+_STORING_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +132,24 @@ async def work_out(
     raise RuntimeError("the last try returns or raises")
 
 
-async def _found(server: Context, run: Run, asked: Asked) -> list[Recipe]:
+async def stored(server: Context, run: Run) -> Synthesiser:
+    """What works out averages for a run, once the snapshots that are due by now are stored, or it takes too long.
+
+    So an average depends on the version alone: the ranks of a sharded trainer, each of which reads its slices, have
+    slices of one sum; and a training of a second is not read before its ring is on the disk.
+    """
     synthesiser = server.registry.synthesiser(run.config.run)
+    ring, begun = synthesiser.ring, synthesiser.ring.begun
+    with server.watching(run) as moved, contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_STORING_SECONDS):
+            while ring.ended < begun and not server.stopping:
+                await moved.wait()
+                moved.clear()
+    return synthesiser
+
+
+async def _found(server: Context, run: Run, asked: Asked) -> list[Recipe]:
+    synthesiser = await stored(server, run)
     return await server.workers.block(partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error))
 
 
@@ -149,7 +169,8 @@ async def _opened(request: Request, server: Context, run: Run, recipes: list[Rec
             return _arena_reader(run, arenas[source]), run.layout.shadows
         file = _file(synthesiser, source)
         stack.callback(file.close)
-        return _file_reader(file), file.header.entries
+        ringed = isinstance(source.of, RingSnapshot)
+        return _file_reader(file), synthesiser.ring.shelf.entries if ringed else file.header.entries
 
     def all_opened() -> list[Ingredient]:
         return [Ingredient(*opened(source), tuple(_weight(each, source) for each in recipes)) for source in sources]

@@ -22,7 +22,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from ema_client.errors import Overloaded
-from ema_client.protocol import LAYOUT_DTYPES, Posthoc, RingInfo, RunConfig
+from ema_client.protocol import LAYOUT_DTYPES, Posthoc, RingInfo, RunConfig, TensorSpec
+from ema_client.wire import place
 from ema_service.averaging import Ring
 from ema_service.averaging.strides import Strides
 from ema_service.bodies import WeightsStream
@@ -44,7 +45,8 @@ _HELD_BYTES = 16 << 20
 class StoredRing:
     """The ring of one run. Thread-safe: one snapshot at a time is written.
 
-    shelf: the snapshots. trouble: why the latest snapshot could not be written, or None.
+    shelf: the snapshots. trouble: why the latest snapshot could not be written, or None. begun, ended: how often
+    something was to be written or dropped, and was.
 
     More than a dozen attributes: what a snapshot is made of (config, posthoc, names, layout, memory), where it goes
     (shelf, threads), the run's state and strides, and what waits.
@@ -60,22 +62,27 @@ class StoredRing:
         memory: Memory,
         threads: Threads,
         current: Callable[[], State | None],
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
-        """threads: that snapshots are written on. current: gives the run's state."""
+        """threads: that snapshots are written on. current: gives the run's state. tell: called, in any thread, after
+        each change of the ring."""
         self._config = config
         self._posthoc = posthoc
         self._names = frozenset(average.name for average in posthoc.averages)
         self._layout = layout
         self._memory = memory
-        self.shelf = RingShelf(row, store, Ring(posthoc.sigma_rel, posthoc.snapshots, 1))
+        stored = place((TensorSpec(e.name, e.shape, posthoc.dtype) for e in layout.shadows), sort=False)
+        self.shelf = RingShelf(row, store, Ring(posthoc.sigma_rel, posthoc.snapshots, 1), stored)
         self._threads = threads
         self._current = current
+        self._tell = tell
         self._log = StrideLog(self.shelf.strides)
         self.trouble: str | None = None
         #: Of each version that is being written, or waits for it: its descent and time; no time where only dropping is
         #: to be done.
         self._waiting: deque[tuple[Descent, int | None]] = deque()
-        self._writing, self._ended = threading.Lock(), threading.Condition()
+        self._writing = threading.Lock()
+        self.begun = self.ended = 0
         self._closed = False
 
     def moved(self) -> None:
@@ -96,13 +103,6 @@ class StoredRing:
     def idle(self) -> bool:
         """Whether nothing waits to be written or dropped."""
         return not self._waiting
-
-    def settled(self, seconds: float) -> bool:
-        """Wait, at most so long, until nothing waits to be written or dropped; whether anything did."""
-        with self._ended:
-            waited = not self.idle
-            self._ended.wait_for(lambda: self.idle, seconds)
-        return waited
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -156,6 +156,7 @@ class StoredRing:
         self, version: Version, time: int | None, held: list[tuple[Average, Arena]], strides: Strides | None
     ) -> None:
         self._waiting.append((version.descent, time))
+        self.begun += 1
         with contextlib.suppress(RuntimeError):  # the server stops
             self._threads.submit(self._follow, version, held, strides)
 
@@ -179,9 +180,9 @@ class StoredRing:
             self.trouble = said
         finally:
             held.clear()
-            with self._ended:
-                self._waiting.popleft()
-                self._ended.notify_all()
+            self._waiting.popleft()
+            self.ended += 1
+            self._tell()
 
     def _prune(self) -> None:
         """Drop the snapshots that did not lead to the run's state, and those that the ring has too many.

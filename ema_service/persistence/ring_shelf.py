@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ema_client.errors import MalformedBody, SnapshotDamaged
 from ema_client.protocol import TensorSpec
-from ema_client.wire import build_header, place
+from ema_client.wire import Entry, build_header, place
 from ema_service.averaging import Ring
 from ema_service.averaging.strides import Strides
 from ema_service.shadows.state import Descent, Version
@@ -77,10 +77,14 @@ class Leading:
 
 
 class RingShelf:
-    """The snapshots of one ring. Thread-safe; one thread at a time adds and drops."""
+    """The snapshots of one ring. Thread-safe; one thread at a time adds and drops.
 
-    def __init__(self, row: RunRow, store: Store, empty: Ring) -> None:
+    entries: of the tensors in every average's file.
+    """
+
+    def __init__(self, row: RunRow, store: Store, empty: Ring, entries: Sequence[Entry]) -> None:
         """empty: the ring before any snapshot."""
+        self.entries = entries
         self._row = row
         self._store = store
         self._empty = empty
@@ -126,12 +130,13 @@ class RingShelf:
         self._store.remove_snapshot(self._row, snapshot.version, "ring")
 
     def open(self, snapshot: RingSnapshot, average: str) -> TensorFile:
-        """The file of one average of a snapshot, open for the caller to close.
+        """The file of one average of a snapshot, with ``entries``, open for the caller to close.
 
         Raises FileNotFoundError where the snapshot was dropped meanwhile; SnapshotDamaged.
         """
+        data_bytes = None if average == _STRIDES else self.entries[-1].end
         try:
-            return self._store.open_snapshot(self._row, snapshot.version, average, "ring")
+            return self._store.open_snapshot(self._row, snapshot.version, average, "ring", data_bytes)
         except FileNotFoundError:
             if snapshot not in self._all:
                 raise

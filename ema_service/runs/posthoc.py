@@ -39,8 +39,6 @@ __all__ = ["Recipe", "Source", "Synthesiser"]
 _MOST_UPDATES = 1 << 21
 #: Smaller weights, as a share of the largest, are left out.
 _NO_WEIGHT = 1e-12
-#: For so long a request waits for snapshots that are being stored.
-_STORING_SECONDS = 5.0
 #: Results that are remembered: of the parts of one download, and of a sweep.
 _REMEMBERED = 64
 
@@ -148,10 +146,6 @@ class Synthesiser:
                 f"run {self._run.config.run!r} has no update since its averages began", hint="ask after an update"
             )
         found = self._solved(stock, target, state.version)
-        # A training that took a second is read before its ring is on the disk.
-        if not self._accepts(found, max_error) and self.ring.settled(_STORING_SECONDS):
-            stock = self._stock(state, at)
-            found = self._solved(stock, target, state.version)
         sources, weights = self._sources(stock, found)
         newest = Source(self._names[0], last.time, last.of)
         info = replace(self._info(target, stock), profile_error=found.error, amplification=found.amplification)

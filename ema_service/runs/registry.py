@@ -591,7 +591,8 @@ class Registry:
         snapshots = Snapshots(config, row, store, layout, memory, run.changes.tell, most=self._max_snapshots)
         ring = synthesiser = None
         if config.posthoc:
-            ring = StoredRing(config, config.posthoc, row, store, layout, memory, self._followers, lambda: run.state)
+            current, tell = (lambda: run.state), run.changes.tell
+            ring = StoredRing(config, config.posthoc, row, store, layout, memory, self._followers, current, tell)
             run.ring = ring.told
             run.changes.tell_always(ring.moved)
             synthesiser = Synthesiser(run, config.posthoc, ring, snapshots)

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from ema_client.errors import MalformedBody
@@ -131,15 +132,29 @@ class TensorFile:
     The file stays readable after its name was removed, until close(). name: the path, for messages.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens the file and parses its header. Raises FileNotFoundError, or MalformedBody where the file is not
-        whole."""
+    def __init__(self, path: Path, data_bytes: int | None = None) -> None:
+        """Opens the file and parses its header, or, where its data section is known to have ``data_bytes``, leaves
+        that until the header is asked for: of many tensors it takes milliseconds.
+
+        Raises FileNotFoundError, or MalformedBody where the file is not whole.
+        """
         self._file = path.open("rb", buffering=0)
         try:
-            self.header, self._data_begin = self._read_header(path)
+            descriptor = self._file.fileno()
+            size = os.fstat(descriptor).st_size
+            self._data_begin = LENGTH_BYTES + parse_length(os.pread(descriptor, LENGTH_BYTES, 0))
+            expected = self._data_begin + (self.header.data_bytes if data_bytes is None else data_bytes)
+            if size != expected:
+                raise MalformedBody(f"{path} has {size} bytes, its header says {expected}")
         except (MalformedBody, OSError):
             self._file.close()
             raise
+
+    @cached_property
+    def header(self) -> Header:
+        """The file's header. Raises MalformedBody."""
+        length = self._data_begin - LENGTH_BYTES
+        return parse_header(os.pread(self._file.fileno(), length, LENGTH_BYTES))
 
     def read(self, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of the data section, in new memory. Raises OSError where the file ends before."""
@@ -179,16 +194,6 @@ class TensorFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def _read_header(self, path: Path) -> tuple[Header, int]:
-        descriptor = self._file.fileno()
-        size = os.fstat(descriptor).st_size
-        length = parse_length(os.pread(descriptor, LENGTH_BYTES, 0))
-        header = parse_header(os.pread(descriptor, length, LENGTH_BYTES))
-        begin = LENGTH_BYTES + length
-        if size != begin + header.data_bytes:
-            raise MalformedBody(f"{path} has {size} bytes, its header says {begin + header.data_bytes}")
-        return header, begin
 
 
 class FolderLocked(OSError):

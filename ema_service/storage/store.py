@@ -264,11 +264,13 @@ class Store:
         """The snapshots of a run, in the order they were made."""
         return self._catalog.snapshots(row.id, shelf)
 
-    def open_snapshot(self, row: RunRow, name: str, average: str, shelf: Shelf = "snapshots") -> TensorFile:
-        """The file of one average of a snapshot. Raises OSError, MalformedBody."""
+    def open_snapshot(
+        self, row: RunRow, name: str, average: str, shelf: Shelf = "snapshots", data_bytes: int | None = None
+    ) -> TensorFile:
+        """The file of one average of a snapshot. data_bytes: as for TensorFile. Raises OSError, MalformedBody."""
         path = self._snapshot_folder(row, shelf, name) / file_name(average)
         refuse_link(self._run_folder(row), f"{shelf}/{name}/{path.name}")
-        return TensorFile(path)
+        return TensorFile(path, data_bytes)
 
     def remove_snapshot(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         """Remove a snapshot: its row, then its files."""

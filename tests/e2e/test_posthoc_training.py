@@ -32,7 +32,7 @@ LONG = 8000
 #: Of the parameters, relative to their norm.
 MOST_ERROR = 5e-4
 #: Of the held-out loss, by the number of steps: a wide average of a short training lies on a slope of the loss.
-MOST_LOSS = {STEPS: 5e-4, LONG: 5e-5}
+MOST_LOSS = {STEPS: 1e-3, LONG: 5e-5}
 
 State = dict[str, Tensor]
 

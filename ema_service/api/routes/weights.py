@@ -57,7 +57,7 @@ from ema_client.protocol import (
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
-from ema_service.api.synthesis import Asked, AskedFor, work_out
+from ema_service.api.synthesis import Asked, AskedFor, stored, work_out
 from ema_service.api.transfer.pouring import pour
 from ema_service.averaging import TargetRefused
 from ema_service.averaging import soup as soup_of
@@ -283,7 +283,7 @@ async def get_profiles(run: RunName, server: Server, asked: AskedFor) -> Profile
 
     ``refused`` says why ``GET weights`` would not send it, and what it would send.
     """
-    synthesiser, target = server.registry.synthesiser(run), asked.one()
+    synthesiser, target = await stored(server, server.registry.get(run)), asked.one()
     return await server.workers.block(partial(synthesiser.dry_run, target, asked.at, asked.max_error))
 
 

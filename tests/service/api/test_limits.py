@@ -134,7 +134,8 @@ def test_json_too_large_in_chunks(run: PlainRun) -> None:
     answer: httpx.Response | None = None
     with contextlib.suppress(httpx.WriteError, httpx.ReadError):  # closed before all was sent
         answer = run.http.post("/v1/runs", content=endless(), headers=JSON)
-    assert answer is None or answer.status_code == 413
+    # 408 where a busy machine takes longer to send so much than the server waits.
+    assert answer is None or answer.status_code in (408, 413)
     assert run.http.get("/healthz").status_code == 200
 
 

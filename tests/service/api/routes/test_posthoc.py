@@ -238,6 +238,20 @@ def test_before_the_first_update(server: ServerProcess, plain_run: Callable[...,
     assert "no update" in answer.json()["detail"]
 
 
+def test_version_decides_the_bytes(server: ServerProcess, plain_run: Callable[..., PlainRun]) -> None:
+    """What is asked for while the ring is still being stored is what is asked for later: the ranks of a trainer, which
+    read one slice after the other, have slices of one sum."""
+    run = plain_run(server, as_state(WALKED[0]), posthoc={})
+    for n in range(1, 31):
+        run.push(n, as_state(WALKED[n])).raise_for_status()
+        if n % 10 == 0:
+            first = ask(run, sigma_rel=0.1, max_error=0.9)
+            settled(run)
+            later = ask(run, sigma_rel=0.1, max_error=0.9)
+            assert first.headers["etag"] == later.headers["etag"]
+            assert first.content == later.content
+
+
 def test_kept_as_snapshot(trained: PlainRun) -> None:
     """An average that was worked out can be kept: pulled by name, once for each call, and never rewound to."""
     path = f"{trained.path}/snapshots/best"
