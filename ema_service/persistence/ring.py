@@ -81,6 +81,7 @@ class StoredRing:
         #: Of each version that is being written, or waits for it: its descent and time; no time where only dropping is
         #: to be done.
         self._waiting: deque[tuple[Descent, int | None]] = deque()
+        self._tried: Version | None = None
         self._writing = threading.Lock()
         self.begun = self.ended = 0
         self._closed = False
@@ -92,6 +93,8 @@ class StoredRing:
             return
         version, time = state.version, self._time(state.version)
         self._log.follow(version, time)
+        if version is self._tried:
+            return  # told of the ring's own change: what failed is tried again with the next version
         leading = self.shelf.leading_to(version)
         if self._has_room and self._is_due(version, leading):
             held = [(average, state.arenas[position]) for position, average in self._averages(version)]
@@ -155,6 +158,7 @@ class StoredRing:
     def _submit(
         self, version: Version, time: int | None, held: list[tuple[Average, Arena]], strides: Strides | None
     ) -> None:
+        self._tried = version
         self._waiting.append((version.descent, time))
         self.begun += 1
         with contextlib.suppress(RuntimeError):  # the server stops
