@@ -164,13 +164,15 @@ async def _opened(request: Request, server: Context, run: Run, recipes: list[Rec
         for arena in arenas.values():
             stack.callback(server.registry.frozen.release, arena)
 
+    scratch = _Scratch()
+
     def opened(source: Source) -> tuple[ReadBytes, Sequence[Entry]]:
         if source.of is None:
             return _arena_reader(run, arenas[source]), run.layout.shadows
         file = _file(synthesiser, source)
         stack.callback(file.close)
         ringed = isinstance(source.of, RingSnapshot)
-        return _file_reader(file), synthesiser.ring.shelf.entries if ringed else file.header.entries
+        return _file_reader(file, scratch), synthesiser.ring.shelf.entries if ringed else file.header.entries
 
     def all_opened() -> list[Ingredient]:
         return [Ingredient(*opened(source), tuple(_weight(each, source) for each in recipes)) for source in sources]
@@ -197,14 +199,23 @@ def _file(synthesiser: Synthesiser, source: Source) -> TensorFile:
     raise TypeError("weights of the run's state lie in no file")
 
 
-def _file_reader(file: TensorFile) -> ReadBytes:
-    """Reads into the same memory each time, on each thread: what was read before is not needed any more."""
-    own = threading.local()
+class _Scratch(threading.local):
+    """Memory of each thread that pieces of all files are read into, one after the other: it stays in the core's
+    cache."""
+
+    memory = bytearray()
+
+    def take(self, nbytes: int) -> memoryview:
+        if len(self.memory) < nbytes:
+            self.memory = bytearray(nbytes)
+        return memoryview(self.memory)[:nbytes]
+
+
+def _file_reader(file: TensorFile, scratch: _Scratch) -> ReadBytes:
+    """What was read before, on the same thread, is not needed any more."""
 
     def read(start: int, stop: int) -> memoryview:
-        if len(getattr(own, "memory", b"")) < stop - start:
-            own.memory = bytearray(stop - start)
-        piece = memoryview(own.memory)[: stop - start]
+        piece = scratch.take(stop - start)
         file.read_into(piece, start)
         return piece
 
