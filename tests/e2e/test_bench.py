@@ -158,7 +158,19 @@ def test_bench_says_what_is_wrong(start: Callable[..., Bench], words: tuple[str,
 
 #: Groups of the full comparison that are done within seconds, some of each kind; and the others, of minutes.
 SOON = ("wire", "latency", "kernel", "gpu", "gpu-trainer")
-LATER = ("gpt2", "trainer", "connections", "sizes", "readers", "memory", "durability", "large", "loop", "posthoc", "gap")
+LATER = (
+    "gpt2",
+    "trainer",
+    "connections",
+    "sizes",
+    "readers",
+    "memory",
+    "durability",
+    "large",
+    "loop",
+    "posthoc",
+    "gap",
+)
 
 
 def test_every_group_is_tried() -> None:
