@@ -15,26 +15,9 @@ import safetensors.torch
 import torch
 
 from ema_client import EmaClient
-from ema_client.cli import main
 
 STATE = {"w": torch.arange(3.0)}
 Ema = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def ema(server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ema:
-    """Run the command in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("EMA_SERVICE_URL", server.url)
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ema", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (int(code) if code else 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ import typer
 from safetensors.torch import load_file
 
 from ema_client import EmaClient
-from ema_client.cli import main
 from ema_client.cli.plots import text_plot
 from ema_client.cli.sweep import last_number, lengths_of
 from tests.waiting import settled
@@ -56,19 +55,10 @@ def trained(server: Any) -> Iterator[EmaClient]:
 
 
 @pytest.fixture
-def ema(trained: EmaClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ema:
-    """Run the command in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("EMA_SERVICE_URL", trained.url)
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ema", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (int(code) if code else 0, *capsys.readouterr())
-
-    return run
+def ema(ema: Ema, trained: EmaClient) -> Ema:
+    """The command, for a service with a trained run."""
+    assert trained.runs()
+    return ema
 
 
 @pytest.fixture
