@@ -33,6 +33,7 @@ __all__ = [
     "SnapshotBasis",
     "Synthesis",
     "TrackedAverage",
+    "accepted",
     "approximate",
     "check",
     "soup",
@@ -292,7 +293,7 @@ def check(
     That is where the error is above ``max_error``, or the expected rounding above MAX_ROUNDING; ``nearest`` is the
     nearest target that can be had.
     """
-    if not _accepted(found, dtype, max_error):
+    if not accepted(found, dtype, max_error):
         time = snapshots.times[-1] if at is None else at
         raise _too_far(target, found, _nearest(snapshots, target, time, dtype, max_error), dtype, max_error)
 
@@ -301,7 +302,7 @@ def _nearest(snapshots: SnapshotBasis, target: Target, at: int, dtype: str, max_
     """The nearest target of this kind that is accepted; None if none is in reach."""
     coarse = snapshots.coarse()
     for other in target.others([time for time in snapshots.times if time <= at]):
-        if all(_accepted(each.solve(other, at, _DAMPING[dtype]), dtype, max_error) for each in (coarse, snapshots)):
+        if all(accepted(each.solve(other, at, _DAMPING[dtype]), dtype, max_error) for each in (coarse, snapshots)):
             return other
     return None
 
@@ -321,7 +322,8 @@ def soup(weights: Sequence[float]) -> Synthesis:
     return Synthesis(given / whole, 0.0, float(np.linalg.norm(given / whole)))
 
 
-def _accepted(found: Synthesis, dtype: str, max_error: float) -> bool:
+def accepted(found: Synthesis, dtype: str, max_error: float) -> bool:
+    """Whether check() would not refuse what approximate() found."""
     return found.error <= max_error and found.rounding(dtype) <= MAX_ROUNDING
 
 

@@ -45,8 +45,8 @@ _HELD_BYTES = 16 << 20
 class StoredRing:
     """The ring of one run. Thread-safe: one snapshot at a time is written.
 
-    shelf: the snapshots. trouble: why the latest snapshot could not be written, or None. begun, ended: how often
-    something was to be written or dropped, and was.
+    shelf: the snapshots. trouble: why the latest snapshot could not be written, or None. begun: how often
+    something was to be written or dropped.
 
     More than a dozen attributes: what a snapshot is made of (config, posthoc, names, layout, memory), where it goes
     (shelf, threads), the run's state and strides, and what waits.
@@ -83,7 +83,7 @@ class StoredRing:
         self._waiting: deque[tuple[Descent, int | None]] = deque()
         self._tried: Version | None = None
         self._writing = threading.Lock()
-        self.begun = self.ended = 0
+        self.begun = 0
         self._closed = False
 
     def moved(self) -> None:
@@ -101,6 +101,11 @@ class StoredRing:
             self._submit(version, time, held, self._log.noted())
         elif not self._waiting and leading.has_stray:
             self._submit(version, None, [], None)
+
+    @property
+    def ended(self) -> int:
+        """How often something was written or dropped, or failed."""
+        return self.begun - len(self._waiting)
 
     @property
     def idle(self) -> bool:
@@ -185,7 +190,6 @@ class StoredRing:
         finally:
             held.clear()
             self._waiting.popleft()
-            self.ended += 1
             self._tell()
 
     def _prune(self) -> None:

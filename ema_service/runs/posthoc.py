@@ -28,7 +28,7 @@ from ema_service.averaging import (
 )
 from ema_service.averaging.profiles import Counters, decays_of, gamma_of, power_decay
 from ema_service.averaging.strides import Strides
-from ema_service.averaging.synthesis import MAX_ROUNDING
+from ema_service.averaging.synthesis import accepted
 from ema_service.persistence import RingSnapshot, Snapshots, StoredRing
 from ema_service.runs.run import Run
 from ema_service.shadows import Descent, State, Version
@@ -169,16 +169,13 @@ class Synthesiser:
     def _refusal(self, stock: _Stock, target: Target, found: Synthesis, max_error: float) -> str | None:
         """Why what was found is too far from the target, and what is not; None where it is near enough."""
         dtype = self._posthoc.dtype
-        if self._accepts(found, max_error):
+        if accepted(found, dtype, max_error):
             return None
         try:
             check(found, self._basis(stock), target, at=stock.nodes[-1].time, dtype=dtype, max_error=max_error)
         except TargetRefused as refused:
             return f"run {self._run.config.run!r}: {refused}"
         return None
-
-    def _accepts(self, found: Synthesis, max_error: float) -> bool:
-        return found.error <= max_error and found.rounding(self._posthoc.dtype) <= MAX_ROUNDING
 
     def _stock(self, state: State, at: str | None) -> _Stock:
         """What is stored up to a time. Raises SynthesisRefused, SnapshotNotFound."""

@@ -12,9 +12,11 @@ import json
 import socket
 import ssl
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ import torch
 from torch import nn
 
 from ema_client import EmaClient, RemoteEma
+from ema_client.cli import main
 
 PATIENCE = 20.0
 
@@ -238,3 +241,21 @@ def make_ema(server: Any, run_name: str) -> Iterator[Callable[..., RemoteEma]]:
     yield make_ema
     for ema in made:
         ema.close()
+
+
+@pytest.fixture
+def ema(
+    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command ``ema`` in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("EMA_SERVICE_URL", server.url)
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ema", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return (int(code) if code else 0, *capsys.readouterr())
+
+    return run
