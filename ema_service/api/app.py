@@ -18,11 +18,12 @@ from fastapi.routing import APIRoute
 
 from ema_service import dashboard
 from ema_service.api import errors, openapi
-from ema_service.api.auth import Auth, read_token_file
+from ema_service.api.auth import Auth
 from ema_service.api.context import Context
 from ema_service.api.limits import BodyLimits, JsonBudget
 from ema_service.api.origins import Origins
 from ema_service.api.routes import averages, events, ops, runs, snapshots, updates, weights
+from ema_service.api.tokens import Tokens
 from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.api.writes import WriteGate, Writes
 from ema_service.machine_memory import resident_bytes
@@ -115,9 +116,10 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     )
     app.state.writes = Writes()
     app.add_middleware(WriteGate, writes=app.state.writes, refused=metrics.refused)
-    if settings.token_file:
+    app.state.tokens = Tokens(settings.token_file) if settings.token_file else None
+    if app.state.tokens:
         # Added later, so Auth comes before: a request without a right to its answer is refused before anything is read.
-        app.add_middleware(Auth, grants=read_token_file(settings.token_file), refused=metrics.refused)
+        app.add_middleware(Auth, tokens=app.state.tokens, refused=metrics.refused)
     app.add_middleware(
         Origins, names=settings.allowed_hosts, refused=metrics.refused, any_host=settings.token_file is not None
     )
