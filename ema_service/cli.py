@@ -7,7 +7,6 @@ torch and the server only when called, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import ipaddress
-import logging
 import re
 import sqlite3
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
-from ema_service.logs import Seldom
+from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 
 if TYPE_CHECKING:
@@ -130,6 +129,13 @@ def serve(
         Path | None, typer.Option(help="Speak TLS: the certificate, then those between it and its authority; PEM.")
     ] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="Key of the certificate, not encrypted; PEM.")] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Log lines for people, or a JSON object each.", envvar="EMA_SERVICE_LOG_FORMAT")
+    ] = "text",
+    access_log: Annotated[bool, typer.Option("--access-log", help="A log line for each request.")] = False,
+    slow_request: Annotated[
+        float, typer.Option(help="Seconds beyond which a request gets a log line.", min=0)
+    ] = Settings.slow_request,
     insecure_no_auth: Annotated[
         bool, typer.Option("--insecure-no-auth", help="Listen beyond loopback although anyone may then read and write.")
     ] = False,
@@ -156,7 +162,10 @@ def serve(
         max_snapshots=max_snapshots,
         token_file=token_file,
         allowed_hosts=(host, *(allowed_host or ())),
+        slow_request=slow_request,
+        access_log=access_log,
     )
+    configure(log_format)
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
 
 
@@ -265,11 +274,6 @@ def _is_loopback(host: str) -> bool:
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
     """Serve until told to stop. Exits with 1, and a line on stderr, where the server cannot start."""
-    handler = logging.StreamHandler()
-    handler.addFilter(Seldom())
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler]
-    )
     # Before torch is imported, which takes memory: memory that an earlier server left may leave no room for both.
     store = _opened(settings)
     from ema_service.api.app import pick_device

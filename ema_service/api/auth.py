@@ -17,7 +17,7 @@ from ema_client.errors import Forbidden, Unauthorized
 from ema_service.api.errors import problem_response
 from ema_service.api.tokens import SCOPES, Tokens, moment
 
-__all__ = ["Access", "Auth", "access_of", "needs_token"]
+__all__ = ["MORE_WITH_A_TOKEN", "Access", "Auth", "access_of", "needs_token"]
 
 #: By scope, those that allow it.
 _ALLOWED_BY = {
@@ -32,7 +32,7 @@ _ALLOWED_BY = {
 #: the process lives.
 _OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|v1/server)?\Z")
 #: Of these, the one that tells more to who has a token.
-_MORE_WITH_A_TOKEN = "/v1/server"
+MORE_WITH_A_TOKEN = "/v1/server"
 _RUN = re.compile(r"/v1/runs/([^/]+)")
 _SNAPSHOT = re.compile(r"/v1/runs/[^/]+/snapshots/[^/]+\Z")
 
@@ -102,7 +102,7 @@ class Auth:
             access = self._of_token(scope)
             access.check(_needed(method, path), _run(path))
             return access
-        sent = path == _MORE_WITH_A_TOKEN and any(name == b"authorization" for name, _ in scope["headers"])
+        sent = path == MORE_WITH_A_TOKEN and any(name == b"authorization" for name, _ in scope["headers"])
         return self._of_token(scope) if sent else _NOTHING
 
     def _of_token(self, scope: Scope) -> Access:

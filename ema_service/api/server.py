@@ -15,6 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +32,7 @@ from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
 from ema_service.api.writes import Writes
 from ema_service.descriptors import connections_within, raise_limit
+from ema_service.metrics import Metrics
 from ema_service.settings import Settings
 from ema_service.storage import Store
 
@@ -92,7 +94,9 @@ def serve(
             server_header=False,
         )
         announced = partial(_url, host, tcp, secure=tls is not None)
-        duties = _Duties(lambda: _say(announce, announced()), partial(_reload, app, tls), partial(_keep, app))
+        started = partial(_started, app.state.metrics, announce, announced)
+        duties = _Duties(started, partial(_reload, app, tls), partial(_keep, app))
+        stack.callback(_log.info, "stopped")
         _Server(config, tcp, unix, tls, settings.max_connections, duties).run([])
 
 
@@ -116,11 +120,11 @@ def _exit(_number: int, _frame: object) -> None:
 class _Duties:
     """What a server does beside answering.
 
-    started: called once connections are accepted. reload: called on SIGHUP. keep: awaited when the server begins to
-    stop, before readers are waited for.
+    started: called with the connections once they are accepted. reload: called on SIGHUP. keep: awaited when the server
+    begins to stop, before readers are waited for.
     """
 
-    started: Callable[[], None]
+    started: Callable[[Connections], None]
     reload: Callable[[], None]
     keep: Callable[[], Awaitable[None]]
 
@@ -153,7 +157,7 @@ class _Server(uvicorn.Server):
             acceptor = Acceptor(sock, connections, self._protocol, backlog=self.config.backlog, tls=tls)
             self.servers.append(cast(asyncio.Server, acceptor))
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._duties.reload)
-        self._duties.started()
+        self._duties.started(connections)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         clock = asyncio.get_running_loop().time
@@ -169,6 +173,16 @@ class _Server(uvicorn.Server):
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
+def _started(
+    metrics: Metrics, announce: Callable[[str], None], address: Callable[[], str], connections: Connections
+) -> None:
+    """Tell the address, and from here on how many connections there are."""
+    metrics.watch("ema_connections", "Connections that are open.", lambda: len(connections.opened))
+    metrics.watch("ema_connections_limit", "Most of ema_connections.", lambda: connections.most)
+    _say(announce, address())
+    _log.info("started: ema-service %s on %s", version("ema-service"), address())
+
+
 def _reload(app: FastAPI, tls: Certificate | None) -> None:
     """Read tokens and certificate again. Requests in hand, and streams of events, go on as they began."""
     tokens: Tokens | None = app.state.tokens
@@ -182,6 +196,7 @@ async def _keep(app: FastAPI) -> None:
     context: Context = app.state.context
     writes: Writes = app.state.writes
     context.stop_watching()
+    _log.info("stopping: no more is accepted, and what moved is kept")
     await writes.end(WRITE_SECONDS)
     await context.workers.block(context.registry.checkpoint)
 

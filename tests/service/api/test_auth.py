@@ -138,6 +138,24 @@ def test_pages_and_liveness_are_open(url):
     assert httpx.post(f"{url}/").status_code == 401
 
 
+def test_server_tells_more_to_who_has_a_token(url, tokens):
+    """Without a token name and version; with any, the rest, and the scopes it has; a wrong token is refused."""
+    said = httpx.get(f"{url}/v1/server").json()
+    assert {name for name, value in said.items() if value} == {"name", "version"}
+    for kind, scopes in (("snapshot", ["snapshot"]), ("train", ["train", "push", "pull", "snapshot"])):
+        said = httpx.get(f"{url}/v1/server", headers={"Authorization": f"Bearer {tokens[kind]}"}).json()
+        assert (said["scopes"], bool(said["memory_limit_bytes"])) == (scopes, True)
+    assert httpx.get(f"{url}/v1/server", headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
+def test_metrics_name_the_runs_of_the_token(url, tokens):
+    """A token for some runs sees the others counted, and not their names."""
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {tokens['pull']}"}).text
+    assert 'ema_run_status{run="alpha-1"' in text
+    assert "beta" not in text
+    assert 'run="beta-1"' in httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {tokens['admin']}"}).text
+
+
 def test_refusal_comes_before_the_body(url, tokens):
     """A push that is not allowed is answered while its body is still to come."""
     head = f"PUT /v1/runs/alpha-1/updates/9 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {tokens['pull']}\r\n"
