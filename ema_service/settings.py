@@ -44,6 +44,7 @@ class Settings:
     token is asked for, other names are refused (api/origins.py).
     announce: what others know the server by: a host name, an address, or a whole URL; None for the address that it
     listens on. slow_request: seconds beyond which the log tells of a request. access_log: whether it tells of each.
+    measurements: whether each update is measured: how far shadow and parameters are apart, rates, times.
     json_bytes: most bytes of JSON bodies held at one time; the largest there may be, a layout, has 32 MiB.
     """
 
@@ -64,3 +65,4 @@ class Settings:
     announce: str | None = None
     slow_request: float = 30.0
     access_log: bool = False
+    measurements: bool = True
