@@ -7,6 +7,7 @@
             slots/<k>/<average>.safetensors        (format 1 had checkpoint-{a,b}, which are slots since)
             snapshots/<name>/<average>.safetensors
             ring/<version>/<average>.safetensors
+            measurements                           what charts are drawn of; no version needs it
 
 Knows where files lie and in which order file, row and removal must happen so that a crash between any two leaves either
 the old or the new. Does not know torch, updates, or when something is due. Safe for several threads, one per run.
@@ -17,14 +18,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ema_service.storage.catalog import MEMORY, Catalog, CatalogUnusable, CheckpointRow, RunRow, Shelf, SnapshotRow
+from ema_service.storage.catalog import (
+    MEMORY,
+    Catalog,
+    CatalogUnusable,
+    CheckpointRow,
+    RunRow,
+    Shelf,
+    SnapshotRow,
+    TimelineRow,
+)
 from ema_service.storage.files import (
     FolderLock,
     TensorFile,
@@ -37,6 +46,7 @@ from ema_service.storage.files import (
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent
 from ema_service.storage.slots import Slots
+from ema_service.storage.space import DiskSpace, bytes_below, disk_space
 from ema_service.threads import Threads
 
 __all__ = ["Files", "Store", "memory_prefix", "open_store"]
@@ -49,10 +59,10 @@ _WRITE_THREADS = 4
 #: By name of the average, the chunks of its file.
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
+#: The file of a run's measurements.
+_MEASUREMENTS = "measurements"
 #: Folders of a run, each a table of the catalog.
 _SHELVES: tuple[Shelf, ...] = "snapshots", "ring"
-#: Free space that new runs and snapshots leave to updates and the catalog: a twentieth of the disk, at most this.
-_FLOOR_BYTES = 5 << 30
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
 #: The folders that checkpoints of a run alternated between in format 1.
 _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
@@ -173,13 +183,20 @@ class Store:
 
     def check_room(self, nbytes: int) -> None:
         """Raises OSError where ``nbytes`` more would leave the disk with less than updates and the catalog may need."""
-        found = os.statvfs(self._folder)
-        free, floor = found.f_bavail * found.f_frsize, min(found.f_blocks * found.f_frsize // 20, _FLOOR_BYTES)
-        if free - nbytes < floor:
+        disk = self.space()
+        if disk.free - nbytes < disk.floor:
             raise OSError(
                 errno.ENOSPC,
-                f"{self._folder} has {free} bytes free; with {nbytes} more, fewer would be left than {floor}",
+                f"{self._folder} has {disk.free} bytes free; with {nbytes} more, fewer would be left than {disk.floor}",
             )
+
+    def space(self) -> DiskSpace:
+        """The room of the data dir's disk. Raises OSError."""
+        return disk_space(self._folder)
+
+    def used_bytes(self) -> int:
+        """What the data dir takes of its disk."""
+        return bytes_below(self._folder)
 
     def set_writer(self, row: RunRow, writer: int) -> None:
         """Remember the number of the writer that attached last. Raises sqlite3.Error."""
@@ -189,9 +206,30 @@ class Store:
         """Say which averages the run has from now on. Raises sqlite3.Error."""
         self._catalog.set_averages(row.id, averages)
 
-    def record(self, row: RunRow, event: str) -> None:
-        """Add a line to the run's history."""
-        self._catalog.add_history(row.id, time.time(), event)
+    def record(self, row: RunRow, line: TimelineRow) -> None:
+        """Add a line to the run's timeline. Raises sqlite3.Error."""
+        self._catalog.add_line(row.id, line)
+
+    def timeline(self, row: RunRow, since: float, most: int) -> list[TimelineRow]:
+        """The newest lines of the run's timeline that are later than ``since``, at most so many, in order. Raises
+        sqlite3.Error."""
+        return self._catalog.timeline(row.id, since, most)
+
+    # --- measurements -----------------------------------------------------------------------------------------------
+
+    def put_measurements(self, row: RunRow, data: bytes) -> None:
+        """Keep a run's measurements, in place of those before. Raises OSError, also where updates may need the room."""
+        refuse_link(self._run_folder(row), _MEASUREMENTS)
+        self.check_room(len(data))
+        write_whole(self._run_folder(row) / _MEASUREMENTS, [data])
+
+    def measurements(self, row: RunRow) -> bytes:
+        """A run's measurements as they were kept last; empty where none were. Raises OSError."""
+        refuse_link(self._run_folder(row), _MEASUREMENTS)
+        try:
+            return (self._run_folder(row) / _MEASUREMENTS).read_bytes()
+        except FileNotFoundError:
+            return b""
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

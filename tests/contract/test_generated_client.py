@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from ema_service.api.auth import create_token
+from ema_service.api.tokens import create_token
 
 pytest.importorskip("openapi_python_client", reason="not installed: pip install -e '.[test]'")
 
@@ -173,6 +173,13 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     assert ask("get_profiles", "ringed", sigma_rel="0.1").error < 1e-12
     assert ask("get_weights", "ringed", sigma_rel="0.1", max_error=1.0).payload.read()
     assert ask("get_sweep", "ringed", sigma_rel="0.1,0.2", max_error=1.0).payload.read()
+
+    history = ask("get_history", "r")
+    assert (history.seen, history.columns.step, ask("get_distances", "r").step) == (2, [1, 2], 2)
+    ask("get_history", "r", average="none", status=404)
+    for name in ("get_history", "get_distances"):
+        ask(name, "r", if_none_match="*", status=304)
+    assert ask("get_timeline", "r", limit=1).entries[0].kind == "snapshot"
 
     assert ask("change_run", "r", body=ask.model("RunPatchBody", decay=0.25)).decay == 0.25
     average = ask.model("AverageConfigBody", name="fast", schedule="constant", decay=0.5)
