@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 from urllib.parse import urlencode
 
 from ema_client import protocol
@@ -59,11 +59,12 @@ from ema_client.protocol import (
     Writer,
 )
 from ema_client.reading.asked import Asked
+from ema_client.reading.checking import Progress
 from ema_client.reading.events import CONTENT_TYPE
 from ema_client.reading.pulls import Pulls
 from ema_client.reading.slices import Wanted
 from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint
-from ema_client.reading.to_file import Progress, save
+from ema_client.reading.to_file import pour, save, save_on
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
 from ema_client.schedules import average_of, averages_of, posthoc_of
@@ -181,6 +182,7 @@ class EmaClient:
         step: int | None = None,
         from_snapshot: tuple[str, str] | None = None,
         exist_ok: bool = False,
+        progress: Progress | None = None,
     ) -> RunInfo:
         """Create a run with the layout of ``state`` and send the initial weights; returns the run as it is then.
 
@@ -203,6 +205,7 @@ class EmaClient:
             from_snapshot: (run, snapshot), to branch from another run on the service: weights, counter, step and decays
                 are the snapshot's, and nothing of ``state`` is sent but names, shapes and dtypes.
             exist_ok: return a run that has its weights already as it is, and send nothing.
+            progress: called with (bytes that went out, bytes in all).
 
         A run of this name that never had weights, whatever its configuration, is taken for an attempt that failed and
         made anew. Of two trainers that make one run at once the first whose weights have come has it whole.
@@ -239,7 +242,7 @@ class EmaClient:
                     return self._rewind(run, snapshot, source, info.created_at)
                 try:
                     query = {"num_updates": num_updates, "step": step, "created_at": info.created_at}
-                    reply = self._transport.upload(protocol.weights_path(run), _body(state), query=query)
+                    reply = self._transport.upload(protocol.weights_path(run), _body(state, progress), query=query)
                     return self._seen(_info(run, reply))
                 except WeightsExist:
                     # Another trainer sent the weights between our two requests. Asked so as a trainer may, who need
@@ -286,7 +289,15 @@ class EmaClient:
         query: Query = {"replaces": replaces, "created_at": created_at, "of": of, "group": group}
         return _was_last(self._transport.upload_once(path, body, query=query, headers=_writer_header(writer)))
 
-    def push(self, run: str, state: State, *, step: int | None = None, writer: int | None = None) -> UpdateResult:
+    def push(
+        self,
+        run: str,
+        state: State,
+        *,
+        step: int | None = None,
+        writer: int | None = None,
+        progress: Progress | None = None,
+    ) -> UpdateResult:
         """Send the parameters as of one trainer step; the service applies the update once, all or nothing.
 
         Args:
@@ -294,11 +305,12 @@ class EmaClient:
             state: as for create_run(); exactly the tensors of the run. Read from their memory until the call returns.
             step: the trainer's step, growing from push to push; by default the step after the latest one.
             writer: what attach() gave; needed once a trainer has attached to the run.
+            progress: called with (bytes that went out, bytes in all).
 
         Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, Fenced, AwaitingWeights, RunNotFound.
         """
         _require_torch()
-        body = _body(state)
+        body = _body(state, progress)
         step = self._next_step(run) if step is None else step
         return self._push(run, body, step, partial(self._transport.upload, headers=_writer_header(writer)))
 
@@ -527,6 +539,7 @@ class EmaClient:
         out: Mapping[str, Tensor] | None = None,
         min_step: int | None = None,
         wait: float | None = None,
+        progress: Progress | None = None,
         **wished: Unpack[Wished],
     ) -> Weights:
         """The EMA weights of one version, whole, while updates go on.
@@ -543,6 +556,7 @@ class EmaClient:
                 before a byte is written. Values are cast to the tensors' dtypes. Without ``out``, new tensors on the
                 CPU.
             min_step, wait: not before the run has reached this step, waiting up to so many seconds.
+            progress: called with (bytes that have come, bytes in all).
             wished: of a run with ``posthoc``, an average of any length instead: ``sigma_rel``, ``decay``, ``half_life``
                 or ``window``, with ``at`` and ``max_error``; see ``ema_client.targets.Wished``.
 
@@ -555,7 +569,7 @@ class EmaClient:
         cast = None if dtype is None else dtype_name(dtype)
         asked = _asked(run, average, snapshot, soup, Target.of(wished, called="pull"))
         asked = replace(asked, dtype=cast, prefix=prefix, min_step=min_step)
-        return self._pulls.pull(asked, out, wait=wait)
+        return self._pulls.pull(asked, out, wait=wait, progress=progress)
 
     def pull_slices(
         self,
@@ -604,11 +618,14 @@ class EmaClient:
     def download(
         self,
         run: str,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | BinaryIO,
         *,
         average: str | None = None,
         snapshot: str | None = None,
         soup: Mapping[str, float] | None = None,
+        dtype: str | None = None,
+        prefix: str | None = None,
+        resume: bool = False,
         progress: Progress | None = None,
         **wished: Unpack[Wished],
     ) -> WeightsInfo:
@@ -618,12 +635,19 @@ class EmaClient:
         the file that the link names is replaced. Raises UsageError where ``path`` is a folder, pipe or device.
 
         Args:
-            run, average, snapshot, soup, wished: as for pull().
-            path: the file, which replaces an older file of that name.
+            run, average, snapshot, soup, prefix, wished: as for pull().
+            path: the file, which replaces an older file of that name; or a stream that is written to, such as
+                ``sys.stdout.buffer``, which may have been given a part where an error is raised.
+            dtype: as safetensors writes it, such as "F16".
+            resume: where the service stays away, or the program is killed, what has come is kept as one hidden file
+                beside ``path``, and the next such call goes on with it, as long as the weights are the same.
             progress: called with (bytes that have come, bytes in all).
         """
         asked = _asked(run, average, snapshot, soup, Target.of(wished, called="download"))
-        return save(self._transport, asked, Path(path), progress)
+        asked = replace(asked, dtype=None if dtype is None else _dtype(dtype), prefix=prefix)
+        if isinstance(path, str | os.PathLike):
+            return (save_on if resume else save)(self._transport, asked, Path(path), progress)
+        return pour(self._transport, asked, path, progress)
 
     def snapshot(self, run: str, name: str, *, keep: int | None = None, **wished: Unpack[Wished]) -> SnapshotInfo:
         """Copy the current EMA weights to a snapshot: named, immutable and durable, on the server.
@@ -840,13 +864,14 @@ def _require_torch() -> None:
         raise UsageError("this call handles tensors and torch is not installed", hint="pip install 'ema-client[torch]'")
 
 
-def _body(state: State) -> Body:
+def _body(state: State, progress: Progress | None = None) -> Body:
     """The body of checked tensors: their own memory. Raises UsageError for a state that cannot be sent."""
     from ema_client.tensors.body import encode
     from ema_client.tensors.layout import state_of
     from ema_client.tensors.shared import SharedState
 
-    return state.body if isinstance(state, SharedState) else encode(state_of(state))
+    body = state.body if isinstance(state, SharedState) else encode(state_of(state))
+    return body if progress is None else replace(body, moved=lambda sent: progress(min(sent, body.length), body.length))
 
 
 def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]]) -> Body:
@@ -913,6 +938,14 @@ def _asked(
         raise UsageError("both a snapshot and a soup are given", hint="give one: a soup names its snapshots")
     said = ",".join(f"{_name(name, 'snapshot')}:{float(weight)!r}" for name, weight in soup.items())
     return Asked(_name(run, "run"), average, soup=said)
+
+
+def _dtype(said: str) -> str:
+    if said.upper() not in protocol.LAYOUT_DTYPES:
+        raise UsageError(
+            f"weights cannot be had as {said!r}", hint=f"ask for one of {', '.join(protocol.LAYOUT_DTYPES)}"
+        )
+    return said.upper()
 
 
 def _name(value: str, what: str) -> str:
