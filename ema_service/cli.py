@@ -1,4 +1,4 @@
-"""The command ``ema-service``: serve, demo and bench.
+"""The command ``ema-service``: serve, demo, bench, release, and the tokens of a server.
 
 Knows flags, their environment variables, and what is printed. Does not know how the server works: each command imports
 torch and the server only when called, so that ``--help`` answers at once.
@@ -7,8 +7,9 @@ torch and the server only when called, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import ipaddress
-import logging
+import re
 import sqlite3
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
-from ema_service.logs import Seldom
+from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 
 if TYPE_CHECKING:
@@ -135,6 +136,13 @@ def serve(
         Path | None, typer.Option(help="Speak TLS: the certificate, then those between it and its authority; PEM.")
     ] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="Key of the certificate, not encrypted; PEM.")] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Log lines for people, or a JSON object each.", envvar="EMA_SERVICE_LOG_FORMAT")
+    ] = "text",
+    access_log: Annotated[bool, typer.Option("--access-log", help="A log line for each request.")] = False,
+    slow_request: Annotated[
+        float, typer.Option(help="Seconds beyond which a request gets a log line.", min=0)
+    ] = Settings.slow_request,
     insecure_no_auth: Annotated[
         bool, typer.Option("--insecure-no-auth", help="Listen beyond loopback although anyone may then read and write.")
     ] = False,
@@ -162,7 +170,10 @@ def serve(
         measurements=measurements,
         token_file=token_file,
         allowed_hosts=(host, *(allowed_host or ())),
+        slow_request=slow_request,
+        access_log=access_log,
     )
+    configure(log_format)
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
 
 
@@ -193,23 +204,70 @@ def bench(
 tokens = typer.Typer(help="Tokens of a server that asks for them.", no_args_is_help=True)
 app.add_typer(tokens, name="token")
 
+TokenFile = Annotated[Path, typer.Option("--token-file", help="The server's --token-file.", dir_okay=False)]
+_TOKEN_FILE = Path("ema-tokens")
+_SIGNAL = "A running server reads the file again on SIGHUP (`kill -HUP`)."
 
-@tokens.command()
+
+@tokens.command(epilog=_SIGNAL)
 def create(
-    scope: Annotated[list[str], typer.Option(help="pull, snapshot, push or admin; may be given several times.")],
+    scope: Annotated[list[str], typer.Option(help="train, pull, snapshot, push or admin; may be given several times.")],
     run: Annotated[str, typer.Option(help="Pattern of the runs it is for, such as 'cogview*'.")] = "*",
-    token_file: Annotated[Path, typer.Option(help="The server's --token-file; made if it is not there.")] = Path(
-        "ema-tokens"
-    ),
+    expires: Annotated[
+        str | None, typer.Option(help="How long it lasts: 90m, 12h, 30d, 52w.  [default: for ever]", show_default=False)
+    ] = None,
+    remark: Annotated[str, typer.Option(help="For whoever lists the tokens: whose it is.")] = "",
+    token_file: TokenFile = _TOKEN_FILE,
 ) -> None:
-    """Make a token and print it: only its hash is kept. A running server reads the file when it starts."""
-    from ema_service.api.auth import TokenFileError, create_token
+    """Make a token and print it: only its hash is kept. The file is made if it is not there."""
+    from ema_service.api.tokens import TokenFileError, create_token
+
+    until = None if expires is None else int(time.time()) + _lifetime(expires)
+    try:
+        typer.echo(create_token(token_file, scope, run, expires=until, remark=remark))
+    except (OSError, TokenFileError) as fault:
+        _refuse(fault)
+
+
+@tokens.command("list")
+def list_tokens(token_file: TokenFile = _TOKEN_FILE) -> None:
+    """Show the tokens of a file: name, scopes, pattern of runs, when each expires, remark."""
+    from ema_service.api.tokens import TokenFileError, moment, read_token_file
 
     try:
-        typer.echo(create_token(token_file, scope, run))
+        grants = read_token_file(token_file)
     except (OSError, TokenFileError) as fault:
-        typer.echo(f"ema-service: {fault}", err=True)
-        raise typer.Exit(1) from None
+        _refuse(fault)
+    rows = [("NAME", "SCOPES", "RUNS", "EXPIRES", "REMARK")]
+    for grant in grants:
+        until = "never" if grant.expires is None else moment(grant.expires) + (" (expired)" if grant.expired else "")
+        rows.append((grant.name, ",".join(sorted(grant.scopes)), grant.runs, until, grant.remark))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+@tokens.command(epilog=_SIGNAL)
+def revoke(
+    name: Annotated[str, typer.Argument(help="As `ema-service token list` shows it; its beginning is enough.")],
+    token_file: TokenFile = _TOKEN_FILE,
+) -> None:
+    """Let a token be worth nothing. Its line stays in the file, as a comment."""
+    from ema_service.api.tokens import TokenFileError, revoke_token
+
+    try:
+        grant = revoke_token(token_file, name)
+    except (OSError, TokenFileError) as fault:
+        _refuse(fault)
+    typer.echo(f"{grant.name} ({','.join(sorted(grant.scopes))} of {grant.runs}) is revoked. {_SIGNAL}")
+
+
+def _lifetime(text: str) -> int:
+    """Seconds of a length of time such as 30d."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([mhdw])", text)
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no length of time such as 90m, 12h, 30d or 52w", param_hint="--expires")
+    return int(match[1]) * {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
 
 
 def _is_loopback(host: str) -> bool:
@@ -224,17 +282,12 @@ def _is_loopback(host: str) -> bool:
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
     """Serve until told to stop. Exits with 1, and a line on stderr, where the server cannot start."""
-    handler = logging.StreamHandler()
-    handler.addFilter(Seldom())
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler]
-    )
     # Before torch is imported, which takes memory: memory that an earlier server left may leave no room for both.
     store = _opened(settings)
     from ema_service.api.app import pick_device
-    from ema_service.api.auth import TokenFileError
     from ema_service.api.server import serve as serve_http
-    from ema_service.api.tls import CertificateUnusable, server_context
+    from ema_service.api.tls import Certificate, CertificateUnusable
+    from ema_service.api.tokens import TokenFileError
     from ema_service.storage import CatalogUnusable
 
     def announce(url: str) -> None:
@@ -248,7 +301,7 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
         typer.echo(f"  dashboard  {url}/    API docs  {url}/docs")
 
     try:
-        tls = server_context(*certificate) if certificate else None
+        tls = Certificate(*certificate) if certificate else None
         serve_http(settings, store, host, port, uds, announce, tls)
     except (OSError, RuntimeError, sqlite3.Error, CatalogUnusable, CertificateUnusable, TokenFileError) as fault:
         # What keeps a server from starting: an address in use, a device that is not there, a disk.

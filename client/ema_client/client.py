@@ -53,6 +53,7 @@ from ema_client.protocol import (
     RunLayout,
     RunList,
     RunPatch,
+    ServerInfo,
     SnapshotInfo,
     SnapshotList,
     Timeline,
@@ -783,6 +784,13 @@ class EmaClient:
     def runs(self) -> tuple[RunInfo, ...]:
         """All runs of the service."""
         return self._transport.json("GET", protocol.runs_path()).parsed(RunList).runs
+
+    def server(self) -> ServerInfo:
+        """What the service is: version, device, memory and disk beside their limits, and the scopes of the token.
+
+        Without a token, where the service asks for tokens, name and version alone.
+        """
+        return self._transport.json("GET", protocol.server_path()).parsed(ServerInfo)
 
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""

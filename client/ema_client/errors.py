@@ -279,7 +279,7 @@ class Forbidden(EmaError):
     code = "forbidden"
     status = 403
     title = "The token does not allow this"
-    default_hint = "ask for a token with that scope and a pattern that the run's name fits"
+    default_hint = "ask for a token with that scope (a trainer's is `train`) and a pattern that the run's name fits"
 
 
 class ForeignOrigin(EmaError):

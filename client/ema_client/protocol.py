@@ -157,6 +157,10 @@ def is_name(value: str) -> bool:
 # --- routes ---------------------------------------------------------------------------------------------------------
 
 
+def server_path() -> str:
+    return f"{API}/server"
+
+
 def runs_path() -> str:
     return f"{API}/runs"
 
@@ -488,6 +492,33 @@ class RunInfo:
 @dataclass(frozen=True, slots=True)
 class RunList:
     runs: tuple[RunInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """The answer to ``GET /v1/server``. Without a token, where the server asks for tokens, name and version alone.
+
+    device: where shadows lie. memory_bytes, memory_limit_bytes: of the host, for weights, and the most there may be.
+    disk_free_bytes, disk_total_bytes: of the data dir's disk; data_dir_bytes: what the data dir takes of the disk. All
+        three are None where nothing is kept on disk.
+    durability: of runs that name none. time: the server's clock, Unix seconds. python, torch: versions.
+    scopes: what the request's token allows, for some run or for all.
+    """
+
+    name: Text
+    version: Text
+    device: Text | None = None
+    runs: Count | None = None
+    memory_bytes: Count | None = None
+    memory_limit_bytes: Count | None = None
+    disk_free_bytes: Count | None = None
+    disk_total_bytes: Count | None = None
+    data_dir_bytes: Count | None = None
+    durability: Durability | None = None
+    time: Moment | None = None
+    python: Text | None = None
+    torch: Text | None = None
+    scopes: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

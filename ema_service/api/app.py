@@ -18,11 +18,14 @@ from fastapi.routing import APIRoute
 
 from ema_service import dashboard
 from ema_service.api import errors, openapi
-from ema_service.api.auth import Auth, read_token_file
+from ema_service.api.auth import Auth
 from ema_service.api.context import Context
+from ema_service.api.facts import gauge
 from ema_service.api.limits import BodyLimits, JsonBudget
 from ema_service.api.origins import Origins
+from ema_service.api.requests import Requests
 from ema_service.api.routes import averages, events, history, ops, runs, snapshots, updates, weights
+from ema_service.api.tokens import Tokens
 from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.api.writes import WriteGate, Writes
 from ema_service.machine_memory import resident_bytes
@@ -79,7 +82,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
         context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
-        _watch(metrics, context)
+        gauge(metrics, context)
         tasks = [asyncio.create_task(work(context)) for work in (_verify, _checkpoint, _sync, _expire, _trim)]
         try:
             yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
@@ -104,6 +107,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         servers=openapi.SERVERS,
         generate_unique_id_function=lambda route: route.name,
     )
+    app.state.metrics = metrics
     errors.install(app, metrics)
     openapi.install(app, tokens=settings.token_file is not None)
     app.add_middleware(
@@ -115,12 +119,14 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     )
     app.state.writes = Writes()
     app.add_middleware(WriteGate, writes=app.state.writes, refused=metrics.refused)
-    if settings.token_file:
+    app.state.tokens = Tokens(settings.token_file) if settings.token_file else None
+    if app.state.tokens:
         # Added later, so Auth comes before: a request without a right to its answer is refused before anything is read.
-        app.add_middleware(Auth, grants=read_token_file(settings.token_file), refused=metrics.refused)
+        app.add_middleware(Auth, tokens=app.state.tokens, refused=metrics.refused)
     app.add_middleware(
         Origins, names=settings.allowed_hosts, refused=metrics.refused, any_host=settings.token_file is not None
     )
+    app.add_middleware(Requests, metrics=metrics, slow=settings.slow_request, access=settings.access_log)
     for part in _PARTS:
         app.include_router(part.router)
     dashboard.install(app)
@@ -156,26 +162,6 @@ def _left_for_weights(memory_limit: int) -> int:
             f"the server itself takes {itself}"
         )
     return memory_limit - itself
-
-
-def _watch(metrics: Metrics, context: Context) -> None:
-    """Add to the metrics the gauges whose values the parts of the server know."""
-    registry = context.registry
-    metrics.watch("ema_runs", "Runs held.", lambda: len(registry.runs()))
-    metrics.watch("ema_degraded_runs", "Runs that are not as they should be.", lambda: _degraded(registry))
-    metrics.watch("ema_shadow_bytes", "Bytes of shadows.", lambda: sum(run.info().bytes for run in registry.runs()))
-    metrics.watch("ema_staging_bytes", "Bytes of pushes in flight.", lambda: registry.staging.bytes_in_use)
-    metrics.watch("ema_partial_updates", "Updates of which parts are awaited.", lambda: registry.gathering)
-    metrics.watch("ema_waiting_pushes", "Pushes that wait for staging.", lambda: context.pushers.waiting)
-    metrics.watch("ema_waiting_readers", "Reads that wait for room.", lambda: context.readers.waiting)
-    metrics.watch("ema_frozen_bytes", "Bytes of versions being read.", lambda: registry.frozen.bytes_in_use)
-    metrics.watch("ema_idle_bytes", "Bytes kept for reuse.", lambda: registry.memory.pool.idle_bytes)
-    metrics.watch("ema_memory_bytes", "Bytes of the host for weights, all in all.", lambda: registry.memory.budget.used)
-    metrics.watch("ema_memory_limit_bytes", "Most of ema_memory_bytes.", lambda: registry.memory.budget.limit)
-
-
-def _degraded(registry: Registry) -> int:
-    return sum(run.info().status == "degraded" for run in registry.runs())
 
 
 async def _verify(context: Context) -> None:

@@ -1,70 +1,40 @@
-"""Who may do what: bearer tokens, each with scopes and a pattern of run names.
+"""Who may do what: a request with a bearer token may do what the token's scopes and pattern of run names allow.
 
-A token file has a line for each token: the SHA-256 of the token, its scopes, its pattern, and then a remark for whoever
-reads the file. The token itself is printed once, by ``ema-service token create``, and stored nowhere::
-
-    # sha256 of the token                      scopes      runs
-    9f86d081884c7d659a2feaa0c55ad015a3bf4f1b…  push,pull   cogview*    the cluster's trainers
-
-Scopes: ``pull`` reads; ``snapshot`` takes snapshots; ``push`` creates runs, pushes, takes snapshots, and steers the
-decay; ``admin`` may do everything, deleting included.
-
-Knows tokens, methods and paths. Does not know runs, or what a route does. Neither tokens nor their hashes are ever
-logged.
+Knows tokens (tokens.py has their file), methods and paths. Does not know runs, or what a route does.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
-import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ema_client.errors import Forbidden, Unauthorized
 from ema_service.api.errors import problem_response
+from ema_service.api.tokens import SCOPES, Tokens, moment
 
-__all__ = [
-    "SCOPES",
-    "Access",
-    "Auth",
-    "Grant",
-    "TokenFileError",
-    "access_of",
-    "create_token",
-    "needs_token",
-    "read_token_file",
-]
+__all__ = ["MORE_WITH_A_TOKEN", "Access", "Auth", "access_of", "needs_token"]
 
-SCOPES = ("push", "pull", "snapshot", "admin")
-#: By scope, the others that allow the same.
-_INCLUDED_IN = {"pull": {"admin"}, "push": {"admin"}, "snapshot": {"push", "admin"}, "admin": set[str]()}
+#: By scope, those that allow it.
+_ALLOWED_BY = {
+    "pull": {"pull", "train", "admin"},
+    "snapshot": {"snapshot", "push", "train", "admin"},
+    "push": {"push", "train", "admin"},
+    "train": {"train", "admin"},
+    "admin": {"admin"},
+}
 
 #: Paths that need no token, for their answers say nothing of any run: the pages (whose data need a token), and whether
 #: the process lives.
-_OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*)?\Z")
+_OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|v1/server)?\Z")
+#: Of these, the one that tells more to who has a token.
+MORE_WITH_A_TOKEN = "/v1/server"
 _RUN = re.compile(r"/v1/runs/([^/]+)")
 _SNAPSHOT = re.compile(r"/v1/runs/[^/]+/snapshots/[^/]+\Z")
-_HASH = re.compile(r"[0-9a-f]{64}\Z")
-
-
-class TokenFileError(ValueError):
-    """A line of the token file cannot be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What one token allows. digest: the SHA-256 of the token. runs: a pattern of run names."""
-
-    digest: bytes
-    scopes: frozenset[str]
-    runs: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +46,12 @@ class Access:
 
     def may(self, scope: str, run: str | None) -> bool:
         """Whether the request may act with ``scope`` on ``run`` (None: on no run in particular)."""
-        return bool(({scope} | _INCLUDED_IN[scope]) & self.scopes) and (run is None or fnmatchcase(run, self.runs))
+        return bool(_ALLOWED_BY[scope] & self.scopes) and (run is None or fnmatchcase(run, self.runs))
+
+    @property
+    def all_scopes(self) -> list[str]:
+        """Every scope that the request may act with, those that others include among them."""
+        return [scope for scope in SCOPES if _ALLOWED_BY[scope] & self.scopes]
 
     def check(self, scope: str, run: str | None) -> None:
         """Raises Forbidden, naming scope and run, where the request may not act."""
@@ -87,6 +62,8 @@ class Access:
 
 #: The access of every request to a server without tokens, which listens on loopback only unless told otherwise.
 EVERYTHING = Access(frozenset({"admin"}), "*")
+#: The access of a request without a token to a server that has some.
+_NOTHING = Access(frozenset(), "")
 
 
 def access_of(request: Request) -> Access:
@@ -95,47 +72,20 @@ def access_of(request: Request) -> Access:
     return access
 
 
-def read_token_file(path: Path) -> tuple[Grant, ...]:
-    """The grants of a token file. Raises OSError, or TokenFileError naming the line."""
-    grants = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            grants.append(_grant(line.split(), f"{path}, line {number}"))
-    if not grants:
-        raise TokenFileError(f"{path} has no token: make one with `ema-service token create`")
-    return tuple(grants)
-
-
-def create_token(path: Path, scopes: Collection[str], runs: str) -> str:
-    """Make a token, append its line to ``path`` (a new file gets mode 0600), and return the token, which cannot be had
-    again.
-
-    Raises TokenFileError for an unknown scope or a pattern with white space, OSError.
-    """
-    token = secrets.token_urlsafe(32)
-    words = [_digest(token).hex(), ",".join(scopes), runs]
-    _grant(words if runs == "".join(runs.split()) else words[:2], "the new token")
-    path.touch(mode=0o600)
-    with path.open("a") as file:
-        file.write(" ".join(words) + "\n")
-    return token
-
-
 class Auth:
     """ASGI middleware: a request without a token that allows it is answered 401 or 403, before its body is read."""
 
-    def __init__(self, app: ASGIApp, grants: tuple[Grant, ...], refused: Callable[[str], None]) -> None:
+    def __init__(self, app: ASGIApp, tokens: Tokens, refused: Callable[[str], None]) -> None:
         self._app = app
-        self._grants = grants
+        self._tokens = tokens
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not needs_token(scope["method"], scope["path"]):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
-            access = scope["ema.access"] = self._access(scope)
-            access.check(_needed(scope["method"], scope["path"]), _run(scope["path"]))
+            scope["ema.access"] = self._access(scope)
         except Unauthorized as error:
             self._refused(error.code)
             await problem_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
@@ -146,19 +96,27 @@ class Auth:
             await self._app(scope, receive, send)
 
     def _access(self, scope: Scope) -> Access:
-        """What the request's bearer token allows. Raises Unauthorized.
+        """What the request may do, its own path included. Raises Unauthorized, Forbidden."""
+        method, path = scope["method"], scope["path"]
+        if needs_token(method, path):
+            access = self._of_token(scope)
+            access.check(_needed(method, path), _run(path))
+            return access
+        sent = path == MORE_WITH_A_TOKEN and any(name == b"authorization" for name, _ in scope["headers"])
+        return self._of_token(scope) if sent else _NOTHING
 
-        Every grant is compared, each in constant time: the time of an answer tells nothing of a token.
-        """
+    def _of_token(self, scope: Scope) -> Access:
+        """What the request's bearer token allows. Raises Unauthorized."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         kind, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
         if kind.lower() != b"bearer" or not token:
             raise Unauthorized("this server wants a bearer token")
-        digest = hashlib.sha256(token.strip()).digest()
-        found = [grant for grant in self._grants if hmac.compare_digest(grant.digest, digest)]
-        if not found:
+        grant = self._tokens.find(token.strip())
+        if grant is None:
             raise Unauthorized("this server does not know that token")
-        return Access(found[0].scopes, found[0].runs)
+        if grant.expires is not None and grant.expired:
+            raise Unauthorized(f"this token expired at {moment(grant.expires)}")
+        return Access(grant.scopes, grant.runs)
 
 
 def needs_token(method: str, path: str) -> bool:
@@ -179,17 +137,3 @@ def _run(path: str) -> str | None:
     """The run named in a path, None where there is none."""
     found = _RUN.match(path)
     return found.group(1) if found else None
-
-
-def _grant(words: list[str], where: str) -> Grant:
-    """The grant of a line's words. Raises TokenFileError, beginning with ``where``."""
-    if len(words) < 3 or not _HASH.match(words[0]):
-        raise TokenFileError(f"{where}: expected the SHA-256 of a token in hexadecimal, its scopes, and a run pattern")
-    scopes = frozenset(words[1].split(","))
-    if unknown := scopes - set(SCOPES):
-        raise TokenFileError(f"{where}: {', '.join(sorted(unknown))!r} is no scope; there are {', '.join(SCOPES)}")
-    return Grant(bytes.fromhex(words[0]), scopes, words[2])
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from fastapi import Request
 
+from ema_service.api.facts import Facts
 from ema_service.api.transfer.admission import Admission
 from ema_service.api.transfer.segments import Mappings
 from ema_service.api.workers import Workers
@@ -31,15 +32,19 @@ T = TypeVar("T")
 class Context:
     """One running server. Made on the event loop.
 
-    workers: the server's threads. mappings: of clients' shared memory that pushes lie in. pushers, readers: the queues
-    before the budgets of staging and of frozen versions. watchers: how many streams of events are open. stopping: set
-    once the server is told to stop; whoever waits for a run stops waiting then.
+    More than a dozen attributes: the parts of a server, and who waits for one of them.
+
+    facts: what the server says of itself. workers: the server's threads. mappings: of clients' shared memory that
+    pushes lie in. pushers, readers: the queues before the budgets of staging and of frozen versions. watchers: how many
+    streams of events are open. stopping: set once the server is told to stop; whoever waits for a run stops waiting
+    then.
     """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
         self.settings = settings
         self.registry = registry
         self.metrics = metrics
+        self.facts = Facts(registry, metrics)
         self.workers = Workers()
         self.mappings = Mappings()
         self.pushers, self.readers = Admission(), Admission()
@@ -76,7 +81,8 @@ class Context:
 
         Raises Overloaded, ClientDisconnect.
         """
-        await self.readers.take(request, partial(self.registry.frozen.hold, *arenas))
+        with self.metrics.pull_seconds.labels("wait").time():
+            await self.readers.take(request, partial(self.registry.frozen.hold, *arenas))
 
     def turn(self, *of: str) -> asyncio.Lock:
         """The turn of a piece of work on a run, or of another thing that has a lock: one at a time, in order.

@@ -30,6 +30,7 @@ from ema_client.errors import (
     listed,
 )
 from ema_service.descriptors import EXHAUSTED
+from ema_service.logs import asked
 from ema_service.metrics import Metrics
 
 __all__ = ["install", "problem_response", "problem_responses"]
@@ -62,7 +63,9 @@ _RETRY_AFTER: dict[str, Any] = {
 
 
 def problem_response(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The answer that carries ``error``. headers: to be added."""
+    """The answer that carries ``error``, of which the log tells with its request. headers: to be added."""
+    if request := asked():
+        request.fault = f"{error.status} {error.code}: {error.detail}"
     extra = dict(headers or {})
     if error.retry_after is not None:
         extra["Retry-After"] = str(math.ceil(error.retry_after))
@@ -111,12 +114,12 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     async def defect(request: Request, fault: Exception) -> Response:
         # Starlette raises the fault again after this answer, so that the server's log has the traceback.
-        return answer(InternalError(f"{type(fault).__name__} in {request.method} {request.url.path}"))
+        # This answer goes out past api/requests.py, which adds the id to all others.
+        headers = {"X-Request-Id": request_id.id} if (request_id := asked()) else None
+        return answer(InternalError(f"{type(fault).__name__} in {request.method} {request.url.path}"), headers)
 
     async def unavailable(_: Request, fault: Exception) -> Response:
-        error = _unavailable(fault)
-        _log.error("a request was refused: %s", error.detail)
-        return answer(error)
+        return answer(_unavailable(fault))
 
     app.add_exception_handler(EmaError, ours)
     app.add_exception_handler(OSError, unavailable)

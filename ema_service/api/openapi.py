@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from ema_client.errors import PROBLEM_JSON, Forbidden, Unauthorized
-from ema_service.api.auth import needs_token
+from ema_service.api.auth import MORE_WITH_A_TOKEN, needs_token
 from ema_service.api.errors import PROBLEM_SCHEMA, problem_responses
 from ema_service.api.schemas import RunConfigBody, definitions
 
@@ -61,6 +61,9 @@ def _completed(document: _Json, *, tokens: bool) -> _Json:
         if needs_token(method.upper(), path):
             # Where no token is asked for, a client may send one all the same: {} is "none".
             operation["security"] = [{_SCHEME: []}] if tokens else [{_SCHEME: []}, {}]
+            operation["responses"] = _refusable(operation["responses"])
+        elif path == MORE_WITH_A_TOKEN:
+            operation["security"] = [{_SCHEME: []}, {}]
             operation["responses"] = _refusable(operation["responses"])
         for answer in operation["responses"].values():
             _give_shape(answer, has_body=method != "head")

@@ -105,14 +105,16 @@ class Push:
         self._preparation: Preparation | None = None
 
     async def __aenter__(self) -> Self:
-        self.staged: Staged = await self._server.stage(self._request, self._run, self._averages)
+        with self._server.metrics.push_seconds.labels("wait").time():
+            self.staged: Staged = await self._server.stage(self._request, self._run, self._averages)
         return self
 
     async def receive(self, preparation: Preparation | None = None) -> None:
         """Return once the body is whole. preparation: advanced behind the receiving. Raises as _Incoming.fill()."""
         self._preparation = preparation
         work = self._server.workers.behind(preparation.advance) if preparation else None
-        await self._incoming.fill(partial(UpdateBody, self.staged), work)
+        with self._server.metrics.push_seconds.labels("receive").time():
+            await self._incoming.fill(partial(UpdateBody, self.staged), work)
 
     async def decide(self, commit: Callable[[], T], *, quick: bool = False) -> T:
         """The answer of ``commit``, called on a thread for updates, or at once on the event loop where it is
@@ -174,7 +176,8 @@ class PartialPush:
 
         Raises as Push.receive() and Parts.complete().
         """
-        await self._incoming.fill(self._announced)
+        with self._server.metrics.push_seconds.labels("receive").time():
+            await self._incoming.fill(self._announced)
         outcome = self._parts.complete(self._part)
         self._whole = True
         return outcome

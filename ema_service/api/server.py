@@ -11,11 +11,11 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -25,11 +25,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ema_service.api.app import create_app, open_registry
 from ema_service.api.context import Context
+from ema_service.api.tls import Certificate
+from ema_service.api.tokens import Tokens
 from ema_service.api.transfer.accepting import Acceptor, Connections, Idling
 from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
 from ema_service.api.writes import Writes
 from ema_service.descriptors import connections_within, raise_limit
+from ema_service.metrics import Metrics
 from ema_service.settings import Settings
 from ema_service.storage import Store
 
@@ -54,10 +57,10 @@ def serve(
     port: int,
     uds: Path | None,
     announce: Callable[[str], None],
-    tls: ssl.SSLContext | None = None,
+    tls: Certificate | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish the writes in hand, take a checkpoint of every run that moved, and let
-    readers finish.
+    readers finish. SIGHUP reads tokens and certificate again.
 
     store: what is kept; None keeps nothing. announce: called with the http:// or https:// address once connections are
     accepted. uds: a Unix socket to listen on as well. tls: for the address; the Unix socket never leaves the machine
@@ -71,6 +74,8 @@ def serve(
         # uvicorn raises the signal again once it has stopped. The process exits with 0: stopping was what it was told
         # to do.
         signal.signal(number, _exit)
+    # Until there is something to read again: a server that restores large runs must not end by a rotation's signal.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Addresses are bound first, which fails at once if they are in use. They are listened on last: until then a client
     # is refused and tries again.
     with contextlib.ExitStack() as stack:
@@ -89,8 +94,10 @@ def serve(
             server_header=False,
         )
         announced = partial(_url, host, tcp, secure=tls is not None)
-        started, keep = (lambda: _say(announce, announced())), partial(_keep, app)
-        _Server(config, tcp, unix, tls, settings.max_connections, started, keep).run([])
+        started = partial(_started, app.state.metrics, announce, announced)
+        duties = _Duties(started, partial(_reload, app, tls), partial(_keep, app))
+        stack.callback(_log.info, "stopped")
+        _Server(config, tcp, unix, tls, settings.max_connections, duties).run([])
 
 
 def http_protocol() -> type[HttpToolsProtocol]:
@@ -109,11 +116,23 @@ def _exit(_number: int, _frame: object) -> None:
     sys.exit(0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Duties:
+    """What a server does beside answering.
+
+    started: called with the connections once they are accepted. reload: called on SIGHUP. keep: awaited when the server
+    begins to stop, before readers are waited for.
+    """
+
+    started: Callable[[Connections], None]
+    reload: Callable[[], None]
+    keep: Callable[[], Awaitable[None]]
+
+
 class _Server(uvicorn.Server):
     """A uvicorn server that accepts connections itself, also on a plain Unix socket.
 
-    most: connections at once. tls: for the first socket. started: called once connections are accepted. keep: awaited
-    when the server begins to stop, before readers are waited for.
+    most: connections at once. tls: for the first socket.
     """
 
     def __init__(
@@ -121,16 +140,15 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         tcp: socket.socket,
         unix: socket.socket | None,
-        tls: ssl.SSLContext | None,
+        tls: Certificate | None,
         most: int,
-        started: Callable[[], None],
-        keep: Callable[[], Awaitable[None]],
+        duties: _Duties,
     ) -> None:
         super().__init__(config)
-        self._sockets = [(tcp, tls), *([(unix, None)] if unix else [])]
+        context = (lambda: tls.context) if tls else None
+        self._sockets = [(tcp, context), *([(unix, None)] if unix else [])]
         self._most = most
-        self._on_started = started
-        self._keep = keep
+        self._duties = duties
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)  # of none: uvicorn accepts without end, and has one TLS context for all sockets
@@ -138,14 +156,15 @@ class _Server(uvicorn.Server):
         for sock, tls in self._sockets:
             acceptor = Acceptor(sock, connections, self._protocol, backlog=self.config.backlog, tls=tls)
             self.servers.append(cast(asyncio.Server, acceptor))
-        self._on_started()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._duties.reload)
+        self._duties.started(connections)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         clock = asyncio.get_running_loop().time
         began = clock()
         for server in self.servers:
             server.close()
-        await self._keep()
+        await self._duties.keep()
         self.config.timeout_graceful_shutdown = max(1, round(STOP_SECONDS - (clock() - began)))
         await super().shutdown(sockets)
 
@@ -154,11 +173,30 @@ class _Server(uvicorn.Server):
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
+def _started(
+    metrics: Metrics, announce: Callable[[str], None], address: Callable[[], str], connections: Connections
+) -> None:
+    """Tell the address, and from here on how many connections there are."""
+    metrics.watch("ema_connections", "Connections that are open.", lambda: len(connections.opened))
+    metrics.watch("ema_connections_limit", "Most of ema_connections.", lambda: connections.most)
+    _say(announce, address())
+    _log.info("started: ema-service %s on %s", version("ema-service"), address())
+
+
+def _reload(app: FastAPI, tls: Certificate | None) -> None:
+    """Read tokens and certificate again. Requests in hand, and streams of events, go on as they began."""
+    tokens: Tokens | None = app.state.tokens
+    for each in (tokens, tls):
+        if each:
+            each.reload()
+
+
 async def _keep(app: FastAPI) -> None:
     """Wake whoever waits for a run, let the writes in hand finish, and take what must be kept to disk."""
     context: Context = app.state.context
     writes: Writes = app.state.writes
     context.stop_watching()
+    _log.info("stopping: no more is accepted, and what moved is kept")
     await writes.end(WRITE_SECONDS)
     await context.workers.block(context.registry.checkpoint)
 

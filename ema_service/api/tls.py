@@ -1,4 +1,4 @@
-"""TLS of the server: a certificate and its key, read once at the start.
+"""TLS of the server: a certificate and its key, read at the start and whenever the server is told that they changed.
 
 Knows the standard library's contexts, and what may be wrong with two PEM files. Does not know sockets, or who issued
 the certificate.
@@ -6,10 +6,13 @@ the certificate.
 
 from __future__ import annotations
 
+import logging
 import ssl
 from pathlib import Path
 
-__all__ = ["CertificateUnusable", "server_context"]
+__all__ = ["Certificate", "CertificateUnusable"]
+
+_log = logging.getLogger(__name__)
 
 
 class CertificateUnusable(ValueError):
@@ -20,7 +23,28 @@ class _Encrypted(Exception):
     """The key is encrypted: OpenSSL asked for its password."""
 
 
-def server_context(certfile: Path, keyfile: Path) -> ssl.SSLContext:
+class Certificate:
+    """The certificate that a server shows to who connects, with its key.
+
+    context: for the next connection. Connections that are open keep the certificate they began with.
+    """
+
+    def __init__(self, certfile: Path, keyfile: Path) -> None:
+        """As _server_context()."""
+        self._files = certfile, keyfile
+        self.context = _server_context(certfile, keyfile)
+
+    def reload(self) -> None:
+        """Read both files again. Where they cannot be used the certificate stays, and the log says why."""
+        try:
+            self.context = _server_context(*self._files)
+        except CertificateUnusable as fault:
+            _log.error("the certificate stays as it was: %s", fault)
+        else:
+            _log.info("the certificate was read from %s", self._files[0])
+
+
+def _server_context(certfile: Path, keyfile: Path) -> ssl.SSLContext:
     """The TLS context of a server that shows this certificate; TLS 1.2 and later, no certificate asked of clients.
 
     certfile: PEM, the server's own certificate first, then those between it and the authority. keyfile: PEM, not

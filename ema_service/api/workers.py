@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextvars import copy_context
 from typing import TypeVar
 
 import anyio
@@ -61,6 +62,7 @@ class Workers:
         self._sync = Threads(_SYNC_THREADS, "ema-sync")
         self._share = Threads(_SHARE_THREADS, "ema-share")
         self._device = Threads(_DEVICE_THREADS, "ema-device")
+        self._report = Threads(1, "ema-report")
         self.helpers = Threads(_HELPERS, "ema-help", torch.set_num_threads, (1,))
         self.receivers = SocketThreads(self._receive, _RECEIVE_THREADS)
         self.senders = SocketThreads(self._send, _SEND_THREADS)
@@ -90,6 +92,14 @@ class Workers:
         """
         return await _outlasting(self._device, work)
 
+    async def report(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which looks at the whole server for an operator, on a thread of its own: one at a time, and no
+        update waits for it, nor it for updates.
+
+        Returns, or raises, only after the work is over.
+        """
+        return await _outlasting(self._report, work)
+
     def sync(self, work: Callable[[], None]) -> asyncio.Future[None]:
         """Begin ``work``, which waits for the medium, on a thread for syncing."""
         return asyncio.get_running_loop().run_in_executor(self._sync, work)
@@ -102,7 +112,7 @@ class Workers:
     def close(self) -> None:
         """Finish the updates and files in hand, and end the threads."""
         updates = self._receive, self._send, self._apply, self._share, self._device, self.helpers
-        for threads in (*updates, self._sync, self._files):
+        for threads in (*updates, self._sync, self._files, self._report):
             threads.shutdown()
 
 
@@ -111,7 +121,8 @@ async def _outlasting(threads: Executor, work: Callable[[], T]) -> T:
 
     Where the request is given up, the coroutine still waits for the end of the work, which uses what the request owns.
     """
-    working = asyncio.get_running_loop().run_in_executor(threads, work)
+    # In the context of the request: lines that the work logs are lines of it.
+    working = asyncio.get_running_loop().run_in_executor(threads, copy_context().run, work)
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:

@@ -197,6 +197,11 @@ class Registry:
         if self._store:
             self._store.close()
 
+    @property
+    def store(self) -> Store | None:
+        """What is kept on disk, for questions; None where nothing is."""
+        return self._store
+
     def checkpoint(self, *, final: bool = False) -> None:
         """Take a checkpoint of every run that moved since its last one.
 

@@ -24,8 +24,9 @@ from typing import Protocol
 from ema_client.errors import Superseded
 from ema_client.protocol import RingInfo, RunConfig, RunInfo, SnapshotInfo, UpdateResult
 from ema_service.memory import Arena, Layout, Memory, Staged
+from ema_service.metrics import Pulse
 from ema_service.runs.changes import Changes
-from ema_service.runs.info import Links, describe
+from ema_service.runs.info import Links, describe, pulse
 from ema_service.runs.ledger import Ledger, Succession
 from ema_service.runs.measurements import Measured, Measurements
 from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Setup, Shadows, State, Version
@@ -190,6 +191,10 @@ class Run:
         """What is told of the run (RunInfo), as it stands."""
         told = describe(self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
         return replace(told, ring=self.ring()) if self.ring else told
+
+    def pulse(self) -> Pulse:
+        """What metrics tell of the run, as it stands."""
+        return pulse(self.layout, self.ledger, self._keeper, self.created_at)
 
     # --- an update --------------------------------------------------------------------------------------------------
 

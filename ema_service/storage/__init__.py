@@ -19,6 +19,7 @@ from ema_service.storage.files import TensorFile
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent, SlotFiles, padded_bytes
 from ema_service.storage.slots import Slot, Slots
+from ema_service.storage.space import DiskSpace
 from ema_service.storage.store import Store, memory_prefix, open_store
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TIMELINE_LINES",
     "CatalogUnusable",
     "CheckpointRow",
+    "DiskSpace",
     "Extent",
     "MemoryFiles",
     "MemoryFilesUnusable",

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import re
 import sqlite3
 import time
@@ -47,6 +46,7 @@ from ema_service.storage.files import (
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent
 from ema_service.storage.slots import Slots
+from ema_service.storage.space import DiskSpace, bytes_below, disk_space
 from ema_service.threads import Threads
 
 __all__ = ["Files", "Store", "memory_prefix", "open_store"]
@@ -63,8 +63,6 @@ Files = Mapping[str, Iterable[bytes | memoryview]]
 _MEASUREMENTS = "measurements"
 #: Folders of a run, each a table of the catalog.
 _SHELVES: tuple[Shelf, ...] = "snapshots", "ring"
-#: Free space that new runs and snapshots leave to updates and the catalog: a twentieth of the disk, at most this.
-_FLOOR_BYTES = 5 << 30
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
 #: The folders that checkpoints of a run alternated between in format 1.
 _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
@@ -185,13 +183,20 @@ class Store:
 
     def check_room(self, nbytes: int) -> None:
         """Raises OSError where ``nbytes`` more would leave the disk with less than updates and the catalog may need."""
-        found = os.statvfs(self._folder)
-        free, floor = found.f_bavail * found.f_frsize, min(found.f_blocks * found.f_frsize // 20, _FLOOR_BYTES)
-        if free - nbytes < floor:
+        disk = self.space()
+        if disk.free - nbytes < disk.floor:
             raise OSError(
                 errno.ENOSPC,
-                f"{self._folder} has {free} bytes free; with {nbytes} more, fewer would be left than {floor}",
+                f"{self._folder} has {disk.free} bytes free; with {nbytes} more, fewer would be left than {disk.floor}",
             )
+
+    def space(self) -> DiskSpace:
+        """The room of the data dir's disk. Raises OSError."""
+        return disk_space(self._folder)
+
+    def used_bytes(self) -> int:
+        """What the data dir takes of its disk."""
+        return bytes_below(self._folder)
 
     def set_writer(self, row: RunRow, writer: int) -> None:
         """Remember the number of the writer that attached last. Raises sqlite3.Error."""

@@ -14,7 +14,8 @@ import pytest
 
 from ema_client.protocol import WeightsInfo
 from ema_service.api.app import create_app
-from ema_service.api.auth import create_token, needs_token
+from ema_service.api.auth import needs_token
+from ema_service.api.tokens import create_token
 from ema_service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,7 @@ BUILT = {
     "GET /v1/runs/{run}/history",
     "GET /v1/runs/{run}/distances",
     "GET /v1/runs/{run}/timeline",
+    "GET /v1/server",
     "GET /healthz",
     "GET /readyz",
     "GET /metrics",
@@ -146,12 +148,16 @@ def test_tokens_stand_where_they_are_asked_for(tmp_path: Path) -> None:
     assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            free = not needs_token(method.upper(), path)
+            free, here = not needs_token(method.upper(), path), OPERATIONS[f"{method.upper()} {path}"].get("security")
+            if path == "/v1/server":  # tells more to who has a token
+                assert operation["security"] == here == [{"token": []}, {}]
+                assert "401" in operation["responses"]
+                continue
             assert operation.get("security") == (None if free else [{"token": []}])
             assert ({"401", "403"} <= operation["responses"].keys()) is not free
-            here = OPERATIONS[f"{method.upper()} {path}"].get("security")
             assert here == (None if free else [{"token": []}, {}])
-    assert {path for path in document["paths"] if not needs_token("GET", path)} == {"/healthz", "/readyz"}
+    free_paths = {path for path in document["paths"] if not needs_token("GET", path)}
+    assert free_paths == {"/healthz", "/readyz", "/v1/server"}
 
 
 @pytest.mark.parametrize("route", OPERATIONS)

@@ -1,13 +1,20 @@
-"""Routes for whoever runs the server: liveness, readiness, metrics.
+"""Routes for whoever runs the server: liveness, readiness, metrics, and what the server is and may take.
 
 Knows the server's state as a whole. Does not know runs.
 """
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from functools import partial
+
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from ema_client.errors import Stopping, StorageFailed
+from ema_client.protocol import ServerInfo
+from ema_service.api.auth import access_of
+from ema_service.api.errors import problem_responses
+from ema_service.api.facts import stranger_info
 from ema_service.api.routes.parameters import Server
 
 __all__ = ["router"]
@@ -21,10 +28,31 @@ async def healthz() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/readyz", summary="Can the server take requests?")
+@router.get(
+    "/readyz", summary="Does the server take all requests?", responses=problem_responses(StorageFailed, Stopping)
+)
 async def readyz(server: Server) -> dict[str, str]:
-    """200 once every run of the data dir has been brought back; before that the server accepts no connection."""
+    """200 while the server takes whatever is asked for; 503 while its disk is full, or once it was told to stop.
+
+    On a full disk new runs and snapshots are refused, and updates go on. Before every run of the data dir has been
+    brought back the server accepts no connection.
+    """
+    if server.stopping:
+        raise Stopping("the server was told to stop")
+    await server.workers.report(server.facts.check_ready)
     return {"status": "ready", "device": str(server.registry.memory.device)}
+
+
+@router.get("/v1/server", summary="What is this server?")
+async def show_server(request: Request, server: Server) -> ServerInfo:
+    """Version, device, memory and disk beside their limits, and the scopes of the request's token.
+
+    Any token will do. Without one, where the server asks for tokens: name and version, and nothing else.
+    """
+    access = access_of(request)
+    if not access.scopes:
+        return stranger_info()
+    return await server.workers.report(partial(server.facts.info, access))
 
 
 @router.get(
@@ -33,6 +61,7 @@ async def readyz(server: Server) -> dict[str, str]:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-async def metrics(server: Server) -> Response:
-    """Counters and gauges in Prometheus' text format."""
-    return Response(server.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request, server: Server) -> Response:
+    """Counters, gauges and histograms in Prometheus' text format; of runs, those that the token may read are named."""
+    text = await server.workers.report(partial(server.facts.metrics, access_of(request)))
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

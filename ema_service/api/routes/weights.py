@@ -476,9 +476,10 @@ class _Streaming(StreamingResponse):
     ):
         super().__init__(self._counted(body, server), status_code=status_code, headers=headers)
         self._source = source
+        self._timed = server.metrics.pull_seconds.labels("send")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._source:
+        with self._source, self._timed.time():
             await super().__call__(scope, receive, send)
 
     @staticmethod
@@ -489,11 +490,16 @@ class _Streaming(StreamingResponse):
 
 
 async def _from_memory(request: Request, server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
-    """The chunks that a thread does not send: pour() sends what the reader takes at once."""
+    """The chunks that a thread does not send: pour() sends what the reader takes at once.
+
+    The event loop has a turn before each chunk, and learns of a reader that left: else asyncio would be given all the
+    chunks that are left, and log a line for each.
+    """
     for chunk in chunks:
         sent, left = await pour(request, chunk, chunks, server.workers.senders)
         server.metrics.sent.inc(sent)
         if left:
+            await asyncio.sleep(0)
             yield left
 
 

@@ -138,8 +138,8 @@ class _Start:
 class Acceptor:
     """Accepts the connections of one listening socket. On the event loop only.
 
-    As an asyncio.Server it can be closed, and waited for. make: makes a connection's protocol. tls: for the connections
-    of this socket.
+    As an asyncio.Server it can be closed, and waited for. make: makes a connection's protocol. tls: gives the context
+    of each connection of this socket.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Acceptor:
         make: Callable[[], asyncio.Protocol],
         *,
         backlog: int,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._sock = sock
         self._connections = connections
@@ -190,7 +190,7 @@ class Acceptor:
             if full and not self._connections.close_idlest():
                 self._pause()
                 return
-            start = _Start(self._accepted, self._make, self._tls)
+            start = _Start(self._accepted, self._make, self._tls() if self._tls else None)
             self._accepted = None
             self._connections.starts.add(start)
             self._starts.add(start)

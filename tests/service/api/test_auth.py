@@ -20,7 +20,7 @@ import torch
 
 from ema_client import EmaClient
 from ema_client.errors import Forbidden, Unauthorized
-from ema_service.api.auth import SCOPES, TokenFileError, create_token, read_token_file
+from ema_service.api.tokens import SCOPES, TokenFileError, create_token, read_token_file
 
 STATE = {"w": torch.ones(3)}
 
@@ -39,6 +39,7 @@ def tokens(folder: Path) -> dict[str, str]:
         "pull": create_token(file, ["pull"], "alpha*"),
         "snapshot": create_token(file, ["snapshot"], "alpha*"),
         "both": create_token(file, ["push", "pull"], "*"),
+        "train": create_token(file, ["train"], "alpha*"),
         "admin": create_token(file, ["admin"], "*"),
     }
 
@@ -83,9 +84,9 @@ ROUTES = [
 )
 def test_each_route_wants_its_scope(url, tokens, method, path, enough):
     """With the scope the request gets through to its route; without it 403; without a token 401."""
-    for kind in ("push", "pull", "snapshot", "admin"):
+    for kind in ("push", "pull", "snapshot", "train", "admin"):
         status = httpx.request(method, url + path, headers={"Authorization": f"Bearer {tokens[kind]}"}).status_code
-        assert (status != 403) == (kind in enough or kind == "admin"), (kind, status)
+        assert (status != 403) == (kind in enough or kind == "admin" or (kind == "train" and bool(enough))), kind
     answer = httpx.request(method, url + path)
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -137,6 +138,24 @@ def test_pages_and_liveness_are_open(url):
     assert httpx.post(f"{url}/").status_code == 401
 
 
+def test_server_tells_more_to_who_has_a_token(url, tokens):
+    """Without a token name and version; with any, the rest, and the scopes it has; a wrong token is refused."""
+    said = httpx.get(f"{url}/v1/server").json()
+    assert {name for name, value in said.items() if value} == {"name", "version"}
+    for kind, scopes in (("snapshot", ["snapshot"]), ("train", ["train", "push", "pull", "snapshot"])):
+        said = httpx.get(f"{url}/v1/server", headers={"Authorization": f"Bearer {tokens[kind]}"}).json()
+        assert (said["scopes"], bool(said["memory_limit_bytes"])) == (scopes, True)
+    assert httpx.get(f"{url}/v1/server", headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
+def test_metrics_name_the_runs_of_the_token(url, tokens):
+    """A token for some runs sees the others counted, and not their names."""
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {tokens['pull']}"}).text
+    assert 'ema_run_status{run="alpha-1"' in text
+    assert "beta" not in text
+    assert 'run="beta-1"' in httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {tokens['admin']}"}).text
+
+
 def test_refusal_comes_before_the_body(url, tokens):
     """A push that is not allowed is answered while its body is still to come."""
     head = f"PUT /v1/runs/alpha-1/updates/9 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {tokens['pull']}\r\n"
@@ -164,11 +183,10 @@ def test_command_prints_the_token_once(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("", "has no token"),
-        ("# only a comment", "has no token"),
         ("secret push *", "line 1: expected the SHA-256"),
         (f"{'0' * 64} push", "line 1: expected the SHA-256"),
         (f"{'0' * 64} read *", "'read' is no scope"),
+        (f"{'0' * 64} pull * expires=soon", "'soon' is no moment"),
     ],
 )
 def test_a_wrong_token_file_is_refused(tmp_path, line, fault):
@@ -197,7 +215,7 @@ def test_beyond_loopback_only_with_tokens():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 2
     assert "--token-file" in done.stderr
-    assert SCOPES == ("push", "pull", "snapshot", "admin")
+    assert SCOPES == ("train", "push", "pull", "snapshot", "admin")
 
 
 def test_reader_cannot_end_a_series(url: str, tokens: dict[str, str]) -> None:

@@ -5,41 +5,28 @@ Knows Prometheus' text format. Does not know who counts.
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+
+from ema_client import EmaClient, __version__
+from ema_service.metrics import MOST_RUNS, Metrics, Pulse
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
 
 MakeRun = Callable[..., "PlainRun"]
 
-ROOT = Path(__file__).resolve().parents[4]
-NAMES = {
-    "ema_updates",
-    "ema_watchers",
-    "ema_errors",
-    "ema_events",
-    "ema_pushes",
-    "ema_received_bytes",
-    "ema_sent_bytes",
-    "ema_commit_seconds",
-    "ema_runs",
-    "ema_degraded_runs",
-    "ema_shadow_bytes",
-    "ema_partial_updates",
-    "ema_slow_readers",
-    "ema_staging_bytes",
-    "ema_waiting_pushes",
-    "ema_waiting_readers",
-    "ema_frozen_bytes",
-    "ema_idle_bytes",
-    "ema_memory_bytes",
-    "ema_memory_limit_bytes",
-}
+OPERATIONS = Path(__file__).resolve().parents[4] / "OPERATIONS.md"
 TENSORS = {"w": torch.zeros(1000)}
 #: What --device auto picks.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,25 +49,94 @@ def test_healthz_and_readyz(server: ServerProcess) -> None:
         assert http.get("/readyz").json() == {"status": "ready", "device": DEVICE}
 
 
-def test_metrics_have_their_names(server: ServerProcess) -> None:
-    """The metrics are exactly these, each with a help text, in Prometheus' own content type."""
-    with server.http() as http:
-        answer = http.get("/metrics")
+def documented() -> set[str]:
+    """The names in the first column of the table of metrics."""
+    section = OPERATIONS.read_text().partition("## Metrics\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)(?:\{[\w,]*\})?`", cell)}
+
+
+def test_metrics_are_those_of_the_table(server: ServerProcess, plain_run: MakeRun) -> None:
+    """The metrics that a server answers are exactly those of the table in OPERATIONS.md, each with a help text."""
+    run = plain_run(server, TENSORS)
+    run.push(1, TENSORS)
+    answer = run.http.get("/metrics")
     # For each counter the library adds when it was made; that is a name of its own only in this old format.
     families = [f for f in text_string_to_metric_families(answer.text) if not f.name.endswith("_created")]
 
     assert answer.headers["content-type"].startswith("text/plain; version=")
-    assert {family.name for family in families} == NAMES
+    assert {f.name + "_total" * (f.type == "counter") for f in families} == documented()
     assert all(family.documentation for family in families)
 
 
-def test_metrics_are_documented() -> None:
-    """Each metric is named in the server's documentation."""
-    designs = (ROOT / "ema_service").rglob("DESIGN.md")
-    documents = [ROOT / "README.md", *designs, ROOT / "client" / "PROTOCOL.md"]
-    text = "".join(document.read_text() for document in documents)
+def test_promtool_finds_nothing(server: ServerProcess, plain_run: MakeRun) -> None:
+    """Prometheus' own linter has nothing to say of the metrics' names and texts."""
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("promtool (package prometheus) is not installed: names of metrics are not linted")
+    run = plain_run(server, TENSORS)
+    run.push(1, TENSORS)
+    text = run.http.get("/metrics").text
+    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
-    assert [name for name in sorted(NAMES) if name not in text] == []
+
+def test_metrics_of_a_run(server: ServerProcess, plain_run: MakeRun) -> None:
+    """Each run tells its step, counter, lag, status and when it moved; routes and phases are timed."""
+    run = plain_run(server, TENSORS)
+    run.push(7, TENSORS)
+    run.pull()
+    after, info = values(run), run.info()
+    assert after[f"ema_run_step{{{run.name}}}"] == 7
+    assert after[f"ema_run_num_updates{{{run.name}}}"] == 1
+    assert after[f"ema_run_durable_lag_steps{{{run.name}}}"] == 0
+    assert after[f"ema_run_status{{{run.name}}}{{ready}}"] == 1
+    assert after[f"ema_run_updated_timestamp_seconds{{{run.name}}}"] == info["updated_at"]
+    for phase in ("wait", "receive", "commit"):
+        assert after[f"ema_push_seconds_count{{{phase}}}"] >= 1
+    for phase in ("wait", "send"):
+        assert after[f"ema_pull_seconds_count{{{phase}}}"] >= 1
+    assert after["ema_requests_total{PUT}{/v1/runs/{run}/updates/{step}}{200}"] >= 1
+    assert after["ema_request_seconds_count{PUT}{/v1/runs/{run}/updates/{step}}"] >= 1
+    assert 0 < after["ema_memory_bytes"] < after["ema_memory_limit_bytes"]
+    assert 0 < after["ema_disk_free_bytes"] < after["ema_disk_bytes"]
+    assert 1 <= after["ema_connections"] < after["ema_connections_limit"]
+
+
+def test_series_of_runs_are_bounded() -> None:
+    """Of more runs than have series of their own, the degraded ones and the newest are told, and the others counted;
+    names that whoever asks may not read are left out."""
+    runs = [Pulse(f"run-{n}", "ready", float(n), n, n, None, 4) for n in range(2 * MOST_RUNS)]
+    runs[3] = replace(runs[3], status="degraded")
+    text = Metrics().render(runs).decode()
+    told = set(re.findall(r'^ema_run_step\{run="(.*?)"\}', text, re.MULTILINE))
+    assert told == {"run-3", *(f"run-{n}" for n in range(MOST_RUNS + 1, 2 * MOST_RUNS))}
+    assert f"ema_runs {2 * MOST_RUNS}.0" in text
+    assert f"ema_runs_left_out {MOST_RUNS}.0" in text
+    assert "ema_degraded_runs 1.0" in text
+    text = Metrics().render(runs, lambda run: run == "run-5").decode()
+    assert re.findall(r'^ema_run_step\{run="(.*?)"\}', text, re.MULTILINE) == ["run-5"]
+    assert f"ema_runs {2 * MOST_RUNS}.0" in text
+
+
+def test_server_tells_what_it_is(server: ServerProcess, plain_run: MakeRun) -> None:
+    """Version, device, memory and disk beside their limits; without tokens everyone may do everything."""
+    plain_run(server, TENSORS)
+    with EmaClient(server.url) as client:
+        info = client.server()
+    assert (info.name, info.version, info.device) == ("ema-service", __version__, DEVICE)
+    assert info.scopes == ("train", "push", "pull", "snapshot", "admin")
+    assert info.runs
+    assert info.time
+    assert abs(info.time - time.time()) < 60
+    for part, whole in (
+        (info.memory_bytes, info.memory_limit_bytes),
+        (info.disk_free_bytes, info.disk_total_bytes),
+        (info.data_dir_bytes, info.disk_total_bytes),
+    ):
+        assert part is not None
+        assert whole is not None
+        assert 0 < part < whole
+    assert (info.durability, info.torch) == ("process", torch.__version__)
 
 
 def test_metrics_count(server: ServerProcess, plain_run: MakeRun) -> None:
@@ -101,7 +157,7 @@ def test_metrics_count(server: ServerProcess, plain_run: MakeRun) -> None:
     assert grown("ema_errors_total{stale_step}") == 1
     assert grown("ema_received_bytes_total") == 3 * 4000
     assert grown("ema_sent_bytes_total") == len(run.pull().content)
-    assert grown("ema_commit_seconds_count") == 2
+    assert grown("ema_push_seconds_count{commit}") == 2
     assert grown("ema_runs") == 1
     assert grown("ema_shadow_bytes") == 4000
     assert (after["ema_staging_bytes"], after["ema_frozen_bytes"]) == (0, 0)
