@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 
     State = Mapping[str, Tensor] | nn.Module
 
-__all__ = ["EmaClient", "checked_decay"]
+__all__ = ["EmaClient", "checked_decay", "service_of"]
 
 #: Seconds that the service may write to its disk, or make room in its memory, before it answers.
 _WORK_SECONDS = 50.0
@@ -110,11 +110,8 @@ class EmaClient:
     """
 
     def __init__(self, url: str | None = None, *, token: str | None = None, retry: RetryPolicy | None = None) -> None:
-        url = url or os.environ.get("EMA_SERVICE_URL") or protocol.DEFAULT_URL
-        token = token or os.environ.get("EMA_SERVICE_TOKEN") or None
-        # A token read from a file or a variable often ends in a newline.
-        self._token = token.strip() if token else None
-        self._transport = Transport(url.strip(), token=self._token, retry=retry)
+        url, self._token = service_of(url, token)
+        self._transport = Transport(url, token=self._token, retry=retry)
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
@@ -781,16 +778,16 @@ class EmaClient:
 
     # --- anyone's calls ---------------------------------------------------------------------------------------------
 
-    def runs(self) -> tuple[RunInfo, ...]:
-        """All runs of the service."""
-        return self._transport.json("GET", protocol.runs_path()).parsed(RunList).runs
-
     def server(self) -> ServerInfo:
         """What the service is: version, device, memory and disk beside their limits, and the scopes of the token.
 
         Without a token, where the service asks for tokens, name and version alone.
         """
         return self._transport.json("GET", protocol.server_path()).parsed(ServerInfo)
+
+    def runs(self) -> tuple[RunInfo, ...]:
+        """All runs of the service."""
+        return self._transport.json("GET", protocol.runs_path()).parsed(RunList).runs
 
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""
@@ -869,6 +866,14 @@ class EmaClient:
         else:
             self._steps.remember(info.run, info.step)
         return info
+
+
+def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
+    """URL and token of a service: those given, else those of the environment, else the default and none."""
+    url = url or os.environ.get("EMA_SERVICE_URL") or protocol.DEFAULT_URL
+    token = token or os.environ.get("EMA_SERVICE_TOKEN") or None
+    # A token read from a file or a variable often ends in a newline.
+    return url.strip(), token.strip() if token else None
 
 
 class _Steps:

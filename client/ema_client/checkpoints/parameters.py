@@ -17,7 +17,6 @@ from torch import Tensor
 from ema_client.checkpoints import files
 from ema_client.checkpoints.dotless import tensors_of
 from ema_client.errors import UsageError, listed
-from ema_client.protocol import TensorSpec
 from ema_client.tensors.names import canonical_name
 
 __all__ = ["Parameters", "read_parameters"]
@@ -38,14 +37,15 @@ class Parameters:
     others: int
 
 
-def read_parameters(path: Path, layout: Sequence[TensorSpec], *, prefix: str | None = None) -> Parameters:
-    """The tensors of ``layout`` in a file. prefix: which of several places; by default the only one that is no EMA's.
+def read_parameters(path: Path, names: Sequence[str], *, prefix: str | None = None) -> Parameters:
+    """The tensors of a run's ``names`` in a file.
 
-    Raises UsageError for a file that files.read() refuses, that lacks tensors of the layout, or that has all of them in
+    prefix: which of several places; by default the only one that is no EMA's.
+
+    Raises UsageError for a file that files.read() refuses, that lacks one of the names, or that has all of them in
     several places; OSError.
     """
     content, _ = files.read(path)
-    names = [spec.name for spec in layout]
     found = list(_places(content, names))
     chosen = [each for each in found if each.prefix in (prefix, f"{prefix}.")] if prefix is not None else _meant(found)
     if len(chosen) == 1:

@@ -26,7 +26,7 @@ def main() -> None:
         raise SystemExit(2) from None
     _write_anything()
     with orderly_end():
-        app()()
+        app()(prog_name="ema")
 
 
 def _write_anything() -> None:

@@ -16,20 +16,23 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.table import Table as Drawn
 from rich.text import Text
 
 from ema_client.errors import printable
 
-__all__ = ["Answer", "Table", "plain", "put", "rendered"]
+__all__ = ["Answer", "Screen", "Table", "plain", "put", "rendered"]
 
-#: Between two columns on a terminal.
+#: Characters between two columns on a terminal.
 _GAP = 2
+#: The widest column of a table that is too wide is folded down to so many characters before the table becomes blocks.
+_FOLDED = 16
 #: Of a cell in a pipe: what parts the lines that the cell has on a terminal.
 _LINE = "; "
 
@@ -55,13 +58,14 @@ class Answer:
 
     data: for --json, of dataclasses, mappings, lists, texts and numbers. shown: for people, sentences and tables from
     top to bottom. code: the command's exit code. aside: standard output holds something else, weights: the answer goes
-    to standard error.
+    to standard error. replaces: on a terminal the answer takes the place of the command's answer before.
     """
 
     data: Any
     shown: Sequence[str | Table] = ()
     code: int = 0
     aside: bool = False
+    replaces: bool = False
 
 
 def put(answer: Answer, *, as_json: bool, lines: bool = False) -> None:
@@ -70,13 +74,40 @@ def put(answer: Answer, *, as_json: bool, lines: bool = False) -> None:
     if as_json:
         out.write(json.dumps(plain(answer.data), indent=None if lines else 2) + "\n")
     elif out.isatty():
-        console = Console(file=out, markup=False, highlight=False, emoji=False)
+        console = _console(out)
         for part in answer.shown:
             console.print(*rendered(part, console.width), sep="\n")
     else:
         for part in answer.shown:
             out.writelines(f"{line}\n" for line in _piped(part))
     out.flush()
+
+
+class Screen:
+    """Writes the answers of a command that answers again and again; use ``with``."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._live: Live | None = None
+
+    def put(self, answer: Answer) -> None:
+        """Write the next answer; on a terminal one that replaces the one before is cut at the screen's last line."""
+        if self._as_json or not answer.replaces or not sys.stdout.isatty():
+            put(answer, as_json=self._as_json, lines=True)
+            return
+        if self._live is None:
+            self._live = Live(console=_console(sys.stdout), auto_refresh=False, vertical_overflow="ellipsis")
+            self._live.start()
+        width = self._live.console.width
+        parts = [each for part in answer.shown for each in rendered(part, width)]
+        self._live.update(Group(*parts), refresh=True)
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
 
 
 def plain(value: Any) -> Any:
@@ -100,25 +131,36 @@ def rendered(part: str | Table, width: int) -> tuple[RenderableType, ...]:
     if not part.columns:
         return (_pairs(rows),)
     heads = tuple(part.columns)
-    if _width(heads, rows) <= width:
-        return (_drawn(heads, rows),)
+    if room := _room(heads, rows, width):
+        return (_drawn(heads, rows, room),)
     named = [head or "*" for head in heads]
     blocks = [_pairs([*zip(named, row, strict=True)]) for row in rows]
     return tuple(each for block in blocks for each in (block, ""))
+
+
+def _console(out: TextIO) -> Console:
+    return Console(file=out, markup=False, highlight=False, emoji=False)
 
 
 def _clean(cell: str) -> str:
     return "\n".join(map(printable, cell.split("\n")))
 
 
-def _width(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
+def _room(heads: Sequence[str], rows: Iterable[Sequence[str]], width: int) -> list[int]:
+    """The width of each column of a table that fits ``width``, the widest one perhaps folded; empty where none fits."""
     columns = zip(heads, *rows, strict=True)
-    widest = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
-    return sum(widest) + _GAP * (len(widest) - 1)
+    room = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    widest = room.index(max(room))
+    excess = sum(room) + _GAP * (len(room) - 1) - width
+    room[widest] -= max(excess, 0)
+    return room if excess <= 0 or room[widest] >= _FOLDED else []
 
 
-def _drawn(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Drawn:
-    table = Drawn(*heads, box=box.SIMPLE_HEAD, padding=(0, _GAP, 0, 0), pad_edge=False, show_edge=False)
+def _drawn(heads: Sequence[str], rows: Iterable[Sequence[str]], room: Iterable[int]) -> Drawn:
+    # The box has one character between columns, the padding the others.
+    table = Drawn(box=box.SIMPLE_HEAD, padding=(0, _GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    for head, width in zip(heads, room, strict=True):
+        table.add_column(head, width=width, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

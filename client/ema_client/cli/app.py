@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ema_client import __version__
-from ema_client.cli import averages, checkpoints, diff, plan, runs, snapshots, sweep, watch, weights
+from ema_client.cli import averages, checkpoints, diff, doctor, monitoring, plan, runs, snapshots, sweep, watch, weights
 from ema_client.cli.binding import bound
 from ema_client.cli.options import Token, Url
 
@@ -20,6 +20,11 @@ __all__ = ["COMMANDS", "app"]
 COMMANDS: dict[str, Callable[..., Any]] = {
     "runs": runs.runs,
     "show": runs.show_run,
+    "top": monitoring.top,
+    "history": monitoring.history,
+    "timeline": monitoring.timeline,
+    "du": monitoring.du,
+    "doctor": doctor.doctor,
     "pull": weights.pull,
     "push": weights.push,
     "watch": watch.watch,

@@ -1,11 +1,12 @@
 """From a command's function to the function that typer reads: what commands share is written once, here.
 
-A command's function says what it needs by the types of its parameters, and what it gives by its return type:
+A command's function says what it needs by the types of its parameters:
 
     EmaClient    a client of the service that --url and --token name
+    Transport    the same service for single requests that are given up soon
     Wished       an average of any length, by the six options of such an average
-    -> Answer    --json, and the answer is written when the command ends
-    -> Iterator[Answer]    --json, and each answer is written as it comes
+
+It returns an Answer, or gives one after the other, which --json and the terminal decide the look of.
 
 Knows: signatures. Does not know: a single command, or how an answer looks.
 """
@@ -15,14 +16,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, get_origin
+from typing import Any
 
 import typer
 
-from ema_client.cli.answers import Answer, put
-from ema_client.cli.options import Json, Token, Url, WishedOptions, connect, wished_for
+from ema_client.cli.answers import Answer, Screen, put
+from ema_client.cli.options import Json, Token, Url, WishedOptions, connect, look_at, wished_for
 from ema_client.cli.refusals import refusals
 from ema_client.client import EmaClient
+from ema_client.http.transport import Transport
 from ema_client.targets import Wished
 
 __all__ = ["bound"]
@@ -30,6 +32,7 @@ __all__ = ["bound"]
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _CONTEXT = inspect.Parameter("context", _KEYWORD, annotation=typer.Context)
 _CLIENT = {"url": Url, "token": Token}
+_SERVICES: dict[Any, Callable[..., EmaClient | Transport]] = {EmaClient: connect, Transport: look_at}
 _JSON = {"as_json": Json}
 
 
@@ -37,13 +40,12 @@ def bound(command: Callable[..., Any]) -> Callable[..., None]:
     """The function for typer: the command's own parameters, and the options in place of those that typer has not."""
     signature = inspect.signature(command, eval_str=True)
     found = list(signature.parameters.values())
-    clients = [each.name for each in found if each.annotation is EmaClient]
+    clients = {each.name: _SERVICES[each.annotation] for each in found if each.annotation in _SERVICES}
     wishes = [each.name for each in found if each.annotation is Wished]
     own = [each for each in found if each.name not in (*clients, *wishes)]
-    streams = get_origin(signature.return_annotation) is Iterator
     options: dict[str, Any] = {
         **(dict(WishedOptions) if wishes else {}),
-        **(_JSON if streams or signature.return_annotation is Answer else {}),
+        **_JSON,
         **(_CLIENT if clients else {}),
     }
 
@@ -53,10 +55,10 @@ def bound(command: Callable[..., Any]) -> Callable[..., None]:
         with refusals(given.get("run")), ExitStack() as opened:
             for name in wishes:
                 given[name] = wished_for(**{each: shared[each] for each in WishedOptions})
-            for name in clients:
-                given[name] = opened.enter_context(connect(context, shared["url"], shared["token"]))
-            answered = command(**given)
-            code = _written(answered, as_json=as_json, streams=streams)
+            for name, service in clients.items():
+                given[name] = client = service(context, shared["url"], shared["token"])
+                opened.callback(client.close)
+            code = _written(command(**given), as_json=as_json)
         if code:
             raise typer.Exit(code)
 
@@ -66,14 +68,16 @@ def bound(command: Callable[..., Any]) -> Callable[..., None]:
     return shell
 
 
-def _written(answered: Answer | Iterator[Answer] | None, *, as_json: bool, streams: bool) -> int:
-    """Write what a command gave; its exit code, of many the latest that is not 0."""
-    if answered is None:
-        return 0
+def _written(answered: Answer | Iterator[Answer], *, as_json: bool) -> int:
+    """Write what a command gave; its exit code, of many answers the latest that is not 0."""
+    if isinstance(answered, Answer):
+        put(answered, as_json=as_json)
+        return answered.code
     code = 0
-    for answer in answered if not isinstance(answered, Answer) else (answered,):
-        put(answer, as_json=as_json, lines=streams)
-        code = answer.code or code
+    with Screen(as_json=as_json) as screen:
+        for answer in answered:
+            screen.put(answer)
+            code = answer.code or code
     return code
 
 

@@ -87,7 +87,7 @@ def import_run(
     going_on = found.going_on if num_updates is None else replace(found.going_on, num_updates=num_updates)
     known = going_on.decay if decay is None else decay
     largest = going_on.usual_decay if known is None else known
-    with moving(str(path)) as progress:
+    with moving(path.name) as progress:
         info = client.create_run(
             run,
             found.tensors,

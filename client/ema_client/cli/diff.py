@@ -49,7 +49,8 @@ def diff(
     except ModuleNotFoundError:
         raise without_torch() from None
     with tempfile.TemporaryDirectory(prefix="ema-") as folder:
-        found = difference(_weights(client, a, Path(folder, "a")), _weights(client, b, Path(folder, "b")))
+        ours, theirs = _weights(client, a, Path(folder, "a")), _weights(client, b, Path(folder, "b"))
+        found = difference(_named_as(theirs, a, ours), _named_as(ours, b, theirs))
     if not found.tensors:
         raise UsageError(f"{a} and {b} have no tensor of one name and shape")
     return Answer({"a": a, "b": b, "difference": found}, tuple(_shown(found, a, b)))
@@ -68,6 +69,18 @@ def _weights(client: EmaClient, said: str, place: Path) -> Mapping[str, Tensor]:
     with moving(said) as progress:
         client.download(run, place, average=average, snapshot=snapshot, progress=progress)
     return read(place).tensors
+
+
+def _named_as(others: Mapping[str, Tensor], said: str, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights by the names of ``others``, where a file has all of them behind a prefix and none as it is."""
+    from ema_client.checkpoints import read_parameters
+
+    if own.keys() & others.keys() or not Path(said).exists():
+        return own
+    try:
+        return read_parameters(Path(said), list(others)).tensors
+    except UsageError:
+        return own
 
 
 def _shown(found: Difference, a: str, b: str) -> Iterator[str | Table]:

@@ -7,14 +7,17 @@ an option.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from ema_client.client import EmaClient
+from ema_client.client import EmaClient, service_of
 from ema_client.errors import EmaError, UsageError
+from ema_client.http.connection import Timeouts
 from ema_client.http.retry import RetryPolicy
+from ema_client.http.transport import Transport
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.targets import Wished
 
@@ -33,10 +36,13 @@ __all__ = [
     "Yes",
     "agreed",
     "connect",
+    "look_at",
     "wished_for",
     "without_torch",
 ]
 
+#: For a command that must end soon, whatever the service does.
+_HASTY = Timeouts(connect=1.5, transfer=1.5, kept=1.5)
 #: A number of updates.
 _COUNTER = re.compile(r"[0-9]{1,19}\Z")
 
@@ -161,6 +167,13 @@ def connect(context: typer.Context, url: str | None, token: str | None) -> EmaCl
     return EmaClient(url or common_url, token=token or common_token)
 
 
+def look_at(context: typer.Context, url: str | None, token: str | None) -> Transport:
+    """Requests to the service that the options name, as for connect(), each tried once and given up soon."""
+    common_url, common_token = context.obj
+    where, bearer = service_of(url or common_url, token or common_token)
+    return Transport(where, token=bearer, retry=RetryPolicy(attempts=1), timeouts=_HASTY)
+
+
 def agreed(question: str, *, yes: bool) -> None:
     """Ask before something is lost, unless --yes was given. Raises UsageError where the answer is not yes."""
     if yes:
@@ -168,6 +181,7 @@ def agreed(question: str, *, yes: bool) -> None:
     try:
         answer = typer.confirm(question, err=True)
     except typer.Abort:
+        sys.stderr.write("\n")
         raise UsageError("nobody answered, and nothing was changed", hint="--yes does not ask") from None
     if not answer:
         raise UsageError("nothing was changed")

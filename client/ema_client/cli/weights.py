@@ -73,7 +73,8 @@ def pull(
             progress=progress,
             **wished,
         )
-    said = f"{output}: {info.run}/{info.average}, version {info.version}, step {info.step}, {_which(info)}"
+    place = "standard output" if output == _STANDARD else output
+    said = f"{place}: {info.run}/{info.average}, version {info.version}, step {info.step}, {_which(info)}"
     return Answer({"path": output, **dataclasses.asdict(info)}, (said,), aside=output == _STANDARD)
 
 
@@ -144,9 +145,9 @@ def push(
         from ema_client.checkpoints import read_parameters
     except ModuleNotFoundError:
         raise without_torch() from None
-    found = read_parameters(path, client.layout(run).layout, prefix=within)
+    found = read_parameters(path, [spec.name for spec in client.layout(run).layout], prefix=within)
     writer = client.attach(run) if take_over else None
-    with moving(str(path)) as progress:
+    with moving(path.name) as progress:
         result = client.push(run, found.tensors, step=step, writer=writer, progress=progress)
     return Answer(
         {"path": path, "prefix": found.prefix, **dataclasses.asdict(result)}, tuple(_pushed(path, run, found, result))
