@@ -5,6 +5,7 @@ Knows: which commands there are. Does not know: what a command does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -46,8 +47,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def app() -> typer.Typer:
-    """The command ``ema``."""
+@functools.cache
+def app() -> Callable[..., Any]:
+    """The command ``ema``, to be called; made once, as that takes longer than most commands."""
     made = typer.Typer(
         name="ema",
         help="Look at the runs of an ema-service, pull and watch their EMA weights, bring EMAs in and out.",
@@ -57,7 +59,7 @@ def app() -> typer.Typer:
     made.callback()(_common)
     for name, command in COMMANDS.items():
         made.command(name)(bound(command))
-    return made
+    return typer.main.get_command(made)
 
 
 def _print_version(asked: bool) -> None:

@@ -34,6 +34,7 @@ HINTS: dict[type[EmaError], str] = {
     errors.AwaitingWeights: "the trainer sends them when it begins; `ema show {run}` tells",
     errors.WeightsExist: "`ema push` sends an update; or `ema delete {run}` to begin anew",
     errors.StaleStep: "give a later --step; `ema show {run}` tells the run's step",
+    errors.StepNotReached: "try again later; `ema show {run}` tells the run's step",
     errors.Fenced: "a trainer is attached to the run and would be the only one to push; --take-over shuts it out",
     errors.SnapshotExists: "choose another name, or `ema delete-snapshot {run} NAME` first",
     errors.SnapshotDamaged: "restore the file in the server's data dir, or `ema delete-snapshot {run} NAME`",
@@ -51,6 +52,8 @@ HINTS: dict[type[EmaError], str] = {
     errors.SynthesisRefused: "ask for what is named instead, or for `ema profiles {run}`, which says what can be had",
     errors.StorageDisabled: "start the server without --memory to keep snapshots",
 }
+#: A route of HTTP, of which a hint for other readers speaks.
+_ROUTE = re.compile(r"/v1/|\b(?:GET|POST|PUT|PATCH|DELETE) /")
 #: ``name=`` or ``name=value``, as Python writes an argument.
 _ARGUMENT = re.compile(r"(?<![\w-])(sigma_rel|decay|half_life|window|at|max_error|token|url|dtype)=(?=(\S?))")
 _PAIR = re.compile(r"\((\d+), (\d+)\)")
@@ -76,7 +79,8 @@ def refusals(run: str | None) -> Iterator[None]:
 
 def hint_of(error: EmaError, run: str | None = None) -> str:
     """What to do about an error, for whoever typed a command on ``run``."""
-    if error.hint in ("", error.default_hint) and type(error) in HINTS:
+    general = error.hint in ("", error.default_hint) or _ROUTE.search(error.hint)
+    if general and type(error) in HINTS:
         return HINTS[type(error)].format(run=run or "RUN")
     return _typed(error.hint, error)
 
