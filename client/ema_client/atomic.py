@@ -4,6 +4,9 @@ A file on its way has no name where the system has such files (O_TMPFILE, on Lin
 is left of a process that was killed. Elsewhere, on a network's file system or macOS, the file stands beside its place
 under a stable hidden name, which the next attempt takes over.
 
+A file that open_kept() writes has a name from the beginning: what a process that was ended has written of it is there
+for the next process, which asks for a file of the same content.
+
 Knows: names beside a file, links, what is no plain file. Does not know: what is written. No tensors, no network.
 """
 
@@ -13,20 +16,23 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ema_client.errors import UsageError
+from ema_client.errors import TransportError, UsageError
 
-__all__ = ["move_whole", "open_whole", "whole_file"]
+__all__ = ["Kept", "move_whole", "open_kept", "open_whole", "whole_file"]
 
 #: What open() of a file without a name says where the file system, or the kernel, has no such files.
 _HAS_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR)
 #: Where a process finds its open files by number, on Linux.
 _OPEN_FILES = Path("/proc/self/fd")
+#: Hexadecimal digits that name the content of a file which a later process may go on with.
+_CONTENT = 16
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -55,6 +61,81 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         part.replace(target)
         undo.pop_all()
+
+
+class Kept:
+    """A file on its way that a later process may go on with.
+
+    file: stands at the end of what an earlier process wrote. content: what names the file's content, 16 hexadecimal
+    digits; of a file that is new, no content's.
+    """
+
+    def __init__(self, target: Path, part: Path, file: BinaryIO) -> None:
+        self._target = target
+        self.part = part
+        self.file = file
+
+    @property
+    def content(self) -> str:
+        return self.part.name.removesuffix(".part")[-_CONTENT:]
+
+    def rename(self, content: str) -> None:
+        """Say of which content the file is, from its beginning."""
+        self.part = self.part.rename(_hidden(self._target, content))
+
+
+@contextlib.contextmanager
+def open_kept(path: Path) -> Iterator[Kept]:
+    """A file to write on from where an earlier process stopped; at the block's end it takes the place of ``path``.
+
+    A TransportError in the block, and an end of the process that is no exception (kill -9), leave what was written for
+    the next process, as one hidden file beside ``path``. Any other exception, Ctrl-C among them, leaves nothing.
+    Raises UsageError where ``path`` is no plain file, OSError where no file can be made there.
+    """
+    target = _plain(path)
+    part, file = _kept_before(target) or _locked(_hidden(target, secrets.token_hex(_CONTENT // 2)))
+    with file:
+        file.seek(0, os.SEEK_END)
+        kept = Kept(target, part, file)
+        try:
+            yield kept
+            file.flush()
+            os.fsync(file.fileno())
+            _take_permissions(file, target)
+            kept.part.replace(target)
+        except TransportError:
+            raise
+        except BaseException:
+            kept.part.unlink(missing_ok=True)
+            raise
+
+
+def _kept_before(target: Path) -> tuple[Path, BinaryIO] | None:
+    """What an earlier process has left of a file for ``target``, the newest; older ones, of no use, are removed."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{{_CONTENT}}}\.part\Z")
+    parts = [each for each in target.parent.iterdir() if name.match(each.name)]
+    newest: tuple[Path, BinaryIO] | None = None
+    for part in sorted(parts, key=_written, reverse=True):
+        begun = _taken_over(part, anew=False)
+        if begun and newest:
+            part.unlink(missing_ok=True)
+            begun[1].close()
+        newest = newest or begun
+    return newest
+
+
+def _written(part: Path) -> float:
+    try:
+        return part.stat().st_mtime
+    except FileNotFoundError:
+        # Another process has put it in its place meanwhile.
+        return 0.0
+
+
+def _locked(part: Path) -> tuple[Path, BinaryIO]:
+    _, file = _made(part)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return part, file
 
 
 @contextlib.contextmanager
@@ -118,8 +199,8 @@ def _hidden(target: Path, *tokens: str) -> Path:
     return target.with_name(".".join(("", target.name, *tokens, "part")))
 
 
-def _taken_over(part: Path) -> tuple[Path, BinaryIO] | None:
-    """The file ``part``, emptied, where no other process writes to it (each holds a lock); otherwise None."""
+def _taken_over(part: Path, *, anew: bool = True) -> tuple[Path, BinaryIO] | None:
+    """The file ``part`` where no other process writes to it (each holds a lock); otherwise None. anew: emptied."""
     file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +211,8 @@ def _taken_over(part: Path) -> tuple[Path, BinaryIO] | None:
     if not ours:
         file.close()
         return None
-    file.truncate()
+    if anew:
+        file.truncate()
     return part, file
 
 

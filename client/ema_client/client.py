@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 from urllib.parse import urlencode
 
 from ema_client import protocol
@@ -63,11 +63,12 @@ from ema_client.protocol import (
     Writer,
 )
 from ema_client.reading.asked import Asked
+from ema_client.reading.checking import Progress
 from ema_client.reading.events import CONTENT_TYPE
 from ema_client.reading.pulls import Pulls
 from ema_client.reading.slices import Wanted
 from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint
-from ema_client.reading.to_file import Progress, save
+from ema_client.reading.to_file import pour, save, save_on
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
 from ema_client.schedules import average_of, averages_of, posthoc_of
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
 
     State = Mapping[str, Tensor] | nn.Module
 
-__all__ = ["EmaClient", "checked_decay"]
+__all__ = ["EmaClient", "checked_decay", "service_of"]
 
 #: Seconds that the service may write to its disk, or make room in its memory, before it answers.
 _WORK_SECONDS = 50.0
@@ -109,11 +110,8 @@ class EmaClient:
     """
 
     def __init__(self, url: str | None = None, *, token: str | None = None, retry: RetryPolicy | None = None) -> None:
-        url = url or os.environ.get("EMA_SERVICE_URL") or protocol.DEFAULT_URL
-        token = token or os.environ.get("EMA_SERVICE_TOKEN") or None
-        # A token read from a file or a variable often ends in a newline.
-        self._token = token.strip() if token else None
-        self._transport = Transport(url.strip(), token=self._token, retry=retry)
+        url, self._token = service_of(url, token)
+        self._transport = Transport(url, token=self._token, retry=retry)
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
@@ -185,6 +183,7 @@ class EmaClient:
         step: int | None = None,
         from_snapshot: tuple[str, str] | None = None,
         exist_ok: bool = False,
+        progress: Progress | None = None,
     ) -> RunInfo:
         """Create a run with the layout of ``state`` and send the initial weights; returns the run as it is then.
 
@@ -207,6 +206,7 @@ class EmaClient:
             from_snapshot: (run, snapshot), to branch from another run on the service: weights, counter, step and decays
                 are the snapshot's, and nothing of ``state`` is sent but names, shapes and dtypes.
             exist_ok: return a run that has its weights already as it is, and send nothing.
+            progress: called with (bytes that went out, bytes in all).
 
         A run of this name that never had weights, whatever its configuration, is taken for an attempt that failed and
         made anew. Of two trainers that make one run at once the first whose weights have come has it whole.
@@ -243,7 +243,7 @@ class EmaClient:
                     return self._rewind(run, snapshot, source, info.created_at)
                 try:
                     query = {"num_updates": num_updates, "step": step, "created_at": info.created_at}
-                    reply = self._transport.upload(protocol.weights_path(run), _body(state), query=query)
+                    reply = self._transport.upload(protocol.weights_path(run), _body(state, progress), query=query)
                     return self._seen(_info(run, reply))
                 except WeightsExist:
                     # Another trainer sent the weights between our two requests. Asked so as a trainer may, who need
@@ -290,7 +290,15 @@ class EmaClient:
         query: Query = {"replaces": replaces, "created_at": created_at, "of": of, "group": group}
         return _was_last(self._transport.upload_once(path, body, query=query, headers=_writer_header(writer)))
 
-    def push(self, run: str, state: State, *, step: int | None = None, writer: int | None = None) -> UpdateResult:
+    def push(
+        self,
+        run: str,
+        state: State,
+        *,
+        step: int | None = None,
+        writer: int | None = None,
+        progress: Progress | None = None,
+    ) -> UpdateResult:
         """Send the parameters as of one trainer step; the service applies the update once, all or nothing.
 
         Args:
@@ -298,11 +306,12 @@ class EmaClient:
             state: as for create_run(); exactly the tensors of the run. Read from their memory until the call returns.
             step: the trainer's step, growing from push to push; by default the step after the latest one.
             writer: what attach() gave; needed once a trainer has attached to the run.
+            progress: called with (bytes that went out, bytes in all).
 
         Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, Fenced, AwaitingWeights, RunNotFound.
         """
         _require_torch()
-        body = _body(state)
+        body = _body(state, progress)
         step = self._next_step(run) if step is None else step
         return self._push(run, body, step, partial(self._transport.upload, headers=_writer_header(writer)))
 
@@ -531,6 +540,7 @@ class EmaClient:
         out: Mapping[str, Tensor] | None = None,
         min_step: int | None = None,
         wait: float | None = None,
+        progress: Progress | None = None,
         **wished: Unpack[Wished],
     ) -> Weights:
         """The EMA weights of one version, whole, while updates go on.
@@ -547,6 +557,7 @@ class EmaClient:
                 before a byte is written. Values are cast to the tensors' dtypes. Without ``out``, new tensors on the
                 CPU.
             min_step, wait: not before the run has reached this step, waiting up to so many seconds.
+            progress: called with (bytes that have come, bytes in all).
             wished: of a run with ``posthoc``, an average of any length instead: ``sigma_rel``, ``decay``, ``half_life``
                 or ``window``, with ``at`` and ``max_error``; see ``ema_client.targets.Wished``.
 
@@ -559,7 +570,7 @@ class EmaClient:
         cast = None if dtype is None else dtype_name(dtype)
         asked = _asked(run, average, snapshot, soup, Target.of(wished, called="pull"))
         asked = replace(asked, dtype=cast, prefix=prefix, min_step=min_step)
-        return self._pulls.pull(asked, out, wait=wait)
+        return self._pulls.pull(asked, out, wait=wait, progress=progress)
 
     def pull_slices(
         self,
@@ -608,11 +619,14 @@ class EmaClient:
     def download(
         self,
         run: str,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | BinaryIO,
         *,
         average: str | None = None,
         snapshot: str | None = None,
         soup: Mapping[str, float] | None = None,
+        dtype: str | None = None,
+        prefix: str | None = None,
+        resume: bool = False,
         progress: Progress | None = None,
         **wished: Unpack[Wished],
     ) -> WeightsInfo:
@@ -622,12 +636,19 @@ class EmaClient:
         the file that the link names is replaced. Raises UsageError where ``path`` is a folder, pipe or device.
 
         Args:
-            run, average, snapshot, soup, wished: as for pull().
-            path: the file, which replaces an older file of that name.
+            run, average, snapshot, soup, prefix, wished: as for pull().
+            path: the file, which replaces an older file of that name; or a stream that is written to, such as
+                ``sys.stdout.buffer``, which may have been given a part where an error is raised.
+            dtype: as safetensors writes it, such as "F16".
+            resume: where the service stays away, or the program is killed, what has come is kept as one hidden file
+                beside ``path``, and the next such call goes on with it, as long as the weights are the same.
             progress: called with (bytes that have come, bytes in all).
         """
         asked = _asked(run, average, snapshot, soup, Target.of(wished, called="download"))
-        return save(self._transport, asked, Path(path), progress)
+        asked = replace(asked, dtype=None if dtype is None else _dtype(dtype), prefix=prefix)
+        if isinstance(path, str | os.PathLike):
+            return (save_on if resume else save)(self._transport, asked, Path(path), progress)
+        return pour(self._transport, asked, path, progress)
 
     def snapshot(self, run: str, name: str, *, keep: int | None = None, **wished: Unpack[Wished]) -> SnapshotInfo:
         """Copy the current EMA weights to a snapshot: named, immutable and durable, on the server.
@@ -757,16 +778,16 @@ class EmaClient:
 
     # --- anyone's calls ---------------------------------------------------------------------------------------------
 
-    def runs(self) -> tuple[RunInfo, ...]:
-        """All runs of the service."""
-        return self._transport.json("GET", protocol.runs_path()).parsed(RunList).runs
-
     def server(self) -> ServerInfo:
         """What the service is: version, device, memory and disk beside their limits, and the scopes of the token.
 
         Without a token, where the service asks for tokens, name and version alone.
         """
         return self._transport.json("GET", protocol.server_path()).parsed(ServerInfo)
+
+    def runs(self) -> tuple[RunInfo, ...]:
+        """All runs of the service."""
+        return self._transport.json("GET", protocol.runs_path()).parsed(RunList).runs
 
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""
@@ -847,6 +868,14 @@ class EmaClient:
         return info
 
 
+def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
+    """URL and token of a service: those given, else those of the environment, else the default and none."""
+    url = url or os.environ.get("EMA_SERVICE_URL") or protocol.DEFAULT_URL
+    token = token or os.environ.get("EMA_SERVICE_TOKEN") or None
+    # A token read from a file or a variable often ends in a newline.
+    return url.strip(), token.strip() if token else None
+
+
 class _Steps:
     """The latest step of each run, as far as the client has pushed or seen it. Thread-safe."""
 
@@ -876,13 +905,14 @@ def _require_torch() -> None:
         raise UsageError("this call handles tensors and torch is not installed", hint="pip install 'ema-client[torch]'")
 
 
-def _body(state: State) -> Body:
+def _body(state: State, progress: Progress | None = None) -> Body:
     """The body of checked tensors: their own memory. Raises UsageError for a state that cannot be sent."""
     from ema_client.tensors.body import encode
     from ema_client.tensors.layout import state_of
     from ema_client.tensors.shared import SharedState
 
-    return state.body if isinstance(state, SharedState) else encode(state_of(state))
+    body = state.body if isinstance(state, SharedState) else encode(state_of(state))
+    return body if progress is None else replace(body, moved=lambda sent: progress(min(sent, body.length), body.length))
 
 
 def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]]) -> Body:
@@ -949,6 +979,14 @@ def _asked(
         raise UsageError("both a snapshot and a soup are given", hint="give one: a soup names its snapshots")
     said = ",".join(f"{_name(name, 'snapshot')}:{float(weight)!r}" for name, weight in soup.items())
     return Asked(_name(run, "run"), average, soup=said)
+
+
+def _dtype(said: str) -> str:
+    if said.upper() not in protocol.LAYOUT_DTYPES:
+        raise UsageError(
+            f"weights cannot be had as {said!r}", hint=f"ask for one of {', '.join(protocol.LAYOUT_DTYPES)}"
+        )
+    return said.upper()
 
 
 def _name(value: str, what: str) -> str:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,26 +198,31 @@ def test_a_link_stays_a_link(tmp_path: Path, there: bool) -> None:
 # --- however it ends ------------------------------------------------------------------------------------------------
 
 
-def body() -> bytes:
-    return wire.build_header(wire.place([TensorSpec("w", (SIZE // 4,), "F32")]), INFO.to_metadata()) + bytes(SIZE)
+def body(size: int = SIZE) -> bytes:
+    return wire.build_header(wire.place([TensorSpec("w", (size // 4,), "F32")]), INFO.to_metadata()) + bytes(size)
 
 
-def half_a_body(peer: Any) -> None:
+def half_a_body(peer: Any, size: int = SIZE) -> None:
     """Send half of the weights and wait for the client to hang up."""
-    raw = body()
+    raw = body(size)
     peer.request()
     head = f'HTTP/1.1 200 OK\r\nContent-Length: {len(raw)}\r\nETag: "1.3"\r\n\r\n'
     peer.send(head.encode() + raw[: len(raw) // 2])
     peer.sock.recv(1)
 
 
-def killed(program: str, url: str, path: Path, how: signal.Signals) -> int:
-    """Run a program that downloads to ``path``, kill it in the midst, and give its exit code."""
+def killed(program: str, url: str, path: Path, how: signal.Signals, *, after: int = 0) -> int:
+    """Run a program that downloads to ``path``, kill it in the midst, and give its exit code.
+
+    after: bytes that a part with a name has by then.
+    """
     words = [url, str(path)] if program.endswith(LIBRARY) else ["--url", url, "pull", "r", "-o", str(path)]
     process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + PATIENCE
-        while not list(path.parent.glob(".*.part")) and not _writes_below(process.pid, path.parent):
+        while not any(part.stat().st_size >= after for part in path.parent.glob(".*.part")) and (
+            after or not _writes_below(process.pid, path.parent)
+        ):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -237,14 +243,53 @@ def _writes_below(pid: int, folder: Path) -> bool:
 
 
 @linux
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("program", [COMMAND, LIBRARY], ids=["command", "library"])
+@pytest.mark.parametrize(
+    ("program", "how"),
+    [(COMMAND, signal.SIGTERM), (COMMAND, signal.SIGINT), (LIBRARY, signal.SIGTERM), (LIBRARY, signal.SIGKILL)],
+    ids=["command-TERM", "command-INT", "library-TERM", "library-KILL"],
+)
 def test_a_killed_download_leaves_nothing(
     scripted: Callable[..., Any], tmp_path: Path, program: str, how: signal.Signals
 ) -> None:
-    """What scancel and Kubernetes send, and what they send next, leave no hidden file."""
+    """What scancel, Kubernetes and Ctrl-C send leaves no hidden file. Of what they send next `ema pull` alone leaves
+    one, see test_a_killed_command_goes_on()."""
     killed(program, scripted(half_a_body).url, tmp_path / "w.safetensors", how)
     assert names(tmp_path) == []
+
+
+def test_a_killed_command_goes_on(scripted: Callable[..., Any], tmp_path: Path) -> None:
+    """kill -9 leaves the bytes that came: the next `ema pull` asks for the others alone, if the weights are the same.
+
+    Of other weights they are dropped, and a file is whole in either case.
+    """
+    size = 4 << 20
+    path, raw, asked = tmp_path / "w.safetensors", body(size), []
+
+    def rest(peer: Any) -> None:
+        """Send from the first byte, or those that a Range names, as the service does."""
+        while request := peer.request():
+            asked.append(request.headers.get("range"))
+            start = int(asked[-1].removeprefix("bytes=")[:-1]) if asked[-1] else 0
+            span = {"Content_Range": f"bytes {start}-{len(raw) - 1}/{len(raw)}"} if start else {}
+            peer.answer(206 if start else 200, raw[start:], "application/octet-stream", ETag='"1.3"', **span)
+
+    server = scripted(partial(half_a_body, size=size), rest)
+    assert killed(COMMAND, server.url, path, signal.SIGKILL, after=size // 4) == -signal.SIGKILL
+    [part] = tmp_path.iterdir()
+    came = part.stat().st_size
+    assert pulled(server.url, path) == (0, raw)
+    assert (asked, names(tmp_path)) == ([None, f"bytes={came}-"], ["w.safetensors"])
+
+    part.write_bytes(b"of other weights")
+    part.rename(part := tmp_path / f".w.safetensors.{'0' * 16}.part")
+    assert pulled(server.url, path) == (0, raw)
+    assert (asked[2:], names(tmp_path)) == ([None, None], ["w.safetensors"])
+
+
+def pulled(url: str, path: Path) -> tuple[int, bytes]:
+    words = [sys.executable, "-c", COMMAND, "--url", url, "pull", "r", "-o", str(path)]
+    done = subprocess.run(words, capture_output=True, timeout=PATIENCE, check=False)
+    return done.returncode, path.read_bytes()
 
 
 def test_without_nameless_files_the_command_clears_up(scripted: Callable[..., Any], tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ The rule: files and tensors only. Does not know the service: the caller sends wh
 
 from __future__ import annotations
 
+from ema_client.checkpoints.distances import Difference, difference
+from ema_client.checkpoints.parameters import Parameters, read_parameters
 from ema_client.checkpoints.reading import Imported, read
 from ema_client.checkpoints.writing import write
 
-__all__ = ["Imported", "read", "write"]
+__all__ = ["Difference", "Imported", "Parameters", "difference", "read", "read_parameters", "write"]

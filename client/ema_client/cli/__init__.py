@@ -1,15 +1,16 @@
-"""The command ``ema``: look at runs, pull and watch weights, take snapshots, from a shell.
+"""The command ``ema``: look at runs, move weights, take snapshots, find out what is wrong, from a shell.
 
-Knows: exit codes (0 done, 1 refused or failed, 2 wrong use), and what to say where the extra
+Knows: exit codes (0 done, 1 refused or failed, 2 wrong use, 128 and a signal's number), and what to say where the extra
 ``ema-client[cli]`` (typer and rich) is missing; the package imports without the extra. Does not know: any command.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from ema_client.cli.ending import orderly_end
-from ema_client.errors import EmaError, printable
 
 __all__ = ["main"]
 
@@ -23,13 +24,16 @@ def main() -> None:
             raise
         sys.stderr.write(f"ema needs {missing.name}, which is not installed: pip install 'ema-client[cli]'\n")
         raise SystemExit(2) from None
-    try:
-        with orderly_end():
-            app()()
-    except EmaError as error:
-        hint = f"\n  {error.hint}" if error.hint else ""
-        sys.stderr.write(f"ema: {error.detail}{hint}\n")
-        raise SystemExit(1) from None
-    except OSError as error:
-        sys.stderr.write(f"ema: {printable(str(error))}\n")
-        raise SystemExit(1) from None
+    _write_anything()
+    with orderly_end():
+        app()(prog_name="ema")
+
+
+def _write_anything() -> None:
+    """Make standard output and error take whatever is written: characters they lack are spelt out; closed, nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open for as long as the program
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

@@ -5,27 +5,37 @@ Knows: which commands there are. Does not know: what a command does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ema_client import __version__
-from ema_client.cli import averages, checkpoints, plan, runs, show, sweep, watch
+from ema_client.cli import averages, checkpoints, diff, doctor, monitoring, plan, runs, snapshots, sweep, watch, weights
+from ema_client.cli.binding import bound
 from ema_client.cli.options import Token, Url
 
-__all__ = ["app"]
+__all__ = ["COMMANDS", "app"]
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "plan": plan.plan,
+COMMANDS: dict[str, Callable[..., Any]] = {
     "runs": runs.runs,
     "show": runs.show_run,
-    "pull": runs.pull,
+    "top": monitoring.top,
+    "history": monitoring.history,
+    "timeline": monitoring.timeline,
+    "du": monitoring.du,
+    "doctor": doctor.doctor,
+    "pull": weights.pull,
+    "push": weights.push,
     "watch": watch.watch,
-    "profiles": runs.profiles,
+    "diff": diff.diff,
+    "snapshot": snapshots.snapshot,
+    "snapshots": snapshots.snapshots,
+    "delete-snapshot": snapshots.delete_snapshot,
+    "plan": plan.plan,
+    "profiles": snapshots.profiles,
     "sweep": sweep.sweep,
-    "snapshot": runs.snapshot,
-    "snapshots": runs.snapshots,
     "set-decay": runs.set_decay,
     "add-average": averages.add_average,
     "remove-average": averages.remove_average,
@@ -37,24 +47,24 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def app() -> typer.Typer:
-    """The command ``ema``."""
+@functools.cache
+def app() -> Callable[..., Any]:
+    """The command ``ema``, to be called; made once, as that takes longer than most commands."""
     made = typer.Typer(
         name="ema",
         help="Look at the runs of an ema-service, pull and watch their EMA weights, bring EMAs in and out.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
     made.callback()(_common)
-    for name, command in _COMMANDS.items():
-        made.command(name)(command)
-    return made
+    for name, command in COMMANDS.items():
+        made.command(name)(bound(command))
+    return typer.main.get_command(made)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        show.say(f"ema {__version__}")
+        typer.echo(f"ema {__version__}")
         raise typer.Exit
 
 

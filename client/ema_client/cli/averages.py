@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ema_client.cli import show
-from ema_client.cli.options import Run, Token, Url, connect
+from ema_client.cli.answers import Answer
+from ema_client.cli.options import Run, Yes, agreed
+from ema_client.client import EmaClient
 from ema_client.protocol import SCHEDULE_FIELDS, AverageConfig, from_json, to_json
 
 __all__ = ["add_average", "remove_average"]
@@ -24,7 +25,7 @@ def _option(help: str) -> typer.models.OptionInfo:
 
 
 def add_average(
-    context: typer.Context,
+    client: EmaClient,
     run: Run,
     name: Name,
     schedule: Annotated[str, typer.Option(help=f"{', '.join(SCHEDULE_FIELDS)}.")] = "litema",
@@ -36,9 +37,7 @@ def add_average(
     inv_gamma: Annotated[float | None, _option("Of schedule inverse_gamma; by default 1.")] = None,
     power: Annotated[float | None, _option("Of schedule inverse_gamma; by default 2/3.")] = None,
     min_decay: Annotated[float | None, _option("Of schedule inverse_gamma; by default 0.")] = None,
-    url: Url = None,
-    token: Token = None,
-) -> None:
+) -> Answer:
     """Add an average to a run: it begins with the parameters of the next update."""
     average = AverageConfig(
         name,
@@ -52,25 +51,15 @@ def add_average(
         power=power,
         min_decay=min_decay,
     )
-    with connect(context, url, token) as client:
-        info = client.add_average(run, name, _checked(average))
-    show.say(f"{run}: {', '.join(one.name for one in info.averages)}")
+    info = client.add_average(run, name, _checked(average))
+    return Answer(info, (f"{run}: {', '.join(one.name for one in info.averages)}",))
 
 
-def remove_average(
-    context: typer.Context,
-    run: Run,
-    name: Name,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    url: Url = None,
-    token: Token = None,
-) -> None:
+def remove_average(client: EmaClient, run: Run, name: Name, yes: Yes = False) -> Answer:
     """Remove an average from a run, with its weights; snapshots keep theirs."""
-    if not yes:
-        typer.confirm(f"Remove average {name} of run {run} with its weights?", abort=True)
-    with connect(context, url, token) as client:
-        client.remove_average(run, name)
-    show.say(f"{run}: {name} removed")
+    agreed(f"Remove average {name} of run {run} with its weights?", yes=yes)
+    client.remove_average(run, name)
+    return Answer({"run": run, "average": name, "removed": True}, (f"{run}: {name} removed",))
 
 
 def _checked(average: AverageConfig) -> AverageConfig:

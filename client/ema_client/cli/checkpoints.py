@@ -6,7 +6,8 @@ know: formats (checkpoints), HTTP. Imports torch only when a command runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_client.cli import show
-from ema_client.cli.options import Average, Run, Token, Url, connect
+from ema_client.cli.answers import Answer
+from ema_client.cli.options import Average, Run, Snapshot, without_torch
+from ema_client.cli.progress import moving
+from ema_client.client import EmaClient
 from ema_client.errors import UsageError, listed
 from ema_client.protocol import RunInfo
 
@@ -36,7 +40,7 @@ Like = Annotated[
 
 
 def import_run(
-    context: typer.Context,
+    client: EmaClient,
     path: Annotated[
         Path,
         typer.Argument(
@@ -68,9 +72,7 @@ def import_run(
     num_updates: Annotated[
         int | None, typer.Option(min=0, help="Instead of the checkpoint's counter.", show_default=False)
     ] = None,
-    url: Url = None,
-    token: Token = None,
-) -> None:
+) -> Answer:
     """Make a run of an EMA that another program kept, or that was exported from here, with its counter and decay.
 
     Nothing of the file is executed. The run has the program's schedule where the file holds it, LitEma's and EMAModel's
@@ -80,13 +82,12 @@ def import_run(
     try:
         from ema_client.checkpoints import read
     except ModuleNotFoundError:
-        raise _without_torch() from None
+        raise without_torch() from None
     found = read(path, format=format, like=like, drop=drop or (), keep=copied or ())
-    _say_what_was_found(path, found)
     going_on = found.going_on if num_updates is None else replace(found.going_on, num_updates=num_updates)
     known = going_on.decay if decay is None else decay
     largest = going_on.usual_decay if known is None else known
-    with connect(context, url, token) as client:
+    with moving(path.name) as progress:
         info = client.create_run(
             run,
             found.tensors,
@@ -96,49 +97,51 @@ def import_run(
             copied=_matching(found.tensors, copied or ()),
             num_updates=going_on.num_updates,
             step=found.step,
+            progress=progress,
         )
     assumed = " (not in the file: the program's default; --decay sets it)" if known is None else ""
-    show.say(f"{run}: {info.tensors} tensors, {show.size(info.bytes)}, {_counted(info)}, decay {largest:.6g}{assumed}")
+    made = f"{run}: {info.tensors} tensors, {show.size(info.bytes)}, {_counted(info)}, decay {largest:.6g}{assumed}"
     overridden = num_updates is not None or (decay is not None and going_on.decay is not None)
-    if not overridden and (difference := going_on.difference(largest)):
-        show.say(f"  {difference}")
+    difference = "" if overridden else going_on.difference(largest)
+    said = (*_found(path, found), made, *((f"  {difference}",) if difference else ()))
+    about = {"format": found.format, "source": found.source, "left_out": found.dropped, "notes": found.notes}
+    return Answer({"path": path, **about, "difference": difference or None, "run": info}, said)
 
 
 def export(
-    context: typer.Context,
+    client: EmaClient,
     run: Run,
     path: Annotated[
         Path, typer.Argument(help="The file to write; for diffusers perhaps a folder.", show_default=False)
     ],
     format: Annotated[str, typer.Option(help="litema, safetensors or diffusers.")] = "safetensors",
-    snapshot: Annotated[str | None, typer.Option(help="The weights of this snapshot.", show_default=False)] = None,
+    snapshot: Snapshot = None,
     average: Average = None,
     like: Like = None,
-    url: Url = None,
-    token: Token = None,
-) -> None:
+) -> Answer:
     """Write EMA weights as another program loads them."""
-    with connect(context, url, token) as client:
+    with moving(run) as progress:
         if format == "safetensors":
-            info = client.download(run, path, average=average, snapshot=snapshot)
+            info = client.download(run, path, average=average, snapshot=snapshot, progress=progress)
         else:
             try:
                 from ema_client.checkpoints import write
             except ModuleNotFoundError:
-                raise _without_torch() from None
-            weights = client.pull(run, average=average, snapshot=snapshot)
+                raise without_torch() from None
+            weights = client.pull(run, average=average, snapshot=snapshot, progress=progress)
             info = weights.info
             write(path, format, weights, info, like=like)
-    show.say(f"{path}: {format} of {info.run}/{info.average}, version {info.version}, num_updates {info.num_updates}")
+    said = f"{path}: {format} of {info.run}/{info.average}, version {info.version}, num_updates {info.num_updates}"
+    return Answer({"path": path, "format": format, **dataclasses.asdict(info)}, (said,))
 
 
-def _say_what_was_found(path: Path, found: Imported) -> None:
+def _found(path: Path, found: Imported) -> Iterator[str]:
     source = f" ({found.source})" if found.source else ""
-    show.say(f"{path}: {found.format}{source}, {len(found.tensors)} tensors")
+    yield f"{path}: {found.format}{source}, {len(found.tensors)} tensors"
     if found.dropped:
-        show.say(f"  left out, as no parameters: {listed(found.dropped)}")
+        yield f"  left out, as no parameters: {listed(found.dropped)}"
     for note in found.notes:
-        show.say(f"  {note}")
+        yield f"  {note}"
 
 
 def _counted(info: RunInfo) -> str:
@@ -156,7 +159,3 @@ def _matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(f"--copied {pattern!r} fits no tensor of the file")
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def _without_torch() -> UsageError:
-    return UsageError("this command handles tensors and torch is not installed", hint="pip install 'ema-client[torch]'")

@@ -6,7 +6,6 @@ not know: how those errors come about; a test works them out anew with the servi
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -15,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ema_client.cli import show
-from ema_client.cli.options import Json
+from ema_client.cli.answers import Answer, Table
 from ema_client.protocol import LAYOUT_DTYPES, Posthoc
 
 __all__ = ["FIGURES", "Figures", "Plan", "count_of", "plan", "plan_of"]
@@ -82,8 +81,7 @@ def plan(
         str, typer.Option(help="Parameters that are averaged: 860M, 1.5B, 124_000_000.", show_default=False)
     ],
     steps: Annotated[str, typer.Option(help="Updates of the training: 1000000, 400K.", show_default=False)],
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """What it costs to choose the length of the EMA after the training, and how exact that is. Asks no service.
 
     Each row is a posthoc= of create_run() and RemoteEma: power averages that are tracked from the beginning, and a ring
@@ -91,17 +89,12 @@ def plan(
     """
     count, updates = count_of(parameters, "--parameters"), count_of(steps, "--steps")
     plans = [plan_of(figures, count, updates) for figures in FIGURES]
-    if as_json:
-        show.print_json([dataclasses.asdict(each) for each in plans])
-        return
-    rows = show.table("", "sigma_rel", "snapshots", "dtype", "disk", "memory", "written", "worst error", "rounding")
+    table = Table(("", "sigma_rel", "snapshots", "dtype", "disk", "memory", "written", "worst error", "rounding"))
     for each in plans:
-        rows.add_row(*_row(each))
-    show.say(rows)
-    for note in _NOTES:
-        show.say(note)
-    if (longest := max(each.snapshots for each in plans)) >= updates:
-        show.say(f"A ring of {longest} snapshots holds each of {updates} updates: any average is exact.")
+        table.add(*_row(each))
+    longest = max(each.snapshots for each in plans)
+    whole = f"A ring of {longest} snapshots holds each of {updates} updates: any average is exact."
+    return Answer(plans, (table, *_NOTES, *((whole,) if longest >= updates else ())))
 
 
 _NOTES = (

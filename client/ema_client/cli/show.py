@@ -1,65 +1,22 @@
-"""How the commands show things: text, tables, JSON, sizes and times.
+"""How the commands write values: sizes, times, what a run holds.
 
-Knows: the terminal, and which fields of an answer need more than str(). Does not know: arguments, the service.
+Knows: which fields of an answer need more than str(). Does not know: tables, terminals (answers), the service.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from ema_client.errors import printable
-from ema_client.protocol import AverageInfo, RingInfo, RunInfo
+from ema_client.protocol import AverageInfo, RingInfo
 
-__all__ = ["complain", "pairs", "print_json", "row", "say", "shown", "size", "table", "when"]
-
-
-def say(thing: Any) -> None:
-    # No markup, no control characters: what a server or a stranger's file says is shown, not obeyed. In a pipe or a
-    # file, lines are as long as need be.
-    width = None if sys.stdout.isatty() else 1000
-    console = Console(width=width, markup=False, highlight=False, soft_wrap=isinstance(thing, str))
-    console.print(printable(thing) if isinstance(thing, str) else thing)
-
-
-def table(*columns: str) -> Table:
-    return _Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-
-
-def pairs() -> Table:
-    """A table without head, of names and values."""
-    return _Table(box=None, show_header=False, padding=(0, 2), collapse_padding=True, pad_edge=False)
-
-
-class _Table(Table):
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*("\n".join(map(printable, cell.split("\n"))) for cell in cells), **options)
-
-
-def print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
-def row(info: RunInfo) -> tuple[str, ...]:
-    return (
-        info.run,
-        info.status,
-        shown("step", info.step),
-        str(info.num_updates),
-        f"{info.decay:.6g}",
-        shown("effective_decay", info.effective_decay),
-        size(info.bytes),
-        _age(time.time() - info.updated_at),
-    )
+__all__ = ["age", "complain", "number", "shown", "size", "when"]
 
 
 def shown(name: str, value: Any) -> str:
+    """The value of the field ``name`` of an answer."""
     if value is None:
         return "-"
     if name == "bytes":
@@ -87,16 +44,22 @@ def _ring(info: RingInfo) -> str:
     return f"{kept}\nat num_updates {times}"
 
 
-def size(count: int) -> str:
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of so many digits; a dash for what was not measured."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def size(count: float) -> str:
+    """A number of bytes in the unit that fits: ``1.5 GiB``."""
     amount, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if amount < 1024:
             break
         amount, unit = amount / 1024, larger
-    return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+    return f"{count:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
 
 
-def _age(seconds: float) -> str:
+def age(seconds: float) -> str:
     """How long ago, as a single rounded number with its unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
@@ -105,6 +68,7 @@ def _age(seconds: float) -> str:
 
 
 def when(seconds: float) -> str:
+    """A moment, in the time of this machine."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 

@@ -11,14 +11,16 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ema_client.cli import show
+from ema_client.cli.answers import Answer, Table
 from ema_client.cli.commands import how_it_ended, take_output
-from ema_client.cli.options import Json, MaxError, Run, Token, Url, connect
+from ema_client.cli.options import MaxError, Run
 from ema_client.cli.plots import check_can_draw, draw, text_plot
 from ema_client.cli.templates import environment, shell_line, words_of
 from ema_client.client import EmaClient
@@ -36,7 +38,7 @@ _SPREAD = "A:B:N: N lengths from A to B, each longer than the one before by the 
 
 
 def sweep(
-    context: typer.Context,
+    client: EmaClient,
     run: Run,
     command: Annotated[
         str,
@@ -71,10 +73,7 @@ def sweep(
     keep: Annotated[
         str | None, typer.Option(help="Keep the best as a snapshot of this name.", show_default=False)
     ] = None,
-    as_json: Json = False,
-    url: Url = None,
-    token: Token = None,
-) -> None:
+) -> Answer:
     """Find the best length of an EMA: run a command on averages of several lengths, of a run with posthoc.
 
     Up to eight safetensors files at a time lie in a temporary folder ($TMPDIR). A command that fails, and a length that
@@ -84,23 +83,16 @@ def sweep(
     kind, values = _lengths(sigma_rel=sigma_rel, decay=decay, half_life=half_life)
     if plot is not None:
         check_can_draw(plot)
-    with connect(context, url, token) as client:
-        if keep is not None:
-            _check_is_free(client, run, keep)
-        evaluation = _Evaluation(command)
-        options: dict[str, Any] = {kind: values, "at": at, "max_error": max_error, "dtype": dtype}
-        found = client.sweep(run, evaluation, highest=highest, refine=refine, told=_tell, **options)
-        kept = None if keep is None or found.best is None else _keep(client, found, keep, max_error)
-    if as_json:
-        show.print_json(_as_json(found))
-    else:
-        _show(found)
+    if keep is not None:
+        _check_is_free(client, run, keep)
+    evaluation = _Evaluation(command)
+    options: dict[str, Any] = {kind: values, "at": at, "max_error": max_error, "dtype": dtype}
+    found = client.sweep(run, evaluation, highest=highest, refine=refine, told=_tell, **options)
+    if keep is not None and found.best is not None and (kept := _keep(client, found, keep, max_error)):
+        show.complain(f"kept as snapshot {kept}")
     if plot is not None and found.best is not None:
         _draw(plot, found)
-    if kept is not None:
-        show.complain(f"kept as snapshot {kept}")
-    if evaluation.failed or found.best is None:
-        raise typer.Exit(1)
+    return Answer(_as_json(found), tuple(_shown(found)), code=1 if evaluation.failed or found.best is None else 0)
 
 
 # --- lengths --------------------------------------------------------------------------------------------------------
@@ -178,25 +170,24 @@ def _tell(point: SweptPoint) -> None:
         show.complain(f"{point.info.target}: {point.result:.6g}")
 
 
-def _show(found: Sweep) -> None:
-    rows = show.table("", found.kind, "result", "error")
+def _shown(found: Sweep) -> Iterator[str | Table]:
+    table = Table(("", found.kind, "result", "error"))
     for point in found.points:
         error = "" if point.info is None or point.info.profile_error is None else f"{point.info.profile_error:.1g}"
         mark = "*" if point is found.best else ""
-        rows.add_row(mark, f"{point.value:.9g}", _result(point), error)
-    show.say(rows)
+        table.add(mark, f"{point.value:.9g}", _result(point), error)
+    yield table
     for point in found.points:
         if point.refused is not None:
-            show.say(f"{point.value:.9g} refused: {point.refused}")
+            yield f"{point.value:.9g} refused: {point.refused}"
     if (best := found.best) is None:
         return
     counted = [(point.value, point.result or 0.0) for point in found.points if point.counts]
     if len(counted) > 1:
-        for line in text_plot(counted, (best.value, best.result or 0.0), scale=_scale(found.kind)):
-            show.say(line)
-    show.say(f"best: {described(found.kind, best.value)}, {best.result:.6g}, of run {found.run} at {found.at}")
+        yield from text_plot(counted, (best.value, best.result or 0.0), scale=_scale(found.kind))
+    yield f"best: {described(found.kind, best.value)}, {best.result:.6g}, of run {found.run} at {found.at}"
     if found.at_edge and len(counted) > 1:
-        show.say("the best is at the edge of what was looked at: a better one may lie beyond")
+        yield "the best is at the edge of what was looked at: a better one may lie beyond"
 
 
 def _result(point: SweptPoint) -> str:

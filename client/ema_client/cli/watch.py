@@ -7,9 +7,7 @@ Knows: when a file is wanted and for how long, how a command is told of the file
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -21,11 +19,12 @@ import typer
 
 from ema_client.atomic import move_whole
 from ema_client.cli import show
+from ema_client.cli.answers import Answer
 from ema_client.cli.commands import how_it_ended, run_line
-from ema_client.cli.options import Average, Json, Run, Token, Url, connect
+from ema_client.cli.options import Average, Run
 from ema_client.cli.templates import environment, file_name, has_placeholder, shell_line, words_of
 from ema_client.client import EmaClient
-from ema_client.errors import RunNotFound, SnapshotNotFound, printable
+from ema_client.errors import RunNotFound, SnapshotNotFound
 from ema_client.protocol import EventKind, RunEvent, WeightsInfo
 
 __all__ = ["watch"]
@@ -53,7 +52,7 @@ Out = Annotated[
 
 
 def watch(
-    context: typer.Context,
+    client: EmaClient,
     run: Run,
     command: Command = None,
     out: Out = None,
@@ -64,10 +63,7 @@ def watch(
     timeout: Annotated[
         float | None, typer.Option(min=0, help="End after so many seconds without a new one.", show_default=False)
     ] = None,
-    as_json: Json = False,
-    url: Url = None,
-    token: Token = None,
-) -> None:
+) -> Iterator[Answer]:
     """Tell of each new version of a run, beginning with the present one; --out keeps it, --exec runs a command on it.
 
     What takes longer than the next version takes to come is given the newest next, not those between. A command that
@@ -75,15 +71,9 @@ def watch(
     """
     if out and "{path}" in out:
         raise typer.BadParameter("--out is the path: of the placeholders, {path} is for --exec alone")
-    limit = 1 if once else count
-    failed = False
-    with connect(context, url, token) as client:
-        watcher = _Watcher(client, run, average, command, out, as_json=as_json)
-        for number, ok in enumerate(watcher.follow(snapshots=snapshots, timeout=timeout), start=1):
-            failed |= not ok
-            if number == limit:
-                break
-    if failed:
+    watcher = _Watcher(client, run, average, command, out)
+    yield from watcher.follow(snapshots=snapshots, timeout=timeout, limit=1 if once else count)
+    if watcher.failed:
         raise typer.Exit(1)
 
 
@@ -94,30 +84,33 @@ class _Watcher:
     average: str | None
     command: str | None
     out: str | None
-    as_json: bool
+    failed: bool = False
 
-    def follow(self, *, snapshots: bool, timeout: float | None) -> Iterator[bool]:
-        """Handle each event; yields whether the event's command ended well."""
-        done = None
+    def follow(self, *, snapshots: bool, timeout: float | None, limit: int | None) -> Iterator[Answer]:
+        """Tell of each event, then run the event's command; ends after ``limit`` events. failed: one of the commands
+        did."""
+        done, handled = None, 0
         kinds: tuple[EventKind, ...] = ("snapshot_created",) if snapshots else ("version",)
         for event in self.client.watch(self.run, kinds=kinds, timeout=timeout):
             if not snapshots and event.version == done:
                 # The latest download, which may be newer than its event, was of this version already.
                 continue
-            if self.command is None and self.out is None:
-                self._tell(dataclasses.asdict(event), _described(event))
-                yield True
-                continue
             with ExitStack() as stack:
-                try:
-                    path, info = self._download(event, stack)
-                except (RunNotFound, SnapshotNotFound) as gone:
-                    # The snapshot was deleted since the event, or the run with all snapshots.
-                    show.complain(gone.detail)
-                    continue
-                done = info.version
-                self._tell({"path": str(path), **dataclasses.asdict(info)}, f"{path}: {_described(info)}")
-                yield self._execute(words_of(path, info))
+                if self.command is None and self.out is None:
+                    yield Answer(event, (_described(event),))
+                else:
+                    try:
+                        path, info = self._download(event, stack)
+                    except (RunNotFound, SnapshotNotFound) as gone:
+                        # The snapshot was deleted since the event, or the run with all snapshots.
+                        show.complain(gone.detail)
+                        continue
+                    done = info.version
+                    yield Answer({"path": path, **dataclasses.asdict(info)}, (f"{path}: {_described(info)}",))
+                    self._execute(words_of(path, info))
+            handled += 1
+            if handled == limit:
+                return
 
     def _download(self, event: RunEvent, stack: ExitStack) -> tuple[Path, WeightsInfo]:
         name = event.snapshot.name if event.snapshot else None
@@ -139,20 +132,14 @@ class _Watcher:
         move_whole(whole, path)
         return path, info
 
-    def _execute(self, words: Mapping[str, str]) -> bool:
+    def _execute(self, words: Mapping[str, str]) -> None:
         if self.command is None:
-            return True
-        told = {**os.environ, **environment(words)}
-        code = run_line(shell_line(self.command), told)
-        if code:
+            return
+        if code := run_line(shell_line(self.command), {**os.environ, **environment(words)}):
+            self.failed = True
             show.complain(
                 f"the command failed with {how_it_ended(code)} on version {words['version']}; watching goes on"
             )
-        return code == 0
-
-    def _tell(self, data: Mapping[str, object], text: str) -> None:
-        sys.stdout.write((json.dumps(data) if self.as_json else printable(text)) + "\n")
-        sys.stdout.flush()
 
 
 def _described(of: RunEvent | WeightsInfo) -> str:

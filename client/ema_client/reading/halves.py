@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ema_client.http.downloads import Download
 from ema_client.reading.asked import Asked
-from ema_client.reading.checking import Checked
+from ema_client.reading.checking import Checked, Tally
 from ema_client.reading.ranges import OpenRange, whole_length
 from ema_client.reading.weights import Into, Weights, read_header
 from ema_client.wire import Entry, Header
@@ -42,12 +42,21 @@ def split_of(header: Header, length: int) -> int:
     return length - header.data_bytes + cut
 
 
-def pull_halves(asked: Asked, open_range: OpenRange, split: int, into: Into, *, check: bool = False) -> Weights | None:
+def pull_halves(
+    asked: Asked,
+    open_range: OpenRange,
+    split: int,
+    into: Into,
+    *,
+    check: bool = False,
+    tally: Tally | None = None,
+) -> Weights | None:
     """Pull weights in two halves; ``split`` is the result of split_of() at the latest pull of the same weights.
 
     into: gives the tensors to receive in; see Into. check: whether to compare the data with the service's digest, which
-    may raise DigestMismatch. None where the weights have no such halves, or moved on to another version before the
-    second request: the caller then pulls the whole, and the tensors may be part new.
+    may raise DigestMismatch. tally: told of the bytes as they come. None where the weights have no such halves, or
+    moved on to another version before the second request: the caller then pulls the whole, and the tensors may be part
+    new.
     """
     from ema_client.tensors.body import receive
 
@@ -64,7 +73,7 @@ def pull_halves(asked: Asked, open_range: OpenRange, split: int, into: Into, *, 
         # Before the other thread begins: the C library would give a new thread memory that was never touched.
         target = into(entries)
         etag, begin = first.headers.get("etag", ""), source.position + others[0].begin
-        data = Checked(first, wanted=check)
+        data = Checked(first, wanted=check, moved=None if tally is None else tally.of(header.data_bytes))
 
         def second_half() -> dict[str, Tensor] | None:
             with open_range(begin, source.length, etag) as second:

@@ -16,7 +16,7 @@ from ema_client.http.downloads import Download
 from ema_client.http.transport import Query, Transport
 from ema_client.protocol import MAX_WAIT, WeightsInfo
 from ema_client.reading.asked import Asked
-from ema_client.reading.checking import Checked
+from ema_client.reading.checking import Checked, Progress, Tally
 from ema_client.reading.halves import pull_halves, split_of
 from ema_client.reading.ranges import OpenRange, check_part
 from ema_client.reading.slices import Wanted, fetch
@@ -68,6 +68,7 @@ class Pulls:
         out: Mapping[str, Tensor] | None = None,
         *,
         wait: float | None = None,
+        progress: Progress | None = None,
     ) -> Weights:
         """The weights asked for, in the tensors of ``out`` or in new ones; see EmaClient.pull().
 
@@ -77,12 +78,13 @@ class Pulls:
 
         into = targets_in(out)
         if asked.min_step is None or wait is None:
-            return self._pull(asked, into, {"min_step": asked.min_step})
+            return self._pull(asked, into, {"min_step": asked.min_step}, progress=progress)
         deadline = time.monotonic() + wait
         while True:
             now = max(0.0, min(deadline - time.monotonic(), self._longest_wait))
             try:
-                return self._pull(asked, into, {"min_step": asked.min_step, "wait": now}, patience=now)
+                waiting = {"min_step": asked.min_step, "wait": now}
+                return self._pull(asked, into, waiting, patience=now, progress=progress)
             except StepNotReached:
                 if time.monotonic() + _POLL_SECONDS >= deadline:
                     raise
@@ -106,21 +108,31 @@ class Pulls:
         open_range = self._opener(asked, waiting, self._longest_wait)
         return self._transport.retrying(lambda _: fetch(asked, open_range, wanted))
 
-    def _pull(self, asked: Asked, into: Into, waiting: Query, patience: float = 0.0) -> Weights:
+    def _pull(
+        self,
+        asked: Asked,
+        into: Into,
+        waiting: Query,
+        patience: float = 0.0,
+        progress: Progress | None = None,
+    ) -> Weights:
         from ema_client.tensors.body import receive
 
         open_range, request = self._opener(asked, waiting, patience), asked.without_step
 
         def attempt(_: int) -> Weights:
             split = self._splits.get(request, 0)
-            halves = pull_halves(asked, open_range, split, into, check=self._check_halves) if split else None
+            tally = None if progress is None else Tally(progress)
+            halves = (
+                pull_halves(asked, open_range, split, into, check=self._check_halves, tally=tally) if split else None
+            )
             if halves is not None:
                 return halves
             with open_range(0, None, None) as download:
                 header, info = read_header(download, asked)
                 large = download.length > self._split_above
                 self._remember(request, split_of(header, download.length) if large else 0)
-                data = Checked(download)
+                data = Checked(download, moved=None if tally is None else tally.of(header.data_bytes))
                 weights = Weights(receive(header.entries, data.readinto, into(header.entries)), info)
                 data.check()
                 return weights

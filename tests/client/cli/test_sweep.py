@@ -249,7 +249,7 @@ def test_pull_snapshot_show_profiles(ema: Ema, trained: EmaClient, tmp_path: Pat
     assert "refused: " in ema("profiles", RUN, "--sigma-rel", "0.2885")[1]
     assert json.loads(ema("profiles", RUN, "--sigma-rel", "0.1", "--json")[1])["refused"] is None
     shown = ema("show", RUN)[1]
-    assert re.search(r"^ring +16 of 16 snapshots of sigma_rel 0\.015, 0\.03, 0\.25 in F32, ", shown, re.MULTILINE)
+    assert re.search(r"^ring\t16 of 16 snapshots of sigma_rel 0\.015, 0\.03, 0\.25 in F32, ", shown, re.MULTILINE)
     assert len(json.loads(ema("show", RUN, "--json")[1])["ring"]["times"]) == 16
 
 

@@ -1,0 +1,208 @@
+"""``ema doctor``: whether this machine and a service get along, and what to mend where they do not.
+
+Changes nothing, and ends within five seconds, also where nobody answers.
+
+Knows: what a healthy service answers, and what follows from an answer. Does not know: how requests travel.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from ema_client import __version__, protocol
+from ema_client.cli import show
+from ema_client.cli.answers import Answer, Table
+from ema_client.cli.refusals import hint_of
+from ema_client.errors import EmaError, Forbidden, RouteNotFound, Unauthorized
+from ema_client.http.memfd import SharedBody
+from ema_client.http.transport import Transport
+from ema_client.protocol import RunInfo, RunList, ServerInfo
+
+__all__ = ["Finding", "doctor"]
+
+#: Seconds, and bytes, for which weights are read to see how fast they come.
+_LINK_SECONDS, _LINK_BYTES = 1.0, 256 << 20
+_PIECE_BYTES = 1 << 20
+_PINGS = 5
+#: Seconds between two clocks that nobody minds.
+_CLOCKS_APART = 2.0
+#: The share of memory or disk from which on it is time to make room; at 5 % of the disk runs and snapshots are refused.
+_FULL = 0.9
+
+Verdict = Literal["ok", "warning", "failed", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found, and what to do where it is not "ok"."""
+
+    check: str
+    verdict: Verdict
+    found: str
+    remedy: str | None = None
+
+
+def doctor(transport: Transport) -> Answer:
+    """Is the service there, who is it, may this token do what it should, how fast is the way, and what is to be mended?
+
+    Takes at most five seconds, and changes nothing. The exit code is 1 where something has failed.
+    """
+    findings = list(_findings(transport))
+    table = Table()
+    for each in findings:
+        table.add(each.verdict, f"{each.check}: {each.found}" + (f"\n-> {each.remedy}" if each.remedy else ""))
+    failed = any(each.verdict == "failed" for each in findings)
+    return Answer(findings, (table,), code=1 if failed else 0)
+
+
+def _findings(transport: Transport) -> Iterator[Finding]:
+    yield from _here()
+    begun = time.time()
+    try:
+        server = transport.json("GET", protocol.server_path()).parsed(ServerInfo)
+    except RouteNotFound:
+        # A server of before this route: what other routes tell is there all the same.
+        yield Finding("service", "warning", f"{transport.url} answers, and is older than this client", _same_version())
+        yield _sharing(transport)
+        yield from _runs(transport)
+        return
+    except EmaError as error:
+        yield Finding("service", "failed", error.detail, hint_of(error))
+        return
+    ended = time.time()
+    yield Finding("service", "ok", f"{server.name} {server.version} at {transport.url}")
+    yield _versions(server)
+    yield _token(server)
+    if server.time is not None:
+        yield _clock(server.time - (begun + ended) / 2, (ended - begun) / 2)
+    yield _way(transport)
+    yield _sharing(transport)
+    yield from _room(server)
+    yield from _runs(transport)
+
+
+def _here() -> Iterator[Finding]:
+    """What of this client's own packages is missing."""
+    found = {name: _installed(name) for name in ("torch", "xxhash")}
+    missing = [name for name, there in found.items() if there is None]
+    said = ", ".join(f"{name} {there or 'is missing'}" for name, there in found.items())
+    remedy = "pip install 'ema-client[torch]': tensors need torch, and digests of weights xxhash" if missing else None
+    yield Finding("client", "warning" if missing else "ok", f"ema-client {__version__}, {said}", remedy)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _same_version() -> str:
+    return f"install the same version on both sides: pip install ema-client=={__version__}, or upgrade the server"
+
+
+def _versions(server: ServerInfo) -> Finding:
+    same = server.version.split(".")[:2] == __version__.split(".")[:2]
+    remedy = None if same else _same_version()
+    return Finding("versions", "ok" if same else "warning", f"client {__version__}, server {server.version}", remedy)
+
+
+def _token(server: ServerInfo) -> Finding:
+    if server.scopes:
+        return Finding("token", "ok", f"may {', '.join(server.scopes)}")
+    return Finding("token", "failed", "the server asks for a token, and none was given", hint_of(Unauthorized("")))
+
+
+def _clock(apart: float, uncertain: float) -> Finding:
+    said = f"the server's is {abs(apart):.2f} s {'ahead' if apart > 0 else 'behind'} (measured to {uncertain:.2f} s)"
+    if abs(apart) <= _CLOCKS_APART + uncertain:
+        return Finding("clock", "ok", said)
+    return Finding("clock", "warning", said, "set both by NTP: ages, logs and the end of tokens go by these clocks")
+
+
+def _way(transport: Transport) -> Finding:
+    """How long the service takes to answer at all."""
+    times = []
+    for _ in range(_PINGS):
+        begun = time.perf_counter()
+        try:
+            transport.json("GET", protocol.server_path())
+        except EmaError as error:
+            return Finding("answers", "failed", error.detail, hint_of(error))
+        times.append(time.perf_counter() - begun)
+    return Finding("answers", "ok", f"in {1e3 * statistics.median(times):.1f} ms")
+
+
+def _sharing(transport: Transport) -> Finding:
+    """Whether pushes from here can be handed over instead of sent."""
+    if not transport.same_host:
+        return Finding("shared memory", "skipped", "the service is on another host, or behind a name: pushes are sent")
+    try:
+        SharedBody(b"", 1)
+    except OSError as fault:
+        return Finding("shared memory", "warning", f"none here: {fault}", "pushes are sent; Linux has shared memory")
+    return Finding("shared memory", "ok", "pushes from here are handed over, where service and trainer are of one user")
+
+
+def _room(server: ServerInfo) -> Iterator[Finding]:
+    if server.memory_bytes is not None and server.memory_limit_bytes:
+        yield _filled(
+            "memory",
+            server.memory_bytes,
+            server.memory_limit_bytes,
+            "`ema du` says what takes it; delete runs that are done, or raise --memory-limit of the server",
+        )
+    if server.disk_free_bytes is not None and server.disk_total_bytes:
+        yield _filled(
+            "disk",
+            server.disk_total_bytes - server.disk_free_bytes,
+            server.disk_total_bytes,
+            "`ema du` says what takes it; `ema delete-snapshot` and `ema delete` make room",
+        )
+
+
+def _filled(check: str, used: int, limit: int, remedy: str) -> Finding:
+    full = used > _FULL * limit
+    said = f"{show.size(used)} of {show.size(limit)} in use"
+    return Finding(check, "warning" if full else "ok", said, remedy if full else None)
+
+
+def _runs(transport: Transport) -> Iterator[Finding]:
+    try:
+        runs = transport.json("GET", protocol.runs_path()).parsed(RunList).runs
+    except Forbidden as error:
+        yield Finding("runs", "skipped", error.detail)
+        return
+    except EmaError as error:
+        yield Finding("runs", "failed", error.detail, hint_of(error))
+        return
+    yield Finding("runs", "ok", f"{len(runs)}, of which {sum(run.status == 'ready' for run in runs)} are ready")
+    for run in runs:
+        if run.status == "degraded":
+            yield Finding(f"run {run.run}", "failed", run.reason or run.status, run.remedy)
+    yield _speed(transport, runs)
+
+
+def _speed(transport: Transport, runs: tuple[RunInfo, ...]) -> Finding:
+    """How fast weights come: a second of the largest run's, which are thrown away."""
+    there = [run for run in runs if run.version is not None and run.status == "ready"]
+    if not there:
+        return Finding("link", "skipped", "there is no run with weights to measure with")
+    run = max(there, key=lambda each: each.bytes)
+    buffer, come, begun = memoryview(bytearray(_PIECE_BYTES)), 0, time.perf_counter()
+    try:
+        with transport.download(protocol.weights_path(run.run), stop=_LINK_BYTES) as download:
+            while come < download.length and time.perf_counter() - begun < _LINK_SECONDS:
+                come += download.read_some(buffer)
+    except Forbidden:
+        return Finding("link", "skipped", f"the token may not pull {run.run}")
+    except EmaError as error:
+        return Finding("link", "warning", error.detail, hint_of(error))
+    took = time.perf_counter() - begun
+    small = "; too few bytes to tell" if come < _PIECE_BYTES else ""
+    return Finding("link", "ok", f"{show.size(come / took)}/s ({show.size(come)} of {run.run} in {took:.2f} s{small})")
