@@ -114,6 +114,13 @@ def serve(
         int, typer.Option(help="Most streams of events (`ema watch`) at once.", min=1)
     ] = Settings.max_watchers,
     max_snapshots: Annotated[int, typer.Option(help="Most snapshots of one run.", min=1)] = Settings.max_snapshots,
+    measurements: Annotated[
+        bool,
+        typer.Option(
+            "--measurements/--no-measurements",
+            help="Measure each update: how far shadow and parameters are apart, rates, times (`ema history`).",
+        ),
+    ] = Settings.measurements,
     token_file: Annotated[
         Path | None,
         typer.Option(help="Ask for tokens, those of this file (`ema-service token create`).", dir_okay=False),
@@ -160,6 +167,7 @@ def serve(
         max_connections=max_connections,
         max_watchers=max_watchers,
         max_snapshots=max_snapshots,
+        measurements=measurements,
         token_file=token_file,
         allowed_hosts=(host, *(allowed_host or ())),
         slow_request=slow_request,

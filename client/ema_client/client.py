@@ -39,8 +39,10 @@ from ema_client.http.transport import Query, Reply, Transport, with_query
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
+    Distances,
     Durability,
     EventKind,
+    History,
     NonFinitePolicy,
     Posthoc,
     ProfileInfo,
@@ -54,6 +56,7 @@ from ema_client.protocol import (
     ServerInfo,
     SnapshotInfo,
     SnapshotList,
+    Timeline,
     UpdateResult,
     UpdateStatus,
     WeightsInfo,
@@ -772,6 +775,31 @@ class EmaClient:
     def layout(self, run: str) -> RunLayout:
         """The tensors of a run's updates: names, shapes, dtypes, and which of them are copied. Raises RunNotFound."""
         return self._transport.json("GET", protocol.layout_path(_name(run, "run"))).parsed(RunLayout)
+
+    def history(self, run: str, *, since: float | None = None, points: int | None = None) -> History:
+        """How a run went: steps, distances between shadow and parameters, rates and times, over time.
+
+        since: only what was measured after that time, in seconds since 1970-01-01 UTC. points: at most so many
+        measurements, evenly over time, the newest among them; by default 500. Raises RunNotFound, InvalidRequest.
+        """
+        path = with_query(protocol.history_path(_name(run, "run")), {"since": since, "points": points})
+        return self._transport.json("GET", path).parsed(History)
+
+    def distances(self, run: str) -> Distances:
+        """How far each tensor's shadow was from its parameters, after the newest update that was measured.
+
+        Raises RunNotFound.
+        """
+        return self._transport.json("GET", protocol.distances_path(_name(run, "run"))).parsed(Distances)
+
+    def timeline(self, run: str, *, since: float | None = None, limit: int | None = None) -> Timeline:
+        """What was done to a run: changes of its decay, rewinds, trainers that took over, snapshots, damage.
+
+        since: only what happened after that time, in seconds since 1970-01-01 UTC. limit: at most so many entries, the
+        newest; by default 100. Raises RunNotFound, InvalidRequest.
+        """
+        path = with_query(protocol.timeline_path(_name(run, "run")), {"since": since, "limit": limit})
+        return self._transport.json("GET", path).parsed(Timeline)
 
     def delete_snapshot(self, run: str, name: str) -> None:
         """Delete a snapshot. Raises SnapshotNotFound."""

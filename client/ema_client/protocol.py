@@ -98,6 +98,19 @@ EventKind = Literal[
     "snapshot_deleted",
     "run_deleted",
 ]
+TimelineKind = Literal[
+    "created",
+    "decay_changed",
+    "reset",
+    "average_added",
+    "average_removed",
+    "writer",
+    "snapshot",
+    "snapshot_deleted",
+    "rewound",
+    "accepted",
+    "damaged",
+]
 
 #: The fields of a body, with the rule that a value from the other side must keep: a pattern for strings, bounds for
 #: numbers, a function that makes a text fit to be shown.
@@ -122,6 +135,12 @@ Gamma = Annotated[float, GAMMAS]
 #: How many snapshots a ring may have.
 RING_SNAPSHOTS = (2, 64)
 Snapshots = Annotated[int, RING_SNAPSHOTS]
+#: How many measurements an answer may have, and how many it has by default.
+HISTORY_POINTS = (1, 5000)
+DEFAULT_POINTS = 500
+#: How many entries of a timeline an answer may have, and how many it has by default.
+TIMELINE_ENTRIES = (1, 1000)
+DEFAULT_ENTRIES = 100
 #: Seconds since 1970-01-01 UTC, up to the year 9999: a calendar has no others.
 Moment = Annotated[float, (0.0, 253_402_000_000.0)]
 
@@ -184,6 +203,18 @@ def update_path(run: str, step: int) -> str:
 
 def events_path(run: str) -> str:
     return f"{run_path(run)}/events"
+
+
+def history_path(run: str) -> str:
+    return f"{run_path(run)}/history"
+
+
+def distances_path(run: str) -> str:
+    return f"{run_path(run)}/distances"
+
+
+def timeline_path(run: str) -> str:
+    return f"{run_path(run)}/timeline"
 
 
 def part_path(run: str, step: int | None, part: int) -> str:
@@ -419,7 +450,7 @@ class RunInfo:
         machine ("disk"); None where the run would be without a step.
     parameters, bytes: elements of the layout, and bytes of all shadows of the run.
     created_at, updated_at: seconds since 1970-01-01 UTC.
-    reason: why the status is "degraded".
+    reason: why the status is not "ready". remedy: what to do then, in a sentence.
     writer: the number of the trainer that attached last, 0 before any did.
     link: how the latest push came to the server, for people to read; None before the first push since its start.
     copied: how many of the tensors are copied, not averaged.
@@ -455,6 +486,7 @@ class RunInfo:
     checkpoint_step: Step | None = None
     versions_in: Text | None = None
     ring: RingInfo | None = None
+    remedy: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -614,6 +646,93 @@ class RunEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class HistoryColumns:
+    """Measurements of a run, a column each; all columns are of one length. None: not measured.
+
+    time: of the update, seconds since 1970-01-01 UTC, never falling. step, num_updates, effective_decay: as in RunInfo,
+        after the update.
+    distance: |shadow - parameters| / |parameters|, of the L2 norm of all averaged tensors, after the update.
+    shadow_norm, parameter_norm: |shadow| and |parameters|.
+    rate: updates per second since the measurement before. bytes_per_second: of parameters that came meanwhile.
+    durable_lag: the trainer's steps that ``RunInfo.durable_step`` was behind.
+    seconds_receive: from the update's begin until its bytes were there. seconds_average: spent averaging, most of it
+        meanwhile. seconds_commit: from the last byte until the version was the run's.
+    """
+
+    time: tuple[Moment, ...]
+    step: tuple[Step | None, ...]
+    num_updates: tuple[Counter | None, ...]
+    effective_decay: tuple[Decay | None, ...]
+    distance: tuple[float | None, ...]
+    shadow_norm: tuple[float | None, ...]
+    parameter_norm: tuple[float | None, ...]
+    rate: tuple[float | None, ...]
+    bytes_per_second: tuple[float | None, ...]
+    durable_lag: tuple[float | None, ...]
+    seconds_receive: tuple[float | None, ...]
+    seconds_average: tuple[float | None, ...]
+    seconds_commit: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The answer to ``GET /v1/runs/{run}/history``: how the run went.
+
+    average: the run's first, of which distances and norms are. version: of the newest measurement, None without one.
+    seen: how many measurements there were; older ones are thinned out. begin: when the first was, seconds since
+    1970-01-01 UTC.
+    groups: by the common beginning of tensors' names, the distance of these tensors alone at each time.
+    """
+
+    run: Name
+    average: Name
+    version: Version | None
+    seen: Count
+    begin: Moment | None
+    columns: HistoryColumns
+    groups: dict[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """The answer to ``GET /v1/runs/{run}/distances``: how far each tensor's shadow was from its parameters.
+
+    tensors: by name, |shadow - parameters| / |parameters| after the newest update that was measured; None where the
+    tensor is copied, or was not measured. average, version, step: of that update.
+    """
+
+    run: Name
+    average: Name
+    version: Version | None
+    step: Step | None
+    tensors: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """Something that somebody, or the service, did to a run. ``text`` is a sentence for people.
+
+    kind: "created"; "decay_changed"; "reset" (of num_updates); "average_added"; "average_removed"; "writer" (a trainer
+        took over); "snapshot"; "snapshot_deleted"; "rewound"; "accepted" (the version of a degraded run); "damaged".
+    step, num_updates: the run's at that time, None where they were not known.
+    """
+
+    time: Moment
+    kind: TimelineKind
+    step: Step | None
+    num_updates: Counter | None
+    text: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The answer to ``GET /v1/runs/{run}/timeline``: the newest entries, the newest last."""
+
+    run: Name
+    entries: tuple[TimelineEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsInfo(ScheduleFields):
     """The run's state that travels with weights: as ``Ema-*`` headers and in the safetensors ``__metadata__``.
 
@@ -768,6 +887,9 @@ def _reader(hint: Any) -> _Reader:
     if origin is tuple:
         inner = _reader(arguments[0])
         return lambda value: tuple(map(inner, _typed(list, value)))
+    if origin is dict:
+        inner = _reader(arguments[1])
+        return lambda value: {_typed(str, key): inner(each) for key, each in _typed(dict, value).items()}
     if origin is Literal:
         return _reader(Annotated[str, _WORD])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):

@@ -1,5 +1,5 @@
 """Persistence: one run on disk. Its versions, how a restart finds them, its snapshots, its ring,
-its history.
+its timeline.
 
 Knows how states become rows and files, and how rows and files become states. Never imports ``runs``: what the disk
 tells is returned, and the caller decides what is to be kept.
@@ -7,12 +7,12 @@ tells is returned, and the caller decides what is to be kept.
 
 from __future__ import annotations
 
-from ema_service.persistence.history import History
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.ring import StoredRing
 from ema_service.persistence.ring_shelf import RingSnapshot
 from ema_service.persistence.snapshots import Snapshots
+from ema_service.persistence.timeline import Timeline
 from ema_service.persistence.versions import Versions
 
-__all__ = ["History", "MemoryVersions", "Restored", "RingSnapshot", "Snapshots", "StoredRing", "Versions"]
+__all__ = ["MemoryVersions", "Restored", "RingSnapshot", "Snapshots", "StoredRing", "Timeline", "Versions"]

@@ -34,6 +34,7 @@ from ema_service.bodies.outgoing import ReadBytes
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import read_arena
 from ema_service.persistence.rows import descent_of
+from ema_service.persistence.timeline import Timeline
 from ema_service.shadows.state import Average, Descent, Member, State, schedule_told
 from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
 from ema_service.storage.store import Files
@@ -86,6 +87,7 @@ class Snapshots:
         self._memory = memory
         self._tell = tell
         self._most = most
+        self._timeline = Timeline(row.name, row, store)
         self.changes = 0
         self._closed = False
         self._lock = threading.Lock()
@@ -150,6 +152,7 @@ class Snapshots:
             self._check_free(name, found)
             files = {info.average: stream.chunks(read)}
             self._save(name, made.bytes, lambda: json.dumps({**to_json(made), "key": key}), files)
+            self._timeline.record("snapshot", f"snapshot {name} of {info.target} taken")
             self._changed()
             return made, True
 
@@ -213,6 +216,7 @@ class Snapshots:
             if created_at not in (None, self.find(name).created_at):
                 raise _missing(self._row.name, name)
             self._store.remove_snapshot(self._row, name)
+            self._timeline.record("snapshot_deleted", f"snapshot {name} deleted")
             self._changed()
 
     @contextlib.contextmanager
@@ -229,6 +233,7 @@ class Snapshots:
         """Write a new snapshot and drop old ones of its series. Raises StorageFailed."""
         info = self._info(name, state)
         self._write(state, info, key)
+        self._timeline.record("snapshot", f"snapshot {name} taken of version {state.version}", state.version)
         self._drop_oldest(name, keep)
         self._changed()
         return info

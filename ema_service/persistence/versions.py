@@ -28,7 +28,8 @@ from ema_service.bodies.outgoing import header_of
 from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.restoring import Restored, Search
 from ema_service.persistence.rows import StoredVersion, dump, dump_setup, read_rows
-from ema_service.shadows.state import Average, Member, Setup, State, schedule_told
+from ema_service.persistence.timeline import Timeline
+from ema_service.shadows.state import Average, Member, Setup, State, Version, schedule_told
 from ema_service.storage import MEMORY, CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
 __all__ = ["SlotPlace", "Versions"]
@@ -349,7 +350,7 @@ class Versions:
             return
         version = state.version
         if found.moved:
-            self._remark(f"back at step {version.step} as version {version}; later updates, if any, are gone")
+            self._remark(f"back at step {version.step} as version {version}; later updates, if any, are gone", version)
         written = self._hold(row, found.older)
         self.durable_step = version.step
         if found.fault is None:
@@ -477,10 +478,10 @@ class Versions:
         self.trouble = fault
         _log.error("run %s: %s", self._run, fault)
 
-    def _remark(self, event: str) -> None:
-        """Log an event and add it to the run's history."""
+    def _remark(self, event: str, version: Version) -> None:
+        """Log an event and add it to the run's timeline."""
         _log.warning("run %s is %s", self._run, event)
-        self._store.record(self._row, event)
+        Timeline(self._run, self._row, self._store).record("damaged", event, version)
 
 
 def _header_bytes(config: RunConfig, member: Member, layout: Layout) -> int:

@@ -97,6 +97,7 @@ def describe(
         created_at=created_at,
         updated_at=version.updated_at if version else created_at,
         reason=trouble,
+        remedy=_remedy(ledger.fault, trouble, awaiting=version is None),
         writer=ledger.writer,
         link=str(links) or None,
         copied=len(layout.copied),
@@ -130,6 +131,15 @@ def _average_info(average: Average) -> AverageInfo:
         num_updates=average.num_updates,
         **schedule_told(average.member.config),
     )
+
+
+def _remedy(fault: str | None, trouble: str | None, *, awaiting: bool) -> str | None:
+    """What to do about a run that is not ready; None for one that is."""
+    if fault:
+        return "go back to a snapshot, or accept the version that is there (ema rewind); or restore the run's files"
+    if trouble:
+        return "give the disk of the data dir room, or mend it: the next version that can be kept ends this"
+    return "send the initial weights: the trainer that makes the run does so first" if awaiting else None
 
 
 def _status(*, degraded: bool, awaiting: bool) -> RunStatus:

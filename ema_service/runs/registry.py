@@ -1,6 +1,6 @@
 """All runs of a server: creating, finding and deleting runs, and keeping them on disk.
 
-Knows the names of the runs, and which objects make a run: Run, Parts, and on disk its versions, snapshots and history.
+Knows the names of the runs, and which objects make a run: Run, Parts, and on disk its versions, snapshots and timeline.
 Does not know HTTP, the event loop, how an update is decided (ledger) or kept (persistence). Methods may block: call
 them off the event loop.
 """
@@ -41,6 +41,7 @@ from ema_client.protocol import (
     Durability,
     RunConfig,
     SnapshotInfo,
+    TimelineKind,
     Writer,
     from_json,
     to_json,
@@ -48,10 +49,12 @@ from ema_client.protocol import (
 from ema_service.averaging import prepare
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
-from ema_service.persistence import History, MemoryVersions, Restored, Snapshots, StoredRing, Versions
+from ema_service.persistence import MemoryVersions, Restored, Snapshots, StoredRing, Timeline, Versions
+from ema_service.persistence.measured import StoredMeasurements
 from ema_service.persistence.rows import read_setup
 from ema_service.runs.branching import check_averages, check_branch
 from ema_service.runs.ledger import Ledger
+from ema_service.runs.measurements import Measurements
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.posthoc import Synthesiser
 from ema_service.runs.room import Needs, check_room
@@ -91,7 +94,6 @@ class _Disk:
     store: Store
     versions: Versions | MemoryVersions
     snapshots: Snapshots
-    history: History
     ring: StoredRing | None
 
     def keep_writer(self, writer: int) -> None:
@@ -122,6 +124,8 @@ class _Registered:
 
     run: Run
     parts: Parts
+    timeline: Timeline
+    measurements: Measurements
     disk: _Disk | None
     synthesiser: Synthesiser | None = None
 
@@ -134,10 +138,9 @@ class _Registered:
         if self.disk:
             self.disk.versions.keep_setup(setup)
 
-    def record(self, event: str) -> None:
-        """Add a line to the run's history."""
-        if self.disk:
-            self.disk.history.record(event)
+    def record(self, kind: TimelineKind, text: str) -> None:
+        """Add a line to the run's timeline."""
+        self.timeline.record(kind, text, self.run.ledger.version)
 
 
 class Registry:
@@ -155,10 +158,11 @@ class Registry:
         staging_bytes: int,
         frozen_bytes: int,
         max_snapshots: int = sys.maxsize,
+        measure: bool = True,
     ) -> None:
         """Brings back every run of the store; a run whose files are damaged comes up ``degraded`` and says why.
 
-        Raises CatalogUnusable; sqlite3.Error where the catalog is damaged.
+        measure: whether updates are measured. Raises CatalogUnusable; sqlite3.Error where the catalog is damaged.
         """
         prepare()
         self.memory = memory
@@ -166,6 +170,7 @@ class Registry:
         self.frozen = FrozenWeights(memory, frozen_bytes)
         self._store = store
         self._max_snapshots = max_snapshots
+        self._measure = measure
         #: Writes snapshots of rings, one after the other: the disk is shared with versions and checkpoints.
         self._followers = Threads(1, "ema-ring")
         self._lock = threading.Lock()
@@ -181,7 +186,7 @@ class Registry:
         """
         for each in self._all():
             if each.disk and isinstance(each.disk.versions, MemoryVersions):
-                each.disk.versions.verify(partial(_take_up, each.run))
+                each.disk.versions.verify(partial(_take_up, each))
 
     # --- the server as a whole --------------------------------------------------------------------------------------
 
@@ -209,6 +214,8 @@ class Registry:
             if each.disk and state and not each.run.ledger.fault:
                 with contextlib.suppress(StorageFailed):
                     each.disk.versions.save(state, final=final)
+            if each.disk:
+                self._keep_measurements(each, each.disk)
 
     def unsynced(self) -> list[Versions]:
         """The versions of runs whose newest version a power loss would take: call sync() of each."""
@@ -243,6 +250,14 @@ class Registry:
     def snapshots(self, name: str) -> Snapshots:
         """The snapshots of a run. Raises RunNotFound; StorageDisabled where nothing is kept on disk."""
         return self._disk(name).snapshots
+
+    def measurements(self, name: str) -> Measurements:
+        """What was measured of a run. Raises RunNotFound."""
+        return self._find(name).measurements
+
+    def timeline(self, name: str) -> Timeline:
+        """What was done to a run. Raises RunNotFound."""
+        return self._find(name).timeline
 
     def synthesiser(self, name: str) -> Synthesiser:
         """What works out averages of other lengths for a run. Raises RunNotFound, StorageDisabled, SynthesisRefused."""
@@ -292,11 +307,11 @@ class Registry:
     # key, wherever a method takes it: of the write, which is applied once however often it comes.
 
     def set_decay(self, name: str, decay: float, average: str | None, key: str | None = None) -> Run:
-        """Use ``decay`` from the next update on, and note the change in the run's history. Raises as Run.amend()."""
+        """Use ``decay`` from the next update on, and note the change in the run's timeline. Raises as Run.amend()."""
         found = self._find(name)
         applied = found.run.amend(lambda succession, version: succession.with_decay(version, decay, average), key)
-        if found.disk and applied:
-            found.disk.history.record(f"decay of {average or found.run.config.averages[0].name} set to {decay}")
+        if applied:
+            found.record("decay_changed", f"decay of {average or found.run.config.averages[0].name} set to {decay}")
         return found.run
 
     def add_average(self, name: str, average: AverageConfig, key: str | None = None) -> tuple[Run, bool]:
@@ -320,7 +335,7 @@ class Registry:
             self._check_room(setup.config, run.layout, without=found)
             with self._room_for(found, setup.members[-1]):
                 run.change_averages(change, found.keep_setup)
-        found.record(f"average {average.name} added ({_said(average)})")
+        found.record("average_added", f"average {average.name} added ({_said(average)})")
         return run, True
 
     def remove_average(self, name: str, average: str, key: str | None = None) -> None:
@@ -349,18 +364,23 @@ class Registry:
             if found.disk:
                 found.disk.versions.give_back()
         if removed:
-            found.record(f"average {average} removed")
+            found.record("average_removed", f"average {average} removed")
 
     def reset_num_updates(self, name: str, key: str | None = None) -> Run:
         """Begin the warm-up anew; a counter that is off stays off. Raises as Run.amend()."""
-        run = self._find(name).run
-        run.amend(lambda succession, version: succession.with_counter_reset(version), key)
-        return run
+        found = self._find(name)
+        if found.run.amend(lambda succession, version: succession.with_counter_reset(version), key):
+            found.record("reset", "the warm-up begins anew")
+        return found.run
 
     def attach(self, name: str, key: str | None = None) -> Writer:
         """A number for a trainer that takes over the run; earlier trainers are fenced off. Raises as Run.attach()."""
         found = self._find(name)
-        return Writer(name, found.run.attach(found.disk.keep_writer if found.disk else _nothing, key))
+        before = found.run.ledger.writer
+        number = found.run.attach(found.disk.keep_writer if found.disk else _nothing, key)
+        if number > before:
+            found.record("writer", f"trainer {number} took over")
+        return Writer(name, number)
 
     def rewind(
         self,
@@ -394,7 +414,7 @@ class Registry:
         run.rewind(info, averages, arenas, self._descent(disk, info, averages, branches=of is not None), key)
         self._settle(run, disk)
         where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
-        disk.history.record(f"rewound to {where} (version {info.version}, step {info.step})")
+        found.record("rewound", f"rewound to {where} (version {info.version}, step {info.step})")
         return run
 
     def accept(self, name: str, key: str | None = None, *, created_at: float | None = None) -> Run:
@@ -406,7 +426,7 @@ class Registry:
             return run
         run.accept(key)
         self._settle(run, disk)
-        disk.history.record("the version that is there was accepted")
+        found.record("accepted", "the version that is there was accepted")
         return run
 
     def delete(self, name: str, created_at: float | None = None) -> None:
@@ -520,6 +540,7 @@ class Registry:
             created_at, writer = max(created_at, math.nextafter(before.created_at, math.inf)), before.ledger.writer
         if self._store is None:
             made = self._runs[config.run] = self._make(config, layout, None, created_at, writer=writer)
+            made.record("created", _created(config))
             return made
         try:
             self._store.check_room(0)
@@ -534,6 +555,7 @@ class Registry:
         except (OSError, sqlite3.Error) as fault:
             raise StorageFailed(f"run {config.run!r} was not created: {fault}", retry_after=1.0) from fault
         self._runs[config.run] = made
+        made.record("created", _created(config))
         return made
 
     def _restored(self, setup: Setup, layout: Layout, row: RunRow) -> _Registered:
@@ -549,7 +571,8 @@ class Registry:
             made.disk.versions.free()
             made = self._make(config, layout, row, row.created_at, refusal=fault.detail, setup=setup)
             found = _read_back(made.disk.versions) if made.disk else Restored()
-        _take_up(made.run, found)
+        _take_up(made, found)
+        self._restore_measurements(made.measurements, row)
         return made
 
     def _allocated(self, config: RunConfig, layout: Layout, row: RunRow, created_at: float) -> _Registered:
@@ -580,9 +603,11 @@ class Registry:
     ) -> _Registered:
         """config: of the run as it was created. setup: its averages by now; None: those of ``config``. refusal: why the
         run's versions can't lie in memory files. writer: of a run without a row."""
+        measurements = Measurements(config.run, layout)
+        noted = measurements if self._measure else None
         if self._store is None or row is None:
-            run = Run(config, layout, self.memory, created_at=created_at, writer=writer)
-            return _Registered(run, Parts(run), None)
+            run = Run(config, layout, self.memory, created_at=created_at, writer=writer, measurements=noted)
+            return _Registered(run, Parts(run), Timeline(config.run, None, None), measurements, None)
         store, memory, files = self._store, self.memory, self._store.memory_files
         versions: Versions | MemoryVersions
         if files and not refusal and config.durability == "process":
@@ -592,7 +617,16 @@ class Registry:
         else:
             why = (refusal or store.memory_fault) if config.durability == "process" else None
             versions = Versions(config, row, store, layout, memory, reason=why, setup=setup)
-        run = Run(config, layout, memory, versions, created_at=created_at, writer=row.writer, setup=setup)
+        run = Run(
+            config,
+            layout,
+            memory,
+            versions,
+            created_at=created_at,
+            writer=row.writer,
+            setup=setup,
+            measurements=noted,
+        )
         snapshots = Snapshots(config, row, store, layout, memory, run.changes.tell, most=self._max_snapshots)
         ring = synthesiser = None
         if config.posthoc:
@@ -601,8 +635,27 @@ class Registry:
             run.ring = ring.told
             run.changes.tell_always(ring.moved)
             synthesiser = Synthesiser(run, config.posthoc, ring, snapshots)
-        disk = _Disk(row, store, versions, snapshots, History(row, store), ring)
-        return _Registered(run, Parts(run), disk, synthesiser)
+        disk = _Disk(row, store, versions, snapshots, ring)
+        return _Registered(run, Parts(run), Timeline(config.run, row, store), measurements, disk, synthesiser)
+
+    def _keep_measurements(self, found: _Registered, disk: _Disk) -> None:
+        """Have a restart bring back what was measured of a run. A failure is only logged: no weights depend on it."""
+        with found.steady():
+            if found.run.ledger.retired:
+                return
+            try:
+                found.measurements.save(partial(disk.store.put_measurements, disk.row))
+            except OSError as fault:
+                _log.warning("run %s: its measurements were not kept: %s", disk.row.name, fault)
+
+    def _restore_measurements(self, measurements: Measurements, row: RunRow) -> None:
+        """Take up what was measured of a run. A file that is damaged is left out, and logged."""
+        try:
+            raw = self._store.measurements(row) if self._store else b""
+            if raw:
+                measurements.restore(StoredMeasurements.load(raw))
+        except (OSError, ValueError) as fault:
+            _log.warning("run %s: its measurements are gone: %s", row.name, fault)
 
     @staticmethod
     def _descent(disk: _Disk, info: SnapshotInfo, averages: tuple[Average, ...], *, branches: bool) -> Descent:
@@ -696,8 +749,10 @@ def _read_back(versions: Versions | MemoryVersions) -> Restored:
         return versions.leave(f"{fault.detail}; start the server with more memory, and --memory-limit")
 
 
-def _take_up(run: Run, found: Restored) -> None:
-    run.restore(found.state, found.steps, found.last_epoch, found.fault)
+def _take_up(registered: _Registered, found: Restored) -> None:
+    registered.run.restore(found.state, found.steps, found.last_epoch, found.fault)
+    if found.fault and not any(line.text == found.fault for line in registered.timeline.lines(0.0, 1)):
+        registered.record("damaged", found.fault)
 
 
 def _nothing(_: int) -> None:
@@ -728,6 +783,12 @@ def _check_averages(config: RunConfig, *, folds_case: bool) -> None:
     for average in config.averages:
         if average.fault:
             raise InvalidRequest(f"averages: {average.name!r}: {average.fault}")
+
+
+def _created(config: RunConfig) -> str:
+    """What a new run is, for people."""
+    averages = ", ".join(average.name for average in config.averages)
+    return f"created with {len(config.layout)} tensors and the averages {averages}"
 
 
 def _said(average: AverageConfig) -> str:

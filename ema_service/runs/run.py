@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from ema_service.metrics import Pulse
 from ema_service.runs.changes import Changes
 from ema_service.runs.info import Links, describe, pulse
 from ema_service.runs.ledger import Ledger, Succession
+from ema_service.runs.measurements import Measured, Measurements
 from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Setup, Shadows, State, Version
 
 __all__ = ["Keeper", "Parameters", "Place", "Run", "Update"]
@@ -41,13 +42,16 @@ class Update:
     """One update in the making. Owned by the request that pushes it; the run changes only at Run.commit().
 
     preparation: to be advanced as the parameters arrive. writer: the number of the trainer that sends the update, None
-    where that trainer did not attach. place: where the version is kept, None where not every version is.
+    where that trainer did not attach. place: where the version is kept, None where not every version is. begun: when,
+    by time.perf_counter(). arrived: when all parameters were there.
     """
 
     plan: Plan
     preparation: Preparation
     writer: int | None = None
     place: Place | None = None
+    begun: float = field(default_factory=time.perf_counter)
+    arrived: float = 0.0
 
 
 @dataclass(slots=True)
@@ -131,7 +135,7 @@ class Run:
 
     ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
     changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made. ring: tells of the run's
-    ring, where it has one.
+    ring, where it has one. measurements: told of each update that was applied; None where nothing is measured.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class Run:
         created_at: float,
         writer: int = 0,
         setup: Setup | None = None,
+        measurements: Measurements | None = None,
     ) -> None:
         """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger."""
         self.layout = layout
@@ -155,6 +160,7 @@ class Run:
         self.ring: Callable[[], RingInfo] | None = None
         self._shadows = Shadows(layout, memory, check=config.non_finite == "refuse")
         self._keeper = keeper
+        self._measurements = measurements
         self._lock = threading.Lock()
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -211,6 +217,7 @@ class Run:
         The same bytes at the same step again are answered and not applied. Raises as Ledger.judge(), and NonFinite,
         StorageFailed.
         """
+        update = replace(update, arrived=time.perf_counter())
         prepared = update.preparation.finish()
         self.ledger.admit(update.plan.step, update.writer)
         state = self._next(update, prepared)
@@ -268,7 +275,7 @@ class Run:
         """The line that decides whether an update counts. Under the lock."""
         applied = self.ledger.judge(update.plan, prepared.digest, update.writer)
         if applied and state:
-            self._commit(state, update.place)
+            self._commit(state, update.place, partial(self._measure, update, prepared, state))
         return _result(self.ready_state().version, update.plan.step, self._keeper, applied=applied)
 
     # --- other ways to another version ------------------------------------------------------------------------------
@@ -466,12 +473,32 @@ class Run:
             place.finish(state)
         return place
 
-    def _commit(self, state: State, place: Place | None) -> None:
-        """Put a version in place, once a restart is sure to bring it back. place: where the version was written."""
+    def _commit(self, state: State, place: Place | None, measure: Callable[[], None] | None = None) -> None:
+        """Put a version in place, once a restart is sure to bring it back. place: where the version was written.
+        measure: notes what was measured of it, before anyone is told."""
         if self._keeper and place:
             place.commit(state)
         self._put_in_place(state)
+        if measure:
+            measure()
         self.changes.tell()
+
+    def _measure(self, update: Update, prepared: Prepared, state: State) -> None:
+        """Note what was measured of an update that has just become the run's version."""
+        if self._measurements is None:
+            return
+        durable, step = self._keeper.durable_step if self._keeper else None, state.version.step
+        whole = bool(update.arrived)
+        measured = Measured(
+            state.version,
+            prepared.sums,
+            self.layout.param_bytes,
+            durable_lag=None if durable is None or step is None else step - durable,
+            receive=update.arrived - update.begun if whole else None,
+            average=prepared.seconds,
+            commit=time.perf_counter() - (update.arrived or update.begun),
+        )
+        self._measurements.note(measured)
 
     def _put_in_place(self, state: State) -> None:
         self._shadows.commit(state)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from ema_service.averaging import (
     digesting,
     finite,
 )
-from ema_service.memory import Arena, Staged
+from ema_service.memory import Arena, Layout, Staged
 from ema_service.memory.arena import overloaded
 from ema_service.memory.layout import Section
 from ema_service.shadows.results import DeviceResult, Result, Sink
@@ -107,7 +108,6 @@ class Pass(ABC):
 
     def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
         self._staged = staged
-        self._layout = staged.layout
         self._feeds = feeds
         self._check = check
         self._grain = grain
@@ -120,6 +120,12 @@ class Pass(ABC):
         self._lock = threading.Lock()
         #: Whether a piece was begun and not ended: the pass has no result then.
         self._broke_off = False
+        #: Seconds that digesting and averaging took so far.
+        self.seconds = 0.0
+
+    @property
+    def _layout(self) -> Layout:
+        return self._staged.layout
 
     def advance(self, received: int) -> None:
         """Digest the parameters that have arrived, the first ``received`` bytes, and average as much as pays.
@@ -155,7 +161,8 @@ class Pass(ABC):
             if self._staged.shared is None:
                 self.advance(self._layout.param_bytes)
             else:
-                self._divide(self._staged.shared.helpers)
+                with self._whole():
+                    self._divide(self._staged.shared.helpers)
         finally:
             # The kernels hold views of the parameters, which may lie in a client's memory: freed as soon as nobody
             # reads it.
@@ -200,10 +207,11 @@ class Pass(ABC):
         """Work on pieces that is all done, or the pass is over: a piece begun twice would be averaged twice."""
         if self._broke_off:
             raise Overloaded(f"{_NO_MEMORY}, or broke off", retry_after=1.0)
-        self._broke_off = True
+        self._broke_off, begun = True, time.perf_counter()
         with overloaded(_NO_MEMORY):
             yield
         self._broke_off = False
+        self.seconds += time.perf_counter() - begun
 
     # --- pieces, blocks and kernels ----------------------------------------------------------------------------------
 

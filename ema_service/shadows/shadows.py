@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ema_service.memory import Arena, Layout, Memory, Staged
 from ema_service.shadows.passes import Feed, Pass, pass_over
 from ema_service.shadows.results import Sink
@@ -24,11 +27,15 @@ class Prepared:
     """The bytes of a version that is not the run's yet: whole, beside the current version, no reader's concern.
 
     digest: of the parameters that made the version. arenas: one for each average; a single one for all where the
-    parameters themselves are the shadow; none where only the digest was wanted.
+    parameters themselves are the shadow; none where only the digest was wanted. seconds: that averaging took. sums: of
+    the first average, by tensor: the sums of squares of (shadow - parameters), parameters and shadow, (tensors, 3);
+    NaN where a tensor was not measured, None where none was.
     """
 
     digest: bytes
     arenas: tuple[Arena, ...]
+    seconds: float = 0.0
+    sums: npt.NDArray[np.float64] | None = None
 
 
 class Preparation:
@@ -50,7 +57,8 @@ class Preparation:
 
         Raises NonFinite, Overloaded; SegmentUnusable where a client withdrew its shared memory meanwhile.
         """
-        return Prepared(self._running.finish(), self._arenas)
+        work = self._running
+        return Prepared(work.finish(), self._arenas, work.seconds)
 
     def drop(self) -> None:
         """Let go of the memory of everything prepared. The current state stays as it was."""

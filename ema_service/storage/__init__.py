@@ -5,7 +5,16 @@ Knows files, rows and bytes. Does not know torch, updates, or when something sho
 
 from __future__ import annotations
 
-from ema_service.storage.catalog import MEMORY, CatalogUnusable, CheckpointRow, RunRow, Shelf, SnapshotRow
+from ema_service.storage.catalog import (
+    MEMORY,
+    TIMELINE_LINES,
+    CatalogUnusable,
+    CheckpointRow,
+    RunRow,
+    Shelf,
+    SnapshotRow,
+    TimelineRow,
+)
 from ema_service.storage.files import TensorFile
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.storage.slot_files import Extent, SlotFiles, padded_bytes
@@ -15,6 +24,7 @@ from ema_service.storage.store import Store, memory_prefix, open_store
 
 __all__ = [
     "MEMORY",
+    "TIMELINE_LINES",
     "CatalogUnusable",
     "CheckpointRow",
     "DiskSpace",
@@ -29,6 +39,7 @@ __all__ = [
     "SnapshotRow",
     "Store",
     "TensorFile",
+    "TimelineRow",
     "memory_prefix",
     "open_store",
     "padded_bytes",

@@ -17,12 +17,26 @@ from typing import Any, Literal
 
 from ema_service.storage.files import reserve_beyond
 
-__all__ = ["FORMAT", "MEMORY", "Catalog", "CatalogUnusable", "CheckpointRow", "RunRow", "Shelf", "SnapshotRow"]
+__all__ = [
+    "FORMAT",
+    "MEMORY",
+    "TIMELINE_LINES",
+    "Catalog",
+    "CatalogUnusable",
+    "CheckpointRow",
+    "RunRow",
+    "Shelf",
+    "SnapshotRow",
+    "TimelineRow",
+]
 
 _log = logging.getLogger(__name__)
 
 #: Version of the tables below, and of the files that the rows speak of.
-FORMAT = 6
+FORMAT = 7
+
+#: Most lines of a timeline: a trainer that takes a snapshot every minute shall not fill the disk with lines.
+TIMELINE_LINES = 1000
 
 #: In place of a slot's folder: the version lies in memory files, which its state names.
 MEMORY = "memory"
@@ -38,6 +52,12 @@ CREATE TABLE IF NOT EXISTS ring (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
     name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
 """
+_TIMELINE = """
+CREATE TABLE timeline (
+    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, kind TEXT NOT NULL,
+    step INTEGER, num_updates INTEGER, text TEXT NOT NULL);
+CREATE INDEX timeline_of_run ON timeline (run_id);
+"""
 _SCHEMA = f"""
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL,
@@ -47,14 +67,13 @@ CREATE TABLE snapshots (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
     name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
 {_RING}
-CREATE TABLE history (
-    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
+{_TIMELINE}
 """
 #: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
 #: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
 #: had other checksums: its servers would take newer files for damaged. Format 4 had no memory files: its servers would
 #: take their rows for slots that are gone. Format 5 had no ring, and the averages of a run's creation for good: its
-#: servers would find others in the run's versions.
+#: servers would find others in the run's versions. Format 6 had lines without kinds, in a table that is gone.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -68,6 +87,18 @@ ALTER TABLE runs ADD COLUMN writer INTEGER NOT NULL DEFAULT 0;
     3: "",
     4: "",
     5: f"ALTER TABLE runs ADD COLUMN averages TEXT; {_RING}",
+    6: f"""
+{_TIMELINE}
+INSERT INTO timeline SELECT run_id, at, CASE
+        WHEN event LIKE 'decay of %' THEN 'decay_changed'
+        WHEN event LIKE 'average % added%' THEN 'average_added'
+        WHEN event LIKE 'average % removed' THEN 'average_removed'
+        WHEN event LIKE 'rewound to %' THEN 'rewound'
+        WHEN event LIKE 'back at step %' THEN 'damaged'
+        ELSE 'accepted' END,
+    NULL, NULL, event FROM history ORDER BY rowid;
+DROP TABLE history;
+""",
 }
 
 
@@ -121,6 +152,17 @@ class SnapshotRow:
     created_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class TimelineRow:
+    """A line of a run's timeline. step, num_updates: the run's at the time ``at``, None where unknown."""
+
+    at: float
+    kind: str
+    step: int | None
+    num_updates: int | None
+    text: str
+
+
 #: The tables of snapshots: those that somebody named, and those of the ring, whose names are versions.
 Shelf = Literal["snapshots", "ring"]
 
@@ -171,7 +213,7 @@ class Catalog:
         return RunRow(cursor.lastrowid or 0, *values)
 
     def remove_run(self, run_id: int) -> None:
-        """Remove the run with its checkpoints, snapshots and history."""
+        """Remove the run with its checkpoints, snapshots and timeline."""
         self._write("DELETE FROM runs WHERE id = ?", run_id)
 
     def remove_named(self, name: str) -> None:
@@ -242,13 +284,21 @@ class Catalog:
         query = f"SELECT run_id, name, info, created_at FROM {shelf} WHERE run_id = ? ORDER BY rowid"
         return [SnapshotRow(*row) for row in self._read(query, run_id)]
 
-    def add_history(self, run_id: int, at: float, event: str) -> None:
-        """Add a line to the history of a run."""
-        self._write("INSERT INTO history VALUES (?, ?, ?)", run_id, at, event)
+    def add_line(self, run_id: int, line: TimelineRow) -> None:
+        """Add a line to a run's timeline, which a power loss may take again; the oldest of too many lines goes."""
+        values = run_id, line.at, line.kind, line.step, line.num_updates, line.text
+        self._write("INSERT INTO timeline VALUES (?, ?, ?, ?, ?, ?)", *values, durable=False)
+        query = "SELECT rowid FROM timeline WHERE run_id = ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
+        for (oldest,) in self._read(query, run_id, TIMELINE_LINES):
+            self._write("DELETE FROM timeline WHERE run_id = ? AND rowid <= ?", run_id, oldest, durable=False)
 
-    def history(self, run_id: int) -> list[tuple[float, str]]:
-        """The history of a run, in order: time and text of each line."""
-        return list(self._read("SELECT at, event FROM history WHERE run_id = ? ORDER BY rowid", run_id))
+    def timeline(self, run_id: int, since: float, most: int) -> list[TimelineRow]:
+        """The newest lines of a run's timeline that are later than ``since``, at most so many, in order."""
+        query = (
+            "SELECT at, kind, step, num_updates, text FROM timeline WHERE run_id = ? AND at > ? "
+            "ORDER BY rowid DESC LIMIT ?"
+        )
+        return [TimelineRow(*row) for row in reversed(self._read(query, run_id, since, most))]
 
     def _write(self, sql: str, *values: object, durable: bool = True) -> sqlite3.Cursor:
         wanted = "FULL" if durable else "NORMAL"

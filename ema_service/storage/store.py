@@ -7,6 +7,7 @@
             slots/<k>/<average>.safetensors        (format 1 had checkpoint-{a,b}, which are slots since)
             snapshots/<name>/<average>.safetensors
             ring/<version>/<average>.safetensors
+            measurements                           what charts are drawn of; no version needs it
 
 Knows where files lie and in which order file, row and removal must happen so that a crash between any two leaves either
 the old or the new. Does not know torch, updates, or when something is due. Safe for several threads, one per run.
@@ -23,7 +24,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ema_service.storage.catalog import MEMORY, Catalog, CatalogUnusable, CheckpointRow, RunRow, Shelf, SnapshotRow
+from ema_service.storage.catalog import (
+    MEMORY,
+    Catalog,
+    CatalogUnusable,
+    CheckpointRow,
+    RunRow,
+    Shelf,
+    SnapshotRow,
+    TimelineRow,
+)
 from ema_service.storage.files import (
     FolderLock,
     TensorFile,
@@ -49,6 +59,8 @@ _WRITE_THREADS = 4
 #: By name of the average, the chunks of its file.
 Files = Mapping[str, Iterable[bytes | memoryview]]
 
+#: The file of a run's measurements.
+_MEASUREMENTS = "measurements"
 #: Folders of a run, each a table of the catalog.
 _SHELVES: tuple[Shelf, ...] = "snapshots", "ring"
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
@@ -194,9 +206,30 @@ class Store:
         """Say which averages the run has from now on. Raises sqlite3.Error."""
         self._catalog.set_averages(row.id, averages)
 
-    def record(self, row: RunRow, event: str) -> None:
-        """Add a line to the run's history."""
-        self._catalog.add_history(row.id, time.time(), event)
+    def record(self, row: RunRow, line: TimelineRow) -> None:
+        """Add a line to the run's timeline. Raises sqlite3.Error."""
+        self._catalog.add_line(row.id, line)
+
+    def timeline(self, row: RunRow, since: float, most: int) -> list[TimelineRow]:
+        """The newest lines of the run's timeline that are later than ``since``, at most so many, in order. Raises
+        sqlite3.Error."""
+        return self._catalog.timeline(row.id, since, most)
+
+    # --- measurements -----------------------------------------------------------------------------------------------
+
+    def put_measurements(self, row: RunRow, data: bytes) -> None:
+        """Keep a run's measurements, in place of those before. Raises OSError, also where updates may need the room."""
+        refuse_link(self._run_folder(row), _MEASUREMENTS)
+        self.check_room(len(data))
+        write_whole(self._run_folder(row) / _MEASUREMENTS, [data])
+
+    def measurements(self, row: RunRow) -> bytes:
+        """A run's measurements as they were kept last; empty where none were. Raises OSError."""
+        refuse_link(self._run_folder(row), _MEASUREMENTS)
+        try:
+            return (self._run_folder(row) / _MEASUREMENTS).read_bytes()
+        except FileNotFoundError:
+            return b""
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,9 @@ from ema_client import protocol
 from ema_client.protocol import (
     AverageConfig,
     AverageInfo,
+    Distances,
+    History,
+    HistoryColumns,
     RunConfig,
     RunInfo,
     RunList,
@@ -22,6 +25,8 @@ from ema_client.protocol import (
     SnapshotInfo,
     SnapshotList,
     TensorSpec,
+    Timeline,
+    TimelineEntry,
     UpdateResult,
     UpdateStatus,
     WeightsInfo,
@@ -53,6 +58,7 @@ INFO = RunInfo(
     updated_at=2.5,
 )
 SNAPSHOT = SnapshotInfo("r", "s", "1.2", 7, 2, ("ema", "slow"), 1234, 1.25)
+HISTORY = History("r", "ema", "1.2", 9, 1.5, HistoryColumns((1.5,), (7,), *[(None,)] * 2, *[(0.5,)] * 9), {"a": (0.5,)})
 BODIES: list[Any] = [
     TensorSpec("a.b", (2, 0, 3), "BF16"),
     AverageConfig("slow", "constant", 0.5),
@@ -65,6 +71,9 @@ BODIES: list[Any] = [
     UpdateStatus(3, "staged", (0, 2)),
     SNAPSHOT,
     SnapshotList((SNAPSHOT,)),
+    HISTORY,
+    Distances("r", "ema", "1.2", 7, {"a.b": 0.5, "c": None}),
+    Timeline("r", (TimelineEntry(1.5, "created", None, None, "created with 2 tensors"),)),
 ]
 
 
@@ -128,6 +137,10 @@ HOSTILE: list[tuple[Any, str, Any]] = [
     (SNAPSHOT, "version", None),
     (UpdateResult(True, 1, 1, 0.18, "1.1", None), "applied", "yes"),
     (UpdateStatus(3, "staged", (0, 2)), "parts", [0, -1]),
+    (HISTORY, "groups", {"a": [float("nan")]}),
+    (HISTORY, "groups", [0.5]),
+    (HISTORY, "begin", 1e300),
+    (HISTORY.columns, "step", [-1]),
 ]
 
 

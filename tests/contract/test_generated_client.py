@@ -174,6 +174,13 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     assert ask("get_weights", "ringed", sigma_rel="0.1", max_error=1.0).payload.read()
     assert ask("get_sweep", "ringed", sigma_rel="0.1,0.2", max_error=1.0).payload.read()
 
+    history = ask("get_history", "r")
+    assert (history.seen, history.columns.step, ask("get_distances", "r").step) == (2, [1, 2], 2)
+    ask("get_history", "r", average="none", status=404)
+    for name in ("get_history", "get_distances"):
+        ask(name, "r", if_none_match="*", status=304)
+    assert ask("get_timeline", "r", limit=1).entries[0].kind == "snapshot"
+
     assert ask("change_run", "r", body=ask.model("RunPatchBody", decay=0.25)).decay == 0.25
     average = ask.model("AverageConfigBody", name="fast", schedule="constant", decay=0.5)
     assert len(ask("add_average", "r", body=average, status=201).averages) == 2

@@ -183,7 +183,7 @@ def _layout_json(config: RunConfig) -> bytes:
     ),
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server, key: Key = None) -> RunInfo:
-    """Change the decay of one average from the next update on. The change is kept in the run's history."""
+    """Change the decay of one average from the next update on. The change is kept in the run's timeline."""
     changed = await server.steer(run, partial(server.registry.set_decay, run, body.decay, body.average, key))
     return changed.info()
 

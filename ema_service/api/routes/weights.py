@@ -54,6 +54,7 @@ from ema_client.protocol import (
     WeightsInfo,
     is_name,
 )
+from ema_service.api.answers import CONDITION, is_known
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
@@ -112,13 +113,6 @@ _SWEPT: dict[str, Any] = {
     "headers": {HEADER_TARGETS: _header("integer", "How many averages the body has")},
 }
 # What a request may ask for by headers that the routes read themselves.
-_CONDITION = {
-    "name": "If-None-Match",
-    "in": "header",
-    "required": False,
-    "description": "ETags: answer 304, without a body, where the weights are still those",
-    "schema": {"type": "string"},
-}
 _PART = [
     {
         "name": "Range",
@@ -135,8 +129,8 @@ _PART = [
         "schema": {"type": "string"},
     },
 ]
-_GET = {"parameters": [_CONDITION, *_PART]}
-_HEAD = {"parameters": [_CONDITION]}
+_GET = {"parameters": [CONDITION, *_PART]}
+_HEAD = {"parameters": [CONDITION]}
 
 
 def _documented(*errors: type[EmaError], method: str) -> dict[str, Any]:
@@ -448,7 +442,7 @@ async def _answer(
     headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
     if digest:
         headers[HEADER_DIGEST] = digest.hex()
-    if _matches(request.headers.get("if-none-match"), stream.etag):
+    if is_known(request, stream.etag):
         return Response(status_code=304, headers=headers)
     try:
         part = _range(request, stream)
@@ -513,14 +507,6 @@ async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIter
     """The chunks of a snapshot's body, read from disk off the event loop."""
     while (chunk := await server.workers.block(partial(next, chunks, None))) is not None:
         yield chunk
-
-
-def _matches(header: str | None, etag: str) -> bool:
-    """Whether If-None-Match, a list of tags, weak or not, or ``*``, names the tag."""
-    if header is None:
-        return False
-    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
-    return etag in tags or tags == ["*"]
 
 
 def _range(request: Request, stream: WeightsStream) -> tuple[int, int] | None:

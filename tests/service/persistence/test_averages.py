@@ -116,7 +116,7 @@ def memory_files(server: LocalServer) -> list[Path]:
 
 def history(server: LocalServer) -> list[str]:
     assert server.store is not None
-    return [event for _, event in server.store._catalog.history(server.store.runs()[0].id)]
+    return [line.text for line in server.store.timeline(server.store.runs()[0], 0.0, 9) if line.kind != "created"]
 
 
 def of_params(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

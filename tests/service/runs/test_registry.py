@@ -277,13 +277,16 @@ def test_listing_does_not_wait_for_a_deletion(server: LocalServer, model: Model)
 
 
 def test_set_decay_is_noted(local_server: StartServer, model: Model) -> None:
-    """A change of the decay is in the run's history on disk."""
+    """A change of the decay is in the run's timeline on disk."""
     server = local_server()
     run = server.create("r", model(0), averages=(AverageConfig("a"), AverageConfig("b")))
     run.begin(model(0))
     server.registry.set_decay("r", 0.25, None)
     server.registry.set_decay("r", 0.5, "b")
     assert server.store is not None
-    history = server.store._catalog.history(server.store.runs()[0].id)
+    lines = server.store.timeline(server.store.runs()[0], 0.0, 9)
 
-    assert [event for _, event in history] == ["decay of a set to 0.25", "decay of b set to 0.5"]
+    assert [(line.kind, line.text) for line in lines[1:]] == [
+        ("decay_changed", "decay of a set to 0.25"),
+        ("decay_changed", "decay of b set to 0.5"),
+    ]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from ema_service.storage import CatalogUnusable, CheckpointRow, SnapshotRow
+from ema_service.storage import CatalogUnusable, CheckpointRow, SnapshotRow, TimelineRow
 from ema_service.storage.catalog import FORMAT, Catalog
+
+LINE = TimelineRow(4.5, "created", None, None, "created with 2 tensors")
 
 
 @pytest.fixture
@@ -34,13 +36,13 @@ def test_rows_are_there_for_the_next(catalog: Catalog, path: Path) -> None:
     run = catalog.add_run("r", "{}", 1.5)
     row = catalog.put_checkpoint(run.id, "slots/0", "{1}", 2.5, synced=False, durable=False)
     catalog.add_snapshot(SnapshotRow(run.id, "s", "{2}", 3.5))
-    catalog.add_history(run.id, 4.5, "created")
+    catalog.add_line(run.id, LINE)
     other = Catalog(path)
 
     assert other.runs() == [run]
     assert other.checkpoints(run.id) == [row] == [CheckpointRow(row.id, run.id, "slots/0", "{1}", False, 2.5)]
     assert other.snapshots(run.id) == [SnapshotRow(run.id, "s", "{2}", 3.5)]
-    assert other.history(run.id) == [(4.5, "created")]
+    assert other.timeline(run.id, 0.0, 10) == [LINE]
     other.close()
 
 
@@ -76,8 +78,10 @@ def test_durable_is_synced(catalog: Catalog) -> None:
     assert _synchronous(catalog) == _FULL
     catalog.amend_checkpoint(row.id, "{}", durable=False)
     assert _synchronous(catalog) == _NORMAL
-    catalog.add_history(run.id, 1.0, "x")
+    catalog.mark_synced(row.id)
     assert _synchronous(catalog) == _FULL
+    catalog.add_line(run.id, LINE)
+    assert _synchronous(catalog) == _NORMAL
 
 
 _NORMAL, _FULL = 1, 2
@@ -88,16 +92,20 @@ def _synchronous(catalog: Catalog) -> int:
 
 
 def test_removed_run_takes_everything_along(catalog: Catalog) -> None:
-    """Removing a run removes its checkpoint, snapshots and history; its id is never given again."""
+    """Removing a run removes its checkpoint, snapshots and timeline; its id is never given again."""
     run, other = catalog.add_run("r", "{}", 1.0), catalog.add_run("other", "{}", 1.0)
     for each in (run, other):
         catalog.put_checkpoint(each.id, "slots/0", "{}", 2.0, synced=True, durable=True)
         catalog.add_snapshot(SnapshotRow(each.id, "s", "{}", 3.0))
-        catalog.add_history(each.id, 4.0, "created")
+        catalog.add_line(each.id, LINE)
     catalog.remove_run(other.id)
 
     assert catalog.runs() == [run]
-    assert (catalog.checkpoints(other.id), catalog.snapshots(other.id), catalog.history(other.id)) == ([], [], [])
+    assert (catalog.checkpoints(other.id), catalog.snapshots(other.id), catalog.timeline(other.id, 0, 9)) == (
+        [],
+        [],
+        [],
+    )
     assert len(catalog.snapshots(run.id)) == 1
     assert catalog.add_run("other", "{}", 5.0).id > other.id
 
@@ -166,6 +174,14 @@ def test_newer_format_is_refused(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+HISTORY = """
+DROP TABLE timeline;
+CREATE TABLE history (
+    run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
+INSERT INTO history VALUES (1, 1.5, 'decay of ema set to 0.5');
+INSERT INTO history VALUES (1, 2.5, 'rewound to snapshot s (version 1.3, step 3)');
+"""
+
 FORMAT_1 = """
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL);
@@ -199,16 +215,18 @@ def test_format_1_is_migrated(path: Path) -> None:
     catalog.close()
 
 
-@pytest.mark.parametrize("old", [2, 3, 4, 5])
+@pytest.mark.parametrize("old", [2, 3, 4, 5, 6])
 def test_later_formats_are_migrated(old: int, path: Path) -> None:
     """Their catalogs keep what they have and say so no longer: the servers of format 2 know no copied tensors, those of
-    3 other checksums, of 4 no memory files, of 5 no averages but those of a run's creation."""
+    3 other checksums, of 4 no memory files, of 5 no averages but those of a run's creation, of 6 no kinds of lines."""
     catalog = Catalog(path)
     catalog.add_run("r", "{}", 1.5)
     before = catalog.runs()
     catalog.close()
     database = sqlite3.connect(path)
-    database.execute("ALTER TABLE runs DROP COLUMN averages")
+    if old < 6:
+        database.execute("ALTER TABLE runs DROP COLUMN averages")
+    database.executescript(HISTORY)
     database.execute(f"PRAGMA user_version = {old}")
     database.close()
 
@@ -216,6 +234,10 @@ def test_later_formats_are_migrated(old: int, path: Path) -> None:
     assert catalog.runs() == before
     catalog.set_averages(before[0].id, "{2}")
     assert [run.averages for run in catalog.runs()] == ["{2}"]
+    assert catalog.timeline(before[0].id, 0.0, 9) == [
+        TimelineRow(1.5, "decay_changed", None, None, "decay of ema set to 0.5"),
+        TimelineRow(2.5, "rewound", None, None, "rewound to snapshot s (version 1.3, step 3)"),
+    ]
     assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
     catalog.close()
 

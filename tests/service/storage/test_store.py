@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ema_service.storage import CatalogUnusable, Extent, RunRow, Slot, Store, store
+from ema_service.storage import TIMELINE_LINES, CatalogUnusable, Extent, RunRow, Slot, Store, TimelineRow, store
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.files import FolderLocked
 
@@ -263,12 +263,15 @@ def test_files_that_cannot_be_removed_are_logged(
     assert "Permission denied" in caplog.text
 
 
-def test_history_is_kept(opened: Callable[[], Store]) -> None:
-    """record() adds a line with its time to the run's history."""
+def test_timeline_is_kept(opened: Callable[[], Store]) -> None:
+    """record() adds a line to the run's timeline; the oldest of too many lines goes."""
     kept = opened()
     row = kept.add_run("r", "{}", 1.0)
-    kept.record(row, "decay set to 0.5")
+    lines = [TimelineRow(float(n), "decay_changed", n, n, "decay set to 0.5") for n in range(TIMELINE_LINES + 3)]
+    for line in lines:
+        kept.record(row, line)
 
-    [(at, event)] = opened()._catalog.history(row.id)
-    assert event == "decay set to 0.5"
-    assert at > 1e9
+    again = opened()
+    assert again.timeline(row, 0.0, 2 * TIMELINE_LINES) == lines[3:]
+    assert again.timeline(row, 0.0, 2) == lines[-2:]
+    assert again.timeline(row, TIMELINE_LINES, 9) == lines[-2:]

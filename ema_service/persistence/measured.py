@@ -1,0 +1,77 @@
+"""Measurements of a run as the bytes of a file, and back: their digest, a line of JSON, and arrays of float64.
+
+Knows the file's form, and that a file may be damaged. Does not know what the columns mean, or where files lie.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+__all__ = ["StoredMeasurements"]
+
+_DIGEST_BYTES = 16
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMeasurements:
+    """What is kept of a run's measurements.
+
+    columns: names of the columns of ``rows``, which is (rows, columns), oldest first. seen: how many measurements there
+    were. begin: the time of the first. version, step: of the newest. distances: of each tensor, in it.
+    """
+
+    columns: tuple[str, ...]
+    rows: Floats
+    seen: int
+    begin: float | None
+    version: str | None
+    step: int | None
+    distances: Floats
+
+    def dump(self) -> bytes:
+        """The bytes of the file."""
+        head = {
+            "columns": self.columns,
+            "rows": len(self.rows),
+            "seen": self.seen,
+            "begin": self.begin,
+            "version": self.version,
+            "step": self.step,
+        }
+        data = json.dumps(head).encode() + b"\n" + self.rows.tobytes() + self.distances.tobytes()
+        return xxhash.xxh3_128_digest(data) + data
+
+    @classmethod
+    def load(cls, raw: bytes) -> StoredMeasurements:
+        """What dump() wrote. Raises ValueError for anything else: a file that was cut short, or damaged."""
+        data = raw[_DIGEST_BYTES:]
+        if xxhash.xxh3_128_digest(data) != raw[:_DIGEST_BYTES]:
+            raise ValueError("its digest is another")
+        line, _, arrays = data.partition(b"\n")
+        head = json.loads(line)
+        columns, count = tuple(head["columns"]), head["rows"]
+        values = np.frombuffer(arrays, np.float64)
+        rows, distances = np.split(values, [count * len(columns)])
+        return cls(
+            columns,
+            rows.reshape(count, len(columns)),
+            head["seen"],
+            head["begin"],
+            head["version"],
+            head["step"],
+            distances,
+        )
+
+    def in_columns(self, columns: tuple[str, ...]) -> Floats:
+        """The rows in these columns; NaN in those that were not kept."""
+        rows = np.full((len(self.rows), len(columns)), np.nan)
+        for at, name in enumerate(columns):
+            if name in self.columns:
+                rows[:, at] = self.rows[:, self.columns.index(name)]
+        return rows

@@ -1,0 +1,51 @@
+"""The timeline of one run: a line for each thing that somebody, or the service, did to the run.
+
+Knows that a line is worth less than what the line tells of. Does not know what happened, or how a run is measured
+(runs/measurements).
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from ema_client.protocol import TimelineKind
+from ema_service.shadows.state import Version
+from ema_service.storage import TIMELINE_LINES, RunRow, Store, TimelineRow
+
+__all__ = ["Timeline"]
+
+_log = logging.getLogger(__name__)
+
+
+class Timeline:
+    """Writes and reads the timeline of one run: in the catalog, or in memory where there is none. Thread-safe."""
+
+    def __init__(self, run: str, row: RunRow | None, store: Store | None) -> None:
+        self._run = run
+        self._row = row
+        self._store = store
+        #: The lines, of a server that keeps nothing on disk.
+        self._lines = deque[TimelineRow](maxlen=TIMELINE_LINES)
+
+    def record(self, kind: TimelineKind, text: str, version: Version | None = None) -> None:
+        """Add a line. version: the run's by then. A failure is only logged: what the line tells of has happened all the
+        same."""
+        step, num_updates = (version.step, version.num_updates) if version else (None, None)
+        line = TimelineRow(time.time(), kind, step, num_updates, text)
+        if self._store is None or self._row is None:
+            self._lines.append(line)
+            return
+        try:
+            self._store.record(self._row, line)
+        except sqlite3.Error as fault:
+            _log.error("run %s: %s; not noted in its timeline: %s", self._run, text, fault)
+
+    def lines(self, since: float, most: int) -> Sequence[TimelineRow]:
+        """The newest lines later than ``since``, at most so many, the newest last. Raises sqlite3.Error."""
+        if self._store is None or self._row is None:
+            return [line for line in tuple(self._lines) if line.at > since][-most:]
+        return self._store.timeline(self._row, since, most)

@@ -1,0 +1,284 @@
+"""How a run went: what was measured of its updates, over time.
+
+Every update is noted; of updates less than 50 ms apart the last stands for all, so that a run of a thousand updates a
+second is folded and kept twenty times a second. The newest is there exactly, whatever its distance in time.
+
+Knows what a row means, and the groups of a layout's tensors. Does not know how sums come about (shadows), which rows
+stay (averaging/series), files, or HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ema_client.protocol import MAX_STEP, Distances, History, HistoryColumns
+from ema_service.averaging.series import Series, evenly
+from ema_service.memory import Layout
+from ema_service.persistence.measured import StoredMeasurements
+from ema_service.shadows.state import Version
+
+__all__ = ["Measured", "Measurements", "group_names"]
+
+Floats = npt.NDArray[np.float64]
+
+#: Seconds between two rows at least: rows closer in time cost more than they show.
+_APART_SECONDS = 0.05
+#: Groups at most: as many lines as a chart can hold.
+_MOST_GROUPS = 24
+#: Significant digits of what is told; float32 has as many.
+_DIGITS = 7
+_COLUMNS = tuple(each.name for each in fields(HistoryColumns))
+#: Columns that are told as they are, the first: time, step, num_updates, effective_decay.
+_EXACT = 4
+#: Columns of the run's first average alone.
+_OF_AVERAGE = ("effective_decay", "distance", "shadow_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of one update.
+
+    version: that the update made. sums: by tensor, the sums of squares of (shadow - parameters), parameters and shadow;
+    NaN where a tensor was not measured, None where none was. nbytes: of parameters. durable_lag: steps that the durable
+    version is behind. receive, average, commit: seconds, see HistoryColumns.
+    """
+
+    version: Version
+    sums: Floats | None
+    nbytes: int
+    durable_lag: int | None = None
+    receive: float | None = None
+    average: float | None = None
+    commit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """A measurement with its place among all. time: never before that of an earlier one."""
+
+    measured: Measured
+    number: int
+    time: float
+
+
+class Measurements:
+    """The measurements of one run. Thread-safe."""
+
+    def __init__(self, run: str, layout: Layout) -> None:
+        self._run = run
+        self._layout = layout
+        self._newest: _Noted | None = None
+        #: The number and the time of the newest row, where that was measured since the start.
+        self._kept: tuple[int, float] | None = None
+        self._before: StoredMeasurements | None = None
+        self._seen = 0
+        self._begin: float | None = None
+        self._saved = 0
+        self._lock = threading.Lock()
+
+    def note(self, measured: Measured) -> None:
+        """Note an update that was applied."""
+        with self._lock:
+            newest = self._newest
+            if newest and (self._kept is None or newest.time - self._kept[1] >= _APART_SECONDS):
+                self._series.add(self._row(newest))
+                self._kept = newest.number, newest.time
+            self._seen += 1
+            time = max(round(measured.version.updated_at, 6), newest.time if newest else self._last_time)
+            self._newest = _Noted(measured, self._seen, time)
+            if self._begin is None:
+                self._begin = time
+
+    @property
+    def tag(self) -> str:
+        """A text that differs after each measurement."""
+        with self._lock:
+            newest = self._newest
+            return f"{self._seen}-{newest.time if newest else self._last_time!r}"
+
+    def history(self, average: str, *, since: float, points: int, measured: bool = True) -> History:
+        """What was measured after ``since``, at most so many points, evenly over time.
+
+        average: the name of the run's first; of another, which is not ``measured``, distances and norms are None.
+        """
+        with self._lock:
+            newest, seen, begin = self._newest, self._seen, self._begin
+            version = self._version
+            rows = self._series.rows.copy()
+            if newest:
+                rows = np.vstack([rows, self._row(newest)])
+        rows = rows[rows[:, 0] > since]
+        rows = rows[evenly(rows[:, 0], points)]
+        rows[:, _EXACT:] = _rounded(rows[:, _EXACT:])
+        if not measured:
+            rows[:, [_COLUMNS.index(name) for name in _OF_AVERAGE]] = np.nan
+        columns: dict[str, Any] = {name: _told(rows[:, at], name) for at, name in enumerate(_COLUMNS)}
+        groups = {
+            name: _told(rows[:, at], name) for at, name in enumerate(self._groups.names, len(_COLUMNS)) if measured
+        }
+        return History(self._run, average, version, seen, begin, HistoryColumns(**columns), groups)
+
+    def distances(self, average: str) -> Distances:
+        """The distances of all tensors in the newest measurement. average: the name of the run's first."""
+        with self._lock:
+            version, step, found = self._version, self._step, self._distances()
+        names = (entry.name for entry in self._layout.params)
+        tensors = dict(zip(names, _told(_rounded(found), "distance"), strict=True))
+        return Distances(self._run, average, version, step, tensors)
+
+    # --- beyond the server's end ------------------------------------------------------------------------------------
+
+    def save(self, write: Callable[[bytes], None]) -> None:
+        """Have ``write`` keep everything, if there is anything new. Raises what ``write`` raises, and tries again when
+        called again."""
+        with self._lock:
+            if self._seen == self._saved:
+                return
+            rows = self._series.rows
+            if self._newest:
+                rows = np.vstack([rows, self._row(self._newest)])
+            seen = self._seen
+            stored = StoredMeasurements(
+                (*_COLUMNS, *self._groups.names),
+                rows.copy(),
+                seen,
+                self._begin,
+                self._version,
+                self._step,
+                self._distances(),
+            )
+        write(stored.dump())
+        self._saved = seen
+
+    def restore(self, stored: StoredMeasurements) -> None:
+        """Take up what was kept."""
+        with self._lock:
+            self._series.fill(stored.in_columns((*_COLUMNS, *self._groups.names)))
+            self._before, self._seen, self._saved, self._begin = stored, stored.seen, stored.seen, stored.begin
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _groups(self) -> _Groups:
+        return _Groups.of(self._layout)
+
+    @cached_property
+    def _series(self) -> Series:
+        return Series(len(_COLUMNS) + len(self._groups.names))
+
+    @property
+    def _last_time(self) -> float:
+        rows = self._series.rows
+        return float(rows[-1, 0]) if len(rows) else 0.0
+
+    @property
+    def _version(self) -> str | None:
+        if self._newest:
+            return str(self._newest.measured.version)
+        return self._before.version if self._before else None
+
+    @property
+    def _step(self) -> int | None:
+        if self._newest:
+            return self._newest.measured.version.step
+        return self._before.step if self._before else None
+
+    def _distances(self) -> Floats:
+        """Of each tensor, in the newest measurement; NaN where not measured."""
+        if self._newest is None and self._before and len(self._before.distances) == len(self._layout):
+            return self._before.distances
+        sums = self._newest.measured.sums if self._newest else None
+        return np.full(len(self._layout), np.nan) if sums is None else _ratio(sums[:, 0], sums[:, 1])
+
+    def _row(self, noted: _Noted) -> list[float]:
+        """The row of a measurement, as it follows the row before."""
+        measured, version = noted.measured, noted.measured.version
+        rate = math.nan
+        if self._kept and noted.time > self._kept[1]:
+            rate = (noted.number - self._kept[0]) / (noted.time - self._kept[1])
+        distance, shadow, parameters, groups = self._groups.fold(measured.sums)
+        return [
+            noted.time,
+            *map(_number, (version.step, version.num_updates, version.averages[0].effective_decay)),
+            *(distance, shadow, parameters, rate, rate * measured.nbytes),
+            *map(_number, (measured.durable_lag, measured.receive, measured.average, measured.commit)),
+            *groups,
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """The groups of a layout's averaged tensors. index: of the group of each tensor; copied ones have a group of their
+    own, the last. names: of the groups; none where they would be too many, and then all averaged tensors are one."""
+
+    names: tuple[str, ...]
+    index: npt.NDArray[np.intp]
+    count: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> _Groups:
+        copied = frozenset(layout.copied)
+        named = group_names([entry.name for entry in layout.params if entry.name not in copied])
+        names = tuple(dict.fromkeys(named.values()))
+        few = len(names) <= _MOST_GROUPS
+        places = {name: at if few else 0 for at, name in enumerate(names)}
+        count = len(names) if few else 1
+        index = [places[named[e.name]] if e.name in named else count for e in layout.params]
+        return cls(names if few else (), np.array(index, np.intp), count)
+
+    def fold(self, sums: Floats | None) -> tuple[float, float, float, Sequence[float]]:
+        """Distance, |shadow| and |parameters| of all averaged tensors, and the distance of each group."""
+        if sums is None:
+            return math.nan, math.nan, math.nan, [math.nan] * len(self.names)
+        apart, parameters, shadow = (
+            np.bincount(self.index, sums[:, at], self.count + 1)[: self.count] for at in range(3)
+        )
+        whole = _ratio(apart.sum(), parameters.sum())
+        groups = _ratio(apart, parameters)[: len(self.names)]
+        return float(whole), math.sqrt(shadow.sum()), math.sqrt(parameters.sum()), groups.tolist()
+
+
+def group_names(names: Sequence[str]) -> dict[str, str]:
+    """By tensor, the name of its group: as many leading components of its name as make at most 24 groups, one at
+    least."""
+    parts = {name: name.split(".") for name in names}
+    found = {name: each[0] for name, each in parts.items()}
+    for depth in range(2, max(map(len, parts.values()), default=1) + 1):
+        deeper = {name: ".".join(each[:depth]) for name, each in parts.items()}
+        if len(set(deeper.values())) > _MOST_GROUPS:
+            break
+        found = deeper
+    return found
+
+
+def _ratio(apart: Any, parameters: Any) -> Floats:
+    """The distances of sums of squares; NaN or Inf where there are no parameters, or only zeros."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.asarray(np.sqrt(apart / parameters))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _rounded(values: Floats) -> Floats:
+    """The values to seven significant digits."""
+    with np.errstate(all="ignore"):
+        scale = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(values))))
+        rounded = np.round(values * scale) / scale
+    return np.where(np.isfinite(rounded), rounded, values)
+
+
+def _told(values: Floats, name: str) -> tuple[float | None, ...]:
+    """A column as the protocol has it: None where nothing was measured, or what was measured is no number."""
+    if name in ("step", "num_updates"):
+        return tuple(min(int(value), MAX_STEP) if math.isfinite(value) else None for value in values.tolist())
+    return tuple(value if math.isfinite(value) else None for value in values.tolist())
