@@ -50,16 +50,16 @@ BUILT = {
     "GET /v1/runs/{run}/profiles",
     "GET /v1/runs/{run}/sweep",
     "GET /v1/runs/{run}/events",
-    "GET /v1/server",
     "GET /v1/runs/{run}/history",
     "GET /v1/runs/{run}/distances",
     "GET /v1/runs/{run}/timeline",
+    "GET /v1/server",
     "GET /healthz",
     "GET /readyz",
     "GET /metrics",
 }
 #: HTML for people, not in OpenAPI.
-PAGES = {"GET /", "GET /docs"}
+PAGES = {"GET /", "GET /runs/{run}", "GET /docs"}
 
 METHODS = {"get", "put", "post", "patch", "delete", "head", "options"}
 
