@@ -105,6 +105,12 @@ SICK = {
         {},
         ("bad", "Degraded", None),
     ),
+    "not a number": (
+        {"refused": "tensor 'w' has NaN"},
+        {},
+        {},
+        ("bad", "Updates are refused", "ema show r"),
+    ),
     "never begun": (
         {
             "status": "awaiting_weights",

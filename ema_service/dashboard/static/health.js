@@ -47,6 +47,7 @@ const finding = (level, title, why, remedy, command = null) => ({ level, title, 
 
 const RULES = [
   degraded,
+  refused,
   withoutWeights,
   frozen,
   still,
@@ -68,6 +69,18 @@ function degraded(run) {
     run.remedy ?? "Go back to a snapshot (ema rewind); without a name of one the version that is there is accepted.";
   const command = remedy.includes("ema rewind") ? `ema rewind ${run.run} SNAPSHOT` : null; // a full disk needs room instead
   return finding("bad", "Degraded", sentence(run.reason ?? "the server says no more"), sentence(remedy), command);
+}
+
+function refused(run) {
+  if (!run.refused) return null;
+  return finding(
+    "bad",
+    "Updates are refused",
+    sentence(run.refused),
+    "The average is as it was before. Look at the trainer: its loss and gradients where numbers are not finite, its " +
+      "model where tensors do not fit.",
+    `ema show ${run.run}`,
+  );
 }
 
 function withoutWeights(run, history, server, now) {

@@ -55,9 +55,11 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "ring": None,
         "durability": "process",
         "reason": None,
+        "remedy": "send the initial weights: the trainer that makes the run does so first",
         "writer": 0,
         "link": None,
         "copied": 0,
+        "refused": None,
         "non_finite": "refuse",
         "averages": [LITEMA],
         "tensors": 3,
@@ -138,7 +140,7 @@ def test_list_that_the_reader_has(server: ServerProcess, plain_run: MakeRun) -> 
     again = {"If-None-Match": first.headers["etag"]}
     same = run.http.get("/v1/runs", headers=again)
     assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", first.headers["etag"])
-    run.push(1)
+    run.push(1, TENSORS).raise_for_status()
     moved = run.http.get("/v1/runs", headers=again)
     assert (moved.status_code, moved.headers["etag"] == first.headers["etag"]) == (200, False)
 
