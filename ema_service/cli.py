@@ -190,11 +190,14 @@ def serve(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the picture goes.", dir_okay=False)] = Path("ema-demo.png"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the server after the training, to look at its pages, until Ctrl-C.")
+    ] = False,
 ) -> None:
     """Train a small diffusion model on handwritten digits with its EMA in a server, and watch it from an evaluator."""
     from ema_service.demo import run_demo
 
-    raise typer.Exit(run_demo(out))
+    raise typer.Exit(run_demo(out, keep=keep))
 
 
 @app.command()

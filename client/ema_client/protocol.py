@@ -451,6 +451,7 @@ class RunInfo:
     parameters, bytes: elements of the layout, and bytes of all shadows of the run.
     created_at, updated_at: seconds since 1970-01-01 UTC.
     reason: why the status is not "ready". remedy: what to do then, in a sentence.
+    refused: why the latest push was refused, such as for NaN; None where an update was applied since.
     writer: the number of the trainer that attached last, 0 before any did.
     link: how the latest push came to the server, for people to read; None before the first push since its start.
     copied: how many of the tensors are copied, not averaged.
@@ -487,6 +488,7 @@ class RunInfo:
     versions_in: Text | None = None
     ring: RingInfo | None = None
     remedy: Text | None = None
+    refused: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ _ALLOWED_BY = {
 
 #: Paths that need no token, for their answers say nothing of any run: the pages (whose data need a token), and whether
 #: the process lives.
-_OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|v1/server)?\Z")
+_OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|runs/[^/]+|v1/server)?\Z")
 #: Of these, the one that tells more to who has a token.
 MORE_WITH_A_TOKEN = "/v1/server"
 _RUN = re.compile(r"/v1/runs/([^/]+)")

@@ -19,7 +19,7 @@ from typing import Self, TypeVar
 
 from fastapi import Request
 
-from ema_client.errors import InvalidRequest, SegmentUnusable
+from ema_client.errors import EmaError, InvalidRequest, SegmentUnusable
 from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_SEGMENT, RunInfo, Segment, UpdateResult
 from ema_service.api.context import Context
 from ema_service.api.transfer.filling import Work, content_length, receive
@@ -72,6 +72,11 @@ class _Incoming:
         self._run.links.shared() if shared else self._run.links.came(link)
         self._server.metrics.pushes.labels(link).inc()
         self._server.metrics.received.inc(nbytes)
+
+    def ended(self, error: BaseException | None) -> None:
+        """Note with the run why the push was refused, if it was for something that another try would not mend."""
+        if isinstance(error, EmaError) and not error.retryable:
+            self._run.links.turned_down(error.detail, self._run.ledger.version)
 
     def _digested(self) -> bool:
         """Whether the sender's digest follows the data. Raises InvalidRequest for any other digest."""
@@ -130,6 +135,7 @@ class Push:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self._incoming.ended(error)
         if self._preparation:
             self._preparation.drop()
         self.staged.release()
@@ -195,6 +201,7 @@ class PartialPush:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self._incoming.ended(error)
         if not self._whole:
             self._parts.give_up(self._part)
 

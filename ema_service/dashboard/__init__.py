@@ -1,7 +1,14 @@
-"""The pages for a browser: the read-only list of all runs at ``/`` and the API's documentation at ``/docs``.
+"""The pages for a browser: all runs at ``/``, one run at ``/runs/{run}``, the API's documentation at ``/docs``.
 
-The list asks ``GET /v1/runs`` every two seconds, as anyone else may: the page has no route, no state and no right of
-its own. Both pages load nothing from other hosts; their Content-Security-Policy makes the browser enforce that.
+The pages of runs only read: they ask the API every two seconds, as anyone else may, and have no route, no state and no
+right of their own. No page loads anything from other hosts; their Content-Security-Policy makes the browser enforce it.
+
+``static/`` has one script for each concern, without a build step:
+ - ``list.js`` and ``run.js`` begin the two pages;
+ - ``frame.js`` follows the service and signs in, ``api.js`` asks;
+ - ``health.js`` works out what is wrong with a run, and what to do;
+ - ``panels.js``, ``curves.js``, ``ring.js`` show; ``charts.js`` draws, by uPlot (``vendor/``);
+ - ``profile.js``, ``rate.js``, ``words.js``, ``dom.js`` are what these need.
 
 Knows its files and the headers they are served with. Does not know runs or weights.
 """

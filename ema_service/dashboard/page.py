@@ -1,6 +1,6 @@
-"""The dashboard's page and its static files.
+"""The dashboard's pages, of all runs and of one, and their static files.
 
-Knows files and response headers. Does not know runs: the page's script asks the API for them.
+Knows files and response headers. Does not know runs: the pages' scripts ask the API for them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ router = APIRouter()
 async def page() -> FileResponse:
     """The dashboard: all runs of this server, kept up to date."""
     return serve_page("index.html", POLICY)
+
+
+@router.get("/runs/{run}", include_in_schema=False)
+async def run_page(run: str) -> FileResponse:
+    """The page of one run, or of one that there isn't: the page's script reads the name in its own address."""
+    del run
+    return serve_page("run.html", POLICY)
 
 
 def serve_page(name: str, policy: str) -> FileResponse:

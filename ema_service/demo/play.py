@@ -43,44 +43,48 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def run_demo(out: Path = plan.OUT, *, steps: int = plan.STEPS, seconds: float = plan.SECONDS) -> int:
+def run_demo(
+    out: Path = plan.OUT, *, steps: int = plan.STEPS, seconds: float = plan.SECONDS, keep: bool = False
+) -> int:
     """Run the demo and write its picture to ``out``. No process is left behind, however the demo ends.
 
-    steps, seconds: training ends with whichever is reached first. Returns an exit status: 0; 1 where something failed
-    or a proof did not hold; 2 where a package is missing; 128 + the signal where the demo was stopped.
+    steps, seconds: training ends with whichever is reached first. keep: the server stays after the training, for its
+    pages to be looked at, until a signal comes. Returns an exit status: 0; 1 where something failed or a proof did not
+    hold; 2 where a package is missing; 128 + the signal where the demo was stopped before the training's end.
     """
     screen = Screen()
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         screen.note(f"the demo also needs {' and '.join(missing)}: pip install 'ema-service[demo]'")
         return 2
-    began = time.monotonic()
     try:
         with screen:
-            _Play(screen, out.absolute(), steps, seconds).run()
+            took = _Play(screen, out.absolute(), steps, seconds, keep=keep).run()
     except Stopped as stop:
         screen.note(f"stopped by {stop}; server, trainer and evaluator are ended")
         return 128 + stop.signum
     except DemoFailed as failure:
         screen.note(f"the demo failed: {failure}")
         return 1
-    return _verdict(screen, out, time.monotonic() - began)
+    return _verdict(screen, out, took)
 
 
 class _Play:
     """One performance: three children and their reports."""
 
-    def __init__(self, screen: Screen, out: Path, steps: int, seconds: float) -> None:
+    def __init__(self, screen: Screen, out: Path, steps: int, seconds: float, *, keep: bool) -> None:
         self.screen = screen
         self.out = out
         self.steps = steps
         self.seconds = seconds
+        self.keep = keep
         self.events: Events = queue.SimpleQueue()
-        self.deadline = time.monotonic() + seconds + OVERHEAD
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds + OVERHEAD
         self.running: set[str] = set()
 
-    def run(self) -> None:
-        """Play the demo to its end. Raises DemoFailed or Stopped.
+    def run(self) -> float:
+        """Play the demo to its end, and return how many seconds the training took. Raises DemoFailed or Stopped.
 
         Signals stay events until the children are ended and the folder is removed.
         """
@@ -92,9 +96,15 @@ class _Play:
             tempfile.TemporaryDirectory(prefix="ema-demo-", ignore_cleanup_errors=True) as folder,
             Children(self.events, Path(folder)) as children,
         ):
-            self._follow(children, Path(folder) / "data")
+            url = self._follow(children, Path(folder) / "data")
+            took = time.monotonic() - self.began
+            if self.keep:
+                self._stay(children, url)
+            self.screen.stage("stopping the server")
+            return took
 
-    def _follow(self, children: Children, data: Path) -> None:
+    def _follow(self, children: Children, data: Path) -> str:
+        """Start the children, follow trainer and evaluator to their ends, and return the server's address."""
         self.screen.stage("starting the server")
         serve = ["serve", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(data)]
         self._start(children, "server", SERVER, serve)
@@ -107,7 +117,15 @@ class _Play:
         self._start(children, "evaluator", EVALUATOR, evaluation, threads=1)
         while self.running != {"server"}:
             self._show(self._next(children))
-        self.screen.stage("stopping the server")
+        return url
+
+    def _stay(self, children: Children, url: str) -> None:
+        """Keep the server until a signal comes. Raises DemoFailed where the server ends."""
+        self.screen.note(f"the training is over: {url}/runs/{plan.RUN} shows how it went, until Ctrl-C ends the demo")
+        self.screen.stage("the server stays for you to look at")
+        while not isinstance(event := self.events.get(), Signalled):
+            if isinstance(event, Ended):
+                self._ended(children, event.child)
 
     def _start(self, to: Children, name: str, module: str, arguments: list[str], *, threads: int | None = None) -> None:
         to.start(name, module, arguments, threads=threads)

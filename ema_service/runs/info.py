@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ema_service.runs.ledger import Ledger
     from ema_service.runs.measurements import Measurements
     from ema_service.runs.run import Keeper
-    from ema_service.shadows import Average, Shadows
+    from ema_service.shadows import Average, Shadows, Version
 
 __all__ = ["Links", "describe", "pulse"]
 
@@ -33,6 +33,7 @@ class Links:
         self.beginning = 0
         self._latest: str | None = None
         self._refusal: str | None = None
+        self._turned_down: tuple[str, str] | None = None
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -54,6 +55,15 @@ class Links:
     def refused(self, reason: str) -> None:
         """Note why a push could not arrive through shared memory; told with every later link until one can."""
         self._refusal = reason
+
+    def turned_down(self, reason: str, version: Version | None) -> None:
+        """Note why an update was refused that came while the run was at ``version``."""
+        self._turned_down = reason, str(version)
+
+    def turned_down_at(self, version: Version | None) -> str | None:
+        """Why the latest update was refused that came at ``version``; None where none was."""
+        reason, at = self._turned_down or (None, "")
+        return reason if at == str(version) else None
 
     def __str__(self) -> str:
         refusal = f"; shared memory was refused: {self._refusal}" if self._refusal else ""
@@ -102,6 +112,7 @@ def describe(
         writer=ledger.writer,
         link=str(links) or None,
         copied=len(layout.copied),
+        refused=links.turned_down_at(version),
     )
 
 

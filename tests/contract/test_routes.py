@@ -59,7 +59,7 @@ BUILT = {
     "GET /metrics",
 }
 #: HTML for people, not in OpenAPI.
-PAGES = {"GET /", "GET /docs"}
+PAGES = {"GET /", "GET /runs/{run}", "GET /docs"}
 
 METHODS = {"get", "put", "post", "patch", "delete", "head", "options"}
 

@@ -7,94 +7,26 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from safetensors.torch import load_file, save
 
 from ema_service.api.tokens import create_token
+from tests.conftest import ServerProcess
+from tests.e2e.browser import NEEDS_CHROMIUM, PHONE, STATE, Browsing, create, put
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser test needs chromium")
-
+pytestmark = NEEDS_CHROMIUM
 expect = sync_api.expect
-# The page asks every two seconds; a busy machine may take longer to answer.
-expect.set_options(timeout=20_000)
-QUIET = [
-    "--no-sandbox",  # as root, in containers, Chromium does not start otherwise
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-]
+
 #: Counter and version of a run with its initial weights only.
 NO_UPDATE = re.compile(r"^0\s*version \d+\.0$")
-STATE = {"weight": torch.ones(3, 4), "bias": torch.zeros(4)}
-
-
-@dataclass
-class Browsing:
-    """A page, and what went wrong on it."""
-
-    page: Any
-    errors: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    def open(self, url: str) -> Any:
-        """Go there, from then on noting errors and requests."""
-        self.page.on("console", self._note)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(url)
-        return self.page
-
-    def _note(self, said: Any) -> None:
-        if said.type in ("error", "warning"):
-            self.errors.append(said.text)
-
-    def elsewhere(self, origin: str) -> list[str]:
-        """Requests that left the origin."""
-        return [url for url in self.requests if not url.startswith((f"{origin}/", "data:"))]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def browsing(browser: Any) -> Iterator[Browsing]:
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    made = Browsing(context.new_page())
-    yield made
-    # A request may be on its way through a test's route.
-    made.page.unroute_all(behavior="ignoreErrors")
-    context.close()
-
-
-def create(server: Any, run: str) -> None:
-    layout = [{"name": name, "shape": list(tensor.shape), "dtype": "F32"} for name, tensor in STATE.items()]
-    with server.http() as http:
-        http.post("/v1/runs", json={"run": run, "decay": 0.999, "layout": layout}).raise_for_status()
-
-
-def put(server: Any, path: str, state: dict[str, torch.Tensor] | None = None) -> None:
-    with server.http() as http:
-        http.put(path, content=None if state is None else save(state)).raise_for_status()
 
 
 def row_of(page: Any, run: str) -> Any:
@@ -130,47 +62,17 @@ def test_run_appears_and_its_numbers_move(server: Any, browsing: Browsing, run_n
 
 
 def test_update_rate(server: Any, browsing: Browsing, run_name: str) -> None:
-    """Updates between two looks of the page become a rate, with a line drawn for it."""
+    """Updates between two looks of the page become a rate."""
     create(server, run_name)
     put(server, f"/v1/runs/{run_name}/weights", STATE)
-    page = browsing.open(server.url)
+    page = browsing.open(f"{server.url}/?query={run_name}")
     row = row_of(page, run_name)
     expect(row.get_by_role("cell").nth(1)).to_have_text(NO_UPDATE)
 
     for step in range(1, 21):
         put(server, f"/v1/runs/{run_name}/updates/{step}", STATE)
 
-    rate = row.get_by_role("cell").nth(3)
-    expect(rate).to_contain_text(re.compile(r"^(?!0 /s)[\d.]+ /s"))
-    # The line has a peak: y is 2 at the top of the picture and 22 at its bottom.
-    expect(rate.locator("polyline")).to_have_attribute("points", re.compile(r",2\.0\b"))
-
-
-def test_details_and_snapshots(server: Any, browsing: Browsing, run_name: str, tmp_path: Path) -> None:
-    """The button of a run opens its averages and snapshots; a snapshot's link gives its weights."""
-    create(server, run_name)
-    put(server, f"/v1/runs/{run_name}/weights", STATE)
-    page = browsing.open(server.url)
-    button = page.get_by_role("button", name=run_name)
-    expect(button).to_have_attribute("aria-expanded", "false")
-    button.click()
-    expect(button).to_have_attribute("aria-expanded", "true")
-    expect(page.get_by_role("table", name="Averages")).to_contain_text("litema")
-    expect(page.get_by_text("No snapshots yet.")).to_be_visible()
-
-    put(server, f"/v1/runs/{run_name}/snapshots/best")
-    snapshots = page.get_by_role("table", name="Snapshots")
-    expect(snapshots).to_contain_text("best")
-    with page.expect_download() as download:
-        snapshots.get_by_role("link").click()
-    download.value.save_as(tmp_path / "best.safetensors")
-
-    assert download.value.suggested_filename == f"{run_name}-best.safetensors"
-    weights = load_file(tmp_path / "best.safetensors")
-    assert {name: tensor.tolist() for name, tensor in weights.items()} == {n: t.tolist() for n, t in STATE.items()}
-    button.click()
-    expect(snapshots).to_have_count(0)
-    assert browsing.errors == []
+    expect(row.get_by_role("cell").nth(4)).to_contain_text(re.compile(r"^(?!0 /s)[\d.]+ /s"))
 
 
 def test_token(start_server: Callable[..., Any], browsing: Browsing, tmp_path: Path) -> None:
@@ -180,23 +82,41 @@ def test_token(start_server: Callable[..., Any], browsing: Browsing, tmp_path: P
     server = start_server("--token-file", str(tokens))
     headers = {"Authorization": f"Bearer {token}"}
     with server.http() as http:
+        http.headers.update(headers)
         layout = [{"name": "weight", "shape": [3, 4], "dtype": "F32"}]
-        http.post("/v1/runs", json={"run": "secret", "layout": layout}, headers=headers).raise_for_status()
+        http.post("/v1/runs", json={"run": "secret", "layout": layout}).raise_for_status()
+        http.put("/v1/runs/secret/weights", content=save({"weight": STATE["weight"]})).raise_for_status()
+        http.put("/v1/runs/secret/snapshots/best").raise_for_status()
     page = browsing.open(server.url)
     field, show = page.get_by_label("Token"), page.get_by_role("button", name="Show the runs")
     expect(page.get_by_text("This server wants a bearer token.")).to_be_visible()
+    expect(page.get_by_role("status")).to_have_text("signed out")
+    expect(page.get_by_role("search")).to_be_hidden()
     expect(row_of(page, "secret")).to_have_count(0)
+    assert browsing.barriers("signed-out") == []
 
     field.fill("wrong")
     show.click()
     expect(page.get_by_text("This server does not know that token.")).to_be_visible()
     field.fill(token)
     show.click()
-    expect(row_of(page, "secret")).to_contain_text("awaiting weights")
+    expect(row_of(page, "secret")).to_contain_text("ready")
     expect(field).to_be_hidden()
     page.reload()
     expect(row_of(page, "secret")).to_be_visible()
 
+    # A link cannot carry the token: the run's page fetches a snapshot with it, and shows lines that read it elsewhere.
+    page.get_by_role("link", name="secret").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="download secret-best.safetensors").click()
+    download.value.save_as(tmp_path / "best.safetensors")
+    assert load_file(tmp_path / "best.safetensors")["weight"].tolist() == STATE["weight"].tolist()
+    expect(page.get_by_role("region", name="Weights and snapshots")).to_contain_text("Bearer $EMA_SERVICE_TOKEN")
+
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("status")).to_have_text("signed out")
+    expect(page.locator("#run")).to_be_hidden()
+    assert page.evaluate("sessionStorage.length") == 0
     assert page.evaluate("JSON.stringify([document.cookie, {...localStorage}])") == '["",{}]'
     assert not any(token in url for url in browsing.requests)
     assert token not in server.log
@@ -210,23 +130,34 @@ def test_no_token_is_asked_for_without_need(server: Any, browsing: Browsing) -> 
 
 
 def test_names_are_text(server: Any, browsing: Browsing, run_name: str) -> None:
-    """Markup in a name of a run, an average or a device stays text, even if a server let it through."""
+    """Markup in a name of a run, an average, a tensor or a device stays text, even if a server let it through."""
     create(server, run_name)
     hostile = "<img src=x onerror='window.hacked = true'>"
 
-    def with_hostile_names(route: Any) -> None:
-        body = route.fetch().json()
-        run = next(run for run in body["runs"] if run["run"] == run_name)
-        run["run"] = run["device"] = run["averages"][0]["name"] = hostile
-        route.fulfill(json=body)
+    def make_hostile(run: dict[str, Any]) -> dict[str, Any]:
+        run["device"] = run["averages"][0]["name"] = run["reason"] = hostile
+        return {**run, "run": hostile, "status": "degraded"}
 
-    browsing.page.route("**/v1/runs", with_hostile_names)
-    browsing.page.route("**/snapshots", lambda route: route.fulfill(json={"snapshots": []}))
-    page = browsing.open(server.url)
-    page.get_by_role("button", name=hostile).click()
+    def hostile_list(route: Any) -> None:
+        runs = route.fetch().json()["runs"]
+        route.fulfill(json={"runs": [make_hostile(run) for run in runs if run["run"] == run_name]})
 
-    expect(page.get_by_role("table", name="Averages")).to_contain_text(hostile)
+    entry = {"time": 0, "kind": hostile, "step": None, "num_updates": 0, "text": hostile}
+    layout = {"run": hostile, "layout": [{"name": hostile, "shape": [], "dtype": hostile}], "copied": []}
+    page = browsing.page
+    page.route("**/v1/runs", hostile_list)
+    page.route(f"**/v1/runs/{run_name}", lambda route: route.fulfill(json=make_hostile(route.fetch().json())))
+    page.route("**/timeline", lambda route: route.fulfill(json={"run": hostile, "entries": [entry]}))
+    page.route("**/layout", lambda route: route.fulfill(json=layout))
+    browsing.open(server.url)
     expect(row_of(page, hostile)).to_contain_text(hostile)
+    assert page.locator("main img").count() == 0
+
+    page.goto(f"{server.url}/runs/{run_name}")
+    for name in ("Averages", "Tensors"):
+        expect(page.get_by_role("table", name=name)).to_contain_text(hostile)
+    expect(page.get_by_role("region", name="Timeline")).to_contain_text(hostile)
+    expect(page.get_by_role("region", name="Health")).to_contain_text(hostile)
     assert page.locator("main img").count() == 0
     assert page.evaluate("window.hacked") is None
 
@@ -235,15 +166,101 @@ def test_no_runs_yet(start_server: Callable[..., Any], browsing: Browsing) -> No
     """An empty server shows the lines of a trainer that creates a run there; a run takes their place."""
     server = start_server(memory=True)
     page = browsing.open(server.url)
+    page.set_viewport_size(PHONE)
     empty = page.get_by_role("region", name="No runs yet")
     expect(empty).to_contain_text("from ema_client import RemoteEma")
     expect(empty).to_contain_text(f'url="{server.url}"')
+    assert browsing.barriers("empty") == []
+    assert browsing.cut_off() == []
 
     create(server, "first")
-    expect(page.get_by_role("button", name="first")).to_be_visible()
+    expect(page.get_by_role("link", name="first")).to_be_visible()
     expect(empty).to_be_hidden()
-    page.get_by_role("button", name="first").click()
-    expect(page.get_by_text("--memory")).to_be_visible()
+    page.get_by_role("link", name="first").click()
+    expect(page.get_by_role("region", name="Weights and snapshots")).to_contain_text("--memory")
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of 150 runs: one is trained, one is frozen, one has the longest name that there is."""
+    folder = tmp_path_factory.mktemp("crowded")
+    server = ServerProcess(folder, data_dir=folder / "data").start()
+    create(server, *(f"sweep-{number:03d}" for number in range(147)), "n" * 128)
+    for run, config in (("digits", {}), ("stuck", {"decay": 1.0, "use_num_updates": False})):
+        create(server, run, **config)
+        put(server, f"/v1/runs/{run}/weights", STATE)
+        put(server, f"/v1/runs/{run}/updates/1", STATE)
+    yield server
+    server.kill()
+
+
+def test_many_runs(crowded: ServerProcess, browsing: Browsing) -> None:
+    """150 runs are pages of rows, searched, filtered and sorted; the address keeps what was asked for. On a phone each
+    run is a card that has every column."""
+    page = browsing.open(crowded.url)
+    rows = page.locator("#board tbody tr")
+    expect(page.get_by_text("Page 1 of 8, 150 runs")).to_be_visible()
+    expect(rows.first).to_contain_text("Frozen")  # what needs attention comes first
+    assert page.evaluate("document.documentElement.scrollHeight") < 3000
+    assert browsing.barriers("many") == []
+    assert browsing.cut_off() == []
+
+    page.get_by_role("button", name="Next").click()
+    expect(page.get_by_text("Page 2 of 8")).to_be_visible()
+    page.get_by_label("Search").fill("SWEEP-14")
+    expect(rows).to_have_count(7)
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(rows.first).to_contain_text("sweep-140")
+    page.reload()
+    expect(rows.first).to_contain_text("sweep-140")
+    expect(page.get_by_role("columnheader", name="Run")).to_have_attribute("aria-sort", "ascending")
+    rows.first.get_by_role("link").click()
+    expect(page.get_by_role("heading", name="sweep-140")).to_be_visible()
+    page.go_back()
+    expect(rows).to_have_count(7)
+
+    page.get_by_label("Search").fill("no such run")
+    page.get_by_role("button", name="Show all runs").click()
+    page.get_by_role("combobox", name="Show").select_option("attention")
+    expect(rows).to_have_count(1)
+    page.get_by_role("combobox", name="Show").select_option("all")
+    page.get_by_label("Search").fill("digits")
+    page.set_viewport_size(PHONE)
+    expect(rows).to_have_count(1)
+    labels = {"Step", "Updates", "Decay", "Distance", "Rate", "Size", "Last update"}
+    assert set(rows.first.locator("td").evaluate_all("cells => cells.map(cell => cell.dataset.label)")) == labels
+    assert rows.first.locator("td").evaluate_all("cells => cells.every(cell => cell.checkVisibility())")
+    assert browsing.cut_off() == []
+    assert browsing.barriers("many-phone") == []
+    assert browsing.errors == []
+
+
+def test_list_costs_nothing_while_nothing_moves(crowded: ServerProcess, browsing: Browsing) -> None:
+    """The list of 150 runs comes in less than 100 KB, packed; as long as nothing moves, looks at it get no body."""
+    page = browsing.page
+    received: list[float] = []
+    network = page.context.new_cdp_session(page)
+    network.send("Network.enable")
+    paths: dict[str, str] = {}
+    network.on("Network.requestWillBeSent", lambda event: paths.update({event["requestId"]: event["request"]["url"]}))
+    network.on(
+        "Network.loadingFinished",
+        lambda event: received.append(event["encodedDataLength"]) if paths[event["requestId"]] == url else None,
+    )
+    url = f"{crowded.url}/v1/runs"
+    page.goto(crowded.url)
+    wait_for_looks(page, received, 3)
+
+    assert received[0] < 100_000
+    assert max(received[1:]) < 1000
+
+
+def wait_for_looks(page: Any, received: list[float], count: int) -> None:
+    for _ in range(100):
+        if len(received) >= count:
+            return
+        page.wait_for_timeout(200)
+    raise AssertionError(f"the page looked {len(received)} times")
 
 
 def test_lost_connection(server: Any, browsing: Browsing, run_name: str) -> None:
@@ -332,9 +349,9 @@ def test_trying_out_behind_a_prefix(
     assert browsing.errors == []
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/runs/a..b", "/docs"])
 def test_pages_are_kept_to_this_server(server: Any, path: str) -> None:
-    """Both pages tell the browser to run no inline script and to load nothing from elsewhere."""
+    """All pages tell the browser to run no inline script and to load nothing from elsewhere."""
     with server.http() as http:
         answer = http.get(path)
 

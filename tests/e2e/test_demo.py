@@ -31,7 +31,7 @@ from pathlib import Path
 from ema_service.demo import children, play
 children.GRACE = 2.0
 play.SERVER, play.TRAINER, play.EVALUATOR = sys.argv[2:5]
-sys.exit(play.run_demo(Path(sys.argv[1]), steps=40))
+sys.exit(play.run_demo(Path(sys.argv[1]), steps=40, keep=sys.argv[5:] == ["--keep"]))
 """
 SERVER = "print('listens on http://127.0.0.1:1', flush=True)\nimport time\ntime.sleep(300)\n"
 IDLE = "import time\ntime.sleep(300)\n"
@@ -114,10 +114,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
 def start_small(start: Callable[..., Demo], tmp_path: Path) -> Callable[..., Demo]:
     """Start a demo whose children are these sources."""
 
-    def start_small(trainer: str = READY + IDLE, evaluator: str = IDLE, server: str = SERVER) -> Demo:
+    def start_small(trainer: str = READY + IDLE, evaluator: str = IDLE, server: str = SERVER, *more: str) -> Demo:
         for name, source in {"small_server": server, "small_trainer": trainer, "small_evaluator": evaluator}.items():
             (tmp_path / f"{name}.py").write_text(source)
-        return start("small_server", "small_trainer", "small_evaluator")
+        return start("small_server", "small_trainer", "small_evaluator", *more)
 
     return start_small
 
@@ -250,6 +250,19 @@ def test_silent_end_is_no_success(start_small: Callable[..., Demo]) -> None:
 
     assert demo.ends() == 1
     assert "without the proofs or the picture" in demo.output
+
+
+def test_server_that_is_kept(start_small: Callable[..., Demo]) -> None:
+    """With --keep the server stays after the training, the demo names its page, and Ctrl-C ends both."""
+    demo = start_small("", "", SERVER, "--keep")
+    demo.wait_for("the training is over: http://127.0.0.1:1/runs/digits")
+    assert demo.child("small_server")
+    assert "stopping the server" not in demo.output
+
+    demo.parent.send_signal(signal.SIGINT)
+
+    assert demo.ends() == 1  # these children prove nothing, and draw nothing
+    assert "stopping the server" in demo.output
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,9 +55,11 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "ring": None,
         "durability": "process",
         "reason": None,
+        "remedy": "send the initial weights: the trainer that makes the run does so first",
         "writer": 0,
         "link": None,
         "copied": 0,
+        "refused": None,
         "non_finite": "refuse",
         "averages": [LITEMA],
         "tensors": 3,
@@ -126,6 +128,21 @@ def test_runs_are_listed(server: ServerProcess, plain_run: MakeRun, run_name: st
 
     mine = [info for info in listed if info["run"].startswith(f"{run_name}-")]
     assert mine == [run.info() for run in runs]
+
+
+def test_list_that_the_reader_has(server: ServerProcess, plain_run: MakeRun) -> None:
+    """The list is packed for who takes gzip, and comes without a body to who has it, until a run moves."""
+    run = plain_run(server, TENSORS)
+    first = run.http.get("/v1/runs", headers={"Accept-Encoding": "gzip"})
+    assert first.headers["content-encoding"] == "gzip"
+    assert first.json() == run.http.get("/v1/runs", headers={"Accept-Encoding": "identity"}).json()
+
+    again = {"If-None-Match": first.headers["etag"]}
+    same = run.http.get("/v1/runs", headers=again)
+    assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", first.headers["etag"])
+    run.push(1, TENSORS).raise_for_status()
+    moved = run.http.get("/v1/runs", headers=again)
+    assert (moved.status_code, moved.headers["etag"] == first.headers["etag"]) == (200, False)
 
 
 def test_runs_are_listed_by_page(server: ServerProcess, plain_run: MakeRun, run_name: str) -> None:

@@ -220,6 +220,25 @@ def test_status_of_an_update(server: ServerProcess, plain_run: MakeRun, model: M
         assert (answer.status_code, answer.json()) == (200, {"step": step, "state": state, "parts": []})
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_refused_updates_are_told(server: ServerProcess, plain_run: MakeRun, parts: bool) -> None:
+    """The run says why its latest push was refused, until an update is applied: else a trainer of NaN only looks
+    slow."""
+    run = plain_run(server, {"w": torch.zeros(3)})
+    assert run.info()["refused"] is None
+    bad = {"w": torch.tensor([1.0, float("nan"), 1.0])}
+    if parts:
+        body = save(bad, {"ema.slices": json.dumps({"w": [[[0, 3]]]})})
+        answer = run.http.put(f"{run.path}/updates/1/parts/0?of=1", content=body)
+    else:
+        answer = run.push(1, bad)
+
+    assert answer.json()["code"] == "non_finite"
+    assert run.info()["refused"] == answer.json()["detail"]
+    run.push(2, {"w": torch.ones(3)}).raise_for_status()
+    assert run.info()["refused"] is None
+
+
 def test_nan_where_it_is_allowed(server: ServerProcess, plain_run: MakeRun) -> None:
     """A run that allows NaN takes it, as LitEma would."""
     run = plain_run(server, {"w": torch.zeros(3)}, non_finite="allow")
