@@ -88,6 +88,7 @@ def test_full_disk(
     """Runs and snapshots are refused and leave nothing; updates go on, deletions work; killed, all comes back."""
     server = start(*arguments)
     with server.http() as http:
+        assert http.get("/readyz").status_code == 200
         tracked = Tracked(plain_run_class(http, "tracked"), litema, durability)
         gone = plain_run_class(http, "gone")
         gone.create(params(0)).raise_for_status()
@@ -98,6 +99,10 @@ def test_full_disk(
         _fill(filler)
         assert refused(plain_run_class(http, "new").create(params(0)))
         assert refused(http.put(f"{tracked.run.path}/snapshots/new"))
+        unready = http.get("/readyz")
+        assert (unready.status_code, unready.json()["code"]) == (503, "storage_failed")
+        assert "disk is full" in unready.json()["detail"]
+        assert http.get("/healthz").status_code == 200
         assert not list((disk / "data" / "runs").glob("new.*"))
         assert [path.name for path in (disk / "data" / "runs").glob("tracked.*/snapshots/*")] == ["old"]
         for _ in range(40):
@@ -116,7 +121,9 @@ def test_full_disk(
         tracked.run = plain_run_class(http, "tracked")
         tracked.check()
         assert http.get(gone.path).status_code == 404
+        assert http.get("/readyz").status_code == 503
         filler.unlink()
+        assert http.get("/readyz").status_code == 200
         plain_run_class(http, "new").create(params(0)).raise_for_status()
         tracked.push()
         tracked.check()
