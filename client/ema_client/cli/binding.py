@@ -3,7 +3,7 @@
 A command's function says what it needs by the types of its parameters:
 
     EmaClient    a client of the service that --url and --token name
-    Transport    the same service for single requests that are given up soon
+    Probe        the same service for single requests that are given up soon
     Wished       an average of any length, by the six options of such an average
 
 It returns an Answer, or gives one after the other, which --json and the terminal decide the look of.
@@ -24,7 +24,7 @@ from ema_client.cli.answers import Answer, Screen, put
 from ema_client.cli.options import Json, Token, Url, WishedOptions, connect, look_at, wished_for
 from ema_client.cli.refusals import refusals
 from ema_client.client import EmaClient
-from ema_client.http.transport import Transport
+from ema_client.reading.probing import Probe
 from ema_client.targets import Wished
 
 __all__ = ["bound"]
@@ -32,7 +32,7 @@ __all__ = ["bound"]
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _CONTEXT = inspect.Parameter("context", _KEYWORD, annotation=typer.Context)
 _CLIENT = {"url": Url, "token": Token}
-_SERVICES: dict[Any, Callable[..., EmaClient | Transport]] = {EmaClient: connect, Transport: look_at}
+_SERVICES: dict[Any, Callable[..., EmaClient | Probe]] = {EmaClient: connect, Probe: look_at}
 _JSON = {"as_json": Json}
 
 

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from ema_client import __version__, protocol
+from ema_client import __version__
 from ema_client.cli import show
 from ema_client.cli.answers import Answer, Table
 from ema_client.cli.refusals import hint_of
 from ema_client.errors import EmaError, Forbidden, RouteNotFound, Unauthorized
-from ema_client.http.memfd import SharedBody
-from ema_client.http.transport import Transport
-from ema_client.protocol import RunInfo, RunList, ServerInfo
+from ema_client.protocol import RunInfo, ServerInfo
+from ema_client.reading.probing import Probe, check_can_share
 
 __all__ = ["Finding", "doctor"]
 
 #: Seconds, and bytes, for which weights are read to see how fast they come.
 _LINK_SECONDS, _LINK_BYTES = 1.0, 256 << 20
-_PIECE_BYTES = 1 << 20
+#: From so many bytes on the link's speed is that of the bytes, and no longer that of the first answer.
+_TELLING_BYTES = 4 << 20
 _PINGS = 5
 #: Seconds between two clocks that nobody minds.
 _CLOCKS_APART = 2.0
@@ -47,12 +47,12 @@ class Finding:
     remedy: str | None = None
 
 
-def doctor(transport: Transport) -> Answer:
+def doctor(probe: Probe) -> Answer:
     """Is the service there, who is it, may this token do what it should, how fast is the way, and what is to be mended?
 
     Takes at most five seconds, and changes nothing. The exit code is 1 where something has failed.
     """
-    findings = list(_findings(transport))
+    findings = list(_findings(probe))
     table = Table()
     for each in findings:
         table.add(each.verdict, f"{each.check}: {each.found}" + (f"\n-> {each.remedy}" if each.remedy else ""))
@@ -60,30 +60,30 @@ def doctor(transport: Transport) -> Answer:
     return Answer(findings, (table,), code=1 if failed else 0)
 
 
-def _findings(transport: Transport) -> Iterator[Finding]:
+def _findings(probe: Probe) -> Iterator[Finding]:
     yield from _here()
     begun = time.time()
     try:
-        server = transport.json("GET", protocol.server_path()).parsed(ServerInfo)
+        server = probe.server()
     except RouteNotFound:
         # A server of before this route: what other routes tell is there all the same.
-        yield Finding("service", "warning", f"{transport.url} answers, and is older than this client", _same_version())
-        yield _sharing(transport)
-        yield from _runs(transport)
+        yield Finding("service", "warning", f"{probe.url} answers, and is older than this client", _same_version())
+        yield _sharing(probe)
+        yield from _runs(probe)
         return
     except EmaError as error:
         yield Finding("service", "failed", error.detail, hint_of(error))
         return
     ended = time.time()
-    yield Finding("service", "ok", f"{server.name} {server.version} at {transport.url}")
+    yield Finding("service", "ok", f"{server.name} {server.version} at {probe.url}")
     yield _versions(server)
     yield _token(server)
     if server.time is not None:
         yield _clock(server.time - (begun + ended) / 2, (ended - begun) / 2)
-    yield _way(transport)
-    yield _sharing(transport)
+    yield _way(probe)
+    yield _sharing(probe)
     yield from _room(server)
-    yield from _runs(transport)
+    yield from _runs(probe)
 
 
 def _here() -> Iterator[Finding]:
@@ -125,25 +125,25 @@ def _clock(apart: float, uncertain: float) -> Finding:
     return Finding("clock", "warning", said, "set both by NTP: ages, logs and the end of tokens go by these clocks")
 
 
-def _way(transport: Transport) -> Finding:
+def _way(probe: Probe) -> Finding:
     """How long the service takes to answer at all."""
     times = []
     for _ in range(_PINGS):
         begun = time.perf_counter()
         try:
-            transport.json("GET", protocol.server_path())
+            probe.server()
         except EmaError as error:
             return Finding("answers", "failed", error.detail, hint_of(error))
         times.append(time.perf_counter() - begun)
     return Finding("answers", "ok", f"in {1e3 * statistics.median(times):.1f} ms")
 
 
-def _sharing(transport: Transport) -> Finding:
+def _sharing(probe: Probe) -> Finding:
     """Whether pushes from here can be handed over instead of sent."""
-    if not transport.same_host:
+    if not probe.same_host:
         return Finding("shared memory", "skipped", "the service is on another host, or behind a name: pushes are sent")
     try:
-        SharedBody(b"", 1)
+        check_can_share()
     except OSError as fault:
         return Finding("shared memory", "warning", f"none here: {fault}", "pushes are sent; Linux has shared memory")
     return Finding("shared memory", "ok", "pushes from here are handed over, where service and trainer are of one user")
@@ -172,9 +172,9 @@ def _filled(check: str, used: int, limit: int, remedy: str) -> Finding:
     return Finding(check, "warning" if full else "ok", said, remedy if full else None)
 
 
-def _runs(transport: Transport) -> Iterator[Finding]:
+def _runs(probe: Probe) -> Iterator[Finding]:
     try:
-        runs = transport.json("GET", protocol.runs_path()).parsed(RunList).runs
+        runs = probe.runs()
     except Forbidden as error:
         yield Finding("runs", "skipped", error.detail)
         return
@@ -185,24 +185,21 @@ def _runs(transport: Transport) -> Iterator[Finding]:
     for run in runs:
         if run.status == "degraded":
             yield Finding(f"run {run.run}", "failed", run.reason or run.status, run.remedy)
-    yield _speed(transport, runs)
+    yield _speed(probe, runs)
 
 
-def _speed(transport: Transport, runs: tuple[RunInfo, ...]) -> Finding:
+def _speed(probe: Probe, runs: tuple[RunInfo, ...]) -> Finding:
     """How fast weights come: a second of the largest run's, which are thrown away."""
     there = [run for run in runs if run.version is not None and run.status == "ready"]
     if not there:
         return Finding("link", "skipped", "there is no run with weights to measure with")
     run = max(there, key=lambda each: each.bytes)
-    buffer, come, begun = memoryview(bytearray(_PIECE_BYTES)), 0, time.perf_counter()
     try:
-        with transport.download(protocol.weights_path(run.run), stop=_LINK_BYTES) as download:
-            while come < download.length and time.perf_counter() - begun < _LINK_SECONDS:
-                come += download.read_some(buffer)
+        speed = probe.speed(run.run, seconds=_LINK_SECONDS, most=_LINK_BYTES)
     except Forbidden:
         return Finding("link", "skipped", f"the token may not pull {run.run}")
     except EmaError as error:
         return Finding("link", "warning", error.detail, hint_of(error))
-    took = time.perf_counter() - begun
-    small = "; too few bytes to tell" if come < _PIECE_BYTES else ""
-    return Finding("link", "ok", f"{show.size(come / took)}/s ({show.size(come)} of {run.run} in {took:.2f} s{small})")
+    small = "; too few bytes to tell" if speed.bytes < _TELLING_BYTES else ""
+    measured = f"{show.size(speed.bytes)} of {run.run} in {speed.seconds:.2f} s{small}"
+    return Finding("link", "ok", f"{show.size(speed.rate)}/s ({measured})")

@@ -13,12 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ema_client import RetryPolicy
 from ema_client.client import EmaClient, service_of
 from ema_client.errors import EmaError, UsageError
-from ema_client.http.connection import Timeouts
-from ema_client.http.retry import RetryPolicy
-from ema_client.http.transport import Transport
 from ema_client.protocol import LAYOUT_DTYPES
+from ema_client.reading.probing import Probe
 from ema_client.targets import Wished
 
 __all__ = [
@@ -41,8 +40,6 @@ __all__ = [
     "without_torch",
 ]
 
-#: For a command that must end soon, whatever the service does.
-_HASTY = Timeouts(connect=1.5, transfer=1.5, kept=1.5)
 #: A number of updates.
 _COUNTER = re.compile(r"[0-9]{1,19}\Z")
 
@@ -167,11 +164,10 @@ def connect(context: typer.Context, url: str | None, token: str | None) -> EmaCl
     return EmaClient(url or common_url, token=token or common_token)
 
 
-def look_at(context: typer.Context, url: str | None, token: str | None) -> Transport:
-    """Requests to the service that the options name, as for connect(), each tried once and given up soon."""
+def look_at(context: typer.Context, url: str | None, token: str | None) -> Probe:
+    """Single questions to the service that the options name, as for connect()."""
     common_url, common_token = context.obj
-    where, bearer = service_of(url or common_url, token or common_token)
-    return Transport(where, token=bearer, retry=RetryPolicy(attempts=1), timeouts=_HASTY)
+    return Probe(*service_of(url or common_url, token or common_token))
 
 
 def agreed(question: str, *, yes: bool) -> None:
