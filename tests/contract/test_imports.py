@@ -60,9 +60,9 @@ LEDGER_NEVER = {"os", "pathlib", "sqlite3", "socket", "threading", "time", "asyn
 #: These play the trainer and the evaluator: they use the public client, and start the server as a process.
 PARTS_OUTSIDE = {"demo", "bench"}
 CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
-#: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
+#: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx2 alone.
 CLIENT_THIRD_PARTY = {
-    "httpx": {"ema_client.http.control"},
+    "httpx2": {"ema_client.http.control"},
     "xxhash": {"ema_client.http.digests"},
     "lightning": {"ema_client.integrations.lightning"},
     "pytorch_lightning": {"ema_client.integrations.lightning"},
@@ -263,7 +263,9 @@ def client_torch(module: Module) -> Iterator[str]:
 def one_httpx(module: Module) -> Iterator[str]:
     if module.name != "ema_client.http.control":
         yield from (
-            f"line {i.line}: httpx belongs to ema_client.http.control" for i in module.imports if i.root == "httpx"
+            f"line {i.line}: {i.root} belongs to ema_client.http.control"
+            for i in module.imports
+            if i.root in ("httpx", "httpx2")
         )
 
 
