@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
+from ema_service.addresses import host_of
 from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 
@@ -132,6 +133,14 @@ def serve(
             "addresses and this machine's own names are answered."
         ),
     ] = None,
+    announce: Annotated[
+        str | None,
+        typer.Option(
+            help="Name or address by which others reach the server, or a proxy's URL: printed at the start, and an "
+            "--allowed-host.  [default: of --host 0.0.0.0 this machine's address]",
+            show_default=False,
+        ),
+    ] = None,
     ssl_certfile: Annotated[
         Path | None, typer.Option(help="Speak TLS: the certificate, then those between it and its authority; PEM.")
     ] = None,
@@ -169,7 +178,8 @@ def serve(
         max_snapshots=max_snapshots,
         measurements=measurements,
         token_file=token_file,
-        allowed_hosts=(host, *(allowed_host or ())),
+        allowed_hosts=(host, *(allowed_host or ()), *([host_of(announce)] if announce else [])),
+        announce=announce,
         slow_request=slow_request,
         access_log=access_log,
     )

@@ -42,8 +42,9 @@ class Settings:
     token_file: tokens and what each may do; None asks nobody for a token.
     allowed_hosts: names by which clients reach the server, beside IP addresses and this machine's own names. Where no
     token is asked for, other names are refused (api/origins.py).
+    announce: what others know the server by: a host name, an address, or a whole URL; None for the address that it
+    listens on. slow_request: seconds beyond which the log tells of a request. access_log: whether it tells of each.
     measurements: whether each update is measured: how far shadow and parameters are apart, rates, times.
-    slow_request: seconds beyond which the log tells of a request. access_log: whether it tells of each.
     json_bytes: most bytes of JSON bodies held at one time; the largest there may be, a layout, has 32 MiB.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     max_snapshots: int = 1000
     token_file: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
-    measurements: bool = True
+    announce: str | None = None
     slow_request: float = 30.0
     access_log: bool = False
+    measurements: bool = True

@@ -23,6 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ema_service.addresses import announced
 from ema_service.api.app import create_app, open_registry
 from ema_service.api.context import Context
 from ema_service.api.tls import Certificate
@@ -93,8 +94,8 @@ def serve(
             access_log=False,
             server_header=False,
         )
-        announced = partial(_url, host, tcp, secure=tls is not None)
-        started = partial(_started, app.state.metrics, announce, announced)
+        url = announced(host, tcp.getsockname()[1], secure=tls is not None, name=settings.announce)
+        started = partial(_started, app.state.metrics, announce, url)
         duties = _Duties(started, partial(_reload, app, tls), partial(_keep, app))
         stack.callback(_log.info, "stopped")
         _Server(config, tcp, unix, tls, settings.max_connections, duties).run([])
@@ -173,14 +174,12 @@ class _Server(uvicorn.Server):
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
-def _started(
-    metrics: Metrics, announce: Callable[[str], None], address: Callable[[], str], connections: Connections
-) -> None:
+def _started(metrics: Metrics, announce: Callable[[str], None], url: str, connections: Connections) -> None:
     """Tell the address, and from here on how many connections there are."""
     metrics.watch("ema_connections", "Connections that are open.", lambda: len(connections.opened))
     metrics.watch("ema_connections_limit", "Most of ema_connections.", lambda: connections.most)
-    _say(announce, address())
-    _log.info("started: ema-service %s on %s", version("ema-service"), address())
+    _say(announce, url)
+    _log.info("started: ema-service %s on %s", version("ema-service"), url)
 
 
 def _reload(app: FastAPI, tls: Certificate | None) -> None:
@@ -207,12 +206,6 @@ def _say(announce: Callable[[str], None], url: str) -> None:
         announce(url)
     except (OSError, ValueError) as fault:  # ValueError: closed, or an encoding without the letters of a path
         _log.warning("the server listens on %s; what it prints at the start cannot be written: %s", url, fault)
-
-
-def _url(host: str, sock: socket.socket, *, secure: bool) -> str:
-    """The address that the socket listens on, as clients write it."""
-    shown = f"[{host}]" if ":" in host else host
-    return f"{'https' if secure else 'http'}://{shown}:{sock.getsockname()[1]}"
 
 
 @contextlib.contextmanager

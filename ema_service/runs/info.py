@@ -16,6 +16,7 @@ from ema_service.shadows.state import schedule_told
 if TYPE_CHECKING:
     from ema_service.memory import Layout
     from ema_service.runs.ledger import Ledger
+    from ema_service.runs.measurements import Measurements
     from ema_service.runs.run import Keeper
     from ema_service.shadows import Average, Shadows, Version
 
@@ -115,7 +116,9 @@ def describe(
     )
 
 
-def pulse(layout: Layout, ledger: Ledger, keeper: Keeper | None, created_at: float) -> Pulse:
+def pulse(
+    layout: Layout, ledger: Ledger, keeper: Keeper | None, measurements: Measurements | None, created_at: float
+) -> Pulse:
     """What metrics tell of a run: of RunInfo what changes, in 4 microseconds where RunInfo takes 50."""
     version, config = ledger.version, ledger.setup.config
     return Pulse(
@@ -126,6 +129,7 @@ def pulse(layout: Layout, ledger: Ledger, keeper: Keeper | None, created_at: flo
         num_updates=version.num_updates if version else ledger.succession.counter_at_start,
         durable_step=keeper.durable_step if keeper else None,
         shadow_bytes=layout.shadow_bytes * len(config.averages),
+        distance=lambda: measurements.distance if measurements else None,
     )
 
 

@@ -194,7 +194,7 @@ class Run:
 
     def pulse(self) -> Pulse:
         """What metrics tell of the run, as it stands."""
-        return pulse(self.layout, self.ledger, self._keeper, self.created_at)
+        return pulse(self.layout, self.ledger, self._keeper, self._measurements, self.created_at)
 
     # --- an update --------------------------------------------------------------------------------------------------
 

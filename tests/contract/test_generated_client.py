@@ -119,11 +119,13 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     model, and the headers said to be there, each of its type."""
     assert ask("healthz").additional_properties == {"status": "alive"}
     ask("readyz")
+    assert ask("show_server").scopes == []
     ask("list_runs", status=401)
     ask.token = "unknown"
     ask("list_runs", status=401)
     ask.token = tokens["pull"]
     assert ask("list_runs").runs == []
+    assert ask("show_server").scopes == ["pull"]
     ask("attach_writer", "r", status=403)
     ask.token = tokens["admin"]
     assert "ema_runs" in ask("metrics")

@@ -24,8 +24,8 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
 # what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
-# threads, machine_memory, descriptors and logs are leaves.
-LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs"}
+# threads, machine_memory, descriptors, logs and addresses are leaves.
+LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
@@ -45,6 +45,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "machine_memory": set(),
     "descriptors": set(),
     "logs": set(),
+    "addresses": set(),
     "demo": {"settings"},
     "bench": {"settings"},
 }

@@ -6,21 +6,29 @@ tests/e2e/test_restart.py.
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from ema_service.addresses import announced, host_of
 from ema_service.cli import app
+
+if TYPE_CHECKING:
+    from tests.conftest import ServerProcess
 
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Iterator[None]:
     """serve sets signal handlers; pytest wants its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -79,3 +87,46 @@ def test_beyond_loopback_is_refused(host: str) -> None:
 def test_address_that_is_not_ours() -> None:
     """Said so, an address that this machine has not is refused all the same, naming it."""
     assert_one_line(serve("--memory", "--host", "192.0.2.1", "--insecure-no-auth"), "192.0.2.1", "--host")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (None, None),
+        ("trainer-7.cluster", "http://trainer-7.cluster:"),
+        ("fd00::7", "http://[fd00::7]:"),
+        ("https://ema.example/behind/", "https://ema.example/behind"),
+    ],
+)
+def test_announced_address(name: str | None, shown: str | None) -> None:
+    """All addresses of a machine are announced as one that others can use, or as they were told to be."""
+    found = announced("0.0.0.0", 8470, secure=False, name=name)
+    if shown is None:
+        address = ipaddress.ip_address(urlsplit(found).hostname or "")
+        assert not address.is_unspecified
+    else:
+        assert found.startswith(shown)
+
+
+def test_other_addresses_are_announced_as_they_are() -> None:
+    """An address, and a name, that the server was told to listen on, is the one that is announced."""
+    assert announced("127.0.0.1", 80, secure=True) == "https://127.0.0.1:80"
+    assert announced("::1", 80, secure=False) == "http://[::1]:80"
+    assert announced("node-3", 80, secure=False) == "http://node-3:80"
+    assert "[::]" not in announced("::", 80, secure=False)
+    assert [host_of(name) for name in ("a.b", "fd00::7", "https://ema.example:9/x")] == [
+        "a.b",
+        "fd00::7",
+        "ema.example",
+    ]
+
+
+def test_announced_address_answers(start_server: Callable[..., ServerProcess]) -> None:
+    """What a server on all addresses announces reaches the server, by name too, although no token is asked for."""
+    server = start_server("--host", "0.0.0.0", "--insecure-no-auth", "--announce", "ema.example", memory=True)
+    port = urlsplit(server.url).port
+    assert server.url == f"http://ema.example:{port}"
+    here = urlsplit(announced("0.0.0.0", port or 0, secure=False)).netloc
+    assert httpx.get(f"http://{here}/v1/runs").status_code == 200
+    assert httpx.get(f"http://{here}/v1/runs", headers={"Host": f"ema.example:{port}"}).status_code == 200
+    assert httpx.get(f"http://{here}/v1/runs", headers={"Host": "other.example"}).status_code == 421
