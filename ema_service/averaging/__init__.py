@@ -7,6 +7,7 @@ Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets o
 from __future__ import annotations
 
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
+from ema_service.averaging.distances import Squares
 from ema_service.averaging.fused import prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.profiles import TargetRefused
@@ -37,6 +38,7 @@ __all__ = [
     "Schedule",
     "SigmaRel",
     "SnapshotBasis",
+    "Squares",
     "Synthesis",
     "Target",
     "TargetRefused",

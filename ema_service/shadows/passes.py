@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ema_client.errors import DigestMismatch, NonFinite, Overloaded, listed
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.averaging import (
@@ -26,6 +29,7 @@ from ema_service.averaging import (
     Accumulators,
     BlockDigest,
     Digest,
+    Squares,
     averaging,
     casting,
     digesting,
@@ -90,23 +94,28 @@ class _Block:
     results: BlockDigest
 
 
-def pass_over(staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain | None = None) -> Pass:
+def pass_over(
+    staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool = False, grain: Grain | None = None
+) -> Pass:
     """The pass over a staged push, on the host or on a device.
 
     feeds: in order; a feed whose ``out`` is the push's own memory comes last, for its results overwrite the parameters.
-    Without feeds the pass only digests. check: whether NaN and Inf in a result raise NonFinite.
+    Without feeds the pass only digests. check: whether NaN and Inf in a result raise NonFinite. measure: whether the
+    first feed's result is measured (Pass.squares).
     """
     kind = HostPass if staged.on_host else DevicePass
-    return kind(staged, feeds, check=check, grain=grain or Grain())
+    return kind(staged, feeds, check=check, measure=measure, grain=grain or Grain())
 
 
 class Pass(ABC):
     """One pass over a staged push, which feeds averages from the first byte of the parameters to the last.
 
     Thread-safe: while one thread works, others wait.
+
+    More than a dozen attributes: what a push brings, and how far each part of the work has come.
     """
 
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
         self._staged = staged
         self._feeds = feeds
         self._check = check
@@ -122,6 +131,21 @@ class Pass(ABC):
         self._broke_off = False
         #: Seconds that digesting and averaging took so far.
         self.seconds = 0.0
+        #: Of the first feed, by section; None where nothing is measured.
+        self._squares: dict[int, Squares] | None = {} if measure else None
+
+    def squares(self) -> npt.NDArray[np.float64] | None:
+        """The sums of squares of (result - parameters), parameters and result of the first feed, once the pass is over:
+        (tensors, 3), NaN where a tensor is copied; None where nothing was measured."""
+        if not self._squares:
+            return None
+        found = np.zeros((len(self._layout), 3))
+        for index, section in enumerate(self._layout.sections):
+            if section.copied:
+                found[section.tensors] = np.nan
+            elif index in self._squares:
+                found[section.tensors] = self._squares[index].total()
+        return found
 
     @property
     def _layout(self) -> Layout:
@@ -276,10 +300,15 @@ class Pass(ABC):
                 kernels.append(casting(out, param, check=check))
                 continue
             shadow = feed.shadow.section(index)
-            kernels.append(averaging(out, shadow, param, feed.weight, check=check))
+            squares = self._squares_of(index) if number == 0 else None
+            kernels.append(averaging(out, shadow, param, feed.weight, check=check, squares=squares))
             if number == 0:
-                digest = digesting(out, shadow, param, feed.weight, check=check)
+                digest = digesting(out, shadow, param, feed.weight, check=check, squares=squares)
         return self._bound.setdefault(index, _Bound(kernels, digest))
+
+    def _squares_of(self, index: int) -> Squares | None:
+        """Where the first feed's squares in a section are added; None where they are not wanted."""
+        return None if self._squares is None else self._squares.setdefault(index, Squares(self._layout.ends[index]))
 
     def _tell(self, block: _Block, section: Section, stop: int, *, ended: bool = False) -> None:
         """Tell the sinks how far results are final, while the last results are in the cache. In order of the bytes.
@@ -301,8 +330,8 @@ class HostPass(Pass):
 
     _checks_pieces = True
 
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
-        super().__init__(staged, feeds, check=check, grain=grain)
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
+        super().__init__(staged, feeds, check=check, measure=measure, grain=grain)
         self._finite = [True] * len(feeds)
 
     def _result(self, out: Arena, sink: Sink) -> Result:
@@ -346,8 +375,8 @@ class DevicePass(Pass):
     #: Asking a device whether results are finite waits for the device: asked once, at the end of the pass.
     _checks_pieces = False
 
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
-        super().__init__(staged, feeds, check=check, grain=grain)
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
+        super().__init__(staged, feeds, check=check, measure=measure, grain=grain)
         #: Bytes of the parameters that the device was told to average so far.
         self._averaged = 0
 
