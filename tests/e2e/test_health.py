@@ -42,6 +42,7 @@ POINTS = 40
 def history(**columns: Any) -> dict[str, Any]:
     """A history whose columns go evenly from one value to another, or by a function of 0..1; None: not measured."""
     healthy = {"distance": (0.02, 0.021), "shadow_norm": (9, 9.1), "parameter_norm": (9, 9.1), "rate": (0.5, 0.5)}
+    healthy["effective_decay"] = (0.9999, 0.9999)
     wanted = {"time": (NOW - 8000, NOW - 2), **healthy, **columns}
     return {
         "columns": {name: [_at(column, i / (POINTS - 1)) for i in range(POINTS)] for name, column in wanted.items()}
@@ -86,7 +87,16 @@ def test_healthy_runs(found: Any) -> None:
     first = {**RUN, "step": 1, "version": "1.1", "durable_step": 1, "effective_decay": 0.1818, "created_at": NOW - 5}
     awaiting = {**early, "status": "awaiting_weights", "version": None, "created_at": NOW - 5}
     unmeasured = history(distance=None, shadow_norm=None, parameter_norm=None)
-    cases = [(RUN, history(), SERVER), (RUN, None, None), (RUN, empty, SERVER), (RUN, unmeasured, {"version": "1"})]
+    mended = history(
+        distance=(0.02, 0.2), shadow_norm=(9, 9), effective_decay=lambda share: 0.9999 if share > 0.9 else 1
+    )
+    cases = [
+        (RUN, mended, SERVER),
+        (RUN, history(), SERVER),
+        (RUN, None, None),
+        (RUN, empty, SERVER),
+        (RUN, unmeasured, {"version": "1"}),
+    ]
     cases += [(early, empty, SERVER), (first, empty, SERVER), (awaiting, empty, SERVER)]
 
     assert found(*cases) == [[]] * len(cases)

@@ -25,7 +25,7 @@ expect = sync_api.expect
 STATE = {f"{part}.{i}.weight": torch.full((4, 4), 1.0 + i) for part in ("encoder", "decoder") for i in range(12)}
 STATE["norm.bias"] = torch.ones(4)
 #: The names of the charts over time.
-CHARTS = ["Effective decay", "Step and counter", "Update rate", "Received", "A push, by phase"]
+CHARTS = ["Distance", "Effective decay", "Norms", "Step and counter", "Update rate", "Received", "A push, by phase"]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,8 @@ def test_run_and_how_it_went(trained: ServerProcess, browsing: Browsing) -> None
     send(trained, "PATCH", "/v1/runs/alpha", decay=0.99)
     expect(figure(page, "Step")).to_have_text("39")
     expect(figure(page, "Update rate")).to_contain_text("/s")
+    expect(figure(page, "Distance")).to_contain_text(re.compile(r"^0\.\d+"))
+    expect(chart(page, "Distance")).to_have_accessible_name(re.compile("encoder"))
     expect(chart(page, "Step and counter")).to_have_accessible_name(re.compile("39.*step"))
     expect(page.get_by_role("region", name="Timeline")).to_contain_text("0.99")
     expect(page.get_by_role("table", name="Snapshots")).to_contain_text("epoch-2")
@@ -144,6 +146,7 @@ def test_tensors_and_weights(trained: ServerProcess, browsing: Browsing, tmp_pat
     tensors.get_by_label("Search").fill("encoder.1")
     expect(rows).to_have_count(3)
     expect(rows.first).to_contain_text("4 \u00d7 4")
+    expect(rows.first.locator("td").last).to_have_text(re.compile(r"^0\.\d+"))
     tensors.get_by_label("Search").fill("nothing")
     expect(tensors).to_contain_text("No tensor has such a name.")
 

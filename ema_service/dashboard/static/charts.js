@@ -27,11 +27,12 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
  *
  * parent: where the chart goes. sync: charts with the same word show the same moment under the pointer. axis: how a
  * value is written beside the axis; value: how it is written in the heading. time: the horizontal axis has moments, else
- * numbers, which may be spread by their logarithms.
+ * numbers, which may be spread by their logarithms. binary: the vertical axis is divided by powers of two, as bytes are.
  */
 export class Chart {
-  constructor(parent, { title, hint, value, axis = value, sync = null, time = true, logarithmicX = false }) {
-    Object.assign(this, { value, axis, sync, time, logarithmicX });
+  constructor(parent, { title, hint, value, axis = value, ...more }) {
+    const { sync = null, time = true, logarithmicX = false, binary = false } = more;
+    Object.assign(this, { value, axis, sync, time, logarithmicX, binary });
     this.legend = element("p", "legend");
     this.holder = element("div", "plot");
     this.holder.setAttribute("role", "img");
@@ -74,13 +75,7 @@ export class Chart {
   }
 
   options() {
-    const { ink, grid, curves } = colours();
-    const axis = {
-      stroke: ink,
-      font: FONT,
-      grid: { stroke: grid, width: 1 },
-      ticks: { stroke: grid, width: 1, size: 4 },
-    };
+    const palette = colours();
     return {
       ...this.size(),
       padding: [8, 8, 0, 0],
@@ -92,36 +87,26 @@ export class Chart {
         ...(this.sync ? { sync: { key: this.sync } } : {}),
       },
       scales: { x: { time: this.time, distr: this.logarithmicX ? 3 : 1 }, y: { range: span } },
-      axes: [
-        {
-          ...axis,
-          size: this.time ? 40 : 28,
-          space: 70,
-          ...(this.time ? { values: CLOCK } : { values: (_, ticks) => ticks.map((each) => this.counted(each)) }),
-        },
-        {
-          ...axis,
-          size: 62,
-          space: 34,
-          values: (_, ticks) => ticks.map((each) => (each === null ? "" : this.axis(each))),
-        },
-      ],
-      series: [
-        {},
-        ...this.names.map((name, i) => ({
-          label: name,
-          stroke: curves[i % curves.length],
-          width: i === 0 ? 1.75 : 1.25,
-          spanGaps: true,
-          points: { show: this.data[0].length < 2, size: 5 },
-        })),
-      ],
+      axes: [this.horizontal(palette), this.vertical(palette)],
+      series: [{}, ...this.names.map((name, i) => this.curve(name, i, palette))],
       hooks: { setCursor: [(plot) => this.tell(plot.cursor.idx ?? null)] },
     };
   }
 
-  counted(value) {
-    return value === null ? "" : new Intl.NumberFormat("en", { notation: "compact" }).format(value);
+  horizontal(palette) {
+    const values = this.time ? CLOCK : (_, ticks) => ticks.map((each) => (each === null ? "" : COMPACT.format(each)));
+    return { ...axis(palette), size: this.time ? 40 : 28, space: 70, values };
+  }
+
+  vertical(palette) {
+    const values = (_, ticks) => ticks.map((each) => (each === null ? "" : this.axis(each)));
+    return { ...axis(palette), size: 62, space: 34, values, ...(this.binary ? { incrs: POWERS_OF_TWO } : {}) };
+  }
+
+  curve(label, i, { curves }) {
+    // A single point makes no line.
+    const points = { show: this.data[0].length < 2, size: 5 };
+    return { label, stroke: curves[i % curves.length], width: i === 0 ? 1.75 : 1.25, spanGaps: true, points };
   }
 
   /** Write the values at an index beside the heading; of null the latest. */
@@ -142,6 +127,13 @@ export class Chart {
     if (index === null)
       this.holder.setAttribute("aria-label", `${this.title}: ${this.legend.textContent || "nothing yet"}`);
   }
+}
+
+const COMPACT = new Intl.NumberFormat("en", { notation: "compact" });
+const POWERS_OF_TWO = Array.from({ length: 60 }, (_, i) => 2 ** (i - 10));
+
+function axis({ ink, grid }) {
+  return { stroke: ink, font: FONT, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1, size: 4 } };
 }
 
 // Clock times within a day, with the day where it changes.

@@ -60,6 +60,7 @@ const CHARTS = [
     hint: "Bytes of pushes per second",
     value: (value) => `${bytes(value)}/s`,
     axis: bytes,
+    binary: true,
     curves: column("bytes_per_second"),
   },
   {

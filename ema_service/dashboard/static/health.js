@@ -121,7 +121,7 @@ function frozen(run) {
 
 function still(run, history) {
   const seen = points(history, ["distance", "shadow_norm", "parameter_norm"]);
-  if (seen === null || run.averages[0].effective_decay === 1) return null;
+  if (seen === null || run.effective_decay === 1) return null;
   const [first, last] = ends(seen);
   const moved = Math.abs(last.shadow_norm / first.shadow_norm - 1);
   if (moved > STILL || last.distance < first.distance * GROWN) return null;
@@ -248,17 +248,17 @@ function memory(run, history, server) {
 
 // --- the measurements ------------------------------------------------------------------------------------------------
 
-/** The measurements of which all columns are known, in the later half of those seen; null where these are too few. */
+/**
+ * The measurements of which all columns are known, in the later half of those seen; null where these are too few. While a
+ * decay was 1 nothing could move: what was measured then tells nothing of the decay now.
+ */
 function points(history, columns) {
   if (!history) return null;
-  const { time } = history.columns;
-  const all = time.map((at, i) => ({
-    time: at,
-    ...Object.fromEntries(columns.map((c) => [c, history.columns[c][i]])),
-  }));
-  const known = all.filter((each) => columns.every((column) => each[column] !== null));
+  const { time, effective_decay: decays } = history.columns;
+  const known = [...time.keys()].filter((i) => decays[i] !== 1 && columns.every((c) => history.columns[c][i] !== null));
   const later = known.slice(known.length >> 1);
-  return later.length < FEWEST_POINTS ? null : later;
+  if (later.length < FEWEST_POINTS) return null;
+  return later.map((i) => ({ time: time[i], ...Object.fromEntries(columns.map((c) => [c, history.columns[c][i]])) }));
 }
 
 const ends = (seen) => [seen[0], seen[seen.length - 1]];

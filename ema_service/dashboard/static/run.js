@@ -18,10 +18,9 @@ const NAME = decodeURIComponent(location.pathname.split("/").at(-1));
 const STATUS = { ready: "ready", awaiting_weights: "awaiting weights", degraded: "degraded" };
 
 /** How often each part is asked for anew while the run moves, in ms. */
-const EVERY = { history: 5000, judged: 30_000, timeline: 5000, snapshots: 5000, distances: 10_000 };
-// Points of a chart that is some hundred pixels wide, and of the history that the findings look at: the whole run's.
+const EVERY = { history: 5000, timeline: 5000, snapshots: 5000, distances: 10_000 };
+// Of a chart that is some hundred pixels wide.
 const POINTS = 500;
-const JUDGED_POINTS = 200;
 
 const rate = new Rate();
 const curves = new Curves(byId("curves"), byId("ranges"), stretched);
@@ -87,7 +86,7 @@ async function look() {
 }
 
 function showHead(run, facts) {
-  const history = parts.get("judged")?.body ?? null;
+  const history = parts.get("history")?.body ?? null;
   const found = findings(run, history, facts, serverNow());
   say(byId("status"), worst(found)?.title ?? STATUS[run.status] ?? run.status);
   byId("status").dataset.status = worst(found)?.level ?? run.status;
@@ -106,8 +105,10 @@ async function showRest(run, facts) {
   // Snapshots and decays change without a new version: their panels look again by the clock.
   const clock = Math.floor(performance.now() / EVERY.timeline);
   await Promise.all([
-    part("judged", paths.history(NAME, JUDGED_POINTS), moved, EVERY.judged).then(() => showHead(run, facts)),
-    showCurves(moved),
+    part("history", paths.history(NAME, POINTS), moved, EVERY.history).then(() => {
+      showHead(run, facts);
+      return showCurves(moved);
+    }),
     part("timeline", paths.timeline(NAME), clock, EVERY.timeline).then(({ body }) => panels.timeline.show(body)),
     part("snapshots", paths.snapshots(NAME), clock, EVERY.snapshots).then(({ body, why }) =>
       panels.weights.show(run, body, why, serverNow()),
@@ -117,15 +118,19 @@ async function showRest(run, facts) {
   showing = false;
 }
 
+/** The findings are of the whole history; the reader may want a stretch of it. */
 async function showCurves(moved) {
-  const since = curves.since(serverNow());
-  const { body, why } = await part(
-    "history",
-    paths.history(NAME, POINTS, since),
-    `${moved} ${curves.seconds}`,
-    EVERY.history,
-  );
-  curves.show(body, why);
+  const { seconds } = curves;
+  const shown =
+    seconds === null
+      ? parts.get("history")
+      : await part(
+          "stretch",
+          paths.history(NAME, POINTS, curves.since(serverNow())),
+          `${moved} ${seconds}`,
+          EVERY.history,
+        );
+  if (curves.seconds === seconds) curves.show(shown.body, shown.why);
 }
 
 async function showTensors(moved) {
@@ -136,7 +141,7 @@ async function showTensors(moved) {
 
 /** The reader wants another stretch of time. */
 function stretched() {
-  parts.delete("history");
+  parts.delete("stretch");
   showCurves("asked");
 }
 
