@@ -1,6 +1,6 @@
 """What an operator is given works: alerts, their runbook, the Grafana dashboard, and Prometheus at a running server.
 
-Knows Prometheus' own tools, the files in docker/, and OPERATIONS.md. Does not know the server's code.
+Knows Prometheus' own tools, the files in docker/, and the runbook. Does not know the server's code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "prometheus"
 RULES = FOLDER / "ema-service.rules.yml"
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "ema-service.json").read_text())
-OPERATIONS = (ROOT / "OPERATIONS.md").read_text()
+OPERATIONS = (ROOT / "ema_service" / "OPERATIONS.md").read_text()
 
 ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 SHOWN = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
@@ -48,7 +48,7 @@ def test_each_alert_has_its_page() -> None:
     for section in re.split(r"^### ", runbook, flags=re.MULTILINE)[1:]:
         assert "**Do:**" in section, section
     for rule in ALERTS:
-        assert rule["annotations"]["runbook"] == f"OPERATIONS.md#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook"] == f"ema_service/OPERATIONS.md#{rule['alert'].lower()}"
         assert rule["labels"]["severity"] in {"info", "warning", "critical"}
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MakeRun = Callable[..., "PlainRun"]
 
-OPERATIONS = Path(__file__).resolve().parents[4] / "OPERATIONS.md"
+OPERATIONS = Path(__file__).resolve().parents[4] / "ema_service" / "OPERATIONS.md"
 TENSORS = {"w": torch.zeros(1000)}
 #: What --device auto picks.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
