@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import ssl
@@ -247,11 +248,12 @@ def make_ema(server: Any, run_name: str) -> Iterator[Callable[..., RemoteEma]]:
 def ema(
     server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the command ``ema`` in this process: exit code, stdout, stderr."""
+    """Run the command ``ema`` in this process: exit code, stdout, stderr. typed: what the user answers."""
     monkeypatch.setenv("EMA_SERVICE_URL", server.url)
 
-    def run(*words: str | Path) -> tuple[int, str, str]:
+    def run(*words: str | Path, typed: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ema", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()

@@ -15,7 +15,7 @@ import typer
 
 from ema_client import RetryPolicy
 from ema_client.client import EmaClient, service_of
-from ema_client.errors import EmaError, UsageError
+from ema_client.errors import EmaError, UsageError, printable
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.reading.probing import Probe
 from ema_client.targets import Wished
@@ -174,12 +174,14 @@ def agreed(question: str, *, yes: bool) -> None:
     """Ask before something is lost, unless --yes was given. Raises UsageError where the answer is not yes."""
     if yes:
         return
-    try:
-        answer = typer.confirm(question, err=True)
-    except typer.Abort:
+    # Not by typer.confirm(), which writes a part of the question to standard output.
+    sys.stderr.write(f"{printable(question)} [y/N] ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline() if sys.stdin else ""
+    if not answer.endswith("\n"):
         sys.stderr.write("\n")
-        raise UsageError("nobody answered, and nothing was changed", hint="--yes does not ask") from None
-    if not answer:
+        raise UsageError("nobody answered, and nothing was changed", hint="--yes does not ask")
+    if answer.strip().lower() not in ("y", "yes"):
         raise UsageError("nothing was changed")
 
 

@@ -92,7 +92,8 @@ def test_rewind(ema: Ema, run: str, client: EmaClient) -> None:
     assert "This discards 1 update: step 8 becomes step 7." in err
     assert "--yes does not ask" in err
     assert "has no snapshot 'none'; it has best\n  `ema snapshots" in ema("rewind", run, "none")[2]
-    code, out, _ = ema("rewind", run, "best", "--yes")
+    assert ema("rewind", run, "best", typed="n\n")[2].endswith("ema: nothing was changed\n")
+    code, out, _ = ema("rewind", run, "best", typed="y\n")
 
     assert (code, out) == (0, f"{run}: version 2.0, step {at.step}, num_updates {at.num_updates}\n")
     assert torch.equal(client.pull(run)["w"], STATE["w"] + 0.5)
