@@ -117,16 +117,6 @@ class Measurements:
                 self._begin = at
 
     @property
-    def distance(self) -> float | None:
-        """|shadow - parameters| / |parameters| of the first average, when it was taken last; None where it never was
-        since the server's start."""
-        summed = self._summed
-        if summed is None:
-            return None
-        found = self._groups.fold(summed.sums)[0]
-        return found if math.isfinite(found) else None
-
-    @property
     def tag(self) -> str:
         """A text that differs after each measurement."""
         with self._lock:
@@ -135,10 +125,11 @@ class Measurements:
 
     @property
     def distance(self) -> float | None:
-        """The distance of all averaged tensors, as measured last; None where it was not, or is no number."""
+        """|shadow - parameters| / |parameters| of the first average, as taken last; None where it never was, or is no
+        number."""
         with self._lock:
-            if self._newest:
-                found = self._groups.fold(self._newest.measured.sums)[0]
+            if self._summed:
+                found = self._groups.fold(self._summed.sums)[0]
             else:
                 rows = self._series.rows
                 found = float(rows[-1, _COLUMNS.index("distance")]) if len(rows) else math.nan
