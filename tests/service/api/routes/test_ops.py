@@ -82,10 +82,11 @@ def test_promtool_finds_nothing(server: ServerProcess, plain_run: MakeRun) -> No
 
 def test_metrics_of_a_run(server: ServerProcess, plain_run: MakeRun) -> None:
     """Each run tells its step, counter, lag, status and when it moved; routes and phases are timed."""
-    run = plain_run(server, TENSORS)
-    run.push(7, TENSORS)
+    run = plain_run(server, TENSORS, decay=0.5)
+    run.push(7, {"w": torch.ones(1000)})
     run.pull()
     after, info = values(run), run.info()
+    assert after[f"ema_run_distance{{{run.name}}}"] == pytest.approx(2 / 11)
     assert after[f"ema_run_step{{{run.name}}}"] == 7
     assert after[f"ema_run_num_updates{{{run.name}}}"] == 1
     assert after[f"ema_run_durable_lag_steps{{{run.name}}}"] == 0
