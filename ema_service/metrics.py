@@ -8,6 +8,7 @@ Knows names, help texts and numbers. Does not know who counts or when.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -181,8 +182,18 @@ class Metrics:
         self.errors.labels(code).inc()
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a gauge; ``value`` is called whenever someone asks for the metrics."""
-        Gauge(name, text, registry=self.registry).set_function(value)
+        """Add a gauge; ``value`` is called whenever someone asks for the metrics.
+
+        A value that cannot be had (OSError: a disk that is gone) is told as NaN: the others matter most then.
+        """
+
+        def told() -> float:
+            try:
+                return value()
+            except OSError:
+                return math.nan
+
+        Gauge(name, text, registry=self.registry).set_function(told)
 
     def render(self, runs: Sequence[Pulse], may_tell: Callable[[str], bool] = lambda run: True) -> bytes:  # noqa: ARG005
         """All metrics in the text format of Prometheus.

@@ -24,8 +24,9 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
 # what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
-# threads, machine_memory, descriptors, logs and addresses are leaves.
-LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses"}
+# threads, machine_memory, descriptors, logs, addresses and sizes
+# are leaves.
+LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "sizes", "tokens"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
@@ -46,8 +47,10 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "descriptors": set(),
     "logs": set(),
     "addresses": set(),
+    "sizes": set(),
+    "tokens": set(),
     "demo": {"settings"},
-    "bench": {"settings"},
+    "bench": {"settings", "sizes"},
 }
 #: Where the extra otel is loaded, by whoever asked for it.
 TRACING = ("ema_service.api.tracing", "opentelemetry")
