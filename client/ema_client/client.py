@@ -692,6 +692,7 @@ class EmaClient:
         highest: bool = False,
         refine: int = 0,
         told: Callable[[SweptPoint], None] | None = None,
+        progress: Progress | None = None,
     ) -> Sweep:
         """Evaluate averages of several lengths, of a run with ``posthoc``; ``.best`` is the one with the lowest result.
 
@@ -709,6 +710,7 @@ class EmaClient:
             highest: the highest result is the best.
             refine: then so many further averages, each beside the best one so far.
             told: called with each point as it comes.
+            progress: called with (bytes that have come, bytes in all), of up to eight averages at a time.
 
         What the service refuses is among the points, with the reason. Raises what ``evaluate`` raises; RunNotFound,
         UsageError.
@@ -733,6 +735,7 @@ class EmaClient:
             max_error=max_error,
             dtype=dtype,
             highest=highest,
+            progress=progress,
         )
         sweeper.look_at(list(lengths))
         sweeper.refine(refine)

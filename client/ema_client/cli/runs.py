@@ -27,7 +27,7 @@ def runs(client: EmaClient) -> Answer:
     table = Table(("run", "status", "step", "num_updates", "decay", "effective", "bytes", "updated"))
     for info in found:
         table.add(*_row(info))
-    sick = [f"{info.run}: {info.reason}" for info in found if info.reason]
+    sick = [f"{info.run}: {info.reason}" + (f"; {info.remedy}" if info.remedy else "") for info in found if info.reason]
     return Answer(found, (table, *sick) if found else ("no runs yet",))
 
 

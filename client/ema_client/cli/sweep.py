@@ -22,6 +22,7 @@ from ema_client.cli.answers import Answer, Table
 from ema_client.cli.commands import how_it_ended, take_output
 from ema_client.cli.options import MaxError, Run
 from ema_client.cli.plots import check_can_draw, draw, text_plot
+from ema_client.cli.progress import moving
 from ema_client.cli.templates import environment, shell_line, words_of
 from ema_client.client import EmaClient
 from ema_client.errors import EmaError, SnapshotExists, UsageError, printable
@@ -87,7 +88,8 @@ def sweep(
         _check_is_free(client, run, keep)
     evaluation = _Evaluation(command)
     options: dict[str, Any] = {kind: values, "at": at, "max_error": max_error, "dtype": dtype}
-    found = client.sweep(run, evaluation, highest=highest, refine=refine, told=_tell, **options)
+    with moving(run) as progress:
+        found = client.sweep(run, evaluation, highest=highest, refine=refine, told=_tell, progress=progress, **options)
     if keep is not None and found.best is not None and (kept := _keep(client, found, keep, max_error)):
         show.complain(f"kept as snapshot {kept}")
     if plot is not None and found.best is not None:

@@ -22,6 +22,7 @@ from ema_client.cli import show
 from ema_client.cli.answers import Answer
 from ema_client.cli.commands import how_it_ended, run_line
 from ema_client.cli.options import Average, Run
+from ema_client.cli.progress import moving
 from ema_client.cli.templates import environment, file_name, has_placeholder, shell_line, words_of
 from ema_client.client import EmaClient
 from ema_client.errors import RunNotFound, SnapshotNotFound
@@ -113,24 +114,27 @@ class _Watcher:
                 return
 
     def _download(self, event: RunEvent, stack: ExitStack) -> tuple[Path, WeightsInfo]:
-        name = event.snapshot.name if event.snapshot else None
         if self.out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-")))
             path = folder / f"{self.run}.safetensors"
-            return path, self.client.download(self.run, path, average=self.average, snapshot=name)
+            return path, self._save(event, path)
         if not has_placeholder(self.out):
-            path = Path(self.out)
-            return path, self.client.download(self.run, path, average=self.average, snapshot=name)
+            return Path(self.out), self._save(event, Path(self.out))
         # The file's name depends on the version that comes, which may be newer than the event.
         folder = next(parent for parent in Path(self.out).parents if not has_placeholder(str(parent)))
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / f".ema-{os.getpid()}.part"
         stack.callback(whole.unlink, missing_ok=True)
-        info = self.client.download(self.run, whole, average=self.average, snapshot=name)
+        info = self._save(event, whole)
         path = Path(file_name(self.out, words_of(whole, info)))
         path.parent.mkdir(parents=True, exist_ok=True)
         move_whole(whole, path)
         return path, info
+
+    def _save(self, event: RunEvent, path: Path) -> WeightsInfo:
+        name = event.snapshot.name if event.snapshot else None
+        with moving(self.run) as progress:
+            return self.client.download(self.run, path, average=self.average, snapshot=name, progress=progress)
 
     def _execute(self, words: Mapping[str, str]) -> None:
         if self.command is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ema_client.errors import SynthesisRefused
 from ema_client.http.transport import Transport
 from ema_client.protocol import MAX_SWEPT, ProfileInfo, WeightsInfo
+from ema_client.reading.checking import Progress
 from ema_client.reading.swept import AskedSweep
 from ema_client.targets import Target, between
 
@@ -90,6 +91,7 @@ class Sweeper:
 
     evaluate: called in the caller's thread, one average at a time; what it raises ends the sweep. The file is deleted
     when it returns. profiles: answers ``GET .../profiles``. told: called with each point as it comes.
+    progress: called with the bytes of averages that have come, and in all, of each request.
     """
 
     transport: Transport
@@ -102,6 +104,7 @@ class Sweeper:
     max_error: float | None = None
     dtype: str | None = None
     highest: bool = False
+    progress: Progress | None = None
     _points: dict[float, SweptPoint] = field(default_factory=dict)
 
     @property
@@ -128,7 +131,7 @@ class Sweeper:
         paths = [folder / f"{self.kind}-{value:.9g}.safetensors" for value in values]
         targets = tuple(Target(self.kind, value, self.at, self.max_error) for value in values)
         try:
-            infos = AskedSweep(self.run, targets, self.dtype).save(self.transport, paths)
+            infos = AskedSweep(self.run, targets, self.dtype).save(self.transport, paths, self.progress)
         except SynthesisRefused as fault:
             yield from self._without_refused(values, targets, fault, folder)
             return

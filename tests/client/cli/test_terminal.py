@@ -71,6 +71,7 @@ def test_everything_fits_a_terminal(server: Any, run: str, weights: Path, width:
             ("export", run, folder / "out.ckpt", "--format", "litema", *url),
             ("import", folder / "out.ckpt", f"again-{width}", *url),
             ("diff", run, f"{run}@best", *url),
+            ("watch", run, "--once", "--exec", "true", *url),
             ("delete", f"again-{width}", "--yes", *url),
         ],
         width=width,
@@ -92,7 +93,7 @@ def test_everything_fits_a_terminal(server: Any, run: str, weights: Path, width:
         assert head in plain["history"]
     assert "snapshot best" in re.sub(r"\s+", " ", plain["timeline"])
     assert re.search(r"whole: 0\.\d+ over 2 tensors", plain["diff"])
-    for name in ("pull", "push", "export", "import"):
+    for name in ("pull", "push", "export", "import", "diff", "watch"):
         assert re.search(r"[\d.]+ [KM]?i?B/[\d.]+ [KM]?i?B", plain[name]), name
 
 
