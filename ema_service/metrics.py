@@ -8,7 +8,8 @@ Knows names, help texts and numbers. Does not know who counts or when.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -95,7 +96,9 @@ class Metrics:
     More than a dozen attributes: one for each thing that is counted as it happens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, span: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()) -> None:  # noqa: ARG005
+        """span: entered for the time of each phase, with its name, for whoever traces."""
+        self._span = span
         self.registry = CollectorRegistry()
         self.updates = Counter(
             "ema_updates",
@@ -152,11 +155,23 @@ class Metrics:
         """Tell what the server is made of: ema_build_info, whose labels are ``facts``."""
         Info("ema_build", "What the server is made of.", registry=self.registry).info(dict(facts))
 
+    @contextmanager
+    def push(self, phase: str) -> Iterator[None]:
+        """Count the time of the block in ema_push_seconds."""
+        with self._span(f"push {phase}"), self.push_seconds.labels(phase).time():
+            yield
+
+    @contextmanager
+    def pull(self, phase: str) -> Iterator[None]:
+        """Count the time of the block in ema_pull_seconds."""
+        with self._span(f"pull {phase}"), self.pull_seconds.labels(phase).time():
+            yield
+
     def timed(self, commit: Callable[[], T]) -> Callable[[], T]:
         """``commit``, with its time counted in ema_push_seconds."""
 
         def work() -> T:
-            with self.push_seconds.labels("commit").time():
+            with self.push("commit"):
                 return commit()
 
         return work

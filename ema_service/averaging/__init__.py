@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
 from ema_service.averaging.distances import Squares
-from ema_service.averaging.fused import prepare
+from ema_service.averaging.fused import NO_DIGEST, prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import Retention, Schedule
@@ -20,7 +20,6 @@ from ema_service.averaging.synthesis import (
     approximate,
     check,
     soup,
-    synthesise,
 )
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 from ema_service.averaging.thinning import Ring, forecast
@@ -28,6 +27,7 @@ from ema_service.averaging.thinning import Ring, forecast
 __all__ = [
     "BLOCK_BYTES",
     "GULP_BYTES",
+    "NO_DIGEST",
     "Accumulators",
     "BlockDigest",
     "ConstantDecay",
@@ -56,5 +56,4 @@ __all__ = [
     "forecast",
     "prepare",
     "soup",
-    "synthesise",
 ]

@@ -117,6 +117,16 @@ class Measurements:
                 self._begin = at
 
     @property
+    def distance(self) -> float | None:
+        """|shadow - parameters| / |parameters| of the first average, when it was taken last; None where it never was
+        since the server's start."""
+        summed = self._summed
+        if summed is None:
+            return None
+        found = self._groups.fold(summed.sums)[0]
+        return found if math.isfinite(found) else None
+
+    @property
     def tag(self) -> str:
         """A text that differs after each measurement."""
         with self._lock:

@@ -26,6 +26,7 @@ from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.averaging import (
     BLOCK_BYTES,
     GULP_BYTES,
+    NO_DIGEST,
     Accumulators,
     BlockDigest,
     Digest,
@@ -74,24 +75,22 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
-    """The kernels of one section, one for each feed: each averages a range of elements and says if all results are
-    finite.
+class _Kernel:
+    """What feeds one average in one section: averages a range of elements and says if all results are finite.
 
-    digesting: the first feed's kernel that also digests parameters and results, None where no such loop is compiled.
+    digesting: the same with the digests of parameters and results, None where no such loop is compiled.
     """
 
-    kernels: list[Callable[[int, int], bool]]
-    digesting: Callable[[int, int, Accumulators, Accumulators], bool] | None
+    average: Callable[[int, int], bool]
+    digesting: Callable[[int, int, Accumulators, Accumulators], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The digests of the block in hand: of its parameters, and of the first average's results where the kernel digests
-    them."""
+    """The digests of the block in hand: of its parameters, and of each feed's results where the kernel digests them."""
 
     params: BlockDigest
-    results: BlockDigest
+    results: list[BlockDigest]
 
 
 def pass_over(
@@ -123,7 +122,7 @@ class Pass(ABC):
         #: Bytes of the parameters that are digested so far.
         self._position = 0
         self._results = [self._result(feed.out, feed.sink) if feed.sink else None for feed in feeds]
-        self._bound: dict[int, _Bound] = {}
+        self._bound: dict[int, list[_Kernel]] = {}
         self._block: _Block | None = None
         self._digest = Digest(grain.block)
         self._lock = threading.Lock()
@@ -282,29 +281,32 @@ class Pass(ABC):
         The kernel digests blocks that are whole and of one section; the library digests the others.
         """
         size = self._grain.block
-        compiled = start + size <= section.param.stop and self._bind(index).digesting is not None
+        whole = start + size <= section.param.stop
         same = section.param.start == section.shadow.start and section.param_dtype == section.shadow_dtype
-        results = compiled and same and self._results[0] is not None
-        return _Block(BlockDigest(size, compiled=compiled), BlockDigest(size, compiled=results))
+        loops = [whole and kernel.digesting is not None for kernel in self._bind(index)]
+        results = [loop and same and result is not None for loop, result in zip(loops, self._results, strict=True)]
+        return _Block(
+            BlockDigest(size, compiled=loops[:1] == [True]),
+            [BlockDigest(size, compiled=compiled) for compiled in results],
+        )
 
-    def _bind(self, index: int) -> _Bound:
+    def _bind(self, index: int) -> list[_Kernel]:
         """The kernels of one section, made once: making their views takes longer than averaging a small piece."""
         if bound := self._bound.get(index):
             return bound
-        kernels, digest = [], None
+        kernels = []
         check = self._check and self._checks_pieces
         copied = self._layout.sections[index].copied
         for number, feed in enumerate(self._feeds):
             out, param = feed.out.section(index), self._staged.param(index)
             if feed.shadow is None or copied:
-                kernels.append(casting(out, param, check=check))
+                kernels.append(_Kernel(casting(out, param, check=check)))
                 continue
-            shadow = feed.shadow.section(index)
+            inputs = out, feed.shadow.section(index), param, feed.weight
             squares = self._squares_of(index) if number == 0 else None
-            kernels.append(averaging(out, shadow, param, feed.weight, check=check, squares=squares))
-            if number == 0:
-                digest = digesting(out, shadow, param, feed.weight, check=check, squares=squares)
-        return self._bound.setdefault(index, _Bound(kernels, digest))
+            averaged = averaging(*inputs, check=check, squares=squares)
+            kernels.append(_Kernel(averaged, digesting(*inputs, check=check, squares=squares)))
+        return self._bound.setdefault(index, kernels)
 
     def _squares_of(self, index: int) -> Squares | None:
         """Where the first feed's squares in a section are added; None where they are not wanted."""
@@ -319,10 +321,9 @@ class Pass(ABC):
             self._digest.add(block.params.digest())
         _, made = _elements(section, section.param.start, stop)
         upto = section.shadow.start + made * LAYOUT_DTYPES[section.shadow_dtype]
-        for number, result in enumerate(self._results):
+        for result, digest in zip(self._results, block.results, strict=True):
             if result:
-                compiled = block.results if block.results.compiled and number == 0 else None
-                result.made(upto, compiled, ended=ended)
+                result.made(upto, digest if digest.compiled else None, ended=ended)
 
 
 class HostPass(Pass):
@@ -338,24 +339,25 @@ class HostPass(Pass):
         return Result(out, sink, out.tensor, self._grain.block)
 
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
-        data, bound = self._staged.data[start:stop], self._bind(index)
+        data = self._staged.data[start:stop]
         first, last = _elements(section, start, stop)
-        done = first
-        if bound.digesting and block.params.compiled:
-            done = last
-            if stop % self._grain.block == 0:
-                # The kernel stops before a block's last gulp, which XXH3 treats differently (BlockDigest.end).
-                done -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
-            accumulators = block.params.accumulators, block.results.accumulators
-            self._note(0, finite=bound.digesting(first, done, *accumulators))
-            if done < last:
-                block.params.end(data[-GULP_BYTES:])
-        else:
+        # Kernels that digest stop before a block's last gulp, which XXH3 treats differently (BlockDigest.end).
+        gulps = last
+        if stop % self._grain.block == 0:
+            gulps -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
+        if not block.params.compiled:
             block.params.update(data)
-        for number, kernel in enumerate(bound.kernels):
-            begin = first if number else done
-            if begin < last:
-                self._note(number, finite=kernel(begin, last))
+        for number, kernel in enumerate(self._bind(index)):
+            # The first kernel takes the parameters, before the last result overwrites them.
+            params = block.params.accumulators if number == 0 else NO_DIGEST
+            results, done = block.results[number].accumulators, first
+            if kernel.digesting and (params.size or results.size):
+                self._note(number, finite=kernel.digesting(first, gulps, params, results))
+                done = gulps
+            if params.size and gulps < last:
+                block.params.end(data[-GULP_BYTES:])
+            if done < last:
+                self._note(number, finite=kernel.average(done, last))
         return stop
 
     _take_alone = _take
@@ -397,11 +399,11 @@ class DevicePass(Pass):
 
     def _average(self, index: int, section: Section, start: int, stop: int) -> None:
         """Tell the device to fetch and average bytes ``start`` to ``stop``, which lie in one section. Does not wait."""
-        kernels = self._bind(index).kernels
+        kernels = self._bind(index)
         if kernels:
             self._staged.upload(start, stop)
         for kernel in kernels:
-            kernel(*_elements(section, start, stop))
+            kernel.average(*_elements(section, start, stop))
 
     def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the result itself is looked at
         return all(finite(out.section(index)) for index in range(len(self._layout.sections)))

@@ -2,8 +2,8 @@
 
 Proxies of the environment are not used: weights belong on the straight way.
 
-Knows: which of httpx2's faults is which error, and which sockets httpx2 has open. Does not know: retries, routes, what a
-body or an answer means.
+Knows: which of httpx2's faults is which error, and which sockets httpx2 has open. Does not know: retries, routes, what
+a body or an answer means.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import AverageNotFound, InvalidRequest, RunNotFound
-from ema_client.protocol import History, HistoryColumns
+from ema_client.protocol import Durability, History, HistoryColumns
 from ema_client.schedules import litema, power
 from ema_service.runs.measurements import group_names
 
@@ -339,3 +339,26 @@ def test_groups_are_as_deep_as_a_chart_can_hold() -> None:
     assert set(few.values()) == {*(f"model.layers.{n}" for n in range(12)), "head"}
     assert set(group_names([f"model.layers.{n}.w" for n in range(80)]).values()) == {"model.layers"}
     assert len(set(group_names([f"w{n}" for n in range(100)]).values())) == 100
+
+
+@pytest.mark.parametrize("durability", ["process", "disk"])
+@pytest.mark.parametrize("shared", [False, True], ids=["socket", "shared memory"])
+def test_distances_of_a_model_of_several_blocks(
+    shared: bool, durability: Durability, server: Any, run_name: str
+) -> None:
+    """Received piece by piece, or divided among threads, with and without digests of results: the same sums."""
+    random = torch.Generator().manual_seed(7)
+    shapes = {"a": (5, 7), "b": (1_500_003,), "c": (1_999_999,), "d": (3,), "e": (1_000_000,)}
+
+    def model(scale: float) -> Model:
+        return {name: scale * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+    first, second = model(1.0), model(3.0)
+    with EmaClient(server.uds) as client:
+        client.create_run(run_name, first, decay=0.9, durability=durability)
+        client.push(run_name, client.shared_state(second) if shared else second, step=1)
+        assert client.link == ("shared memory" if shared else "Unix socket")
+        shadow, told = client.pull(run_name), client.distances(run_name).tensors
+        client.delete_run(run_name)
+    for name, param in second.items():
+        assert told[name] == pytest.approx(norm(shadow[name] - param.double()) / norm(param), rel=2e-6), name
