@@ -20,9 +20,9 @@ export class Ring {
     this.table = table("Lengths that can be had", [
       "σ_rel",
       ["Looks back", "number"],
-      ["Error of the profile", "number"],
-      ["Stored weights", "number"],
-      "To have it",
+      ["Profile error", "number"],
+      ["Sources", "number"],
+      ["To have it", "wide"],
     ]);
     this.sweep = element("div");
     section.append(this.summary, this.strip, this.table, this.sweep);
