@@ -324,7 +324,7 @@ def create(
     token_file: TokenFile = _TOKEN_FILE,
 ) -> None:
     """Make a token and print it: only its hash is kept. The file is made if it is not there."""
-    from ema_service.api.tokens import TokenFileError, create_token
+    from ema_service.tokens import TokenFileError, create_token
 
     until = None if expires is None else int(time.time()) + _lifetime(expires)
     try:
@@ -336,11 +336,11 @@ def create(
 @tokens.command("list")
 def list_tokens(token_file: TokenFile = _TOKEN_FILE) -> None:
     """Show the tokens of a file: name, scopes, pattern of runs, when each expires, remark."""
-    from ema_service.api.tokens import TokenFileError, moment, read_token_file
+    from ema_service.tokens import TokenFileError, moment, read_token_file
 
     try:
         grants = read_token_file(token_file)
-    except (OSError, TokenFileError) as fault:
+    except TokenFileError as fault:
         _refuse(fault)
     rows = [("NAME", "SCOPES", "RUNS", "EXPIRES", "REMARK")]
     for grant in grants:
@@ -357,7 +357,7 @@ def revoke(
     token_file: TokenFile = _TOKEN_FILE,
 ) -> None:
     """Let a token be worth nothing. Its line stays in the file, as a comment."""
-    from ema_service.api.tokens import TokenFileError, revoke_token
+    from ema_service.tokens import TokenFileError, revoke_token
 
     try:
         grant = revoke_token(token_file, name)
@@ -391,8 +391,8 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
     from ema_service.api.app import pick_device
     from ema_service.api.server import serve as serve_http
     from ema_service.api.tls import Certificate, CertificateUnusable
-    from ema_service.api.tokens import TokenFileError
     from ema_service.storage import CatalogUnusable
+    from ema_service.tokens import TokenFileError
 
     def announce(url: str) -> None:
         typer.echo(f"ema-service {version('ema-service')} listens on {url}")

@@ -25,7 +25,6 @@ from ema_service.api.limits import BodyLimits, JsonBudget
 from ema_service.api.origins import Origins
 from ema_service.api.requests import Requests
 from ema_service.api.routes import averages, events, history, ops, runs, snapshots, updates, weights
-from ema_service.api.tokens import Tokens
 from ema_service.api.tracing import open_tracing
 from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.api.writes import WriteGate, Writes
@@ -35,6 +34,7 @@ from ema_service.metrics import Metrics
 from ema_service.runs import Registry
 from ema_service.settings import Settings
 from ema_service.storage import Store, open_store
+from ema_service.tokens import Tokens
 
 __all__ = ["create_app", "open_registry", "pick_device"]
 

@@ -135,17 +135,6 @@ class Measurements:
             newest = self._newest
             return f"{self._seen}-{newest.time if newest else self._last_time!r}"
 
-    @property
-    def distance(self) -> float | None:
-        """The distance of all averaged tensors, as measured last; None where it was not, or is no number."""
-        with self._lock:
-            if self._newest:
-                found = self._groups.fold(self._newest.measured.sums)[0]
-            else:
-                rows = self._series.rows
-                found = float(rows[-1, _COLUMNS.index("distance")]) if len(rows) else math.nan
-        return found if math.isfinite(found) else None
-
     def history(self, average: str, *, since: float, points: int, measured: bool = True) -> History:
         """What was measured after ``since``, at most so many points, evenly over time.
 

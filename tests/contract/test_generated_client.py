@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 
 pytest.importorskip("openapi_python_client", reason="not installed: pip install -e '.[test]'")
 

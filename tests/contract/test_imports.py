@@ -26,7 +26,7 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 # what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
 # threads, machine_memory, descriptors, logs, addresses and sizes
 # are leaves.
-LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "sizes"}
+LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "sizes", "tokens"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
@@ -48,6 +48,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "logs": set(),
     "addresses": set(),
     "sizes": set(),
+    "tokens": set(),
     "demo": {"settings"},
     "bench": {"settings", "sizes"},
 }

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save
 
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 from tests.conftest import ServerProcess
 from tests.e2e.browser import NEEDS_CHROMIUM, PHONE, STATE, Browsing, create, put
 
