@@ -53,11 +53,10 @@ def main() -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
             time.sleep(SECONDS / 2)
-            client.snapshot("unet-ablation-7", "epoch-1")
-            client.set_decay("unet-ablation-7", 0.9995)
+            client.snapshot("sdxl-lora-watercolour", "epoch-1")
             time.sleep(SECONDS / 2)
-            look(browser, URL, "runs.png", height=620)
-            look(browser, f"{URL}/runs/unet-ablation-7", "run.png", height=1060)
+            look(browser, URL, "runs.png", height=650)
+            look(browser, f"{URL}/runs/sdxl-lora-watercolour", "run.png", height=1150)
             browser.close()
         for trainer in trainers:
             trainer.join()
@@ -85,12 +84,13 @@ def train(run: str, pause: float, how: dict[str, object]) -> None:
         client.create_run(run, begin, **how)  # type: ignore[arg-type]
         while time.monotonic() < until:
             step += 10
-            client.push(run, {name: moved(begin[name], end[name], step, random) for name in begin}, step=step)
+            pushed = {name: moved(begin[name], end[name], step * (1 + i % 5), random) for i, name in enumerate(begin)}
+            client.push(run, pushed, step=step)
             time.sleep(pause)
 
 
 def moved(begin: Tensor, end: Tensor, step: int, random: torch.Generator) -> Tensor:
-    share = 1 - 1 / (1 + step / 1000)
+    share = 1 - 1 / (1 + step / 4000)
     return begin + share * (end - begin) + 0.02 * torch.randn(begin.shape, generator=random)
 
 

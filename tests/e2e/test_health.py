@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from ema_client.cli.app import app
 from tests.e2e.browser import NEEDS_CHROMIUM
 
 pytestmark = NEEDS_CHROMIUM
@@ -176,6 +178,16 @@ SICK = {
     "full disk": ({}, {}, {"disk_free_bytes": 1 << 30}, ("bad", "The disk is full", "ema snapshots r")),
     "short memory": ({}, {}, {"memory_bytes": 9 << 30}, ("warn", "Memory is short", None)),
 }
+
+
+def test_lines_to_type() -> None:
+    """Each line is one that the command takes."""
+    commands = get_command(app()).commands  # type: ignore[attr-defined]
+    for *_, (_, _, line) in SICK.values():
+        if line is not None:
+            program, name, *words = line.split()
+            assert program == "ema"
+            commands[name].make_context(name, words)
 
 
 def test_each_sickness(found: Any) -> None:

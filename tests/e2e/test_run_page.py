@@ -124,7 +124,7 @@ def test_sick_one_of_five(trained: ServerProcess, browsing: Browsing) -> None:
     rows.first.get_by_role("link").click()
     health = page.get_by_role("region", name="Health")
     expect(health).to_contain_text("every update leaves the average as it was")
-    expect(health.get_by_text("ema set-decay stuck 0.9999")).to_be_visible()
+    expect(health.get_by_text(f"ema set-decay stuck 0.9999 --url {trained.url}")).to_be_visible()
     assert browsing.barriers("sick") == []
 
     send(trained, "PATCH", "/v1/runs/stuck", decay=0.9999)
@@ -157,7 +157,7 @@ def test_tensors_and_weights(trained: ServerProcess, browsing: Browsing, tmp_pat
     weights = page.get_by_role("region", name="Weights and snapshots")
     expect(weights).to_contain_text(f"curl -fo beta.safetensors {trained.url}/v1/runs/beta/weights")
     weights.get_by_role("combobox").select_option("epoch-1")
-    expect(weights).to_contain_text(f"ema pull beta --snapshot epoch-1 --url {trained.url} -o beta-epoch-1.safetensors")
+    expect(weights).to_contain_text(f"ema pull beta --snapshot epoch-1 -o beta-epoch-1.safetensors --url {trained.url}")
     expect(weights).to_contain_text('pull("beta", snapshot="epoch-1")')
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     weights.get_by_role("button", name="Copy: curl").click()

@@ -84,3 +84,9 @@ export const pageOf = (run) => new URL(`runs/${encodeURIComponent(run)}`, root).
 
 /** The address that clients are given, without the slash at its end. */
 export const serviceUrl = root.href.replace(/\/$/, "");
+
+// Where the command looks by itself.
+const DEFAULT_URL = "http://127.0.0.1:8470";
+
+/** A line for the command `ema`, with the address of this service where the command would look elsewhere. */
+export const command = (line) => (serviceUrl === DEFAULT_URL ? line : `${line} --url ${serviceUrl}`);

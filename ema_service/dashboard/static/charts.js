@@ -53,11 +53,12 @@ export class Chart {
 
   /** Show curves. xs: Unix seconds, or numbers where `time` is off. curves: [name, values], null where missing. */
   show(xs, curves) {
-    const names = curves.map(([name]) => name);
+    const known = curves.filter(([, values]) => values.some((each) => each !== null));
+    const names = known.map(([name]) => name);
     const same = this.plot && names.join("\u0000") === this.names.join("\u0000");
     this.names = names;
-    this.data = [xs, ...curves.map(([, values]) => values)];
-    this.figure.hidden = curves.every(([, values]) => values.every((each) => each === null));
+    this.data = [xs, ...known.map(([, values]) => values)];
+    this.figure.hidden = known.length === 0;
     if (this.figure.hidden) return;
     if (same) this.plot.setData(this.data);
     else this.draw();
@@ -78,7 +79,7 @@ export class Chart {
     const palette = colours();
     return {
       ...this.size(),
-      padding: [8, 8, 0, 0],
+      padding: [8, 24, 0, 0],
       legend: { show: false },
       cursor: {
         y: false,

@@ -184,8 +184,8 @@ let latest = null;
 let facing = null; // the server's own facts
 
 async function look() {
-  const { body, headers } = await get(paths.runs);
-  facing = await server();
+  const [{ body, headers }, told] = await Promise.all([get(paths.runs), server()]);
+  facing = told;
   take(body.runs);
   return headers;
 }

@@ -3,7 +3,7 @@
 // A panel is made once in its section, and changed in place by show(). Knows how the facts are laid out. Does not know
 // how they are asked for.
 
-import { getBlob, paths, root, serviceUrl, token } from "./api.js";
+import { command as withAddress, getBlob, paths, root, serviceUrl, token } from "./api.js";
 import { Chart } from "./charts.js";
 import { element, facts, fill, line, name, say, table } from "./dom.js";
 import { wellness } from "./health.js";
@@ -41,7 +41,7 @@ function card({ level, title, command }) {
     element("p", "why"),
     element("p", "remedy"),
   );
-  if (command !== null) made.append(line(command));
+  if (command !== null) made.append(line(withAddress(command)));
   return made;
 }
 
@@ -217,7 +217,7 @@ function linesFor(run, snapshot) {
   const of = snapshot === null ? "" : ` --snapshot ${snapshot}`;
   const also = snapshot === null ? "" : `, snapshot="${snapshot}"`;
   const lines = [
-    ["ema", `ema pull ${run}${of} --url ${serviceUrl} -o ${file}`],
+    ["ema", withAddress(`ema pull ${run}${of} -o ${file}`)],
     ["curl", `curl -fo ${file}${given} ${new URL(path, root).href}`],
     ["Python", `from ema_client import EmaClient\n\nweights = EmaClient("${serviceUrl}").pull("${run}"${also})`],
   ];

@@ -2,7 +2,7 @@
 //
 // Knows rings and the answers of GET …/profiles. Does not know how weights are found.
 
-import { Missing, get, paths } from "./api.js";
+import { Missing, command, get, paths } from "./api.js";
 import { element, fill, line, say, table } from "./dom.js";
 import { bytes, integer, plain } from "./words.js";
 
@@ -20,9 +20,9 @@ export class Ring {
     this.table = table("Lengths that can be had", [
       "σ_rel",
       ["Looks back", "number"],
-      ["Error of the profile", "number"],
-      ["Stored weights", "number"],
-      "To have it",
+      ["Profile error", "number"],
+      ["Sources", "number"],
+      ["To have it", "wide"],
     ]);
     this.sweep = element("div");
     section.append(this.summary, this.strip, this.table, this.sweep);
@@ -51,7 +51,7 @@ export class Ring {
       const text = `ema sweep ${run} --sigma-rel 0.03:0.25:6 --exec './evaluate.sh {path}'`;
       this.sweep.append(
         element("p", "muted", "Your evaluation at several lengths, with a table, a plot and the best:"),
-        line(text),
+        line(command(text)),
       );
     }
   }
@@ -106,6 +106,6 @@ function row(run, length, found) {
     back,
     plain(found.error, 2),
     String(found.sources.length),
-    line(`ema pull ${run} --sigma-rel ${length} -o ${run}-${length}.safetensors`),
+    line(command(`ema pull ${run} --sigma-rel ${length} -o ${run}-${length}.safetensors`)),
   ];
 }

@@ -65,10 +65,10 @@ let present = null;
 let showing = false; // the rest of the page
 
 async function look() {
-  const facts = await server();
+  let facts;
   let answer;
   try {
-    answer = await get(paths.run(NAME));
+    [facts, answer] = await Promise.all([server(), get(paths.run(NAME))]);
   } catch (fault) {
     if (!(fault instanceof Missing)) throw fault;
     missing(fault.message);
