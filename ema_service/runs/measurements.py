@@ -23,12 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ema_client.protocol import MAX_STEP, Distances, History, HistoryColumns
-from ema_service.averaging.series import Series, evenly
+from ema_service.averaging.series import MOST_ROWS, Series, evenly
 from ema_service.memory import Layout
 from ema_service.persistence.measured import StoredMeasurements
 from ema_service.shadows.state import Version
 
-__all__ = ["Measured", "Measurements", "group_names"]
+__all__ = ["MOST_BYTES", "Measured", "Measurements", "group_names"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,6 +43,8 @@ _DIGITS = 7
 _COLUMNS = tuple(each.name for each in fields(HistoryColumns))
 #: Before the columns of a row: the measurement's number.
 _NUMBER = "number"
+#: What the table of a run takes once it is full.
+MOST_BYTES = MOST_ROWS * 8 * (1 + len(_COLUMNS) + _MOST_GROUPS)
 #: Columns that are told as they are, the first: time, step, num_updates, effective_decay.
 _EXACT = 4
 #: Columns of the run's first average alone.
