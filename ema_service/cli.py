@@ -20,11 +20,24 @@ from ema_client.protocol import DEFAULT_PORT
 from ema_service.addresses import host_of
 from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
+from ema_service.sizes import parse_size
 
 if TYPE_CHECKING:
     from ema_service.storage import Store
 
 __all__ = ["main"]
+
+
+def _size(text: str) -> int:
+    """A number of bytes, at least one."""
+    try:
+        nbytes = parse_size(text)
+    except ValueError as fault:
+        raise typer.BadParameter(str(fault)) from None
+    if nbytes < 1:
+        raise typer.BadParameter("that is nothing; write 1GiB, 100MB or a number of bytes")
+    return nbytes
+
 
 app = typer.Typer(
     name="ema-service",
@@ -57,11 +70,16 @@ def _common(
 
 @app.command()
 def serve(
-    # No variable EMA_SERVICE_HOST: Kubernetes sets that in every container beside a Service named "ema".
+    # No variables EMA_SERVICE_HOST and EMA_SERVICE_PORT: Kubernetes sets them in every container beside a Service named
+    # "ema", or "ema-service".
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
     uds: Annotated[
-        Path | None, typer.Option(help="Listen on this Unix socket as well; only this user may connect.")
+        Path | None,
+        typer.Option(
+            help="Listen on this Unix socket as well; only this user may connect.",
+            envvar="EMA_SERVICE_UDS",
+        ),
     ] = None,
     data_dir: Annotated[
         Path, typer.Option(help="Where runs are kept.", envvar="EMA_SERVICE_DATA_DIR", file_okay=False)
@@ -75,62 +93,107 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Keep nothing on disk.")] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Keep nothing on disk.",
+            envvar="EMA_SERVICE_MEMORY",
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", envvar="EMA_SERVICE_DEVICE")] = "auto",
     memory_limit: Annotated[
         int | None,
         typer.Option(
-            help="Most bytes of memory in all.  [default: what the control group or the machine has]",
-            min=1,
+            help="Most memory in all, such as 8GiB.  [default: what the control group or the machine has]",
+            parser=_size,
+            metavar="SIZE",
             show_default=False,
+            envvar="EMA_SERVICE_MEMORY_LIMIT",
         ),
     ] = None,
     staging_bytes: Annotated[
         int | None,
         typer.Option(
-            help="Of these, most for pushes in flight.  [default: a quarter of the memory]", min=1, show_default=False
+            help="Of that, most for pushes in flight.  [default: a quarter of the memory]",
+            parser=_size,
+            metavar="SIZE",
+            show_default=False,
+            envvar="EMA_SERVICE_STAGING_BYTES",
         ),
     ] = None,
     frozen_bytes: Annotated[
         int | None,
         typer.Option(
-            help="Of these, most for versions being read.  [default: a quarter of the memory]",
-            min=1,
+            help="Of that, most for versions being read.  [default: a quarter of the memory]",
+            parser=_size,
+            metavar="SIZE",
             show_default=False,
+            envvar="EMA_SERVICE_FROZEN_BYTES",
         ),
     ] = None,
     checkpoint_interval: Annotated[
-        float, typer.Option(help="Seconds between looks for runs that moved since their last checkpoint.", min=0.05)
+        float,
+        typer.Option(
+            help="Seconds between looks for runs that moved since their last checkpoint.",
+            min=0.05,
+            envvar="EMA_SERVICE_CHECKPOINT_INTERVAL",
+        ),
     ] = Settings.checkpoint_interval,
     body_timeout: Annotated[
         float,
         typer.Option(
-            help="Seconds a sender may stay silent in the middle of a body, or a reader take nothing.", min=0.1
+            help="Seconds a sender may stay silent in the middle of a body, or a reader take nothing.",
+            min=0.1,
+            envvar="EMA_SERVICE_BODY_TIMEOUT",
         ),
     ] = Settings.body_timeout,
     max_connections: Annotated[
-        int, typer.Option(help="Most connections at once; beyond, the idlest is closed for a new one.", min=1)
+        int,
+        typer.Option(
+            help="Most connections at once; beyond, the idlest is closed for a new one.",
+            min=1,
+            envvar="EMA_SERVICE_MAX_CONNECTIONS",
+        ),
     ] = Settings.max_connections,
     max_watchers: Annotated[
-        int, typer.Option(help="Most streams of events (`ema watch`) at once.", min=1)
+        int,
+        typer.Option(
+            help="Most streams of events (`ema watch`) at once.",
+            min=1,
+            envvar="EMA_SERVICE_MAX_WATCHERS",
+        ),
     ] = Settings.max_watchers,
-    max_snapshots: Annotated[int, typer.Option(help="Most snapshots of one run.", min=1)] = Settings.max_snapshots,
+    max_snapshots: Annotated[
+        int,
+        typer.Option(
+            help="Most snapshots of one run.",
+            min=1,
+            envvar="EMA_SERVICE_MAX_SNAPSHOTS",
+        ),
+    ] = Settings.max_snapshots,
     measurements: Annotated[
         bool,
         typer.Option(
             "--measurements/--no-measurements",
             help="Measure each update: how far shadow and parameters are apart, rates, times (`ema history`).",
+            envvar="EMA_SERVICE_MEASUREMENTS",
         ),
     ] = Settings.measurements,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="Ask for tokens, those of this file (`ema-service token create`).", dir_okay=False),
+        typer.Option(
+            help="Ask for tokens, those of this file (`ema-service token create`).",
+            dir_okay=False,
+            envvar="EMA_SERVICE_TOKEN_FILE",
+        ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
             help="A name by which clients reach the server; may be given several times. Without tokens only IP "
-            "addresses and this machine's own names are answered."
+            "addresses and this machine's own names are answered.",
+            envvar="EMA_SERVICE_ALLOWED_HOST",
         ),
     ] = None,
     announce: Annotated[
@@ -139,21 +202,49 @@ def serve(
             help="Name or address by which others reach the server, or a proxy's URL: printed at the start, and an "
             "--allowed-host.  [default: of --host 0.0.0.0 this machine's address]",
             show_default=False,
+            envvar="EMA_SERVICE_ANNOUNCE",
         ),
     ] = None,
     ssl_certfile: Annotated[
-        Path | None, typer.Option(help="Speak TLS: the certificate, then those between it and its authority; PEM.")
+        Path | None,
+        typer.Option(
+            help="Speak TLS: the certificate, then those between it and its authority; PEM.",
+            envvar="EMA_SERVICE_SSL_CERTFILE",
+        ),
     ] = None,
-    ssl_keyfile: Annotated[Path | None, typer.Option(help="Key of the certificate, not encrypted; PEM.")] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Key of the certificate, not encrypted; PEM.",
+            envvar="EMA_SERVICE_SSL_KEYFILE",
+        ),
+    ] = None,
     log_format: Annotated[
         LogFormat, typer.Option(help="Log lines for people, or a JSON object each.", envvar="EMA_SERVICE_LOG_FORMAT")
     ] = "text",
-    access_log: Annotated[bool, typer.Option("--access-log", help="A log line for each request.")] = False,
+    access_log: Annotated[
+        bool,
+        typer.Option(
+            "--access-log",
+            help="A log line for each request.",
+            envvar="EMA_SERVICE_ACCESS_LOG",
+        ),
+    ] = False,
     slow_request: Annotated[
-        float, typer.Option(help="Seconds beyond which a request gets a log line.", min=0)
+        float,
+        typer.Option(
+            help="Seconds beyond which a request gets a log line.",
+            min=0,
+            envvar="EMA_SERVICE_SLOW_REQUEST",
+        ),
     ] = Settings.slow_request,
     insecure_no_auth: Annotated[
-        bool, typer.Option("--insecure-no-auth", help="Listen beyond loopback although anyone may then read and write.")
+        bool,
+        typer.Option(
+            "--insecure-no-auth",
+            help="Listen beyond loopback although anyone may then read and write.",
+            envvar="EMA_SERVICE_INSECURE_NO_AUTH",
+        ),
     ] = False,
 ) -> None:
     """Start the server. Ctrl-C or SIGTERM finishes the updates in hand, keeps every run, and stops."""
@@ -230,7 +321,7 @@ def create(
     token_file: TokenFile = _TOKEN_FILE,
 ) -> None:
     """Make a token and print it: only its hash is kept. The file is made if it is not there."""
-    from ema_service.api.tokens import TokenFileError, create_token
+    from ema_service.tokens import TokenFileError, create_token
 
     until = None if expires is None else int(time.time()) + _lifetime(expires)
     try:
@@ -242,11 +333,11 @@ def create(
 @tokens.command("list")
 def list_tokens(token_file: TokenFile = _TOKEN_FILE) -> None:
     """Show the tokens of a file: name, scopes, pattern of runs, when each expires, remark."""
-    from ema_service.api.tokens import TokenFileError, moment, read_token_file
+    from ema_service.tokens import TokenFileError, moment, read_token_file
 
     try:
         grants = read_token_file(token_file)
-    except (OSError, TokenFileError) as fault:
+    except TokenFileError as fault:
         _refuse(fault)
     rows = [("NAME", "SCOPES", "RUNS", "EXPIRES", "REMARK")]
     for grant in grants:
@@ -263,7 +354,7 @@ def revoke(
     token_file: TokenFile = _TOKEN_FILE,
 ) -> None:
     """Let a token be worth nothing. Its line stays in the file, as a comment."""
-    from ema_service.api.tokens import TokenFileError, revoke_token
+    from ema_service.tokens import TokenFileError, revoke_token
 
     try:
         grant = revoke_token(token_file, name)
@@ -297,8 +388,8 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
     from ema_service.api.app import pick_device
     from ema_service.api.server import serve as serve_http
     from ema_service.api.tls import Certificate, CertificateUnusable
-    from ema_service.api.tokens import TokenFileError
     from ema_service.storage import CatalogUnusable
+    from ema_service.tokens import TokenFileError
 
     def announce(url: str) -> None:
         typer.echo(f"ema-service {version('ema-service')} listens on {url}")

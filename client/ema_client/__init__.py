@@ -1,7 +1,7 @@
 """The trainer's and evaluator's side of the remote EMA shadow-weight service.
 
 ``RemoteEma`` stands in for LitEma in a training loop; ``EmaClient`` is everything else over HTTP; ``errors`` holds what
-both raise. The import of this package needs httpx only: torch is imported with the first call that handles tensors.
+both raise. The import of this package needs httpx2 only: torch is imported with the first call that handles tensors.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ema_service.api.limits import BodyLimits, JsonBudget
 from ema_service.api.origins import Origins
 from ema_service.api.requests import Requests
 from ema_service.api.routes import averages, events, history, ops, runs, snapshots, updates, weights
-from ema_service.api.tokens import Tokens
+from ema_service.api.tracing import open_tracing
 from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.api.writes import WriteGate, Writes
 from ema_service.machine_memory import resident_bytes
@@ -34,6 +34,7 @@ from ema_service.metrics import Metrics
 from ema_service.runs import Registry
 from ema_service.settings import Settings
 from ema_service.storage import Store, open_store
+from ema_service.tokens import Tokens
 
 __all__ = ["create_app", "open_registry", "pick_device"]
 
@@ -77,7 +78,8 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     registry: the open runs, closed when the application stops; None opens them when the application starts. Raises
     OSError or TokenFileError where the token file cannot be read.
     """
-    metrics = Metrics()
+    tracing = open_tracing()
+    metrics = Metrics(tracing.phase)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
@@ -95,6 +97,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
                         await task
             finally:
                 context.close()
+                tracing.close()
 
     app = FastAPI(
         title="ema-service",
@@ -126,7 +129,9 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     app.add_middleware(
         Origins, names=settings.allowed_hosts, refused=metrics.refused, any_host=settings.token_file is not None
     )
-    app.add_middleware(Requests, metrics=metrics, slow=settings.slow_request, access=settings.access_log)
+    app.add_middleware(
+        Requests, metrics=metrics, tracing=tracing, slow=settings.slow_request, access=settings.access_log
+    )
     for part in _PARTS:
         app.include_router(part.router)
     dashboard.install(app)

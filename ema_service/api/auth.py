@@ -1,6 +1,6 @@
 """Who may do what: a request with a bearer token may do what the token's scopes and pattern of run names allow.
 
-Knows tokens (tokens.py has their file), methods and paths. Does not know runs, or what a route does.
+Knows tokens (ema_service.tokens has their file), methods and paths. Does not know runs, or what a route does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ema_client.errors import Forbidden, Unauthorized
 from ema_service.api.errors import problem_response
-from ema_service.api.tokens import SCOPES, Tokens, moment
+from ema_service.tokens import SCOPES, Tokens, moment
 
 __all__ = ["MORE_WITH_A_TOKEN", "Access", "Auth", "access_of", "needs_token"]
 

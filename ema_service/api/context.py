@@ -81,7 +81,7 @@ class Context:
 
         Raises Overloaded, ClientDisconnect.
         """
-        with self.metrics.pull_seconds.labels("wait").time():
+        with self.metrics.pull("wait"):
             await self.readers.take(request, partial(self.registry.frozen.hold, *arenas))
 
     def turn(self, *of: str) -> asyncio.Lock:

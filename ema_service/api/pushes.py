@@ -105,7 +105,7 @@ class Push:
         self._preparation: Preparation | None = None
 
     async def __aenter__(self) -> Self:
-        with self._server.metrics.push_seconds.labels("wait").time():
+        with self._server.metrics.push("wait"):
             self.staged: Staged = await self._server.stage(self._request, self._run, self._averages)
         return self
 
@@ -113,7 +113,7 @@ class Push:
         """Return once the body is whole. preparation: advanced behind the receiving. Raises as _Incoming.fill()."""
         self._preparation = preparation
         work = self._server.workers.behind(preparation.advance) if preparation else None
-        with self._server.metrics.push_seconds.labels("receive").time():
+        with self._server.metrics.push("receive"):
             await self._incoming.fill(partial(UpdateBody, self.staged), work)
 
     async def decide(self, commit: Callable[[], T], *, quick: bool = False) -> T:
@@ -176,7 +176,7 @@ class PartialPush:
 
         Raises as Push.receive() and Parts.complete().
         """
-        with self._server.metrics.push_seconds.labels("receive").time():
+        with self._server.metrics.push("receive"):
             await self._incoming.fill(self._announced)
         outcome = self._parts.complete(self._part)
         self._whole = True

@@ -15,6 +15,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ema_service.api.tracing import Tracing
 from ema_service.logs import ACCESS, Asked, within
 from ema_service.metrics import Metrics
 
@@ -34,16 +35,17 @@ _EVENTS = "/v1/runs/{run}/events"
 
 
 class Requests:
-    """ASGI middleware: counts and times requests, and logs writes that were refused, requests that took long, and with
-    ``access`` each.
+    """ASGI middleware: counts, times and traces requests, and logs writes that were refused, requests that took long,
+    and with ``access`` each.
 
     slow: seconds beyond which a request is logged. Streams of events, and requests that wait for a step, take as long
     as they like.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, slow: float, access: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing, *, slow: float, access: bool) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
         self._slow = slow
         self._access = access
 
@@ -61,15 +63,17 @@ class Requests:
                 message = {**message, "headers": [*message.get("headers", ()), (_HEADER, request.id.encode())]}
             await send(message)
 
-        try:
-            await self._app(scope, receive, answer)
-        finally:
-            self._tell(scope, request, status, time.perf_counter() - began)
+        with self._tracing.request(scope):
+            try:
+                await self._app(scope, receive, answer)
+            finally:
+                self._tell(scope, request, status, time.perf_counter() - began)
 
     def _tell(self, scope: Scope, request: Asked, status: int, seconds: float) -> None:
         method = scope["method"]
         route = getattr(scope.get("route"), "path", _NO_ROUTE)
         waits = route == _EVENTS or b"wait=" in scope["query_string"]
+        self._tracing.answered(route, status, request.id)
         self._metrics.requests.labels(method, route, str(status)).inc()
         if not waits:
             self._metrics.request_seconds.labels(method, route).observe(seconds)

@@ -27,7 +27,6 @@ from ema_service.addresses import announced
 from ema_service.api.app import create_app, open_registry
 from ema_service.api.context import Context
 from ema_service.api.tls import Certificate
-from ema_service.api.tokens import Tokens
 from ema_service.api.transfer.accepting import Acceptor, Connections, Idling
 from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
@@ -36,6 +35,7 @@ from ema_service.descriptors import connections_within, raise_limit
 from ema_service.metrics import Metrics
 from ema_service.settings import Settings
 from ema_service.storage import Store
+from ema_service.tokens import Tokens
 
 __all__ = ["CannotListen", "http_protocol", "serve"]
 

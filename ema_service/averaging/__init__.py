@@ -7,7 +7,8 @@ Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets o
 from __future__ import annotations
 
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
-from ema_service.averaging.fused import prepare
+from ema_service.averaging.distances import Squares
+from ema_service.averaging.fused import NO_DIGEST, prepare
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import Retention, Schedule
@@ -19,7 +20,6 @@ from ema_service.averaging.synthesis import (
     approximate,
     check,
     soup,
-    synthesise,
 )
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 from ema_service.averaging.thinning import Ring, forecast
@@ -27,6 +27,7 @@ from ema_service.averaging.thinning import Ring, forecast
 __all__ = [
     "BLOCK_BYTES",
     "GULP_BYTES",
+    "NO_DIGEST",
     "Accumulators",
     "BlockDigest",
     "ConstantDecay",
@@ -37,6 +38,7 @@ __all__ = [
     "Schedule",
     "SigmaRel",
     "SnapshotBasis",
+    "Squares",
     "Synthesis",
     "Target",
     "TargetRefused",
@@ -54,5 +56,4 @@ __all__ = [
     "forecast",
     "prepare",
     "soup",
-    "synthesise",
 ]

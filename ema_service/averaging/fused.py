@@ -1,4 +1,4 @@
-"""The averaging loop on the CPU, compiled: one reading of the memory for average, finite check and digests.
+"""The averaging loop on the CPU, compiled: one reading of the memory for average, finite check, digests and distances.
 
 The loop goes over its arrays gulp by gulp: a gulp is 1024 bytes of parameters, 256 float32 or 512 bf16, which is what
 XXH3 mixes in before it scrambles (digest.py). For each gulp the loop prefetches what comes later, hashes the parameters
@@ -36,11 +36,23 @@ from ema_service.averaging.digest import (
     scramble,
     take_in,
 )
+from ema_service.averaging.squares import (
+    LANES,
+    NO_SUMS,
+    Sums,
+    add_squares,
+    add_stretch,
+    enter,
+    find_tensor,
+    flush,
+    widen,
+)
 
 __all__ = ["NO_DIGEST", "Loop", "average_numpy", "loop_of", "prepare"]
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
+Ends = npt.NDArray[np.int64]
 
 #: In the place of accumulators, where no digest is wanted.
 NO_DIGEST: Accumulators = np.empty(0, np.uint64)
@@ -50,12 +62,18 @@ class Loop(Protocol):
     """A compiled loop bound to its arrays and its weight. Releases the interpreter lock while it runs."""
 
     def __call__(
-        self, start: int, stop: int, params: Accumulators = NO_DIGEST, results: Accumulators = NO_DIGEST
+        self,
+        start: int,
+        stop: int,
+        params: Accumulators = NO_DIGEST,
+        results: Accumulators = NO_DIGEST,
+        sums: Sums = NO_SUMS,
     ) -> bool:
         """Average the elements ``start`` to ``stop`` and say whether every result is finite.
 
         params, results: accumulators of two digests, if wanted. They take in all whole gulps of the parameters, counted
-        from ``start`` on, and the results of these gulps.
+        from ``start`` on, and the results of these gulps. sums: by tensor, are added the squares of these elements
+        (squares.py), if wanted; no two threads at once may be given the same.
         """
 
 
@@ -71,6 +89,8 @@ _INFINITY = np.int32(0x7F800000)
 _AHEAD = 1024
 #: Float32 elements of a cache line. A vector has as many, and is one stripe of the results' digest.
 _LINE = 16
+#: Elements whose squares are added up in float32: sums are right to 1e-6 then.
+_WIDENED = 4096
 #: Stripes of a gulp.
 _STRIPES = GULP_BYTES // STRIPE_BYTES
 #: A call for at least so many elements stores its results past the cache, which they would fill. Nor has the processor
@@ -82,6 +102,7 @@ _instructions: Any = intrinsic
 
 # LLVM's vector types: of float32, of their bits as one integer each or as half as many of 64 bits, and of bf16.
 _FLOATS = ir.VectorType(ir.FloatType(), _LINE)
+_LANE = ir.IntType(64)
 _INTS = ir.VectorType(ir.IntType(32), _LINE)
 _LANES = ir.VectorType(ir.IntType(64), _LINE // 2)
 _HALVES = ir.VectorType(ir.IntType(16), _LINE)
@@ -91,7 +112,11 @@ def average_numpy(out: F32, shadow: F32, param: F32 | U16, weight: float) -> boo
     """What loop_of(out, shadow, param, weight) computes of all elements: three operations, and so three roundings."""
     new = param if param.dtype == np.float32 else (param.astype(np.uint32) << np.uint32(16)).view(np.float32)
     out[:] = shadow - np.float32(weight) * (shadow - new)
-    return bool((out.view(np.int32) & _MAGNITUDE < _INFINITY).all())
+    return _all_finite(out)
+
+
+def _all_finite(values: F32) -> bool:
+    return bool((values.view(np.int32) & _MAGNITUDE < _INFINITY).all())
 
 
 # --- the instructions, see compiling.py -----------------------------------------------------------------------------
@@ -116,18 +141,19 @@ def _touch(_typing, values, index):  # type: ignore[no-untyped-def]
     return types.void(values, index), code
 
 
-def _gulp(*, past_cache: bool, digested: bool) -> Any:
-    """The intrinsic average(out, shadow, param, weight, index, accumulators): average one gulp from an index on.
+def _gulp(*, past_cache: bool, digested: bool, measured: bool = False) -> Any:
+    """The intrinsic average(out, shadow, param, weight, index, accumulators, squares, lane): average one gulp.
 
-    It returns the largest magnitude of the results, as bits. Emits, for every 16 elements: two loads (bf16 parameters
-    are widened), fsub, fmul, fsub, a store, and a maximum of integers; after the last, the maximum across the vector.
+    The gulp begins at ``index``. It returns the largest magnitude of the results, as bits; 0 where they are measured.
+    Emits, for every 16 elements: two loads (bf16 parameters are widened), fsub, fmul, fsub, a store, and a maximum of
+    integers; after the last, the maximum across the vector.
 
     past_cache: store past the cache; ``out`` at the index must begin a cache line. digested: mix the results into the
-    accumulators of their digest, each vector as one stripe.
+    accumulators of their digest, each vector as one stripe. measured: add squares to ``squares``, from ``lane`` on.
     """
 
     @_instructions
-    def average(_typing, out, shadow, param, weight, index, accumulators):  # type: ignore[no-untyped-def]
+    def average(_typing, out, shadow, param, weight, index, accumulators, squares, lane):  # type: ignore[no-untyped-def]
         width = param.dtype.bitwidth // 8
 
         def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -136,6 +162,9 @@ def _gulp(*, past_cache: bool, digested: bool) -> Any:
             largest = ir.Constant(_INTS, [0] * _LINE)
             state = builder.bitcast(_pointer(context, builder, signature, arguments, 5), _LANES.as_pointer())
             lanes = builder.load(state, align=8) if digested else None
+            place = _pointer(context, builder, signature, arguments, 6, 7)
+            squared = [builder.bitcast(builder.gep(place, [_LANE(_LINE * i)]), _FLOATS.as_pointer()) for i in range(3)]
+            sums = [builder.load(each, align=4) for each in squared] if measured else []
             # This Python loop runs while compiling, 16 times for float32 and 32 times for bf16; the machine code has no
             # loop.
             for first in range(0, GULP_BYTES // width, _LINE):
@@ -150,17 +179,24 @@ def _gulp(*, past_cache: bool, digested: bool) -> Any:
                     index = first * 4 // STRIPE_BYTES % _STRIPES
                     lanes = mix_stripe(builder, lanes, result, index)
                     lanes = scramble(builder, lanes) if index == _STRIPES - 1 else lanes
+                if measured:
+                    sums = add_squares(builder, sums, result, new)
+                    continue
                 bits = builder.and_(builder.bitcast(result, _INTS), ir.Constant(_INTS, [int(_MAGNITUDE)] * _LINE))
                 largest = builder.select(builder.icmp_signed(">", bits, largest), bits, largest)
             if digested:
                 builder.store(lanes, state, align=8)
+            for total, each in zip(sums, squared, strict=False):
+                builder.store(total, each, align=4)
+            if measured:
+                return ir.IntType(32)(0)
             kind = ir.FunctionType(ir.IntType(32), [_INTS])
             # By name: declare_intrinsic() knows no vector types.
             name = f"llvm.vector.reduce.smax.v{_LINE}i32"
             reduce = get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
             return builder.call(reduce, [largest])
 
-        return types.int32(out, shadow, param, weight, index, accumulators), code
+        return types.int32(out, shadow, param, weight, index, accumulators, squares, lane), code
 
     return average
 
@@ -215,6 +251,10 @@ _through_cache = _gulp(past_cache=False, digested=False)
 _through_cache_digested = _gulp(past_cache=False, digested=True)
 _past_cache = _gulp(past_cache=True, digested=False)
 _past_cache_digested = _gulp(past_cache=True, digested=True)
+_through_cache_measured = _gulp(past_cache=False, digested=False, measured=True)
+_through_cache_digested_measured = _gulp(past_cache=False, digested=True, measured=True)
+_past_cache_measured = _gulp(past_cache=True, digested=False, measured=True)
+_past_cache_digested_measured = _gulp(past_cache=True, digested=True, measured=True)
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -238,13 +278,13 @@ def _average(out, shadow, param, weight, params, results, past_cache):  # type: 
         if params.size:
             take_in(params, param, begin)  # type: ignore[call-arg]
         if past_cache and results.size:
-            found = _past_cache_digested(out, shadow, param, weight, begin, results)
+            found = _past_cache_digested(out, shadow, param, weight, begin, results, shadow, 0)
         elif past_cache:
-            found = _past_cache(out, shadow, param, weight, begin, results)
+            found = _past_cache(out, shadow, param, weight, begin, results, shadow, 0)
         elif results.size:
-            found = _through_cache_digested(out, shadow, param, weight, begin, results)
+            found = _through_cache_digested(out, shadow, param, weight, begin, results, shadow, 0)
         else:
-            found = _through_cache(out, shadow, param, weight, begin, results)
+            found = _through_cache(out, shadow, param, weight, begin, results, shadow, 0)
         largest = max(largest, found)
     for i in range(whole, out.size):
         old = shadow[i]
@@ -255,18 +295,83 @@ def _average(out, shadow, param, weight, params, results, past_cache):  # type: 
     return largest < _INFINITY
 
 
-def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float) -> Loop:
+@compiled
+def _average_measured(  # type: ignore[no-untyped-def]  # noqa: C901 - a part of the loop would cost a call each time
+    out, shadow, param, weight, params, results, past_cache, first, ends, sums
+):
+    # As _average(), and adds squares to the sums of each tensor. first: the position of the arrays among the elements
+    # that ``ends`` counts. Of a gulp with several tensors, squares go to spare lanes and nowhere: the gulp's parameters
+    # are copied before the results take their place, and both are added by tensor. Returns whether the squares of
+    # results are finite: so are the results then, and the look at each is saved, which takes as long as measuring.
+    gulp = GULP_BYTES // param.itemsize
+    whole = out.size - out.size % gulp
+    # One allocation, as each takes as long as a gulp: twice the lanes of float32, those of float64, parameters.
+    memory = np.zeros(2 * LANES + 256, np.float64)
+    lanes, wide, copied = (
+        memory[:LANES].view(np.float32),
+        memory[LANES : 2 * LANES],
+        memory[2 * LANES :].view(np.float32),
+    )
+    begun = tensor = find_tensor(ends, first)
+    for begin in range(0, whole, gulp):
+        _fetch(shadow, begin + _AHEAD, begin + _AHEAD + gulp)
+        _fetch(param, begin + _AHEAD, begin + _AHEAD + gulp)
+        if params.size:
+            take_in(params, param, begin)  # type: ignore[call-arg]
+        if first + begin >= ends[tensor]:
+            tensor = enter(lanes, wide, sums, first + begin, ends, tensor)
+        several = first + begin + gulp > ends[tensor]
+        lane = LANES if several else 0
+        if several:
+            for i in range(gulp):
+                copied[i] = _widened(param, begin + i)
+        if past_cache and results.size:
+            _past_cache_digested_measured(out, shadow, param, weight, begin, results, lanes, lane)
+        elif past_cache:
+            _past_cache_measured(out, shadow, param, weight, begin, results, lanes, lane)
+        elif results.size:
+            _through_cache_digested_measured(out, shadow, param, weight, begin, results, lanes, lane)
+        else:
+            _through_cache_measured(out, shadow, param, weight, begin, results, lanes, lane)
+        if several:
+            tensor = add_stretch(out, begin, copied, gulp, first, ends, tensor, lanes, wide, sums)
+        elif begin % _WIDENED == 0:
+            widen(lanes, wide)
+    for i in range(whole, out.size):
+        old = shadow[i]
+        new = _widened(param, i)
+        copied[i - whole] = new
+        out[i] = old - weight * (old - new)
+    tensor = add_stretch(out, whole, copied, out.size - whole, first, ends, tensor, lanes, wide, sums)
+    flush(lanes, wide, sums, tensor)
+    squared = 0.0
+    for each in range(begun, tensor + 1):
+        squared += sums[each, 2]
+    return np.isfinite(squared)
+
+
+def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float, ends: Ends | None = None) -> Loop:
     """The loop that computes out <- shadow - weight * (shadow - param). Refers to the arrays as long as it lives.
 
-    param: float32, perhaps ``out`` itself; or the bits of bf16 as uint16. weight: rounded to float32.
+    param: float32, perhaps ``out`` itself; or the bits of bf16 as uint16. weight: rounded to float32. ends: behind the
+    last element of each tensor, ascending; needed for a loop that is given sums.
     """
     w, address = np.float32(weight), out.ctypes.data
 
-    def loop(start: int, stop: int, params: Accumulators = NO_DIGEST, results: Accumulators = NO_DIGEST) -> bool:
+    def loop(
+        start: int,
+        stop: int,
+        params: Accumulators = NO_DIGEST,
+        results: Accumulators = NO_DIGEST,
+        sums: Sums = NO_SUMS,
+    ) -> bool:
         arrays = out[start:stop], shadow[start:stop], param[start:stop]
         aligned = stop - start >= _PAST_CACHE and (address // 4 + start) % _LINE == 0
         # Parameters that the results overwrite have just been read: their lines are in the cache in any case.
         past_cache = aligned and not np.may_share_memory(arrays[0], arrays[2])
+        if ends is not None and len(sums):
+            measured = _average_measured(*arrays, w, params, results, past_cache, start, ends, sums)
+            return measured or _all_finite(arrays[0])
         return cast(bool, _average(*arrays, w, params, results, past_cache))
 
     return loop
@@ -276,5 +381,7 @@ def prepare() -> None:
     """Compile every loop now, half a second or so, lest the first update wait for it."""
     nothing, narrow = np.zeros(1, np.float32), np.zeros(1, np.uint16)
     for param in (nothing, narrow):
-        loop_of(nothing, nothing, param, 0.0)(0, 1)
+        loop = loop_of(nothing, nothing, param, 0.0, np.ones(1, np.int64))
+        loop(0, 1)
+        loop(0, 1, sums=np.zeros((1, 3)))
     BlockDigest(compiled=True).end(memoryview(bytes(GULP_BYTES)))

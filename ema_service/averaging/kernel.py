@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ema_service.averaging import fused
 from ema_service.averaging.digest import Accumulators
+from ema_service.averaging.distances import Squares
 
 __all__ = ["average_into", "averaging", "cast_into", "casting", "digesting", "finite"]
 
@@ -47,7 +48,14 @@ def average_into(
 
 
 def averaging(
-    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True, at_once: int | None = None
+    out: Tensor,
+    shadow: Tensor,
+    param: Tensor,
+    weight: float,
+    *,
+    check: bool = True,
+    at_once: int | None = None,
+    squares: Squares | None = None,
 ) -> Callable[[int, int], bool]:
     """A function (start, stop) that averages these elements into ``out`` and says whether every result is finite.
 
@@ -59,12 +67,13 @@ def averaging(
     weight: 1 - decay, 0..1, rounded to the dtype of the shadow by the multiplication.
     check: without it the values are not looked at and the answer is True.
     at_once: bytes of shadow in a block, where torch averages; None: what suits the device.
+    squares: are added to, if wanted; a compiled loop runs on the calling thread then, whatever there is to do.
     """
-    loop = _compiled_loop(out, shadow, param, weight)
+    loop = _compiled_loop(out, shadow, param, weight, squares)
     if loop is None:
-        return lambda start, stop: _average_blocks(
-            out[start:stop], shadow[start:stop], param[start:stop], weight, check, at_once
-        )
+        return partial(_average_blocks, out, shadow, param, weight, check, at_once, squares)
+    if squares:
+        return lambda start, stop: loop(start, stop, sums=squares.sums()) or not check
     few = _SPLIT_BYTES // out.element_size()
 
     def run(start: int, stop: int) -> bool:
@@ -75,34 +84,50 @@ def averaging(
 
 
 def digesting(
-    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, *, check: bool = True, squares: Squares | None = None
 ) -> Callable[[int, int, Accumulators, Accumulators], bool] | None:
     """As averaging(), on the calling thread, with the digests of parameters and results worked out in the same pass.
 
     The function takes, after start and stop, the accumulators of both digests (see fused.Loop). None where no loop is
     compiled for these dtypes and this device.
     """
-    loop = _compiled_loop(out, shadow, param, weight)
+    loop = _compiled_loop(out, shadow, param, weight, squares)
+    if loop and squares:
+        return lambda start, stop, params, results: loop(start, stop, params, results, squares.sums()) or not check
     return loop and (lambda start, stop, params, results: loop(start, stop, params, results) or not check)
 
 
 def _average_blocks(
-    out: Tensor, shadow: Tensor, param: Tensor, weight: float, check: bool, at_once: int | None
+    out: Tensor,
+    shadow: Tensor,
+    param: Tensor,
+    weight: float,
+    check: bool,
+    at_once: int | None,
+    squares: Squares | None,
+    begin: int,
+    end: int,
 ) -> bool:
-    """Average by torch, in blocks: parameters of float64 and fp16, and everything on a GPU."""
+    """Average elements ``begin`` to ``end`` by torch, in blocks: parameters of float64, fp16, and all on a GPU."""
+    out, shadow, param = out[begin:end], shadow[begin:end], param[begin:end]
     sums = []
     scratch = None if _same_memory(out, param) else _scratch(out, at_once)
     for start, stop in _blocks(out, at_once):
         old, new, result = shadow[start:stop], param[start:stop], out[start:stop]
         block = result if scratch is None else scratch[: stop - start]
+        params = new.to(out.dtype, copy=True) if squares else new
         torch.sub(old, new if new.dtype == out.dtype else block.copy_(new), out=block)
         torch.sub(old, block.mul_(weight), out=result)
+        if squares:
+            squares.add(begin + start, params, result)
         if check:
             sums.append(result.sum())
     return _all_finite(out, sums)
 
 
-def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) -> fused.Loop | None:
+def _compiled_loop(
+    out: Tensor, shadow: Tensor, param: Tensor, weight: float, squares: Squares | None = None
+) -> fused.Loop | None:
     """The compiled loop for these tensors; None on a GPU, and for dtypes that have no loop (float64, fp16)."""
     if out.device.type != "cpu" or out.dtype != torch.float32:
         return None
@@ -112,7 +137,7 @@ def _compiled_loop(out: Tensor, shadow: Tensor, param: Tensor, weight: float) ->
         values = param.view(torch.int16).numpy().view(np.uint16)
     else:
         return None
-    return fused.loop_of(out.numpy(), shadow.numpy(), values, weight)
+    return fused.loop_of(out.numpy(), shadow.numpy(), values, weight, squares.ends if squares else None)
 
 
 def _run(loop: fused.Loop, out: Tensor, param: Tensor, start: int, stop: int) -> bool:

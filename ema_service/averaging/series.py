@@ -1,10 +1,10 @@
-"""A bounded table of what was measured over time: the newest rows are all there, older ones the further apart.
+"""A bounded table of measurements: the newest rows are all there, older ones the further apart.
 
-Rows are dropped, never merged: each row that is left is what was measured. Places are even in the fourth root of their
-age: of the rows of a year a sixth lies in its older half, a quarter in the last day, and one in thirty in the last
-minute.
+Rows are dropped, never merged: each row that is left is what was measured. Places are even in the fourth root of how
+many measurements ago a row was: if there was one every minute for a year, a sixth of the rows lies in its older half, a
+quarter in the last day. By measurements and not by time, so that a pause does not cost what was before.
 
-Knows numbers in rows, the first of which is a time that never falls. Does not know what they measure, or clocks.
+Knows rows of numbers, the first of which counts measurements. Does not know what the others are, or clocks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Series:
         return self._table[: self._count]
 
     def add(self, row: Sequence[float]) -> None:
-        """Add a row, whose time is no earlier than the last row's. Of a full table older rows are thinned first."""
+        """Add a row, whose first number is larger than the last row's. Of a full table older rows are thinned first."""
         if self._count == self._most:
             self.fill(self.rows[_kept(self.rows[:, 0], self._most)])
         if self._count == len(self._table):
@@ -57,19 +57,17 @@ def evenly(times: Floats, most: int) -> npt.NDArray[np.intp]:
     if len(times) <= most:
         return np.arange(len(times))
     passed = times - times[0]
-    return _last_of_each(passed / max(passed[-1], 1e-300) * (most - 1))
+    return _last_of_each(np.floor(passed / max(passed[-1], 1e-300) * (most - 1)))
 
 
-def _kept(times: Floats, most: int) -> npt.NDArray[np.intp]:
-    """The indices of rows that stay of a full table: its newest quarter, and half as many again of all the others."""
+def _kept(numbers: Floats, most: int) -> npt.NDArray[np.intp]:
+    """The indices of rows that stay of a full table: its first, its newest quarter, and at most half of the others."""
     newest = most // 4
-    age = times[-1] - times[:-newest]
-    oldest = max(age[0], 1e-300)
-    places = -((age / oldest) ** 0.25) * (most // 2 - 1)
-    return np.concatenate([_last_of_each(places), np.arange(len(times) - newest, len(times))])
+    root = (numbers[-1] - numbers[:-newest]) ** 0.25
+    places = (root[0] - root) / max(root[0] - root[-1], 1e-300) * (most // 2 - 1)
+    return np.concatenate([_last_of_each(np.ceil(places)), np.arange(len(numbers) - newest, len(numbers))])
 
 
-def _last_of_each(places: Floats) -> npt.NDArray[np.intp]:
-    """Of places that never fall, the index of the last in each unit."""
-    units = np.floor(places)
+def _last_of_each(units: Floats) -> npt.NDArray[np.intp]:
+    """Of units that never fall, the index of the last of each."""
     return np.flatnonzero(np.append(units[1:] != units[:-1], True))

@@ -37,7 +37,6 @@ __all__ = [
     "approximate",
     "check",
     "soup",
-    "synthesise",
 ]
 
 #: Relative rounding of one stored value, root mean square, by the dtype of the snapshots.
@@ -249,18 +248,6 @@ def _error(coefficients: Floats, views: Sequence[_View]) -> float:
         off = view.interval.corner @ coefficients[view.interval.usable, k] - view.seen
         squared += view.unseen + float(off @ off)
     return math.sqrt(squared)
-
-
-def synthesise(
-    snapshots: SnapshotBasis, target: Target, *, at: int | None = None, dtype: str = "F32", max_error: float = MAX_ERROR
-) -> Synthesis:
-    """The weights of the snapshots, (averages, times), whose sum is nearest to the target at time ``at``.
-
-    As approximate(), then check(), with their arguments and errors.
-    """
-    found = approximate(snapshots, target, at=at, dtype=dtype)
-    check(found, snapshots, target, at=at, dtype=dtype, max_error=max_error)
-    return found
 
 
 def approximate(snapshots: SnapshotBasis, target: Target, *, at: int | None = None, dtype: str = "F32") -> Synthesis:

@@ -21,20 +21,12 @@ import numpy as np
 
 from ema_service.averaging.profiles import Floats, gamma_of
 
-__all__ = ["TARGETS", "Forecast", "Offer", "Ring", "errors_of", "forecast"]
+__all__ = ["TARGETS", "Forecast", "Ring", "errors_of", "forecast"]
 
 #: The widths whose errors the rule weighs against each other.
 TARGETS = (0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)
 #: Nodes of the quadrature: errors are right to 1e-9 of their value, for averages from sigma_rel 0.003 to 0.28.
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(96)
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a ring does with a time: whether to take it and, once it is written, which time to drop."""
-
-    take: bool
-    drop: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +58,10 @@ class Ring:
         intervals = -(-n // (2 * self.capacity * self.every))
         return self.every * (1 << max(intervals - 1, 0).bit_length())
 
-    def offer(self, n: int) -> Offer:
-        """What to do after the update whose counter is ``n``.
-
-        A snapshot is taken at the first update at or past each multiple of the interval. None is taken while an earlier
-        one is still to be dropped.
-        """
-        if not self.due(n) or self.surplus() is not None:
-            return Offer(take=False)
-        return Offer(take=True, drop=self.taken(n).surplus())
-
     def due(self, n: int) -> bool:
-        """Whether a multiple of the interval lies after the newest snapshot and not after ``n``. Takes microseconds."""
+        """Whether to take a snapshot after the update whose counter is ``n``: the first at or past each multiple of the
+        interval. Takes microseconds.
+        """
         interval, newest = self.interval(n), self.times[-1] if self.times else 0
         return n // interval > newest // interval
 
@@ -103,10 +87,6 @@ class Ring:
     def dropped(self, time: int) -> Ring:
         """The ring without the snapshot at this time."""
         return replace(self, times=tuple(one for one in self.times if one != time))
-
-    def rewound(self, to: int) -> Ring:
-        """The ring of a run that was rewound to this time: later snapshots are another branch's."""
-        return replace(self, times=tuple(one for one in self.times if one <= to))
 
 
 @dataclass(frozen=True, slots=True)

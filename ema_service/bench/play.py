@@ -22,7 +22,8 @@ from ema_service.bench.children import BenchFailed, Service, Stopped, stoppable,
 from ema_service.bench.rounds import interleave
 from ema_service.bench.rows import Group
 from ema_service.bench.screen import Screen, fits_json, write_json
-from ema_service.bench.sizes import SMALL_SIZES, Link, Sizes, ceiling_rows, parse_size, show_size
+from ema_service.bench.sizes import SMALL_SIZES, Link, Sizes, ceiling_rows
+from ema_service.sizes import parse_size, show_size
 
 __all__ = ["run_bench"]
 

@@ -6,7 +6,6 @@ service came from or how results are shown.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -17,31 +16,15 @@ from ema_service.bench.fit import Fit, fit_line
 from ema_service.bench.rounds import Operation, repeated, timed
 from ema_service.bench.rows import GIGA, Need, Row
 from ema_service.bench.traffic import Traffic
+from ema_service.sizes import show_size
 
-__all__ = ["SMALL_SIZES", "Link", "Seconds", "Sizes", "ceiling_rows", "parse_size", "show_size"]
+__all__ = ["SMALL_SIZES", "Link", "Seconds", "Sizes", "ceiling_rows"]
 
 Seconds = Mapping[str, Sequence[float]]
 
 SMALL_SIZES = (100_000, 10_000_000)
 #: (bytes, times): an operation of at most so many bytes is repeated so often in a round, and the median counts.
 _REPEATS = ((1_000_000, 20), (100_000_000, 5))
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """``1GiB``, ``100 MB``, ``4096`` as bytes. Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", text, re.IGNORECASE)
-    if not found or found[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is no size; write 1GiB, 100MB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def show_size(nbytes: int) -> str:
-    """Bytes as people write them: in binary units where that gives a whole number, else in decimal ones."""
-    for unit in ("GIB", "MIB", "GB", "MB", "KIB", "KB"):
-        if nbytes >= _UNITS[unit] and nbytes % _UNITS[unit] == 0:
-            return f"{nbytes // _UNITS[unit]} {unit.replace('I', 'i')}"
-    return f"{nbytes} B"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
 
 from ema_client.errors import InvalidRequest, LayoutMismatch, listed
 from ema_client.protocol import LAYOUT_DTYPES, MAX_RANK, MAX_STEP, MAX_TENSOR_NAME, MAX_TENSORS, TensorSpec
@@ -31,7 +35,7 @@ _HEADER_SLACK = 1 << 20
 class Section:
     """Adjacent tensors of one dtype and one policy: their byte ranges among the parameters and among the shadows.
 
-    copied: the shadow is the newest value, not an average.
+    copied: the shadow is the newest value, not an average. tensors: their places in the layout's order.
     """
 
     param_dtype: str
@@ -39,6 +43,7 @@ class Section:
     param: slice
     shadow: slice
     copied: bool
+    tensors: slice
 
 
 class Layout:
@@ -78,6 +83,20 @@ class Layout:
         return isinstance(other, Layout) and (self.params, self.copied) == (other.params, other.copied)
 
     __hash__ = None  # type: ignore[assignment]  # layouts are compared at creation only and are never keys
+
+    @cached_property
+    def ends(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """For each section, the element behind the last of each of its tensors, counted from the section's first."""
+        return tuple(
+            np.array(
+                [
+                    (entry.end - section.param.start) // LAYOUT_DTYPES[section.param_dtype]
+                    for entry in self.params[section.tensors]
+                ],
+                np.int64,
+            )
+            for section in self.sections
+        )
 
     def find(self, name: str) -> Entry | None:
         """The tensor of this name as it is pushed; None where the run has none."""
@@ -148,7 +167,7 @@ def _known(copied: Collection[str], params: Sequence[Entry]) -> tuple[str, ...]:
 
 def _sections(params: Sequence[Entry], shadows: Sequence[Entry], copied: Collection[str]) -> Iterable[Section]:
     """Adjacent tensors that share a dtype and a policy, as sections."""
-    pairs_in_order = zip(params, shadows, strict=True)
+    pairs_in_order, begin = zip(params, shadows, strict=True), 0
     for (dtype, copied_here), pairs in groupby(
         pairs_in_order, key=lambda pair: (pair[0].dtype, pair[0].name in copied)
     ):
@@ -160,7 +179,9 @@ def _sections(params: Sequence[Entry], shadows: Sequence[Entry], copied: Collect
             slice(first_param.begin, last_param.end),
             slice(first_shadow.begin, last_shadow.end),
             copied_here,
+            slice(begin, begin + len(group)),
         )
+        begin += len(group)
 
 
 def _check(specs: Sequence[TensorSpec]) -> None:

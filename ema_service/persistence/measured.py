@@ -23,7 +23,8 @@ class StoredMeasurements:
     """What is kept of a run's measurements.
 
     columns: names of the columns of ``rows``, which is (rows, columns), oldest first. seen: how many measurements there
-    were. begin: the time of the first. version, step: of the newest. distances: of each tensor, in it.
+    were. begin: the time of the first. version: of the newest. distances: of each tensor, at ``distances_version`` and
+    ``distances_step``.
     """
 
     columns: tuple[str, ...]
@@ -31,8 +32,9 @@ class StoredMeasurements:
     seen: int
     begin: float | None
     version: str | None
-    step: int | None
     distances: Floats
+    distances_version: str | None
+    distances_step: int | None
 
     def dump(self) -> bytes:
         """The bytes of the file."""
@@ -42,7 +44,8 @@ class StoredMeasurements:
             "seen": self.seen,
             "begin": self.begin,
             "version": self.version,
-            "step": self.step,
+            "distances_version": self.distances_version,
+            "distances_step": self.distances_step,
         }
         data = json.dumps(head).encode() + b"\n" + self.rows.tobytes() + self.distances.tobytes()
         return xxhash.xxh3_128_digest(data) + data
@@ -64,8 +67,9 @@ class StoredMeasurements:
             head["seen"],
             head["begin"],
             head["version"],
-            head["step"],
             distances,
+            head["distances_version"],
+            head["distances_step"],
         )
 
     def in_columns(self, columns: tuple[str, ...]) -> Floats:

@@ -20,6 +20,9 @@ __all__ = ["Timeline"]
 
 _log = logging.getLogger(__name__)
 
+#: Lines among which one that is to be there once is looked for.
+_LOOKED_AT = 8
+
 
 class Timeline:
     """Writes and reads the timeline of one run: in the catalog, or in memory where there is none. Thread-safe."""
@@ -31,16 +34,19 @@ class Timeline:
         #: The lines, of a server that keeps nothing on disk.
         self._lines = deque[TimelineRow](maxlen=TIMELINE_LINES)
 
-    def record(self, kind: TimelineKind, text: str, version: Version | None = None) -> None:
-        """Add a line. version: the run's by then. A failure is only logged: what the line tells of has happened all the
-        same."""
+    def record(self, kind: TimelineKind, text: str, version: Version | None = None, *, once: bool = False) -> None:
+        """Add a line. version: the run's by then. once: not where one of the newest lines says the same.
+
+        A failure is only logged: what the line tells of has happened all the same.
+        """
         step, num_updates = (version.step, version.num_updates) if version else (None, None)
         line = TimelineRow(time.time(), kind, step, num_updates, text)
         if self._store is None or self._row is None:
             self._lines.append(line)
             return
         try:
-            self._store.record(self._row, line)
+            if not once or text not in [each.text for each in self.lines(0.0, _LOOKED_AT)]:
+                self._store.record(self._row, line)
         except sqlite3.Error as fault:
             _log.error("run %s: %s; not noted in its timeline: %s", self._run, text, fault)
 

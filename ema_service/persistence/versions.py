@@ -481,7 +481,7 @@ class Versions:
     def _remark(self, event: str, version: Version) -> None:
         """Log an event and add it to the run's timeline."""
         _log.warning("run %s is %s", self._run, event)
-        Timeline(self._run, self._row, self._store).record("damaged", event, version)
+        Timeline(self._run, self._row, self._store).record("damaged", event, version, once=True)
 
 
 def _header_bytes(config: RunConfig, member: Member, layout: Layout) -> int:

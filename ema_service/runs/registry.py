@@ -500,7 +500,14 @@ class Registry:
         files = self._store.memory_files if self._store else None
         in_files = files is not None and config.durability == "process"
         ring = len(config.posthoc.sigma_rel) if config.posthoc else 0
-        return Needs.of(layout, len(config.averages), on_host=self.memory.on_host, in_files=in_files, ring=ring)
+        return Needs.of(
+            layout,
+            len(config.averages),
+            on_host=self.memory.on_host,
+            in_files=in_files,
+            ring=ring,
+            measured=self._measure,
+        )
 
     def _with_posthoc(self, config: RunConfig) -> RunConfig:
         """The configuration with the averages that post-hoc averages are made of, behind its own.
@@ -751,8 +758,9 @@ def _read_back(versions: Versions | MemoryVersions) -> Restored:
 
 def _take_up(registered: _Registered, found: Restored) -> None:
     registered.run.restore(found.state, found.steps, found.last_epoch, found.fault)
-    if found.fault and not any(line.text == found.fault for line in registered.timeline.lines(0.0, 1)):
-        registered.record("damaged", found.fault)
+    if found.fault:
+        # A server that is started again finds the same damage.
+        registered.timeline.record("damaged", found.fault, registered.run.ledger.version, once=True)
 
 
 def _nothing(_: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ema_client.errors import Overloaded
 from ema_service.memory import Layout
 from ema_service.memory.arena import buffer_bytes
+from ema_service.runs.measurements import MOST_BYTES
 
 __all__ = ["Needs", "check_room"]
 
@@ -31,12 +32,15 @@ class Needs:
     push: int
 
     @classmethod
-    def of(cls, layout: Layout, averages: int, *, on_host: bool, in_files: bool, ring: int = 0) -> Needs:
+    def of(
+        cls, layout: Layout, averages: int, *, on_host: bool, in_files: bool, ring: int = 0, measured: bool = False
+    ) -> Needs:
         """in_files: whether versions lie in memory files, of which a run always has the next version's, too.
 
         ring: how many averages a snapshot of the ring has: while one is written, those of an older version are held.
+        measured: whether the run has a history.
         """
-        about = _BYTES_PER_TENSOR * len(layout.params)
+        about = _BYTES_PER_TENSOR * len(layout.params) + (MOST_BYTES if measured else 0)
         if in_files:
             return cls(about + (2 * averages + ring) * buffer_bytes(layout), 0 if on_host else layout.param_bytes)
         if on_host:

@@ -42,14 +42,16 @@ class Update:
     """One update in the making. Owned by the request that pushes it; the run changes only at Run.commit().
 
     preparation: to be advanced as the parameters arrive. writer: the number of the trainer that sends the update, None
-    where that trainer did not attach. place: where the version is kept, None where not every version is. begun: when,
-    by time.perf_counter(). arrived: when all parameters were there.
+    where that trainer did not attach. place: where the version is kept, None where not every version is. measured:
+    whether the distance of shadow and parameters is taken. begun: when, by time.perf_counter(). arrived: when all
+    parameters were there.
     """
 
     plan: Plan
     preparation: Preparation
     writer: int | None = None
     place: Place | None = None
+    measured: bool = False
     begun: float = field(default_factory=time.perf_counter)
     arrived: float = 0.0
 
@@ -209,7 +211,8 @@ class Run:
         plan = self.ledger.succession.plan(step, state.version)
         place = self._place(plan)
         sinks = {average.name: partial(place.write, average.name) for average in plan.averages} if place else {}
-        return Update(plan, self._shadows.prepare(plan, state, staged, sinks), writer, place)
+        measure = self._measurements is not None and self._measurements.due()
+        return Update(plan, self._shadows.prepare(plan, state, staged, sinks, measure=measure), writer, place, measure)
 
     def commit(self, update: Update) -> UpdateResult:
         """Make an update's result the state, if the run is still at the state that the update was begun on.
@@ -497,6 +500,7 @@ class Run:
             receive=update.arrived - update.begun if whole else None,
             average=prepared.seconds,
             commit=time.perf_counter() - (update.arrived or update.begun),
+            left_out=not update.measured,
         )
         self._measurements.note(measured)
 

@@ -18,14 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ema_client.errors import DigestMismatch, NonFinite, Overloaded, listed
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.averaging import (
     BLOCK_BYTES,
     GULP_BYTES,
+    NO_DIGEST,
     Accumulators,
     BlockDigest,
     Digest,
+    Squares,
     averaging,
     casting,
     digesting,
@@ -70,43 +75,46 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
-    """The kernels of one section, one for each feed: each averages a range of elements and says if all results are
-    finite.
+class _Kernel:
+    """What feeds one average in one section: averages a range of elements and says if all results are finite.
 
-    digesting: the first feed's kernel that also digests parameters and results, None where no such loop is compiled.
+    digesting: the same with the digests of parameters and results, None where no such loop is compiled.
     """
 
-    kernels: list[Callable[[int, int], bool]]
-    digesting: Callable[[int, int, Accumulators, Accumulators], bool] | None
+    average: Callable[[int, int], bool]
+    digesting: Callable[[int, int, Accumulators, Accumulators], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The digests of the block in hand: of its parameters, and of the first average's results where the kernel digests
-    them."""
+    """The digests of the block in hand: of its parameters, and of each feed's results where the kernel digests them."""
 
     params: BlockDigest
-    results: BlockDigest
+    results: list[BlockDigest]
 
 
-def pass_over(staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain | None = None) -> Pass:
+def pass_over(
+    staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool = False, grain: Grain | None = None
+) -> Pass:
     """The pass over a staged push, on the host or on a device.
 
     feeds: in order; a feed whose ``out`` is the push's own memory comes last, for its results overwrite the parameters.
-    Without feeds the pass only digests. check: whether NaN and Inf in a result raise NonFinite.
+    Without feeds the pass only digests. check: whether NaN and Inf in a result raise NonFinite. measure: whether the
+    first feed's result is measured (Pass.squares).
     """
     kind = HostPass if staged.on_host else DevicePass
-    return kind(staged, feeds, check=check, grain=grain or Grain())
+    return kind(staged, feeds, check=check, measure=measure, grain=grain or Grain())
 
 
 class Pass(ABC):
     """One pass over a staged push, which feeds averages from the first byte of the parameters to the last.
 
     Thread-safe: while one thread works, others wait.
+
+    More than a dozen attributes: what a push brings, and how far each part of the work has come.
     """
 
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
         self._staged = staged
         self._feeds = feeds
         self._check = check
@@ -114,7 +122,7 @@ class Pass(ABC):
         #: Bytes of the parameters that are digested so far.
         self._position = 0
         self._results = [self._result(feed.out, feed.sink) if feed.sink else None for feed in feeds]
-        self._bound: dict[int, _Bound] = {}
+        self._bound: dict[int, list[_Kernel]] = {}
         self._block: _Block | None = None
         self._digest = Digest(grain.block)
         self._lock = threading.Lock()
@@ -122,6 +130,21 @@ class Pass(ABC):
         self._broke_off = False
         #: Seconds that digesting and averaging took so far.
         self.seconds = 0.0
+        #: Of the first feed, by section; None where nothing is measured.
+        self._squares: dict[int, Squares] | None = {} if measure else None
+
+    def squares(self) -> npt.NDArray[np.float64] | None:
+        """The sums of squares of (result - parameters), parameters and result of the first feed, once the pass is over:
+        (tensors, 3), NaN where a tensor is copied; None where nothing was measured."""
+        if not self._squares:
+            return None
+        found = np.zeros((len(self._layout), 3))
+        for index, section in enumerate(self._layout.sections):
+            if section.copied:
+                found[section.tensors] = np.nan
+            elif index in self._squares:
+                found[section.tensors] = self._squares[index].total()
+        return found
 
     @property
     def _layout(self) -> Layout:
@@ -258,28 +281,36 @@ class Pass(ABC):
         The kernel digests blocks that are whole and of one section; the library digests the others.
         """
         size = self._grain.block
-        compiled = start + size <= section.param.stop and self._bind(index).digesting is not None
+        whole = start + size <= section.param.stop
         same = section.param.start == section.shadow.start and section.param_dtype == section.shadow_dtype
-        results = compiled and same and self._results[0] is not None
-        return _Block(BlockDigest(size, compiled=compiled), BlockDigest(size, compiled=results))
+        loops = [whole and kernel.digesting is not None for kernel in self._bind(index)]
+        results = [loop and same and result is not None for loop, result in zip(loops, self._results, strict=True)]
+        return _Block(
+            BlockDigest(size, compiled=loops[:1] == [True]),
+            [BlockDigest(size, compiled=compiled) for compiled in results],
+        )
 
-    def _bind(self, index: int) -> _Bound:
+    def _bind(self, index: int) -> list[_Kernel]:
         """The kernels of one section, made once: making their views takes longer than averaging a small piece."""
         if bound := self._bound.get(index):
             return bound
-        kernels, digest = [], None
+        kernels = []
         check = self._check and self._checks_pieces
         copied = self._layout.sections[index].copied
         for number, feed in enumerate(self._feeds):
             out, param = feed.out.section(index), self._staged.param(index)
             if feed.shadow is None or copied:
-                kernels.append(casting(out, param, check=check))
+                kernels.append(_Kernel(casting(out, param, check=check)))
                 continue
-            shadow = feed.shadow.section(index)
-            kernels.append(averaging(out, shadow, param, feed.weight, check=check))
-            if number == 0:
-                digest = digesting(out, shadow, param, feed.weight, check=check)
-        return self._bound.setdefault(index, _Bound(kernels, digest))
+            inputs = out, feed.shadow.section(index), param, feed.weight
+            squares = self._squares_of(index) if number == 0 else None
+            averaged = averaging(*inputs, check=check, squares=squares)
+            kernels.append(_Kernel(averaged, digesting(*inputs, check=check, squares=squares)))
+        return self._bound.setdefault(index, kernels)
+
+    def _squares_of(self, index: int) -> Squares | None:
+        """Where the first feed's squares in a section are added; None where they are not wanted."""
+        return None if self._squares is None else self._squares.setdefault(index, Squares(self._layout.ends[index]))
 
     def _tell(self, block: _Block, section: Section, stop: int, *, ended: bool = False) -> None:
         """Tell the sinks how far results are final, while the last results are in the cache. In order of the bytes.
@@ -290,10 +321,9 @@ class Pass(ABC):
             self._digest.add(block.params.digest())
         _, made = _elements(section, section.param.start, stop)
         upto = section.shadow.start + made * LAYOUT_DTYPES[section.shadow_dtype]
-        for number, result in enumerate(self._results):
+        for result, digest in zip(self._results, block.results, strict=True):
             if result:
-                compiled = block.results if block.results.compiled and number == 0 else None
-                result.made(upto, compiled, ended=ended)
+                result.made(upto, digest if digest.compiled else None, ended=ended)
 
 
 class HostPass(Pass):
@@ -301,32 +331,33 @@ class HostPass(Pass):
 
     _checks_pieces = True
 
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
-        super().__init__(staged, feeds, check=check, grain=grain)
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
+        super().__init__(staged, feeds, check=check, measure=measure, grain=grain)
         self._finite = [True] * len(feeds)
 
     def _result(self, out: Arena, sink: Sink) -> Result:
         return Result(out, sink, out.tensor, self._grain.block)
 
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
-        data, bound = self._staged.data[start:stop], self._bind(index)
+        data = self._staged.data[start:stop]
         first, last = _elements(section, start, stop)
-        done = first
-        if bound.digesting and block.params.compiled:
-            done = last
-            if stop % self._grain.block == 0:
-                # The kernel stops before a block's last gulp, which XXH3 treats differently (BlockDigest.end).
-                done -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
-            accumulators = block.params.accumulators, block.results.accumulators
-            self._note(0, finite=bound.digesting(first, done, *accumulators))
-            if done < last:
-                block.params.end(data[-GULP_BYTES:])
-        else:
+        # Kernels that digest stop before a block's last gulp, which XXH3 treats differently (BlockDigest.end).
+        gulps = last
+        if stop % self._grain.block == 0:
+            gulps -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
+        if not block.params.compiled:
             block.params.update(data)
-        for number, kernel in enumerate(bound.kernels):
-            begin = first if number else done
-            if begin < last:
-                self._note(number, finite=kernel(begin, last))
+        for number, kernel in enumerate(self._bind(index)):
+            # The first kernel takes the parameters, before the last result overwrites them.
+            params = block.params.accumulators if number == 0 else NO_DIGEST
+            results, done = block.results[number].accumulators, first
+            if kernel.digesting and (params.size or results.size):
+                self._note(number, finite=kernel.digesting(first, gulps, params, results))
+                done = gulps
+            if params.size and gulps < last:
+                block.params.end(data[-GULP_BYTES:])
+            if done < last:
+                self._note(number, finite=kernel.average(done, last))
         return stop
 
     _take_alone = _take
@@ -346,8 +377,8 @@ class DevicePass(Pass):
     #: Asking a device whether results are finite waits for the device: asked once, at the end of the pass.
     _checks_pieces = False
 
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, grain: Grain) -> None:
-        super().__init__(staged, feeds, check=check, grain=grain)
+    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
+        super().__init__(staged, feeds, check=check, measure=measure, grain=grain)
         #: Bytes of the parameters that the device was told to average so far.
         self._averaged = 0
 
@@ -368,11 +399,11 @@ class DevicePass(Pass):
 
     def _average(self, index: int, section: Section, start: int, stop: int) -> None:
         """Tell the device to fetch and average bytes ``start`` to ``stop``, which lie in one section. Does not wait."""
-        kernels = self._bind(index).kernels
+        kernels = self._bind(index)
         if kernels:
             self._staged.upload(start, stop)
         for kernel in kernels:
-            kernel(*_elements(section, start, stop))
+            kernel.average(*_elements(section, start, stop))
 
     def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the result itself is looked at
         return all(finite(out.section(index)) for index in range(len(self._layout.sections)))

@@ -9,7 +9,7 @@ Knows arenas, passes and states. Does not know locks, steps, writers (runs/ledge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,8 @@ class Prepared:
 
     digest: bytes
     arenas: tuple[Arena, ...]
-    seconds: float = 0.0
-    sums: npt.NDArray[np.float64] | None = None
+    seconds: float = field(default=0.0, compare=False)
+    sums: npt.NDArray[np.float64] | None = field(default=None, compare=False)
 
 
 class Preparation:
@@ -58,7 +58,8 @@ class Preparation:
         Raises NonFinite, Overloaded; SegmentUnusable where a client withdrew its shared memory meanwhile.
         """
         work = self._running
-        return Prepared(work.finish(), self._arenas, work.seconds)
+        digest = work.finish()
+        return Prepared(digest, self._arenas, work.seconds, work.squares())
 
     def drop(self) -> None:
         """Let go of the memory of everything prepared. The current state stays as it was."""
@@ -94,12 +95,15 @@ class Shadows:
         """The name of the device that the shadows lie on, as torch writes it."""
         return str(self._memory.device)
 
-    def prepare(self, plan: Plan, base: State, staged: Staged, sinks: Mapping[str, Sink]) -> Preparation:
+    def prepare(
+        self, plan: Plan, base: State, staged: Staged, sinks: Mapping[str, Sink], *, measure: bool = False
+    ) -> Preparation:
         """Begin to prepare the version that ``plan`` makes of ``base``, the state that was planned for.
 
         staged: the push's memory, which becomes the arena of the last average. sinks: by name of the average, told how
         far results are final. An average that ``base`` does not have becomes the parameters. For a plan without
-        retentions only the digest of the parameters is worked out.
+        retentions only the digest of the parameters is worked out. measure: whether the first average is measured
+        (Prepared.sums).
         """
         if not plan.retentions:
             return Preparation(pass_over(staged, (), check=False), ())
@@ -109,7 +113,7 @@ class Shadows:
             before = None if retention.copies else base.at(average.member)
             shadow = before[1] if before else None
             feeds.append(Feed(out, shadow, retention.weight, sinks.get(average.name)))
-        return Preparation(pass_over(staged, feeds, check=self._check), arenas)
+        return Preparation(pass_over(staged, feeds, check=self._check, measure=measure), arenas)
 
     def cast(self, staged: Staged, sink: Sink | None = None) -> Preparation:
         """Begin to prepare the first version, in which the parameters themselves are the shadow of every average: one

@@ -16,6 +16,7 @@
     large     the first minutes of a model of 860 M parameters: wants 20 GiB of memory
     posthoc   averages of any length after the training, and several averages of one push
     gap       how far off an EMA is that gets each k-th step only, with the decay made good and without
+    history   what it costs to measure how far shadow and parameters are apart, and to tell of a year
     gpu       what a CUDA device adds, where there is one
     gpu-trainer   time and memory that an EMA costs a training on a CUDA device
 
@@ -39,6 +40,7 @@ import durability
 import gap
 import gpu
 import gpu_training
+import history
 import kernel
 import large
 import latency
@@ -75,6 +77,7 @@ GROUPS: dict[str, Measure] = {
     "large": large.measure,
     "posthoc": posthoc.measure,
     "gap": gap.measure,
+    "history": history.measure,
     "gpu": gpu.measure,
     "gpu-trainer": gpu_training.measure,
 }

@@ -20,7 +20,7 @@ class Scale:
     readers, reader_bytes: how many pull one version at once, and its size.
     growth_bytes, growth_pushes, growth_warm: pushes after which the server should be as large as before; counted from
     the push ``growth_warm`` on.
-    gap_steps: of the training that is followed with gaps.
+    gap_steps: of the training that is followed with gaps. history_updates: of the run whose history is told.
     large_width, large_tensors: of the model of the group large, whose tensors are square; large_updates, large_pause:
     how many updates, and seconds between them.
     """
@@ -37,6 +37,7 @@ class Scale:
     growth_pushes: int = 500
     growth_warm: int = 50
     gap_steps: int = 1000
+    history_updates: int = 1_000_000
     large_width: int = 1280
     large_tensors: int = 525
     large_updates: int = 10
@@ -57,6 +58,7 @@ QUICK = replace(
     growth_pushes=20,
     growth_warm=10,
     gap_steps=20,
+    history_updates=5000,
     large_width=64,
     large_tensors=20,
     large_updates=3,

@@ -17,8 +17,8 @@ from ema_service.bench.children import BenchFailed
 from ema_service.bench.fit import fit_line
 from ema_service.bench.rounds import interleave
 from ema_service.bench.rows import Group, Need, Row
-from ema_service.bench.sizes import parse_size, show_size
 from ema_service.bench.traffic import Traffic, make_state, nbytes_of
+from ema_service.sizes import parse_size, show_size
 
 
 def test_fit_finds_the_line() -> None:

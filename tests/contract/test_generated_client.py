@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 
 pytest.importorskip("openapi_python_client", reason="not installed: pip install -e '.[test]'")
 
@@ -119,11 +119,13 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     model, and the headers said to be there, each of its type."""
     assert ask("healthz").additional_properties == {"status": "alive"}
     ask("readyz")
+    assert ask("show_server").scopes == []
     ask("list_runs", status=401)
     ask.token = "unknown"
     ask("list_runs", status=401)
     ask.token = tokens["pull"]
     assert ask("list_runs").runs == []
+    assert ask("show_server").scopes == ["pull"]
     ask("attach_writer", "r", status=403)
     ask.token = tokens["admin"]
     assert "ema_runs" in ask("metrics")

@@ -24,8 +24,9 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
 # what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
-# threads, machine_memory, descriptors, logs and addresses are leaves.
-LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses"}
+# threads, machine_memory, descriptors, logs, addresses and sizes
+# are leaves.
+LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "sizes", "tokens"}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
@@ -46,9 +47,13 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "descriptors": set(),
     "logs": set(),
     "addresses": set(),
+    "sizes": set(),
+    "tokens": set(),
     "demo": {"settings"},
-    "bench": {"settings"},
+    "bench": {"settings", "sizes"},
 }
+#: Where the extra otel is loaded, by whoever asked for it.
+TRACING = ("ema_service.api.tracing", "opentelemetry")
 #: Within api: what receives and sends knows no route, and no server.
 TRANSFER = "ema_service.api.transfer"
 #: Who decides: pure, with every module of ours that it runs.
@@ -60,9 +65,9 @@ LEDGER_NEVER = {"os", "pathlib", "sqlite3", "socket", "threading", "time", "asyn
 #: These play the trainer and the evaluator: they use the public client, and start the server as a process.
 PARTS_OUTSIDE = {"demo", "bench"}
 CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
-#: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx alone.
+#: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx2 alone.
 CLIENT_THIRD_PARTY = {
-    "httpx": {"ema_client.http.control"},
+    "httpx2": {"ema_client.http.control"},
     "xxhash": {"ema_client.http.digests"},
     "lightning": {"ema_client.integrations.lightning"},
     "pytorch_lightning": {"ema_client.integrations.lightning"},
@@ -263,7 +268,9 @@ def client_torch(module: Module) -> Iterator[str]:
 def one_httpx(module: Module) -> Iterator[str]:
     if module.name != "ema_client.http.control":
         yield from (
-            f"line {i.line}: httpx belongs to ema_client.http.control" for i in module.imports if i.root == "httpx"
+            f"line {i.line}: {i.root} belongs to ema_client.http.control"
+            for i in module.imports
+            if i.root in ("httpx", "httpx2")
         )
 
 
@@ -282,6 +289,7 @@ def service_third_party(module: Module) -> Iterator[str]:
     declared = DEPENDENCIES | (DEMO_DEPENDENCIES if module.part == "demo" else set())
     for imported in module.imports:
         own = imported.root in sys.stdlib_module_names or imported.root in PACKAGES
+        own |= (module.name, imported.root) == TRACING and not imported.top
         if not own and not DISTRIBUTIONS.get(imported.root, set()) & declared:
             yield f"line {imported.line}: {imported.root} is no dependency in pyproject.toml"
 

@@ -15,8 +15,8 @@ import pytest
 from ema_client.protocol import WeightsInfo
 from ema_service.api.app import create_app
 from ema_service.api.auth import needs_token
-from ema_service.api.tokens import create_token
 from ema_service.settings import Settings
+from ema_service.tokens import create_token
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = ROOT / "client" / "PROTOCOL.md"

@@ -106,7 +106,7 @@ def service(service_built: Built, tmp_path_factory: pytest.TempPathFactory) -> E
     return made
 
 
-def test_client_alone_brings_httpx_only(client_alone: Environment) -> None:
+def test_client_alone_brings_httpx2_only(client_alone: Environment) -> None:
     """The client installs and imports where there is no server code, no fastapi, no pydantic and no torch."""
     absent = ["ema_service", "fastapi", "starlette", "pydantic", "torch", "numpy", "typer"]
 

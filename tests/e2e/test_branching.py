@@ -25,7 +25,7 @@ from ema_client.errors import (
     SnapshotNotFound,
     UsageError,
 )
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 
 
 @pytest.fixture

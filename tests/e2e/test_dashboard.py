@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -37,7 +37,7 @@ from ema_client.http.retry import RetryPolicy
 from ema_client.protocol import RunConfig, TensorSpec
 from ema_client.training.joining import Resume
 from ema_client.training.plan import ShardedPlan
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 from tests.forked import Forked
 
 _HALFWAY = Path(__file__).parent / "processes" / "halfway.py"

@@ -21,7 +21,7 @@ from torch import nn
 
 from ema_client import EmaClient, RemoteEma, RetryPolicy
 from ema_client.errors import Fenced, Unauthorized, UsageError
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 from tests.integrations.programs.copied_engines import Engine, read_elsewhere, train_elsewhere, train_ranks
 
 pytestmark = pytest.mark.timeout(240)

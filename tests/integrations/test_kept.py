@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ema_client import EmaClient
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 from tests.integrations.lightning_training import BATCHES, Module, batches, held_out, lightning, trainer
 from tests.integrations.transformers_training import Net, Trainer, a_trainer
 

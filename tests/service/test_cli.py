@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from ema_service.addresses import announced, host_of
@@ -130,3 +131,27 @@ def test_announced_address_answers(start_server: Callable[..., ServerProcess]) -
     assert httpx.get(f"http://{here}/v1/runs").status_code == 200
     assert httpx.get(f"http://{here}/v1/runs", headers={"Host": f"ema.example:{port}"}).status_code == 200
     assert httpx.get(f"http://{here}/v1/runs", headers={"Host": "other.example"}).status_code == 421
+
+
+def test_each_option_reads_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option of serve has a variable of its name, but for two that Kubernetes sets; a flag comes before it."""
+    options = {each.name: each for each in typer.main.get_command(app).commands["serve"].params}  # type: ignore[attr-defined]
+    named = {name: each.envvar for name, each in options.items() if name not in ("host", "port", "help")}
+    assert named == {name: f"EMA_SERVICE_{name.upper()}" for name in named}
+    assert (options["host"].envvar, options["port"].envvar) == (None, None)
+    monkeypatch.setenv("EMA_SERVICE_DEVICE", "nonsense")
+    assert_one_line(serve("--memory"), "nonsense")
+    assert_one_line(serve("--memory", "--device", "cuda:63"), "cuda:63")
+
+
+@pytest.mark.parametrize("size", ["0", "much", "1GiBB", "-1GiB"])
+def test_sizes_that_are_none(size: str) -> None:
+    """A size is written as people write sizes; what is none is refused, with how to write one."""
+    ended = serve("--memory", f"--memory-limit={size}")
+    assert ended.exit_code == 2
+    assert "1GiB" in ended.stderr
+
+
+def test_sizes_with_units() -> None:
+    """1KiB of memory is understood, and is too little."""
+    assert_one_line(serve("--memory", "--memory-limit", "1KiB"), "1024 bytes of memory")

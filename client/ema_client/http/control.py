@@ -1,9 +1,9 @@
-"""Control requests: short JSON bodies and answers, through httpx. The only module that imports httpx.
+"""Control requests: short JSON bodies and answers, through httpx2. The only module that imports httpx2.
 
 Proxies of the environment are not used: weights belong on the straight way.
 
-Knows: which of httpx's faults is which error, and which sockets httpx has open. Does not know: retries, routes, what a
-body or an answer means.
+Knows: which of httpx2's faults is which error, and which sockets httpx2 has open. Does not know: retries, routes, what
+a body or an answer means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 
 from ema_client.errors import ConnectionLost, ProtocolError, UsageError
 from ema_client.forks import Lock, tell_in_child
@@ -28,12 +28,12 @@ from ema_client.http.sockets import give_up
 
 __all__ = ["Control"]
 
-#: The events of httpx's trace extension that tell of a new socket, or of one that speaks TLS from now on.
+#: The events of httpx2's trace extension that tell of a new socket, or of one that speaks TLS from now on.
 _OPENED = frozenset(f"connection.{way}.complete" for way in ("connect_tcp", "connect_unix_socket", "start_tls"))
 
 
 class Control:
-    """Control requests to the service at ``address``, each tried once. Thread-safe, as httpx.Client is.
+    """Control requests to the service at ``address``, each tried once. Thread-safe, as httpx2.Client is.
 
     headers: of every request. doubted: called when a connection broke, for others of its age. closed: whether close()
     was called. A forked process connects anew.
@@ -96,7 +96,7 @@ class Control:
         with self._lock:
             self._drop()
 
-    def _exchange(self, method: str, path: str, patience: float, **options: Any) -> httpx.Response:
+    def _exchange(self, method: str, path: str, patience: float, **options: Any) -> httpx2.Response:
         with self._lent() as connections:
             kept = connections.used
             limit = self._timeouts.kept if kept else self._timeouts.transfer
@@ -113,8 +113,8 @@ class Control:
 
     def _send(
         self, connections: _Connections, method: str, path: str, limit: float, options: dict[str, Any]
-    ) -> httpx.Response:
-        timeout = httpx.Timeout(limit, connect=self._timeouts.connect)
+    ) -> httpx2.Response:
+        timeout = httpx2.Timeout(limit, connect=self._timeouts.connect)
         response = connections.client.request(
             method, path, timeout=timeout, extensions={"trace": self._note}, **options
         )
@@ -158,19 +158,19 @@ class Control:
         if self.closed:
             raise UsageError("this client is closed", hint="make a new EmaClient")
 
-    def _new_client(self) -> httpx.Client:
+    def _new_client(self) -> httpx2.Client:
         uds = self._address.socket
-        return httpx.Client(
+        return httpx2.Client(
             base_url=self._address.base,
             headers=self._headers,
             # A URL without TLS needs no context, and loading a context takes 20 ms.
             verify=self._context or False,
-            transport=httpx.HTTPTransport(uds=uds, verify=False) if uds else None,
+            transport=httpx2.HTTPTransport(uds=uds, verify=False) if uds else None,
             trust_env=False,
         )
 
     def _note(self, event: str, info: Mapping[str, Any]) -> None:
-        """Remember a socket that was opened: the trace extension of httpx tells of each."""
+        """Remember a socket that was opened: the trace extension of httpx2 tells of each."""
         if event in _OPENED:
             self._sockets.add(info["return_value"].get_extra_info("socket"))
 
@@ -179,27 +179,27 @@ class Control:
         url = self._address.url
         try:
             yield
-        except (httpx.ConnectError, httpx.ConnectTimeout) as fault:
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as fault:
             if tls := tls_fault_in(fault):
                 raise no_tls(url, tls) from fault
             raise unreachable(url, fault) from fault
-        except httpx.TimeoutException as fault:
+        except httpx2.TimeoutException as fault:
             raise broken(url, fault, silence=limit) from fault
-        except httpx.NetworkError as fault:
+        except httpx2.NetworkError as fault:
             raise broken(url, fault) from fault
-        except httpx.RemoteProtocolError as fault:
+        except httpx2.RemoteProtocolError as fault:
             if _hung_up(fault):
                 raise broken(url, fault) from fault
             raise ProtocolError(f"{url} does not speak HTTP/1.1: {fault}") from fault
-        except httpx.HTTPError as fault:
+        except httpx2.HTTPError as fault:
             raise ProtocolError(f"{url}: {type(fault).__name__}: {fault}") from fault
 
 
 @dataclass
 class _Connections:
-    """A client of httpx with its kept connections. users: requests under way. used: whether an answer has come."""
+    """A client of httpx2 with its kept connections. users: requests under way. used: whether an answer has come."""
 
-    client: httpx.Client
+    client: httpx2.Client
     users: int = 0
     used: bool = False
     dropped: bool = False
@@ -210,6 +210,6 @@ class _Connections:
             self.client.close()
 
 
-def _hung_up(fault: httpx.RemoteProtocolError) -> bool:
-    # httpx has the same class for "closed too early" and for "not HTTP"; only the text tells which.
+def _hung_up(fault: httpx2.RemoteProtocolError) -> bool:
+    # httpx2 has the same class for "closed too early" and for "not HTTP"; only the text tells which.
     return "disconnected" in str(fault) or "closed connection" in str(fault)

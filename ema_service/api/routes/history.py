@@ -5,7 +5,6 @@ Knows the routes and their answers. Does not know how a run is measured (runs), 
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from functools import partial
 from typing import Annotated
@@ -23,9 +22,8 @@ from ema_client.protocol import (
     History,
     Timeline,
     TimelineEntry,
-    to_json,
 )
-from ema_service.api.answers import CONDITION, is_known, json_answer, not_modified, tagged
+from ema_service.api.answers import CONDITION, is_known, json_answer, json_bytes, not_modified, tagged
 from ema_service.api.errors import problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server
 from ema_service.persistence import Timeline as Lines
@@ -71,7 +69,8 @@ async def get_history(
     if is_known(request, tag):
         return not_modified(tag)
     tell = partial(measurements.history, wanted, since=since, points=points, measured=wanted == first)
-    return await server.workers.block(lambda: json_answer(request, _packed(tell()), tag))
+    # Not by FastAPI, which would validate 20,000 numbers on the event loop.
+    return await server.workers.block(lambda: json_answer(request, json_bytes(tell()), tag))
 
 
 @router.get(
@@ -88,7 +87,7 @@ async def get_distances(run: RunName, request: Request, server: Server) -> Respo
     if is_known(request, tag):
         return not_modified(tag)
     tell = partial(measurements.distances, found.ledger.succession.member(None).name)
-    return await server.workers.block(lambda: json_answer(request, _packed(tell()), tag))
+    return await server.workers.block(lambda: json_answer(request, json_bytes(tell()), tag))
 
 
 @router.get(
@@ -114,8 +113,3 @@ def _timeline(run: str, lines: Lines, since: float, limit: int) -> Timeline:
         for line in found
     ]
     return Timeline(run, tuple(entries))
-
-
-def _packed(body: History | Distances) -> bytes:
-    # Not by FastAPI, which would validate 20,000 numbers on the event loop.
-    return json.dumps(to_json(body), separators=(",", ":"), ensure_ascii=False).encode()

@@ -476,10 +476,10 @@ class _Streaming(StreamingResponse):
     ):
         super().__init__(self._counted(body, server), status_code=status_code, headers=headers)
         self._source = source
-        self._timed = server.metrics.pull_seconds.labels("send")
+        self._metrics = server.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._source, self._timed.time():
+        with self._source, self._metrics.pull("send"):
             await super().__call__(scope, receive, send)
 
     @staticmethod

@@ -28,11 +28,10 @@ def ring_at(posthoc: Posthoc, updates: int) -> tuple[Ring, int]:
     """The ring after so many updates, by the service's rule; and how many snapshots it wrote."""
     ring, written = Ring(posthoc.sigma_rel, posthoc.snapshots, 1), 0
     for n in range(1, updates + 1):
-        offer = ring.offer(n)
-        if offer.take:
+        if ring.due(n):
             ring, written = ring.taken(n), written + 1
-        if offer.drop is not None:
-            ring = ring.dropped(offer.drop)
+        if (surplus := ring.surplus()) is not None:
+            ring = ring.dropped(surplus)
     return ring, written
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ema_client import EmaClient
 from ema_client.errors import Forbidden, Unauthorized
-from ema_service.api.tokens import SCOPES, TokenFileError, create_token, read_token_file
+from ema_service.tokens import SCOPES, TokenFileError, create_token, read_token_file
 
 STATE = {"w": torch.ones(3)}
 

@@ -17,7 +17,7 @@ import torch
 
 from ema_client import EmaClient
 from ema_client.errors import ForeignHost
-from ema_service.api.tokens import create_token
+from ema_service.tokens import create_token
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess

@@ -5,9 +5,12 @@ Knows flat arrays and how they may lie. Does not know torch, threads or digests.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
+from ema_service.averaging.digest import BlockDigest
 from ema_service.averaging.fused import average_numpy, loop_of
 
 #: Elements of a gulp of float32, and of a cache line.
@@ -70,3 +73,56 @@ def test_equals_numpy_at_the_largest_values() -> None:
     with np.errstate(over="ignore"):
         assert not average_numpy(out, largest, -largest, 0.5)
     assert not loop_of(out, largest, -largest, 0.5)(0, GULP)
+
+
+# --- measured -------------------------------------------------------------------------------------------------------
+
+
+def squares_numpy(results: np.ndarray, params: np.ndarray, ends: list[int]) -> np.ndarray:
+    """By tensor, the sums of squares of (result - parameter), parameter and result, in float64."""
+    wide = params if params.dtype == np.float32 else (params.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    made, given = results.astype(np.float64), wide.astype(np.float64)
+    bounds = zip([0, *ends], ends, strict=False)
+    parts = [(made[a:b], given[a:b]) for a, b in bounds]
+    return np.array([[((m - g) ** 2).sum(), (g**2).sum(), (m**2).sum()] for m, g in parts])
+
+
+def accumulators(digested: bool) -> list[np.ndarray]:
+    """Of parameters and results, as they begin; none where nothing is digested."""
+    return [BlockDigest(compiled=True).accumulators for _ in range(2)] if digested else []
+
+
+@pytest.mark.parametrize("size", [1, 17, GULP, 2 * GULP, 9 * GULP + 33, LARGE])
+@pytest.mark.parametrize("param", ["float32", "bf16", "in place"])
+@pytest.mark.parametrize("digested", [False, True], ids=["plain", "digested"])
+def test_measured_equals_numpy(size: int, param: str, digested: bool) -> None:
+    """However tensors and calls cut the elements, results and digests are those without measuring, and each tensor's
+    sums those of float64 to 1e-6; also of tensors that are empty, or a few elements long."""
+    random = np.random.default_rng(size)
+    cuts = sorted({size, *random.integers(0, size + 1, 12).tolist(), min(GULP, size)})
+    ends = [0, 0, *cuts, size]
+    shadow, params = array(size, 3), bf16(size) if param == "bf16" else array(size, seed=1)
+    expected = np.empty(size, np.float32)
+    average_numpy(expected, shadow, params, 1e-3)
+    wanted = squares_numpy(expected, params, ends)
+    sums, plain, measured = np.zeros((len(ends), 3)), accumulators(digested), accumulators(digested)
+    parts = [0, size] if digested else [0, *sorted(random.integers(0, size + 1, 2).tolist()), size]
+    loop_of(array(size), shadow, params, 1e-3)(0, size, *plain)
+    out = params if param == "in place" else array(size)
+    loop = loop_of(out, shadow, params, 1e-3, np.array(ends, np.int64))
+
+    assert all(loop(a, b, *measured, sums=sums) for a, b in itertools.pairwise(parts))
+    assert out.tobytes() == expected.tobytes()
+    assert np.sqrt(sums) == pytest.approx(np.sqrt(wanted), rel=1e-6)
+    assert [each.tobytes() for each in plain] == [each.tobytes() for each in measured]
+
+
+@pytest.mark.parametrize("value", [1e25, np.inf, -np.inf, np.nan])
+def test_measured_says_what_is_not_finite(value: float) -> None:
+    """NaN and Inf are found by the squares; a value whose square is too large for float32 is finite all the same."""
+    size = 3 * GULP + 5
+    for where in (0, 300, size - 1):
+        shadow, params = array(size), array(size, seed=1)
+        params[where] = value
+        loop = loop_of(array(size), shadow, params, 0.5, np.array([size], np.int64))
+        assert loop(0, size, sums=np.zeros((1, 3))) == np.isfinite(value)

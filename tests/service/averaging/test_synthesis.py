@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 
 from ema_service.averaging.profiles import TargetRefused, decays_of, elementwise, gamma_of, power_decay, sigma_rel_of
 from ema_service.averaging.synthesis import (
+    MAX_ERROR,
     MAX_ROUNDING,
     ROUNDING,
     SnapshotBasis,
     Synthesis,
     TrackedAverage,
+    approximate,
+    check,
     soup,
-    synthesise,
 )
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 
@@ -49,6 +51,15 @@ TARGETS: list[Target] = [
     Window(100, 250),
     Window(20, 300),
 ]
+
+
+def synthesise(
+    snapshots: SnapshotBasis, target: Target, at: int | None = None, dtype: str = "F32", max_error: float = MAX_ERROR
+) -> Synthesis:
+    """What is found for a target, if it is near enough."""
+    found = approximate(snapshots, target, at=at, dtype=dtype)
+    check(found, snapshots, target, at=at, dtype=dtype, max_error=max_error)
+    return found
 
 
 def litema(cap: float) -> Decay:

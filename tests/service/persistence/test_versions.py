@@ -468,6 +468,12 @@ def test_damage_is_told_and_the_version_before_is_there(
         with pytest.raises(RunDegraded, match="after step 30 up to step 40"):
             act()
     assert server.snapshot("rest")[0].step == 30
+    server.crash()
+    run = again(server)
+    lines = server.registry.timeline(run.info.run).lines(0.0, 99)
+    told = [(line.step, line.text) for line in lines if line.kind == "damaged"]
+    assert told[-1] == (30, info.reason)
+    assert len(set(told)) == len(told), "a server that is started again finds the same damage"
 
 
 def test_repaired_file_brings_everything_back(

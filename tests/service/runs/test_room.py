@@ -17,6 +17,7 @@ from ema_client.errors import Overloaded
 from ema_client.protocol import AverageConfig
 from ema_service.memory import Memory
 from ema_service.memory.arena import buffer_bytes
+from ema_service.runs.measurements import MOST_BYTES
 from ema_service.runs.room import Needs, check_room
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def test_needs_are_what_is_taken(
         run.push(step, model(step))
     layout = run.run.layout
     needs = Needs.of(layout, averages, on_host=True, in_files=durability == "process")
+    assert Needs.of(layout, averages, on_host=True, in_files=durability == "process", measured=True) == Needs(
+        needs.resident + MOST_BYTES, needs.push
+    )
     counted = needs.resident + needs.push - 1024 * len(layout.params)
 
     assert server.memory.budget.used <= counted <= server.memory.budget.used + buffer_bytes(layout)
@@ -60,7 +64,7 @@ def test_run_for_which_there_is_no_room(local_server: Callable[..., LocalServer]
     """Refused when it is created, and nothing of it stays; another run is no obstacle once it is deleted."""
     server = local_server(ram_dir=ram_dir)
     layout = server.create("first", model(0)).run.layout
-    one = Needs.of(layout, 1, on_host=True, in_files=True)
+    one = Needs.of(layout, 1, on_host=True, in_files=True, measured=True)
     server.memory.budget.limit = one.resident * 2 - 1
     with pytest.raises(Overloaded, match="the run takes"):
         server.create("second", model(0))

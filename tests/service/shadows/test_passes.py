@@ -183,7 +183,7 @@ def test_digest_is_xxh3_of_blocks(
     averages: int, shared: bool, layout_of: Callable[..., Layout], memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever works it out. Blocks that are whole and of one dtype are left to the averaging, others to the library. So
-    are those of results that are followed, where they are of the same bytes as the parameters' and the first average's.
+    are those of all results that are followed, where they are of the same bytes as the parameters.
     """
     block, given, followed = 4096, [], []
     to_library = BlockDigest.update
@@ -219,7 +219,7 @@ def test_digest_is_xxh3_of_blocks(
     [same] = [s.param for s in layout.sections if s.param_dtype == "F32" and s.param == s.shadow]
     whole = [start for start in whole if same.start <= start and start + block <= same.stop]
     assert len(whole) > 4
-    assert sum(followed) == averages * layout.shadow_bytes - (len(whole) * block if averages else 0)
+    assert sum(followed) == averages * (layout.shadow_bytes - len(whole) * block)
     for feed in feeds:
         for index, dtype in enumerate(sizes):
             assert torch.equal(feed.out.section(index), tensors[str(dtype)].to(feed.out.section(index).dtype) / 2)

@@ -308,7 +308,7 @@ def test_watching_wants_the_scope_pull(
     start_server: Callable[..., Any], tmp_path: Any, scope: str, status: int
 ) -> None:
     """A token that may read may watch; one that may only push may not."""
-    from ema_service.api.tokens import create_token
+    from ema_service.tokens import create_token
 
     tokens = tmp_path / "tokens"
     trainer = create_token(tokens, ["push"], "*")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
 from ema_client import EmaClient, __version__
+from ema_service.api.app import create_app
 from ema_service.metrics import MOST_RUNS, Metrics, Pulse
+from ema_service.settings import Settings
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -82,10 +86,11 @@ def test_promtool_finds_nothing(server: ServerProcess, plain_run: MakeRun) -> No
 
 def test_metrics_of_a_run(server: ServerProcess, plain_run: MakeRun) -> None:
     """Each run tells its step, counter, lag, status and when it moved; routes and phases are timed."""
-    run = plain_run(server, TENSORS)
-    run.push(7, TENSORS)
+    run = plain_run(server, TENSORS, decay=0.5)
+    run.push(7, {"w": torch.ones(1000)})
     run.pull()
     after, info = values(run), run.info()
+    assert after[f"ema_run_distance{{{run.name}}}"] == pytest.approx(2 / 11)
     assert after[f"ema_run_step{{{run.name}}}"] == 7
     assert after[f"ema_run_num_updates{{{run.name}}}"] == 1
     assert after[f"ema_run_durable_lag_steps{{{run.name}}}"] == 0
@@ -100,6 +105,17 @@ def test_metrics_of_a_run(server: ServerProcess, plain_run: MakeRun) -> None:
     assert 0 < after["ema_memory_bytes"] < after["ema_memory_limit_bytes"]
     assert 0 < after["ema_disk_free_bytes"] < after["ema_disk_bytes"]
     assert 1 <= after["ema_connections"] < after["ema_connections_limit"]
+
+
+def test_metrics_are_made_off_the_event_loop() -> None:
+    """What looks at the whole server runs on a thread of its own: many runs, or a slow disk, hold up no update."""
+    app, threads = create_app(Settings(data_dir=None)), []
+    app.state.metrics.watch("probe", "Who asks.", lambda: threads.append(threading.current_thread().name) or 0)
+    app.state.metrics.watch("gone", "Of a disk that is gone.", lambda: Path("/no/such/disk").stat().st_size)
+    with TestClient(app, base_url="http://127.0.0.1") as http:
+        text = http.get("/metrics").raise_for_status().text
+    assert "\ngone NaN\n" in text
+    assert [name.rpartition("_")[0] for name in threads] == ["ema-report"]
 
 
 def test_series_of_runs_are_bounded() -> None:

@@ -25,14 +25,14 @@ from typer.testing import CliRunner, Result
 
 from ema_client import EmaClient, RemoteEma
 from ema_client.errors import Forbidden
-from ema_service.api.tokens import TokenFileError, Tokens, create_token, read_token_file, revoke_token
 from ema_service.cli import app
+from ema_service.tokens import TokenFileError, Tokens, create_token, read_token_file, revoke_token
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import ServerProcess
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def typed(line: str, folder: Path) -> Result:

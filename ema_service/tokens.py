@@ -83,7 +83,7 @@ class Tokens:
     """The tokens that a running server goes by: those of a file, as they stood when the file was last read."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError, or TokenFileError naming the line, also where the file has no token."""
+        """Raises TokenFileError, also where the file has no token."""
         self._path = path
         self._grants = read_token_file(path)
         if not self._grants:
@@ -93,7 +93,7 @@ class Tokens:
         """Read the file again. Where the file cannot be read the tokens stay as they were, and the log says why."""
         try:
             self._grants = read_token_file(self._path)
-        except (OSError, ValueError) as fault:
+        except TokenFileError as fault:
             _log.error("the tokens stay as they were: %s", fault)
         else:
             _log.info("%d tokens were read from %s", len(self._grants), self._path)
@@ -109,9 +109,11 @@ class Tokens:
 
 
 def read_token_file(path: Path) -> tuple[Grant, ...]:
-    """The grants of a token file. Raises OSError, or TokenFileError naming the line."""
+    """The grants of a token file. Raises TokenFileError naming the file, and the line where one is wrong."""
     try:
         lines = path.read_bytes().decode().splitlines()
+    except OSError as fault:
+        raise TokenFileError(f"{path}: {fault.strerror}; `ema-service token create` makes one") from None
     except UnicodeDecodeError:
         raise TokenFileError(f"{path} is no text in UTF-8: it is no token file") from None
     return tuple(
@@ -144,7 +146,7 @@ def revoke_token(path: Path, name: str) -> Grant:
     """Revoke the token whose hash begins with ``name``, and return what the token allowed.
 
     Each line of the token becomes a comment, by one byte written in place: a server that reads the file meanwhile, or a
-    command that appends to it, finds the file whole. Raises OSError, or TokenFileError where no token, or more than
+    command that appends to it, finds the file whole. Raises OSError, and TokenFileError where no token, or more than
     one, is so named.
     """
     grants = {grant.digest: grant for grant in read_token_file(path)}
