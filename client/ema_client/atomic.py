@@ -134,7 +134,9 @@ def _written(part: Path) -> float:
 
 def _locked(part: Path) -> tuple[Path, BinaryIO]:
     _, file = _made(part)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # Without locks, as on some network's file systems, two processes at once may each find the other's part.
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return part, file
 
 

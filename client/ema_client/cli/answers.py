@@ -27,7 +27,7 @@ from rich.text import Text
 
 from ema_client.errors import printable
 
-__all__ = ["Answer", "Screen", "Table", "plain", "put", "rendered"]
+__all__ = ["Answer", "Screen", "Table", "put"]
 
 #: Characters between two columns on a terminal.
 _GAP = 2
@@ -72,11 +72,11 @@ def put(answer: Answer, *, as_json: bool, lines: bool = False) -> None:
     """Write an answer. lines: JSON of one line, for a command that answers again and again."""
     out = sys.stderr if answer.aside else sys.stdout
     if as_json:
-        out.write(json.dumps(plain(answer.data), indent=None if lines else 2) + "\n")
+        out.write(json.dumps(_plain(answer.data), indent=None if lines else 2) + "\n")
     elif out.isatty():
         console = _console(out)
         for part in answer.shown:
-            console.print(*rendered(part, console.width), sep="\n")
+            console.print(*_rendered(part, console.width), sep="\n")
     else:
         for part in answer.shown:
             out.writelines(f"{line}\n" for line in _piped(part))
@@ -99,7 +99,7 @@ class Screen:
             self._live = Live(console=_console(sys.stdout), auto_refresh=False, vertical_overflow="ellipsis")
             self._live.start()
         width = self._live.console.width
-        parts = [each for part in answer.shown for each in rendered(part, width)]
+        parts = [each for part in answer.shown for each in _rendered(part, width)]
         self._live.update(Group(*parts), refresh=True)
 
     def __enter__(self) -> Screen:
@@ -110,20 +110,20 @@ class Screen:
             self._live.stop()
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """A value as JSON has it: dataclasses as objects, paths as texts; NaN and infinity, which JSON lacks, as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [_plain(each) for each in value]
     if isinstance(value, PurePath):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def rendered(part: str | Table, width: int) -> tuple[RenderableType, ...]:
+def _rendered(part: str | Table, width: int) -> tuple[RenderableType, ...]:
     """A part of an answer as a terminal of ``width`` characters shows it."""
     if isinstance(part, str):
         return (Text(_clean(part)),)

@@ -18,33 +18,45 @@ from ema_client.cli.options import Token, Url
 
 __all__ = ["COMMANDS", "app"]
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "runs": runs.runs,
-    "show": runs.show_run,
-    "top": monitoring.top,
-    "history": monitoring.history,
-    "timeline": monitoring.timeline,
-    "du": monitoring.du,
-    "doctor": doctor.doctor,
-    "pull": weights.pull,
-    "push": weights.push,
-    "watch": watch.watch,
-    "diff": diff.diff,
-    "snapshot": snapshots.snapshot,
-    "snapshots": snapshots.snapshots,
-    "delete-snapshot": snapshots.delete_snapshot,
-    "plan": plan.plan,
-    "profiles": snapshots.profiles,
-    "sweep": sweep.sweep,
-    "set-decay": runs.set_decay,
-    "add-average": averages.add_average,
-    "remove-average": averages.remove_average,
-    "reset-num-updates": runs.reset_num_updates,
-    "rewind": runs.rewind,
-    "delete": runs.delete,
-    "import": checkpoints.import_run,
-    "export": checkpoints.export,
+#: The commands by what they are for, as `ema --help` shows them.
+_PANELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "Look": {
+        "runs": runs.runs,
+        "show": runs.show_run,
+        "top": monitoring.top,
+        "history": monitoring.history,
+        "timeline": monitoring.timeline,
+        "du": monitoring.du,
+        "doctor": doctor.doctor,
+    },
+    "Weights": {
+        "pull": weights.pull,
+        "push": weights.push,
+        "watch": watch.watch,
+        "diff": diff.diff,
+        "import": checkpoints.import_run,
+        "export": checkpoints.export,
+    },
+    "Snapshots": {
+        "snapshot": snapshots.snapshot,
+        "snapshots": snapshots.snapshots,
+        "delete-snapshot": snapshots.delete_snapshot,
+        "rewind": runs.rewind,
+    },
+    "Averages of any length": {
+        "plan": plan.plan,
+        "profiles": snapshots.profiles,
+        "sweep": sweep.sweep,
+    },
+    "Steer": {
+        "set-decay": runs.set_decay,
+        "reset-num-updates": runs.reset_num_updates,
+        "add-average": averages.add_average,
+        "remove-average": averages.remove_average,
+        "delete": runs.delete,
+    },
 }
+COMMANDS = {name: command for panel in _PANELS.values() for name, command in panel.items()}
 
 
 @functools.cache
@@ -57,8 +69,9 @@ def app() -> Callable[..., Any]:
         pretty_exceptions_enable=False,
     )
     made.callback()(_common)
-    for name, command in COMMANDS.items():
-        made.command(name)(bound(command))
+    for panel, commands in _PANELS.items():
+        for name, command in commands.items():
+            made.command(name, rich_help_panel=panel)(bound(command))
     return typer.main.get_command(made)
 
 

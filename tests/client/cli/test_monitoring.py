@@ -123,6 +123,7 @@ def test_top_tells_rates(ema: Ema, run: str) -> None:
 
     assert code == 0
     assert (first["step"], first["status"], second["rate"]) == (3, "ready", 0)
+    assert first["distance"] == second["distance"] == pytest.approx(1 / 11, rel=1e-6)
 
 
 def test_du(ema: Ema, run: str, client: EmaClient) -> None:
@@ -142,6 +143,8 @@ def test_history_and_timeline(ema: Ema, run: str) -> None:
     head, *rows = (line.split("\t") for line in ema("history", run)[1].splitlines())
     assert head == ["time", "step", "num_updates", "decay", "distance", "updates/s", "lag"]
     assert rows[-1][1:3] == ["3", "1"]
+    # The shadow has followed by 9/11 of the way from ones to twos.
+    assert float(rows[-1][4]) == pytest.approx((2 - (1 + 9 / 11)) / 2, rel=1e-3)
     assert json.loads(ema("history", run, "--json", "--points", 1)[1])["columns"]["step"] == [3]
     assert "nothing was measured yet" in ema("history", run, "--hours", 0)[1]
     told = [line.split("\t")[-1] for line in ema("timeline", run)[1].splitlines()]

@@ -166,8 +166,9 @@ def test_pipes(server: Any, run: str, tmp_path: Path) -> None:
     done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
 
     assert (done.returncode, done.stdout.split()) == (1, ["8"])
-    assert done.stderr.splitlines()[-1] == "ema: [Errno 28] No space left on device"
-    assert "Traceback" not in done.stderr
+    # Weights as short as these may fit into the pipe before its reader leaves.
+    told = [line for line in done.stderr.splitlines() if not line.startswith("standard output: ")]
+    assert told == ["ema: [Errno 28] No space left on device"]
     assert (tmp_path / "told").read_text().startswith(f"standard output: {run}/ema, version ")
 
 

@@ -6,6 +6,7 @@ Knows torch, as the oracle, and files of weights. Does not know how requests tra
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,19 @@ def test_pull_casts_and_selects(ema: Ema, run: str, tmp_path: Path) -> None:
     assert torch.equal(found["enc.w"], STATE["enc.w"].bfloat16())
     code, _, err = ema("pull", run, "-o", path, "--dtype", "int8")
     assert (code, err) == (1, "ema: weights cannot be had as 'int8'\n  ask for one of F64, F32, BF16, F16\n")
+
+
+def test_full_disk(ema: Ema, client: EmaClient, run_name: str, tmp_path: Path) -> None:
+    """A file that the disk does not take is told in a line, and nothing of the file is left."""
+    client.create_run(run_name, {"w": torch.zeros(1 << 19)})
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, usual[1]))
+    try:
+        code, _, err = ema("pull", run_name, "-o", tmp_path / "w.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+    assert (code, err, list(tmp_path.iterdir())) == (1, "ema: [Errno 27] File too large\n", [])
 
 
 def moved(by: float) -> dict[str, torch.Tensor]:
