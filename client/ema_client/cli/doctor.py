@@ -28,7 +28,11 @@ __all__ = ["Finding", "doctor"]
 _LINK_SECONDS, _LINK_BYTES = 1.0, 256 << 20
 #: From so many bytes on the link's speed is that of the bytes, and no longer that of the first answer.
 _TELLING_BYTES = 4 << 20
-_PINGS = 5
+#: How often the service is asked for the time of its answers, and the seconds that this may take.
+_PINGS, _PING_SECONDS = 5, 0.5
+#: Seconds of an answer that is slow, and of all checks after which the link is not measured any more: each question may
+#: take 1.5 s, and all have five.
+_SLOW, _LATE = 1.0, 2.5
 #: Seconds between two clocks that nobody minds.
 _CLOCKS_APART = 2.0
 #: The share of memory or disk from which on it is time to make room; at 5 % of the disk runs and snapshots are refused.
@@ -62,14 +66,14 @@ def doctor(probe: Probe) -> Answer:
 
 def _findings(probe: Probe) -> Iterator[Finding]:
     yield from _here()
-    begun = time.time()
+    started, begun = time.monotonic(), time.time()
     try:
         server = probe.server()
     except RouteNotFound:
         # A server of before this route: what other routes tell is there all the same.
         yield Finding("service", "warning", f"{probe.url} answers, and is older than this client", _same_version())
         yield _sharing(probe)
-        yield from _runs(probe)
+        yield from _runs(probe, started)
         return
     except EmaError as error:
         yield Finding("service", "failed", error.detail, hint_of(error))
@@ -80,10 +84,10 @@ def _findings(probe: Probe) -> Iterator[Finding]:
     yield _token(server)
     if server.time is not None:
         yield _clock(server.time - (begun + ended) / 2, (ended - begun) / 2)
-    yield _way(probe)
+    yield _way(probe, ended - begun)
     yield _sharing(probe)
     yield from _room(server)
-    yield from _runs(probe)
+    yield from _runs(probe, started)
 
 
 def _here() -> Iterator[Finding]:
@@ -125,10 +129,12 @@ def _clock(apart: float, uncertain: float) -> Finding:
     return Finding("clock", "warning", said, "set both by NTP: ages, logs and the end of tokens go by these clocks")
 
 
-def _way(probe: Probe) -> Finding:
-    """How long the service takes to answer at all."""
-    times = []
-    for _ in range(_PINGS):
+def _way(probe: Probe, first: float) -> Finding:
+    """How long the service takes to answer at all. first: seconds of the first answer, with the connection's."""
+    if first > _SLOW:
+        return Finding("answers", "warning", f"in {first:.1f} s", "look at the server's load, and the way to it")
+    times: list[float] = []
+    while len(times) < _PINGS and sum(times) < _PING_SECONDS:
         begun = time.perf_counter()
         try:
             probe.server()
@@ -172,7 +178,7 @@ def _filled(check: str, used: int, limit: int, remedy: str) -> Finding:
     return Finding(check, "warning" if full else "ok", said, remedy if full else None)
 
 
-def _runs(probe: Probe) -> Iterator[Finding]:
+def _runs(probe: Probe, started: float) -> Iterator[Finding]:
     try:
         runs = probe.runs()
     except Forbidden as error:
@@ -185,7 +191,10 @@ def _runs(probe: Probe) -> Iterator[Finding]:
     for run in runs:
         if run.status == "degraded":
             yield Finding(f"run {run.run}", "failed", run.reason or run.status, run.remedy)
-    yield _speed(probe, runs)
+    if time.monotonic() - started > _LATE:
+        yield Finding("link", "skipped", "the service answers too slowly to measure the link too")
+    else:
+        yield _speed(probe, runs)
 
 
 def _speed(probe: Probe, runs: tuple[RunInfo, ...]) -> Finding:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import typer
 
@@ -73,7 +71,6 @@ def refusals(run: str | None) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        _write_no_more()
         _end(printable(str(error)), "")
 
 
@@ -95,14 +92,6 @@ def _typed(text: str, error: EmaError) -> str:
 
 def _option(name: str, following: str) -> str:
     return f"--{name.replace('_', '-')}{' ' if following and following not in ',.;:)' else ''}"
-
-
-def _write_no_more() -> None:
-    """Drop what standard output has not taken: a full disk would be told of again when the interpreter ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open for as long as the program
 
 
 def _end(detail: str, hint: str) -> None:
