@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from tests.conftest import ServerProcess
 from tests.e2e.browser import NEEDS_CHROMIUM, PHONE, Browsing, create, put, send
@@ -45,8 +45,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 
 def train(server: ServerProcess, run: str, begin: int, end: int) -> None:
-    for step in range(begin, end):
-        put(server, f"/v1/runs/{run}/updates/{step}", {name: each + 0.01 * step for name, each in STATE.items()})
+    with server.http() as http:
+        for step in range(begin, end):
+            body = save({name: each + 0.01 * step for name, each in STATE.items()})
+            http.put(f"/v1/runs/{run}/updates/{step}", content=body).raise_for_status()
 
 
 def chart(page: Any, title: str) -> Any:

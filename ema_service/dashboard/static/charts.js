@@ -79,7 +79,7 @@ export class Chart {
     const palette = colours();
     return {
       ...this.size(),
-      padding: [8, 24, 0, 0],
+      padding: [8, 30, 0, 0],
       legend: { show: false },
       cursor: {
         y: false,
