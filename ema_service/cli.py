@@ -21,6 +21,7 @@ from ema_service.addresses import host_of
 from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 from ema_service.sizes import parse_size
+from ema_service.tokens import TokenFileError, create_token, moment, read_token_file, revoke_token
 
 if TYPE_CHECKING:
     from ema_service.storage import Store
@@ -324,8 +325,6 @@ def create(
     token_file: TokenFile = _TOKEN_FILE,
 ) -> None:
     """Make a token and print it: only its hash is kept. The file is made if it is not there."""
-    from ema_service.tokens import TokenFileError, create_token
-
     until = None if expires is None else int(time.time()) + _lifetime(expires)
     try:
         typer.echo(create_token(token_file, scope, run, expires=until, remark=remark))
@@ -336,8 +335,6 @@ def create(
 @tokens.command("list")
 def list_tokens(token_file: TokenFile = _TOKEN_FILE) -> None:
     """Show the tokens of a file: name, scopes, pattern of runs, when each expires, remark."""
-    from ema_service.tokens import TokenFileError, moment, read_token_file
-
     try:
         grants = read_token_file(token_file)
     except TokenFileError as fault:
@@ -357,8 +354,6 @@ def revoke(
     token_file: TokenFile = _TOKEN_FILE,
 ) -> None:
     """Let a token be worth nothing. Its line stays in the file, as a comment."""
-    from ema_service.tokens import TokenFileError, revoke_token
-
     try:
         grant = revoke_token(token_file, name)
     except (OSError, TokenFileError) as fault:
@@ -392,7 +387,6 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
     from ema_service.api.server import serve as serve_http
     from ema_service.api.tls import Certificate, CertificateUnusable
     from ema_service.storage import CatalogUnusable
-    from ema_service.tokens import TokenFileError
 
     def announce(url: str) -> None:
         typer.echo(f"ema-service {version('ema-service')} listens on {url}")

@@ -129,16 +129,20 @@ def create_token(
     """Make a token, append its line to ``path`` (a new file gets mode 0600), and return the token, which cannot be had
     again.
 
-    expires: Unix seconds. Raises TokenFileError for an unknown scope or a pattern with white space, OSError.
+    expires: Unix seconds. Raises TokenFileError where the line would not say what is meant: for an unknown scope, a
+    pattern that is empty or has white space, a remark that begins as an end does; OSError.
     """
     token = secrets.token_urlsafe(32)
     words = [hashlib.sha256(token.encode()).hexdigest(), ",".join(scopes), runs]
     if expires is not None:
         words.append(_EXPIRES + moment(expires))
-    _grant(words if runs == "".join(runs.split()) else words[:2], "the new token")
+    line = " ".join([*words, *remark.split()])
+    meant = _grant(line.split(), "the new token")
+    if (meant.runs, meant.expires) != (runs, expires):
+        raise TokenFileError(f"the pattern {runs!r}, or the remark {remark!r}, would be read as something else")
     path.touch(mode=0o600)
     with path.open("a") as file:
-        file.write(" ".join([*words, *remark.split()]) + "\n")
+        file.write(f"{line}\n")
     return token
 
 

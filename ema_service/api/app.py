@@ -79,7 +79,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     OSError or TokenFileError where the token file cannot be read.
     """
     tracing = open_tracing()
-    metrics = Metrics(tracing.phase)
+    metrics = Metrics(tracing.phase if tracing else None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
@@ -97,7 +97,8 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
                         await task
             finally:
                 context.close()
-                tracing.close()
+                if tracing:
+                    tracing.close()
 
     app = FastAPI(
         title="ema-service",

@@ -6,6 +6,7 @@ loop.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from importlib.metadata import version
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Facts", "gauge", "stranger_info"]
 
 _NAME = "ema-service"
-#: Seconds for which the data dir's size is told as it was: of 10,000 runs it takes a second to look.
+#: Seconds for which the data dir's size is told as it was: a look goes through every file.
 _SIZE_SECONDS = 10.0
 #: Seconds after which readiness may have changed: somebody has to delete something first.
 _RETRY_SECONDS = 5.0
@@ -116,8 +117,11 @@ class Facts:
             )
 
     def _disk(self) -> DiskSpace | None:
+        """None where nothing is kept on disk, or the disk does not answer."""
         store = self._registry.store
-        return store.space() if store else None
+        with contextlib.suppress(OSError):
+            return store.space() if store else None
+        return None
 
     def _data_dir_bytes(self) -> int | None:
         store = self._registry.store

@@ -8,6 +8,7 @@ Knows ASGI, the log, and which routes wait by their nature. Does not know what a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import secrets
@@ -29,6 +30,8 @@ _HEADER = REQUEST_ID.lower().encode()
 #: What may stand in an id. Others are not taken over: an id goes into log lines and an answer's head.
 _ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}\Z")
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
+#: Methods that are labels of their own; HTTP lets a client make up as many as it likes.
+_METHODS = _READS | {"DELETE", "PATCH", "POST", "PUT"}
 #: The label of requests that were refused before their route was found, or have none.
 _NO_ROUTE = "none"
 _EVENTS = "/v1/runs/{run}/events"
@@ -42,7 +45,7 @@ class Requests:
     as they like.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing, *, slow: float, access: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None, *, slow: float, access: bool) -> None:
         self._app = app
         self._metrics = metrics
         self._tracing = tracing
@@ -63,7 +66,7 @@ class Requests:
                 message = {**message, "headers": [*message.get("headers", ()), (_HEADER, request.id.encode())]}
             await send(message)
 
-        with self._tracing.request(scope):
+        with self._tracing.request(scope) if self._tracing else contextlib.nullcontext():
             try:
                 await self._app(scope, receive, answer)
             finally:
@@ -73,10 +76,9 @@ class Requests:
         method = scope["method"]
         route = getattr(scope.get("route"), "path", _NO_ROUTE)
         waits = route == _EVENTS or b"wait=" in scope["query_string"]
-        self._tracing.answered(route, status, request.id)
-        self._metrics.requests.labels(method, route, str(status)).inc()
-        if not waits:
-            self._metrics.request_seconds.labels(method, route).observe(seconds)
+        self._metrics.answered(method if method in _METHODS else "other", route, status, None if waits else seconds)
+        if self._tracing:
+            self._tracing.answered(route, status, request.id)
         path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
         fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 6)}
         if self._access:

@@ -16,11 +16,11 @@ import re
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.types import Scope
 
-__all__ = ["NoTracing", "Tracing", "open_tracing"]
+__all__ = ["Tracing", "open_tracing"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,51 +31,7 @@ _WEIGHTS = re.compile(r"/v1/runs/(?P<run>[^/]+)/.*?(?:weights|updates/(?P<step>\
 _LAST_SECONDS = 2.0
 
 
-class Tracing(Protocol):
-    """Where spans go."""
-
-    def request(self, scope: Scope) -> contextlib.AbstractContextManager[None]:
-        """A span of a request, if it carries weights; what the request is answered is told with answered()."""
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """A span of a part of the request in hand."""
-
-    def answered(self, route: str, status: int, request_id: str) -> None:
-        """Tell the span of the request in hand how it ended."""
-
-    def close(self) -> None:
-        """Send what is left, or give it up after two seconds."""
-
-
-class NoTracing:
-    """Spans that go nowhere, and cost nothing."""
-
-    def request(self, scope: Scope) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
-        return contextlib.nullcontext()
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
-        return contextlib.nullcontext()
-
-    def answered(self, route: str, status: int, request_id: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def open_tracing() -> Tracing:
-    """Spans to the collector that the environment names; NoTracing where it names none, or the extra is missing."""
-    asked = [name for name in _ASKED_FOR_BY if os.environ.get(name)]
-    if not asked or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return NoTracing()
-    try:
-        return _Otlp()
-    except ImportError as fault:
-        _log.error("%s is set, but nothing is traced: %s; install ema-service[otel], or unset it", asked[0], fault.msg)
-        return NoTracing()
-
-
-class _Otlp:
+class Tracing:
     """Spans to a collector, sent by a thread of OpenTelemetry's."""
 
     def __init__(self) -> None:
@@ -100,6 +56,7 @@ class _Otlp:
 
     @contextlib.contextmanager
     def request(self, scope: Scope) -> Iterator[None]:
+        """A span of a request, if it carries weights; answered() tells it what the request was answered."""
         found = _WEIGHTS.match(scope["path"])
         if found is None:
             yield
@@ -114,16 +71,31 @@ class _Otlp:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """A span of a part of the request in hand."""
         with self._tracer.start_as_current_span(name):
             yield
 
     def answered(self, route: str, status: int, request_id: str) -> None:
+        """Tell the span of the request in hand how it ended."""
         span = self._current()
         span.set_attributes({"http.route": route, "http.response.status_code": status, "ema.request_id": request_id})
         if status >= 500:
             span.set_status(self._failed)
 
     def close(self) -> None:
+        """Send what is left, or give it up after two seconds."""
         last = threading.Thread(target=self._provider.shutdown, name="ema-trace-end", daemon=True)
         last.start()
         last.join(_LAST_SECONDS)
+
+
+def open_tracing() -> Tracing | None:
+    """Spans to the collector that the environment names; None where it names none, or the extra is missing."""
+    asked = [name for name in _ASKED_FOR_BY if os.environ.get(name)]
+    if not asked or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        return Tracing()
+    except ImportError as fault:
+        _log.error("%s is set, but nothing is traced: %s; install ema-service[otel], or unset it", asked[0], fault.msg)
+        return None

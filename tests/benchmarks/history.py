@@ -1,4 +1,4 @@
-"""Group history: what it costs to measure how far shadow and parameters are apart, and to tell how a run went.
+"""Group history: what it costs to measure how far shadow and parameters are apart, and to tell how runs go.
 
 Knows the averaging of a push piece by piece, two servers, and a run of a year. Does not know how squares are summed.
 """
@@ -9,6 +9,7 @@ import contextlib
 import gzip
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -22,11 +23,12 @@ from ema_service.averaging import BlockDigest, Squares, digesting
 from ema_service.bench.children import Service
 from ema_service.bench.rounds import Operation, interleave, timed
 from ema_service.bench.rows import Group, Need, Row, rate_row
-from ema_service.bench.sizes import show_size
 from ema_service.bench.traffic import Traffic
 from ema_service.memory import Layout
+from ema_service.metrics import Metrics, Pulse
 from ema_service.runs.measurements import Measured, Measurements
 from ema_service.shadows import Average, Member, Version
+from ema_service.sizes import show_size
 
 __all__ = ["measure"]
 
@@ -35,6 +37,8 @@ MEASURED = "the same, measured"
 IN_TURN = "the same, measured as the server does: one of five"
 PUSH, PUSH_PLAIN = "push, Unix socket", "push, Unix socket, --no-measurements"
 ANSWER, NOTE = "history of a year, 500 points, packed", "noting one update"
+RUNS = 1000
+METRICS = f"metrics of {RUNS:,} runs"
 #: As a push is averaged: pieces that are still in the core's cache, of blocks whose digests begin anew.
 PIECE, TENSORS = (256 << 10) // 4, 256
 #: Pushes one behind the other, of which some are measured; and groups of tensors of the run of a year.
@@ -56,7 +60,8 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
     on_step(f"noting {noted} updates")
     begun, measurements = perf_counter(), _of_a_year(noted)
     note = (perf_counter() - begun) / noted
-    answers = interleave({ANSWER: timed(lambda: _answer(measurements))}, scale.rounds, on_step=on_step)
+    told = {ANSWER: timed(lambda: _answer(measurements)), METRICS: timed(_metrics_of_many(measurements))}
+    answers = interleave(told, scale.rounds, on_step=on_step)
     rows = (
         rate_row(PLAIN, scale.flat_bytes, seconds),
         rate_row(MEASURED, scale.flat_bytes, seconds, [Need(against=PLAIN)]),
@@ -65,6 +70,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
         rate_row(PUSH, scale.wire_bytes, seconds, [Need(0.97, PUSH_PLAIN)]),
         Row(NOTE, "µs", (1e6 * note,) * scale.rounds),
         Row(ANSWER, "ms", tuple(1000 * each for each in answers[ANSWER]), (Need(50, most=True),)),
+        Row(METRICS, "ms", tuple(1000 * each for each in answers[METRICS]), (Need(100, most=True),)),
     )
     facts = (
         f"averaging: {show_size(scale.flat_bytes)} of float32 in {TENSORS} tensors, digests of the parameters too, on "
@@ -127,3 +133,12 @@ def _answer(measurements: Measurements) -> bytes:
     """The body of the answer, as the route makes it."""
     told = measurements.history("ema", since=0.0, points=500)
     return gzip.compress(json_bytes(told), 1, mtime=0)
+
+
+def _metrics_of_many(measurements: Measurements) -> Callable[[], bytes]:
+    """What makes the body of ``GET /metrics`` on a server of many runs, each measured."""
+    runs = [
+        Pulse(f"run-{n}", "ready", 1.7e9 + n, n, n, n, 1 << 30, distance=lambda: measurements.distance)
+        for n in range(RUNS)
+    ]
+    return partial(Metrics().render, runs)

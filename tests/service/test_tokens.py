@@ -200,6 +200,16 @@ def test_revoking_leaves_every_other_line(tmp_path: Path) -> None:
     assert file.read_text() == f"# {first}\n  #{first[1:]}\n\n{second}\n#{first[1:]} once more\n"
 
 
+@pytest.mark.parametrize(
+    ("runs", "remark"), [("", ""), ("a b", ""), ("*", "expires=2027-01-31T12:00:00Z"), ("*", "expires=never")]
+)
+def test_line_that_would_say_something_else(tmp_path: Path, runs: str, remark: str) -> None:
+    """What would be read as another token than was meant is not written: such a file would start no server."""
+    with pytest.raises(TokenFileError):
+        create_token(tmp_path / "tokens", ["pull"], runs, remark=remark)
+    assert not (tmp_path / "tokens").exists()
+
+
 @pytest.mark.parametrize("line", ["", "# only a comment\n"])
 def test_server_wants_a_token_at_the_start(tmp_path: Path, line: str) -> None:
     """A file without any token is refused at the start: nobody could ever ask for anything."""

@@ -15,7 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
+from ema_service.api.app import create_app
+from ema_service.settings import Settings
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -116,6 +119,17 @@ def test_reader_that_leaves_costs_no_lines(logged: ServerProcess, plain_run: Cal
     run.http.get("/healthz")
     later = lines(logged)[before:]
     assert [each["logger"] for each in later if each.get("path") != "/healthz"] == ["ema_service.access"] * 2
+
+
+def test_defect_says_its_id() -> None:
+    """A defect of the server is answered with the request's id too, and counted."""
+    app = create_app(Settings(data_dir=None))
+    app.add_api_route("/defect", lambda: 1 // 0)
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as http:
+        answer = http.get("/defect", headers={"X-Request-Id": "found"})
+        text = http.get("/metrics").text
+    assert (answer.status_code, answer.json()["code"], answer.headers["x-request-id"]) == (500, "internal", "found")
+    assert 'ema_requests_total{method="GET",route="/defect",status="500"} 1.0' in text
 
 
 def test_text_is_one_line_for_a_line(

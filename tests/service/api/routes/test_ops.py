@@ -111,8 +111,10 @@ def test_metrics_are_made_off_the_event_loop() -> None:
     """What looks at the whole server runs on a thread of its own: many runs, or a slow disk, hold up no update."""
     app, threads = create_app(Settings(data_dir=None)), []
     app.state.metrics.watch("probe", "Who asks.", lambda: threads.append(threading.current_thread().name) or 0)
+    app.state.metrics.watch("gone", "Of a disk that is gone.", lambda: Path("/no/such/disk").stat().st_size)
     with TestClient(app, base_url="http://127.0.0.1") as http:
-        assert http.get("/metrics").status_code == 200
+        text = http.get("/metrics").raise_for_status().text
+    assert "\ngone NaN\n" in text
     assert [name.rpartition("_")[0] for name in threads] == ["ema-report"]
 
 
