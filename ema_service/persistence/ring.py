@@ -149,7 +149,8 @@ class StoredRing:
 
     def _is_due(self, version: Version, leading: Leading) -> bool:
         # Also what a run begins with that goes on from another run's snapshot.
-        coming = [time for descent, time in self._waiting if descent is version.descent and time is not None]
+        # Copied, which is one step: a thread that has written a version takes it off meanwhile.
+        coming = [time for descent, time in tuple(self._waiting) if descent is version.descent and time is not None]
         begins = version.n == 0 and not leading.snapshots and not coming
         ring = leading.ring.taken(max(coming)) if coming else leading.ring
         return begins or (version.n > 0 and ring.due(self._time(version)))

@@ -51,9 +51,10 @@ _EXACT = 4
 _OF_AVERAGE = ("effective_decay", "distance", "shadow_norm")
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: making a frozen one takes longer than everything else that is done for an update without a row.
+@dataclass(slots=True)
 class Measured:
-    """What was measured of one update.
+    """What was measured of one update. Never changed.
 
     version: that the update made. sums: by tensor, the sums of squares of (shadow - parameters), parameters and shadow;
     NaN where a tensor is copied, None where none was measured. nbytes: of parameters. durable_lag: steps that the
@@ -71,9 +72,9 @@ class Measured:
     left_out: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Noted:
-    """A measurement with its place among all. time: never before that of an earlier one."""
+    """A measurement, never changed, with its place among all. time: never before that of an earlier one."""
 
     measured: Measured
     number: int

@@ -43,8 +43,7 @@ class Update:
 
     preparation: to be advanced as the parameters arrive. writer: the number of the trainer that sends the update, None
     where that trainer did not attach. place: where the version is kept, None where not every version is. measured:
-    whether the distance of shadow and parameters is taken. begun: when, by time.perf_counter(). arrived: when all
-    parameters were there.
+    whether the distance of shadow and parameters is taken. begun: when, by time.perf_counter().
     """
 
     plan: Plan
@@ -53,7 +52,6 @@ class Update:
     place: Place | None = None
     measured: bool = False
     begun: float = field(default_factory=time.perf_counter)
-    arrived: float = 0.0
 
 
 @dataclass(slots=True)
@@ -220,12 +218,12 @@ class Run:
         The same bytes at the same step again are answered and not applied. Raises as Ledger.judge(), and NonFinite,
         StorageFailed.
         """
-        update = replace(update, arrived=time.perf_counter())
+        arrived = time.perf_counter()
         prepared = update.preparation.finish()
         self.ledger.admit(update.plan.step, update.writer)
         state = self._next(update, prepared)
         with self._lock:
-            return self._settle(update, prepared, state)
+            return self._settle(update, prepared, state, arrived)
 
     @property
     def quick(self) -> bool:
@@ -274,11 +272,14 @@ class Run:
             update.place.finish(state)
         return state
 
-    def _settle(self, update: Update, prepared: Prepared, state: State | None) -> UpdateResult:
-        """The line that decides whether an update counts. Under the lock."""
+    def _settle(
+        self, update: Update, prepared: Prepared, state: State | None, arrived: float | None = None
+    ) -> UpdateResult:
+        """The line that decides whether an update counts. Under the lock. arrived: when all parameters were there, of
+        an update that was received as one."""
         applied = self.ledger.judge(update.plan, prepared.digest, update.writer)
         if applied and state:
-            self._commit(state, update.place, partial(self._measure, update, prepared, state))
+            self._commit(state, update.place, partial(self._measure, update, prepared, state, arrived))
         return _result(self.ready_state().version, update.plan.step, self._keeper, applied=applied)
 
     # --- other ways to another version ------------------------------------------------------------------------------
@@ -486,20 +487,19 @@ class Run:
             measure()
         self.changes.tell()
 
-    def _measure(self, update: Update, prepared: Prepared, state: State) -> None:
+    def _measure(self, update: Update, prepared: Prepared, state: State, arrived: float | None) -> None:
         """Note what was measured of an update that has just become the run's version."""
         if self._measurements is None:
             return
         durable, step = self._keeper.durable_step if self._keeper else None, state.version.step
-        whole = bool(update.arrived)
         measured = Measured(
             state.version,
             prepared.sums,
             self.layout.param_bytes,
             durable_lag=None if durable is None or step is None else step - durable,
-            receive=update.arrived - update.begun if whole else None,
+            receive=None if arrived is None else arrived - update.begun,
             average=prepared.seconds,
-            commit=time.perf_counter() - (update.arrived or update.begun),
+            commit=time.perf_counter() - (update.begun if arrived is None else arrived),
             left_out=not update.measured,
         )
         self._measurements.note(measured)

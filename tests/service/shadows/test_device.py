@@ -101,6 +101,24 @@ def test_equals_the_host(new_memory: Callable[[], Memory]) -> None:
     assert averaged(new_memory(), None)[2] is None
 
 
+def test_measured(new_memory: Callable[[], Memory]) -> None:
+    """On a device, too, the squares of each tensor are those of float64, and the results the same bits."""
+    memory, shadow, params = new_memory(), tensors_of(1), tensors_of(2)
+    first, staged = staged_in(memory, shadow), staged_in(memory, params)
+    pass_over(first, [Feed(first.arena, None, 0.0)], check=True, grain=GRAIN).finish()
+    work = pass_over(staged, [Feed(staged.arena, first.arena, 0.25)], check=True, measure=True, grain=GRAIN)
+    work.finish()
+    found = work.squares()
+
+    assert staged.arena.tensor.cpu().numpy().tobytes() == averaged(memory, None)[0]
+    assert found is not None
+    for index, (entry, sums) in enumerate(zip(LAYOUT.params, found, strict=True)):
+        # Each tensor of this layout is a section of its own.
+        made, given = staged.arena.section(index).cpu().double(), params[entry.name].double()
+        wanted = [float(each.square().sum()) for each in (made - given, given, made)]
+        assert sums.tolist() == pytest.approx(wanted, rel=1e-6), entry.name
+
+
 def test_shared_memory(new_memory: Callable[[], Memory]) -> None:
     """Taken from where it lies, by many threads, where no result overwrites what others still read; else copied."""
     memory, tensors = new_memory(), {"F32": tensors_of(2)["F32"]}

@@ -22,7 +22,9 @@ from ema_client import EmaClient
 from ema_client.errors import AverageNotFound, InvalidRequest, RunNotFound
 from ema_client.protocol import Durability, History, HistoryColumns
 from ema_client.schedules import litema, power
+from ema_service.persistence.measured import StoredMeasurements
 from ema_service.runs.measurements import group_names
+from tests.waiting import wait_until
 
 Model = dict[str, Tensor]
 
@@ -79,6 +81,12 @@ def test_columns_tell_how_the_run_went(client: EmaClient, run_name: str) -> None
     assert columns.durable_lag == (0,) * 5
     for name in ("seconds_receive", "seconds_average", "seconds_commit"):
         assert all(0 <= value < 5 for value in getattr(columns, name)), name
+    # A part of it: since a time, which is left out, or thinned, with the newest.
+    assert client.history(run_name, since=columns.time[2]).columns.step == (4, 5)
+    assert client.history(run_name, since=columns.time[-1]).columns.step == ()
+    few = client.history(run_name, points=3).columns.step
+    assert len(few) <= 3
+    assert few[-1] == 5
 
 
 def test_updates_close_in_time_share_a_row(client: EmaClient, run_name: str) -> None:
@@ -92,19 +100,6 @@ def test_updates_close_in_time_share_a_row(client: EmaClient, run_name: str) -> 
     assert len(history.columns.step) < 40
     counted = zip(history.columns.rate[1:], itertools.pairwise(history.columns.time), strict=True)
     assert 1 + sum(rate * (after - before) for rate, (before, after) in counted) == pytest.approx(40, rel=1e-3)
-
-
-def test_part_of_it(client: EmaClient, run_name: str) -> None:
-    """``since`` leaves out what is older, ``points`` thins what is left; the newest stays."""
-    client.create_run(run_name, parameters(0))
-    push(client, run_name, range(1, 9))
-    times = client.history(run_name).columns.time
-
-    assert client.history(run_name, since=times[4]).columns.step == (6, 7, 8)
-    assert client.history(run_name, since=times[-1]).columns.step == ()
-    few = client.history(run_name, points=3).columns.step
-    assert len(few) <= 3
-    assert few[-1] == 8
 
 
 @pytest.mark.parametrize(
@@ -188,6 +183,12 @@ def test_timeline_tells_what_was_done(client: EmaClient, run_name: str) -> None:
     assert client.timeline(run_name, since=told.entries[-2].time).entries == told.entries[-1:]
 
 
+def kept(server: Any, run: str) -> int:
+    """How many measurements the latest checkpoint has."""
+    files = list(server.data_dir.glob(f"runs/{run}.*/measurements"))
+    return StoredMeasurements.load(files[0].read_bytes()).seen if files else 0
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_restart_keeps_it(end: str, start_server: Callable[..., Any], run_name: str) -> None:
     """A clean stop keeps every row; kill -9 those up to the last checkpoint. Then rows follow, in order of time."""
@@ -195,7 +196,8 @@ def test_restart_keeps_it(end: str, start_server: Callable[..., Any], run_name: 
     with EmaClient(server.url) as client:
         client.create_run(run_name, parameters(0))
         push(client, run_name, range(1, 6))
-        time.sleep(0.5 if end == "kill" else 0.0)
+        if end == "kill":
+            wait_until(lambda: kept(server, run_name) == 5)
         before = client.history(run_name), client.distances(run_name), client.timeline(run_name)
     server.stop() if end == "stop" else server.kill()
     server.start()
@@ -341,8 +343,7 @@ def test_groups_are_as_deep_as_a_chart_can_hold() -> None:
     assert len(set(group_names([f"w{n}" for n in range(100)]).values())) == 100
 
 
-@pytest.mark.parametrize("durability", ["process", "disk"])
-@pytest.mark.parametrize("shared", [False, True], ids=["socket", "shared memory"])
+@pytest.mark.parametrize(("shared", "durability"), [(False, "disk"), (True, "process")])
 def test_distances_of_a_model_of_several_blocks(
     shared: bool, durability: Durability, server: Any, run_name: str
 ) -> None:
