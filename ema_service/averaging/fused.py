@@ -378,7 +378,7 @@ def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float, ends: Ends |
 
 
 def prepare() -> None:
-    """Compile every loop now, half a second or so, lest the first update wait for it."""
+    """Compile every loop now, seconds where none is cached, lest the first update wait for it."""
     nothing, narrow = np.zeros(1, np.float32), np.zeros(1, np.uint16)
     for param in (nothing, narrow):
         loop = loop_of(nothing, nothing, param, 0.0, np.ones(1, np.int64))
