@@ -166,7 +166,7 @@ def test_wheel_holds_every_file(built: str, folders: list[str], request: pytest.
     """Each file of the packages is in the wheel, pages and py.typed too, and nothing else but the metadata."""
     with zipfile.ZipFile(request.getfixturevalue(built).wheel) as wheel:
         packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        licences = [name for name in wheel.namelist() if name.endswith("LICENSE")]
+        licences = [name for name in wheel.namelist() if name.endswith("/licenses/LICENSE")]
 
     assert packed == {name for folder in folders for name in _files(ROOT / folder)}
     assert any(name.endswith("/py.typed") for name in packed)

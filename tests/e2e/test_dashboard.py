@@ -38,7 +38,7 @@ def test_run_appears_and_its_numbers_move(server: Any, browsing: Browsing, run_n
 
     Meanwhile nothing is written to the console as an error, and no request leaves the server.
     """
-    page = browsing.open(server.url)
+    page = browsing.open(f"{server.url}/?query={run_name}")
     page.evaluate("window.sameDocument = true")
     create(server, run_name)
     row = row_of(page, run_name)
@@ -266,7 +266,7 @@ def wait_for_looks(page: Any, received: list[float], count: int) -> None:
 def test_lost_connection(server: Any, browsing: Browsing, run_name: str) -> None:
     """While the server does not answer the page says so and keeps the last numbers; afterwards it goes on by itself."""
     create(server, run_name)
-    page = browsing.open(server.url)
+    page = browsing.open(f"{server.url}/?query={run_name}")
     expect(row_of(page, run_name)).to_be_visible()
 
     page.route("**/v1/runs", lambda route: route.abort())

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
 from ema_client.cli.app import app
 from tests.e2e.browser import NEEDS_CHROMIUM
@@ -182,7 +181,7 @@ SICK = {
 
 def test_lines_to_type() -> None:
     """Each line is one that the command takes."""
-    commands = get_command(app()).commands  # type: ignore[attr-defined]
+    commands = app().commands  # type: ignore[attr-defined]
     for *_, (_, _, line) in SICK.values():
         if line is not None:
             program, name, *words = line.split()

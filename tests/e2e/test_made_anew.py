@@ -73,10 +73,10 @@ def in_between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
     def arrange(act: Callable[[], object]) -> None:
         whole = module._body
 
-        def body(state: module.State) -> module.Body:
+        def body(*words: Any) -> module.Body:
             monkeypatch.setattr(module, "_body", whole)
             act()
-            return whole(state)
+            return whole(*words)
 
         monkeypatch.setattr(module, "_body", body)
 
@@ -90,7 +90,7 @@ def on_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
     def arrange(act: Callable[[], object]) -> None:
         whole = module._body
 
-        def body(state: module.State) -> module.Body:
+        def body(*words: Any) -> module.Body:
             monkeypatch.setattr(module, "_body", whole)
             acted = threading.Event()
 
@@ -99,7 +99,7 @@ def on_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
                     acted.set()
                     act()
 
-            return replace(whole(state), moved=moved)
+            return replace(whole(*words), moved=moved)
 
         monkeypatch.setattr(module, "_body", body)
 

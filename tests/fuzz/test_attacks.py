@@ -129,7 +129,8 @@ def unchanged(server: ServerProcess, honest: httpx.Client, target: PlainRun, fre
         pulls = [target.pull(average=average).raise_for_status().content for average in ("ema", "fast")]
         names = {run["run"] for run in honest.get("/v1/runs").json()["runs"]}
         # A checkpoint is taken when its time comes, attack or not.
-        infos = [{**run.info(), "checkpoint_step": None} for run in (target, fresh)]
+        # What was refused is told, until an update is applied.
+        infos = [{**run.info(), "checkpoint_step": None, "refused": None} for run in (target, fresh)]
         return (*pulls, *infos, names)
 
     before = everything()

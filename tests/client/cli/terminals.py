@@ -25,7 +25,11 @@ import os, sys
 from pathlib import Path
 from ema_client.cli import main
 
-# A forked process has the streams of another one, on other files.
+# A forked process has the streams of another one, on other files; its input is the terminal, too, of
+# which no variable says another size.
+os.dup2(1, 0)
+os.environ["TERM"] = "xterm"
+os.environ.pop("COLUMNS", None)
 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
 for line in Path(sys.argv[1]).read_text().splitlines():
     sys.argv = ["ema", *line.split("\\t")]
