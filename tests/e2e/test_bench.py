@@ -99,6 +99,7 @@ def rows_of(output: str) -> list[str]:
 # --- the commands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_bench_of_a_user(start: Callable[..., Bench]) -> None:
     """`ema-service bench` starts its own server, prints a row for each operation, link and size, and writes JSON."""
     bench = start("-m", "ema_service", "bench", "--size", "300KB", "--rounds", "2", "--json", "found.json")

@@ -138,8 +138,12 @@ PUSH_PHASES = {
 SLOT_PHASES = ["receiving", "half of a slot by ema-apply", "slot without its header", "before the row", "row committed"]
 
 
+#: Of versions in slots: `process` keeps its there where memory files cannot be, and takes the same way.
+DURABILITIES = ["disk", pytest.param("process", marks=pytest.mark.soak)]
+
+
 @pytest.mark.parametrize("phase", SLOT_PHASES)
-@pytest.mark.parametrize("durability", ["process", "disk"])
+@pytest.mark.parametrize("durability", DURABILITIES)
 def test_kill_in_a_push(durability: str, phase: str, life_in_slots: Life) -> None:
     """Killed in a push: it is there or not, whole; sent again it is applied once. The slots were in use before."""
     _kill_in_a_push(life_in_slots, durability, phase)
@@ -172,7 +176,7 @@ def _kill_in_a_push(life: Life, durability: str, phase: str) -> None:
 
 
 @pytest.mark.parametrize("phase", ["receiving", "half of a slot by ema-write", "before the row"])
-@pytest.mark.parametrize("durability", ["process", "disk"])
+@pytest.mark.parametrize("durability", DURABILITIES)
 def test_kill_while_threads_receive_and_write(
     durability: str, phase: str, life_in_slots: Life, litema: type[LitEmaOracle]
 ) -> None:
@@ -247,7 +251,10 @@ STOP_PHASES = [
 ]
 
 
-@pytest.mark.parametrize("phase", STOP_PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(phase, marks=[pytest.mark.soak] if number % 3 else []) for number, phase in enumerate(STOP_PHASES)],
+)
 def test_kill_in_a_clean_stop(phase: str, make_life: MakeLife) -> None:
     """Killed while the memory is brought to the disk and given back: nothing is lost, and no memory stays behind."""
     life = make_life("--checkpoint-interval", "1000")
@@ -304,7 +311,7 @@ def test_release_beside_a_server(life: Life) -> None:
     life.check()
 
 
-@pytest.mark.parametrize("durability", ["process", "disk"])
+@pytest.mark.parametrize("durability", DURABILITIES)
 @pytest.mark.parametrize("phase", ["before a change", "after a change"])
 def test_kill_in_a_change_of_decay(phase: str, durability: str, life: Life) -> None:
     """Killed while a decay is changed: it has the one or the other value, and the weights are as they were."""

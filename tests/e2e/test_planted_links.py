@@ -182,7 +182,7 @@ def test_a_link_planted_under_a_running_server(on_disk: tuple[PlainRun, Path], t
 
 
 @pytest.mark.parametrize("place", ["slots", "slots/*", "slots/*/ema.safetensors"])
-@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("which", [0, pytest.param(-1, marks=pytest.mark.soak)])
 def test_a_link_in_the_place_of_a_slot(
     planted: tuple[ServerProcess, PlainRun, Path], outside: Path, place: str, which: int
 ) -> None:
@@ -230,7 +230,7 @@ def test_a_link_where_slots_will_be(
 
 
 @pytest.mark.parametrize("place", ["slots", "slots/*", "slots/*/ema.safetensors"])
-@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("empty", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_link_in_the_place_of_a_slot_of_a_running_server(
     on_disk: tuple[PlainRun, Path], outside: Path, place: str, empty: bool
 ) -> None:
@@ -253,7 +253,7 @@ def test_a_link_in_the_place_of_a_slot_of_a_running_server(
 
 
 @pytest.mark.parametrize("place", ["snapshots", "snapshots/first", "snapshots/first/ema.safetensors"])
-@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("restart", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_link_in_the_place_of_a_snapshot(
     planted: tuple[ServerProcess, PlainRun, Path], outside: Path, place: str, restart: bool
 ) -> None:

@@ -193,6 +193,7 @@ def test_no_token_in_a_file(
 # --- in other processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_saved_engine(engine: Engine, oracle: Any, client: EmaClient, same: Any, tmp_path: Path) -> None:
     """torch.save(engine): another process evaluates beside the training, or goes on with it and fences the first."""
     trained(engine, oracle, 3)

@@ -14,7 +14,7 @@ import pytest
 
 from ema_client import EmaClient
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.soak]
 
 Seen = dict[str, list[dict[str, Any]]]
 
@@ -122,7 +122,6 @@ def llama(how: str) -> dict[str, Any]:
     return scene(how) | {"run": run_of(f"llama-{how}")}
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("how", ["fsdp2", "again", "accelerate"])
 def test_transformers(how: str, transformers_seen: Seen, client: EmaClient, joined: Any, same: Any) -> None:
     """Each rank sends its shards and evaluates with the EMA's: all is as in one process, bit for bit.
@@ -150,7 +149,6 @@ def test_transformers(how: str, transformers_seen: Seen, client: EmaClient, join
     assert same(joined([rank["trained"] for rank in holders]), joined([alone["trained"]]))
 
 
-@pytest.mark.soak
 def test_transformers_with_a_damaged_reference(transformers_seen: Seen) -> None:
     """A checkpoint whose reference the first process cannot read is refused by all, so that none waits for others."""
     for rank in transformers_seen["truncated"]:
