@@ -15,3 +15,4 @@ from ema_service.averaging import fused
 __all__ = ["ema_service"]
 
 fused.prepare()
+fused.prepare_measuring()

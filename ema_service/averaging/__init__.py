@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
 from ema_service.averaging.distances import Squares
-from ema_service.averaging.fused import NO_DIGEST, prepare
+from ema_service.averaging.fused import NO_DIGEST, can_measure, prepare, prepare_measuring
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
 from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import Retention, Schedule
@@ -48,6 +48,7 @@ __all__ = [
     "approximate",
     "average_into",
     "averaging",
+    "can_measure",
     "cast_into",
     "casting",
     "check",
@@ -55,5 +56,6 @@ __all__ = [
     "finite",
     "forecast",
     "prepare",
+    "prepare_measuring",
     "soup",
 ]

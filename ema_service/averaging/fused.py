@@ -17,6 +17,8 @@ torch, devices, threads, or how the arrays share memory: elements are taken in o
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -48,7 +50,7 @@ from ema_service.averaging.squares import (
     widen,
 )
 
-__all__ = ["NO_DIGEST", "Loop", "average_numpy", "loop_of", "prepare"]
+__all__ = ["NO_DIGEST", "Loop", "average_numpy", "can_measure", "loop_of", "prepare", "prepare_measuring"]
 
 F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
@@ -378,10 +380,30 @@ def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float, ends: Ends |
 
 
 def prepare() -> None:
-    """Compile every loop now, seconds where none is cached, lest the first update wait for it."""
-    nothing, narrow = np.zeros(1, np.float32), np.zeros(1, np.uint16)
-    for param in (nothing, narrow):
-        loop = loop_of(nothing, nothing, param, 0.0, np.ones(1, np.int64))
+    """Compile every loop that averages now, seconds where none is cached, lest the first update wait for it."""
+    for loop in _tried():
         loop(0, 1)
-        loop(0, 1, sums=np.zeros((1, 3)))
     BlockDigest(compiled=True).end(memoryview(bytes(GULP_BYTES)))
+
+
+def prepare_measuring() -> None:
+    """Compile the loops that take sums of squares as well, for three times as long as prepare() where none is cached:
+    beside the first updates, which are not measured."""
+    for loop in _tried():
+        loop(0, 1, sums=np.zeros((1, 3)))
+    _measuring.set()
+
+
+def can_measure() -> bool:
+    """Whether prepare_measuring() is done."""
+    return _measuring.is_set()
+
+
+_measuring = threading.Event()
+
+
+def _tried() -> Iterator[Loop]:
+    """A loop for each dtype of parameters."""
+    nothing = np.zeros(1, np.float32)
+    for param in (nothing, np.zeros(1, np.uint16)):
+        yield loop_of(nothing, nothing, param, 0.0, np.ones(1, np.int64))

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ema_client.protocol import MAX_STEP, Distances, History, HistoryColumns
+from ema_service.averaging import can_measure
 from ema_service.averaging.series import MOST_ROWS, Series, evenly
 from ema_service.memory import Layout
 from ema_service.persistence.measured import StoredMeasurements
@@ -101,7 +102,7 @@ class Measurements:
 
     def due(self) -> bool:
         """Whether the distance of shadow and parameters is to be taken of the next update."""
-        return time.monotonic() >= self._due
+        return can_measure() and time.monotonic() >= self._due
 
     def note(self, measured: Measured) -> None:
         """Note an update that was applied."""

@@ -46,7 +46,7 @@ from ema_client.protocol import (
     from_json,
     to_json,
 )
-from ema_service.averaging import prepare
+from ema_service.averaging import prepare, prepare_measuring
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
 from ema_service.persistence import MemoryVersions, Restored, Snapshots, StoredRing, Timeline, Versions
@@ -165,6 +165,8 @@ class Registry:
         measure: whether updates are measured. Raises CatalogUnusable; sqlite3.Error where the catalog is damaged.
         """
         prepare()
+        if measure:
+            threading.Thread(target=prepare_measuring, name="ema-prepare").start()
         self.memory = memory
         self.staging = Staging(memory, staging_bytes)
         self.frozen = FrozenWeights(memory, frozen_bytes)

@@ -6,12 +6,18 @@ Knows flat arrays and how they may lie. Does not know torch, threads or digests.
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
+from ema_service.averaging import fused
 from ema_service.averaging.digest import BlockDigest
 from ema_service.averaging.fused import average_numpy, loop_of
+from ema_service.memory import Layout
+from ema_service.runs.measurements import Measurements
 
 #: Elements of a gulp of float32, and of a cache line.
 GULP, LINE = 256, 16
@@ -126,3 +132,16 @@ def test_measured_says_what_is_not_finite(value: float) -> None:
         params[where] = value
         loop = loop_of(array(size), shadow, params, 0.5, np.array([size], np.int64))
         assert loop(0, size, sums=np.zeros((1, 3))) == np.isfinite(value)
+
+
+def test_measuring_begins_once_its_loops_are_compiled(
+    monkeypatch: pytest.MonkeyPatch, layout_of: Callable[..., Layout]
+) -> None:
+    """A start waits for the loops that average, and updates before the others are compiled go unmeasured."""
+    monkeypatch.setattr(fused, "_measuring", threading.Event())
+    measurements = Measurements("r", layout_of({"w": torch.ones(3)}))
+    fused.prepare()
+
+    assert not measurements.due()
+    fused.prepare_measuring()
+    assert measurements.due()
