@@ -118,6 +118,7 @@ def test_bench_of_a_user(start: Callable[..., Bench]) -> None:
     assert [fit["name"] for fit in found["fits"]] == fits
 
 
+@pytest.mark.soak
 def test_bench_of_a_given_server(start: Callable[..., Bench], server: Any) -> None:
     """With --url that server is measured, beside the ceiling of its own kind, and its runs are gone afterwards."""
     bench = start("-m", "ema_service", "bench", "--url", server.uds, "--size", "200KB", "--rounds", "1")

@@ -172,6 +172,7 @@ def test_random_skips(client: EmaClient, run_name: str, steps: int) -> None:
     check(client, run_name, training, tracked)
 
 
+@pytest.mark.soak
 def test_a_rewind_in_the_middle(client: EmaClient, run_name: str, steps: int) -> None:
     """What a rewind gave up has no part in any average."""
     training, tracked = Training(), Tracked()

@@ -203,10 +203,10 @@ def test_checkpoints_without_the_ema(client: EmaClient, run_name: str, tmp_path:
     ("damage", "what"),
     [
         (lambda whole: whole[:10], "Unterminated string"),
-        (lambda _: b"", "Expecting value"),
+        pytest.param(lambda _: b"", "Expecting value", marks=pytest.mark.soak),
         (lambda _: b"\x80\x00 PNG", "can't decode byte 0x80"),
-        (lambda _: b"[1, 2]", r"not the state of a run: '\[1, 2\]'"),
-        (lambda _: b'{"epoch": 3}', "not the state of a run"),
+        pytest.param(lambda _: b"[1, 2]", r"not the state of a run: '\[1, 2\]'", marks=pytest.mark.soak),
+        pytest.param(lambda _: b'{"epoch": 3}', "not the state of a run", marks=pytest.mark.soak),
         (lambda whole: whole.replace(b'"step": 8', b'"step": "8"'), "not the state of a run"),
         (lambda whole: whole.replace(b'"run": "', b'"run": "other-'), "the state is of run 'other-"),
     ],

@@ -67,6 +67,7 @@ def test_content_comes_back(files: MemoryFiles, data_dir: Path, ram_dir: Path) -
 
 def test_pages_stay_mapped_as_long_as_a_view_lives(files: MemoryFiles) -> None:
     """The memory goes with the last view of it and no descriptor is held meanwhile; the file stays."""
+    gc.collect()  # what tests before left open
     before = len(list(Path("/proc/self/fd").iterdir()))
     [made] = files.create(SIZE)
     view = made.raw[100:200]
