@@ -37,8 +37,8 @@ MOST_RUNS = 500
 class Pulse:
     """What metrics tell of one run, as RunInfo has it.
 
-    shadow_bytes: RunInfo.bytes. distance: gives that of the newest measurement, None where there is none; asked of runs
-    that get series of their own, for it takes 20 microseconds.
+    shadow_bytes: RunInfo.bytes. ended: whether RunInfo.ended_at is told. distance: gives that of the newest
+    measurement, None where there is none; asked of runs that get series of their own, for it takes 20 microseconds.
     """
 
     run: str
@@ -48,6 +48,7 @@ class Pulse:
     num_updates: int
     durable_step: int | None
     shadow_bytes: int
+    ended: bool = False
     distance: Callable[[], float | None] = lambda: None
 
 
@@ -69,6 +70,9 @@ class _Runs(Collector):
             "ema_runs_left_out", "Runs without series of their own: others moved later.", len(runs) - len(self._told)
         )
         yield self._by_run("ema_run_updated_timestamp_seconds", "When the run last moved.", lambda run: run.updated_at)
+        yield self._by_run(
+            "ema_run_ended", "1 where the trainer said that its training is over.", lambda run: run.ended
+        )
         yield self._by_run("ema_run_step", "The trainer's step of the latest update.", lambda run: run.step)
         yield self._by_run("ema_run_num_updates", "LitEma's counter of the run.", lambda run: run.num_updates)
         yield self._by_run(

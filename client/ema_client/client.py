@@ -341,6 +341,14 @@ class EmaClient:
         """
         return self._transport.json("POST", protocol.writers_path(_name(run, "run"))).parsed(Writer).writer
 
+    def detach(self, run: str, writer: int) -> RunInfo:
+        """Say that the training is over of the trainer to which attach() gave ``writer``: no update of it is to come.
+
+        Nothing is refused for that, and the next attach() or update takes it back. Where another trainer has attached
+        since, nothing changes. Tried once: nothing depends on it. Raises RunNotFound.
+        """
+        return self._transport.json_once("DELETE", protocol.writer_path(_name(run, "run"), writer)).parsed(RunInfo)
+
     def rewind(self, run: str, snapshot: str | None, *, from_run: str | None = None) -> RunInfo:
         """Bring a run back to a snapshot: weights, step, counter and decays, in a new epoch.
 

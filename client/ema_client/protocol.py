@@ -105,6 +105,7 @@ TimelineKind = Literal[
     "average_added",
     "average_removed",
     "writer",
+    "ended",
     "snapshot",
     "snapshot_deleted",
     "rewound",
@@ -179,6 +180,10 @@ def reset_path(run: str) -> str:
 
 def writers_path(run: str) -> str:
     return f"{run_path(run)}/writers"
+
+
+def writer_path(run: str, writer: int) -> str:
+    return f"{writers_path(run)}/{writer}"
 
 
 def rewind_path(run: str) -> str:
@@ -458,6 +463,7 @@ class RunInfo:
     checkpoint_step: the step that the run would have after the loss of the machine, None if none.
     versions_in: where versions are kept, for people to read: memory files, slots on disk; None where nothing is.
     ring: of a run with ``posthoc``.
+    ended_at: when the trainer said that its training is over; None while a trainer may go on.
     """
 
     run: Name
@@ -489,6 +495,7 @@ class RunInfo:
     ring: RingInfo | None = None
     remedy: Text | None = None
     refused: Text | None = None
+    ended_at: Moment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -715,7 +722,8 @@ class TimelineEntry:
     """Something that somebody, or the service, did to a run. ``text`` is a sentence for people.
 
     kind: "created"; "decay_changed"; "reset" (of num_updates); "average_added"; "average_removed"; "writer" (a trainer
-        took over); "snapshot"; "snapshot_deleted"; "rewound"; "accepted" (the version of a degraded run); "damaged".
+        took over); "ended" (the trainer's training is over); "snapshot"; "snapshot_deleted"; "rewound"; "accepted" (the
+        version of a degraded run); "damaged".
     step, num_updates: the run's at that time, None where they were not known.
     """
 

@@ -317,7 +317,7 @@ class RemoteEma:
             self._client.wait_for_step(self._run, sent, wait=wait)
 
     def close(self, timeout: float | None = None) -> None:
-        """Flush, and close the connections. The run stays on the service.
+        """Flush, and close the connections. The run stays on the service, which is told that the training is over.
 
         Raises as flush(), and everything is closed all the same: updates that are not sent by then are lost, and
         logged.
@@ -329,6 +329,7 @@ class RemoteEma:
             return
         try:
             self.flush(timeout)
+            self._publisher.leave()
         finally:
             self._dropped.detach()
             self._publisher.close()
@@ -518,9 +519,9 @@ class RemoteEma:
             # The run has an EMA, which weights of the model do not replace.
             self._beginning = None
         # Neither the thread nor the hook refers to the RemoteEma: dropping a RemoteEma without close() ends both.
-        send, fate = sending(self._client, self._run, self._plan, joined)
+        send, fate, leave = sending(self._client, self._run, self._plan, joined)
         name = f"run {self._run!r} at {self._client.url}"
-        self._publisher = Publisher(send, SendPolicy(self._client.retry), name=name, fate=fate)
+        self._publisher = Publisher(send, SendPolicy(self._client.retry), name=name, fate=fate, leave=leave)
         self._hook = _hook(self._publisher, self._buffers) if self._borrows or setup.on_device else None
         self._dropped = weakref.finalize(self, self._publisher.finish)
         # At the end of the program the publisher ends by itself, and waits for its updates.

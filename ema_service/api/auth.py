@@ -34,6 +34,7 @@ _OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|runs/[^/]+|v1
 #: Of these, the one that tells more to who has a token.
 MORE_WITH_A_TOKEN = "/v1/server"
 _RUN = re.compile(r"/v1/runs/([^/]+)")
+_WRITER = re.compile(r"/v1/runs/[^/]+/writers/[^/]+\Z")
 _SNAPSHOT = re.compile(r"/v1/runs/[^/]+/snapshots/[^/]+\Z")
 
 
@@ -130,7 +131,9 @@ def _needed(method: str, path: str) -> str:
         return "pull"
     if method == "PUT" and _SNAPSHOT.match(path):
         return "snapshot"
-    return "admin" if method == "DELETE" else "push"
+    if method == "DELETE" and not _WRITER.match(path):
+        return "admin"
+    return "push"
 
 
 def _run(path: str) -> str | None:

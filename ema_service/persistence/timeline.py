@@ -22,6 +22,8 @@ _log = logging.getLogger(__name__)
 
 #: Lines among which one that is to be there once is looked for.
 _LOOKED_AT = 8
+#: Lines among which the end of a training is looked for.
+_SEARCHED = 64
 
 
 class Timeline:
@@ -49,6 +51,12 @@ class Timeline:
                 self._store.record(self._row, line)
         except sqlite3.Error as fault:
             _log.error("run %s: %s; not noted in its timeline: %s", self._run, text, fault)
+
+    def ended_at(self) -> float | None:
+        """When the trainer that attached last said that its training is over; None where it did not, or long ago.
+        Raises sqlite3.Error."""
+        told = [line for line in self.lines(0.0, _SEARCHED) if line.kind in ("writer", "ended")]
+        return told[-1].at if told and told[-1].kind == "ended" else None
 
     def lines(self, since: float, most: int) -> Sequence[TimelineRow]:
         """The newest lines later than ``since``, at most so many, the newest last. Raises sqlite3.Error."""

@@ -113,6 +113,7 @@ def describe(
         link=str(links) or None,
         copied=len(layout.copied),
         refused=links.turned_down_at(version),
+        ended_at=ledger.ended,
     )
 
 
@@ -129,6 +130,7 @@ def pulse(
         num_updates=version.num_updates if version else ledger.succession.counter_at_start,
         durable_step=keeper.durable_step if keeper else None,
         shadow_bytes=layout.shadow_bytes * len(config.averages),
+        ended=ledger.ended is not None,
         distance=lambda: measurements.distance if measurements else None,
     )
 

@@ -212,6 +212,7 @@ class Ledger:
 
     version: the current one, None before the initial weights. writer: the number of the trainer that attached last, 0
     before any did. fault: why the run takes no updates (its latest stored version was damaged), None if all is well.
+    ended_at: when that trainer said that its training is over.
     retired: whether the run is gone: deleted or, where ``replaced`` is true as well, in favour of another of its name.
 
     More than twenty methods: of each thing that may become of a run, whether it may, and what takes effect.
@@ -225,6 +226,7 @@ class Ledger:
         self.succession = Succession(setup or Setup.of(config))
         self.version: Version | None = None
         self.writer = writer
+        self.ended_at: float | None = None
         self.fault: str | None = None
         self.retired = False
         self.replaced = False
@@ -392,11 +394,30 @@ class Ledger:
 
     def attach(self, writer: int, key: str | None = None) -> None:
         """From here on updates of earlier writers, and of trainers that never attached, are refused."""
-        self.writer = writer
+        self.writer, self.ended_at = writer, None
         if key is not None:
             self._given[key] = writer
             if len(self._given) > _REMEMBERED_WRITERS:
                 del self._given[next(iter(self._given))]
+
+    def detach(self, writer: int, now: float) -> bool:
+        """The training of the trainer with this number is over; False where another has taken over, or this is known.
+
+        Raises RunNotFound; InvalidRequest for a number that the run never gave.
+        """
+        self.check_exists()
+        if writer > self.writer:
+            raise self._never_gave(writer)
+        if writer != self.writer or self.ended is not None:
+            return False
+        self.ended_at = now
+        return True
+
+    @property
+    def ended(self) -> float | None:
+        """When the training was said to be over; None where there was an update since."""
+        version, at = self.version, self.ended_at
+        return None if at is None or (version and version.updated_at > at) else at
 
     def commit(self, version: Version) -> None:
         """Make ``version`` the run's current one, and remember its step."""
@@ -448,9 +469,12 @@ class Ledger:
         if (writer or 0) == self.writer:
             return
         if (writer or 0) > self.writer:
-            raise InvalidRequest(f"run {self._run!r} never gave the writer's number {writer}")
+            raise self._never_gave(writer or 0)
         sent = "without a writer's number" if writer is None else f"of writer {writer}"
         raise Fenced(f"an update {sent} came, and writer {self.writer} has taken over run {self._run!r}")
+
+    def _never_gave(self, writer: int) -> InvalidRequest:
+        return InvalidRequest(f"run {self._run!r} never gave the writer's number {writer}")
 
     def _forget_steps_after(self, step: int | None) -> None:
         kept = [] if step is None else [each for each in self._steps if each <= step]

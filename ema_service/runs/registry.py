@@ -384,6 +384,13 @@ class Registry:
             found.record("writer", f"trainer {number} took over")
         return Writer(name, number)
 
+    def detach(self, name: str, writer: int) -> Run:
+        """The training of a trainer that attached is over. Raises as Ledger.detach()."""
+        found = self._find(name)
+        if found.run.detach(writer):
+            found.record("ended", f"the training of trainer {writer} is over")
+        return found.run
+
     def rewind(
         self,
         name: str,
@@ -582,6 +589,7 @@ class Registry:
             found = _read_back(made.disk.versions) if made.disk else Restored()
         _take_up(made, found)
         self._restore_measurements(made.measurements, row)
+        self._restore_end(made)
         return made
 
     def _allocated(self, config: RunConfig, layout: Layout, row: RunRow, created_at: float) -> _Registered:
@@ -665,6 +673,15 @@ class Registry:
                 measurements.restore(StoredMeasurements.load(raw))
         except (OSError, ValueError) as fault:
             _log.warning("run %s: its measurements are gone: %s", row.name, fault)
+
+    @staticmethod
+    def _restore_end(made: _Registered) -> None:
+        """Take up whether the training was said to be over, for people to read; a timeline that cannot be read, such as
+        that of a damaged catalog, does not tell."""
+        try:
+            made.run.ledger.ended_at = made.timeline.ended_at()
+        except sqlite3.Error as fault:
+            _log.warning("run %s: its timeline cannot be read: %s", made.run.config.run, fault)
 
     @staticmethod
     def _descent(disk: _Disk, info: SnapshotInfo, averages: tuple[Average, ...], *, branches: bool) -> Descent:

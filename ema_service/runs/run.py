@@ -441,6 +441,14 @@ class Run:
                 self.ledger.attach(number, key)
             return number
 
+    def detach(self, writer: int) -> bool:
+        """As Ledger.detach(), now."""
+        with self._lock:
+            ended = self.ledger.detach(writer, time.time())
+        if ended:
+            self.changes.tell()
+        return ended
+
     def restore(self, state: State | None, steps: Iterable[int], last_epoch: int, fault: str | None) -> None:
         """Take up what storage had (persistence.Restored): at the start, or once what it had proves to be damaged."""
         with self._lock:

@@ -33,6 +33,7 @@ BUILT = {
     "POST /v1/runs/{run}/averages",
     "DELETE /v1/runs/{run}/averages/{name}",
     "POST /v1/runs/{run}/writers",
+    "DELETE /v1/runs/{run}/writers/{writer}",
     "POST /v1/runs/{run}/rewind",
     "PUT /v1/runs/{run}/weights",
     "GET /v1/runs/{run}/weights",

@@ -160,6 +160,12 @@ SICK = {
     ),
     "no average": ({"effective_decay": 0.2}, {}, {}, ("warn", "Hardly an average", "ema set-decay r 0.999")),
     "trainer gone": ({"updated_at": NOW - 600}, {}, {}, ("warn", "Stalled", "ema snapshot r final")),
+    "over": (
+        {"updated_at": NOW - 600, "ended_at": NOW - 590},
+        {},
+        {},
+        ("note", "Ended", "ema snapshot r final"),
+    ),
     "long done": (
         {"updated_at": NOW - 9e5, "created_at": NOW - 9.1e5},
         {},

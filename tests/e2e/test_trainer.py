@@ -113,12 +113,15 @@ def trainer(tmp_path: Path, run_name: str) -> Iterator[Callable[..., Trainer]]:
 def test_the_end_loses_nothing(
     server: ServerProcess, trainer: Callable[..., Trainer], run_name: str, ending: str, status: int
 ) -> None:
-    """However a program ends, by itself, by an exception or by Ctrl-C: without close(), its last update is applied."""
+    """However a program ends, by itself, by an exception or by Ctrl-C: without close(), its last update is applied and
+    the service knows that the training is over."""
     process = trainer(server.url, "train(50)\n" + ending)
 
     assert process.end() == status, process.log.read_text()
     with server.http() as http:
-        assert http.get(f"/v1/runs/{run_name}").json()["step"] == 50
+        info = http.get(f"/v1/runs/{run_name}").json()
+    assert info["step"] == 50
+    assert info["ended_at"] is not None  # nobody need wait for more
     assert ("RuntimeError" in process.log.read_text()) == (status == 1)
 
 

@@ -64,8 +64,8 @@ class Anew:
 
 def sending(
     client: EmaClient, run: str, plan: Plan, joined: Joined
-) -> tuple[Callable[[int | None, Body], bool], Callable[[int | None], bool | None]]:
-    """What a Publisher sends by, and learns the fate of what was sent by."""
+) -> tuple[Callable[[int | None, Body], bool], Callable[[int | None], bool | None], Callable[[], None]]:
+    """What a Publisher sends by, learns the fate of what was sent by, and leaves by."""
     anew = Anew(client, run, plan, joined.made, joined.writer)
 
     def send(step: int | None, body: Body) -> bool:
@@ -74,4 +74,8 @@ def sending(
     def fate(step: int | None) -> bool | None:
         return anew.fate() if step is None else plan.fate(client, run, step)
 
-    return send, fate
+    def leave() -> None:
+        if joined.writer is not None and plan.part == 0:
+            client.detach(run, joined.writer)
+
+    return send, fate, leave

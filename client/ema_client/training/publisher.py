@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ema_client.errors import UpdatesPending, UsageError
+from ema_client.errors import EmaError, UpdatesPending, UsageError
 from ema_client.forks import Home
 from ema_client.http.body import Body
 from ema_client.training.at_exit import PROGRAM, ProgramEnd
@@ -43,6 +43,7 @@ class Publisher:
     Args:
         send, fate: of an update, and of what became of it, see Sender.
         policy: how long to go on with an update.
+        leave: tells the service, in a single try, that the training is over. Raises EmaError.
         name: of the run and the service, for logs.
         program: waits for the publisher at the end of the program.
     """
@@ -54,6 +55,7 @@ class Publisher:
         *,
         name: str,
         fate: Callable[[int | None], bool | None] = lambda _: True,
+        leave: Callable[[], object] = lambda: None,
         program: ProgramEnd = PROGRAM,
     ) -> None:
         self._name = name
@@ -62,6 +64,9 @@ class Publisher:
         self._queue = UpdateQueue()
         self._tally = Tally(name)
         self._sender = Sender(send, fate, policy, self._queue, self._tally, name=name)
+        self._leave = leave
+        self._has_left = False
+        self._dropped = False
         self._at_end: Callable[[], None] = _nothing
         #: The sending thread, None before the first update.
         self.thread: threading.Thread | None = None
@@ -147,6 +152,7 @@ class Publisher:
             return
         if pending := self.pending:
             _log.warning("%s was dropped without close(); %d updates are on their way", self._name, pending)
+        self._dropped = True
         self._end(abandon=False)
 
     def end_with_program(self, began: float) -> None:
@@ -156,7 +162,20 @@ class Publisher:
         pending, _ = self._queue.wait_until_empty(max(0.0, began + EXIT_SECONDS - time.monotonic()))
         if pending:
             _log.error("%s: the program ends with %d updates not applied", self._name, pending)
+        else:
+            self.leave()
         self.close()
+
+    def leave(self) -> None:
+        """Tell the service that the training is over, unless updates are pending. Without raising: nothing depends on
+        it."""
+        if self._is_fork or self._has_left or self.pending or self.stuck:
+            return
+        self._has_left = True
+        try:
+            self._leave()
+        except EmaError as fault:
+            _log.debug("%s was not told that the training is over: %s", self._name, fault)
 
     def close(self) -> None:
         """Give up what is pending, and end the thread. Call flush() first where nothing may be lost."""
@@ -175,6 +194,8 @@ class Publisher:
     def _run(self) -> None:
         try:
             self._sender.run()
+            if self._dropped:  # nobody else is there to say it
+                self.leave()
         finally:
             self._program.forget(self)
             self._at_end()

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated
 
 import xxhash
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
@@ -34,6 +34,7 @@ from ema_client.errors import (
     TooManyRuns,
 )
 from ema_client.protocol import (
+    MAX_STEP,
     MAX_TENSORS,
     NAME_PATTERN,
     RunConfig,
@@ -222,6 +223,20 @@ async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer
     push.
     """
     return await server.steer(run, partial(server.registry.attach, run, key))
+
+
+@router.delete(
+    "/{run}/writers/{writer}",
+    summary="Say that a training is over",
+    responses=problem_responses(RunNotFound, InvalidRequest, Superseded),
+)
+async def detach_writer(run: RunName, writer: Annotated[int, Path(ge=1, le=MAX_STEP)], server: Server) -> RunInfo:
+    """The trainer with this number sends no more updates: nobody need wait for them (``ended_at``).
+
+    Nothing is refused for that. The next trainer that attaches, and the next update, take it back; the number of a
+    trainer that was replaced changes nothing.
+    """
+    return (await server.steer(run, partial(server.registry.detach, run, writer))).info()
 
 
 @router.post(

@@ -54,6 +54,7 @@ const RULES = [
   runaway,
   exploded,
   hardlyAverage,
+  ended,
   stalled,
   undurable,
   ring,
@@ -179,10 +180,22 @@ function hardlyAverage(run) {
 
 // --- does the trainer push? ------------------------------------------------------------------------------------------
 
+function ended(run, history, server, now) {
+  if (!run.ended_at) return null;
+  const at = run.step === null ? "without an update" : `at step ${integer(run.step)}`;
+  return finding(
+    "note",
+    "Ended",
+    `The trainer said ${ago(now - run.ended_at)} that its training is over, ${at}.`,
+    "A snapshot keeps the result, whatever comes after.",
+    snapshot(run),
+  );
+}
+
 function stalled(run, history, server, now) {
   const usual = interval(run, history);
   const quiet = now - run.updated_at;
-  if (usual === null || quiet < Math.max(LATE_SECONDS, LATE_INTERVALS * usual)) return null;
+  if (run.ended_at || usual === null || quiet < Math.max(LATE_SECONDS, LATE_INTERVALS * usual)) return null;
   const why = `The latest update came ${ago(quiet)}; before, there was one every ${duration(usual)}.`;
   if (quiet > DONE_SECONDS) return finding("note", "Quiet", why, "Done? A snapshot keeps the result.", snapshot(run));
   return finding(

@@ -155,7 +155,8 @@ def test_timeline_tells_what_was_done(client: EmaClient, run_name: str) -> None:
     client.push(run_name, parameters(1), step=7)
     client.snapshot(run_name, "best")
     client.snapshot(run_name, "best")  # there already: nothing is done
-    client.attach(run_name)
+    writer = client.attach(run_name)
+    client.detach(run_name, writer)
     client.set_decay(run_name, 0.5)
     client.reset_num_updates(run_name)
     client.add_average(run_name, "long")
@@ -168,6 +169,7 @@ def test_timeline_tells_what_was_done(client: EmaClient, run_name: str) -> None:
         "created",
         "snapshot",
         "writer",
+        "ended",
         "decay_changed",
         "reset",
         "average_added",
@@ -177,8 +179,8 @@ def test_timeline_tells_what_was_done(client: EmaClient, run_name: str) -> None:
     ]
     assert "4 tensors" in told.entries[0].text
     assert "best" in told.entries[1].text
-    assert "0.5" in told.entries[3].text
-    assert (told.entries[0].step, told.entries[3].step, told.entries[4].num_updates) == (None, 7, 0)
+    assert "0.5" in told.entries[4].text
+    assert (told.entries[0].step, told.entries[4].step, told.entries[5].num_updates) == (None, 7, 0)
     assert client.timeline(run_name, limit=2).entries == told.entries[-2:]
     assert client.timeline(run_name, since=told.entries[-2].time).entries == told.entries[-1:]
 

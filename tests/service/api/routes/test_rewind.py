@@ -93,6 +93,46 @@ def test_trainer_replaced_while_its_update_was_received(run: PlainRun, model: Mo
     assert run.info()["step"] is None
 
 
+@pytest.mark.parametrize("durability", ["memory", "process"])
+def test_end_of_a_training(
+    start_server: Callable[..., ServerProcess], plain_run: MakeRun, model: Model, durability: str
+) -> None:
+    """A trainer says that it is done: the run, its timeline and the metrics tell, after a restart too, until a trainer
+    goes on. A trainer that was replaced has no say, and nobody is refused for it."""
+    server = start_server()
+    run = plain_run(server, model(0), durability=durability)
+
+    def end(writer: object) -> httpx.Response:
+        return run.http.delete(f"{run.path}/writers/{writer}")
+
+    def ended() -> tuple[bool, float]:
+        told = next(line for line in run.http.get("/metrics").text.splitlines() if line.startswith("ema_run_ended{"))
+        return run.info()["ended_at"] is not None, float(told.split()[-1])
+
+    first = attach(run)
+    second = attach(run)
+    assert push(run, 1, model(1), second).json()["applied"]
+    assert end(first).json()["ended_at"] is None  # replaced: it has no say
+    assert (end(7).status_code, end(0).status_code, end("x").status_code) == (422, 422, 422)
+    assert end(second).json()["ended_at"] >= run.info()["updated_at"]
+    assert end(second).json() == run.info()
+    assert ended() == (True, 1.0)
+    assert [line["kind"] for line in run.http.get(f"{run.path}/timeline").json()["entries"]].count("ended") == 1
+
+    if durability == "memory":
+        server.stop()
+    else:
+        server.kill()
+    server.start()
+    run = plain_run(server)
+    assert ended() == (True, 1.0)
+    assert push(run, 2, model(2), second).json()["applied"]  # it had more to say after all
+    assert ended() == (False, 0.0)
+    assert end(second).json()["ended_at"] is not None
+    attach(run)
+    assert ended() == (False, 0.0)
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "x", "1.0", "99999999999999999999"])
 def test_number_that_is_none(run: PlainRun, model: Model, number: str) -> None:
     """A header that is no writer's number is a clear error."""
