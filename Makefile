@@ -13,6 +13,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
+# The tests start hundreds of processes: each would compile all sources anew where no bytecode may be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test soak lint bench clean
