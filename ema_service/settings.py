@@ -36,8 +36,8 @@ class Settings:
     their last checkpoint.
     body_timeout: seconds that a sender may stay silent in the middle of a body, and that a reader may take nothing.
     max_connections: most connections at once; fewer where the process may not have twice as many descriptors.
-    max_watchers: most streams of events at once. Each keeps a connection open; half of them are for trainers and
-    readers.
+    max_watchers: most streams of events at once, and no more than half of the connections: each keeps one open.
+    With the reads that wait for a step they keep three quarters of the connections at most.
     max_snapshots: most snapshots of one run: whoever may take them shall not fill the disk.
     token_file: tokens and what each may do; None asks nobody for a token.
     allowed_hosts: names by which clients reach the server, beside IP addresses and this machine's own names. Where no

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from fastapi import Request
 
+from ema_client.errors import Overloaded
 from ema_service.api.facts import Facts
 from ema_service.api.transfer.admission import Admission
 from ema_service.api.transfer.segments import Mappings
@@ -28,6 +29,11 @@ __all__ = ["Context"]
 
 T = TypeVar("T")
 
+#: Retry-After for whoever finds no place among those that stay. Watchers stay long; a refused one asks for versions
+#: meanwhile, and for a place as often as such a poll lasts.
+_WATCH_SECONDS = 10.0
+_WAIT_SECONDS = 1.0
+
 
 class Context:
     """One running server. Made on the event loop.
@@ -36,8 +42,8 @@ class Context:
 
     facts: what the server says of itself. workers: the server's threads. mappings: of clients' shared memory that
     pushes lie in. pushers, readers: the queues before the budgets of staging and of frozen versions. watchers: how many
-    streams of events are open. stopping: set once the server is told to stop; whoever waits for a run stops waiting
-    then.
+    streams of events are open. waits: how many reads wait for a step. stopping: set once the server is told to stop;
+    whoever waits for a run stops waiting then.
     """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
@@ -49,7 +55,7 @@ class Context:
         self.mappings = Mappings()
         self.pushers, self.readers = Admission(), Admission()
         self.stopping = False
-        self.watchers = 0
+        self.watchers = self.waits = 0
         self._waiting: set[asyncio.Event] = set()
         self._turns: WeakValueDictionary[tuple[str, ...], asyncio.Lock] = WeakValueDictionary()
         self._syncing: set[Versions] = set()
@@ -100,6 +106,30 @@ class Context:
         """As steer(), for work that takes the lock of the run's snapshots, which is held while one is written."""
         async with self.turn(run, "snapshots"):
             return await self.workers.block(work)
+
+    @contextlib.contextmanager
+    def staying(self, *, watches: bool) -> Iterator[None]:
+        """A place among the requests that stay until something happens, within the block. On the event loop only.
+
+        watches: whether the request is a stream of events, not a wait for a step. A quarter of the connections is left
+        to everyone else. Raises Overloaded where all places are taken.
+        """
+        limit, places = self.settings.max_watchers, self.settings.max_connections * 3 // 4
+        if watches and self.watchers >= limit:
+            raise Overloaded(f"{limit} watchers are there already (max_watchers)", retry_after=_WATCH_SECONDS)
+        if self.watchers + self.waits >= places:
+            raise Overloaded(
+                f"{self.watchers + self.waits} requests wait for runs already, and the other connections are for those "
+                "who do not (max_connections)",
+                retry_after=_WATCH_SECONDS if watches else _WAIT_SECONDS,
+            )
+        self.watchers += watches
+        self.waits += not watches
+        try:
+            yield
+        finally:
+            self.watchers -= watches
+            self.waits -= not watches
 
     @contextlib.contextmanager
     def watching(self, run: Run) -> Iterator[asyncio.Event]:

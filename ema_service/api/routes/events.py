@@ -40,21 +40,12 @@ _RETRY_MS = 1000
 #: Sent at once, so that a client learns in one round trip whether events come through.
 _OPENING = format_sse_event(comment="events", retry=_RETRY_MS)
 _HEARTBEAT = format_sse_event(comment="")
-#: Retry-After for a watcher that finds no place. Watchers stay long; the refused one asks for versions meanwhile, and
-#: for a place as often as such a poll lasts.
-_FULL_SECONDS = 10.0
 
 
 async def _place(server: Server) -> AsyncIterator[None]:
     """A place among the watchers, held to the end of the answer. Raises Overloaded where all are taken."""
-    limit = server.settings.max_watchers
-    if server.watchers >= limit:
-        raise Overloaded(f"{limit} watchers are there already (max_watchers)", retry_after=_FULL_SECONDS)
-    server.watchers += 1
-    try:
+    with server.staying(watches=True):
         yield
-    finally:
-        server.watchers -= 1
 
 
 @router.get(

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ema_client.errors import (
@@ -59,6 +60,7 @@ from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
 from ema_service.api.synthesis import Asked, AskedFor, stored, work_out
+from ema_service.api.transfer.connection import on_lost
 from ema_service.api.transfer.pouring import pour
 from ema_service.averaging import TargetRefused
 from ema_service.averaging import soup as soup_of
@@ -222,7 +224,7 @@ async def get_weights(
         return await _get_soup(run, _weights_of(soup), request, server, average, dtype, prefix)
     found = server.registry.get(run)
     if min_step is not None:
-        await _reach(server, found, min_step, wait)
+        await _reach(server, request, found, min_step, wait)
     state = found.ready_state()
     succession = found.ledger.succession
     member = succession.member(average)
@@ -400,21 +402,31 @@ async def get_snapshot_weights(
         return await _answer(request, server, stream, source, open_source, on_disk=True)
 
 
-async def _reach(server: Context, run: Run, step: int, wait: float) -> None:
+async def _reach(server: Context, request: Request, run: Run, step: int, wait: float) -> None:
     """Return once the run has applied ``step`` or a later one.
 
-    Raises StepNotReached after ``wait`` seconds or when the server stops, RunNotFound when the run is deleted,
-    Superseded when it is replaced.
+    Raises Overloaded where too many wait already; StepNotReached after ``wait`` seconds or when the server stops;
+    RunNotFound when the run is deleted, Superseded when it is replaced; ClientDisconnect where nobody waits any more.
     """
-    with server.watching(run) as moved:
-        with contextlib.suppress(TimeoutError):
+    if _reached(run, step):
+        return
+    gone = asyncio.Event()
+    with server.staying(watches=False), server.watching(run) as moved:
+
+        def leave() -> None:
+            gone.set()
+            moved.set()
+
+        with contextlib.suppress(TimeoutError), on_lost(request, leave):
             async with asyncio.timeout(wait):
-                while not (_reached(run, step) or run.ledger.retired or server.stopping):
+                while not (_reached(run, step) or run.ledger.retired or server.stopping or gone.is_set()):
                     await moved.wait()
                     moved.clear()
-        run.ledger.check_exists()
-        if not _reached(run, step):
-            raise StepNotReached(f"run {run.config.run!r} did not reach step {step} within {wait:g} seconds")
+    if gone.is_set():
+        raise ClientDisconnect
+    run.ledger.check_exists()
+    if not _reached(run, step):
+        raise StepNotReached(f"run {run.config.run!r} did not reach step {step} within {wait:g} seconds")
 
 
 def _reached(run: Run, step: int) -> bool:

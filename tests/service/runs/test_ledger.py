@@ -233,7 +233,7 @@ def test_gaps_are_exact_for_every_schedule(gaps: list[int], counting: bool) -> N
 
 @pytest.mark.parametrize("updates", [1000, pytest.param(8000, marks=pytest.mark.soak)])
 def test_shadows_of_every_schedule_against_float64(updates: int) -> None:
-    """After thousands of updates a float32 shadow of parameters of a model's size is within 2e-6 of a loop in float64."""
+    """After thousands of updates a float32 shadow of parameters as models have is within 2e-6 of a loop in float64."""
     generator = torch.Generator().manual_seed(1)
     ledger = Ledger(RunConfig("r", LAYOUT, averages=EVERY))
     ledger.commit(ledger.succession.first("life", b"first", 1.0, num_updates=None, step=0))

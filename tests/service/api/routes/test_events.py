@@ -222,6 +222,33 @@ def test_watchers_are_limited(start_server: Callable[..., Any], plain_run: Calla
             assert told.next()["event"] == "version"
 
 
+def test_who_waits_leaves_room_for_who_does_not(
+    start_server: Callable[..., Any], plain_run: Callable[..., Any]
+) -> None:
+    """Streams of events and reads that wait for a step keep three quarters of the connections at most: a trainer
+    goes on pushing. A wait that was given up makes room at once, though its time is not over."""
+    server = start_server("--max-connections", "16", memory=True)
+    run = plain_run(server, W)
+    requests = [f"GET {run.path}/events", *[f"HEAD {run.path}/weights?min_step=9&wait=60"] * 20]
+    with contextlib.ExitStack() as stack:
+        waiting: list[socket.socket] = []
+        for request in requests:
+            sock = stack.enter_context(socket.create_connection(_address(server), timeout=0.3))
+            sock.sendall(f"{request} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            with contextlib.suppress(TimeoutError):
+                if b" 503 " in sock.recv(100):
+                    break
+            waiting.append(sock)
+        assert len(waiting) == 12
+        refused = run.http.get(f"{run.path}/weights", params={"min_step": 9, "wait": 60})
+        assert (refused.status_code, refused.json()["code"], refused.headers["Retry-After"]) == (503, "overloaded", "1")
+        assert run.http.get(f"{run.path}/weights", params={"wait": 60}).status_code == 200
+        waiting.pop().close()
+        wait_until(lambda: run.http.head(f"{run.path}/weights?min_step=9&wait=0").status_code != 503)
+        run.push(9, W).raise_for_status()
+        assert all(b" 200 " in sock.recv(100) for sock in waiting[1:])
+
+
 def test_silence_is_broken_by_comments(local_server: Callable[..., Any]) -> None:
     """A stream on which nothing happens says something now and then, and goes on with events after it."""
     server = local_server(memory=True)
