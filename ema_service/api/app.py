@@ -135,6 +135,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     )
     for part in _PARTS:
         app.include_router(part.router)
+    app.router.routes.insert(0, updates.DIRECT)
     dashboard.install(app)
 
     return app

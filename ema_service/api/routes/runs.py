@@ -230,7 +230,11 @@ async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer
     summary="Say that a training is over",
     responses=problem_responses(RunNotFound, InvalidRequest, Superseded),
 )
-async def detach_writer(run: RunName, writer: Annotated[int, Path(ge=1, le=MAX_STEP)], server: Server) -> RunInfo:
+async def detach_writer(
+    run: RunName,
+    writer: Annotated[int, Path(ge=1, le=MAX_STEP, description="What attaching gave this trainer")],
+    server: Server,
+) -> RunInfo:
     """The trainer with this number sends no more updates: nobody need wait for them (``ended_at``).
 
     Nothing is refused for that. The next trainer that attaches, and the next update, take it back; the number of a

@@ -49,11 +49,12 @@ from ema_client.protocol import (
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
 from ema_service.api.pushes import PartialPush, Push
+from ema_service.api.routes.direct import DirectUpdates
 from ema_service.api.routes.parameters import CreatedAt, Number, Replaces, RunName, Server, Step, WriterNumber
 from ema_service.runs import Run, Terms
 from ema_service.runs.parts import Outcome
 
-__all__ = ["router"]
+__all__ = ["DIRECT", "router"]
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["updates"])
 
@@ -168,6 +169,10 @@ async def put_update(
         result = await push.decide(server.metrics.timed(partial(found.commit, update)), quick=found.quick)
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
     return result
+
+
+#: The same, past FastAPI.
+DIRECT = DirectUpdates("/v1/runs/{run}/updates/{step}", put_update)
 
 
 @router.put(
