@@ -185,12 +185,15 @@ def test_updates_at_the_end_of_epochs(client: EmaClient, run_name: str, tmp_path
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def test_trained_again_after_the_end(client: EmaClient, run_name: str, tmp_path: Path, trained: Any) -> None:
-    """fit() of a module with the EMA left in it is no training that comes back from elsewhere: no warning is raised."""
+def test_trained_again_after_the_end(
+    client: EmaClient, run_name: str, tmp_path: Path, trained: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """fit() of a module with the EMA left in it is no training that comes back from elsewhere: nobody is warned."""
     module, callback = Module(trained), for_lightning.RemoteEmaCallback(0.9, run=run_name, swap_at_end=True)
     for epochs in (1, 2):
         trainer(tmp_path, callback, max_epochs=epochs).fit(module, batches())
     assert client.run(run_name).step == 24
+    assert not [each for each in recwarn if "goes on at step" in str(each.message)]
 
 
 def test_lightning_swapped_at_the_end(
