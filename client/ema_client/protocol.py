@@ -572,11 +572,15 @@ class UpdateResult:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStatus:
-    """What the server knows of a step. ``parts`` lists the parts of a staged update that have come."""
+    """What the server knows of a step. ``parts`` lists the parts of a staged update that have come.
+
+    digest: of the parameters, as ``Ema-Digest`` has it, 32 hexadecimal digits; of the run's latest update only.
+    """
 
     step: Step
     state: UpdateState
     parts: tuple[Count, ...] = ()
+    digest: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)

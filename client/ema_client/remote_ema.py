@@ -20,10 +20,20 @@ from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from ema_client.client import EmaClient, checked_decay
 from ema_client.errors import AwaitingWeights, EmaError, UsageError, listed
-from ema_client.protocol import DEFAULT_DECAY, MAX_WAIT, AverageConfig, DecayPer, Durability, Posthoc, RunConfig
+from ema_client.protocol import (
+    DEFAULT_DECAY,
+    MAX_WAIT,
+    AverageConfig,
+    DecayPer,
+    Durability,
+    Posthoc,
+    RunConfig,
+    RunInfo,
+)
 from ema_client.schedules import averages_of, posthoc_of
 from ema_client.targets import Wished
 from ema_client.tensors.writing import noticed
@@ -45,6 +55,7 @@ from ema_client.training.sharding import reshard
 from ema_client.training.state import MOST_STATES, check_state_is_of, rewind_to, saved_state
 from ema_client.training.step_hook import StepHook
 from ema_client.training.tally import Stats
+from ema_client.training.whereabouts import Whereabouts, latest_digest
 
 __all__ = ["BusyPolicy", "RemoteEma"]
 
@@ -194,6 +205,8 @@ class RemoteEma:
         tensors, _ = self._selection.of(model)
         #: Until the training begins, of a run that this trainer may make.
         self._beginning: Beginning | None = None
+        #: Of a training that goes on and did not say its step, until its first update.
+        self._whereabouts: Whereabouts | None = None
         if start.resume is not True:
             self._beginning = Beginning(model, self._selection, tensors, self._begin)
         self._client = client or EmaClient(url, token=token)
@@ -219,7 +232,9 @@ class RemoteEma:
             self._unjoined.start = start.from_where_it_is(self._client, run)
             return
         try:
-            self._join()
+            taken = self._join()
+            if taken is not None and self._plan.part is not None:
+                self._whereabouts = self._taken_to_be_at(taken, model, tensors)
         except BaseException:
             self._release()
             raise
@@ -286,6 +301,9 @@ class RemoteEma:
         self._join()
         self._publisher.check_usable()
         self._beginning = None
+        if self._whereabouts is not None:
+            self._whereabouts.updated()
+            self._whereabouts = None
         # At every call, due or not: what counts is a step since the latest call.
         fired = self._hook is not None and self._hook.fired()
         due = self._cadence.due if due is None else due
@@ -385,7 +403,7 @@ class RemoteEma:
         """
         check_state_is_of(self._run, state, branch=branch)
         self._join()
-        self._beginning = None
+        self._beginning = self._whereabouts = None
         other = self._run if branch and state["run"] != self._run else None
         # All ranks flush before the rewind: a late rank would wait for a step that the rewind takes away.
         self._plan.together(self.flush)
@@ -466,7 +484,7 @@ class RemoteEma:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._given = Given()
-        self._beginning = None
+        self._beginning = self._whereabouts = None
 
     def _for_a_copy(self) -> _Unjoined:
         """What a copy of now joins with."""
@@ -493,13 +511,14 @@ class RemoteEma:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _join(self) -> None:
+    def _join(self) -> RunInfo | None:
         """Join the run, once: in the constructor or, where there may be a rank before this one, at the first use.
 
-        By then the process group tells the rank. Raises as the constructor does; UsageError for a copy that only reads.
+        By then the process group tells the rank. Returns the run as it was found, where nothing told the training's
+        step. Raises as the constructor does; UsageError for a copy that only reads.
         """
         if (waiting := self._unjoined) is None:
-            return
+            return None
         if waiting.copied:
             self._check_may_join(waiting.copied)
         if isinstance(self._plan, WholePlan):
@@ -526,14 +545,23 @@ class RemoteEma:
         self._dropped = weakref.finalize(self, self._publisher.finish)
         # At the end of the program the publisher ends by itself, and waits for its updates.
         self._dropped.atexit = False
+        return joined.taken
 
     # --- the beginning ----------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, _: Optimizer) -> None:
         """Ahead of the first step: what the model holds are the initial weights of the training."""
         if (beginning := self._beginning) is not None and self._plan.part is not None:
             # Of a sharded model all ranks step, and each gives its part: any may have other weights than before.
             self._give_anew(beginning.tensors() if self._plan.in_parts else beginning.changed())
+
+    def _taken_to_be_at(self, run: RunInfo, model: nn.Module, tensors: list[Tensor]) -> Whereabouts | None:
+        """What tells whether the training is where the run is; None where the run had no update that counts twice."""
+        if run.version is None or run.version.endswith(".0"):
+            return None
+        digest = None if self._plan.in_parts else latest_digest(self._client, run)
+        every = self._setup.update_every
+        return Whereabouts(run, digest, model=model, selection=self._selection, tensors=tensors, update_every=every)
 
     def _look_again(self, *, waits: bool = True) -> None:
         """Ahead of a read: the same, where every rank can tell by itself whether the model has other weights.
@@ -603,7 +631,7 @@ class RemoteEma:
         return {spec.name: tensor for spec, tensor in zip(self._selection.specs, sent, strict=True)}
 
     def _release(self) -> None:
-        self._beginning = None
+        self._beginning = self._whereabouts = None
         if self._owns_client:
             self._client.close()
 

@@ -342,8 +342,10 @@ class Ledger:
         return True
 
     def status_of(self, step: int) -> UpdateStatus:
-        """Whether ``step`` was applied, as far as the run remembers its latest steps."""
-        return UpdateStatus(step, "applied" if step in tuple(self._steps) else "unknown")
+        """Whether ``step`` was applied, as far as the run remembers its latest steps; the digest of the latest."""
+        version = self.version
+        digest = version.digest.hex() if version and version.n and version.step == step else ""
+        return UpdateStatus(step, "applied" if step in tuple(self._steps) else "unknown", digest=digest or None)
 
     # --- going back, going on, another trainer ----------------------------------------------------------------------
 

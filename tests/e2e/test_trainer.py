@@ -170,7 +170,7 @@ def test_a_killed_trainer_leaves_a_run_that_goes_on(
         assert info.step == info.num_updates >= 18
         assert all(len(tensor.unique()) == 1 for tensor in pulled.values()), "parts of two steps"
         model = nn.Linear(200, 200)
-        with RemoteEma(model, 0.5, run=run_name, client=client, resume=True) as ema:
+        with RemoteEma(model, 0.5, run=run_name, client=client, resume=True, step=info.step) as ema:
             ema(model)
             assert ema.num_updates == info.num_updates + 1
 

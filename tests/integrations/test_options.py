@@ -112,24 +112,24 @@ class Theirs(lightning.callbacks.EMAWeightAveraging):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.asked: list[int] = []
+        self.asked: list[int | str] = []
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         due = bool(super().should_update(step_idx, epoch_idx))
-        if due and step_idx is not None:
-            self.asked.append(step_idx)
+        if due:
+            self.asked.append(step_idx if step_idx is not None else f"end of epoch {epoch_idx}")
         return due
 
 
 class Ours(for_lightning.RemoteEmaCallback):
     """Our callback, which remembers the same."""
 
-    asked: list[int]
+    asked: list[int | str]
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         due = super().should_update(step_idx, epoch_idx)
-        if due and step_idx is not None:
-            self.asked.append(step_idx)
+        if due:
+            self.asked.append(step_idx if step_idx is not None else f"end of epoch {epoch_idx}")
         return due
 
 
@@ -140,19 +140,22 @@ class Ours(for_lightning.RemoteEmaCallback):
         {"update_every_n_steps": 3},
         {"update_starting_at_step": 5},
         {"update_every_n_steps": 2, "update_starting_at_step": 3},
+        {"update_every_n_steps": 3, "update_starting_at_epoch": 1},
     ],
 )
 def test_updates_after_the_same_steps(
     client: EmaClient, run_name: str, tmp_path: Path, trained: Any, words: dict[str, int]
 ) -> None:
-    """update_every_n_steps and update_starting_at_step update after the very steps that Lightning's callback does."""
+    """Lightning's words mean the very steps and ends of epochs that they mean to Lightning's own callback."""
     theirs, ours = Theirs(decay=0.9, **words), Ours(0.9, run=run_name, **words)
     ours.asked = []
     trainer(tmp_path, theirs, max_epochs=2).fit(Module(trained), batches())
     trainer(tmp_path, ours, max_epochs=2).fit(Module(trained), batches())
     assert ours.asked == theirs.asked
     info = client.run(run_name)
-    assert (info.num_updates, info.step) == (len(theirs.asked), theirs.asked[-1] + 1)
+    assert info.num_updates == len(theirs.asked)
+    # An update at the end of an epoch is a step of its own.
+    assert info.step == (17 if "update_starting_at_epoch" in words else int(theirs.asked[-1]) + 1)
 
 
 @pytest.mark.usefixtures("client")
@@ -180,6 +183,17 @@ def test_updates_at_the_end_of_epochs(client: EmaClient, run_name: str, tmp_path
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_trained_again_after_the_end(
+    client: EmaClient, run_name: str, tmp_path: Path, trained: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """fit() of a module with the EMA left in it is no training that comes back from elsewhere: nobody is warned."""
+    module, callback = Module(trained), for_lightning.RemoteEmaCallback(0.9, run=run_name, swap_at_end=True)
+    for epochs in (1, 2):
+        trainer(tmp_path, callback, max_epochs=epochs).fit(module, batches())
+    assert client.run(run_name).step == 24
+    assert not [each for each in recwarn if "goes on at step" in str(each.message)]
 
 
 def test_lightning_swapped_at_the_end(

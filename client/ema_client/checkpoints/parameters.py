@@ -17,7 +17,7 @@ from torch import Tensor
 from ema_client.checkpoints import files
 from ema_client.checkpoints.dotless import tensors_of
 from ema_client.errors import UsageError, listed
-from ema_client.tensors.names import canonical_name
+from ema_client.tensors.names import shortened
 
 __all__ = ["Parameters", "read_parameters"]
 
@@ -46,7 +46,8 @@ def read_parameters(path: Path, names: Sequence[str], *, prefix: str | None = No
     several places; OSError.
     """
     content, _ = files.read(path)
-    found = list(_places(content, names))
+    # A run of a model with a part of its own called ``module`` has the names that seem to be a wrapper's.
+    found = list(_places(content, names)) or list(_places(content, names, as_named=True))
     chosen = [each for each in found if each.prefix in (prefix, f"{prefix}.")] if prefix is not None else _meant(found)
     if len(chosen) == 1:
         return chosen[0]
@@ -62,8 +63,9 @@ def _meant(found: Sequence[Parameters]) -> Sequence[Parameters]:
     return [each for each in found if not _AVERAGES.search(each.prefix)] or found
 
 
-def _places(content: Any, names: Sequence[str]) -> Iterator[Parameters]:
-    for entry, named in _entries(content):
+def _places(content: Any, names: Sequence[str], *, as_named: bool = False) -> Iterator[Parameters]:
+    for entry, tensors_there in _entries(content):
+        named = {short: tensors_there[name] for name, short in shortened(tensors_there, as_named=as_named)}
         for prefix in sorted({each.removesuffix(names[0]) for each in named if each.endswith(names[0])}):
             if all(prefix + name in named for name in names):
                 tensors = {name: named[prefix + name] for name in names}
@@ -71,10 +73,10 @@ def _places(content: Any, names: Sequence[str]) -> Iterator[Parameters]:
 
 
 def _entries(content: Any, entry: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of each mapping in a file, by canonical names, with the entries that lead to it."""
+    """The tensors of each mapping in a file, with the entries that lead to it."""
     if not isinstance(content, Mapping) or not depth:
         return
-    yield entry, {canonical_name(name): tensor for name, tensor in tensors_of(content).items()}
+    yield entry, tensors_of(content)
     for key, value in content.items():
         if isinstance(key, str):
             yield from _entries(value, f"{entry}{key}.", depth - 1)
@@ -82,7 +84,7 @@ def _entries(content: Any, entry: str = "", depth: int = _DEPTH) -> Iterator[tup
 
 def _lacking(content: Any, names: Sequence[str]) -> str:
     """What the fullest of a file's entries lacks."""
-    held = max((set(named) for _, named in _entries(content)), key=len, default=set())
+    held = max(({short for _, short in shortened(named)} for _, named in _entries(content)), key=len, default=set())
     if not held:
         return "the file holds no named tensors"
     missing = [name for name in names if name not in held]

@@ -85,7 +85,11 @@ def _timm(state: Mapping[str, Any], described: Mapping[str, Any], _: _Names) -> 
     args = described["args"] if isinstance(described.get("args"), Mapping) else {}
     decay = real(args, "model_ema_decay") if "model_ema_decay" in args else None
     notes = (f"timm's warm-up, {POWER_RULE}, is not carried on",) if args.get("model_ema_warmup") else ()
-    return Found("", tensors_of(state), Continuation("litema", decay, None, None if notes else decay), notes)
+    tensors = tensors_of(state)
+    if all(name.startswith("module.") for name in tensors):
+        # A ModelEmaV3's own state, not that of the model in it.
+        tensors = below(tensors, "module.")
+    return Found("", tensors, Continuation("litema", decay, None, None if notes else decay), notes)
 
 
 def _ema_pytorch(state: Mapping[str, Any], _: Mapping[str, Any], __: _Names) -> Found:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ema_client.checkpoints import files
 from ema_client.checkpoints.continuation import Continuation
-from ema_client.checkpoints.dotless import litema_prefix, tensors_of
+from ema_client.checkpoints.dotless import below, litema_prefix, tensors_of
 from ema_client.checkpoints.programs import FORMATS, OWN
 from ema_client.checkpoints.values import strings
 from ema_client.errors import UsageError, listed
-from ema_client.tensors.names import canonical_names
+from ema_client.tensors.names import canonical_names, in_front
 
 __all__ = ["FORMATS", "Imported", "read"]
 
@@ -66,6 +66,7 @@ def read(
     like: Path | None = None,
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
+    prefix: str | None = None,
 ) -> Imported:
     """The EMA in a checkpoint.
 
@@ -75,12 +76,14 @@ def read(
         like: a checkpoint of the model itself, for a file that does not hold the parameters' names.
         drop: patterns (``*``) of names to leave out: buffers that a state dict holds beside the parameters.
         keep: patterns of names not to leave out: BatchNorm's statistics, which are left out by themselves.
+        prefix: take the tensors whose names begin so, by the rest of their names, which is the model's own. By default
+            all, without what is in front of all names and may be a wrapper's (``module.``).
 
     Raises UsageError for a file that cannot be read, is of no known format, or lacks names; NameCollision where a
     dotless name of LitEma fits two parameters, naming both; OSError.
     """
     try:
-        return _read(path, format, like, drop, keep)
+        return _read(path, format, like, drop, keep, prefix)
     except UsageError as fault:
         if str(path) in fault.detail:
             raise
@@ -88,7 +91,9 @@ def read(
         raise type(fault)(f"{path}: {fault.detail}", hint=fault.hint) from None
 
 
-def _read(path: Path, format: str | None, like: Path | None, drop: Sequence[str], keep: Sequence[str]) -> Imported:
+def _read(
+    path: Path, format: str | None, like: Path | None, drop: Sequence[str], keep: Sequence[str], prefix: str | None
+) -> Imported:
     content, described = files.read(path)
     state, source = _opened(content)
     described = {**described, **_described_by(content)}
@@ -101,16 +106,25 @@ def _read(path: Path, format: str | None, like: Path | None, drop: Sequence[str]
     found = FORMATS[kind](state, described, names)
     own = kind == OWN or "ema_names" in described
     tensors, dropped = _parameters(found.tensors, drop, () if own else _BUFFERS, keep)
+    if prefix is not None:
+        tensors = below(tensors, prefix)
     if not tensors:
         raise UsageError(
             f"{path} holds no weights as {kind} keeps them", hint="give another --format, or the right file"
         )
     _check_tied(path, tensors)
+    notes = found.notes
     if not own:
         # A run's own names are canonical, whatever they begin with.
-        tensors = {canonical: tensors[name] for name, canonical in canonical_names(tensors).items()}
+        if prefix is None and (front := in_front(tensors)):
+            notes = (
+                *notes,
+                f"{front!r} in front of all names is taken for a wrapper's (--prefix '': for the model's own)",
+            )
+        as_named = prefix is not None
+        tensors = {canonical: tensors[name] for name, canonical in canonical_names(tensors, as_named=as_named).items()}
     where = ", ".join(part for part in (source, found.source) if part)
-    return Imported(kind, where, tensors, found.going_on, _step(described), dropped, found.notes)
+    return Imported(kind, where, tensors, found.going_on, _step(described), dropped, notes)
 
 
 def _check_tied(path: Path, tensors: Mapping[str, Tensor]) -> None:

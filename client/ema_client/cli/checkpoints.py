@@ -65,6 +65,14 @@ def import_run(
         list[str] | None,
         typer.Option(help="Hold the newest value of names of this pattern, not an average. May be repeated."),
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Take the names that begin so, without it; '' takes all as they are. By default `module.` in front of "
+            "all names is taken for DataParallel's.",
+            show_default=False,
+        ),
+    ] = None,
     decay: Annotated[
         float | None,
         typer.Option(help="Instead of the checkpoint's; if it has none, that program's default.", show_default=False),
@@ -83,7 +91,7 @@ def import_run(
         from ema_client.checkpoints import read
     except ModuleNotFoundError:
         raise without_torch() from None
-    found = read(path, format=format, like=like, drop=drop or (), keep=copied or ())
+    found = read(path, format=format, like=like, drop=drop or (), keep=copied or (), prefix=prefix)
     going_on = found.going_on if num_updates is None else replace(found.going_on, num_updates=num_updates)
     known = going_on.decay if decay is None else decay
     largest = going_on.usual_decay if known is None else known

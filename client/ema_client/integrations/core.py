@@ -26,6 +26,7 @@ from ema_client.integrations.options import OutagePolicy, RemoteEmaOptions, chec
 from ema_client.integrations.origins import BEGUN, Lacking, Loaded, Origin, Origins, Trained
 from ema_client.integrations.replica import Replica
 from ema_client.remote_ema import RemoteEma
+from ema_client.training.joining import Resume
 from ema_client.training.ranks import gathered, is_distributed
 from ema_client.training.state import LACKS, saved_state
 
@@ -62,7 +63,7 @@ class Core:
         run: str,
         url: str | None,
         token: str | None,
-        resume: bool,
+        resume: Resume,
         on_unreachable: OutagePolicy,
         keep: int | None,
         options: RemoteEmaOptions,
@@ -125,7 +126,9 @@ class Core:
         self.first, self._throwaway = first, throwaway
         origin = None if throwaway else self._origins.of(owner)
         run, resume = (_throwaway_name(self.run), False) if throwaway else self._run_for(origin)
-        replica = Replica(model, run=run, first=first, resume=resume, **self._where, **self._options)
+        # A training that goes on in its process is where it was, whatever was done with the weights since.
+        step_of_run = origin.step if isinstance(origin, Trained) and resume else None
+        replica = Replica(model, run=run, first=first, resume=resume, step=step_of_run, **self._where, **self._options)
         self._replica = replica
         if isinstance(origin, Loaded) and origin.run == run:
             try:
@@ -160,6 +163,7 @@ class Core:
         if self._replica:
             with self._tolerated("the training ends, and updates were not applied"):
                 self._replica.settle()
+            self._note_step(self._replica)
 
     def close(self) -> None:
         """The training weights back, everything sent, connections closed. The run stays on the service."""
@@ -259,7 +263,13 @@ class Core:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _run_for(self, origin: Origin | None) -> tuple[str, bool]:
+    def _note_step(self, replica: Replica) -> None:
+        """The step at which the training is over, for another one of the same model."""
+        owner = self.owner
+        if owner is not None and replica.ema and isinstance(self._origins.of(owner), Trained) and not self._throwaway:
+            self._origins.set(owner, Trained(replica.run, replica.ema.step))
+
+    def _run_for(self, origin: Origin | None) -> tuple[str, Resume]:
         """The run's name for a training of weights of this origin, and whether the run is to be there already."""
         if origin is not None and origin.run is not None and self._origins.is_own(origin.run):
             return origin.run, True

@@ -26,6 +26,7 @@ from ema_client.integrations.options import OutagePolicy, RemoteEmaOptions
 from ema_client.integrations.origins import origin_of
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
+from ema_client.training.joining import Resume
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,8 +65,9 @@ class RemoteEmaCallback(Callback):
             refuses: "warn": the weights of the training are evaluated, the checkpoint says that it has no EMA; "raise"
             the error. A training that begins, and finds no service, raises in either case.
         swap_at_end: leave the EMA weights in the module when fit() ends, as Lightning's own callback does.
-        update_every_n_steps, update_starting_at_step: as for Lightning's EMAWeightAveraging: updates after the steps
-            with these numbers, counted from 0. The average begins with the weights of the training's start, where
+        update_every_n_steps, update_starting_at_step, update_starting_at_epoch: as for Lightning's EMAWeightAveraging:
+            updates after the steps with these numbers, and at the ends of the epochs from this one on, counted from 0;
+            None: at the end of no epoch. The average begins with the weights of the training's start, where
             Lightning's begins with those of its first update: leave ``use_num_updates`` on, which soon forgets them.
         keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
         options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, posthoc,
@@ -83,11 +85,12 @@ class RemoteEmaCallback(Callback):
         token: str | None = None,
         attribute: str | None = None,
         evaluate: bool = True,
-        resume: bool = False,
+        resume: Resume = False,
         on_unreachable: OutagePolicy = "warn",
         swap_at_end: bool = False,
         update_every_n_steps: int | None = None,
         update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
         keep: int | None = None,
         **options: Unpack[RemoteEmaOptions],
     ) -> None:
@@ -107,6 +110,7 @@ class RemoteEmaCallback(Callback):
         self._swap_at_end = swap_at_end
         self._every = _at_least_one("update_every_n_steps", update_every_n_steps)
         self._start = update_starting_at_step or 0
+        self._start_epoch = update_starting_at_epoch
         #: Of the latest update: the number of optimizer steps, and of epochs where updates are made at their ends.
         self._steps, self._epochs = 0, 0
         #: Of the checkpoint loaded last: path of each checkpoint -> its snapshot.
@@ -127,7 +131,8 @@ class RemoteEmaCallback(Callback):
 
         May be overridden, as that of Lightning's own WeightAveraging. Steps without an update are counted.
         """
-        del epoch_idx
+        if epoch_idx is not None and self._start_epoch is not None and epoch_idx >= self._start_epoch:
+            return True
         return step_idx is not None and step_idx >= self._start and step_idx % self._every == 0
 
     # --- training ---------------------------------------------------------------------------------------------------

@@ -26,9 +26,13 @@ BEGUN = "begun"
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The weights are those of a training, in progress or over: the EMA is that of ``run`` as it is now."""
+    """The weights are those of a training, in progress or over: the EMA is that of ``run`` as it is now.
+
+    step: the run's step for the training, where that is over; None elsewhere.
+    """
 
     run: str
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from ema_client.integrations.options import OutagePolicy, RemoteEmaOptions
 from ema_client.integrations.origins import Lacking, Origin, origin_of
 from ema_client.protocol import DEFAULT_DECAY
 from ema_client.remote_ema import RemoteEma
+from ema_client.training.joining import Resume
 from ema_client.training.ranks import agreed, ranks_in_all
 from ema_client.training.state import LACKS, check_state_is_of
 
@@ -77,7 +78,7 @@ class RemoteEmaCallback(TrainerCallback):
         run: str,
         url: str | None = None,
         token: str | None = None,
-        resume: bool = False,
+        resume: Resume = False,
         on_unreachable: OutagePolicy = "warn",
         swap_at_end: bool = False,
         keep: int | None = None,

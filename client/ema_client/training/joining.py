@@ -69,12 +69,14 @@ class Joined:
     """What came of joining: the step from which updates count on, and the writer's number.
 
     writer: None on a rank that sends nothing. made: the run as this trainer's initial weights made it; None where the
-    run was there, and on a rank that sends nothing of a whole model.
+    run was there, and on a rank that sends nothing of a whole model. taken: the run as it was found, where the training
+    is taken to be where the run is, as nothing told its step.
     """
 
     step: int
     writer: int | None
     made: RunInfo | None = None
+    taken: RunInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class Joining:
         self._tell(_other_schedule(info, self.config) or _other_posthoc(info, self.config), level=4)
         step, warning = self._agree_on_step(info, start)
         self._tell(warning, level=4)
-        return Joined(step, writer)
+        return Joined(step, writer, taken=info if start.at is None and start.state is None else None)
 
     @property
     def _run(self) -> str:

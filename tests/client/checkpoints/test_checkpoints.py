@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ema_client import EmaClient, RemoteEma, checkpoints
 from ema_client.errors import NameCollision, UsageError
 from tests.client.checkpoints.litema import LitEma
+from tests.client.checkpoints.timm_file import timm_model_ema
 
 Ema = Callable[..., tuple[int, str, str]]
 
@@ -306,9 +307,8 @@ def test_timm(ema: Ema, client: EmaClient, run_name: str, tmp_path: Path) -> Non
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_timm_itself(tmp_path: Path) -> None:
     """ModelEmaV3's own state dict is known by its names."""
-    model_ema = pytest.importorskip("timm.utils.model_ema", reason="timm (with torchvision) is not installed")
     model = nn.Linear(2, 2)
-    torch.save(model_ema.ModelEmaV3(model).state_dict(), tmp_path / "ema.pt")
+    torch.save(timm_model_ema().ModelEmaV3(model).state_dict(), tmp_path / "ema.pt")
     found = checkpoints.read(tmp_path / "ema.pt")
     assert found.format == "timm"
     assert_same(found.tensors, model.state_dict())
@@ -384,6 +384,35 @@ def test_names_of_another_model(tmp_path: Path) -> None:
 
 def test_collisions_by_wrappers(tmp_path: Path) -> None:
     """Two names that are one without wrappers' prefixes are refused as everywhere."""
-    torch.save({"w": torch.ones(1), "module.w": torch.ones(1)}, tmp_path / "x.pt")
+    torch.save({"w": torch.ones(1), "_orig_mod.w": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(NameCollision):
         checkpoints.read(tmp_path / "x.pt")
+
+
+class Boxed(nn.Module):
+    """A model with a part of its own called ``module``, and perhaps another part beside it."""
+
+    def __init__(self, *, beside: bool) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+        if beside:
+            self.head = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(("beside", "wrapped", "prefix"), [(1, 0, None), (1, 1, None), (0, 0, ""), (0, 1, "module.")])
+def test_a_part_called_module(
+    ema: Ema, client: EmaClient, run_name: str, tmp_path: Path, beside: bool, wrapped: bool, prefix: str | None
+) -> None:
+    """A model's own ``module`` keeps its name in an import and a push. What may be DataParallel's is told; --prefix
+    decides."""
+    model = Boxed(beside=beside)
+    torch.save(nn.DataParallel(model).state_dict() if wrapped else model.state_dict(), tmp_path / "m.pt")
+    words = ["import", tmp_path / "m.pt", run_name, "--format", "state-dict"]
+    if prefix is not None:
+        assert "in front of all names is taken for a wrapper's" in ema(*words[:2], f"{run_name}-other", *words[3:])[1]
+        words += ["--prefix", prefix]
+    code, out, _ = ema(*words)
+    assert (code, "'module.' in front of all names" in out) == (0, bool(wrapped and beside))
+    with RemoteEma(model, 0.9999, False, run=run_name, client=client, resume=True) as going_on:
+        going_on(model)
+    assert ema("push", tmp_path / "m.pt", run_name, "--take-over")[0] == 0

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
-import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
@@ -27,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from ema_client import AverageConfig, EmaClient, RemoteEma
 from ema_client.schedules import constant, half_life, inverse_gamma, litema, power, uniform
 from tests.client.checkpoints.litema import LitEma
+from tests.client.checkpoints.timm_file import timm_model_ema
 
 Ema = Callable[..., tuple[int, str, str]]
 
@@ -134,20 +132,6 @@ class OfAveragedModel:
 
     def state(self) -> Any:
         return self.ema.state_dict()
-
-
-def timm_model_ema() -> ModuleType:
-    """timm's file of ModelEma, which needs torch alone; all of timm needs a torchvision that fits this torch."""
-    try:
-        path = importlib.metadata.distribution("timm").locate_file("timm/utils/model_ema.py")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("timm is not installed: pip install --no-deps timm")
-    spec = importlib.util.spec_from_file_location("timm_model_ema", str(path))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class OfModelEmaV3:

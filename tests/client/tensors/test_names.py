@@ -7,9 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ema_client.errors import NameCollision
-from ema_client.tensors.names import canonical_name, canonical_names, dotless_names
+from ema_client.tensors.names import canonical_names, dotless_names, in_front
 
 COMPONENTS = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "conv", "0", "weight"]
+
+
+def canonical_name(name: str) -> str:
+    """Of a file that holds nothing else."""
+    return canonical_names([name])[name]
+
+
 DOTTED = st.lists(st.sampled_from(COMPONENTS), min_size=1, max_size=8).map(".".join)
 
 
@@ -26,6 +33,9 @@ DOTTED = st.lists(st.sampled_from(COMPONENTS), min_size=1, max_size=8).map(".".j
         ("layers.0._checkpoint_wrapped_module.conv.weight", "layers.0.conv.weight"),
         ("_fsdp_wrapped_module.layers.0._fsdp_wrapped_module._orig_mod.weight", "layers.0.weight"),
         ("encoder.module.weight", "encoder.module.weight"),
+        ("_forward_module.module.weight", "weight"),
+        ("_module.conv.weight", "conv.weight"),
+        ("conv._module.weight", "conv._module.weight"),
         ("my_orig_mod.weight", "my_orig_mod.weight"),
         ("modules.weight", "modules.weight"),
         ("module", "module"),
@@ -56,12 +66,26 @@ def test_canonical_names_keep_the_order_given() -> None:
     assert list(names.items()) == [("module.b", "b"), ("module.a.x", "a.x")]
 
 
+@pytest.mark.parametrize("word", ["module", "_module", "_forward_module"])
+def test_words_in_front_of_some_names_are_the_models_own(word: str) -> None:
+    """A wrapper is in front of all names; where it may be either, it is told, and can be kept."""
+    own = [f"{word}.weight", "head.weight", "head._orig_mod.bias"]
+    assert list(canonical_names(own).values()) == [f"{word}.weight", "head.weight", "head.bias"]
+    assert in_front(own) == ""
+    wrapped = [f"{word}.{name}" for name in own]
+    assert list(canonical_names(wrapped).values()) == [f"{word}.weight", "head.weight", "head.bias"]
+    assert in_front(wrapped) == f"{word}."
+    kept = canonical_names(wrapped, as_named=True)
+    assert list(kept.values()) == [f"{word}.{word}.weight", f"{word}.head.weight", f"{word}.head.bias"]
+    assert (canonical_names([]), in_front([])) == ({}, "")
+
+
 def test_collision_names_both_originals() -> None:
     """Two parameters that are one without prefixes are refused, and both are named."""
     with pytest.raises(NameCollision) as refused:
-        canonical_names(["module.a.weight", "b", "_orig_mod.a.weight"])
+        canonical_names(["_orig_mod.a.weight", "b", "a._orig_mod.weight"])
 
-    assert "'module.a.weight'" in refused.value.detail
+    assert "'a._orig_mod.weight'" in refused.value.detail
     assert "'_orig_mod.a.weight'" in refused.value.detail
 
 

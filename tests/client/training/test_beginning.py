@@ -213,7 +213,7 @@ def test_a_run_that_is_there_keeps_its_ema(
     first.close()
     again = make_ema(Zoo(), 0.9, resume=resume)
     model = Zoo()
-    again = make_ema(model, 0.9, resume=resume)
+    again = make_ema(model, 0.9, resume=resume, step=updates)
     by_load_state_dict(model)
     read_scope(again, model)
     Training(model).go_on(again, oracle)

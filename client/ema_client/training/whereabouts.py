@@ -1,0 +1,119 @@
+"""Whether a training that goes on with a run, and does not say its step, is where the run is.
+
+A training that comes back from an older checkpoint counts the steps since that checkpoint twice. Two things tell of it.
+The service has the digest of the parameters of a run's latest update: a model with these very parameters is where the
+run is. And torch's optimizers count their steps, and have the count of the checkpoint again.
+
+Weights and optimizers may be loaded until the first step: a model that has other weights in the constructor is judged
+ahead of that step, or with the first update of a training without a torch optimizer.
+
+Knows: the parameters of now, their digest, an optimizer's count. Does not know: how a trainer joins its run (joining).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from ema_client.client import EmaClient
+from ema_client.http.digests import can_digest
+from ema_client.protocol import RunInfo
+from ema_client.training.beginning import parameters_hash
+from ema_client.training.first_step import FirstStep
+from ema_client.training.kinds import AnySelection
+
+__all__ = ["Whereabouts", "latest_digest", "steps_of"]
+
+
+class Whereabouts:
+    """Of a training that goes on with a run: warns once, where the model is not where the run is.
+
+    Args:
+        run: the run as it was found, with at least one update.
+        digest: of the parameters of the run's latest update, in hexadecimal; None where nobody knows it.
+        model, selection, tensors: the model of now, and its tensors in the selection's order.
+        update_every: as for RemoteEma: a training may be so many steps ahead of its latest update.
+    """
+
+    def __init__(
+        self,
+        run: RunInfo,
+        digest: str | None,
+        *,
+        model: nn.Module,
+        selection: AnySelection,
+        tensors: Sequence[Tensor],
+        update_every: int,
+    ) -> None:
+        self._run = run.run
+        self._step = run.step or 0
+        self._update_every = update_every
+        self._digest = digest
+        self._specs = selection.specs
+        #: Whether the model had other weights in the constructor; None where that cannot be told.
+        self._was_elsewhere = None if digest is None else self._hash(tensors, buffers=True) != digest
+        self._was = self._hash(tensors) if self._was_elsewhere else ""
+        #: Whether everything was found out and, where need be, said.
+        self.over = self._was_elsewhere is False
+        self._first = None if self.over else FirstStep(model, selection, self._ahead)
+
+    def updated(self) -> None:
+        """The first update is made."""
+        if not self.over:
+            self._judge(self._was_elsewhere, None)
+
+    def _ahead(self, optimizer: Optimizer) -> None:
+        if not self.over:
+            self._judge(self._is_elsewhere(), steps_of(optimizer))
+
+    def _is_elsewhere(self) -> bool | None:
+        """Whether the model of now has other weights than the run's latest update; None where that cannot be told."""
+        tensors = self._first.tensors() if self._first and self._was_elsewhere else None
+        if tensors is None or (now := self._hash(tensors)) == self._was:
+            return self._was_elsewhere
+        # Loaded since the constructor. Buffers, which a forward pass changes, are no longer those of the update.
+        return now != self._digest if all(isinstance(each, nn.Parameter) for each in tensors) else None
+
+    def _judge(self, elsewhere: bool | None, steps: int | None) -> None:
+        """steps: that the training's optimizer has made, None where nobody knows."""
+        self.over = True
+        behind = self._step - steps if steps is not None else 0
+        if elsewhere is False or -self._update_every < behind < 0:
+            return
+        if behind > 0:
+            what = (
+                f"run {self._run!r} is at step {self._step} and the training comes back at step {steps}, by its "
+                f"optimizer's count: the {behind} steps between count twice in the EMA"
+            )
+        elif elsewhere:
+            counted = f", and its optimizer has made {steps} steps" if steps is not None else ""
+            what = (
+                f"run {self._run!r} goes on at step {self._step}, and the model does not have the weights of that "
+                f"step{counted}: where it comes from an older checkpoint, the steps since then count twice in the EMA"
+            )
+        else:
+            return
+        # The caller is a hook of torch, or of a framework: no line of the user's can be named.
+        warnings.warn(
+            f"{what}; give the checkpoint's step=, or its state=, of RemoteEma.state_dict(), to go back with it",
+            stacklevel=2,
+        )
+
+    def _hash(self, tensors: Sequence[Tensor], *, buffers: bool = False) -> str:
+        return parameters_hash(tensors, self._specs, buffers=buffers).hex()
+
+
+def latest_digest(client: EmaClient, run: RunInfo) -> str | None:
+    """Of the parameters of a run's latest update; None where the service does not know it, or nothing can compare."""
+    return client.update_status(run.run, run.step).digest if run.step is not None and can_digest() else None
+
+
+def steps_of(optimizer: Optimizer) -> int | None:
+    """How many steps the optimizer has made, as its state says; None where it does not say, or begins."""
+    counts = (state.get("step") for state in optimizer.state.values() if isinstance(state, dict))
+    single = (each for each in counts if isinstance(each, int | float) or (torch.is_tensor(each) and each.numel() == 1))
+    return max(map(int, single), default=0) or None
