@@ -391,7 +391,7 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
         if uds:
             typer.echo(f"  socket     unix://{uds.resolve()}")
         typer.echo(f"  device     {pick_device(settings.device)}")
-        typer.echo(f"  data dir   {settings.data_dir or 'none: --memory keeps nothing'}")
+        typer.echo(f"  data dir   {_data_line(settings.data_dir, store)}")
         if store:
             typer.echo(f"  memory     {_memory_line(store)}")
         if settings.address_file:
@@ -452,6 +452,13 @@ def _only_here(url: str, uds: Path | None) -> str:
     if told != url or is_loopback(host_of(told)):
         return " (for clients on this machine: --host says who may connect)"
     return ""
+
+
+def _data_line(data_dir: Path | None, store: Store | None) -> str:
+    """Where runs are kept, and what is different there on a network's file system."""
+    if store and store.mounted.shared:
+        return f"{data_dir}, on {store.mounted.kind}: its catalog is this server's alone while the server runs"
+    return str(data_dir or "none: --memory keeps nothing")
 
 
 def _memory_line(store: Store) -> str:
