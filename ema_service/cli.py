@@ -6,7 +6,6 @@ torch and the server only when called, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import sqlite3
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
-from ema_service.addresses import host_of
+from ema_service.addresses import host_of, is_loopback, most_reachable
 from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 from ema_service.sizes import parse_size
@@ -206,6 +205,14 @@ def serve(
             envvar="EMA_SERVICE_ANNOUNCE",
         ),
     ] = None,
+    address_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Say in this file, for clients with the URL file:///PATH, where the server is, while it listens.",
+            dir_okay=False,
+            envvar="EMA_SERVICE_ADDRESS_FILE",
+        ),
+    ] = None,
     ssl_certfile: Annotated[
         Path | None,
         typer.Option(
@@ -249,7 +256,7 @@ def serve(
     ] = False,
 ) -> None:
     """Start the server. Ctrl-C or SIGTERM finishes the updates in hand, keeps every run, and stops."""
-    if token_file is None and not insecure_no_auth and not _is_loopback(host):
+    if token_file is None and not insecure_no_auth and not is_loopback(host):
         raise typer.BadParameter(
             f"{host} can be reached by others, and without tokens anyone could read and write every run. "
             "Make tokens (`ema-service token create`) and give --token-file, or say --insecure-no-auth.",
@@ -272,6 +279,7 @@ def serve(
         token_file=token_file,
         allowed_hosts=(host, *(allowed_host or ()), *([host_of(announce)] if announce else [])),
         announce=announce,
+        address_file=address_file,
         slow_request=slow_request,
         access_log=access_log,
     )
@@ -369,16 +377,6 @@ def _lifetime(text: str) -> int:
     return int(match[1]) * {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[match[2]]
 
 
-def _is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address. A name other than localhost counts as reachable by others."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
     """Serve until told to stop. Exits with 1, and a line on stderr, where the server cannot start."""
     # Before torch is imported, which takes memory: memory that an earlier server left may leave no room for both.
@@ -393,9 +391,11 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
         if uds:
             typer.echo(f"  socket     unix://{uds.resolve()}")
         typer.echo(f"  device     {pick_device(settings.device)}")
-        typer.echo(f"  data dir   {settings.data_dir or 'none: --memory keeps nothing'}")
+        typer.echo(f"  data dir   {_data_line(settings.data_dir, store)}")
         if store:
             typer.echo(f"  memory     {_memory_line(store)}")
+        if settings.address_file:
+            typer.echo(f"  address    file://{settings.address_file.absolute()}{_only_here(url, uds)}")
         typer.echo(f"  dashboard  {url}/    API docs  {url}/docs")
 
     try:
@@ -444,6 +444,21 @@ def _opened(settings: Settings) -> Store | None:
         return open_store(settings.data_dir, settings.ram_dir)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
         _refuse(fault)
+
+
+def _only_here(url: str, uds: Path | None) -> str:
+    """What to know of an address that other machines cannot use."""
+    told = most_reachable(url, uds)
+    if told != url or is_loopback(host_of(told)):
+        return " (for clients on this machine: --host says who may connect)"
+    return ""
+
+
+def _data_line(data_dir: Path | None, store: Store | None) -> str:
+    """Where runs are kept, and what is different there on a network's file system."""
+    if store and store.mounted.shared:
+        return f"{data_dir}, on {store.mounted.kind}: its catalog is this server's alone while the server runs"
+    return str(data_dir or "none: --memory keeps nothing")
 
 
 def _memory_line(store: Store) -> str:

@@ -45,6 +45,7 @@ class Settings:
     announce: what others know the server by: a host name, an address, or a whole URL; None for the address that it
     listens on. slow_request: seconds beyond which the log tells of a request. access_log: whether it tells of each.
     measurements: whether each update is measured: how far shadow and parameters are apart, rates, times.
+    address_file: a file for clients that says where the server is, while it listens; None for none.
     json_bytes: most bytes of JSON bodies held at one time; the largest there may be, a layout, has 32 MiB.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     token_file: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     announce: str | None = None
+    address_file: Path | None = None
     slow_request: float = 30.0
     access_log: bool = False
     measurements: bool = True

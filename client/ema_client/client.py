@@ -100,7 +100,8 @@ class EmaClient:
     More than twenty methods: one for each thing that a user may ask of the service.
 
     Args:
-        url: ``http://host:port``, ``https://host`` or ``unix:///path.sock``; else $EMA_SERVICE_URL, else
+        url: ``http://host:port``, ``https://host``, ``unix:///path.sock``, or ``file:///path`` of the file in which a
+            server says where it is (``ema-service serve --address-file``); else $EMA_SERVICE_URL, else
             http://127.0.0.1:8470.
         token: bearer token; else $EMA_SERVICE_TOKEN, else none.
         retry: when to try again, by default for about ten seconds.

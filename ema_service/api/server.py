@@ -23,7 +23,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ema_service.addresses import announced
+from ema_service.address_file import AddressFile
+from ema_service.addresses import announced, most_reachable
 from ema_service.api.app import create_app, open_registry
 from ema_service.api.context import Context
 from ema_service.api.tls import Certificate
@@ -82,6 +83,9 @@ def serve(
     with contextlib.ExitStack() as stack:
         tcp = stack.enter_context(_tcp(host, port))
         unix = stack.enter_context(_unix(uds)) if uds else None
+        url = announced(host, tcp.getsockname()[1], secure=tls is not None, name=settings.announce)
+        told = AddressFile(settings.address_file, most_reachable(url, uds)) if settings.address_file else None
+        stack.callback(_stopping, told)
         app = create_app(settings, open_registry(settings, store))
         config = uvicorn.Config(
             app,
@@ -94,9 +98,8 @@ def serve(
             access_log=False,
             server_header=False,
         )
-        url = announced(host, tcp.getsockname()[1], secure=tls is not None, name=settings.announce)
-        started = partial(_started, app.state.metrics, announce, url)
-        duties = _Duties(started, partial(_reload, app, tls), partial(_keep, app))
+        started = partial(_started, app.state.metrics, announce, url, told)
+        duties = _Duties(started, partial(_reload, app, tls), partial(_stopping, told), partial(_keep, app))
         stack.callback(_log.info, "stopped")
         _Server(config, tcp, unix, tls, settings.max_connections, duties).run([])
 
@@ -121,12 +124,13 @@ def _exit(_number: int, _frame: object) -> None:
 class _Duties:
     """What a server does beside answering.
 
-    started: called with the connections once they are accepted. reload: called on SIGHUP. keep: awaited when the server
-    begins to stop, before readers are waited for.
+    started: called with the connections once they are accepted. reload: called on SIGHUP. stopping: called when no more
+    are accepted. keep: awaited then, before readers are waited for.
     """
 
     started: Callable[[Connections], None]
     reload: Callable[[], None]
+    stopping: Callable[[], None]
     keep: Callable[[], Awaitable[None]]
 
 
@@ -165,6 +169,7 @@ class _Server(uvicorn.Server):
         began = clock()
         for server in self.servers:
             server.close()
+        self._duties.stopping()
         await self._duties.keep()
         self.config.timeout_graceful_shutdown = max(1, round(STOP_SECONDS - (clock() - began)))
         await super().shutdown(sockets)
@@ -174,12 +179,22 @@ class _Server(uvicorn.Server):
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
-def _started(metrics: Metrics, announce: Callable[[str], None], url: str, connections: Connections) -> None:
+def _started(
+    metrics: Metrics, announce: Callable[[str], None], url: str, told: AddressFile | None, connections: Connections
+) -> None:
     """Tell the address, and from here on how many connections there are."""
     metrics.watch("ema_connections", "Connections that are open.", lambda: len(connections.opened))
     metrics.watch("ema_connections_limit", "Most of ema_connections.", lambda: connections.most)
+    if told:
+        told.show()
     _say(announce, url)
     _log.info("started: ema-service %s on %s", version("ema-service"), url)
+
+
+def _stopping(told: AddressFile | None) -> None:
+    """Let no client come any more."""
+    if told:
+        told.withdraw()
 
 
 def _reload(app: FastAPI, tls: Certificate | None) -> None:

@@ -176,10 +176,15 @@ class Catalog:
 
     The log has its room on the disk: what is written here is written on a full disk, too.
 
+    alone: keep other processes from the database, those that only read it too. That is for file systems of networks,
+    where processes cannot share the memory that SQLite's log otherwise wants of them (https://sqlite.org/wal.html, "Use
+    of WAL Without Shared-Memory"). A log is kept there all the same: a durable transaction then takes one sync, 4 ms on
+    the disk where a rollback journal took 16, and any other 0.01 ms where a journal took 12.
+
     More than twenty methods: one for each question and each change.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, alone: bool = False) -> None:
         """Opens or makes the database, and migrates an older format. Raises CatalogUnusable."""
         self._lock = threading.Lock()
         self._synchronous = "FULL"
@@ -188,7 +193,13 @@ class Catalog:
         _reserve(path, _GROWTH_BYTES)
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=_LOCK_SECONDS)
         try:
-            self._db.execute("PRAGMA journal_mode = WAL")
+            if alone:
+                self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            if (mode := self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
+                raise CatalogUnusable(
+                    f"{path} cannot have a log on this file system (SQLite keeps journal mode {mode}): use a "
+                    "--data-dir on a disk of this machine"
+                )
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             self._migrate(path)

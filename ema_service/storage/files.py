@@ -17,8 +17,10 @@ from pathlib import Path
 
 from ema_client.errors import MalformedBody
 from ema_client.wire import LENGTH_BYTES, Header, parse_header, parse_length
+from ema_service.storage.mounts import FileSystem, file_system
 
 __all__ = [
+    "CannotLock",
     "FolderLock",
     "FolderLocked",
     "TensorFile",
@@ -33,6 +35,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
+#: What fsync(2) of a folder says on file systems that have none: some of networks, and some of FUSE.
+_SYNCS_NO_FOLDER = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 #: From fallocate(2).
 _KEEP_SIZE = 1
 #: Bytes of one write: enough to keep the page cache busy, without a whole model in one system call.
@@ -66,10 +70,13 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
+    """Make renames and removals in a folder durable; file systems that sync no folders have them durable at once."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as fault:
+        if fault.errno not in _SYNCS_NO_FOLDER:
+            raise
     finally:
         os.close(descriptor)
 
@@ -200,6 +207,16 @@ class FolderLocked(OSError):
     """Another process has locked the data folder."""
 
 
+class CannotLock(OSError):
+    """The file system of the data folder has no locks."""
+
+
+#: A server that ends, however, lets go of its lock; a machine that is lost cannot.
+_LOCK_OF_THE_DEAD = (
+    ". If its machine is gone, the file server lets go of the lock by itself: with NFS 4 after about 90 seconds"
+)
+
+
 class FolderLock:
     """An exclusive lock on a folder (flock), which ends with the process.
 
@@ -207,8 +224,9 @@ class FolderLock:
     folder. path: the file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises FolderLocked where another process holds the lock."""
+    def __init__(self, folder: Path, mounted: FileSystem | None = None) -> None:
+        """mounted: what the folder lies on. Raises FolderLocked where another process holds the lock, CannotLock."""
+        mounted = mounted or file_system(folder)
         self.path = folder / "lock"
         self._file = self.path.open("ab")
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -219,7 +237,21 @@ class FolderLock:
             self.release()
             raise FolderLocked(
                 f"another server uses the data dir {folder}: stop it, or give this one another --data-dir"
+                + (_LOCK_OF_THE_DEAD if mounted.shared else "")
             ) from None
+        except OSError as fault:
+            self.release()
+            raise CannotLock(
+                f"the data dir {folder} cannot be locked on {mounted.kind or 'its file system'} ({fault.strerror}), so "
+                "two servers could write to it at once: have it mounted with locks (of Lustre the option flock, of NFS "
+                "its lock service), or give a --data-dir on a disk of this machine",
+            ) from None
+        if mounted.locks_are_local:
+            _log.warning(
+                "locks on %s keep out servers of this machine alone, as it is mounted: never start another server with "
+                "this data dir on another machine meanwhile",
+                folder,
+            )
 
     def release(self) -> None:
         self._file.close()

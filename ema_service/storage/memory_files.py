@@ -39,6 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ema_service.machine_memory import memory_room
+from ema_service.storage.mounts import file_system
 
 __all__ = ["DEFAULT_RAM_DIR", "MappedFile", "MemoryFiles", "MemoryFilesUnusable"]
 
@@ -111,10 +112,16 @@ class MemoryFiles:
         try:
             self._owner, self.nonce = self._claim()
             self.folder = Path(f"/proc/self/fd/{self._descriptor}").readlink()
-            self._tmpfs = _is_in_memory(self._descriptor)
         except OSError as fault:
             os.close(self._descriptor)
             raise MemoryFilesUnusable(f"no folder for memory files: {fault}") from fault
+        found = file_system(self.folder)
+        self._tmpfs = found.in_memory
+        if found.shared:
+            self.close()
+            raise MemoryFilesUnusable(
+                f"{self.folder} is on a network's file system ({found.kind}), which is no memory of this machine"
+            )
 
     @property
     def writes_to_disk(self) -> bool:
@@ -337,17 +344,3 @@ class _Mapping:
 
     def __del__(self) -> None:
         _libc.munmap(*self._pages)
-
-
-def _is_in_memory(descriptor: int) -> bool:
-    """Whether a folder lies on tmpfs or another file system without a disk."""
-    device = os.fstat(descriptor).st_dev
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        fields, _, rest = line.partition(" - ")
-        if fields.split()[2] == f"{os.major(device)}:{os.minor(device)}":
-            return rest.split()[0] in ("tmpfs", "ramfs", "hugetlbfs")
-    return False

@@ -44,6 +44,7 @@ from ema_service.storage.files import (
     write_whole,
 )
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
+from ema_service.storage.mounts import FileSystem, file_system
 from ema_service.storage.slot_files import Extent
 from ema_service.storage.slots import Slots
 from ema_service.storage.space import DiskSpace, bytes_below, disk_space
@@ -98,16 +99,19 @@ class Store:
         """Open or make the data folder. Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
-        self._lock = FolderLock(folder)
+        mounted = file_system(folder)
+        self._lock = FolderLock(folder, mounted)
         #: Whether names that differ by case alone are one file here, as on the disks of most Macs.
         self.folds_case = self._lock.path.with_name(self._lock.path.name.upper()).exists()
         self._writers = Threads(_WRITE_THREADS, "ema-write")
         self._runs = folder / "runs"
+        #: What the data dir lies on.
+        self.mounted = mounted
         #: Memory that outlives the process, once use_memory_files() found some; and why it found none.
         self.memory_files: MemoryFiles | None = None
         self.memory_fault: str | None = None
         try:
-            self._catalog = self._open_catalog(folder / "catalog.db")
+            self._catalog = self._open_catalog(folder / "catalog.db", mounted)
         except (CatalogUnusable, sqlite3.Error):
             self._lock.release()
             raise
@@ -319,13 +323,15 @@ class Store:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _open_catalog(self, path: Path) -> Catalog:
+    def _open_catalog(self, path: Path, mounted: FileSystem) -> Catalog:
         """The catalog. Raises CatalogUnusable, also where the file is missing and folders of runs are there."""
         if not path.exists() and self._runs.is_dir() and any(self._runs.iterdir()):
             raise CatalogUnusable(
                 f"{path} is missing, but there are runs beside it: restore it from a backup, or use another --data-dir"
             )
-        return Catalog(path)
+        if mounted.shared:
+            _log.info("%s is on a network's file system (%s): nobody else may open it", path, mounted.kind)
+        return Catalog(path, alone=mounted.shared)
 
     def _sweep(self) -> None:
         """Remove the folders of deleted runs, where a crash left them.

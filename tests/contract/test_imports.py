@@ -24,9 +24,11 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
 # what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
-# threads, machine_memory, descriptors, logs, addresses and sizes
-# are leaves.
-LEAVES = {"settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "sizes", "tokens"}
+# threads, machine_memory, descriptors, logs, addresses, address_file and sizes are leaves.
+LEAVES = {
+    *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
+    *("sizes", "tokens"),
+}
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
@@ -47,6 +49,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "descriptors": set(),
     "logs": set(),
     "addresses": set(),
+    "address_file": set(),
     "sizes": set(),
     "tokens": set(),
     "demo": {"settings"},

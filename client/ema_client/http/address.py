@@ -14,7 +14,7 @@ from ema_client.errors import UsageError
 
 __all__ = ["Address", "parse_address"]
 
-_FORMS = "write http://HOST:PORT, https://HOST:PORT or unix:///PATH.sock"
+_FORMS = "write http://HOST:PORT, https://HOST:PORT, unix:///PATH.sock or, of a server's --address-file, file:///PATH"
 _PORTS = {"http": 80, "https": 443}
 
 

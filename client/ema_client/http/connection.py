@@ -71,7 +71,7 @@ class Connection:
     """
 
     def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
-        self._address = address
+        self.address = address
         self._timeouts = timeouts
         self._http = open_http(address, timeouts.connect, context)
         self._http.response_class = WholeHead
@@ -177,10 +177,10 @@ class Connection:
         return sock
 
     def _begin(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-        self.url = self._address.url + path
+        self.url = self.address.url + path
         if self._http.sock is None:
             self._connect()
-        self._http.putrequest(method, self._address.prefix + path)
+        self._http.putrequest(method, self.address.prefix + path)
         for name, value in headers.items():
             self._http.putheader(name, value)
         self._limit = self._timeouts.transfer if self.heard is None else self._timeouts.kept
@@ -191,9 +191,9 @@ class Connection:
         try:
             self._http.connect()
         except ssl.SSLError as fault:
-            raise no_tls(self._address.url, fault) from None
+            raise no_tls(self.address.url, fault) from None
         except OSError as fault:
-            raise unreachable(self._address.url, fault) from None
+            raise unreachable(self.address.url, fault) from None
         self._opened = self._socket
 
     def _response(self, patience: float) -> http.client.HTTPResponse:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import ssl
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from typing import Any
 
 import httpx2
 
-from ema_client.errors import ConnectionLost, ProtocolError, UsageError
+from ema_client.errors import ConnectionLost, ProtocolError, ServiceUnreachable, UsageError
 from ema_client.forks import Lock, tell_in_child
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer
 from ema_client.http.connection import Timeouts
 from ema_client.http.faults import broken, no_tls, tls_fault_in, unreachable
+from ema_client.http.place import Place
 from ema_client.http.sockets import give_up
 
 __all__ = ["Control"]
@@ -33,7 +33,7 @@ _OPENED = frozenset(f"connection.{way}.complete" for way in ("connect_tcp", "con
 
 
 class Control:
-    """Control requests to the service at ``address``, each tried once. Thread-safe, as httpx2.Client is.
+    """Control requests to the service at ``place``, each tried once. Thread-safe, as httpx2.Client is.
 
     headers: of every request. doubted: called when a connection broke, for others of its age. closed: whether close()
     was called. A forked process connects anew.
@@ -47,18 +47,16 @@ class Control:
 
     def __init__(
         self,
-        address: Address,
+        place: Place,
         headers: Mapping[str, str],
         timeouts: Timeouts,
-        context: ssl.SSLContext | None,
         *,
         doubted: Callable[[], None],
     ) -> None:
         self._doubted = doubted
-        self._address = address
+        self._place = place
         self._headers = headers
         self._timeouts = timeouts
-        self._context = context
         self.closed = False
         self._connections: _Connections | None = None
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -84,49 +82,55 @@ class Control:
         timeout."""
         if method != "GET":
             self.doubt()
-        response = self._exchange(method, path, patience, json=body, headers=headers)
-        return Answer(self._address.url + path, response.status_code, response.headers, response.content)
+        url, response = self._exchange(method, path, patience, json=body, headers=headers)
+        return Answer(url, response.status_code, response.headers, response.content)
 
     def head(self, path: str, *, patience: float) -> int:
         """The status that a GET would be answered with. patience: as for request()."""
-        return self._exchange("HEAD", path, patience).status_code
+        return self._exchange("HEAD", path, patience)[1].status_code
 
     def doubt(self) -> None:
         """Let later requests open new connections; those under way go on."""
         with self._lock:
             self._drop()
 
-    def _exchange(self, method: str, path: str, patience: float, **options: Any) -> httpx2.Response:
+    def _exchange(self, method: str, path: str, patience: float, **options: Any) -> tuple[str, httpx2.Response]:
+        """The URL that a request went to, and the answer."""
         with self._lent() as connections:
             kept = connections.used
             limit = self._timeouts.kept if kept else self._timeouts.transfer
             try:
-                with self._faults(limit):
+                with _faults(connections.address.url, limit):
                     return self._send(connections, method, path, limit + patience, options)
+            except ServiceUnreachable:
+                # The next request looks where the service is by then.
+                self._doubt(connections)
+                raise
             except ConnectionLost as lost:
                 self._doubt(connections)
                 self._doubted()
                 if not kept or not lost.silence:
                     raise
-        with self._lent() as connections, self._faults(self._timeouts.transfer):
+        with self._lent() as connections, _faults(connections.address.url, self._timeouts.transfer):
             return self._send(connections, method, path, self._timeouts.transfer + patience, options)
 
     def _send(
         self, connections: _Connections, method: str, path: str, limit: float, options: dict[str, Any]
-    ) -> httpx2.Response:
+    ) -> tuple[str, httpx2.Response]:
         timeout = httpx2.Timeout(limit, connect=self._timeouts.connect)
         response = connections.client.request(
             method, path, timeout=timeout, extensions={"trace": self._note}, **options
         )
         connections.used = True
-        return response
+        return connections.address.url + path, response
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[_Connections]:
         with self._lock:
             self.check_open()
             if self._connections is None:
-                self._connections = _Connections(self._new_client())
+                address = self._place.address()
+                self._connections = _Connections(address, self._new_client(address))
             lent = self._connections
             lent.users += 1
         try:
@@ -158,13 +162,12 @@ class Control:
         if self.closed:
             raise UsageError("this client is closed", hint="make a new EmaClient")
 
-    def _new_client(self) -> httpx2.Client:
-        uds = self._address.socket
+    def _new_client(self, address: Address) -> httpx2.Client:
+        uds = address.socket
         return httpx2.Client(
-            base_url=self._address.base,
+            base_url=address.base,
             headers=self._headers,
-            # A URL without TLS needs no context, and loading a context takes 20 ms.
-            verify=self._context or False,
+            verify=self._place.context if address.secure else False,
             transport=httpx2.HTTPTransport(uds=uds, verify=False) if uds else None,
             trust_env=False,
         )
@@ -174,31 +177,15 @@ class Control:
         if event in _OPENED:
             self._sockets.add(info["return_value"].get_extra_info("socket"))
 
-    @contextlib.contextmanager
-    def _faults(self, limit: float) -> Iterator[None]:
-        url = self._address.url
-        try:
-            yield
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as fault:
-            if tls := tls_fault_in(fault):
-                raise no_tls(url, tls) from fault
-            raise unreachable(url, fault) from fault
-        except httpx2.TimeoutException as fault:
-            raise broken(url, fault, silence=limit) from fault
-        except httpx2.NetworkError as fault:
-            raise broken(url, fault) from fault
-        except httpx2.RemoteProtocolError as fault:
-            if _hung_up(fault):
-                raise broken(url, fault) from fault
-            raise ProtocolError(f"{url} does not speak HTTP/1.1: {fault}") from fault
-        except httpx2.HTTPError as fault:
-            raise ProtocolError(f"{url}: {type(fault).__name__}: {fault}") from fault
-
 
 @dataclass
 class _Connections:
-    """A client of httpx2 with its kept connections. users: requests under way. used: whether an answer has come."""
+    """A client of httpx2 with its kept connections to ``address``.
 
+    users: requests under way. used: whether an answer has come.
+    """
+
+    address: Address
     client: httpx2.Client
     users: int = 0
     used: bool = False
@@ -208,6 +195,27 @@ class _Connections:
         """Close what was dropped and nobody uses any more."""
         if self.dropped and not self.users:
             self.client.close()
+
+
+@contextlib.contextmanager
+def _faults(url: str, limit: float) -> Iterator[None]:
+    """Turn a fault of httpx2 into an EmaError. limit: seconds that a silence lasted."""
+    try:
+        yield
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as fault:
+        if tls := tls_fault_in(fault):
+            raise no_tls(url, tls) from fault
+        raise unreachable(url, fault) from fault
+    except httpx2.TimeoutException as fault:
+        raise broken(url, fault, silence=limit) from fault
+    except httpx2.NetworkError as fault:
+        raise broken(url, fault) from fault
+    except httpx2.RemoteProtocolError as fault:
+        if _hung_up(fault):
+            raise broken(url, fault) from fault
+        raise ProtocolError(f"{url} does not speak HTTP/1.1: {fault}") from fault
+    except httpx2.HTTPError as fault:
+        raise ProtocolError(f"{url}: {type(fault).__name__}: {fault}") from fault
 
 
 def _hung_up(fault: httpx2.RemoteProtocolError) -> bool:

@@ -6,15 +6,13 @@ retries, but for a single case: a kept connection that broke meanwhile.
 
 from __future__ import annotations
 
-import functools
-import ssl
 from collections.abc import Callable
 from typing import TypeVar
 
 from ema_client.errors import ConnectionLost
 from ema_client.forks import Lock, tell_in_child
-from ema_client.http.address import Address
 from ema_client.http.connection import Connection, Timeouts
+from ema_client.http.place import Place
 
 __all__ = ["Pool"]
 
@@ -27,11 +25,14 @@ MAX_IDLE = 4
 class Pool:
     """Connections to a service. Thread-safe: a connection is lent to a single caller at a time.
 
+    A new connection goes to where the service is by then.
+
     A forked process begins without connections.
     """
 
-    def __init__(self, address: Address, timeouts: Timeouts, context: ssl.SSLContext | None) -> None:
-        self._new = functools.partial(Connection, address, timeouts, context)
+    def __init__(self, place: Place, timeouts: Timeouts) -> None:
+        self._place = place
+        self._timeouts = timeouts
         self._idle: list[Connection] = []
         self._lock = Lock()
         tell_in_child(self)
@@ -41,8 +42,9 @@ class Pool:
         self._idle = []
 
     def open(self) -> Connection:
-        """A new connection, which the caller closes."""
-        return self._new()
+        """A new connection, which the caller closes. Raises ServiceUnreachable, UsageError as Place.address() does."""
+        address = self._place.address()
+        return Connection(address, self._timeouts, self._place.context if address.secure else None)
 
     def exchange(self, request: Callable[[Connection], T]) -> tuple[Connection, T]:
         """Call ``request`` with a connection; returns both, and the caller gives the connection back.

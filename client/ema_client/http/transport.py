@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import secrets
-import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from urllib.parse import urlencode
 
 from ema_client import protocol
 from ema_client.errors import EmaError, ProtocolError, TransportError, UsageError
-from ema_client.http.address import parse_address
 from ema_client.http.answers import json_of
 from ema_client.http.body import Body
 from ema_client.http.connection import Timeouts
 from ema_client.http.control import Control
 from ema_client.http.downloads import Download, Stream, open_download, open_stream
+from ema_client.http.place import Place
 from ema_client.http.pool import Pool
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.uploads import Uploads
@@ -54,7 +53,7 @@ class Transport:
     """Requests to the service at ``url``.
 
     Args:
-        url: ``http://``, ``https://`` or ``unix:///path.sock``.
+        url: ``http://``, ``https://``, ``unix:///path.sock``, or ``file:///path`` of a file that holds one of them.
         token: sent as bearer token if given; never shown.
         retry: when to try again. Every request of the protocol may be repeated.
         timeouts: of single operations.
@@ -71,19 +70,22 @@ class Transport:
         retry: RetryPolicy | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
-        address = parse_address(url)
+        self._place = Place(url)
         timeouts = timeouts or Timeouts()
-        context = ssl.create_default_context() if address.secure else None
-        self.url = address.url
-        self.same_host = address.same_host
+        self.url = self._place.url
         self.retry = retry or RetryPolicy()
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
-        self._pool = Pool(address, timeouts, context)
-        self._uploads = Uploads(self._pool, address)
-        self._control = Control(address, self._headers, timeouts, context, doubted=self._pool.doubt)
+        self._pool = Pool(self._place, timeouts)
+        self._uploads = Uploads(self._pool, self._place)
+        self._control = Control(self._place, self._headers, timeouts, doubted=self._pool.doubt)
 
     def __repr__(self) -> str:
         return f"Transport({self.url!r})"
+
+    @property
+    def same_host(self) -> bool:
+        """Whether the service is on this host for sure, as far as is known now."""
+        return self._place.same_host
 
     @property
     def link(self) -> str:

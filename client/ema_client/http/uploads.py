@@ -17,6 +17,8 @@ from ema_client.errors import EmaError, MalformedBody, SegmentUnusable
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer, error_of
 from ema_client.http.body import Body
+from ema_client.http.connection import Connection
+from ema_client.http.place import Place
 from ema_client.http.pool import Pool
 from ema_client.protocol import HEADER_SEGMENT
 
@@ -35,16 +37,21 @@ _DIGEST_UP_TO = 64 << 20
 
 
 class Uploads:
-    """The large bodies that go to the service at ``address``. Thread-safe.
+    """The large bodies that go to the service at ``place``. Thread-safe."""
 
-    link: how bodies travel, in words for people; says why shared memory was refused where it was.
-    """
-
-    def __init__(self, pool: Pool, address: Address) -> None:
+    def __init__(self, pool: Pool, place: Place) -> None:
         self._pool = pool
-        self._address = address
-        self._shares = address.same_host
-        self.link = address.link
+        self._place = place
+        #: Whether a body has been handed over, and why one was refused.
+        self._shared = False
+        self._refused: str | None = None
+
+    @property
+    def link(self) -> str:
+        """How bodies travel, in words for people; says why shared memory was refused where it was."""
+        if self._refused:
+            return f"{self._place.link}; shared memory was refused: {self._refused}"
+        return "shared memory" if self._shared and self._place.same_host else self._place.link
 
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         """PUT a body, by shared memory where that is possible. The answer may be a refusal."""
@@ -60,13 +67,12 @@ class Uploads:
 
     def _send(self, path: str, headers: Mapping[str, str], body: Body, patience: float | None = None) -> Answer:
         longer = body.patience if patience is None else patience
-        if self._address.secure or (self._address.same_host and body.length > _DIGEST_UP_TO):
-            # TLS has a digest of its own. To a service on the same host there is no wire that could flip a bit, and the
-            # digest of a large body would cost a fifth of its rate.
-            body = replace(body, digest=None)
-        connection, answer = self._pool.exchange(
-            lambda connection: connection.put(path, headers, body, patience=longer)
-        )
+
+        def put(connection: Connection) -> Answer:
+            fit = replace(body, digest=None) if _needs_no_digest(connection.address, body) else body
+            return connection.put(path, headers, fit, patience=longer)
+
+        connection, answer = self._pool.exchange(put)
         self._pool.give_back(connection)
         return answer
 
@@ -74,14 +80,25 @@ class Uploads:
         with shared.offered() as segment:
             named = {**headers, HEADER_SEGMENT: segment.to_header()}
             answer = self._send(path, named, Body(0, lambda: ()), patience)
-        if answer.status < 400:
-            self.link = "shared memory"
+        self._shared = self._shared or answer.status < 400
         return answer
 
+    @property
+    def _shares(self) -> bool:
+        return self._refused is None and self._place.same_host
+
     def _stop_sharing(self, fault: EmaError) -> None:
-        self._shares = False
-        self.link = f"{self._address.link}; shared memory was refused: {fault.detail}"
-        _log.warning("pushes to %s are sent and not shared: %s", self._address.url, fault.detail)
+        self._refused = fault.detail
+        _log.warning("pushes to %s are sent and not shared: %s", self._place.url, fault.detail)
+
+
+def _needs_no_digest(address: Address, body: Body) -> bool:
+    """Whether something else protects the body's bytes on their way to ``address``.
+
+    TLS has a digest of its own. To a service on the same host there is no wire that could flip a bit, and the digest of
+    a large body would cost a fifth of its rate.
+    """
+    return address.secure or (address.same_host and body.length > _DIGEST_UP_TO)
 
 
 def _wants_the_bytes(fault: EmaError | None) -> TypeGuard[EmaError]:

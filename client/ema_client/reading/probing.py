@@ -42,8 +42,11 @@ class Probe:
         timeouts = Timeouts(connect=_PATIENCE, transfer=_PATIENCE, kept=_PATIENCE)
         self._transport = Transport(url, token=token, retry=RetryPolicy(attempts=1), timeouts=timeouts)
         self.url = self._transport.url
-        #: Whether the service is on this host for sure.
-        self.same_host = self._transport.same_host
+
+    @property
+    def same_host(self) -> bool:
+        """Whether the service is on this host for sure."""
+        return self._transport.same_host
 
     def close(self) -> None:
         """Close the connections."""
