@@ -56,5 +56,5 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
-        raise ImportError("RemoteEma needs torch: pip install 'ema-client[torch]'") from None
+        raise ImportError("RemoteEma needs torch: pip install torch xxhash") from None
     return RemoteEma

@@ -914,7 +914,7 @@ def _writer_header(writer: int | None) -> dict[str, str]:
 
 def _require_torch() -> None:
     if find_spec("torch") is None:
-        raise UsageError("this call handles tensors and torch is not installed", hint="pip install 'ema-client[torch]'")
+        raise UsageError("this call handles tensors and torch is not installed", hint="pip install torch xxhash")
 
 
 def _body(state: State, progress: Progress | None = None) -> Body:

@@ -24,6 +24,8 @@ __all__ = ["Tracing", "open_tracing"]
 
 _log = logging.getLogger(__name__)
 
+#: What the extra ``otel`` installs.
+_PACKAGES = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 _ASKED_FOR_BY = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 #: Requests that carry weights.
 _WEIGHTS = re.compile(r"/v1/runs/(?P<run>[^/]+)/.*?(?:weights|updates/(?P<step>\d+))(?:/parts/\d+)?\Z")
@@ -97,5 +99,5 @@ def open_tracing() -> Tracing | None:
     try:
         return Tracing()
     except ImportError as fault:
-        _log.error("%s is set, but nothing is traced: %s; install ema-service[otel], or unset it", asked[0], fault.msg)
+        _log.error("%s is set, but nothing is traced: %s; pip install %s, or unset it", asked[0], fault.msg, _PACKAGES)
         return None

@@ -55,7 +55,7 @@ def run_demo(
     screen = Screen()
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        screen.note(f"the demo also needs {' and '.join(missing)}: pip install 'ema-service[demo]'")
+        screen.note(f"the demo also needs {' and '.join(missing)}: pip install scikit-learn matplotlib")
         return 2
     try:
         with screen:

@@ -426,11 +426,11 @@ with EmaClient(sys.argv[1]) as client:
         try:
             call()
         except errors.UsageError as error:
-            print("ema-client[torch]" in str(error))
+            print("pip install torch xxhash" in str(error))
 try:
     from ema_client import RemoteEma
 except ImportError as error:
-    print("ema-client[torch]" in str(error))
+    print("pip install torch xxhash" in str(error))
 """
 
 

@@ -89,10 +89,19 @@ def service_built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.fixture(scope="module")
-def client_alone(client_built: Built, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """`pip install ema-client` on an empty environment."""
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `make wheels` fills, with the tools of this environment: none are downloaded."""
+    folder = tmp_path_factory.mktemp("dist")
+    words = f"BIN={Path(sys.executable).parent}", f"DIST={folder}"
+    run("env", "PIP_NO_BUILD_ISOLATION=0", "make", "-C", ROOT, "wheels", *words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client_alone(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The client's wheel, without extras, on an empty environment."""
     made = environment(tmp_path_factory.mktemp("client-alone"))
-    made.install(client_built.wheel)
+    made.install(next(dist.glob("ema_client-*.whl")))
     return made
 
 
@@ -135,12 +144,23 @@ def test_client_alone_answers_without_torch(client_alone: Environment) -> None:
 
 
 def test_ema_without_its_extra_says_what_to_install(client_alone: Environment) -> None:
-    """`ema` without typer and rich ends with one sentence that names the extra, not with a traceback."""
+    """`ema` without typer and rich ends with one sentence that names both, not with a traceback."""
     done = run(client_alone.bin / "ema", "runs", check=False)
 
     assert done.returncode != 0
-    assert "ema-client[cli]" in done.stderr
+    assert "pip install typer rich" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_make_wheels_builds_what_the_readmes_install(dist: Path) -> None:
+    """`make wheels` builds both, and nothing else, under the names that the READMEs install."""
+    built = {path.name for path in dist.iterdir()}
+    named = {
+        name
+        for page in ("README.md", "client/README.md")
+        for name in re.findall(r"\bdist/([\w.-]+\.whl)", (ROOT / page).read_text())
+    }
+    assert built == named == {f"ema_{part}-{VERSION}-py3-none-any.whl" for part in ("client", "service")}
 
 
 def test_service_wheel_starts(service: Environment) -> None:

@@ -270,7 +270,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     assert run_demo(Path("unused.png")) == 2
-    assert "pip install 'ema-service[demo]'" in capsys.readouterr().out
+    assert "pip install scikit-learn matplotlib" in capsys.readouterr().out
 
 
 def test_no_folder_for_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

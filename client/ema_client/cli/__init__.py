@@ -1,7 +1,7 @@
 """The command ``ema``: look at runs, move weights, take snapshots, find out what is wrong, from a shell.
 
-Knows: exit codes (0 done, 1 refused or failed, 2 wrong use, 128 and a signal's number), and what to say where the extra
-``ema-client[cli]`` (typer and rich) is missing; the package imports without the extra. Does not know: any command.
+Knows: exit codes (0 done, 1 refused or failed, 2 wrong use, 128 and a signal's number), and what to say where typer or
+rich, the extra ``cli``, is missing; the package imports without them. Does not know: any command.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         if missing.name not in ("rich", "typer"):
             raise
-        sys.stderr.write(f"ema needs {missing.name}, which is not installed: pip install 'ema-client[cli]'\n")
+        sys.stderr.write(f"ema needs {missing.name}, which is not installed: pip install typer rich\n")
         raise SystemExit(2) from None
     _write_anything()
     with orderly_end():

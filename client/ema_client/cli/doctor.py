@@ -95,7 +95,7 @@ def _here() -> Iterator[Finding]:
     found = {name: _installed(name) for name in ("torch", "xxhash")}
     missing = [name for name, there in found.items() if there is None]
     said = ", ".join(f"{name} {there or 'is missing'}" for name, there in found.items())
-    remedy = "pip install 'ema-client[torch]': tensors need torch, and digests of weights xxhash" if missing else None
+    remedy = "pip install torch xxhash: tensors need torch, and digests of weights xxhash" if missing else None
     yield Finding("client", "warning" if missing else "ok", f"ema-client {__version__}, {said}", remedy)
 
 
@@ -107,7 +107,7 @@ def _installed(name: str) -> str | None:
 
 
 def _same_version() -> str:
-    return f"install the same version on both sides: pip install ema-client=={__version__}, or upgrade the server"
+    return f"install the same version on both sides: this client is {__version__}"
 
 
 def _versions(server: ServerInfo) -> Finding:

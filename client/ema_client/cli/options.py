@@ -187,4 +187,4 @@ def agreed(question: str, *, yes: bool) -> None:
 
 def without_torch() -> UsageError:
     """What to do where a command needs torch."""
-    return UsageError("this command handles tensors and torch is not installed", hint="pip install 'ema-client[torch]'")
+    return UsageError("this command handles tensors and torch is not installed", hint="pip install torch xxhash")

@@ -1,6 +1,6 @@
 """A curve over the length of an average: drawn in characters on the terminal, and as a picture.
 
-Knows points, and matplotlib where it is installed (``ema-client[plot]``). Does not know sweeps, commands, the service.
+Knows points, and matplotlib where it is installed (the extra ``plot``). Does not know sweeps, commands, the service.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _cell(value: float, low: float, high: float, cells: int) -> int:
 def check_can_draw(path: Path) -> None:
     """Raises UsageError where no picture can be drawn there, before hours of evaluations."""
     if find_spec("matplotlib") is None:
-        raise UsageError("a picture needs matplotlib, which is not installed", hint="pip install 'ema-client[plot]'")
+        raise UsageError("a picture needs matplotlib, which is not installed", hint="pip install matplotlib")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{path}: a picture is a .png, .svg or .pdf file")
     if not path.parent.is_dir():

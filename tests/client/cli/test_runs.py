@@ -210,7 +210,7 @@ def test_missing_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
 
     assert done.returncode == 2
-    assert "pip install 'ema-client[cli]'" in done.stderr
+    assert "pip install typer rich" in done.stderr
     assert "Traceback" not in done.stderr
 
 
