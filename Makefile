@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml client/pyproject.toml constraints.txt | $(BIN)/python
 
 # The frameworks that the integrations are tested with are large, and no demo needs them.
 $(DEV): $(STAMP)
-	$(PIP_INSTALL) -e '.[demo,test,lint,integrations,otel]'
+	$(PIP_INSTALL) -e '.[demo,test,lint,integrations,otel,publish]'
 	@touch $@
 
 demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minute; ends with a table and a picture

@@ -7,6 +7,7 @@
     |   |-- GatewayFailed         a gateway answered that it has no answer of the service
     |   +-- UpdatesPending        flush(timeout=) ended before all updates were applied
     |-- ProtocolError             an answer came that no ema-service gives
+    |-- DestinationFailed         where weights are published refuses them, or cannot be reached
     |-- UsageError                the caller's own mistake, seen before anything was sent
     |   |-- InvalidDecay          outside [0, 1]; also a ValueError
     |   |-- NameCollision         two parameters share one canonical name
@@ -65,6 +66,7 @@ __all__ = [
     "BodyTooLarge",
     "Conflict",
     "ConnectionLost",
+    "DestinationFailed",
     "DigestMismatch",
     "EmaError",
     "Fenced",
@@ -219,6 +221,15 @@ class ProtocolError(EmaError):
     status = 0
     title = "Unexpected answer"
     default_hint = "check that the URL is that of an ema-service, and that no proxy stands between"
+
+
+class DestinationFailed(EmaError):
+    """The bucket or hub that weights are published to refuses them, is not there, or cannot be reached."""
+
+    code = "destination_failed"
+    status = 0
+    title = "Not published"
+    default_hint = "what was published there before is still there; publish again once this is put right"
 
 
 class UsageError(EmaError):

@@ -80,11 +80,15 @@ CLIENT_THIRD_PARTY = {
     "rich": {"ema_client.cli.*"},
     # Where a call draws a picture.
     "matplotlib": {"ema_client.cli.plots"},
+    # The extra publish, of which each place imports its own.
+    "huggingface_hub": {"ema_client.publishing.hub"},
+    "s3fs": {"ema_client.publishing.s3"},
+    "botocore": {"ema_client.publishing.s3"},
 }
 
 # --- the client's floors -------------------------------------------------------------------------------------------
 # remote_ema -> training -> client -> reading -> tensors -> http -> {protocol, wire, errors}; above: integrations, cli,
-# checkpoints. A part may use the parts named here, in type-only imports too.
+# checkpoints, publishing. A part may use the parts named here, in type-only imports too.
 CLIENT_WORDS = {"protocol", "wire", "errors", "schedules", "targets"}
 CLIENT_PARTS: dict[str, set[str]] = {
     "errors": set(),
@@ -102,7 +106,8 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "remote_ema": {"training", "client", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
     "integrations": {"remote_ema", "training", "client", "tensors", "atomic"} | CLIENT_WORDS,
-    "cli": {"", "atomic", "checkpoints", "client", "reading"} | CLIENT_WORDS,
+    "publishing": {"client", "atomic"} | CLIENT_WORDS,
+    "cli": {"", "atomic", "checkpoints", "client", "publishing", "reading"} | CLIENT_WORDS,
     "__main__": {"cli"},
     # What a user imports from the package itself.
     "": {"remote_ema", "client", "reading", "http"} | CLIENT_WORDS,

@@ -12,7 +12,20 @@ from typing import Annotated, Any
 import typer
 
 from ema_client import __version__
-from ema_client.cli import averages, checkpoints, diff, doctor, monitoring, plan, runs, snapshots, sweep, watch, weights
+from ema_client.cli import (
+    averages,
+    checkpoints,
+    diff,
+    doctor,
+    monitoring,
+    plan,
+    publish,
+    runs,
+    snapshots,
+    sweep,
+    watch,
+    weights,
+)
 from ema_client.cli.binding import bound
 from ema_client.cli.options import Token, Url
 
@@ -36,6 +49,7 @@ _PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "diff": diff.diff,
         "import": checkpoints.import_run,
         "export": checkpoints.export,
+        "publish": publish.publish,
     },
     "Snapshots": {
         "snapshot": snapshots.snapshot,

@@ -122,6 +122,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "reset-num-updates": (RUN,),
     "rewind": (RUN, "best", "--yes"),
     "export": (RUN, "{folder}/exported"),
+    "publish": (RUN, "--to", "file://{folder}/published"),
     "import": ("{weights}", "imported"),
     "delete": ("imported", "--yes"),
 }
