@@ -75,6 +75,9 @@ CLIENT_THIRD_PARTY = {
     # Parts of the command line, but not its __init__, which says what to install where these are missing.
     "typer": {"ema_client.cli.*"},
     "rich": {"ema_client.cli.*"},
+    # Charts, where a user asks for them.
+    "tensorboard": {"ema_client.reading.loggers"},
+    "wandb": {"ema_client.reading.loggers"},
     # Where a call draws a picture.
     "matplotlib": {"ema_client.cli.plots"},
 }
@@ -96,9 +99,9 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "reading": {"tensors", "http", "forks", "atomic"} | CLIENT_WORDS,
     "client": {"reading", "tensors", "http", "forks"} | CLIENT_WORDS,
     "training": {"client", "reading", "tensors", "http", "forks"} | CLIENT_WORDS,
-    "remote_ema": {"training", "client", "tensors"} | CLIENT_WORDS,
+    "remote_ema": {"training", "client", "reading", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
-    "integrations": {"remote_ema", "training", "client", "tensors", "atomic"} | CLIENT_WORDS,
+    "integrations": {"remote_ema", "training", "client", "reading", "tensors", "atomic"} | CLIENT_WORDS,
     "cli": {"", "atomic", "checkpoints", "client", "reading"} | CLIENT_WORDS,
     "__main__": {"cli"},
     # What a user imports from the package itself.
