@@ -14,13 +14,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 # Newer than what they depend on when the set-up below them has been done.
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 
 # The tests start hundreds of processes: each would compile all sources anew where no bytecode may be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-matrix soak lint bench wheels clean
+.PHONY: help setup demo test test-matrix soak lint docs bench wheels clean
 
 help: ## Say what each target does
 	@echo 'make TARGET [ARGS="..."]'
@@ -43,6 +44,10 @@ $(DEV): $(STAMP)
 	$(PIP_INSTALL) -e '.[demo,test,lint,integrations,otel,publish]'
 	@touch $@
 
+$(DOCS): $(STAMP)
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
 demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minute; ends with a table and a picture
 	$(BIN)/ema-service demo $(ARGS)
 
@@ -57,7 +62,7 @@ $(VENV)/matrix/.installed: constraints.txt | $(BIN)/python
 	$(VENV)/matrix/bin/python -m pip install --disable-pip-version-check -c constraints.txt uv # the extra matrix, without the rest
 	@touch $@
 
-soak: $(DEV) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), one of overload, and the long tests
+soak: $(DEV) $(DOCS) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), one of overload, and the long tests
 	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 -o faulthandler_timeout=800 $(ARGS)
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m soak --soak 1 --timeout 600 -o faulthandler_timeout=800 $(ARGS)
 
@@ -65,6 +70,9 @@ lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ema_service client/ema_client
+
+docs: $(DOCS) ## Build the documentation as a site into site/; open site/index.html, no server needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: $(VENV)/bench/.installed ## Measure speed and memory beside other libraries, in one run (some minutes; ARGS=--quick)
 	$(VENV)/bench/bin/python tests/benchmarks/run.py $(ARGS)
@@ -81,5 +89,5 @@ wheels: | $(BIN)/python ## Build the wheels of server and client into dist/
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir $(DIST) . ./client
 
 clean: ## Delete .venv, caches and what make demo drew; the server's data (ema-data) is left alone
-	rm -rf $(VENV) ema-demo.png build dist client/dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site ema-demo.png build dist client/dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find ema_service client tests -type d -name __pycache__ -prune -exec rm -rf {} +

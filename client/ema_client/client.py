@@ -608,12 +608,14 @@ class EmaClient:
         average: str | None = None,
         snapshot: str | None = None,
         soup: Mapping[str, float] | None = None,
+        prefix: str | None = None,
         memory: Tensor | None = None,
         **wished: Unpack[Wished],
     ) -> WeightsInfo:
         """Write the EMA weights into all parameters of ``module`` that require gradients, once all weights have come.
 
-        module: or a mapping from name to tensor, to be written to. average, snapshot, soup, wished: as for pull().
+        module: or a mapping from name to tensor, to be written to. average, snapshot, soup, prefix, wished: as for
+        pull().
 
         Until then the weights lie in memory of the host, of their size: in ``memory``, a uint8 tensor, where that
         is given and large enough, else in new memory. pull() with ``out`` does without. Whatever is raised, nothing
@@ -623,7 +625,7 @@ class EmaClient:
         from ema_client.tensors.layout import state_of
 
         asked = _asked(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
-        return self._pulls.copy(asked, state_of(module), memory)
+        return self._pulls.copy(replace(asked, prefix=prefix), state_of(module), memory)
 
     def download(
         self,

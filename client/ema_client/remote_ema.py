@@ -34,6 +34,8 @@ from ema_client.protocol import (
     RunConfig,
     RunInfo,
 )
+from ema_client.reading.charts import Charts, Sources
+from ema_client.reading.loggers import LogTo, check_log_to, logger_of
 from ema_client.schedules import averages_of, posthoc_of
 from ema_client.targets import Wished
 from ema_client.tensors.writing import noticed
@@ -146,6 +148,12 @@ class RemoteEma:
             model's own.
         durability: what survives a crash of the service; by default the protocol's.
         keep: of the snapshots that state_dict() takes so many stay, the newest; None: all.
+        log_to: draw charts of the EMA beside the training's: "tensorboard", "tensorboard:FOLDER", "wandb",
+            "wandb:PROJECT", or a function that is called with (values, step), such as mlflow.log_metrics. Values are
+            ``ema/decay``, ``ema/num_updates``, ``ema/distance``, ``ema/durable_lag`` at the step that they are of, and
+            ``ema/lag``, the steps that are not applied yet. A thread asks the service for them each five seconds, and
+            calls the function; what the function raises is logged once. Of several ranks the first draws; a copy draws
+            where ``log_to`` is no function.
 
     Raises InvalidDecay (a ValueError, as LitEma raises it), RunExists, with ``resume`` RunNotFound, and what
     EmaClient.create_run() raises.
@@ -176,12 +184,15 @@ class RemoteEma:
         buffers: BufferPolicy = "none",
         durability: Durability | None = None,
         keep: int | None = MOST_STATES,
+        log_to: LogTo | None = None,
         use_num_upates: bool | None = None,
     ) -> None:
         counted = _one_spelling(use_num_updates, use_num_upates)
         decay = checked_decay(decay)
         start = Start(resume, step, state)
         _check_cadence(update_every, on_busy, keep)
+        if log_to is not None:
+            check_log_to(log_to)
         self._given = Given()
         model = self._given.module(model)
         self._selection, self._plan = choose(
@@ -222,7 +233,8 @@ class RemoteEma:
             copied=tuple(sorted(self._selection.copied)),
             posthoc=posthoc_of(posthoc),
         )
-        self._setup = _Setup(config, update_every, on_device=any(tensor.is_cuda for tensor in tensors))
+        self._setup = _Setup(config, update_every, on_device=any(tensor.is_cuda for tensor in tensors), log_to=log_to)
+        self._charts: Charts | None = None
         #: What joining needs, until this process has joined.
         self._unjoined: _Unjoined | None = _Unjoined(start, tensors)
         if may_be_later_rank():
@@ -350,6 +362,8 @@ class RemoteEma:
             self._publisher.leave()
         finally:
             self._dropped.detach()
+            if self._charts:
+                self._charts.stop()
             self._publisher.close()
             self._release()
 
@@ -479,12 +493,13 @@ class RemoteEma:
 
         Waits for updates on their way, unless the service counts as away; raises nothing for what the service does.
         """
-        return {**{name: getattr(self, name) for name in _COPIED}, "_unjoined": self._for_a_copy()}
+        copied = {name: getattr(self, name) for name in _COPIED}
+        return {**copied, "_setup": self._setup.for_a_copy(), "_unjoined": self._for_a_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._given = Given()
-        self._beginning = self._whereabouts = None
+        self._beginning = self._whereabouts = self._charts = None
 
     def _for_a_copy(self) -> _Unjoined:
         """What a copy of now joins with."""
@@ -545,7 +560,23 @@ class RemoteEma:
         self._dropped = weakref.finalize(self, self._publisher.finish)
         # At the end of the program the publisher ends by itself, and waits for its updates.
         self._dropped.atexit = False
+        if setup.log_to is not None and self._plan.part == 0:
+            self._charts = self._drawing(setup.log_to)
         return joined.taken
+
+    def _drawing(self, log_to: LogTo) -> Charts:
+        """Charts of the run from now on. Nothing of them refers to the RemoteEma."""
+        client, run, cadence = self._client, self._run, self._cadence
+        sources = Sources(
+            info=partial(client.run, run),
+            history=lambda since, points: client.history(run, since=since, points=points),
+            step=lambda: cadence.step,
+        )
+        charts = Charts(sources, logger_of(log_to, run), run=run, begin=client.run(run))
+        charts.start()
+        # At the end of the program they end by themselves, behind the publisher.
+        weakref.finalize(self, charts.end).atexit = False
+        return charts
 
     # --- the beginning ----------------------------------------------------------------------------------------------
 
@@ -643,6 +674,11 @@ class _Setup:
     config: RunConfig
     update_every: int
     on_device: bool
+    log_to: LogTo | None = None
+
+    def for_a_copy(self) -> _Setup:
+        """The same without a function to log to, which need not be one that can be copied or pickled."""
+        return self if isinstance(self.log_to, str) else replace(self, log_to=None)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The documents are true: links lead somewhere, flags and named code exist, snippets run against a real server.
 
-Snippets of README.md, client/README.md and client/AVERAGES.md are run as a reader would, each file from top to bottom
-in one empty folder:
+Snippets of README.md, client/README.md, client/AVERAGES.md and of the stories are run as a reader would, each file from
+top to bottom in one empty folder:
 ```python blocks share one namespace, ```bash and ```console blocks are run if they call `curl` or `ema`. A block inside
 an HTML comment, `<!-- python` to `-->`, is run too: preparation that the page need not show.
 
@@ -46,6 +46,8 @@ WIDTH = 120
 # Where a reader sees a refusal on the screen, the test has to fail.
 STRICT_CURL = 'set -euo pipefail\ncurl() { command curl --fail -sS --max-time 60 "$@"; }\n'
 WITH_SNIPPETS = ["README.md", "client/README.md", "client/AVERAGES.md"]
+#: The stories take half a minute together, most of it for importing torch and Lightning.
+STORIES = [document for document in DOCUMENTS if re.match(r"client/stories/(?!README)", document)]
 
 
 def _prose(text: str) -> str:
@@ -270,7 +272,7 @@ def test_program_keeps_order_and_lines() -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("document", WITH_SNIPPETS)
+@pytest.mark.parametrize("document", [*WITH_SNIPPETS, *(pytest.param(s, marks=pytest.mark.soak) for s in STORIES)])
 def test_snippets_run(document: str, server: Any, tmp_path: Path) -> None:
     """A reader who types the document from top to bottom beside a running server meets no error and no warning."""
     if shutil.which("curl") is None:

@@ -78,6 +78,9 @@ CLIENT_THIRD_PARTY = {
     # Parts of the command line, but not its __init__, which says what to install where these are missing.
     "typer": {"ema_client.cli.*"},
     "rich": {"ema_client.cli.*"},
+    # Charts, where a user asks for them.
+    "tensorboard": {"ema_client.reading.loggers"},
+    "wandb": {"ema_client.reading.loggers"},
     # Where a call draws a picture.
     "matplotlib": {"ema_client.cli.plots"},
     # The extra publish, of which each place imports its own.
@@ -103,9 +106,9 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "reading": {"tensors", "http", "forks", "atomic"} | CLIENT_WORDS,
     "client": {"reading", "tensors", "http", "forks"} | CLIENT_WORDS,
     "training": {"client", "reading", "tensors", "http", "forks"} | CLIENT_WORDS,
-    "remote_ema": {"training", "client", "tensors"} | CLIENT_WORDS,
+    "remote_ema": {"training", "client", "reading", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
-    "integrations": {"remote_ema", "training", "client", "tensors", "atomic"} | CLIENT_WORDS,
+    "integrations": {"remote_ema", "training", "client", "reading", "tensors", "atomic"} | CLIENT_WORDS,
     "publishing": {"client", "atomic"} | CLIENT_WORDS,
     "cli": {"", "atomic", "checkpoints", "client", "publishing", "reading"} | CLIENT_WORDS,
     "__main__": {"cli"},

@@ -53,7 +53,7 @@ HINTS: dict[type[EmaError], str] = {
 #: A route of HTTP, of which a hint for other readers speaks.
 _ROUTE = re.compile(r"/v1/|\b(?:GET|POST|PUT|PATCH|DELETE) /")
 #: ``name=`` or ``name=value``, as Python writes an argument.
-_ARGUMENT = re.compile(r"(?<![\w-])(sigma_rel|decay|half_life|window|at|max_error|token|url|dtype)=(?=(\S?))")
+_ARGUMENT = re.compile(r"(?<![\w-])(sigma_rel|decay|half_life|window|at|max_error|token|url|dtype|log_to)=(?=(\S?))")
 _PAIR = re.compile(r"\((\d+), (\d+)\)")
 
 

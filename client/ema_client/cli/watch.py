@@ -1,17 +1,19 @@
 """``ema watch``: tell of each new version or snapshot of a run, save its weights as a file, run a command on the file.
 
 Knows: when a file is wanted and for how long, how a command is told of the file. Does not know: how events come
-(EmaClient.watch), or what the command does.
+(EmaClient.watch), what the command does, or how charts of the run are drawn meanwhile (Charts).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,8 @@ from ema_client.cli.templates import environment, file_name, has_placeholder, sh
 from ema_client.client import EmaClient
 from ema_client.errors import RunNotFound, SnapshotNotFound
 from ema_client.protocol import EventKind, RunEvent, WeightsInfo
+from ema_client.reading.charts import Charts, Sources
+from ema_client.reading.loggers import logger_of
 
 __all__ = ["watch"]
 
@@ -50,6 +54,16 @@ Out = Annotated[
         show_default=False,
     ),
 ]
+LogTo = Annotated[
+    str | None,
+    typer.Option(
+        "--log-to",
+        metavar="tensorboard[:FOLDER] | wandb[:PROJECT]",
+        help="Draw charts of the run meanwhile, from its beginning on: decay, num_updates, distance and durable_lag by "
+        "the trainer's steps. By default in the folder runs/RUN, or in wandb's project ema.",
+        show_default=False,
+    ),
+]
 
 
 def watch(
@@ -59,6 +73,7 @@ def watch(
     out: Out = None,
     snapshots: Annotated[bool, typer.Option("--snapshots", help="Snapshots as they are made, not versions.")] = False,
     average: Average = None,
+    log_to: LogTo = None,
     count: Annotated[int | None, typer.Option(min=1, help="End after so many.", show_default=False)] = None,
     once: Annotated[bool, typer.Option("--once", help="End after one: --count 1.")] = False,
     timeout: Annotated[
@@ -73,9 +88,26 @@ def watch(
     if out and "{path}" in out:
         raise typer.BadParameter("--out is the path: of the placeholders, {path} is for --exec alone")
     watcher = _Watcher(client, run, average, command, out)
-    yield from watcher.follow(snapshots=snapshots, timeout=timeout, limit=1 if once else count)
+    with _charts(client, run, log_to):
+        yield from watcher.follow(snapshots=snapshots, timeout=timeout, limit=1 if once else count)
     if watcher.failed:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _charts(client: EmaClient, run: str, log_to: str | None) -> Iterator[None]:
+    """Charts of the run inside the block, the last of them drawn after it."""
+    if log_to is None:
+        yield
+        return
+    sources = Sources(partial(client.run, run), lambda since, points: client.history(run, since=since, points=points))
+    # There is no wandb run of this program's to draw in.
+    charts = Charts(sources, logger_of("wandb:ema" if log_to == "wandb" else log_to, run), run=run)
+    charts.start()
+    try:
+        yield
+    finally:
+        charts.stop()
 
 
 @dataclass

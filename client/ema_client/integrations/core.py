@@ -21,6 +21,7 @@ from torch import nn
 
 from ema_client.client import EmaClient
 from ema_client.errors import AwaitingWeights, EmaError, NonFinite, RunNotFound, UsageError
+from ema_client.integrations.charted import Waiting, resolved
 from ema_client.integrations.kept import KeptSnapshots
 from ema_client.integrations.options import OutagePolicy, RemoteEmaOptions, check_names, check_policy
 from ema_client.integrations.origins import BEGUN, Lacking, Loaded, Origin, Origins, Trained
@@ -75,6 +76,7 @@ class Core:
         self._raises = on_unreachable == "raise"
         self._keep = keep
         self._options: dict[str, Any] = {"decay": decay, "use_num_updates": use_num_updates, **options}
+        self._options["log_to"] = resolved(options.get("log_to"))
         self._origins = Origins(run)
         self._owner: weakref.ref[nn.Module] | None = None
         self._replica: Replica | None = None
@@ -156,6 +158,16 @@ class Core:
         """An EMA step with the model as it is. due: as for RemoteEma.update()."""
         if self._replica:
             self._replica.update(due=due)
+
+    @property
+    def logs_to_trainer(self) -> bool:
+        """Whether charts of the EMA are drawn by the loggers of the framework's Trainer."""
+        return isinstance(self._options["log_to"], Waiting)
+
+    def measured(self) -> list[tuple[dict[str, float], int]]:
+        """Values for those loggers, each with its step, that came since the latest call. Asks nobody."""
+        log_to = self._options["log_to"]
+        return log_to.take() if isinstance(log_to, Waiting) else []
 
     def finish(self) -> None:
         """Return when every update of this process is applied, or the service is away."""

@@ -71,8 +71,8 @@ class RemoteEmaCallback(Callback):
             Lightning's begins with those of its first update: leave ``use_num_updates`` on, which soon forgets them.
         keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
         options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, posthoc,
-            push_dtype, update_every, borrow. With a callback that unfreezes layers (BaseFinetuning) ``frozen`` is
-            "average".
+            push_dtype, update_every, borrow, log_to. With a callback that unfreezes layers (BaseFinetuning) ``frozen``
+            is "average". ``log_to="trainer"`` draws charts of the EMA in the Trainer's own loggers.
     """
 
     def __init__(
@@ -167,6 +167,7 @@ class RemoteEmaCallback(Callback):
             self._steps = trainer.global_step
             # None: as update_every says.
             self._core.update(due=None if self.should_update(step_idx=self._steps - 1) else False)
+        self._draw(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, _: LightningModule) -> None:
         # A training that goes on from a checkpoint ends the checkpoint's epoch once more.
@@ -208,8 +209,10 @@ class RemoteEmaCallback(Callback):
     def on_exception(self, *_: Any) -> None:
         self._core.swap_out()
 
-    def teardown(self, *_: Any, **__: Any) -> None:
+    def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self._core.close()
+        # The last numbers come with the end, and the loggers are closed behind this hook.
+        self._draw(trainer)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -252,6 +255,12 @@ class RemoteEmaCallback(Callback):
             self._core.kept.let_go(str(filepath))
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _draw(self, trainer: Trainer) -> None:
+        """Charts of the EMA in the Trainer's loggers, with ``log_to="trainer"``."""
+        for values, step in self._core.measured():
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
 
     def _averaged(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         # FSDP1 around the whole module has the parameters, and says which parameters this rank holds.

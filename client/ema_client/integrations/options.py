@@ -12,6 +12,7 @@ import torch
 
 from ema_client.errors import UsageError
 from ema_client.protocol import AverageConfig, DecayPer, Durability, Posthoc
+from ema_client.reading.loggers import LogTo
 from ema_client.remote_ema import BusyPolicy
 from ema_client.training.selection import BufferPolicy, FrozenPolicy
 
@@ -22,7 +23,10 @@ OutagePolicy = Literal["warn", "raise"]
 
 
 class RemoteEmaOptions(TypedDict, total=False):
-    """RemoteEma's options, all but those that a callback has by name; each as RemoteEma describes it."""
+    """RemoteEma's options, all but those that a callback has by name; each as RemoteEma describes it.
+
+    log_to: or "trainer": to whatever the framework's Trainer logs to.
+    """
 
     schedule: AverageConfig | None
     averages: Sequence[AverageConfig] | None
@@ -35,6 +39,7 @@ class RemoteEmaOptions(TypedDict, total=False):
     frozen: FrozenPolicy
     buffers: BufferPolicy
     durability: Durability | None
+    log_to: LogTo | None
     use_num_upates: bool | None
 
 

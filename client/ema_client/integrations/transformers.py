@@ -67,7 +67,8 @@ class RemoteEmaCallback(TrainerCallback):
         swap_at_end: leave the EMA weights in the model when train() ends.
         keep: so many snapshots of checkpoints stay on the service, the newest; None: those whose checkpoints exist.
         options: whatever else RemoteEma takes: averages, buffers, decay_per, durability, frozen, on_busy, posthoc,
-            push_dtype, update_every, borrow.
+            push_dtype, update_every, borrow, log_to. ``log_to="trainer"`` adds ``ema/decay`` and the other values to
+            what the Trainer logs, and so to everything that it reports to; needs attach().
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class RemoteEmaCallback(TrainerCallback):
         trainer.evaluate = self._with_ema(trainer, trainer.evaluate)
         trainer.predict = self._with_ema(trainer, trainer.predict)
         trainer.save_model = self._saving(trainer.save_model)
+        if self._core.logs_to_trainer:
+            trainer.log = self._logging(trainer.log)
         return self
 
     @contextlib.contextmanager
@@ -153,6 +156,8 @@ class RemoteEmaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         del control
+        if self._core.logs_to_trainer and not self._attached:
+            raise UsageError("log_to='trainer' needs the Trainer itself", hint="attach() the callback to the Trainer")
         self._core.owner = model
         first = state.is_world_process_zero
         if state.global_step:
@@ -260,6 +265,16 @@ class RemoteEmaCallback(TrainerCallback):
                 return save(output_dir, _internal_call=_internal_call, **kwargs)
 
         return save_training_weights
+
+    def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(log)
+        def log_with_ema(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            # The newest of each: what the Trainer logs is of the step that the Trainer is at.
+            for values, _ in self._core.measured():
+                logs = {**logs, **values}
+            log(logs, *args, **kwargs)
+
+        return log_with_ema
 
     # ----------------------------------------------------------------------------------------------------------------
 
