@@ -8,6 +8,7 @@ that programs which look at runs or steer runs do without.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import weakref
@@ -56,6 +57,8 @@ from ema_client.protocol import (
     ServerInfo,
     SnapshotInfo,
     SnapshotList,
+    SweepInfo,
+    SweepList,
     Timeline,
     UpdateResult,
     UpdateStatus,
@@ -84,6 +87,8 @@ if TYPE_CHECKING:
     State = Mapping[str, Tensor] | nn.Module
 
 __all__ = ["EmaClient", "checked_decay", "service_of"]
+
+_log = logging.getLogger("ema_client")
 
 #: Seconds that the service may write to its disk, or make room in its memory, before it answers.
 _WORK_SECONDS = 50.0
@@ -704,6 +709,9 @@ class EmaClient:
         refine: int = 0,
         told: Callable[[SweptPoint], None] | None = None,
         progress: Progress | None = None,
+        name: str | None = None,
+        report: bool = True,
+        unreported: Callable[[EmaError], None] | None = None,
     ) -> Sweep:
         """Evaluate averages of several lengths, of a run with ``posthoc``; ``.best`` is the one with the lowest result.
 
@@ -722,6 +730,9 @@ class EmaClient:
             refine: then so many further averages, each beside the best one so far.
             told: called with each point as it comes.
             progress: called with (bytes that have come, bytes in all), of up to eight averages at a time.
+            name: what the results are, such as "FID", for who looks at the run.
+            report: tell the service what was found, for the run's page and sweeps(); also where the sweep ends early.
+            unreported: called with the reason where the service does not take the results; by default that is logged.
 
         What the service refuses is among the points, with the reason. Raises what ``evaluate`` raises; RunNotFound,
         UsageError.
@@ -747,10 +758,14 @@ class EmaClient:
             dtype=dtype,
             highest=highest,
             progress=progress,
+            name=_short(name),
+            unreported=(unreported or partial(_log_unreported, run)) if report else None,
         )
-        sweeper.look_at(list(lengths))
-        sweeper.refine(refine)
-        return sweeper.sweep
+        return sweeper.go_through(list(lengths), refine)
+
+    def sweeps(self, run: str) -> tuple[SweepInfo, ...]:
+        """What the newest sweeps over the run's averages found, of those that were reported, the newest last."""
+        return self._transport.json("GET", protocol.sweeps_path(_name(run, "run"))).parsed(SweepList).sweeps
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""
@@ -993,6 +1008,17 @@ def _asked(
         raise UsageError("both a snapshot and a soup are given", hint="give one: a soup names its snapshots")
     said = ",".join(f"{_name(name, 'snapshot')}:{float(weight)!r}" for name, weight in soup.items())
     return Asked(_name(run, "run"), average, soup=said)
+
+
+def _short(name: str | None) -> str | None:
+    """What results are, as the service keeps it. Raises UsageError."""
+    if name is not None and len(name) > protocol.SWEEP_TEXT:
+        raise UsageError(f"name= has {len(name)} characters", hint=f"at most {protocol.SWEEP_TEXT}, such as 'FID'")
+    return name
+
+
+def _log_unreported(run: str, error: EmaError) -> None:
+    _log.warning("run %r: the service did not keep what the sweep found: %s", run, error)
 
 
 def _dtype(said: str) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 from urllib.parse import quote
 
@@ -75,7 +75,7 @@ _SEGMENT = re.compile(
     r"pid=(\d{1,10}), fd=(\d{1,10}), offset=(\d{1,19}), length=(\d{1,19}), secret=([0-9a-f]{64})\Z", re.ASCII
 )
 
-#: The most averages that one sweep has, and the bytes of each of its pieces.
+#: The most averages that one body of a sweep has, and the bytes of each of its pieces.
 MAX_SWEPT = 8
 SWEEP_PIECE_BYTES = 1 << 20
 
@@ -111,7 +111,10 @@ TimelineKind = Literal[
     "rewound",
     "accepted",
     "damaged",
+    "sweep",
 ]
+#: The kinds of lengths that a sweep may go through.
+SweepKind = Literal["sigma_rel", "decay", "half_life"]
 
 #: The fields of a body, with the rule that a value from the other side must keep: a pattern for strings, bounds for
 #: numbers, a function that makes a text fit to be shown.
@@ -142,6 +145,12 @@ DEFAULT_POINTS = 500
 #: How many entries of a timeline an answer may have, and how many it has by default.
 TIMELINE_ENTRIES = (1, 1000)
 DEFAULT_ENTRIES = 100
+#: How many points the report of a sweep may have, the characters of a text of it, and how many sweeps a run keeps.
+SWEEP_POINTS = (1, 64)
+SWEEP_TEXT = 300
+SWEEPS_KEPT = 8
+#: What a number may be that has no limits of its own: finite, also where two are added.
+FINITE = (-1e300, 1e300)
 #: Seconds since 1970-01-01 UTC, up to the year 9999: a calendar has no others.
 Moment = Annotated[float, (0.0, 253_402_000_000.0)]
 
@@ -200,6 +209,10 @@ def profiles_path(run: str) -> str:
 
 def sweep_path(run: str) -> str:
     return f"{run_path(run)}/sweep"
+
+
+def sweeps_path(run: str) -> str:
+    return f"{run_path(run)}/sweeps"
 
 
 def update_path(run: str, step: int) -> str:
@@ -727,7 +740,7 @@ class TimelineEntry:
 
     kind: "created"; "decay_changed"; "reset" (of num_updates); "average_added"; "average_removed"; "writer" (a trainer
         took over); "ended" (the trainer's training is over); "snapshot"; "snapshot_deleted"; "rewound"; "accepted" (the
-        version of a degraded run); "damaged".
+        version of a degraded run); "damaged"; "sweep" (results of averages of several lengths were reported).
     step, num_updates: the run's at that time, None where they were not known.
     """
 
@@ -744,6 +757,71 @@ class Timeline:
 
     run: Name
     entries: tuple[TimelineEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """What an average of one length came to: a result of the reporter's evaluation, or why there was no average.
+
+    value: the average's sigma_rel, decay or half-life. result: None where the evaluation failed, or was not begun.
+    """
+
+    value: Positive
+    result: float | None = None
+    refused: Text | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """The body of ``POST /v1/runs/{run}/sweeps``: what averages of several lengths came to.
+
+    at: the time that the averages are of: a snapshot's name, or a counter; None where it is not known. highest: whether
+    the highest result is the best, not the lowest. name: what the results are, such as "FID".
+    """
+
+    kind: SweepKind
+    points: tuple[SweepPoint, ...]
+    at: Name | Count | None = None
+    highest: bool = False
+    name: Text | None = None
+
+    @property
+    def best(self) -> SweepPoint | None:
+        """The point with the best result, the shortest of several; None where there are no results."""
+        counted = [(point.result, point) for point in self.points if point.result is not None]
+        sign = -1.0 if self.highest else 1.0
+        return min(counted, key=lambda each: sign * each[0], default=(None, None))[1]
+
+    @property
+    def fault(self) -> str | None:
+        """Which value is no such length; None where all are."""
+        below = SWEEP_BELOW.get(self.kind, FINITE[1])
+        wrong = [point.value for point in self.points if not point.value < below]
+        return f"points: {wrong[0]:g} is no {self.kind}, which is below {below:g}" if wrong else None
+
+
+#: What a length of each kind is below; half-lives have no limit.
+SWEEP_BELOW: dict[str, float] = {"sigma_rel": LARGEST_SIGMA_REL, "decay": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepInfo(SweepReport):
+    """The results of a sweep, as they were reported at ``time``.
+
+    version, num_updates: the run's by then, None where it had no weights; ``at`` says which time the averages are of.
+    """
+
+    time: Moment
+    version: Version | None
+    num_updates: Counter | None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepList:
+    """The answer to ``GET /v1/runs/{run}/sweeps``: the newest sweeps, the newest last."""
+
+    run: Name
+    sweeps: tuple[SweepInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -893,8 +971,7 @@ def _reader(hint: Any) -> _Reader:
     arguments = get_args(hint)
     origin = get_origin(hint)
     if origin in (UnionType, Union):
-        present = _reader(arguments[0])
-        return lambda value: None if value is None else present(value)
+        return _either([_reader(each) for each in arguments if each is not NoneType])
     if origin is Annotated:
         plain, keeps = _reader(arguments[0]), _keeper(arguments[1])
         return lambda value: keeps(plain(value))
@@ -909,6 +986,22 @@ def _reader(hint: Any) -> _Reader:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return lambda value: from_json(hint, value)
     return _number if hint is float else lambda value: _typed(hint, value)
+
+
+def _either(readers: list[_Reader]) -> _Reader:
+    """What reads null, and what one of the readers reads."""
+    first, *others = readers
+    if not others:
+        return lambda value: None if value is None else first(value)
+    rest = _either(others)
+
+    def read(value: Any) -> Any:
+        try:
+            return None if value is None else first(value)
+        except ValueError:
+            return rest(value)
+
+    return read
 
 
 def _keeper(rule: Any) -> _Reader:
@@ -930,7 +1023,7 @@ def _typed(kind: type[T], value: Any) -> T:
 
 def _number(value: Any) -> float:
     # NaN is between no bounds; a larger integer is no float.
-    return float(value) if type(value) in (int, float) and -1e300 <= value <= 1e300 else _refuse(value)
+    return float(value) if type(value) in (int, float) and FINITE[0] <= value <= FINITE[1] else _refuse(value)
 
 
 def _integer(text: str) -> int:

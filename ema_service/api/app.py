@@ -24,7 +24,7 @@ from ema_service.api.facts import gauge
 from ema_service.api.limits import BodyLimits, JsonBudget
 from ema_service.api.origins import Origins
 from ema_service.api.requests import Requests
-from ema_service.api.routes import averages, events, history, ops, runs, snapshots, updates, weights
+from ema_service.api.routes import averages, events, history, ops, runs, snapshots, sweeps, updates, weights
 from ema_service.api.tracing import open_tracing
 from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.api.writes import WriteGate, Writes
@@ -50,7 +50,7 @@ _IDLE_SECONDS = 60.0
 _GROWTH_BYTES = 128 << 20
 
 #: In the order in which each request's route is searched: routes that trainers use all day come first.
-_PARTS = (updates, weights, runs, averages, snapshots, events, history, ops)
+_PARTS = (updates, weights, runs, averages, snapshots, events, history, sweeps, ops)
 
 _DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
 evaluators

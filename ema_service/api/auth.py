@@ -35,6 +35,7 @@ _OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|runs/[^/]+|v1
 MORE_WITH_A_TOKEN = "/v1/server"
 _RUN = re.compile(r"/v1/runs/([^/]+)")
 _WRITER = re.compile(r"/v1/runs/[^/]+/writers/[^/]+\Z")
+_SWEEPS = re.compile(r"/v1/runs/[^/]+/sweeps\Z")
 _SNAPSHOT = re.compile(r"/v1/runs/[^/]+/snapshots/[^/]+\Z")
 
 
@@ -129,7 +130,7 @@ def _needed(method: str, path: str) -> str:
     """The scope that a request needs."""
     if method in ("GET", "HEAD"):
         return "pull"
-    if method == "PUT" and _SNAPSHOT.match(path):
+    if (method == "PUT" and _SNAPSHOT.match(path)) or (method == "POST" and _SWEEPS.match(path)):
         return "snapshot"
     if method == "DELETE" and not _WRITER.match(path):
         return "admin"

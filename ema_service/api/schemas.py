@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ema_client.errors import InvalidRequest
 from ema_client.protocol import (
     DEFAULT_AVERAGE,
     DEFAULT_DECAY,
+    FINITE,
     GAMMAS,
     MAX_AVERAGES,
     MAX_RANK,
@@ -24,6 +26,8 @@ from ema_client.protocol import (
     POSITIVE,
     RING_SNAPSHOTS,
     SIGMA_RELS,
+    SWEEP_POINTS,
+    SWEEP_TEXT,
     AverageConfig,
     DecayPer,
     Durability,
@@ -31,16 +35,21 @@ from ema_client.protocol import (
     Posthoc,
     RunConfig,
     ScheduleName,
+    SweepKind,
+    SweepPoint,
+    SweepReport,
     TensorSpec,
 )
 
 __all__ = [
     "CHANGE_BYTES",
     "CONFIG_BYTES",
+    "SWEEP_BYTES",
     "AverageConfigBody",
     "RewindBody",
     "RunConfigBody",
     "RunPatchBody",
+    "SweepBody",
     "definitions",
     "json_body",
 ]
@@ -51,12 +60,16 @@ _COMPONENT = "#/components/schemas/{model}"
 CONFIG_BYTES = 32 << 20
 #: Most bytes of a change to a run: a name and a number.
 CHANGE_BYTES = 4 << 10
+#: Most bytes of a sweep's report: 64 points, of which each may say why there is no average.
+SWEEP_BYTES = 64 << 10
 
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 _Step = Annotated[int, Field(ge=0, le=MAX_STEP)]
 _Positive = Annotated[float, Field(ge=POSITIVE[0], le=POSITIVE[1], allow_inf_nan=False)]
 _SigmaRel = Annotated[float, Field(ge=SIGMA_RELS[0], le=SIGMA_RELS[1], allow_inf_nan=False)]
+_Finite = Annotated[float, Field(ge=FINITE[0], le=FINITE[1], allow_inf_nan=False)]
+_Text = Annotated[str, Field(max_length=SWEEP_TEXT)]
 _Gamma = Annotated[float, Field(ge=GAMMAS[0], le=GAMMAS[1], allow_inf_nan=False)]
 
 
@@ -197,3 +210,33 @@ class RewindBody(_Body):
         _Name | None, Field(description="The snapshot's name; None: accept the version of a degraded run")
     ] = None
     run: Annotated[_Name | None, Field(description="The snapshot's run, to branch from; None: this run")] = None
+
+
+class _SweepPointBody(_Body):
+    value: Annotated[_Positive, Field(description="The average's sigma_rel, decay or half-life")]
+    result: Annotated[_Finite | None, Field(description="What it came to. None: there is no result")] = None
+    refused: Annotated[_Text | None, Field(description="Why there was no average of this length")] = None
+
+
+class SweepBody(_Body):
+    """What averages of several lengths came to."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"kind": "sigma_rel", "at": 1000, "name": "FID", "points": [{"value": 0.12, "result": 3.5}]}]
+        }
+    )
+
+    kind: Annotated[SweepKind, Field(description="What the lengths are")]
+    points: Annotated[list[_SweepPointBody], Field(min_length=SWEEP_POINTS[0], max_length=SWEEP_POINTS[1])]
+    at: Annotated[_Name | _Step | None, Field(description="Of which time: a snapshot's name, or a counter")] = None
+    highest: Annotated[bool, Field(description="The highest result is the best, not the lowest")] = False
+    name: Annotated[_Text | None, Field(description="What the results are", examples=["FID"])] = None
+
+    def to_report(self) -> SweepReport:
+        """The body as the protocol's dataclass. Raises InvalidRequest for a value that is no length of the kind."""
+        points = tuple(SweepPoint(point.value, point.result, point.refused) for point in self.points)
+        report = SweepReport(self.kind, points, self.at, self.highest, self.name)
+        if report.fault is not None:
+            raise InvalidRequest(report.fault)
+        return report

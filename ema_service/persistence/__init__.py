@@ -1,5 +1,5 @@
 """Persistence: one run on disk. Its versions, how a restart finds them, its snapshots, its ring,
-its timeline.
+its timeline, its sweeps.
 
 Knows how states become rows and files, and how rows and files become states. Never imports ``runs``: what the disk
 tells is returned, and the caller decides what is to be kept.
@@ -12,7 +12,8 @@ from ema_service.persistence.restoring import Restored
 from ema_service.persistence.ring import StoredRing
 from ema_service.persistence.ring_shelf import RingSnapshot
 from ema_service.persistence.snapshots import Snapshots
+from ema_service.persistence.sweeps import Sweeps
 from ema_service.persistence.timeline import Timeline
 from ema_service.persistence.versions import Versions
 
-__all__ = ["MemoryVersions", "Restored", "RingSnapshot", "Snapshots", "StoredRing", "Timeline", "Versions"]
+__all__ = ["MemoryVersions", "Restored", "RingSnapshot", "Snapshots", "StoredRing", "Sweeps", "Timeline", "Versions"]

@@ -1,6 +1,7 @@
 """All runs of a server: creating, finding and deleting runs, and keeping them on disk.
 
-Knows the names of the runs, and which objects make a run: Run, Parts, and on disk its versions, snapshots and timeline.
+Knows the names of the runs, and which objects make a run: Run, Parts, and on disk its versions, snapshots, timeline and
+sweeps.
 Does not know HTTP, the event loop, how an update is decided (ledger) or kept (persistence). Methods may block: call
 them off the event loop.
 """
@@ -41,6 +42,8 @@ from ema_client.protocol import (
     Durability,
     RunConfig,
     SnapshotInfo,
+    SweepInfo,
+    SweepReport,
     TimelineKind,
     Writer,
     from_json,
@@ -49,7 +52,7 @@ from ema_client.protocol import (
 from ema_service.averaging import prepare, prepare_measuring
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
-from ema_service.persistence import MemoryVersions, Restored, Snapshots, StoredRing, Timeline, Versions
+from ema_service.persistence import MemoryVersions, Restored, Snapshots, StoredRing, Sweeps, Timeline, Versions
 from ema_service.persistence.measured import StoredMeasurements
 from ema_service.persistence.rows import read_setup
 from ema_service.runs.branching import check_averages, check_branch
@@ -125,6 +128,7 @@ class _Registered:
     run: Run
     parts: Parts
     timeline: Timeline
+    sweeps: Sweeps
     measurements: Measurements
     disk: _Disk | None
     synthesiser: Synthesiser | None = None
@@ -261,6 +265,10 @@ class Registry:
         """What was done to a run. Raises RunNotFound."""
         return self._find(name).timeline
 
+    def sweeps(self, name: str) -> Sweeps:
+        """What sweeps over averages of a run found. Raises RunNotFound."""
+        return self._find(name).sweeps
+
     def synthesiser(self, name: str) -> Synthesiser:
         """What works out averages of other lengths for a run. Raises RunNotFound, StorageDisabled, SynthesisRefused."""
         found = self._find(name)
@@ -383,6 +391,14 @@ class Registry:
         if number > before:
             found.record("writer", f"trainer {number} took over")
         return Writer(name, number)
+
+    def add_sweep(self, name: str, report: SweepReport, key: str | None = None) -> SweepInfo:
+        """Keep what a sweep over averages of a run found; the run is as it was. Raises RunNotFound, StorageFailed."""
+        found = self._find(name)
+        info, new = found.sweeps.add(report, found.run.ledger.version, key)
+        if new:
+            found.record("sweep", _told(report))
+        return info
 
     def detach(self, name: str, writer: int) -> Run:
         """The training of a trainer that attached is over. Raises as Ledger.detach()."""
@@ -624,7 +640,8 @@ class Registry:
         noted = measurements if self._measure else None
         if self._store is None or row is None:
             run = Run(config, layout, self.memory, created_at=created_at, writer=writer, measurements=noted)
-            return _Registered(run, Parts(run), Timeline(config.run, None, None), measurements, None)
+            timeline, sweeps = Timeline(config.run, None, None), Sweeps(config.run, None, None)
+            return _Registered(run, Parts(run), timeline, sweeps, measurements, None)
         store, memory, files = self._store, self.memory, self._store.memory_files
         versions: Versions | MemoryVersions
         if files and not refusal and config.durability == "process":
@@ -653,7 +670,8 @@ class Registry:
             run.changes.tell_always(ring.moved)
             synthesiser = Synthesiser(run, config.posthoc, ring, snapshots)
         disk = _Disk(row, store, versions, snapshots, ring)
-        return _Registered(run, Parts(run), Timeline(config.run, row, store), measurements, disk, synthesiser)
+        timeline, sweeps = Timeline(config.run, row, store), Sweeps(config.run, row, store)
+        return _Registered(run, Parts(run), timeline, sweeps, measurements, disk, synthesiser)
 
     def _keep_measurements(self, found: _Registered, disk: _Disk) -> None:
         """Have a restart bring back what was measured of a run. A failure is only logged: no weights depend on it."""
@@ -780,6 +798,15 @@ def _take_up(registered: _Registered, found: Restored) -> None:
     if found.fault:
         # A server that is started again finds the same damage.
         registered.timeline.record("damaged", found.fault, registered.run.ledger.version, once=True)
+
+
+def _told(report: SweepReport) -> str:
+    """What a sweep found, for a line of the timeline."""
+    lengths = f"sweep of {len(report.points)} {'length' if len(report.points) == 1 else 'lengths'}"
+    if (best := report.best) is None:
+        return f"{lengths} of {report.kind}, without a result"
+    named = f"{report.name} " if report.name else ""
+    return f"{lengths}, best {report.kind} {best.value:.6g}: {named}{best.result:.6g}"
 
 
 def _nothing(_: int) -> None:

@@ -13,6 +13,7 @@ from ema_service.storage.catalog import (
     RunRow,
     Shelf,
     SnapshotRow,
+    SweepRow,
     TimelineRow,
 )
 from ema_service.storage.files import TensorFile
@@ -38,6 +39,7 @@ __all__ = [
     "Slots",
     "SnapshotRow",
     "Store",
+    "SweepRow",
     "TensorFile",
     "TimelineRow",
     "memory_prefix",

@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ema_client.protocol import SWEEPS_KEPT
 from ema_service.storage.files import reserve_beyond
 
 __all__ = [
@@ -27,13 +28,14 @@ __all__ = [
     "RunRow",
     "Shelf",
     "SnapshotRow",
+    "SweepRow",
     "TimelineRow",
 ]
 
 _log = logging.getLogger(__name__)
 
 #: Version of the tables below, and of the files that the rows speak of.
-FORMAT = 7
+FORMAT = 8
 
 #: Most lines of a timeline: a trainer that takes a snapshot every minute shall not fill the disk with lines.
 TIMELINE_LINES = 1000
@@ -58,6 +60,16 @@ CREATE TABLE timeline (
     step INTEGER, num_updates INTEGER, text TEXT NOT NULL);
 CREATE INDEX timeline_of_run ON timeline (run_id);
 """
+# By a trigger: a ninth sweep and the loss of the oldest are one transaction.
+_SWEEPS = f"""
+CREATE TABLE sweeps (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    key TEXT, info TEXT NOT NULL, UNIQUE (run_id, key));
+CREATE TRIGGER sweeps_kept AFTER INSERT ON sweeps BEGIN
+    DELETE FROM sweeps WHERE run_id = NEW.run_id AND id NOT IN (
+        SELECT id FROM sweeps WHERE run_id = NEW.run_id ORDER BY id DESC LIMIT {SWEEPS_KEPT});
+END;
+"""
 _SCHEMA = f"""
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL,
@@ -68,12 +80,14 @@ CREATE TABLE snapshots (
     name TEXT NOT NULL, info TEXT NOT NULL, created_at REAL NOT NULL, PRIMARY KEY (run_id, name));
 {_RING}
 {_TIMELINE}
+{_SWEEPS}
 """
 #: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
 #: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
 #: had other checksums: its servers would take newer files for damaged. Format 4 had no memory files: its servers would
 #: take their rows for slots that are gone. Format 5 had no ring, and the averages of a run's creation for good: its
-#: servers would find others in the run's versions. Format 6 had lines without kinds, in a table that is gone.
+#: servers would find others in the run's versions. Format 6 had lines without kinds, in a table that is gone. Format 7
+#: had no sweeps.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -99,6 +113,7 @@ INSERT INTO timeline SELECT run_id, at, CASE
     NULL, NULL, event FROM history ORDER BY rowid;
 DROP TABLE history;
 """,
+    7: _SWEEPS,
 }
 
 
@@ -163,6 +178,14 @@ class TimelineRow:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """The results of a sweep over averages of a run. info: JSON. key: of the write, None where it had none."""
+
+    key: str | None
+    info: str
+
+
 #: The tables of snapshots: those that somebody named, and those of the ring, whose names are versions.
 Shelf = Literal["snapshots", "ring"]
 
@@ -224,7 +247,7 @@ class Catalog:
         return RunRow(cursor.lastrowid or 0, *values)
 
     def remove_run(self, run_id: int) -> None:
-        """Remove the run with its checkpoints, snapshots and timeline."""
+        """Remove the run with its checkpoints, snapshots, timeline and sweeps."""
         self._write("DELETE FROM runs WHERE id = ?", run_id)
 
     def remove_named(self, name: str) -> None:
@@ -310,6 +333,16 @@ class Catalog:
             "ORDER BY rowid DESC LIMIT ?"
         )
         return [TimelineRow(*row) for row in reversed(self._read(query, run_id, since, most))]
+
+    def add_sweep(self, run_id: int, row: SweepRow) -> None:
+        """Add a sweep to a run, in place of a sweep of that key; of more than SWEEPS_KEPT the oldest goes. Raises
+        sqlite3.IntegrityError where the run is gone."""
+        self._write("INSERT OR REPLACE INTO sweeps (run_id, key, info) VALUES (?, ?, ?)", run_id, row.key, row.info)
+
+    def sweeps(self, run_id: int) -> list[SweepRow]:
+        """The sweeps of a run, the newest last."""
+        rows = self._read("SELECT key, info FROM sweeps WHERE run_id = ? ORDER BY id", run_id)
+        return [SweepRow(*row) for row in rows]
 
     def _write(self, sql: str, *values: object, durable: bool = True) -> sqlite3.Cursor:
         wanted = "FULL" if durable else "NORMAL"

@@ -32,6 +32,7 @@ from ema_service.storage.catalog import (
     RunRow,
     Shelf,
     SnapshotRow,
+    SweepRow,
     TimelineRow,
 )
 from ema_service.storage.files import (
@@ -218,6 +219,17 @@ class Store:
         """The newest lines of the run's timeline that are later than ``since``, at most so many, in order. Raises
         sqlite3.Error."""
         return self._catalog.timeline(row.id, since, most)
+
+    def add_sweep(self, row: RunRow, sweep: SweepRow) -> None:
+        """Add a sweep to the run, in place of a sweep of its key; the oldest of too many goes.
+
+        Raises sqlite3.Error; sqlite3.IntegrityError where the run is gone.
+        """
+        self._catalog.add_sweep(row.id, sweep)
+
+    def sweeps(self, row: RunRow) -> list[SweepRow]:
+        """The run's sweeps, the newest last. Raises sqlite3.Error."""
+        return self._catalog.sweeps(row.id)
 
     # --- measurements -----------------------------------------------------------------------------------------------
 

@@ -174,6 +174,9 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     ask("put_update", "ringed", 1, body=ask.body())
     assert ask("get_profiles", "ringed", sigma_rel="0.1").error < 1e-12
     assert ask("get_weights", "ringed", sigma_rel="0.1", max_error=1.0).payload.read()
+    swept = ask.model("SweepBody", kind="sigma_rel", points=[{"value": 0.1, "result": 0.5}, {"value": 0.2}], at="s")
+    assert ask("add_sweep", "ringed", body=swept, idempotency_key="k", status=201).version == "1.1"
+    assert [each.at for each in ask("list_sweeps", "ringed").sweeps] == ["s"]
     assert ask("get_sweep", "ringed", sigma_rel="0.1,0.2", max_error=1.0).payload.read()
 
     history = ask("get_history", "r")

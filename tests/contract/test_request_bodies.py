@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from ema_client import protocol
 from ema_service.api.app import create_app
-from ema_service.api.schemas import AverageConfigBody, RewindBody, RunConfigBody, RunPatchBody
+from ema_service.api.schemas import AverageConfigBody, RewindBody, RunConfigBody, RunPatchBody, SweepBody
 from ema_service.settings import Settings
 
 
@@ -31,8 +31,9 @@ def required(kind: type[Any]) -> set[str]:
         (AverageConfigBody, protocol.AverageConfig),
         (RunPatchBody, protocol.RunPatch),
         (RewindBody, protocol.Rewind),
+        (SweepBody, protocol.SweepReport),
     ],
-    ids=["config", "average", "patch", "rewind"],
+    ids=["config", "average", "patch", "rewind", "sweep"],
 )
 def test_fields_are_the_protocols(body: type[BaseModel], kind: type[Any]) -> None:
     """A field that only one side knows would be refused as unknown, or never sent."""
@@ -53,6 +54,19 @@ def test_a_config_survives_the_way() -> None:
     for config in configs:
         body = RunConfigBody.model_validate_json(json.dumps(protocol.to_json(config)))
         assert body.to_config() == config
+
+
+def test_a_report_survives_the_way() -> None:
+    """As a configuration does; and what the server keeps is read as the same report."""
+    points = (protocol.SweepPoint(0.5, None, "no"), protocol.SweepPoint(0.9, 1.5))
+    for report in (
+        protocol.SweepReport("decay", points),
+        protocol.SweepReport("decay", points, "epoch-1", True, "FID"),
+        protocol.SweepReport("half_life", points, 7),
+    ):
+        sent = protocol.to_json(report)
+        assert SweepBody.model_validate_json(json.dumps(sent)).to_report() == report
+        assert protocol.from_json(protocol.SweepReport, json.loads(json.dumps(sent))) == report
 
 
 def test_each_json_body_has_a_limit() -> None:

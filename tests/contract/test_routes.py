@@ -50,6 +50,8 @@ BUILT = {
     "HEAD /v1/runs/{run}/snapshots/{name}/weights",
     "GET /v1/runs/{run}/profiles",
     "GET /v1/runs/{run}/sweep",
+    "POST /v1/runs/{run}/sweeps",
+    "GET /v1/runs/{run}/sweeps",
     "GET /v1/runs/{run}/events",
     "GET /v1/server",
     "GET /v1/runs/{run}/history",

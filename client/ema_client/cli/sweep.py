@@ -74,6 +74,12 @@ def sweep(
     keep: Annotated[
         str | None, typer.Option(help="Keep the best as a snapshot of this name.", show_default=False)
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the number is, as in FID, for the run's page.", show_default=False)
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Tell the service what was found, for the run's page.")
+    ] = True,
 ) -> Answer:
     """Find the best length of an EMA: run a command on averages of several lengths, of a run with posthoc.
 
@@ -87,7 +93,8 @@ def sweep(
     if keep is not None:
         _check_is_free(client, run, keep)
     evaluation = _Evaluation(command)
-    options: dict[str, Any] = {kind: values, "at": at, "max_error": max_error, "dtype": dtype}
+    options: dict[str, Any] = {kind: values, "at": at, "max_error": max_error, "dtype": dtype, "name": name}
+    options |= {"report": report, "unreported": _tell_unreported}
     with moving(run) as progress:
         found = client.sweep(run, evaluation, highest=highest, refine=refine, told=_tell, progress=progress, **options)
     if keep is not None and found.best is not None and (kept := _keep(client, found, keep, max_error)):
@@ -170,6 +177,10 @@ def _last_line(text: str) -> str:
 def _tell(point: SweptPoint) -> None:
     if point.info is not None and point.result is not None:
         show.complain(f"{point.info.target}: {point.result:.6g}")
+
+
+def _tell_unreported(error: EmaError) -> None:
+    show.complain(f"the results are here alone, the service did not take them: {error.detail}")
 
 
 def _shown(found: Sweep) -> Iterator[str | Table]:

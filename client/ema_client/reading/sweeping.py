@@ -1,6 +1,7 @@
 """Sweeps over the length of an average: which lengths are fetched, evaluated, and looked at next.
 
-Knows: that several averages come from one reading of the ring, that some may be refused, where a better length may lie.
+Knows: that several averages come from one reading of the ring, that some may be refused, where a better length may lie,
+what the service is told of the results.
 Does not know: how averages come (swept), tensors, what an evaluation does.
 """
 
@@ -11,10 +12,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from ema_client.errors import SynthesisRefused
+from ema_client import protocol
+from ema_client.errors import EmaError, SynthesisRefused
 from ema_client.http.transport import Transport
-from ema_client.protocol import MAX_SWEPT, ProfileInfo, WeightsInfo
+from ema_client.protocol import (
+    FINITE,
+    MAX_SWEPT,
+    SWEEP_POINTS,
+    SWEEP_TEXT,
+    ProfileInfo,
+    SweepKind,
+    SweepPoint,
+    SweepReport,
+    WeightsInfo,
+    to_json,
+)
 from ema_client.reading.checking import Progress
 from ema_client.reading.swept import AskedSweep
 from ema_client.targets import Target, between
@@ -42,6 +56,11 @@ class SweptPoint:
     def counts(self) -> bool:
         """Whether the average has a result that can be compared."""
         return self.result is not None and math.isfinite(self.result)
+
+    def to_report(self) -> SweepPoint:
+        """The point as the service is told: without a result that is no number, which JSON has not."""
+        told = self.result if self.result is not None and FINITE[0] <= self.result <= FINITE[1] else None
+        return SweepPoint(self.value, told, None if self.refused is None else self.refused[:SWEEP_TEXT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +93,14 @@ class Sweep:
         result = point.result or 0.0
         return -result if self.highest else result
 
+    def to_report(self, name: str | None = None) -> SweepReport:
+        """The sweep as the service is told, with as many of the points as a report may have, the best. name: what the
+        results are."""
+        ranked = sorted(self.points, key=lambda point: (not point.counts, self._badness(point)))
+        told = sorted(ranked[: SWEEP_POINTS[1]], key=lambda point: point.value)
+        points = tuple(point.to_report() for point in told)
+        return SweepReport(cast(SweepKind, self.kind), points, self.at, self.highest, name)
+
     def around_best(self) -> tuple[float, ...]:
         """The values in the middle between the best average and its neighbours: at most two, none where none is new."""
         counted, best = [point.value for point in self.points if point.counts], self.best
@@ -91,7 +118,8 @@ class Sweeper:
 
     evaluate: called in the caller's thread, one average at a time; what it raises ends the sweep. The file is deleted
     when it returns. profiles: answers ``GET .../profiles``. told: called with each point as it comes.
-    progress: called with the bytes of averages that have come, and in all, of each request.
+    progress: called with the bytes of averages that have come, and in all, of each request. name: what the results are.
+    unreported: called where the service does not take the results; None: the service is not told of them.
     """
 
     transport: Transport
@@ -105,6 +133,8 @@ class Sweeper:
     dtype: str | None = None
     highest: bool = False
     progress: Progress | None = None
+    name: str | None = None
+    unreported: Callable[[EmaError], None] | None = None
     _points: dict[float, SweptPoint] = field(default_factory=dict)
 
     @property
@@ -112,6 +142,18 @@ class Sweeper:
         """What was looked at so far."""
         points = tuple(self._points[value] for value in sorted(self._points))
         return Sweep(self.run, self.kind, self.at, points, self.highest)
+
+    def go_through(self, values: Sequence[float], refine: int) -> Sweep:
+        """Evaluate averages of these lengths, then ``refine`` others, and report what was found, also where the sweep
+        ends early: hours of evaluations are in it."""
+        whole = False
+        try:
+            self.look_at(values)
+            self.refine(refine)
+            whole = True
+        finally:
+            self._report(patient=whole)
+        return self.sweep
 
     def look_at(self, values: Sequence[float]) -> None:
         """Evaluate averages of these lengths, as many of them at a time as the service sends at once."""
@@ -126,6 +168,17 @@ class Sweeper:
         while count > 0 and (values := self.sweep.around_best()[:count]):
             self.look_at(values)
             count -= len(values)
+
+    def _report(self, *, patient: bool) -> None:
+        """Tell the service of the results, if there are any. patient: with retries; somebody who ends a sweep early, or
+        whose service does not answer, waits for no more than one try."""
+        if self.unreported is None or self.sweep.best is None:
+            return
+        ask = self.transport.json if patient else self.transport.json_once
+        try:
+            ask("POST", protocol.sweeps_path(self.run), to_json(self.sweep.to_report(self.name)))
+        except EmaError as error:
+            self.unreported(error)
 
     def _evaluated(self, values: Sequence[float], folder: Path) -> Iterator[SweptPoint]:
         paths = [folder / f"{self.kind}-{value:.9g}.safetensors" for value in values]

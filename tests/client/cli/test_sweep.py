@@ -5,6 +5,7 @@ Knows the command's words, what it shows and its exit codes. Does not know how a
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from safetensors.torch import load_file
 from ema_client import EmaClient
 from ema_client.cli.plots import text_plot
 from ema_client.cli.sweep import last_number, lengths_of
+from ema_client.errors import UsageError
+from ema_client.protocol import SweepPoint
 from tests.waiting import settled
 
 RUN = "posthoc-cli"
@@ -70,7 +73,7 @@ def evaluate(tmp_path: Path) -> str:
 
 def test_sweep(ema: Ema, evaluate: str, tmp_path: Path, trained: EmaClient) -> None:
     """A table with the best marked, a plot, a picture, the best as a snapshot; the command's words are passed on."""
-    words = ("--exec", evaluate, "--plot", tmp_path / "curve.png", "--keep", "best")
+    words = ("--exec", evaluate, "--plot", tmp_path / "curve.png", "--keep", "best", "--name", "loss")
     code, out, err = ema("sweep", RUN, "--sigma-rel", "0.04,0.06,0.1", *words)
 
     assert code == 0, err
@@ -81,6 +84,11 @@ def test_sweep(ema: Ema, evaluate: str, tmp_path: Path, trained: EmaClient) -> N
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     kept, again = trained.pull(RUN, snapshot="best"), trained.pull(RUN, sigma_rel=0.06)
     assert torch.equal(kept["w"], again["w"])
+    told = trained.sweeps(RUN)[-1]
+    assert [(point.value, point.result) for point in told.points] == [(0.04, 0.405465), (0.06, 0.0), (0.1, 0.510826)]
+    assert (told.kind, told.at, told.highest, told.name, told.version) == ("sigma_rel", 100, False, "loss", "1.100")
+    assert told.best == told.points[1]
+    assert "sweep of 3 lengths, best sigma_rel 0.06: loss 0" in [line.text for line in trained.timeline(RUN).entries]
     assert ema("sweep", RUN, "--sigma-rel", "0.1", "--exec", evaluate, "--keep", "best")[0] == 1
 
 
@@ -95,8 +103,9 @@ def test_refine_and_json(ema: Ema, evaluate: str) -> None:
     assert (found["kind"], found["at"]) == ("sigma_rel", 100)
 
 
-def test_what_fails_is_told_and_the_others_go_on(ema: Ema) -> None:
-    """A command that fails is told by its own words, a length that is refused by the service's; the exit code is 1."""
+def test_what_fails_is_told_and_the_others_go_on(ema: Ema, trained: EmaClient) -> None:
+    """A command that fails is told by its own words, a length that is refused by the service's; the exit code is 1. The
+    service is told the same."""
     command = "case {sigma_rel} in 0.05) echo half; echo no GPU here >&2; exit 3;; 0.1) echo done;; *) echo 7;; esac"
     code, out, err = ema("sweep", RUN, "--sigma-rel", "0.05,0.1,0.15,0.2885", "--exec", command)
 
@@ -108,25 +117,88 @@ def test_what_fails_is_told_and_the_others_go_on(ema: Ema) -> None:
     assert "best: sigma_rel 0.15, 7" in out
     rows = [line.split() for line in out.splitlines() if line.strip().startswith("0.") and "refused:" not in line]
     assert [row[1] for row in rows] == ["failed", "failed", "refused"]
+    kept = trained.sweeps(RUN)[-1].points
+    assert [(point.value, point.result) for point in kept] == [(0.05, None), (0.1, None), (0.15, 7.0), (0.2885, None)]
+    assert [point.refused is not None for point in kept] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("highest", [False, True])
-def test_highest(ema: Ema, highest: bool) -> None:
-    """The lowest result is the best, unless told otherwise; at an edge that is said."""
-    words = ("--highest",) if highest else ()
+def test_highest(ema: Ema, highest: bool, trained: EmaClient) -> None:
+    """The lowest result is the best, unless told otherwise; at an edge that is said. --no-report tells no service."""
+    words = ("--highest",) if highest else ("--no-report",)
+    before = trained.sweeps(RUN)
     _, out, _ = ema("sweep", RUN, "--sigma-rel", "0.05,0.1", "--exec", "echo {sigma_rel}", *words)
 
     assert f"best: sigma_rel {0.1 if highest else 0.05}" in out
     assert "at the edge" in out
+    assert (trained.sweeps(RUN) == before) is not highest
+    assert not highest or trained.sweeps(RUN)[-1].best == SweepPoint(0.1, 0.1)
 
 
-def test_nothing_to_be_had(ema: Ema) -> None:
-    """Where all are refused nothing is drawn or kept, and the exit code is 1."""
+def test_nothing_to_be_had(ema: Ema, trained: EmaClient) -> None:
+    """Where all are refused nothing is drawn, kept or reported, and the exit code is 1."""
+    before = trained.sweeps(RUN)
     code, out, err = ema("sweep", RUN, "--sigma-rel", "0.2884,0.2885", "--exec", "echo 1", "--keep", "none")
 
     assert code == 1
     assert "best" not in out
     assert "Traceback" not in err
+    assert trained.sweeps(RUN) == before
+
+
+def test_results_of_many_lengths_and_of_no_number(trained: EmaClient) -> None:
+    """A report has as many points as it may, the best of them, and no result that JSON has no word for."""
+    lengths = [k / 1000 for k in range(30, 100)]
+    evaluate = itertools.chain([math.nan, math.inf], itertools.count(70, -1)).__next__
+    found = trained.sweep(RUN, lambda _path, _info: evaluate(), sigma_rel=lengths, max_error=0.5)
+
+    kept = trained.sweeps(RUN)[-1]
+    assert (len(found.points), len(kept.points)) == (70, 64)
+    assert kept.best == SweepPoint(0.099, 3.0)
+    assert [point.value for point in kept.points] == lengths[-64:]
+    evaluate = iter([math.nan, math.inf, 1e305, 2.0]).__next__
+    trained.sweep(RUN, lambda _path, _info: evaluate(), sigma_rel=lengths[:4], max_error=0.5)
+    assert [point.result for point in trained.sweeps(RUN)[-1].points] == [None, None, None, 2.0]
+    with pytest.raises(UsageError, match="301 characters"):
+        trained.sweep(RUN, lambda _path, _info: 1.0, sigma_rel=[0.1], name="x" * 301)
+
+
+def test_sweep_that_breaks_off_is_reported(trained: EmaClient) -> None:
+    """What was found before Ctrl-C, or before an evaluation's own error, is not lost; of nothing, nothing is told."""
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        for points in (0, 2):
+            results = iter([2.0, 1.0][:points])
+
+            def evaluate(_path: Path, _info: Any, results: Any = results, error: Any = error) -> float:
+                if (result := next(results, None)) is None:
+                    raise error
+                return float(result)
+
+            before = trained.sweeps(RUN)[-1:]
+            with pytest.raises(error):
+                trained.sweep(RUN, evaluate, sigma_rel=[0.05, 0.1, 0.15])
+            after = trained.sweeps(RUN)[-1:]
+            assert (after == before) is (points == 0)
+    assert [(point.value, point.result) for point in after[0].points] == [(0.05, 2.0), (0.1, 1.0)]
+
+
+def test_service_that_takes_no_results(
+    ema: Ema, trained: EmaClient, run_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the service does not take the results, such as of a run that was deleted meanwhile: one line says so, the
+    results are shown, and the exit code is what it would be. In Python it is logged."""
+    for _ in range(2):
+        trained.create_run(run_name, {"w": torch.zeros(3)}, posthoc={"snapshots": 2, "sigma_rel": [0.1]})
+        trained.push(run_name, {"w": torch.ones(3)}, step=1)
+        if not caplog.messages:
+            trained.sweep(run_name, lambda *_: trained.delete_run(run_name) or 0.5, sigma_rel=[0.1])  # type: ignore[func-returns-value]
+            assert len(caplog.messages) == 1
+            assert f"{run_name!r}: the service did not keep what the sweep found: there is no run" in caplog.text
+    delete = f"{sys.executable} -m ema_client delete {run_name} --yes >&2 && echo 0.5"
+    code, out, err = ema("sweep", run_name, "--sigma-rel", "0.1", "--exec", delete)
+    assert (code, "best: sigma_rel 0.1, 0.5" in out) == (0, True), err
+    told = f"ema: the results are here alone, the service did not take them: there is no run {run_name!r}"
+    assert [line for line in err.splitlines() if "service" in line] == [told]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ ROUTES = [
     ("GET", "/v1/runs/alpha-1/updates/1", {"pull"}),
     ("GET", "/v1/runs/alpha-1/snapshots", {"pull"}),
     ("PUT", "/v1/runs/alpha-1/snapshots/s", {"snapshot", "push"}),
+    ("GET", "/v1/runs/alpha-1/sweeps", {"pull"}),
+    ("POST", "/v1/runs/alpha-1/sweeps", {"snapshot", "push"}),
     ("GET", "/metrics", {"pull"}),
     ("POST", "/v1/runs", {"push"}),
     ("PUT", "/v1/runs/alpha-1/weights", {"push"}),

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ema_service.storage import CatalogUnusable, CheckpointRow, SnapshotRow, TimelineRow
+from ema_client.protocol import SWEEPS_KEPT
+from ema_service.storage import CatalogUnusable, CheckpointRow, SnapshotRow, SweepRow, TimelineRow
 from ema_service.storage.catalog import FORMAT, Catalog
 
 LINE = TimelineRow(4.5, "created", None, None, "created with 2 tensors")
@@ -37,12 +38,14 @@ def test_rows_are_there_for_the_next(catalog: Catalog, path: Path) -> None:
     row = catalog.put_checkpoint(run.id, "slots/0", "{1}", 2.5, synced=False, durable=False)
     catalog.add_snapshot(SnapshotRow(run.id, "s", "{2}", 3.5))
     catalog.add_line(run.id, LINE)
+    catalog.add_sweep(run.id, SweepRow("key", "{4}"))
     other = Catalog(path)
 
     assert other.runs() == [run]
     assert other.checkpoints(run.id) == [row] == [CheckpointRow(row.id, run.id, "slots/0", "{1}", False, 2.5)]
     assert other.snapshots(run.id) == [SnapshotRow(run.id, "s", "{2}", 3.5)]
     assert other.timeline(run.id, 0.0, 10) == [LINE]
+    assert other.sweeps(run.id) == [SweepRow("key", "{4}")]
     other.close()
 
 
@@ -92,12 +95,13 @@ def _synchronous(catalog: Catalog) -> int:
 
 
 def test_removed_run_takes_everything_along(catalog: Catalog) -> None:
-    """Removing a run removes its checkpoint, snapshots and timeline; its id is never given again."""
+    """Removing a run removes its checkpoint, snapshots, timeline and sweeps; its id is never given again."""
     run, other = catalog.add_run("r", "{}", 1.0), catalog.add_run("other", "{}", 1.0)
     for each in (run, other):
         catalog.put_checkpoint(each.id, "slots/0", "{}", 2.0, synced=True, durable=True)
         catalog.add_snapshot(SnapshotRow(each.id, "s", "{}", 3.0))
         catalog.add_line(each.id, LINE)
+        catalog.add_sweep(each.id, SweepRow(None, "{}"))
     catalog.remove_run(other.id)
 
     assert catalog.runs() == [run]
@@ -106,7 +110,8 @@ def test_removed_run_takes_everything_along(catalog: Catalog) -> None:
         [],
         [],
     )
-    assert len(catalog.snapshots(run.id)) == 1
+    assert catalog.sweeps(other.id) == []
+    assert len(catalog.snapshots(run.id)) == len(catalog.sweeps(run.id)) == 1
     assert catalog.add_run("other", "{}", 5.0).id > other.id
 
 
@@ -175,6 +180,7 @@ def test_newer_format_is_refused(path: Path) -> None:
 
 
 HISTORY = """
+DROP TABLE sweeps;
 DROP TABLE timeline;
 CREATE TABLE history (
     run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE, at REAL NOT NULL, event TEXT NOT NULL);
@@ -239,6 +245,29 @@ def test_later_formats_are_migrated(old: int, path: Path) -> None:
         TimelineRow(2.5, "rewound", None, None, "rewound to snapshot s (version 1.3, step 3)"),
     ]
     assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
+    catalog.add_sweep(before[0].id, SweepRow(None, "{}"))
+    catalog.close()
+
+
+def test_sweeps_come_with_format_8(path: Path) -> None:
+    """A catalog of format 7 keeps its lines as they are; the oldest of nine sweeps of a run goes, no other run's."""
+    catalog = Catalog(path)
+    runs = [catalog.add_run(name, "{}", 1.5) for name in ("a", "b")]
+    catalog.add_line(runs[0].id, LINE)
+    catalog.close()
+    database = sqlite3.connect(path)
+    database.executescript("DROP TABLE sweeps; PRAGMA user_version = 7")
+    database.close()
+
+    catalog = Catalog(path)
+    assert catalog.timeline(runs[0].id, 0.0, 9) == [LINE]
+    for k in range(SWEEPS_KEPT + 1):
+        for run in runs:
+            catalog.add_sweep(run.id, SweepRow(str(k), f"{{{k}}}"))
+    for run in runs:
+        assert [row.key for row in catalog.sweeps(run.id)] == [str(k) for k in range(1, SWEEPS_KEPT + 1)]
+    with pytest.raises(sqlite3.IntegrityError):
+        catalog.add_sweep(99, SweepRow(None, "{}"))
     catalog.close()
 
 
