@@ -24,10 +24,10 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
 # what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
-# threads, machine_memory, descriptors, logs, addresses, address_file and sizes are leaves.
+# threads, machine_memory, descriptors, logs, addresses, address_file, readiness and sizes are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
-    *("sizes", "tokens"),
+    *("readiness", "sizes", "tokens"),
 }
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
@@ -50,6 +50,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "logs": set(),
     "addresses": set(),
     "address_file": set(),
+    "readiness": set(),
     "sizes": set(),
     "tokens": set(),
     "demo": {"settings"},
