@@ -80,8 +80,12 @@ def _reachable(host: str) -> str:
 
 def _interfaces() -> Iterator[str]:
     """The IPv4 addresses of this machine's interfaces, in the kernel's order; none where the system does not tell."""
+    try:
+        names = [name for _, name in socket.if_nameindex()]
+    except OSError:
+        return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
+        for name in names:
             with contextlib.suppress(OSError):  # an interface without an address, or that is down
                 answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                 yield socket.inet_ntoa(answer[20:24])

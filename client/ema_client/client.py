@@ -716,7 +716,8 @@ class EmaClient:
         """Evaluate averages of several lengths, of a run with ``posthoc``; ``.best`` is the one with the lowest result.
 
         Eight averages at a time come from one reading of the run's ring, into files of a temporary folder
-        (``$TMPDIR``), without torch and without holding any in memory.
+        (``$TMPDIR``), without torch and without holding any in memory. The folder goes with the call, also where
+        SIGTERM ends the program; what SIGKILL leaves the next sweep on that machine removes.
 
         Args:
             run: the run's name.

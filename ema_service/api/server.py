@@ -34,6 +34,7 @@ from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
 from ema_service.api.writes import Writes
 from ema_service.descriptors import connections_within, raise_limit
 from ema_service.metrics import Metrics
+from ema_service.readiness import tell_ready, tell_stopping
 from ema_service.settings import Settings
 from ema_service.storage import Store
 from ema_service.tokens import Tokens
@@ -85,7 +86,8 @@ def serve(
         unix = stack.enter_context(_unix(uds)) if uds else None
         url = announced(host, tcp.getsockname()[1], secure=tls is not None, name=settings.announce)
         told = AddressFile(settings.address_file, most_reachable(url, uds)) if settings.address_file else None
-        stack.callback(_stopping, told)
+        if told:
+            stack.callback(told.withdraw)
         app = create_app(settings, open_registry(settings, store))
         config = uvicorn.Config(
             app,
@@ -99,7 +101,8 @@ def serve(
             server_header=False,
         )
         started = partial(_started, app.state.metrics, announce, url, told)
-        duties = _Duties(started, partial(_reload, app, tls), partial(_stopping, told), partial(_keep, app))
+        stopping = partial(_stopping, told)
+        duties = _Duties(started, partial(_reload, app, tls), stopping, partial(_keep, app))
         stack.callback(_log.info, "stopped")
         _Server(config, tcp, unix, tls, settings.max_connections, duties).run([])
 
@@ -188,11 +191,13 @@ def _started(
     if told:
         told.show()
     _say(announce, url)
+    tell_ready(url)
     _log.info("started: ema-service %s on %s", version("ema-service"), url)
 
 
 def _stopping(told: AddressFile | None) -> None:
-    """Let no client come any more."""
+    """Let no client come any more, and whoever watches the server know."""
+    tell_stopping()
     if told:
         told.withdraw()
 

@@ -24,10 +24,10 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
 # what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
-# threads, machine_memory, descriptors, logs, addresses, address_file and sizes are leaves.
+# threads, machine_memory, descriptors, logs, addresses, address_file, readiness and sizes are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
-    *("sizes", "tokens"),
+    *("readiness", "sizes", "tokens"),
 }
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
@@ -50,6 +50,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "logs": set(),
     "addresses": set(),
     "address_file": set(),
+    "readiness": set(),
     "sizes": set(),
     "tokens": set(),
     "demo": {"settings"},
@@ -101,16 +102,18 @@ CLIENT_PARTS: dict[str, set[str]] = {
     "targets": {"protocol", "errors"},
     "atomic": {"errors"},
     "forks": {"errors"},
+    "ending": set(),
+    "scratch": {"ending"},
     "http": {"forks", "protocol", "errors"},
     "tensors": {"http"} | CLIENT_WORDS,
-    "reading": {"tensors", "http", "forks", "atomic"} | CLIENT_WORDS,
+    "reading": {"tensors", "http", "forks", "atomic", "scratch"} | CLIENT_WORDS,
     "client": {"reading", "tensors", "http", "forks"} | CLIENT_WORDS,
     "training": {"client", "reading", "tensors", "http", "forks"} | CLIENT_WORDS,
     "remote_ema": {"training", "client", "reading", "tensors"} | CLIENT_WORDS,
     "checkpoints": {"tensors", "atomic"} | CLIENT_WORDS,
     "integrations": {"remote_ema", "training", "client", "reading", "tensors", "atomic"} | CLIENT_WORDS,
     "publishing": {"client", "atomic"} | CLIENT_WORDS,
-    "cli": {"", "atomic", "checkpoints", "client", "publishing", "reading"} | CLIENT_WORDS,
+    "cli": {"", "atomic", "checkpoints", "client", "ending", "publishing", "reading", "scratch"} | CLIENT_WORDS,
     "__main__": {"cli"},
     # What a user imports from the package itself.
     "": {"remote_ema", "client", "reading", "http"} | CLIENT_WORDS,

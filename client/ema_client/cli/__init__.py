@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from ema_client.cli.ending import orderly_end
+from ema_client.ending import orderly_end
 
 __all__ = ["main"]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ema_client.cli.ending import held_back
+from ema_client.ending import held_back
 
 __all__ = ["Done", "how_it_ended", "run_line", "take_output"]
 

@@ -7,7 +7,6 @@ torch only when it runs.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +19,7 @@ from ema_client.cli.options import without_torch
 from ema_client.cli.progress import moving
 from ema_client.client import EmaClient
 from ema_client.errors import UsageError, listed
+from ema_client.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +48,8 @@ def diff(
         from ema_client.checkpoints import difference
     except ModuleNotFoundError:
         raise without_torch() from None
-    with tempfile.TemporaryDirectory(prefix="ema-") as folder:
-        ours, theirs = _weights(client, a, Path(folder, "a")), _weights(client, b, Path(folder, "b"))
+    with scratch_folder() as folder:
+        ours, theirs = _weights(client, a, folder / "a"), _weights(client, b, folder / "b")
         found = difference(_named_as(theirs, a, ours), _named_as(ours, b, theirs))
     if not found.tensors:
         raise UsageError(f"{a} and {b} have no tensor of one name and shape")

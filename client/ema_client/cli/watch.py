@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from ema_client.errors import RunNotFound, SnapshotNotFound
 from ema_client.protocol import EventKind, RunEvent, WeightsInfo
 from ema_client.reading.charts import Charts, Sources
 from ema_client.reading.loggers import logger_of
+from ema_client.scratch import scratch_folder
 
 __all__ = ["watch"]
 
@@ -147,8 +147,7 @@ class _Watcher:
 
     def _download(self, event: RunEvent, stack: ExitStack) -> tuple[Path, WeightsInfo]:
         if self.out is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-")))
-            path = folder / f"{self.run}.safetensors"
+            path = stack.enter_context(scratch_folder()) / f"{self.run}.safetensors"
             return path, self._save(event, path)
         if not has_placeholder(self.out):
             return Path(self.out), self._save(event, Path(self.out))

@@ -8,7 +8,6 @@ Does not know: how averages come (swept), tensors, what an evaluation does.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from ema_client.protocol import (
 )
 from ema_client.reading.checking import Progress
 from ema_client.reading.swept import AskedSweep
+from ema_client.scratch import scratch_folder
 from ema_client.targets import Target, between
 
 __all__ = ["Evaluate", "Sweep", "Sweeper", "SweptPoint"]
@@ -158,8 +158,8 @@ class Sweeper:
     def look_at(self, values: Sequence[float]) -> None:
         """Evaluate averages of these lengths, as many of them at a time as the service sends at once."""
         for first in range(0, len(values), MAX_SWEPT):
-            with tempfile.TemporaryDirectory(prefix="ema-sweep-") as folder:
-                for point in self._evaluated(values[first : first + MAX_SWEPT], Path(folder)):
+            with scratch_folder() as folder:
+                for point in self._evaluated(values[first : first + MAX_SWEPT], folder):
                     self._points[point.value] = point
                     self.told(point)
 

@@ -235,11 +235,29 @@ def test_pictures_that_cannot_be(ema: Ema, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "ran").exists()
 
 
-def test_told_to_end(trained: EmaClient, tmp_path: Path) -> None:
-    """SIGTERM in the middle of an evaluation ends the command, and leaves no file behind."""
+IN_PYTHON = """
+import os, pathlib, sys, time
+from ema_client import EmaClient
+def evaluate(path, info):
+    pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()}\\n")
+    time.sleep(60)
+EmaClient().sweep("posthoc-cli", evaluate, sigma_rel=[0.1])
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", "ema_client", "sweep", RUN, "--sigma-rel", "0.1", "--exec", "echo $$ > {pid}; exec sleep 60"),
+        ("-c", IN_PYTHON, "{pid}"),
+    ],
+    ids=["command", "call"],
+)
+def test_told_to_end(words: tuple[str, ...], trained: EmaClient, tmp_path: Path) -> None:
+    """SIGTERM in the middle of an evaluation ends the command, or the program, and leaves no file behind."""
     environ = {**os.environ, "EMA_SERVICE_URL": trained.url, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "ema_client", "sweep", RUN, "--sigma-rel", "0.1"]
-    started = subprocess.Popen([*command, "--exec", f"echo $$ > {tmp_path}/pid; exec sleep 60"], env=environ)
+    command = [sys.executable, *(word.replace("{pid}", f"{tmp_path}/pid") for word in words)]
+    started = subprocess.Popen(command, env=environ)
     try:
         pid = tmp_path / "pid"
         deadline = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""An orderly end of a command that is told to end: files on their way are removed, commands at work are ended.
+"""An orderly end of a program that is told to end: files on their way are removed, commands at work are ended.
 
 Knows signals and exit codes. Does not know commands, files or the service.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 
 __all__ = ["held_back", "orderly_end"]
@@ -21,9 +22,11 @@ def orderly_end() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the block as an exception does, so that files on their way are removed.
 
     The exit code is 128 and the signal's number, as a shell has it. A signal that the parent has had ignored, as nohup
-    does, stays ignored.
+    does, stays ignored, and one that the program handles stays the program's. In a thread other than the main one
+    nothing changes: signals come to the main thread.
     """
-    ours = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    signals = (signal.SIGTERM, signal.SIGHUP) if _in_main_thread() else ()
+    ours = [each for each in signals if signal.getsignal(each) == signal.SIG_DFL]
     for each in ours:
         signal.signal(each, _end)
     try:
@@ -36,14 +39,22 @@ def orderly_end() -> Iterator[None]:
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Let a signal to end wait for the end of the block: for what must not be left half done, as starting a process."""
-    global _depth
+    global _depth, _came
+    if not _in_main_thread():
+        yield
+        return
     _depth += 1
     try:
         yield
     finally:
         _depth -= 1
     if not _depth and _came is not None:
-        raise SystemExit(128 + _came)
+        came, _came = _came, None
+        raise SystemExit(128 + came)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _end(number: int, _: object) -> None:

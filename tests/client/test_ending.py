@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import os, signal
-from ema_client.cli.ending import held_back, orderly_end
+from ema_client.ending import held_back, orderly_end
 
 with orderly_end():
     try:
