@@ -1,12 +1,14 @@
 """The model card of published weights: which weights these are, and how they are loaded.
 
-Of a card that is there already the publisher's own block alone is written anew: licence, prose and tags stay.
+Of a card that is there already one block is written anew, that of the same files: licence, prose, tags and the blocks
+of other variants stay.
 
 Knows: the Hub's front matter, Markdown. Does not know: places, files, the service.
 """
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,35 +20,36 @@ __all__ = ["CARD", "About", "card"]
 
 #: The name under which the Hub shows a card.
 CARD = "README.md"
-_BEGIN, _END = "<!-- ema-client: which weights -->", "<!-- ema-client: end -->"
-_BLOCK = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+_END = "<!-- ema-client: end -->"
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*\Z", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a card tells. tensors, size: their number, and their bytes in words; date: of the publishing.
+    """What a card tells. tensors, bytes: the number of tensors, and of their bytes; date: of the publishing.
 
     files: the weights' files. loads_from: what from_pretrained() takes, see Store.
     """
 
     info: WeightsInfo
     naming: Naming
-    config: bytes | None
+    config: builtins.bytes | None
     files: tuple[str, ...]
     tensors: int
-    size: str
+    bytes: int
     date: str
     loads_from: tuple[str, Mapping[str, str]]
 
 
 def card(about: About, before: str | None) -> str:
     """The card, in place of the card ``before``: of that everything but the block of an earlier publish stays."""
-    block = "\n".join((_BEGIN, *_lines(about), _END))
+    begin = f"<!-- ema-client: {about.naming.whole} -->"
+    block = "\n".join((begin, *_lines(about), _END))
     if before is None:
         return f"{_front(about.naming)}# {about.info.run}\n\n{block}\n"
-    if _BLOCK.search(before):
-        return _BLOCK.sub(lambda _: block, before, count=1)
+    earlier = re.compile(f"{re.escape(begin)}.*?{re.escape(_END)}", re.DOTALL)
+    if earlier.search(before):
+        return earlier.sub(lambda _: block, before, count=1)
     return f"{before.rstrip()}\n\n{block}\n"
 
 
@@ -86,7 +89,7 @@ def _front(naming: Naming) -> str:
 
 
 def _lines(about: About) -> Iterator[str]:
-    yield "\n## Which weights these are\n"
+    yield f"\n## Which weights these are: {about.naming.whole}\n"
     yield "The exponential moving average (EMA) of a training's weights, kept by an ema-service.\n"
     yield "| | |"
     yield "|---|---|"
@@ -111,7 +114,7 @@ def _rows(about: About) -> Iterator[tuple[str, object]]:
     else:
         fields = "".join(f", {name} {value:g}" for name, value in info.schedule_fields().items())
         yield "decay", f"{info.decay:.9g} (schedule {info.schedule}{fields})"
-    yield "weights", f"{about.tensors} tensors, {about.size}"
+    yield "weights", f"{about.tensors} tensors, {about.bytes:,} bytes"
     yield "published", about.date
 
 

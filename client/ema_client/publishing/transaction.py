@@ -70,8 +70,8 @@ def publish(
 ) -> Published:
     """Publish the EMA weights of one version as transformers or diffusers load them, without torch.
 
-    The weights pass through, some 100 MB at a time; to the Hub one shard at a time lies on this machine's disk
-    ($TMPDIR). Nobody loads a part: a publish that ends early leaves what was published before. One publish at a time
+    The weights pass through, whatever their size; to the Hub one shard at a time lies on this machine's disk ($TMPDIR).
+    Nobody loads a part: a publish that ends early leaves what was published before. One publish at a time
     to one place.
 
     Args:
@@ -154,7 +154,7 @@ def _about(info: WeightsInfo, naming: Naming, config: bytes | None, cutter: Cutt
         config=config,
         files=tuple(cutter.files),
         tensors=sum(len(shard.entries) for shard in cutter.files.values()),
-        size=f"{cutter.data_bytes / 1e9:.3g} GB",
+        bytes=cutter.data_bytes,
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         loads_from=store.loads_from(),
     )

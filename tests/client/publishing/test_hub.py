@@ -99,7 +99,7 @@ def test_what_the_hub_refuses(client: EmaClient, publish: Callable[..., Said], h
     assert hub.private == {"org/model": False}
     before = dict(hub.branches["org/model", "main"])
     client.push(run_name, {name: tensor + 1.0 for name, tensor in STATE.items()})
-    for method, part, status in (("PUT", "/objects/", 400), ("POST", "/preupload/", 404), ("POST", "/commit/", 403)):
+    for method, part, status in (("PUT", "/objects/", 400), ("POST", "/commit/", 403)):
         hub.refuse = lambda said, path, method=method, part=part, status=status: (
             status if said == method and part in path else None
         )

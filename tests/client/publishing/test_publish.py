@@ -200,9 +200,13 @@ def test_the_card(client: EmaClient, run_name: str, tmp_path: Path) -> None:
     assert again.text.count("## Which weights") == 1
     assert again.text.endswith("\nBy people.\n")
 
+    publish(client, run_name, tmp_path.as_uri())
+    assert path.read_text().count("## Which weights") == 2
+    assert "\nBy people.\n" in path.read_text()
+
     path.write_text("# Mine\n")
     publish(client, run_name, tmp_path.as_uri(), variant="ema")
-    assert path.read_text().startswith("# Mine\n\n<!-- ema-client")
+    assert path.read_text().startswith("# Mine\n\n<!-- ema-client: diffusion_pytorch_model.ema.safetensors -->\n")
 
 
 def test_what_is_refused(client: EmaClient, ema: Ema, run_name: str, tmp_path: Path) -> None:
