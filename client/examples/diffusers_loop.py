@@ -10,14 +10,15 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.nn.functional import mse_loss
 
 from ema_client import RemoteEma
+from ema_client.integrations.diffusers import load_ema
 
 
 def main(run: str) -> None:
-    """Train a small UNet on noise for a few steps, two batches to a step; then denoise with EMA weights."""
+    """Train a small UNet on noise for a few steps, two batches to a step; then denoise, and draw, with EMA weights."""
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
     model = UNet2DModel(
@@ -49,8 +50,13 @@ def main(run: str) -> None:
     if ema:
         with ema.scope(accelerator.unwrap_model(model)), torch.no_grad():
             model(torch.randn(1, 1, 8, 8), torch.tensor([1]))
-        print(f"num_updates: {ema.num_updates}")
         ema.close()
+        # On this machine or another: a pipeline that draws with the EMA.
+        pipeline = DDPMPipeline(UNet2DModel.from_config(accelerator.unwrap_model(model).config), scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        info = load_ema(pipeline, run)
+        pipeline(num_inference_steps=4, output_type="np")
+        print(f"num_updates: {info.num_updates}")
 
 
 if __name__ == "__main__":

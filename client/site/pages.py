@@ -26,13 +26,22 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Title of a section -> its pages, in this order, by path; of a pattern, in the order of their paths. The first section
 #: that a page fits has it, and the last has what is left.
 SECTIONS = {
-    "Stories": ["client/stories/README.md", "client/stories/*.md"],
+    "Stories": [
+        "client/stories/README.md",
+        *(
+            f"client/stories/{story}.md"
+            for story in ("litema-on-slurm", "lightning-ddp", "fsdp2", "evaluation-farm", "post-hoc-sweep")
+        ),
+        "client/stories/*.md",
+    ],
     "Trainers and evaluators": ["client/README.md", "client/AVERAGES.md", "client/PROTOCOL.md"],
     "Operation": ["ema_service/OPERATIONS.md", "docker/README.md", "docker/*.md"],
     "Reference": ["reference/*.md"],
     "How it works": ["ema_service/DESIGN.md", "ema_service/*.md", "client/DESIGN.md"],
     "More": ["tests/benchmarks/RESULTS.md", "CHANGELOG.md", "*.md"],
 }
+#: What a search finds last: pages that name everything and explain little.
+_FOUND_LAST = {"CHANGELOG.md", "tests/benchmarks/RESULTS.md"}
 #: Not for readers of the site: folders of what was built or installed, and other people's words.
 _LEFT_OUT = ("build", "dist", "node_modules", "site", "vendor")
 _PICTURES = {".png", ".svg", ".jpg"}
@@ -101,7 +110,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in _documents():
         files.append(_there(config, page))
     for page, (title, names) in REFERENCE.items():
-        shown = "\n\n".join(f"::: {name}" for name in names)
+        shown = "\n\n".join(_documented(name) for name in names)
         files.append(File.generated(config, page, content=f"# {title}\n\n{shown}\n"))
     linked = {target for page in _documents() for target in _linked(page)}
     for path in sorted(linked):
@@ -115,6 +124,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """The page with links to code and folders that lead to their pages, and lists as Python-Markdown reads lists."""
     here = PurePosixPath(page.file.src_uri).parent
+    if page.file.src_uri in _FOUND_LAST:
+        page.meta["search"] = {"boost": 0.2}
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
 
     def led(link: re.Match[str]) -> str:
         path = _path(here, link["target"])
@@ -128,6 +141,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 #: Reached by links alone.
 _NO_NAV = InclusionLevel.NOT_IN_NAV
+
+
+def _documented(name: str) -> str:
+    """What mkdocstrings makes a documentation of. Callbacks of several frameworks have one name, so theirs is whole."""
+    whole = "\n    options:\n      show_root_full_path: true" if ".integrations." in name else ""
+    return f"::: {name}{whole}"
 
 
 def _there(config: MkDocsConfig, path: str) -> File:

@@ -133,17 +133,28 @@ def _tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(point.step, point.value) for point in read.Scalars(name)] for name in read.Tags()["scalars"]}
 
 
+_WITHOUT_CLOSE = """
+import sys, torch
+from ema_client import RemoteEma
+
+model = torch.nn.Linear(3, 2)
+ema = RemoteEma(model, 0.5, run=sys.argv[1], log_to="tensorboard:training")
+for _ in range(8):
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema(model)
+"""
+
+
 def test_tensorboard_of_a_training_and_of_a_watch(client: EmaClient, run_name: str, tmp_path: Path) -> None:
-    """The same numbers come from the trainer, and later from ``ema watch``, which tells the run's past as well."""
+    """The end of a program draws the last values; ``ema watch`` draws the same later, as it tells the run's past."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install -e '.[integrations]'")
-    model = nn.Linear(3, 2)
-    with RemoteEma(model, 0.5, run=run_name, client=client, log_to=f"tensorboard:{tmp_path / 'training'}") as ema:
-        _train(ema, model)
+    env = {**os.environ, "EMA_SERVICE_URL": client.url}
+    subprocess.run([sys.executable, "-c", _WITHOUT_CLOSE, run_name], cwd=tmp_path, env=env, check=True, timeout=60)
     drawn = _tensorboard(tmp_path / "training")
     _check(drawn)
 
     command = [sys.executable, "-m", "ema_client", "watch", run_name, "--once", "--log-to", "tensorboard"]
-    env = {**os.environ, "EMA_SERVICE_URL": client.url}
     subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=60, capture_output=True)
     watched = _tensorboard(tmp_path / "runs" / run_name)
     assert set(watched) == set(drawn) - {"ema/lag"}
