@@ -450,7 +450,10 @@ class RemoteEma:
             copied.tell_if_later(self._run, info.step)
 
     def store(self, parameters: Iterable[Tensor] | nn.Module) -> None:
-        """Set copies of ``parameters`` aside, on their devices, until restore(). Raises AlreadyStored."""
+        """Set copies of ``parameters`` aside, on their devices, until restore().
+
+        Raises AlreadyStored; UsageError for a tensor that restore() could not write to.
+        """
         self._aside.store(parameters)
 
     def restore(self, parameters: Iterable[Tensor] | nn.Module) -> None:

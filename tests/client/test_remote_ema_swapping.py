@@ -157,6 +157,26 @@ def test_scope_whose_pull_breaks_off(
     assert same(values(model), training)
 
 
+def test_a_parameter_that_cannot_be_written_to(make_ema: Callable[..., RemoteEma], client: EmaClient) -> None:
+    """What expand() made is averaged, and refused by name before any other parameter is overwritten."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_parameter("z", nn.Parameter(torch.zeros(1).expand(3)))
+    ema = make_ema(model, 0.5, False)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema(model)
+    training = values(model)
+    ema.flush()
+    assert not torch.equal(client.pull(ema.run)["0.weight"], training["0.weight"])
+    with pytest.raises(UsageError, match="'z' has several elements in the same memory"):
+        ema.copy_to(model)
+    with pytest.raises(UsageError, match="'z' has several elements in the same memory"):
+        client.pull(ema.run, out=dict(model.state_dict()))
+    with pytest.raises(UsageError, match="several elements in the same memory"), ema.scope(model):
+        raise AssertionError
+    assert same(values(model), training)
+
+
 def test_nested_scope(swapped: tuple[RemoteEma, nn.Sequential]) -> None:
     """A scope in a scope is refused before anything is overwritten; the outer one goes on and ends well."""
     ema, model = swapped

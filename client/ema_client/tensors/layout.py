@@ -18,6 +18,7 @@ from ema_client.tensors.wrappers import bare_names
 __all__ = [
     "Named",
     "check_targets",
+    "check_writable",
     "dtype_name",
     "dtype_of",
     "is_lazy",
@@ -123,6 +124,16 @@ def check_targets(entries: tuple[wire.Entry, ...], out: Mapping[str, Tensor]) ->
         if not tensor.is_floating_point():
             raise UsageError(f"{name!r} is of {tensor.dtype}; weights need floating point")
         _check_dense(name, tensor)
+        check_writable(repr(name), tensor)
+
+
+def check_writable(what: str, tensor: Tensor) -> None:
+    """Raises UsageError for a tensor that torch refuses to write to, as several elements lie in the same memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise UsageError(
+            f"{what} has several elements in the same memory, as expand() makes them, and cannot be written to",
+            hint="give the model memory for each element: nn.Parameter(tensor.clone()); nothing was written",
+        )
 
 
 def not_named(given: object) -> UsageError:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ema_client.errors import AlreadyStored, NothingStored, UsageError
+from ema_client.tensors.layout import check_writable
 from ema_client.tensors.writing import write
 
 __all__ = ["SetAside"]
@@ -35,9 +37,13 @@ class SetAside:
             raise AlreadyStored("training weights are stored and wait for restore()")
 
     def store(self, parameters: Iterable[Tensor] | nn.Module) -> None:
-        """Copy the parameters. Raises AlreadyStored."""
+        """Copy the parameters. Raises AlreadyStored; UsageError for a tensor that restore() could not write to."""
         self.check_empty()
-        self._copies = [parameter.detach().clone() for parameter in _listed(parameters)]
+        stored = _listed(parameters)
+        for index, tensor in enumerate(stored):
+            if tensor.layout == torch.strided:
+                check_writable(f"tensor {index}", tensor)
+        self._copies = [tensor.detach().clone() for tensor in stored]
         self._overwritten, self._needed = False, True
 
     @contextlib.contextmanager

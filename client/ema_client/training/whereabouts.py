@@ -4,8 +4,8 @@ A training that comes back from an older checkpoint counts the steps since that 
 The service has the digest of the parameters of a run's latest update: a model with these very parameters is where the
 run is. And torch's optimizers count their steps, and have the count of the checkpoint again.
 
-Weights and optimizers may be loaded until the first step: a model that has other weights in the constructor is judged
-ahead of that step, or with the first update of a training without a torch optimizer.
+Weights and optimizers may be loaded until the first step: a model is judged ahead of that step, or with the first
+update of a training without a torch optimizer, by the weights that it had in the constructor.
 
 Knows: the parameters of now, their digest, an optimizer's count. Does not know: how a trainer joins its run (joining).
 """
@@ -56,10 +56,10 @@ class Whereabouts:
         self._specs = selection.specs
         #: Whether the model had other weights in the constructor; None where that cannot be told.
         self._was_elsewhere = None if digest is None else self._hash(tensors, buffers=True) != digest
-        self._was = self._hash(tensors) if self._was_elsewhere else ""
+        self._was = "" if digest is None else self._hash(tensors)
         #: Whether everything was found out and, where need be, said.
-        self.over = self._was_elsewhere is False
-        self._first = None if self.over else FirstStep(model, selection, self._ahead)
+        self.over = False
+        self._first = FirstStep(model, selection, self._ahead)
 
     def updated(self) -> None:
         """The first update is made."""
@@ -72,7 +72,7 @@ class Whereabouts:
 
     def _is_elsewhere(self) -> bool | None:
         """Whether the model of now has other weights than the run's latest update; None where that cannot be told."""
-        tensors = self._first.tensors() if self._first and self._was_elsewhere else None
+        tensors = None if self._digest is None else self._first.tensors()
         if tensors is None or (now := self._hash(tensors)) == self._was:
             return self._was_elsewhere
         # Loaded since the constructor. Buffers, which a forward pass changes, are no longer those of the update.
