@@ -148,6 +148,8 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     parts = [save({name: tensor}, {"ema.slices": "{}"}) for name, tensor in STATE.items()]
     assert ask("put_update_part", "r", 2, 0, body=ask.body(parts[0]), **for_parts, status=202).parts == [0]
     assert ask("put_update_part", "r", 2, 1, body=ask.body(parts[1]), **for_parts).step == 2
+    assert ask("detach_writer", "r", writer).ended_at > 0
+    assert ask("detach_writer", "r", 9, status=422).code == "invalid_request"
     ask("create_run", body=ask.model("RunConfigBody", run="p", layout=LAYOUT), status=201)
     assert ask("put_weights_part", "p", 0, body=ask.body(parts[0]), of=2, status=202).state == "staged"
     assert ask("put_weights_part", "p", 1, body=ask.body(parts[1]), of=2).run == "p"

@@ -52,7 +52,7 @@ def check_log_to(log_to: object) -> None:
         )
     if find_spec(kind) is None:
         raise UsageError(
-            f"log_to={log_to!r} needs {kind}, which is not installed", hint=f"pip install 'ema-client[{kind}]'"
+            f"log_to={log_to!r} needs {kind}, which is not installed", hint=f"pip install {kind}"
         )
 
 
