@@ -53,7 +53,7 @@ class Hub:
         try:
             import huggingface_hub
         except ModuleNotFoundError:
-            hint = "pip install huggingface_hub"
+            hint = "pip install huggingface_hub s3fs"
             raise UsageError("the Hub needs huggingface_hub, which is not installed", hint=hint) from None
         self._hub: Any = huggingface_hub
         self._api: Any = huggingface_hub.HfApi(library_name="ema-client")
