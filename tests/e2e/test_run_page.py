@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +74,8 @@ def test_run_and_how_it_went(trained: ServerProcess, browsing: Browsing) -> None
     expect(page.get_by_role("region", name="Timeline")).to_contain_text("Snapshot epoch-1 taken")
     expect(page.get_by_role("table", name="Averages")).to_contain_text("posthoc-0.25")
     expect(page.get_by_role("table", name="Lengths that can be had")).to_contain_text("ema pull alpha --sigma-rel 0.25")
+    ring = page.get_by_role("region", name="Any length, after the training")
+    expect(ring.get_by_role("button", name="Copy: ema sweep alpha")).to_be_visible()
     expect(page.get_by_role("region", name="Run and server")).to_contain_text("process")
     expect(page.get_by_role("status")).to_have_text("live")
 
@@ -79,6 +83,7 @@ def test_run_and_how_it_went(trained: ServerProcess, browsing: Browsing) -> None
     train(trained, "alpha", 21, 40)
     put(trained, "/v1/runs/alpha/snapshots/epoch-2")
     send(trained, "PATCH", "/v1/runs/alpha", decay=0.99)
+    sweep(trained, "alpha", "0.1,0.2,0.15", "--name", "FID", "--highest")
     expect(figure(page, "Step")).to_have_text("39")
     expect(figure(page, "Update rate")).to_contain_text("/s")
     expect(figure(page, "Distance")).to_contain_text(re.compile(r"^0\.\d+"))
@@ -86,23 +91,39 @@ def test_run_and_how_it_went(trained: ServerProcess, browsing: Browsing) -> None
     expect(chart(page, "Step and counter")).to_have_accessible_name(re.compile("39.*step"))
     expect(page.get_by_role("region", name="Timeline")).to_contain_text("0.99")
     expect(page.get_by_role("table", name="Snapshots")).to_contain_text("epoch-2")
+    rows = page.get_by_role("table", name="Results of the sweep").locator("tbody tr")
+    expect(rows).to_have_text(["\u03c3_rel 0.10.1", "\u03c3_rel 0.150.15", "\u03c3_rel 0.20.2best, the highest"])
+    expect(chart(page, "What a sweep found")).to_have_accessible_name(re.compile("FID.*best"))
+    expect(ring).to_contain_text("ema snapshot alpha best --sigma-rel 0.2 --at 39")
+    expect(ring.get_by_role("button", name="Copy: ema sweep alpha")).to_be_hidden()
+    expect(page.get_by_role("region", name="Timeline")).to_contain_text(
+        "Sweep of 3 lengths, best sigma_rel 0.2: FID 0.2."
+    )
     assert page.evaluate("window.sameDocument")
     assert drawn(page) >= len(CHARTS)
+    assert drawn(page, "#ring") == 1
     assert browsing.barriers("run") == []
     assert browsing.cut_off() == []
     assert browsing.errors == []
     assert browsing.elsewhere(trained.url) == []
 
 
-def drawn(page: Any) -> int:
-    """How many charts over time have a curve: pixels of a colour that curves have."""
+def sweep(server: ServerProcess, run: str, lengths: str, *words: str) -> None:
+    """`ema sweep`, whose evaluation says the length itself."""
+    options = ("--sigma-rel", lengths, "--max-error", "1", "--exec", "echo {sigma_rel}", "--url", server.url)
+    command = [sys.executable, "-m", "ema_client", "sweep", run, *options, *words]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def drawn(page: Any, within: str = "#curves") -> int:
+    """How many charts over time, or others, have a curve: pixels of a colour that curves have."""
     found: int = page.evaluate(
-        """() => {
+        """(within) => {
             const style = getComputedStyle(document.documentElement);
             const parts = (colour) => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
             const curves = [1, 2, 3, 4, 5, 6].map((i) => parts(style.getPropertyValue(`--curve-${i}`).trim()));
             const near = (data, i) => curves.some((curve) => curve.every((c, k) => Math.abs(data[i + k] - c) < 8));
-            return [...document.querySelectorAll("#curves canvas")].filter((canvas) => {
+            return [...document.querySelectorAll(`${within} canvas`)].filter((canvas) => {
                 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
                 for (let i = 0, found = 0; i < data.length; i += 4) {
                     found += data[i + 3] > 200 && near(data, i);
@@ -110,7 +131,8 @@ def drawn(page: Any) -> int:
                 }
                 return false;
             }).length;
-        }"""
+        }""",
+        within,
     )
     return found
 
@@ -169,13 +191,26 @@ def test_tensors_and_weights(trained: ServerProcess, browsing: Browsing, tmp_pat
 
 
 def test_phone_and_other_states(trained: ServerProcess, browsing: Browsing) -> None:
-    """On a phone in the dark nothing is cut off, and nobody kept out; so too where there is no such run, whose page
-    shows it as soon as it is there."""
+    """On a phone in the dark nothing is cut off, and nobody kept out, whatever a sweep found; so too where there is no
+    such run, whose page shows it as soon as it is there."""
+    points = [{"value": 0.9, "result": 2.5}, {"value": 0.99, "result": 1.25}, {"value": 0.999, "refused": "far " * 70}]
+    send(trained, "POST", "/v1/runs/gamma/sweeps", kind="decay", points=points, at=7, name="<i>loss</i>" * 20)
+    send(trained, "POST", "/v1/runs/gamma/sweeps", kind="half_life", points=[{"value": 30.0}])
     browsing.page.emulate_media(color_scheme="dark")
     browsing.page.set_viewport_size(PHONE)
     page = browsing.open(f"{trained.url}/runs/gamma")
     expect(chart(page, "A push, by phase")).to_be_visible()
     expect(page.get_by_role("table", name="Lengths that can be had").locator("tbody tr").first).to_be_visible()
+    ring = page.get_by_role("region", name="Any length, after the training")
+    rows = page.get_by_role("table", name="Results of the sweep").locator("tbody tr")
+    expect(rows).to_have_text(["half-life 30\u2013no result"])
+    expect(chart(page, "What a sweep found")).to_be_hidden()
+    assert browsing.cut_off() == []
+    ring.get_by_role("combobox").select_option(index=1)
+    expect(rows.nth(1)).to_have_text("decay 0.991.25best, the lowest")
+    expect(rows.nth(2)).to_contain_text("far far")
+    expect(chart(page, "What a sweep found")).to_be_visible()
+    expect(ring).to_contain_text("ema snapshot gamma best --decay 0.99 --at 7")
     assert browsing.cut_off() == []
     assert browsing.barriers("run-phone") == []
 

@@ -72,6 +72,7 @@ export const paths = {
   layout: (run) => `${named(run)}/layout`,
   distances: (run) => `${named(run)}/distances`,
   timeline: (run) => `${named(run)}/timeline`,
+  sweeps: (run) => `${named(run)}/sweeps`,
   snapshots: (run) => `${named(run)}/snapshots`,
   snapshotWeights: (run, name) => `${named(run)}/snapshots/${encodeURIComponent(name)}/weights`,
   profiles: (run, sigmaRel) => `${named(run)}/profiles?sigma_rel=${sigmaRel}`,

@@ -27,12 +27,15 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
  *
  * parent: where the chart goes. sync: charts with the same word show the same moment under the pointer. axis: how a
  * value is written beside the axis; value: how it is written in the heading. time: the horizontal axis has moments, else
- * numbers, which may be spread by their logarithms. binary: the vertical axis is divided by powers of two, as bytes are.
+ * numbers, which may be spread by their logarithms. ticks: gives the numbers that are written below that axis, by
+ * `across`, which then ends beside the outermost points; null: the chart finds some. binary: the vertical axis is divided
+ * by powers of two, as bytes are. dots: by curve, how large its points are; null: points are not drawn.
  */
 export class Chart {
   constructor(parent, { title, hint, value, axis = value, ...more }) {
     const { sync = null, time = true, logarithmicX = false, binary = false } = more;
-    Object.assign(this, { value, axis, sync, time, logarithmicX, binary });
+    const { ticks = null, across = compact, dots = null } = more;
+    Object.assign(this, { value, axis, sync, time, logarithmicX, binary, ticks, across, dots });
     this.legend = element("p", "legend");
     this.holder = element("div", "plot");
     this.holder.setAttribute("role", "img");
@@ -87,7 +90,10 @@ export class Chart {
         points: { size: 6 },
         ...(this.sync ? { sync: { key: this.sync } } : {}),
       },
-      scales: { x: { time: this.time, distr: this.logarithmicX ? 3 : 1 }, y: { range: span } },
+      scales: {
+        x: { time: this.time, distr: this.logarithmicX ? 3 : 1, ...(this.ticks ? { range: beside } : {}) },
+        y: { range: span },
+      },
       axes: [this.horizontal(palette), this.vertical(palette)],
       series: [{}, ...this.names.map((name, i) => this.curve(name, i, palette))],
       hooks: { setCursor: [(plot) => this.tell(plot.cursor.idx ?? null)] },
@@ -95,8 +101,10 @@ export class Chart {
   }
 
   horizontal(palette) {
-    const values = this.time ? CLOCK : (_, ticks) => ticks.map((each) => (each === null ? "" : COMPACT.format(each)));
-    return { ...axis(palette), size: this.time ? 40 : 28, space: 70, values };
+    const values = this.time ? CLOCK : (_, ticks) => ticks.map((each) => (each === null ? "" : this.across(each)));
+    // By itself a logarithmic axis writes powers of ten alone.
+    const at = this.ticks ? { splits: () => this.ticks(), filter: (_, splits) => splits } : {};
+    return { ...axis(palette), size: this.time ? 40 : 28, space: 70, values, ...at };
   }
 
   vertical(palette) {
@@ -106,8 +114,9 @@ export class Chart {
 
   curve(label, i, { curves }) {
     // A single point makes no line.
-    const points = { show: this.data[0].length < 2, size: 5 };
-    return { label, stroke: curves[i % curves.length], width: i === 0 ? 1.75 : 1.25, spanGaps: true, points };
+    const stroke = curves[i % curves.length];
+    const points = { show: this.dots !== null || this.data[0].length < 2, size: this.dots?.[i] ?? 5, fill: stroke };
+    return { label, stroke, width: i === 0 ? 1.75 : 1.25, spanGaps: true, points };
   }
 
   /** Write the values at an index beside the heading; of null the latest. */
@@ -131,6 +140,7 @@ export class Chart {
 }
 
 const COMPACT = new Intl.NumberFormat("en", { notation: "compact" });
+const compact = (value) => COMPACT.format(value);
 const POWERS_OF_TWO = Array.from({ length: 60 }, (_, i) => 2 ** (i - 10));
 
 function axis({ ink, grid }) {
@@ -145,6 +155,9 @@ const CLOCK = [
   [1, "{HH}:{mm}:{ss}", null, null, "\n{D} {MMM}", null, null, null, 1],
   [0.001, ":{ss}.{fff}", "\n{HH}:{mm}:{ss}", null, null, null, null, null, 1],
 ];
+
+// The range of an axis of logarithms.
+const beside = (_, low, high) => [low / 1.1, high * 1.1];
 
 // A curve that does not move is drawn in the middle, not along an edge.
 function span(plot, low, high) {

@@ -120,6 +120,7 @@ function schedule(average) {
 export class Timeline {
   constructor(section) {
     this.list = element("ol", "timeline");
+    this.list.tabIndex = 0; // scrolls where it is long, for who has no pointer too
     this.none = element("p", "muted", "Nothing but updates so far.");
     section.append(this.none, this.list);
   }

@@ -1,9 +1,10 @@
 // The ring of a run: what any average would be worked out of, and how exactly.
 //
-// Knows rings and the answers of GET …/profiles. Does not know how weights are found.
+// Knows rings and the answers of GET …/profiles. Does not know how weights are found, or what sweeps are (sweeps.js).
 
 import { Missing, command, get, paths } from "./api.js";
 import { element, fill, line, say, table } from "./dom.js";
+import { Sweeps } from "./sweeps.js";
 import { bytes, integer, plain } from "./words.js";
 
 /** Lengths that are asked for: relative standard deviations, from short to long. */
@@ -24,8 +25,8 @@ export class Ring {
       ["Sources", "number"],
       ["To have it", "wide"],
     ]);
-    this.sweep = element("div");
-    section.append(this.summary, this.strip, this.table, this.sweep);
+    section.append(this.summary, this.strip, this.table);
+    this.sweeps = new Sweeps(section);
   }
 
   show(run) {
@@ -47,13 +48,6 @@ export class Ring {
       rows.push(row(run, length, found));
     }
     fill(this.table, rows);
-    if (!this.sweep.firstChild) {
-      const text = `ema sweep ${run} --sigma-rel 0.03:0.25:6 --exec './evaluate.sh {path}'`;
-      this.sweep.append(
-        element("p", "muted", "Your evaluation at several lengths, with a table, a plot and the best:"),
-        line(command(text)),
-      );
-    }
   }
 
   /** Where in the training the stored averages lie. */

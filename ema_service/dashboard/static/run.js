@@ -18,7 +18,7 @@ const NAME = decodeURIComponent(location.pathname.split("/").at(-1));
 const STATUS = { ready: "ready", awaiting_weights: "awaiting weights", degraded: "degraded" };
 
 /** How often each part is asked for anew while the run moves, in ms. */
-const EVERY = { history: 5000, timeline: 5000, snapshots: 5000, distances: 10_000 };
+const EVERY = { history: 5000, timeline: 5000, snapshots: 5000, sweeps: 5000, distances: 10_000 };
 // Of a chart that is some hundred pixels wide.
 const POINTS = 500;
 
@@ -102,7 +102,7 @@ function showHead(run, facts) {
 async function showRest(run, facts) {
   showing = true;
   const moved = `${run.version} ${run.status}`;
-  // Snapshots and decays change without a new version: their panels look again by the clock.
+  // Snapshots, sweeps and decays change without a new version: their panels look again by the clock.
   const clock = Math.floor(performance.now() / EVERY.timeline);
   await Promise.all([
     part("history", paths.history(NAME, POINTS), moved, EVERY.history).then(() => {
@@ -113,6 +113,8 @@ async function showRest(run, facts) {
     part("snapshots", paths.snapshots(NAME), clock, EVERY.snapshots).then(({ body, why }) =>
       panels.weights.show(run, body, why, serverNow()),
     ),
+    run.ring &&
+      part("sweeps", paths.sweeps(NAME), clock, EVERY.sweeps).then(({ body }) => panels.ring.sweeps.show(run, body)),
     showTensors(moved),
   ]);
   showing = false;

@@ -187,13 +187,20 @@ def test_service_that_takes_no_results(
 ) -> None:
     """Where the service does not take the results, such as of a run that was deleted meanwhile: one line says so, the
     results are shown, and the exit code is what it would be. In Python it is logged."""
-    for _ in range(2):
+
+    def begin() -> None:
         trained.create_run(run_name, {"w": torch.zeros(3)}, posthoc={"snapshots": 2, "sigma_rel": [0.1]})
         trained.push(run_name, {"w": torch.ones(3)}, step=1)
-        if not caplog.messages:
-            trained.sweep(run_name, lambda *_: trained.delete_run(run_name) or 0.5, sigma_rel=[0.1])  # type: ignore[func-returns-value]
-            assert len(caplog.messages) == 1
-            assert f"{run_name!r}: the service did not keep what the sweep found: there is no run" in caplog.text
+
+    def delete_meanwhile(_path: Path, _info: Any) -> float:
+        trained.delete_run(run_name)
+        return 0.5
+
+    begin()
+    assert trained.sweep(run_name, delete_meanwhile, sigma_rel=[0.1]).points[0].result == 0.5
+    assert len(caplog.messages) == 1
+    assert f"{run_name!r}: the service did not keep what the sweep found: there is no run" in caplog.text
+    begin()
     delete = f"{sys.executable} -m ema_client delete {run_name} --yes >&2 && echo 0.5"
     code, out, err = ema("sweep", run_name, "--sigma-rel", "0.1", "--exec", delete)
     assert (code, "best: sigma_rel 0.1, 0.5" in out) == (0, True), err
