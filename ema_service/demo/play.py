@@ -9,10 +9,10 @@ import importlib.util
 import queue
 import re
 import signal
-import tempfile
 import time
 from pathlib import Path
 
+from ema_client.scratch import scratch_folder
 from ema_service.demo import plan
 from ema_service.demo.children import Children, Ended, Events, Said, Signalled, caught_signals
 from ema_service.demo.screen import Screen
@@ -93,10 +93,10 @@ class _Play:
         self.out.unlink(missing_ok=True)
         with (
             caught_signals(self.events),
-            tempfile.TemporaryDirectory(prefix="ema-demo-", ignore_cleanup_errors=True) as folder,
-            Children(self.events, Path(folder)) as children,
+            scratch_folder() as folder,
+            Children(self.events, folder) as children,
         ):
-            url = self._follow(children, Path(folder) / "data")
+            url = self._follow(children, folder / "data")
             took = time.monotonic() - self.began
             if self.keep:
                 self._stay(children, url)

@@ -79,7 +79,7 @@ class Demo:
         """Wait for the parent's end. Returns its exit status after checking that nothing of the demo is left."""
         status = self.parent.wait(WAIT)
         assert self.processes() == {}
-        assert list((self.folder / "tmp").glob("ema-demo-*")) == [], "a temporary folder was left behind"
+        assert list((self.folder / "tmp").glob("ema-*")) == [], "a temporary folder was left behind"
         return status
 
 
