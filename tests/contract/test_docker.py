@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from ema_client import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -181,6 +184,29 @@ def test_health_check_sees_a_living_server(server: Any) -> None:
 def test_health_check_sees_a_dead_server() -> None:
     """The image's health check fails where nothing listens."""
     assert _health("http://127.0.0.1:9").returncode != 0
+
+
+def test_labels_agree() -> None:
+    """The image's labels have the version and the licence of the package, and its name."""
+    labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]+)"', _all("LABEL")[0]))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    assert labels["version"] == __version__
+    assert (labels["title"], labels["licenses"]) == (project["name"], project["license"])
+
+
+def test_torch_alone_comes_from_its_own_index() -> None:
+    """One step names torch's index; every other package comes from where pip is set up to look."""
+    steps = [step for step in _all("RUN") if "${TORCH_INDEX}" in step]
+
+    assert len(steps) == 1
+    assert steps[0].endswith("-c constraints.txt torch numpy")
+
+
+def test_no_image_is_asked_of_a_registry(service: dict[str, Any]) -> None:
+    """What is built here is not looked for elsewhere under its bare name."""
+    assert (service["pull_policy"], SERVICES["ram"]["pull_policy"]) == ("build", "never")
+    assert "podman build --format docker" in (DOCKER / "README.md").read_text()
 
 
 def test_steps_are_readable_by_a_shell() -> None:
