@@ -28,9 +28,8 @@ class Folder:
         self._path.mkdir(parents=True, exist_ok=True)
         return frozenset(each.name for each in self._path.iterdir())
 
-    def read(self, name: str) -> bytes | None:
-        path = self._path / name
-        return path.read_bytes() if path.is_file() else None
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
 
     def writing(self, name: str, size: int) -> AbstractContextManager[BinaryIO]:
         del size

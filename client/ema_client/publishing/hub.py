@@ -68,14 +68,11 @@ class Hub:
         inside = (path.removeprefix(self._front) for path in found if path.startswith(self._front))
         return frozenset(name for name in inside if "/" not in name)
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str) -> bytes:
         with self._told(), tempfile.TemporaryDirectory() as folder:
-            try:
-                path = self._api.hf_hub_download(
-                    self._model, f"{self._front}{name}", revision=self._revision, local_dir=folder
-                )
-            except self._hub.errors.EntryNotFoundError:
-                return None
+            path = self._api.hf_hub_download(
+                self._model, f"{self._front}{name}", revision=self._revision, local_dir=folder
+            )
             return Path(path).read_bytes()
 
     @contextlib.contextmanager
@@ -121,7 +118,9 @@ class Hub:
             status = getattr(getattr(fault, "response", None), "status_code", None)
             login = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write to the model"
             hint = login if status in (401, 403) or "oken" in str(fault) else ""
-            said = " ".join(str(fault).split()) or type(fault).__name__
+            # huggingface_hub tells which file it was sending, and why that failed as the cause.
+            why = f": {fault.__cause__}" if isinstance(fault, RuntimeError) and fault.__cause__ else ""
+            said = " ".join(f"{str(fault).rstrip('.') or type(fault).__name__}{why}".split())
             raise DestinationFailed(f"{self.url}: {said}", hint=hint) from None
         finally:
             if not silent:

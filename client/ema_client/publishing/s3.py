@@ -51,12 +51,9 @@ class S3:
                 return frozenset()
         return frozenset(path.removeprefix(f"{self._root}/") for path in found if path != self._root)
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str) -> bytes:
         with self._told():
-            try:
-                return cast(bytes, self._files.cat_file(f"{self._root}/{name}"))
-            except FileNotFoundError:
-                return None
+            return cast(bytes, self._files.cat_file(f"{self._root}/{name}"))
 
     @contextlib.contextmanager
     def writing(self, name: str, size: int) -> Iterator[BinaryIO]:

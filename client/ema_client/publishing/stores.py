@@ -33,8 +33,8 @@ class Store(Protocol):
         """The files that are there. The first call, which finds out whether the place can be had."""
         ...
 
-    def read(self, name: str) -> bytes | None:
-        """A small file, None where there is none."""
+    def read(self, name: str) -> bytes:
+        """A small file, one of names()."""
         ...
 
     def writing(self, name: str, size: int) -> AbstractContextManager[BinaryIO]:

@@ -71,8 +71,7 @@ def publish(
     """Publish the EMA weights of one version as transformers or diffusers load them, without torch.
 
     The weights pass through, whatever their size; to the Hub one shard at a time lies on this machine's disk ($TMPDIR).
-    Nobody loads a part: a publish that ends early leaves what was published before. One publish at a time
-    to one place.
+    Nobody loads a part: a publish that ends early leaves what was published before. One publish at a time to one place.
 
     Args:
         run, average, snapshot, soup, wished, progress: as for ``EmaClient.download()``.
@@ -143,8 +142,8 @@ def _put(store: Store, name: str, content: bytes) -> None:
 
 
 def _put_card(store: Store, before: Collection[str], about: About) -> None:
-    earlier = store.read(CARD) if CARD in before else None
-    _put(store, CARD, card(about, None if earlier is None else earlier.decode(errors="replace")).encode())
+    earlier = store.read(CARD).decode(errors="replace") if CARD in before else None
+    _put(store, CARD, card(about, earlier).encode())
 
 
 def _about(info: WeightsInfo, naming: Naming, config: bytes | None, cutter: Cutter, store: Store) -> About:

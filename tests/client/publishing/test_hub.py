@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +13,12 @@ from safetensors.torch import load
 from ema_client import EmaClient
 from tests.client.publishing.hub import TOKEN, Hub
 
-pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install -e '.[publish]'")
+huggingface_hub = pytest.importorskip(
+    "huggingface_hub", reason="huggingface_hub is not installed: pip install -e '.[publish]'"
+)
+
+# huggingface_hub calls its HTTP library in a way that the library warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 STATE = {"a": torch.arange(60_000.0), "b": torch.arange(50_000.0), "c": torch.ones(3)}
 Said = tuple[int, str, str]
@@ -31,27 +32,26 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def publish(server: Any, hub: Hub, run_name: str, tmp_path: Path) -> Callable[..., Said]:
-    """The command in a process of its own, as huggingface_hub reads its environment once; and its temporary folder."""
-    environ = {
-        **os.environ,
-        "EMA_SERVICE_URL": server.url,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "TMPDIR": str(tmp_path / "spool"),
-    }
+def publish(
+    ema: Callable[..., Said], hub: Hub, run_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Said]]:
+    """The command, whose huggingface_hub takes the double for the Hub; its temporary files are looked for."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spool"))
     (tmp_path / "spool").mkdir()
 
-    def run(*words: str, **more: str) -> Said:
-        command = (sys.executable, "-m", "ema_client", "publish", run_name, *words)
-        done = subprocess.run(command, env={**environ, **more}, capture_output=True, text=True, check=False)
+    def run(*words: str, token: str = TOKEN) -> Said:
+        monkeypatch.setenv("HF_TOKEN", token)
+        done = ema("publish", run_name, *words)
         assert list((tmp_path / "spool").iterdir()) == []
-        assert "LFS" not in done.stderr
-        return done.returncode, done.stdout, done.stderr
+        assert "LFS" not in done[2]
+        return done
 
-    return run
+    yield run
+    huggingface_hub.close_session()
 
 
 def _weights(files: dict[str, bytes]) -> dict[str, torch.Tensor]:
@@ -92,14 +92,20 @@ def test_one_commit_each(client: EmaClient, publish: Callable[..., Said], hub: H
 def test_what_the_hub_refuses(client: EmaClient, publish: Callable[..., Said], hub: Hub, run_name: str) -> None:
     """No login, no right, a commit that fails: told in a line, and what was published before is there."""
     client.create_run(run_name, STATE)
-    code, _, err = publish("--to", "hf://org/model", HF_TOKEN="hf_other")
+    code, _, err = publish("--to", "hf://org/model", token="hf_other")
     assert (code, "Traceback" in err) == (1, False)
     assert "hf auth login" in err
     assert publish("--to", "hf://org/model", "--public")[0] == 0
     assert hub.private == {"org/model": False}
     before = dict(hub.branches["org/model", "main"])
-    client.push(run_name, {name: tensor + 1.0 for name, tensor in STATE.items()})
-    for method, part, status in (("PUT", "/objects/", 400), ("POST", "/commit/", 403)):
+    for method, part, status in (
+        ("HEAD", "/resolve/", 403),  # the card that is there cannot be read, so it is not replaced
+        ("PUT", "/objects/", 400),
+        ("POST", "/preupload/", 404),
+        ("POST", "/commit/", 403),
+    ):
+        # Other weights each time: the Hub has those that were sent.
+        client.push(run_name, {name: tensor + 1.0 for name, tensor in STATE.items()})
         hub.refuse = lambda said, path, method=method, part=part, status=status: (
             status if said == method and part in path else None
         )
