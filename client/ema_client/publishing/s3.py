@@ -34,9 +34,7 @@ class S3:
         try:
             import s3fs
         except ModuleNotFoundError:
-            raise UsageError(
-                "S3 needs s3fs, which is not installed", hint="pip install huggingface_hub s3fs"
-            ) from None
+            raise UsageError("S3 needs s3fs, which is not installed", hint="pip install huggingface_hub s3fs") from None
         # Not an instance that other users of fsspec in this process share, with listings of its own memory.
         self._files: Any = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
 

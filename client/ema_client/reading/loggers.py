@@ -50,10 +50,10 @@ def check_log_to(log_to: object) -> None:
             f"log_to={log_to!r} is unknown",
             hint="give 'tensorboard', 'tensorboard:FOLDER', 'wandb', 'wandb:PROJECT', or in Python a function",
         )
-    if find_spec(kind) is None:
-        raise UsageError(
-            f"log_to={log_to!r} needs {kind}, which is not installed", hint=f"pip install {kind}"
-        )
+    spec = find_spec(kind)
+    # Without an origin: a folder of that name, such as the one in which wandb itself keeps its files.
+    if spec is None or spec.origin is None:
+        raise UsageError(f"log_to={log_to!r} needs {kind}, which is not installed", hint=f"pip install {kind}")
 
 
 class _Function:

@@ -67,7 +67,8 @@ class Whereabouts:
             self._judge(self._was_elsewhere, None)
 
     def _ahead(self, optimizer: Optimizer) -> None:
-        if not self.over:
+        # A model that is gone is not trained: the step is another's.
+        if not self.over and self._first.tensors() is not None:
             self._judge(self._is_elsewhere(), steps_of(optimizer))
 
     def _is_elsewhere(self) -> bool | None:

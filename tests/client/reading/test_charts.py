@@ -110,15 +110,20 @@ def test_no_training_waits_for_a_logger_or_ends_by_it(
     ]
 
 
-def test_what_names_no_logger_is_refused(client: EmaClient, run_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_names_no_logger_is_refused(
+    client: EmaClient, run_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is made; a package that is missing is named."""
     for log_to in ("mlflow", "", 3):
         with pytest.raises(UsageError, match=r"log_to=.* is unknown"):
             RemoteEma(nn.Linear(2, 1), run=run_name, client=client, log_to=log_to)  # type: ignore[arg-type]
-    monkeypatch.setattr("ema_client.reading.loggers.find_spec", lambda _: None)
+    # Only a folder of its name is there, such as wandb's own beside a training.
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    (tmp_path / "tensorboard").mkdir()
     with pytest.raises(UsageError, match="needs tensorboard") as refusal:
         RemoteEma(nn.Linear(2, 1), run=run_name, client=client, log_to="tensorboard:here")
-    assert refusal.value.hint == "pip install 'ema-client[tensorboard]'"
+    assert refusal.value.hint == "pip install tensorboard: the extra 'tensorboard' of ema-client"
     assert run_name not in {info.run for info in client.runs()}
 
 
