@@ -209,6 +209,7 @@ def test_phone_and_other_states(trained: ServerProcess, browsing: Browsing) -> N
     ring.get_by_role("combobox").select_option(index=1)
     expect(rows.nth(1)).to_have_text("decay 0.991.25best, the lowest")
     expect(rows.nth(2)).to_contain_text("far far")
+    expect(chart(page, "What a sweep found")).to_have_accessible_name(re.compile("(<i>loss</i>){20}.*best"))
     expect(chart(page, "What a sweep found")).to_be_visible()
     expect(ring).to_contain_text("ema snapshot gamma best --decay 0.99 --at 7")
     assert browsing.cut_off() == []

@@ -165,6 +165,9 @@ def test_catalog_that_does_not_answer(start_server: Callable[..., ServerProcess]
     assert kept(run) == [report(run, "during").json()]
     assert report(run, "before").status_code == 201  # in its row's place
     assert len(kept(run)) == 2
+    gone = plain_run(server, MODEL, name="gone")
+    database.execute("DELETE FROM runs WHERE name = 'gone'")  # as a deletion that overtakes the report
+    assert report(gone).json()["code"] == "run_not_found"
     database.execute("DROP TABLE sweeps")
     database.close()
     for answer in (report(run), run.http.get(f"{run.path}/sweeps")):
