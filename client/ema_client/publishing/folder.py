@@ -16,7 +16,7 @@ __all__ = ["Folder"]
 
 
 class Folder:
-    """A folder, made where there is none; a Store."""
+    """A folder, made with its first file where there is none; a Store."""
 
     at_once = False
 
@@ -25,14 +25,14 @@ class Folder:
         self.url = path.as_uri()
 
     def names(self) -> frozenset[str]:
-        self._path.mkdir(parents=True, exist_ok=True)
-        return frozenset(each.name for each in self._path.iterdir())
+        return frozenset(each.name for each in self._path.iterdir()) if self._path.exists() else frozenset()
 
     def read(self, name: str) -> bytes:
         return (self._path / name).read_bytes()
 
     def writing(self, name: str, size: int) -> AbstractContextManager[BinaryIO]:
         del size
+        self._path.mkdir(parents=True, exist_ok=True)
         return open_whole(self._path / name)
 
     def finish(self, removed: Collection[str], said: str) -> None:

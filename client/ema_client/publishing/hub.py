@@ -58,25 +58,44 @@ class Hub:
         self._hub: Any = huggingface_hub
         self._api: Any = huggingface_hub.HfApi(library_name="ema-client")
         self._added: list[Any] = []
+        #: The branch whose files are there: a branch that is not made yet will begin with those of the main one.
+        self._seen = revision
+        self._made = False
 
     def names(self) -> frozenset[str]:
         with self._told():
-            self._api.create_repo(self._model, private=not self._public, exist_ok=True)
-            if self._revision:
-                self._api.create_branch(self._model, branch=self._revision, exist_ok=True)
-            found = self._api.list_repo_files(self._model, revision=self._revision)
+            found = self._listed()
         inside = (path.removeprefix(self._front) for path in found if path.startswith(self._front))
         return frozenset(name for name in inside if "/" not in name)
 
     def read(self, name: str) -> bytes:
         with self._told(), tempfile.TemporaryDirectory() as folder:
-            path = self._api.hf_hub_download(
-                self._model, f"{self._front}{name}", revision=self._revision, local_dir=folder
-            )
+            path = self._api.hf_hub_download(self._model, f"{self._front}{name}", revision=self._seen, local_dir=folder)
             return Path(path).read_bytes()
+
+    def _listed(self) -> list[str]:
+        errors = self._hub.errors
+        try:
+            return cast(list[str], self._api.list_repo_files(self._model, revision=self._revision))
+        except errors.RevisionNotFoundError:
+            self._seen = None
+            return cast(list[str], self._api.list_repo_files(self._model))
+        except errors.RepositoryNotFoundError:
+            return []
+
+    def _make(self) -> None:
+        """Make the model and the branch where they are not there, with the first file: not for weights that never
+        come."""
+        if not self._made:
+            with self._told():
+                self._api.create_repo(self._model, private=not self._public, exist_ok=True)
+                if self._revision:
+                    self._api.create_branch(self._model, branch=self._revision, exist_ok=True)
+            self._made = True
 
     @contextlib.contextmanager
     def writing(self, name: str, size: int) -> Iterator[BinaryIO]:
+        self._make()
         descriptor, spooled = tempfile.mkstemp(prefix="ema-publish-")
         try:
             with os.fdopen(descriptor, "wb") as file:

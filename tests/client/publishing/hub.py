@@ -95,13 +95,17 @@ def _done(hub: Hub, method: str, path: str, body: bytes) -> tuple[int, Any, dict
         return _branch(hub, model, branch)
     files = hub.branches.get((model, branch))
     if files is None:
-        return 404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"}
+        return _missing(model in hub.private)
     if act == "tree":
         return 200, [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files], {}
     if act == "preupload":
         return 200, {"files": [_mode(each) for each in json.loads(body)["files"]]}, {}
     assert (method, act) == ("POST", "commit"), path
     return _commit(hub, model, branch, [json.loads(line) for line in body.splitlines()])
+
+
+def _missing(known: bool) -> tuple[int, Any, dict[str, str]]:
+    return 404, {"error": "not there"}, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}
 
 
 def _create(hub: Hub, asked: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:

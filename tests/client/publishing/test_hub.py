@@ -91,6 +91,8 @@ def test_one_commit_each(client: EmaClient, publish: Callable[..., Said], hub: H
 
 def test_what_the_hub_refuses(client: EmaClient, publish: Callable[..., Said], hub: Hub, run_name: str) -> None:
     """No login, no right, a commit that fails: told in a line, and what was published before is there."""
+    code, _, err = publish("--to", "hf://org/model@nightly")
+    assert (code, hub.private) == (1, {}), "a model was made for a run that there is not"
     client.create_run(run_name, STATE)
     code, _, err = publish("--to", "hf://org/model", token="hf_other")
     assert (code, "Traceback" in err) == (1, False)
