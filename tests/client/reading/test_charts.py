@@ -123,7 +123,7 @@ def test_what_names_no_logger_is_refused(
     (tmp_path / "tensorboard").mkdir()
     with pytest.raises(UsageError, match="needs tensorboard") as refusal:
         RemoteEma(nn.Linear(2, 1), run=run_name, client=client, log_to="tensorboard:here")
-    assert refusal.value.hint == "pip install tensorboard: the extra 'tensorboard' of ema-client"
+    assert refusal.value.hint == "pip install tensorboard"
     assert run_name not in {info.run for info in client.runs()}
 
 

@@ -60,6 +60,7 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "link": None,
         "copied": 0,
         "refused": None,
+        "ended_at": None,
         "non_finite": "refuse",
         "averages": [LITEMA],
         "tensors": 3,

@@ -217,7 +217,9 @@ def test_status_of_an_update(server: ServerProcess, plain_run: MakeRun, model: M
 
     for step, state in ((3, "applied"), (2, "unknown"), (4, "unknown")):
         answer = run.http.get(f"{run.path}/updates/{step}")
-        assert (answer.status_code, answer.json()) == (200, {"step": step, "state": state, "parts": []})
+        told = answer.json()
+        assert (told.pop("digest") is not None) == (state == "applied")
+        assert (answer.status_code, told) == (200, {"step": step, "state": state, "parts": []})
 
 
 @pytest.mark.parametrize("parts", [False, True])

@@ -129,11 +129,14 @@ def test_connections_at_work_are_waited_for(bounded: ServerProcess, plain_run: C
     run = plain_run(bounded, TENSORS)
     run.http.close()
     ask = f"GET {run.path}/weights?min_step=9&wait=4 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-    with idle(bounded, MOST, ask) as polls:
+    push = f"PUT {run.path}/updates/1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
+    # Of those who wait for a step there are three quarters at most.
+    with idle(bounded, MOST // 4, push + BODY[:1000]) as pushes, idle(bounded, MOST * 3 // 4, ask) as polls:
         time.sleep(1.5)  # until the server has read what the polls ask, after the large answers of the test before
         assert httpx.get(f"{bounded.url}/healthz", timeout=20).status_code == 200
         assert select.select(polls, [], [], 0)[0], "no poll had ended when the new connection was answered"
         assert {poll.recv(12) for poll in polls} == {b"HTTP/1.1 409"}
+        assert not select.select(pushes, [], [], 0)[0]
 
 
 def test_a_burst_within_the_limit_is_taken(bounded: ServerProcess) -> None:
