@@ -129,6 +129,7 @@ def test_bench_of_a_given_server(start: Callable[..., Bench], server: Any) -> No
     assert bench_runs(server) == []
 
 
+@pytest.mark.soak
 def test_ctrl_c_deletes_the_runs(start: Callable[..., Bench], server: Any) -> None:
     """SIGINT in the middle of the rounds deletes the runs on the given server, ends all processes, and says so."""
     bench = start("-m", "ema_service", "bench", "--url", server.url, "--size", "4MB", "--rounds", "100000")

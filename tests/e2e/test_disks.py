@@ -74,7 +74,7 @@ def refused(answer: httpx.Response) -> bool:
 
 @pytest.mark.parametrize(
     ("durability", "arguments"),
-    [("process", ()), ("process", NO_MEMORY), ("disk", ())],
+    [("process", ()), pytest.param("process", NO_MEMORY, marks=pytest.mark.soak), ("disk", ())],
     ids=["memory", "slots", "disk"],
 )
 def test_full_disk(
@@ -176,7 +176,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("durability", ["process", "disk"])
+@pytest.mark.parametrize("durability", ["process", pytest.param("disk", marks=pytest.mark.soak)])
 def test_catalog_that_somebody_locked(
     durability: str, disk: Path, start: Callable[..., ServerProcess], plain_run_class: type[PlainRun]
 ) -> None:

@@ -56,7 +56,9 @@ def held_by(pid: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03])
+@pytest.mark.parametrize(
+    "delay", [pytest.param(0.0, marks=pytest.mark.soak), 0.01, pytest.param(0.03, marks=pytest.mark.soak)]
+)
 def test_trainer_is_killed(server: Any, run_name: str, delay: float) -> None:
     """A trainer killed in the middle of a hand-over: its update is applied whole or not at all, and its memory is gone
     once the server has let go of it, which it does by itself."""

@@ -104,8 +104,8 @@ def trainer(tmp_path: Path, run_name: str) -> Iterator[Callable[..., Trainer]]:
     ("ending", "status"),
     [
         ("", 0),
-        ("sys.exit(3)", 3),
-        ("raise RuntimeError('the training failed')", 1),
+        pytest.param("sys.exit(3)", 3, marks=pytest.mark.soak),
+        pytest.param("raise RuntimeError('the training failed')", 1, marks=pytest.mark.soak),
         ("os.kill(os.getpid(), __import__('signal').SIGINT); time.sleep(30)", -signal.SIGINT),
         ("del ema, client", 0),
     ],

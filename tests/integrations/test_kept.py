@@ -93,6 +93,7 @@ def test_the_best_checkpoints_keep_their_ema(
     assert snapshots(client, run_name) == set(after.values())
 
 
+@pytest.mark.soak
 def test_a_token_that_may_not_delete(
     start_server: Any, run_name: str, tmp_path: Path, trained: Any, caplog: Any
 ) -> None:

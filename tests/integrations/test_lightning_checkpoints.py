@@ -168,7 +168,7 @@ class Saving(lightning.Callback):
             self.seen.append(module.copies(module))
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("weights_only", [False, pytest.param(True, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_end", "on_validation_epoch_end"])
 @pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
 def test_checkpoints_in_the_middle_of_a_validation(

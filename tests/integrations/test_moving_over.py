@@ -81,7 +81,7 @@ def averages(client: EmaClient, run: str) -> dict[str, Tensor]:
     return {name.replace(".", ""): tensor for name, tensor in client.pull(run).items()}
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("counted", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_litema_training_goes_on_bit_for_bit(
     client: EmaClient, run_name: str, same: Any, tmp_path: Path, counted: bool
 ) -> None:

@@ -59,7 +59,12 @@ def averaged(client: EmaClient, run: str, model: nn.Module) -> dict[str, Tensor]
     return {name: weights[name] for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", EMAMODELS)
+#: Those whose warm-up alone differs from another's wait for `make soak`.
+SOON = {"no warm-up, late", "warm-up, late", "warm-up, slow", "warm-up, clipped"}
+NAMES = [pytest.param(name, marks=[] if name in SOON else [pytest.mark.soak]) for name in EMAMODELS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_diffusers_to_the_bit(name: str, model: nn.Module, client: EmaClient, run_name: str) -> None:
     """EMAModel, with and without its warm-up, with update_after_step: bit for bit at every update."""
     from diffusers.training_utils import EMAModel

@@ -156,7 +156,15 @@ def train_from(
     return follower
 
 
-@pytest.mark.parametrize("where", ["named", "newest", "elsewhere", "not attached"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("named", marks=pytest.mark.soak),
+        "newest",
+        "elsewhere",
+        pytest.param("not attached", marks=pytest.mark.soak),
+    ],
+)
 def test_resuming_goes_on_with_the_ema_of_the_checkpoint(
     client: EmaClient, run_name: str, tmp_path: Path, same: Any, where: str
 ) -> None:

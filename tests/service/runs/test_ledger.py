@@ -208,7 +208,7 @@ EVERY = (
 )
 
 
-@given(gaps=st.lists(st.integers(1, 200), min_size=1, max_size=20), counting=st.booleans())
+@given(gaps=st.lists(st.integers(1, 60), min_size=1, max_size=8), counting=st.booleans())
 def test_gaps_are_exact_for_every_schedule(gaps: list[int], counting: bool) -> None:
     """Decays over gaps multiply to those of single steps, of schedules that count also where the run does not."""
     wide, single = (

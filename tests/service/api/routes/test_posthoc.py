@@ -357,7 +357,7 @@ def test_branch_goes_on(server: ServerProcess, plain_run: Callable[..., PlainRun
     assert distance(found, power_average(WALKED, 0.1, range(1, 401)), WALKED) < 4e-3
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F64"])
+@pytest.mark.parametrize("dtype", ["BF16", pytest.param("F64", marks=pytest.mark.soak)])
 def test_other_dtypes(server: ServerProcess, plain_run: Callable[..., PlainRun], dtype: str) -> None:
     """Snapshots may be stored narrower or wider; sums of bf16 are damped, so that its rounding does not grow."""
     run = plain_run(server, as_state(WALKED[0]), posthoc={"dtype": dtype, "snapshots": 32})
