@@ -11,6 +11,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,7 @@ def test_row_that_knows_of_no_copied_tensors(server: LocalServer, run: LocalRun,
     """A run of a version that averaged everything goes on so."""
     server.stop()
     assert server.folder is not None
-    with sqlite3.connect(server.folder / "catalog.db") as db:
+    with closing(sqlite3.connect(server.folder / "catalog.db")) as db, db:
         db.execute("UPDATE runs SET config = json_remove(config, '$.copied')")
     run = again(server)
 

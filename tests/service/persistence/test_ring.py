@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def folders(server: LocalServer) -> set[str]:
 
 def rows(server: LocalServer) -> set[str]:
     assert server.folder is not None
-    with sqlite3.connect(f"file:{server.folder}/catalog.db?mode=ro", uri=True) as database:
+    with closing(sqlite3.connect(f"file:{server.folder}/catalog.db?mode=ro", uri=True)) as database:
         return {name for (name,) in database.execute("SELECT name FROM ring")}
 
 

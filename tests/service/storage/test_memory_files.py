@@ -22,6 +22,7 @@ import pytest
 
 from ema_service.storage import memory_files as module
 from ema_service.storage.memory_files import _POPULATE_WRITE, MemoryFiles, MemoryFilesUnusable, _libc
+from tests.descriptors import open_below
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system has no /dev/shm")
@@ -65,16 +66,15 @@ def test_content_comes_back(files: MemoryFiles, data_dir: Path, ram_dir: Path) -
         files.__init__(data_dir, ram_dir)  # type: ignore[misc]  # for the fixture to end
 
 
-def test_pages_stay_mapped_as_long_as_a_view_lives(files: MemoryFiles) -> None:
+def test_pages_stay_mapped_as_long_as_a_view_lives(files: MemoryFiles, ram_dir: Path) -> None:
     """The memory goes with the last view of it and no descriptor is held meanwhile; the file stays."""
-    gc.collect()  # what tests before left open
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_below(ram_dir)
     [made] = files.create(SIZE)
     view = made.raw[100:200]
     name = made.name
     del made
     gc.collect()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_below(ram_dir) == before
     assert mapped(name)
     view[:] = 1
     del view

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -99,8 +100,11 @@ def test_catalog_without_shared_memory(mounted: Mount) -> None:
     row = store.add_run("r", "{}", 1.0)
     assert not (folder / "catalog.db-shm").exists()
     assert store._catalog._read("PRAGMA journal_mode") == [("wal",)]
-    with pytest.raises(sqlite3.OperationalError, match="locked"):
-        sqlite3.connect(folder / "catalog.db", timeout=0).execute("SELECT * FROM runs")
+    with (
+        closing(sqlite3.connect(folder / "catalog.db", timeout=0)) as other,
+        pytest.raises(sqlite3.OperationalError, match="locked"),
+    ):
+        other.execute("SELECT * FROM runs")
     left = {name: (folder / name).read_bytes() for name in ("catalog.db", "catalog.db-wal")}
     store.close()
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 
 from ema_service.storage import Extent, Slot, Slots, TensorFile, padded_bytes
 from ema_service.threads import Threads
+from tests.descriptors import open_below
 
 TENSORS = {"w": torch.arange(5000.0), "v": torch.full((3,), 2.5)}
 BODY = save(TENSORS)
@@ -119,11 +120,6 @@ def test_space_is_taken_before_it_is_written(slots: Slots, tmp_path: Path) -> No
     assert {slots.take().name for _ in range(2)} <= {"slots/0", "slots/1"}
 
 
-def _descriptors() -> set[str]:
-    """Where the open ones lead, without that of the listing itself."""
-    return {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists()}
-
-
 @pytest.mark.parametrize("nth", [1, 2])
 def test_full_disk_leaves_nothing(nth: int, slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot that there is no room for is not there, and no descriptor stays open; with room it can be made."""
@@ -135,13 +131,13 @@ def test_full_disk_leaves_nothing(nth: int, slots: Slots, tmp_path: Path, monkey
             raise OSError(errno.ENOSPC, "No space left on device")
         allocate(descriptor, offset, length)
 
-    before = _descriptors()
+    before = open_below(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError, match="No space left"):
             slots.allocate(1)
     assert list(tmp_path.glob("slots/*")) == []
-    assert _descriptors() == before
+    assert open_below(tmp_path) == before
     slots.allocate(1)
     assert len(list(tmp_path.glob("slots/*/*"))) == 2
 
@@ -379,14 +375,14 @@ def test_deleted_run_does_not_come_back(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-def test_synced_slot_holds_no_descriptor(slots: Slots) -> None:
+def test_synced_slot_holds_no_descriptor(slots: Slots, tmp_path: Path) -> None:
     """A slot that is on the medium keeps no file open, however long it is held; it can be synced again."""
-    before = _descriptors()
+    before = open_below(tmp_path)
     slot = slots.take()
     fill(slot)
-    assert len(_descriptors()) == len(before) + 2
+    assert len(open_below(tmp_path)) == len(before) + 2
     slot.files.sync()
 
-    assert _descriptors() == before
+    assert open_below(tmp_path) == before
     slot.files.sync()
-    assert _descriptors() == before
+    assert open_below(tmp_path) == before
