@@ -52,7 +52,7 @@ demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minut
 	$(BIN)/ema-service demo $(ARGS)
 
 test: $(DEV) ## Run all tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-matrix: $(VENV)/matrix/.installed ## Run the tests' core on each Python from 3.11 to 3.14, and with the oldest dependencies (ARGS="3.12 lowest")
 	$(VENV)/matrix/bin/python tests/matrix.py $(VENV)/matrix $(ARGS)
@@ -64,7 +64,7 @@ $(VENV)/matrix/.installed: constraints.txt | $(BIN)/python
 
 soak: $(DEV) $(DOCS) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), one of overload, and the long tests
 	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 -o faulthandler_timeout=800 $(ARGS)
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m soak --soak 1 --timeout 600 -o faulthandler_timeout=800 $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile -m soak --soak 1 --timeout 600 -o faulthandler_timeout=800 $(ARGS)
 
 lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .
