@@ -48,7 +48,7 @@ from ema_service.memory.layout import Section
 from ema_service.memory.staging import Region
 from ema_service.shadows.results import DeviceResult, Result, Sink, joined
 
-__all__ = ["Feed", "Grain", "Pass", "Stretch", "pass_over"]
+__all__ = ["DeviceStretch", "Feed", "Grain", "HostStretch", "Pass", "Stretch", "pass_over"]
 
 
 _NO_MEMORY = "the push could not be averaged"
