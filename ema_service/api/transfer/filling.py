@@ -165,6 +165,7 @@ class Filling(asyncio.BufferedProtocol):
         self._pace = pace
         self._receivers = receivers
         self._discarding: memoryview | None = None
+        self._working: asyncio.Future[None] | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin(self, parsed: bytearray) -> None:
@@ -180,7 +181,10 @@ class Filling(asyncio.BufferedProtocol):
             self._finish_if_over()
 
     async def wait(self) -> None:
-        """Return when the body is whole. Raises as a Body; RequestTimeout, ClientDisconnect."""
+        """Return when the body is whole. Raises as a Body; RequestTimeout, ClientDisconnect.
+
+        However the call ends, no thread receives into the body's memory any more.
+        """
         clock = asyncio.get_running_loop().time
         try:
             while not self._done.done():
@@ -190,6 +194,8 @@ class Filling(asyncio.BufferedProtocol):
             self._done.result()
         finally:
             self._done.cancel()  # nobody awaits the result any more
+            if self._working and not self._working.done():
+                await asyncio.wait([self._working])
             if self._remaining and self._discarding is None:
                 self._discard()
 
@@ -217,6 +223,7 @@ class Filling(asyncio.BufferedProtocol):
     def _pause_for(self, working: asyncio.Future[None]) -> None:
         """Read nothing of the socket on the event loop while a thread is at work."""
         self._http.flow.pause_reading()
+        self._working = working
         working.add_done_callback(self._resume)
 
     def _resume(self, working: asyncio.Future[None]) -> None:
