@@ -140,6 +140,8 @@ class Body(ABC):
             target[:count].copy_(source[:count])
             self.advance(count)
             data = data[count:]
+            if shared.passed:
+                shared.passed(len(shared.body) - len(data))
         shared.check()
 
     def surplus(self, count: int) -> MalformedBody:

@@ -34,11 +34,13 @@ class Shared:
 
     body: the bytes; mapped as long as views of ``body`` live. check: raises SegmentUnusable if the client withdrew the
     body, and may have changed it. helpers: threads to divide the pass among, as there is no socket to leave cores to.
+    passed: told, as the reading goes on, up to which byte the body is not read any more; None where nobody asks.
     """
 
     body: memoryview
     check: Callable[[], None]
     helpers: Executor
+    passed: Callable[[int], None] | None = None
 
 
 class Staged:
@@ -62,6 +64,7 @@ class Staged:
         self.shared: Shared | None = None
         self.expected: bytes | None = None
         self._adopted: Tensor | None = None
+        self._adopted_at = 0
         if allocate:
             self.allocate()
 
@@ -93,8 +96,13 @@ class Staged:
         adopted = torch.frombuffer(data, dtype=torch.uint8)
         if adopted.data_ptr() % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
             return False
-        self.shared, self.data, self._adopted = shared, data, adopted
+        self.shared, self.data, self._adopted, self._adopted_at = shared, data, adopted, start
         return True
+
+    def passed(self, stop: int) -> None:
+        """Tell whose memory the parameters lie in that they are averaged up to byte ``stop``."""
+        if self.shared is not None and self.shared.passed is not None:
+            self.shared.passed(self._adopted_at + stop)
 
     def param(self, index: int) -> Tensor:
         """The parameters of one section on the device, flat, in the dtype they were pushed in.

@@ -245,6 +245,7 @@ class Pass(ABC):
         for bounds, block in zip(blocks, helpers.map(self._divided, blocks), strict=True):
             for _, section, _, end in self._pieces(*bounds, size):
                 self._tell(block, section, end, ended=end == bounds[1])
+            self._staged.passed(bounds[1])
 
     def _divided(self, bounds: tuple[int, int]) -> _Block:
         """Digest and average one block, on one thread."""
