@@ -15,10 +15,9 @@ from contextvars import copy_context
 from typing import TypeVar
 
 import anyio
-import torch
 
 from ema_service.api.transfer.socket_threads import SocketThreads
-from ema_service.threads import Threads
+from ema_service.threads import Threads, use_cores
 
 __all__ = ["Behind", "Workers"]
 
@@ -32,7 +31,7 @@ _SEND_THREADS = os.cpu_count() or 1
 #: Threads that apply updates, and how many cores each may use. Averaging runs while the push is still arriving, so it
 #: must leave cores to the socket: on 2 cores, one thread gave 1.8 GB/s end to end where two gave 1.5.
 _APPLY_THREADS = 2
-_TORCH_THREADS = max(1, (os.cpu_count() or 1) // 4)
+_APPLY_CORES = max(1, (os.cpu_count() or 1) // 4)
 #: Threads that a push in shared memory is divided among: there is no socket to leave cores to.
 _HELPERS = os.cpu_count() or 1
 #: Threads that wait for the helpers of one push each.
@@ -55,15 +54,15 @@ class Workers:
     """
 
     def __init__(self) -> None:
-        self._apply = Threads(_APPLY_THREADS, "ema-apply", torch.set_num_threads, (_TORCH_THREADS,))
-        self._receive = Threads(_RECEIVE_THREADS, "ema-receive", torch.set_num_threads, (1,))
-        self._send = Threads(_SEND_THREADS, "ema-send", torch.set_num_threads, (1,))
+        self._apply = Threads(_APPLY_THREADS, "ema-apply", use_cores, (_APPLY_CORES,))
+        self._receive = Threads(_RECEIVE_THREADS, "ema-receive", use_cores, (1,))
+        self._send = Threads(_SEND_THREADS, "ema-send", use_cores, (1,))
         self._files = Threads(_FILE_THREADS, "ema-files")
         self._sync = Threads(_SYNC_THREADS, "ema-sync")
         self._share = Threads(_SHARE_THREADS, "ema-share")
         self._device = Threads(_DEVICE_THREADS, "ema-device")
         self._report = Threads(1, "ema-report")
-        self.helpers = Threads(_HELPERS, "ema-help", torch.set_num_threads, (1,))
+        self.helpers = Threads(_HELPERS, "ema-help", use_cores, (1,))
         self.receivers = SocketThreads(self._receive, _RECEIVE_THREADS)
         self.senders = SocketThreads(self._send, _SEND_THREADS)
 

@@ -13,14 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ema_client.errors import BodyTooLarge, Overloaded
 from ema_client.protocol import LAYOUT_DTYPES
-from ema_service.memory.arena import TORCH_DTYPES, Arena, Mark, Memory, buffer_bytes, param_offset
+from ema_service.memory.arena import Arena, Mark, Memory, buffer_bytes, param_offset
 from ema_service.memory.budget import Budget
 from ema_service.memory.layout import Layout
+from ema_service.values import Array, Values, address, array_over, typed
 
 __all__ = ["Shared", "Staged", "Staging"]
 
@@ -60,10 +58,10 @@ class Staged:
         self.on_host = memory.on_host
         self._memory = memory
         self._allocating = threading.Lock()
-        self._host: Tensor | None = None
+        self._host: Array | None = None
         self.shared: Shared | None = None
         self.expected: bytes | None = None
-        self._adopted: Tensor | None = None
+        self._adopted: Array | None = None
         self._adopted_at = 0
         if allocate:
             self.allocate()
@@ -79,9 +77,9 @@ class Staged:
                 return
             layout, size = self.layout, buffer_bytes(self.layout)
             host = self._memory.landing(size if self.on_host else layout.param_bytes)
-            self._buffer = host if self.on_host else self._memory.allocate(size)
+            self._buffer: Values = host if self.on_host else self._memory.allocate(size)
             start = self._offset if self.on_host else 0
-            self.data = host[start : start + layout.param_bytes].numpy().data
+            self.data = host[start : start + layout.param_bytes].data
             self.arena = Arena(layout, self._buffer)
             self._host = host
 
@@ -93,8 +91,8 @@ class Staged:
         on a device parameters narrower than their shadows, which are averaged in order.
         """
         data = shared.body[start : start + self.layout.param_bytes]
-        adopted = torch.frombuffer(data, dtype=torch.uint8)
-        if adopted.data_ptr() % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
+        adopted = array_over(data)
+        if address(adopted) % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
             return False
         self.shared, self.data, self._adopted, self._adopted_at = shared, data, adopted, start
         return True
@@ -104,26 +102,28 @@ class Staged:
         if self.shared is not None and self.shared.passed is not None:
             self.shared.passed(self._adopted_at + stop)
 
-    def param(self, index: int) -> Tensor:
+    def param(self, index: int) -> Values:
         """The parameters of one section on the device, flat, in the dtype they were pushed in.
 
         On a GPU: as far as uploaded.
         """
         section = self.layout.sections[index]
         if self._adopted is not None and self.on_host:
-            param = self._adopted[section.param]
+            param: Values = self._adopted[section.param]
         else:
             param = self._buffer[self._offset + section.param.start : self._offset + section.param.stop]
-        return param.view(TORCH_DTYPES[section.param_dtype])
+        return typed(param, section.param_dtype)
 
     def upload(self, start: int, stop: int) -> None:
         """Copy bytes ``start`` to ``stop`` of the parameters to the device, without waiting. Nothing to do on the
         CPU."""
         if not self.on_host:
-            host = self._landed()
+            from ema_service.tensors import tensor_of
+
+            host = tensor_of(self._landed())
             if self._adopted is not None:
-                host[start:stop].copy_(self._adopted[start:stop])
-            param = self._buffer[self._offset + start : self._offset + stop]
+                host[start:stop].copy_(tensor_of(self._adopted[start:stop]))
+            param = tensor_of(self._buffer[self._offset + start : self._offset + stop])
             param.copy_(host[start:stop], non_blocking=True)
 
     @property
@@ -131,14 +131,14 @@ class Staged:
         """At which byte of the buffer the parameters begin."""
         return param_offset(self.layout)
 
-    def _landed(self) -> Tensor:
+    def _landed(self) -> Array:
         if self._host is None:
             raise RuntimeError("staging has no memory before allocate()")
         return self._host
 
-    def host_twin(self, arena: Arena) -> Tensor:
+    def host_twin(self, arena: Arena) -> Array:
         """Host memory, uint8, as long as an arena of the device: for a copy of its results. The arena keeps it."""
-        arena.twin = self._memory.twin(arena.tensor.numel())
+        arena.twin = self._memory.twin(len(arena.data))
         return arena.twin
 
     def mark(self) -> Mark:

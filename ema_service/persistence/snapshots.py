@@ -299,8 +299,8 @@ class Snapshots:
         self, state: State, average: Average, arena: Arena, snapshot: str, checksums: dict[str, str]
     ) -> Iterator[memoryview]:
         """The chunks of one average's file. After the last one, ``checksums`` has the digest of the average."""
-        host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
-        data = host.numpy().data
+        host = self._memory.to_host(arena.data) if arena.twin is None else arena.twin
+        data = host.data
         yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
         if arena.digest is None:
             whole = Digest()

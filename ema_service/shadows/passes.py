@@ -337,7 +337,7 @@ class HostPass(Pass):
         self._finite = [True] * len(feeds)
 
     def _result(self, out: Arena, sink: Sink) -> Result:
-        return Result(out, sink, out.tensor, self._grain.block)
+        return Result(out, sink, out.host, self._grain.block)
 
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
         data = self._staged.data[start:stop]

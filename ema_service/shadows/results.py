@@ -10,11 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from torch import Tensor
-
 from ema_service.averaging import GULP_BYTES, BlockDigest, Digest
 from ema_service.memory import Arena, Staged
 from ema_service.memory.arena import Mark
+from ema_service.values import Array
 
 __all__ = ["DeviceResult", "Result", "Sink"]
 
@@ -28,10 +27,10 @@ class Result:
     arena: gets the digest at the end. data: the result's bytes. block_bytes: of the digest.
     """
 
-    def __init__(self, arena: Arena, sink: Sink, data: Tensor, block_bytes: int) -> None:
+    def __init__(self, arena: Arena, sink: Sink, data: Array, block_bytes: int) -> None:
         self._arena = arena
         self._sink = sink
-        self._data = data.numpy().data
+        self._data = data.data
         self._digest = Digest(block_bytes)
         self._told = 0
 
@@ -61,7 +60,7 @@ class DeviceResult(Result):
     every copy has arrived.
     """
 
-    def __init__(self, arena: Arena, sink: Sink, twin: Tensor, staged: Staged, block_bytes: int) -> None:
+    def __init__(self, arena: Arena, sink: Sink, twin: Array, staged: Staged, block_bytes: int) -> None:
         super().__init__(arena, sink, twin, block_bytes)
         self._twin = twin
         self._mark = staged.mark
@@ -75,8 +74,10 @@ class DeviceResult(Result):
         """Begin to copy the result up to ``upto`` bytes to the host. Does not wait."""
         if upto == self._copied:
             return
+        from ema_service.tensors import tensor_of
+
         piece = slice(self._copied, upto)
-        self._twin[piece].copy_(self._arena.tensor[piece], non_blocking=True)
+        tensor_of(self._twin[piece]).copy_(self._arena.tensor[piece], non_blocking=True)
         self._copied = upto
         with self._lock:
             self._under_way.append((upto, self._mark()))

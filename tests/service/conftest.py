@@ -21,10 +21,10 @@ from torch import Tensor
 from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, TensorSpec, UpdateResult
 from ema_service.bodies import UpdateBody, WeightsStream
 from ema_service.memory import Layout, Memory, Staged
-from ema_service.memory.arena import TORCH_DTYPES
 from ema_service.runs import Parameters, Registry, Run
 from ema_service.shadows import State, Version
 from ema_service.storage import Store
+from ema_service.tensors import TORCH_DTYPES
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -45,7 +45,7 @@ def model() -> Callable[[int], dict[str, Tensor]]:
 
 
 def host_memory() -> Memory:
-    return Memory(torch.device("cpu"), keep_bytes=1 << 20)
+    return Memory("cpu", keep_bytes=1 << 20)
 
 
 @pytest.fixture
