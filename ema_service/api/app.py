@@ -32,7 +32,7 @@ from ema_service.memory import Memory, pick_device
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry
 from ema_service.settings import Settings
-from ema_service.storage import Store, open_store
+from ema_service.storage import Store, open_objects, open_store
 from ema_service.tokens import Tokens
 
 __all__ = ["create_app", "open_registry"]
@@ -128,8 +128,10 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
 def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     """Bring every run back.
 
-    store: by default opened here. Raises RuntimeError (no such device, or no memory), and what open_store() raises.
+    store: by default opened here. Raises RuntimeError (no such device, no memory, or no such object store), and what
+    open_store() raises.
     """
+    objects = open_objects(settings.snapshot_store) if settings.snapshot_store else None
     if store is None and settings.data_dir:
         store = open_store(settings.data_dir, settings.ram_dir)
     device = pick_device(settings.device)
@@ -141,6 +143,7 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
         frozen_bytes=settings.frozen_bytes,
         max_snapshots=settings.max_snapshots,
         measure=settings.measurements,
+        objects=objects,
     )
 
 

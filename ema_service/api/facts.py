@@ -56,6 +56,12 @@ def gauge(metrics: Metrics, context: Context) -> None:
         )
         if files := store.memory_files:
             metrics.watch("ema_ram_free_bytes", "Bytes that memory files may still take.", lambda: files.room())
+    if offload := registry.offload:
+        metrics.watch("ema_snapshots_waiting", "Snapshots to be moved to their store.", lambda: offload.waiting)
+        metrics.watch("ema_snapshot_removals_waiting", "Snapshots to be removed there.", lambda: offload.removals)
+        metrics.watch(
+            "ema_snapshot_store_failing", "1 while the store of snapshots fails.", lambda: offload.fault is not None
+        )
 
 
 def stranger_info() -> ServerInfo:
@@ -90,6 +96,8 @@ class Facts:
             python=platform.python_version(),
             torch=version("torch"),
             scopes=tuple(access.all_scopes),
+            snapshots_waiting=registry.offload.waiting if registry.offload else None,
+            snapshot_store_fault=registry.offload.fault if registry.offload else None,
         )
 
     def metrics(self, access: Access) -> bytes:

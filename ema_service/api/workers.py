@@ -38,6 +38,8 @@ _HELPERS = os.cpu_count() or 1
 _SHARE_THREADS = os.cpu_count() or 1
 #: Threads that wait for disks.
 _FILE_THREADS = 8
+#: Threads that wait for an object store, which may not answer for half a minute.
+_FETCH_THREADS = 16
 #: Threads that sync acknowledged versions, at the speed of the disk.
 _SYNC_THREADS = 4
 #: Threads that take memory of a device for pushes, and wait for the device meanwhile.
@@ -58,6 +60,7 @@ class Workers:
         self._receive = Threads(_RECEIVE_THREADS, "ema-receive", use_cores, (1,))
         self._send = Threads(_SEND_THREADS, "ema-send", use_cores, (1,))
         self._files = Threads(_FILE_THREADS, "ema-files")
+        self._fetch = Threads(_FETCH_THREADS, "ema-fetch")
         self._sync = Threads(_SYNC_THREADS, "ema-sync")
         self._share = Threads(_SHARE_THREADS, "ema-share")
         self._device = Threads(_DEVICE_THREADS, "ema-device")
@@ -76,6 +79,13 @@ class Workers:
         Returns, or raises, only after the work is over.
         """
         return await _outlasting(self._files, work)
+
+    async def fetch(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which may wait for an object store, on a thread that nothing else waits for.
+
+        Returns, or raises, only after the work is over.
+        """
+        return await _outlasting(self._fetch, work)
 
     async def take_over(self, work: Callable[[], T]) -> T:
         """Run ``work``, which averages a push in shared memory, on a thread that no disk holds up.
@@ -111,7 +121,7 @@ class Workers:
     def close(self) -> None:
         """Finish the updates and files in hand, and end the threads."""
         updates = self._receive, self._send, self._apply, self._share, self._device, self.helpers
-        for threads in (*updates, self._sync, self._files, self._report):
+        for threads in (*updates, self._sync, self._files, self._fetch, self._report):
             threads.shutdown()
 
 

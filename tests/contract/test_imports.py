@@ -58,8 +58,8 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "demo": {"settings"},
     "bench": {"settings", "sizes"},
 }
-#: Where the extra otel is loaded, by whoever asked for it.
-TRACING = ("ema_service.api.tracing", "opentelemetry")
+#: Where parts of extras are loaded, by whoever asked for them: otel, and publish.
+EXTRAS = {("ema_service.api.tracing", "opentelemetry"), ("ema_service.storage.objects", "fsspec")}
 #: Within api: what receives and sends knows no route, and no server.
 TRANSFER = "ema_service.api.transfer"
 #: Who decides, for a run and for the shards of a run: pure, with every module of ours that is run.
@@ -306,7 +306,7 @@ def service_third_party(module: Module) -> Iterator[str]:
     declared = DEPENDENCIES | (DEMO_DEPENDENCIES if module.part == "demo" else set())
     for imported in module.imports:
         own = imported.root in sys.stdlib_module_names or imported.root in PACKAGES
-        own |= (module.name, imported.root) == TRACING and not imported.top
+        own |= (module.name, imported.root) in EXTRAS and not imported.top
         if not own and not DISTRIBUTIONS.get(imported.root, set()) & declared:
             yield f"line {imported.line}: {imported.root} is no dependency in pyproject.toml"
 
