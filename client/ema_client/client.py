@@ -35,6 +35,7 @@ from ema_client.errors import (
 )
 from ema_client.forks import Lock
 from ema_client.http.body import Body
+from ema_client.http.pace import MOST_FORCED
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Query, Reply, Transport, with_query
 from ema_client.protocol import (
@@ -110,14 +111,23 @@ class EmaClient:
             http://127.0.0.1:8470.
         token: bearer token; else $EMA_SERVICE_TOKEN, else none.
         retry: when to try again, by default for about ten seconds.
+        lanes: over how many connections at once large weights go; by default over as many as pay, which is found while
+            weights go to and fro: ``link`` says what was found.
 
     Every call raises an EmaError: the service's own, by the class of the error's code; ServiceUnreachable or
     ConnectionLost once the retries are spent; UsageError for a mistake that is seen before anything is sent.
     """
 
-    def __init__(self, url: str | None = None, *, token: str | None = None, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: str | None = None,
+        retry: RetryPolicy | None = None,
+        lanes: int | None = None,
+    ) -> None:
         url, self._token = service_of(url, token)
-        self._transport = Transport(url, token=self._token, retry=retry)
+        self._transport = Transport(url, token=self._token, retry=retry, lanes=checked_lanes(lanes))
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
@@ -150,14 +160,14 @@ class EmaClient:
         return f"EmaClient({self.url!r})"
 
     def __copy__(self) -> EmaClient:
-        return EmaClient(self.url, token=self._token, retry=self.retry)
+        return EmaClient(self.url, token=self._token, retry=self.retry, lanes=self._transport.lanes)
 
     def __deepcopy__(self, _: dict[int, Any]) -> EmaClient:
         return self.__copy__()
 
     def __reduce__(self) -> Any:
         # Without the token: pickles are files, and go to others.
-        return partial(EmaClient, self.url, retry=self.retry), ()
+        return partial(EmaClient, self.url, retry=self.retry, lanes=self._transport.lanes), ()
 
     def __enter__(self) -> EmaClient:
         return self
@@ -1037,6 +1047,15 @@ def _name(value: str, what: str) -> str:
             hint="up to 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
         )
     return value
+
+
+def checked_lanes(lanes: int | None) -> int | None:
+    """The number of lanes. Raises UsageError unless it is None or lies between 1 and the most there may be."""
+    if lanes is not None and not 1 <= lanes <= MOST_FORCED:
+        raise UsageError(
+            f"lanes={lanes} is not between 1 and {MOST_FORCED}", hint="leave lanes out: what pays is found"
+        )
+    return lanes
 
 
 def checked_decay(decay: float) -> float:
