@@ -149,10 +149,20 @@ class EmaClient:
         return self._transport.same_host
 
     @property
-    def link(self) -> str:
-        """How this client's pushes travel: "TCP", "Unix socket" or "shared memory".
+    def lanes(self) -> int | None:
+        """Over how many connections at once large weights go; None: over as many as pay. May be set."""
+        return self._transport.lanes
 
-        Where the service refused shared memory, the reason follows.
+    @lanes.setter
+    def lanes(self, lanes: int | None) -> None:
+        self._transport.lanes = checked_lanes(lanes)
+
+    @property
+    def link(self) -> str:
+        """How this client's weights travel: "TCP", "Unix socket" or "shared memory".
+
+        Where the service refused shared memory, the reason follows; where weights went over more connections at once
+        than usual, or other numbers of connections were tried, how many pay, and why not more.
         """
         return self._transport.link
 
@@ -160,14 +170,14 @@ class EmaClient:
         return f"EmaClient({self.url!r})"
 
     def __copy__(self) -> EmaClient:
-        return EmaClient(self.url, token=self._token, retry=self.retry, lanes=self._transport.lanes)
+        return EmaClient(self.url, token=self._token, retry=self.retry, lanes=self.lanes)
 
     def __deepcopy__(self, _: dict[int, Any]) -> EmaClient:
         return self.__copy__()
 
     def __reduce__(self) -> Any:
         # Without the token: pickles are files, and go to others.
-        return partial(EmaClient, self.url, retry=self.retry, lanes=self._transport.lanes), ()
+        return partial(EmaClient, self.url, retry=self.retry, lanes=self.lanes), ()
 
     def __enter__(self) -> EmaClient:
         return self

@@ -142,7 +142,10 @@ class Paces:
         with self._lock:
             self._widths[direction].bound(most)
 
-    def told(self, direction: str) -> tuple[int, str]:
-        """How many lanes paid so far, and why there are not more."""
+    @property
+    def told(self) -> dict[str, str]:
+        """Of the directions in which other numbers of lanes were tried, how many lanes pay, and why."""
         with self._lock:
-            return self._widths[direction].found, self._widths[direction].why
+            return {
+                direction: f"{width.found} ({width.why})" for direction, width in self._widths.items() if width.tried
+            }

@@ -98,7 +98,10 @@ class Transport:
     @property
     def link(self) -> str:
         """How large bodies travel to the service, in words."""
-        return self._uploads.link
+        if self.lanes is not None:
+            return f"{self._uploads.link}; lanes: {self.lanes}, as was asked for"
+        found = Paces.of(self.url, same_host=self.same_host).told
+        return "; ".join([self._uploads.link, *(f"lanes of a {each}: {said}" for each, said in found.items())])
 
     def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0) -> Reply:
         """A control request and its answer, with retries, of which the service applies one (Idempotency-Key).

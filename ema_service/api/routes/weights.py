@@ -235,7 +235,7 @@ async def get_weights(
     async def open_source(stack: ExitStack) -> ReadBytes:
         await server.hold(request, arena)
         release = partial(server.registry.frozen.release, arena)
-        stack.callback(server.readings.begin(found, reading, release, stretch="range" in request.headers))
+        stack.callback(server.readings.begin(found, reading, release, stretch=_range(request, stream) is not None))
         data = await server.workers.block(partial(server.registry.frozen.data, arena))
         return lambda start, stop: data[start:stop]
 
