@@ -66,6 +66,7 @@ from ema_client.protocol import (
     WeightsInfo,
     Writer,
 )
+from ema_client.pushing import Pushes
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Progress
 from ema_client.reading.events import CONTENT_TYPE
@@ -131,6 +132,7 @@ class EmaClient:
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
+        self._pushes = Pushes(self._transport)
         self._steps = _Steps()
 
     @property
@@ -339,17 +341,17 @@ class EmaClient:
         _require_torch()
         body = _body(state, progress)
         step = self._next_step(run) if step is None else step
-        return self._push(run, body, step, partial(self._transport.upload, headers=_writer_header(writer)))
+        return self._push(run, body, step, writer, once=False)
 
     def push_once(self, run: str, body: Body, *, step: int, writer: int | None = None) -> UpdateResult:
         """push() of a ready body, tried once: for a sender with retries of its own."""
-        return self._push(run, body, step, partial(self._transport.upload_once, headers=_writer_header(writer)))
+        return self._push(run, body, step, writer, once=True)
 
-    def _push(self, run: str, body: Body, step: int, upload: Callable[[str, Body], Reply]) -> UpdateResult:
+    def _push(self, run: str, body: Body, step: int, writer: int | None, *, once: bool) -> UpdateResult:
         if not 0 <= step <= protocol.MAX_STEP:
             raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
         try:
-            reply = upload(protocol.update_path(_name(run, "run"), step), body)
+            reply = self._pushes.push(_name(run, "run"), step, body, _writer_header(writer), once=once)
         except EmaError:
             # The service knows better whether this update was applied, and what others have pushed.
             self._steps.forget(run)

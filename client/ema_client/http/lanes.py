@@ -34,17 +34,24 @@ class LanesEnded(Exception):
 
 
 def carry_all(
-    stretches: Stretches, carry: Carry, pace: Pace, *, first: Stretch | None = None, moved: Moved = lambda _: None
+    stretches: Stretches,
+    carry: Carry,
+    pace: Pace,
+    *,
+    first: Stretch | None = None,
+    moved: Moved = lambda _: None,
+    alone: Callable[[EmaError], bool] = lambda fault: fault.retryable,
 ) -> None:
     """Carry every stretch of the queue; the calling thread is the first lane.
 
     first: a stretch that lane number 0 has taken already. moved: told of all bytes, by the lanes' threads.
+    alone: whether a fault is one of the stretch, or of the connection, alone.
 
     Raises the error of a lane that the others need not go on after, at once; where all lanes have ended and stretches
     are left, the error of the last one: the call may then be repeated with the same queue. No lane is at work any more
     when the call ends, whatever is raised.
     """
-    lanes = _Lanes(stretches, carry, pace, moved)
+    lanes = _Lanes(stretches, carry, pace, moved, alone)
     try:
         lanes.work(0, first)
         lanes.join()
@@ -60,11 +67,14 @@ def carry_all(
 class _Lanes:
     """The lanes of one body. fault: what ended the latest lane; fatal: what ends all."""
 
-    def __init__(self, stretches: Stretches, carry: Carry, pace: Pace, moved: Moved) -> None:
+    def __init__(
+        self, stretches: Stretches, carry: Carry, pace: Pace, moved: Moved, alone: Callable[[EmaError], bool]
+    ) -> None:
         self._stretches = stretches
         self._carry = carry
         self._pace = pace
         self._told = moved
+        self._alone = alone
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         #: The native numbers of the threads of the lanes at work, by the lanes' numbers.
@@ -156,8 +166,8 @@ class _Lanes:
             self._widen()
 
     def _broke(self, fault: EmaError) -> None:
-        """One lane's fault: of the lane alone where the service may be tried again, else of all."""
-        if not fault.retryable:
+        """One lane's fault: of the lane alone, or of all."""
+        if not self._alone(fault):
             self.stop(fault)
         with self._lock:
             self._fault = self._fault or fault

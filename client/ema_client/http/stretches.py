@@ -75,7 +75,9 @@ class Stretches:
         self._grain = grain
         self._smallest = max(grain, smallest)
         self._clock = clock
-        #: What no lane has, in order.
+        #: Stretches that broke off, to be carried again as they are.
+        self._again: list[Stretch] = []
+        #: What no lane has had, in order.
         self._queue = [Stretch(start, stop)] if stop > start else []
         self._lanes: dict[int, _Lane] = {}
         self._lock = Lock()
@@ -84,7 +86,7 @@ class Stretches:
     def whole(self) -> bool:
         """Whether every byte has come."""
         with self._lock:
-            return not self._queue and all(lane.has is None for lane in self._lanes.values())
+            return not self._queue and not self._again and all(lane.has is None for lane in self._lanes.values())
 
     @property
     def queued(self) -> int:
@@ -99,6 +101,9 @@ class Stretches:
         """
         with self._lock:
             mine = self._lanes.setdefault(lane, _Lane())
+            if self._again:
+                mine.has, mine.since = self._again.pop(0), self._clock()
+                return mine.has
             if not self._queue:
                 return None
             size = self._size(mine, lanes) if size is None else size
@@ -119,11 +124,11 @@ class Stretches:
             mine.has = None
 
     def broke(self, lane: int) -> None:
-        """The lane's stretch did not come: another lane, or this one, may take the stretch again."""
+        """The lane's stretch did not come: another lane, or this one, takes the very stretch again."""
         with self._lock:
             mine = self._lanes[lane]
             if mine.has is not None:
-                self._queue = sorted([*self._queue, mine.has])
+                self._again.append(mine.has)
             mine.has = None
 
     def leaves(self, lane: int) -> None:
@@ -133,7 +138,7 @@ class Stretches:
 
     @property
     def _pending(self) -> int:
-        return sum(stretch.size for stretch in self._queue)
+        return sum(stretch.size for stretch in (*self._queue, *self._again))
 
     def _size(self, mine: _Lane, lanes: int) -> int | None:
         """Bytes of the next stretch for a lane; None where another lane would bring it sooner."""

@@ -95,6 +95,14 @@ class Transport:
         """How many lanes a large body has that begins now: see ema_client.http.pace."""
         return Paces.of(self.url, same_host=self.same_host).begin(direction, self.lanes)
 
+    def bound(self, direction: str, most: int) -> None:
+        """Have ``most`` lanes at the most, where nobody says how many."""
+        Paces.of(self.url, same_host=self.same_host).bound(direction, most)
+
+    def shares(self, body: Body) -> bool:
+        """Whether the service takes the body from shared memory, as far as is known now."""
+        return self._uploads.shares(body)
+
     @property
     def link(self) -> str:
         """How large bodies travel to the service, in words."""

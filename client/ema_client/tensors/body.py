@@ -30,6 +30,7 @@ from ema_client.tensors.writing import noticed, write
 __all__ = [
     "Landing",
     "encode",
+    "is_plain",
     "memory",
     "new_tensors",
     "on_host",
@@ -52,7 +53,7 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
     """
     entries, header = _framed(specs_of(state), tuple(wire.write_slices(slices or {}).items()))
     # Beforehand: between two calls to the kernel, which empties the core's caches, this would take ten times as long.
-    views = {entry.name: memory(state[entry.name]) for entry in entries if _is_plain(state[entry.name])}
+    views = {entry.name: memory(state[entry.name]) for entry in entries if is_plain(state[entry.name])}
 
     def pieces() -> Iterator[memoryview]:
         yield memoryview(header)
@@ -63,7 +64,13 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
         stretches = blocks() if slices is None else (entry.end - entry.begin for entry in entries)
         return Digest(stretches, skip=len(header))
 
-    return Body(len(header) + (entries[-1].end if entries else 0), pieces, digest=digest if can_digest() else None)
+    plain = slices is None and len(views) == len(entries)
+    return Body(
+        len(header) + (entries[-1].end if entries else 0),
+        pieces,
+        digest=digest if can_digest() else None,
+        data=(lambda: tuple(views[entry.name] for entry in entries)) if plain else None,
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -114,7 +121,7 @@ class Landing:
         self._plain = {
             entry.name: memory(out[entry.name])
             for entry in self._entries
-            if _is_plain(out[entry.name]) and is_sent_as(out[entry.name], entry.dtype)
+            if is_plain(out[entry.name]) and is_sent_as(out[entry.name], entry.dtype)
         }
         self._copies: dict[str, _HostCopy] = {}
         self._lock = threading.Lock()
@@ -227,7 +234,7 @@ def _take(
     readinto: Callable[[memoryview], None], target: Tensor, entry: wire.Entry, scratch: Callable[[], Tensor]
 ) -> None:
     """Read a tensor into ``target``'s own memory where that can be, else by way of ``scratch``."""
-    if not (_is_plain(target) and is_sent_as(target, entry.dtype)):
+    if not (is_plain(target) and is_sent_as(target, entry.dtype)):
         host = scratch()
         readinto(memory(host))
         write([target], [host])
@@ -251,10 +258,11 @@ def memory(tensor: Tensor) -> memoryview:
 
 def on_host(tensor: Tensor) -> Tensor:
     """The tensor itself if its memory can be sent, else a contiguous copy on the CPU, which the caller owns."""
-    return tensor if _is_plain(tensor) else tensor.detach().to("cpu").resolve_neg().contiguous()
+    return tensor if is_plain(tensor) else tensor.detach().to("cpu").resolve_neg().contiguous()
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's own memory can be sent, and received into."""
     # A negative view (of a conjugate's imaginary part) says of its memory that the signs are to be turned.
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
 
