@@ -41,7 +41,8 @@ class Body:
     digest: gives what digests the body as it is sent, header and all; None for a body that goes without a digest.
     data: gives what is behind the header, in one or several views, where all of it lies in memory and in the layout's
     canonical order: such a body may go in stretches. None for any other body.
-    moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their number since its beginning.
+    moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
+    number since its beginning.
     """
 
     length: int
