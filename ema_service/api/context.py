@@ -16,6 +16,8 @@ from fastapi import Request
 
 from ema_client.errors import Overloaded
 from ema_service.api.facts import Facts
+from ema_service.api.lanes import Lanes
+from ema_service.api.reading import Readings
 from ema_service.api.transfer.admission import Admission
 from ema_service.api.transfer.segments import Mappings
 from ema_service.api.workers import Workers
@@ -41,9 +43,10 @@ class Context:
     More than a dozen attributes: the parts of a server, and who waits for one of them.
 
     facts: what the server says of itself. workers: the server's threads. mappings: of clients' shared memory that
-    pushes lie in. pushers, readers: the queues before the budgets of staging and of frozen versions. watchers: how many
-    streams of events are open. waits: how many reads wait for a step. stopping: set once the server is told to stop;
-    whoever waits for a run stops waiting then.
+    pushes lie in. readings: the versions that are being sent. lanes: which stretches of updates are being received.
+    pushers, readers: the queues before the budgets of staging and of frozen versions. watchers: how many streams of
+    events are open. waits: how many reads wait for a step. stopping: set once the server is told to stop; whoever
+    waits for a run stops waiting then.
     """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
@@ -53,7 +56,9 @@ class Context:
         self.facts = Facts(registry, metrics)
         self.workers = Workers()
         self.mappings = Mappings()
+        self.readings = Readings()
         self.pushers, self.readers = Admission(), Admission()
+        self.lanes = Lanes(settings.max_lanes, settings.max_connections // 4)
         self.stopping = False
         self.watchers = self.waits = 0
         self._waiting: set[asyncio.Event] = set()
@@ -88,7 +93,14 @@ class Context:
         Raises Overloaded, ClientDisconnect.
         """
         with self.metrics.pull("wait"):
-            await self.readers.take(request, partial(self.registry.frozen.hold, *arenas))
+            await self.readers.take(request, partial(self._hold, *arenas))
+
+    def _hold(self, *arenas: Arena) -> None:
+        try:
+            self.registry.frozen.hold(*arenas)
+        except Overloaded:
+            self.readings.let_go()
+            self.registry.frozen.hold(*arenas)
 
     def turn(self, *of: str) -> asyncio.Lock:
         """The turn of a piece of work on a run, or of another thing that has a lock: one at a time, in order.

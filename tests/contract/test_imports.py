@@ -371,7 +371,7 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (client_floors, "ema_client.checkpoints.files", "import ema_client"),
         (client_floors, "ema_client.novelty", ""),
         (client_torch, "ema_client.client", "try:\n    import torch\nexcept ImportError:\n    pass"),
-        (client_torch, "ema_client.reading.halves", "from ema_client.tensors.body import receive"),
+        (client_torch, "ema_client.reading.laned", "from ema_client.tensors.body import Landing"),
         (service_third_party, "ema_service.runs.run", "import matplotlib"),
         (service_third_party, "ema_service.runs.run", "import idna"),
         (one_httpx, "ema_service.demo.evaluator", "import httpx"),
