@@ -47,7 +47,7 @@ from ema_service.memory.staging import Region
 from ema_service.shadows.results import DeviceResult, Result, Sink, joined
 from ema_service.values import Array
 
-__all__ = ["Feed", "Grain", "Pass", "Stretch", "pass_over"]
+__all__ = ["DeviceStretch", "Feed", "Grain", "HostStretch", "Pass", "Stretch", "pass_over"]
 
 
 _NO_MEMORY = "the push could not be averaged"
