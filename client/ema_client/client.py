@@ -35,6 +35,7 @@ from ema_client.errors import (
 )
 from ema_client.forks import Lock
 from ema_client.http.body import Body
+from ema_client.http.pace import MOST_FORCED
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Query, Reply, Transport, with_query
 from ema_client.protocol import (
@@ -65,6 +66,7 @@ from ema_client.protocol import (
     WeightsInfo,
     Writer,
 )
+from ema_client.pushing import Pushes
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Progress
 from ema_client.reading.events import CONTENT_TYPE
@@ -110,17 +112,27 @@ class EmaClient:
             http://127.0.0.1:8470.
         token: bearer token; else $EMA_SERVICE_TOKEN, else none.
         retry: when to try again, by default for about ten seconds.
+        lanes: over how many connections at once large weights go; by default over as many as pay, which is found while
+            weights go to and fro: ``link`` says what was found.
 
     Every call raises an EmaError: the service's own, by the class of the error's code; ServiceUnreachable or
     ConnectionLost once the retries are spent; UsageError for a mistake that is seen before anything is sent.
     """
 
-    def __init__(self, url: str | None = None, *, token: str | None = None, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: str | None = None,
+        retry: RetryPolicy | None = None,
+        lanes: int | None = None,
+    ) -> None:
         url, self._token = service_of(url, token)
-        self._transport = Transport(url, token=self._token, retry=retry)
+        self._transport = Transport(url, token=self._token, retry=retry, lanes=checked_lanes(lanes))
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
+        self._pushes = Pushes(self._transport)
         self._steps = _Steps()
 
     @property
@@ -139,10 +151,20 @@ class EmaClient:
         return self._transport.same_host
 
     @property
-    def link(self) -> str:
-        """How this client's pushes travel: "TCP", "Unix socket" or "shared memory".
+    def lanes(self) -> int | None:
+        """Over how many connections at once large weights go; None: over as many as pay. May be set."""
+        return self._transport.lanes
 
-        Where the service refused shared memory, the reason follows.
+    @lanes.setter
+    def lanes(self, lanes: int | None) -> None:
+        self._transport.lanes = checked_lanes(lanes)
+
+    @property
+    def link(self) -> str:
+        """How this client's weights travel: "TCP", "Unix socket" or "shared memory".
+
+        Where the service refused shared memory, the reason follows; where weights went over more connections at once
+        than usual, or other numbers of connections were tried, how many pay, and why not more.
         """
         return self._transport.link
 
@@ -150,14 +172,14 @@ class EmaClient:
         return f"EmaClient({self.url!r})"
 
     def __copy__(self) -> EmaClient:
-        return EmaClient(self.url, token=self._token, retry=self.retry)
+        return EmaClient(self.url, token=self._token, retry=self.retry, lanes=self.lanes)
 
     def __deepcopy__(self, _: dict[int, Any]) -> EmaClient:
         return self.__copy__()
 
     def __reduce__(self) -> Any:
         # Without the token: pickles are files, and go to others.
-        return partial(EmaClient, self.url, retry=self.retry), ()
+        return partial(EmaClient, self.url, retry=self.retry, lanes=self.lanes), ()
 
     def __enter__(self) -> EmaClient:
         return self
@@ -319,17 +341,17 @@ class EmaClient:
         _require_torch()
         body = _body(state, progress)
         step = self._next_step(run) if step is None else step
-        return self._push(run, body, step, partial(self._transport.upload, headers=_writer_header(writer)))
+        return self._push(run, body, step, writer, once=False)
 
     def push_once(self, run: str, body: Body, *, step: int, writer: int | None = None) -> UpdateResult:
         """push() of a ready body, tried once: for a sender with retries of its own."""
-        return self._push(run, body, step, partial(self._transport.upload_once, headers=_writer_header(writer)))
+        return self._push(run, body, step, writer, once=True)
 
-    def _push(self, run: str, body: Body, step: int, upload: Callable[[str, Body], Reply]) -> UpdateResult:
+    def _push(self, run: str, body: Body, step: int, writer: int | None, *, once: bool) -> UpdateResult:
         if not 0 <= step <= protocol.MAX_STEP:
             raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
         try:
-            reply = upload(protocol.update_path(_name(run, "run"), step), body)
+            reply = self._pushes.push(_name(run, "run"), step, body, _writer_header(writer), once=once)
         except EmaError:
             # The service knows better whether this update was applied, and what others have pushed.
             self._steps.forget(run)
@@ -1037,6 +1059,15 @@ def _name(value: str, what: str) -> str:
             hint="up to 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
         )
     return value
+
+
+def checked_lanes(lanes: int | None) -> int | None:
+    """The number of lanes. Raises UsageError unless it is None or lies between 1 and the most there may be."""
+    if lanes is not None and not 1 <= lanes <= MOST_FORCED:
+        raise UsageError(
+            f"lanes={lanes} is not between 1 and {MOST_FORCED}", hint="leave lanes out: what pays is found"
+        )
+    return lanes
 
 
 def checked_decay(decay: float) -> float:

@@ -129,6 +129,7 @@ class RemoteEma:
         state: what state_dict() gave for that checkpoint, instead of the step: the run goes back to it, as by
             load_state_dict(). A run that is gone is made anew with ``resume="auto"``, with a warning.
         client: an EmaClient to use instead of a new one; close() then leaves it open.
+        lanes: as for EmaClient.
         update_every: send each k-th update only. The step counts all calls.
         decay_per: "update", LitEma's meaning: one decay for each update applied; "step": the product of the decays of
             all calls since the last update applied, which makes good for updates that were left out.
@@ -175,6 +176,7 @@ class RemoteEma:
         step: int | None = None,
         state: Mapping[str, Any] | None = None,
         client: EmaClient | None = None,
+        lanes: int | None = None,
         update_every: int = 1,
         decay_per: DecayPer = "update",
         on_busy: BusyPolicy = "block",
@@ -198,8 +200,10 @@ class RemoteEma:
         self._selection, self._plan = choose(
             model, buffers=buffers, frozen=frozen, dtype=push_dtype, skips=on_busy == "skip"
         )
-        if client is not None and (url is not None or token is not None):
-            raise UsageError("both a client and a url or token are given", hint="give one: a client has its own url")
+        if client is not None and (url, token, lanes) != (None, None, None):
+            raise UsageError(
+                "both a client and a url, token or lanes are given", hint="give one: a client has its own url"
+            )
         self._run = run
         self._keep = keep
         self._waits = on_busy == "block"
@@ -220,7 +224,7 @@ class RemoteEma:
         self._whereabouts: Whereabouts | None = None
         if start.resume is not True:
             self._beginning = Beginning(model, self._selection, tensors, self._begin)
-        self._client = client or EmaClient(url, token=token)
+        self._client = client or EmaClient(url, token=token, lanes=lanes)
         self._owns_client = client is None
         config = RunConfig(
             run=run,

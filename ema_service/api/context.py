@@ -17,6 +17,7 @@ from fastapi import Request
 from ema_client.errors import Overloaded
 from ema_service.api.facts import Facts
 from ema_service.api.lanes import Lanes
+from ema_service.api.reading import Readings
 from ema_service.api.transfer.admission import Admission
 from ema_service.api.transfer.segments import Mappings
 from ema_service.api.workers import Workers
@@ -42,9 +43,10 @@ class Context:
     More than a dozen attributes: the parts of a server, and who waits for one of them.
 
     facts: what the server says of itself. workers: the server's threads. mappings: of clients' shared memory that
-    pushes lie in. lanes: which stretches of updates are being received. pushers, readers: the queues before the budgets
-    of staging and of frozen versions. watchers: how many streams of events are open. waits: how many reads wait for a
-    step. stopping: set once the server is told to stop; whoever waits for a run stops waiting then.
+    pushes lie in. readings: the versions that are being sent. lanes: which stretches of updates are being received.
+    pushers, readers: the queues before the budgets of staging and of frozen versions. watchers: how many streams of
+    events are open. waits: how many reads wait for a step. stopping: set once the server is told to stop; whoever
+    waits for a run stops waiting then.
     """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
@@ -54,6 +56,7 @@ class Context:
         self.facts = Facts(registry, metrics)
         self.workers = Workers()
         self.mappings = Mappings()
+        self.readings = Readings()
         self.pushers, self.readers = Admission(), Admission()
         self.lanes = Lanes(settings.max_lanes, settings.max_connections // 4)
         self.stopping = False
@@ -90,7 +93,14 @@ class Context:
         Raises Overloaded, ClientDisconnect.
         """
         with self.metrics.pull("wait"):
-            await self.readers.take(request, partial(self.registry.frozen.hold, *arenas))
+            await self.readers.take(request, partial(self._hold, *arenas))
+
+    def _hold(self, *arenas: Arena) -> None:
+        try:
+            self.registry.frozen.hold(*arenas)
+        except Overloaded:
+            self.readings.let_go()
+            self.registry.frozen.hold(*arenas)
 
     def turn(self, *of: str) -> asyncio.Lock:
         """The turn of a piece of work on a run, or of another thing that has a lock: one at a time, in order.
@@ -103,6 +113,11 @@ class Context:
         """What ``work``, which takes the run's lock, returns. Waits for the turn first, for a thread then."""
         async with self.turn(run):
             return await self.workers.block(work)
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """What ``work``, which reads a snapshot, returns: on a thread that no disk waits for, where snapshots may lie
+        in an object store."""
+        return await (self.workers.fetch(work) if self.registry.offload else self.workers.block(work))
 
     async def file(self, run: str, work: Callable[[], T]) -> T:
         """As steer(), for work that takes the lock of the run's snapshots, which is held while one is written."""

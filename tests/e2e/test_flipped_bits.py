@@ -164,7 +164,7 @@ def test_flipped_bits_of_a_half(way: Flipping, run_name: str) -> None:
     with EmaClient(way.url) as client, contextlib.closing(Transport(way.url, retry=ONCE)) as transport:
         client.create_run(run_name, state, decay=0.5, use_num_updates=False, step=0)
         client.push(run_name, {name: each + 2 for name, each in state.items()}, step=1)
-        pulls = Pulls(transport, split_above=1 << 20, check_halves=True)
+        pulls = Pulls(transport, split_above=1 << 20, check_large=True)
         pulls.pull(Asked(run_name))
         for flip in (2000, 9_000_000, 4 * ELEMENTS):
             way.flip["down"] = flip

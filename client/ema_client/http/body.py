@@ -5,7 +5,7 @@ Knows: memory, and how much of it one call to the kernel should take. Does not k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from ema_client.http.digests import HASHED_AT_ONCE, Digest
 if TYPE_CHECKING:
     from ema_client.http.memfd import SharedBody
 
-__all__ = ["Body", "digested", "portions"]
+__all__ = ["Body", "cut", "digested", "portions"]
 
 #: Between two portions of so many bytes the sender looks for an early answer.
 SEND_BYTES = 4 << 20
@@ -39,19 +39,34 @@ class Body:
     not change until the sender asks for the next piece.
     shared: shared memory with the same bytes, where a service on the same host reads the body instead.
     digest: gives what digests the body as it is sent, header and all; None for a body that goes without a digest.
-    moved: called by the sending thread whenever bytes of the body went out, with their number since its beginning.
+    data: gives what is behind the header, in one or several views, where all of it lies in memory and in the layout's
+    canonical order: such a body may go in stretches. None for any other body.
+    moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
+    number since its beginning.
     """
 
     length: int
     pieces: Callable[[], Iterable[memoryview]]
     shared: SharedBody | None = None
     digest: Callable[[], Digest] | None = None
+    data: Callable[[], Sequence[memoryview]] | None = None
     moved: Callable[[int], None] = _nothing
 
     @property
     def patience(self) -> float:
         """Seconds beyond those of a short answer that the answer to this body may take."""
         return (self.length if self.shared is None else self.shared.length) / SLOWEST_BYTES_PER_SECOND
+
+
+def cut(views: Iterable[memoryview], start: int, stop: int) -> Iterator[memoryview]:
+    """Bytes [start, stop) of views that lie back to back."""
+    begin = 0
+    for view in views:
+        if begin >= stop:
+            return
+        if piece := view[max(0, start - begin) : stop - begin]:
+            yield piece
+        begin += len(view)
 
 
 def digested(portions: Iterable[memoryview], digest: Digest) -> Iterator[memoryview]:

@@ -74,11 +74,11 @@ class Digest:
         return whole.digest()
 
     def append(self, rest: Rest) -> None:
-        """Take in the rest of the stream, of which this digest has all that is before."""
+        """Take in a stretch of a stream in blocks, of which this digest has all that is before."""
         self.update(memoryview(rest.lead))
         if rest.size:
-            rest.digest.digest()
             self._ended += rest.digest._ended
+            self._part, self._room = rest.digest._part, rest.digest._room
 
     def _end_full(self) -> None:
         while not self._room:
@@ -91,7 +91,7 @@ class Digest:
 
 
 class Rest:
-    """What another thread has of a stream in blocks, from byte ``begin`` on: for Digest.append(). Not thread-safe.
+    """What a lane has of a stream in blocks, from byte ``begin`` on: for Digest.append(). Not thread-safe.
 
     lead: the bytes up to the next block. digest, size: of those after them.
     """

@@ -18,8 +18,9 @@ __all__ = ["Pool"]
 
 T = TypeVar("T")
 
-#: Idle connections that stay open; a client with more threads at once opens and closes the connections beyond.
-MAX_IDLE = 4
+#: Idle connections that stay open, the lanes of a body and a few more; a client with more threads at once opens and
+#: closes the connections beyond.
+MAX_IDLE = 10
 
 
 class Pool:

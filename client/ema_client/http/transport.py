@@ -23,6 +23,7 @@ from ema_client.http.body import Body
 from ema_client.http.connection import Timeouts
 from ema_client.http.control import Control
 from ema_client.http.downloads import Download, Stream, open_download, open_stream
+from ema_client.http.pace import Pace, Paces
 from ema_client.http.place import Place
 from ema_client.http.pool import Pool
 from ema_client.http.retry import RetryPolicy
@@ -57,6 +58,7 @@ class Transport:
         token: sent as bearer token if given; never shown.
         retry: when to try again. Every request of the protocol may be repeated.
         timeouts: of single operations.
+        lanes: so many connections carry a large body; by default as many as pay.
 
     Every method raises the service's error; ServiceUnreachable, ConnectionLost or ProtocolError where the service did
     not answer; UsageError for a malformed URL or token, and after close().
@@ -69,6 +71,7 @@ class Transport:
         token: str | None = None,
         retry: RetryPolicy | None = None,
         timeouts: Timeouts | None = None,
+        lanes: int | None = None,
     ) -> None:
         self._place = Place(url)
         timeouts = timeouts or Timeouts()
@@ -76,6 +79,7 @@ class Transport:
         self.retry = retry or RetryPolicy()
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
         self._pool = Pool(self._place, timeouts)
+        self.lanes = lanes
         self._uploads = Uploads(self._pool, self._place)
         self._control = Control(self._place, self._headers, timeouts, doubted=self._pool.doubt)
 
@@ -87,10 +91,25 @@ class Transport:
         """Whether the service is on this host for sure, as far as is known now."""
         return self._place.same_host
 
+    def pace(self, direction: str) -> Pace:
+        """How many lanes a large body has that begins now: see ema_client.http.pace."""
+        return Paces.of(self.url, same_host=self.same_host).begin(direction, self.lanes)
+
+    def bound(self, direction: str, most: int) -> None:
+        """Have ``most`` lanes at the most, where nobody says how many."""
+        Paces.of(self.url, same_host=self.same_host).bound(direction, most)
+
+    def shares(self, body: Body) -> bool:
+        """Whether the service takes the body from shared memory, as far as is known now."""
+        return self._uploads.shares(body)
+
     @property
     def link(self) -> str:
         """How large bodies travel to the service, in words."""
-        return self._uploads.link
+        if self.lanes is not None:
+            return f"{self._uploads.link}; lanes: {self.lanes}, as was asked for"
+        found = Paces.of(self.url, same_host=self.same_host).told
+        return "; ".join([self._uploads.link, *(f"lanes of a {each}: {said}" for each, said in found.items())])
 
     def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0) -> Reply:
         """A control request and its answer, with retries, of which the service applies one (Idempotency-Key).

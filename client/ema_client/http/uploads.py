@@ -56,8 +56,7 @@ class Uploads:
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         """PUT a body, by shared memory where that is possible. The answer may be a refusal."""
         shared = body.shared
-        # A fork sends: the secret in front of the memory is the parent's, who may be handing the same memory over.
-        if shared is not None and self._shares and body.length > SHARE_ABOVE and shared.home.is_here:
+        if shared is not None and self.shares(body):
             answer = self._hand_over(path, headers, shared, body.patience)
             fault = None if answer.status < 400 else error_of(answer)
             if not _wants_the_bytes(fault):
@@ -83,9 +82,12 @@ class Uploads:
         self._shared = self._shared or answer.status < 400
         return answer
 
-    @property
-    def _shares(self) -> bool:
-        return self._refused is None and self._place.same_host
+    def shares(self, body: Body) -> bool:
+        """Whether the body is handed over and not sent, as far as is known now."""
+        if body.shared is None or self._refused is not None or body.length <= SHARE_ABOVE:
+            return False
+        # A fork sends: the secret in front of the memory is the parent's, who may be handing the same memory over.
+        return self._place.same_host and body.shared.home.is_here
 
     def _stop_sharing(self, fault: EmaError) -> None:
         self._refused = fault.detail

@@ -1,4 +1,4 @@
-"""Reading weights: as a mapping, by slices, in halves over two connections, into a file; and watching for new versions.
+"""Reading weights: as a mapping, by slices, over several connections, into a file; and watching for new versions.
 
 The rule: everything here reads, and imports without torch: what fills tensors imports ``tensors`` when it is called.
 Does not know sockets (http), or what an evaluator does with the weights.

@@ -58,6 +58,11 @@ class Asked:
         return 0.0 if self.target is None else _WORK_SECONDS
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the service has these weights, and does not work them out while it sends them."""
+        return self.soup is None and self.target is None
+
+    @property
     def without_step(self) -> Asked:
         """The same weights at any step."""
         return replace(self, min_step=None)

@@ -41,51 +41,46 @@ class Tally:
 
 
 class Checked:
-    """The data section of a whole body, of which ``download`` stands at the first byte.
+    """The data section of a body, read in stretches by any number of threads, and compared with the service's digest.
 
-    moved: called with the number of bytes of each piece as it has come, by whichever thread reads.
+    first: an answer with the body's headers; url: the answer's.
 
     Nothing is compared where the service gave no digest (cast weights, a selection, TLS), where xxhash is not
     installed, or where the caller does not want it.
     """
 
-    def __init__(self, download: Download, *, wanted: bool = True, moved: Callable[[int], None] | None = None) -> None:
-        self._download = download
-        self._moved = moved
-        self._expected = download.headers.get(HEADER_DIGEST.lower())
-        self._digest = Digest(blocks()) if wanted and self._expected and can_digest() else None
-        self._rest: Rest | None = None
+    def __init__(self, first: Download, *, wanted: bool = True) -> None:
+        self.url = first.url
+        self._expected = first.headers.get(HEADER_DIGEST.lower()) if wanted and can_digest() else None
+        #: The digests of the stretches that came, by their first bytes.
+        self._came: dict[int, Rest] = {}
 
-    def readinto(self, view: memoryview) -> None:
-        """Fill ``view`` with the next bytes. Raises ConnectionLost where there are fewer."""
-        _read(self._download.readinto, view, self._digest, self._moved)
+    def reading(self, start: int, readinto: ReadInto, moved: Callable[[int], None]) -> ReadInto:
+        """What fills a view with the next bytes of a stretch from byte ``start`` on, which ``readinto`` reads.
 
-    def rest(self, begin: int, readinto: ReadInto) -> ReadInto:
-        """What fills a view with the bytes from ``begin`` on, which come another way: for another thread."""
-        self._rest = Rest(begin) if self._digest else None
-        return lambda view: _read(readinto, view, self._rest, self._moved)
+        moved: called with the number of bytes of each piece as it has come. A stretch may be read again.
+        """
+        digest = Rest(start) if self._expected else None
+        if digest is not None:
+            self._came[start] = digest
+
+        def read(view: memoryview) -> None:
+            # Share by share, while each is in the core's cache.
+            for begin in range(0, len(view), HASHED_AT_ONCE):
+                share = view[begin : begin + HASHED_AT_ONCE]
+                readinto(share)
+                if digest is not None:
+                    digest.update(share)
+                moved(len(share))
+
+        return read
 
     def check(self) -> None:
         """After the last byte. Raises DigestMismatch where the bytes are not those that the service has."""
-        if self._digest is None:
+        if self._expected is None:
             return
-        if self._rest:
-            self._digest.append(self._rest)
-        if self._digest.digest().hex() != self._expected:
-            raise DigestMismatch(f"the weights that came from {self._download.url} are not those that were sent")
-
-
-def _read(
-    readinto: ReadInto, view: memoryview, digest: Digest | Rest | None, moved: Callable[[int], None] | None
-) -> None:
-    """Fill ``view``, and digest it share by share, while each is in the core's cache."""
-    if digest is None and moved is None:
-        readinto(view)
-        return
-    for start in range(0, len(view), HASHED_AT_ONCE):
-        share = view[start : start + HASHED_AT_ONCE]
-        readinto(share)
-        if digest is not None:
-            digest.update(share)
-        if moved is not None:
-            moved(len(share))
+        whole = Digest(blocks())
+        for _, stretch in sorted(self._came.items()):
+            whole.append(stretch)
+        if whole.digest().hex() != self._expected:
+            raise DigestMismatch(f"the weights that came from {self.url} are not those that were sent")

@@ -1,26 +1,29 @@
-"""Pulls: weights as tensors, tried again where a connection breaks, waited for, and in halves where they are large.
+"""Pulls: weights as tensors, tried again where a connection breaks, waited for, and in lanes where they are large.
 
-Knows: how long the service holds a request, which weights are large, and where such weights were parted at the latest
-pull. Does not know: routes, sockets, how halves and slices are read (halves, slices).
+Knows: how long the service holds a request, which weights are large, and how large they were at the latest pull. Does
+not know: routes, sockets, how lanes and slices are read (laned, slices).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ema_client.errors import StepNotReached
 from ema_client.forks import Lock
 from ema_client.http.downloads import Download
+from ema_client.http.pace import PULLS, Pace
+from ema_client.http.stretches import SMALLEST_BYTES
 from ema_client.http.transport import Query, Transport
 from ema_client.protocol import MAX_WAIT, WeightsInfo
 from ema_client.reading.asked import Asked
-from ema_client.reading.checking import Checked, Progress, Tally
-from ema_client.reading.halves import pull_halves, split_of
+from ema_client.reading.checking import Progress, Tally
+from ema_client.reading.laned import LanedPull
 from ema_client.reading.ranges import OpenRange, check_part
 from ema_client.reading.slices import Wanted, fetch
-from ema_client.reading.weights import Into, Weights, read_header
+from ema_client.reading.weights import Into, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +34,12 @@ __all__ = ["SPLIT_ABOVE", "Pulls"]
 SPLIT_ABOVE = 64 << 20
 #: Pause between two requests for a step that the service answers without waiting, in seconds.
 _POLL_SECONDS = 0.05
-#: So many requests are remembered with the byte at which their weights are parted.
-_MOST_SPLITS = 1000
+#: So many requests are remembered with the sizes of what came.
+_MOST_SIZES = 1000
+#: Weights that the service works out while it sends them are read over so many connections.
+_WORKED_OUT = 2
+#: The first request asks for this fraction of large weights.
+_LEADS = 16
 
 
 class Pulls:
@@ -40,9 +47,9 @@ class Pulls:
 
     Args:
         transport: opens bodies and repeats requests.
-        split_above: weights of more bytes than this are pulled in halves, from their second pull on.
-        check_halves: whether large weights are compared with the service's digest; by default where the service is on
-            another host, as two connections on one host use both of its cores already.
+        split_above: weights of more bytes than this are pulled over several connections.
+        check_large: whether large weights are compared with the service's digest; by default where the service is on
+            another host, as several connections on one host use all of its cores already.
         longest_wait: seconds for which the service holds a request; a longer wait is several requests.
     """
 
@@ -52,14 +59,14 @@ class Pulls:
         *,
         split_above: int = SPLIT_ABOVE,
         longest_wait: float = MAX_WAIT,
-        check_halves: bool | None = None,
+        check_large: bool | None = None,
     ) -> None:
         self._transport = transport
         self._split_above = split_above
         self._longest_wait = longest_wait
-        self._check_halves = not transport.same_host if check_halves is None else check_halves
-        #: request -> the byte at which the weights are parted, 0 for weights to be pulled whole.
-        self._splits: dict[Asked, int] = {}
+        self._check_large = not transport.same_host if check_large is None else check_large
+        #: request -> bytes of the head, and of the data section, at the latest pull.
+        self._sizes: dict[Asked, tuple[int, int]] = {}
         self._lock = Lock()
 
     def pull(
@@ -116,28 +123,34 @@ class Pulls:
         patience: float = 0.0,
         progress: Progress | None = None,
     ) -> Weights:
-        from ema_client.tensors.body import receive
+        request = asked.without_step
+        head, size = self._sizes.get(request, (0, 0))
+        pull = LanedPull(
+            asked,
+            self._opener(asked, waiting, patience),
+            into,
+            lead=self._lead(asked, size),
+            head=head,
+            pace=partial(self._pace, asked),
+            smallest=lambda size: SMALLEST_BYTES if asked.is_stored else -(-size // _WORKED_OUT),
+            wants_digest=lambda size: self._check_large or size <= self._split_above,
+            tally=None if progress is None else Tally(progress),
+        )
+        weights = self._transport.retrying(lambda _: pull.attempt())
+        self._remember(request, pull.sizes)
+        return weights
 
-        open_range, request = self._opener(asked, waiting, patience), asked.without_step
+    def _lead(self, asked: Asked, size: int) -> int | None:
+        """Bytes of the data section to ask for with the head, of weights of ``size`` bytes, 0 where that is unknown."""
+        if not asked.is_stored:
+            # Each request has the service look for the stored weights of which these are worked out.
+            return size // _WORKED_OUT if size > self._split_above else None
+        return max(SMALLEST_BYTES, size // _LEADS) if size > self._split_above else self._split_above
 
-        def attempt(_: int) -> Weights:
-            split = self._splits.get(request, 0)
-            tally = None if progress is None else Tally(progress)
-            halves = (
-                pull_halves(asked, open_range, split, into, check=self._check_halves, tally=tally) if split else None
-            )
-            if halves is not None:
-                return halves
-            with open_range(0, None, None) as download:
-                header, info = read_header(download, asked)
-                large = download.length > self._split_above
-                self._remember(request, split_of(header, download.length) if large else 0)
-                data = Checked(download, moved=None if tally is None else tally.of(header.data_bytes))
-                weights = Weights(receive(header.entries, data.readinto, into(header.entries)), info)
-                data.check()
-                return weights
-
-        return self._transport.retrying(attempt)
+    def _pace(self, asked: Asked, size: int) -> Pace:
+        if size <= self._split_above:
+            return Pace.fixed(1)
+        return self._transport.pace(PULLS) if asked.is_stored else Pace.fixed(_WORKED_OUT)
 
     def _opener(self, asked: Asked, waiting: Query, patience: float) -> OpenRange:
         def open_range(start: int, stop: int | None, etag: str | None) -> Download:
@@ -151,8 +164,8 @@ class Pulls:
 
         return open_range
 
-    def _remember(self, request: Asked, split: int) -> None:
+    def _remember(self, request: Asked, sizes: tuple[int, int]) -> None:
         with self._lock:
-            if len(self._splits) >= _MOST_SPLITS:
-                self._splits.clear()
-            self._splits[request] = split
+            if len(self._sizes) >= _MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[request] = sizes

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -23,7 +27,21 @@ from ema_client.protocol import TensorSpec
 from ema_client.tensors.layout import check_targets, dtype_of, is_sent_as, specs_of
 from ema_client.tensors.writing import noticed, write
 
-__all__ = ["encode", "memory", "new_tensors", "on_host", "receive", "take_flat", "take_strided", "targets_in"]
+__all__ = [
+    "Landing",
+    "encode",
+    "is_plain",
+    "memory",
+    "new_tensors",
+    "on_host",
+    "receive",
+    "take_flat",
+    "take_strided",
+    "targets_in",
+]
+
+#: Bytes of a tensor on a device, or of another dtype, that are brought to the host before they are copied over.
+_PIECE_BYTES = 4 << 20
 
 
 def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]] | None = None) -> Body:
@@ -35,7 +53,7 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
     """
     entries, header = _framed(specs_of(state), tuple(wire.write_slices(slices or {}).items()))
     # Beforehand: between two calls to the kernel, which empties the core's caches, this would take ten times as long.
-    views = {entry.name: memory(state[entry.name]) for entry in entries if _is_plain(state[entry.name])}
+    views = {entry.name: memory(state[entry.name]) for entry in entries if is_plain(state[entry.name])}
 
     def pieces() -> Iterator[memoryview]:
         yield memoryview(header)
@@ -46,7 +64,13 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
         stretches = blocks() if slices is None else (entry.end - entry.begin for entry in entries)
         return Digest(stretches, skip=len(header))
 
-    return Body(len(header) + (entries[-1].end if entries else 0), pieces, digest=digest if can_digest() else None)
+    plain = slices is None and len(views) == len(entries)
+    return Body(
+        len(header) + (entries[-1].end if entries else 0),
+        pieces,
+        digest=digest if can_digest() else None,
+        data=(lambda: tuple(views[entry.name] for entry in entries)) if plain else None,
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -79,6 +103,100 @@ def receive(
     for entry in entries:
         _take(readinto, out[entry.name], entry, lambda entry=entry: scratch.tensor(entry))  # type: ignore[misc]
     return {entry.name: out[entry.name] for entry in entries}
+
+
+class Landing:
+    """Where the tensors of a stream are received in any order of stretches. Thread-safe for stretches that are apart.
+
+    A tensor that cannot be received in place is copied over by pieces as they come, or, where its elements lie apart in
+    its memory, by way of a whole copy on the host, which is freed once the tensor is written.
+
+    entries: of the stream, in the order of their bytes; ``out``: their tensors, checked to fit.
+    """
+
+    def __init__(self, entries: Sequence[wire.Entry], out: Mapping[str, Tensor]) -> None:
+        self._entries = [entry for entry in entries if entry.end > entry.begin]
+        self._begins = [entry.begin for entry in self._entries]
+        self._out = out
+        self._plain = {
+            entry.name: memory(out[entry.name])
+            for entry in self._entries
+            if is_plain(out[entry.name]) and is_sent_as(out[entry.name], entry.dtype)
+        }
+        self._copies: dict[str, _HostCopy] = {}
+        self._lock = threading.Lock()
+        self.tensors = {entry.name: out[entry.name] for entry in entries}
+
+    def receive(self, readinto: Callable[[memoryview], None], start: int, stop: int) -> None:
+        """Read bytes [start, stop) of the stream's data section, the next of ``readinto``, into the tensors.
+
+        A stretch that did not come whole may be received again.
+        """
+        copied: list[tuple[_HostCopy, int]] = []
+        first = max(0, bisect_right(self._begins, start) - 1)
+        for entry in itertools.islice(self._entries, first, None):
+            if entry.begin >= stop:
+                break
+            begin, end = max(start, entry.begin) - entry.begin, min(stop, entry.end) - entry.begin
+            if entry.name in self._plain:
+                readinto(self._plain[entry.name][begin:end])
+            elif self._divides(entry, begin, end):
+                self._by_pieces(readinto, entry, begin, end)
+            else:
+                copy = self._copy_of(entry)
+                readinto(memory(copy.tensor)[begin:end])
+                copied.append((copy, end - begin))
+        for copy, count in copied:
+            copy.came(count)
+
+    def noticed(self) -> None:
+        """Let torch know that the tensors' memory was written to."""
+        noticed(self._out[name] for name in self._plain)
+
+    def _divides(self, entry: wire.Entry, begin: int, end: int) -> bool:
+        width = wire.DTYPE_BYTES[entry.dtype]
+        return self._out[entry.name].is_contiguous() and begin % width == 0 and end % width == 0
+
+    def _by_pieces(self, readinto: Callable[[memoryview], None], entry: wire.Entry, begin: int, end: int) -> None:
+        flat, dtype = self._out[entry.name].detach().view(-1), dtype_of(entry)
+        size = min(_PIECE_BYTES, end - begin)
+        # From pinned memory a device copies without a detour by memory of the driver's.
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=flat.is_cuda)
+        for at in range(begin, end, size):
+            piece = buffer[: min(size, end - at)]
+            readinto(memory(piece))
+            source = piece.view(dtype)
+            element = at // dtype.itemsize
+            write([flat[element : element + source.numel()]], [source])
+
+    def _copy_of(self, entry: wire.Entry) -> _HostCopy:
+        with self._lock:
+            if entry.name not in self._copies:
+                host = torch.empty(entry.shape, dtype=dtype_of(entry), device="cpu")
+                self._copies[entry.name] = _HostCopy(host, entry.end - entry.begin, partial(self._written, entry))
+            return self._copies[entry.name]
+
+    def _written(self, entry: wire.Entry) -> None:
+        with self._lock:
+            copy = self._copies.pop(entry.name)
+        write([self._out[entry.name]], [copy.tensor])
+
+
+class _HostCopy:
+    """A copy on the host of a tensor that comes in stretches. whole: called once ``missing`` bytes have come."""
+
+    def __init__(self, tensor: Tensor, missing: int, whole: Callable[[], None]) -> None:
+        self.tensor = tensor
+        self._missing = missing
+        self._whole = whole
+        self._lock = threading.Lock()
+
+    def came(self, count: int) -> None:
+        with self._lock:
+            self._missing -= count
+            over = self._missing == 0
+        if over:
+            self._whole()
 
 
 def targets_in(out: Mapping[str, Tensor] | None) -> Callable[[Iterable[wire.Entry]], Mapping[str, Tensor]]:
@@ -116,7 +234,7 @@ def _take(
     readinto: Callable[[memoryview], None], target: Tensor, entry: wire.Entry, scratch: Callable[[], Tensor]
 ) -> None:
     """Read a tensor into ``target``'s own memory where that can be, else by way of ``scratch``."""
-    if not (_is_plain(target) and is_sent_as(target, entry.dtype)):
+    if not (is_plain(target) and is_sent_as(target, entry.dtype)):
         host = scratch()
         readinto(memory(host))
         write([target], [host])
@@ -140,10 +258,11 @@ def memory(tensor: Tensor) -> memoryview:
 
 def on_host(tensor: Tensor) -> Tensor:
     """The tensor itself if its memory can be sent, else a contiguous copy on the CPU, which the caller owns."""
-    return tensor if _is_plain(tensor) else tensor.detach().to("cpu").resolve_neg().contiguous()
+    return tensor if is_plain(tensor) else tensor.detach().to("cpu").resolve_neg().contiguous()
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's own memory can be sent, and received into."""
     # A negative view (of a conjugate's imaginary part) says of its memory that the signs are to be turned.
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
 

@@ -71,7 +71,9 @@ def shared_body(header: bytes, entries: Sequence[wire.Entry]) -> tuple[Body, Ten
         else:
             # torch.frombuffer() refuses a buffer of no bytes.
             flat = torch.zeros(size, dtype=torch.uint8, device="cpu")
-    return Body(len(header) + size, lambda: (memoryview(header), memory(flat)), shared), flat
+    return Body(
+        len(header) + size, lambda: (memoryview(header), memory(flat)), shared, data=lambda: (memory(flat),)
+    ), flat
 
 
 def _share(header: bytes, size: int) -> SharedBody | None:

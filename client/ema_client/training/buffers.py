@@ -28,7 +28,7 @@ from ema_client.forks import Home
 from ema_client.http.body import Body
 from ema_client.http.uploads import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
-from ema_client.tensors.body import memory, on_host
+from ema_client.tensors.body import is_plain, memory, on_host
 from ema_client.tensors.layout import dtype_of
 from ema_client.tensors.pages import pages, use_pages, views_of
 from ema_client.tensors.shared import shared_body
@@ -113,7 +113,8 @@ class UpdateBuffers:
                 yield memory(on_host(tensor))
 
         length = len(self._header) + (self._entries[-1].end if self._entries else 0)
-        return Update(step, Body(length, pieces), _nothing, _nothing, borrowed=True)
+        data = (lambda: tuple(map(memory, live))) if all(map(is_plain, live)) else None
+        return Update(step, Body(length, pieces, data=data), _nothing, _nothing, borrowed=True)
 
     def initial(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as they are sent: the tensors themselves where their memory holds that, else a copy.
@@ -192,7 +193,7 @@ class UpdateBuffers:
         if self._shared and size > SHARE_ABOVE:
             return shared_body(self._header, self._entries)
         header, flat = self._header, pages(size)
-        return Body(len(header) + size, lambda: (memoryview(header), memory(flat))), flat
+        return Body(len(header) + size, lambda: (memoryview(header), memory(flat)), data=lambda: (memory(flat),)), flat
 
 
 class _Buffer:

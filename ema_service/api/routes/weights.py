@@ -33,6 +33,7 @@ from ema_client.errors import (
     SnapshotNotFound,
     StepNotReached,
     StorageDisabled,
+    StorageFailed,
     Superseded,
     SynthesisRefused,
 )
@@ -58,6 +59,7 @@ from ema_client.protocol import (
 from ema_service.api.answers import CONDITION, is_known
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
+from ema_service.api.reading import Reading
 from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
 from ema_service.api.synthesis import Asked, AskedFor, stored, work_out
 from ema_service.api.transfer.connection import on_lost
@@ -152,6 +154,7 @@ _CURRENT_ERRORS = (
     SnapshotNotFound,
     SnapshotDamaged,
     StorageDisabled,
+    StorageFailed,
     AwaitingWeights,
     StepNotReached,
     RangeNotSatisfiable,
@@ -164,6 +167,7 @@ _SYNTHESIS_ERRORS = (
     RunNotFound,
     SnapshotDamaged,
     StorageDisabled,
+    StorageFailed,
     AwaitingWeights,
     RunDegraded,
     InvalidRequest,
@@ -176,8 +180,10 @@ _SNAPSHOT_ERRORS = (
     AverageNotFound,
     SnapshotDamaged,
     StorageDisabled,
+    StorageFailed,
     RangeNotSatisfiable,
     InvalidRequest,
+    Overloaded,
 )
 
 
@@ -225,6 +231,26 @@ async def get_weights(
     found = server.registry.get(run)
     if min_step is not None:
         await _reach(server, request, found, min_step, wait)
+    reading = server.readings.find(found, _pinned(request))
+    if reading is None:
+        reading = await _current(server, found, average, dtype, prefix)
+    stream, arena = reading.stream, reading.arena
+    untouched = dtype is None and prefix is None and request.url.scheme == "http"
+
+    async def open_source(stack: ExitStack) -> ReadBytes:
+        await server.hold(request, arena)
+        release = partial(server.registry.frozen.release, arena)
+        stack.callback(server.readings.begin(found, reading, release, stretch=_range(request, stream) is not None))
+        data = await server.workers.block(partial(server.registry.frozen.data, arena))
+        return lambda start, stop: data[start:stop]
+
+    with ExitStack() as source:
+        digest = arena.digest if untouched else None
+        return await _answer(request, server, stream, source, open_source, on_disk=False, digest=digest)
+
+
+async def _current(server: Context, found: Run, average: str | None, dtype: str | None, prefix: str | None) -> Reading:
+    """The newest version of an average. Raises AwaitingWeights, AverageNotFound; InvalidRequest as WeightsStream."""
     state = found.ready_state()
     succession = found.ledger.succession
     member = succession.member(average)
@@ -236,18 +262,12 @@ async def get_weights(
     stream = await server.workers.block(
         partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
     )
+    return Reading(stream, arena)
 
-    untouched = dtype is None and prefix is None and request.url.scheme == "http"
 
-    async def open_source(stack: ExitStack) -> ReadBytes:
-        await server.hold(request, arena)
-        stack.callback(server.registry.frozen.release, arena)
-        data = await server.workers.block(partial(server.registry.frozen.data, arena))
-        return lambda start, stop: data[start:stop]
-
-    with ExitStack() as source:
-        digest = arena.digest if untouched else None
-        return await _answer(request, server, stream, source, open_source, on_disk=False, digest=digest)
+def _pinned(request: Request) -> str | None:
+    """The ETag of the version that a request with a Range is about."""
+    return request.headers.get("if-range") if "range" in request.headers else None
 
 
 async def _get_synthesised(
@@ -322,7 +342,7 @@ async def _get_soup(
     with ExitStack() as source:
         files, infos = [], []
         for name in weights:
-            file, info = await server.workers.block(partial(snapshots.open, name, average))
+            file, info = await server.read(partial(snapshots.open, name, average))
             source.callback(file.close)
             files.append(file)
             infos.append(info)
@@ -390,7 +410,7 @@ async def get_snapshot_weights(
     """The weights of a snapshot; with Range, a broken download goes on where it stopped."""
     snapshots = server.registry.snapshots(run)
     with ExitStack() as source:
-        file, info = await server.workers.block(partial(snapshots.open, name, average))
+        file, info = await server.read(partial(snapshots.open, name, average))
         source.callback(file.close)
         stream = await server.workers.block(
             partial(WeightsStream, file.header.entries, info, lineage=file.identity, dtype=dtype, prefix=prefix)
@@ -516,8 +536,8 @@ async def _from_memory(request: Request, server: Context, chunks: Iterator[memor
 
 
 async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
-    """The chunks of a snapshot's body, read from disk off the event loop."""
-    while (chunk := await server.workers.block(partial(next, chunks, None))) is not None:
+    """The chunks of a snapshot's body, read from a disk, or the object store, off the event loop."""
+    while (chunk := await server.read(partial(next, chunks, None))) is not None:
         yield chunk
 
 
@@ -528,7 +548,7 @@ def _range(request: Request, stream: WeightsStream) -> tuple[int, int] | None:
     RangeNotSatisfiable.
     """
     asked = _RANGE.match(request.headers.get("range", "")) if request.method == "GET" else None
-    pinned = request.headers.get("if-range")
+    pinned = _pinned(request)
     if asked is None or asked.group() == "bytes=-" or (pinned is not None and pinned != stream.etag):
         return None
     first, last = asked.groups()

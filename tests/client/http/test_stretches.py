@@ -1,0 +1,67 @@
+"""The queue of stretches: simulated lanes of known rates take every byte once, and end at nearly the same time.
+
+Knows a clock that the test moves. Does not know connections.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from itertools import pairwise
+
+import pytest
+
+from ema_client.http.stretches import SMALLEST_BYTES, Stretch, Stretches
+
+MB, MIB = 1e6, 1 << 20
+
+
+def simulate(size: int, rates: list[float], *, breaks: float = 0.0, seed: int = 0) -> tuple[float, list[Stretch]]:
+    """Seconds until ``size`` bytes have come by lanes of ``rates`` bytes a second, and the stretches that came.
+
+    breaks: how likely a stretch is to break off, at its end.
+    """
+    now, dice = 0.0, random.Random(seed)
+    queue = Stretches(0, size, grain=MIB, clock=lambda: now)
+    free, came = [(0.0, lane, None) for lane in range(len(rates))], list[Stretch]()
+    end = 0.0
+    while free:
+        now, lane, brought = heapq.heappop(free)
+        if brought is not None and dice.random() < breaks:
+            queue.broke(lane)
+        elif brought is not None:
+            queue.came(lane)
+            came.append(brought)
+            end = now
+        if (taken := queue.take(lane, len(rates))) is not None:
+            heapq.heappush(free, (now + taken.size / rates[lane], lane, taken))
+        else:
+            queue.leaves(lane)
+    assert queue.whole
+    return end, sorted(came)
+
+
+def test_every_byte_once() -> None:
+    """Whatever the rates are, and whatever breaks off; all but the last stretch begin and end at a grain."""
+    dice = random.Random(1)
+    for seed in range(50):
+        size = dice.randrange(1, 3 << 30)
+        rates = [dice.uniform(5, 500) * MB for _ in range(dice.randrange(1, 12))]
+        _, came = simulate(size, rates, breaks=0.2, seed=seed)
+
+        assert (came[0].start, came[-1].stop) == (0, size)
+        assert all(one.stop == other.start for one, other in pairwise(came))
+        assert all(stretch.start % MIB == 0 for stretch in came)
+
+
+@pytest.mark.parametrize(
+    ("rates", "worth"),
+    [([100] * 8, 0.9), ([100, 100, 60, 20], 0.8), ([100, 20], 0.8), ([100] * 7 + [20], 0.8), ([50], 1.0)],
+)
+@pytest.mark.parametrize("size", [256 * MIB, 8 << 30])
+def test_lanes_end_together(size: int, rates: list[float], worth: float) -> None:
+    """Slow lanes leave the end to fast ones: at least so much of the rates' sum is reached."""
+    seconds, came = simulate(size, [rate * MB for rate in rates])
+
+    assert size / seconds >= worth * sum(rates) * MB
+    assert len(came) <= 4 * len(rates) * max(1, (size // (64 * SMALLEST_BYTES)).bit_length() + 4)
