@@ -19,7 +19,9 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -170,6 +172,22 @@ def test_records_cut_at_a_change_of_hands(
             assert (status, is_state(body, state)) == (200, True)
             assert peer.answer()[0] == 200
         assert peer.tls.version() == newest.name.replace("_", ".")
+
+
+@pytest.mark.soak
+def test_records_cut_anywhere(secure: ServerProcess, run: PlainRun, trusting: ssl.SSLContext) -> None:
+    """The long form: random places and pauses, shorter and longer than a thread waits."""
+    random = Random(18)
+    with Peer(secure, trusting) as peer:
+        for step in range(1, 41):
+            state = {"w": STATE["w"] + step}
+            encrypted = peer.encrypted(put(run, step, state) + HEALTH + get(run))
+            cuts = sorted(random.randrange(len(encrypted)) for _ in range(random.randrange(12)))
+            for start, stop in pairwise([0, *cuts, len(encrypted)]):
+                peer.socket.sendall(encrypted[start:stop])
+                time.sleep(random.choice((0, 0.001, 0.02, 0.05)))
+            assert [peer.answer()[0] for _ in range(2)] == [200, 200]
+            assert is_state(peer.answer()[1], state)
 
 
 def test_a_reader_that_pauses(secure: ServerProcess, run: PlainRun, trusting: ssl.SSLContext) -> None:
