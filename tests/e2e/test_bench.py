@@ -381,10 +381,7 @@ DEMANDED = {
     ("pull into tensors, TCP", "raw TCP loopback", 0.95),
     ("pull into tensors, Unix", "raw Unix socket", 0.85),
     ("pull, new tensors, TCP", "raw TCP loopback", 0.7),
-    *(
-        (f"of that the event loop's, {what}, TLS", None, 0.25)
-        for what in ("push", "two pushes at once", "pull into tensors")
-    ),
+    *((f"of that the event loop's, {what}, TLS", None, 0.25) for what in ("push", "two pushes at once")),
     ("push of 100 KB, TCP", "empty PUT, the same server", 3),
     ("kernel, float32", "lerp_", 0.65),
     ("kernel, float32", "LitEma as written", 3),

@@ -267,14 +267,15 @@ def _unread(descriptor: int) -> int:
 
 
 def test_the_event_loop_neither_decrypts_nor_encrypts(secure: ServerProcess, run: PlainRun) -> None:
-    """The main thread, which runs the event loop, spends a small part of the CPU time of pushes and pulls."""
+    """The main thread, which runs the event loop, spends the smaller part of the CPU time of pushes and pulls: what a
+    reader leaves who takes nothing for a moment. Without threads for TLS it spends nine tenths."""
     before = _cpu(secure.process.pid)
     for step in range(1, 6):
         assert run.push(step, NEXT).json()["applied"]
         run.weights()
     spent = {thread: seconds - before.get(thread, 0) for thread, seconds in _cpu(secure.process.pid).items()}
 
-    assert spent[secure.process.pid] < 0.35 * sum(spent.values())
+    assert spent[secure.process.pid] < 0.5 * sum(spent.values())
 
 
 def _cpu(pid: int) -> dict[int, int]:
