@@ -53,6 +53,7 @@ def _server_context(certfile: Path, keyfile: Path) -> ssl.SSLContext:
     for flag, path in (("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)):
         _check_readable(flag, path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # a handshake in the middle of a body costs the server most of the work
     try:
         # Without a password callback OpenSSL would ask for the password on the terminal.
         context.load_cert_chain(certfile, keyfile, password=_no_password)

@@ -8,6 +8,7 @@
     gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
     wire      one gigabyte by every way, ours and others', beside the raw sockets
     connections   one gigabyte pushed over one connection, and split over several
+    tls       pushes and pulls over TLS beside those without, and what the server's threads spend on them
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
     latency   a small push beside an empty PUT
     readers   sixteen pull one version
@@ -47,6 +48,7 @@ import latency
 import memory
 import models
 import posthoc
+import tls
 import training
 import wire
 from scale import FULL, QUICK, Scale
@@ -69,6 +71,7 @@ GROUPS: dict[str, Measure] = {
     "gpt2": models.measure,
     "wire": wire.measure,
     "connections": connections.measure,
+    "tls": tls.measure,
     "sizes": latency.measure_sizes,
     "latency": latency.measure,
     "readers": memory.measure_readers,

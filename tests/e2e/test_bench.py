@@ -169,6 +169,7 @@ LATER = (
     "gpt2",
     "trainer",
     "connections",
+    "tls",
     "sizes",
     "readers",
     "memory",
@@ -231,6 +232,18 @@ EXPECTED = {
         "raw TCP loopback",
         "push, whole",
         *(f"push in {k} part{'s' if k > 1 else ''}, as many connections" for k in (1, 2, 4)),
+    ],
+    "tls": [
+        "push, without TLS",
+        "push, TLS",
+        "two pushes at once, TLS",
+        "pull into tensors, without TLS",
+        "pull into tensors, TLS",
+        *(
+            f"{what}, {way}, TLS"
+            for way in ("push", "two pushes at once", "pull into tensors")
+            for what in ("server's CPU time", "of that the event loop's")
+        ),
     ],
     "sizes": [
         *RAW,
@@ -368,6 +381,7 @@ DEMANDED = {
     ("pull into tensors, TCP", "raw TCP loopback", 0.95),
     ("pull into tensors, Unix", "raw Unix socket", 0.85),
     ("pull, new tensors, TCP", "raw TCP loopback", 0.7),
+    *((f"of that the event loop's, {what}, TLS", None, 0.25) for what in ("push", "two pushes at once")),
     ("push of 100 KB, TCP", "empty PUT, the same server", 3),
     ("kernel, float32", "lerp_", 0.65),
     ("kernel, float32", "LitEma as written", 3),

@@ -19,7 +19,9 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -172,6 +174,22 @@ def test_records_cut_at_a_change_of_hands(
         assert peer.tls.version() == newest.name.replace("_", ".")
 
 
+@pytest.mark.soak
+def test_records_cut_anywhere(secure: ServerProcess, run: PlainRun, trusting: ssl.SSLContext) -> None:
+    """The long form: random places and pauses, shorter and longer than a thread waits."""
+    random = Random(18)
+    with Peer(secure, trusting) as peer:
+        for step in range(1, 41):
+            state = {"w": STATE["w"] + step}
+            encrypted = peer.encrypted(put(run, step, state) + HEALTH + get(run))
+            cuts = sorted(random.randrange(len(encrypted)) for _ in range(random.randrange(12)))
+            for start, stop in pairwise([0, *cuts, len(encrypted)]):
+                peer.socket.sendall(encrypted[start:stop])
+                time.sleep(random.choice((0, 0.001, 0.02, 0.05)))
+            assert [peer.answer()[0] for _ in range(2)] == [200, 200]
+            assert is_state(peer.answer()[1], state)
+
+
 def test_a_reader_that_pauses(secure: ServerProcess, run: PlainRun, trusting: ssl.SSLContext) -> None:
     """Records that the socket does not take go out first once it does, whoever sends then."""
     with Peer(secure, trusting) as peer:
@@ -249,14 +267,15 @@ def _unread(descriptor: int) -> int:
 
 
 def test_the_event_loop_neither_decrypts_nor_encrypts(secure: ServerProcess, run: PlainRun) -> None:
-    """The main thread, which runs the event loop, spends a small part of the CPU time of pushes and pulls."""
+    """The main thread, which runs the event loop, spends the smaller part of the CPU time of pushes and pulls: what a
+    reader leaves who takes nothing for a moment. Without threads for TLS it spends nine tenths."""
     before = _cpu(secure.process.pid)
     for step in range(1, 6):
         assert run.push(step, NEXT).json()["applied"]
         run.weights()
     spent = {thread: seconds - before.get(thread, 0) for thread, seconds in _cpu(secure.process.pid).items()}
 
-    assert spent[secure.process.pid] < 0.35 * sum(spent.values())
+    assert spent[secure.process.pid] < 0.5 * sum(spent.values())
 
 
 def _cpu(pid: int) -> dict[int, int]:
