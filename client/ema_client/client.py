@@ -35,7 +35,7 @@ from ema_client.errors import (
 )
 from ema_client.forks import Lock
 from ema_client.http.body import Body
-from ema_client.http.pace import MOST_FORCED
+from ema_client.http.pace import MOST_FORCED as MOST_LANES
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Query, Reply, Transport, with_query
 from ema_client.protocol import (
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
 
     State = Mapping[str, Tensor] | nn.Module
 
-__all__ = ["EmaClient", "checked_decay", "service_of"]
+__all__ = ["MOST_LANES", "EmaClient", "checked_decay", "service_of"]
 
 _log = logging.getLogger("ema_client")
 
@@ -128,7 +128,7 @@ class EmaClient:
         lanes: int | None = None,
     ) -> None:
         url, self._token = service_of(url, token)
-        self._transport = Transport(url, token=self._token, retry=retry, lanes=checked_lanes(lanes))
+        self._transport = Transport(url, token=self._token, retry=retry, lanes=_checked_lanes(lanes))
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
@@ -157,14 +157,14 @@ class EmaClient:
 
     @lanes.setter
     def lanes(self, lanes: int | None) -> None:
-        self._transport.lanes = checked_lanes(lanes)
+        self._transport.lanes = _checked_lanes(lanes)
 
     @property
     def link(self) -> str:
         """How this client's weights travel: "TCP", "Unix socket" or "shared memory".
 
-        Where the service refused shared memory, the reason follows; where weights went over more connections at once
-        than usual, or other numbers of connections were tried, how many pay, and why not more.
+        Where the service refused shared memory, the reason follows; and where more connections at once pay than one for
+        a push and two for a pull, how many of them, and why not more.
         """
         return self._transport.link
 
@@ -1061,12 +1061,10 @@ def _name(value: str, what: str) -> str:
     return value
 
 
-def checked_lanes(lanes: int | None) -> int | None:
+def _checked_lanes(lanes: int | None) -> int | None:
     """The number of lanes. Raises UsageError unless it is None or lies between 1 and the most there may be."""
-    if lanes is not None and not 1 <= lanes <= MOST_FORCED:
-        raise UsageError(
-            f"lanes={lanes} is not between 1 and {MOST_FORCED}", hint="leave lanes out: what pays is found"
-        )
+    if lanes is not None and not 1 <= lanes <= MOST_LANES:
+        raise UsageError(f"lanes={lanes} is not between 1 and {MOST_LANES}", hint="leave lanes out: what pays is found")
     return lanes
 
 

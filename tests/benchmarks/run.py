@@ -7,6 +7,7 @@
     kernel    the averaging on flat memory
     gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
     wire      one gigabyte by every way, ours and others', beside the raw sockets
+    lanes     large bodies over several connections, on links that give each connection a share, and on loopback
     connections   one gigabyte pushed over one connection, and split over several
     tls       pushes and pulls over TLS beside those without, and what the server's threads spend on them
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
@@ -43,6 +44,7 @@ import gpu
 import gpu_training
 import history
 import kernel
+import lanes
 import large
 import latency
 import memory
@@ -70,6 +72,7 @@ GROUPS: dict[str, Measure] = {
     "kernel": kernel.measure,
     "gpt2": models.measure,
     "wire": wire.measure,
+    "lanes": lanes.measure,
     "connections": connections.measure,
     "tls": tls.measure,
     "sizes": latency.measure_sizes,

@@ -17,7 +17,7 @@ import typer
 from ema_client.cli.answers import Answer
 from ema_client.cli.options import Average, Dtype, Prefix, Run, Snapshot, without_torch
 from ema_client.cli.progress import moving
-from ema_client.client import EmaClient
+from ema_client.client import MOST_LANES, EmaClient
 from ema_client.errors import UsageError
 from ema_client.protocol import UpdateResult, WeightsInfo
 from ema_client.targets import Wished
@@ -53,6 +53,10 @@ def pull(
     average: Average = None,
     dtype: Dtype = None,
     prefix: Prefix = None,
+    lanes: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_LANES, help="Connections at once; by default as many as pay.", show_default=False),
+    ] = None,
 ) -> Answer:
     """Save EMA weights as a safetensors file.
 
@@ -60,6 +64,7 @@ def pull(
     """
     mixed = None if soup is None else _soup(soup)
     target = _output(output)
+    client.lanes = lanes
     with moving(run) as progress:
         info = client.download(
             run,

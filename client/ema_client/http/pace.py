@@ -144,8 +144,10 @@ class Paces:
 
     @property
     def told(self) -> dict[str, str]:
-        """Of the directions in which other numbers of lanes were tried, how many lanes pay, and why."""
+        """Of the directions in which more lanes pay than there are at the beginning, how many, and why not more."""
         with self._lock:
             return {
-                direction: f"{width.found} ({width.why})" for direction, width in self._widths.items() if width.tried
+                direction: f"{width.found} ({width.why})"
+                for direction, width in self._widths.items()
+                if width.found > _START[direction]
             }

@@ -59,7 +59,7 @@ class Stretches:
     """The bytes [start, stop) of a body, to be taken in stretches. Thread-safe.
 
     grain: stretches begin and end at ``start`` plus a multiple of so many bytes; the last one ends at ``stop``.
-    smallest: bytes of the smallest stretch, a multiple of ``grain``.
+    smallest, largest: bytes of the smallest stretch and of the largest, multiples of ``grain``; None: any.
     clock: gives seconds.
     """
 
@@ -70,10 +70,12 @@ class Stretches:
         *,
         grain: int,
         smallest: int = SMALLEST_BYTES,
+        largest: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._grain = grain
         self._smallest = max(grain, smallest)
+        self._largest = largest
         self._clock = clock
         #: Stretches that broke off, to be carried again as they are.
         self._again: list[Stretch] = []
@@ -109,7 +111,7 @@ class Stretches:
             size = self._size(mine, lanes) if size is None else size
             if size is None:
                 return None
-            taken, rest = self._cut(self._queue[0], size)
+            taken, rest = self._cut(self._queue[0], size if self._largest is None else min(size, self._largest))
             self._queue[:1] = [rest] if rest.size else []
             mine.has, mine.since = taken, self._clock()
             return taken

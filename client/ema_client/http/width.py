@@ -71,9 +71,8 @@ class Width:
         #: Bodies until the next trial of more lanes, and until that of fewer.
         self._rest, self._next_rest = 0, _FIRST_REST
         self._check = _CHECK
-        #: Why there are not more lanes, in words, and whether another number was ever tried.
+        #: Why there are not more lanes, in words.
         self.why = "not tried yet"
-        self.tried = False
 
     @property
     def lanes(self) -> int:
@@ -133,7 +132,6 @@ class Width:
         return False
 
     def _compare(self, trial: _Trial, rate: float) -> None:
-        self.tried = True
         trial.ratios.append(rate / trial.first)
         trial.first = 0.0
         more = trial.other > trial.usual

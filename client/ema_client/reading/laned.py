@@ -119,12 +119,17 @@ class LanedPull:
                 self._begun, taken = self._begin(first)
             begun, closed = self._begun, stack.pop_all().close
             stack.callback(closed)
+            #: The first answer, until it is read: it breaks off once.
+            brings = [] if first is None or taken is None else [first]
 
             def carry(stretch: Stretch, moved: Moved) -> None:
-                if first is not None and stretch is taken:
-                    _receive(begun, stretch, first, moved)
-                    first.drain()
-                    closed()
+                if stretch is taken and brings:
+                    lead = brings.pop()
+                    try:
+                        _receive(begun, stretch, lead, moved)
+                        lead.drain()
+                    finally:
+                        closed()
                     return
                 if not begun.named:
                     raise ConnectionLost(f"{begun.checked.url} gave its body no ETag, and the body broke off")

@@ -20,6 +20,7 @@ from ema_client.http.transport import Transport
 from ema_client.protocol import HEADER_DIGEST, WeightsInfo
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Progress
+from ema_client.reading.ordered import Ordered, open_ordered
 from ema_client.reading.weights import info_of, read_head, read_header
 from ema_client.wire import LENGTH_BYTES
 
@@ -76,8 +77,8 @@ def pour(transport: Transport, asked: Asked, stream: BinaryIO, progress: Progres
     return transport.retrying(lambda _: poured.go_on(_opened(transport, asked, poured.count, poured.etag)))
 
 
-def _opened(transport: Transport, asked: Asked, start: int = 0, etag: str | None = None) -> Download:
-    return transport.download(asked.path, query=asked.query, start=start, etag=etag, patience=asked.work_seconds)
+def _opened(transport: Transport, asked: Asked, start: int = 0, etag: str | None = None) -> Download | Ordered:
+    return open_ordered(transport, asked, start, etag)
 
 
 def _filled(transport: Transport, asked: Asked, path: Path, transfer: _Transfer) -> WeightsInfo:
@@ -95,13 +96,13 @@ def _content(url: str, asked: Asked, etag: str | None, length: int) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def _strong_etag(download: Download) -> str | None:
+def _strong_etag(download: Download | Ordered) -> str | None:
     """The body's ETag. A weak one promises like content, not like bytes."""
     etag = download.headers.get("etag", "")
     return etag if etag.startswith('"') else None
 
 
-def _check_continues(download: Download, start: int, etag: str | None) -> None:
+def _check_continues(download: Download | Ordered, start: int, etag: str | None) -> None:
     span = download.headers.get("content-range", "")
     if not span.startswith(f"bytes {start}-") or download.headers.get("etag") != etag:
         raise ProtocolError(f"{download.url} was asked from byte {start} on and sent {span!r}")
@@ -121,7 +122,7 @@ class _Transfer:
         self._begins = begins or _nobody
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
-    def go_on_from(self, download: Download, same: Callable[[str | None, int], bool]) -> None:
+    def go_on_from(self, download: Download | Ordered, same: Callable[[str | None, int], bool]) -> None:
         """Let the file's bytes stay where they are the first of the body of ``download``, of which none is read."""
         with download:
             etag, there = _strong_etag(download), self.file.tell()
@@ -134,7 +135,7 @@ class _Transfer:
                 self.file.seek(there - 1)
                 self.file.truncate()
 
-    def go_on(self, download: Download) -> None:
+    def go_on(self, download: Download | Ordered) -> None:
         """Append the rest of the body; begin anew where the service has another body by now."""
         with download:
             if download.status == 206:
@@ -154,7 +155,7 @@ class _Transfer:
         self.file.seek(0)
         self.file.truncate()
 
-    def _check(self, download: Download) -> None:
+    def _check(self, download: Download | Ordered) -> None:
         """Compare the whole file with the service's digest, if it gave one.
 
         Raises DigestMismatch, after which the next download begins anew.
@@ -187,7 +188,7 @@ class _Poured:
         self._digest: Digest | None = None
         self._info: WeightsInfo | None = None
 
-    def go_on(self, download: Download) -> WeightsInfo:
+    def go_on(self, download: Download | Ordered) -> WeightsInfo:
         with download:
             total = download.length + self.count
             if self._info is not None:
@@ -206,7 +207,7 @@ class _Poured:
         self._stream.flush()
         return info
 
-    def _begin(self, download: Download) -> WeightsInfo:
+    def _begin(self, download: Download | Ordered) -> WeightsInfo:
         raw, header = read_head(download, download.length)
         if len(raw) + header.data_bytes != download.length:
             raise ProtocolError(f"{download.url} sent {download.length} bytes; its header describes others")
@@ -217,7 +218,7 @@ class _Poured:
         self._info = info
         return info
 
-    def _check_goes_on(self, download: Download) -> None:
+    def _check_goes_on(self, download: Download | Ordered) -> None:
         if download.status != 206:
             raise ProtocolError(
                 f"the connection to {download.url} broke after {self.count} bytes, and the weights are others now",

@@ -35,6 +35,7 @@ class _Paced(socket.socket):
 
 
 if __name__ == "__main__":
+    # Behind the other arguments.
     _RATES = dealt(sys.argv.pop())
     socket.socket = _Paced  # type: ignore[misc]
     main()

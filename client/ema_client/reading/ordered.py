@@ -1,0 +1,192 @@
+"""A large body in the order of its bytes, brought by several connections: for files and streams, which take it so.
+
+Lanes fetch stretches ahead of the reader, into memory of a few stretches; what is read is the body from its beginning,
+as over one connection. So a file on its way is as long as what has come, whoever ends the process.
+
+Knows: HTTP's ranges, stretches, threads. Does not know: sockets, files, retries of the whole, tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+
+from ema_client.errors import ConnectionLost, Overloaded
+from ema_client.http.downloads import Download
+from ema_client.http.lanes import LanesEnded, Moved, carry_all
+from ema_client.http.pace import PULLS, Pace
+from ema_client.http.stretches import SMALLEST_BYTES, Stretch, Stretches
+from ema_client.http.transport import Transport
+from ema_client.reading.asked import Asked
+from ema_client.reading.ranges import check_part, whole_length
+
+__all__ = ["Ordered", "open_ordered"]
+
+#: Bytes of the first request: a body of no more is one request.
+_LEAD_BYTES = 64 << 20
+#: Stretches that each lane may be ahead of the reader.
+_AHEAD = 2
+#: A stretch is asked for so often; after that the whole is, from where it stands.
+_TRIES = 3
+#: Bytes that a lane reads between two looks at whether anybody wants the rest.
+_SHARE_BYTES = 1 << 20
+
+
+def open_ordered(transport: Transport, asked: Asked, start: int, etag: str | None) -> Download | Ordered:
+    """The body from byte ``start`` on, of the version with that ETag, or whole where there is another version by now.
+
+    Tried once. Raises as Transport.download().
+    """
+    if not asked.is_stored or (start and etag is None):
+        return transport.download(asked.path, query=asked.query, start=start, etag=etag, patience=asked.work_seconds)
+    first = transport.download(asked.path, query=asked.query, start=start, stop=start + _LEAD_BYTES, etag=etag)
+    if first.status != 206:
+        return first
+    check_part(first, start, etag)
+    if not first.headers.get("etag", "").startswith('"'):
+        # Without a name for the version nothing more of it can be asked for.
+        with first:
+            return transport.download(asked.path, query=asked.query)
+    return Ordered(transport, asked, first, start, continues=etag is not None)
+
+
+class Ordered:
+    """A body on its way, as a Download is. Not thread-safe.
+
+    status: 200 for a body from its beginning, 206 for one that ``continues``; length: bytes from ``start`` on.
+    """
+
+    def __init__(self, transport: Transport, asked: Asked, first: Download, start: int, *, continues: bool) -> None:
+        self.url, self.headers = first.url, first.headers
+        self.status = 206 if continues else 200
+        self._whole = whole_length(first)
+        self.length = self._whole - start
+        self._transport = transport
+        self._asked = asked
+        self._first = first
+        self._open = ExitStack()
+        self._lead = first.length
+        #: The byte of the body that is read next.
+        self._position = start
+        self._fetched: dict[int, memoryview] = {}
+        self._change = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._fault: BaseException | None = None
+        self._stopped = False
+
+    def __enter__(self) -> Ordered:
+        self._open.enter_context(self._first)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
+        self._open.close()
+        if self._thread is not None:
+            self._thread.join()
+
+    def readinto(self, view: memoryview) -> None:
+        """Fill ``view`` with the next bytes of the body. Raises as read_some()."""
+        while view:
+            view = view[self.read_some(view) :]
+
+    def read_some(self, view: memoryview) -> int:
+        """Put the next bytes of the body, at least one, at the front of ``view``; returns their number.
+
+        Raises ConnectionLost, or the error that ended the lanes.
+        """
+        if self._thread is None:
+            self._begin()
+        if self._lead:
+            count = self._first.read_some(view[: self._lead])
+            self._lead -= count
+            if not self._lead:
+                self._open.close()
+        else:
+            count = self._take(view)
+        with self._change:
+            self._position += count
+            self._change.notify_all()
+        return count
+
+    def _begin(self) -> None:
+        """Have lanes fetch what the first answer does not bring."""
+        begin = self._position + self._first.length
+        stretches = Stretches(begin, self._whole, grain=_SHARE_BYTES, largest=SMALLEST_BYTES)
+        pace = self._transport.pace(PULLS) if begin < self._whole else Pace.fixed(1)
+        self._thread = threading.Thread(target=self._fetch, args=(stretches, pace), name="ema ahead", daemon=True)
+        self._thread.start()
+
+    def _take(self, view: memoryview) -> int:
+        with self._change:
+            while self._position not in self._fetched:
+                if self._fault is not None:
+                    raise self._fault
+                self._change.wait()
+            there = self._fetched.pop(self._position)
+            count = min(len(there), len(view))
+            if count < len(there):
+                self._fetched[self._position + count] = there[count:]
+        view[:count] = there[:count]
+        return count
+
+    def _fetch(self, stretches: Stretches, pace: Pace) -> None:
+        """On a thread of its own."""
+
+        def carry(stretch: Stretch, moved: Moved) -> None:
+            self._wait_for_room(stretch, pace)
+            buffer = memoryview(bytearray(stretch.size))
+            for left in reversed(range(_TRIES)):
+                try:
+                    self._read(stretch, buffer, moved)
+                    break
+                except (ConnectionLost, Overloaded) as fault:
+                    # By this lane: the reader waits for the stretch, and other lanes for the reader.
+                    if not left:
+                        raise
+                    time.sleep(fault.retry_after or 0.0)
+            with self._change:
+                self._fetched[stretch.start] = buffer
+                self._change.notify_all()
+
+        try:
+            carry_all(stretches, carry, pace, alone=lambda _: False)
+        except LanesEnded:
+            pass
+        except Exception as fault:  # noqa: BLE001 - raised by read_some(), on the thread of the reader
+            with self._change:
+                self._fault = fault
+                self._change.notify_all()
+
+    def _wait_for_room(self, stretch: Stretch, pace: Pace) -> None:
+        with self._change:
+            while stretch.start - self._position > _AHEAD * pace.lanes * SMALLEST_BYTES + self._lead:
+                self._check_wanted()
+                self._change.wait()
+            self._check_wanted()
+
+    def _check_wanted(self) -> None:
+        if self._stopped or self._fault is not None:
+            raise LanesEnded
+
+    def _read(self, stretch: Stretch, buffer: memoryview, moved: Moved) -> None:
+        asked, etag, carried = self._asked, self.headers["etag"], 0
+        part = self._transport.download(
+            asked.path, query=asked.query, start=stretch.start, stop=stretch.stop, etag=etag
+        )
+        check_part(part, stretch.start, etag)
+        try:
+            with part:
+                if part.status != 206:
+                    raise ConnectionLost(f"{part.url} has another version by now")
+                for start in range(0, len(buffer), _SHARE_BYTES):
+                    self._check_wanted()
+                    share = buffer[start : start + _SHARE_BYTES]
+                    part.readinto(share)
+                    carried += len(share)
+                    moved(len(share))
+        except ConnectionLost:
+            moved(-carried)
+            raise

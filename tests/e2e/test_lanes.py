@@ -1,0 +1,125 @@
+"""Lives with lanes over a network that cuts and stalls connections: every update once, every pull one version, whole.
+
+Knows a real service behind a proxy that breaks connections at random. Does not know how a body is divided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ema_client import EmaClient, RetryPolicy
+from ema_client.http.connection import Timeouts
+from ema_client.http.transport import Transport
+from ema_client.pushing import Pushes
+from ema_client.reading.asked import Asked
+from ema_client.reading.pulls import Pulls
+from ema_client.tensors.body import encode
+
+LANES = 4
+#: Of 40 MiB, of which no tensor ends where a stretch does.
+SIZES = {"a": 1_000_003, "b": 7, "c": 9_500_000}
+STEPS = 3
+
+
+class Breaking:
+    """Carries connections to a server; each is cut, or falls silent, after a random number of bytes, or goes on."""
+
+    def __init__(self, url: str, dice: random.Random, troubles: int) -> None:
+        address = urlsplit(url)
+        self._to = (address.hostname, address.port)
+        self._dice = dice
+        self._troubles = troubles
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def _trouble(self) -> tuple[int, bool] | None:
+        """After how many bytes a new connection has trouble, and whether it falls silent then."""
+        with self._lock:
+            if self._troubles == 0 or self._dice.random() < 0.3:
+                return None
+            self._troubles -= 1
+            return self._dice.randrange(12 << 20), self._dice.random() < 0.2
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._to)
+            self._sockets += [near, far]
+            trouble = self._trouble()
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(source, target, trouble), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, trouble: tuple[int, bool] | None) -> None:
+        carried, buffer = 0, memoryview(bytearray(1 << 18))
+        with contextlib.suppress(OSError):
+            while count := source.recv_into(buffer):
+                carried += count
+                if trouble is not None and carried > trouble[0]:
+                    if trouble[1]:
+                        # Longer than either end waits.
+                        time.sleep(3)
+                    source.close()
+                    target.close()
+                    return
+                target.sendall(buffer[:count])
+            target.shutdown(socket.SHUT_WR)
+
+
+def state_of(step: int) -> dict[str, Tensor]:
+    dice = torch.Generator().manual_seed(step)
+    return {name: torch.randn(size, generator=dice) for name, size in SIZES.items()}
+
+
+@pytest.fixture
+def way(server: Any, request: pytest.FixtureRequest) -> Iterator[Breaking]:
+    with contextlib.closing(Breaking(server.url, random.Random(request.param), troubles=8)) as made:
+        yield made
+
+
+SOON, LATER = [1, 2], range(3, 101)
+
+
+@pytest.mark.parametrize("way", [*SOON, *(pytest.param(seed, marks=pytest.mark.soak) for seed in LATER)], indirect=True)
+def test_a_life(server: Any, way: Breaking, run_name: str, tmp_path: Path) -> None:
+    """Updates, pulls and a file by four lanes: the shadow is that of as many updates over one connection."""
+    patient = RetryPolicy(attempts=50, base=0.01, cap=0.05)
+    transport = Transport(way.url, retry=patient, lanes=LANES, timeouts=Timeouts(transfer=1.0, kept=1.0))
+    with EmaClient(server.url, lanes=1) as plain, contextlib.closing(transport):
+        for name in (run_name, f"{run_name}-plain"):
+            plain.create_run(name, state_of(0), decay=0.75, use_num_updates=False)
+        pushes, pulls = Pushes(transport, stretched_above=1 << 20), Pulls(transport, split_above=1 << 20)
+        for step in range(1, STEPS + 1):
+            pushes.push(run_name, step, encode(state_of(step)), {}, once=False)
+            plain.push(f"{run_name}-plain", state_of(step), step=step)
+            came, expected = pulls.pull(Asked(run_name)), plain.pull(f"{run_name}-plain")
+            assert (came.info.version, came.info.num_updates) == (expected.info.version, expected.info.num_updates)
+            assert all(torch.equal(came[name], tensor) for name, tensor in expected.items())
+    with EmaClient(way.url, retry=patient, lanes=LANES) as client:
+        client.download(run_name, tmp_path / "w.safetensors")
+    saved = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
