@@ -35,7 +35,7 @@ from ema_service.settings import Settings
 from ema_service.storage import Store, open_store
 from ema_service.tokens import Tokens
 
-__all__ = ["create_app", "open_registry"]
+__all__ = ["create_app", "open_registry", "pick_device"]
 
 _log = logging.getLogger(__name__)
 
