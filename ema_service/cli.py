@@ -164,6 +164,15 @@ def serve(
             envvar="EMA_SERVICE_MAX_WATCHERS",
         ),
     ] = Settings.max_watchers,
+    max_lanes: Annotated[
+        int,
+        typer.Option(
+            help="Most connections at once that bring one update; with 1, an update comes over one.",
+            min=1,
+            max=256,
+            envvar="EMA_SERVICE_MAX_LANES",
+        ),
+    ] = Settings.max_lanes,
     max_snapshots: Annotated[
         int,
         typer.Option(
@@ -274,6 +283,7 @@ def serve(
         body_timeout=body_timeout,
         max_connections=max_connections,
         max_watchers=max_watchers,
+        max_lanes=max_lanes,
         max_snapshots=max_snapshots,
         measurements=measurements,
         token_file=token_file,

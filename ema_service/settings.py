@@ -38,6 +38,8 @@ class Settings:
     max_connections: most connections at once; fewer where the process may not have twice as many descriptors.
     max_watchers: most streams of events at once, and no more than half of the connections: each keeps one open.
     With the reads that wait for a step they keep three quarters of the connections at most.
+    max_lanes: most connections at once that bring stretches of one update; 1 takes none. With those of all updates they
+    are a quarter of the connections at most.
     max_snapshots: most snapshots of one run: whoever may take them shall not fill the disk.
     token_file: tokens and what each may do; None asks nobody for a token.
     allowed_hosts: names by which clients reach the server, beside IP addresses and this machine's own names. Where no
@@ -60,6 +62,7 @@ class Settings:
     json_bytes: int = 64 << 20
     max_connections: int = 2048
     max_watchers: int = 512
+    max_lanes: int = 8
     max_snapshots: int = 1000
     token_file: Path | None = None
     allowed_hosts: tuple[str, ...] = ()

@@ -59,6 +59,8 @@ HEADER_TARGETS = "Ema-Targets"
 HEADER_WRITER = "Ema-Writer"
 #: Of a body that is sent: what its digest is, and where. A service's answer has the digest itself, in hexadecimal.
 HEADER_DIGEST = "Ema-Digest"
+#: RunLayout.digest, with each stretch of an update, whose body does not say what its bytes are.
+HEADER_LAYOUT = "Ema-Layout"
 #: The digest's bytes follow the body's data.
 DIGEST_FOLLOWS = "xxh3-128; follows"
 DIGEST_BYTES = 16
@@ -241,6 +243,11 @@ def part_path(run: str, step: int | None, part: int) -> str:
     return f"{whole}/parts/{part}"
 
 
+def stretch_path(run: str, step: int, start: int, stop: int) -> str:
+    """The path of a stretch of an update: bytes ``start`` to ``stop`` of the parameters in canonical order."""
+    return f"{update_path(run, step)}/stretches/{start}-{stop}"
+
+
 def averages_path(run: str) -> str:
     return f"{run_path(run)}/averages"
 
@@ -411,11 +418,19 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunLayout:
-    """The tensors of a run's updates, in canonical order; ``copied`` as in RunConfig."""
+    """The tensors of a run's updates, in canonical order; ``copied`` as in RunConfig.
+
+    digest: names this layout: XXH3 (128 bits) of a canonical body's header, in hexadecimal.
+    block_bytes: an update may be sent in stretches that begin and end at multiples of so many bytes; 0 where not.
+    lanes: how many stretches of one update the service receives at once; 1 where an update comes as one body.
+    """
 
     run: str
     layout: tuple[TensorSpec, ...]
     copied: tuple[str, ...] = ()
+    digest: str = ""
+    block_bytes: Count = 0
+    lanes: Count = 1
 
 
 @dataclass(frozen=True, slots=True)

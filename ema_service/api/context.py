@@ -16,6 +16,7 @@ from fastapi import Request
 
 from ema_client.errors import Overloaded
 from ema_service.api.facts import Facts
+from ema_service.api.lanes import Lanes
 from ema_service.api.transfer.admission import Admission
 from ema_service.api.transfer.segments import Mappings
 from ema_service.api.workers import Workers
@@ -41,9 +42,9 @@ class Context:
     More than a dozen attributes: the parts of a server, and who waits for one of them.
 
     facts: what the server says of itself. workers: the server's threads. mappings: of clients' shared memory that
-    pushes lie in. pushers, readers: the queues before the budgets of staging and of frozen versions. watchers: how many
-    streams of events are open. waits: how many reads wait for a step. stopping: set once the server is told to stop;
-    whoever waits for a run stops waiting then.
+    pushes lie in. lanes: which stretches of updates are being received. pushers, readers: the queues before the budgets
+    of staging and of frozen versions. watchers: how many streams of events are open. waits: how many reads wait for a
+    step. stopping: set once the server is told to stop; whoever waits for a run stops waiting then.
     """
 
     def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
@@ -54,6 +55,7 @@ class Context:
         self.workers = Workers()
         self.mappings = Mappings()
         self.pushers, self.readers = Admission(), Admission()
+        self.lanes = Lanes(settings.max_lanes, settings.max_connections // 4)
         self.stopping = False
         self.watchers = self.waits = 0
         self._waiting: set[asyncio.Event] = set()

@@ -12,7 +12,7 @@ Knows that order, and how a push may arrive. Does not know bytes (transfer, bodi
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
@@ -27,11 +27,13 @@ from ema_service.api.transfer.lending import link_of
 from ema_service.api.transfer.segments import named, take_over
 from ema_service.bodies import Body, UpdateBody
 from ema_service.memory import Staged
-from ema_service.runs import Part, Run, Terms
+from ema_service.runs import Run, Terms
+from ema_service.runs.gathering import Key, Piece
 from ema_service.runs.parts import Outcome
+from ema_service.runs.stretches import StretchBody
 from ema_service.shadows import Preparation
 
-__all__ = ["PartialPush", "Push"]
+__all__ = ["PartialPush", "Push", "StretchPush"]
 
 T = TypeVar("T")
 
@@ -148,16 +150,25 @@ class PartialPush:
     where the part is the first of its step.
     """
 
-    def __init__(self, request: Request, server: Context, run: Run, step: int | None, index: int, terms: Terms) -> None:
+    def __init__(self, request: Request, server: Context, run: Run, step: int | None, key: Key, terms: Terms) -> None:
         self._request = request
         self._server = server
         self._run = run
-        self._place = step, index, terms
+        self._place = step, key, terms
         self._parts = server.registry.parts(run.config.run, run.created_at)
         self._incoming = _Incoming(request, server, run)
         self._whole = False
 
     async def __aenter__(self) -> Self:
+        self._part = await self._begun()
+        with ExitStack() as undo:
+            undo.callback(self._parts.give_up, self._part)
+            await self._server.allocate(self._run, partial(self._parts.prepare, self._part))
+            undo.pop_all()
+        return self
+
+    async def _begun(self) -> Piece:
+        """The piece, in the staging of its step. Raises as Parts.admit(), and as Push where there was none yet."""
         averages = 1 if self._place[0] is None else len(self._run.config.averages)
         staging = self._server.registry.staging
         begin = partial(
@@ -165,17 +176,10 @@ class PartialPush:
         )
         if self._parts.admit(*self._place):
             staging.needed(self._run.layout, averages)
-            self._part: Part = await self._server.pushers.take(self._request, begin)
-        else:
-            # The step has its staging already. Waiting in the queue would be wrong: the others may wait for this part's
-            # step to end.
-            self._part = begin()
-        if gathering := self._part.gathering:
-            with ExitStack() as undo:
-                undo.callback(self._parts.give_up, self._part)
-                await self._server.allocate(self._run, gathering.staged.allocate)
-                undo.pop_all()
-        return self
+            return await self._server.pushers.take(self._request, begin)
+        # The step has its staging already. Waiting in the queue would be wrong: the others may wait for this part's
+        # step to end.
+        return begin()
 
     async def receive(self) -> Outcome:
         """Receive the part, and return what becomes of it (Outcome) once the part is whole.
@@ -205,7 +209,51 @@ class PartialPush:
         if not self._whole:
             self._parts.give_up(self._part)
 
-    def _announced(self, length: int | None) -> Part:
-        """The part's body, told its announced length. Raises BodyTooLarge."""
+    def _announced(self, length: int | None) -> Piece:
+        """The part's body, told its announced length. Raises BodyTooLarge, MalformedBody."""
         self._part.announce(length)
         return self._part
+
+
+class StretchPush(PartialPush):
+    """One stretch of an update, to be used with ``async with``. Averaged as it arrives, behind its own socket.
+
+    As PartialPush. Entering waits for the lane of the same stretch before, if there is one, and raises Overloaded where
+    too many stretches are coming.
+    """
+
+    async def __aenter__(self) -> Self:
+        step, key, terms = self._place
+        self._parts.admit(*self._place)
+        name = self._run.config.run, self._run.created_at, step, terms
+        async with AsyncExitStack() as undo:
+            self._lane = await undo.enter_async_context(self._server.lanes.lane(name, key))
+            await super().__aenter__()
+            self._undo = undo.pop_all()
+        return self
+
+    async def _begun(self) -> Piece:
+        step, _, terms = self._place
+        # All lanes of a push come at once. One waits for staging, the others for that one: behind it in the queue they
+        # would wait for pushes that wait for theirs.
+        async with self._server.turn(self._run.config.run, str(step), terms.group):
+            return await super()._begun()
+
+    async def receive(self) -> Outcome:
+        """As PartialPush.receive(). Raises DigestMismatch where the stretch alone has to be sent again."""
+        stretch = self._part
+        if not isinstance(stretch, StretchBody):
+            raise TypeError("a push in stretches has bodies that are stretches")
+        work = self._server.workers.behind(stretch.work.advance) if stretch.work else None
+        with self._server.metrics.push("receive"):
+            await self._lane.receive(self._incoming.fill(self._announced, work))
+            await self._server.workers.compute(stretch.settle)
+        outcome = self._parts.complete(stretch)
+        self._whole = True
+        return outcome
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        async with self._undo:
+            await super().__aexit__(kind, error, where)

@@ -25,11 +25,13 @@ BLOCK_BYTES = 8 << 20
 class Digest:
     """The digest of a stream of bytes: XXH3 over the hashes of the stream's blocks, ``block_bytes`` long each.
 
-    Blocks come as bytes, by update(), or already hashed, by add(). Not thread-safe.
+    Blocks come as bytes, by update(), or already hashed, by add(). blocks: the hashes of whole blocks so far, 16 bytes
+    each. Not thread-safe.
     """
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
-        self._whole, self._block = xxhash.xxh3_128(), xxhash.xxh3_128()
+        self.blocks: list[bytes] = []
+        self._block = xxhash.xxh3_128()
         self._block_bytes = self._room = block_bytes
 
     def update(self, data: memoryview) -> None:
@@ -43,15 +45,19 @@ class Digest:
 
     def add(self, block: bytes) -> None:
         """Append a whole block by its hash (16 bytes). Only where the stream stands at the beginning of a block."""
-        self._whole.update(block)
+        self.blocks.append(block)
         self._block.reset()
         self._room = self._block_bytes
 
-    def digest(self) -> bytes:
-        """The digest, 16 bytes, after the stream's last byte."""
+    def end(self) -> None:
+        """The stream ends here: its last block, which may be shorter than the others, is whole."""
         if self._room < self._block_bytes:
             self.add(self._block.digest())
-        return self._whole.digest()
+
+    def digest(self) -> bytes:
+        """The digest, 16 bytes, after the stream's last byte."""
+        self.end()
+        return xxhash.xxh3_128(b"".join(self.blocks)).digest()
 
 
 class BlockDigest:

@@ -202,14 +202,17 @@ def _had(allocate: Callable[[int], _V], nbytes: int) -> _V:
         raise Overloaded(f"{what}: {_said(fault)}", retry_after=1.0) from fault
 
 
-def param_offset(layout: Layout) -> int:
-    """At which byte of a buffer parameters begin, if the buffer is to become an arena: as late as they fit, on a cache
-    line.
+def param_offset(layout: Layout, stop: int | None = None) -> int:
+    """By how many bytes parameters are shifted in a buffer that is to become an arena: as late as they fit, for all of
+    them on a cache line.
 
-    Averaging writes shadows from the front of the same buffer and, a shadow being at least as wide as its parameter,
-    never overtakes parameters still to be read.
+    stop: where the stretch of the parameters ends that is averaged by itself; None for all parameters as one stretch.
+    Averaging writes shadows from the front of the stretch's shadows and, a shadow being at least as wide as its
+    parameter, never overtakes parameters still to be read, nor reaches those of another stretch.
     """
-    return -(-(layout.shadow_bytes - layout.param_bytes) // _LINE) * _LINE
+    if stop is None or stop == layout.param_bytes:
+        return -(-(layout.shadow_bytes - layout.param_bytes) // _LINE) * _LINE
+    return layout.shadow_at(stop) - stop
 
 
 def buffer_bytes(layout: Layout) -> int:

@@ -8,6 +8,7 @@ Knows names, dtypes and offsets. Does not know memory or devices.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from ema_client.errors import InvalidRequest, LayoutMismatch, listed
 from ema_client.protocol import LAYOUT_DTYPES, MAX_RANK, MAX_STEP, MAX_TENSOR_NAME, MAX_TENSORS, TensorSpec
@@ -97,6 +99,31 @@ class Layout:
             )
             for section in self.sections
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the layout: XXH3 (128 bits) of the header of a canonical push, in hexadecimal."""
+        return xxhash.xxh3_128(self.header).hexdigest()
+
+    @property
+    def divisible(self) -> bool:
+        """Whether stretches of the parameters can be averaged apart from each other, in the memory they came in.
+
+        Not where float64 lies beside a dtype narrower than its shadow: parameters at the end of a stretch's shadows
+        would lie at addresses that float64 may not have.
+        """
+        narrow = self.param_bytes < self.shadow_bytes
+        return not (narrow and any(section.param_dtype == "F64" for section in self.sections))
+
+    def shadow_at(self, position: int) -> int:
+        """The byte of the shadows at which the shadow of the parameters from byte ``position`` on begins.
+
+        position: between two elements, or behind the last.
+        """
+        section = self.sections[bisect_right(self.sections, position, key=lambda each: each.param.start) - 1]
+        elements: int = (position - section.param.start) // LAYOUT_DTYPES[section.param_dtype]
+        begin: int = section.shadow.start
+        return begin + elements * LAYOUT_DTYPES[section.shadow_dtype]
 
     def find(self, name: str) -> Entry | None:
         """The tensor of this name as it is pushed; None where the run has none."""

@@ -20,7 +20,7 @@ from ema_service.memory.budget import Budget
 from ema_service.memory.layout import Layout
 from ema_service.values import Array, Values, address, array_over, typed
 
-__all__ = ["Shared", "Staged", "Staging"]
+__all__ = ["Region", "Shared", "Staged", "Staging"]
 
 #: Bytes of the widest dtype.
 _WIDEST = max(LAYOUT_DTYPES.values())
@@ -45,8 +45,11 @@ class Staged:
     data: the parameters in host memory, layout.param_bytes long. on_host: whether they are averaged in host memory.
     arena: the same buffer once averages are written over the parameters; on the device. shared: the client's memory
     that ``data`` is a view of, None where the push is received; a reader of ``data`` must call settle() after it.
-    expected: the digest of the parameters as they were sent, None where the sender gave none. The budget is given back
-    by release(), or when this object dies; the memory lives as long as its views.
+    expected: the digest of the parameters as they were sent, None where the sender gave none. buffer: what becomes the
+    arena, on the device. adopted: the client's memory, as ``data``. The budget is given back by release(), or when this
+    object dies; the memory lives as long as its views.
+
+    More than a dozen attributes: the memory of a push as each of its readers wants it, and who gives it back.
 
     allocate: take the memory at once; else allocate() has to be called before anything else is asked.
     """
@@ -59,7 +62,7 @@ class Staged:
         self._host: Array | None = None
         self.shared: Shared | None = None
         self.expected: bytes | None = None
-        self._adopted: Array | None = None
+        self.adopted: Array | None = None
         if allocate:
             self.allocate()
 
@@ -74,11 +77,10 @@ class Staged:
                 return
             layout, size = self.layout, buffer_bytes(self.layout)
             host = self._memory.landing(size if self.on_host else layout.param_bytes)
-            self._buffer: Values = host if self.on_host else self._memory.allocate(size)
-            start = self._offset if self.on_host else 0
-            self.data = host[start : start + layout.param_bytes].data
-            self.arena = Arena(layout, self._buffer)
+            self.buffer: Values = host if self.on_host else self._memory.allocate(size)
+            self.arena = Arena(layout, self.buffer)
             self._host = host
+            self.data = self.region().data
 
     def adopt(self, shared: Shared, start: int) -> bool:
         """Leave the parameters in the client's memory, where they lie in canonical order from byte ``start`` of the
@@ -91,39 +93,16 @@ class Staged:
         adopted = array_over(data)
         if address(adopted) % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
             return False
-        self.shared, self.data, self._adopted = shared, data, adopted
+        self.shared, self.data, self.adopted = shared, data, adopted
         return True
 
-    def param(self, index: int) -> Values:
-        """The parameters of one section on the device, flat, in the dtype they were pushed in.
-
-        On a GPU: as far as uploaded.
-        """
-        section = self.layout.sections[index]
-        if self._adopted is not None and self.on_host:
-            param: Values = self._adopted[section.param]
-        else:
-            param = self._buffer[self._offset + section.param.start : self._offset + section.param.stop]
-        return typed(param, section.param_dtype)
-
-    def upload(self, start: int, stop: int) -> None:
-        """Copy bytes ``start`` to ``stop`` of the parameters to the device, without waiting. Nothing to do on the
-        CPU."""
-        if not self.on_host:
-            from ema_service.tensors import tensor_of
-
-            host = tensor_of(self._landed())
-            if self._adopted is not None:
-                host[start:stop].copy_(tensor_of(self._adopted[start:stop]))
-            param = tensor_of(self._buffer[self._offset + start : self._offset + stop])
-            param.copy_(host[start:stop], non_blocking=True)
+    def region(self, start: int = 0, stop: int | None = None) -> Region:
+        """Where bytes ``start`` to ``stop`` of the parameters lie that are averaged by themselves; all by default."""
+        return Region(self, start, self.layout.param_bytes if stop is None else stop)
 
     @property
-    def _offset(self) -> int:
-        """At which byte of the buffer the parameters begin."""
-        return param_offset(self.layout)
-
-    def _landed(self) -> Array:
+    def landed(self) -> Array:
+        """The host memory that the push is received into."""
         if self._host is None:
             raise RuntimeError("staging has no memory before allocate()")
         return self._host
@@ -158,12 +137,62 @@ class Staged:
         self._give_back()
         if self.shared is not None:
             # The client's memory is freed as soon as nobody reads it.
-            self.shared = self._adopted = None
+            self.shared = self.adopted = None
             self.data = memoryview(b"")
 
     def charge(self, budget: Budget, nbytes: int) -> None:
         """Return ``nbytes`` to ``budget`` when this object is released or dies. Called once, by Staging."""
         self._give_back = weakref.finalize(self, budget.give_back, nbytes)
+
+
+class Region:
+    """Where the parameters of one stretch of a push lie: at the end of the stretch's own shadows, so that no result of
+    another stretch is written over them. Without them in staging: in a client's memory (Staged.adopt).
+
+    start, stop: bytes of the parameters. data: the host memory that the stretch is received into.
+    """
+
+    __slots__ = ("_offset", "_staged", "data", "start", "stop")
+
+    def __init__(self, staged: Staged, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self._staged = staged
+        self._offset = param_offset(staged.layout, stop)
+        shift = self._offset if staged.on_host else 0
+        self.data = staged.landed[shift + start : shift + stop].data
+
+    def bytes(self, start: int, stop: int) -> memoryview:
+        """Bytes ``start`` to ``stop`` of the push's parameters, which lie in the stretch, in host memory."""
+        if self._staged.shared is not None:
+            return self._staged.data[start:stop]
+        return self.data[start - self.start : stop - self.start]
+
+    def param(self, index: int) -> Values:
+        """The parameters of one section on the device, flat, in the dtype they were pushed in.
+
+        Only what lies in the stretch has a meaning; on a GPU: as far as uploaded.
+        """
+        staged = self._staged
+        section = staged.layout.sections[index]
+        if staged.adopted is not None and staged.on_host:
+            param: Values = staged.adopted[section.param]
+        else:
+            param = staged.buffer[self._offset + section.param.start : self._offset + section.param.stop]
+        return typed(param, section.param_dtype)
+
+    def upload(self, start: int, stop: int) -> None:
+        """Copy bytes ``start`` to ``stop`` of the parameters to the device, without waiting. Nothing to do on the
+        CPU."""
+        staged = self._staged
+        if not staged.on_host:
+            from ema_service.tensors import tensor_of
+
+            host = tensor_of(staged.landed)
+            if staged.adopted is not None:
+                host[start:stop].copy_(tensor_of(staged.adopted[start:stop]))
+            param = tensor_of(staged.buffer[self._offset + start : self._offset + stop])
+            param.copy_(host[start:stop], non_blocking=True)
 
 
 class Staging:

@@ -53,7 +53,7 @@ class InPlace:
     def __init__(self, versions: MemoryVersions) -> None:
         self._versions = versions
 
-    def write(self, average: str, data: memoryview, upto: int) -> None:
+    def write(self, average: str, data: memoryview, upto: int, start: int = 0) -> None:
         """Nothing to do; that someone follows the result gives its arena a digest."""
 
     def finish(self, state: State) -> None:

@@ -70,9 +70,9 @@ class SlotPlace:
         self._versions = versions
         self._slot = slot
 
-    def write(self, average: str, data: memoryview, upto: int) -> None:
+    def write(self, average: str, data: memoryview, upto: int, start: int = 0) -> None:
         """As Slot.write()."""
-        self._slot.write(average, data, upto)
+        self._slot.write(average, data, upto, start)
 
     def finish(self, state: State) -> None:
         """As Versions.write()."""

@@ -1,7 +1,8 @@
-"""The gathering of the parts of one step, and a single part while it is received.
+"""The gathering of one step that comes in pieces, and a single piece while it is received.
 
-The bytes of a part are received straight to where its slices belong, in the staging that all parts of a step share. A
-part that was received before is hashed and compared, and its bytes are dropped.
+A *piece* is what one request brings of a step: a part (slices of tensors, of one rank of a sharded trainer), or a
+stretch (stretches.py). The bytes of a piece are received straight to where they belong, in the staging that all pieces
+of a step share. A piece that was received before is hashed and compared, and its bytes are dropped.
 
 Knows slices, staging and the byte stream. Does not know which steps are put together, or when a step is given up
 (parts).
@@ -10,37 +11,42 @@ Knows slices, staging and the byte stream. Does not know which steps are put tog
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import xxhash
 
-from ema_client.errors import BodyTooLarge, DigestMismatch, EmaError
-from ema_client.protocol import DIGEST_BYTES
+from ema_client.errors import BodyTooLarge, DigestMismatch, EmaError, StepConflict
+from ema_client.protocol import DIGEST_BYTES, RunInfo, UpdateResult
 from ema_client.wire import LENGTH_BYTES, Box, parse_header
 from ema_service.bodies.incoming import Body
-from ema_service.bodies.slices import Cover, Piece, pieces_of, slices_of
+from ema_service.bodies.slices import Cover, pieces_of, slices_of
+from ema_service.bodies.slices import Piece as Slice
 from ema_service.memory.layout import Layout
 from ema_service.memory.staging import Staged
-from ema_service.runs.run import Parameters
+from ema_service.runs.run import Parameters, Run
 
-__all__ = ["Claims", "Gathering", "Part", "Terms"]
+__all__ = ["Claims", "Gathering", "Key", "Lacking", "Part", "PartGathering", "Piece", "Terms", "index_of"]
 
-#: The rest of a part that was given up is read into so many bytes, and dropped.
+#: The rest of a piece that was given up is read into so many bytes, and dropped.
 _STRAY_BYTES = 256 << 10
+
+#: What tells apart the pieces of one step: the index of a part, the bounds of a stretch.
+Key = int | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all parts of a step must agree on.
+    """What all pieces of a step must agree on.
 
-    of: how many parts there are. group: which start of which trainer the parts come from. num_updates, step: of initial
-    weights, see Run.initialise(). writer: the number of the trainer, see Run.begin(). replaces: of initial weights
-    given anew, see Run.initialise_anew().
+    of: how many parts there are; None where the pieces are stretches. group: which start of which trainer the parts
+    come from, which try of the step the stretches. num_updates, step: of initial weights, see Run.initialise(). writer:
+    the number of the trainer, see Run.begin(). replaces: of initial weights given anew, see Run.initialise_anew().
     """
 
-    of: int
+    of: int | None
     group: str = ""
     num_updates: int | None = None
     step: int | None = None
@@ -49,22 +55,86 @@ class Terms:
 
 
 @dataclass
-class Gathering:
-    """The parts of one step that have been received or are being received, in one staging.
+class Gathering(ABC):
+    """The pieces of one step that have been received or are being received, in one staging.
 
-    step: None for the initial weights. covers: which elements of each tensor are claimed. touched: when bytes last
-    arrived, by time.monotonic(). done: index of a part -> its fingerprint. coming: index -> the part being received.
-    applying: whether the run is applying the complete set. parameters: the set in the run's hands.
+    step: None for the initial weights. touched: when bytes last arrived, by time.monotonic(). done: key of a piece ->
+    its fingerprint. coming: key -> the piece being received. applying: whether the run is applying the complete set.
+    lasts: whether pieces that are whole stay what they are where a write fails or the run changes.
     """
+
+    lasts: ClassVar[bool] = True
 
     step: int | None
     terms: Terms
     staged: Staged
-    covers: dict[str, Cover]
     touched: float = field(default_factory=time.monotonic)
-    done: dict[int, bytes] = field(default_factory=dict)
-    coming: dict[int, Part] = field(default_factory=dict)
+    done: dict[Key, bytes] = field(default_factory=dict)
+    coming: dict[Key, Piece] = field(default_factory=dict)
     applying: bool = False
+
+    @property
+    @abstractmethod
+    def whole(self) -> bool:
+        """Whether all pieces are there."""
+
+    @property
+    @abstractmethod
+    def indices(self) -> tuple[int, ...]:
+        """The indices of the parts that are whole; none where the pieces are stretches."""
+
+    @abstractmethod
+    def lacking(self) -> Lacking:
+        """What is not there yet, for people to read."""
+
+    @abstractmethod
+    def piece(self, claims: Claims, key: Key, known: bytes | None) -> Piece:
+        """A piece to be received, or where its fingerprint is ``known`` to be compared.
+
+        Raises StepConflict where it can be none of this gathering.
+        """
+
+    @abstractmethod
+    def gaps(self, layout: Layout) -> list[str]:
+        """The names of tensors of which some element would be missing were the next piece the last one; none before."""
+
+    @abstractmethod
+    def decide(self, run: Run) -> UpdateResult | RunInfo:
+        """Have the run apply the complete set. Blocks. Raises what the run raises."""
+
+    def replaced(self, what: str) -> EmaError:
+        """The fault of pieces in whose place others come of another group. what: the step, in words."""
+        return StepConflict(f"{what} is sent by another trainer, or by this one started again")
+
+    def end(self) -> None:
+        """Give the staging back: nothing more comes of the gathering."""
+        self.staged.release()
+
+    def release(self, key: Key) -> None:  # noqa: B027 - stretches keep their bounds
+        """Forget what a piece claimed that is not received any more."""
+
+    def forget(self, piece: Piece, fault: EmaError) -> None:
+        """Give up a piece that is being received: the piece raises ``fault``, and its bytes may come again."""
+        piece.fault = fault
+        if self.coming.get(piece.key) is piece:
+            del self.coming[piece.key]
+            self.release(piece.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """What a step lacks. missing: indices of parts, or bounds of stretches. of: how many parts or bytes, in words."""
+
+    missing: tuple[object, ...]
+    of: str
+
+
+@dataclass
+class PartGathering(Gathering):
+    """The parts of one step. covers: which elements of each tensor are claimed. parameters: the set in the run's
+    hands."""
+
+    covers: dict[str, Cover] = field(default_factory=dict)
     parameters: Parameters = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,34 +142,49 @@ class Gathering:
 
     @property
     def whole(self) -> bool:
-        """Whether all parts are there."""
         return len(self.done) == self.terms.of
 
     @property
-    def missing(self) -> tuple[int, ...]:
-        """The indices of parts that are not whole yet."""
-        return tuple(index for index in range(self.terms.of) if index not in self.done)
+    def indices(self) -> tuple[int, ...]:
+        return tuple(sorted(key for key in self.done if isinstance(key, int)))
+
+    def lacking(self) -> Lacking:
+        missing = tuple(index for index in range(self.terms.of or 0) if index not in self.done)
+        return Lacking(missing, f"{self.terms.of} parts")
+
+    def piece(self, claims: Claims, key: Key, known: bytes | None) -> Part:
+        return Part(claims, self, key, known)
 
     def gaps(self, layout: Layout) -> list[str]:
-        """The names of tensors of which some element is claimed by no part."""
+        if len(self.done) + 1 != self.terms.of:
+            return []
         tensors = [entry.name for entry in layout.params if entry.end > entry.begin]
         return [name for name in tensors if name not in self.covers or not self.covers[name].whole]
 
-    def release(self, index: int) -> None:
-        """Forget the claims of a part."""
+    def release(self, key: Key) -> None:
         for cover in self.covers.values():
-            cover.release(index)
+            cover.release(index_of(key))
 
-    def forget(self, part: Part, fault: EmaError) -> None:
-        """Give up a part that is being received: the part raises ``fault``, and its slices may be claimed again."""
-        part.fault = fault
-        if self.coming.get(part.index) is part:
-            del self.coming[part.index]
-            self.release(part.index)
+    def decide(self, run: Run) -> UpdateResult | RunInfo:
+        if self.step is not None:
+            return run.apply(self.step, self.parameters, self.terms.writer)
+        terms = self.terms
+        if terms.replaces is not None:
+            run.initialise_anew(self.parameters, terms.replaces, terms.writer)
+        else:
+            run.initialise(self.parameters, num_updates=terms.num_updates, step=terms.step)
+        return run.info()
+
+
+def index_of(key: Key) -> int:
+    """The index of a part."""
+    if not isinstance(key, int):
+        raise TypeError(f"a part has an index, not {key}")
+    return key
 
 
 class Claims(Protocol):
-    """What a part needs of Parts: the layout, and a way to claim its slices."""
+    """What a piece needs of Parts: the layout, and a way to claim a part's slices."""
 
     layout: Layout
     max_header_bytes: int
@@ -107,26 +192,66 @@ class Claims(Protocol):
     def claim(self, part: Part, slices: dict[str, tuple[Box, ...]]) -> None: ...
 
 
-class Part(Body):
-    """The body of one part. Owned by the request that receives it, from Parts.begin() to complete() or give_up().
+class Piece(Body):
+    """The body of one piece. Owned by the request that receives it, from Parts.begin() to complete() or give_up().
 
-    gathering: the step whose staging the part is received into. known: the fingerprint of the same part received
+    gathering: the step whose staging the piece is received into. known: the fingerprint of the same piece received
     before; then the bytes are only hashed, to be compared, and go nowhere. received: bytes of tensors.
     """
 
-    def __init__(self, parts: Claims, gathering: Gathering | None, index: int, known: bytes | None) -> None:
-        super().__init__(parts.max_header_bytes, None)
-        self.index = index
+    def __init__(self, gathering: Gathering | None, key: Key, known: bytes | None, max_header_bytes: int) -> None:
+        super().__init__(max_header_bytes, None)
+        self.key = key
         self.gathering = gathering
         self.known = known
         self.received = 0
-        #: Why the part was given up, None while it is wanted. Set from any thread.
+        #: Why the piece was given up, None while it is wanted. Set from any thread.
         self.fault: EmaError | None = None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> bytes:
+        """A hash of what the piece is and of its bytes, once they are whole."""
+
+    @abstractmethod
+    def announce(self, content_length: int | None) -> None:
+        """Note the length of the whole body. Raises BodyTooLarge or MalformedBody where no such piece is as long."""
+
+    def begin(self, run: Run) -> None:  # noqa: ARG002 - parts are averaged once all are there
+        """Take the memory of the step, before the first byte. Off the event loop where the memory is a device's.
+
+        Raises Overloaded; what Run.begin() raises, where the piece is averaged as it arrives.
+        """
+        if self.gathering:
+            self.gathering.staged.allocate()
+
+    def window(self) -> memoryview:
+        # The rest of a piece that was given up is read, so that its sender gets an answer, and dropped.
+        return memoryview(bytearray(_STRAY_BYTES)) if self.fault else super().window()
+
+    def advance(self, count: int) -> None:
+        """As Body.advance().
+
+        Raises the fault that the piece was given up for, and LayoutMismatch where another part has a slice.
+        """
+        if self.fault:
+            raise self.fault
+        if self.gathering:
+            self.gathering.touched = time.monotonic()
+        super().advance(count)
+
+
+class Part(Piece):
+    """The body of one part: slices of tensors."""
+
+    def __init__(self, parts: Claims, gathering: PartGathering | None, key: Key, known: bytes | None) -> None:
+        super().__init__(gathering, key, known, parts.max_header_bytes)
+        self._covers = gathering.covers if gathering else None
         self._parts = parts
         self._slices: dict[str, tuple[Box, ...]] = {}
         self._hashes: dict[str, xxhash.xxh3_128] = {}
-        self._pieces: Iterator[Piece] = iter(())
-        self._piece: Piece | None = None
+        self._pieces: Iterator[Slice] = iter(())
+        self._piece: Slice | None = None
         self._scratch = bytearray()
 
     @property
@@ -138,27 +263,18 @@ class Part(Body):
             whole.update(self._hashes[name].digest())
         return whole.digest()
 
+    def claim(self, name: str, boxes: tuple[Box, ...]) -> int | None:
+        """Claim slices of one tensor. Returns None; or the part that has some of their elements, and claims nothing."""
+        if self._covers is None:
+            return None
+        cover = self._covers.setdefault(name, Cover(self._parts.layout.entry(name).shape))
+        return cover.claim(index_of(self.key), boxes)
+
     def announce(self, content_length: int | None) -> None:
-        """Note the length of the whole body. Raises BodyTooLarge where no part of this run can be as long."""
         most = LENGTH_BYTES + self._max_header_bytes + self._parts.layout.param_bytes + DIGEST_BYTES
         if content_length is not None and content_length > most:
             raise BodyTooLarge(f"the body announces {content_length} bytes; a part of this run has at most {most}")
         self._content_length = content_length
-
-    def window(self) -> memoryview:
-        # The rest of a part that was given up is read, so that its sender gets an answer, and dropped.
-        return memoryview(bytearray(_STRAY_BYTES)) if self.fault else super().window()
-
-    def advance(self, count: int) -> None:
-        """As Body.advance().
-
-        Raises the fault that the part was given up for, and LayoutMismatch where another part has a slice.
-        """
-        if self.fault:
-            raise self.fault
-        if self.gathering:
-            self.gathering.touched = time.monotonic()
-        super().advance(count)
 
     def finish(self) -> None:
         """As Body.finish(). Raises DigestMismatch where the part is not the one that was sent."""
@@ -168,7 +284,7 @@ class Part(Body):
             for each in self._hashes.values():
                 whole.update(each.digest())
             if whole.digest() != bytes(self.digest):
-                raise DigestMismatch(f"part {self.index} is not the one that was sent: the digests differ")
+                raise DigestMismatch(f"part {self.key} is not the one that was sent: the digests differ")
 
     def _begin_data(self, raw: bytes) -> None:
         header = parse_header(raw)
@@ -192,7 +308,7 @@ class Part(Body):
             self._scratch = bytearray(self._piece.nbytes)
         return memoryview(self._scratch)[: self._piece.nbytes]
 
-    def _place(self, piece: Piece) -> None:
+    def _place(self, piece: Slice) -> None:
         """Hash the piece that has arrived, and put it in place if its elements are scattered."""
         self._hashes[piece.entry.name].update(self._window)
         if self.known is None and piece.stretch is None:

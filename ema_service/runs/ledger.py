@@ -292,9 +292,14 @@ class Ledger:
             if digest != version.digest:
                 raise StepConflict(f"step {plan.step} of run {self._run!r} was applied with other bytes")
             return False
-        if version is not plan.base:
-            raise Superseded(f"run {self._run!r} changed while step {plan.step} was received", retry_after=0.0)
+        self.check_planned(plan)
         return True
+
+    def check_planned(self, plan: Plan) -> None:
+        """Raises Superseded where the run changed since the plan was made, other than by the planned step itself."""
+        version = self.readable()
+        if version is not plan.base and version.step != plan.step:
+            raise Superseded(f"run {self._run!r} changed while step {plan.step} was received", retry_after=0.0)
 
     def judge_first(self, digest: bytes) -> bool:
         """Whether initial weights are to be taken; False where the same were taken before.

@@ -1,17 +1,22 @@
 """Parts: one update (or the initial weights) that arrives over several requests, put together in one staging.
 
-The first part of a step reserves staging for the whole step; each part is received straight to where its slices belong;
-the part that completes the set has the run apply the update as one. Until then the run knows nothing of the parts.
+The first piece of a step reserves staging for the whole step; each piece is received straight to where its bytes
+belong; the piece that completes the set has the run apply the update as one. Until then nothing of the run has changed.
+
+Pieces are of two kinds (gathering.py, stretches.py). *Parts* come from the ranks of a sharded trainer: slices of
+tensors, averaged once all are there. *Stretches* come from one sender over several connections: runs of bytes, averaged
+as they arrive, upon the version that was current when the first came.
 
 Ranks of one trainer are not at the same step at the same time, so several steps of a run are put together at once. A
 part that is sent again is compared and not received into place: with the staged part while others are awaited,
 afterwards with the part that was applied.
 
-Where the complete set cannot be written the set stays, and a part that is sent again has it written anew. A set that
-was refused for its content is remembered: a sender keeps its part until it learns what became of the update, and learns
-the reason by sending the part again.
+Where a complete set of parts cannot be written the set stays, and a part that is sent again has it written anew. A set
+that was refused for its content is remembered: a sender keeps its part until it learns what became of the update, and
+learns the reason by sending the part again. Stretches whose set came to nothing are over, whatever the reason: what
+they were averaged upon, or into, is gone. Their sender has every byte, and sends the step anew, in another group.
 
-Knows which parts of which steps are there and which slices they hold. Does not know HTTP, or what an update computes
+Knows which pieces of which steps are there. Does not know HTTP, or what an update computes
 and whether it is applied (run).
 """
 
@@ -37,14 +42,14 @@ from ema_client.errors import (
 )
 from ema_client.protocol import RunInfo, UpdateResult, UpdateStatus
 from ema_client.wire import Box
-from ema_service.bodies.slices import Cover
 from ema_service.memory.staging import Staged
-from ema_service.runs.gathering import Gathering, Part, Terms
+from ema_service.runs.gathering import Gathering, Key, Lacking, Part, PartGathering, Piece, Terms, index_of
 from ema_service.runs.run import Run
+from ema_service.runs.stretches import StretchBody, StretchGathering
 
 __all__ = ["Expired", "Outcome", "Parts"]
 
-#: What became of a part: "staged", it waits for others; "applied", its update was applied before; "complete", it was
+#: What became of a piece: "staged", it waits for others; "applied", its update was applied before; "complete", it was
 #: the last one missing.
 Outcome = Literal["staged", "applied", "complete"]
 
@@ -52,29 +57,32 @@ Outcome = Literal["staged", "applied", "complete"]
 #: of one, may be two steps ahead.
 _MOST_STEPS = 3
 
+#: How many groups of stretches that came to nothing are told so: a late stretch must not begin its group anew.
+_REMEMBERED_GROUPS = 16
+
 #: A step of which no byte has arrived for so many seconds makes room for a newer one, where staging has no other.
 _STALLED_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """A step that was given up because some of its parts did not arrive."""
+    """A step that was given up because some of its pieces did not arrive."""
 
     step: int | None
-    missing: tuple[int, ...]
-    of: int
+    lacking: Lacking
 
     def __str__(self) -> str:
-        return f"{_what(self.step)} was given up: of {self.of} parts, {listed(map(str, self.missing))} did not come"
+        missing = listed(map(str, self.lacking.missing))
+        return f"{_what(self.step)} was given up: of {self.lacking.of}, {missing} did not come"
 
 
 @dataclass(frozen=True, slots=True)
 class _Applied:
-    """The parts of the latest applied set. digest: of the state that the set made."""
+    """The pieces of the latest applied set. digest: of the state that the set made."""
 
     step: int | None
     terms: Terms
-    fingerprints: dict[int, bytes]
+    fingerprints: dict[Key, bytes]
     digest: bytes
 
 
@@ -84,14 +92,14 @@ class _Refused:
 
     step: int | None
     terms: Terms
-    fingerprints: dict[int, bytes]
+    fingerprints: dict[Key, bytes]
     fault: EmaError
 
 
 class Parts:
-    """The parts of one run. Thread-safe.
+    """The parts and stretches of one run. Thread-safe.
 
-    More than twenty methods: the way of a part, from its admission to the set's end, and what is told of sets.
+    More than twenty methods: the way of a piece, from its admission to the set's end, and what is told of sets.
 
     max_header_bytes: most bytes of a part's header.
     """
@@ -104,54 +112,79 @@ class Parts:
         self._gatherings: list[Gathering] = []
         self._applied: _Applied | None = None
         self._refused: _Refused | None = None
+        #: What became of stretches that came to nothing, by step and terms; of the latest groups.
+        self._over: dict[tuple[int | None, Terms], EmaError] = {}
         self._lock = threading.Lock()
 
-    # --- a part's way -----------------------------------------------------------------------------------------------
+    # --- a piece's way ----------------------------------------------------------------------------------------------
 
-    def admit(self, step: int | None, index: int, terms: Terms) -> bool:
-        """Whether staging must be reserved for a part, before its body is read. step: None for the initial weights.
+    def admit(self, step: int | None, key: Key, terms: Terms) -> bool:
+        """Whether staging must be reserved for a piece, before its body is read. step: None for the initial weights.
 
-        Raises InvalidRequest, StepConflict, StaleStep, and what Ledger.admit() raises.
+        Raises InvalidRequest, StepConflict, StaleStep, what Ledger.admit() raises, and what the stretches of a group
+        came to nothing for.
         """
-        if not 0 <= index < terms.of:
-            raise InvalidRequest(f"part {index} of {terms.of}: parts are numbered from 0 to {terms.of - 1}")
+        if terms.of is not None and not 0 <= index_of(key) < terms.of:
+            raise InvalidRequest(f"part {key} of {terms.of}: parts are numbered from 0 to {terms.of - 1}")
         if step is not None:
             self._run.ledger.admit(step, terms.writer)
         elif terms.replaces is not None:
             self._run.ledger.admit_anew(terms.writer)
         with self._lock:
-            if self._known_of_applied(step, index, terms) is not None:
+            if self._known_of_applied(step, key, terms) is not None:
                 return False
+            if fault := self._over.get((step, terms)):
+                raise fault
             found = self._find(step)
             if found is None or found.terms.group != terms.group:
                 self._check_not_given_up(step)
                 return True
             if found.terms != terms:
                 raise StepConflict(
-                    f"{_what(step)} is being put together of {found.terms.of} parts, not {terms.of}",
+                    f"{_what(step)} is being put together of {found.lacking().of}, not {terms.of or 'stretches'}",
                     hint="all ranks must send the same number of parts, num_updates and step",
                 )
             return False
 
-    def begin(self, step: int | None, index: int, terms: Terms, reserve: Callable[[], Staged]) -> Part:
-        """A part to be received, after admit(). reserve: called where the part is the first of its step.
+    def begin(self, step: int | None, key: Key, terms: Terms, reserve: Callable[[], Staged]) -> Piece:
+        """A piece to be received, after admit(). reserve: called where the piece is the first of its step.
 
-        Raises what ``reserve`` raises; StaleStep where newer steps have taken the place of the part's step.
+        Raises what ``reserve`` raises; StaleStep where newer steps have taken the place of the piece's step;
+        StepConflict where a stretch overlaps another.
         """
         with self._lock:
-            known = self._known_of_applied(step, index, terms)
+            known = self._known_of_applied(step, key, terms)
             if known is not None:
-                return Part(self, None, index, known)
+                return self._compared(key, terms, known)
+            if fault := self._over.get((step, terms)):
+                raise fault
             gathering = self._find(step)
             if gathering is None or gathering.terms != terms:
                 gathering = self._open(step, terms, reserve)
-            if index in gathering.done:
-                return Part(self, gathering, index, gathering.done[index])
-            if index in gathering.coming:
-                again = Superseded(f"part {index} of {_what(step)} was sent again", retry_after=1.0)
-                gathering.forget(gathering.coming[index], again)
-            part = gathering.coming[index] = Part(self, gathering, index, None)
-            return part
+            if key in gathering.done:
+                return gathering.piece(self, key, gathering.done[key])
+            if key in gathering.coming:
+                again = Superseded(f"{_piece(key)} of {_what(step)} was sent again", retry_after=1.0)
+                gathering.forget(gathering.coming[key], again)
+            piece = gathering.coming[key] = gathering.piece(self, key, None)
+            return piece
+
+    def _compared(self, key: Key, terms: Terms, known: bytes) -> Piece:
+        """A piece whose bytes are compared with one that was applied, and go nowhere."""
+        return Part(self, None, key, known) if terms.of is not None else StretchBody(None, key, known)
+
+    def prepare(self, piece: Piece) -> None:
+        """Take the memory of a piece that is about to be received. Off the event loop where the memory is a device's.
+
+        Raises as Piece.begin(); a step that cannot come to anything any more is given up.
+        """
+        try:
+            piece.begin(self._run)
+        except Superseded as fault:
+            with self._lock:
+                if piece.gathering in self._gatherings:
+                    self._drop(piece.gathering, fault)
+            raise
 
     def claim(self, part: Part, slices: dict[str, tuple[Box, ...]]) -> None:
         """Claim slices for a part.
@@ -165,75 +198,75 @@ class Parts:
             if part.fault:
                 raise part.fault
             for name, boxes in slices.items():
-                cover = gathering.covers.setdefault(name, Cover(self.layout.entry(name).shape))
-                other = cover.claim(part.index, boxes)
+                other = part.claim(name, boxes)
                 if other is not None:
-                    gathering.release(part.index)
-                    raise LayoutMismatch(_overlap(name, part.index, other))
+                    gathering.release(part.key)
+                    raise LayoutMismatch(_overlap(name, index_of(part.key), other))
 
-    def complete(self, part: Part) -> Outcome:
-        """Take a part whose body is whole. After "complete", apply() must follow.
+    def complete(self, piece: Piece) -> Outcome:
+        """Take a piece whose body is whole. After "complete", apply() must follow.
 
-        Raises StepConflict where the part was received before with other bytes. Raises LayoutMismatch where the part is
-        the last and elements are missing: then the part is dropped and the others stay. Raises what the set was refused
-        for where the part, with these bytes, was in a set that the run refused.
+        Raises StepConflict where the piece was received before with other bytes. Raises LayoutMismatch where the part
+        is the last and elements are missing: then the part is dropped and the others stay. Raises what the set was
+        refused for where the part, with these bytes, was in a set that the run refused.
         """
         with self._lock:
-            if part.fault:
-                raise part.fault
-            if part.known is not None and part.fingerprint != part.known:
-                raise StepConflict(f"part {part.index} came before with other bytes")
-            gathering = part.gathering
+            if piece.fault:
+                raise piece.fault
+            if piece.known is not None and piece.fingerprint != piece.known:
+                raise StepConflict(f"{_piece(piece.key)} came before with other bytes")
+            gathering = piece.gathering
             if gathering is None:
                 return "applied"
             if gathering not in self._gatherings:
                 return self._outcome_of_gone(gathering)
-            if part.known is not None:
+            if piece.known is not None:
                 if gathering.applying or not gathering.whole:
                     return "staged"
                 gathering.applying = True
                 return "complete"
-            if fault := self._refusal_of(part, gathering):
-                gathering.forget(part, fault)
+            if fault := self._refusal_of(piece, gathering):
+                gathering.forget(piece, fault)
                 raise fault
-            if len(gathering.done) + 1 == gathering.terms.of and (gaps := gathering.gaps(self.layout)):
+            if gaps := gathering.gaps(self.layout):
                 fault = LayoutMismatch(
-                    f"all {gathering.terms.of} parts are there and elements are missing: {listed(gaps)}"
+                    f"all {gathering.lacking().of} are there and elements are missing: {listed(gaps)}"
                 )
-                gathering.forget(part, fault)
+                gathering.forget(piece, fault)
                 raise fault
-            del gathering.coming[part.index]
-            gathering.done[part.index] = part.fingerprint
+            del gathering.coming[piece.key]
+            gathering.done[piece.key] = piece.fingerprint
             gathering.applying = gathering.whole
             return "complete" if gathering.applying else "staged"
 
-    def give_up(self, part: Part) -> None:
-        """Drop a part that will not become whole: it may be sent again. Staging that holds no other part is given
+    def give_up(self, piece: Piece) -> None:
+        """Drop a piece that will not become whole: it may be sent again. Staging that holds no other piece is given
         back."""
         with self._lock:
-            gathering = part.gathering
-            if part.known is not None or gathering is None:
+            gathering = piece.gathering
+            if piece.known is not None or gathering is None:
                 return
-            if part.fault is None:
-                gathering.forget(part, Superseded("the part was given up", retry_after=0.0))
+            if piece.fault is None:
+                gathering.forget(piece, Superseded("the piece was given up", retry_after=0.0))
             if not gathering.done and not gathering.coming and gathering in self._gatherings:
-                self._drop(gathering, Superseded("the step was given up", retry_after=0.0))
+                self._drop(gathering, None)
 
-    def apply(self, part: Part) -> UpdateResult | RunInfo:
-        """Have the run apply the complete set. Blocks. Raises what Run.apply() and Run.initialise() raise."""
-        gathering = part.gathering
+    def apply(self, piece: Piece) -> UpdateResult | RunInfo:
+        """Have the run apply the complete set. Blocks.
+
+        Raises what Run.apply(), Run.initialise() and, for stretches, Run.commit() raise.
+        """
+        gathering = piece.gathering
         if gathering is None:
-            raise RuntimeError("apply() is for a part that completed its set")
+            raise RuntimeError("apply() is for a piece that completed its set")
         try:
-            result = self._decide(gathering)
-        except StorageFailed:
-            with self._lock:
-                gathering.applying, gathering.touched = False, time.monotonic()
-            raise
+            result = gathering.decide(self._run)
         except BaseException as fault:
-            self._end(gathering)
-            if isinstance(fault, EmaError) and not fault.retryable:
-                self._refused = _Refused(gathering.step, gathering.terms, gathering.done, fault)
+            if isinstance(fault, StorageFailed) and gathering.lasts:
+                with self._lock:
+                    gathering.applying, gathering.touched = False, time.monotonic()
+                raise
+            self._end(gathering, fault)
             raise
         self._note(gathering)
         self._end(gathering)
@@ -245,7 +278,7 @@ class Parts:
         """The indices of a step's parts that are whole; None where the step is not being put together."""
         with self._lock:
             found = self._find(step)
-            return tuple(sorted(found.done)) if found else None
+            return found.indices if found else None
 
     def status_of_first(self, step: int, group: str) -> UpdateStatus:
         """Which parts of initial weights are there, of one group; applied once an update was, which comes after them.
@@ -256,7 +289,7 @@ class Parts:
         with self._lock:
             found, applied = self._find(None), self._applied
             if found and found.terms.group == group:
-                return UpdateStatus(step, "staged", tuple(sorted(found.done)))
+                return UpdateStatus(step, "staged", found.indices)
             latest = applied is not None and applied.step is None and applied.terms.group == group
             return UpdateStatus(step, "applied" if latest or (version and version.n) else "unknown")
 
@@ -269,7 +302,7 @@ class Parts:
         now = time.monotonic()
         with self._lock:
             idle = [g for g in self._gatherings if not g.applying and now - g.touched > silence]
-            expired = [Expired(g.step, g.missing, g.terms.of) for g in idle]
+            expired = [Expired(g.step, g.lacking()) for g in idle]
             for gathering, why in zip(idle, expired, strict=True):
                 self._drop(gathering, StaleStep(str(why)))
         return expired
@@ -282,18 +315,30 @@ class Parts:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _end(self, gathering: Gathering) -> None:
-        """Forget a gathering that the run has decided on, and give its staging back."""
+    def _end(self, gathering: Gathering, fault: BaseException | None = None) -> None:
+        """Forget a gathering that the run has decided on, and give its staging back. fault: why it was refused."""
         with self._lock, contextlib.suppress(ValueError):
             self._gatherings.remove(gathering)
-        gathering.staged.release()
+        gathering.end()
+        if not isinstance(fault, EmaError):
+            return
+        if not gathering.lasts:
+            self._remember_over(gathering, fault)
+        elif not fault.retryable:
+            self._refused = _Refused(gathering.step, gathering.terms, gathering.done, fault)
 
-    def _refusal_of(self, part: Part, gathering: Gathering) -> EmaError | None:
+    def _remember_over(self, gathering: Gathering, fault: EmaError) -> None:
+        """Answer every later stretch of a group that came to nothing with what it came to nothing for."""
+        self._over[gathering.step, gathering.terms] = fault
+        if len(self._over) > _REMEMBERED_GROUPS:
+            del self._over[next(iter(self._over))]
+
+    def _refusal_of(self, piece: Piece, gathering: Gathering) -> EmaError | None:
         """What the set of a part was refused for; None where a part with other bytes has come since."""
         refused = self._refused
         if refused is None or (refused.step, refused.terms) != (gathering.step, gathering.terms):
             return None
-        if refused.fingerprints.get(part.index) == part.fingerprint:
+        if refused.fingerprints.get(piece.key) == piece.fingerprint:
             return refused.fault
         self._refused = None
         return None
@@ -308,12 +353,13 @@ class Parts:
         staged = self._reserve(step, reserve)
         # Only once staging is reserved: where there is no room, no older step is given up in vain.
         if old := self._find(step):
-            self._drop(old, StepConflict(f"{_what(step)} is sent by another trainer, or by this one started again"))
+            self._drop(old, old.replaced(_what(step)))
         if len(self._gatherings) >= _MOST_STEPS:
             oldest = min((g for g in self._gatherings if not g.applying), key=_order, default=None)
             if oldest:
                 self._drop(oldest, StaleStep(f"{_what(oldest.step)} was given up: newer ones came before its parts"))
-        gathering = Gathering(step, terms, staged, {})
+        kind = StretchGathering if terms.of is None else PartGathering
+        gathering: Gathering = kind(step, terms, staged)
         self._gatherings.append(gathering)
         return gathering
 
@@ -342,14 +388,19 @@ class Parts:
         if step is not None and len(steps) >= _MOST_STEPS and step < min(steps):
             raise StaleStep(f"{_what(step)} was given up: parts of steps {', '.join(map(str, sorted(steps)))} came")
 
-    def _known_of_applied(self, step: int | None, index: int, terms: Terms) -> bytes | None:
-        """The fingerprint of a part of the update that made the run's current state; None for any other part."""
+    def _known_of_applied(self, step: int | None, key: Key, terms: Terms) -> bytes | None:
+        """The fingerprint of a piece of the update that made the run's current state; None for any other piece.
+
+        Raises StepConflict for a stretch with other bounds than those of its group that were applied.
+        """
         applied, state = self._applied, self._run.state
         if applied is None or state is None or state.version.digest != applied.digest:
             return None
         if (applied.step, applied.terms) != (step, terms) or (step is None and state.version.n):
             return None
-        return applied.fingerprints.get(index)
+        if terms.of is None and key not in applied.fingerprints:
+            raise StepConflict(f"{_what(step)} was applied, of stretches with other bounds")
+        return applied.fingerprints.get(key)
 
     def _outcome_of_gone(self, gathering: Gathering) -> Outcome:
         """What became of a part whose gathering is gone: applied, or given up (Superseded)."""
@@ -358,23 +409,16 @@ class Parts:
             return "applied"
         raise Superseded(f"{_what(gathering.step)} was given up meanwhile", retry_after=0.0)
 
-    def _drop(self, gathering: Gathering, fault: EmaError) -> None:
-        """Give up a gathering: its parts raise ``fault``, its staging is given back."""
+    def _drop(self, gathering: Gathering, fault: EmaError | None) -> None:
+        """Give up a gathering: its pieces raise ``fault``, its staging is given back. fault: None where no piece is
+        coming or whole, and the same pieces may come again."""
         self._gatherings.remove(gathering)
-        for part in gathering.coming.values():
-            part.fault = fault
-        gathering.staged.release()
-
-    def _decide(self, gathering: Gathering) -> UpdateResult | RunInfo:
-        """Have the run apply a gathering, or take it as the initial weights."""
-        if gathering.step is not None:
-            return self._run.apply(gathering.step, gathering.parameters, gathering.terms.writer)
-        terms = gathering.terms
-        if terms.replaces is not None:
-            self._run.initialise_anew(gathering.parameters, terms.replaces, terms.writer)
-        else:
-            self._run.initialise(gathering.parameters, num_updates=terms.num_updates, step=terms.step)
-        return self._run.info()
+        if fault:
+            for piece in gathering.coming.values():
+                piece.fault = fault
+            if not gathering.lasts:
+                self._remember_over(gathering, fault)
+        gathering.end()
 
     def _note(self, gathering: Gathering) -> None:
         """Remember the parts that were applied, and give up older steps."""
@@ -393,6 +437,10 @@ def _order(gathering: Gathering) -> int:
 
 def _what(step: int | None) -> str:
     return "the initial weights" if step is None else f"step {step}"
+
+
+def _piece(key: Key) -> str:
+    return f"part {key}" if isinstance(key, int) else f"stretch {key[0]}-{key[1]}"
 
 
 def _overlap(name: str, part: int, other: int) -> str:

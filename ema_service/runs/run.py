@@ -76,8 +76,11 @@ class Parameters:
 class Place(Protocol):
     """Where one version is kept. Dropping it gives the place back. finish() and commit() may raise StorageFailed."""
 
-    def write(self, average: str, data: memoryview, upto: int) -> None:
-        """An average's bytes up to ``upto`` are final; ``data`` are all its bytes, in host memory."""
+    def write(self, average: str, data: memoryview, upto: int, start: int = 0) -> None:
+        """An average's bytes ``start`` to ``upto`` are final; ``data`` are all its bytes, in host memory.
+
+        start: of the stretch that is averaged from there on. A smaller ``upto`` than before: the stretch begins again.
+        """
 
     def finish(self, state: State) -> None:
         """Write what is not written yet of the version."""
@@ -297,9 +300,9 @@ class Run:
         names = [member.name for member in setup.members]
         place = self._keeper.take(names) if self._keeper and self.state is None else None
 
-        def sink(data: memoryview, upto: int) -> None:
+        def sink(data: memoryview, upto: int, start: int) -> None:
             for name in names:
-                place.write(name, data, upto)  # type: ignore[union-attr]  # without a place there is no name
+                place.write(name, data, upto, start)  # type: ignore[union-attr]  # without a place there is no name
 
         cast = self._shadows.cast(staged, sink if place else None)
         return Parameters(staged, preparation=cast, place=place, setup=setup)

@@ -4,6 +4,10 @@ The pass runs behind the receiving: parameters that have arrived are averaged wh
 the last byte is in, at most one piece is left to average. Results are written to memory of the push alone, so a push
 that breaks off or turns out wrong is simply dropped.
 
+A pass is made of *stretches*: runs of whole digest blocks, each worked on by itself, in any order and on any thread. A
+``Stretch`` works from its first byte to its last; the ``Pass`` joins what the stretches found, in order of the bytes. A
+push that arrives over one connection is one stretch, a push in shared memory one stretch for each block.
+
 Knows staged memory, arenas and the kernel. Does not know sockets, threads, or when a result becomes the run's state.
 """
 
@@ -14,6 +18,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -39,9 +44,11 @@ from ema_service.averaging import (
 from ema_service.memory import Arena, Layout, Staged
 from ema_service.memory.arena import overloaded
 from ema_service.memory.layout import Section
-from ema_service.shadows.results import DeviceResult, Result, Sink
+from ema_service.memory.staging import Region
+from ema_service.shadows.results import DeviceResult, Result, Sink, joined
+from ema_service.values import Array
 
-__all__ = ["DevicePass", "Feed", "Grain", "HostPass", "Pass", "pass_over"]
+__all__ = ["DeviceStretch", "Feed", "Grain", "HostStretch", "Pass", "Stretch", "pass_over"]
 
 
 _NO_MEMORY = "the push could not be averaged"
@@ -102,72 +109,66 @@ def pass_over(
     Without feeds the pass only digests. check: whether NaN and Inf in a result raise NonFinite. measure: whether the
     first feed's result is measured (Pass.squares).
     """
-    kind = HostPass if staged.on_host else DevicePass
-    return kind(staged, feeds, check=check, measure=measure, grain=grain or Grain())
+    return Pass(staged, feeds, check=check, measure=measure, grain=grain or Grain())
 
 
-class Pass(ABC):
-    """One pass over a staged push, which feeds averages from the first byte of the parameters to the last.
+class Pass:
+    """One pass over a staged push: its stretches, and what joins them. Every byte is in one stretch by finish().
 
-    Thread-safe: while one thread works, others wait.
+    feeds: the averages that the push feeds.
 
-    More than a dozen attributes: what a push brings, and how far each part of the work has come.
+    stretch() is called by one thread at a time; stretches are worked on by as many threads as there are stretches.
     """
 
     def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
         self._staged = staged
-        self._feeds = feeds
+        self.feeds = feeds
         self._check = check
+        self._measure = measure
         self._grain = grain
-        #: Bytes of the parameters that are digested so far.
-        self._position = 0
-        self._results = [self._result(feed.out, feed.sink) if feed.sink else None for feed in feeds]
-        self._bound: dict[int, list[_Kernel]] = {}
-        self._block: _Block | None = None
-        self._digest = Digest(grain.block)
-        self._lock = threading.Lock()
-        #: Whether a piece was begun and not ended: the pass has no result then.
-        self._broke_off = False
-        #: Seconds that digesting and averaging took so far.
-        self.seconds = 0.0
-        #: Of the first feed, by section; None where nothing is measured.
-        self._squares: dict[int, Squares] | None = {} if measure else None
+        #: Of each feed that is told of: its result in host memory, all bytes.
+        self._results = [self._in_host_memory(feed.out) if feed.sink else None for feed in feeds]
+        #: By the first byte of each.
+        self._stretches: dict[int, Stretch] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that digesting and averaging took so far, of all threads together."""
+        return sum(stretch.seconds for stretch in self._stretches.values())
 
     def squares(self) -> npt.NDArray[np.float64] | None:
         """The sums of squares of (result - parameters), parameters and result of the first feed, once the pass is over:
         (tensors, 3), NaN where a tensor is copied; None where nothing was measured."""
-        if not self._squares:
+        taken = {id(each.kernels): each.kernels.squares for each in self._stretches.values() if each.kernels.squares}
+        if not taken:
             return None
         found = np.zeros((len(self._layout), 3))
         for index, section in enumerate(self._layout.sections):
-            if section.copied:
-                found[section.tensors] = np.nan
-            elif index in self._squares:
-                found[section.tensors] = self._squares[index].total()
+            for squares in taken.values():
+                if section.copied:
+                    found[section.tensors] = np.nan
+                elif index in squares:
+                    found[section.tensors] += squares[index].total()
         return found
 
     @property
     def _layout(self) -> Layout:
         return self._staged.layout
 
-    def advance(self, received: int) -> None:
-        """Digest the parameters that have arrived, the first ``received`` bytes, and average as much as pays.
+    def stretch(self, start: int, stop: int) -> Stretch:
+        """Begin a stretch, bytes ``start`` to ``stop`` of the parameters: whole blocks of the digest, the layout's last
+        may be shorter.
 
-        Raises Overloaded where the device has no memory for the work, at every call from then on.
+        In place of the stretch that began there and broke off: nobody may be working on that one any more.
         """
-        with self._lock, self._whole():
-            if received < self._layout.param_bytes:
-                # Whole pieces until the end, so that sinks write whole pages of the disk.
-                received -= received % self._grain.piece
-            for index, section, start, stop in self._pieces(self._position, received, self._grain.piece):
-                if self._block is None:
-                    self._block = self._begin_block(index, section, start)
-                averaged = self._take(self._block, index, section, start, stop)
-                ended = stop % self._grain.block == 0 or stop == self._layout.param_bytes
-                self._tell(self._block, section, averaged, ended=ended)
-                if ended:
-                    self._block = None
-                self._position = stop
+        if old := self._stretches.pop(start, None):
+            old.drop()
+        region = self._staged.region(start, stop)
+        return self._begin(region, self._kernels(region), self._grain.piece)
+
+    def advance(self, received: int) -> None:
+        """As Stretch.advance(), of a push that is one stretch."""
+        self._only().advance(received)
 
     def finish(self) -> bytes:
         """Digest and average the rest. Returns the digest of the parameters (averaging.Digest, 16 bytes).
@@ -177,57 +178,242 @@ class Pass(ABC):
         were withdrawn (Staged.settle).
         """
         with overloaded(_NO_MEMORY):
-            return self._finish()
+            stretches = self._worked_off()
+            self._staged.settle()
+            digest = Digest(self._grain.block)
+            for block in (block for stretch in stretches for block in stretch.blocks):
+                digest.add(block)
+            if self._staged.expected not in (None, digest.digest()):
+                # Before anything else is said of them: a flipped bit may have made a NaN, and none was sent.
+                raise DigestMismatch("the parameters that arrived are not those that were sent: their digests differ")
+            for number, feed in enumerate(self.feeds):
+                if self._check and not self._is_finite(number, feed.out):
+                    raise NonFinite(f"NaN or Inf in {listed(feed.out.non_finite())}")
+            self._join_results(stretches)
+            return digest.digest()
 
-    def _finish(self) -> bytes:
+    def _worked_off(self) -> list[Stretch]:
+        """All stretches, from the first byte to the last, once everything is averaged."""
         try:
-            if self._staged.shared is None:
-                self.advance(self._layout.param_bytes)
-            else:
-                with self._whole():
-                    self._divide(self._staged.shared.helpers)
+            if self._staged.shared is not None:
+                self._divide(self._staged.shared.helpers)
+            elif not self._stretches:
+                self._only()
+            stretches = self._in_order()
+            for stretch in stretches:
+                stretch.finish()
         finally:
             # The kernels hold views of the parameters, which may lie in a client's memory: freed as soon as nobody
             # reads it.
-            self._bound.clear()
-        self._staged.settle()
-        digest = self._digest.digest()
-        if self._staged.expected not in (None, digest):
-            # Before anything else is said of them: a flipped bit may have made a NaN, and none was sent.
-            raise DigestMismatch("the parameters that arrived are not those that were sent: their digests differ")
-        for number, feed in enumerate(self._feeds):
-            if self._check and not self._is_finite(number, feed.out):
-                raise NonFinite(f"NaN or Inf in {listed(feed.out.non_finite())}")
-        for result in self._results:
-            if result:
-                result.finish()
-        return digest
+            for stretch in self._stretches.values():
+                stretch.kernels.clear()
+        return stretches
+
+    def _join_results(self, stretches: list[Stretch]) -> None:
+        """Give each average that somebody follows the digest of its result."""
+        for number, data in enumerate(self._results):
+            if data is not None:
+                told = [result for stretch in stretches if (result := stretch.results[number])]
+                self.feeds[number].out.digest = joined(data, told, self._grain.block)
+
+    # --- stretches ---------------------------------------------------------------------------------------------------
+
+    def _only(self) -> Stretch:
+        """The stretch of a push that is one."""
+        return self._stretches.get(0) or self.stretch(0, self._layout.param_bytes)
+
+    def _begin(self, region: Region, kernels: _Kernels, piece: int) -> Stretch:
+        results = [
+            self._result(number, region) if result is not None else None for number, result in enumerate(self._results)
+        ]
+        kind = HostStretch if self._staged.on_host else DeviceStretch
+        return self._stretches.setdefault(
+            region.start, kind(self._layout, region, kernels, results, self._grain, piece)
+        )
+
+    def _in_order(self) -> list[Stretch]:
+        """All stretches, from the first byte to the last. Raises Overloaded where one of them was never begun."""
+        stretches, reached = [self._stretches[start] for start in sorted(self._stretches)], 0
+        for stretch in stretches:
+            if stretch.start != reached:
+                break
+            reached = stretch.stop
+        if reached != self._layout.param_bytes:
+            raise Overloaded(f"{_NO_MEMORY}, or broke off", retry_after=1.0)
+        return stretches
+
+    def _divide(self, helpers: Executor) -> None:
+        """Digest and average each block as a stretch of its own, on many threads: the parameters lie apart from every
+        ``out``."""
+        if self._stretches:
+            return  # a second call after one that broke off
+        stop, size = self._layout.param_bytes, self._grain.block
+        kernels = self._kernels(self._staged.region())
+
+        def alone(start: int) -> None:
+            # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
+            # interpreter lock.
+            self._begin(self._staged.region(start, min(start + size, stop)), kernels, size).finish()
+
+        deque(helpers.map(alone, range(0, stop, size)), maxlen=0)
+
+    def _kernels(self, region: Region) -> _Kernels:
+        check = self._check and self._staged.on_host
+        return _Kernels(self._layout, self.feeds, region, check=check, measure=self._measure)
 
     # --- what memory of the host and of a device differ in -----------------------------------------------------------
 
-    #: Whether the kernels look for NaN and Inf as they average.
-    _checks_pieces: bool
+    def _in_host_memory(self, out: Arena) -> Array:
+        return out.host if self._staged.on_host else self._staged.host_twin(out)
 
-    @abstractmethod
-    def _result(self, out: Arena, sink: Sink) -> Result:
-        """The Result that tells ``sink`` of an average: of memory of the host, or copied back from a device."""
+    def _result(self, number: int, region: Region) -> Result:
+        """The Result that tells the sink of a feed about a stretch."""
+        feed, data, block = self.feeds[number], self._results[number], self._grain.block
+        if feed.sink is None or data is None:
+            raise RuntimeError("a feed without a sink has no result to tell of")
+        start, stop = self._layout.shadow_at(region.start), self._layout.shadow_at(region.stop)
+        if self._staged.on_host:
+            return Result(feed.sink, data, start, stop, block)
+        return DeviceResult(feed.sink, data, start, stop, block, feed.out, self._staged)
+
+    def _is_finite(self, number: int, out: Arena) -> bool:
+        """Whether the result of a feed has no NaN and no Inf, now that everything is averaged."""
+        if self._staged.on_host:
+            return all(stretch.finite[number] for stretch in self._stretches.values())
+        # Asking a device waits for the device: asked once, at the end of the pass.
+        return all(finite(out.section(index)) for index in range(len(self._layout.sections)))
+
+
+class _Kernels:
+    """The kernels of each section, made once: making their views takes longer than averaging a small piece.
+
+    region: where the parameters lie. check: whether the kernels look for NaN and Inf as they average. measure: whether
+    the first feed is measured: by section, ``squares``; None where not.
+    """
+
+    def __init__(self, layout: Layout, feeds: Sequence[Feed], region: Region, *, check: bool, measure: bool) -> None:
+        self.squares: dict[int, Squares] | None = {} if measure else None
+        self._layout = layout
+        self._feeds = feeds
+        self._region = region
+        self._check = check
+        self._bound: dict[int, list[_Kernel]] = {}
+
+    def of(self, index: int) -> list[_Kernel]:
+        """The kernels of one section, one for each feed."""
+        if bound := self._bound.get(index):
+            return bound
+        return self._bound.setdefault(index, [self._kernel(number, index) for number in range(len(self._feeds))])
+
+    def clear(self) -> None:
+        """Let go of the views of all memory."""
+        self._bound.clear()
+
+    def _kernel(self, number: int, index: int) -> _Kernel:
+        feed = self._feeds[number]
+        out, param = feed.out.section(index), self._region.param(index)
+        if feed.shadow is None or self._layout.sections[index].copied:
+            return _Kernel(casting(out, param, check=self._check))
+        inputs = out, feed.shadow.section(index), param, feed.weight
+        squares = self._squares_of(index) if number == 0 else None
+        averaged = averaging(*inputs, check=self._check, squares=squares)
+        return _Kernel(averaged, digesting(*inputs, check=self._check, squares=squares))
+
+    def _squares_of(self, index: int) -> Squares | None:
+        """Where the first feed's squares in a section are added; None where they are not wanted."""
+        return None if self.squares is None else self.squares.setdefault(index, Squares(self._layout.ends[index]))
+
+
+class Stretch(ABC):
+    """The work on one stretch of the parameters, from its first byte to its last.
+
+    Thread-safe: while one thread works, others wait. start, stop: bytes of the parameters. blocks: the digests of its
+    blocks so far. results: of each feed, told as results become final; None where nobody follows. finite: of each feed,
+    whether the kernels met neither NaN nor Inf. seconds: that digesting and averaging took so far.
+
+    More than a dozen attributes: what is worked with, what was found, and how far each part of the work has come.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        region: Region,
+        kernels: _Kernels,
+        results: list[Result | None],
+        grain: Grain,
+        piece: int,
+    ) -> None:
+        self.start, self.stop = region.start, region.stop
+        self.blocks: list[bytes] = []
+        self.kernels = kernels
+        self.results = results
+        self.finite = [True] * len(results)
+        self.seconds = 0.0
+        self._layout = layout
+        self._region = region
+        self._grain = grain
+        self._piece = piece
+        #: Bytes of the parameters that are digested so far, counted from the push's first.
+        self._position = region.start
+        self._block: _Block | None = None
+        self._lock = threading.Lock()
+        #: Whether a piece was begun and not ended: the stretch has no result then.
+        self._broke_off = False
+
+    @property
+    def data(self) -> memoryview:
+        """The host memory that the stretch's parameters are received into."""
+        return self._region.data
+
+    def advance(self, received: int) -> None:
+        """Digest the parameters that have arrived, up to byte ``received`` of the push, and average as much as pays.
+
+        Raises Overloaded where the device has no memory for the work, at every call from then on.
+        """
+        with self._lock, self._whole():
+            if received < self.stop:
+                # Whole pieces until the end, so that sinks write whole pages of the disk.
+                received -= received % self._piece
+            for index, section, start, stop in self._pieces(self._position, received):
+                if self._block is None:
+                    self._block = self._begin_block(index, section, start)
+                averaged = self._take(self._block, index, section, start, stop)
+                ended = stop % self._grain.block == 0 or stop == self.stop
+                self._tell(self._block, section, averaged, ended=ended)
+                if ended:
+                    self._block = None
+                self._position = stop
+
+    def finish(self) -> None:
+        """Digest and average the rest, and wait until whoever follows has been told. Raises as advance()."""
+        self.advance(self.stop)
+        for result in self.results:
+            if result:
+                result.settle()
+
+    def digest(self) -> bytes:
+        """The digest of the stretch's parameters, as of a push of these bytes alone, once finished (16 bytes)."""
+        digest = Digest(self._grain.block)
+        for block in self.blocks:
+            digest.add(block)
+        return digest.digest()
+
+    def drop(self) -> None:
+        """Return once nobody works on the stretch or follows its results; others work on these bytes from now on."""
+        with self._lock:
+            self._broke_off = True
+        for result in self.results:
+            if result:
+                result.settle()
 
     @abstractmethod
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
         """Digest one piece and average as much as pays. Returns how many bytes of the parameters are averaged by
         then."""
 
-    @abstractmethod
-    def _take_alone(self, block: _Block, index: int, section: Section, start: int, stop: int) -> object:
-        """Digest and average one piece of the parameters, in any order of pieces. Many threads do so at once."""
-
-    @abstractmethod
-    def _is_finite(self, number: int, out: Arena) -> bool:
-        """Whether the result of a feed has no NaN and no Inf, now that everything is averaged."""
-
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """Work on pieces that is all done, or the pass is over: a piece begun twice would be averaged twice."""
+        """Work on pieces that is all done, or the stretch is over: a piece begun twice would be averaged twice."""
         if self._broke_off:
             raise Overloaded(f"{_NO_MEMORY}, or broke off", retry_after=1.0)
         self._broke_off, begun = True, time.perf_counter()
@@ -236,33 +422,15 @@ class Pass(ABC):
         self._broke_off = False
         self.seconds += time.perf_counter() - begun
 
-    # --- pieces, blocks and kernels ----------------------------------------------------------------------------------
+    # --- pieces and blocks -------------------------------------------------------------------------------------------
 
-    def _divide(self, helpers: Executor) -> None:
-        """Digest and average all blocks in any order, on many threads: the parameters lie apart from every ``out``."""
-        stop, size = self._layout.param_bytes, self._grain.block
-        blocks = [(start, min(start + size, stop)) for start in range(0, stop, size)]
-        for bounds, block in zip(blocks, helpers.map(self._divided, blocks), strict=True):
-            for _, section, _, end in self._pieces(*bounds, size):
-                self._tell(block, section, end, ended=end == bounds[1])
-
-    def _divided(self, bounds: tuple[int, int]) -> _Block:
-        """Digest and average one block, on one thread."""
-        # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
-        # interpreter lock.
-        pieces = list(self._pieces(*bounds, self._grain.block))
-        block = self._begin_block(*pieces[0][:3])
-        for piece in pieces:
-            self._take_alone(block, *piece)
-        return block
-
-    def _pieces(self, position: int, received: int, piece: int) -> Iterator[tuple[int, Section, int, int]]:
+    def _pieces(self, position: int, received: int) -> Iterator[tuple[int, Section, int, int]]:
         """Cut the bytes ``position`` to ``received`` into pieces of whole elements of one section: (index, section,
         start, stop).
 
-        Pieces end where a multiple of ``piece`` bytes ends, so no piece lies in two blocks.
+        Pieces end where a multiple of the piece's size ends, so no piece lies in two blocks.
         """
-        sections = self._layout.sections
+        sections, piece = self._layout.sections, self._piece
         for index in range(bisect_right(sections, position, key=lambda each: each.param.start) - 1, len(sections)):
             section = sections[index]
             if section.param.start >= received:
@@ -283,34 +451,12 @@ class Pass(ABC):
         size = self._grain.block
         whole = start + size <= section.param.stop
         same = section.param.start == section.shadow.start and section.param_dtype == section.shadow_dtype
-        loops = [whole and kernel.digesting is not None for kernel in self._bind(index)]
-        results = [loop and same and result is not None for loop, result in zip(loops, self._results, strict=True)]
+        loops = [whole and kernel.digesting is not None for kernel in self.kernels.of(index)]
+        results = [loop and same and result is not None for loop, result in zip(loops, self.results, strict=True)]
         return _Block(
             BlockDigest(size, compiled=loops[:1] == [True]),
             [BlockDigest(size, compiled=compiled) for compiled in results],
         )
-
-    def _bind(self, index: int) -> list[_Kernel]:
-        """The kernels of one section, made once: making their views takes longer than averaging a small piece."""
-        if bound := self._bound.get(index):
-            return bound
-        kernels = []
-        check = self._check and self._checks_pieces
-        copied = self._layout.sections[index].copied
-        for number, feed in enumerate(self._feeds):
-            out, param = feed.out.section(index), self._staged.param(index)
-            if feed.shadow is None or copied:
-                kernels.append(_Kernel(casting(out, param, check=check)))
-                continue
-            inputs = out, feed.shadow.section(index), param, feed.weight
-            squares = self._squares_of(index) if number == 0 else None
-            averaged = averaging(*inputs, check=check, squares=squares)
-            kernels.append(_Kernel(averaged, digesting(*inputs, check=check, squares=squares)))
-        return self._bound.setdefault(index, kernels)
-
-    def _squares_of(self, index: int) -> Squares | None:
-        """Where the first feed's squares in a section are added; None where they are not wanted."""
-        return None if self._squares is None else self._squares.setdefault(index, Squares(self._layout.ends[index]))
 
     def _tell(self, block: _Block, section: Section, stop: int, *, ended: bool = False) -> None:
         """Tell the sinks how far results are final, while the last results are in the cache. In order of the bytes.
@@ -318,28 +464,19 @@ class Pass(ABC):
         stop: bytes of the parameters that are averaged. ended: the block ends there, so its digests are complete.
         """
         if ended:
-            self._digest.add(block.params.digest())
+            self.blocks.append(block.params.digest())
         _, made = _elements(section, section.param.start, stop)
         upto = section.shadow.start + made * LAYOUT_DTYPES[section.shadow_dtype]
-        for result, digest in zip(self._results, block.results, strict=True):
+        for result, digest in zip(self.results, block.results, strict=True):
             if result:
                 result.made(upto, digest if digest.compiled else None, ended=ended)
 
 
-class HostPass(Pass):
-    """A pass in host memory: each piece is digested and averaged while the piece is in the core's cache."""
-
-    _checks_pieces = True
-
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
-        super().__init__(staged, feeds, check=check, measure=measure, grain=grain)
-        self._finite = [True] * len(feeds)
-
-    def _result(self, out: Arena, sink: Sink) -> Result:
-        return Result(out, sink, out.host, self._grain.block)
+class HostStretch(Stretch):
+    """A stretch in host memory: each piece is digested and averaged while the piece is in the core's cache."""
 
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
-        data = self._staged.data[start:stop]
+        data = self._region.bytes(start, stop)
         first, last = _elements(section, start, stop)
         # Kernels that digest stop before a block's last gulp, which XXH3 treats differently (BlockDigest.end).
         gulps = last
@@ -347,7 +484,7 @@ class HostPass(Pass):
             gulps -= GULP_BYTES // LAYOUT_DTYPES[section.param_dtype]
         if not block.params.compiled:
             block.params.update(data)
-        for number, kernel in enumerate(self._bind(index)):
+        for number, kernel in enumerate(self.kernels.of(index)):
             # The first kernel takes the parameters, before the last result overwrites them.
             params = block.params.accumulators if number == 0 else NO_DIGEST
             results, done = block.results[number].accumulators, first
@@ -360,53 +497,34 @@ class HostPass(Pass):
                 self._note(number, finite=kernel.average(done, last))
         return stop
 
-    _take_alone = _take
-
-    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the kernels looked at each piece
-        return self._finite[number]
-
     def _note(self, number: int, *, finite: bool) -> None:
         """Remember a piece whose results are not all finite."""
         if not finite:
-            self._finite[number] = False
+            self.finite[number] = False
 
 
-class DevicePass(Pass):
-    """A pass on a device: pieces are digested on the host; enough of them together are uploaded and averaged."""
+class DeviceStretch(Stretch):
+    """A stretch on a device: pieces are digested on the host; enough of them together are uploaded and averaged."""
 
-    #: Asking a device whether results are finite waits for the device: asked once, at the end of the pass.
-    _checks_pieces = False
-
-    def __init__(self, staged: Staged, feeds: Sequence[Feed], *, check: bool, measure: bool, grain: Grain) -> None:
-        super().__init__(staged, feeds, check=check, measure=measure, grain=grain)
-        #: Bytes of the parameters that the device was told to average so far.
-        self._averaged = 0
-
-    def _result(self, out: Arena, sink: Sink) -> Result:
-        return DeviceResult(out, sink, self._staged.host_twin(out), self._staged, self._grain.block)
+    #: Bytes of the parameters that the device was told to average so far, counted from the push's first.
+    _averaged = -1
 
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:
-        block.params.update(self._staged.data[start:stop])
-        if stop % self._grain.device_piece and stop < section.param.stop:
-            return self._averaged
-        self._average(index, section, self._averaged, stop)
+        averaged = max(self._averaged, self.start)
+        block.params.update(self._region.bytes(start, stop))
+        if stop % self._grain.device_piece and stop < min(section.param.stop, self.stop):
+            return averaged
+        self._average(index, section, averaged, stop)
         self._averaged = stop
         return stop
 
-    def _take_alone(self, block: _Block, index: int, section: Section, start: int, stop: int) -> None:
-        block.params.update(self._staged.data[start:stop])
-        self._average(index, section, start, stop)
-
     def _average(self, index: int, section: Section, start: int, stop: int) -> None:
         """Tell the device to fetch and average bytes ``start`` to ``stop``, which lie in one section. Does not wait."""
-        kernels = self._bind(index)
+        kernels = self.kernels.of(index)
         if kernels:
-            self._staged.upload(start, stop)
+            self._region.upload(start, stop)
         for kernel in kernels:
             kernel.average(*_elements(section, start, stop))
-
-    def _is_finite(self, number: int, out: Arena) -> bool:  # noqa: ARG002 - the result itself is looked at
-        return all(finite(out.section(index)) for index in range(len(self._layout.sections)))
 
 
 def _elements(section: Section, start: int, stop: int) -> tuple[int, int]:

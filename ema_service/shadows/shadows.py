@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ema_service.memory import Arena, Layout, Memory, Staged
-from ema_service.shadows.passes import Feed, Pass, pass_over
+from ema_service.shadows.passes import Feed, Pass, Stretch, pass_over
 from ema_service.shadows.results import Sink
 from ema_service.shadows.state import Plan, State
 
@@ -51,6 +51,10 @@ class Preparation:
         Callable from any thread, with growing counts. Raises Overloaded where the device has no memory for the work.
         """
         self._running.advance(received)
+
+    def stretch(self, start: int, stop: int) -> Stretch:
+        """The work on one stretch of parameters that do not arrive as one body. As Pass.stretch()."""
+        return self._running.stretch(start, stop)
 
     def finish(self) -> Prepared:
         """Average the rest and return the prepared version.

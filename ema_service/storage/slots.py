@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -153,10 +154,26 @@ class Slots:
         self._free.append(name)
 
 
-class Slot:
-    """One slot, taken by one holder, who calls it from one thread at a time. Its files are garbage until finish().
+@dataclass(slots=True)
+class _Stretch:
+    """Bytes of an average that become final in order, from ``start`` on.
 
-    name: relative to the run's folder. files: the slot's files.
+    made: up to where they are computed. taken: up to where they are written or being written. again: whether they are
+    computed once more, so that what was written of them is not what counts.
+    """
+
+    average: str
+    start: int
+    made: int
+    taken: int
+    again: bool = False
+
+
+class Slot:
+    """One slot, taken by one holder. Its files are garbage until finish().
+
+    name: relative to the run's folder. files: the slot's files. write() may be called by many threads at once, each
+    with stretches of its own.
     """
 
     def __init__(
@@ -169,34 +186,36 @@ class Slot:
         self._extents = extents
         self._threads = threads
         self._patient = patient
-        #: By name of the average: its data, how many bytes are computed, and how many are written or being written.
+        #: By name of the average: its data.
         self._sources: dict[str, memoryview] = {}
-        self._made = dict.fromkeys(extents, 0)
-        self._taken = dict.fromkeys(extents, 0)
+        #: By name of the average and first byte.
+        self._stretches: dict[tuple[str, int], _Stretch] = {}
         self._writing: list[Future[None]] = []
         self._hurried = False
         self._fault: tuple[int, str] | None = None
         self._lock = threading.Lock()
 
-    def write(self, average: str, data: memoryview, upto: int) -> None:
-        """Write the first ``upto`` bytes of an average, perhaps behind the caller.
+    def write(self, average: str, data: memoryview, upto: int, start: int = 0) -> None:
+        """Write bytes ``start`` to ``upto`` of an average, perhaps behind the caller.
 
-        data: the whole average, the same memory at each call, read until finish() returns. upto: bytes that are final,
-        more each time. Never raises: faults are raised by finish().
+        data: the whole average, the same memory at each call, read until finish() returns. start: of a stretch whose
+        bytes become final in order. upto: bytes that are final, more each time; fewer where the stretch is computed
+        once more, and then finish() writes it. Never raises: faults are raised by finish().
         """
-        self._sources[average] = data
-        self._made[average] = upto
+        with self._lock:
+            self._sources[average] = data
+            stretch = self._stretches.setdefault((average, start), _Stretch(average, start, start, start))
+            # Written behind the caller as before, the bytes of the first time might come last.
+            stretch.again |= upto < stretch.made
+            stretch.made = upto
+            if self._threads and not stretch.again and upto - stretch.taken >= _WRITTEN_AT_ONCE:
+                self._write_behind(self._threads)
         if self._threads is None:
             self._write_made(1)
-        elif upto - self._taken[average] >= _WRITTEN_AT_ONCE:
-            # A write that ended in a defect stays in the list: finish() must raise it, for its bytes were not written.
-            self._writing = [each for each in self._writing if not each.done() or each.exception()]
-            if len(self._writing) < _WRITERS:
-                self._writing.append(self._threads.submit(partial(self._write_made, _WRITTEN_AT_ONCE)))
 
     def written(self, average: str) -> int:
         """How many bytes of the average write() was told of."""
-        return self._made[average]
+        return sum(each.made - each.start for each in self._of(average))
 
     def finish(self, headers: Mapping[str, bytes]) -> None:
         """Write the rest of the data, then the headers: the files are whole.
@@ -206,15 +225,30 @@ class Slot:
         self._hurried = not self._patient
         for writing in self._writing:
             writing.result()
+        for stretch in self._stretches.values():
+            if stretch.again:
+                stretch.taken, stretch.again = stretch.start, False
         self._write_made(1)
         self._sources.clear()
         if self._fault:
             raise OSError(*self._fault, str(self.files.folder))
         self.files.open()
         for average, header in headers.items():
-            if self._taken[average] != self._extents[average].data:
-                raise OSError(f"{self.files.folder}: {average} has {self._taken[average]} bytes")
+            taken = sum(each.taken - each.start for each in self._of(average))
+            if taken != self._extents[average].data:
+                raise OSError(f"{self.files.folder}: {average} has {taken} bytes")
             self.files.write_header(average, header)
+
+    def _write_behind(self, threads: Executor) -> None:
+        """Have a thread write what is computed, unless enough threads do. Under the lock."""
+        # A write that ended in a defect stays in the list: finish() must raise it, for its bytes were not written.
+        self._writing = [each for each in self._writing if not each.done() or each.exception()]
+        if len(self._writing) < _WRITERS:
+            self._writing.append(threads.submit(partial(self._write_made, _WRITTEN_AT_ONCE)))
+
+    def _of(self, average: str) -> list[_Stretch]:
+        with self._lock:
+            return [each for each in self._stretches.values() if each.average == average]
 
     def _write_made(self, least: int) -> None:
         """Write what is computed and nobody else is writing, while that is ``least`` bytes or more of an average."""
@@ -224,11 +258,11 @@ class Slot:
     def _take(self, least: int) -> tuple[str, int, int] | None:
         """The next bytes to write: average, start and stop; None where fewer than ``least`` are to be written."""
         with self._lock:
-            for average, start in self._taken.items():
-                stop = min(start + _WRITTEN_AT_ONCE, self._made[average])
-                if stop - start >= least and not self._fault:
-                    self._taken[average] = stop
-                    return average, start, stop
+            for each in self._stretches.values():
+                start, stop = each.taken, min(each.taken + _WRITTEN_AT_ONCE, each.made)
+                if stop - start >= least and not each.again and not self._fault:
+                    each.taken = stop
+                    return each.average, start, stop
         return None
 
     def _write(self, average: str, start: int, stop: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -57,6 +58,7 @@ from ema_service.api.schemas import (
     RunPatchBody,
     json_body,
 )
+from ema_service.averaging import BLOCK_BYTES
 from ema_service.runs import Run
 from ema_service.runs.registry import MAX_RUNS
 
@@ -169,14 +171,18 @@ async def show_run(run: RunName, server: Server) -> RunInfo:
 )
 async def show_layout(run: RunName, server: Server) -> Response:
     """Names, shapes and dtypes of the tensors of an update, and which of them are copied."""
-    config = server.registry.get(run).config
+    found = server.registry.get(run)
     # Not by FastAPI, on the event loop, as in create_run().
-    raw = await server.workers.block(partial(_layout_json, config))
+    raw = await server.workers.block(partial(_layout_json, found, server.settings.max_lanes))
     return Response(raw, media_type="application/json")
 
 
-def _layout_json(config: RunConfig) -> bytes:
-    return json.dumps(to_json(RunLayout(config.run, config.layout, config.copied))).encode()
+def _layout_json(run: Run, lanes: int) -> bytes:
+    config, layout = run.config, run.layout
+    told = RunLayout(config.run, config.layout, config.copied, layout.digest)
+    if layout.divisible and lanes > 1:
+        told = replace(told, block_bytes=BLOCK_BYTES, lanes=lanes)
+    return json.dumps(to_json(told)).encode()
 
 
 @router.patch(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any, cast
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from ema_client.errors import (
@@ -37,6 +37,7 @@ from ema_client.errors import (
 from ema_client.protocol import (
     DIGEST_FOLLOWS,
     HEADER_DIGEST,
+    HEADER_LAYOUT,
     HEADER_SEGMENT,
     MAX_PARTS,
     MAX_STEP,
@@ -48,11 +49,12 @@ from ema_client.protocol import (
 )
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
-from ema_service.api.pushes import PartialPush, Push
+from ema_service.api.pushes import PartialPush, Push, StretchPush
 from ema_service.api.routes.direct import DirectUpdates
 from ema_service.api.routes.parameters import CreatedAt, Number, Replaces, RunName, Server, Step, WriterNumber
 from ema_service.runs import Run, Terms
 from ema_service.runs.parts import Outcome
+from ema_service.runs.stretches import check_bounds
 
 __all__ = ["DIRECT", "router"]
 
@@ -92,12 +94,29 @@ _PART_BODY: dict[str, Any] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
 }
+_STRETCH_BODY: dict[str, Any] = {
+    "parameters": [_DIGEST_HEADER],
+    "requestBody": {
+        "required": True,
+        "description": "Bytes of the run's parameters as they lie one behind the other in the layout's order",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+}
 _STAGED: dict[int | str, dict[str, Any]] = {202: {"model": UpdateStatus, "description": "Kept until the others come"}}
 
 PartIndex = Annotated[int, Path(ge=0, lt=MAX_PARTS, description="Which part, from 0")]
 PartCount = Annotated[int, Query(ge=1, le=MAX_PARTS, description="How many parts there are")]
 PartGroup = Annotated[
     str, Query(max_length=128, description="Parts of one group only are put together: one start of one trainer")
+]
+
+StretchStart = Annotated[int, Path(ge=0, le=MAX_STEP, description="The stretch's first byte, of a whole block")]
+StretchStop = Annotated[int, Path(ge=1, le=MAX_STEP, description="The byte behind the stretch's last")]
+StretchGroup = Annotated[
+    str, Query(min_length=1, max_length=128, description="Stretches of one group only are put together: one try")
+]
+StretchLayout = Annotated[
+    str | None, Header(alias=HEADER_LAYOUT, description="The digest that the run's layout tells, of what is sent")
 ]
 
 _BODY_ERRORS = (
@@ -244,6 +263,53 @@ async def put_update_part(
     outcome, result = await _push_part(request, server, found, step, part, Terms(of, group, writer=writer))
     if outcome == "staged":
         return _staged(UpdateStatus(step, "staged", server.registry.parts(run).staged(step) or ()))
+    answer = found.repeated(step, writer) if result is None else cast(UpdateResult, result)
+    server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
+    return answer
+
+
+@router.put(
+    "/updates/{step}/stretches/{start}-{stop}",
+    summary="Push one stretch of an update",
+    response_model=UpdateResult,
+    openapi_extra=_STRETCH_BODY,
+    responses={
+        **_STAGED,
+        **problem_responses(*_BODY_ERRORS, AwaitingWeights, Fenced, StaleStep, StepConflict, Superseded),
+    },
+)
+async def put_update_stretch(
+    run: RunName,
+    step: Step,
+    start: StretchStart,
+    stop: StretchStop,
+    request: Request,
+    server: Server,
+    group: StretchGroup,
+    layout: StretchLayout = None,
+    writer: WriterNumber = None,
+) -> UpdateResult | Response:
+    """Take bytes ``start`` to ``stop`` of a step's parameters, one of several connections that bring them; answered 202
+    while others are missing.
+
+    The stretch that completes the step applies the update, as one.
+    """
+    found = server.registry.get(run)
+    found.ledger.admit(step, writer)
+    if layout != found.layout.digest:
+        raise LayoutMismatch(
+            f"{HEADER_LAYOUT}: {(layout or 'none')[:64]} is not the layout of run {run!r}, {found.layout.digest}",
+            hint=f"ask for the run's layout, and send its digest as {HEADER_LAYOUT}",
+        )
+    if HEADER_SEGMENT in request.headers:
+        raise InvalidRequest(f"a stretch comes as a body, not in shared memory ({HEADER_SEGMENT}): send the whole push")
+    check_bounds(found.layout, start, stop)
+    async with StretchPush(request, server, found, step, (start, stop), Terms(None, group, writer=writer)) as push:
+        outcome = await push.receive()
+        result = await push.decide() if outcome == "complete" else None
+        push.tell()
+    if outcome == "staged":
+        return _staged(UpdateStatus(step, "staged"))
     answer = found.repeated(step, writer) if result is None else cast(UpdateResult, result)
     server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
     return answer

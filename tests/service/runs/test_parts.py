@@ -417,7 +417,7 @@ def test_expiry(gatherer: Gatherer, model: Callable[[int], dict[str, Tensor]]) -
     assert gatherer.parts.expire(60.0) == []
     (expired,) = gatherer.parts.expire(0.0)
 
-    assert (expired.step, expired.missing) == (1, (1, 2, 3))
+    assert (expired.step, expired.lacking.missing) == (1, (1, 2, 3))
     assert str(expired) == "step 1 was given up: of 4 parts, 1, 2, 3 did not come"
     assert (gatherer.parts.staged(1), gatherer.staging.bytes_in_use) == (None, 0)
     with pytest.raises(StaleStep):

@@ -22,7 +22,7 @@ from ema_client.errors import NonFinite, Overloaded
 from ema_client.protocol import AverageConfig, TensorSpec
 from ema_service.averaging import Digest, averaging
 from ema_service.memory import Layout, Memory, Staged
-from ema_service.memory.staging import Shared
+from ema_service.memory.staging import Region, Shared
 from ema_service.persistence import Versions
 from ema_service.shadows import passes
 from ema_service.shadows.passes import Feed, Grain, pass_over
@@ -75,11 +75,13 @@ class Follower:
     def __init__(self) -> None:
         self.data = bytearray()
 
-    def __call__(self, data: memoryview, upto: int) -> None:
+    def __call__(self, data: memoryview, upto: int, _start: int) -> None:
         self.data += data[len(self.data) : upto]
 
 
-def averaged(memory: Memory, follow: Callable[[memoryview, int], None] | None) -> tuple[bytes, bytes, bytes | None]:
+def averaged(
+    memory: Memory, follow: Callable[[memoryview, int, int], None] | None
+) -> tuple[bytes, bytes, bytes | None]:
     """The result, the digest of the parameters and of the result: of a push that arrives piece by piece."""
     first = Staged(LAYOUT, memory)
     first.data[:] = staged_in(memory, tensors_of(1)).data
@@ -147,7 +149,7 @@ def test_told_once_it_is_there() -> None:
     """Not of a byte whose copy is still under way; and of what has arrived while the push goes on."""
     memory, told = Elsewhere(), []
 
-    def follow(_: memoryview, upto: int) -> None:
+    def follow(_: memoryview, upto: int, _start: int) -> None:
         told.append((upto, sum(mark.passed for mark in memory.marks)))
 
     staged, shadow = staged_in(memory, tensors_of(1)), memory.new_arena(LAYOUT)
@@ -348,7 +350,7 @@ def test_push_that_broke_off_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
         def none(*_: Any) -> None:
             raise FAULTS[0]
 
-        full.setattr(Staged, "upload", none)
+        full.setattr(Region, "upload", none)
         with pytest.raises(Overloaded, match="CUDA out of memory"):
             work.advance(100_000)
 
@@ -365,7 +367,7 @@ def test_defects_are_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Staged, "upload", broken)
+    monkeypatch.setattr(Region, "upload", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         pass_over(staged, [Feed(staged.arena, None, 0.0)], check=False, grain=GRAIN).finish()
 

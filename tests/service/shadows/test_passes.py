@@ -22,7 +22,7 @@ from ema_service.averaging import BlockDigest, Digest
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.memory.arena import Arena
 from ema_service.memory.staging import Shared
-from ema_service.shadows.passes import Feed, Grain, pass_over
+from ema_service.shadows.passes import Feed, Grain, Pass, pass_over
 from ema_service.tensors import TORCH_DTYPES, tensor_of
 
 WEIGHTS = (0.25, 0.8)
@@ -147,7 +147,7 @@ def test_what_is_made_ends_at_whole_pieces(layout_of: Callable[..., Layout], mem
     shadow.tensor.zero_()
     staged, told = Staged(layout, memory), []
     staged.data[:] = bytes(layout.param_bytes)
-    feed = Feed(staged.arena, shadow, 0.5, lambda _, upto: told.append(upto))
+    feed = Feed(staged.arena, shadow, 0.5, lambda _, upto, _start: told.append(upto))
     work = pass_over(staged, [feed], check=True, grain=Grain(piece=64))
     for received in range(7, layout.param_bytes, 7):
         work.advance(received)
@@ -156,12 +156,103 @@ def test_what_is_made_ends_at_whole_pieces(layout_of: Callable[..., Layout], mem
     assert told == [*range(64, layout.param_bytes, 64), layout.param_bytes]
 
 
+class Stretches:
+    """What follows a result that is averaged in stretches: puts together what it was told, as a slot does."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.kept = bytearray(nbytes)
+        self._told: dict[int, int] = {}
+
+    def __call__(self, data: memoryview, upto: int, start: int) -> None:
+        begun = self._told.get(start, start)
+        begin = begun if begun <= upto else start  # the stretch begins again
+        self.kept[begin:upto], self._told[start] = data[begin:upto], upto
+
+
+BLOCK = 2048
+OF_DTYPES = {
+    "float32": {torch.float32: 5000},
+    "bf16": {torch.bfloat16: 9001},
+    "fp16": {torch.float16: 9001},
+    "float64 and float32": {torch.float64: 1500, torch.float32: 3001},
+    "narrow and not": {torch.float32: 2901, torch.bfloat16: 3001, torch.float16: 2111},
+}
+
+
+@pytest.mark.parametrize("sizes", OF_DTYPES.values(), ids=OF_DTYPES)
+@pytest.mark.parametrize("copied", [False, True], ids=["averaged", "copied"])
+def test_stretches_are_the_whole(
+    sizes: dict[torch.dtype, int], copied: bool, layout_of: Callable[..., Layout], memory: Memory
+) -> None:
+    """Averaged apart, in any order and at once, some of them twice: digests, averages, what is kept of them and their
+    distances are those of the parameters as one stretch, bit for bit."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{dtype}.{name}": torch.randn(size, generator=random).to(dtype)
+        for dtype, size in sizes.items()
+        for name in "ab"
+    }
+    plain, data = layout_of(tensors), data_of(tensors)
+    layout = Layout([entry.spec for entry in plain.params], [entry.name for entry in plain.params[::2]] * copied)
+    shadow = memory.new_arena(layout)
+    for index in range(len(layout.sections)):
+        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, len(shadow.section(index))))
+
+    def begun() -> tuple[Staged, list[Stretches], Pass]:
+        staged = Staged(layout, memory)
+        staged.region().data[:] = b"\xff" * len(data)
+        follow = [Stretches(layout.shadow_bytes) for _ in WEIGHTS]
+        outs = memory.new_arena(layout), staged.arena
+        feeds = [Feed(*each) for each in zip(outs, (shadow, shadow), WEIGHTS, follow, strict=True)]
+        grain = Grain(piece=BLOCK // 2, block=BLOCK)
+        return staged, follow, pass_over(staged, feeds, check=True, measure=True, grain=grain)
+
+    def found(follow: list[Stretches], work: Pass) -> list[bytes]:
+        outs = [feed.out for feed in work.feeds]
+        digests = [work.finish(), *(out.digest or b"" for out in outs)]
+        return [*digests, *(out.tensor.numpy().tobytes() for out in outs), *(bytes(each.kept) for each in follow)]
+
+    staged, follow, work = begun()
+    staged.data[:] = data
+    whole, distances = found(follow, work), work.squares()
+
+    staged, follow, work = begun()
+    step = BLOCK * 3
+    bounds = [(start, min(start + step, len(data))) for start in range(0, len(data), step)]
+
+    def push(bounds: tuple[int, int], share: float = 1.0) -> None:
+        stretch = work.stretch(*bounds)
+        count = int(len(stretch.data) * share)
+        stretch.data[:count] = data[bounds[0] :][:count]
+        stretch.advance(bounds[0] + count)
+        if share == 1.0:
+            stretch.finish()
+            assert stretch.digest() == digest_of(data[slice(*bounds)], BLOCK)
+
+    for each in bounds[::2]:
+        push(each, 0.7)
+    with ThreadPoolExecutor(4) as lanes:
+        list(lanes.map(push, reversed(bounds)))
+
+    assert found(follow, work) == whole
+    assert whole[5:] == whole[3:5]
+    torch.testing.assert_close(work.squares(), distances, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_layouts_whose_stretches_do_not_fit(layout_of: Callable[..., Layout]) -> None:
+    """float64 beside a dtype that widens: parameters of a stretch would lie at addresses that float64 cannot have."""
+    for sizes in OF_DTYPES.values():
+        assert layout_of({str(dtype): torch.zeros(4).to(dtype) for dtype in sizes}).divisible
+    for narrow in (torch.bfloat16, torch.float16):
+        assert not layout_of({"a": torch.zeros(3).double(), "b": torch.zeros(3).to(narrow)}).divisible
+
+
 def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], memory: Memory) -> None:
     """Each average is shadow - weight * (shadow - param) in the shadow's dtype; the shadow stays as it was."""
     layout = layout_of(model(0))
     shadow = memory.new_arena(layout)
     for index in range(len(layout.sections)):
-        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, tensor_of(shadow.section(index)).numel()))
+        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, len(shadow.section(index))))
     before = shadow.tensor.clone()
     push = Push(layout, memory, model(1), shadow)
     push.finish()

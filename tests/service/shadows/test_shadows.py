@@ -65,7 +65,7 @@ def test_first_version_is_told_of_as_it_arrives(layout: Layout, memory: Memory, 
     """Initial weights are looked at while they come; the shadow has its digest then, and nobody reads it again."""
     told: list[int] = []
     shadows, staged = Shadows(layout, memory, check=True), staged_of(layout, memory, model(0))
-    preparation = shadows.cast(staged, lambda _data, upto: told.append(upto))
+    preparation = shadows.cast(staged, lambda _data, upto, _start: told.append(upto))
     preparation.advance(layout.param_bytes // 2)
     half = list(told)
     prepared = preparation.finish()
@@ -140,7 +140,7 @@ def test_sinks_are_told_by_name(shadows: Shadows, layout: Layout, memory: Memory
     """The sink of an average is given that average's bytes, and so the arena its digest; others get none."""
     told: dict[str, bytes] = {}
 
-    def sink(data: memoryview, upto: int) -> None:
+    def sink(data: memoryview, upto: int, _start: int) -> None:
         told["a1"] = bytes(data[:upto])
 
     prepared = shadows.prepare(PLAN, state_of(shadows), staged_of(layout, memory, model(1)), {"a1": sink}).finish()

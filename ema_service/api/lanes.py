@@ -1,0 +1,98 @@
+"""Lanes: the connections that bring stretches of updates at the moment.
+
+Lanes are bounded: each is a connection, and while its bytes come fast a thread. A stretch that comes once more, for its
+connection broke off unnoticed, ends the lane before it: two lanes never write one memory.
+
+Knows names of stretches and the tasks that receive them. Does not know bytes, or what becomes of a stretch (runs).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from ema_client.errors import Overloaded, Superseded
+
+__all__ = ["Lane", "Lanes"]
+
+#: Retry-After of a stretch beyond the bounds: stretches end every moment, and a lane has nothing else to do.
+_RETRY_SECONDS = 0.1
+
+
+class Lane:
+    """The receiving of one stretch. On the event loop only.
+
+    gone: set once nothing of the lane writes to memory any more.
+    """
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+        self._stopped = False
+        self._receiving: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """End the receiving: the same stretch has come once more."""
+        self._stopped = True
+        if self._receiving:
+            self._receiving.cancel()
+
+    async def receive(self, receiving: Coroutine[Any, Any, None]) -> None:
+        """Await ``receiving``. Raises what that raises; Superseded where stop() ended it."""
+        self._receiving = asyncio.create_task(receiving)
+        if self._stopped:
+            self._receiving.cancel()
+        try:
+            await self._receiving
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+            raise Superseded("the stretch came once more, over another connection", retry_after=0.0) from None
+
+
+class Lanes:
+    """All lanes of a server. On the event loop only.
+
+    most: of one update at once. in_all: of all updates at once.
+    """
+
+    def __init__(self, most: int, in_all: int) -> None:
+        self._most = most
+        self._in_all = in_all
+        self._lanes: dict[tuple[object, object], Lane] = {}
+        self._of: Counter[object] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    @contextlib.asynccontextmanager
+    async def lane(self, push: object, stretch: object) -> AsyncIterator[Lane]:
+        """A lane for a stretch of a push, within the block. Waits until an earlier lane of the same stretch has ended.
+
+        Raises Overloaded beyond the bounds.
+        """
+        name = push, stretch
+        while before := self._lanes.get(name):
+            before.stop()
+            await before.gone.wait()
+        if self._of[push] >= self._most:
+            raise Overloaded(
+                f"{self._of[push]} stretches of this update are coming already (max_lanes)", retry_after=_RETRY_SECONDS
+            )
+        if len(self._lanes) >= self._in_all:
+            raise Overloaded(
+                f"{self._in_all} stretches of updates are coming already (a quarter of max_connections)",
+                retry_after=_RETRY_SECONDS,
+            )
+        lane = self._lanes[name] = Lane()
+        self._of[push] += 1
+        try:
+            yield lane
+        finally:
+            del self._lanes[name]
+            self._of[push] -= 1
+            if not self._of[push]:
+                del self._of[push]
+            lane.gone.set()
