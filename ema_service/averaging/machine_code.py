@@ -115,8 +115,14 @@ def _built(group: str) -> bytes:
     """The object code of a group, compiled by a process of its own; by this one where no process can be started."""
     command = [sys.executable, "-P", "-c", _BUILD.format(path=sys.path, group=group)]
     try:
+        # A session of its own: Ctrl-C at a terminal ends the server, which then waits for what it began.
         done = subprocess.run(
-            command, capture_output=True, check=True, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=_BUILD_SECONDS,
+            start_new_session=True,
         )
     except (OSError, subprocess.SubprocessError) as fault:
         _log.info("no process could compile the loops, so this one does: %s", fault)
