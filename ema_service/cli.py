@@ -409,9 +409,9 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
     # Before the rest of the server is imported, which takes memory: memory that an earlier server left may leave no
     # room for both.
     store = _opened(settings)
+    from ema_service.api.app import pick_device
     from ema_service.api.server import serve as serve_http
     from ema_service.api.tls import Certificate, CertificateUnusable
-    from ema_service.memory import pick_device
     from ema_service.storage import CatalogUnusable
 
     def announce(url: str) -> None:

@@ -6,13 +6,16 @@ Knows torch's dtypes, and how many of its threads a thread may use. Does not kno
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ema_service.threads import cores
-from ema_service.values import Array, Values
+
+if TYPE_CHECKING:
+    from ema_service.values import Array, Values
 
 __all__ = ["TORCH_DTYPES", "array_of", "tensor_of"]
 

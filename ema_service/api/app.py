@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
@@ -35,7 +36,7 @@ from ema_service.settings import Settings
 from ema_service.storage import Store, open_objects, open_store
 from ema_service.tokens import Tokens
 
-__all__ = ["create_app", "open_registry"]
+__all__ = ["create_app", "open_registry", "pick_device"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ SYNC_SECONDS = 0.5
 _IDLE_SECONDS = 60.0
 #: Bytes that the server itself may grow by, beyond weights and layouts: connections, requests, the interpreter's own.
 _GROWTH_BYTES = 128 << 20
+#: What torch takes, where a run that needs torch is yet to come.
+_TORCH_BYTES = 200 << 20
 
 #: In the order in which each request's route is searched: routes that trainers use all day come first.
 _PARTS = (updates, weights, runs, averages, snapshots, events, history, sweeps, ops)
@@ -149,7 +152,7 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
 
 def _left_for_weights(memory_limit: int) -> int:
     """What the process itself leaves of its memory. Raises RuntimeError where that is nothing."""
-    itself = resident_bytes() + _GROWTH_BYTES
+    itself = resident_bytes() + _GROWTH_BYTES + (0 if "torch" in sys.modules else _TORCH_BYTES)
     if memory_limit <= itself:
         raise RuntimeError(
             f"{memory_limit} bytes of memory (--memory-limit, or the control group's) leave none for weights: "

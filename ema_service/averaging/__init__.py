@@ -1,7 +1,7 @@
 """Pure numerics of the exponential moving average: decay schedules, the kernel that averages flat memory, digests, and
 the weights of snapshots whose sum is another average.
 
-Knows torch and arithmetic. Does not know runs, names, layouts, files, sockets or clocks.
+Knows arithmetic, and torch where values lie on a device. Does not know runs, names, layouts, files, sockets or clocks.
 """
 
 from __future__ import annotations

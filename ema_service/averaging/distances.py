@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ema_service.averaging.squares import Sums
+from ema_service.averaging.fused import Sums
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,8 +23,8 @@ from types import ModuleType
 import numpy as np
 
 from ema_service.averaging import fused
-from ema_service.averaging.digest import Accumulators
 from ema_service.averaging.distances import Squares
+from ema_service.averaging.xxh3 import Accumulators
 from ema_service.threads import cores
 from ema_service.values import Array, Values, address, all_finite, widened
 

@@ -6,10 +6,11 @@ Knows flat arrays. Does not know what is summed, or where the values come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from ema_service.averaging.compiling import compiled
-from ema_service.values import Array
+import numpy as np
+
+from ema_service.averaging.machine_code import AVERAGING
+from ema_service.values import Array, address
 
 __all__ = ["add_weighted"]
 
@@ -22,12 +23,7 @@ def add_weighted(sums: Array, values: Array, weights: Sequence[float]) -> None:
         values: (elements,), float32 or float64.
         weights: one for each sum.
     """
-    for number, weight in enumerate(weights):
+    add = AVERAGING["add_f64" if values.dtype == np.float64 else "add_f32"]
+    for total, weight in zip(sums, weights, strict=True):
         if weight:
-            _add(sums[number], values, weight)
-
-
-@compiled
-def _add(total: Any, values: Any, weight: Any) -> None:
-    for i in range(total.size):
-        total[i] += weight * values[i]
+            add(address(total), address(values), len(values), weight)

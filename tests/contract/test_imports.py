@@ -9,7 +9,7 @@ import ast
 import graphlib
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import packages_distributions
@@ -25,10 +25,10 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
 # what stands to its right, and shadows and bodies, memory and storage do without each other. cluster decides for a run
 # on several hosts; nothing uses it yet. settings, metrics, threads, machine_memory, descriptors, logs, addresses,
-# address_file, readiness and sizes are leaves.
+# address_file, readiness, sizes, tokens, values and tensors are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
-    *("readiness", "sizes", "tokens"),
+    *("readiness", "sizes", "tokens", "values", "tensors"),
 }
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
@@ -43,7 +43,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "bodies": {"memory", "averaging"} | LEAVES,
     "memory": LEAVES,
     "storage": LEAVES,
-    "averaging": set(),
+    "averaging": {"threads", "values", "tensors"},
     "settings": {"machine_memory"},
     "metrics": set(),
     "threads": set(),
@@ -55,6 +55,8 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "readiness": set(),
     "sizes": set(),
     "tokens": set(),
+    "values": {"tensors"},
+    "tensors": {"threads", "values"},
     "demo": {"settings"},
     "bench": {"settings", "sizes"},
 }
@@ -69,6 +71,10 @@ PURE = (LEDGER, "ema_service.cluster.decisions")
 LEDGER_THIRD_PARTY = {"numpy"}
 #: What of the standard library a decision has no business with.
 LEDGER_NEVER = {"os", "pathlib", "sqlite3", "socket", "threading", "time", "asyncio", "mmap", "random"}
+#: These import torch at their top, or numba, and are imported where a call needs them: a server whose runs are float32,
+#: on the CPU, does without both.
+TORCH_MODULES = {"ema_service.tensors", "ema_service.averaging.by_torch"}
+NUMBA_MODULES = {"ema_service.averaging.loops*"}
 #: These play the trainer and the evaluator: they use the public client, and start the server as a process.
 PARTS_OUTSIDE = {"demo", "bench"}
 CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
@@ -292,6 +298,21 @@ def one_httpx(module: Module) -> Iterator[str]:
         )
 
 
+def heavy_imports_wait(module: Module) -> Iterator[str]:
+    """torch takes 0.9 s and 200 MiB, numba 0.25 s and 75 MiB."""
+    heavy = *TORCH_MODULES, *NUMBA_MODULES
+    if module.package != "ema_service" or module.part in PARTS_OUTSIDE or _fits(module.name, heavy):
+        return
+    for imported in module.imports:
+        late = imported.root in ("torch", "numba") or _fits(imported.target, heavy)
+        if late and imported.top and not imported.typing:
+            yield f"line {imported.line}: {module.name} must do without {imported.target} when it is imported"
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def fastapi_in_its_place(module: Module) -> Iterator[str]:
     if module.package == "ema_service" and module.part in {"api", "dashboard"}:
         return
@@ -331,6 +352,7 @@ RULES: list[Rule] = [
     client_third_party,
     client_floors,
     client_torch,
+    heavy_imports_wait,
     service_third_party,
     one_httpx,
     fastapi_in_its_place,

@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from ema_service.averaging import BLOCK_BYTES, GULP_BYTES, BlockDigest, Digest, fused
-from ema_service.averaging.digest import take_in_numpy, take_last_numpy
+from ema_service.averaging.xxh3 import take_in_numpy, take_last_numpy
 
 LINE_BYTES = 64
 

@@ -196,8 +196,7 @@ def test_stretches_are_the_whole(
     layout = Layout([entry.spec for entry in plain.params], [entry.name for entry in plain.params[::2]] * copied)
     shadow = memory.new_arena(layout)
     for index in range(len(layout.sections)):
-        section = tensor_of(shadow.section(index))
-        section.copy_(torch.linspace(-2, 2, section.numel()))
+        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, len(shadow.section(index))))
 
     def begun() -> tuple[Staged, list[Stretches], Pass]:
         staged = Staged(layout, memory)
@@ -253,7 +252,7 @@ def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], me
     layout = layout_of(model(0))
     shadow = memory.new_arena(layout)
     for index in range(len(layout.sections)):
-        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, tensor_of(shadow.section(index)).numel()))
+        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, len(shadow.section(index))))
     before = shadow.tensor.clone()
     push = Push(layout, memory, model(1), shadow)
     push.finish()

@@ -3,7 +3,7 @@
 Of each element three squares are summed: of (result - parameter), of the parameter, and of the result. A vector of 16
 elements is added to 48 lanes of float32; every few gulps these are added to 48 lanes of float64, and those, where a
 tensor ends, to the tensor's sums. So a sum is right to 1e-6 of its value, at three operations a vector. The averaging
-loop (fused.py) hands over whole gulps; where a gulp has elements of several tensors, they are added here, from a copy
+loop (average.py) hands over whole gulps; where a gulp has elements of several tensors, they are added here, from a copy
 of the parameters, which the results may have overwritten.
 
 Knows flat float32 arrays and where tensors end. Does not know how the results come about, names, or what is told.
@@ -14,27 +14,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from ema_service.averaging.compiling import compiled
+from ema_service.averaging.loops.compiled import compiled
 
-__all__ = ["LANES", "NO_SUMS", "Sums", "add_squares", "add_stretch", "enter", "find_tensor", "flush", "widen"]
-
-#: By tensor, the three sums: (tensors, 3).
-Sums = npt.NDArray[np.float64]
-#: In the place of sums, where nothing is measured.
-NO_SUMS: Sums = np.empty((0, 3))
+__all__ = ["LANES", "add_squares", "add_stretch", "enter", "find_tensor", "flush", "widen"]
 
 #: Elements of a vector, and lanes of all three sums.
 _LINE = 16
 LANES = 3 * _LINE
 
 _FLOATS = ir.VectorType(ir.FloatType(), _LINE)
-#: numba's ``intrinsic``, untyped, as in fused.py.
+#: numba's ``intrinsic``, untyped, as in average.py.
 _instructions: Any = intrinsic
 
 
