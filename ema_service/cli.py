@@ -484,17 +484,19 @@ def recover(
         store = Store(data_dir)
     except (OSError, sqlite3.Error, CatalogUnusable, ObjectStoreUnusable) as fault:
         _refuse(fault)
-    left_out = False
+    found, left_out = 0, 0
     try:
         for each in recover_snapshots(store, objects):
-            left_out |= each.left_out is not None
+            found, left_out = found + 1, left_out + (each.left_out is not None)
             named = f"{each.run}/{each.snapshot}" if each.run else each.folder
             typer.echo(f"{named}: {f'left out: {each.left_out}' if each.left_out else 'is there'}")
     except (OSError, sqlite3.Error) as fault:
         _refuse(fault)
     finally:
         store.close()
-    raise typer.Exit(1 if left_out else 0)
+    if not found:
+        typer.echo(f"{objects.url} has no snapshots")
+    raise typer.Exit(1 if left_out or not found else 0)
 
 
 def _opened(settings: Settings) -> Store | None:

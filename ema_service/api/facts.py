@@ -56,12 +56,18 @@ def gauge(metrics: Metrics, context: Context) -> None:
         )
         if files := store.memory_files:
             metrics.watch("ema_ram_free_bytes", "Bytes that memory files may still take.", lambda: files.room())
-    if offload := registry.offload:
-        metrics.watch("ema_snapshots_waiting", "Snapshots to be moved to their store.", lambda: offload.waiting)
-        metrics.watch("ema_snapshot_removals_waiting", "Snapshots to be removed there.", lambda: offload.removals)
-        metrics.watch(
-            "ema_snapshot_store_failing", "1 while the store of snapshots fails.", lambda: offload.fault is not None
-        )
+    offload = registry.offload
+    metrics.watch(
+        "ema_snapshots_waiting", "Snapshots to be moved to their store.", lambda: offload.waiting if offload else 0
+    )
+    metrics.watch(
+        "ema_snapshot_removals_waiting", "Snapshots to be removed there.", lambda: offload.removals if offload else 0
+    )
+    metrics.watch(
+        "ema_snapshot_store_failing",
+        "1 while the store of snapshots fails.",
+        lambda: offload is not None and offload.fault is not None,
+    )
 
 
 def stranger_info() -> ServerInfo:

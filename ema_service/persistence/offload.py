@@ -28,6 +28,7 @@ from typing import Any
 import xxhash
 
 from ema_client.errors import MalformedBody, Overloaded
+from ema_client.protocol import SnapshotInfo, from_json
 from ema_service.storage import (
     ObjectFile,
     ObjectStore,
@@ -162,6 +163,15 @@ class Offload:
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _work(self, placed: Placed) -> None:
+        try:
+            self._try_until_the_end(placed)
+        finally:
+            if not self._ending:
+                self.fault = (
+                    "a defect ended the moving of snapshots: report the log's traceback, and restart the server"
+                )
+
+    def _try_until_the_end(self, placed: Placed) -> None:
         delay: float | None = None
         while self._waited(delay):
             fault = self._tried(placed)
@@ -208,8 +218,9 @@ class Offload:
         folder = f"{run.name}/{row.name}.{digits}"
         self._store.add_removal(folder)
         try:
-            files = {each: self._upload(run, row, each, folder) for each in json.loads(row.info)["averages"]}
-        except _Unreadable as fault:
+            averages = from_json(SnapshotInfo, json.loads(row.info)).averages
+            files = {each: self._upload(run, row, each, folder) for each in averages}
+        except (_Unreadable, ValueError) as fault:
             _log.error("snapshot %s of run %s cannot be moved to %s: %s", row.name, run.name, self.url, fault)
             self._left_out.add(row)
             return

@@ -55,6 +55,7 @@ def recover(store: Store, objects: ObjectStore) -> Iterator[Recovered]:
     Each run's snapshots come in the order in which they were made. Nothing is read but the cards. Raises
     ObjectStoreFailed, sqlite3.Error, OSError.
     """
+    objects.check()
     cards: list[_Card] = []
     for path in objects.find(CARD):
         folder = path.rpartition("/")[0]

@@ -452,4 +452,5 @@ def _unread(info: SnapshotInfo, fault: Exception) -> StorageFailed | SnapshotDam
 
 
 def _damaged(info: SnapshotInfo, fault: Exception) -> SnapshotDamaged:
-    return SnapshotDamaged(f"snapshot {info.name!r} of run {info.run!r} cannot be read: {fault}")
+    hint = None if info.stored == "local" else "restore the object in the snapshot store, or delete the snapshot"
+    return SnapshotDamaged(f"snapshot {info.name!r} of run {info.run!r} cannot be read: {fault}", hint=hint)

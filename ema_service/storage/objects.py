@@ -9,6 +9,7 @@ Knows URLs, fsspec, and what its file systems raise. Does not know snapshots, no
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -41,6 +42,8 @@ _HEAD_BYTES = 64 << 10
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 1}}},
 }
+#: How often s3fs tries a request itself, within a second: whoever waits for a store that is away is to be told.
+_TRIES = 3
 #: By the name of a file system, what to install for it.
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 #: By module, what fsspec's file systems let through of the libraries below, beside OSError.
@@ -112,6 +115,8 @@ def open_objects(url: str) -> ObjectStore:
         ) from None
     except (ValueError, TypeError, OSError) as fault:
         raise ObjectStoreUnusable(f"the snapshot store {shown(url)} cannot be opened: {fault}") from None
+    if hasattr(files, "retries"):
+        files.retries = _TRIES
     return _Bucket(files, root.rstrip("/"), shown(url))
 
 
@@ -195,7 +200,9 @@ class _Folder:
 
     def find(self, name: str) -> list[str]:
         self.check()
-        return sorted(str(each.relative_to(self._root)) for each in self._root.rglob(name))
+        # os.walk: leaves out what another server removes meanwhile.
+        folders = (Path(folder) for folder, _, names in os.walk(self._root) if name in names)
+        return sorted(str((folder / name).relative_to(self._root)) for folder in folders)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -226,7 +233,7 @@ class _Bucket:
             except FileNotFoundError as fault:
                 # Of s3fs both a bucket and a prefix that are not there; behind that of a bucket an answer stands.
                 if fault.__cause__ is not None:
-                    raise
+                    raise ObjectStoreFailed(f"{self.url}: there is no such bucket: make it first") from None
 
     def write(self, path: str, pieces: Iterable[bytes | memoryview], size: int) -> None:
         part = max(_PART_BYTES, -(-size // _MOST_PARTS))
@@ -248,7 +255,12 @@ class _Bucket:
 
     def read(self, path: str, start: int, stop: int) -> bytes:
         with self._told():
-            return cast(bytes, self._files.cat_file(f"{self._root}/{path}", start=start, end=stop))
+            try:
+                return cast(bytes, self._files.cat_file(f"{self._root}/{path}", start=start, end=stop))
+            except OSError as fault:
+                if fault.errno != errno.EINVAL:
+                    raise
+                return b""  # the range begins where the object has ended
 
     def remove(self, folder: str, first: str) -> None:
         with self._told():
@@ -273,6 +285,8 @@ class _Bucket:
             yield
         except FileNotFoundError as fault:
             raise ObjectGone(f"{self.url}: {fault}: the bucket, or the object, is not there") from None
+        except ObjectStoreFailed:
+            raise
         except _faults() as fault:
             said = f"{self.url}: {' '.join(str(fault).split()) or type(fault).__name__}"
             if isinstance(fault, PermissionError) or _REFUSED.search(f"{type(fault).__name__} {fault}"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -184,7 +185,12 @@ def test_kills_of_server_and_store(s3: S3Server, server: ServerProcess, plain_ru
     assert weights(run, "s").content == expected
     assert sorted(key.rpartition("/")[2] for key in keys(s3, run)) == ["ema.safetensors", "snapshot.json"]
 
-    s3.kill()
+    with run.http.stream("GET", f"{run.path}/snapshots/s/weights") as reading:
+        chunks = reading.iter_raw(1 << 16)
+        next(chunks)
+        s3.kill()
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(chunks)
     try:
         check_without_store(server, run)
     finally:
@@ -215,7 +221,8 @@ def check_without_store(server: ServerProcess, run: PlainRun) -> None:
 def test_lost_data_dir(
     s3: S3Server, server: ServerProcess, start_server: Start, plain_run: Callable[..., PlainRun]
 ) -> None:
-    """Another data dir has runs and snapshots again, and goes on from them."""
+    """Another data dir, whose server had a bucket that is not there, has runs and snapshots again, and goes on from
+    them."""
     run = plain_run(server, model(0), averages=TWO, durability="disk")
     take(run, "first")
     run.push(7, model(1)).raise_for_status()
@@ -225,13 +232,19 @@ def test_lost_data_dir(
     server.kill()
     aws(s3).put_object(Bucket=BUCKET, Key="ema/x/y.1/snapshot.json", Body=b'{"format": 1}')
 
-    again = start_server("--snapshot-store", URL)
+    again = start_server("--snapshot-store", "s3://nowhere/ema")
+    other = plain_run(again, model(0, 100), name="other")
+    take(other, "s")
+    wait_until(lambda: "s3://nowhere/ema: there is no such bucket: make it first" in again.log, "the log's line")
+    assert places(other) == {"s": "local"}
     again.stop()
+    again.arguments = "--snapshot-store", URL
     said = CliRunner().invoke(ema_service, ["recover", "--snapshot-store", URL, "--data-dir", str(again.data_dir)])
     assert said.exit_code == 1, "a card cannot be read"
     assert f"{run.name}/first: is there\n{run.name}/last: is there\n" in said.output
     assert "x/y.1: left out" in said.output
     again.start()
+    moved(plain_run(again, name="other"))
     found = plain_run(again, name=run.name)
     assert found.info()["status"] == "awaiting_weights"
     assert places(found) == {"first": "store", "last": "store"}
@@ -247,20 +260,11 @@ def test_lost_data_dir(
     assert refused.json()["code"] == "snapshot_exists"
 
 
-def test_store_that_cannot_be_used(
-    s3: S3Server,  # noqa: ARG001 - the environment names it
-    start_server: Start,
-    plain_run: Callable[..., PlainRun],
-) -> None:
-    """A bucket that is not there costs no snapshot, and is told; a URL that means no store starts no server."""
-    server = start_server("--snapshot-store", "s3://nowhere/ema")
-    run = plain_run(server, model(0, 100))
-    take(run, "s")
-    wait_until(lambda: "snapshot store: s3://nowhere/ema" in server.log, "the log's line")
-    assert "bucket" in server.log
-    assert places(run) == {"s": "local"}
+def test_url_that_means_no_store(tmp_path: Path) -> None:
+    """It starts no server, touches no data dir, and says what to do."""
     for url, said in (("gs://b/p", "pip install gcsfs"), ("nonsense://b", "nonsense"), ("s3://b", None)):
         words = ["serve", "--port", "0", "--snapshot-store", url, *(["--memory"] if said is None else [])]
-        refused = CliRunner().invoke(ema_service, words, env={"EMA_SERVICE_DATA_DIR": str(server.folder / "other")})
+        refused = CliRunner().invoke(ema_service, words, env={"EMA_SERVICE_DATA_DIR": str(tmp_path / "data")})
         assert refused.exit_code in (1, 2)
         assert (said or "--memory") in refused.output
+    assert not (tmp_path / "data").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -72,6 +73,8 @@ from ema_service.bodies.outgoing import ReadBytes
 from ema_service.runs import Run
 
 __all__ = ["router"]
+
+_log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["weights"])
 
@@ -492,8 +495,15 @@ async def _answer(
     return _Streaming(source.pop_all(), server, body, status_code=206 if part else 200, headers=headers)
 
 
+class _BrokenOff(Exception):
+    """The rest of a body cannot be read."""
+
+
 class _Streaming(StreamingResponse):
-    """Sends the chunks, counts their bytes and, however the sending ends, closes the source."""
+    """Sends the chunks, counts their bytes and, however the sending ends, closes the source.
+
+    Where the source fails in the middle, a disk or an object store, the connection ends before the body does.
+    """
 
     media_type = _OCTETS
 
@@ -512,13 +522,19 @@ class _Streaming(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._source, self._metrics.pull("send"):
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except _BrokenOff as fault:
+                _log.warning("%s was broken off: %s", scope["path"], fault)
 
     @staticmethod
     async def _counted(body: AsyncIterator[memoryview], server: Context) -> AsyncIterator[memoryview]:
-        async for chunk in body:
-            yield chunk
-            server.metrics.sent.inc(len(chunk))
+        try:
+            async for chunk in body:
+                yield chunk
+                server.metrics.sent.inc(len(chunk))
+        except OSError as fault:
+            raise _BrokenOff(str(fault)) from fault
 
 
 async def _from_memory(request: Request, server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
