@@ -181,6 +181,16 @@ def serve(
             envvar="EMA_SERVICE_MAX_SNAPSHOTS",
         ),
     ] = Settings.max_snapshots,
+    snapshot_store: Annotated[
+        str | None,
+        typer.Option(
+            help="Move snapshots to this object store, such as s3://bucket/prefix, or to a folder; they are read from "
+            "there.  [default: they stay in the data dir]",
+            metavar="URL",
+            show_default=False,
+            envvar="EMA_SERVICE_SNAPSHOT_STORE",
+        ),
+    ] = None,
     measurements: Annotated[
         bool,
         typer.Option(
@@ -273,6 +283,10 @@ def serve(
         )
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise typer.BadParameter("a certificate and its key come together", param_hint="--ssl-certfile, --ssl-keyfile")
+    if memory and snapshot_store:
+        raise typer.BadParameter(
+            "snapshots are files of a data dir before they are moved: leave --memory out", param_hint="--snapshot-store"
+        )
     budgets = {"memory_limit": memory_limit, "staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
     settings = Settings(
         data_dir=None if memory else data_dir,
@@ -285,6 +299,7 @@ def serve(
         max_watchers=max_watchers,
         max_lanes=max_lanes,
         max_snapshots=max_snapshots,
+        snapshot_store=snapshot_store,
         measurements=measurements,
         token_file=token_file,
         allowed_hosts=(host, *(allowed_host or ()), *([host_of(announce)] if announce else [])),
@@ -389,11 +404,14 @@ def _lifetime(text: str) -> int:
 
 def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate: tuple[Path, Path] | None) -> None:
     """Serve until told to stop. Exits with 1, and a line on stderr, where the server cannot start."""
-    # Before torch is imported, which takes memory: memory that an earlier server left may leave no room for both.
+    if settings.snapshot_store:
+        _check_snapshot_store(settings.snapshot_store)
+    # Before the rest of the server is imported, which takes memory: memory that an earlier server left may leave no
+    # room for both.
     store = _opened(settings)
-    from ema_service.api.app import pick_device
     from ema_service.api.server import serve as serve_http
     from ema_service.api.tls import Certificate, CertificateUnusable
+    from ema_service.memory import pick_device
     from ema_service.storage import CatalogUnusable
 
     def announce(url: str) -> None:
@@ -404,6 +422,8 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
         typer.echo(f"  data dir   {_data_line(settings.data_dir, store)}")
         if store:
             typer.echo(f"  memory     {_memory_line(store)}")
+        if settings.snapshot_store:
+            typer.echo(f"  snapshots  {_without_password(settings.snapshot_store)}")
         if settings.address_file:
             typer.echo(f"  address    file://{settings.address_file.absolute()}{_only_here(url, uds)}")
         typer.echo(f"  dashboard  {url}/    API docs  {url}/docs")
@@ -444,6 +464,39 @@ def release(
         store.close()
 
 
+@app.command()
+def recover(
+    snapshot_store: Annotated[
+        str,
+        typer.Option(help="Of the server whose data dir is lost.", metavar="URL", envvar="EMA_SERVICE_SNAPSHOT_STORE"),
+    ],
+    data_dir: Annotated[
+        Path, typer.Option(help="To have them from now on.", envvar="EMA_SERVICE_DATA_DIR", file_okay=False)
+    ] = DEFAULT_DATA_DIR,
+) -> None:
+    """Have the snapshots of an object store again, after the data dir was lost; nothing is served. From then on they
+    are this data dir's, which also deletes them: never recover those of a server that still runs."""
+    from ema_service.persistence.recovering import recover as recover_snapshots
+    from ema_service.storage import CatalogUnusable, ObjectStoreUnusable, Store, open_objects
+
+    try:
+        objects = open_objects(snapshot_store)
+        store = Store(data_dir)
+    except (OSError, sqlite3.Error, CatalogUnusable, ObjectStoreUnusable) as fault:
+        _refuse(fault)
+    left_out = False
+    try:
+        for each in recover_snapshots(store, objects):
+            left_out |= each.left_out is not None
+            named = f"{each.run}/{each.snapshot}" if each.run else each.folder
+            typer.echo(f"{named}: {f'left out: {each.left_out}' if each.left_out else 'is there'}")
+    except (OSError, sqlite3.Error) as fault:
+        _refuse(fault)
+    finally:
+        store.close()
+    raise typer.Exit(1 if left_out else 0)
+
+
 def _opened(settings: Settings) -> Store | None:
     """The store, or an end with what is wrong with it."""
     from ema_service.storage import CatalogUnusable, open_store
@@ -454,6 +507,22 @@ def _opened(settings: Settings) -> Store | None:
         return open_store(settings.data_dir, settings.ram_dir)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
         _refuse(fault)
+
+
+def _check_snapshot_store(url: str) -> None:
+    """Exit where the URL means no object store that can be used here; nothing is asked of the store."""
+    from ema_service.storage import ObjectStoreUnusable, open_objects
+
+    try:
+        open_objects(url)
+    except ObjectStoreUnusable as fault:
+        _refuse(fault)
+
+
+def _without_password(url: str) -> str:
+    from ema_service.storage.objects import shown
+
+    return shown(url)
 
 
 def _only_here(url: str, uds: Path | None) -> str:

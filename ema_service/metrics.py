@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -223,13 +224,14 @@ class Metrics:
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge; ``value`` is called whenever someone asks for the metrics.
 
-        A value that cannot be had (OSError: a disk that is gone) is told as NaN: the others matter most then.
+        A value that cannot be had (OSError, sqlite3.Error: a disk that is gone) is told as NaN: the others matter most
+        then.
         """
 
         def told() -> float:
             try:
                 return value()
-            except OSError:
+            except (OSError, sqlite3.Error):
                 return math.nan
 
         Gauge(name, text, registry=self.registry).set_function(told)

@@ -41,6 +41,7 @@ class Settings:
     max_lanes: most connections at once that bring stretches of one update; 1 takes none. With those of all updates they
     are a quarter of the connections at most.
     max_snapshots: most snapshots of one run: whoever may take them shall not fill the disk.
+    snapshot_store: URL of an object store, or a folder, that snapshots are moved to; None leaves them in the data dir.
     token_file: tokens and what each may do; None asks nobody for a token.
     allowed_hosts: names by which clients reach the server, beside IP addresses and this machine's own names. Where no
     token is asked for, other names are refused (api/origins.py).
@@ -64,6 +65,7 @@ class Settings:
     max_watchers: int = 512
     max_lanes: int = 8
     max_snapshots: int = 1000
+    snapshot_store: str | None = None
     token_file: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     announce: str | None = None

@@ -1,4 +1,4 @@
-"""Thread pools that drop finished work before its result can be seen.
+"""Thread pools that drop finished work before its result can be seen, and how many cores a thread may keep busy.
 
 A worker of the standard pool publishes a result first, and drops the work with everything the work refers to a moment
 later. In that moment the next push may arrive, find the memory of the version before last still held, and get fresh
@@ -9,13 +9,27 @@ Knows threads. Does not know what they work on.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["Threads"]
+__all__ = ["Threads", "cores", "use_cores"]
 
 T = TypeVar("T")
+
+_may = threading.local()
+
+
+def use_cores(count: int) -> None:
+    """Let the calling thread keep so many cores busy, with threads that help it."""
+    _may.cores = count
+
+
+def cores() -> int:
+    """How many cores the calling thread may keep busy: all, unless use_cores() said otherwise."""
+    return getattr(_may, "cores", None) or os.cpu_count() or 1
 
 
 class Threads(ThreadPoolExecutor):

@@ -88,6 +88,8 @@ RunStatus = Literal["awaiting_weights", "ready", "degraded"]
 ScheduleName = Literal["litema", "constant", "half_life", "power", "inverse_gamma"]
 DecayPer = Literal["update", "step"]
 Durability = Literal["memory", "process", "disk"]
+#: Where the files of a snapshot are.
+Stored = Literal["local", "store"]
 NonFinitePolicy = Literal["refuse", "allow"]
 UpdateState = Literal["applied", "staged", "unknown"]
 EventKind = Literal[
@@ -540,6 +542,8 @@ class ServerInfo:
         three are None where nothing is kept on disk.
     durability: of runs that name none. time: the server's clock, Unix seconds. python, torch: versions.
     scopes: what the request's token allows, for some run or for all.
+    snapshots_waiting: how many snapshots are to be moved to the object store; None where the service has none.
+        snapshot_store_fault: why that store could not be used when it was tried last, None where it could.
     """
 
     name: Text
@@ -556,6 +560,8 @@ class ServerInfo:
     python: Text | None = None
     torch: Text | None = None
     scopes: tuple[Text, ...] = ()
+    snapshots_waiting: Count | None = None
+    snapshot_store_fault: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -616,6 +622,8 @@ class SnapshotInfo:
     """A named, immutable, durable copy of all averages of a run. ``bytes``: of the snapshot's files.
 
     target: of the single average "posthoc" that was worked out of the run's ring, what was wished for.
+    stored: where the files are: in the service's data dir ("local"), or in the object store that the service moves
+        snapshots to ("store").
     """
 
     run: Name
@@ -627,6 +635,7 @@ class SnapshotInfo:
     bytes: Count
     created_at: Moment
     target: Text | None = None
+    stored: Stored = "local"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
 
-import torch
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
@@ -29,14 +28,14 @@ from ema_service.api.tracing import open_tracing
 from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.api.writes import WriteGate, Writes
 from ema_service.machine_memory import resident_bytes
-from ema_service.memory import Memory
+from ema_service.memory import Memory, pick_device
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry
 from ema_service.settings import Settings
-from ema_service.storage import Store, open_store
+from ema_service.storage import Store, open_objects, open_store
 from ema_service.tokens import Tokens
 
-__all__ = ["create_app", "open_registry", "pick_device"]
+__all__ = ["create_app", "open_registry"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,21 +54,6 @@ _PARTS = (updates, weights, runs, averages, snapshots, events, history, sweeps, 
 _DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
 evaluators
 pull the averaged ones. Control is JSON; weights are one safetensors body; errors are problem+json (RFC 9457)."""
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is a CUDA device if there is one, else the CPU.
-
-    Raises RuntimeError for a device that is missing.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as fault:  # raised by torch for a device that it was built without
-        raise RuntimeError(f"the device {name!r} cannot be used: {str(fault).splitlines()[0]}") from None
-    return device
 
 
 def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
@@ -144,8 +128,10 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
 def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     """Bring every run back.
 
-    store: by default opened here. Raises RuntimeError (no such device, or no memory), and what open_store() raises.
+    store: by default opened here. Raises RuntimeError (no such device, no memory, or no such object store), and what
+    open_store() raises.
     """
+    objects = open_objects(settings.snapshot_store) if settings.snapshot_store else None
     if store is None and settings.data_dir:
         store = open_store(settings.data_dir, settings.ram_dir)
     device = pick_device(settings.device)
@@ -157,6 +143,7 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
         frozen_bytes=settings.frozen_bytes,
         max_snapshots=settings.max_snapshots,
         measure=settings.measurements,
+        objects=objects,
     )
 
 

@@ -114,6 +114,11 @@ class Context:
         async with self.turn(run):
             return await self.workers.block(work)
 
+    async def read(self, work: Callable[[], T]) -> T:
+        """What ``work``, which reads a snapshot, returns: on a thread that no disk waits for, where snapshots may lie
+        in an object store."""
+        return await (self.workers.fetch(work) if self.registry.offload else self.workers.block(work))
+
     async def file(self, run: str, work: Callable[[], T]) -> T:
         """As steer(), for work that takes the lock of the run's snapshots, which is held while one is written."""
         async with self.turn(run, "snapshots"):

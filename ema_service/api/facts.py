@@ -12,8 +12,6 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-import torch
-
 from ema_client.errors import StorageFailed
 from ema_client.protocol import ServerInfo
 from ema_service.api.auth import Access
@@ -37,7 +35,7 @@ _RETRY_SECONDS = 5.0
 def gauge(metrics: Metrics, context: Context) -> None:
     """Add to the metrics the gauges whose values the parts of the server know."""
     registry, settings = context.registry, context.settings
-    metrics.build({"version": version(_NAME), "python": platform.python_version(), "torch": torch.__version__})
+    metrics.build({"version": version(_NAME), "python": platform.python_version(), "torch": version("torch")})
     metrics.watch("ema_runs_limit", "Most of ema_runs.", lambda: MAX_RUNS)
     metrics.watch("ema_staging_bytes", "Bytes of pushes in flight.", lambda: registry.staging.bytes_in_use)
     metrics.watch("ema_staging_limit_bytes", "Most of ema_staging_bytes.", lambda: settings.staging_bytes)
@@ -58,6 +56,12 @@ def gauge(metrics: Metrics, context: Context) -> None:
         )
         if files := store.memory_files:
             metrics.watch("ema_ram_free_bytes", "Bytes that memory files may still take.", lambda: files.room())
+    if offload := registry.offload:
+        metrics.watch("ema_snapshots_waiting", "Snapshots to be moved to their store.", lambda: offload.waiting)
+        metrics.watch("ema_snapshot_removals_waiting", "Snapshots to be removed there.", lambda: offload.removals)
+        metrics.watch(
+            "ema_snapshot_store_failing", "1 while the store of snapshots fails.", lambda: offload.fault is not None
+        )
 
 
 def stranger_info() -> ServerInfo:
@@ -90,8 +94,10 @@ class Facts:
             durability="process" if registry.store else "memory",
             time=time.time(),
             python=platform.python_version(),
-            torch=torch.__version__,
+            torch=version("torch"),
             scopes=tuple(access.all_scopes),
+            snapshots_waiting=registry.offload.waiting if registry.offload else None,
+            snapshot_store_fault=registry.offload.fault if registry.offload else None,
         )
 
     def metrics(self, access: Access) -> bytes:

@@ -225,6 +225,6 @@ def _file_reader(file: TensorFile, scratch: _Scratch) -> ReadBytes:
 def _arena_reader(run: Run, arena: Arena) -> ReadBytes:
     """Of a device, piece by piece: no copy of the whole is made."""
     if run.memory.on_host or arena.twin is not None:
-        data = arena.host.numpy().data
+        data = arena.host.data
         return lambda start, stop: data[start:stop]
-    return lambda start, stop: run.memory.to_host(arena.tensor[start:stop]).numpy().data
+    return lambda start, stop: run.memory.to_host(arena.data[start:stop]).data

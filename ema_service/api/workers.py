@@ -15,10 +15,9 @@ from contextvars import copy_context
 from typing import TypeVar
 
 import anyio
-import torch
 
 from ema_service.api.transfer.socket_threads import SocketThreads
-from ema_service.threads import Threads
+from ema_service.threads import Threads, use_cores
 
 __all__ = ["Behind", "Workers"]
 
@@ -32,13 +31,15 @@ _SEND_THREADS = os.cpu_count() or 1
 #: Threads that apply updates, and how many cores each may use. Averaging runs while the push is still arriving, so it
 #: must leave cores to the socket: on 2 cores, one thread gave 1.8 GB/s end to end where two gave 1.5.
 _APPLY_THREADS = 2
-_TORCH_THREADS = max(1, (os.cpu_count() or 1) // 4)
+_APPLY_CORES = max(1, (os.cpu_count() or 1) // 4)
 #: Threads that a push in shared memory is divided among: there is no socket to leave cores to.
 _HELPERS = os.cpu_count() or 1
 #: Threads that wait for the helpers of one push each.
 _SHARE_THREADS = os.cpu_count() or 1
 #: Threads that wait for disks.
 _FILE_THREADS = 8
+#: Threads that wait for an object store, which may not answer for half a minute.
+_FETCH_THREADS = 16
 #: Threads that sync acknowledged versions, at the speed of the disk.
 _SYNC_THREADS = 4
 #: Threads that take memory of a device for pushes, and wait for the device meanwhile.
@@ -55,15 +56,16 @@ class Workers:
     """
 
     def __init__(self) -> None:
-        self._apply = Threads(_APPLY_THREADS, "ema-apply", torch.set_num_threads, (_TORCH_THREADS,))
-        self._receive = Threads(_RECEIVE_THREADS, "ema-receive", torch.set_num_threads, (1,))
-        self._send = Threads(_SEND_THREADS, "ema-send", torch.set_num_threads, (1,))
+        self._apply = Threads(_APPLY_THREADS, "ema-apply", use_cores, (_APPLY_CORES,))
+        self._receive = Threads(_RECEIVE_THREADS, "ema-receive", use_cores, (1,))
+        self._send = Threads(_SEND_THREADS, "ema-send", use_cores, (1,))
         self._files = Threads(_FILE_THREADS, "ema-files")
+        self._fetch = Threads(_FETCH_THREADS, "ema-fetch")
         self._sync = Threads(_SYNC_THREADS, "ema-sync")
         self._share = Threads(_SHARE_THREADS, "ema-share")
         self._device = Threads(_DEVICE_THREADS, "ema-device")
         self._report = Threads(1, "ema-report")
-        self.helpers = Threads(_HELPERS, "ema-help", torch.set_num_threads, (1,))
+        self.helpers = Threads(_HELPERS, "ema-help", use_cores, (1,))
         self.receivers = SocketThreads(self._receive, _RECEIVE_THREADS)
         self.senders = SocketThreads(self._send, _SEND_THREADS)
 
@@ -77,6 +79,13 @@ class Workers:
         Returns, or raises, only after the work is over.
         """
         return await _outlasting(self._files, work)
+
+    async def fetch(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which may wait for an object store, on a thread that nothing else waits for.
+
+        Returns, or raises, only after the work is over.
+        """
+        return await _outlasting(self._fetch, work)
 
     async def take_over(self, work: Callable[[], T]) -> T:
         """Run ``work``, which averages a push in shared memory, on a thread that no disk holds up.
@@ -112,7 +121,7 @@ class Workers:
     def close(self) -> None:
         """Finish the updates and files in hand, and end the threads."""
         updates = self._receive, self._send, self._apply, self._share, self._device, self.helpers
-        for threads in (*updates, self._sync, self._files, self._report):
+        for threads in (*updates, self._sync, self._files, self._fetch, self._report):
             threads.shutdown()
 
 

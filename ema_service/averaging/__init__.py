@@ -9,7 +9,7 @@ from __future__ import annotations
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
 from ema_service.averaging.distances import Squares
 from ema_service.averaging.fused import NO_DIGEST, can_measure, prepare, prepare_measuring
-from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite
+from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite, prepare_for
 from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import Retention, Schedule
 from ema_service.averaging.summing import add_weighted
@@ -56,6 +56,7 @@ __all__ = [
     "finite",
     "forecast",
     "prepare",
+    "prepare_for",
     "prepare_measuring",
     "soup",
 ]

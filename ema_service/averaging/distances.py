@@ -7,13 +7,15 @@ are told as.
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from ema_service.averaging.squares import Sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Squares"]
 
@@ -41,6 +43,8 @@ class Squares:
 
         params: before they were overwritten, in the dtype of the results.
         """
+        import torch
+
         tensor, begin = int(np.searchsorted(self.ends, first, "right")), 0
         while begin < len(results):
             stop = min(len(results), int(self.ends[tensor]) - first)
@@ -58,6 +62,8 @@ class Squares:
         for sums in self._sums.values():
             total += sums
         if self._norms:
+            import torch
+
             values = torch.stack([norms for _, norms in self._norms]).cpu().numpy()
             np.add.at(total, [tensor for tensor, _ in self._norms], values**2)
         return total

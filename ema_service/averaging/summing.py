@@ -1,6 +1,6 @@
-"""The loop of weighted sums: values of any dtype, each times a weight, added to float64 sums.
+"""The loop of weighted sums: values, each times a weight, added to float64 sums.
 
-Knows flat tensors of the host. Does not know what is summed, or where the values come from.
+Knows flat arrays. Does not know what is summed, or where the values come from.
 """
 
 from __future__ import annotations
@@ -8,28 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ema_service.averaging.compiling import compiled
+from ema_service.values import Array
 
 __all__ = ["add_weighted"]
 
 
-def add_weighted(sums: Tensor, values: Tensor, weights: Sequence[float]) -> None:
+def add_weighted(sums: Array, values: Array, weights: Sequence[float]) -> None:
     """Add weight * values to each of the sums, in float64. A weight of 0 leaves its sum as it is, whatever the values.
 
     Args:
         sums: (sums, elements), float64.
-        values: (elements,), of any dtype of floats.
+        values: (elements,), float32 or float64.
         weights: one for each sum.
     """
-    # numba has no bf16; every value of a half is a float32.
-    exact = values if values.dtype in (torch.float32, torch.float64) else values.to(torch.float32)
-    array, each = exact.numpy(), sums.numpy()
     for number, weight in enumerate(weights):
         if weight:
-            _add(each[number], array, weight)
+            _add(sums[number], values, weight)
 
 
 @compiled

@@ -10,19 +10,19 @@ memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-
-import torch
+from collections import deque
 
 from ema_client.errors import BodyTooLarge, MalformedBody
 from ema_client.protocol import DIGEST_BYTES
 from ema_client.wire import LENGTH_BYTES, parse_header, parse_length
 from ema_service.memory import Shared, Staged
+from ema_service.values import Array, array_over
 
 __all__ = ["LONG_HEADER_BYTES", "Body", "UpdateBody"]
 
-#: A body in a client's memory that cannot stay there is copied to staging, so many bytes at once, by all of torch's
-#: threads.
-_COPIED_AT_ONCE = 8 << 20
+#: A body in a client's memory that cannot stay there is copied to staging, so many bytes at once, of which each helper
+#: copies a part.
+_COPIED_AT_ONCE, _COPIED_BY_ONE = 8 << 20, 2 << 20
 
 #: Parsing a header longer than this takes more than 30 ms, so it is parsed off the event loop.
 LONG_HEADER_BYTES = 256 << 10
@@ -131,15 +131,21 @@ class Body(ABC):
 
     def _take_data(self, shared: Shared, start: int) -> None:
         """Copy the data of a shared body, which begin at byte ``start``, to where they belong."""
-        # Copied by torch, on many threads and without the interpreter lock; feed() would copy on one thread, with the
+        # Copied by numpy, on many threads and without the interpreter lock; feed() would copy on one thread, with the
         # lock.
         data = shared.body[start:]
         while data and (window := self.window()[:_COPIED_AT_ONCE]):
             count = min(len(window), len(data))
-            target, source = torch.frombuffer(window, dtype=torch.uint8), torch.frombuffer(data, dtype=torch.uint8)
-            target[:count].copy_(source[:count])
+            target, source = array_over(window[:count]), array_over(data[:count])
+
+            def copy(start: int, target: Array = target, source: Array = source) -> None:
+                target[start : start + _COPIED_BY_ONE] = source[start : start + _COPIED_BY_ONE]
+
+            deque(shared.helpers.map(copy, range(0, count, _COPIED_BY_ONE)), maxlen=0)
             self.advance(count)
             data = data[count:]
+            if shared.passed:
+                shared.passed(len(shared.body) - len(data))
         shared.check()
 
     def surplus(self, count: int) -> MalformedBody:

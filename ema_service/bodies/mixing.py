@@ -13,15 +13,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_client.wire import Entry
 from ema_service.averaging import add_weighted
 from ema_service.bodies.outgoing import ReadBytes, WeightsStream
-from ema_service.memory.arena import TORCH_DTYPES
+from ema_service.values import DTYPES, Array, array_over, typed, widened
 
 __all__ = ["Ingredient", "Mixture", "interleaved"]
 
@@ -78,8 +78,8 @@ class Mixture:
         first = start - (start - begin) % width
         last = stop + (begin - stop) % width
         pieces = [self._sums(*span, copied=copied) for *span, copied in self._spans(index, first, last)]
-        sums = pieces[0] if len(pieces) == 1 else [torch.cat(each) for each in zip(*pieces, strict=True)]
-        rounded = (each.to(TORCH_DTYPES[dtype]).view(torch.uint8).numpy().data for each in sums)
+        sums = pieces[0] if len(pieces) == 1 else [np.concatenate(each) for each in zip(*pieces, strict=True)]
+        rounded = (_rounded(each, dtype) for each in sums)
         return [data[start - first : stop - first] for data in rounded]
 
     def _spans(self, index: int, first: int, last: int) -> Iterator[tuple[int, int, int, bool]]:
@@ -98,15 +98,15 @@ class Mixture:
     def _is_copied(self, index: int) -> bool:
         return self._entries[index].name in self._copied
 
-    def _sums(self, index: int, first: int, last: int, *, copied: bool) -> list[Tensor]:
+    def _sums(self, index: int, first: int, last: int, *, copied: bool) -> list[Array]:
         """Elements of each sum, float64: bytes [first, last) of a sum, from entry ``index`` on."""
         entry = self._entries[index]
         width = LAYOUT_DTYPES[entry.dtype]
         skipped, count = (first - entry.begin) // width, (last - first) // width
         if copied:
-            taken = self._elements(len(self._ingredients) - 1, index, skipped, count).to(torch.float64)
+            taken = self._elements(len(self._ingredients) - 1, index, skipped, count).astype(np.float64)
             return [taken] * len(self._ingredients[-1].weights)
-        sums = torch.zeros((len(self._ingredients[0].weights), count), dtype=torch.float64)
+        sums = np.zeros((len(self._ingredients[0].weights), count))
 
         def add(begin: int) -> None:
             block = sums[:, begin : begin + _BLOCK_ELEMENTS]
@@ -118,13 +118,31 @@ class Mixture:
         deque(self._threads.map(add, range(0, count, _BLOCK_ELEMENTS)), maxlen=0)
         return list(sums)
 
-    def _elements(self, number: int, index: int, skipped: int, count: int) -> Tensor:
-        """So many elements of an ingredient, behind the first ``skipped`` of its entry ``index``."""
+    def _elements(self, number: int, index: int, skipped: int, count: int) -> Array:
+        """So many elements of an ingredient, behind the first ``skipped`` of entry ``index``: float64, or float32."""
         entry = self._theirs[number][index]
         width = LAYOUT_DTYPES[entry.dtype]
         begin = entry.begin + skipped * width
         raw = self._ingredients[number].read(begin, begin + count * width)
-        return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype])
+        return _exact(raw, entry.dtype)
+
+
+def _exact(raw: memoryview, dtype: str) -> Array:
+    """The values of a dtype, which every half is a float32 of."""
+    values = cast(Array, typed(array_over(raw), dtype))
+    if dtype in ("F32", "F64"):
+        return values
+    return widened(values) if dtype == "BF16" else values.astype(np.float32)
+
+
+def _rounded(values: Array, dtype: str) -> memoryview:
+    """The bytes of float64 values as another dtype, rounded to the nearest; ties to even."""
+    if dtype in ("F32", "F64"):
+        return values.astype(DTYPES[dtype]).view(np.uint8).data
+    # By way of float32, as torch does: rounded twice.
+    from ema_service.tensors import TORCH_DTYPES, array_of, tensor_of
+
+    return array_of(tensor_of(values).to(TORCH_DTYPES[dtype])).view(np.uint8).data
 
 
 def interleaved(streams: Sequence[WeightsStream], mixture: Mixture, at_once: int) -> Iterator[memoryview]:

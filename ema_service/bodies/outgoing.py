@@ -12,13 +12,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 import xxhash
 
 from ema_client.errors import InvalidRequest
 from ema_client.protocol import LAYOUT_DTYPES, TensorSpec, WeightsInfo
 from ema_client.wire import Entry, build_header, place
-from ema_service.memory.arena import TORCH_DTYPES
+from ema_service.values import array_over, typed
 
 __all__ = ["ReadBytes", "WeightsStream", "header_of"]
 
@@ -140,7 +139,14 @@ def _piece(stretch: _Stretch, read: ReadBytes, start: int, stop: int) -> memoryv
     width, source_width = LAYOUT_DTYPES[stretch.dtype], LAYOUT_DTYPES[stretch.source_dtype]
     first, last = offset // width, -(-(stop - stretch.begin) // width)
     raw = read(stretch.source_begin + first * source_width, stretch.source_begin + last * source_width)
-    values = torch.frombuffer(raw, dtype=TORCH_DTYPES[stretch.source_dtype]).to(TORCH_DTYPES[stretch.dtype])
-    cast = values.view(torch.uint8).numpy().data
+    cast = _cast(raw, stretch.source_dtype, stretch.dtype)
     skipped = offset - first * width
     return cast[skipped : skipped + stop - start]
+
+
+def _cast(raw: memoryview, source_dtype: str, dtype: str) -> memoryview:
+    """Values of one dtype as another, rounded to the nearest; ties to even."""
+    from ema_service.tensors import TORCH_DTYPES, array_of, tensor_of
+
+    values = tensor_of(typed(array_over(raw), source_dtype))
+    return array_of(values.to(TORCH_DTYPES[dtype])).view("u1").data

@@ -1,6 +1,6 @@
 """The memory files of one run, as a pool: buffers that outlive the process, lent and reused by reference as the host's.
 
-A buffer is lent as often as nothing refers to its memory any more. Which file a tensor lies in is told by its address,
+A buffer is lent as often as nothing refers to its memory any more. Which file an array lies in is told by its address,
 so a version can be named in a catalog by its files, and found again by them in the next process.
 
 Knows bytes, addresses, names and the budget of memory. Does not know folders or descriptors (whoever makes the files
@@ -14,16 +14,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-
-from ema_service.memory.pool import HostPool
+from ema_service.memory.pool import HostPool, lent_over
+from ema_service.values import Array, address
 
 __all__ = ["FilePool", "Files"]
 
-_Raw = npt.NDArray[np.uint8]
+_Raw = Array
 
 
 class _Mapped(Protocol):
@@ -67,8 +63,8 @@ class FilePool:
         if (missing := count - len(self._names)) > 0:
             self._idle.extend(self._create(missing))
 
-    def lend(self, nbytes: int) -> Tensor:
-        """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
+    def lend(self, nbytes: int) -> Array:
+        """A uint8 array of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
 
         Raises OSError or MemoryError where every file is in use and no other can be had; ValueError for more than a
         file has.
@@ -81,7 +77,7 @@ class FilePool:
             [(name, raw)] = self._create(1)
         return self._lent(name, raw)[:nbytes]
 
-    def attach(self, name: str) -> Tensor:
+    def attach(self, name: str) -> Array:
         """A file of an earlier process with what it holds, the caller's as if it had been lent. Raises OSError."""
         return self._lent(name, self._attach(name))
 
@@ -94,9 +90,9 @@ class FilePool:
                 except OSError:
                     self._files.remove(name)
 
-    def name_of(self, tensor: Tensor) -> str | None:
-        """The file whose memory begins with the tensor; None where there is no such file."""
-        return self._names.get(tensor.data_ptr())
+    def name_of(self, array: Array) -> str | None:
+        """The file whose memory begins with the array; None where there is no such file."""
+        return self._names.get(address(array))
 
     @property
     def count(self) -> int:
@@ -115,7 +111,7 @@ class FilePool:
                 name, raw = self._idle.popleft()
             except IndexError:
                 return
-            del self._names[raw.ctypes.data]
+            del self._names[address(raw)]
             self._files.remove(name)
 
     def close(self) -> None:
@@ -139,7 +135,7 @@ class FilePool:
 
     def _know(self, file: _Mapped) -> None:
         """A file that is counted in the budget until its memory goes."""
-        self._names[file.raw.ctypes.data] = file.name
+        self._names[address(file.raw)] = file.name
         weakref.finalize(file.raw, self._host.budget.give_back, self.nbytes).atexit = False
 
     def _attach(self, name: str) -> _Raw:
@@ -149,11 +145,11 @@ class FilePool:
         self._know(file)
         return file.raw
 
-    def _lent(self, name: str, raw: _Raw) -> Tensor:
+    def _lent(self, name: str, raw: _Raw) -> Array:
         # As HostPool: a fresh array over the memory, whose death brings the memory back.
-        lent = raw.view()
+        lent = lent_over(raw)
         weakref.finalize(lent, self._take_back, name, raw).atexit = False
-        return torch.from_numpy(lent)
+        return lent
 
     def _take_back(self, name: str, raw: _Raw) -> None:
         # Runs wherever the last reference dies, perhaps inside a locked region: it must not lock (append is atomic).

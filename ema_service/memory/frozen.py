@@ -69,8 +69,8 @@ class FrozenWeights:
         # Not under the lock of release(), which the event loop calls: the loop must not wait for a copy of gigabytes.
         with held.copying:
             if held.data is None:
-                host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
-                held.data = host.numpy().data
+                host = self._memory.to_host(arena.data) if arena.twin is None else arena.twin
+                held.data = host.data
             return held.data
 
     def acquire(self, arena: Arena) -> memoryview:

@@ -22,13 +22,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ema_service.machine_memory import memory_room
 from ema_service.memory.budget import Budget
+from ema_service.values import Array
 
-__all__ = ["HostPool"]
+__all__ = ["HostPool", "lent_over"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +36,15 @@ _ASKED_FROM = 16 << 20
 #: Left to the rest of the machine, or of the control group.
 _SPARE_BYTES = 64 << 20
 
-_Raw = Any  # a numpy uint8 array that owns, or keeps alive, pooled memory
+_Raw = Array  # uint8; owns, or keeps alive, pooled memory
+
+
+def lent_over(raw: Array) -> Array:
+    """A fresh array over the memory of ``raw``, uint8, which every view of the memory refers to.
+
+    numpy lets a view of a view refer to the first array; a memoryview in between has it refer to the fresh one.
+    """
+    return np.asarray(raw.data)
 
 
 class HostPool:
@@ -50,9 +57,7 @@ class HostPool:
     budget: of all memory of the host, this pool's and others'; idle memory is given up before the budget says no.
     """
 
-    def __init__(
-        self, *, pinned_for: torch.device | None = None, keep_bytes: int = 0, budget: Budget | None = None
-    ) -> None:
+    def __init__(self, *, pinned_for: str | None = None, keep_bytes: int = 0, budget: Budget | None = None) -> None:
         self.budget = budget or Budget(sys.maxsize)
         self._keep_bytes = keep_bytes
         self._idle: dict[int, deque[_Raw]] = {}
@@ -61,8 +66,8 @@ class HostPool:
         self._lock = threading.Lock()
         self._locks = None if pinned_for is None else _PageLocks(pinned_for)
 
-    def lend(self, nbytes: int) -> Tensor:
-        """A uint8 tensor of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
+    def lend(self, nbytes: int) -> Array:
+        """A uint8 array of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
 
         Raises MemoryError where the budget, or the machine, has no room.
         """
@@ -77,9 +82,9 @@ class HostPool:
                 pass
             self.claim(nbytes)
             raw = self._allocate(nbytes)
-        lent = raw.view()
+        lent = lent_over(raw)
         weakref.finalize(lent, self._take_back, raw).atexit = False
-        return torch.from_numpy(lent)
+        return lent
 
     def claim(self, nbytes: int) -> None:
         """Take ``nbytes`` of the budget for new memory, for which idle memory is given up. Raises MemoryError."""
@@ -150,7 +155,7 @@ class _PageLocks:
     Unlocking waits for the device, and an array may die anywhere: on the event loop, in a garbage collection.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: str) -> None:
         self._device = device
         # Takes no lock that a garbage collection within put() would wait for.
         self._dead: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -162,6 +167,8 @@ class _PageLocks:
         Not by torch, whose pinned memory takes the next power of two, and 0.42 s for 1 GiB where cudaHostRegister takes
         0.23 (16 cores, H200).
         """
+        import torch
+
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = raw.ctypes.data
         code = int(runtime.cudaHostRegister(address, raw.nbytes, 0))
@@ -188,8 +195,10 @@ class _PageLocks:
             self._dead.get()()
 
 
-def _unlock_pages(runtime: Any, device: torch.device, address: int, region: mmap.mmap) -> None:  # noqa: ARG001 - mapped until then
+def _unlock_pages(runtime: Any, device: str, address: int, region: mmap.mmap) -> None:  # noqa: ARG001 - mapped until then
     """Unlock a dead array's memory."""
+    import torch
+
     try:
         # The device may still be copying a push that was dropped.
         torch.cuda.synchronize(device)

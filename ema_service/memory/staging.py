@@ -13,14 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ema_client.errors import BodyTooLarge, Overloaded
 from ema_client.protocol import LAYOUT_DTYPES
-from ema_service.memory.arena import TORCH_DTYPES, Arena, Mark, Memory, buffer_bytes, param_offset
+from ema_service.memory.arena import Arena, Mark, Memory, buffer_bytes, param_offset
 from ema_service.memory.budget import Budget
 from ema_service.memory.layout import Layout
+from ema_service.values import Array, Values, address, array_over, typed
 
 __all__ = ["Region", "Shared", "Staged", "Staging"]
 
@@ -34,11 +32,13 @@ class Shared:
 
     body: the bytes; mapped as long as views of ``body`` live. check: raises SegmentUnusable if the client withdrew the
     body, and may have changed it. helpers: threads to divide the pass among, as there is no socket to leave cores to.
+    passed: told, as the reading goes on, up to which byte the body is not read any more; None where nobody asks.
     """
 
     body: memoryview
     check: Callable[[], None]
     helpers: Executor
+    passed: Callable[[int], None] | None = None
 
 
 class Staged:
@@ -61,10 +61,11 @@ class Staged:
         self.on_host = memory.on_host
         self._memory = memory
         self._allocating = threading.Lock()
-        self._host: Tensor | None = None
+        self._host: Array | None = None
         self.shared: Shared | None = None
         self.expected: bytes | None = None
-        self.adopted: Tensor | None = None
+        self.adopted: Array | None = None
+        self._adopted_at = 0
         if allocate:
             self.allocate()
 
@@ -79,7 +80,7 @@ class Staged:
                 return
             layout, size = self.layout, buffer_bytes(self.layout)
             host = self._memory.landing(size if self.on_host else layout.param_bytes)
-            self.buffer = host if self.on_host else self._memory.allocate(size)
+            self.buffer: Values = host if self.on_host else self._memory.allocate(size)
             self.arena = Arena(layout, self.buffer)
             self._host = host
             self.data = self.region().data
@@ -92,26 +93,31 @@ class Staged:
         on a device parameters narrower than their shadows, which are averaged in order.
         """
         data = shared.body[start : start + self.layout.param_bytes]
-        adopted = torch.frombuffer(data, dtype=torch.uint8)
-        if adopted.data_ptr() % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
+        adopted = array_over(data)
+        if address(adopted) % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
             return False
-        self.shared, self.data, self.adopted = shared, data, adopted
+        self.shared, self.data, self.adopted, self._adopted_at = shared, data, adopted, start
         return True
+
+    def passed(self, stop: int) -> None:
+        """Tell whose memory the parameters lie in that they are averaged up to byte ``stop``."""
+        if self.shared is not None and self.shared.passed is not None:
+            self.shared.passed(self._adopted_at + stop)
 
     def region(self, start: int = 0, stop: int | None = None) -> Region:
         """Where bytes ``start`` to ``stop`` of the parameters lie that are averaged by themselves; all by default."""
         return Region(self, start, self.layout.param_bytes if stop is None else stop)
 
     @property
-    def landed(self) -> Tensor:
+    def landed(self) -> Array:
         """The host memory that the push is received into."""
         if self._host is None:
             raise RuntimeError("staging has no memory before allocate()")
         return self._host
 
-    def host_twin(self, arena: Arena) -> Tensor:
+    def host_twin(self, arena: Arena) -> Array:
         """Host memory, uint8, as long as an arena of the device: for a copy of its results. The arena keeps it."""
-        arena.twin = self._memory.twin(arena.tensor.numel())
+        arena.twin = self._memory.twin(len(arena.data))
         return arena.twin
 
     def mark(self) -> Mark:
@@ -162,7 +168,7 @@ class Region:
         self._staged = staged
         self._offset = param_offset(staged.layout, stop)
         shift = self._offset if staged.on_host else 0
-        self.data = staged.landed[shift + start : shift + stop].numpy().data
+        self.data = staged.landed[shift + start : shift + stop].data
 
     def bytes(self, start: int, stop: int) -> memoryview:
         """Bytes ``start`` to ``stop`` of the push's parameters, which lie in the stretch, in host memory."""
@@ -170,7 +176,7 @@ class Region:
             return self._staged.data[start:stop]
         return self.data[start - self.start : stop - self.start]
 
-    def param(self, index: int) -> Tensor:
+    def param(self, index: int) -> Values:
         """The parameters of one section on the device, flat, in the dtype they were pushed in.
 
         Only what lies in the stretch has a meaning; on a GPU: as far as uploaded.
@@ -178,20 +184,22 @@ class Region:
         staged = self._staged
         section = staged.layout.sections[index]
         if staged.adopted is not None and staged.on_host:
-            param = staged.adopted[section.param]
+            param: Values = staged.adopted[section.param]
         else:
             param = staged.buffer[self._offset + section.param.start : self._offset + section.param.stop]
-        return param.view(TORCH_DTYPES[section.param_dtype])
+        return typed(param, section.param_dtype)
 
     def upload(self, start: int, stop: int) -> None:
         """Copy bytes ``start`` to ``stop`` of the parameters to the device, without waiting. Nothing to do on the
         CPU."""
         staged = self._staged
         if not staged.on_host:
-            host = staged.landed
+            from ema_service.tensors import tensor_of
+
+            host = tensor_of(staged.landed)
             if staged.adopted is not None:
-                host[start:stop].copy_(staged.adopted[start:stop])
-            param = staged.buffer[self._offset + start : self._offset + stop]
+                host[start:stop].copy_(tensor_of(staged.adopted[start:stop]))
+            param = tensor_of(staged.buffer[self._offset + start : self._offset + stop])
             param.copy_(host[start:stop], non_blocking=True)
 
 

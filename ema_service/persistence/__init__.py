@@ -1,5 +1,5 @@
-"""Persistence: one run on disk. Its versions, how a restart finds them, its snapshots, its ring,
-its timeline, its sweeps.
+"""Persistence: one run on disk. Its versions, how a restart finds them, its snapshots, here and on an object store, its
+ring, its timeline, its sweeps.
 
 Knows how states become rows and files, and how rows and files become states. Never imports ``runs``: what the disk
 tells is returned, and the caller decides what is to be kept.
@@ -8,6 +8,7 @@ tells is returned, and the caller decides what is to be kept.
 from __future__ import annotations
 
 from ema_service.persistence.memory_versions import MemoryVersions
+from ema_service.persistence.offload import Offload
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.ring import StoredRing
 from ema_service.persistence.ring_shelf import RingSnapshot
@@ -16,4 +17,14 @@ from ema_service.persistence.sweeps import Sweeps
 from ema_service.persistence.timeline import Timeline
 from ema_service.persistence.versions import Versions
 
-__all__ = ["MemoryVersions", "Restored", "RingSnapshot", "Snapshots", "StoredRing", "Sweeps", "Timeline", "Versions"]
+__all__ = [
+    "MemoryVersions",
+    "Offload",
+    "Restored",
+    "RingSnapshot",
+    "Snapshots",
+    "StoredRing",
+    "Sweeps",
+    "Timeline",
+    "Versions",
+]

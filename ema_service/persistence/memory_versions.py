@@ -21,8 +21,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 
-from torch import Tensor
-
 from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import RunConfig
 from ema_service.averaging import Digest
@@ -32,6 +30,7 @@ from ema_service.persistence.rows import StoredVersion, dump, read_rows
 from ema_service.persistence.versions import Versions
 from ema_service.shadows.state import Member, Setup, State
 from ema_service.storage import MEMORY, CheckpointRow, RunRow, Store
+from ema_service.values import Array
 
 __all__ = ["InPlace", "MemoryVersions"]
 
@@ -347,12 +346,15 @@ class MemoryVersions:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _copied(self, arena: Arena) -> Tensor:
+    def _copied(self, arena: Arena) -> Array:
         try:
             twin = self._pool.lend(self._layout.shadow_bytes)
         except (OSError, MemoryError) as fault:
             raise self._failed(f"no memory file for version: {fault}") from fault
-        return twin.copy_(arena.tensor)
+        from ema_service.tensors import tensor_of
+
+        tensor_of(twin).copy_(arena.tensor)
+        return twin
 
     def _dump(self, state: State) -> str:
         names = {
@@ -375,7 +377,7 @@ class MemoryVersions:
 
 
 def _digest_of(arena: Arena) -> bytes:
-    data, digest = arena.host.numpy().data[: arena.layout.shadow_bytes], Digest()
+    data, digest = arena.host.data[: arena.layout.shadow_bytes], Digest()
     for start in range(0, len(data), _DIGESTED_AT_ONCE):
         digest.update(data[start : start + _DIGESTED_AT_ONCE])
     return digest.digest()

@@ -9,8 +9,6 @@ import json
 import logging
 from collections.abc import Iterator
 
-import torch
-
 from ema_client.protocol import RunConfig, from_json
 from ema_service.memory import FilePool, Layout, Memory
 from ema_service.memory.arena import buffer_bytes
@@ -33,7 +31,7 @@ def release(store: Store) -> Iterator[tuple[str, int | None]]:
     files = store.memory_files
     if files is None:
         return
-    memory = Memory(torch.device("cpu"))
+    memory = Memory("cpu")
     for row in store.runs():
         if not any(each.folder == MEMORY for each in store.checkpoints(row)):
             continue

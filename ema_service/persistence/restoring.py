@@ -114,7 +114,7 @@ def read_arena(file: TensorFile, layout: Layout, memory: Memory, checksum: str |
     if file.header.entries != layout.shadows:
         raise MalformedBody(f"{file.name} has other tensors than the run's layout")
     host, digest = memory.landing(layout.shadow_bytes), Digest()
-    data = host.numpy().data
+    data = host.data
     for piece in file.read_whole(data):
         digest.update(piece)
     # Up to format 3 a checksum was one hash of all bytes, without blocks.

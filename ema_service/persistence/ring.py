@@ -219,7 +219,7 @@ class StoredRing:
         self.shelf.add(snapshot, files, strides)
 
     def _chunks(self, stream: WeightsStream, arena: Arena) -> Iterator[memoryview]:
-        data = (self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin).numpy().data
+        data = (self._memory.to_host(arena.data) if arena.twin is None else arena.twin).data
         yield from stream.chunks(lambda start, stop: data[start:stop])
 
     def _stream(self, version: Version, average: Average) -> WeightsStream:

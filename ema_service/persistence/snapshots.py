@@ -23,6 +23,7 @@ from ema_client.errors import (
     SnapshotDamaged,
     SnapshotExists,
     SnapshotNotFound,
+    StorageDisabled,
     StorageFailed,
     TooManySnapshots,
 )
@@ -32,25 +33,32 @@ from ema_service.averaging import Digest
 from ema_service.bodies import WeightsStream
 from ema_service.bodies.outgoing import ReadBytes
 from ema_service.memory import Arena, Layout, Memory
+from ema_service.persistence.offload import Offload
 from ema_service.persistence.restoring import read_arena
 from ema_service.persistence.rows import descent_of
 from ema_service.persistence.timeline import Timeline
 from ema_service.shadows.state import Average, Descent, Member, State, schedule_told
-from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
+from ema_service.storage import ObjectGone, ObjectStoreFailed, RunRow, SnapshotRow, Store, TensorFile
 from ema_service.storage.store import Files
 
 __all__ = ["Snapshots"]
 
 _log = logging.getLogger(__name__)
 
+#: Retry-After where the object store does not answer.
+_STORE_SECONDS = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A snapshot as its row tells of it. checksums, lineages: by name of the average; no lineage is an empty one."""
+    """A snapshot as its row tells of it. checksums, lineages: by name of the average; no lineage is an empty one.
+    recovered: whether the snapshot is older than the catalog, so that its version may have the name of another one."""
 
+    row: SnapshotRow
     info: SnapshotInfo
     checksums: Mapping[str, str]
     lineages: Mapping[str, str]
+    recovered: bool
 
     def has(self, member: Member, *, by_name: bool) -> bool:
         """Whether the snapshot has an average. by_name: or another of its name."""
@@ -77,9 +85,10 @@ class Snapshots:
         tell: Callable[[], None] = lambda: None,
         *,
         most: int = sys.maxsize,
+        offload: Offload | None = None,
     ) -> None:
         """config: of the run as it was created. tell: called, in any thread, after each change of the snapshots. most:
-        how many there may be."""
+        how many there may be. offload: what moves them to an object store, None where they stay in the data dir."""
         self._config = config
         self._row = row
         self._store = store
@@ -87,6 +96,7 @@ class Snapshots:
         self._memory = memory
         self._tell = tell
         self._most = most
+        self._offload = offload
         self._timeline = Timeline(row.name, row, store)
         self.changes = 0
         self._closed = False
@@ -106,15 +116,16 @@ class Snapshots:
             state = current()
             if self._closed:
                 raise RunNotFound(f"run {self._row.name!r} was deleted")
-            found = self._found()
-            existing = found.get(name)
-            if existing is None:
+            found = self._kept()
+            if name not in found:
                 self._check_free(name, found)
                 return self._make(name, state, keep, key), True
+            existing = found[name].info
             if key is not None and _key_of(name, self._store.snapshots(self._row)) == key:
                 return existing, False
-            if existing.version != str(state.version) or existing.target is not None:
+            if existing.version != str(state.version) or existing.target is not None or found[name].recovered:
                 of = f"version {existing.version}" if existing.target is None else existing.target
+                of += ", recovered from the object store" if found[name].recovered else ""
                 raise SnapshotExists(
                     f"snapshot {name!r} of run {self._row.name!r} is of {of}, the run is at {state.version}"
                 )
@@ -146,7 +157,7 @@ class Snapshots:
             found = self._found()
             if (existing := found.get(name)) is not None:
                 same = _key_of(name, self._store.snapshots(self._row)) == key is not None
-                if same or replace(existing, created_at=made.created_at) == made:
+                if same or replace(existing, created_at=made.created_at, stored=made.stored) == made:
                     return existing, False
                 raise SnapshotExists(f"snapshot {name!r} of run {self._row.name!r} is of something else")
             self._check_free(name, found)
@@ -167,7 +178,8 @@ class Snapshots:
     def open(self, name: str, average: str | None = None) -> tuple[TensorFile, WeightsInfo]:
         """The file of one average (the first by default), open for the caller to close.
 
-        Raises SnapshotNotFound, AverageNotFound, SnapshotDamaged.
+        Raises SnapshotNotFound, AverageNotFound, SnapshotDamaged; of a snapshot in the object store StorageFailed where
+        the store fails, Overloaded, and StorageDisabled where the server was started without the store.
         """
         return self._open(_one(self._kept(), self._row.name, name), average)
 
@@ -179,7 +191,7 @@ class Snapshots:
         of: the snapshots of another run with the same shadows, whose averages are the wanted ones by their names. An
         average of this run that was removed, and added again under its name, is another.
 
-        Raises SnapshotNotFound, SnapshotDamaged; AverageNotFound where the snapshot has none of them.
+        Raises as open(); AverageNotFound where the snapshot has none of them.
         """
         source = self if of is None else of
         with source._lock:  # nobody deletes a snapshot that is being read
@@ -202,7 +214,7 @@ class Snapshots:
         raise _missing(self._row.name, info.name)
 
     def counter(self, info: SnapshotInfo, average: str) -> int:
-        """The counter of an average of a snapshot. Raises SnapshotDamaged, AverageNotFound."""
+        """The counter of an average of a snapshot. Raises as open()."""
         file, weights = self.open(info.name, average)
         file.close()
         return weights.num_updates
@@ -218,6 +230,20 @@ class Snapshots:
             self._store.remove_snapshot(self._row, name)
             self._timeline.record("snapshot_deleted", f"snapshot {name} deleted")
             self._changed()
+
+    def place(self, snapshot: SnapshotRow, folder: str, files: str) -> None:
+        """Say that a snapshot lies in a folder of the object store, and give its room in the data dir back; nothing
+        where the snapshot is gone. A reader that has its files open reads on to the end. Raises sqlite3.Error."""
+        with self._lock:
+            if not self._closed:
+                self._store.place_snapshot(self._row, snapshot, folder, files)
+
+    @property
+    def last_epoch(self) -> int:
+        """The largest epoch that a snapshot in the object store is of, 0 where there is none: a catalog that was lost
+        does not know the run's."""
+        kept = [each for each in self._kept().values() if each.row.folder]
+        return max((int(each.info.version.partition(".")[0]) for each in kept), default=0)
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -299,8 +325,8 @@ class Snapshots:
         self, state: State, average: Average, arena: Arena, snapshot: str, checksums: dict[str, str]
     ) -> Iterator[memoryview]:
         """The chunks of one average's file. After the last one, ``checksums`` has the digest of the average."""
-        host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
-        data = host.numpy().data
+        host = self._memory.to_host(arena.data) if arena.twin is None else arena.twin
+        data = host.data
         yield from self._stream(state, average, snapshot).chunks(lambda start, stop: data[start:stop])
         if arena.digest is None:
             whole = Digest()
@@ -329,6 +355,8 @@ class Snapshots:
     def _changed(self) -> None:
         self.changes += 1
         self._tell()
+        if self._offload:
+            self._offload.wake()
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -337,12 +365,7 @@ class Snapshots:
 
     def _kept(self) -> dict[str, _Kept]:
         """By name, each snapshot with what its row says beside, oldest first."""
-        texts = {row.name: json.loads(row.info) for row in self._store.snapshots(self._row)}
-        # Rows of format 1 have no checksums, those before format 6 no lineages.
-        return {
-            name: _Kept(from_json(SnapshotInfo, text), text.get("checksums", {}), text.get("lineages", {}))
-            for name, text in texts.items()
-        }
+        return {row.name: _read_row(row) for row in self._store.snapshots(self._row)}
 
     def _open(self, kept: _Kept, average: str | None) -> tuple[TensorFile, WeightsInfo]:
         info = kept.info
@@ -352,22 +375,42 @@ class Snapshots:
                 f"snapshot {info.name!r} of run {info.run!r} has no average {chosen!r}; it has "
                 f"{', '.join(info.averages)}"
             )
-        try:
-            file = self._store.open_snapshot(self._row, info.name, chosen)
-        except (OSError, MalformedBody) as fault:
-            raise _damaged(info, fault) from fault
+        file = self._opened(kept, chosen)
         weights = WeightsInfo.from_metadata(dict(file.header.metadata))
         if info.target is None and chosen not in kept.lineages:
             # The run was created with the average: a file of an earlier server does not name the schedule.
             weights = replace(weights, **schedule_told(self._config.average(chosen)))
         return file, weights
 
+    def _opened(self, kept: _Kept, average: str) -> TensorFile:
+        """The file of an average, wherever it lies.
+
+        Raises SnapshotNotFound, SnapshotDamaged, StorageDisabled, StorageFailed, Overloaded.
+        """
+        try:
+            if kept.row.folder is None:
+                return self._store.open_snapshot(self._row, kept.info.name, average)
+            if self._offload is None:
+                raise StorageDisabled(
+                    f"snapshot {kept.info.name!r} of run {kept.info.run!r} lies in an object store, and this server "
+                    "was started without one",
+                    hint="start the server with the --snapshot-store that it had",
+                )
+            return self._offload.open(kept.row, average)
+        except (FileNotFoundError, ObjectGone) as fault:
+            now = _one(self._kept(), self._row.name, kept.info.name)
+            if now.row.folder != kept.row.folder:  # moved meanwhile
+                return self._opened(now, average)
+            raise _damaged(kept.info, fault) from fault
+        except (OSError, MalformedBody) as fault:
+            raise _unread(kept.info, fault) from fault
+
     def _read(self, kept: _Kept, member: Member, memory: Memory) -> tuple[Average, Arena]:
         file, weights = self._open(kept, member.name)
         try:
             arena = read_arena(file, self._layout, memory, kept.checksums.get(member.name))
         except (OSError, MalformedBody) as fault:
-            raise _damaged(kept.info, fault) from fault
+            raise _unread(kept.info, fault) from fault
         finally:
             file.close()
         return Average(member, weights.decay, None, weights.num_updates), arena
@@ -388,6 +431,24 @@ def _one(found: Mapping[str, _Kept], run: str, name: str) -> _Kept:
 
 def _missing(run: str, name: str) -> SnapshotNotFound:
     return SnapshotNotFound(f"run {run!r} has no snapshot {name!r}")
+
+
+def _read_row(row: SnapshotRow) -> _Kept:
+    said = json.loads(row.info)
+    info = replace(from_json(SnapshotInfo, said), stored="local" if row.folder is None else "store")
+    # Rows of format 1 have no checksums, those before format 6 no lineages.
+    return _Kept(row, info, said.get("checksums", {}), said.get("lineages", {}), said.get("recovered", False))
+
+
+def _unread(info: SnapshotInfo, fault: Exception) -> StorageFailed | SnapshotDamaged:
+    """What is told where a snapshot's file could not be read: a store that does not answer has damaged nothing."""
+    if isinstance(fault, ObjectStoreFailed) and not isinstance(fault, ObjectGone):
+        return StorageFailed(
+            f"snapshot {info.name!r} of run {info.run!r} lies in an object store that failed: {fault}",
+            hint="have the server reach its --snapshot-store, and come again; the snapshot is there",
+            retry_after=_STORE_SECONDS,
+        )
+    return _damaged(info, fault)
 
 
 def _damaged(info: SnapshotInfo, fault: Exception) -> SnapshotDamaged:

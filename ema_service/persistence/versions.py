@@ -422,8 +422,8 @@ class Versions:
 
     def _write_whole(self, slot: Slot, average: str, arena: Arena) -> None:
         """Write one average from memory, and work out its digest where nobody has."""
-        host = self._memory.to_host(arena.tensor) if arena.twin is None else arena.twin
-        data = host.numpy().data
+        host = self._memory.to_host(arena.data) if arena.twin is None else arena.twin
+        data = host.data
         digest = Digest() if arena.digest is None else None
         for start in range(0, len(data), _DIGESTED_AT_ONCE):
             stop = min(start + _DIGESTED_AT_ONCE, len(data))

@@ -52,7 +52,7 @@ from ema_client.protocol import (
 from ema_service.averaging import prepare, prepare_measuring
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
-from ema_service.persistence import MemoryVersions, Restored, Snapshots, StoredRing, Sweeps, Timeline, Versions
+from ema_service.persistence import MemoryVersions, Offload, Restored, Snapshots, StoredRing, Sweeps, Timeline, Versions
 from ema_service.persistence.measured import StoredMeasurements
 from ema_service.persistence.rows import read_setup
 from ema_service.runs.branching import check_averages, check_branch
@@ -63,7 +63,15 @@ from ema_service.runs.posthoc import Synthesiser
 from ema_service.runs.room import Needs, check_room
 from ema_service.runs.run import Run
 from ema_service.shadows import Average, Descent, Member, Setup
-from ema_service.storage import CatalogUnusable, MemoryFilesUnusable, RunRow, Store, memory_prefix
+from ema_service.storage import (
+    CatalogUnusable,
+    MemoryFilesUnusable,
+    ObjectStore,
+    RunRow,
+    SnapshotRow,
+    Store,
+    memory_prefix,
+)
 from ema_service.threads import Threads
 
 __all__ = ["MAX_RUNS", "Registry"]
@@ -163,10 +171,12 @@ class Registry:
         frozen_bytes: int,
         max_snapshots: int = sys.maxsize,
         measure: bool = True,
+        objects: ObjectStore | None = None,
     ) -> None:
         """Brings back every run of the store; a run whose files are damaged comes up ``degraded`` and says why.
 
-        measure: whether updates are measured. Raises CatalogUnusable; sqlite3.Error where the catalog is damaged.
+        measure: whether updates are measured. objects: where snapshots are moved to. Raises CatalogUnusable;
+        sqlite3.Error where the catalog is damaged.
         """
         prepare()
         if measure:
@@ -177,6 +187,8 @@ class Registry:
         self._store = store
         self._max_snapshots = max_snapshots
         self._measure = measure
+        #: What moves snapshots to an object store; None where they stay in the data dir.
+        self.offload = Offload(store, objects) if store and objects else None
         #: Writes snapshots of rings, one after the other: the disk is shared with versions and checkpoints.
         self._followers = Threads(1, "ema-ring")
         self._lock = threading.Lock()
@@ -184,6 +196,8 @@ class Registry:
         for row in store.runs() if store else []:
             setup = _setup_of(row)
             self._runs[row.name] = self._restored(setup, Layout(setup.config.layout, setup.config.copied), row)
+        if self.offload:
+            self.offload.start(self._place_snapshot)
 
     def verify(self) -> None:
         """Compare versions that were taken up from memory with their digests; one that differs is a fault of its run.
@@ -198,6 +212,8 @@ class Registry:
 
     def close(self) -> None:
         """Take a last checkpoint of every run that moved, and close the store."""
+        if self.offload:
+            self.offload.close()
         self._followers.shutdown(cancel_futures=True)
         self.checkpoint(final=True)
         if self._store:
@@ -467,6 +483,8 @@ class Registry:
             del self._runs[name]
 
         _retire(found, forget)
+        if self.offload:
+            self.offload.wake()
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -661,7 +679,8 @@ class Registry:
             setup=setup,
             measurements=noted,
         )
-        snapshots = Snapshots(config, row, store, layout, memory, run.changes.tell, most=self._max_snapshots)
+        tell, most = run.changes.tell, self._max_snapshots
+        snapshots = Snapshots(config, row, store, layout, memory, tell, most=most, offload=self.offload)
         ring = synthesiser = None
         if config.posthoc:
             current, tell = (lambda: run.state), run.changes.tell
@@ -709,6 +728,11 @@ class Registry:
             return Descent(counter, before=max(counter, 1))
         epoch, n = map(int, info.version.split("."))
         return disk.snapshots.descent(info).followed(epoch, n, 0)
+
+    def _place_snapshot(self, run: str, snapshot: SnapshotRow, folder: str, files: str) -> None:
+        """A snapshot lies in the object store now. Raises sqlite3.Error."""
+        with contextlib.suppress(RunNotFound):
+            self._disk(run).snapshots.place(snapshot, folder, files)
 
     def _settle(self, run: Run, disk: _Disk) -> None:
         """Bring to the medium what was decided, whatever the run's durability. Raises StorageFailed."""
@@ -794,7 +818,8 @@ def _read_back(versions: Versions | MemoryVersions) -> Restored:
 
 
 def _take_up(registered: _Registered, found: Restored) -> None:
-    registered.run.restore(found.state, found.steps, found.last_epoch, found.fault)
+    last_epoch = max(found.last_epoch, registered.disk.snapshots.last_epoch if registered.disk else 0)
+    registered.run.restore(found.state, found.steps, last_epoch, found.fault)
     if found.fault:
         # A server that is started again finds the same damage.
         registered.timeline.record("damaged", found.fault, registered.run.ledger.version, once=True)

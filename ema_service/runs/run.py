@@ -23,6 +23,7 @@ from typing import Protocol
 
 from ema_client.errors import Superseded
 from ema_client.protocol import RingInfo, RunConfig, RunInfo, SnapshotInfo, UpdateResult
+from ema_service.averaging import prepare_for
 from ema_service.memory import Arena, Layout, Memory, Staged
 from ema_service.metrics import Pulse
 from ema_service.runs.changes import Changes
@@ -155,6 +156,8 @@ class Run:
     ) -> None:
         """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger."""
         self.layout = layout
+        if memory.on_host:
+            prepare_for(section.param_dtype for section in layout.sections)
         self.memory = memory
         self.created_at = created_at
         self.ledger = Ledger(config, writer=writer, setup=setup)

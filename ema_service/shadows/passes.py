@@ -18,14 +18,12 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from ema_client.errors import DigestMismatch, NonFinite, Overloaded, listed
 from ema_client.protocol import LAYOUT_DTYPES
@@ -47,8 +45,9 @@ from ema_service.memory.arena import overloaded
 from ema_service.memory.layout import Section
 from ema_service.memory.staging import Region
 from ema_service.shadows.results import DeviceResult, Result, Sink, joined
+from ema_service.values import Array
 
-__all__ = ["Feed", "Grain", "Pass", "Stretch", "pass_over"]
+__all__ = ["DeviceStretch", "Feed", "Grain", "HostStretch", "Pass", "Stretch", "pass_over"]
 
 
 _NO_MEMORY = "the push could not be averaged"
@@ -250,12 +249,15 @@ class Pass:
         stop, size = self._layout.param_bytes, self._grain.block
         kernels = self._kernels(self._staged.region())
 
-        def alone(start: int) -> None:
+        def alone(start: int) -> int:
             # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
             # interpreter lock.
-            self._begin(self._staged.region(start, min(start + size, stop)), kernels, size).finish()
+            block = self._begin(self._staged.region(start, min(start + size, stop)), kernels, size)
+            block.finish()
+            return block.stop
 
-        deque(helpers.map(alone, range(0, stop, size)), maxlen=0)
+        for averaged in helpers.map(alone, range(0, stop, size)):
+            self._staged.passed(averaged)
 
     def _kernels(self, region: Region) -> _Kernels:
         check = self._check and self._staged.on_host
@@ -263,8 +265,8 @@ class Pass:
 
     # --- what memory of the host and of a device differ in -----------------------------------------------------------
 
-    def _in_host_memory(self, out: Arena) -> Tensor:
-        return out.tensor if self._staged.on_host else self._staged.host_twin(out)
+    def _in_host_memory(self, out: Arena) -> Array:
+        return out.host if self._staged.on_host else self._staged.host_twin(out)
 
     def _result(self, number: int, region: Region) -> Result:
         """The Result that tells the sink of a feed about a stretch."""

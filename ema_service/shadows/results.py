@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Protocol
 
-from torch import Tensor
-
 from ema_service.averaging import GULP_BYTES, BlockDigest, Digest
 from ema_service.memory import Arena, Staged
 from ema_service.memory.arena import Mark
+from ema_service.values import Array
 
 __all__ = ["DeviceResult", "Result", "Sink", "joined"]
 
@@ -36,9 +35,9 @@ class Result:
     data: the whole result's bytes. start, stop: of the stretch, in bytes of the result. block_bytes: of the digest.
     """
 
-    def __init__(self, sink: Sink, data: Tensor, start: int, stop: int, block_bytes: int) -> None:
+    def __init__(self, sink: Sink, data: Array, start: int, stop: int, block_bytes: int) -> None:
         self._sink = sink
-        self._data = data.numpy().data
+        self._data = data.data
         self._start = self._told = start
         self._block_bytes = block_bytes
         #: Where the first block begins that lies in the stretch, and where the last ends.
@@ -80,7 +79,7 @@ class DeviceResult(Result):
     """
 
     def __init__(
-        self, sink: Sink, twin: Tensor, start: int, stop: int, block_bytes: int, arena: Arena, staged: Staged
+        self, sink: Sink, twin: Array, start: int, stop: int, block_bytes: int, arena: Arena, staged: Staged
     ) -> None:
         super().__init__(sink, twin, start, stop, block_bytes)
         self._arena = arena
@@ -96,8 +95,10 @@ class DeviceResult(Result):
         """Begin to copy the result up to ``upto`` bytes to the host. Does not wait."""
         if upto == self._copied:
             return
+        from ema_service.tensors import tensor_of
+
         piece = slice(self._copied, upto)
-        self._twin[piece].copy_(self._arena.tensor[piece], non_blocking=True)
+        tensor_of(self._twin[piece]).copy_(self._arena.tensor[piece], non_blocking=True)
         self._copied = upto
         with self._lock:
             self._under_way.append((upto, self._mark()))
@@ -120,12 +121,12 @@ class DeviceResult(Result):
                     return
 
 
-def joined(data: Tensor, stretches: Iterable[Result], block_bytes: int) -> bytes:
+def joined(data: Array, stretches: Iterable[Result], block_bytes: int) -> bytes:
     """The digest of a whole result of which the stretches are: 16 bytes.
 
     data: all bytes of the result, in host memory. Blocks that lie in two stretches are read here.
     """
-    whole, digest, known = data.numpy().data, Digest(block_bytes), dict[int, bytes]()
+    whole, digest, known = data.data, Digest(block_bytes), dict[int, bytes]()
     for stretch in stretches:
         known |= stretch.blocks()
     for start in range(0, len(whole), block_bytes):

@@ -18,6 +18,14 @@ from ema_service.storage.catalog import (
 )
 from ema_service.storage.files import TensorFile
 from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
+from ema_service.storage.objects import (
+    ObjectFile,
+    ObjectGone,
+    ObjectStore,
+    ObjectStoreFailed,
+    ObjectStoreUnusable,
+    open_objects,
+)
 from ema_service.storage.slot_files import Extent, SlotFiles, padded_bytes
 from ema_service.storage.slots import Slot, Slots
 from ema_service.storage.space import DiskSpace
@@ -32,6 +40,11 @@ __all__ = [
     "Extent",
     "MemoryFiles",
     "MemoryFilesUnusable",
+    "ObjectFile",
+    "ObjectGone",
+    "ObjectStore",
+    "ObjectStoreFailed",
+    "ObjectStoreUnusable",
     "RunRow",
     "Shelf",
     "Slot",
@@ -43,6 +56,7 @@ __all__ = [
     "TensorFile",
     "TimelineRow",
     "memory_prefix",
+    "open_objects",
     "open_store",
     "padded_bytes",
 ]

@@ -35,7 +35,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 #: Version of the tables below, and of the files that the rows speak of.
-FORMAT = 8
+FORMAT = 9
 
 #: Most lines of a timeline: a trainer that takes a snapshot every minute shall not fill the disk with lines.
 TIMELINE_LINES = 1000
@@ -70,6 +70,20 @@ CREATE TRIGGER sweeps_kept AFTER INSERT ON sweeps BEGIN
         SELECT id FROM sweeps WHERE run_id = NEW.run_id ORDER BY id DESC LIMIT {SWEEPS_KEPT});
 END;
 """
+# By triggers: however a snapshot goes, alone or with its run, what it has in the object store is remembered as to be
+# removed; and what a snapshot has is not to be removed.
+_OBJECTS = """
+CREATE TABLE IF NOT EXISTS objects (
+    run_id INTEGER NOT NULL, name TEXT NOT NULL, folder TEXT NOT NULL UNIQUE, files TEXT NOT NULL,
+    PRIMARY KEY (run_id, name), FOREIGN KEY (run_id, name) REFERENCES snapshots (run_id, name) ON DELETE CASCADE);
+CREATE TABLE IF NOT EXISTS removals (folder TEXT PRIMARY KEY);
+CREATE TRIGGER IF NOT EXISTS objects_taken AFTER INSERT ON objects BEGIN
+    DELETE FROM removals WHERE folder = NEW.folder;
+END;
+CREATE TRIGGER IF NOT EXISTS objects_left AFTER DELETE ON objects BEGIN
+    INSERT OR IGNORE INTO removals VALUES (OLD.folder);
+END;
+"""
 _SCHEMA = f"""
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, config TEXT NOT NULL, created_at REAL NOT NULL,
@@ -81,13 +95,14 @@ CREATE TABLE snapshots (
 {_RING}
 {_TIMELINE}
 {_SWEEPS}
+{_OBJECTS}
 """
 #: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
 #: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
 #: had other checksums: its servers would take newer files for damaged. Format 4 had no memory files: its servers would
 #: take their rows for slots that are gone. Format 5 had no ring, and the averages of a run's creation for good: its
 #: servers would find others in the run's versions. Format 6 had lines without kinds, in a table that is gone. Format 7
-#: had no sweeps.
+#: had no sweeps. Format 8 had no object store: its servers would take snapshots that lie there for damaged.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -114,6 +129,7 @@ INSERT INTO timeline SELECT run_id, at, CASE
 DROP TABLE history;
 """,
     7: _SWEEPS,
+    8: _OBJECTS,
 }
 
 
@@ -159,12 +175,15 @@ class CheckpointRow:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRow:
-    """A snapshot of a run. info: JSON."""
+    """A snapshot of a run. info: JSON. folder: where its files lie in the object store, None: in the data dir. files:
+    JSON, of the files in the object store."""
 
     run_id: int
     name: str
     info: str
     created_at: float
+    folder: str | None = None
+    files: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,8 +324,8 @@ class Catalog:
         ]
 
     def add_snapshot(self, row: SnapshotRow, shelf: Shelf = "snapshots") -> None:
-        """Add a snapshot. Raises sqlite3.IntegrityError where the name is taken."""
-        self._write(f"INSERT INTO {shelf} VALUES (?, ?, ?, ?)", *astuple(row))
+        """Add a snapshot whose files lie in the data dir. Raises sqlite3.IntegrityError where the name is taken."""
+        self._write(f"INSERT INTO {shelf} VALUES (?, ?, ?, ?)", *astuple(row)[:4])
 
     def remove_snapshot(self, run_id: int, name: str, shelf: Shelf = "snapshots") -> None:
         """Remove a snapshot, if it is there."""
@@ -316,7 +335,58 @@ class Catalog:
         """The snapshots of a run, in the order they were made."""
         # By rowid and not by time: the clock may have jumped.
         query = f"SELECT run_id, name, info, created_at FROM {shelf} WHERE run_id = ? ORDER BY rowid"
+        if shelf == "snapshots":
+            query = (
+                "SELECT run_id, name, info, created_at, folder, files FROM snapshots LEFT JOIN objects "
+                "USING (run_id, name) WHERE run_id = ? ORDER BY snapshots.rowid"
+            )
         return [SnapshotRow(*row) for row in self._read(query, run_id)]
+
+    def snapshots_here(self) -> list[SnapshotRow]:
+        """The snapshots of all runs whose files lie in the data dir, oldest first."""
+        query = (
+            "SELECT run_id, name, info, created_at FROM snapshots LEFT JOIN objects USING (run_id, name) "
+            "WHERE folder IS NULL ORDER BY snapshots.rowid"
+        )
+        return [SnapshotRow(*row) for row in self._read(query)]
+
+    def place_snapshot(self, row: SnapshotRow, folder: str, files: str) -> bool:
+        """Say that a snapshot's files lie in a folder of the object store, which is not to be removed from then on.
+
+        False where the snapshot is gone, and then the folder stays to be removed.
+        """
+        query = (
+            "INSERT INTO objects SELECT run_id, name, ?, ? FROM snapshots WHERE run_id = ? AND name = ? "
+            "AND created_at = ?"
+        )
+        return self._write(query, folder, files, row.run_id, row.name, row.created_at).rowcount == 1
+
+    def adopt_snapshot(self, row: SnapshotRow) -> None:
+        """Add a snapshot whose files lie in the object store. Raises sqlite3.IntegrityError where the name is taken."""
+        with self._lock:
+            self._check_files()
+            self._set_synchronous("FULL")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("INSERT INTO snapshots VALUES (?, ?, ?, ?)", astuple(row)[:4])
+                placed = row.run_id, row.name, row.folder, row.files
+                self._db.execute("INSERT INTO objects VALUES (?, ?, ?, ?)", placed)
+                self._db.execute("COMMIT")
+            except sqlite3.Error:
+                self._db.execute("ROLLBACK")
+                raise
+
+    def add_removal(self, folder: str) -> None:
+        """Have a folder of the object store removed, unless a snapshot is placed there before."""
+        self._write("INSERT OR IGNORE INTO removals VALUES (?)", folder)
+
+    def drop_removal(self, folder: str) -> None:
+        """Forget a folder of the object store that was removed."""
+        self._write("DELETE FROM removals WHERE folder = ?", folder)
+
+    def removals(self) -> list[str]:
+        """The folders of the object store that are to be removed, the earliest first."""
+        return [folder for (folder,) in self._read("SELECT folder FROM removals ORDER BY rowid")]
 
     def add_line(self, run_id: int, line: TimelineRow) -> None:
         """Add a line to a run's timeline, which a power loss may take again; the oldest of too many lines goes."""
@@ -345,13 +415,15 @@ class Catalog:
         return [SweepRow(*row) for row in rows]
 
     def _write(self, sql: str, *values: object, durable: bool = True) -> sqlite3.Cursor:
-        wanted = "FULL" if durable else "NORMAL"
         self._check_files()
         with self._lock:
-            if wanted != self._synchronous:
-                self._db.execute(f"PRAGMA synchronous = {wanted}")
-                self._synchronous = wanted
+            self._set_synchronous("FULL" if durable else "NORMAL")
             return self._db.execute(sql, values)
+
+    def _set_synchronous(self, wanted: str) -> None:
+        if wanted != self._synchronous:
+            self._db.execute(f"PRAGMA synchronous = {wanted}")
+            self._synchronous = wanted
 
     def _check_files(self) -> None:
         """Raises sqlite3.OperationalError where the database is not what the next start will find."""

@@ -136,8 +136,11 @@ def _write_all(descriptor: int, chunk: bytes | memoryview) -> int:
 class TensorFile:
     """A safetensors file, open for reading. Reads are positional, so many threads may share the object.
 
-    The file stays readable after its name was removed, until close(). name: the path, for messages.
+    The file stays readable after its name was removed, until close(). name: the path, for messages. slow: whether
+    reads wait for more than a disk.
     """
+
+    slow = False
 
     def __init__(self, path: Path, data_bytes: int | None = None) -> None:
         """Opens the file and parses its header, or, where its data section is known to have ``data_bytes``, leaves
@@ -147,21 +150,27 @@ class TensorFile:
         """
         self._file = path.open("rb", buffering=0)
         try:
-            descriptor = self._file.fileno()
-            size = os.fstat(descriptor).st_size
-            self._data_begin = LENGTH_BYTES + parse_length(os.pread(descriptor, LENGTH_BYTES, 0))
-            expected = self._data_begin + (self.header.data_bytes if data_bytes is None else data_bytes)
-            if size != expected:
-                raise MalformedBody(f"{path} has {size} bytes, its header says {expected}")
+            self._measure(os.fstat(self._file.fileno()).st_size, data_bytes)
         except (MalformedBody, OSError):
             self._file.close()
             raise
 
+    def _measure(self, size: int, data_bytes: int | None = None) -> None:
+        """Find where the data section begins. Raises OSError; MalformedBody unless the file has ``size`` bytes."""
+        self.size = size
+        self._data_begin = LENGTH_BYTES + parse_length(self._bytes(0, LENGTH_BYTES))
+        expected = self._data_begin + (self.header.data_bytes if data_bytes is None else data_bytes)
+        if size != expected:
+            raise MalformedBody(f"{self.name} has {size} bytes, its header says {expected}")
+
+    def _pread(self, buffer: memoryview, at: int) -> int:
+        """Fill the beginning of ``buffer`` from byte ``at`` of the file on; how many bytes, 0 at the file's end."""
+        return os.preadv(self._file.fileno(), [buffer], at)
+
     @cached_property
     def header(self) -> Header:
         """The file's header. Raises MalformedBody."""
-        length = self._data_begin - LENGTH_BYTES
-        return parse_header(os.pread(self._file.fileno(), length, LENGTH_BYTES))
+        return parse_header(self._bytes(LENGTH_BYTES, self._data_begin))
 
     def read(self, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of the data section, in new memory. Raises OSError where the file ends before."""
@@ -171,12 +180,7 @@ class TensorFile:
 
     def read_into(self, buffer: memoryview, start: int = 0) -> None:
         """Fill ``buffer`` from byte ``start`` of the data section on. Raises OSError where the file ends before."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer[done:]], self._data_begin + start + done)
-            if not count:
-                raise OSError(f"{self._file.name} ends at byte {self._data_begin + start + done}: it was cut short")
-            done += count
+        self._fill(buffer, self._data_begin + start)
 
     def read_whole(self, buffer: memoryview) -> Iterator[memoryview]:
         """Fill ``buffer``, as long as the data section, and yield each piece while it is in the processor's cache.
@@ -187,6 +191,30 @@ class TensorFile:
             piece = buffer[start : start + _READ_AT_ONCE]
             self.read_into(piece, start)
             yield piece
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes of the file from the first on, header and all; each piece is overwritten by the next.
+
+        Raises OSError where the file ends before its size.
+        """
+        buffer = memoryview(bytearray(min(self.size, _READ_AT_ONCE)))
+        for start in range(0, self.size, _READ_AT_ONCE):
+            piece = buffer[: self.size - start]
+            self._fill(piece, start)
+            yield piece
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the file; fewer where the file ends before."""
+        buffer = memoryview(bytearray(stop - start))
+        return bytes(buffer[: self._pread(buffer, start)])
+
+    def _fill(self, buffer: memoryview, at: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = self._pread(buffer[done:], at + done)
+            if not count:
+                raise OSError(f"{self.name} ends at byte {at + done}: it was cut short")
+            done += count
 
     @property
     def name(self) -> str:

@@ -327,11 +327,48 @@ class Store:
         return TensorFile(path, data_bytes)
 
     def remove_snapshot(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
-        """Remove a snapshot: its row, then its files."""
+        """Remove a snapshot: its row, then its files. What it has in the object store is among removals() then."""
         self._catalog.remove_snapshot(row.id, name, shelf)
+        self._remove_snapshot_files(row, name, shelf)
+
+    def _remove_snapshot_files(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         with contextlib.suppress(OSError):  # the files behind a symbolic link are not the server's
             refuse_link(self._run_folder(row), shelf)
             remove_tree(self._snapshot_folder(row, shelf, name))
+
+    # --- the object store ---------------------------------------------------------------------------------------------
+
+    # Rows only: what lies in the object store nobody here knows.
+
+    def snapshots_here(self) -> list[SnapshotRow]:
+        """The snapshots of all runs whose files lie in the data dir, oldest first. Raises sqlite3.Error."""
+        return self._catalog.snapshots_here()
+
+    def place_snapshot(self, row: RunRow, snapshot: SnapshotRow, folder: str, files: str) -> None:
+        """Say that a snapshot lies in a folder of the object store, then remove its files here; nothing where the
+        snapshot is gone, and then the folder stays among removals(). Raises sqlite3.Error.
+
+        Nobody may make or remove a snapshot of this run meanwhile.
+        """
+        if self._catalog.place_snapshot(snapshot, folder, files):
+            self._remove_snapshot_files(row, snapshot.name)
+
+    def adopt_snapshot(self, snapshot: SnapshotRow) -> None:
+        """Add a snapshot that lies in the object store. Raises sqlite3.Error."""
+        self._catalog.adopt_snapshot(snapshot)
+
+    def add_removal(self, folder: str) -> None:
+        """Have a folder of the object store removed, unless a snapshot is placed there before. Raises sqlite3.Error."""
+        self._catalog.add_removal(folder)
+
+    def drop_removal(self, folder: str) -> None:
+        """Forget a folder of the object store that was removed. Raises sqlite3.Error."""
+        self._catalog.drop_removal(folder)
+
+    def removals(self) -> list[str]:
+        """The folders of the object store that are to be removed: of snapshots that were deleted, and of uploads that
+        did not come to an end. Raises sqlite3.Error."""
+        return self._catalog.removals()
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -367,11 +404,12 @@ class Store:
                 _log.warning("%s belongs to no run that the catalog knows; it is left alone", folder)
 
     def _sweep_snapshots(self, row: RunRow) -> None:
-        """Remove the files of snapshots whose row was never written."""
+        """Remove the files of snapshots whose row was never written, or says that they lie in the object store."""
         for shelf in _SHELVES:
             with contextlib.suppress(OSError):  # no folder, or a symbolic link: nothing there is the server's
                 refuse_link(self._run_folder(row), shelf)
-                known = {snapshot.name for snapshot in self._catalog.snapshots(row.id, shelf)}
+                rows = self._catalog.snapshots(row.id, shelf)
+                known = {snapshot.name for snapshot in rows if snapshot.folder is None}
                 for folder in (self._run_folder(row) / shelf).iterdir():
                     if folder.name not in known:
                         remove_tree(folder)

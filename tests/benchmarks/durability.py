@@ -15,7 +15,6 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Self
 
-import torch
 from scale import Scale
 from torch import Tensor
 
@@ -248,6 +247,6 @@ def _read(data: Path) -> None:
 
 
 def _restore(data: Path) -> None:
-    memory = Memory(torch.device("cpu"))
+    memory = Memory("cpu")
     registry = Registry(memory, Store(data), staging_bytes=0, frozen_bytes=0)
     registry.close()

@@ -115,7 +115,7 @@ def _read(files: Sequence[Path]) -> None:
 
 def _passing(size: int, count: int) -> Operation:
     """The pass over a push that has come, which feeds so many averages; the last result takes the push's place."""
-    layout, memory = Layout([TensorSpec("w", (size // 4,), "F32")]), Memory(torch.device("cpu"))
+    layout, memory = Layout([TensorSpec("w", (size // 4,), "F32")]), Memory("cpu")
     staged = Staged(layout, memory)
     shadows, outs = [[memory.new_arena(layout) for _ in range(count)] for _ in range(2)]
     for arena in (*shadows, *outs, staged.arena):

@@ -69,7 +69,7 @@ def _anchors(path: Path) -> set[str]:
 def test_documents_are_found() -> None:
     """The documents that this file is about exist."""
     named = {"README.md", "CHANGELOG.md", "client/README.md", "client/PROTOCOL.md", "tests/benchmarks/RESULTS.md"}
-    wings = ("api", "averaging", "memory", "persistence", "runs", "shadows")
+    wings = ("api", "averaging", "cluster", "memory", "persistence", "runs", "shadows")
     designs = {"ema_service/DESIGN.md", *(f"ema_service/{wing}/DESIGN.md" for wing in wings)}
 
     assert (named | designs) - set(DOCUMENTS) == set()

@@ -148,6 +148,11 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     parts = [save({name: tensor}, {"ema.slices": "{}"}) for name, tensor in STATE.items()]
     assert ask("put_update_part", "r", 2, 0, body=ask.body(parts[0]), **for_parts, status=202).parts == [0]
     assert ask("put_update_part", "r", 2, 1, body=ask.body(parts[1]), **for_parts).step == 2
+    data = BODY[8 + int.from_bytes(BODY[:8], "little") :]
+    layout = ask("show_layout", "r")
+    stretch = {"group": "g", "ema_writer": writer, "ema_layout": layout.digest}
+    again = ask("put_update_stretch", "r", 2, 0, len(data), body=ask.body(data), **stretch)
+    assert (again.applied, again.step, layout.lanes) == (False, 2, 8)
     assert ask("detach_writer", "r", writer).ended_at > 0
     assert ask("detach_writer", "r", 9, status=422).code == "invalid_request"
     ask("create_run", body=ask.model("RunConfigBody", run="p", layout=LAYOUT), status=201)

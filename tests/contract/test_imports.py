@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
-# what stands to its right, and shadows and bodies, memory and storage do without each other. settings, metrics,
-# threads, machine_memory, descriptors, logs, addresses, address_file, readiness and sizes are leaves.
+# what stands to its right, and shadows and bodies, memory and storage do without each other. cluster decides for a run
+# on several hosts; nothing uses it yet. settings, metrics, threads, machine_memory, descriptors, logs, addresses,
+# address_file, readiness and sizes are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
     *("readiness", "sizes", "tokens"),
@@ -35,6 +36,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "cli": {"api", "persistence", "storage", "demo", "bench"} | LEAVES,
     "api": {"dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "dashboard": set(),
+    "cluster": set(),
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "shadows": {"memory", "averaging"} | LEAVES,
@@ -56,12 +58,13 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "demo": {"settings"},
     "bench": {"settings", "sizes"},
 }
-#: Where the extra otel is loaded, by whoever asked for it.
-TRACING = ("ema_service.api.tracing", "opentelemetry")
+#: Where parts of extras are loaded, by whoever asked for them: otel, and publish.
+EXTRAS = {("ema_service.api.tracing", "opentelemetry"), ("ema_service.storage.objects", "fsspec")}
 #: Within api: what receives and sends knows no route, and no server.
 TRANSFER = "ema_service.api.transfer"
-#: Who decides: pure, with every module of ours that it runs.
+#: Who decides, for a run and for the shards of a run: pure, with every module of ours that is run.
 LEDGER = "ema_service.runs.ledger"
+PURE = (LEDGER, "ema_service.cluster.decisions")
 #: What the ledger may need beyond the standard library: schedules are numbers.
 LEDGER_THIRD_PARTY = {"numpy"}
 #: What of the standard library a decision has no business with.
@@ -304,7 +307,7 @@ def service_third_party(module: Module) -> Iterator[str]:
     declared = DEPENDENCIES | (DEMO_DEPENDENCIES if module.part == "demo" else set())
     for imported in module.imports:
         own = imported.root in sys.stdlib_module_names or imported.root in PACKAGES
-        own |= (module.name, imported.root) == TRACING and not imported.top
+        own |= (module.name, imported.root) in EXTRAS and not imported.top
         if not own and not DISTRIBUTIONS.get(imported.root, set()) & declared:
             yield f"line {imported.line}: {imported.root} is no dependency in pyproject.toml"
 
@@ -383,9 +386,9 @@ def test_rule_sees_a_breach(rule: Rule, name: str, source: str) -> None:
 
 
 def impurities(modules: list[Module]) -> list[str]:
-    """What the ledger, or a module of ours that runs when the ledger does, imports and must not."""
+    """What the modules that decide, or modules of ours that run when they do, import and must not."""
     known = {module.name: module for module in modules}
-    waiting, seen, found = [LEDGER], set(), []
+    waiting, seen, found = [name for name in PURE if name in known], set(), []
     while waiting:
         name = waiting.pop()
         if name in seen:
@@ -403,8 +406,9 @@ def impurities(modules: list[Module]) -> list[str]:
     return found
 
 
-def test_ledger_is_pure(modules: list[Module]) -> None:
+def test_deciding_is_pure(modules: list[Module]) -> None:
     """No torch, no file, no clock, no lock and no chance in what decides, nor in any module of ours it runs."""
+    assert set(PURE) <= {module.name for module in modules}
     assert impurities(modules) == []
 
 

@@ -40,6 +40,7 @@ BUILT = {
     "PUT /v1/runs/{run}/weights/parts/{part}",
     "PUT /v1/runs/{run}/updates/{step}",
     "PUT /v1/runs/{run}/updates/{step}/parts/{part}",
+    "PUT /v1/runs/{run}/updates/{step}/stretches/{start}-{stop}",
     "GET /v1/runs/{run}/updates/{step}",
     "PUT /v1/runs/{run}/snapshots/{name}",
     "GET /v1/runs/{run}/snapshots/{name}",

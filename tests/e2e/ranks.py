@@ -138,7 +138,9 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
     width, steps, killed = scene["width"], scene["steps"], scene.get("killed")
     model = shard(initial(width), scene["how"])
     set_to(model, width, 0)
-    options = {"resume": scene.get("resume", False), "posthoc": "wished" in scene}
+    options: dict[str, Any] = {"resume": scene.get("resume", False), "posthoc": "wished" in scene}
+    drawn: list[int] = []
+    options["log_to"] = lambda _, step: drawn.append(step)
     ema = RemoteEma(model, 0.9, run=scene["run"], url=scene["url"], **options)
     before = load(ema, model, scene) if "loaded" in scene else None
     for step in steps:
@@ -155,7 +157,7 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
         return {}
     said = checks(ema, model, scene) | {"sent": ema.stats.sent, "before": before}
     ema.close()
-    return said
+    return said | {"drawn": drawn}
 
 
 def load(ema: RemoteEma, model: nn.Module, scene: dict[str, Any]) -> bool:

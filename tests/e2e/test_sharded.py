@@ -158,6 +158,7 @@ def test_sharded_equals_unsharded(
         assert client.run(how).num_updates == 3
     for rank in four[how]:
         assert (rank["num_updates"], rank["inside"], rank["changed"], rank["after"], rank["own"]) == (3, *[True] * 4)
+    assert [rank["drawn"][-1:] for rank in four[how]] == [[3], [], [], []], "one rank draws the charts"
     assert [rank["sent"] for rank in four[how]] == [3] * _KINDS[how] + [0] * (4 - _KINDS[how])
     assert sum(rank["elements"] for rank in four[how]) == sum(tensor.numel() for tensor in expected.values())
 

@@ -12,9 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_until
 
 SCRIPTS = Path(__file__).parents[2] / "client" / "examples" / "slurm"
 TRAINER = Path(__file__).parent / "processes" / "slurm_trainer.py"
@@ -80,9 +84,9 @@ class Cluster:
 
     def end(self) -> None:
         for job in self.jobs:
-            if job.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
-                job.wait()
+            job.wait()
 
 
 @pytest.fixture
@@ -148,7 +152,6 @@ def test_jobs_that_are_told_to_end(cluster: Cluster, script: str, order: signal.
     cluster.play("training", "trap 'ls $EMA_HOME; exit 4' TERM; touch $EMA_HOME/trains; while :; do sleep 0.02; done")
     job = cluster.submit("n1", script, *(["--slow-request", "1"] if script == "server.sbatch" else ["training"]))
     cluster.wait_for(cluster.home / ("address" if script == "server.sbatch" else "trains"))
-    time.sleep(0.1)  # the script's next line
     job.send_signal(order)
     job.send_signal(order)
 
@@ -160,6 +163,29 @@ def test_jobs_that_are_told_to_end(cluster: Cluster, script: str, order: signal.
     words = (cluster.home / "words").read_text()
     assert "serve --host 0.0.0.0 --port 0 --address-file" in words
     assert ("--slow-request 1" in words) == (script == "server.sbatch")
+
+
+@pytest.mark.parametrize("script", ["server.sbatch", "one-job.sbatch"])
+def test_jobs_that_are_told_to_end_as_they_begin(cluster: Cluster, script: str) -> None:
+    """Whenever the order comes, nothing that the job started outlives it, and a server that was there is stopped."""
+    cluster.play("ema-service", SERVER)
+    cluster.play("training", "while :; do sleep 0.02; done")
+    for number, delay in enumerate((0.0, 0.02, 0.05, 0.1, 0.2, 0.3)):
+        job = cluster.submit(f"n{number}", script, *([] if script == "server.sbatch" else ["training"]))
+        time.sleep(delay)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(20) != 0
+        wait_until(partial(_ended, job.pid), "the end of all that the job started")
+    assert not (cluster.home / "address").exists()
+
+
+def _ended(group: int) -> bool:
+    """Whether a process group has no members left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def test_server_that_does_not_start(cluster: Cluster) -> None:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from tests.conftest import LitEmaOracle, ServerProcess
 
 SHAPES = {"a.weight": (300, 7), "a.bias": (7,), "b": (), "c.half": (1000,)}
+#: With this tensor an update has two stretches; without it, one.
+LARGE = {"d": (2_200_000,)}
+BLOCK = 8 << 20
 #: By name of an average, its decay: LitEma's, with the run's ceiling or its own.
 DECAYS = {"ema": None, "fast": 0.5, "late": 0.9}
 #: What a run begins with; averages of all names are added and removed.
@@ -110,6 +113,7 @@ class Lives(RuleBasedStateMachine):
         config = {"run": self.life.name, "layout": layout, "averages": averages, "use_num_updates": counted}
         self.http.post("/v1/runs", json={**config, "durability": durability}).raise_for_status()
         self.http.put(f"{self.path}/weights", content=save(tensors(seed)), params={"step": 0}).raise_for_status()
+        self.layout = self.http.get(f"{self.path}/layout").raise_for_status().json()["digest"]
 
     def teardown(self) -> None:
         if hasattr(self, "http"):
@@ -125,6 +129,31 @@ class Lives(RuleBasedStateMachine):
         answer = self.put(step, save(tensors(seed)))
         self.pushed(step, seed)
         assert answer.json() == {**answer.json(), "applied": True, "step": step, "durable_step": step}
+
+    @rule(seed=seeds, gap=st.integers(1, 3), backwards=st.booleans(), part=st.floats(0, 0.999))
+    def push_in_stretches(self, seed: int, gap: int, backwards: bool, part: float) -> None:
+        """The first of them breaks off, and is sent again."""
+        step, data = self.life.now.step + gap, _data(seed)
+        group, bounds = f"try-{next(self.numbers)}", _bounds(data)
+        bounds.sort(reverse=backwards)
+        with socket.create_connection(self.address) as sock:
+            start, stop = bounds[0]
+            sock.sendall(self.head(step, stop - start, bounds[0], group))
+            sock.sendall(data[start : start + int((stop - start) * part)])
+        *others, last = [self.put(step, data[slice(*each)], each, group) for each in bounds]
+        self.pushed(step, seed)
+        assert [answer.status_code for answer in others] == [202] * len(others)
+        assert last.json() == {**last.json(), "applied": True, "step": step, "durable_step": step}
+
+    @rule(seed=seeds, part=st.floats(0, 0.999))
+    def stretches_left_alone(self, seed: int, part: float) -> None:
+        """A sender that dies leaves nothing behind."""
+        step, data = self.life.now.step + 1, _data(seed)
+        group, (*others, last) = f"try-{next(self.numbers)}", _bounds(data)
+        assert all(self.put(step, data[slice(*each)], each, group).status_code == 202 for each in others)
+        with socket.create_connection(self.address) as sock:
+            size = last[1] - last[0]
+            sock.sendall(self.head(step, size, last, group) + data[last[0] :][: int(size * part)])
 
     @precondition(lambda self: self.life.now.last)
     @rule()
@@ -155,13 +184,18 @@ class Lives(RuleBasedStateMachine):
         with socket.create_connection(self.address) as sock:
             sock.sendall(self.head(self.life.now.step + 1, len(body)) + body[: int(len(body) * part)])
 
-    @rule(seed=seeds, wait=st.floats(0, 0.02))
-    def outcome_unknown(self, seed: int, wait: float) -> None:
-        """The server dies around a push; the trainer repeats it, and it counts once."""
+    @rule(seed=seeds, wait=st.floats(0, 0.02), stretched=st.booleans())
+    def outcome_unknown(self, seed: int, wait: float, stretched: bool) -> None:
+        """The server dies around a push, or the last stretch of one; the trainer repeats it, and it counts once."""
         step, body = self.life.now.step + 1, save(tensors(seed))
+        sent, bounds, group = body, None, f"try-{next(self.numbers)}"
+        if stretched:
+            *others, bounds = _bounds(data := _data(seed))
+            assert all(self.put(step, data[slice(*each)], each, group).status_code == 202 for each in others)
+            sent = data[slice(*bounds)]
         with socket.create_connection(self.address) as sock:
-            sock.sendall(self.head(step, len(body)))
-            sender = threading.Thread(target=_send, args=(sock, body))
+            sock.sendall(self.head(step, len(sent), bounds, group))
+            sender = threading.Thread(target=_send, args=(sock, sent))
             sender.start()
             time.sleep(wait)
             self.server.kill()
@@ -306,20 +340,39 @@ class Lives(RuleBasedStateMachine):
         url = httpx.URL(self.server.url)
         return url.host, url.port or 80
 
-    def put(self, step: int, body: bytes) -> httpx.Response:
-        headers = {"Ema-Writer": str(self.life.writers)} if self.life.writers else {}
-        return self.http.put(f"{self.path}/updates/{step}", content=body, headers=headers)
+    def put(self, step: int, body: bytes, bounds: tuple[int, int] | None = None, group: str = "") -> httpx.Response:
+        where, headers = self.request(step, bounds, group)
+        return self.http.put(where, content=body, headers=headers)
 
-    def head(self, step: int, length: int) -> bytes:
-        writer = f"Ema-Writer: {self.life.writers}\r\n" if self.life.writers else ""
-        return (
-            f"PUT {self.path}/updates/{step} HTTP/1.1\r\nHost: localhost\r\n{writer}Content-Length: {length}\r\n\r\n"
-        ).encode()
+    def head(self, step: int, length: int, bounds: tuple[int, int] | None = None, group: str = "") -> bytes:
+        where, headers = self.request(step, bounds, group)
+        fields = {"Host": "localhost", **headers, "Content-Length": str(length)}
+        lines = [f"PUT {where} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+    def request(self, step: int, bounds: tuple[int, int] | None, group: str) -> tuple[str, dict[str, str]]:
+        """The target and the headers of an update, or of one stretch of it."""
+        where, headers = f"{self.path}/updates/{step}", {}
+        if self.life.writers:
+            headers["Ema-Writer"] = str(self.life.writers)
+        if bounds:
+            where += f"/stretches/{bounds[0]}-{bounds[1]}?group={group}"
+            headers["Ema-Layout"] = self.layout
+        return where, headers
 
     def restart(self) -> None:
         self.http.close()
         self.server.start()
         self.http = self.server.http()
+
+
+def _data(seed: int) -> bytes:
+    body = save(tensors(seed))
+    return body[8 + int.from_bytes(body[:8], "little") :]
+
+
+def _bounds(data: bytes) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, len(data))) for start in range(0, len(data), BLOCK)]
 
 
 def _send(sock: socket.socket, body: bytes) -> None:
@@ -346,4 +399,6 @@ def test_lives(
             break
         with capsys.disabled():
             print(f"seed {number}, {Lives.count} lives so far")  # noqa: T201 - for whoever soaks
+        # Every other round has updates of two stretches.
+        SHAPES.update(LARGE) if number % 2 else [SHAPES.pop(name, None) for name in LARGE]
         run_state_machine_as_test(seed(number)(Lives), settings=SOME)  # type: ignore[no-untyped-call]

@@ -21,10 +21,10 @@ from torch import Tensor
 from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, TensorSpec, UpdateResult
 from ema_service.bodies import UpdateBody, WeightsStream
 from ema_service.memory import Layout, Memory, Staged
-from ema_service.memory.arena import TORCH_DTYPES
 from ema_service.runs import Parameters, Registry, Run
 from ema_service.shadows import State, Version
-from ema_service.storage import Store
+from ema_service.storage import ObjectStore, Store
+from ema_service.tensors import TORCH_DTYPES
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -45,7 +45,7 @@ def model() -> Callable[[int], dict[str, Tensor]]:
 
 
 def host_memory() -> Memory:
-    return Memory(torch.device("cpu"), keep_bytes=1 << 20)
+    return Memory("cpu", keep_bytes=1 << 20)
 
 
 @pytest.fixture
@@ -144,7 +144,8 @@ def local_run(memory: Memory) -> Callable[..., LocalRun]:
 class LocalServer:
     """A registry on a data dir. ``stop()`` ends it cleanly, ``crash()`` as a kill would; ``start()`` opens it again.
 
-    ram_dir: where versions of durability ``process`` lie in memory; None for slots on disk.
+    ram_dir: where versions of durability ``process`` lie in memory; None for slots on disk. objects: where snapshots
+    are moved to.
     """
 
     def __init__(
@@ -155,10 +156,12 @@ class LocalServer:
         frozen_bytes: int = 1 << 24,
         ram_dir: Path | None = None,
         new_memory: Callable[[], Memory] = host_memory,
+        objects: ObjectStore | None = None,
     ) -> None:
         self.folder = folder
         self.ram_dir = ram_dir
         self._new_memory = new_memory
+        self.objects = objects
         self._budgets = {"staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
         self._open = False
         self.start()
@@ -168,7 +171,7 @@ class LocalServer:
         self.store = Store(self.folder) if self.folder else None
         if self.store and self.ram_dir:
             self.store.use_memory_files(self.ram_dir)
-        self.registry = Registry(self.memory, self.store, **self._budgets)
+        self.registry = Registry(self.memory, self.store, objects=self.objects, **self._budgets)
         self._open = True
 
     def stop(self) -> None:
@@ -176,6 +179,8 @@ class LocalServer:
         self._open = False
 
     def crash(self) -> None:
+        if self.registry.offload:
+            self.registry.offload.close()  # its thread, which a kill would end
         if self.store:
             self.store.close()
         self._open = False

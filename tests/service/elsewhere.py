@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ema_service.memory import Memory
+from ema_service.tensors import tensor_of
+from ema_service.values import Array
 
 __all__ = ["WAIT_SECONDS", "Elsewhere", "Mark"]
 
@@ -33,7 +35,7 @@ class Elsewhere(Memory):
     """A device on the host."""
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), keep_bytes=1 << 24)
+        super().__init__("cpu", keep_bytes=1 << 24)
         self.on_host = False
         self.marks: list[Mark] = []
         self.may_go_on = threading.Event()
@@ -46,5 +48,5 @@ class Elsewhere(Memory):
         self.marks.append(Mark(self.may_go_on))
         return self.marks[-1]
 
-    def to_device(self, host: Tensor) -> Tensor:
-        return host.clone()
+    def to_device(self, host: Array) -> Tensor:
+        return tensor_of(host).clone()

@@ -87,6 +87,7 @@ def _findings(probe: Probe) -> Iterator[Finding]:
     yield _way(probe, ended - begun)
     yield _sharing(probe)
     yield from _room(server)
+    yield from _snapshot_store(server)
     yield from _runs(probe, started)
 
 
@@ -170,6 +171,22 @@ def _room(server: ServerInfo) -> Iterator[Finding]:
             server.disk_total_bytes,
             "`ema du` says what takes it; `ema delete-snapshot` and `ema delete` make room",
         )
+
+
+def _snapshot_store(server: ServerInfo) -> Iterator[Finding]:
+    waiting = server.snapshots_waiting
+    if waiting is None:
+        return
+    said = f"{waiting or 'no'} snapshot{' waits' if waiting == 1 else 's wait'} to be moved there"
+    if server.snapshot_store_fault is None:
+        yield Finding("snapshot store", "ok", said)
+        return
+    yield Finding(
+        "snapshot store",
+        "warning",
+        f"{server.snapshot_store_fault}; {said}",
+        "mend the store, or the server's credentials; snapshots are kept on the server's disk, and moved by themselves",
+    )
 
 
 def _filled(check: str, used: int, limit: int, remedy: str) -> Finding:

@@ -28,7 +28,8 @@ _VERSIONS = 2
 @dataclass(frozen=True, slots=True)
 class Use:
     """What a run takes of the server, in bytes. memory: its shadows and their next version. disk: of which checkpoints,
-    the ring and the snapshots are parts."""
+    the ring and the snapshots are parts. in_store: bytes of snapshots that lie in the service's object store instead.
+    """
 
     run: str
     memory: int
@@ -37,6 +38,7 @@ class Use:
     ring: int
     snapshots: int
     snapshot_count: int
+    in_store: int
 
 
 def du(client: EmaClient) -> Answer:
@@ -45,7 +47,8 @@ def du(client: EmaClient) -> Answer:
     table = Table(("run", "memory", "disk", "checkpoints", "ring", "snapshots"))
     for each in used:
         parts = (show.size(part) for part in (each.memory, each.disk, each.checkpoints, each.ring))
-        table.add(each.run, *parts, f"{each.snapshot_count} ({show.size(each.snapshots)})")
+        elsewhere = f", {show.size(each.in_store)} in the store" if each.in_store else ""
+        table.add(each.run, *parts, f"{each.snapshot_count} ({show.size(each.snapshots)}{elsewhere})")
     server = client.server()
     return Answer({"runs": used, "server": server}, (table if used else "no runs yet", *_capacity(server)))
 
@@ -54,9 +57,10 @@ def _use(client: EmaClient, info: RunInfo) -> Use:
     taken = client.snapshots(info.run) if info.versions_in else ()
     checkpoints = _VERSIONS * info.bytes if info.versions_in else 0
     ring = info.ring.bytes if info.ring else 0
-    snapshots = sum(each.bytes for each in taken)
+    snapshots = sum(each.bytes for each in taken if each.stored == "local")
+    in_store = sum(each.bytes for each in taken) - snapshots
     memory = _VERSIONS * info.bytes
-    return Use(info.run, memory, checkpoints + ring + snapshots, checkpoints, ring, snapshots, len(taken))
+    return Use(info.run, memory, checkpoints + ring + snapshots, checkpoints, ring, snapshots, len(taken), in_store)
 
 
 def _capacity(server: ServerInfo) -> Iterator[str]:

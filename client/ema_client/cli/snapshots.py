@@ -33,10 +33,11 @@ def snapshot(
 def snapshots(client: EmaClient, run: Run) -> Answer:
     """List the snapshots of a run."""
     found = client.snapshots(run)
-    table = Table(("snapshot", "version", "step", "num_updates", "averages", "bytes", "created"))
+    table = Table(("snapshot", "version", "step", "num_updates", "averages", "bytes", "stored", "created"))
     for info in found:
         counts = (info.version, show.shown("step", info.step), str(info.num_updates))
-        table.add(info.name, *counts, ", ".join(info.averages), show.size(info.bytes), show.when(info.created_at))
+        kept = show.size(info.bytes), info.stored, show.when(info.created_at)
+        table.add(info.name, *counts, ", ".join(info.averages), *kept)
     return Answer(found, (table if found else "no snapshots yet",))
 
 

@@ -125,10 +125,10 @@ def changes(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
     if before.averages:
         yield from _other_averages(run, before, now)
     for name, snapshot in before.snapshots.items():
-        if now.snapshots.get(name) != snapshot:
+        if not _same(now.snapshots.get(name), snapshot):
             yield _event(run, "snapshot_deleted", new, snapshot)
     for name, snapshot in now.snapshots.items():
-        if before.snapshots.get(name) != snapshot:
+        if not _same(before.snapshots.get(name), snapshot):
             yield _event(run, "snapshot_created", new, snapshot)
 
 
@@ -157,6 +157,11 @@ def _other_averages(run: Run, before: Look, now: Look) -> Iterator[RunEvent]:
 def _of(average: Average, event: RunEvent) -> RunEvent:
     """The event as one of this average."""
     return replace(event, average=average.name, decay=average.decay, effective_decay=average.effective_decay)
+
+
+def _same(one: SnapshotInfo | None, other: SnapshotInfo) -> bool:
+    """Whether both tell of one snapshot, wherever its files lie by now."""
+    return one is not None and replace(one, stored=other.stored) == other
 
 
 def _event(run: Run, kind: EventKind, version: Version | None, snapshot: SnapshotInfo | None = None) -> RunEvent:

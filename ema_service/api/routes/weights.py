@@ -33,6 +33,7 @@ from ema_client.errors import (
     SnapshotNotFound,
     StepNotReached,
     StorageDisabled,
+    StorageFailed,
     Superseded,
     SynthesisRefused,
 )
@@ -153,6 +154,7 @@ _CURRENT_ERRORS = (
     SnapshotNotFound,
     SnapshotDamaged,
     StorageDisabled,
+    StorageFailed,
     AwaitingWeights,
     StepNotReached,
     RangeNotSatisfiable,
@@ -165,6 +167,7 @@ _SYNTHESIS_ERRORS = (
     RunNotFound,
     SnapshotDamaged,
     StorageDisabled,
+    StorageFailed,
     AwaitingWeights,
     RunDegraded,
     InvalidRequest,
@@ -177,8 +180,10 @@ _SNAPSHOT_ERRORS = (
     AverageNotFound,
     SnapshotDamaged,
     StorageDisabled,
+    StorageFailed,
     RangeNotSatisfiable,
     InvalidRequest,
+    Overloaded,
 )
 
 
@@ -337,7 +342,7 @@ async def _get_soup(
     with ExitStack() as source:
         files, infos = [], []
         for name in weights:
-            file, info = await server.workers.block(partial(snapshots.open, name, average))
+            file, info = await server.read(partial(snapshots.open, name, average))
             source.callback(file.close)
             files.append(file)
             infos.append(info)
@@ -405,7 +410,7 @@ async def get_snapshot_weights(
     """The weights of a snapshot; with Range, a broken download goes on where it stopped."""
     snapshots = server.registry.snapshots(run)
     with ExitStack() as source:
-        file, info = await server.workers.block(partial(snapshots.open, name, average))
+        file, info = await server.read(partial(snapshots.open, name, average))
         source.callback(file.close)
         stream = await server.workers.block(
             partial(WeightsStream, file.header.entries, info, lineage=file.identity, dtype=dtype, prefix=prefix)
@@ -531,8 +536,8 @@ async def _from_memory(request: Request, server: Context, chunks: Iterator[memor
 
 
 async def _from_disk(server: Context, chunks: Iterator[memoryview]) -> AsyncIterator[memoryview]:
-    """The chunks of a snapshot's body, read from disk off the event loop."""
-    while (chunk := await server.workers.block(partial(next, chunks, None))) is not None:
+    """The chunks of a snapshot's body, read from a disk, or the object store, off the event loop."""
+    while (chunk := await server.read(partial(next, chunks, None))) is not None:
         yield chunk
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol
 
+from ema_service.api.transfer.tls_transport import accept_secure
 from ema_service.descriptors import EXHAUSTED
 
 __all__ = ["HANDSHAKE_SECONDS", "KEPT", "SILENT", "UNREAD", "Acceptor", "Connections", "Idling"]
@@ -126,9 +127,11 @@ class _Start:
         self.task.cancel()
 
     async def _run(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
-        timeout = HANDSHAKE_SECONDS if tls else None
-        with contextlib.suppress(OSError):  # the handshake failed or took too long; the transport has closed the socket
-            await self._loop.connect_accepted_socket(self._made, sock, ssl=tls, ssl_handshake_timeout=timeout)
+        with contextlib.suppress(OSError):  # the handshake failed or took too long, and the socket is closed
+            if tls:
+                await accept_secure(sock, tls, self._made, HANDSHAKE_SECONDS)
+            else:
+                await self._loop.connect_accepted_socket(self._made, sock)
 
     def _made(self) -> asyncio.Protocol:
         self.protocol = made = self._make()

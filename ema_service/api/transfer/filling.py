@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import select
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
@@ -27,6 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
 from ema_service.api.transfer.socket_threads import SocketThreads
+from ema_service.api.transfer.streams import Stream
 from ema_service.bodies import Body
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ class Filling(asyncio.BufferedProtocol):
         self._pace = pace
         self._receivers = receivers
         self._discarding: memoryview | None = None
+        self._working: asyncio.Future[None] | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin(self, parsed: bytearray) -> None:
@@ -180,7 +181,10 @@ class Filling(asyncio.BufferedProtocol):
             self._finish_if_over()
 
     async def wait(self) -> None:
-        """Return when the body is whole. Raises as a Body; RequestTimeout, ClientDisconnect."""
+        """Return when the body is whole. Raises as a Body; RequestTimeout, ClientDisconnect.
+
+        However the call ends, no thread receives into the body's memory any more.
+        """
         clock = asyncio.get_running_loop().time
         try:
             while not self._done.done():
@@ -190,6 +194,8 @@ class Filling(asyncio.BufferedProtocol):
             self._done.result()
         finally:
             self._done.cancel()  # nobody awaits the result any more
+            if self._working and not self._working.done():
+                await asyncio.wait([self._working])
             if self._remaining and self._discarding is None:
                 self._discard()
 
@@ -217,6 +223,7 @@ class Filling(asyncio.BufferedProtocol):
     def _pause_for(self, working: asyncio.Future[None]) -> None:
         """Read nothing of the socket on the event loop while a thread is at work."""
         self._http.flow.pause_reading()
+        self._working = working
         working.add_done_callback(self._resume)
 
     def _resume(self, working: asyncio.Future[None]) -> None:
@@ -230,25 +237,17 @@ class Filling(asyncio.BufferedProtocol):
     def _hand_over(self) -> bool:
         """Lend the socket to a thread, and say whether that was done.
 
-        Not for a short rest of a body, without a free thread, or under TLS, where the socket's bytes are not the
-        body's.
+        Not for a short rest of a body, or without a free thread.
         """
-        transport = self._http.transport
-        if self._remaining < _LONG_BYTES or self._done.done() or transport.get_extra_info("sslcontext"):
+        if self._remaining < _LONG_BYTES or self._done.done() or not self._receivers.free:
             return False
-        # A duplicate: the loop may close its own descriptor meanwhile, and the system give the number to another file.
-        try:
-            descriptor = os.dup(transport.get_extra_info("socket").fileno())
-        except OSError:  # none is left: the event loop receives the body
+        stream = self._http.lend()
+        if stream is None:  # no descriptor is left: the event loop receives the body
             return False
-        working = self._receivers.lend(functools.partial(self._drain, descriptor))
-        if working is None:
-            os.close(descriptor)
-            return False
-        self._pause_for(working)
+        self._pause_for(self._receivers.lend(functools.partial(self._drain, stream)))
         return True
 
-    def _drain(self, descriptor: int) -> None:
+    def _drain(self, stream: Stream) -> None:
         """On a thread: receive and work while bytes arrive. Raises as Body.advance().
 
         Ends with the body, where nothing arrives, or where the waiting task gave up. The end of the connection is left
@@ -256,10 +255,10 @@ class Filling(asyncio.BufferedProtocol):
         """
         try:
             arrival = select.poll()
-            arrival.register(descriptor, select.POLLIN)
+            arrival.register(stream, select.POLLIN)
             while self._remaining and not self._done.done() and (window := self._body.window()):
                 try:
-                    count = os.readv(descriptor, [window[: min(self._remaining, RECEIVED_AT_ONCE)]])
+                    count = stream.read_into(window[: min(self._remaining, RECEIVED_AT_ONCE)])
                 except BlockingIOError:
                     if not arrival.poll(_IDLE_MS):
                         return
@@ -275,7 +274,7 @@ class Filling(asyncio.BufferedProtocol):
                 if self._work:
                     self._work.here(self._body.arrived)
         finally:
-            os.close(descriptor)
+            stream.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._http.connection_lost(exc)

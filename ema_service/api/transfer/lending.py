@@ -23,6 +23,8 @@ from ema_service.api.transfer.connection import LINGER_SECONDS, GuardedProtocol
 from ema_service.api.transfer.filling import FILL, Filling, Pace, Work
 from ema_service.api.transfer.pouring import MIN_POURED_BYTES, POUR, Pouring
 from ema_service.api.transfer.socket_threads import SocketThreads
+from ema_service.api.transfer.streams import PlainStream, Stream
+from ema_service.api.transfer.tls_transport import SecureTransport
 from ema_service.bodies import Body
 
 __all__ = ["LINK", "LendingProtocol", "Link", "link_of"]
@@ -112,23 +114,30 @@ class LendingProtocol(GuardedProtocol):
         # A thread would send weights too early where another request's answer comes first, or the transport has bytes
         # left.
         blocked = cycle.scope is not scope or cycle.disconnected or transport.get_write_buffer_size()
-        if blocked or len(left) < MIN_POURED_BYTES or transport.is_closing() or transport.get_extra_info("sslcontext"):
+        if blocked or len(left) < MIN_POURED_BYTES or transport.is_closing() or not senders.free:
             return 0, left
-        try:
-            descriptor = os.dup(transport.get_extra_info("socket").fileno())
-        except OSError:  # none is left: the event loop sends
+        stream = self.lend()
+        if stream is None:  # no descriptor is left: the event loop sends
             return 0, left
-        pouring = Pouring(descriptor, left, more)
+        pouring = Pouring(stream, left, more)
         working = senders.lend(pouring.run)
-        if working is None:
-            pouring.close()
-            return 0, left
         try:
             await working
         finally:
             pouring.stopped = True
         cycle.expected_content_length -= pouring.sent
         return pouring.sent, pouring.left
+
+    def lend(self) -> Stream | None:
+        """The connection for a thread; None where no descriptor is left, or the TLS is not one that can be lent."""
+        if isinstance(self.transport, SecureTransport):
+            return self.transport.lend()
+        if self.transport.get_extra_info("sslcontext"):
+            return None
+        try:
+            return PlainStream(os.dup(self.transport.get_extra_info("socket").fileno()))
+        except OSError:
+            return None
 
     def take_back(self) -> None:
         """Give the connection back to uvicorn, at the beginning of a message: the body is over."""

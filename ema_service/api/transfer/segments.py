@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
@@ -40,6 +41,9 @@ _MOST_MAPPINGS = 256
 #: Most bytes of mappings that stay after their push: what stays is counted as memory of the server (half of it, as the
 #: client maps the pages, too), and beside a push of gigabytes mapping anew takes little.
 _MOST_BYTES = 2304 << 20
+#: Bytes of a mapping that does not stay that are mapped at once, about: pages are let go so many at a time, behind the
+#: reading.
+_BEHIND_BYTES = 64 << 20
 #: Milliseconds between two looks for mappings to let go; the end of a process is noticed at once.
 _SWEEP_MS = 500
 
@@ -116,6 +120,11 @@ class Mappings:
             mapped.used = time.monotonic()
             return mapped.memory[:end]
 
+    def stays(self, memory: memoryview) -> bool:
+        """Whether memory that was mapped is held for the next push."""
+        with self._lock:
+            return any(mapped.memory.obj is memory.obj for mapped in self._mapped.values())
+
     def _has_room(self, nbytes: int) -> bool:
         held = sum(len(mapped.memory) for mapped in self._mapped.values())
         return len(self._mapped) < self._most and held + nbytes <= self._most_bytes
@@ -168,7 +177,29 @@ def take_over(segment: Segment, body: Body, helpers: Executor, mappings: Mapping
         secret = _Secret(os.dup(descriptor), segment.secret)
         secret.check()
         memory = mappings.map(descriptor, segment.offset + segment.length, segment.pid)
-    body.take_over(Shared(memory[segment.offset :], secret.check, helpers))
+    passed = None if mappings.stays(memory) else _Behind(memory, segment.offset)
+    body.take_over(Shared(memory[segment.offset :], secret.check, helpers, passed))
+
+
+class _Behind:
+    """Lets the pages of a mapping go that the reading has passed: beside a shadow of gigabytes the mapped half of as
+    large a segment would count as memory of the server.
+
+    memory: all of the mapping. offset: of the body in the mapping. Pages that are read again all the same come back,
+    with what the segment holds.
+    """
+
+    def __init__(self, memory: memoryview, offset: int) -> None:
+        self._memory = cast("mmap.mmap", memory.obj)
+        self._offset = offset
+        self._gone = 0
+
+    def __call__(self, stop: int) -> None:
+        """Let go of the pages in front of byte ``stop`` of the body, once there are many."""
+        passed = (self._offset + stop) // mmap.PAGESIZE * mmap.PAGESIZE
+        if passed - self._gone >= _BEHIND_BYTES:
+            self._memory.madvise(mmap.MADV_DONTNEED, self._gone, passed - self._gone)
+            self._gone = passed
 
 
 class _Secret:

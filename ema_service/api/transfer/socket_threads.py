@@ -23,10 +23,8 @@ class SocketThreads:
         self._threads = threads
         self.free = count
 
-    def lend(self, work: Callable[[], None]) -> asyncio.Future[None] | None:
-        """Have a thread do ``work`` with a socket; None where no thread is free."""
-        if not self.free:
-            return None
+    def lend(self, work: Callable[[], None]) -> asyncio.Future[None]:
+        """Have a thread do ``work`` with a socket. One must be free."""
         self.free -= 1
         working = asyncio.get_running_loop().run_in_executor(self._threads, work)
         working.add_done_callback(self._give_back)

@@ -151,7 +151,7 @@ const BLOB_BYTES = 512 * 2 ** 20;
 export class Weights {
   constructor(section) {
     this.of = null; // the snapshot that the lines are for; null: the current weights
-    this.table = table("Snapshots", ["Name", ["Step", "number"], "Version", ["Size", "number"], "Taken", "Weights"]);
+    this.table = table("Snapshots", ["Name", ["Step", "number"], "Version", ["Size", "number"], "Kept", "Taken", "Weights"]);
     this.note = element("p", "muted");
     this.chooser = element("select");
     this.chooser.addEventListener("change", () => {
@@ -176,12 +176,13 @@ export class Weights {
         integer(each.step),
         each.version,
         bytes(each.bytes),
+        each.stored === "store" ? "object store" : "server",
         ago(now - each.created_at),
         download(each),
       ]),
       (row) =>
         row
-          .slice(0, 5)
+          .slice(0, 6)
           .map((each) => each.textContent ?? each)
           .join("\u0000") + (token() ? "t" : ""),
     );

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ema_client import EmaClient
 from ema_client.errors import DestinationFailed, UsageError
 from ema_client.publishing import publish
-from tests.client.publishing.conftest import S3Server
+from tests.s3 import S3Server
 
 Ema = Callable[..., tuple[int, str, str]]
 #: Three shards, the last one uploaded in two parts.

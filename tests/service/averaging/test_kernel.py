@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_service.averaging import average_into, cast_into, kernel
+from ema_service.averaging import average_into, by_torch, cast_into, kernel
 
-BLOCK = kernel.CPU_AVERAGED_AT_ONCE // 4
+BLOCK = by_torch.CPU_AVERAGED_AT_ONCE // 4
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7]
 #: LitEma's weight of the first update, of a late one, and the borders.
 WEIGHTS = [float(1.0 - torch.tensor(2.0) / 11), float(1.0 - torch.tensor(0.9999)), 0.0, 1.0]
@@ -80,7 +80,7 @@ def test_narrow_parameters_at_the_end_of_the_output(size: int, dtype: torch.dtyp
     assert same_bits(out, expected)
 
 
-@pytest.mark.parametrize("shift", [4, 64, kernel.CPU_AVERAGED_AT_ONCE, kernel.CPU_AVERAGED_AT_ONCE + 4])
+@pytest.mark.parametrize("shift", [4, 64, by_torch.CPU_AVERAGED_AT_ONCE, by_torch.CPU_AVERAGED_AT_ONCE + 4])
 @pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK + 1, 3 * BLOCK + 7])
 def test_parameters_shifted_in_the_same_memory(size: int, shift: int) -> None:
     """Float32 parameters behind the output in one memory, near or far, are read before they are overwritten."""
@@ -98,7 +98,7 @@ def test_many_threads_read_before_they_overwrite(
     dtype: torch.dtype, shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Split over threads, in the parameters' own memory and shifted in it, the bits stay those of three roundings."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(kernel, "cores", lambda: 5)
     size = 3_000_001
     shadow, param = random(size), random(size, dtype, seed=1)
     out, late = behind(param, torch.float32, shift)
@@ -110,7 +110,7 @@ def test_many_threads_read_before_they_overwrite(
 @pytest.mark.parametrize("where", [0, 1_500_000, 2_999_999])
 def test_many_threads_find_one_bad_value(where: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever thread meets the NaN, the answer is False."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(kernel, "cores", lambda: 5)
     param = random(3_000_000)
     param[where] = float("nan")
 
@@ -194,7 +194,7 @@ def test_infinities_that_cancel_are_found() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_finite_values_with_an_infinite_sum_pass(dtype: torch.dtype) -> None:
     """Values near the dtype's largest are finite although their sum overflows: no false alarm."""
-    size = 2 * kernel.CPU_AVERAGED_AT_ONCE // dtype.itemsize
+    size = 2 * by_torch.CPU_AVERAGED_AT_ONCE // dtype.itemsize
     values = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
     assert values.sum().isinf()
 

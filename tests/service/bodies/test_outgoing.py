@@ -20,7 +20,7 @@ from ema_client.protocol import WeightsInfo
 from ema_client.wire import Entry, parse_header
 from ema_service.bodies import WeightsStream
 from ema_service.bodies.outgoing import SENT_AT_ONCE
-from ema_service.memory.arena import TORCH_DTYPES
+from ema_service.tensors import TORCH_DTYPES
 
 INFO = WeightsInfo("r", "ema", "1.7", 70, 7, 0.9999)
 #: As shadows lie: F64 first, then float32 in the order of the parameters, which is not that of the names.

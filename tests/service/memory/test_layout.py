@@ -20,7 +20,7 @@ from ema_client.errors import InvalidRequest, LayoutMismatch
 from ema_client.protocol import LAYOUT_DTYPES, MAX_STEP, MAX_TENSORS, TensorSpec
 from ema_client.wire import Entry, parse_header, place
 from ema_service.memory import Layout
-from ema_service.memory.arena import TORCH_DTYPES
+from ema_service.tensors import TORCH_DTYPES
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)

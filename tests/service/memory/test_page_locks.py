@@ -13,10 +13,11 @@ import torch
 
 from ema_service.memory.budget import Budget
 from ema_service.memory.pool import HostPool
+from ema_service.values import address
 
 WAIT_SECONDS = 30.0
 SIZE = 1 << 16
-DEVICE = torch.device("cuda", 1)
+DEVICE = "cuda:1"
 
 
 class Runtime:
@@ -24,7 +25,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.locked: set[int] = set()
-        self.waited: list[tuple[torch.device, int]] = []
+        self.waited: list[tuple[str, int]] = []
         self.idle = threading.Event()
         self.idle.set()
         self.broken = False
@@ -37,7 +38,7 @@ class Runtime:
     def cudaHostUnregister(self, address: int) -> None:
         self.locked.remove(address)
 
-    def synchronize(self, device: torch.device) -> None:
+    def synchronize(self, device: str) -> None:
         self.waited.append((device, threading.get_ident()))
         assert self.idle.wait(WAIT_SECONDS)
         if self.broken:
@@ -58,7 +59,7 @@ def test_unlocked_elsewhere(broken: bool, runtime: Runtime) -> None:
     pool = HostPool(pinned_for=DEVICE, budget=Budget(SIZE))
     runtime.broken = broken
     lent = pool.lend(SIZE)
-    assert lent.data_ptr() in runtime.locked
+    assert address(lent) in runtime.locked
     runtime.idle.clear()
     del lent
     gc.collect()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 
 from ema_client.errors import InvalidRequest, Overloaded, StorageFailed, SynthesisRefused
 from ema_client.protocol import Posthoc, RingInfo
@@ -316,7 +315,7 @@ def test_memory_for_a_snapshot_under_way_is_counted(
 @pytest.fixture
 def small_memory() -> Callable[[int], Callable[[], Memory]]:
 
-    return lambda limit: lambda: Memory(torch.device("cpu"), limit=limit)
+    return lambda limit: lambda: Memory("cpu", limit=limit)
 
 
 def test_wrong_averages_are_refused(server: LocalServer) -> None:

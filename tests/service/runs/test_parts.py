@@ -30,8 +30,8 @@ from ema_client.protocol import RunConfig, TensorSpec, UpdateResult
 from ema_client.wire import Box
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Layout, Memory, Staged, Staging
-from ema_service.memory.arena import TORCH_DTYPES
 from ema_service.runs import Parts, Run, Terms
+from ema_service.tensors import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun
@@ -57,7 +57,7 @@ class Gatherer:
     def __init__(self, run: Run, budget: int = 1 << 24) -> None:
         self.run = run
         self.parts = Parts(run)
-        self.staging = Staging(Memory(torch.device("cpu")), budget)
+        self.staging = Staging(Memory("cpu"), budget)
 
     def reserve(self) -> Staged:
         return self.staging.reserve(self.run.layout)
@@ -150,9 +150,9 @@ def test_any_partition_equals_the_whole(data: st.DataObject) -> None:
     first, second = values(specs, 0), values(specs, 1)
     runs = []
     for _ in range(2):
-        memory = Memory(torch.device("cpu"))
+        memory = Memory("cpu")
         runs.append(Run(RunConfig("r", specs, non_finite="allow"), Layout(specs), memory, created_at=1.0))
-    parts, staging = Gatherer(runs[0]), Staging(Memory(torch.device("cpu")), 1 << 24)
+    parts, staging = Gatherer(runs[0]), Staging(Memory("cpu"), 1 << 24)
 
     dealt = data.draw(partitions(specs))
     for step, tensors in ((None, first), (1, second)):

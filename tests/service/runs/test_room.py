@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from torch import Tensor
 
 from ema_client.errors import Overloaded
@@ -82,9 +81,7 @@ def test_restart_with_less_memory(
 ) -> None:
     """A run without room comes up degraded, its files as they were; with the memory it is back, to the bit."""
     limit = [1 << 30]
-    server = local_server(
-        ram_dir=ram_dir, new_memory=lambda: Memory(torch.device("cpu"), keep_bytes=1 << 20, limit=limit[0])
-    )
+    server = local_server(ram_dir=ram_dir, new_memory=lambda: Memory("cpu", keep_bytes=1 << 20, limit=limit[0]))
     run = server.create("run", model(0), durability=durability)
     run.begin(model(0))
     run.push(1, model(1))

@@ -26,6 +26,7 @@ from ema_service.memory.staging import Region, Shared
 from ema_service.persistence import Versions
 from ema_service.shadows import passes
 from ema_service.shadows.passes import Feed, Grain, pass_over
+from ema_service.tensors import tensor_of
 from tests.service.elsewhere import Elsewhere, Mark
 from tests.waiting import wait_until
 
@@ -40,7 +41,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
     params=[
         Elsewhere,
         pytest.param(
-            lambda: Memory(torch.device("cuda"), keep_bytes=1 << 24),
+            lambda: Memory("cuda", keep_bytes=1 << 24),
             marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
             id="cuda",
         ),
@@ -95,7 +96,7 @@ def averaged(
 
 def test_equals_the_host(new_memory: Callable[[], Memory]) -> None:
     """Bit for bit, with the same digests; who follows a result is told of every byte of it, as it is."""
-    host, on_host = Follower(), Memory(torch.device("cpu"))
+    host, on_host = Follower(), Memory("cpu")
     device = Follower()
 
     assert averaged(new_memory(), device) == averaged(on_host, host)
@@ -116,7 +117,7 @@ def test_measured(new_memory: Callable[[], Memory]) -> None:
     assert found is not None
     for index, (entry, sums) in enumerate(zip(LAYOUT.params, found, strict=True)):
         # Each tensor of this layout is a section of its own.
-        made, given = staged.arena.section(index).cpu().double(), params[entry.name].double()
+        made, given = tensor_of(staged.arena.section(index)).cpu().double(), params[entry.name].double()
         wanted = [float(each.square().sum()) for each in (made - given, given, made)]
         assert sums.tolist() == pytest.approx(wanted, rel=1e-6), entry.name
 
@@ -136,7 +137,7 @@ def test_shared_memory(new_memory: Callable[[], Memory]) -> None:
         assert staged.adopt(shared, 0)
         pass_over(staged, [Feed(staged.arena, shadow, 0.25, follower)], check=True, grain=GRAIN).finish()
 
-    assert torch.equal(staged.arena.section(0).cpu(), oracle)
+    assert torch.equal(tensor_of(staged.arena.section(0)).cpu(), oracle)
     assert follower.data == oracle.numpy().tobytes()
 
 
@@ -319,7 +320,7 @@ def test_update_without_memory(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_full_gpu(local_server: Callable[..., Any]) -> None:
     """The same on a real GPU: without room for an update, and with room for no more than the update's own memory."""
-    server = local_server(new_memory=lambda: Memory(torch.device("cuda"), keep_bytes=1 << 24))
+    server = local_server(new_memory=lambda: Memory("cuda", keep_bytes=1 << 24))
     before = {"F32": torch.randn(64 << 20)}
     run = server.create("r", before, durability="memory", averages=(AverageConfig(), AverageConfig("slow")))
     run.begin(before)

@@ -20,9 +20,10 @@ from ema_client.errors import NonFinite
 from ema_client.protocol import TensorSpec
 from ema_service.averaging import BlockDigest, Digest
 from ema_service.memory import Layout, Memory, Staged
-from ema_service.memory.arena import TORCH_DTYPES, Arena
+from ema_service.memory.arena import Arena
 from ema_service.memory.staging import Shared
 from ema_service.shadows.passes import Feed, Grain, Pass, pass_over
+from ema_service.tensors import TORCH_DTYPES, tensor_of
 
 WEIGHTS = (0.25, 0.8)
 
@@ -31,7 +32,7 @@ Model = Callable[[int], dict[str, Tensor]]
 
 @pytest.fixture
 def memory() -> Memory:
-    return Memory(torch.device("cpu"), keep_bytes=1 << 20)
+    return Memory("cpu", keep_bytes=1 << 20)
 
 
 def data_of(tensors: dict[str, Tensor]) -> bytes:
@@ -195,7 +196,8 @@ def test_stretches_are_the_whole(
     layout = Layout([entry.spec for entry in plain.params], [entry.name for entry in plain.params[::2]] * copied)
     shadow = memory.new_arena(layout)
     for index in range(len(layout.sections)):
-        shadow.section(index).copy_(torch.linspace(-2, 2, shadow.section(index).numel()))
+        section = tensor_of(shadow.section(index))
+        section.copy_(torch.linspace(-2, 2, section.numel()))
 
     def begun() -> tuple[Staged, list[Stretches], Pass]:
         staged = Staged(layout, memory)
@@ -209,7 +211,7 @@ def test_stretches_are_the_whole(
     def found(follow: list[Stretches], work: Pass) -> list[bytes]:
         outs = [feed.out for feed in work.feeds]
         digests = [work.finish(), *(out.digest or b"" for out in outs)]
-        return [*digests, *(out.tensor.numpy().tobytes() for out in outs), *(bytes(each.kept) for each in follow)]
+        return [*digests, *(out.host.tobytes() for out in outs), *(bytes(each.kept) for each in follow)]
 
     staged, follow, work = begun()
     staged.data[:] = data
@@ -251,7 +253,7 @@ def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], me
     layout = layout_of(model(0))
     shadow = memory.new_arena(layout)
     for index in range(len(layout.sections)):
-        shadow.section(index).copy_(torch.linspace(-2, 2, shadow.section(index).numel()))
+        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, tensor_of(shadow.section(index)).numel()))
     before = shadow.tensor.clone()
     push = Push(layout, memory, model(1), shadow)
     push.finish()
@@ -260,10 +262,10 @@ def test_averages_are_litemas(model: Model, layout_of: Callable[..., Layout], me
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     for index, (section, dtype) in enumerate(zip(layout.sections, dtypes, strict=True)):
         param = torch.frombuffer(bytearray(params[section.param]), dtype=dtype)
-        old = shadow.section(index)
+        old = tensor_of(shadow.section(index))
         for out, weight in zip(push.outs, WEIGHTS, strict=True):
             assert torch.equal(
-                out.section(index), old - torch.tensor(weight, dtype=old.dtype) * (old - param.to(old.dtype))
+                tensor_of(out.section(index)), old - torch.tensor(weight, dtype=old.dtype) * (old - param.to(old.dtype))
             )
     assert torch.equal(shadow.tensor, before)
 
@@ -313,7 +315,9 @@ def test_digest_is_xxh3_of_blocks(
     assert sum(followed) == averages * (layout.shadow_bytes - len(whole) * block)
     for feed in feeds:
         for index, dtype in enumerate(sizes):
-            assert torch.equal(feed.out.section(index), tensors[str(dtype)].to(feed.out.section(index).dtype) / 2)
+            assert torch.equal(
+                tensor_of(feed.out.section(index)), tensors[str(dtype)].to(tensor_of(feed.out.section(index)).dtype) / 2
+            )
 
 
 @pytest.mark.parametrize("piece", [1024, 1536, 5000])

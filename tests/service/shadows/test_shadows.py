@@ -20,6 +20,7 @@ from ema_service.averaging import Digest
 from ema_service.averaging.schedules import Retention
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.shadows import Average, Member, Plan, Shadows, State, Version
+from ema_service.tensors import tensor_of
 
 Model = Callable[[int], dict[str, Tensor]]
 
@@ -89,7 +90,7 @@ def test_prepared_is_whole_beside_the_current(shadows: Shadows, layout: Layout, 
 
     assert str(state_of(shadows).version) == "1.1"
     assert bytes_of(before) == content, "whoever holds the earlier version reads it on"
-    old, new = (before.arenas[0].section(0), state_of(shadows).arenas[0].section(0))
+    old, new = (tensor_of(before.arenas[0].section(0)), tensor_of(state_of(shadows).arenas[0].section(0)))
     assert torch.equal(new, old - 0.5 * (old - model(1)["wide"]))
 
 

@@ -271,6 +271,40 @@ def test_sweeps_come_with_format_8(path: Path) -> None:
     catalog.close()
 
 
+def test_objects_come_with_format_9(path: Path) -> None:
+    """A catalog of format 8 keeps its snapshots, all in the data dir. A folder of the object store belongs to one
+    snapshot, or is to be removed, whichever way the snapshot goes."""
+    catalog = Catalog(path)
+    run = catalog.add_run("r", "{}", 1.5)
+    rows = [SnapshotRow(run.id, name, "{}", 2.5) for name in ("a", "b", "c")]
+    for row in rows:
+        catalog.add_snapshot(row)
+    catalog.close()
+    database = sqlite3.connect(path)
+    database.executescript("DROP TABLE objects; DROP TABLE removals; PRAGMA user_version = 8")
+    database.close()
+
+    catalog = Catalog(path)
+    assert catalog.snapshots(run.id) == catalog.snapshots_here() == rows
+    for row in rows:
+        catalog.add_removal(f"r/{row.name}")
+        catalog.add_removal(f"r/{row.name}")
+    assert catalog.place_snapshot(rows[0], "r/a", "{1}")
+    assert not catalog.place_snapshot(replace(rows[1], created_at=9.0), "r/b", "{1}"), "another one of its name"
+    assert catalog.snapshots(run.id) == [replace(rows[0], folder="r/a", files="{1}"), *rows[1:]]
+    assert (catalog.snapshots_here(), catalog.removals()) == (rows[1:], ["r/b", "r/c"])
+    catalog.adopt_snapshot(SnapshotRow(run.id, "d", "{}", 3.5, "r/d", "{2}"))
+    with pytest.raises(sqlite3.IntegrityError):
+        catalog.adopt_snapshot(SnapshotRow(run.id, "e", "{}", 3.5, "r/d", "{2}"))
+    assert [row.name for row in catalog.snapshots(run.id)] == ["a", "b", "c", "d"], "all or nothing"
+    catalog.drop_removal("r/b")
+    catalog.remove_snapshot(run.id, "a")
+    assert catalog.removals() == ["r/c", "r/a"]
+    catalog.remove_run(run.id)
+    assert catalog.removals() == ["r/c", "r/a", "r/d"]
+    catalog.close()
+
+
 def test_file_that_is_no_database(path: Path) -> None:
     """A file that is no database is refused and left alone."""
     path.write_bytes(b"this is no database" * 1000)

@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,38 @@ def test_large_versions_are_written_as_they_are_made(
         assert writes.cached <= 8192 + 4 * 4096
     else:
         assert writes.direct == begun
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_stretches_are_written_each_by_itself(tmp_path: Path, large: memoryview, patient: bool) -> None:
+    """Told of from many threads, in any order, with odd bounds; and one of them once more, whose first bytes were
+    others."""
+    slots = Slots(tmp_path, {"ema": Extent(8192, LARGE)}, [], Threads(2), patient=patient)
+    slot, data = slots.take(), memoryview(bytearray(large))
+    bounds = [0, 9_000_001, 10_000_000, 30_000_003, LARGE]
+
+    def make(start: int, stop: int) -> None:
+        for upto in [*range(start + (1 << 20), stop, 1 << 20), stop]:
+            slot.write("ema", data, upto, start)
+
+    data[bounds[2] : bounds[3]] = bytes(bounds[3] - bounds[2])
+    make(bounds[2], bounds[3] - 5)
+    data[bounds[2] : bounds[3]] = large[bounds[2] : bounds[3]]
+    with ThreadPoolExecutor(4) as lanes:
+        list(lanes.map(make, bounds[-2::-1], bounds[:0:-1]))
+    assert slot.written("ema") == LARGE
+    slot.finish({"ema": HEADER})
+
+    assert (tmp_path / slot.name / "ema.safetensors").read_bytes()[8192:] == large
+
+
+def test_stretch_that_is_missing(slots: Slots) -> None:
+    """A version is not whole without it."""
+    slot = slots.take()
+    slot.write("slow", memoryview(DATA), 4000)
+    slot.write("slow", memoryview(DATA), len(DATA), 8000)
+    with pytest.raises(OSError, match=f"slow has {len(DATA) - 4000} bytes"):
+        slot.finish({"slow": HEADER})
 
 
 def test_two_write_at_once(tmp_path: Path, large: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ema_service.api.transfer.pouring import Pouring
+from ema_service.api.transfer.streams import PlainStream
 from ema_service.threads import Threads
 from tests.waiting import wait_until
 
@@ -166,7 +167,7 @@ def test_pieces_that_fail() -> None:
 
     with here, there:
         descriptor = here.dup().detach()
-        pouring = Pouring(descriptor, memoryview(b""), pieces())
+        pouring = Pouring(PlainStream(descriptor), memoryview(b""), pieces())
         with pytest.raises(MemoryError):
             pouring.run()
         assert there.recv(1000) == b"x" * 100
@@ -181,7 +182,7 @@ def test_given_up() -> None:
     with here, there, Threads(1, "test") as threads:
         here.setblocking(False)
         piece = memoryview(bytes(1 << 16))
-        pouring = Pouring(here.dup().detach(), piece, iter(lambda: piece, None))
+        pouring = Pouring(PlainStream(here.dup().detach()), piece, iter(lambda: piece, None))
         working = threads.submit(pouring.run)
         for _ in range(20):
             there.recv(1 << 16)

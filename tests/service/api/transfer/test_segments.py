@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import socket
 import struct
@@ -30,8 +31,9 @@ from torch import Tensor
 from ema_client.errors import SegmentUnusable
 from ema_client.protocol import Segment
 from ema_service.api import create_app
+from ema_service.api.transfer import segments
 from ema_service.api.transfer.segments import Mappings, named, take_over
-from ema_service.bodies import UpdateBody
+from ema_service.bodies import UpdateBody, incoming
 from ema_service.memory import Staged
 from ema_service.memory.budget import Budget
 from ema_service.settings import Settings
@@ -507,7 +509,42 @@ def test_memory_is_let_go_at_release(
     assert update_in_hand.preparation is not None
 
 
+@pytest.mark.parametrize("order", ["canonical", "other"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_pages_behind_the_reading_are_let_go(
+    local_run: Callable[..., Any],
+    memory: Any,
+    offer: Callable[..., Offer],
+    helpers: ThreadPoolExecutor,
+    new_mappings: Callable[..., Mappings],
+    kept: bool,
+    order: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mapping that does not stay for the next push is never mapped as a whole; one that stays is, and is as right."""
+    monkeypatch.setattr(segments, "_BEHIND_BYTES", 1 << 20)
+    if order == "other":
+        monkeypatch.setattr(Staged, "adopt", lambda *_: False)
+        monkeypatch.setattr(incoming, "_COPIED_AT_ONCE", 1 << 20)
+    model = {f"w{number}": torch.randn(1 << 18) for number in range(8)}
+    mappings = new_mappings(**({} if kept else {"most": 0}))
+    run, one = local_run(model), offer(model)
+    alone, staged = run.staged(model), Staged(run.run.layout, memory)
+    body = UpdateBody(staged, one.fields["length"])
+    take_over(Segment(secret=one.secret, **one.fields), body, helpers, mappings)
+    digests = [pass_over(each, [], check=True, grain=Grain(block=1 << 20)).finish() for each in (alone, staged)]
+
+    assert digests[0] == digests[1]
+    assert (resident_here() > 7 << 20) == kept
+
+
 # --- what is kept between two pushes --------------------------------------------------------------------------------
+
+
+def resident_here() -> int:
+    """Bytes of segments' pages that are mapped in this process by now."""
+    found = Path("/proc/self/smaps").read_text().split("memfd:ema-push")[1:]
+    return sum(int(re.search(r"^Rss: +(\d+) kB", each, re.MULTILINE)[1]) << 10 for each in found)  # type: ignore[index]
 
 
 def mapped_here() -> bool:

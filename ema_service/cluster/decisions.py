@@ -1,0 +1,328 @@
+"""Two-phase commit of a run's proposals over its k shards: each becomes the next revision on all shards or on none.
+
+    sender       -> shard         the slice of a proposal; the shard prepares the proposal beside its current version
+    shard        -> coordinator   Report: the shard's record, which holds a vote by now
+    coordinator  -> shards        Resolve: commit, once all k hold a vote of one ticket; else abort, or nothing yet
+    shard        -> sender        Answer
+
+**The k votes are the record of a commit.** A shard gives up a vote only on the coordinator's word, and the coordinator
+keeps nothing: one that starts claims a larger term and asks all shards. A ticket on all k is committed; a shard that is
+one revision behind holds the vote that the others have committed. So there is no log and nothing to replicate, and
+while a shard is missing nothing is decided: without all k no version can be read anyway.
+
+**A vote is aborted for three reasons**: a shard refuses the proposal; the shards disagree about its outcome; a
+proposal that ranks higher waits. A trainer's newer step ranks higher than an older one, whose trainer may be gone; a
+proposal that has waited too long ranks higher than one of any step; what a coordinator brings to all shards ranks
+highest. Nothing is aborted because a shard crashed: its neighbours keep what they prepared.
+
+**Nothing depends on the order of messages.** Each report carries a whole record with its edition, and each verdict
+names the edition it is about; an older report is ignored by the coordinator, a verdict on another edition by the shard.
+Sending anything again is always right, and enough to mend any loss: Shard.report() and Coordinator.ask(), now and then.
+
+DESIGN.md in this folder has the argument. Both classes are pure: no I/O, no clock, no thread, no chance. Each method
+returns what is to be sent. **The holder of a Shard makes ``record`` durable, where it is another than before, and only
+then sends anything**; where the record cannot be written, or a process ends, the holder goes on with
+``Shard(place, the last durable record)``. The holder of a Coordinator writes nothing.
+
+Knows tickets, votes, terms. Does not know what a proposal does, how its bytes are prepared, or how messages travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ema_service.cluster.messages import (
+    Answer,
+    Ask,
+    Proposal,
+    Propose,
+    Record,
+    Refusal,
+    Report,
+    Resolve,
+    Term,
+    Ticket,
+    Vote,
+)
+
+__all__ = ["Coordinator", "Shard"]
+
+#: What a coordinator has to say: to a shard, or to whoever asked for a change.
+Output = Answer | Ask | Propose | Resolve
+
+
+class Shard:
+    """One shard of one run: its vote, and what it does with the coordinator's verdict.
+
+    record: durable before anything that a method returns is sent. A shard has one vote at most; a second proposal
+    waits, in memory alone, for the verdict on the first.
+    """
+
+    def __init__(self, place: int, record: Record) -> None:
+        """place: among the run's shards, from 0. record: the last durable one; ``Record()`` where there is none."""
+        self.record = record
+        self._place = place
+        self._waiting: Vote | None = None
+        self._overdue = False
+
+    def report(self) -> Report:
+        """How the shard stands, for the coordinator that it obeys: at a start, and again while no verdict comes."""
+        return Report(self._place, self.record, self._waiting.proposal if self._waiting else None, self._overdue)
+
+    def receive(self, message: Ask | Propose | Resolve) -> list[Report | Answer | Proposal]:
+        """What a coordinator's message leads to. Reports go back to whoever sent the message.
+
+        An answer is for those who sent the proposal to this shard. A proposal is for the shard's holder, to be judged
+        and prepared: then prepare(), or refuse().
+        """
+        if isinstance(message, Ask):
+            if message.term > self.record.term:
+                self.record = self.record._replace(term=message.term)
+        elif message.term == self.record.term:
+            if isinstance(message, Propose):
+                return [message.proposal] if self._lacks(message.proposal.ticket) else [self.report()]
+            if message.edition == self.record.edition and self.record.vote:
+                return [*self._resolve(self.record.vote, message), self.report()]
+        # Also to a coordinator whose time is over, which learns so from the report's term.
+        return [self.report()]
+
+    def prepare(self, vote: Vote) -> list[Report | Answer]:
+        """Vote for a proposal whose bytes are durable beside the current version; again at each retry.
+
+        Where the shard has voted for another proposal, this one waits. A proposal that follows another revision is
+        superseded, and of two that wait the one that ranks lower.
+        """
+        if vote.ticket.base != self.record.revision:
+            return [Answer(vote.ticket.key, committed=False)]
+        if self.record.vote is None:
+            self._turn_to(vote)
+        elif self.record.vote.ticket != vote.ticket:
+            return [*self._wait(vote), self.report()]
+        return [self.report()]
+
+    def refuse(self, ticket: Ticket, reason: str) -> list[Refusal]:
+        """Vote against a proposal that this shard has not voted for. Nothing is kept: whoever asks again is refused
+        again."""
+        held = self.record.vote and self.record.vote.ticket == ticket
+        return [] if held else [Refusal(self._place, self.record.term, ticket, reason)]
+
+    def insist(self) -> list[Report]:
+        """What waits has waited as long as a proposal should: whoever sent what the shard voted for may be gone."""
+        self._overdue = self._waiting is not None
+        return [self.report()]
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _lacks(self, ticket: Ticket) -> bool:
+        """Whether a proposal could be prepared here and has not been."""
+        votes = (self.record.vote, self._waiting)
+        return ticket.base == self.record.revision and not any(vote and vote.ticket == ticket for vote in votes)
+
+    def _wait(self, vote: Vote) -> list[Answer]:
+        """Let a proposal wait for the verdict on another. Of one rank the one that came first stays."""
+        before = self._waiting
+        if before and before.ticket == vote.ticket:
+            return []
+        if before and _rank(before.proposal) >= _rank(vote.proposal):
+            return [Answer(vote.ticket.key, committed=False)]
+        self._waiting, self._overdue = vote, False
+        return [Answer(before.ticket.key, committed=False)] if before else []
+
+    def _resolve(self, vote: Vote, verdict: Resolve) -> list[Answer]:
+        """Do as the verdict on the shard's vote says. After an abort the shard votes for what has waited."""
+        waiting = self._waiting
+        answers = [Answer(vote.ticket.key, verdict.committed, verdict.reason)]
+        if verdict.committed:
+            self._turn_to(None, made=vote)
+            if waiting:
+                answers.append(Answer(waiting.ticket.key, committed=False))
+        else:
+            self._turn_to(waiting)
+        return answers
+
+    def _turn_to(self, vote: Vote | None, *, made: Vote | None = None) -> None:
+        """Replace the record: another vote and, where one was committed, the next revision."""
+        old = self.record
+        revision = old.revision + 1 if made else old.revision
+        self.record = Record(old.term, old.edition + 1, revision, made or old.made, vote)
+        self._waiting, self._overdue = None, False
+
+
+class Coordinator:
+    """Decides for one run while it lives, and keeps nothing. Several at once do no harm: one of them is obeyed.
+
+    term: claimed once all shards were asked for theirs. deposed: whether another coordinator has claimed a larger one;
+    then this one says nothing any more, and ends. fault: why nothing can be decided, None if all is well: shards whose
+    records no crash explains, for one has an older copy of its disk, say.
+    """
+
+    def __init__(self, name: str, shards: int) -> None:
+        """name: drawn at random for each coordinator. shards: how many the run has."""
+        self.term = Term()
+        self.deposed = False
+        self.fault: str | None = None
+        self._name = name
+        self._shards = shards
+        #: By shard: its newest report of this term, and what was said to that report.
+        self._reports: dict[int, Report] = {}
+        self._said: dict[int, Propose | Resolve] = {}
+        #: ticket -> reason.
+        self._refused: dict[Ticket, str] = {}
+        #: key -> change, in the order in which changes are to take effect.
+        self._changes: dict[str, str] = {}
+
+    def ask(self) -> list[Ask]:
+        """What to ask all shards: at the start, and again now and then."""
+        return [] if self.deposed else [Ask(shard, self.term) for shard in range(self._shards)]
+
+    def propose(self, key: str, change: str) -> list[Output]:
+        """Bring a change to all shards. key: of the request, the same at each retry."""
+        self._changes.setdefault(key, change)
+        self._refused = {ticket: reason for ticket, reason in self._refused.items() if ticket.key != key}
+        return self._decide()
+
+    def receive(self, message: Report | Refusal) -> list[Output]:
+        """What a shard's message leads to. An answer is for those who asked for the change of that key."""
+        if self.deposed:
+            return []
+        if not self.term.number:
+            return self._claim(message) if isinstance(message, Report) else []
+        self.deposed = message.term > self.term
+        if message.term != self.term:
+            return []
+        return self._drop(message) if isinstance(message, Refusal) else self._take(message)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _claim(self, report: Report) -> list[Output]:
+        """Claim a term larger than any that a shard knows, once all have said theirs."""
+        self._reports[report.shard] = report
+        if len(self._reports) < self._shards:
+            return []
+        self.term = Term(1 + max(each.term.number for each in self._reports.values()), self._name)
+        self._reports = {}
+        return [*self.ask()]
+
+    def _take(self, report: Report) -> list[Output]:
+        """Take a report in, unless it is an older one that comes late, and decide."""
+        before, said = self._reports.get(report.shard), self._said.get(report.shard)
+        if before and before.record.edition > report.record.edition:
+            return []
+        self._reports[report.shard] = report
+        if before and before.record.edition == report.record.edition and isinstance(said, Resolve):
+            return [said]  # a verdict stands, whatever was learnt since: the shard may have obeyed by now
+        self._said.pop(report.shard, None)
+        return self._decide()
+
+    def _drop(self, refusal: Refusal) -> list[Output]:
+        """Remember what a shard refused, until the run moves on."""
+        key = refusal.ticket.key
+        self._refused[refusal.ticket] = refusal.reason
+        asked = self._changes.pop(key, None) is not None
+        return [*([Answer(key, committed=False, reason=refusal.reason)] if asked else []), *self._decide()]
+
+    def _decide(self) -> list[Output]:
+        """What follows from the newest reports of all shards, as far as it was not said yet."""
+        reports = list(self._reports.values())
+        if len(reports) < self._shards or self.deposed:
+            return []
+        newest = max(reports, key=lambda each: each.record.revision).record
+        self.fault = _fault(newest, reports)
+        if self.fault:
+            return []
+        answers, behind = self._made(newest.made), [each for each in reports if each.record.revision < newest.revision]
+        if behind:
+            return [*answers, *self._resolve(behind, committed=True)]
+        return [*answers, *self._abort_refused(), *self._count(reports)]
+
+    def _abort_refused(self) -> list[Resolve]:
+        """Abort what a shard refused wherever there is a vote for it."""
+        if not self._refused:
+            return []
+        verdicts = []
+        for each in self._voting():
+            if each.record.vote and each.record.vote.ticket in self._refused:
+                verdicts += self._resolve([each], reason=self._refused[each.record.vote.ticket])
+        return verdicts
+
+    def _made(self, vote: Vote | None) -> list[Answer]:
+        """The answer to a change that is committed, by the vote that led to the newest revision."""
+        if vote is None or self._changes.pop(vote.ticket.key, None) is None:
+            return []
+        return [Answer(vote.ticket.key, committed=True)]
+
+    def _count(self, reports: Collection[Report]) -> list[Propose | Resolve]:
+        """Count the votes, all shards being at one revision."""
+        voting = self._voting()
+        votes = {each.record.vote for each in voting}
+        if len(voting) < self._shards or len({vote.ticket for vote in votes if vote}) > 1:
+            return self._weigh(voting, reports)
+        return [*self._resolve(voting, committed=len(votes) == 1)]
+
+    def _weigh(self, voting: Collection[Report], reports: Collection[Report]) -> list[Propose | Resolve]:
+        """Abort what ranks lower than another proposal, and bring a change to all. No ticket is on all shards."""
+        overdue = {each.waiting.ticket for each in reports if each.waiting and each.overdue}
+        rivals = [each.record.vote.proposal for each in voting if each.record.vote]
+        rivals += [each.waiting for each in reports if each.waiting]
+        # One change after another: one that a shard has heard of is seen through first.
+        if self._changes and not any(rival.change is not None for rival in rivals):
+            key, change = next(iter(self._changes.items()))
+            rivals.append(Proposal(Ticket(next(iter(reports)).record.revision, None, key), change))
+        if not rivals:
+            return []
+        best = max(rivals, key=lambda rival: _rank(rival, overdue))
+        mark = _rank(best, overdue)
+        lower = [each for each in voting if each.record.vote and _rank(each.record.vote.proposal, overdue) < mark]
+        return [*self._resolve(lower), *self._bring(best, reports)]
+
+    def _bring(self, proposal: Proposal, reports: Collection[Report]) -> list[Propose]:
+        """Propose a change to the shards that are free. The bytes of an update only its trainer can send."""
+        free = [each.shard for each in reports if proposal.change is not None and each.record.vote is None]
+        proposals = [Propose(shard, self.term, proposal) for shard in free]
+        return [each for each in proposals if self._says(each)]
+
+    def _voting(self) -> list[Report]:
+        """The newest reports of shards that have a vote which was not aborted."""
+        said = self._said
+        aborted = {each.shard for each in said.values() if isinstance(each, Resolve) and not each.committed}
+        return [each for each in self._reports.values() if each.record.vote and each.shard not in aborted]
+
+    def _resolve(self, reports: Collection[Report], *, committed: bool = False, reason: str = "") -> list[Resolve]:
+        """Pass the verdict on the votes in these reports."""
+        verdicts = [Resolve(each.shard, self.term, each.record.edition, committed, reason) for each in reports]
+        return [each for each in verdicts if self._says(each)]
+
+    def _says(self, message: Propose | Resolve) -> bool:
+        """Whether a message is to be sent: nothing was said to that report, or a change was proposed and now a verdict
+        passed."""
+        said = self._said.get(message.shard)
+        if said == message or isinstance(said, Resolve):
+            return False
+        self._said[message.shard] = message
+        return True
+
+
+def _rank(proposal: Proposal, overdue: Collection[Ticket] = ()) -> tuple[bool, bool, int, str]:
+    """By which one proposal gives way to another that follows the same revision.
+
+    Of two that rank the same neither gives way before one of them is overdue. Of two changes, or two that are overdue,
+    some order is needed that all can see: their keys'.
+    """
+    ticket, change, late = proposal.ticket, proposal.change is not None, proposal.ticket in overdue
+    return (change, late, -1 if ticket.step is None else ticket.step, ticket.key if change or late else "")
+
+
+def _fault(newest: Record, reports: Collection[Report]) -> str | None:
+    """What no crash explains, of shards that all obey one coordinator; None if all is well."""
+    for report in reports:
+        record = report.record
+        if record.revision == newest.revision:
+            well = record.made == newest.made
+        else:
+            well = record.revision == newest.revision - 1 and record.vote == newest.made
+        if not well:
+            return (
+                f"shard {report.shard} is at revision {record.revision} and lacks what led the others to revision "
+                f"{newest.revision}: is its data dir an older copy?"
+            )
+    return None

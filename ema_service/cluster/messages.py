@@ -1,0 +1,163 @@
+"""What a coordinator and the shards of a run tell each other, and what a shard keeps on disk.
+
+Plain values, all immutable. Knows which facts go together. Does not know what follows from them (decisions), how they
+are encoded, or how they travel: any message may be lost, come twice, late, or after a newer one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "Answer",
+    "Ask",
+    "Proposal",
+    "Propose",
+    "Record",
+    "Refusal",
+    "Report",
+    "Resolve",
+    "Term",
+    "Ticket",
+    "Vote",
+]
+
+
+class Term(NamedTuple):
+    """A coordinator's number, in order of authority; Raft's word, for ``epoch`` is a version's.
+
+    name: drawn at random by each coordinator, so that two that start at once never share a term. The smallest term is
+    nobody's: with it a coordinator asks before it claims one.
+    """
+
+    number: int = 0
+    name: str = ""
+
+
+class Ticket(NamedTuple):
+    """The name of a proposal, the same on all shards and at each retry.
+
+    base: the revision that the proposal follows. step: the trainer's, of an update; None of any other proposal. key:
+    drawn at random, for an update by its trainer, so that slices which two trainers send for one step are never taken
+    for one update; for any other write its Idempotency-Key.
+    """
+
+    base: int
+    step: int | None
+    key: str
+
+
+class Proposal(NamedTuple):
+    """What is to lead from one revision of a run to the next.
+
+    change: what a coordinator brings to all shards, as the cluster encodes it: a decay, a reset, a rewind, a snapshot,
+    a writer, creation, deletion. None for an update and for first weights, whose bytes a trainer sends to each shard.
+    """
+
+    ticket: Ticket
+    change: str | None = None
+
+
+class Vote(NamedTuple):
+    """A proposal that a shard has prepared: whole, beside the current version, and durable.
+
+    outcome: the facts of base and result that all shards must agree on (version, step, counter, decays, writer), as the
+    cluster encodes them.
+    """
+
+    proposal: Proposal
+    outcome: str
+
+    @property
+    def ticket(self) -> Ticket:
+        """The ticket of the proposal."""
+        return self.proposal.ticket
+
+
+class Record(NamedTuple):
+    """What a shard keeps on disk of one run. A record is replaced as a whole.
+
+    term: of the coordinator that the shard obeys. edition: grows with each change of the three facts below, so that a
+    report and a verdict name the very state that they are about. revision: how many proposals were committed since the
+    run's name was first used; 0: there never was such a run. made: the vote that led to the revision. vote: the shard's
+    vote for the next.
+    """
+
+    term: Term = Term()
+    edition: int = 0
+    revision: int = 0
+    made: Vote | None = None
+    vote: Vote | None = None
+
+
+# --- from a coordinator to a shard; ``shard``: its place among the shards, from 0 ------------------------------------
+
+
+class Ask(NamedTuple):
+    """Report, and from now on obey no coordinator of an earlier term."""
+
+    shard: int
+    term: Term
+
+
+class Propose(NamedTuple):
+    """Prepare this proposal, which is none that a trainer sends the bytes of."""
+
+    shard: int
+    term: Term
+    proposal: Proposal
+
+
+class Resolve(NamedTuple):
+    """The verdict on the vote in one edition of a shard's record: committed or aborted. reason: as in Answer."""
+
+    shard: int
+    term: Term
+    edition: int
+    committed: bool
+    reason: str = ""
+
+
+# --- from a shard to its coordinator ---------------------------------------------------------------------------------
+
+
+class Report(NamedTuple):
+    """How a shard stands. A report whose record holds a vote is that vote.
+
+    waiting: a proposal that the shard has in hand and would prepare if its vote were aborted. overdue: whether that
+    proposal has waited as long as a proposal should.
+    """
+
+    shard: int
+    record: Record
+    waiting: Proposal | None = None
+    overdue: bool = False
+
+    @property
+    def term(self) -> Term:
+        """Of the coordinator that the shard obeys."""
+        return self.record.term
+
+
+class Refusal(NamedTuple):
+    """A shard will never prepare a proposal: its vote against that. reason: for whoever sent or asked for it."""
+
+    shard: int
+    term: Term
+    ticket: Ticket
+    reason: str
+
+
+# --- to whoever sent a slice to a shard, or a change to a coordinator ------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What became of a proposal.
+
+    reason: why a shard refused the proposal, empty where none did. A proposal that was neither committed nor refused is
+    superseded: nothing was changed, and its sender sends the proposal again, if it is still meant.
+    """
+
+    key: str
+    committed: bool
+    reason: str = ""

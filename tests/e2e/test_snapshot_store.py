@@ -1,0 +1,266 @@
+"""Snapshots on an object store: moved there, read from there, deleted; kills of server and store, the loss of the data
+dir.
+
+Knows a real server and a real server of S3. Does not know how a snapshot is moved.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor
+from typer.testing import CliRunner
+
+from ema_service.cli import app as ema_service
+from tests.s3 import S3Server, named_by_the_environment, needs_s3
+from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.conftest import PlainRun, ServerProcess
+
+Start = Callable[..., "ServerProcess"]
+
+BUCKET = "weights"
+URL = f"s3://{BUCKET}/ema"
+TWO = [{"name": "slow"}, {"name": "fast", "decay": 0.5}]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    needs_s3()
+    running = S3Server(tmp_path_factory.mktemp("s3") / "log")
+    aws(running).create_bucket(Bucket=BUCKET)
+    yield from named_by_the_environment(running)
+    running.kill()
+
+
+@pytest.fixture(scope="module")
+def server(
+    s3: S3Server,  # noqa: ARG001 - the environment names it
+    tmp_path_factory: pytest.TempPathFactory,
+    server_class: type[ServerProcess],
+) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("server")
+    running = server_class(folder, ("--snapshot-store", URL), folder / "data").start()
+    yield running
+    if running.process.poll() is None:
+        running.kill()
+
+
+def aws(s3: S3Server) -> Any:
+    """AWS' own client, which none of our code uses."""
+    import botocore.session
+
+    given = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    return botocore.session.get_session().create_client("s3", endpoint_url=s3.url, **given)
+
+
+def keys(s3: S3Server, run: PlainRun) -> list[str]:
+    """The objects of a run."""
+    found = aws(s3).list_objects_v2(Bucket=BUCKET, Prefix=f"ema/{run.name}/").get("Contents", [])
+    return [each["Key"] for each in found]
+
+
+def model(seed: int, size: int = 600_000) -> dict[str, Tensor]:
+    """Of several reads of the store: 2.4 MB."""
+    random = torch.Generator().manual_seed(seed)
+    return {"a.w": torch.randn(size, generator=random), "b": torch.randn(7, 5, generator=random)}
+
+
+def take(run: PlainRun, name: str, **query: int) -> None:
+    run.http.put(f"{run.path}/snapshots/{name}", params=query).raise_for_status()
+
+
+def places(run: PlainRun) -> dict[str, str]:
+    found = run.http.get(f"{run.path}/snapshots").raise_for_status().json()["snapshots"]
+    return {each["name"]: each["stored"] for each in found}
+
+
+def moved(run: PlainRun) -> None:
+    """Return once all snapshots of the run are in the store."""
+    wait_until(lambda: set(places(run).values()) == {"store"}, f"{places(run)} in the store")
+
+
+def weights(run: PlainRun, snapshot: str, headers: dict[str, str] | None = None, **query: str) -> httpx.Response:
+    return run.http.get(f"{run.path}/snapshots/{snapshot}/weights", params=query, headers=headers)
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    [line] = [line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[1])
+
+
+def test_moved_snapshot_is_read_as_before(
+    s3: S3Server, server: ServerProcess, plain_run: Callable[..., PlainRun]
+) -> None:
+    """Byte for byte, with ETag, ranges and casts, and gone back to; a download that began before the move goes on."""
+    run = plain_run(server, model(0), averages=TWO)
+    run.push(1, model(1)).raise_for_status()
+    s3.pause()  # until the answers of before are there
+    try:
+        take(run, "s")
+        assert places(run) == {"s": "local"}
+        before = {average: weights(run, "s", average=average) for average in ("slow", "fast")}
+        half = weights(run, "s", average="fast", dtype="F16")
+    finally:
+        s3.go_on()
+    moved(run)
+
+    here = (server.folder / "data" / "runs").glob
+    wait_until(lambda: not list(here(f"{run.name}.*/snapshots/*")), "the room in the data dir")
+    files = sorted(key.rpartition("/")[2] for key in keys(s3, run))
+    assert files == ["fast.safetensors", "slow.safetensors", "snapshot.json"]
+    for average, expected in before.items():
+        after, etag = weights(run, "s", average=average), expected.headers["etag"]
+        assert (after.content, after.headers["etag"]) == (expected.content, etag)
+        [key] = [key for key in keys(s3, run) if key.endswith(f"/{average}.safetensors")]
+        assert aws(s3).get_object(Bucket=BUCKET, Key=key)["Body"].read() == expected.content
+        length = len(expected.content)
+        for said, start, stop in (
+            ("1000-", 1000, length),
+            ("70000-1500000", 70000, 1500001),
+            ("-5", length - 5, length),
+        ):
+            part = weights(run, "s", {"Range": f"bytes={said}", "If-Range": etag}, average=average)
+            assert (part.status_code, part.content) == (206, expected.content[start:stop]), said
+        assert weights(run, "s", {"If-None-Match": etag}, average=average).status_code == 304
+        beyond = weights(run, "s", {"Range": f"bytes={length}-"}, average=average)
+        assert (beyond.status_code, beyond.json()["code"]) == (416, "range_not_satisfiable")
+    assert weights(run, "s", average="fast", dtype="F16").content == half.content
+    assert load(weights(run, "s", prefix="b").content).keys() == {"b"}
+    shadows = load(before["slow"].content)
+    assert all(torch.equal(found, shadows[name]) for name, found in run.weights(soup="s:1").items())
+    run.push(2, model(2)).raise_for_status()
+    run.http.post(f"{run.path}/rewind", json={"snapshot": "s"}).raise_for_status()
+    assert all(torch.equal(found, shadows[name]) for name, found in run.weights().items())
+
+
+def test_deleted_snapshot_goes_from_the_store(
+    s3: S3Server, server: ServerProcess, plain_run: Callable[..., PlainRun]
+) -> None:
+    """By its name, for newer ones of its series, and with its run; a reader that has begun reads on to the end."""
+    run = plain_run(server, model(0, 4_000_000))
+    for name in ("e-1", "e-2", "other"):
+        take(run, name)
+    moved(run)
+    expected = weights(run, "other").content
+    with run.http.stream("GET", f"{run.path}/snapshots/other/weights") as reading:
+        chunks = reading.iter_raw(1 << 16)
+        begun = next(chunks)
+        run.http.delete(f"{run.path}/snapshots/other").raise_for_status()
+        assert begun + b"".join(chunks) == expected
+    wait_until(lambda: not [key for key in keys(s3, run) if "/other." in key], "the snapshot's removal")
+    take(run, "e-3", keep=1)
+    moved(run)
+    wait_until(lambda: {key.split("/")[2].partition(".")[0] for key in keys(s3, run)} == {"e-3"}, "the series' removal")
+    run.http.delete(run.path).raise_for_status()
+    wait_until(lambda: not keys(s3, run), "the run's removal")
+    assert metric(server, "ema_snapshot_removals_waiting") == 0
+
+
+def test_kills_of_server_and_store(s3: S3Server, server: ServerProcess, plain_run: Callable[..., PlainRun]) -> None:
+    """In the middle of an upload. What was acknowledged is read, what lies half in the store is neither told of nor
+    stays there, and everything goes on by itself."""
+    run = plain_run(server, model(0, 9_000_000), durability="disk")  # 36 MB: three parts of an upload
+    take(run, "s")
+    expected = weights(run, "s").content
+    with suppress(AssertionError):  # quicker than a look at it: then the kill comes after
+        wait_until(lambda: aws(s3).list_multipart_uploads(Bucket=BUCKET).get("Uploads"), "an upload's begin", 2)
+    s3.pause()
+    server.kill()
+    server.start()
+    s3.go_on()
+    run = plain_run(server, name=run.name)
+    assert weights(run, "s").content == expected
+    moved(run)
+    assert weights(run, "s").content == expected
+    assert sorted(key.rpartition("/")[2] for key in keys(s3, run)) == ["ema.safetensors", "snapshot.json"]
+
+    s3.kill()
+    try:
+        check_without_store(server, run)
+    finally:
+        s3.start()
+        aws(s3).create_bucket(Bucket=BUCKET)
+    moved(run)
+    wait_until(lambda: not metric(server, "ema_snapshot_store_failing"), "the end of the fault")
+    assert "Traceback" not in server.log
+
+
+def check_without_store(server: ServerProcess, run: PlainRun) -> None:
+    """Snapshot s cannot be read and can be deleted; others are taken and read; whoever asks is told."""
+    refused = weights(run, "s")
+    assert (refused.status_code, refused.json()["code"]) == (503, "storage_failed")
+    assert "snapshot is there" in refused.json()["hint"]
+    take(run, "t")
+    assert weights(run, "t").content
+    wait_until(lambda: metric(server, "ema_snapshot_store_failing"), "the fault in metrics")
+    assert metric(server, "ema_snapshots_waiting") == 1
+    words = (sys.executable, "-m", "ema_client", "doctor", "--url", server.url)
+    said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    assert "1 snapshot waits to be moved there" in " ".join(said.split())
+    run.http.delete(f"{run.path}/snapshots/s").raise_for_status()
+    assert places(run) == {"t": "local"}
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_lost_data_dir(
+    s3: S3Server, server: ServerProcess, start_server: Start, plain_run: Callable[..., PlainRun]
+) -> None:
+    """Another data dir has runs and snapshots again, and goes on from them."""
+    run = plain_run(server, model(0), averages=TWO, durability="disk")
+    take(run, "first")
+    run.push(7, model(1)).raise_for_status()
+    take(run, "last")
+    moved(run)
+    expected = {name: weights(run, name, average="fast") for name in ("first", "last")}
+    server.kill()
+    aws(s3).put_object(Bucket=BUCKET, Key="ema/x/y.1/snapshot.json", Body=b'{"format": 1}')
+
+    again = start_server("--snapshot-store", URL)
+    again.stop()
+    said = CliRunner().invoke(ema_service, ["recover", "--snapshot-store", URL, "--data-dir", str(again.data_dir)])
+    assert said.exit_code == 1, "a card cannot be read"
+    assert f"{run.name}/first: is there\n{run.name}/last: is there\n" in said.output
+    assert "x/y.1: left out" in said.output
+    again.start()
+    found = plain_run(again, name=run.name)
+    assert found.info()["status"] == "awaiting_weights"
+    assert places(found) == {"first": "store", "last": "store"}
+    for name, answer in expected.items():
+        after = weights(found, name, average="fast")
+        assert (after.content, after.headers["etag"]) == (answer.content, answer.headers["etag"])
+    found.http.post(f"{found.path}/rewind", json={"snapshot": "last"}).raise_for_status()
+    shadows = load(expected["last"].content)
+    assert all(torch.equal(each, shadows[name]) for name, each in found.weights(average="fast").items())
+    assert found.info()["step"] == 7
+    found.push(8, model(2)).raise_for_status()
+    refused = found.http.put(f"{found.path}/snapshots/last")
+    assert refused.json()["code"] == "snapshot_exists"
+
+
+def test_store_that_cannot_be_used(
+    s3: S3Server,  # noqa: ARG001 - the environment names it
+    start_server: Start,
+    plain_run: Callable[..., PlainRun],
+) -> None:
+    """A bucket that is not there costs no snapshot, and is told; a URL that means no store starts no server."""
+    server = start_server("--snapshot-store", "s3://nowhere/ema")
+    run = plain_run(server, model(0, 100))
+    take(run, "s")
+    wait_until(lambda: "snapshot store: s3://nowhere/ema" in server.log, "the log's line")
+    assert "bucket" in server.log
+    assert places(run) == {"s": "local"}
+    for url, said in (("gs://b/p", "pip install gcsfs"), ("nonsense://b", "nonsense"), ("s3://b", None)):
+        words = ["serve", "--port", "0", "--snapshot-store", url, *(["--memory"] if said is None else [])]
+        refused = CliRunner().invoke(ema_service, words, env={"EMA_SERVICE_DATA_DIR": str(server.folder / "other")})
+        assert refused.exit_code in (1, 2)
+        assert (said or "--memory") in refused.output

@@ -1,0 +1,277 @@
+"""Mutants of the decision core and of what holds it: each leaves out one rule, and breaks a promise.
+
+Knows which rule each leaves out. Does not know in which schedules that shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ema_service.cluster import Answer, Coordinator, Propose, Record, Refusal, Report, Resolve, Shard, Term, Vote
+from ema_service.cluster.decisions import Output
+from tests.service.cluster.world import Broken, Design, Host, Seat, Stuck, Torn
+
+__all__ = ["MUTANTS", "Mutant"]
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+class DropsOnItsOwnWord(Shard):
+    """A vote gives way to a later proposal without the coordinator's word."""
+
+    def prepare(self, vote: Vote) -> list[Report | Answer]:
+        held = self.record.vote
+        if held and held.ticket != vote.ticket and vote.ticket.base == self.record.revision:
+            self._turn_to(None)
+        return super().prepare(vote)
+
+
+class DropsWhenItStarts(Shard):
+    """A restart begins with the current version, and without what was prepared."""
+
+    def __init__(self, place: int, record: Record) -> None:
+        super().__init__(place, record._replace(vote=None))
+
+
+class HearsOldCoordinators(Shard):
+    """A verdict counts, whichever coordinator passed it."""
+
+    def receive(self, message: Any) -> list[Any]:
+        if isinstance(message, Resolve):
+            message = message._replace(term=self.record.term)
+        return super().receive(message)
+
+
+class TakesAnyVerdict(Shard):
+    """A verdict counts for whatever the shard has voted for by now."""
+
+    def receive(self, message: Any) -> list[Any]:
+        if isinstance(message, Resolve):
+            message = message._replace(edition=self.record.edition)
+        return super().receive(message)
+
+
+class PreparesOnAnyBase(Shard):
+    """A proposal that follows another revision is prepared all the same."""
+
+    def prepare(self, vote: Vote) -> list[Report | Answer]:
+        if self.record.vote is None:
+            self._turn_to(vote)
+            return [self.report()]
+        return super().prepare(vote)
+
+
+class AnswersBeforeTheVerdict(Shard):
+    """A sender is told that its update is applied as soon as this shard has voted for it."""
+
+    def prepare(self, vote: Vote) -> list[Report | Answer]:
+        return [*super().prepare(vote), Answer(vote.ticket.key, committed=True)]
+
+
+class KeepsItsEdition(Shard):
+    """Two votes of one shard have one edition."""
+
+    def _turn_to(self, vote: Vote | None, *, made: Vote | None = None) -> None:
+        super()._turn_to(vote, made=made)
+        self.record = self.record._replace(edition=self.record.revision)
+
+
+# --- coordinators ----------------------------------------------------------------------------------------------------
+
+
+class CommitsWithoutTheLast(Coordinator):
+    """All but one of the votes are enough."""
+
+    def _count(self, reports: Any) -> list[Propose | Resolve]:
+        voting = self._voting()
+        if len(voting) == self._shards - 1 and len({each.record.vote for each in voting}) == 1:
+            return [*self._resolve(voting, committed=True)]
+        return super()._count(reports)
+
+
+class DecidesByTheMajority(Coordinator):
+    """A coordinator that starts does not wait for the last shard's report."""
+
+    def _decide(self) -> list[Output]:
+        shards, self._shards = self._shards, max(len(self._reports), self._shards - 1)
+        try:
+            return super()._decide()
+        finally:
+            self._shards = shards
+
+
+class ForgetsItsVerdicts(Coordinator):
+    """What was said to a shard is forgotten with the shard's next report."""
+
+    def _take(self, report: Report) -> list[Output]:
+        self._said.pop(report.shard, None)
+        return super()._take(report)
+
+
+class TakesLateReports(Coordinator):
+    """A report that comes late replaces a newer one."""
+
+    def _take(self, report: Report) -> list[Output]:
+        self._reports.pop(report.shard, None)
+        return super()._take(report)
+
+
+class DecidesOnEarlierAnswers(Coordinator):
+    """What shards answered before they promised to obey this coordinator counts."""
+
+    def _claim(self, report: Report) -> list[Output]:
+        reports = {**self._reports, report.shard: report}
+        outputs = super()._claim(report)
+        self._reports = reports
+        return outputs
+
+
+class ClaimsWithoutAsking(Coordinator):
+    """Every coordinator takes the first term, as if there had been none before."""
+
+    def __init__(self, _: str, shards: int) -> None:
+        super().__init__("coordinator", shards)
+        self.term = Term(1, self._name)
+
+
+class CountsSteps(Coordinator):
+    """Votes for one step count together, whichever trainer sent the slices."""
+
+    def _take(self, report: Report) -> list[Output]:
+        vote = report.record.vote
+        if vote and vote.ticket.step is not None:
+            ticket = vote.ticket._replace(key="any")
+            record = report.record._replace(vote=Vote(vote.proposal._replace(ticket=ticket), "any"))
+            report = report._replace(record=record)
+        return super()._take(report)
+
+
+class IgnoresOutcomes(Coordinator):
+    """Shards that disagree about the outcome of a proposal commit it."""
+
+    def _count(self, reports: Any) -> list[Propose | Resolve]:
+        voting = self._voting()
+        if len(voting) == self._shards and len({each.record.vote.ticket for each in voting if each.record.vote}) == 1:
+            return [*self._resolve(voting, committed=True)]
+        return super()._count(reports)
+
+
+class AbortsWhatIsHalfDone(Coordinator):
+    """A coordinator that finds a shard behind the others has it drop its vote and start over."""
+
+    def _resolve(self, reports: Any, *, committed: bool = False, reason: str = "") -> list[Resolve]:
+        behind = len({each.record.revision for each in self._reports.values()}) > 1
+        return super()._resolve(reports, committed=committed and not behind, reason=reason)
+
+
+class WaitsForTheDead(Coordinator):
+    """Nothing gives way to anything: a trainer that died with half of its slices sent holds up all that follow."""
+
+    def _weigh(self, _: Any, reports: Any) -> list[Propose | Resolve]:
+        return super()._weigh([], [each._replace(waiting=None) for each in reports])
+
+
+class HasNoPatience(Coordinator):
+    """A proposal gives way to a newer step alone, so a trainer that went back to an older step waits for ever."""
+
+    def _weigh(self, voting: Any, reports: Any) -> list[Propose | Resolve]:
+        return super()._weigh(voting, [each._replace(overdue=False) for each in reports])
+
+
+class SaysItOnce(Coordinator):
+    """A verdict that was lost is not said again."""
+
+    def _take(self, report: Report) -> list[Output]:
+        before = self._said.get(report.shard)
+        return [each for each in super()._take(report) if each != before or not isinstance(each, Resolve)]
+
+
+class IgnoresRefusals(Coordinator):
+    """A shard that will never vote for a proposal is waited for."""
+
+    def _drop(self, _: Refusal) -> list[Output]:
+        return []
+
+
+class LosesChanges(Coordinator):
+    """A change that a coordinator before has begun is left to whoever asks for the next."""
+
+    def _bring(self, proposal: Any, reports: Any) -> list[Propose]:
+        return super()._bring(proposal, reports) if proposal.ticket.key in self._changes else []
+
+
+# --- their holders ---------------------------------------------------------------------------------------------------
+
+
+class SendsFirst(Host):
+    """The vote is on its way before it is durable."""
+
+    def carry_out(self, outputs: Iterable[Any], source: Seat | None = None) -> None:
+        outputs = list(outputs)
+        self.send([each for each in outputs if isinstance(each, Report)], source)
+        super().carry_out([each for each in outputs if not isinstance(each, Report)], source)
+
+
+class ForgetsItsVote(Host):
+    """The bytes outlive the process, and which ticket they are for does not."""
+
+    def recovered(self) -> Record:
+        return self.disk._replace(vote=None)
+
+
+class ForgetsItsTerm(Host):
+    """Which coordinator a shard obeys is in memory alone."""
+
+    def recovered(self) -> Record:
+        return self.disk._replace(term=Term())
+
+    def persist(self) -> None:
+        if self.shard and self.disk.term > self.shard.record.term:
+            self.disk = self.disk._replace(term=self.shard.record.term)
+        super().persist()
+
+
+#: name -> the mutant, which promise it breaks, and within how many schedules that is seen.
+
+
+class Mutant(NamedTuple):
+    """What is built with one rule left out, which promise that breaks, and within how many schedules it shows."""
+
+    design: Design
+    breaks: type[Broken]
+    within: int
+
+    @property
+    def name(self) -> str:
+        """Of the class that differs."""
+        return next(part.__name__ for part in self.design if part.__module__ == __name__)
+
+
+MUTANTS = (
+    Mutant(Design(shard=DropsOnItsOwnWord), Torn, 200),
+    Mutant(Design(shard=DropsWhenItStarts), Torn, 200),
+    Mutant(Design(shard=TakesAnyVerdict), Torn, 200),
+    Mutant(Design(shard=AnswersBeforeTheVerdict), Torn, 10),
+    Mutant(Design(shard=HearsOldCoordinators), Torn, 3000),
+    Mutant(Design(shard=PreparesOnAnyBase), Stuck, 3000),
+    Mutant(Design(shard=KeepsItsEdition), Stuck, 50),
+    Mutant(Design(coordinator=CommitsWithoutTheLast), Torn, 50),
+    Mutant(Design(coordinator=DecidesByTheMajority), Torn, 50),
+    Mutant(Design(coordinator=CountsSteps), Broken, 200),
+    Mutant(Design(coordinator=IgnoresOutcomes), Torn, 500),
+    Mutant(Design(coordinator=AbortsWhatIsHalfDone), Torn, 500),
+    Mutant(Design(coordinator=DecidesOnEarlierAnswers), Torn, 3000),
+    Mutant(Design(coordinator=ForgetsItsVerdicts), Torn, 3000),
+    Mutant(Design(coordinator=TakesLateReports), Torn, 3000),
+    Mutant(Design(coordinator=ClaimsWithoutAsking), Torn, 3000),
+    Mutant(Design(coordinator=WaitsForTheDead), Stuck, 50),
+    Mutant(Design(coordinator=HasNoPatience), Stuck, 200),
+    Mutant(Design(coordinator=SaysItOnce), Stuck, 200),
+    Mutant(Design(coordinator=IgnoresRefusals), Stuck, 3000),
+    Mutant(Design(coordinator=LosesChanges), Stuck, 500),
+    Mutant(Design(host=SendsFirst), Torn, 500),
+    Mutant(Design(host=ForgetsItsVote), Torn, 200),
+    Mutant(Design(host=ForgetsItsTerm), Torn, 3000),
+)

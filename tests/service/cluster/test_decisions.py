@@ -1,0 +1,214 @@
+"""The decision core against an oracle: 20,000 random schedules of faults, mutants that they must catch, and examples.
+
+A schedule that fails names its seed; ``play(seed)`` plays it again.
+
+Knows what a proposal may lead to. Does not know files, servers or time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from ema_service.cluster import (
+    Answer,
+    Ask,
+    Coordinator,
+    Proposal,
+    Propose,
+    Record,
+    Refusal,
+    Report,
+    Resolve,
+    Shard,
+    Term,
+    Ticket,
+    Vote,
+)
+from tests.service.cluster.mutants import MUTANTS, Mutant
+from tests.service.cluster.world import Broken, Design, play
+
+#: Schedules of one test. Eight tests, so that a failure is told while the others are still played.
+PART = 2500
+PARTS = 8
+SOAKED = 400_000
+
+
+def play_all(first: int, count: int, design: Design) -> Counter[str]:
+    """Play so many schedules. Returns how often what happened."""
+    seen: Counter[str] = Counter()
+    for seed in range(first, first + count):
+        try:
+            seen += play(seed, design).seen
+        except Broken as broken:
+            broken.add_note(f"schedule {seed}: play({seed}) of tests/service/cluster/world.py plays it again")
+            raise
+    return seen
+
+
+# --- random schedules ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_schedules(part: int) -> None:
+    """No update is on some shards only, none that was acknowledged is lost, no version is torn, and once the faults
+    stop everything is resolved; and schedules are such that all of that could have failed."""
+    seen = play_all(part * PART, PART, Design())
+
+    assert seen["committed"] > PART // 4
+    assert seen["aborted"] > PART // 4
+    assert seen["refused"] > PART // 20
+    assert seen["deposed"] > PART // 100
+
+
+@pytest.mark.soak
+def test_many_schedules() -> None:
+    """The same for twenty times as many."""
+    play_all(PART * PARTS, SOAKED, Design())
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants_are_caught(mutant: Mutant) -> None:
+    """Each rule that is left out breaks the promise that it is there for, within the stated number of schedules."""
+    with pytest.raises(mutant.breaks):
+        play_all(0, mutant.within, mutant.design)
+
+
+def test_schedule_is_played_again() -> None:
+    """One seed is one schedule."""
+    first, second = play(11), play(11)
+
+    assert (first.chosen, first.seen, first.names) == (second.chosen, second.seen, second.names)
+
+
+# --- examples, two shards each ---------------------------------------------------------------------------------------
+
+TERM = Term(1, "c")
+UPDATE = Proposal(Ticket(0, 5, "u"))
+NEWER = Proposal(Ticket(0, 6, "v"))
+AGAIN = Proposal(Ticket(0, 5, "w"))
+
+
+def vote(proposal: Proposal) -> Vote:
+    return Vote(proposal, f"after {proposal.ticket.key}")
+
+
+def begun(*records: Record) -> tuple[Coordinator, list[Shard]]:
+    """A coordinator that has claimed a term and heard all shards."""
+    coordinator = Coordinator("c", 2)
+    shards = [Shard(place, record) for place, record in enumerate(records or (Record(), Record()))]
+    for _ in range(2):  # the question, and the claim
+        for ask in coordinator.ask():
+            for report in shards[ask.shard].receive(ask):
+                assert isinstance(report, Report)
+                coordinator.receive(report)
+    return coordinator, shards
+
+
+def carry(coordinator: Coordinator, shards: list[Shard], messages: list[object]) -> list[Answer]:
+    """Deliver messages, and what follows from them, until none is left. Changes are prepared at once."""
+    answers, waiting = [], list(messages)
+    while waiting:
+        message = waiting.pop(0)
+        if isinstance(message, Answer):
+            answers.append(message)
+        elif isinstance(message, Report | Refusal):
+            waiting += coordinator.receive(message)
+        elif isinstance(message, Ask | Propose | Resolve):
+            waiting += shards[message.shard].receive(message)
+            # A proposal comes alone, as answer to the message that asks for it.
+            for each in [each for each in waiting if isinstance(each, Proposal)]:
+                waiting.remove(each)
+                waiting += shards[message.shard].prepare(vote(each))
+    return answers
+
+
+def test_all_votes_commit() -> None:
+    """The last vote commits: two reports, two verdicts, two answers."""
+    coordinator, shards = begun()
+
+    assert carry(coordinator, shards, shards[0].prepare(vote(UPDATE))) == []
+    assert carry(coordinator, shards, shards[1].prepare(vote(UPDATE))) == [Answer("u", committed=True)] * 2
+    assert [shard.record.revision for shard in shards] == [1, 1]
+
+
+def test_newer_step_takes_over() -> None:
+    """An update that its trainer left half sent gives way to the next step, and its sender is told."""
+    coordinator, shards = begun()
+    carry(coordinator, shards, shards[0].prepare(vote(UPDATE)))
+
+    answers = carry(coordinator, shards, shards[1].prepare(vote(NEWER)))
+
+    assert answers == [Answer("u", committed=False)]
+    assert carry(coordinator, shards, shards[0].prepare(vote(NEWER))) == [Answer("v", committed=True)] * 2
+
+
+def test_same_step_of_another_trainer_waits_its_time() -> None:
+    """Slices of two pushes of one step are never one update; the second push takes over once it has waited for long."""
+    coordinator, shards = begun()
+    carry(coordinator, shards, shards[0].prepare(vote(UPDATE)))
+    carry(coordinator, shards, shards[1].prepare(vote(AGAIN)))
+
+    assert carry(coordinator, shards, shards[0].prepare(vote(AGAIN))) == []
+    answers = carry(coordinator, shards, [*shards[0].insist()])
+
+    assert answers == [Answer("u", committed=False), *[Answer("w", committed=True)] * 2]
+
+
+def test_successor_commits_what_is_half_committed() -> None:
+    """A coordinator that ends between two verdicts leaves a shard behind; the next commits there too."""
+    behind = Record(TERM, 1, 0, None, vote(UPDATE))
+    ahead = Record(TERM, 2, 1, vote(UPDATE), None)
+
+    coordinator, shards = begun(behind, ahead)
+    answers = carry(coordinator, shards, [*coordinator.ask()])
+
+    assert answers == [Answer("u", committed=True)]
+    assert [shard.record.revision for shard in shards] == [1, 1]
+
+
+def test_successor_sees_a_change_through() -> None:
+    """A change that one shard has heard of is brought to all, also where nobody asks for it any more."""
+    change = Proposal(Ticket(0, None, "k"), "decay 0.5")
+    coordinator, shards = begun(Record(TERM, 1, 0, None, vote(change)), Record())
+
+    carry(coordinator, shards, [*coordinator.ask()])
+
+    assert [shard.record.made for shard in shards] == [vote(change)] * 2
+
+
+def test_change_is_refused_with_its_reason() -> None:
+    """One shard's refusal drops a change on all, and whoever asked is told why."""
+    coordinator, shards = begun()
+    change = Proposal(Ticket(0, None, "k"), "rewind to s")
+    assert coordinator.propose("k", "rewind to s") == [Propose(place, coordinator.term, change) for place in (0, 1)]
+    carry(coordinator, shards, shards[0].prepare(vote(change)))
+
+    answers = carry(coordinator, shards, [*shards[1].refuse(change.ticket, "damaged")])
+
+    assert Answer("k", committed=False, reason="damaged") in answers
+    assert [shard.record.vote for shard in shards] == [None, None]
+
+
+def test_older_copy_of_a_disk_is_a_fault() -> None:
+    """What no crash explains is told, and nothing is decided."""
+    coordinator, _ = begun(Record(TERM, 4, 2, vote(NEWER), None), Record())
+
+    assert coordinator.fault == (
+        "shard 1 is at revision 0 and lacks what led the others to revision 2: is its data dir an older copy?"
+    )
+    assert coordinator.propose("k", "decay 0.5") == []
+
+
+def test_old_coordinator_learns_that_its_time_is_over() -> None:
+    """A shard that obeys another coordinator says so, and does nothing."""
+    coordinator, shards = begun()
+    carry(coordinator, shards, [Ask(0, Term(9, "d"))])
+    before = shards[0].record
+
+    carry(coordinator, shards, [*coordinator.ask()])
+
+    assert coordinator.deposed
+    assert coordinator.propose("k", "decay 0.5") == coordinator.ask() == []
+    assert shards[0].record == before

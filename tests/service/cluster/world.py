@@ -1,0 +1,523 @@
+"""A world for the decision core: hosts, coordinators, trainers and a network, all of which fail at random.
+
+One seed is one schedule. Messages are lost, come twice, late, or after newer ones; links break; hosts and coordinators
+end in the middle of what they do, before or after a record is durable, before or after messages are sent; two
+coordinators act at once; trainers die with some of their slices sent, and come back at the step before. Then the faults
+stop, and everything has to be resolved.
+
+The oracle looks whenever a record becomes durable, and whenever anyone is told that a proposal is committed. Hosts use
+Shard, and coordinators' processes Coordinator, as the service is meant to.
+
+Knows what is promised, and what may fail. Does not know how the core keeps its promises.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import Any, NamedTuple, Protocol
+
+from ema_service.cluster import (
+    Answer,
+    Ask,
+    Coordinator,
+    Proposal,
+    Propose,
+    Record,
+    Refusal,
+    Report,
+    Resolve,
+    Shard,
+    Ticket,
+    Vote,
+)
+
+__all__ = ["Broken", "Design", "Host", "Seat", "Stuck", "Torn", "World", "play"]
+
+#: Events of a schedule before the faults stop.
+_EVENTS = 80
+#: How often everyone says again what has no answer, until all has to be resolved; from which round on what waits is
+#: overdue.
+_ROUNDS, _PATIENCE = 12, 1
+#: A shard refuses so many of the proposals that come to it, for parameters that are not finite, say.
+_REFUSED = 0.03
+#: So many outcomes differ from those of the other shards.
+_DIFFERENT = 0.02
+
+
+class Broken(AssertionError):
+    """A promise was broken."""
+
+
+class Torn(Broken):
+    """A revision differs between shards, or what was acknowledged is lost."""
+
+
+class Stuck(Broken):
+    """The faults have stopped, and not everything is resolved."""
+
+
+class Slice(NamedTuple):
+    """A trainer's request to one host: its slice of an update."""
+
+    step: int
+    key: str
+
+
+class Said(NamedTuple):
+    """A host's answer to a trainer. over: the update is not to be sent again, to any host: refused, or stale."""
+
+    place: int
+    key: str
+    committed: bool
+    over: bool = False
+
+
+class Process(Protocol):
+    """What messages are sent to."""
+
+    def receive(self, message: Any, source: Any, /) -> None:
+        """source: the coordinator's process that a host's answer goes back to; None for others' messages."""
+
+
+class Host:
+    """One shard's process and its disk: judges, prepares, makes records durable, and only then sends.
+
+    disk: the durable record. log: of each revision, the vote that led to it; durable with the record, as the facts of a
+    version are.
+    """
+
+    def __init__(self, world: World, place: int) -> None:
+        self.world = world
+        self.place = place
+        self.disk = Record()
+        self.log: list[Vote] = []
+        self.shard: Shard | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Come up with what the disk has, and report."""
+        self.shard = self.world.design.shard(self.place, self.recovered())
+        self.report()
+
+    def recovered(self) -> Record:
+        """What a restart finds."""
+        return self.disk
+
+    def crash(self) -> None:
+        """End as by SIGKILL; what was in memory is gone."""
+        self.shard = None
+
+    def report(self) -> None:
+        if self.shard:
+            self.send([self.shard.report()])
+
+    def insist(self) -> None:
+        """What waits has waited for long."""
+        if self.shard:
+            self.carry_out(self.shard.insist())
+
+    def receive(self, message: Ask | Propose | Resolve | Slice | Proposal, source: Seat | None) -> None:
+        if self.shard is None:
+            return
+        if isinstance(message, Slice):
+            self.receive_slice(message)
+        elif isinstance(message, Proposal):
+            self.prepare(message)
+        elif source is None or (source.name, self.place) not in self.world.broken:
+            self.carry_out(self.shard.receive(message), source)
+
+    def receive_slice(self, sent: Slice) -> None:
+        """A trainer's slice: answered at once where no vote is needed, else prepared."""
+        if self.knows(sent.key):
+            self.world.acknowledge(sent.key)
+            self.world.send(self.world, Said(self.place, sent.key, committed=True))
+        elif sent.step <= max((vote.ticket.step or 0 for vote in self.log), default=0):
+            self.world.send(self.world, Said(self.place, sent.key, committed=False, over=True))
+        else:
+            self.prepare(Proposal(Ticket(len(self.log), sent.step, sent.key)))
+
+    def knows(self, key: str) -> bool:
+        """Whether the proposal of this key led to the shard's revision."""
+        return any(vote.ticket.key == key for vote in self.log)
+
+    def prepare(self, proposal: Proposal) -> None:
+        """Judge a proposal, prepare it and vote; or refuse it."""
+        ticket, world, shard = proposal.ticket, self.world, self.shard
+        if shard is None:
+            return
+        if self.knows(ticket.key):
+            self.carry_out(shard.refuse(ticket, "committed before"))
+        elif world.happens(world.refused):
+            world.seen["refused"] += 1
+            world.send(world, Said(self.place, ticket.key, committed=False, over=True))
+            self.carry_out(shard.refuse(ticket, "not finite"))
+        else:
+            base = self.log[-1].ticket.key if self.log else "nothing"
+            other = " otherwise" if world.happens(world.different) else ""
+            self.carry_out(shard.prepare(Vote(proposal, f"{ticket.key} after {base}{other}")))
+
+    def carry_out(self, outputs: Iterable[Any], source: Seat | None = None) -> None:
+        """Make the record durable, then send; the process may end before either."""
+        if self.world.ends():
+            self.crash()
+            return
+        self.persist()
+        if self.world.ends():
+            self.crash()
+            return
+        self.send(outputs, source)
+
+    def persist(self) -> None:
+        """Make the record durable, and have the oracle look."""
+        if self.shard is None or self.shard.record is self.disk:
+            return
+        before, self.disk = self.disk, self.shard.record
+        if self.disk.revision > before.revision and self.disk.made:
+            self.log.append(self.disk.made)
+        self.world.look(self, before)
+
+    def send(self, outputs: Iterable[Any], source: Seat | None = None) -> None:
+        world = self.world
+        for output in outputs:
+            if isinstance(output, Answer):
+                if output.committed:
+                    world.acknowledge(output.key)
+                world.send(world, Said(self.place, output.key, output.committed, bool(output.reason)))
+            elif isinstance(output, Proposal):
+                world.send(self, output)  # preparing takes time, and the shard receives other messages meanwhile
+            elif seat := source or world.seats.get(output.term.name):
+                world.send(seat, output)
+
+
+class Seat:
+    """A coordinator's process."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.core = world.design.coordinator(name, len(world.hosts))
+
+    def receive(self, message: Report | Refusal, _: None) -> None:
+        world = self.world
+        if world.seats.get(self.name) is self and (self.name, message.shard) not in world.broken:
+            self.send(self.core.receive(message))
+
+    def send(self, outputs: Iterable[Any]) -> None:
+        """Send what the coordinator says; the process may end in the middle, and does where another took over."""
+        world = self.world
+        for output in outputs:
+            if world.ends():
+                world.seats.pop(self.name, None)
+                return
+            if isinstance(output, Answer):
+                if output.committed:
+                    world.acknowledge(output.key)
+                world.changes.pop(output.key, None)
+            else:
+                world.send(world.hosts[output.shard], output, self)
+        if self.core.deposed and world.seats.pop(self.name, None):
+            world.seen["deposed"] += 1
+
+
+class Design(NamedTuple):
+    """What a world is built of: the core and what holds it, or a mutant of one of them."""
+
+    shard: type[Shard] = Shard
+    coordinator: type[Coordinator] = Coordinator
+    host: type[Host] = Host
+    seat: type[Seat] = Seat
+
+
+class World:
+    """All processes of one schedule, their network, and the oracle.
+
+    chosen: by revision, the vote that led to it on the shard that came there first. acknowledged: keys of proposals
+    that somebody was told are committed. seen: how often what happened, to know that schedules are worth something.
+
+    More than twenty methods, more than twelve attributes: each thing that may happen, and each that is known.
+    """
+
+    def __init__(self, seed: int, design: Design) -> None:
+        self.design = design
+        self.random = random = Random(seed)
+        self.crashes = random.choice((0.0, 0.0, 0.02, 0.05))
+        self.losses = random.choice((0.0, 0.0, 0.05, 0.15))
+        self.repeats = random.choice((0.0, 0.0, 0.1, 0.2))
+        self.haste = random.choice((0.2, 0.5, 1.0))
+        self.refused, self.different = _REFUSED, _DIFFERENT
+        self.calm = False
+        self.chosen: dict[int, Vote] = {}
+        self.acknowledged: set[str] = set()
+        self.seen: Counter[str] = Counter()
+        self.flying: list[tuple[Process, Any, Seat | None]] = []
+        self.broken: set[tuple[str, int]] = set()
+        self.seats: dict[str, Seat] = {}
+        self.changes: dict[str, None] = {}
+        self.names = 0
+        self.step, self.key = 0, ""
+        self.unanswered: set[int] = set()
+        self.hosts: list[Host] = []
+        for place in range(random.choice((2, 2, 2, 3, 3, 4))):
+            self.hosts.append(design.host(self, place))
+        self.start_coordinator()
+        self.new_update()
+
+    def happens(self, chance: float) -> bool:
+        return self.random.random() < chance
+
+    def ends(self) -> bool:
+        """Whether a process ends here."""
+        return self.crashes > 0.0 and self.random.random() < self.crashes
+
+    def new_name(self, kind: str) -> str:
+        self.names += 1
+        return f"{kind}{self.names}"
+
+    # --- the oracle -------------------------------------------------------------------------------------------------
+
+    def look(self, host: Host, before: Record) -> None:
+        """A host's record has become durable."""
+        record = host.disk
+        if record.term < before.term or record.edition < before.edition or record.revision < before.revision:
+            raise Torn(f"shard {host.place} went back from {before} to {record}")
+        if record.revision > before.revision:
+            self.look_at_revision(host, record)
+        elif before.vote and record.vote != before.vote:
+            self.seen["aborted after the faults" if self.calm else "aborted"] += 1
+            if self.chosen.get(before.revision + 1) == before.vote:
+                raise Torn(f"shard {host.place} gave up {before.vote.ticket}, which others have committed")
+
+    def look_at_revision(self, host: Host, record: Record) -> None:
+        """A host is the first at a revision, or follows."""
+        made, chosen = record.made, self.chosen.get(record.revision)
+        if made is None or record.revision != len(host.log):
+            raise Torn(f"shard {host.place} came to revision {record.revision} by {made} after {host.log}")
+        if chosen is None:
+            if any(vote.ticket.key == made.ticket.key for vote in self.chosen.values()):
+                raise Torn(f"{made.ticket} was committed twice")
+            if made.ticket.base != record.revision - 1:
+                raise Torn(f"{made.ticket} was prepared on another revision than it is committed to, {record.revision}")
+            self.look_at_all(made)
+            self.chosen[record.revision] = made
+            self.seen["committed after the faults" if self.calm else "committed"] += 1
+        elif chosen != made:
+            raise Torn(f"revision {record.revision} is {chosen} on some shards, {made} on shard {host.place}")
+
+    def look_at_all(self, vote: Vote) -> None:
+        """Every disk has what was voted for, committed or prepared."""
+        for host in self.hosts:
+            if host.disk.vote != vote and vote not in host.log:
+                raise Torn(f"{vote} was committed, and shard {host.place} is without: {host.disk}")
+
+    def acknowledge(self, key: str) -> None:
+        """Somebody is told that a proposal is committed."""
+        if key in self.acknowledged:
+            return
+        self.acknowledged.add(key)
+        votes = [vote for vote in self.chosen.values() if vote.ticket.key == key]
+        if not votes:
+            raise Torn(f"{key} was acknowledged, and no shard has it")
+        self.look_at_all(votes[0])
+
+    # --- the network ------------------------------------------------------------------------------------------------
+
+    def send(self, to: Process, message: Any, source: Seat | None = None) -> None:
+        self.flying.append((to, message, source))
+
+    def deliver(self) -> None:
+        """Deliver a message that is under way, or lose it, or deliver it and have it come again later.
+
+        Mostly one of the newest: then much happens between a message that is late and the others.
+        """
+        if not self.flying:
+            return
+        at = int(self.random.random() ** self.haste * len(self.flying))
+        to, message, source = self.flying[at]
+        if not self.happens(self.repeats):
+            self.flying[at] = self.flying[-1]
+            self.flying.pop()
+        if not self.happens(self.losses):
+            to.receive(message, source)
+
+    # --- coordinators, trainers, and whoever asks for changes -------------------------------------------------------
+
+    def start_coordinator(self) -> None:
+        """One more; of three the oldest ends."""
+        # Names are drawn: a later coordinator's may be the smaller one.
+        name = f"{self.random.random():.4f} {self.new_name('c')}"
+        while len(self.seats) >= 2:
+            del self.seats[next(iter(self.seats))]
+        seat = self.seats[name] = self.design.seat(self, name)
+        seat.send(seat.core.ask())
+
+    def ask_again(self) -> None:
+        for seat in tuple(self.seats.values()):
+            seat.send(seat.core.ask())
+
+    def new_update(self) -> None:
+        """A trainer's next update, or a trainer that was started again, at an earlier step maybe."""
+        self.step = max(self.step + self.random.choice((1, 1, 1, 1, 0, -1)), 1)
+        self.key = self.new_name("u")
+        self.unanswered = set(range(len(self.hosts)))
+
+    def push(self) -> None:
+        """Send the slices that have no answer, or some of them."""
+        if not self.unanswered:
+            self.new_update()
+        some = self.happens(0.5)
+        for place in tuple(self.unanswered):
+            if not some or self.happens(0.5):
+                self.send(self.hosts[place], Slice(self.step, self.key))
+
+    def receive(self, message: Said, _: None) -> None:
+        """What the trainer is told."""
+        if message.key == self.key and message.over:
+            self.unanswered.clear()
+        elif message.key == self.key and message.committed:
+            self.unanswered.discard(message.place)
+
+    def change(self) -> None:
+        """Somebody asks for a change, or for one again, or gives it up."""
+        if self.changes and self.happens(0.2):
+            del self.changes[min(self.changes)]
+        self.request(min(self.changes) if self.changes and self.happens(0.5) else self.new_name("w"))
+
+    def request(self, key: str) -> None:
+        """Ask any coordinator for a change."""
+        self.changes[key] = None
+        if self.seats:
+            seat = self.random.choice(tuple(self.seats.values()))
+            seat.send(seat.core.propose(key, f"change {key}"))
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def events(self) -> list[Callable[[World], None]]:
+        """What happens, in order. Each schedule leaves out some kinds of events and has more of others."""
+        weights = [weight * self.random.choice((0, 0, 1, 3)) for _, weight in _FAULTS]
+        kinds = [event for event, _ in (*_WORK, *_FAULTS)]
+        return self.random.choices(kinds, [*(weight for _, weight in _WORK), *weights], k=_EVENTS)
+
+    def visit(self) -> None:
+        """A host that is down starts; one that is up says again what has no answer, or that it has waited for long.
+        Links are mended, and where no coordinator is left another starts."""
+        self.broken.clear()
+        if not self.seats:
+            self.start_coordinator()
+        host = self.random.choice(self.hosts)
+        if host.shard is None:
+            host.start()
+        elif self.happens(0.4):
+            host.report()
+        else:
+            host.insist()
+
+    def crash(self) -> None:
+        self.random.choice(self.hosts).crash()
+
+    def lose_coordinators(self) -> None:
+        self.seats.clear()
+
+    def lose_all(self) -> None:
+        self.seats.clear()
+        for host in self.hosts:
+            host.crash()
+
+    def toggle_link(self) -> None:
+        if self.seats:
+            self.broken ^= {(self.random.choice(tuple(self.seats)), self.random.randrange(len(self.hosts)))}
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        """The faults stop, everybody says again what has no answer, and everything has to be resolved."""
+        self.calm = True
+        self.crashes = self.refused = self.different = 0.0
+        self.broken.clear()
+        if self.happens(0.5):
+            self.flying.clear()
+        if self.happens(0.5):
+            self.new_update()
+        self.settle()
+        for _ in range(3):
+            if self.done() and not any(host.disk.vote for host in self.hosts):
+                break
+            # The update is stale, or was refused before; or a trainer that is gone left votes, which wait for a newer
+            # step. So one more has to come through.
+            self.step = 1 + max(vote.ticket.step or 0 for vote in (*self.chosen.values(), Vote(_NONE, "")))
+            self.key, self.unanswered = self.new_name("u"), set(range(len(self.hosts)))
+            self.settle()
+        self.look_at_end()
+
+    def done(self) -> bool:
+        """Whether the trainer's update led to a revision."""
+        return any(vote.ticket.key == self.key for vote in self.chosen.values())
+
+    def settle(self) -> None:
+        """Rounds in which everybody says again what is not answered, until nothing is left."""
+        for turn in range(_ROUNDS):
+            while len(self.seats) > 1:
+                del self.seats[next(iter(self.seats))]
+            if not self.seats:
+                self.start_coordinator()
+            self.say_again(turn)
+            self.drain()
+            if not self.unanswered and not self.changes and len({len(host.log) for host in self.hosts}) == 1:
+                return
+        raise Stuck(f"update {self.key} on shards {self.unanswered}, or changes {list(self.changes)}, have no answer")
+
+    def say_again(self, turn: int) -> None:
+        """Hosts that are down start; the others, the coordinator, the trainer, and whoever asks for changes, say again
+        what they said."""
+        for host in self.hosts:
+            if host.shard is None:
+                host.start()
+            elif turn >= _PATIENCE:
+                host.insist()
+        if turn > _PATIENCE:
+            self.ask_again()
+        for place in self.unanswered:
+            self.send(self.hosts[place], Slice(self.step, self.key))
+        for key in tuple(self.changes):
+            self.request(key)
+
+    def drain(self) -> None:
+        """Deliver all messages in turn, and what follows from them."""
+        for _ in range(100):
+            flying, self.flying = self.flying, []
+            if not flying:
+                return
+            for to, message, source in flying:
+                to.receive(message, source)
+        raise Stuck("messages follow from messages without end")
+
+    def look_at_end(self) -> None:
+        """Every shard is at one revision, holds no vote, and has what was acknowledged."""
+        first = self.hosts[0].log
+        if any(host.log != first or host.disk.vote for host in self.hosts):
+            raise Stuck(f"at the end: {[host.disk for host in self.hosts]}")
+        if lost := self.acknowledged - {vote.ticket.key for vote in first}:
+            raise Torn(f"acknowledged and lost: {lost}")
+        if not self.done():
+            raise Stuck(f"update {self.key} is missing")
+
+
+_NONE = Proposal(Ticket(0, None, ""))
+
+#: The kinds of events, and how often they happen.
+_WORK = ((World.deliver, 30.0), (World.push, 3.0), (World.visit, 2.0))
+_FAULTS = (
+    *((World.new_update, 1.0), (World.change, 0.6), (World.ask_again, 0.4), (World.start_coordinator, 0.7)),
+    *((World.crash, 0.5), (World.lose_coordinators, 0.1), (World.lose_all, 0.1), (World.toggle_link, 0.4)),
+)
+
+
+def play(seed: int, design: Design | None = None) -> World:
+    """Play one schedule. Raises Broken."""
+    world = World(seed, design or Design())
+    world.drain()
+    for event in world.events():
+        event(world)
+    world.heal()
+    return world
