@@ -65,7 +65,7 @@ def carry_all(
 
 
 class _Lanes:
-    """The lanes of one body. fault: what ended the latest lane; fatal: what ends all."""
+    """The lanes of one body."""
 
     def __init__(
         self, stretches: Stretches, carry: Carry, pace: Pace, moved: Moved, alone: Callable[[EmaError], bool]
@@ -81,6 +81,7 @@ class _Lanes:
         self._at_work: dict[int, int] = {}
         #: Lanes that ever began, and those of them that ended early: too slow for what was left, or refused.
         self._count = self._retired = 0
+        #: The first fault of a lane, or the one that ends all.
         self._fault: BaseException | None = None
         self._stopped = False
 
@@ -128,13 +129,17 @@ class _Lanes:
 
     def check(self) -> None:
         """Raises what ended the lanes, where stretches are left."""
-        if self._fault is not None and (self._stopped or not self._stretches.whole):
-            raise self._fault
+        if self._stopped or not self._stretches.whole:
+            raise self._fault or ConnectionLost("all connections ended before the whole had come")
 
     def _next(self, lane: int) -> Stretch | None:
         lanes = self._pace.lanes
         with self._lock:
-            if self._stopped or len(self._at_work) > max(1, lanes):
+            if self._stopped:
+                return None
+            if len(self._at_work) > max(1, lanes):
+                # At once: of two lanes that see one too many, one goes.
+                del self._at_work[lane]
                 return None
         if (taken := self._stretches.take(lane, lanes)) is None:
             self._retired += 1

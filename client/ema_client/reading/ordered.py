@@ -55,6 +55,8 @@ class Ordered:
     """A body on its way, as a Download is. Not thread-safe.
 
     status: 200 for a body from its beginning, 206 for one that ``continues``; length: bytes from ``start`` on.
+
+    More than a dozen attributes: the body as its reader sees it, and how far lanes are ahead of the reader.
     """
 
     def __init__(self, transport: Transport, asked: Asked, first: Download, start: int, *, continues: bool) -> None:

@@ -1,0 +1,119 @@
+"""Lanes as threads: every stretch is carried once, however many lanes there are from moment to moment. No sockets."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from ema_client.errors import ConnectionLost, EmaError, NonFinite, Overloaded
+from ema_client.forks import Lock
+from ema_client.http.lanes import Moved, carry_all
+from ema_client.http.pace import Pace
+from ema_client.http.stretches import Stretch, Stretches
+
+KIB = 1 << 10
+SIZE = 300 * KIB + 7
+
+
+class Fickle(Pace):
+    """Another number of lanes at each look."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(None, 1, Lock())
+        self._dice = random.Random(seed)
+
+    @property
+    def lanes(self) -> int:
+        return self._dice.choice((1, 1, 2, 5))
+
+
+class Carried:
+    """What was carried, by a function that fails as ``fault`` says."""
+
+    def __init__(self, fault: Callable[[Stretch], EmaError | None] = lambda _: None) -> None:
+        self.stretches: list[Stretch] = []
+        self.moved = 0
+        self._fault = fault
+        self._lock = threading.Lock()
+
+    def carry(self, stretch: Stretch, moved: Moved) -> None:
+        for _ in range(0, stretch.size, KIB):
+            moved(min(KIB, stretch.size))
+        moved(stretch.size - KIB * -(-stretch.size // KIB) if stretch.size >= KIB else 0)
+        if (fault := self._fault(stretch)) is not None:
+            raise fault
+        with self._lock:
+            self.stretches.append(stretch)
+
+    def tell(self, count: int) -> None:
+        with self._lock:
+            self.moved += count
+
+    @property
+    def is_whole(self) -> bool:
+        came = sorted(self.stretches)
+        joined = all(one.stop == other.start for one, other in itertools.pairwise(came))
+        return joined and (came[0].start, came[-1].stop, self.moved) == (0, SIZE, SIZE)
+
+
+def queue() -> Stretches:
+    return Stretches(0, SIZE, grain=KIB, smallest=KIB)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_number_that_changes(seed: int) -> None:
+    """Lanes come and go, the last one stays: nothing is left, nothing is carried twice."""
+    carried = Carried()
+    carry_all(queue(), carried.carry, Fickle(seed), moved=carried.tell)
+    assert carried.is_whole
+
+
+@pytest.mark.parametrize("fault", [ConnectionLost("gone"), Overloaded("no more")])
+def test_faults_of_one_lane(fault: EmaError) -> None:
+    """Each stretch fails once, on whichever lane: all of it comes, by one call or by one more with the same queue."""
+    failed: set[int] = set()
+    lock = threading.Lock()
+
+    def once(stretch: Stretch) -> EmaError | None:
+        with lock:
+            if stretch.start in failed or len(failed) > 20:
+                return None
+            failed.add(stretch.start)
+        return fault
+
+    carried, left = Carried(once), queue()
+    for _ in range(40):
+        try:
+            carry_all(left, carried.carry, Pace.fixed(4), moved=carried.tell)
+        except type(fault):
+            continue
+        break
+    assert carried.is_whole
+
+
+def test_a_fault_of_the_whole() -> None:
+    """Ends all lanes, and is raised once none is at work."""
+    carried = Carried(lambda stretch: NonFinite("NaN") if stretch.start > SIZE // 2 else None)
+    with pytest.raises(NonFinite):
+        carry_all(queue(), carried.carry, Pace.fixed(4))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ema lane")]
+
+
+def test_a_defect() -> None:
+    """What is no error of the service, on any lane, reaches the caller."""
+
+    def defect(_: Stretch) -> EmaError | None:
+        if threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError
+        return None
+
+    def slow(stretch: Stretch, moved: Moved) -> None:
+        threading.Event().wait(0.001)
+        Carried(defect).carry(stretch, moved)
+
+    with pytest.raises(ZeroDivisionError):
+        carry_all(queue(), slow, Pace.fixed(4))
