@@ -261,7 +261,7 @@ class Coordinator:
         reports = self._reports.values()
         overdue = {each.waiting.ticket for each in reports if each.waiting and each.overdue}
         rivals = [vote.proposal for vote in votes.values()]
-        rivals += [each.waiting for each in reports if each.waiting and each.waiting.ticket not in self._refused]
+        rivals += [each.waiting for each in reports if each.waiting]
         # One change after another: one that a shard has heard of is seen through first.
         if self._changes and not any(rival.change is not None for rival in rivals):
             key, change = next(iter(self._changes.items()))
