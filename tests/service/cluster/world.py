@@ -36,7 +36,7 @@ from ema_service.cluster import (
 __all__ = ["Broken", "Design", "Host", "Seat", "Stuck", "Torn", "World", "play"]
 
 #: Events of a schedule before the faults stop.
-_EVENTS = 65
+_EVENTS = 55
 #: How often everyone says again what has no answer, until all has to be resolved; from which round on what waits is
 #: overdue.
 _ROUNDS, _PATIENCE = 12, 0
@@ -378,6 +378,13 @@ class World:
             if not some or self.happens(0.5):
                 self.send(self.hosts[place], Slice(self.step, self.key))
 
+    def leave_orphans(self) -> None:
+        """Another trainer sends some of its slices, and is gone."""
+        step, key = self.step + self.random.choice((-1, 0, 1)), self.new_name("o")
+        for host in self.hosts:
+            if self.happens(0.5):
+                self.send(host, Slice(step, key))
+
     def receive(self, message: Said, _: None) -> None:
         """What the trainer is told."""
         if message.key == self.key and message.over:
@@ -428,7 +435,12 @@ class World:
             host.start()
 
     def take_over(self) -> None:
-        """Another coordinator, which mostly gets what it asks for before what is under way arrives."""
+        """Another coordinator, for hosts that restart with it maybe, which mostly gets what it asks for before what is
+        under way arrives."""
+        for host in self.hosts:
+            if self.happens(0.3):
+                host.crash()
+                host.start()
         self.start_coordinator()
         for _ in range(self.random.randrange(5 * len(self.hosts))):
             if self.flying:
@@ -524,9 +536,15 @@ class World:
 _NONE = Proposal(Ticket(0, None, ""))
 
 #: The kinds of events, and how often they happen.
-_WORK = ((World.deliver, 30.0), (World.push, 3.0), (World.visit, 2.0))
+_WORK = ((World.deliver, 30.0), (World.push, 1.0), (World.visit, 2.0))
 _FAULTS = (
-    *((World.new_update, 1.0), (World.change, 0.6), (World.ask_again, 0.4), (World.take_over, 0.7)),
+    *(
+        (World.new_update, 0.7),
+        (World.leave_orphans, 0.7),
+        (World.change, 0.6),
+        (World.ask_again, 0.4),
+        (World.take_over, 0.9),
+    ),
     *((World.crash, 0.8), (World.lose_coordinators, 0.1), (World.lose_all, 0.1), (World.toggle_link, 0.4)),
 )
 
