@@ -33,7 +33,7 @@ from tests.service.cluster.world import Broken, Design, play
 #: Schedules of one test. Eight tests, so that a failure is told while the others are still played.
 PART = 2500
 PARTS = 8
-SOAKED = 400_000
+SOAKED = 200_000
 
 
 def play_all(first: int, count: int, design: Design) -> Counter[str]:
@@ -65,7 +65,7 @@ def test_schedules(part: int) -> None:
 
 @pytest.mark.soak
 def test_many_schedules() -> None:
-    """The same for twenty times as many."""
+    """The same for ten times as many."""
     play_all(PART * PARTS, SOAKED, Design())
 
 
