@@ -29,7 +29,7 @@ Knows tickets, votes, terms. Does not know what a proposal does, how its bytes a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 from ema_service.cluster.messages import (
     Answer,
@@ -230,20 +230,9 @@ class Coordinator:
         self.fault = _fault(newest, reports)
         if self.fault:
             return []
-        answers, behind = self._made(newest.made), [each for each in reports if each.record.revision < newest.revision]
-        if behind:
-            return [*answers, *self._resolve(behind, committed=True)]
-        return [*answers, *self._abort_refused(), *self._count(reports)]
-
-    def _abort_refused(self) -> list[Resolve]:
-        """Abort what a shard refused wherever there is a vote for it."""
-        if not self._refused:
-            return []
-        verdicts = []
-        for each in self._voting():
-            if each.record.vote and each.record.vote.ticket in self._refused:
-                verdicts += self._resolve([each], reason=self._refused[each.record.vote.ticket])
-        return verdicts
+        behind = [each.shard for each in reports if each.record.revision < newest.revision]
+        following = self._resolve(behind, committed=True) if behind else self._count(newest.revision)
+        return [*self._made(newest.made), *following]
 
     def _made(self, vote: Vote | None) -> list[Answer]:
         """The answer to a change that is committed, by the vote that led to the newest revision."""
@@ -251,45 +240,57 @@ class Coordinator:
             return []
         return [Answer(vote.ticket.key, committed=True)]
 
-    def _count(self, reports: Collection[Report]) -> list[Propose | Resolve]:
+    def _count(self, revision: int) -> list[Propose | Resolve]:
         """Count the votes, all shards being at one revision."""
-        voting = self._voting()
-        votes = {each.record.vote for each in voting}
-        if len(voting) < self._shards or len({vote.ticket for vote in votes if vote}) > 1:
-            return self._weigh(voting, reports)
-        return [*self._resolve(voting, committed=len(votes) == 1)]
+        refused = self._abort_refused(revision)
+        votes = self._votes()
+        if len(votes) < self._shards or len({vote.ticket for vote in votes.values()}) > 1:
+            return [*refused, *self._weigh(votes, revision)]
+        return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
 
-    def _weigh(self, voting: Collection[Report], reports: Collection[Report]) -> list[Propose | Resolve]:
+    def _abort_refused(self, revision: int) -> list[Resolve]:
+        """Abort what a shard refused wherever there is a vote for it. What followed an older revision is forgotten."""
+        if not self._refused:
+            return []
+        refused = self._refused = {ticket: why for ticket, why in self._refused.items() if ticket.base == revision}
+        votes = [(shard, vote.ticket) for shard, vote in self._votes().items() if vote.ticket in refused]
+        return [each for shard, ticket in votes for each in self._resolve([shard], reason=refused[ticket])]
+
+    def _weigh(self, votes: Mapping[int, Vote], revision: int) -> list[Propose | Resolve]:
         """Abort what ranks lower than another proposal, and bring a change to all. No ticket is on all shards."""
+        reports = self._reports.values()
         overdue = {each.waiting.ticket for each in reports if each.waiting and each.overdue}
-        rivals = [each.record.vote.proposal for each in voting if each.record.vote]
+        rivals = [vote.proposal for vote in votes.values()]
         rivals += [each.waiting for each in reports if each.waiting]
         # One change after another: one that a shard has heard of is seen through first.
         if self._changes and not any(rival.change is not None for rival in rivals):
             key, change = next(iter(self._changes.items()))
-            rivals.append(Proposal(Ticket(next(iter(reports)).record.revision, None, key), change))
+            rivals.append(Proposal(Ticket(revision, None, key), change))
         if not rivals:
             return []
         best = max(rivals, key=lambda rival: _rank(rival, overdue))
         mark = _rank(best, overdue)
-        lower = [each for each in voting if each.record.vote and _rank(each.record.vote.proposal, overdue) < mark]
-        return [*self._resolve(lower), *self._bring(best, reports)]
+        lower = [shard for shard, vote in votes.items() if _rank(vote.proposal, overdue) < mark]
+        return [*self._resolve(lower), *self._bring(best)]
 
-    def _bring(self, proposal: Proposal, reports: Collection[Report]) -> list[Propose]:
+    def _bring(self, proposal: Proposal) -> list[Propose]:
         """Propose a change to the shards that are free. The bytes of an update only its trainer can send."""
-        free = [each.shard for each in reports if proposal.change is not None and each.record.vote is None]
+        if proposal.change is None:
+            return []
+        free = [shard for shard, report in self._reports.items() if report.record.vote is None]
         proposals = [Propose(shard, self.term, proposal) for shard in free]
         return [each for each in proposals if self._says(each)]
 
-    def _voting(self) -> list[Report]:
-        """The newest reports of shards that have a vote which was not aborted."""
-        said = self._said
-        aborted = {each.shard for each in said.values() if isinstance(each, Resolve) and not each.committed}
-        return [each for each in self._reports.values() if each.record.vote and each.shard not in aborted]
+    def _votes(self) -> dict[int, Vote]:
+        """By shard, each vote that was not aborted."""
+        aborted = {shard for shard, said in self._said.items() if isinstance(said, Resolve) and not said.committed}
+        records = {shard: report.record for shard, report in self._reports.items() if shard not in aborted}
+        return {shard: record.vote for shard, record in records.items() if record.vote}
 
-    def _resolve(self, reports: Collection[Report], *, committed: bool = False, reason: str = "") -> list[Resolve]:
-        """Pass the verdict on the votes in these reports."""
-        verdicts = [Resolve(each.shard, self.term, each.record.edition, committed, reason) for each in reports]
+    def _resolve(self, shards: Iterable[int], *, committed: bool = False, reason: str = "") -> list[Resolve]:
+        """Pass the verdict on the votes of these shards."""
+        editions = [(shard, self._reports[shard].record.edition) for shard in shards]
+        verdicts = [Resolve(shard, self.term, edition, committed, reason) for shard, edition in editions]
         return [each for each in verdicts if self._says(each)]
 
     def _says(self, message: Propose | Resolve) -> bool:

@@ -5,10 +5,22 @@ Knows which rule each leaves out. Does not know in which schedules that shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ema_service.cluster import Answer, Coordinator, Propose, Record, Refusal, Report, Resolve, Shard, Term, Vote
+from ema_service.cluster import (
+    Answer,
+    Coordinator,
+    Proposal,
+    Propose,
+    Record,
+    Refusal,
+    Report,
+    Resolve,
+    Shard,
+    Term,
+    Vote,
+)
 from ema_service.cluster.decisions import Output
 from tests.service.cluster.world import Broken, Design, Host, Seat, Stuck, Torn
 
@@ -84,11 +96,11 @@ class KeepsItsEdition(Shard):
 class CommitsWithoutTheLast(Coordinator):
     """All but one of the votes are enough."""
 
-    def _count(self, reports: Any) -> list[Propose | Resolve]:
-        voting = self._voting()
-        if len(voting) == self._shards - 1 and len({each.record.vote for each in voting}) == 1:
-            return [*self._resolve(voting, committed=True)]
-        return super()._count(reports)
+    def _count(self, revision: int) -> list[Propose | Resolve]:
+        votes = self._votes()
+        if len(votes) == self._shards - 1 and len(set(votes.values())) == 1:
+            return [*self._resolve(votes, committed=True)]
+        return super()._count(revision)
 
 
 class DecidesByTheMajority(Coordinator):
@@ -151,33 +163,33 @@ class CountsSteps(Coordinator):
 class IgnoresOutcomes(Coordinator):
     """Shards that disagree about the outcome of a proposal commit it."""
 
-    def _count(self, reports: Any) -> list[Propose | Resolve]:
-        voting = self._voting()
-        if len(voting) == self._shards and len({each.record.vote.ticket for each in voting if each.record.vote}) == 1:
-            return [*self._resolve(voting, committed=True)]
-        return super()._count(reports)
+    def _count(self, revision: int) -> list[Propose | Resolve]:
+        votes = self._votes()
+        if len(votes) == self._shards and len({vote.ticket for vote in votes.values()}) == 1:
+            return [*self._resolve(votes, committed=True)]
+        return super()._count(revision)
 
 
 class AbortsWhatIsHalfDone(Coordinator):
     """A coordinator that finds a shard behind the others has it drop its vote and start over."""
 
-    def _resolve(self, reports: Any, *, committed: bool = False, reason: str = "") -> list[Resolve]:
+    def _resolve(self, shards: Iterable[int], *, committed: bool = False, reason: str = "") -> list[Resolve]:
         behind = len({each.record.revision for each in self._reports.values()}) > 1
-        return super()._resolve(reports, committed=committed and not behind, reason=reason)
+        return super()._resolve(shards, committed=committed and not behind, reason=reason)
 
 
 class WaitsForTheDead(Coordinator):
     """Nothing gives way to anything: a trainer that died with half of its slices sent holds up all that follow."""
 
-    def _weigh(self, _: Any, reports: Any) -> list[Propose | Resolve]:
-        return super()._weigh([], [each._replace(waiting=None) for each in reports])
+    def _weigh(self, _: Mapping[int, Vote], revision: int) -> list[Propose | Resolve]:
+        return super()._weigh({}, revision)
 
 
 class HasNoPatience(Coordinator):
     """A proposal gives way to a newer step alone, so a trainer that went back to an older step waits for ever."""
 
-    def _weigh(self, voting: Any, reports: Any) -> list[Propose | Resolve]:
-        return super()._weigh(voting, [each._replace(overdue=False) for each in reports])
+    def _take(self, report: Report) -> list[Output]:
+        return super()._take(report._replace(overdue=False))
 
 
 class SaysItOnce(Coordinator):
@@ -198,8 +210,8 @@ class IgnoresRefusals(Coordinator):
 class LosesChanges(Coordinator):
     """A change that a coordinator before has begun is left to whoever asks for the next."""
 
-    def _bring(self, proposal: Any, reports: Any) -> list[Propose]:
-        return super()._bring(proposal, reports) if proposal.ticket.key in self._changes else []
+    def _bring(self, proposal: Proposal) -> list[Propose]:
+        return super()._bring(proposal) if proposal.ticket.key in self._changes else []
 
 
 # --- their holders ---------------------------------------------------------------------------------------------------
@@ -221,19 +233,12 @@ class ForgetsItsVote(Host):
         return self.disk._replace(vote=None)
 
 
-class ForgetsItsTerm(Host):
-    """Which coordinator a shard obeys is in memory alone."""
-
-    def recovered(self) -> Record:
-        return self.disk._replace(term=Term())
+class PromisesInMemory(Host):
+    """Which coordinator a shard obeys is written with its next vote, and not before the shard says so."""
 
     def persist(self) -> None:
-        if self.shard and self.disk.term > self.shard.record.term:
-            self.disk = self.disk._replace(term=self.shard.record.term)
-        super().persist()
-
-
-#: name -> the mutant, which promise it breaks, and within how many schedules that is seen.
+        if self.shard and self.shard.record.edition > self.disk.edition:
+            super().persist()
 
 
 class Mutant(NamedTuple):
@@ -254,24 +259,24 @@ MUTANTS = (
     Mutant(Design(shard=DropsWhenItStarts), Torn, 200),
     Mutant(Design(shard=TakesAnyVerdict), Torn, 200),
     Mutant(Design(shard=AnswersBeforeTheVerdict), Torn, 10),
-    Mutant(Design(shard=HearsOldCoordinators), Torn, 3000),
-    Mutant(Design(shard=PreparesOnAnyBase), Stuck, 3000),
+    Mutant(Design(shard=HearsOldCoordinators), Torn, 1000),
+    Mutant(Design(shard=PreparesOnAnyBase), Torn, 200),
     Mutant(Design(shard=KeepsItsEdition), Stuck, 50),
     Mutant(Design(coordinator=CommitsWithoutTheLast), Torn, 50),
     Mutant(Design(coordinator=DecidesByTheMajority), Torn, 50),
     Mutant(Design(coordinator=CountsSteps), Broken, 200),
     Mutant(Design(coordinator=IgnoresOutcomes), Torn, 500),
     Mutant(Design(coordinator=AbortsWhatIsHalfDone), Torn, 500),
-    Mutant(Design(coordinator=DecidesOnEarlierAnswers), Torn, 3000),
-    Mutant(Design(coordinator=ForgetsItsVerdicts), Torn, 3000),
-    Mutant(Design(coordinator=TakesLateReports), Torn, 3000),
-    Mutant(Design(coordinator=ClaimsWithoutAsking), Torn, 3000),
+    Mutant(Design(coordinator=DecidesOnEarlierAnswers), Torn, 1000),
+    Mutant(Design(coordinator=ForgetsItsVerdicts), Torn, 2000),
+    Mutant(Design(coordinator=TakesLateReports), Torn, 500),
+    Mutant(Design(coordinator=ClaimsWithoutAsking), Broken, 200),
     Mutant(Design(coordinator=WaitsForTheDead), Stuck, 50),
     Mutant(Design(coordinator=HasNoPatience), Stuck, 200),
     Mutant(Design(coordinator=SaysItOnce), Stuck, 200),
-    Mutant(Design(coordinator=IgnoresRefusals), Stuck, 3000),
+    Mutant(Design(coordinator=IgnoresRefusals), Stuck, 1000),
     Mutant(Design(coordinator=LosesChanges), Stuck, 500),
-    Mutant(Design(host=SendsFirst), Torn, 500),
+    Mutant(Design(host=SendsFirst), Broken, 500),
     Mutant(Design(host=ForgetsItsVote), Torn, 200),
-    Mutant(Design(host=ForgetsItsTerm), Torn, 3000),
+    Mutant(Design(host=PromisesInMemory), Torn, 1500),
 )

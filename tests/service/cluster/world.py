@@ -36,10 +36,10 @@ from ema_service.cluster import (
 __all__ = ["Broken", "Design", "Host", "Seat", "Stuck", "Torn", "World", "play"]
 
 #: Events of a schedule before the faults stop.
-_EVENTS = 80
+_EVENTS = 55
 #: How often everyone says again what has no answer, until all has to be resolved; from which round on what waits is
 #: overdue.
-_ROUNDS, _PATIENCE = 12, 1
+_ROUNDS, _PATIENCE = 12, 0
 #: A shard refuses so many of the proposals that come to it, for parameters that are not finite, say.
 _REFUSED = 0.03
 #: So many outcomes differ from those of the other shards.
@@ -85,7 +85,7 @@ class Host:
     """One shard's process and its disk: judges, prepares, makes records durable, and only then sends.
 
     disk: the durable record. log: of each revision, the vote that led to it; durable with the record, as the facts of a
-    version are.
+    version are. refuses: what this host can never prepare.
     """
 
     def __init__(self, world: World, place: int) -> None:
@@ -93,6 +93,7 @@ class Host:
         self.place = place
         self.disk = Record()
         self.log: list[Vote] = []
+        self.refuses: set[str] = set()
         self.shard: Shard | None = None
         self.start()
 
@@ -136,7 +137,8 @@ class Host:
         elif sent.step <= max((vote.ticket.step or 0 for vote in self.log), default=0):
             self.world.send(self.world, Said(self.place, sent.key, committed=False, over=True))
         else:
-            self.prepare(Proposal(Ticket(len(self.log), sent.step, sent.key)))
+            # The revision that the update is averaged on is the one at its first byte.
+            self.world.send(self, Proposal(Ticket(len(self.log), sent.step, sent.key)))
 
     def knows(self, key: str) -> bool:
         """Whether the proposal of this key led to the shard's revision."""
@@ -149,7 +151,8 @@ class Host:
             return
         if self.knows(ticket.key):
             self.carry_out(shard.refuse(ticket, "committed before"))
-        elif world.happens(world.refused):
+        elif ticket.key in self.refuses or world.happens(world.refused):
+            self.refuses.add(ticket.key)
             world.seen["refused"] += 1
             world.send(world, Said(self.place, ticket.key, committed=False, over=True))
             self.carry_out(shard.refuse(ticket, "not finite"))
@@ -259,7 +262,7 @@ class World:
         self.step, self.key = 0, ""
         self.unanswered: set[int] = set()
         self.hosts: list[Host] = []
-        for place in range(random.choice((2, 2, 2, 3, 3, 4))):
+        for place in range(random.choice((2, 2, 2, 2, 3, 4))):
             self.hosts.append(design.host(self, place))
         self.start_coordinator()
         self.new_update()
@@ -329,11 +332,15 @@ class World:
     def deliver(self) -> None:
         """Deliver a message that is under way, or lose it, or deliver it and have it come again later.
 
-        Mostly one of the newest: then much happens between a message that is late and the others.
+        Mostly one of the newest: then much happens between a message that is late and the others. Where none is under
+        way the trainer goes on.
         """
-        if not self.flying:
-            return
-        at = int(self.random.random() ** self.haste * len(self.flying))
+        if self.flying:
+            self.deliver_one(int(self.random.random() ** self.haste * len(self.flying)))
+        else:
+            self.push()
+
+    def deliver_one(self, at: int) -> None:
         to, message, source = self.flying[at]
         if not self.happens(self.repeats):
             self.flying[at] = self.flying[-1]
@@ -370,6 +377,13 @@ class World:
         for place in tuple(self.unanswered):
             if not some or self.happens(0.5):
                 self.send(self.hosts[place], Slice(self.step, self.key))
+
+    def leave_orphans(self) -> None:
+        """Another trainer sends some of its slices, and is gone."""
+        step, key = self.step + self.random.choice((-1, 0, 1)), self.new_name("o")
+        for host in self.hosts:
+            if self.happens(0.5):
+                self.send(host, Slice(step, key))
 
     def receive(self, message: Said, _: None) -> None:
         """What the trainer is told."""
@@ -414,7 +428,23 @@ class World:
             host.insist()
 
     def crash(self) -> None:
-        self.random.choice(self.hosts).crash()
+        """A host ends, and mostly is there again at once."""
+        host = self.random.choice(self.hosts)
+        host.crash()
+        if self.happens(0.7):
+            host.start()
+
+    def take_over(self) -> None:
+        """Another coordinator, for hosts that restart with it maybe, which mostly gets what it asks for before what is
+        under way arrives."""
+        for host in self.hosts:
+            if self.happens(0.3):
+                host.crash()
+                host.start()
+        self.start_coordinator()
+        for _ in range(self.random.randrange(5 * len(self.hosts))):
+            if self.flying:
+                self.deliver_one(len(self.flying) - 1)
 
     def lose_coordinators(self) -> None:
         self.seats.clear()
@@ -506,10 +536,16 @@ class World:
 _NONE = Proposal(Ticket(0, None, ""))
 
 #: The kinds of events, and how often they happen.
-_WORK = ((World.deliver, 30.0), (World.push, 3.0), (World.visit, 2.0))
+_WORK = ((World.deliver, 30.0), (World.push, 1.0), (World.visit, 2.0))
 _FAULTS = (
-    *((World.new_update, 1.0), (World.change, 0.6), (World.ask_again, 0.4), (World.start_coordinator, 0.7)),
-    *((World.crash, 0.5), (World.lose_coordinators, 0.1), (World.lose_all, 0.1), (World.toggle_link, 0.4)),
+    *(
+        (World.new_update, 0.7),
+        (World.leave_orphans, 0.7),
+        (World.change, 0.6),
+        (World.ask_again, 0.4),
+        (World.take_over, 0.9),
+    ),
+    *((World.crash, 0.8), (World.lose_coordinators, 0.1), (World.lose_all, 0.1), (World.toggle_link, 0.4)),
 )
 
 
