@@ -134,16 +134,17 @@ class _Lanes:
 
     def _next(self, lane: int) -> Stretch | None:
         lanes = self._pace.lanes
+        # In one step with the lane's end: of two lanes that rely on each other, or see one too many, one goes.
         with self._lock:
             if self._stopped:
                 return None
-            if len(self._at_work) > max(1, lanes):
-                # At once: of two lanes that see one too many, one goes.
+            surplus = len(self._at_work) > max(1, lanes)
+            taken = None if surplus else self._stretches.take(lane, lanes)
+            if taken is None:
+                self._stretches.leaves(lane)
                 del self._at_work[lane]
-                return None
-        if (taken := self._stretches.take(lane, lanes)) is None:
-            self._retired += 1
-        return taken
+                self._retired += not surplus
+            return taken
 
     def _carry_one(self, lane: int, stretch: Stretch) -> None:
         carried = 0

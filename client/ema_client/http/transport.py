@@ -80,6 +80,8 @@ class Transport:
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
         self._pool = Pool(self._place, timeouts)
         self.lanes = lanes
+        #: The directions in which large bodies went.
+        self._laned: set[str] = set()
         self._uploads = Uploads(self._pool, self._place)
         self._control = Control(self._place, self._headers, timeouts, doubted=self._pool.doubt)
 
@@ -93,6 +95,7 @@ class Transport:
 
     def pace(self, direction: str) -> Pace:
         """How many lanes a large body has that begins now: see ema_client.http.pace."""
+        self._laned.add(direction)
         return Paces.of(self.url, same_host=self.same_host).begin(direction, self.lanes)
 
     def bound(self, direction: str, most: int) -> None:
@@ -108,7 +111,8 @@ class Transport:
         """How large bodies travel to the service, in words."""
         if self.lanes is not None:
             return f"{self._uploads.link}; lanes: {self.lanes}, as was asked for"
-        found = Paces.of(self.url, same_host=self.same_host).told
+        told = Paces.of(self.url, same_host=self.same_host).told
+        found = {each: said for each, said in told.items() if each in self._laned}
         return "; ".join([self._uploads.link, *(f"lanes of a {each}: {said}" for each, said in found.items())])
 
     def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0) -> Reply:

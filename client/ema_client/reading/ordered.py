@@ -54,6 +54,8 @@ def open_ordered(transport: Transport, asked: Asked, start: int, etag: str | Non
 class Ordered:
     """A body on its way, as a Download is. Not thread-safe.
 
+    More than a dozen attributes: those of a Download, and what the reader and the lanes tell each other.
+
     status: 200 for a body from its beginning, 206 for one that ``continues``; length: bytes from ``start`` on.
 
     More than a dozen attributes: the body as its reader sees it, and how far lanes are ahead of the reader.
