@@ -93,21 +93,23 @@ def open_kept(path: Path) -> Iterator[Kept]:
     Raises UsageError where ``path`` is no plain file, OSError where no file can be made there.
     """
     target = _plain(path)
-    part, file = _kept_before(target) or _locked(_hidden(target, secrets.token_hex(_CONTENT // 2)))
-    with file:
-        file.seek(0, os.SEEK_END)
-        kept = Kept(target, part, file)
-        try:
+    new, kept = _hidden(target, secrets.token_hex(_CONTENT // 2)), None
+    try:
+        part, file = _kept_before(target) or _locked(new)
+        with file:
+            file.seek(0, os.SEEK_END)
+            kept = Kept(target, part, file)
             yield kept
             file.flush()
             os.fsync(file.fileno())
             _take_permissions(file, target)
             kept.part.replace(target)
-        except TransportError:
-            raise
-        except BaseException:
-            kept.part.unlink(missing_ok=True)
-            raise
+    except TransportError:
+        raise
+    except BaseException:
+        # Also where the exception came while the file was made, before anything knew of it.
+        (kept.part if kept else new).unlink(missing_ok=True)
+        raise
 
 
 def _kept_before(target: Path) -> tuple[Path, BinaryIO] | None:

@@ -12,6 +12,7 @@
     tls       pushes and pulls over TLS beside those without, and what the server's threads spend on them
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
     latency   a small push beside an empty PUT
+    start     a server's start, and what it takes at rest
     readers   sixteen pull one version
     memory    peaks of server and client
     durability   pushes that survive a crash beside the disk's own rate, and a restart
@@ -50,6 +51,7 @@ import latency
 import memory
 import models
 import posthoc
+import start
 import tls
 import training
 import wire
@@ -77,6 +79,7 @@ GROUPS: dict[str, Measure] = {
     "tls": tls.measure,
     "sizes": latency.measure_sizes,
     "latency": latency.measure,
+    "start": start.measure,
     "readers": memory.measure_readers,
     "memory": memory.measure,
     "durability": durability.measure,

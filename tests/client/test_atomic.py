@@ -269,21 +269,24 @@ def test_a_killed_command_goes_on(scripted: Callable[..., Any], tmp_path: Path) 
         """Send from the first byte, or those that a Range names, as the service does."""
         while request := peer.request():
             asked.append(request.headers.get("range"))
-            start = int(asked[-1].removeprefix("bytes=")[:-1]) if asked[-1] else 0
-            span = {"Content_Range": f"bytes {start}-{len(raw) - 1}/{len(raw)}"} if start else {}
-            peer.answer(206 if start else 200, raw[start:], "application/octet-stream", ETag='"1.3"', **span)
+            start = int(asked[-1].removeprefix("bytes=").partition("-")[0])
+            span = {"Content_Range": f"bytes {start}-{len(raw) - 1}/{len(raw)}"}
+            peer.answer(206, raw[start:], "application/octet-stream", ETag='"1.3"', **span)
 
     server = scripted(partial(half_a_body, size=size), rest)
     assert killed(COMMAND, server.url, path, signal.SIGKILL, after=size // 4) == -signal.SIGKILL
     [part] = tmp_path.iterdir()
     came = part.stat().st_size
     assert pulled(server.url, path) == (0, raw)
-    assert (asked, names(tmp_path)) == ([None, f"bytes={came}-"], ["w.safetensors"])
+    begun, went_on = asked
+    assert begun.startswith("bytes=0-")
+    assert went_on.startswith(f"bytes={came}-")
+    assert names(tmp_path) == ["w.safetensors"]
 
     part.write_bytes(b"of other weights")
     part.rename(part := tmp_path / f".w.safetensors.{'0' * 16}.part")
     assert pulled(server.url, path) == (0, raw)
-    assert (asked[2:], names(tmp_path)) == ([None, None], ["w.safetensors"])
+    assert (set(asked[2:]), names(tmp_path)) == ({begun}, ["w.safetensors"])
 
 
 def pulled(url: str, path: Path) -> tuple[int, bytes]:

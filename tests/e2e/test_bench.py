@@ -171,6 +171,7 @@ LATER = (
     "connections",
     "tls",
     "sizes",
+    "start",
     "readers",
     "memory",
     "durability",
@@ -255,6 +256,7 @@ EXPECTED = {
         "push of 100 KB, TCP",
         "push of 100 KB, Unix",
     ],
+    "start": ["import torch", "server, ready", "server, no run yet", "server, a run of 100 MiB left out"],
     "readers": ["raw TCP loopback", "all readers together", "frozen copies at most", "growth of the server's peak"],
     "memory": [
         "server at rest",
@@ -398,6 +400,7 @@ DEMANDED = {
     ("constructor, process", "constructor, process in slots", 0.3),
     ("longest update, process", "update, median, process", 2.0),
     ("restart, process", None, 1.0),
+    ("server, ready", "import torch", 1.2 / 0.9),
     ("RemoteEma.update", "copy_ of every parameter", 1.3),
     ("RemoteEma.update, update_every=10, amortised", "copy_ of every parameter", 0.13),
     ("LitEma as written", "RemoteEma.update", 4),
@@ -418,7 +421,7 @@ def demands(found: Mapping[str, Any]) -> set[tuple[str, str | None, float]]:
         for row in group["rows"]
         for demand in row["comparisons"]
         if demand["bound"] is not None
-        and row["unit"] not in ("MB", "GiB")
+        and row["unit"] not in ("MB", "MiB", "GiB")
         and not (demand["against"] or "").startswith(optional)
     }
 

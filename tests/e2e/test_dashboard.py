@@ -325,6 +325,7 @@ def behind_a_prefix() -> Iterator[Callable[[str], str]]:
         proxy.server_close()
 
 
+@pytest.mark.soak
 def test_trying_out_behind_a_prefix(
     start_server: Callable[..., Any], behind_a_prefix: Callable[[str], str], browsing: Browsing, tmp_path: Path
 ) -> None:

@@ -74,7 +74,11 @@ def refused(answer: httpx.Response) -> bool:
 
 @pytest.mark.parametrize(
     ("durability", "arguments"),
-    [("process", ()), pytest.param("process", NO_MEMORY, marks=pytest.mark.soak), ("disk", ())],
+    [
+        ("process", ()),
+        pytest.param("process", NO_MEMORY, marks=pytest.mark.soak),
+        pytest.param("disk", (), marks=pytest.mark.soak),
+    ],
     ids=["memory", "slots", "disk"],
 )
 def test_full_disk(

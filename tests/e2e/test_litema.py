@@ -63,7 +63,7 @@ def client(server):
         yield client
 
 
-@pytest.mark.parametrize("use_num_updates", [True, False])
+@pytest.mark.parametrize("use_num_updates", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_updates, litema):
     """Random updates of every shape, at decays from 0 to 1 and with a reset, end in LitEma's very bytes."""
     torch.manual_seed(0)

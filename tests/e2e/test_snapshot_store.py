@@ -218,6 +218,7 @@ def check_without_store(server: ServerProcess, run: PlainRun) -> None:
     assert httpx.get(f"{server.url}/readyz").status_code == 200
 
 
+@pytest.mark.soak
 def test_lost_data_dir(
     s3: S3Server, server: ServerProcess, start_server: Start, plain_run: Callable[..., PlainRun]
 ) -> None:

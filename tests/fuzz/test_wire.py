@@ -78,7 +78,7 @@ def test_any_bytes(raw: bytes) -> None:
         assert_sound(header)
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(TABLE)
 def test_any_json(table: dict[str, Any]) -> None:
     """JSON of any kind is a header or MalformedBody; what is accepted is sound."""

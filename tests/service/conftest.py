@@ -169,9 +169,14 @@ class LocalServer:
     def start(self) -> None:
         self.memory = self._new_memory()
         self.store = Store(self.folder) if self.folder else None
-        if self.store and self.ram_dir:
-            self.store.use_memory_files(self.ram_dir)
-        self.registry = Registry(self.memory, self.store, objects=self.objects, **self._budgets)
+        try:
+            if self.store and self.ram_dir:
+                self.store.use_memory_files(self.ram_dir)
+            self.registry = Registry(self.memory, self.store, objects=self.objects, **self._budgets)
+        except BaseException:
+            if self.store:
+                self.store.close()
+            raise
         self._open = True
 
     def stop(self) -> None:

@@ -38,6 +38,7 @@ class RemoteEmaOptions(TypedDict, total=False):
     borrow: bool
     frozen: FrozenPolicy
     buffers: BufferPolicy
+    lanes: int | None
     durability: Durability | None
     log_to: LogTo | None
     use_num_upates: bool | None

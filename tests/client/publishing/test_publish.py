@@ -150,7 +150,8 @@ def _loads(folder: Path, weights: Any) -> bool:
 def test_the_run_goes_on_while_the_connection_breaks(
     client: EmaClient, relay: Callable[..., Any], run_name: str, tmp_path: Path
 ) -> None:
-    """Weights of two versions are never mixed: the publish ends, and says that a snapshot would not."""
+    """Weights of two versions are never mixed: either all are of the version that was begun, which the service keeps
+    for a moment, or the publish ends, and says that a snapshot would not."""
     model = diffusers_model()
     client.create_run(run_name, model, decay=0.5, use_num_updates=False)
     client.snapshot(run_name, "kept")
@@ -165,9 +166,14 @@ def test_the_run_goes_on_while_the_connection_breaks(
 
     options: dict[str, Any] = {"config": save_config(model, tmp_path / "config"), "max_shard_size": "30KB"}
     with EmaClient(relay(loses, after=100_000).url) as broken:
-        with pytest.raises(ProtocolError, match="the weights are others now"):
+        try:
             publish(broken, run_name, (tmp_path / "moved").as_uri(), **options)
-        assert not list((tmp_path / "moved").glob("*.json"))
+        except ProtocolError as fault:
+            assert "the weights are others now" in str(fault)  # noqa: PT017 - one of two ways that are right
+            assert not list((tmp_path / "moved").glob("*.json"))
+        else:
+            assert _equal(loaded(tmp_path / "moved"), dict(client.pull(run_name, snapshot="kept")))
+        assert lost
         lost.clear()
         publish(broken, run_name, (tmp_path / "kept").as_uri(), snapshot="kept", **options)
     assert lost

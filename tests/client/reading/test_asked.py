@@ -55,14 +55,11 @@ def test_no_step_at_all() -> None:
 
 
 class Mixing(Transport):
-    """Asks for the weights of ``run`` in place of those asked for, and for parts of the body that ``etag`` says."""
+    """Asks for the weights of ``run`` in place of those asked for."""
 
     run: str | None = None
-    etag: Callable[[str], str] = staticmethod(lambda etag: etag)
 
     def download(self, path: str, **how: Any) -> Download:
-        if how.get("etag"):
-            how["etag"] = self.etag(how["etag"])
         return super().download(path if self.run is None else weights_path(self.run), **how)
 
 
@@ -94,20 +91,3 @@ def test_another_runs_answer(client: EmaClient, mixing: Mixing, run_name: str, t
     with pytest.raises(ProtocolError, match="instead of"):
         CALLS[call](mixing, run_name, tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
-
-
-def test_another_versions_part(client: EmaClient, mixing: Mixing, run_name: str) -> None:
-    """A part of another version than the first part's is refused: the two would be put together."""
-    state = {"w": torch.ones(100_000), "v": torch.ones(100_000)}
-    client.create_run(run_name, state)
-    pulls = Pulls(mixing, split_above=1000)
-    pulls.pull(Asked(run_name))
-
-    def newest(_: str) -> str:
-        client.push(run_name, state)
-        with Transport.download(mixing, weights_path(run_name)) as body:
-            return body.headers["etag"]
-
-    mixing.etag = newest
-    with pytest.raises(ProtocolError, match="was asked from byte"):
-        pulls.pull(Asked(run_name))

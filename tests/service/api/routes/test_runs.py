@@ -257,7 +257,9 @@ def test_the_layout_of_a_run(server: ServerProcess, plain_run: MakeRun) -> None:
     answer = run.http.get(f"/v1/runs/{name}/layout")
 
     assert answer.headers["content-type"] == "application/json"
-    assert answer.json() == {"run": name, "layout": [layout[1], layout[0]], "copied": ["b"]}
+    told = answer.json()
+    assert (len(bytes.fromhex(told.pop("digest"))), told.pop("block_bytes"), told.pop("lanes")) == (16, 8 << 20, 8)
+    assert told == {"run": name, "layout": [layout[1], layout[0]], "copied": ["b"]}
 
 
 ROUTES = [
