@@ -55,7 +55,8 @@ def test_lightning(client: EmaClient, run_name: str, tmp_path: Path, trained: An
         assert max(rows) == BATCHES
         last = rows[BATCHES]
         assert (last["ema/decay"], last["ema/num_updates"], last["ema/lag"]) == (pytest.approx(0.5), BATCHES, 0.0)
-        assert last["ema/distance"] > 0
+        # Of updates that come without pause one of several is measured, the first among them.
+        assert any(row.get("ema/distance", 0.0) > 0 for row in rows.values())
 
 
 def test_transformers(client: EmaClient, run_name: str, tmp_path: Path) -> None:
@@ -73,7 +74,8 @@ def test_transformers(client: EmaClient, run_name: str, tmp_path: Path) -> None:
     found = [entry for entry in made.state.log_history if "ema/num_updates" in entry]
     assert found
     assert all("loss" in entry and entry["ema/num_updates"] <= entry["step"] for entry in found[:-1])
-    assert {"ema/decay", "ema/distance", "ema/lag", "ema/durable_lag"} <= set(found[-1])
+    assert {"ema/decay", "ema/lag", "ema/durable_lag"} <= set(found[-1])
+    assert any("ema/distance" in entry for entry in found)
 
     loose = for_transformers.RemoteEmaCallback(0.5, run=f"{run_name}-loose", log_to="trainer")
     made = a_trainer(tmp_path, Net())
