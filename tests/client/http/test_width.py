@@ -96,3 +96,13 @@ def test_bounds() -> None:
     width.bound(1)
     width.saw(Seen(8, 100.0, 0.0))
     assert width.lanes == 1
+
+
+def test_a_first_body_that_is_slow() -> None:
+    """Memory that is used for the first time makes the first body slow: the second one is no gain of its lanes."""
+    width = Width(1, 8, cores=16)
+    for body in range(20):
+        width.begins()
+        rate = 0.3 if body == 0 else {1: 1.4, 2: 1.1}[width.lanes]
+        width.saw(Seen(width.lanes, rate, 0.1))
+    assert (width.found, width.lanes) == (1, 1)
