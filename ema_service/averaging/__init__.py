@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ema_service.averaging.digest import BLOCK_BYTES, GULP_BYTES, Accumulators, BlockDigest, Digest
 from ema_service.averaging.distances import Squares
-from ema_service.averaging.fused import NO_DIGEST, can_measure, prepare, prepare_measuring
+from ema_service.averaging.fused import can_measure, prepare, prepare_measuring
 from ema_service.averaging.kernel import average_into, averaging, cast_into, casting, digesting, finite, prepare_for
 from ema_service.averaging.profiles import TargetRefused
 from ema_service.averaging.schedules import Retention, Schedule
@@ -23,6 +23,7 @@ from ema_service.averaging.synthesis import (
 )
 from ema_service.averaging.targets import ConstantDecay, ConstantHalfLife, SigmaRel, Target, Window
 from ema_service.averaging.thinning import Ring, forecast
+from ema_service.averaging.xxh3 import NO_DIGEST
 
 __all__ = [
     "BLOCK_BYTES",

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from ema_service.averaging.machine_code import AVERAGING
-from ema_service.averaging.xxh3 import GULP_BYTES, START, Accumulators, merged
+from ema_service.averaging.xxh3 import GULP_BYTES, NO_DIGEST, Accumulators, merged
 from ema_service.values import address
 
 __all__ = ["BLOCK_BYTES", "GULP_BYTES", "Accumulators", "BlockDigest", "Digest"]
@@ -64,14 +64,14 @@ class BlockDigest:
     """The XXH3 hash of one block, fed in order: as bytes by update(), or gulp by gulp by compiled code.
 
     compiled: the averaging loop gives ``accumulators`` to take_in() for every gulp but the last, which end() takes. So
-    the block must be whole, ``block_bytes`` long. Otherwise ``accumulators`` is empty, and update() takes all bytes of
+    the block must be whole, ``block_bytes`` long. Otherwise ``accumulators`` has none, and update() takes all bytes of
     a block of any length.
     """
 
     def __init__(self, block_bytes: int = BLOCK_BYTES, *, compiled: bool) -> None:
         self.compiled = compiled
         self._block_bytes = block_bytes
-        self.accumulators: Accumulators = np.array(START if compiled else (), np.uint64)
+        self.accumulators = Accumulators() if compiled else NO_DIGEST
         self._library = xxhash.xxh3_128()
 
     def update(self, data: memoryview) -> None:
@@ -81,10 +81,10 @@ class BlockDigest:
     def end(self, gulp: memoryview) -> None:
         """Hash the last GULP_BYTES of a block whose other gulps the compiled loop has hashed."""
         data = np.frombuffer(gulp, np.uint8)
-        AVERAGING["take_last"](address(self.accumulators), address(data))
+        AVERAGING["take_last"](self.accumulators.address, address(data))
 
     def digest(self) -> bytes:
         """The hash, 16 bytes, most significant first, as the library gives it."""
         if not self.compiled:
             return self._library.digest()
-        return merged(self.accumulators, self._block_bytes)
+        return merged(self.accumulators.values, self._block_bytes)

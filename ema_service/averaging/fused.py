@@ -22,11 +22,10 @@ import numpy.typing as npt
 
 from ema_service.averaging.machine_code import AVERAGING, MEASURING
 from ema_service.averaging.signatures import MEASURING_BYTES
-from ema_service.averaging.xxh3 import Accumulators
+from ema_service.averaging.xxh3 import NO_DIGEST, Accumulators
 from ema_service.values import address, widened
 
 __all__ = [
-    "NO_DIGEST",
     "NO_SUMS",
     "Loop",
     "Sums",
@@ -43,8 +42,6 @@ Ends = npt.NDArray[np.int64]
 #: By tensor, three sums of squares: (tensors, 3).
 Sums = npt.NDArray[np.float64]
 
-#: In the place of accumulators, where no digest is wanted.
-NO_DIGEST: Accumulators = np.empty(0, np.uint64)
 #: In the place of sums, where nothing is measured.
 NO_SUMS: Sums = np.empty((0, 3))
 
@@ -98,7 +95,7 @@ def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float, ends: Ends |
     dtype = "bf16" if param.dtype == np.uint16 else "f32"
     into, old, new = address(out), address(shadow), address(param)
     size, width = len(out), param.itemsize
-    arrays = out, shadow, param
+    arrays, average = (out, shadow, param), AVERAGING[f"average_{dtype}"]
 
     def loop(
         start: int,
@@ -113,14 +110,14 @@ def loop_of(out: F32, shadow: F32, param: F32 | U16, weight: float, ends: Ends |
         aligned = count >= _PAST_CACHE and first % _LINE_BYTES == 0
         # Parameters that the results overwrite have just been read: their lines are in the cache in any case.
         past_cache = aligned and (fresh >= first + 4 * count or first >= fresh + width * count)
-        digests = address(params), len(params), address(results), len(results)
+        digests = params.address, params.count, results.address, results.count
         given = first, old + 4 * start, fresh, count, weight, *digests, past_cache
         if ends is not None and len(sums):
             scratch = np.empty(MEASURING_BYTES, np.uint8)
             measure = MEASURING[f"measure_{dtype}"]
             measured = measure(*given, start, address(ends), len(ends), sums.ctypes.data, address(scratch))
             return bool(measured) or _all_finite(arrays[0][start:stop])
-        return bool(AVERAGING[f"average_{dtype}"](*given))
+        return bool(average(*given))
 
     return loop
 

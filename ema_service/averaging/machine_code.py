@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,18 @@ def _function(engine: Any, name: str, kinds: str) -> Callable[..., int]:
     # As numba calls functions: the addresses of result and fault come first, and a status is returned.
     types: list[Any] = [ctypes.c_void_p if kind.endswith("*") else _C_TYPES[kind] for kind in kinds.split()]
     signature = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *types)
-    return partial(_call, engine, name, signature(engine.get_function_address(name)))
+    function = signature(engine.get_function_address(name))
+    # Bound here: a loop is called for every piece of a push.
+    number, nothing, reference = ctypes.c_int64, ctypes.c_void_p, ctypes.byref
 
+    def call(*arguments: float) -> int:
+        result, fault = number(), nothing()
+        if function(reference(result), reference(fault), *arguments):
+            raise RuntimeError(f"the compiled loop {name} failed")
+        return result.value
 
-def _call(engine: Any, name: str, function: Callable[..., int], *arguments: float) -> int:  # noqa: ARG001 - owns the code
-    result, fault = ctypes.c_int64(), ctypes.c_void_p()
-    if function(ctypes.byref(result), ctypes.byref(fault), *arguments):
-        raise RuntimeError(f"the compiled loop {name} failed")
-    return result.value
+    call.engine = engine  # type: ignore[attr-defined]  # the code's memory lives as long as the function
+    return call
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------

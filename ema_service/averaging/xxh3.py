@@ -15,10 +15,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ema_service.values import address
+
 __all__ = [
     "GULP_BYTES",
     "LANES",
     "LAST_AT",
+    "NO_DIGEST",
     "PRIMES_32",
     "SCRAMBLE_AT",
     "START",
@@ -26,6 +29,7 @@ __all__ = [
     "STRIPE_AT",
     "STRIPE_BYTES",
     "Accumulators",
+    "Lanes",
     "merged",
     "secret",
     "take_in_numpy",
@@ -34,9 +38,6 @@ __all__ = [
 
 #: Bytes of a gulp, 16 stripes.
 GULP_BYTES = 1024
-
-#: XXH3's state while it hashes one block: eight numbers. Empty where nothing is hashed.
-Accumulators = npt.NDArray[np.uint64]
 
 # Constants of the specification.
 PRIMES_32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
@@ -62,13 +63,34 @@ LAST_AT = SCRAMBLE_AT - 7
 _LOW_AT = 11
 _HIGH_AT = SCRAMBLE_AT - 11
 
+#: Eight numbers.
+Lanes = npt.NDArray[np.uint64]
 
-def merged(accumulators: Accumulators, nbytes: int) -> bytes:
+
+class Accumulators:
+    """XXH3's state while it hashes one block: eight numbers, or none where nothing is hashed.
+
+    address, count: where compiled code finds the numbers, and how many there are. Found once: numpy takes longer to
+    tell an address than a small piece to hash.
+    """
+
+    __slots__ = ("address", "count", "values")
+
+    def __init__(self, values: tuple[int, ...] = START) -> None:
+        self.values: Lanes = np.array(values, np.uint64)
+        self.address, self.count = address(self.values), len(values)
+
+
+#: In the place of accumulators, where no digest is wanted.
+NO_DIGEST = Accumulators(())
+
+
+def merged(accumulators: Lanes, nbytes: int) -> bytes:
     """The hash of so many bytes, most significant first, as the library gives it.
 
     accumulators: after the last stripe.
     """
-    words = [int(word) for word in accumulators]
+    words = accumulators.tolist()
     low = _merge(words, _LOW_AT, nbytes * _PRIMES_64[0])
     high = _merge(words, _HIGH_AT, ~(nbytes * _PRIMES_64[1]))
     return high.to_bytes(8, "big") + low.to_bytes(8, "big")
@@ -93,7 +115,7 @@ def secret(at: int) -> int:
 # --- gulps in numpy: what loops/xxh3.py emits instructions for, and the oracle that the tests compare them with -------
 
 
-def take_in_numpy(accumulators: Accumulators, gulp: memoryview) -> None:
+def take_in_numpy(accumulators: Lanes, gulp: memoryview) -> None:
     """As take_in(): mix in the 16 stripes of a gulp, then scramble."""
     for i, stripe in enumerate(np.frombuffer(gulp, np.uint64).reshape(STRIPES, LANES)):
         _mix_numpy(accumulators, stripe, i * STRIPE_AT)
@@ -102,7 +124,7 @@ def take_in_numpy(accumulators: Accumulators, gulp: memoryview) -> None:
     accumulators *= np.uint64(PRIMES_32[0])
 
 
-def take_last_numpy(accumulators: Accumulators, gulp: memoryview) -> None:
+def take_last_numpy(accumulators: Lanes, gulp: memoryview) -> None:
     """As BlockDigest.end(): mix in the 16 stripes of a block's last gulp, the last one with its own key."""
     *stripes, last = np.frombuffer(gulp, np.uint64).reshape(STRIPES, LANES)
     for i, stripe in enumerate(stripes):
@@ -110,7 +132,7 @@ def take_last_numpy(accumulators: Accumulators, gulp: memoryview) -> None:
     _mix_numpy(accumulators, last, LAST_AT)
 
 
-def _mix_numpy(accumulators: Accumulators, stripe: Accumulators, at: int) -> None:
+def _mix_numpy(accumulators: Lanes, stripe: Lanes, at: int) -> None:
     """Mix one stripe, eight numbers, into the accumulators. Numbers of 64 bits wrap around."""
     keyed = stripe ^ _key_numpy(at)
     accumulators += (keyed & np.uint64(0xFFFFFFFF)) * (keyed >> np.uint64(32))
@@ -118,5 +140,5 @@ def _mix_numpy(accumulators: Accumulators, stripe: Accumulators, at: int) -> Non
     accumulators += stripe.reshape(-1, 2)[:, ::-1].reshape(-1)
 
 
-def _key_numpy(at: int) -> Accumulators:
+def _key_numpy(at: int) -> Lanes:
     return np.frombuffer(_SECRET, np.uint64, LANES, at)

@@ -57,11 +57,12 @@ _NO_MEMORY = "the push could not be averaged"
 class Grain:
     """How many bytes of parameters a pass digests and averages at a time.
 
-    piece: on the host, where a piece just received is still in the core's cache (2 MiB), with room for the shadow
-    beside it. device_piece: on a device, which wants more to do at once. block: of the digest; whole pieces.
+    piece: on the host: small enough to be in a cache when it is averaged, large enough for the averaging loop to store
+    results past the cache, and for the interpreter to be no part of what a push costs. device_piece: on a device, which
+    wants more to do at once. block: of the digest; whole pieces.
     """
 
-    piece: int = 256 << 10
+    piece: int = 1 << 20
     device_piece: int = BLOCK_BYTES
     block: int = BLOCK_BYTES
 
@@ -372,10 +373,12 @@ class Stretch(ABC):
 
         Raises Overloaded where the device has no memory for the work, at every call from then on.
         """
+        if received < self.stop:
+            # Whole pieces until the end, so that sinks write whole pages of the disk.
+            received -= received % self._piece
+            if received <= self._position and not self._broke_off:
+                return
         with self._lock, self._whole():
-            if received < self.stop:
-                # Whole pieces until the end, so that sinks write whole pages of the disk.
-                received -= received % self._piece
             for index, section, start, stop in self._pieces(self._position, received):
                 if self._block is None:
                     self._block = self._begin_block(index, section, start)
@@ -490,10 +493,10 @@ class HostStretch(Stretch):
             # The first kernel takes the parameters, before the last result overwrites them.
             params = block.params.accumulators if number == 0 else NO_DIGEST
             results, done = block.results[number].accumulators, first
-            if kernel.digesting and (params.size or results.size):
+            if kernel.digesting and (params.count or results.count):
                 self._note(number, finite=kernel.digesting(first, gulps, params, results))
                 done = gulps
-            if params.size and gulps < last:
+            if params.count and gulps < last:
                 block.params.end(data[-GULP_BYTES:])
             if done < last:
                 self._note(number, finite=kernel.average(done, last))

@@ -39,8 +39,8 @@ PUSH, PUSH_PLAIN = "push, Unix socket", "push, Unix socket, --no-measurements"
 ANSWER, NOTE = "history of a year, 500 points, packed", "noting one update"
 RUNS = 1000
 METRICS = f"metrics of {RUNS:,} runs"
-#: As a push is averaged: pieces that are still in the core's cache, of blocks whose digests begin anew.
-PIECE, TENSORS = (256 << 10) // 4, 256
+#: As a push is averaged: pieces that are still in a cache, of blocks whose digests begin anew.
+PIECE, TENSORS = (1 << 20) // 4, 256
 #: Pushes one behind the other, of which some are measured; and groups of tensors of the run of a year.
 IN_A_ROW, GROUPS = 10, 24
 

@@ -61,8 +61,8 @@ _DISCARDED_AT_ONCE = 1 << 18
 #: A thread reads the rest of a body of at least so many bytes, once so many arrived at once.
 _LONG_BYTES = 1 << 20
 _BURST_BYTES = 64 << 10
-#: Bytes that a thread receives at once: still in the core's cache when they are averaged.
-RECEIVED_AT_ONCE = 256 << 10
+#: Bytes that a thread receives at once, a piece of the pass: still in a cache when they are averaged.
+RECEIVED_AT_ONCE = 1 << 20
 #: A thread returns the socket to the event loop when nothing arrived for so many milliseconds.
 _IDLE_MS = 20
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ema_service.averaging import fused
-from ema_service.averaging.digest import BlockDigest
+from ema_service.averaging.digest import Accumulators, BlockDigest
 from ema_service.averaging.fused import average_numpy, loop_of
 from ema_service.memory import Layout
 from ema_service.runs.measurements import Measurements
@@ -93,7 +93,7 @@ def squares_numpy(results: np.ndarray, params: np.ndarray, ends: list[int]) -> n
     return np.array([[((m - g) ** 2).sum(), (g**2).sum(), (m**2).sum()] for m, g in parts])
 
 
-def accumulators(digested: bool) -> list[np.ndarray]:
+def accumulators(digested: bool) -> list[Accumulators]:
     """Of parameters and results, as they begin; none where nothing is digested."""
     return [BlockDigest(compiled=True).accumulators for _ in range(2)] if digested else []
 
@@ -120,7 +120,7 @@ def test_measured_equals_numpy(size: int, param: str, digested: bool) -> None:
     assert all(loop(a, b, *measured, sums=sums) for a, b in itertools.pairwise(parts))
     assert out.tobytes() == expected.tobytes()
     assert np.sqrt(sums) == pytest.approx(np.sqrt(wanted), rel=1e-6)
-    assert [each.tobytes() for each in plain] == [each.tobytes() for each in measured]
+    assert [each.values.tobytes() for each in plain] == [each.values.tobytes() for each in measured]
 
 
 @pytest.mark.parametrize("value", [1e25, np.inf, -np.inf, np.nan])

@@ -70,7 +70,7 @@ def test_first_version_is_told_of_as_it_arrives(layout: Layout, memory: Memory, 
     half = list(told)
     prepared = preparation.finish()
 
-    assert half or layout.param_bytes < 2 * (256 << 10), "a piece is told once it is whole"
+    assert half or layout.param_bytes < 2 << 20, "a piece is told once it is whole"
     assert told[-1] == layout.shadow_bytes
     whole = Digest()
     whole.update(prepared.arenas[0].tensor.numpy().data)
