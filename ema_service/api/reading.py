@@ -2,7 +2,9 @@
 
 A reader whose link gives each connection a share of its own brings one version over several connections, by several
 requests, and a trainer pushes meanwhile. What one request holds in memory the next one of the same version shares; and
-as a socket takes the end of a stretch long before the reader has it, a version stays for a moment after a stretch.
+as a socket takes the end of a stretch long before the reader has it, a version stays for a moment after a stretch. Once
+the stretches that were asked for are all of the body, nothing more will be: the memory goes back at once, for the next
+push of the run wants it.
 
 Knows bodies by their ETags, and who holds them. Does not know requests, ranges, or what a version is. On the event loop
 only.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena
@@ -32,41 +34,72 @@ class Reading:
     arena: Arena
 
 
+@dataclass(slots=True)
+class _Sent:
+    """One body, as often as somebody is sent some of it.
+
+    asked: bytes of all stretches so far. begun: how many of them began with the body's first byte, one for each reader.
+    ended: what lets go of stretches that were sent, each with its timer.
+    """
+
+    readings: list[Reading] = field(default_factory=list)
+    asked: int = 0
+    begun: int = 0
+    ended: dict[Callable[[], None], asyncio.TimerHandle] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all readers have asked for all bytes."""
+        return 0 < self.begun * self.readings[0].stream.length <= self.asked
+
+    def let_go(self) -> None:
+        """Let go of the stretches that were sent."""
+        for over, timer in list(self.ended.items()):
+            timer.cancel()
+            over()
+
+
 class Readings:
     """The bodies that are being sent, by whose they are and by ETag."""
 
     def __init__(self) -> None:
-        self._sent: dict[tuple[Hashable, str], list[Reading]] = {}
-        #: What ends the readings of stretches that were sent, each with its timer.
-        self._ended: dict[Callable[[], None], asyncio.TimerHandle] = {}
+        self._sent: dict[tuple[Hashable, str], _Sent] = {}
 
     def find(self, owner: Hashable, etag: str | None) -> Reading | None:
         """The body of that ETag, where it is being sent to somebody."""
-        readings = self._sent.get((owner, etag)) if etag else None
-        return readings[0] if readings else None
+        sent = self._sent.get((owner, etag)) if etag else None
+        return sent.readings[0] if sent else None
 
     def begin(
-        self, owner: Hashable, reading: Reading, release: Callable[[], None], *, stretch: bool
+        self, owner: Hashable, reading: Reading, release: Callable[[], None], stretch: tuple[int, int] | None
     ) -> Callable[[], None]:
         """Say that the body, whose data the caller holds, is being sent. The caller calls what is returned at the end;
-        ``release``, which lets go of the data, is called then, or, of a stretch, a moment later."""
+        ``release``, which lets go of the data, is called then, or, of a stretch, a moment later.
+
+        stretch: the bytes [start, stop) of the body that are being sent; None: the whole.
+        """
         key = owner, reading.stream.etag
-        self._sent.setdefault(key, []).append(reading)
+        sent = self._sent.setdefault(key, _Sent())
+        sent.readings.append(reading)
+        if stretch is not None:
+            sent.asked += stretch[1] - stretch[0]
+            sent.begun += stretch[0] == 0
 
         def over() -> None:
-            self._ended.pop(over, None)
-            self._sent[key].remove(reading)
-            if not self._sent[key]:
+            sent.ended.pop(over, None)
+            sent.readings.remove(reading)
+            if not sent.readings:
                 del self._sent[key]
             release()
 
         def end() -> None:
-            self._ended[over] = asyncio.get_running_loop().call_later(LINGER_SECONDS, over)
+            sent.ended[over] = asyncio.get_running_loop().call_later(LINGER_SECONDS, over)
+            if sent.whole:
+                sent.let_go()
 
-        return end if stretch else over
+        return over if stretch is None else end
 
     def let_go(self) -> None:
         """Let go of the versions of which nothing is being sent: others need the room."""
-        for over, timer in list(self._ended.items()):
-            timer.cancel()
-            over()
+        for sent in list(self._sent.values()):
+            sent.let_go()

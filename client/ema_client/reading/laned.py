@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LanedPull"]
 
-#: Stretches begin and end at a multiple of so many bytes.
-_GRAIN_BYTES = 1 << 20
+#: Stretches begin and end at a multiple of so many bytes: no element of a tensor lies in two.
+_GRAIN_BYTES = 64
 #: The header's length varies with the numbers in the header: the first request asks for so many bytes more.
 _SLACK_BYTES = 4 << 10
 #: The version may move on so often; the last time the whole body is asked for over one connection.

@@ -243,7 +243,7 @@ async def get_weights(
     async def open_source(stack: ExitStack) -> ReadBytes:
         await server.hold(request, arena)
         release = partial(server.registry.frozen.release, arena)
-        stack.callback(server.readings.begin(found, reading, release, stretch=_range(request, stream) is not None))
+        stack.callback(server.readings.begin(found, reading, release, _range(request, stream)))
         data = await server.workers.block(partial(server.registry.frozen.data, arena))
         return lambda start, stop: data[start:stop]
 

@@ -11,7 +11,7 @@ from ema_service.api.reading import Reading, Readings
 
 
 def made(etag: str) -> Any:
-    return Reading(SimpleNamespace(etag=etag), object())  # type: ignore[arg-type]
+    return Reading(SimpleNamespace(etag=etag, length=100), object())  # type: ignore[arg-type]
 
 
 def test_while_it_is_read_and_a_moment_after(monkeypatch: Any) -> None:
@@ -21,7 +21,7 @@ def test_while_it_is_read_and_a_moment_after(monkeypatch: Any) -> None:
 
     async def live() -> None:
         readings, version = Readings(), made("1")
-        ends = [readings.begin("run", version, lambda: released.append("x"), stretch=True) for _ in range(2)]
+        ends = [readings.begin("run", version, lambda: released.append("x"), (0, 40)) for _ in range(2)]
         assert readings.find("run", "1") is version
         assert (readings.find("other", "1"), readings.find("run", "2"), readings.find("run", None)) == (None,) * 3
         ends[0]()
@@ -32,8 +32,37 @@ def test_while_it_is_read_and_a_moment_after(monkeypatch: Any) -> None:
         await asyncio.sleep(0.1)
         assert (len(released), readings.find("run", "1")) == (2, None)
 
-        readings.begin("run", version, lambda: released.append("whole"), stretch=False)()
+        readings.begin("run", version, lambda: released.append("whole"), None)()
         assert (len(released), readings.find("run", "1")) == (3, None)
+
+    asyncio.run(live())
+
+
+def test_no_longer_than_until_all_was_asked_for() -> None:
+    """The last stretch that somebody could ask for lets go of all: of two readers, the last stretch of both."""
+    released: list[str] = []
+
+    async def live() -> None:
+        readings, version = Readings(), made("1")
+
+        def begin(start: int, stop: int) -> Any:
+            return readings.begin("run", version, lambda: released.append(f"{start}-{stop}"), (start, stop))
+
+        begin(0, 40)()
+        assert not released
+        second, third = begin(40, 70), begin(70, 100)
+        third()
+        assert (released, readings.find("run", "1")) == (["0-40", "70-100"], version)
+        second()
+        assert (released[2:], readings.find("run", "1")) == (["40-70"], None)
+
+        released.clear()
+        one, other = begin(0, 60), begin(0, 60)
+        begin(60, 100)()
+        one(), other()
+        assert (released, readings.find("run", "1")) == ([], version)
+        begin(60, 100)()
+        assert (len(released), readings.find("run", "1")) == (4, None)
 
     asyncio.run(live())
 
@@ -44,8 +73,8 @@ def test_room_for_others() -> None:
 
     async def live() -> None:
         readings = Readings()
-        readings.begin("run", made("at work"), lambda: released.append("at work"), stretch=True)
-        readings.begin("run", made("ended"), lambda: released.append("ended"), stretch=True)()
+        readings.begin("run", made("at work"), lambda: released.append("at work"), (0, 40))
+        readings.begin("run", made("ended"), lambda: released.append("ended"), (0, 40))()
         readings.let_go()
         assert (released, readings.find("run", "ended")) == (["ended"], None)
         assert readings.find("run", "at work") is not None
