@@ -137,6 +137,11 @@ class Paces:
             self._widths[direction].begins()
         return Pace(self._widths[direction], 0, self._lock)
 
+    def lanes(self, direction: str) -> int:
+        """How many lanes a body would have that began now."""
+        with self._lock:
+            return self._widths[direction].lanes
+
     def bound(self, direction: str, most: int) -> None:
         """Have ``most`` lanes at the most."""
         with self._lock:

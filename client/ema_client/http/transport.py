@@ -98,6 +98,10 @@ class Transport:
         self._laned.add(direction)
         return Paces.of(self.url, same_host=self.same_host).begin(direction, self.lanes)
 
+    def lanes_of(self, direction: str) -> int:
+        """How many lanes a large body would have that began now."""
+        return self.lanes or Paces.of(self.url, same_host=self.same_host).lanes(direction)
+
     def bound(self, direction: str, most: int) -> None:
         """Have ``most`` lanes at the most, where nobody says how many."""
         Paces.of(self.url, same_host=self.same_host).bound(direction, most)

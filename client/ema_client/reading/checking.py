@@ -20,6 +20,10 @@ ReadInto = Callable[[memoryview], None]
 Progress = Callable[[int, int], None]
 
 
+#: A reader tells of the bytes of so many at a time: each call of the kernel takes as many as have come.
+_TOLD_BYTES = 16 << 20
+
+
 class Tally:
     """How many bytes of a body have come, by whichever way. Thread-safe: one thread at a time calls ``progress``."""
 
@@ -64,10 +68,12 @@ class Checked:
         if digest is not None:
             self._came[start] = digest
 
+        # What is digested is digested share by share, while each is in the core's cache.
+        at_once = _TOLD_BYTES if digest is None else HASHED_AT_ONCE
+
         def read(view: memoryview) -> None:
-            # Share by share, while each is in the core's cache.
-            for begin in range(0, len(view), HASHED_AT_ONCE):
-                share = view[begin : begin + HASHED_AT_ONCE]
+            for begin in range(0, len(view), at_once):
+                share = view[begin : begin + at_once]
                 readinto(share)
                 if digest is not None:
                     digest.update(share)

@@ -38,8 +38,10 @@ _POLL_SECONDS = 0.05
 _MOST_SIZES = 1000
 #: Weights that the service works out while it sends them are read over so many connections.
 _WORKED_OUT = 2
-#: The first request asks for this fraction of large weights.
+#: The first request asks for this fraction of large weights, where lanes may turn out to be unlike.
 _LEADS = 16
+#: Even parts are no larger: a part that breaks off comes again.
+_EVEN_BYTES = 256 << 20
 
 
 class Pulls:
@@ -132,7 +134,7 @@ class Pulls:
             lead=self._lead(asked, size),
             head=head,
             pace=partial(self._pace, asked),
-            smallest=lambda size: SMALLEST_BYTES if asked.is_stored else -(-size // _WORKED_OUT),
+            smallest=lambda size: self._even(asked, size) or SMALLEST_BYTES,
             wants_digest=lambda size: self._check_large or size <= self._split_above,
             tally=None if progress is None else Tally(progress),
         )
@@ -142,10 +144,22 @@ class Pulls:
 
     def _lead(self, asked: Asked, size: int) -> int | None:
         """Bytes of the data section to ask for with the head, of weights of ``size`` bytes, 0 where that is unknown."""
+        if size > self._split_above:
+            return self._even(asked, size) or max(SMALLEST_BYTES, size // _LEADS)
+        return self._split_above if asked.is_stored else None
+
+    def _even(self, asked: Asked, size: int) -> int | None:
+        """Bytes of an even part of weights of ``size`` bytes; None where stretches had better follow the lanes' rates.
+
+        Weights that are worked out go in even parts, as each request has the service look for the stored weights that
+        they are worked out of. So do those of a service on this host, whose lanes share processors and are alike: a
+        request for each of many stretches would let the processors wait.
+        """
         if not asked.is_stored:
-            # Each request has the service look for the stored weights of which these are worked out.
-            return size // _WORKED_OUT if size > self._split_above else None
-        return max(SMALLEST_BYTES, size // _LEADS) if size > self._split_above else self._split_above
+            return -(-size // _WORKED_OUT)
+        if self._transport.same_host:
+            return min(_EVEN_BYTES, -(-size // self._transport.lanes_of(PULLS)))
+        return None
 
     def _pace(self, asked: Asked, size: int) -> Pace:
         if size <= self._split_above:
