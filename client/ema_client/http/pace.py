@@ -120,6 +120,7 @@ class Paces:
 
     def __init__(self, *, same_host: bool) -> None:
         self._lock = Lock()
+        self._same_host = same_host
         most, ends = min(MOST_LANES, 4 * cores()), 2 if same_host else 1
         self._widths = {direction: Width(start, most, cores=cores(), ends=ends) for direction, start in _START.items()}
 
@@ -137,10 +138,14 @@ class Paces:
             self._widths[direction].begins()
         return Pace(self._widths[direction], 0, self._lock)
 
-    def lanes(self, direction: str) -> int:
-        """How many lanes a body would have that began now."""
+    def alike(self, direction: str) -> int | None:
+        """How many lanes a body would have that began now, where they are alike; None where that is not known.
+
+        Lanes are alike that want all processors of the one machine that both their ends run on.
+        """
         with self._lock:
-            return self._widths[direction].lanes
+            width = self._widths[direction]
+            return width.lanes if width.crowded and self._same_host else None
 
     def bound(self, direction: str, most: int) -> None:
         """Have ``most`` lanes at the most."""

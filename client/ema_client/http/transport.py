@@ -98,9 +98,11 @@ class Transport:
         self._laned.add(direction)
         return Paces.of(self.url, same_host=self.same_host).begin(direction, self.lanes)
 
-    def lanes_of(self, direction: str) -> int:
-        """How many lanes a large body would have that began now."""
-        return self.lanes or Paces.of(self.url, same_host=self.same_host).lanes(direction)
+    def alike(self, direction: str) -> int | None:
+        """How many lanes a large body would have that began now, where they are alike; None where that is not known."""
+        if self.lanes is None:
+            return Paces.of(self.url, same_host=self.same_host).alike(direction)
+        return 1 if self.lanes == 1 else None
 
     def bound(self, direction: str, most: int) -> None:
         """Have ``most`` lanes at the most, where nobody says how many."""

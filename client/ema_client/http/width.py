@@ -74,6 +74,8 @@ class Width:
         self._rest, self._next_rest = 0, _FIRST_REST
         self._check = _CHECK
         self._bodies = 0
+        #: Whether lanes wanted all processors when they were last measured: such lanes are alike.
+        self.crowded = False
         #: Why there are not more lanes, in words.
         self.why = "not tried yet"
 
@@ -110,6 +112,8 @@ class Width:
         """Take a measurement into account; one with another number of lanes than ``lanes`` says nothing."""
         if seen.lanes != self.lanes or seen.rate <= 0:
             return
+        # Twice the lanes want twice the processors, here and, where the service is on this host, there.
+        self.crowded = seen.wanted is not None and seen.wanted * self._ends * 2 > self._cores
         if self._trial is None:
             self._consider(seen)
         elif not self._trial.first:
@@ -131,8 +135,7 @@ class Width:
             self.why = "the most there may be"
         elif seen.wanted is None:
             self.why = "this system does not tell what more would cost"
-        elif seen.wanted * self._ends * 2 > self._cores:
-            # Twice the lanes want twice the processors, here and, where the service is on this host, there.
+        elif self.crowded:
             self.why = "the processors have no room for more"
         else:
             return True

@@ -152,14 +152,13 @@ class Pulls:
         """Bytes of an even part of weights of ``size`` bytes; None where stretches had better follow the lanes' rates.
 
         Weights that are worked out go in even parts, as each request has the service look for the stored weights that
-        they are worked out of. So do those of a service on this host, whose lanes share processors and are alike: a
-        request for each of many stretches would let the processors wait.
+        they are worked out of. So do others over lanes that are alike: a request for each of many stretches would let
+        the processors wait.
         """
         if not asked.is_stored:
             return -(-size // _WORKED_OUT)
-        if self._transport.same_host:
-            return min(_EVEN_BYTES, -(-size // self._transport.lanes_of(PULLS)))
-        return None
+        alike = self._transport.alike(PULLS)
+        return None if alike is None else min(_EVEN_BYTES, -(-size // alike))
 
     def _pace(self, asked: Asked, size: int) -> Pace:
         if size <= self._split_above:

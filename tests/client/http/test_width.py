@@ -82,7 +82,7 @@ def test_the_processors(cores: int, ends: int, wanted: float, grows: bool) -> No
     width.saw(Seen(1, 1.0, None))
     assert (width.lanes, width.why) == (1, "this system does not tell what more would cost")
     width.saw(Seen(1, 1.0, wanted))
-    assert (width.lanes > 1) is grows
+    assert (width.lanes > 1, width.crowded) == (grows, not grows)
 
 
 def test_bounds() -> None:

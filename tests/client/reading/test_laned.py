@@ -19,6 +19,7 @@ from torch import Tensor
 from ema_client import EmaClient, RetryPolicy
 from ema_client.errors import ConnectionLost, Overloaded, UsageError
 from ema_client.http.downloads import Download
+from ema_client.http.pace import PULLS, Paces
 from ema_client.http.transport import Transport
 from ema_client.reading.asked import Asked
 from ema_client.reading.pulls import Pulls
@@ -93,6 +94,27 @@ def test_stretches(pulls: Pulls, transport: Watched, run: str, given: bool) -> N
         assert all(0 <= one[1] - other[0] < 2 << 20 for one, other in pairwise(parts[:2]))
         assert all(one[1] == other[0] for one, other in pairwise(parts[1:]))
     assert 2 <= len(transport.threads) <= LANES
+
+
+def test_lanes_that_are_alike(server: Any, run: str) -> None:
+    """Lanes that want all processors of the one host bring an even part each, by a request each; a single lane brings
+    all by one."""
+    with contextlib.closing(Watched(server.url, lanes=None)) as transport:
+        width = Paces.of(transport.url, same_host=True)._widths[PULLS]
+        pulls = Pulls(transport, split_above=1 << 20, check_large=False)
+        pulls.pull(Asked(run))
+        for crowded in (True, False):
+            transport.asked.clear()
+            width.crowded = crowded
+            assert same(pulls.pull(Asked(run)), STATE)
+            # Without that, stretches follow the lanes' rates.
+            assert (len(transport.asked) == width.lanes) == crowded
+    with contextlib.closing(Watched(server.url, lanes=1)) as transport:
+        pulls = Pulls(transport, split_above=1 << 20, check_large=False)
+        pulls.pull(Asked(run))
+        transport.asked.clear()
+        assert same(pulls.pull(Asked(run)), STATE)
+        assert len(transport.asked) == 1
 
 
 def test_tensors_that_are_not_received_in_place(pulls: Pulls, run: str) -> None:
