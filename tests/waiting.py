@@ -1,15 +1,20 @@
-"""Waiting for what another thread or process does. Knows the clock, and what tells that a ring is stored."""
+"""Waiting for what another thread or process does. Knows the clock, and what tells that a ring is stored, or that a
+service measures."""
 
 from __future__ import annotations
 
+import itertools
 import time
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     from ema_client import EmaClient
 
-__all__ = ["settled", "wait_until"]
+__all__ = ["measures", "settled", "wait_until"]
 
 #: Longer than anything takes on a machine that runs three tests at once, and shorter than the time of a test.
 _SECONDS = 60.0
@@ -21,6 +26,19 @@ def wait_until(true: Callable[[], object], what: str = "what the test waits for"
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
         time.sleep(0.01)
+
+
+def measures(client: EmaClient) -> None:
+    """Return once the service measures distances: the loops for that are compiled beside its first updates."""
+    run, state, steps = f"measured-{uuid.uuid4().hex[:8]}", {"w": torch.ones(2)}, itertools.count(1)
+    client.create_run(run, state)
+
+    def measured() -> bool:
+        client.push(run, state, step=next(steps))
+        return client.distances(run).version is not None
+
+    wait_until(measured, "the service to measure", 2 * _SECONDS)
+    client.delete_run(run)
 
 
 def settled(client: EmaClient, run: str) -> None:

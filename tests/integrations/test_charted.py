@@ -19,6 +19,7 @@ from ema_client import EmaClient, RemoteEma
 from ema_client.errors import UsageError
 from tests.integrations.lightning_training import BATCHES, Module, batches, trainer
 from tests.integrations.transformers_training import Net, Trainer, a_trainer
+from tests.waiting import measures
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def test_lightning(client: EmaClient, run_name: str, tmp_path: Path, trained: Any) -> None:
     """In every logger of the Trainer, at the step that a value is of, and on the training's own thread."""
+    measures(client)
     callback = for_lightning.RemoteEmaCallback(0.5, run=run_name, log_to="trainer")
     made = trainer(tmp_path, callback)
     threads = set()

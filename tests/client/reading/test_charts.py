@@ -25,10 +25,17 @@ from torch import nn
 
 from ema_client import EmaClient, RemoteEma
 from ema_client.errors import UsageError
+from tests.waiting import measures
 
 #: Every name, and what it has at the end of eight updates of one sender that all were applied.
 AT_THE_END = {"ema/decay": 0.5, "ema/num_updates": 8.0, "ema/lag": 0.0, "ema/durable_lag": 0.0}
 STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def measuring(client: EmaClient) -> None:
+    """Charts of the distance begin once the service measures."""
+    measures(client)
 
 
 @dataclass
