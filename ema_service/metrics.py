@@ -147,6 +147,12 @@ class Metrics:
             ["link"],
             registry=self.registry,
         )
+        self.stretches = Counter(
+            "ema_stretches",
+            "Stretches of updates by result: staged, applied, repeated, refused, or broken off.",
+            ["result"],
+            registry=self.registry,
+        )
         self.received = Counter("ema_received_bytes", "Bytes of tensors received in pushes.", registry=self.registry)
         self.sent = Counter("ema_sent_bytes", "Bytes of weights sent to readers.", registry=self.registry)
         self.watchers = Gauge("ema_watchers", "Streams of events that are open.", registry=self.registry)

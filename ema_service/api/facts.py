@@ -40,6 +40,8 @@ def gauge(metrics: Metrics, context: Context) -> None:
     metrics.watch("ema_staging_bytes", "Bytes of pushes in flight.", lambda: registry.staging.bytes_in_use)
     metrics.watch("ema_staging_limit_bytes", "Most of ema_staging_bytes.", lambda: settings.staging_bytes)
     metrics.watch("ema_partial_updates", "Updates of which parts are awaited.", lambda: registry.gathering)
+    metrics.watch("ema_lanes", "Stretches of updates that are being received.", lambda: len(context.lanes))
+    metrics.watch("ema_lanes_limit", "Most of ema_lanes.", lambda: context.lanes.in_all)
     metrics.watch("ema_waiting_pushes", "Pushes that wait for staging.", lambda: context.pushers.waiting)
     metrics.watch("ema_waiting_readers", "Reads that wait for room.", lambda: context.readers.waiting)
     metrics.watch("ema_frozen_bytes", "Bytes of versions being read.", lambda: registry.frozen.bytes_in_use)

@@ -60,7 +60,7 @@ class Lanes:
 
     def __init__(self, most: int, in_all: int) -> None:
         self._most = most
-        self._in_all = in_all
+        self.in_all = in_all
         self._lanes: dict[tuple[object, object], Lane] = {}
         self._of: Counter[object] = Counter()
 
@@ -81,9 +81,9 @@ class Lanes:
             raise Overloaded(
                 f"{self._of[push]} stretches of this update are coming already (max_lanes)", retry_after=_RETRY_SECONDS
             )
-        if len(self._lanes) >= self._in_all:
+        if len(self._lanes) >= self.in_all:
             raise Overloaded(
-                f"{self._in_all} stretches of updates are coming already (a quarter of max_connections)",
+                f"{self.in_all} stretches of updates are coming already (a quarter of max_connections)",
                 retry_after=_RETRY_SECONDS,
             )
         lane = self._lanes[name] = Lane()

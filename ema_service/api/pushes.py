@@ -250,7 +250,14 @@ class StretchPush(PartialPush):
             await self._server.workers.compute(stretch.settle)
         outcome = self._parts.complete(stretch)
         self._whole = True
+        again = stretch.known is not None or outcome == "applied"
+        self._result = "repeated" if again else "applied" if outcome == "complete" else "staged"
         return outcome
+
+    def tell(self) -> None:
+        """Count the stretch, which arrived whole and right, by its link and its result."""
+        super().tell()
+        self._server.metrics.stretches.labels(self._result).inc()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None

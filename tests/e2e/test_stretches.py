@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -137,6 +138,11 @@ class Sender:
         )
         sock.sendall(data[bounds[0] :][: int(size * share)])
         return sock
+
+    def metrics(self, family: str) -> dict[str, float]:
+        """The values of a metric with one label or none, by the label's value."""
+        found = re.findall(rf'^{family}(?:{{\w+="(.*)"}})? (\S+)$', self.http.get("/metrics").text, re.MULTILINE)
+        return {label: float(value) for label, value in found}
 
     def pulled(self) -> list[tuple[str, str, Tensor]]:
         names = [average.name for average in self.client.run(self.run).averages]
@@ -328,6 +334,24 @@ def test_so_many_lanes(sender: Make) -> None:
         assert lanes.send(1, data, bounds_of(data)[0], group).status_code == 202, "in place of the lane before"
     assert lanes.push(1, data).json()["applied"] is True
     lanes.run = run
+
+
+def test_metrics(sender: Make) -> None:
+    """Lanes are told while they are there, and each stretch is counted once, by what became of it."""
+    lanes = sender()
+    data, group = lanes.data(tensors_of(1)), next(GROUPS)
+    first, second, last = bounds_of(data)
+    before = lanes.metrics("ema_stretches_total")
+    with lanes.begin(1, data, first, group, 0.5):
+        wait_until(lambda: lanes.metrics("ema_lanes") == {"": 1.0})
+        assert lanes.metrics("ema_lanes_limit")[""] == lanes.metrics("ema_connections_limit")[""] // 4
+    wait_until(lambda: lanes.metrics("ema_lanes") == {"": 0.0})
+    for bounds in (first, first, second, (0, 4), last, last):
+        lanes.send(1, data, bounds, group)
+
+    found = lanes.metrics("ema_stretches_total")
+    grown = {result: count - before.get(result, 0.0) for result, count in found.items()}
+    assert grown == {"broken off": 1.0, "staged": 2.0, "repeated": 2.0, "refused": 1.0, "applied": 1.0}
 
 
 def test_server_ends_between_stretches(sender: Make, server: ServerProcess) -> None:

@@ -13,11 +13,13 @@ from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from ema_client.errors import (
     AwaitingWeights,
     BodyTooLarge,
     DigestMismatch,
+    EmaError,
     Fenced,
     InvalidRequest,
     LayoutMismatch,
@@ -295,22 +297,21 @@ async def put_update_stretch(
     The stretch that completes the step applies the update, as one.
     """
     found = server.registry.get(run)
-    found.ledger.admit(step, writer)
-    if layout != found.layout.digest:
-        raise LayoutMismatch(
-            f"{HEADER_LAYOUT}: {(layout or 'none')[:64]} is not the layout of run {run!r}, {found.layout.digest}",
-            hint=f"ask for the run's layout, and send its digest as {HEADER_LAYOUT}",
+    try:
+        found.ledger.admit(step, writer)
+        _check_layout(found, layout)
+        outcome, result = await _push_stretch(
+            request, server, found, step, (start, stop), Terms(None, group, writer=writer)
         )
-    if HEADER_SEGMENT in request.headers:
-        raise InvalidRequest(f"a stretch comes as a body, not in shared memory ({HEADER_SEGMENT}): send the whole push")
-    check_bounds(found.layout, start, stop)
-    async with StretchPush(request, server, found, step, (start, stop), Terms(None, group, writer=writer)) as push:
-        outcome = await push.receive()
-        result = await push.decide() if outcome == "complete" else None
-        push.tell()
+    except EmaError:
+        server.metrics.stretches.labels("refused").inc()
+        raise
+    except ClientDisconnect:
+        server.metrics.stretches.labels("broken off").inc()
+        raise
     if outcome == "staged":
         return _staged(UpdateStatus(step, "staged"))
-    answer = found.repeated(step, writer) if result is None else cast(UpdateResult, result)
+    answer = found.repeated(step, writer) if result is None else result
     server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
     return answer
 
@@ -346,6 +347,31 @@ def _check_anew(num_updates: int | None, step: int | None) -> None:
 def _staged(status: UpdateStatus) -> JSONResponse:
     """The answer 202. As a response: what a route returns otherwise has the schema of its 200."""
     return JSONResponse(to_json(status), status_code=202)
+
+
+def _check_layout(run: Run, digest: str | None) -> None:
+    """Raises LayoutMismatch where a stretch is not of the run's layout, by the digest that came with the stretch."""
+    if digest != run.layout.digest:
+        raise LayoutMismatch(
+            f"{HEADER_LAYOUT}: {(digest or 'none')[:64]} is not the layout of run {run.config.run!r}, "
+            f"{run.layout.digest}",
+            hint=f"ask for the run's layout, and send its digest as {HEADER_LAYOUT}",
+        )
+
+
+async def _push_stretch(
+    request: Request, server: Context, run: Run, step: int, bounds: tuple[int, int], terms: Terms
+) -> tuple[Outcome, UpdateResult | None]:
+    """Receive a stretch; where it is the last one missing, have the run apply the update, and return the result as
+    well."""
+    if HEADER_SEGMENT in request.headers:
+        raise InvalidRequest(f"a stretch comes as a body, not in shared memory ({HEADER_SEGMENT}): send the whole push")
+    check_bounds(run.layout, *bounds)
+    async with StretchPush(request, server, run, step, bounds, terms) as push:
+        outcome = await push.receive()
+        result = cast(UpdateResult, await push.decide()) if outcome == "complete" else None
+        push.tell()
+    return outcome, result
 
 
 async def _push_part(
