@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,20 @@ class S3Server:
     def go_on(self) -> None:
         """SIGCONT."""
         self._process.send_signal(signal.SIGCONT)
+
+    def refuse(self) -> None:
+        """Answer 403 to everybody from now on: as of a key that is not, or no longer, known."""
+        self._ask_for_keys_after("0")
+
+    def accept(self) -> None:
+        """Take any key, as at the start."""
+        self._ask_for_keys_after("inf")
+
+    def _ask_for_keys_after(self, requests: str) -> None:
+        plain = {"Content-Type": "text/plain"}
+        asked = urllib.request.Request(f"{self.url}/moto-api/reset-auth", requests.encode(), plain)
+        with urllib.request.urlopen(asked, timeout=_START_SECONDS) as answer:
+            answer.read()
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -87,6 +87,25 @@ def test_manifests_fit_their_schemas(each: dict[str, Any]) -> None:
         schemas.validate(each, version, strict=True)
 
 
+def test_network_policy_with_a_snapshot_store_fits_its_schema() -> None:
+    """With the commented block in place of the empty egress the pod may ask DNS and reach S3's port; nothing else is
+    different."""
+    schemas = pytest.importorskip("kubernetes_validate", reason="not installed: pip install -e '.[test]'")
+    before, empty, after = (FOLDER / "network-policy.yaml").read_text().partition("  egress: []\n")
+    block = re.findall(r"^  # ((?:egress:|  ).*)$", after, re.MULTILINE)
+    (plain,) = MANIFESTS["network-policy.yaml"]
+    given = yaml.safe_load(before + "".join(f"  {line}\n" for line in block))
+    assert empty
+    for version in ("1.29", schemas.latest_version()):
+        schemas.validate(given, version, strict=True)
+
+    dns, store = given["spec"]["egress"]
+    assert [(each["port"], each["protocol"]) for each in dns["ports"]] == [(53, "UDP"), (53, "TCP")]
+    assert store == {"ports": [{"port": 443, "protocol": "TCP"}]}
+    assert given["spec"] | {"egress": []} == plain["spec"]
+    assert "[network-policy.yaml](kubernetes/network-policy.yaml) has" in README
+
+
 def test_a_misspelt_field_is_refused() -> None:
     """The check above would see it: the schemas are strict."""
     schemas = pytest.importorskip("kubernetes_validate", reason="not installed: pip install -e '.[test]'")

@@ -218,6 +218,53 @@ def check_without_store(server: ServerProcess, run: PlainRun) -> None:
     assert httpx.get(f"{server.url}/readyz").status_code == 200
 
 
+@pytest.mark.parametrize("when", ["from the start", "later"])
+def test_credentials_that_are_refused(
+    s3: S3Server, start_server: Start, plain_run: Callable[..., PlainRun], when: str
+) -> None:
+    """Snapshots stay local and are served; log, metrics and doctor have the reason, the log once, however often the
+    store is tried; once the store takes the key (again), they are moved by themselves."""
+    if when == "from the start":
+        s3.refuse()
+    try:
+        server = start_server("--snapshot-store", URL)
+        run = plain_run(server, model(0), name=f"refused-{when.replace(' ', '-')}")
+        if when == "later":
+            take(run, "before")
+            moved(run)
+            s3.refuse()
+        for name in ("s", "t", "u"):  # each wakes the thread, which tries the store
+            take(run, name)
+            assert places(run)[name] == "local"
+        check_that_the_key_is_refused(server, run, snapshots=3)
+        if when == "later":
+            refused = weights(run, "before")
+            assert (refused.status_code, refused.json()["code"]) == (503, "storage_failed")
+            assert "AWS_ACCESS_KEY_ID" in refused.text
+    finally:
+        s3.accept()
+    moved(run)
+    wait_until(lambda: not metric(server, "ema_snapshot_store_failing"), "the end of the fault")
+    assert metric(server, "ema_snapshots_waiting") == 0
+    assert server.log.count("answers again") == 1
+    assert "Traceback" not in server.log
+
+
+def check_that_the_key_is_refused(server: ServerProcess, run: PlainRun, *, snapshots: int) -> None:
+    """The service tells why, to whoever asks, and serves what it has."""
+    reason = "does not exist in our records.: give the server credentials"
+    wait_until(lambda: metric(server, "ema_snapshot_store_failing"), "the fault in metrics")
+    assert metric(server, "ema_snapshots_waiting") == snapshots
+    assert weights(run, "s").status_code == 200
+    told = run.http.get("/v1/server").raise_for_status().json()
+    assert reason in told["snapshot_store_fault"]
+    words = (sys.executable, "-m", "ema_client", "doctor", "--url", server.url)
+    said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    assert "give the server credentials" in " ".join(said.split())
+    assert f"{snapshots} snapshots wait to be moved there" in " ".join(said.split())
+    assert server.log.count(reason) == 1
+
+
 @pytest.mark.soak
 def test_lost_data_dir(
     s3: S3Server, server: ServerProcess, start_server: Start, plain_run: Callable[..., PlainRun]

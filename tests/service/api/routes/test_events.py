@@ -11,6 +11,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ import httpx
 import pytest
 import torch
 
-from ema_client.protocol import AverageConfig, RunEvent, from_json
+from ema_client.protocol import AverageConfig, RunEvent, SnapshotInfo, from_json
 from ema_service.api.context import Context
 from ema_service.api.routes.events import HEARTBEAT_SECONDS, Look, changes, stream
 from ema_service.metrics import Metrics
@@ -317,6 +318,19 @@ def test_changes_are_differences(local_run: Callable[..., Any]) -> None:
     # The counter did not fall between the two looks: from 0 by two updates and a reset to 0.
     assert [(event.kind, event.version) for event in told] == [("version", "1.2"), ("decay_changed", "1.2")]
     assert [event.kind for event in changes(run.run, Look(), before)] == ["version"]
+
+
+def test_a_moved_snapshot_is_no_news(local_run: Callable[..., Any]) -> None:
+    """Where a snapshot's files lie is told to nobody; another snapshot by the same name is, as one gone and one new."""
+    run = local_run(W)
+    taken = SnapshotInfo("r", "s", "1.0", None, 0, ("ema",), bytes=8, created_at=1.0)
+    before = Look(run.version, snapshots={"s": taken})
+    moved = Look(run.version, snapshots={"s": replace(taken, stored="store")})
+    again = Look(run.version, snapshots={"s": replace(taken, created_at=2.0)})
+
+    assert list(changes(run.run, before, moved)) == []
+    told = [(event.kind, event.snapshot) for event in changes(run.run, moved, again)]
+    assert told == [("snapshot_deleted", moved.snapshots["s"]), ("snapshot_created", again.snapshots["s"])]
 
 
 def test_an_event_is_the_protocols(server: Any, plain_run: Callable[..., Any]) -> None:

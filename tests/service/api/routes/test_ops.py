@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from ema_client import EmaClient, __version__
 from ema_service.api.app import create_app
 from ema_service.metrics import MOST_RUNS, Metrics, Pulse
 from ema_service.settings import Settings
+from ema_service.storage.store import Store
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -116,6 +119,25 @@ def test_metrics_are_made_off_the_event_loop() -> None:
         text = http.get("/metrics").raise_for_status().text
     assert "\ngone NaN\n" in text
     assert [name.rpartition("_")[0] for name in threads] == ["ema-report"]
+
+
+def test_metrics_of_a_snapshot_store_whose_catalog_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the store cannot be counted then, and is told as NaN, beside every other metric; the store's fault
+    is told as well."""
+
+    def fails(_: Store) -> list[Any]:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    (tmp_path / "objects").mkdir()
+    monkeypatch.setattr(Store, "snapshots_here", fails)
+    monkeypatch.setattr(Store, "removals", fails)
+    app = create_app(Settings(data_dir=tmp_path / "data", snapshot_store=str(tmp_path / "objects")))
+    with TestClient(app, base_url="http://127.0.0.1") as http:
+        wait_until(lambda: "\nema_snapshot_store_failing 1.0\n" in http.get("/metrics").text, "the fault in metrics")
+        text = http.get("/metrics").raise_for_status().text
+    assert "\nema_snapshots_waiting NaN\n" in text
+    assert "\nema_snapshot_removals_waiting NaN\n" in text
+    assert "\nema_runs 0.0\n" in text
 
 
 def test_series_of_runs_are_bounded() -> None:
