@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 from urllib.parse import urlencode
 
 from ema_client import protocol
+from ema_client.arguments import checked_decay, checked_dtype, checked_lanes, named
 from ema_client.errors import (
     AwaitingWeights,
     EmaError,
-    InvalidDecay,
     ProtocolError,
     RunExists,
     RunNotFound,
@@ -128,7 +128,7 @@ class EmaClient:
         lanes: int | None = None,
     ) -> None:
         url, self._token = service_of(url, token)
-        self._transport = Transport(url, token=self._token, retry=retry, lanes=_checked_lanes(lanes))
+        self._transport = Transport(url, token=self._token, retry=retry, lanes=checked_lanes(lanes))
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
@@ -157,7 +157,7 @@ class EmaClient:
 
     @lanes.setter
     def lanes(self, lanes: int | None) -> None:
-        self._transport.lanes = _checked_lanes(lanes)
+        self._transport.lanes = checked_lanes(lanes)
 
     @property
     def link(self) -> str:
@@ -249,7 +249,7 @@ class EmaClient:
         from ema_client.tensors.layout import specs_of, state_of
 
         config = RunConfig(
-            run=_name(run, "run"),
+            run=named(run, "run"),
             layout=specs_of(state_of(state)),
             decay=checked_decay(decay),
             use_num_updates=use_num_updates,
@@ -262,7 +262,7 @@ class EmaClient:
         )
         if from_snapshot is not None:
             # A snapshot that is not there leaves no run without weights behind.
-            source, snapshot = _name(from_snapshot[0], "run"), _name(from_snapshot[1], "snapshot")
+            source, snapshot = named(from_snapshot[0], "run"), named(from_snapshot[1], "snapshot")
             self._transport.json("GET", protocol.snapshot_path(source, snapshot))
         info = self._declare(config)
         if info.status == "awaiting_weights":
@@ -351,7 +351,7 @@ class EmaClient:
         if not 0 <= step <= protocol.MAX_STEP:
             raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
         try:
-            reply = self._pushes.push(_name(run, "run"), step, body, _writer_header(writer), once=once)
+            reply = self._pushes.push(named(run, "run"), step, body, _writer_header(writer), once=once)
         except EmaError:
             # The service knows better whether this update was applied, and what others have pushed.
             self._steps.forget(run)
@@ -367,7 +367,7 @@ class EmaClient:
 
         A trainer that was replaced, and does not know, cannot push any more. Raises RunNotFound.
         """
-        return self._transport.json("POST", protocol.writers_path(_name(run, "run"))).parsed(Writer).writer
+        return self._transport.json("POST", protocol.writers_path(named(run, "run"))).parsed(Writer).writer
 
     def detach(self, run: str, writer: int) -> RunInfo:
         """Say that the training is over of the trainer to which attach() gave ``writer``: no update of it is to come.
@@ -375,7 +375,7 @@ class EmaClient:
         Nothing is refused for that, and the next attach() or update takes it back. Where another trainer has attached
         since, nothing changes. Tried once: nothing depends on it. Raises RunNotFound.
         """
-        return self._transport.json_once("DELETE", protocol.writer_path(_name(run, "run"), writer)).parsed(RunInfo)
+        return self._transport.json_once("DELETE", protocol.writer_path(named(run, "run"), writer)).parsed(RunInfo)
 
     def rewind(self, run: str, snapshot: str | None, *, from_run: str | None = None) -> RunInfo:
         """Bring a run back to a snapshot: weights, step, counter and decays, in a new epoch.
@@ -393,12 +393,12 @@ class EmaClient:
     def _rewind(self, run: str, snapshot: str | None, from_run: str | None, created_at: float | None) -> RunInfo:
         self._steps.forget(run)
         where = Rewind(
-            None if snapshot is None else _name(snapshot, "snapshot"),
-            None if from_run is None else _name(from_run, "run"),
+            None if snapshot is None else named(snapshot, "snapshot"),
+            None if from_run is None else named(from_run, "run"),
         )
         # A server of before branches knows no `run`: left out where there is none.
         body = {key: value for key, value in protocol.to_json(where).items() if key != "run" or value is not None}
-        path = _of_that_time(protocol.rewind_path(_name(run, "run")), created_at)
+        path = _of_that_time(protocol.rewind_path(named(run, "run")), created_at)
         return self._seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
 
     def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
@@ -443,7 +443,7 @@ class EmaClient:
         """
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
         reply = self._transport.upload(
-            protocol.part_path(_name(run, "run"), step, part), _part_body(state, slices), query=query, headers=headers
+            protocol.part_path(named(run, "run"), step, part), _part_body(state, slices), query=query, headers=headers
         )
         return _was_last(reply)
 
@@ -453,7 +453,7 @@ class EmaClient:
         """push_part() of a ready body, tried once: for a sender with retries of its own."""
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
         reply = self._transport.upload_once(
-            protocol.part_path(_name(run, "run"), step, part), body, query=query, headers=headers
+            protocol.part_path(named(run, "run"), step, part), body, query=query, headers=headers
         )
         return _was_last(reply)
 
@@ -465,7 +465,7 @@ class EmaClient:
         A part that was answered is safe only once its step is applied: until then the service has it in memory alone,
         and whoever sent the part keeps it, and sends it again where it is not among ``parts`` any more.
         """
-        path = protocol.update_path(_name(run, "run"), step)
+        path = protocol.update_path(named(run, "run"), step)
         path = path if first is None else f"{path}?{urlencode({'first': first})}"
         return self._transport.json("GET", path).parsed(UpdateStatus)
 
@@ -487,7 +487,7 @@ class EmaClient:
         created_at: what declare_run() told: RunExists is raised where the run was made anew since, by another trainer.
         """
         query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step, "created_at": created_at}
-        path = protocol.part_path(_name(run, "run"), None, part)
+        path = protocol.part_path(named(run, "run"), None, part)
         with _told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
             return _was_last(self._transport.upload(path, _part_body(state, slices), query=query))
 
@@ -529,7 +529,7 @@ class EmaClient:
     def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
         """Change the decay of an average, by default the run's first, from the next update on. Raises InvalidDecay."""
         body = protocol.to_json(RunPatch(checked_decay(decay), average))
-        return _info(run, self._transport.json("PATCH", protocol.run_path(_name(run, "run")), body))
+        return _info(run, self._transport.json("PATCH", protocol.run_path(named(run, "run")), body))
 
     def add_average(
         self, run: str, name: str, schedule: AverageConfig | None = None, *, decay: float | None = None
@@ -546,8 +546,8 @@ class EmaClient:
         Raises AverageExists where the run has another average of that name, TooManyAverages, Overloaded and
         StorageFailed where the service has no room for it.
         """
-        average = average_of(_name(name, "average"), schedule, None if decay is None else checked_decay(decay))
-        path = protocol.averages_path(_name(run, "run"))
+        average = average_of(named(name, "average"), schedule, None if decay is None else checked_decay(decay))
+        path = protocol.averages_path(named(run, "run"))
         return _info(run, self._transport.json("POST", path, protocol.to_json(average), patience=_WORK_SECONDS))
 
     def remove_average(self, run: str, name: str) -> None:
@@ -555,12 +555,12 @@ class EmaClient:
 
         Raises AverageNotFound; LastAverage where the run would be left without an average that has weights.
         """
-        path = protocol.average_path(_name(run, "run"), _name(name, "average"))
+        path = protocol.average_path(named(run, "run"), named(name, "average"))
         self._transport.json("DELETE", path, patience=_WORK_SECONDS)
 
     def reset_num_updates(self, run: str) -> RunInfo:
         """Let the warm-up of the decay begin anew. A run without counter stays without."""
-        return _info(run, self._transport.json("POST", protocol.reset_path(_name(run, "run"))))
+        return _info(run, self._transport.json("POST", protocol.reset_path(named(run, "run"))))
 
     # --- an evaluator's calls ---------------------------------------------------------------------------------------
 
@@ -604,7 +604,7 @@ class EmaClient:
         from ema_client.tensors.layout import dtype_name
 
         cast = None if dtype is None else dtype_name(dtype)
-        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="pull"))
+        asked = Asked.of(run, average, snapshot, soup, Target.of(wished, called="pull"))
         asked = replace(asked, dtype=cast, prefix=prefix, min_step=min_step)
         return self._pulls.pull(asked, out, wait=wait, progress=progress)
 
@@ -624,7 +624,7 @@ class EmaClient:
         is waited for as long as the service holds a request (60 seconds).
         """
         _require_torch()
-        asked = _asked(run, average, snapshot, target=Target.of(wished, called="pull_slices"))
+        asked = Asked.of(run, average, snapshot, target=Target.of(wished, called="pull_slices"))
         return self._pulls.pull_slices(replace(asked, min_step=min_step), wanted)
 
     def copy_to(
@@ -651,7 +651,7 @@ class EmaClient:
         _require_torch()
         from ema_client.tensors.layout import state_of
 
-        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
+        asked = Asked.of(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
         return self._pulls.copy(replace(asked, prefix=prefix), state_of(module), memory)
 
     def download(
@@ -682,8 +682,8 @@ class EmaClient:
                 beside ``path``, and the next such call goes on with it, as long as the weights are the same.
             progress: called with (bytes that have come, bytes in all).
         """
-        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="download"))
-        asked = replace(asked, dtype=None if dtype is None else _dtype(dtype), prefix=prefix)
+        asked = Asked.of(run, average, snapshot, soup, Target.of(wished, called="download"))
+        asked = replace(asked, dtype=None if dtype is None else checked_dtype(dtype), prefix=prefix)
         if isinstance(path, str | os.PathLike):
             return (save_on if resume else save)(self._transport, asked, Path(path), progress)
         return pour(self._transport, asked, path, progress)
@@ -698,7 +698,7 @@ class EmaClient:
         Raises SnapshotExists, StorageDisabled; with ``wished`` SynthesisRefused.
         """
         target = Target.of(wished, called="snapshot")
-        path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
+        path = protocol.snapshot_path(named(run, "run"), named(name, "snapshot"))
         path = with_query(path, {"keep": keep, **(target.query if target else {})})
         return self._transport.json("PUT", path, patience=_WORK_SECONDS).parsed(SnapshotInfo)
 
@@ -713,7 +713,7 @@ class EmaClient:
         return self._profiles(run, target)
 
     def _profiles(self, run: str, target: Target) -> ProfileInfo:
-        path = with_query(protocol.profiles_path(_name(run, "run")), target.query)
+        path = with_query(protocol.profiles_path(named(run, "run")), target.query)
         return self._transport.json("GET", path, patience=_WORK_SECONDS).parsed(ProfileInfo)
 
     def sweep(
@@ -771,7 +771,7 @@ class EmaClient:
             raise UsageError(f"{kind}=[] names no average", hint=f"{kind}=[0.05, 0.1]")
         sweeper = Sweeper(
             transport=self._transport,
-            run=_name(run, "run"),
+            run=named(run, "run"),
             kind=kind,
             evaluate=evaluate,
             profiles=partial(self._profiles, run),
@@ -788,11 +788,11 @@ class EmaClient:
 
     def sweeps(self, run: str) -> tuple[SweepInfo, ...]:
         """What the newest sweeps over the run's averages found, of those that were reported, the newest last."""
-        return self._transport.json("GET", protocol.sweeps_path(_name(run, "run"))).parsed(SweepList).sweeps
+        return self._transport.json("GET", protocol.sweeps_path(named(run, "run"))).parsed(SweepList).sweeps
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""
-        reply = self._transport.json("GET", protocol.snapshots_path(_name(run, "run")))
+        reply = self._transport.json("GET", protocol.snapshots_path(named(run, "run")))
         return reply.parsed(SnapshotList).snapshots
 
     def watch(
@@ -843,11 +843,11 @@ class EmaClient:
 
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""
-        return _info(run, self._transport.json("GET", protocol.run_path(_name(run, "run"))))
+        return _info(run, self._transport.json("GET", protocol.run_path(named(run, "run"))))
 
     def layout(self, run: str) -> RunLayout:
         """The tensors of a run's updates: names, shapes, dtypes, and which of them are copied. Raises RunNotFound."""
-        return self._transport.json("GET", protocol.layout_path(_name(run, "run"))).parsed(RunLayout)
+        return self._transport.json("GET", protocol.layout_path(named(run, "run"))).parsed(RunLayout)
 
     def history(self, run: str, *, since: float | None = None, points: int | None = None) -> History:
         """How a run went: steps, distances between shadow and parameters, rates and times, over time.
@@ -855,7 +855,7 @@ class EmaClient:
         since: only what was measured after that time, in seconds since 1970-01-01 UTC. points: at most so many
         measurements, evenly over time, the newest among them; by default 500. Raises RunNotFound, InvalidRequest.
         """
-        path = with_query(protocol.history_path(_name(run, "run")), {"since": since, "points": points})
+        path = with_query(protocol.history_path(named(run, "run")), {"since": since, "points": points})
         return self._transport.json("GET", path).parsed(History)
 
     def distances(self, run: str) -> Distances:
@@ -863,7 +863,7 @@ class EmaClient:
 
         Raises RunNotFound.
         """
-        return self._transport.json("GET", protocol.distances_path(_name(run, "run"))).parsed(Distances)
+        return self._transport.json("GET", protocol.distances_path(named(run, "run"))).parsed(Distances)
 
     def timeline(self, run: str, *, since: float | None = None, limit: int | None = None) -> Timeline:
         """What was done to a run: changes of its decay, rewinds, trainers that took over, snapshots, damage.
@@ -871,18 +871,18 @@ class EmaClient:
         since: only what happened after that time, in seconds since 1970-01-01 UTC. limit: at most so many entries, the
         newest; by default 100. Raises RunNotFound, InvalidRequest.
         """
-        path = with_query(protocol.timeline_path(_name(run, "run")), {"since": since, "limit": limit})
+        path = with_query(protocol.timeline_path(named(run, "run")), {"since": since, "limit": limit})
         return self._transport.json("GET", path).parsed(Timeline)
 
     def delete_snapshot(self, run: str, name: str) -> None:
         """Delete a snapshot. Raises SnapshotNotFound."""
-        path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
+        path = protocol.snapshot_path(named(run, "run"), named(name, "snapshot"))
         info = self._transport.json("GET", path).parsed(SnapshotInfo)
         self._delete(path, info.created_at, SnapshotNotFound)
 
     def delete_run(self, run: str) -> None:
         """Delete a run with all weights and snapshots. Raises RunNotFound."""
-        self._delete(protocol.run_path(_name(run, "run")), self.run(run).created_at, RunNotFound)
+        self._delete(protocol.run_path(named(run, "run")), self.run(run).created_at, RunNotFound)
         self._steps.forget(run)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -1009,30 +1009,6 @@ def _exists(info: RunInfo) -> RunExists:
     return RunExists(f"run {info.run!r} exists already and is at step {info.step}")
 
 
-def _asked(
-    run: str,
-    average: str | None,
-    snapshot: str | None,
-    soup: Mapping[str, float] | None = None,
-    target: Target | None = None,
-) -> Asked:
-    if target is not None:
-        for other, hint in (
-            (average, f"leave the average out: {target} is worked out of all of the ring"),
-            (snapshot, "give the snapshot as at=, for the average as of that time"),
-            (soup, "give one of the two"),
-        ):
-            if other is not None:
-                raise UsageError(f"{target} is wished for, and {other!r} too", hint=hint)
-        return Asked(_name(run, "run"), target=target)
-    if soup is None:
-        return Asked(_name(run, "run"), average, None if snapshot is None else _name(snapshot, "snapshot"))
-    if snapshot is not None:
-        raise UsageError("both a snapshot and a soup are given", hint="give one: a soup names its snapshots")
-    said = ",".join(f"{_name(name, 'snapshot')}:{float(weight)!r}" for name, weight in soup.items())
-    return Asked(_name(run, "run"), average, soup=said)
-
-
 def _short(name: str | None) -> str | None:
     """What results are, as the service keeps it. Raises UsageError."""
     if name is not None and len(name) > protocol.SWEEP_TEXT:
@@ -1042,35 +1018,3 @@ def _short(name: str | None) -> str | None:
 
 def _log_unreported(run: str, error: EmaError) -> None:
     _log.warning("run %r: the service did not keep what the sweep found: %s", run, error)
-
-
-def _dtype(said: str) -> str:
-    if said.upper() not in protocol.LAYOUT_DTYPES:
-        raise UsageError(
-            f"weights cannot be had as {said!r}", hint=f"ask for one of {', '.join(protocol.LAYOUT_DTYPES)}"
-        )
-    return said.upper()
-
-
-def _name(value: str, what: str) -> str:
-    if not protocol.is_name(value):
-        raise UsageError(
-            f"{value!r} cannot name {'an' if what[0] in 'aeiou' else 'a'} {what}",
-            hint="up to 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
-        )
-    return value
-
-
-def _checked_lanes(lanes: int | None) -> int | None:
-    """The number of lanes. Raises UsageError unless it is None or lies between 1 and the most there may be."""
-    if lanes is not None and not 1 <= lanes <= MOST_LANES:
-        raise UsageError(f"lanes={lanes} is not between 1 and {MOST_LANES}", hint="leave lanes out: what pays is found")
-    return lanes
-
-
-def checked_decay(decay: float) -> float:
-    """``decay`` as a float. Raises InvalidDecay unless it lies in [0, 1]."""
-    # Written so that NaN fails.
-    if not 0.0 <= decay <= 1.0:
-        raise InvalidDecay(f"decay must be between 0 and 1, not {decay}")
-    return float(decay)
