@@ -1,8 +1,8 @@
 """EmaClient: everything a trainer or an evaluator asks of the service, as Python calls.
 
-Knows: the routes and what their answers mean; the latest step pushed to each run. Does not know: sockets and retries
-(http), how tensors become bytes (tensors), how weights are read (reading). Imports torch where a call needs torch, so
-that programs which look at runs or steer runs do without.
+Knows: the routes and what their answers mean. Does not know: sockets and retries (http), how tensors become bytes
+(tensors), how weights are read (reading). Imports torch where a call needs torch, so that programs which look at runs
+or steer runs do without.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,11 +28,9 @@ from ema_client.errors import (
     RunExists,
     RunNotFound,
     SnapshotNotFound,
-    StepNotReached,
     UsageError,
     WeightsExist,
 )
-from ema_client.forks import Lock
 from ema_client.http.body import Body
 from ema_client.http.pace import MOST_FORCED as MOST_LANES
 from ema_client.http.retry import RetryPolicy
@@ -77,6 +74,7 @@ from ema_client.reading.to_file import pour, save, save_on
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
 from ema_client.schedules import average_of, averages_of, posthoc_of
+from ema_client.steps import Steps, await_step
 from ema_client.targets import Target, Wished
 from ema_client.wire import Box
 
@@ -94,8 +92,6 @@ _log = logging.getLogger("ema_client")
 
 #: Seconds that the service may write to its disk, or make room in its memory, before it answers.
 _WORK_SECONDS = 50.0
-#: Pause between two questions for a step that another rank sends, in seconds.
-_POLL_SECONDS = 0.02
 
 
 class EmaClient:
@@ -133,7 +129,7 @@ class EmaClient:
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
         self._pushes = Pushes(self._transport)
-        self._steps = _Steps()
+        self._steps = Steps()
 
     @property
     def url(self) -> str:
@@ -272,14 +268,14 @@ class EmaClient:
                 try:
                     query = {"num_updates": num_updates, "step": step, "created_at": info.created_at}
                     reply = self._transport.upload(protocol.weights_path(run), _body(state, progress), query=query)
-                    return self._seen(_info(run, reply))
+                    return self._steps.seen(_info(run, reply))
                 except WeightsExist:
                     # Another trainer sent the weights between our two requests. Asked so as a trainer may, who need
                     # not have the right to read.
                     info = self._declare(config)
         if not exist_ok:
             raise _exists(info)
-        return self._seen(info)
+        return self._steps.seen(info)
 
     def begin_anew(self, run: str, state: State, *, writer: int | None = None) -> RunInfo:
         """Give a run other initial weights before its first update: those that a model was loaded with since.
@@ -296,7 +292,7 @@ class EmaClient:
             raise AwaitingWeights(f"run {run!r} has no initial weights yet")
         query: Query = {"replaces": info.version, "created_at": info.created_at}
         reply = self._transport.upload(protocol.weights_path(run), body, query=query, headers=_writer_header(writer))
-        return self._seen(_info(run, reply))
+        return self._steps.seen(_info(run, reply))
 
     def begin_anew_once(
         self,
@@ -399,7 +395,7 @@ class EmaClient:
         # A server of before branches knows no `run`: left out where there is none.
         body = {key: value for key, value in protocol.to_json(where).items() if key != "run" or value is not None}
         path = _of_that_time(protocol.rewind_path(named(run, "run")), created_at)
-        return self._seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
+        return self._steps.seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
 
     def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
         """Create a run whose initial weights come later, in parts: see send_weights_part().
@@ -410,7 +406,7 @@ class EmaClient:
         info = self._declare(config)
         if info.status != "awaiting_weights" and not exist_ok:
             raise _exists(info)
-        return self._seen(info)
+        return self._steps.seen(info)
 
     def push_part(
         self,
@@ -493,24 +489,7 @@ class EmaClient:
 
     def wait_for_step(self, run: str, step: int, *, wait: float = protocol.MAX_WAIT) -> RunInfo:
         """The run, once it has reached ``step``. Raises StepNotReached after ``wait`` seconds."""
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                info = self.run(run)
-                reached = info.step
-            except RunNotFound:
-                # Another rank is about to create the run.
-                if time.monotonic() > deadline:
-                    raise
-                reached = None
-            if reached is not None and reached >= step:
-                return info
-            if time.monotonic() > deadline:
-                raise StepNotReached(
-                    f"run {run!r} is at step {reached}, not at {step}, after {wait:g} seconds",
-                    hint="a part of the update is missing or was refused: see the other ranks' messages",
-                )
-            time.sleep(_POLL_SECONDS)
+        return await_step(run, step, partial(self.run, run), wait=wait)
 
     def shared_state(self, state: State) -> SharedState:
         """A copy of ``state`` in memory that a service on this host can read: a push of the copy sends no bytes.
@@ -912,13 +891,6 @@ class EmaClient:
             latest = self.run(run).step
         return (latest or 0) + 1
 
-    def _seen(self, info: RunInfo) -> RunInfo:
-        if info.step is None:
-            self._steps.forget(info.run)
-        else:
-            self._steps.remember(info.run, info.step)
-        return info
-
 
 def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
     """URL and token of a service: those given, else those of the environment, else the default and none."""
@@ -926,26 +898,6 @@ def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
     token = token or os.environ.get("EMA_SERVICE_TOKEN") or None
     # A token read from a file or a variable often ends in a newline.
     return url.strip(), token.strip() if token else None
-
-
-class _Steps:
-    """The latest step of each run, as far as the client has pushed or seen it. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._steps: dict[str, int] = {}
-        self._lock = Lock()
-
-    def latest(self, run: str) -> int | None:
-        with self._lock:
-            return self._steps.get(run)
-
-    def remember(self, run: str, step: int) -> None:
-        with self._lock:
-            self._steps[run] = step
-
-    def forget(self, run: str) -> None:
-        with self._lock:
-            self._steps.pop(run, None)
 
 
 def _writer_header(writer: int | None) -> dict[str, str]:
