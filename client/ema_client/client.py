@@ -25,16 +25,15 @@ from ema_client.errors import (
     AwaitingWeights,
     EmaError,
     ProtocolError,
-    RunExists,
     RunNotFound,
     SnapshotNotFound,
     UsageError,
-    WeightsExist,
 )
 from ema_client.http.body import Body
 from ema_client.http.pace import MOST_FORCED as MOST_LANES
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Query, Reply, Transport, with_query
+from ema_client.lifecycle import WORK_SECONDS, Lifecycle, run_of, told_if_replaced
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
@@ -45,7 +44,6 @@ from ema_client.protocol import (
     NonFinitePolicy,
     Posthoc,
     ProfileInfo,
-    Rewind,
     RunConfig,
     RunEvent,
     RunInfo,
@@ -90,9 +88,6 @@ __all__ = ["MOST_LANES", "EmaClient", "checked_decay", "service_of"]
 
 _log = logging.getLogger("ema_client")
 
-#: Seconds that the service may write to its disk, or make room in its memory, before it answers.
-_WORK_SECONDS = 50.0
-
 
 class EmaClient:
     """The calls to one service. Thread-safe; one client serves a process, and its forks by connections of their own.
@@ -130,6 +125,7 @@ class EmaClient:
         self._pulls = Pulls(self._transport)
         self._pushes = Pushes(self._transport)
         self._steps = Steps()
+        self._lifecycle = Lifecycle(self._transport, self._steps)
 
     @property
     def url(self) -> str:
@@ -256,26 +252,10 @@ class EmaClient:
             copied=tuple(copied),
             posthoc=posthoc_of(posthoc),
         )
-        if from_snapshot is not None:
-            # A snapshot that is not there leaves no run without weights behind.
-            source, snapshot = named(from_snapshot[0], "run"), named(from_snapshot[1], "snapshot")
-            self._transport.json("GET", protocol.snapshot_path(source, snapshot))
-        info = self._declare(config)
-        if info.status == "awaiting_weights":
-            with _told_if_replaced(run):
-                if from_snapshot is not None:
-                    return self._rewind(run, snapshot, source, info.created_at)
-                try:
-                    query = {"num_updates": num_updates, "step": step, "created_at": info.created_at}
-                    reply = self._transport.upload(protocol.weights_path(run), _body(state, progress), query=query)
-                    return self._steps.seen(_info(run, reply))
-                except WeightsExist:
-                    # Another trainer sent the weights between our two requests. Asked so as a trainer may, who need
-                    # not have the right to read.
-                    info = self._declare(config)
-        if not exist_ok:
-            raise _exists(info)
-        return self._steps.seen(info)
+        query: Query = {"num_updates": num_updates, "step": step}
+        return self._lifecycle.create(
+            config, lambda: _body(state, progress), query, from_snapshot=from_snapshot, exist_ok=exist_ok
+        )
 
     def begin_anew(self, run: str, state: State, *, writer: int | None = None) -> RunInfo:
         """Give a run other initial weights before its first update: those that a model was loaded with since.
@@ -292,7 +272,7 @@ class EmaClient:
             raise AwaitingWeights(f"run {run!r} has no initial weights yet")
         query: Query = {"replaces": info.version, "created_at": info.created_at}
         reply = self._transport.upload(protocol.weights_path(run), body, query=query, headers=_writer_header(writer))
-        return self._steps.seen(_info(run, reply))
+        return self._steps.seen(run_of(run, reply))
 
     def begin_anew_once(
         self,
@@ -384,18 +364,7 @@ class EmaClient:
 
         Raises SnapshotNotFound, SnapshotDamaged, StorageDisabled; of another run LayoutMismatch, AverageNotFound.
         """
-        return self._rewind(run, snapshot, from_run, None)
-
-    def _rewind(self, run: str, snapshot: str | None, from_run: str | None, created_at: float | None) -> RunInfo:
-        self._steps.forget(run)
-        where = Rewind(
-            None if snapshot is None else named(snapshot, "snapshot"),
-            None if from_run is None else named(from_run, "run"),
-        )
-        # A server of before branches knows no `run`: left out where there is none.
-        body = {key: value for key, value in protocol.to_json(where).items() if key != "run" or value is not None}
-        path = _of_that_time(protocol.rewind_path(named(run, "run")), created_at)
-        return self._steps.seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
+        return self._lifecycle.rewind(run, snapshot, from_run)
 
     def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
         """Create a run whose initial weights come later, in parts: see send_weights_part().
@@ -403,10 +372,7 @@ class EmaClient:
         A run of this name that never had weights is made anew, as by create_run(). exist_ok: return a run that has its
         weights already as it is. Raises RunExists, Superseded.
         """
-        info = self._declare(config)
-        if info.status != "awaiting_weights" and not exist_ok:
-            raise _exists(info)
-        return self._steps.seen(info)
+        return self._lifecycle.declare(config, exist_ok=exist_ok)
 
     def push_part(
         self,
@@ -484,7 +450,7 @@ class EmaClient:
         """
         query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step, "created_at": created_at}
         path = protocol.part_path(named(run, "run"), None, part)
-        with _told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
+        with told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
             return _was_last(self._transport.upload(path, _part_body(state, slices), query=query))
 
     def wait_for_step(self, run: str, step: int, *, wait: float = protocol.MAX_WAIT) -> RunInfo:
@@ -508,7 +474,7 @@ class EmaClient:
     def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
         """Change the decay of an average, by default the run's first, from the next update on. Raises InvalidDecay."""
         body = protocol.to_json(RunPatch(checked_decay(decay), average))
-        return _info(run, self._transport.json("PATCH", protocol.run_path(named(run, "run")), body))
+        return run_of(run, self._transport.json("PATCH", protocol.run_path(named(run, "run")), body))
 
     def add_average(
         self, run: str, name: str, schedule: AverageConfig | None = None, *, decay: float | None = None
@@ -527,7 +493,7 @@ class EmaClient:
         """
         average = average_of(named(name, "average"), schedule, None if decay is None else checked_decay(decay))
         path = protocol.averages_path(named(run, "run"))
-        return _info(run, self._transport.json("POST", path, protocol.to_json(average), patience=_WORK_SECONDS))
+        return run_of(run, self._transport.json("POST", path, protocol.to_json(average), patience=WORK_SECONDS))
 
     def remove_average(self, run: str, name: str) -> None:
         """Remove an average of a run with its weights; snapshots keep theirs.
@@ -535,11 +501,11 @@ class EmaClient:
         Raises AverageNotFound; LastAverage where the run would be left without an average that has weights.
         """
         path = protocol.average_path(named(run, "run"), named(name, "average"))
-        self._transport.json("DELETE", path, patience=_WORK_SECONDS)
+        self._transport.json("DELETE", path, patience=WORK_SECONDS)
 
     def reset_num_updates(self, run: str) -> RunInfo:
         """Let the warm-up of the decay begin anew. A run without counter stays without."""
-        return _info(run, self._transport.json("POST", protocol.reset_path(named(run, "run"))))
+        return run_of(run, self._transport.json("POST", protocol.reset_path(named(run, "run"))))
 
     # --- an evaluator's calls ---------------------------------------------------------------------------------------
 
@@ -679,7 +645,7 @@ class EmaClient:
         target = Target.of(wished, called="snapshot")
         path = protocol.snapshot_path(named(run, "run"), named(name, "snapshot"))
         path = with_query(path, {"keep": keep, **(target.query if target else {})})
-        return self._transport.json("PUT", path, patience=_WORK_SECONDS).parsed(SnapshotInfo)
+        return self._transport.json("PUT", path, patience=WORK_SECONDS).parsed(SnapshotInfo)
 
     def profiles(self, run: str, **wished: Unpack[Wished]) -> ProfileInfo:
         """How an average of any length would be worked out of a run's ring, and how exactly, without its weights.
@@ -693,7 +659,7 @@ class EmaClient:
 
     def _profiles(self, run: str, target: Target) -> ProfileInfo:
         path = with_query(protocol.profiles_path(named(run, "run")), target.query)
-        return self._transport.json("GET", path, patience=_WORK_SECONDS).parsed(ProfileInfo)
+        return self._transport.json("GET", path, patience=WORK_SECONDS).parsed(ProfileInfo)
 
     def sweep(
         self,
@@ -822,7 +788,7 @@ class EmaClient:
 
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""
-        return _info(run, self._transport.json("GET", protocol.run_path(named(run, "run"))))
+        return run_of(run, self._transport.json("GET", protocol.run_path(named(run, "run"))))
 
     def layout(self, run: str) -> RunLayout:
         """The tensors of a run's updates: names, shapes, dtypes, and which of them are copied. Raises RunNotFound."""
@@ -857,33 +823,14 @@ class EmaClient:
         """Delete a snapshot. Raises SnapshotNotFound."""
         path = protocol.snapshot_path(named(run, "run"), named(name, "snapshot"))
         info = self._transport.json("GET", path).parsed(SnapshotInfo)
-        self._delete(path, info.created_at, SnapshotNotFound)
+        self._lifecycle.delete(path, info.created_at, SnapshotNotFound)
 
     def delete_run(self, run: str) -> None:
         """Delete a run with all weights and snapshots. Raises RunNotFound."""
-        self._delete(protocol.run_path(named(run, "run")), self.run(run).created_at, RunNotFound)
+        self._lifecycle.delete(protocol.run_path(named(run, "run")), self.run(run).created_at, RunNotFound)
         self._steps.forget(run)
 
     # ----------------------------------------------------------------------------------------------------------------
-
-    def _declare(self, config: RunConfig) -> RunInfo:
-        # A server of before rings knows no `posthoc`: left out where there is none.
-        body = {key: value for key, value in protocol.to_json(config).items() if key != "posthoc" or value is not None}
-        return _info(config.run, self._transport.json("POST", protocol.runs_path(), body, patience=_WORK_SECONDS))
-
-    def _delete(self, path: str, created_at: float, gone: type[Exception]) -> None:
-        # Of that time: a try that comes late does not delete what was made since under the same name.
-        path = _of_that_time(path, created_at)
-
-        def attempt(number: int) -> None:
-            try:
-                self._transport.json_once("DELETE", path, patience=_WORK_SECONDS)
-            except gone:
-                # At a second try: the first try deleted it, and the answer was lost.
-                if number == 0:
-                    raise
-
-        self._transport.retrying(attempt)
 
     def _next_step(self, run: str) -> int:
         latest = self._steps.latest(run)
@@ -931,34 +878,6 @@ def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]])
 def _was_last(reply: Reply) -> bool:
     """Whether the service answered a part by applying the whole: then all other parts were there."""
     return reply.data.get("state") != "staged"
-
-
-def _info(run: str, reply: Reply) -> RunInfo:
-    """The run that an answer tells of. Raises ProtocolError where that is another run than the one asked about."""
-    info = reply.parsed(RunInfo)
-    if info.run != run:
-        raise ProtocolError(f"{reply.url} was asked about run {run!r} and answered of {info.run!r}")
-    return info
-
-
-def _of_that_time(path: str, created_at: float | None) -> str:
-    return path if created_at is None else f"{path}?created_at={created_at!r}"
-
-
-@contextlib.contextmanager
-def _told_if_replaced(run: str) -> Iterator[None]:
-    """Raises RunExists where the service has no run of the time any more at which this trainer made it."""
-    try:
-        yield
-    except RunNotFound:
-        raise RunExists(
-            f"run {run!r} was made anew by another trainer, or deleted, before its initial weights were there",
-            hint="choose another name, or find out who makes runs of this one",
-        ) from None
-
-
-def _exists(info: RunInfo) -> RunExists:
-    return RunExists(f"run {info.run!r} exists already and is at step {info.step}")
 
 
 def _short(name: str | None) -> str | None:

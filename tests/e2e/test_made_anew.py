@@ -34,6 +34,7 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.http.retry import RetryPolicy
+from ema_client.lifecycle import Lifecycle
 from ema_client.protocol import RunConfig, TensorSpec
 from ema_client.training.joining import Resume
 from ema_client.training.plan import ShardedPlan
@@ -312,13 +313,13 @@ def test_branch_goes_to_the_run_it_was_made_for(
     """So is a creator that branches from a snapshot."""
     client.create_run(run_name, model(value=2.0), decay=0.9)
     client.snapshot(run_name, "kept")
-    branch, rewind = f"{run_name}-branch", EmaClient._rewind
+    branch, rewind = f"{run_name}-branch", Lifecycle.rewind
 
-    def late(self: EmaClient, *words: Any) -> Any:
-        self.declare_run(RunConfig(branch, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5))
+    def late(self: Lifecycle, *words: Any) -> Any:
+        client.declare_run(RunConfig(branch, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5))
         return rewind(self, *words)
 
-    monkeypatch.setattr(EmaClient, "_rewind", late)
+    monkeypatch.setattr(Lifecycle, "rewind", late)
     with pytest.raises(RunExists, match="made anew by another trainer"):
         client.create_run(branch, model(), from_snapshot=(run_name, "kept"))
     assert client.run(branch).status == "awaiting_weights"
