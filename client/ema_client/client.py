@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 from urllib.parse import urlencode
@@ -72,17 +71,17 @@ from ema_client.reading.to_file import pour, save, save_on
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
 from ema_client.schedules import average_of, averages_of, posthoc_of
+from ema_client.states import body_of, part_body_of, require_torch
 from ema_client.steps import Steps, await_step
 from ema_client.targets import Target, Wished
 from ema_client.wire import Box
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from ema_client.states import State
     from ema_client.tensors.shared import SharedState
-
-    State = Mapping[str, Tensor] | nn.Module
 
 __all__ = ["MOST_LANES", "EmaClient", "checked_decay", "service_of"]
 
@@ -237,7 +236,7 @@ class EmaClient:
         """
         if from_snapshot is not None and (num_updates is not None or step is not None):
             raise UsageError("num_updates or step is given with from_snapshot, which has both")
-        _require_torch()
+        require_torch()
         from ema_client.tensors.layout import specs_of, state_of
 
         config = RunConfig(
@@ -254,7 +253,7 @@ class EmaClient:
         )
         query: Query = {"num_updates": num_updates, "step": step}
         return self._lifecycle.create(
-            config, lambda: _body(state, progress), query, from_snapshot=from_snapshot, exist_ok=exist_ok
+            config, lambda: body_of(state, progress), query, from_snapshot=from_snapshot, exist_ok=exist_ok
         )
 
     def begin_anew(self, run: str, state: State, *, writer: int | None = None) -> RunInfo:
@@ -266,8 +265,8 @@ class EmaClient:
         Raises WeightsExist once an update was applied, or the run went back to a snapshot; LayoutMismatch, NonFinite,
         Fenced, AwaitingWeights, RunNotFound.
         """
-        _require_torch()
-        body, info = _body(state), self.run(run)
+        require_torch()
+        body, info = body_of(state), self.run(run)
         if info.version is None:
             raise AwaitingWeights(f"run {run!r} has no initial weights yet")
         query: Query = {"replaces": info.version, "created_at": info.created_at}
@@ -314,8 +313,8 @@ class EmaClient:
 
         Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, Fenced, AwaitingWeights, RunNotFound.
         """
-        _require_torch()
-        body = _body(state, progress)
+        require_torch()
+        body = body_of(state, progress)
         step = self._next_step(run) if step is None else step
         return self._push(run, body, step, writer, once=False)
 
@@ -405,7 +404,7 @@ class EmaClient:
         """
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
         reply = self._transport.upload(
-            protocol.part_path(named(run, "run"), step, part), _part_body(state, slices), query=query, headers=headers
+            protocol.part_path(named(run, "run"), step, part), part_body_of(state, slices), query=query, headers=headers
         )
         return _was_last(reply)
 
@@ -451,7 +450,7 @@ class EmaClient:
         query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step, "created_at": created_at}
         path = protocol.part_path(named(run, "run"), None, part)
         with told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
-            return _was_last(self._transport.upload(path, _part_body(state, slices), query=query))
+            return _was_last(self._transport.upload(path, part_body_of(state, slices), query=query))
 
     def wait_for_step(self, run: str, step: int, *, wait: float = protocol.MAX_WAIT) -> RunInfo:
         """The run, once it has reached ``step``. Raises StepNotReached after ``wait`` seconds."""
@@ -466,7 +465,7 @@ class EmaClient:
 
         Raises UsageError for a state that cannot be sent.
         """
-        _require_torch()
+        require_torch()
         from ema_client.tensors.shared import SharedState
 
         return SharedState(state)
@@ -545,7 +544,7 @@ class EmaClient:
         Raises RunNotFound, SnapshotNotFound, AverageNotFound, AwaitingWeights, StepNotReached, SynthesisRefused;
         UsageError for an ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
         """
-        _require_torch()
+        require_torch()
         from ema_client.tensors.layout import dtype_name
 
         cast = None if dtype is None else dtype_name(dtype)
@@ -568,7 +567,7 @@ class EmaClient:
         wanted: by tensor name; see ``ema_client.reading.slices.Wanted``. Everything else as for pull(); a ``min_step``
         is waited for as long as the service holds a request (60 seconds).
         """
-        _require_torch()
+        require_torch()
         asked = Asked.of(run, average, snapshot, target=Target.of(wished, called="pull_slices"))
         return self._pulls.pull_slices(replace(asked, min_step=min_step), wanted)
 
@@ -593,7 +592,7 @@ class EmaClient:
         is given and large enough, else in new memory. pull() with ``out`` does without. Whatever is raised, nothing
         was written: UsageError unless the parameters are the run's, or what pull() raises.
         """
-        _require_torch()
+        require_torch()
         from ema_client.tensors.layout import state_of
 
         asked = Asked.of(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
@@ -849,30 +848,6 @@ def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
 
 def _writer_header(writer: int | None) -> dict[str, str]:
     return {} if writer is None else {protocol.HEADER_WRITER: str(writer)}
-
-
-def _require_torch() -> None:
-    if find_spec("torch") is None:
-        raise UsageError("this call handles tensors and torch is not installed", hint="pip install torch xxhash")
-
-
-def _body(state: State, progress: Progress | None = None) -> Body:
-    """The body of checked tensors: their own memory. Raises UsageError for a state that cannot be sent."""
-    from ema_client.tensors.body import encode
-    from ema_client.tensors.layout import state_of
-    from ema_client.tensors.shared import SharedState
-
-    body = state.body if isinstance(state, SharedState) else encode(state_of(state))
-    return body if progress is None else replace(body, moved=lambda sent: progress(min(sent, body.length), body.length))
-
-
-def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]]) -> Body:
-    _require_torch()
-    from ema_client.tensors.body import encode
-    from ema_client.tensors.layout import state_of
-
-    # A rank that has no element sends an empty part all the same.
-    return encode(state_of(state) if state else {}, slices)
 
 
 def _was_last(reply: Reply) -> bool:

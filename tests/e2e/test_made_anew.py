@@ -72,14 +72,14 @@ def in_between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
     """Have something done once between a creation's two requests: the run is there and its weights are not sent."""
 
     def arrange(act: Callable[[], object]) -> None:
-        whole = module._body
+        whole = module.body_of
 
         def body(*words: Any) -> module.Body:
-            monkeypatch.setattr(module, "_body", whole)
+            monkeypatch.setattr(module, "body_of", whole)
             act()
             return whole(*words)
 
-        monkeypatch.setattr(module, "_body", body)
+        monkeypatch.setattr(module, "body_of", body)
 
     return arrange
 
@@ -89,10 +89,10 @@ def on_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
     """Have something done once in the middle of the next body that this process sends."""
 
     def arrange(act: Callable[[], object]) -> None:
-        whole = module._body
+        whole = module.body_of
 
         def body(*words: Any) -> module.Body:
-            monkeypatch.setattr(module, "_body", whole)
+            monkeypatch.setattr(module, "body_of", whole)
             acted = threading.Event()
 
             def moved(_: int) -> None:
@@ -102,7 +102,7 @@ def on_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
 
             return replace(whole(*words), moved=moved)
 
-        monkeypatch.setattr(module, "_body", body)
+        monkeypatch.setattr(module, "body_of", body)
 
     return arrange
 
