@@ -1,8 +1,8 @@
 """EmaClient: everything a trainer or an evaluator asks of the service, as Python calls.
 
-Knows: the routes and what their answers mean; the latest step pushed to each run. Does not know: sockets and retries
-(http), how tensors become bytes (tensors), how weights are read (reading). Imports torch where a call needs torch, so
-that programs which look at runs or steer runs do without.
+Knows: the routes and what their answers mean. Does not know: sockets and retries (http), how tensors become bytes
+(tensors), how weights are read (reading). Imports torch where a call needs torch, so that programs which look at runs
+or steer runs do without.
 """
 
 from __future__ import annotations
@@ -10,34 +10,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 from urllib.parse import urlencode
 
 from ema_client import protocol
+from ema_client.arguments import checked_decay, checked_dtype, checked_lanes, named
 from ema_client.errors import (
     AwaitingWeights,
     EmaError,
-    InvalidDecay,
     ProtocolError,
-    RunExists,
     RunNotFound,
     SnapshotNotFound,
-    StepNotReached,
     UsageError,
-    WeightsExist,
 )
-from ema_client.forks import Lock
 from ema_client.http.body import Body
 from ema_client.http.pace import MOST_FORCED as MOST_LANES
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Query, Reply, Transport, with_query
+from ema_client.lifecycle import WORK_SECONDS, Lifecycle, run_of, told_if_replaced
 from ema_client.protocol import (
     AverageConfig,
     DecayPer,
@@ -48,7 +43,6 @@ from ema_client.protocol import (
     NonFinitePolicy,
     Posthoc,
     ProfileInfo,
-    Rewind,
     RunConfig,
     RunEvent,
     RunInfo,
@@ -77,25 +71,21 @@ from ema_client.reading.to_file import pour, save, save_on
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
 from ema_client.schedules import average_of, averages_of, posthoc_of
+from ema_client.states import body_of, part_body_of, require_torch
+from ema_client.steps import Steps, await_step
 from ema_client.targets import Target, Wished
 from ema_client.wire import Box
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from ema_client.states import State
     from ema_client.tensors.shared import SharedState
-
-    State = Mapping[str, Tensor] | nn.Module
 
 __all__ = ["MOST_LANES", "EmaClient", "checked_decay", "service_of"]
 
 _log = logging.getLogger("ema_client")
-
-#: Seconds that the service may write to its disk, or make room in its memory, before it answers.
-_WORK_SECONDS = 50.0
-#: Pause between two questions for a step that another rank sends, in seconds.
-_POLL_SECONDS = 0.02
 
 
 class EmaClient:
@@ -128,12 +118,13 @@ class EmaClient:
         lanes: int | None = None,
     ) -> None:
         url, self._token = service_of(url, token)
-        self._transport = Transport(url, token=self._token, retry=retry, lanes=_checked_lanes(lanes))
+        self._transport = Transport(url, token=self._token, retry=retry, lanes=checked_lanes(lanes))
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
         self._pulls = Pulls(self._transport)
         self._pushes = Pushes(self._transport)
-        self._steps = _Steps()
+        self._steps = Steps()
+        self._lifecycle = Lifecycle(self._transport, self._steps)
 
     @property
     def url(self) -> str:
@@ -157,7 +148,7 @@ class EmaClient:
 
     @lanes.setter
     def lanes(self, lanes: int | None) -> None:
-        self._transport.lanes = _checked_lanes(lanes)
+        self._transport.lanes = checked_lanes(lanes)
 
     @property
     def link(self) -> str:
@@ -245,11 +236,11 @@ class EmaClient:
         """
         if from_snapshot is not None and (num_updates is not None or step is not None):
             raise UsageError("num_updates or step is given with from_snapshot, which has both")
-        _require_torch()
+        require_torch()
         from ema_client.tensors.layout import specs_of, state_of
 
         config = RunConfig(
-            run=_name(run, "run"),
+            run=named(run, "run"),
             layout=specs_of(state_of(state)),
             decay=checked_decay(decay),
             use_num_updates=use_num_updates,
@@ -260,26 +251,10 @@ class EmaClient:
             copied=tuple(copied),
             posthoc=posthoc_of(posthoc),
         )
-        if from_snapshot is not None:
-            # A snapshot that is not there leaves no run without weights behind.
-            source, snapshot = _name(from_snapshot[0], "run"), _name(from_snapshot[1], "snapshot")
-            self._transport.json("GET", protocol.snapshot_path(source, snapshot))
-        info = self._declare(config)
-        if info.status == "awaiting_weights":
-            with _told_if_replaced(run):
-                if from_snapshot is not None:
-                    return self._rewind(run, snapshot, source, info.created_at)
-                try:
-                    query = {"num_updates": num_updates, "step": step, "created_at": info.created_at}
-                    reply = self._transport.upload(protocol.weights_path(run), _body(state, progress), query=query)
-                    return self._seen(_info(run, reply))
-                except WeightsExist:
-                    # Another trainer sent the weights between our two requests. Asked so as a trainer may, who need
-                    # not have the right to read.
-                    info = self._declare(config)
-        if not exist_ok:
-            raise _exists(info)
-        return self._seen(info)
+        query: Query = {"num_updates": num_updates, "step": step}
+        return self._lifecycle.create(
+            config, lambda: body_of(state, progress), query, from_snapshot=from_snapshot, exist_ok=exist_ok
+        )
 
     def begin_anew(self, run: str, state: State, *, writer: int | None = None) -> RunInfo:
         """Give a run other initial weights before its first update: those that a model was loaded with since.
@@ -290,13 +265,13 @@ class EmaClient:
         Raises WeightsExist once an update was applied, or the run went back to a snapshot; LayoutMismatch, NonFinite,
         Fenced, AwaitingWeights, RunNotFound.
         """
-        _require_torch()
-        body, info = _body(state), self.run(run)
+        require_torch()
+        body, info = body_of(state), self.run(run)
         if info.version is None:
             raise AwaitingWeights(f"run {run!r} has no initial weights yet")
         query: Query = {"replaces": info.version, "created_at": info.created_at}
         reply = self._transport.upload(protocol.weights_path(run), body, query=query, headers=_writer_header(writer))
-        return self._seen(_info(run, reply))
+        return self._steps.seen(run_of(run, reply))
 
     def begin_anew_once(
         self,
@@ -338,8 +313,8 @@ class EmaClient:
 
         Raises LayoutMismatch, NonFinite, StaleStep, StepConflict, Fenced, AwaitingWeights, RunNotFound.
         """
-        _require_torch()
-        body = _body(state, progress)
+        require_torch()
+        body = body_of(state, progress)
         step = self._next_step(run) if step is None else step
         return self._push(run, body, step, writer, once=False)
 
@@ -351,7 +326,7 @@ class EmaClient:
         if not 0 <= step <= protocol.MAX_STEP:
             raise UsageError(f"step {step} is not between 0 and {protocol.MAX_STEP}")
         try:
-            reply = self._pushes.push(_name(run, "run"), step, body, _writer_header(writer), once=once)
+            reply = self._pushes.push(named(run, "run"), step, body, _writer_header(writer), once=once)
         except EmaError:
             # The service knows better whether this update was applied, and what others have pushed.
             self._steps.forget(run)
@@ -367,7 +342,7 @@ class EmaClient:
 
         A trainer that was replaced, and does not know, cannot push any more. Raises RunNotFound.
         """
-        return self._transport.json("POST", protocol.writers_path(_name(run, "run"))).parsed(Writer).writer
+        return self._transport.json("POST", protocol.writers_path(named(run, "run"))).parsed(Writer).writer
 
     def detach(self, run: str, writer: int) -> RunInfo:
         """Say that the training is over of the trainer to which attach() gave ``writer``: no update of it is to come.
@@ -375,7 +350,7 @@ class EmaClient:
         Nothing is refused for that, and the next attach() or update takes it back. Where another trainer has attached
         since, nothing changes. Tried once: nothing depends on it. Raises RunNotFound.
         """
-        return self._transport.json_once("DELETE", protocol.writer_path(_name(run, "run"), writer)).parsed(RunInfo)
+        return self._transport.json_once("DELETE", protocol.writer_path(named(run, "run"), writer)).parsed(RunInfo)
 
     def rewind(self, run: str, snapshot: str | None, *, from_run: str | None = None) -> RunInfo:
         """Bring a run back to a snapshot: weights, step, counter and decays, in a new epoch.
@@ -388,18 +363,7 @@ class EmaClient:
 
         Raises SnapshotNotFound, SnapshotDamaged, StorageDisabled; of another run LayoutMismatch, AverageNotFound.
         """
-        return self._rewind(run, snapshot, from_run, None)
-
-    def _rewind(self, run: str, snapshot: str | None, from_run: str | None, created_at: float | None) -> RunInfo:
-        self._steps.forget(run)
-        where = Rewind(
-            None if snapshot is None else _name(snapshot, "snapshot"),
-            None if from_run is None else _name(from_run, "run"),
-        )
-        # A server of before branches knows no `run`: left out where there is none.
-        body = {key: value for key, value in protocol.to_json(where).items() if key != "run" or value is not None}
-        path = _of_that_time(protocol.rewind_path(_name(run, "run")), created_at)
-        return self._seen(_info(run, self._transport.json("POST", path, body, patience=_WORK_SECONDS)))
+        return self._lifecycle.rewind(run, snapshot, from_run)
 
     def declare_run(self, config: RunConfig, *, exist_ok: bool = False) -> RunInfo:
         """Create a run whose initial weights come later, in parts: see send_weights_part().
@@ -407,10 +371,7 @@ class EmaClient:
         A run of this name that never had weights is made anew, as by create_run(). exist_ok: return a run that has its
         weights already as it is. Raises RunExists, Superseded.
         """
-        info = self._declare(config)
-        if info.status != "awaiting_weights" and not exist_ok:
-            raise _exists(info)
-        return self._seen(info)
+        return self._lifecycle.declare(config, exist_ok=exist_ok)
 
     def push_part(
         self,
@@ -443,7 +404,7 @@ class EmaClient:
         """
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
         reply = self._transport.upload(
-            protocol.part_path(_name(run, "run"), step, part), _part_body(state, slices), query=query, headers=headers
+            protocol.part_path(named(run, "run"), step, part), part_body_of(state, slices), query=query, headers=headers
         )
         return _was_last(reply)
 
@@ -453,7 +414,7 @@ class EmaClient:
         """push_part() of a ready body, tried once: for a sender with retries of its own."""
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
         reply = self._transport.upload_once(
-            protocol.part_path(_name(run, "run"), step, part), body, query=query, headers=headers
+            protocol.part_path(named(run, "run"), step, part), body, query=query, headers=headers
         )
         return _was_last(reply)
 
@@ -465,7 +426,7 @@ class EmaClient:
         A part that was answered is safe only once its step is applied: until then the service has it in memory alone,
         and whoever sent the part keeps it, and sends it again where it is not among ``parts`` any more.
         """
-        path = protocol.update_path(_name(run, "run"), step)
+        path = protocol.update_path(named(run, "run"), step)
         path = path if first is None else f"{path}?{urlencode({'first': first})}"
         return self._transport.json("GET", path).parsed(UpdateStatus)
 
@@ -487,30 +448,13 @@ class EmaClient:
         created_at: what declare_run() told: RunExists is raised where the run was made anew since, by another trainer.
         """
         query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step, "created_at": created_at}
-        path = protocol.part_path(_name(run, "run"), None, part)
-        with _told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
-            return _was_last(self._transport.upload(path, _part_body(state, slices), query=query))
+        path = protocol.part_path(named(run, "run"), None, part)
+        with told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
+            return _was_last(self._transport.upload(path, part_body_of(state, slices), query=query))
 
     def wait_for_step(self, run: str, step: int, *, wait: float = protocol.MAX_WAIT) -> RunInfo:
         """The run, once it has reached ``step``. Raises StepNotReached after ``wait`` seconds."""
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                info = self.run(run)
-                reached = info.step
-            except RunNotFound:
-                # Another rank is about to create the run.
-                if time.monotonic() > deadline:
-                    raise
-                reached = None
-            if reached is not None and reached >= step:
-                return info
-            if time.monotonic() > deadline:
-                raise StepNotReached(
-                    f"run {run!r} is at step {reached}, not at {step}, after {wait:g} seconds",
-                    hint="a part of the update is missing or was refused: see the other ranks' messages",
-                )
-            time.sleep(_POLL_SECONDS)
+        return await_step(run, step, partial(self.run, run), wait=wait)
 
     def shared_state(self, state: State) -> SharedState:
         """A copy of ``state`` in memory that a service on this host can read: a push of the copy sends no bytes.
@@ -521,7 +465,7 @@ class EmaClient:
 
         Raises UsageError for a state that cannot be sent.
         """
-        _require_torch()
+        require_torch()
         from ema_client.tensors.shared import SharedState
 
         return SharedState(state)
@@ -529,7 +473,7 @@ class EmaClient:
     def set_decay(self, run: str, decay: float, *, average: str | None = None) -> RunInfo:
         """Change the decay of an average, by default the run's first, from the next update on. Raises InvalidDecay."""
         body = protocol.to_json(RunPatch(checked_decay(decay), average))
-        return _info(run, self._transport.json("PATCH", protocol.run_path(_name(run, "run")), body))
+        return run_of(run, self._transport.json("PATCH", protocol.run_path(named(run, "run")), body))
 
     def add_average(
         self, run: str, name: str, schedule: AverageConfig | None = None, *, decay: float | None = None
@@ -546,21 +490,21 @@ class EmaClient:
         Raises AverageExists where the run has another average of that name, TooManyAverages, Overloaded and
         StorageFailed where the service has no room for it.
         """
-        average = average_of(_name(name, "average"), schedule, None if decay is None else checked_decay(decay))
-        path = protocol.averages_path(_name(run, "run"))
-        return _info(run, self._transport.json("POST", path, protocol.to_json(average), patience=_WORK_SECONDS))
+        average = average_of(named(name, "average"), schedule, None if decay is None else checked_decay(decay))
+        path = protocol.averages_path(named(run, "run"))
+        return run_of(run, self._transport.json("POST", path, protocol.to_json(average), patience=WORK_SECONDS))
 
     def remove_average(self, run: str, name: str) -> None:
         """Remove an average of a run with its weights; snapshots keep theirs.
 
         Raises AverageNotFound; LastAverage where the run would be left without an average that has weights.
         """
-        path = protocol.average_path(_name(run, "run"), _name(name, "average"))
-        self._transport.json("DELETE", path, patience=_WORK_SECONDS)
+        path = protocol.average_path(named(run, "run"), named(name, "average"))
+        self._transport.json("DELETE", path, patience=WORK_SECONDS)
 
     def reset_num_updates(self, run: str) -> RunInfo:
         """Let the warm-up of the decay begin anew. A run without counter stays without."""
-        return _info(run, self._transport.json("POST", protocol.reset_path(_name(run, "run"))))
+        return run_of(run, self._transport.json("POST", protocol.reset_path(named(run, "run"))))
 
     # --- an evaluator's calls ---------------------------------------------------------------------------------------
 
@@ -600,11 +544,11 @@ class EmaClient:
         Raises RunNotFound, SnapshotNotFound, AverageNotFound, AwaitingWeights, StepNotReached, SynthesisRefused;
         UsageError for an ``out`` that does not fit. After ConnectionLost the tensors of ``out`` are part old, part new.
         """
-        _require_torch()
+        require_torch()
         from ema_client.tensors.layout import dtype_name
 
         cast = None if dtype is None else dtype_name(dtype)
-        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="pull"))
+        asked = Asked.of(run, average, snapshot, soup, Target.of(wished, called="pull"))
         asked = replace(asked, dtype=cast, prefix=prefix, min_step=min_step)
         return self._pulls.pull(asked, out, wait=wait, progress=progress)
 
@@ -623,8 +567,8 @@ class EmaClient:
         wanted: by tensor name; see ``ema_client.reading.slices.Wanted``. Everything else as for pull(); a ``min_step``
         is waited for as long as the service holds a request (60 seconds).
         """
-        _require_torch()
-        asked = _asked(run, average, snapshot, target=Target.of(wished, called="pull_slices"))
+        require_torch()
+        asked = Asked.of(run, average, snapshot, target=Target.of(wished, called="pull_slices"))
         return self._pulls.pull_slices(replace(asked, min_step=min_step), wanted)
 
     def copy_to(
@@ -648,10 +592,10 @@ class EmaClient:
         is given and large enough, else in new memory. pull() with ``out`` does without. Whatever is raised, nothing
         was written: UsageError unless the parameters are the run's, or what pull() raises.
         """
-        _require_torch()
+        require_torch()
         from ema_client.tensors.layout import state_of
 
-        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
+        asked = Asked.of(run, average, snapshot, soup, Target.of(wished, called="copy_to"))
         return self._pulls.copy(replace(asked, prefix=prefix), state_of(module), memory)
 
     def download(
@@ -682,8 +626,8 @@ class EmaClient:
                 beside ``path``, and the next such call goes on with it, as long as the weights are the same.
             progress: called with (bytes that have come, bytes in all).
         """
-        asked = _asked(run, average, snapshot, soup, Target.of(wished, called="download"))
-        asked = replace(asked, dtype=None if dtype is None else _dtype(dtype), prefix=prefix)
+        asked = Asked.of(run, average, snapshot, soup, Target.of(wished, called="download"))
+        asked = replace(asked, dtype=None if dtype is None else checked_dtype(dtype), prefix=prefix)
         if isinstance(path, str | os.PathLike):
             return (save_on if resume else save)(self._transport, asked, Path(path), progress)
         return pour(self._transport, asked, path, progress)
@@ -698,9 +642,9 @@ class EmaClient:
         Raises SnapshotExists, StorageDisabled; with ``wished`` SynthesisRefused.
         """
         target = Target.of(wished, called="snapshot")
-        path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
+        path = protocol.snapshot_path(named(run, "run"), named(name, "snapshot"))
         path = with_query(path, {"keep": keep, **(target.query if target else {})})
-        return self._transport.json("PUT", path, patience=_WORK_SECONDS).parsed(SnapshotInfo)
+        return self._transport.json("PUT", path, patience=WORK_SECONDS).parsed(SnapshotInfo)
 
     def profiles(self, run: str, **wished: Unpack[Wished]) -> ProfileInfo:
         """How an average of any length would be worked out of a run's ring, and how exactly, without its weights.
@@ -713,8 +657,8 @@ class EmaClient:
         return self._profiles(run, target)
 
     def _profiles(self, run: str, target: Target) -> ProfileInfo:
-        path = with_query(protocol.profiles_path(_name(run, "run")), target.query)
-        return self._transport.json("GET", path, patience=_WORK_SECONDS).parsed(ProfileInfo)
+        path = with_query(protocol.profiles_path(named(run, "run")), target.query)
+        return self._transport.json("GET", path, patience=WORK_SECONDS).parsed(ProfileInfo)
 
     def sweep(
         self,
@@ -771,7 +715,7 @@ class EmaClient:
             raise UsageError(f"{kind}=[] names no average", hint=f"{kind}=[0.05, 0.1]")
         sweeper = Sweeper(
             transport=self._transport,
-            run=_name(run, "run"),
+            run=named(run, "run"),
             kind=kind,
             evaluate=evaluate,
             profiles=partial(self._profiles, run),
@@ -788,11 +732,11 @@ class EmaClient:
 
     def sweeps(self, run: str) -> tuple[SweepInfo, ...]:
         """What the newest sweeps over the run's averages found, of those that were reported, the newest last."""
-        return self._transport.json("GET", protocol.sweeps_path(_name(run, "run"))).parsed(SweepList).sweeps
+        return self._transport.json("GET", protocol.sweeps_path(named(run, "run"))).parsed(SweepList).sweeps
 
     def snapshots(self, run: str) -> tuple[SnapshotInfo, ...]:
         """The snapshots of a run."""
-        reply = self._transport.json("GET", protocol.snapshots_path(_name(run, "run")))
+        reply = self._transport.json("GET", protocol.snapshots_path(named(run, "run")))
         return reply.parsed(SnapshotList).snapshots
 
     def watch(
@@ -843,11 +787,11 @@ class EmaClient:
 
     def run(self, run: str) -> RunInfo:
         """A run as it stands. Raises RunNotFound."""
-        return _info(run, self._transport.json("GET", protocol.run_path(_name(run, "run"))))
+        return run_of(run, self._transport.json("GET", protocol.run_path(named(run, "run"))))
 
     def layout(self, run: str) -> RunLayout:
         """The tensors of a run's updates: names, shapes, dtypes, and which of them are copied. Raises RunNotFound."""
-        return self._transport.json("GET", protocol.layout_path(_name(run, "run"))).parsed(RunLayout)
+        return self._transport.json("GET", protocol.layout_path(named(run, "run"))).parsed(RunLayout)
 
     def history(self, run: str, *, since: float | None = None, points: int | None = None) -> History:
         """How a run went: steps, distances between shadow and parameters, rates and times, over time.
@@ -855,7 +799,7 @@ class EmaClient:
         since: only what was measured after that time, in seconds since 1970-01-01 UTC. points: at most so many
         measurements, evenly over time, the newest among them; by default 500. Raises RunNotFound, InvalidRequest.
         """
-        path = with_query(protocol.history_path(_name(run, "run")), {"since": since, "points": points})
+        path = with_query(protocol.history_path(named(run, "run")), {"since": since, "points": points})
         return self._transport.json("GET", path).parsed(History)
 
     def distances(self, run: str) -> Distances:
@@ -863,7 +807,7 @@ class EmaClient:
 
         Raises RunNotFound.
         """
-        return self._transport.json("GET", protocol.distances_path(_name(run, "run"))).parsed(Distances)
+        return self._transport.json("GET", protocol.distances_path(named(run, "run"))).parsed(Distances)
 
     def timeline(self, run: str, *, since: float | None = None, limit: int | None = None) -> Timeline:
         """What was done to a run: changes of its decay, rewinds, trainers that took over, snapshots, damage.
@@ -871,53 +815,27 @@ class EmaClient:
         since: only what happened after that time, in seconds since 1970-01-01 UTC. limit: at most so many entries, the
         newest; by default 100. Raises RunNotFound, InvalidRequest.
         """
-        path = with_query(protocol.timeline_path(_name(run, "run")), {"since": since, "limit": limit})
+        path = with_query(protocol.timeline_path(named(run, "run")), {"since": since, "limit": limit})
         return self._transport.json("GET", path).parsed(Timeline)
 
     def delete_snapshot(self, run: str, name: str) -> None:
         """Delete a snapshot. Raises SnapshotNotFound."""
-        path = protocol.snapshot_path(_name(run, "run"), _name(name, "snapshot"))
+        path = protocol.snapshot_path(named(run, "run"), named(name, "snapshot"))
         info = self._transport.json("GET", path).parsed(SnapshotInfo)
-        self._delete(path, info.created_at, SnapshotNotFound)
+        self._lifecycle.delete(path, info.created_at, SnapshotNotFound)
 
     def delete_run(self, run: str) -> None:
         """Delete a run with all weights and snapshots. Raises RunNotFound."""
-        self._delete(protocol.run_path(_name(run, "run")), self.run(run).created_at, RunNotFound)
+        self._lifecycle.delete(protocol.run_path(named(run, "run")), self.run(run).created_at, RunNotFound)
         self._steps.forget(run)
 
     # ----------------------------------------------------------------------------------------------------------------
-
-    def _declare(self, config: RunConfig) -> RunInfo:
-        # A server of before rings knows no `posthoc`: left out where there is none.
-        body = {key: value for key, value in protocol.to_json(config).items() if key != "posthoc" or value is not None}
-        return _info(config.run, self._transport.json("POST", protocol.runs_path(), body, patience=_WORK_SECONDS))
-
-    def _delete(self, path: str, created_at: float, gone: type[Exception]) -> None:
-        # Of that time: a try that comes late does not delete what was made since under the same name.
-        path = _of_that_time(path, created_at)
-
-        def attempt(number: int) -> None:
-            try:
-                self._transport.json_once("DELETE", path, patience=_WORK_SECONDS)
-            except gone:
-                # At a second try: the first try deleted it, and the answer was lost.
-                if number == 0:
-                    raise
-
-        self._transport.retrying(attempt)
 
     def _next_step(self, run: str) -> int:
         latest = self._steps.latest(run)
         if latest is None:
             latest = self.run(run).step
         return (latest or 0) + 1
-
-    def _seen(self, info: RunInfo) -> RunInfo:
-        if info.step is None:
-            self._steps.forget(info.run)
-        else:
-            self._steps.remember(info.run, info.step)
-        return info
 
 
 def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
@@ -928,109 +846,13 @@ def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
     return url.strip(), token.strip() if token else None
 
 
-class _Steps:
-    """The latest step of each run, as far as the client has pushed or seen it. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._steps: dict[str, int] = {}
-        self._lock = Lock()
-
-    def latest(self, run: str) -> int | None:
-        with self._lock:
-            return self._steps.get(run)
-
-    def remember(self, run: str, step: int) -> None:
-        with self._lock:
-            self._steps[run] = step
-
-    def forget(self, run: str) -> None:
-        with self._lock:
-            self._steps.pop(run, None)
-
-
 def _writer_header(writer: int | None) -> dict[str, str]:
     return {} if writer is None else {protocol.HEADER_WRITER: str(writer)}
-
-
-def _require_torch() -> None:
-    if find_spec("torch") is None:
-        raise UsageError("this call handles tensors and torch is not installed", hint="pip install torch xxhash")
-
-
-def _body(state: State, progress: Progress | None = None) -> Body:
-    """The body of checked tensors: their own memory. Raises UsageError for a state that cannot be sent."""
-    from ema_client.tensors.body import encode
-    from ema_client.tensors.layout import state_of
-    from ema_client.tensors.shared import SharedState
-
-    body = state.body if isinstance(state, SharedState) else encode(state_of(state))
-    return body if progress is None else replace(body, moved=lambda sent: progress(min(sent, body.length), body.length))
-
-
-def _part_body(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[Box]]) -> Body:
-    _require_torch()
-    from ema_client.tensors.body import encode
-    from ema_client.tensors.layout import state_of
-
-    # A rank that has no element sends an empty part all the same.
-    return encode(state_of(state) if state else {}, slices)
 
 
 def _was_last(reply: Reply) -> bool:
     """Whether the service answered a part by applying the whole: then all other parts were there."""
     return reply.data.get("state") != "staged"
-
-
-def _info(run: str, reply: Reply) -> RunInfo:
-    """The run that an answer tells of. Raises ProtocolError where that is another run than the one asked about."""
-    info = reply.parsed(RunInfo)
-    if info.run != run:
-        raise ProtocolError(f"{reply.url} was asked about run {run!r} and answered of {info.run!r}")
-    return info
-
-
-def _of_that_time(path: str, created_at: float | None) -> str:
-    return path if created_at is None else f"{path}?created_at={created_at!r}"
-
-
-@contextlib.contextmanager
-def _told_if_replaced(run: str) -> Iterator[None]:
-    """Raises RunExists where the service has no run of the time any more at which this trainer made it."""
-    try:
-        yield
-    except RunNotFound:
-        raise RunExists(
-            f"run {run!r} was made anew by another trainer, or deleted, before its initial weights were there",
-            hint="choose another name, or find out who makes runs of this one",
-        ) from None
-
-
-def _exists(info: RunInfo) -> RunExists:
-    return RunExists(f"run {info.run!r} exists already and is at step {info.step}")
-
-
-def _asked(
-    run: str,
-    average: str | None,
-    snapshot: str | None,
-    soup: Mapping[str, float] | None = None,
-    target: Target | None = None,
-) -> Asked:
-    if target is not None:
-        for other, hint in (
-            (average, f"leave the average out: {target} is worked out of all of the ring"),
-            (snapshot, "give the snapshot as at=, for the average as of that time"),
-            (soup, "give one of the two"),
-        ):
-            if other is not None:
-                raise UsageError(f"{target} is wished for, and {other!r} too", hint=hint)
-        return Asked(_name(run, "run"), target=target)
-    if soup is None:
-        return Asked(_name(run, "run"), average, None if snapshot is None else _name(snapshot, "snapshot"))
-    if snapshot is not None:
-        raise UsageError("both a snapshot and a soup are given", hint="give one: a soup names its snapshots")
-    said = ",".join(f"{_name(name, 'snapshot')}:{float(weight)!r}" for name, weight in soup.items())
-    return Asked(_name(run, "run"), average, soup=said)
 
 
 def _short(name: str | None) -> str | None:
@@ -1042,35 +864,3 @@ def _short(name: str | None) -> str | None:
 
 def _log_unreported(run: str, error: EmaError) -> None:
     _log.warning("run %r: the service did not keep what the sweep found: %s", run, error)
-
-
-def _dtype(said: str) -> str:
-    if said.upper() not in protocol.LAYOUT_DTYPES:
-        raise UsageError(
-            f"weights cannot be had as {said!r}", hint=f"ask for one of {', '.join(protocol.LAYOUT_DTYPES)}"
-        )
-    return said.upper()
-
-
-def _name(value: str, what: str) -> str:
-    if not protocol.is_name(value):
-        raise UsageError(
-            f"{value!r} cannot name {'an' if what[0] in 'aeiou' else 'a'} {what}",
-            hint="up to 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
-        )
-    return value
-
-
-def _checked_lanes(lanes: int | None) -> int | None:
-    """The number of lanes. Raises UsageError unless it is None or lies between 1 and the most there may be."""
-    if lanes is not None and not 1 <= lanes <= MOST_LANES:
-        raise UsageError(f"lanes={lanes} is not between 1 and {MOST_LANES}", hint="leave lanes out: what pays is found")
-    return lanes
-
-
-def checked_decay(decay: float) -> float:
-    """``decay`` as a float. Raises InvalidDecay unless it lies in [0, 1]."""
-    # Written so that NaN fails.
-    if not 0.0 <= decay <= 1.0:
-        raise InvalidDecay(f"decay must be between 0 and 1, not {decay}")
-    return float(decay)

@@ -34,6 +34,7 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.http.retry import RetryPolicy
+from ema_client.lifecycle import Lifecycle
 from ema_client.protocol import RunConfig, TensorSpec
 from ema_client.training.joining import Resume
 from ema_client.training.plan import ShardedPlan
@@ -71,14 +72,14 @@ def in_between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
     """Have something done once between a creation's two requests: the run is there and its weights are not sent."""
 
     def arrange(act: Callable[[], object]) -> None:
-        whole = module._body
+        whole = module.body_of
 
         def body(*words: Any) -> module.Body:
-            monkeypatch.setattr(module, "_body", whole)
+            monkeypatch.setattr(module, "body_of", whole)
             act()
             return whole(*words)
 
-        monkeypatch.setattr(module, "_body", body)
+        monkeypatch.setattr(module, "body_of", body)
 
     return arrange
 
@@ -88,10 +89,10 @@ def on_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
     """Have something done once in the middle of the next body that this process sends."""
 
     def arrange(act: Callable[[], object]) -> None:
-        whole = module._body
+        whole = module.body_of
 
         def body(*words: Any) -> module.Body:
-            monkeypatch.setattr(module, "_body", whole)
+            monkeypatch.setattr(module, "body_of", whole)
             acted = threading.Event()
 
             def moved(_: int) -> None:
@@ -101,7 +102,7 @@ def on_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object
 
             return replace(whole(*words), moved=moved)
 
-        monkeypatch.setattr(module, "_body", body)
+        monkeypatch.setattr(module, "body_of", body)
 
     return arrange
 
@@ -312,13 +313,13 @@ def test_branch_goes_to_the_run_it_was_made_for(
     """So is a creator that branches from a snapshot."""
     client.create_run(run_name, model(value=2.0), decay=0.9)
     client.snapshot(run_name, "kept")
-    branch, rewind = f"{run_name}-branch", EmaClient._rewind
+    branch, rewind = f"{run_name}-branch", Lifecycle.rewind
 
-    def late(self: EmaClient, *words: Any) -> Any:
-        self.declare_run(RunConfig(branch, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5))
+    def late(self: Lifecycle, *words: Any) -> Any:
+        client.declare_run(RunConfig(branch, (TensorSpec("weight", (2, 3), "F32"),), decay=0.5))
         return rewind(self, *words)
 
-    monkeypatch.setattr(EmaClient, "_rewind", late)
+    monkeypatch.setattr(Lifecycle, "rewind", late)
     with pytest.raises(RunExists, match="made anew by another trainer"):
         client.create_run(branch, model(), from_snapshot=(run_name, "kept"))
     assert client.run(branch).status == "awaiting_weights"

@@ -1,14 +1,17 @@
 """Which weights a request asks for, and whether those that came are the same.
 
-Knows: the routes of weights, and what a stream says of itself. Does not know: sockets, streams, tensors.
+Knows: the routes of weights, which of a call's arguments exclude each other, and what a stream says of itself. Does not
+know: sockets, streams, tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ema_client import protocol
-from ema_client.errors import ProtocolError
+from ema_client.arguments import named
+from ema_client.errors import ProtocolError, UsageError
 from ema_client.protocol import WeightsInfo
 from ema_client.targets import Target
 
@@ -37,6 +40,35 @@ class Asked:
     dtype: str | None = None
     prefix: str | None = None
     min_step: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        run: str,
+        average: str | None,
+        snapshot: str | None,
+        soup: Mapping[str, float] | None = None,
+        target: Target | None = None,
+    ) -> Asked:
+        """The weights that arguments of a user's call name. soup: snapshot -> weight.
+
+        Raises UsageError for what cannot be a name, and for arguments that exclude each other.
+        """
+        if target is not None:
+            for other, hint in (
+                (average, f"leave the average out: {target} is worked out of all of the ring"),
+                (snapshot, "give the snapshot as at=, for the average as of that time"),
+                (soup, "give one of the two"),
+            ):
+                if other is not None:
+                    raise UsageError(f"{target} is wished for, and {other!r} too", hint=hint)
+            return cls(named(run, "run"), target=target)
+        if soup is None:
+            return cls(named(run, "run"), average, None if snapshot is None else named(snapshot, "snapshot"))
+        if snapshot is not None:
+            raise UsageError("both a snapshot and a soup are given", hint="give one: a soup names its snapshots")
+        said = ",".join(f"{named(name, 'snapshot')}:{float(weight)!r}" for name, weight in soup.items())
+        return cls(named(run, "run"), average, soup=said)
 
     @property
     def path(self) -> str:

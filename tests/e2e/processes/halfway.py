@@ -13,7 +13,7 @@ from torch import nn
 import ema_client.client as module
 from ema_client import RemoteEma
 
-whole = module._body
+whole = module.body_of
 
 
 def killing(*words: Any) -> module.Body:
@@ -21,5 +21,5 @@ def killing(*words: Any) -> module.Body:
     return replace(whole(*words), moved=lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
 
-module._body = killing
+module.body_of = killing
 RemoteEma(nn.Linear(1 << 22, 2), float(sys.argv[3]), run=sys.argv[2], url=sys.argv[1])
