@@ -145,8 +145,8 @@ class Versions:
     def allocate(self) -> None:
         """Take the disk space that the run will need. Raises OSError."""
         count = (_SLOTS if self.every else _CHECKPOINT_SLOTS)[self._durability]
-        self._store.check_room(count * len(self._setup.members) * self._layout.shadow_bytes)
-        self._slots.allocate(count)
+        with self._store.taking(count * len(self._setup.members) * self._layout.shadow_bytes):
+            self._slots.allocate(count)
 
     def take(self, averages: Collection[str]) -> SlotPlace | None:
         """A place for the next version, in a slot; None where versions are kept now and then only.
@@ -275,8 +275,8 @@ class Versions:
     def make_room(self, member: Member) -> None:
         """Take the disk space that one more average will need, in every slot. Raises OSError, and then took none."""
         count = (_SLOTS if self.every else _CHECKPOINT_SLOTS)[self._durability]
-        self._store.check_room(count * self._layout.shadow_bytes)
-        self._slots.add(member.name, self._extent(member))
+        with self._store.taking(count * self._layout.shadow_bytes):
+            self._slots.add(member.name, self._extent(member))
 
     def keep_setup(self, setup: Setup) -> None:
         """Make these averages those of the run, from the answer on, whatever becomes of the machine. Raises

@@ -155,8 +155,23 @@ class _Registered:
         self.timeline.record(kind, text, self.run.ledger.version)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Claim:
+    """Memory that a run is promised while it is made, or gets one more average.
+
+    instead: the run of this name that there is by now, which the claim counts in place of; None for a new name.
+    """
+
+    name: str
+    needs: Needs
+    instead: _Registered | None
+
+
 class Registry:
     """The runs of one server. Thread-safe.
+
+    The registry's lock is held for its dictionaries alone, never for a disk, for memory or for another lock. Whoever
+    waits for one run takes that run's locks first, and so holds up no other run.
 
     store: None keeps nothing on disk. staging, frozen: the budgets that pushes and reads draw from.
     More than twenty methods: one for each thing that is done to a run as a whole, or to all runs.
@@ -191,8 +206,12 @@ class Registry:
         self.offload = Offload(store, objects) if store and objects else None
         #: Writes snapshots of rings, one after the other: the disk is shared with versions and checkpoints.
         self._followers = Threads(1, "ema-ring")
-        self._lock = threading.Lock()
+        #: Guards which runs there are, which are being made, and what they claim. Told when a run is made, or is not.
+        self._lock = threading.Condition(threading.Lock())
         self._runs: dict[str, _Registered] = {}
+        #: Names that somebody makes a run of, one at a time.
+        self._making: set[str] = set()
+        self._claims: set[_Claim] = set()
         for row in store.runs() if store else []:
             setup = _setup_of(row)
             self._runs[row.name] = self._restored(setup, Layout(setup.config.layout, setup.config.copied), row)
@@ -311,14 +330,12 @@ class Registry:
         _check_averages(config, folds_case=self._store is not None and self._store.folds_case)
         layout = Layout(config.layout, config.copied)
         config = replace(config, layout=tuple(entry.spec for entry in layout.params), copied=layout.copied)
-        with self._lock:
+        with self._alone(config.run):
             found = self._runs.get(config.run)
             if found is None:
-                if len(self._runs) >= MAX_RUNS:
-                    raise TooManyRuns(f"this server holds {len(self._runs)} runs; {MAX_RUNS} are possible")
                 config = replace(config, durability=self._durability(config))
-                self._check_room(config, layout)
-                return self._add(config, layout).run, True
+                with self._claimed(config, layout) as claim:
+                    return self._add(config, layout, claim).run, True
             # Whatever became of its averages since: a creator that comes again asks for those of the beginning.
             created = found.run.ledger.setup.created
             same = replace(config, durability=config.durability or created.durability)
@@ -327,8 +344,8 @@ class Registry:
             refusal = f"run {config.run!r} exists with another {_difference(created, same)}"
             _check_gives_way(found, refusal)
             config = replace(config, durability=self._durability(config))
-            self._check_room(config, layout, without=found)
-            return self._replaced(found, config, layout, refusal).run, True
+            with self._claimed(config, layout, found) as claim:
+                return self._replaced(found, config, layout, refusal, claim).run, True
 
     # key, wherever a method takes it: of the write, which is applied once however often it comes.
 
@@ -353,13 +370,12 @@ class Registry:
         def change(ledger: Ledger) -> Setup | None:
             return None if ledger.setup.made_by(key) else ledger.succession.with_average(average, lineage, key)
 
-        with self._lock, found.steady():
+        with found.steady():
             run.ledger.check_writable()
             if (setup := change(run.ledger)) is None:
                 return run, False
             _check_averages(setup.config, folds_case=self._store is not None and self._store.folds_case)
-            self._check_room(setup.config, run.layout, without=found)
-            with self._room_for(found, setup.members[-1]):
+            with self._claimed(setup.config, run.layout, found), self._room_for(found, setup.members[-1]):
                 run.change_averages(change, found.keep_setup)
         found.record("average_added", f"average {average.name} added ({_said(average)})")
         return run, True
@@ -480,7 +496,8 @@ class Registry:
         def forget() -> None:
             if found.disk:
                 found.disk.forget()
-            del self._runs[name]
+            with self._lock:
+                del self._runs[name]
 
         _retire(found, forget)
         if self.offload:
@@ -488,7 +505,9 @@ class Registry:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _replaced(self, found: _Registered, config: RunConfig, layout: Layout, refusal: str) -> _Registered:
+    def _replaced(
+        self, found: _Registered, config: RunConfig, layout: Layout, refusal: str, claim: _Claim
+    ) -> _Registered:
         """A new run in the place of ``found``, which is forgotten first: there may be no room for both.
 
         Until the new run is there requests for the name are Superseded; where it cannot be made there is neither.
@@ -503,17 +522,56 @@ class Registry:
         with contextlib.suppress(RunNotFound):  # deleted meanwhile
             _retire(found, forget, replaced=True)
         try:
-            made = self._add(config, layout, found.run)
+            made = self._add(config, layout, claim, found.run)
         finally:
-            if self._runs.get(config.run) is found:
-                del self._runs[config.run]
+            with self._lock:
+                if self._runs.get(config.run) is found:
+                    del self._runs[config.run]
         _log.info("run %s, which had no weights, was made anew with another configuration", config.run)
         return made
 
-    def _check_room(self, config: RunConfig, layout: Layout, *, without: _Registered | None = None) -> None:
-        """Raises Overloaded where memory has no room for a run beside those that are there, but for ``without``."""
-        runs = [self._needs(each.run.config, each.run.layout) for each in self._all() if each is not without]
-        check_room(runs, self._needs(config, layout), self.memory.budget.limit)
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Within the block nobody else makes a run of this name; waits for whoever does."""
+        with self._lock:
+            while name in self._making:
+                self._lock.wait()
+            self._making.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._making.remove(name)
+                self._lock.notify_all()
+
+    @contextlib.contextmanager
+    def _claimed(self, config: RunConfig, layout: Layout, instead: _Registered | None = None) -> Iterator[_Claim]:
+        """Within the block memory is promised to a run of this configuration, in place of that of ``instead``.
+
+        Raises Overloaded where there is no room beside all other runs and claims; TooManyRuns.
+        """
+        claim = _Claim(config.run, self._needs(config, layout), instead)
+        with self._lock:
+            self._check_count(claim)
+            self._check_room(claim)
+            self._claims.add(claim)
+        try:
+            yield claim
+        finally:
+            with self._lock:
+                self._claims.discard(claim)
+
+    def _check_count(self, claim: _Claim) -> None:
+        """Raises TooManyRuns where a new run would be one too many. Under the lock."""
+        coming = sum(each.name not in self._runs for each in self._claims)
+        if claim.instead is None and len(self._runs) + coming >= MAX_RUNS:
+            raise TooManyRuns(f"this server holds {len(self._runs) + coming} runs; {MAX_RUNS} are possible")
+
+    def _check_room(self, claim: _Claim) -> None:
+        """Raises Overloaded where memory has no room for a claim beside runs and other claims. Under the lock."""
+        counted = {id(each.instead) for each in (claim, *self._claims)}
+        runs = [self._needs(each.run.config, each.run.layout) for each in self._all() if id(each) not in counted]
+        check_room([*runs, *(each.needs for each in self._claims)], claim.needs, self.memory.budget.limit)
 
     @contextlib.contextmanager
     def _room_for(self, found: _Registered, member: Member) -> Iterator[None]:
@@ -579,19 +637,18 @@ class Registry:
             )
         return chosen
 
-    def _add(self, config: RunConfig, layout: Layout, before: Run | None = None) -> _Registered:
+    def _add(self, config: RunConfig, layout: Layout, claim: _Claim, before: Run | None = None) -> _Registered:
         """Add a new run, first to the disk, then to the registry. Raises StorageFailed, Overloaded.
 
-        before: the run that gave way. The new one has another ``created_at`` whatever the clock says, and counts
-        writers on: a number that a trainer has of the run before is never given to another.
+        claim: of the run's memory, which the run itself counts for once it is there. before: the run that gave way. The
+        new one has another ``created_at`` whatever the clock says, and counts writers on: a number that a trainer has
+        of the run before is never given to another.
         """
         created_at, writer = time.time(), 0
         if before:
             created_at, writer = max(created_at, math.nextafter(before.created_at, math.inf)), before.ledger.writer
         if self._store is None:
-            made = self._runs[config.run] = self._make(config, layout, None, created_at, writer=writer)
-            made.record("created", _created(config))
-            return made
+            return self._entered(self._make(config, layout, None, created_at, writer=writer), claim)
         try:
             self._store.check_room(0)
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer)
@@ -604,8 +661,14 @@ class Registry:
                 raise
         except (OSError, sqlite3.Error) as fault:
             raise StorageFailed(f"run {config.run!r} was not created: {fault}", retry_after=1.0) from fault
-        self._runs[config.run] = made
-        made.record("created", _created(config))
+        return self._entered(made, claim)
+
+    def _entered(self, made: _Registered, claim: _Claim) -> _Registered:
+        """A run that is made, which can be found from now on, in place of its claim."""
+        with self._lock:
+            self._runs[claim.name] = made
+            self._claims.discard(claim)
+        made.record("created", _created(made.run.config))
         return made
 
     def _restored(self, setup: Setup, layout: Layout, row: RunRow) -> _Registered:

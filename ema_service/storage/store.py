@@ -20,8 +20,9 @@ import errno
 import logging
 import re
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ema_service.storage.catalog import (
@@ -108,6 +109,9 @@ class Store:
         self._runs = folder / "runs"
         #: What the data dir lies on.
         self.mounted = mounted
+        #: Bytes of the disk that callers of taking() have not taken yet, or not all, and who may change the number.
+        self._promised = 0
+        self._promising = threading.Lock()
         #: Memory that outlives the process, once use_memory_files() found some; and why it found none.
         self.memory_files: MemoryFiles | None = None
         self.memory_fault: str | None = None
@@ -194,6 +198,21 @@ class Store:
                 errno.ENOSPC,
                 f"{self._folder} has {disk.free} bytes free; with {nbytes} more, fewer would be left than {disk.floor}",
             )
+
+    @contextlib.contextmanager
+    def taking(self, nbytes: int) -> Iterator[None]:
+        """Within the block the caller takes ``nbytes`` of the disk, which are promised to nobody else meanwhile.
+
+        Raises OSError as check_room(), also where what others are taking leaves no room.
+        """
+        with self._promising:
+            self.check_room(self._promised + nbytes)
+            self._promised += nbytes
+        try:
+            yield
+        finally:
+            with self._promising:
+                self._promised -= nbytes
 
     def space(self) -> DiskSpace:
         """The room of the data dir's disk. Raises OSError."""

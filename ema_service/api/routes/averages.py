@@ -54,9 +54,8 @@ async def add_average(
 
     Until then it has no weights to read. The same average again changes nothing.
     """
-    async with server.turn():  # of the registry
-        add = partial(server.registry.add_average, run, body.to_config(), key)
-        changed, added = await server.workers.block(add)
+    # In the turn of files, as a removal.
+    changed, added = await server.file(run, partial(server.registry.add_average, run, body.to_config(), key))
     response.status_code = 201 if added else 200
     return changed.info()
 

@@ -100,7 +100,7 @@ async def create_run(request: Request, response: Response, server: Server) -> Ru
     """
     config = await server.workers.block(partial(_read_config, await request.body()))
     access_of(request).check("push", config.run)
-    async with server.turn():  # of the registry
+    async with server.turn(config.run, "creation"):
         run, created = await server.workers.block(partial(server.registry.create, config))
     response.status_code = 201 if created else 200
     return run.info()

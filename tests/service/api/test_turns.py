@@ -1,6 +1,6 @@
 """One run starves no other: whoever waits for a run's lock takes none of the threads that others need.
 
-Knows a server whose disk is slow. Does not know its threads.
+Knows servers whose disk is slow, or hangs. Does not know their threads.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from ema_client import EmaClient
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import PlainRun, ServerProcess
@@ -29,6 +31,19 @@ def slowly(*arguments):
     time.sleep(0.5)
     at_once(*arguments)
 Store.save_snapshot = slowly
+from ema_service.cli import main
+main()
+"""
+#: A server whose disk hangs for checkpoints of the run ``stuck``, from the file ``gate`` on, which is then ``shut``.
+HANGING = """
+import os, pathlib, time
+gate, at_once = pathlib.Path(__file__).with_name("gate"), os.fdatasync
+def hanging(descriptor):
+    while gate.exists() and "/runs/stuck." in os.readlink(f"/proc/self/fd/{descriptor}"):
+        gate.write_text("shut")
+        time.sleep(0.02)
+    at_once(descriptor)
+os.fdatasync = hanging
 from ema_service.cli import main
 main()
 """
@@ -65,3 +80,48 @@ def test_snapshots_of_one_run_hold_up_no_other(
         assert sum(each.done() for each in taken) < SNAPSHOTS - 2, "there was nothing to wait for"
         assert time.monotonic() - began < SNAPSHOTS * 0.5 / 2
         assert {each.result().status_code for each in taken} == {201}
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """While this file is there, checkpoints of the run ``stuck`` hang."""
+    yield tmp_path / "gate"
+    (tmp_path / "gate").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, server_class: type[ServerProcess], gate: Path) -> Iterator[ServerProcess]:
+    (tmp_path / "hanging.py").write_text(HANGING)
+    often = "--checkpoint-interval", "0.1"
+    running = server_class(tmp_path, often, tmp_path / "data", program=(str(tmp_path / "hanging.py"),)).start()
+    yield running
+    gate.unlink(missing_ok=True)
+    running.stop()
+
+
+def test_a_checkpoint_that_hangs_holds_up_no_other(
+    hanging: ServerProcess, gate: Path, plain_run: Callable[..., PlainRun]
+) -> None:
+    """While averages wait to be added behind a run's checkpoint, others are created, changed, pushed to and deleted."""
+    few = {"w": torch.ones(1000)}
+    stuck = plain_run(hanging, few, name="stuck", durability="memory")
+    gate.touch()
+    stuck.push(1, few)
+    wait_until(gate.read_text, "a checkpoint that hangs")
+    with ThreadPoolExecutor(SNAPSHOTS) as threads:
+        averages = [{"name": f"a{n}", "decay": 0.5} for n in range(10)]
+        added = [threads.submit(stuck.http.post, f"{stuck.path}/averages", json=each) for each in averages]
+        time.sleep(0.5)
+        began = time.monotonic()
+        free = plain_run(hanging, few, name="free")
+        assert free.http.post(f"{free.path}/averages", json=averages[0]).status_code == 201
+        assert free.push(1, few).status_code == 200
+        assert free.http.put(f"{free.path}/snapshots/s").status_code == 201
+        assert free.http.delete(free.path).status_code == 204
+        # Nor is the run itself held up by what only its averages wait for.
+        assert stuck.push(2, few).status_code == 200
+        assert stuck.create(few, durability="memory").status_code == 200
+        assert time.monotonic() - began < 15
+        assert not any(each.done() for each in added), "there was nothing to wait for"
+        gate.unlink()
+        assert {each.result().status_code for each in added} == {201}

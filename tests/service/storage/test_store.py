@@ -5,6 +5,7 @@ Knows data dirs. Does not know runs' states.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from safetensors.torch import save
 from ema_service.storage import TIMELINE_LINES, CatalogUnusable, Extent, RunRow, Slot, Store, TimelineRow, store
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.files import FolderLocked
+from ema_service.storage.space import DiskSpace
 
 EXTENTS = {"ema": Extent(4096, 12)}
 
@@ -261,6 +263,20 @@ def test_files_that_cannot_be_removed_are_logged(
 
     assert kept.snapshots(row) == []
     assert "Permission denied" in caplog.text
+
+
+def test_room_is_promised_once(opened: Callable[[], Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room of the disk that somebody is taking is given to nobody else, until it is taken or is not needed."""
+    kept = opened()
+    monkeypatch.setattr(kept, "space", lambda: DiskSpace(free=100, total=200, floor=10))
+    for _ in range(2):
+        with contextlib.suppress(ZeroDivisionError), kept.taking(60):
+            with pytest.raises(OSError, match="100 bytes free"), kept.taking(31):
+                pass
+            with kept.taking(30):
+                raise ZeroDivisionError
+    with kept.taking(90):
+        pass
 
 
 def test_timeline_is_kept(opened: Callable[[], Store]) -> None:
