@@ -29,6 +29,7 @@ from ema_client.protocol import (
     HEADER_SEGMENT,
     HEADER_WRITER,
     AverageConfig,
+    Posthoc,
     RunLayout,
     stretch_path,
 )
@@ -143,6 +144,11 @@ class Sender:
         """The values of a metric with one label or none, by the label's value."""
         found = re.findall(rf'^{family}(?:{{\w+="(.*)"}})? (\S+)$', self.http.get("/metrics").text, re.MULTILINE)
         return {label: float(value) for label, value in found}
+
+    def ring_times(self) -> tuple[int, ...]:
+        """The counters at which the run's ring has snapshots."""
+        ring = self.client.run(self.run).ring
+        return ring.times if ring else ()
 
     def pulled(self) -> list[tuple[str, str, Tensor]]:
         names = [average.name for average in self.client.run(self.run).averages]
@@ -371,3 +377,28 @@ def test_server_ends_between_stretches(sender: Make, server: ServerProcess) -> N
     assert lanes.send(2, data, bounds[2], group).status_code == 202
     assert lanes.push(2, data).json()["applied"] is True
     assert lanes.client.run(lanes.run).num_updates == 2
+
+
+def test_ring(sender: Make) -> None:
+    """A run that keeps a ring for averages of any length is fed in lanes as it is whole: averages, snapshots of the
+    ring, and what is worked out of them, beside copied tensors and an average of its own."""
+    config: dict[str, Any] = {
+        "posthoc": Posthoc(snapshots=4),
+        "averages": [AverageConfig("ema"), AverageConfig("fast", decay=0.5)],
+        "copied": ["torch.float32.a"],
+    }
+    lanes, whole = sender("mixed", **config), sender("mixed", "-whole", **config)
+    for step in range(1, 7):
+        tensors = tensors_of(step, "mixed")
+        assert lanes.push(step, lanes.data(tensors), lanes=1 + step % 3).json()["num_updates"] == step
+        whole.client.push(whole.run, tensors, step=step)
+        # The next update waits for neither, and a ring that is still at work leaves out a time.
+        for each in (lanes, whole):
+            wait_until(lambda each=each, step=step: step in each.ring_times())  # type: ignore[misc]
+
+    assert lanes.ring_times() == whole.ring_times()
+    assert_same(lanes, whole)
+    for wish in ({"sigma_rel": 0.1}, {"half_life": 2.0}):
+        found, expected = (each.client.pull(each.run, **wish) for each in (lanes, whole))  # type: ignore[arg-type]
+        assert all(torch.equal(found[name], expected[name]) for name in expected), wish
+        assert found.info.profile_error == expected.info.profile_error

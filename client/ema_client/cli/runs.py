@@ -50,7 +50,9 @@ def show_run(client: EmaClient, run: Run) -> Answer:
     table = Table()
     for field in dataclasses.fields(info):
         table.add(field.name, show.shown(field.name, getattr(info, field.name)))
-    return Answer(info, (table,))
+    lanes = client.layout(run).lanes
+    table.add("lanes", f"{lanes}, at most, of a push")
+    return Answer({**dataclasses.asdict(info), "lanes": lanes}, (table,))
 
 
 def set_decay(

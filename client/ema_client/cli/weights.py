@@ -80,7 +80,8 @@ def pull(
         )
     place = "standard output" if output == _STANDARD else output
     said = f"{place}: {info.run}/{info.average}, version {info.version}, step {info.step}, {_which(info)}"
-    return Answer({"path": output, **dataclasses.asdict(info)}, (said,), aside=output == _STANDARD)
+    data = {"path": output, **dataclasses.asdict(info), "link": client.link}
+    return Answer(data, (said, f"link: {client.link}"), aside=output == _STANDARD)
 
 
 def _output(path: Path) -> Path | BinaryIO:
@@ -154,9 +155,8 @@ def push(
     writer = client.attach(run) if take_over else None
     with moving(path.name) as progress:
         result = client.push(run, found.tensors, step=step, writer=writer, progress=progress)
-    return Answer(
-        {"path": path, "prefix": found.prefix, **dataclasses.asdict(result)}, tuple(_pushed(path, run, found, result))
-    )
+    data = {"path": path, "prefix": found.prefix, **dataclasses.asdict(result), "link": client.link}
+    return Answer(data, (*_pushed(path, run, found, result), f"link: {client.link}"))
 
 
 def _pushed(path: Path, run: str, found: Parameters, result: UpdateResult) -> Iterator[str]:

@@ -112,8 +112,8 @@ PartGroup = Annotated[
     str, Query(max_length=128, description="Parts of one group only are put together: one start of one trainer")
 ]
 
-StretchStart = Annotated[int, Path(ge=0, le=MAX_STEP, description="The stretch's first byte, of a whole block")]
-StretchStop = Annotated[int, Path(ge=1, le=MAX_STEP, description="The byte behind the stretch's last")]
+StretchStart = Annotated[Number, Path(ge=0, le=MAX_STEP, description="The stretch's first byte, of a whole block")]
+StretchStop = Annotated[Number, Path(ge=1, le=MAX_STEP, description="The byte behind the stretch's last")]
 StretchGroup = Annotated[
     str, Query(min_length=1, max_length=128, description="Stretches of one group only are put together: one try")
 ]

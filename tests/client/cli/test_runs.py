@@ -55,7 +55,10 @@ def test_show(ema: Ema, run: str) -> None:
     assert re.search(r"^averages\tema: litema, decay 0\.5", out, re.MULTILINE)
     assert re.search(r"^created_at\t\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", out, re.MULTILINE)
 
-    assert json.loads(ema("show", run, "--json")[1])["step"] == 7
+    assert re.search(r"^lanes\t8, at most, of a push$", out, re.MULTILINE)
+
+    found = json.loads(ema("show", run, "--json")[1])
+    assert (found["step"], found["lanes"]) == (7, 8)
 
 
 def test_pull_writes_a_file(ema: Ema, run: str, tmp_path: Path) -> None:
@@ -66,6 +69,9 @@ def test_pull_writes_a_file(ema: Ema, run: str, tmp_path: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(tmp_path / "w.safetensors")["w"], STATE["w"] + 0.5)
     assert f"{run}/ema" in out
     assert "step 7" in out
+    assert out.splitlines()[1] == "link: TCP"
+    again = ema("pull", run, "-o", tmp_path / "w.safetensors", "--lanes", 3, "--json")[1]
+    assert json.loads(again)["link"] == "TCP; lanes: 3, as was asked for"
 
 
 def test_snapshots(ema: Ema, run: str, client: EmaClient, tmp_path: Path) -> None:

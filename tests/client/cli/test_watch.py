@@ -220,6 +220,8 @@ def hostile(scripted: Callable[..., Any]) -> Callable[..., str]:
                     peer.answer(200, weights, "application/octet-stream", ETag='"x"')
                 elif asked.target == "/v1/runs":
                     peer.answer(200, {"runs": [info]})
+                elif asked.target.endswith("/layout"):
+                    peer.answer(200, {"run": "digits", "layout": []})
                 else:
                     peer.answer(200, {**info, "run": "digits", "version": "1.5"})
 

@@ -75,6 +75,7 @@ def test_push_finds_the_parameters(ema: Ema, run: str, client: EmaClient, tmp_pa
 
     assert (code, err) == (0, "")
     assert "step 5, num_updates -1, version 1.1, decay 0.5" in out
+    assert out.splitlines()[-1] == "link: TCP"
     pulled = client.pull(run)
     assert all(torch.equal(pulled[name], tensor + 0.5) for name, tensor in STATE.items())
     assert "was there before" in ema("push", path, run, "--step", "5")[1]

@@ -1,0 +1,305 @@
+"""Hostile stretches: wrong bounds, groups that mix, a run made anew in between, floods of stretches that never end.
+
+Each is refused by name, changes nothing, and leaves no memory taken.
+
+Knows the wire, and a server with tokens and small budgets. Does not know the server's code, nor our client's lanes.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save
+
+from ema_client.protocol import HEADER_LAYOUT, HEADER_WRITER
+from ema_service.tokens import create_token
+from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.conftest import PlainRun, ServerProcess
+
+BLOCK = 8 << 20
+#: Of a run under attack: two whole blocks, and a stretch of four bytes.
+SIZE = 2 * BLOCK + 4
+FIRST, SECOND, LAST = (0, BLOCK), (BLOCK, 2 * BLOCK), (2 * BLOCK, SIZE)
+CONNECTIONS, BODY_TIMEOUT = 64, 3.0
+#: Staging has room for so many updates of a run under attack.
+ROOM = 4
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What may do everything; what may push to other runs; and the file that has both."""
+    file = tmp_path_factory.mktemp("tokens") / "tokens"
+    made = {"admin": create_token(file, ["admin"], "*"), "stranger": create_token(file, ["push", "pull"], "others*")}
+    return {**made, "file": str(file)}
+
+
+@pytest.fixture(scope="module")
+def server(
+    tokens: dict[str, str], tmp_path_factory: pytest.TempPathFactory, server_class: type[ServerProcess]
+) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("attacked")
+    flags = (
+        *("--token-file", tokens["file"], "--max-connections", str(CONNECTIONS)),
+        *("--body-timeout", str(BODY_TIMEOUT), "--staging-bytes", str(ROOM * (SIZE + (1 << 16)))),
+    )
+    running = server_class(folder, flags, folder / "data").start()
+    yield running
+    running.kill()
+
+
+class Target:
+    """A run under attack: how stretches of its updates are sent, whole or not, and what the run is."""
+
+    def __init__(self, run: PlainRun, token: str) -> None:
+        self.run, self.token = run, token
+        #: The number of the trainer that is attached, where one is.
+        self.writer: dict[str, str] = {}
+        self.create()
+
+    def create(self) -> None:
+        self.run.create({"w": tensor(0)}).raise_for_status()
+        self.run.begin({"w": tensor(0)}).raise_for_status()
+        layout = self.run.http.get(f"{self.run.path}/layout").raise_for_status().json()
+        assert layout["block_bytes"] == BLOCK
+        self.layout = layout["digest"]
+
+    def head(self, step: int, bounds: str, group: str, length: int, **headers: str) -> bytes:
+        headers = {"Authorization": f"Bearer {self.token}", HEADER_LAYOUT: self.layout, **headers}
+        lines = [
+            f"PUT {self.run.path}/updates/{step}/stretches/{bounds}?group={group} HTTP/1.1",
+            f"Host: localhost\r\nContent-Length: {length}",
+            *(f"{name}: {value}" for name, value in headers.items() if value),
+        ]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+    def begin(self, step: int, bounds: tuple[int, int], group: str, share: bytes = b"") -> socket.socket:
+        """A connection that has sent the head of a stretch, and a share of its bytes."""
+        url = self.run.http.base_url
+        connection = socket.create_connection((url.host, url.port or 80), timeout=30)
+        start, stop = bounds
+        connection.sendall(self.head(step, f"{start}-{stop}", group, stop - start) + share)
+        return connection
+
+    def send(
+        self, step: int, bounds: tuple[int, int] | str, group: str, body: bytes, **headers: str
+    ) -> tuple[int, str, str]:
+        """Status, code and detail of the answer to a stretch; as code, of a success, what the answer says."""
+        path = bounds if isinstance(bounds, str) else f"{bounds[0]}-{bounds[1]}"
+        content = body if isinstance(bounds, str) else body[slice(*bounds)]
+        given = {"Authorization": f"Bearer {self.token}", HEADER_LAYOUT: self.layout, **self.writer, **headers}
+        # A connection of its own: one on which a body was refused unread does not last.
+        with httpx.Client(base_url=self.run.http.base_url, timeout=60) as http:
+            url = f"{self.run.path}/updates/{step}/stretches/{path}?group={group}"
+            answer = http.put(url, content=content, headers=given)
+        said = answer.json()
+        if answer.status_code in (200, 202):
+            return answer.status_code, said.get("state") or ("applied" if said["applied"] else "repeated"), ""
+        return answer.status_code, said["code"], said["detail"]
+
+    def state(self) -> tuple[bytes, object, object]:
+        info = self.run.info()
+        return self.run.pull().raise_for_status().content, info["version"], info["step"]
+
+    def gauge(self, name: str) -> float:
+        found = re.search(rf"^{name} (\S+)$", self.run.http.get("/metrics").text, re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+    def await_nothing_held(self) -> None:
+        for name in ("ema_staging_bytes", "ema_lanes", "ema_partial_updates"):
+            wait_until(lambda name=name: self.gauge(name) == 0)  # type: ignore[misc]
+
+
+def tensor(seed: int) -> torch.Tensor:
+    return torch.randn(SIZE // 4, generator=torch.Generator().manual_seed(seed))
+
+
+def data(seed: int) -> bytes:
+    return save({"w": tensor(seed)})[-SIZE:]
+
+
+@pytest.fixture
+def target(
+    server: ServerProcess, tokens: dict[str, str], plain_run_class: type[PlainRun], run_name: str
+) -> Iterator[Target]:
+    """A run with weights. After the test the server holds nothing of any push."""
+    # A connection for each request: an idle one is closed where others are wanted.
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    admin = {"Authorization": f"Bearer {tokens['admin']}"}
+    with httpx.Client(base_url=server.url, timeout=60, headers=admin, limits=fresh) as http:
+        made = Target(plain_run_class(http, run_name), tokens["admin"])
+        yield made
+        made.await_nothing_held()
+        http.delete(made.run.path).raise_for_status()
+
+
+@pytest.fixture
+def unchanged(target: Target) -> Iterator[None]:
+    """After the test the run is what it was, byte for byte, and takes an update in stretches."""
+    before = target.state()
+    yield
+    target.await_nothing_held()
+    assert target.state() == before
+    answers = [target.send(99, bounds, "honest", data(9))[1] for bounds in (FIRST, SECOND, LAST)]
+    assert answers == ["staged", "staged", "applied"]
+
+
+BOUNDS = {
+    "no whole block at its end": (f"0-{BLOCK - 4}", 422, "multiples"),
+    "no whole block at its beginning": (f"4-{BLOCK}", 422, "multiples"),
+    "one byte": ("0-1", 422, "multiples"),
+    "one byte behind the last": (f"{2 * BLOCK}-{SIZE + 1}", 422, "multiples"),
+    "a block outside": (f"{3 * BLOCK}-{4 * BLOCK}", 422, "multiples"),
+    "beyond the end": (f"0-{3 * BLOCK}", 422, "multiples"),
+    "empty": (f"{BLOCK}-{BLOCK}", 422, "multiples"),
+    "backwards": (f"{BLOCK}-0", 422, "stop"),
+    "a negative start": (f"-{BLOCK}-{BLOCK}", 422, "start"),
+    "a negative stop": (f"0--{BLOCK}", 422, "start"),
+    "beyond 64 bits": (f"0-{2**64}", 422, "stop"),
+    "a start beyond 64 bits": (f"{2**64}-{BLOCK}", 422, "start"),
+    "of 5,000 digits": (f"0-{'8' * 5000}", 422, "stop"),
+    "full-width digits": ("0-%EF%BC%98388608", 422, "stop"),
+    "Arabic digits": ("%D9%A0-8388608", 422, "start"),
+    "hexadecimal": ("0x0-0x800000", 422, "start"),
+    "a fraction": ("0-8388608.0", 422, "stop"),
+    "a plus": ("+0-8388608", 422, "start"),
+    "a leading zero": ("00-8388608", 422, "start"),
+    "an underscore": ("0-8_388_608", 422, "stop"),
+    "a space": ("0-8388608%20", 422, "stop"),
+    "three bounds": (f"0-{BLOCK}-{SIZE}", 422, "st"),
+    "one bound": ("0", 404, ""),
+    "none": ("-", 404, ""),
+    "words": ("a-b", 422, "start"),
+}
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_bounds(target: Target) -> None:
+    """Bounds that are none, or none of a stretch, are refused by name, before anything is taken."""
+    for what, (bounds, status, word) in BOUNDS.items():
+        found, code, detail = target.send(1, bounds, "g", b"\0" * 8)
+
+        assert (found, code) == (status, "invalid_request" if status == 422 else "route_not_found"), (what, detail)
+        assert word in detail, what
+        assert target.gauge("ema_partial_updates") == 0, what
+
+
+def test_overlapping_with_other_bytes(target: Target) -> None:
+    """What overlaps a stretch of its group is a conflict, also once all are in; the update is of the stretches that
+    were taken."""
+    good, bad = data(1), data(2)
+    assert target.send(1, FIRST, "g", good)[1] == "staged"
+    for bounds in ((0, 2 * BLOCK), (0, SIZE), FIRST):
+        assert target.send(1, bounds, "g", bad)[:2] == (409, "step_conflict")
+    with target.begin(1, SECOND, "g", bad[BLOCK : BLOCK + 5000]):
+        wait_until(lambda: target.gauge("ema_lanes") == 1)
+        assert target.send(1, (BLOCK, SIZE), "g", bad)[:2] == (409, "step_conflict")
+        assert target.send(1, SECOND, "g", good)[1] == "staged"
+    assert target.send(1, LAST, "g", good)[1] == "applied"
+    for bounds in ((0, 2 * BLOCK), LAST, (BLOCK, SIZE)):
+        assert target.send(1, bounds, "g", bad)[:2] == (409, "step_conflict")
+
+    info = target.run.info()
+    assert (info["step"], info["num_updates"]) == (1, 1)
+    assert target.run.push(1, {"w": tensor(1)}).json()["applied"] is False
+
+
+def test_two_groups_interleaved(target: Target) -> None:
+    """Of two tries of one step one becomes the update, all of it; the other is told so, stretch by stretch."""
+    one, other = data(1), data(2)
+    assert target.send(1, FIRST, "one", one)[1] == "staged"
+    assert target.send(1, FIRST, "other", other)[1] == "staged"
+    for bounds in (SECOND, FIRST, LAST):
+        assert target.send(1, bounds, "one", one)[:2] == (503, "superseded")
+    assert target.send(1, SECOND, "other", other)[1] == "staged"
+    assert target.send(1, SECOND, "one", one)[:2] == (503, "superseded")
+    assert target.send(1, LAST, "other", other)[1] == "applied"
+    assert target.send(1, LAST, "one", one)[0] in (409, 503)
+
+    assert target.run.info()["num_updates"] == 1
+    assert target.run.push(1, {"w": tensor(2)}).json()["applied"] is False
+
+
+def test_run_made_anew_between_stretches(target: Target) -> None:
+    """Stretches of a run that was deleted do not count for the run of its name that came after, be they whole or on
+    their way."""
+    good = data(1)
+    assert target.send(1, FIRST, "g", good)[1] == "staged"
+    with target.begin(1, SECOND, "g", good[BLOCK : BLOCK + 5000]) as late:
+        wait_until(lambda: target.gauge("ema_lanes") == 1)
+        target.run.http.delete(target.run.path).raise_for_status()
+        target.create()
+        before = target.state()
+        late.sendall(good[BLOCK + 5000 : 2 * BLOCK])
+        answer = late.recv(4096)
+        assert b"stale_step" in answer, answer
+        assert b"was deleted, or made anew" in answer, answer
+    assert target.send(1, SECOND, "g", good)[1] == "staged"
+    assert target.send(1, LAST, "g", good)[1] == "staged"
+    assert target.state() == before
+    assert target.send(1, FIRST, "g", good)[1] == "applied"
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_wrong_token_and_writer(target: Target, tokens: dict[str, str]) -> None:
+    """Without the right to push to this run, and from a trainer that was replaced, nothing is taken of a stretch."""
+    writer = target.run.http.post(f"{target.run.path}/writers").raise_for_status().json()["writer"]
+    newer = target.run.http.post(f"{target.run.path}/writers").raise_for_status().json()["writer"]
+    target.writer = {HEADER_WRITER: str(newer)}
+    refused: dict[tuple[int, str], dict[str, str]] = {
+        (401, "unauthorized"): {"Authorization": "Bearer wrong"},
+        (403, "forbidden"): {"Authorization": f"Bearer {tokens['stranger']}"},
+        (409, "fenced"): {HEADER_WRITER: str(writer)},
+        (422, "layout_mismatch"): {HEADER_LAYOUT: "0" * 32},
+    }
+    for expected, headers in refused.items():
+        for bounds in (FIRST, SECOND, LAST):
+            assert target.send(1, bounds, "g", data(1), **headers)[:2] == expected
+        assert target.gauge("ema_partial_updates") == 0
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("bounds", [FIRST, LAST], ids=["blocks", "four bytes"])
+def test_flood_that_never_ends(
+    bounds: tuple[int, int], target: Target, plain_run_class: type[PlainRun], run_name: str
+) -> None:
+    """Of two thousand stretches that are begun and never go on, connections and memory stay within their limits, and
+    another run's pushes are applied all the while."""
+    other = plain_run_class(target.run.http, f"{run_name}-other")
+    other.create({"w": torch.zeros(1000)}).raise_for_status()
+    other.begin({"w": torch.zeros(1000)}).raise_for_status()
+    limit = target.gauge("ema_staging_limit_bytes")
+    with ExitStack() as flood:
+        for number in range(2000):
+            flood.enter_context(target.begin(1 + number % 5, bounds, f"g{number}", b"\1" * 3))
+            if number % 200 == 199:
+                _push(other, number)
+                assert target.gauge("ema_staging_bytes") <= limit
+                assert target.gauge("ema_lanes") <= CONNECTIONS / 4
+                assert target.gauge("ema_connections") <= CONNECTIONS
+    assert other.info()["num_updates"] == 10
+    target.await_nothing_held()
+
+
+def _push(run: PlainRun, step: int) -> None:
+    """Push as a patient trainer does: again where there was no room, or where the connection was given up."""
+    end = time.monotonic() + 30
+    while True:
+        try:
+            answer = run.push(step, {"w": torch.full((1000,), float(step))})
+        except httpx.TransportError:
+            answer = None
+        if answer is not None and answer.status_code == 200:
+            return
+        assert time.monotonic() < end, answer and answer.text
+        time.sleep(0.1)
