@@ -720,7 +720,7 @@ class EmaClient:
             evaluate=evaluate,
             profiles=partial(self._profiles, run),
             told=told or (lambda _: None),
-            at=at,
+            at=targets[0].at if targets[0] else None,
             max_error=max_error,
             dtype=dtype,
             highest=highest,

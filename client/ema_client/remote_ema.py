@@ -124,8 +124,9 @@ class RemoteEma:
             run of this name must not exist. A run that goes on keeps its schedule, decay and counter, with a warning
             where another is asked for; the model must have the run's names, shapes and dtypes.
         step: the step of the checkpoint that the model was loaded from: updates count on from there. Where the run is
-            ahead, it goes back to its snapshot of that step or, where there is none, goes on from its own step, and a
-            warning names both. Without ``step`` and ``state`` the training is taken to be where the run is.
+            at another step, it goes to its snapshot of that step. Where there is none, a run that is ahead goes on from
+            its own step, and one that is behind, by more than steps that were not due, from the training's; a warning
+            names both. Without ``step`` and ``state`` the training is taken to be where the run is.
         state: what state_dict() gave for that checkpoint, instead of the step: the run goes back to it, as by
             load_state_dict(). A run that is gone is made anew with ``resume="auto"``, with a warning.
         client: an EmaClient to use instead of a new one; close() then leaves it open.
@@ -552,7 +553,9 @@ class RemoteEma:
         borrows = self._borrows and (tensors is None or self._buffers.can_borrow(tensors))
         if self._plan.part is not None and not borrows:
             self._buffers.prepare()
-        joining = Joining(self._client, setup.config, self._plan, lambda: self._initial(tensors))
+        # A copy is where its original was, whatever that left to be sent.
+        ahead = None if waiting.copied else setup.update_every - 1
+        joining = Joining(self._client, setup.config, self._plan, lambda: self._initial(tensors), ahead)
         joined = joining.join(waiting.start)
         self._unjoined = None
         self._cadence = Cadence(setup.update_every, joined.step)

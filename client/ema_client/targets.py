@@ -21,6 +21,8 @@ __all__ = ["KINDS", "LENGTHS", "Target", "Wished", "between", "described", "spre
 KINDS = ("sigma_rel", "decay", "half_life", "window")
 #: Those of which one number is the average's length: what a sweep goes through.
 LENGTHS = ("sigma_rel", "decay", "half_life")
+#: What a time begins with that says whether it is a snapshot's name or a counter. No name has a colon.
+_SNAPSHOT, _COUNTER = "snapshot:", "counter:"
 
 
 class Wished(TypedDict, total=False):
@@ -30,7 +32,7 @@ class Wished(TypedDict, total=False):
     decay: what this constant decay would have given. half_life: the same, in updates.
     window: (a, b): the mean of the updates after a, up to b.
     at: of which time: the name of a snapshot of the run, or a counter, one of ``client.run(run).ring.times``; by
-        default now.
+        default now. A name of digits alone is "snapshot:1000", to be told from the counter 1000.
     max_error: the largest error of the profile that is accepted, relative to the wished profile; by default 0.05.
 
     SynthesisRefused tells what cannot be had, and the nearest average that can.
@@ -84,7 +86,13 @@ class Target:
     @property
     def query(self) -> dict[str, str | int | float | None]:
         """What asks for this average, on each route that has averages of this sort."""
-        return {self.kind: self.said, "at": self.at, "max_error": self.max_error}
+        at = f"{_COUNTER}{self.at}" if isinstance(self.at, int) else self.at
+        return {self.kind: self.said, "at": at, "max_error": self.max_error}
+
+    @property
+    def time(self) -> str | int | None:
+        """``at`` without what says which of the two it is: a snapshot's name, a counter, or None for now."""
+        return self.at.removeprefix(_SNAPSHOT) if isinstance(self.at, str) else self.at
 
     def __str__(self) -> str:
         return described(self.kind, self.value)
@@ -178,8 +186,10 @@ def _is_integer(value: Any) -> bool:
 
 
 def _time(at: Any) -> str | int | None:
-    if at is None or (isinstance(at, str) and is_name(at)):
+    if at is None or (isinstance(at, str) and is_name(at.removeprefix(_SNAPSHOT))):
         return at
+    if isinstance(at, str) and (digits := at.removeprefix(_COUNTER)) != at and digits.isascii() and digits.isdigit():
+        at = int(digits)
     if _is_integer(at) and 0 <= at <= MAX_STEP:
         return int(at)
     raise UsageError(f"at={at!r} is no name of a snapshot, nor a counter", hint="leave it out for now")

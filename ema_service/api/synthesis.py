@@ -68,7 +68,8 @@ async def _asked(
     ] = None,
     window: Annotated[str | None, Query(description="A:B, the uniform average of the updates after A, up to B")] = None,
     at: Annotated[
-        str | None, Query(max_length=128, description="Of these: a snapshot, or a time of the ring; none: now")
+        str | None,
+        Query(max_length=137, description="Of these: [snapshot:]NAME or [counter:]N, of the ring; none: now"),
     ] = None,
     max_error: Annotated[
         float | None, Query(gt=0.0, le=1.0, description="Of these: the largest relative error of the profile")

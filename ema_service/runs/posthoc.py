@@ -39,6 +39,8 @@ __all__ = ["Recipe", "Source", "Synthesiser"]
 _MOST_UPDATES = 1 << 21
 #: Smaller weights, as a share of the largest, are left out.
 _NO_WEIGHT = 1e-12
+#: What stands before the colon of a time that says what it is. No name has a colon.
+_SNAPSHOT, _COUNTER = "snapshot", "counter"
 #: Results that are remembered: of the parts of one download, and of a sweep.
 _REMEMBERED = 64
 
@@ -104,7 +106,8 @@ class Synthesiser:
         self.snapshots = snapshots
         self._found: OrderedDict[object, Synthesis] = OrderedDict()
 
-    # at: a snapshot's name, or the counter of one of the ring, or of now, as a sweep asks in turns; None: now.
+    # at: a snapshot's name, or the counter of one of the ring, or of now, as a sweep asks in turns; None: now. Where
+    # digits alone may be either, "snapshot:NAME" and "counter:N" say which.
 
     def recipes(self, targets: Sequence[Target], at: str | None, max_error: float) -> list[Recipe]:
         """How to work out averages, all of one state of the run.
@@ -182,14 +185,43 @@ class Synthesiser:
         version = state.version
         leading = self.ring.shelf.leading_to(version).snapshots
         ring = [_Node(_passed(version, each), each.time, each.averages, each) for each in leading]
-        last, time = next((node for node in ring if str(node.time) == at), None), self._time(version)
-        if at is None or (last is None and at == str(time)):
-            last = _Node(version.updates(time), time, self._names, None)
-        elif last is None:
-            last = self._snapshot(version, at)
+        last = self._last(version, ring, at)
         named = (str(version), version.step) if last.of is None else (last.of.version, last.of.step)
         before = [node for node in ring if node.time < last.time]
         return _Stock((*before, last), version.descent, *named)
+
+    def _last(self, version: Version, ring: Sequence[_Node], at: str | None) -> _Node:
+        """The node that is asked for. Digits alone are a counter, where there is such a node, else a snapshot's name.
+
+        Raises SynthesisRefused where they are both, of different times.
+        """
+        time = self._time(version)
+        now = _Node(version.updates(time), time, self._names, None)
+        if at is None:
+            return now
+        kind, colon, word = at.partition(":")
+        if colon and kind == _SNAPSHOT:
+            return self._snapshot(version, word)
+        counter = word if colon and kind == _COUNTER else at
+        last = next((node for node in (*ring, now) if str(node.time) == counter), None)
+        if last is None:
+            return self._snapshot(version, at)
+        if not colon:
+            self._check_not_a_name(at, last.time)
+        return last
+
+    def _check_not_a_name(self, at: str, time: int) -> None:
+        """Raises SynthesisRefused where a snapshot of another time has a counter for its name."""
+        for info in self.snapshots.all():
+            if info.name == at and not self._is_of(info, time):
+                raise SynthesisRefused(
+                    f"at: {at!r} is a time of the ring of run {self._run.config.run!r} and the name of a snapshot of "
+                    "another time",
+                    hint=f"ask for at={_COUNTER}:{at} or at={_SNAPSHOT}:{at}",
+                )
+
+    def _is_of(self, info: SnapshotInfo, time: int) -> bool:
+        return self._names[0] in info.averages and self.snapshots.counter(info, self._names[0]) == time
 
     def _snapshot(self, version: Version, name: str) -> _Node:
         """The node of a named snapshot."""

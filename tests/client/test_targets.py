@@ -14,6 +14,7 @@ import pytest
 from ema_client.errors import ProtocolError, UsageError
 from ema_client.protocol import Posthoc, WeightsInfo
 from ema_client.reading.asked import Asked
+from ema_client.reading.sweeping import Sweep
 from ema_client.schedules import posthoc_of
 from ema_client.targets import Target
 
@@ -34,7 +35,10 @@ def target(**wished: Any) -> Target:
         ({"sigma_rel": 0.12}, {"sigma_rel": "0.12"}),
         ({"sigma_rel": np.float32(0.25), "at": "best"}, {"sigma_rel": "0.25", "at": "best"}),
         ({"decay": 0.9999, "max_error": 0.2}, {"decay": "0.9999", "max_error": 0.2}),
-        ({"half_life": 1000, "at": np.int64(12)}, {"half_life": "1000", "at": 12}),
+        ({"half_life": 1000, "at": np.int64(12)}, {"half_life": "1000", "at": "counter:12"}),
+        ({"sigma_rel": 0.1, "at": "counter:12"}, {"sigma_rel": "0.1", "at": "counter:12"}),
+        ({"sigma_rel": 0.1, "at": "snapshot:12"}, {"sigma_rel": "0.1", "at": "snapshot:12"}),
+        ({"sigma_rel": 0.1, "at": "12"}, {"sigma_rel": "0.1", "at": "12"}),
         ({"window": [10, 20]}, {"window": "10:20"}),
     ],
 )
@@ -43,6 +47,14 @@ def test_questions(wished: dict[str, Any], query: dict[str, Any]) -> None:
     asked = Asked("r", target=target(**wished)).query
 
     assert {key: value for key, value in asked.items() if value is not None} == query
+
+
+def test_the_time_of_a_report() -> None:
+    """Is the snapshot's name, or the counter as a number, however it was asked for."""
+    times = [target(sigma_rel=0.1, at=at).time for at in ("snapshot:12", "counter:12", 12, "best", None)]
+
+    assert times == ["12", 12, 12, "best", None]
+    assert all(Sweep("r", "sigma_rel", at, ()).to_report().at == "12" for at in ("12", "snapshot:12"))
 
 
 def test_nothing_is_wished_for() -> None:
@@ -62,6 +74,9 @@ def test_nothing_is_wished_for() -> None:
         ({"sigma_rel": float("nan")}, "no number"),
         ({"sigma_rel": "0.1"}, "no number"),
         ({"sigma_rel": True}, "no number"),
+        ({"sigma_rel": 0.1, "at": "counter:x"}, "no name of a snapshot, nor a counter"),
+        ({"sigma_rel": 0.1, "at": "snapshot:"}, "no name of a snapshot, nor a counter"),
+        ({"sigma_rel": 0.1, "at": "step:12"}, "no name of a snapshot, nor a counter"),
         ({"decay": 1.0}, "below 1"),
         ({"half_life": -1}, "above 0"),
         ({"half_life": float("inf")}, "above 0"),

@@ -167,6 +167,16 @@ def test_compose_builds_this_dockerfile(service: dict[str, Any]) -> None:
     assert set(build["args"]) <= {argument.partition("=")[0] for argument in _all("ARG")}
 
 
+def test_image_takes_what_a_snapshot_store_needs() -> None:
+    """The build argument that the page names is declared, and installed with the server, within the constraints."""
+    (install,) = (run for run in _all("RUN") if "/wheels/*.whl" in run)
+
+    assert 'PACKAGES=""' in _all("ARG")
+    assert "-c constraints.txt" in install
+    assert install.endswith("/wheels/*.whl ${PACKAGES}")
+    assert "--build-arg PACKAGES=s3fs" in " ".join((DOCKER / "README.md").read_text().split())
+
+
 def _health(url: str) -> subprocess.CompletedProcess[str]:
     program, *words = _exec_form(_all("HEALTHCHECK")[0].partition("CMD")[2])
     assert program == "python3"

@@ -103,7 +103,7 @@ def test_network_policy_with_a_snapshot_store_fits_its_schema() -> None:
     assert [(each["port"], each["protocol"]) for each in dns["ports"]] == [(53, "UDP"), (53, "TCP")]
     assert store == {"ports": [{"port": 443, "protocol": "TCP"}]}
     assert given["spec"] | {"egress": []} == plain["spec"]
-    assert "[network-policy.yaml](kubernetes/network-policy.yaml) has" in README
+    assert "[network-policy.yaml](kubernetes/network-policy.yaml) has" in " ".join(README.split())
 
 
 def test_a_misspelt_field_is_refused() -> None:

@@ -118,7 +118,8 @@ Window = Annotated[
 At = Annotated[
     str | None,
     typer.Option(
-        help="The time of such an average: a snapshot's name, or a counter of the ring (`ema show`); by default now.",
+        help="The time of such an average: a snapshot's name, or a counter of the ring (`ema show`); by default now. "
+        "Digits that are both: snapshot:1000 or counter:1000.",
         show_default=False,
         autocompletion=_snapshots,
     ),

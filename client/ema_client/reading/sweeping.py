@@ -99,7 +99,8 @@ class Sweep:
         ranked = sorted(self.points, key=lambda point: (not point.counts, self._badness(point)))
         told = sorted(ranked[: SWEEP_POINTS[1]], key=lambda point: point.value)
         points = tuple(point.to_report() for point in told)
-        return SweepReport(cast(SweepKind, self.kind), points, self.at, self.highest, name)
+        time = Target(self.kind, 0.0, self.at).time
+        return SweepReport(cast(SweepKind, self.kind), points, time, self.highest, name)
 
     def around_best(self) -> tuple[float, ...]:
         """The values in the middle between the best average and its neighbours: at most two, none where none is new."""

@@ -85,12 +85,14 @@ class Joining:
 
     config: the run as the trainer means it, with the layout of the whole model.
     initial: gives this rank's tensors as the first shadow, by name; called where the tensors are sent, and only there.
+    ahead: so many steps a training may be ahead of its run without anything missing; None: any number.
     """
 
     client: EmaClient
     config: RunConfig
     plan: Plan
     initial: Initial
+    ahead: int | None = 0
 
     def join(self, start: Start) -> Joined:
         """For RemoteEma alone: warnings name the line that called its constructor. Raises as RemoteEma says."""
@@ -136,15 +138,28 @@ class Joining:
         if start.state is not None:
             self.plan.once(lambda: rewind_to(self.client, start.state or {}))
             return ours or 0, None
-        if ours is None or ours >= theirs:
+        if ours is None or ours == theirs or (ours > theirs and self._lags_duly(info, ours)):
             return theirs if ours is None else ours, None
         if self.plan.once(lambda: self._rewind_to_step(ours)) or self.plan.part is None:
             return ours, None
-        return theirs, (
+        both = (
             f"run {self._run!r} is at step {theirs} and the training comes back at step {ours}: no snapshot of that "
-            f"step is there, and the {theirs - ours} steps between count twice in the EMA; give the checkpoint's "
-            "state=, of RemoteEma.state_dict(), to go back with it"
+            f"step is there, and the {abs(ours - theirs)} steps between"
         )
+        if ours > theirs:
+            return ours, (
+                f"{both} are missing in the EMA, as where a power loss took the run back to its checkpoint; load the "
+                f"training's checkpoint of step {theirs} to repeat the steps, or go on without them"
+            )
+        return theirs, (
+            f"{both} count twice in the EMA; give the checkpoint's state=, of RemoteEma.state_dict(), to go back with "
+            "it"
+        )
+
+    def _lags_duly(self, info: RunInfo, ours: int) -> bool:
+        """Whether a run that is behind the training misses nothing: by steps that were not to be sent, or before the
+        first update, of a run that was imported."""
+        return info.step is None or self.ahead is None or ours - info.step <= self.ahead
 
     def _rewind_to_step(self, step: int) -> str | None:
         """Go back to the newest snapshot of ``step``; its name, None where there is none."""

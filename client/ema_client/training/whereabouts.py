@@ -92,15 +92,20 @@ class Whereabouts:
             )
         elif elsewhere:
             counted = f", and its optimizer has made {steps} steps" if steps is not None else ""
+            fault = (
+                "where it comes from an older checkpoint, the steps since then count twice in the EMA"
+                if behind == 0
+                else f"where both count alike, the {-behind} steps between are missing in the EMA"
+            )
             what = (
                 f"run {self._run!r} goes on at step {self._step}, and the model does not have the weights of that "
-                f"step{counted}: where it comes from an older checkpoint, the steps since then count twice in the EMA"
+                f"step{counted}: {fault}"
             )
         else:
             return
         # The caller is a hook of torch, or of a framework: no line of the user's can be named.
         warnings.warn(
-            f"{what}; give the checkpoint's step=, or its state=, of RemoteEma.state_dict(), to go back with it",
+            f"{what}; give the checkpoint's step=, or its state=, of RemoteEma.state_dict(), to go there with it",
             stacklevel=2,
         )
 

@@ -156,16 +156,58 @@ def test_a_trainer_that_goes_back(make_ema: Callable[..., RemoteEma], client: Em
     assert same(client.pull(ema.run), oracle.shadow)
 
 
-@pytest.mark.parametrize("step", [5, 9])
+@pytest.mark.parametrize(("step", "update_every"), [(5, 1), (7, 3)])
 def test_a_trainer_that_is_not_behind(
-    make_ema: Callable[..., RemoteEma], client: EmaClient, recwarn: pytest.WarningsRecorder, step: int
+    make_ema: Callable[..., RemoteEma],
+    client: EmaClient,
+    recwarn: pytest.WarningsRecorder,
+    step: int,
+    update_every: int,
 ) -> None:
-    """Updates count on from the trainer's step, which the run may lag behind."""
+    """Updates count on from the trainer's step, which the run may lag behind by steps that were not due."""
     model = nn.Linear(2, 2)
     steps(make_ema(model, resume="auto"), model, 5)
-    again = make_ema(model, resume="auto", step=step)
-    steps(again, model, 1)
-    assert client.run(again.run).step == step + 1
+    again = make_ema(model, resume="auto", step=step, update_every=update_every)
+    steps(again, model, update_every)
+    assert client.run(again.run).step == step + update_every
+    assert list(recwarn) == []
+
+
+def test_a_trainer_that_is_ahead_is_told(
+    make_ema: Callable[..., RemoteEma], client: EmaClient, run_name: str, server: Any
+) -> None:
+    """Of a run that was taken back behind the training's checkpoint, one warning names both steps, and says what to do;
+    updates count on from the training's step."""
+    model = nn.Linear(2, 2)
+    steps(make_ema(model, resume="auto"), model, 5)
+    said = "at step 5 and the training comes back at step 9.*the 4 steps between are missing.*checkpoint of step 5"
+    with pytest.warns(UserWarning, match=said) as warned:
+        again = RemoteEma(model, run=run_name, url=server.url, resume="auto", step=9, update_every=4)
+    assert [each.filename for each in warned] == [__file__]
+    with again:
+        steps(again, model, 4)
+    assert client.run(run_name).step == 13
+
+
+def test_a_trainer_that_is_ahead_of_its_run_and_not_of_a_snapshot(
+    make_ema: Callable[..., RemoteEma], client: EmaClient, run_name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The run goes to its snapshot of the training's step, and nothing is missing."""
+    model = nn.Linear(2, 2)
+    ema = make_ema(model, resume="auto")
+    steps(ema, model, 3)
+    ema.flush()
+    client.snapshot(run_name, "three")
+    for _ in range(2):
+        train(model)
+        steps(ema, model, 1)
+    ema.flush()
+    client.snapshot(run_name, "five")
+    expected = client.pull(run_name)
+    client.rewind(run_name, "three")
+    again = make_ema(model, resume=True, step=5)
+    assert (again.step, client.run(run_name).step) == (5, 5)
+    assert same(client.pull(run_name), expected)
     assert list(recwarn) == []
 
 

@@ -20,6 +20,7 @@ ADAM, SGD = torch.optim.AdamW, torch.optim.SGD
 #: What the warning says: both steps where the optimizer counts its own, the run's where it does not.
 BOTH = "at step 6 and the training comes back at step 4, by its optimizer's count: the 2 steps between count twice"
 ITS_OWN = "goes on at step 6, and the model does not have the weights of that step: where it comes from an older"
+MISSING = "its optimizer has made 9 steps: where both count alike, the 3 steps between are missing in the EMA"
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,20 @@ def test_a_training_that_says_where_it_is(
         nn.init.normal_(parameter)
     new.go_on(make_ema(new.model, resume=True, **other), 1)
     assert not recwarn.list
+
+
+def test_a_training_whose_run_was_taken_back(
+    make_ema: Callable[..., RemoteEma], recwarn: pytest.WarningsRecorder
+) -> None:
+    """An optimizer that has made more steps than the run, with other weights: its steps are missing, and not twice."""
+    case = CASES["behind"]
+    first, again = Training(case), Training(case)
+    ema = make_ema(first.model)
+    first.go_on(ema, 6)
+    ema.close()
+    lost = make_ema(first.model, run=f"{ema.run}-lost", resume="auto", step=6)
+    first.go_on(lost, 3)
+    again.load(first.checkpoints[9], optimizer=True)
+    again.go_on(make_ema(again.model, resume=True), 1)
+    [said] = [str(warning.message) for warning in recwarn]
+    assert MISSING in said

@@ -148,6 +148,30 @@ def test_body_is_like_any_weights(trained: PlainRun) -> None:
     assert torch.equal(half["b"], load(whole.content)["b"].bfloat16())
 
 
+def test_time_of_digits_alone(trained: PlainRun) -> None:
+    """Is the counter where there is one, else a snapshot's name, and refused where they are two times; "snapshot:" and
+    "counter:" say which is meant."""
+    time = str(max(time for time in trained.info()["ring"]["times"] if time < UPDATES))
+    counter, now = (ask(trained, sigma_rel=0.1, **at).content for at in ({"at": time}, {}))
+    names = [time, "77", str(UPDATES)]
+    for name in names:
+        trained.http.put(f"{trained.path}/snapshots/{name}").raise_for_status()
+    try:
+        refused = ask(trained, sigma_rel=0.1, at=time)
+        assert (refused.status_code, refused.json()["code"]) == (422, "synthesis_refused")
+        assert refused.json()["hint"] == f"ask for at=counter:{time} or at=snapshot:{time}"
+        assert ask(trained, sigma_rel=0.1, at=f"counter:{time}").content == counter
+        for at in (f"snapshot:{time}", "77", "snapshot:77", str(UPDATES), f"snapshot:{UPDATES}", f"counter:{UPDATES}"):
+            found = ask(trained, sigma_rel=0.1, at=at)
+            assert (found.status_code, found.headers["ema-num-updates"]) == (200, str(UPDATES)), at
+            assert torch.allclose(flat(load(found.content)), flat(load(now))), at
+        assert "neither a snapshot" in ask(trained, sigma_rel=0.1, at="counter:77").json()["detail"]
+        assert "neither a snapshot" in ask(trained, sigma_rel=0.1, at="snapshot:78").json()["detail"]
+    finally:
+        for name in names:
+            trained.http.delete(f"{trained.path}/snapshots/{name}")
+
+
 def test_profiles(trained: PlainRun) -> None:
     """The dry run names sources whose weights, times their contents, make the average, and sum to 1."""
     dry = ask(trained, "profiles", sigma_rel=0.1).json()
