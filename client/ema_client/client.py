@@ -8,7 +8,6 @@ or steer runs do without.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -66,7 +65,7 @@ from ema_client.reading.checking import Progress
 from ema_client.reading.events import CONTENT_TYPE
 from ema_client.reading.pulls import Pulls
 from ema_client.reading.slices import Wanted
-from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint
+from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint, checked_label, lengths_of, log_unreported
 from ema_client.reading.to_file import pour, save, save_on
 from ema_client.reading.watching import VERSIONS, Questions, watch
 from ema_client.reading.weights import Weights
@@ -84,8 +83,6 @@ if TYPE_CHECKING:
     from ema_client.tensors.shared import SharedState
 
 __all__ = ["MOST_LANES", "EmaClient", "checked_decay", "service_of"]
-
-_log = logging.getLogger("ema_client")
 
 
 class EmaClient:
@@ -705,14 +702,7 @@ class EmaClient:
         UsageError.
         """
         given = {"sigma_rel": sigma_rel, "decay": decay, "half_life": half_life}
-        kinds = [kind for kind, values in given.items() if values is not None]
-        if len(kinds) != 1:
-            raise UsageError(f"{len(kinds)} kinds of lengths are given", hint="give sigma_rel=, decay= or half_life=")
-        values = given[kind := kinds[0]] or ()
-        targets = [Target.of({kind: value, "at": at, "max_error": max_error}, called="sweep") for value in values]
-        lengths = dict.fromkeys(target.value for target in targets if target and isinstance(target.value, float))
-        if not lengths:
-            raise UsageError(f"{kind}=[] names no average", hint=f"{kind}=[0.05, 0.1]")
+        kind, lengths = lengths_of(given, at, max_error)
         sweeper = Sweeper(
             transport=self._transport,
             run=named(run, "run"),
@@ -725,10 +715,10 @@ class EmaClient:
             dtype=dtype,
             highest=highest,
             progress=progress,
-            name=_short(name),
-            unreported=(unreported or partial(_log_unreported, run)) if report else None,
+            name=checked_label(name),
+            unreported=(unreported or partial(log_unreported, run)) if report else None,
         )
-        return sweeper.go_through(list(lengths), refine)
+        return sweeper.go_through(lengths, refine)
 
     def sweeps(self, run: str) -> tuple[SweepInfo, ...]:
         """What the newest sweeps over the run's averages found, of those that were reported, the newest last."""
@@ -853,14 +843,3 @@ def _writer_header(writer: int | None) -> dict[str, str]:
 def _was_last(reply: Reply) -> bool:
     """Whether the service answered a part by applying the whole: then all other parts were there."""
     return reply.data.get("state") != "staged"
-
-
-def _short(name: str | None) -> str | None:
-    """What results are, as the service keeps it. Raises UsageError."""
-    if name is not None and len(name) > protocol.SWEEP_TEXT:
-        raise UsageError(f"name= has {len(name)} characters", hint=f"at most {protocol.SWEEP_TEXT}, such as 'FID'")
-    return name
-
-
-def _log_unreported(run: str, error: EmaError) -> None:
-    _log.warning("run %r: the service did not keep what the sweep found: %s", run, error)

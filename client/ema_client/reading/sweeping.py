@@ -7,14 +7,15 @@ Does not know: how averages come (swept), tensors, what an evaluation does.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from ema_client import protocol
-from ema_client.errors import EmaError, SynthesisRefused
+from ema_client.errors import EmaError, SynthesisRefused, UsageError
 from ema_client.http.transport import Transport
 from ema_client.protocol import (
     FINITE,
@@ -33,7 +34,9 @@ from ema_client.reading.swept import AskedSweep
 from ema_client.scratch import scratch_folder
 from ema_client.targets import Target, between
 
-__all__ = ["Evaluate", "Sweep", "Sweeper", "SweptPoint"]
+__all__ = ["Evaluate", "Sweep", "Sweeper", "SweptPoint", "checked_label", "lengths_of", "log_unreported"]
+
+_log = logging.getLogger("ema_client")
 
 #: Called with a safetensors file and what is in it; gives a number, or None where it came to nothing.
 Evaluate = Callable[[Path, WeightsInfo], "float | None"]
@@ -212,3 +215,33 @@ class Sweeper:
             return self.profiles(target).refused
         except SynthesisRefused as fault:
             return fault.detail
+
+
+def lengths_of(
+    given: Mapping[str, Sequence[float] | None], at: str | int | None, max_error: float | None
+) -> tuple[str, list[float]]:
+    """The kind of lengths that is given, as the only one, and the lengths, each once.
+
+    given: lengths by their kind. at, max_error: as for Target. Raises UsageError where that makes no sweep.
+    """
+    kinds = [kind for kind, values in given.items() if values is not None]
+    if len(kinds) != 1:
+        raise UsageError(f"{len(kinds)} kinds of lengths are given", hint="give sigma_rel=, decay= or half_life=")
+    values = given[kind := kinds[0]] or ()
+    targets = [Target.of({kind: value, "at": at, "max_error": max_error}, called="sweep") for value in values]
+    lengths = dict.fromkeys(target.value for target in targets if target and isinstance(target.value, float))
+    if not lengths:
+        raise UsageError(f"{kind}=[] names no average", hint=f"{kind}=[0.05, 0.1]")
+    return kind, list(lengths)
+
+
+def checked_label(name: str | None) -> str | None:
+    """What results are, as the service keeps it. Raises UsageError."""
+    if name is not None and len(name) > SWEEP_TEXT:
+        raise UsageError(f"name= has {len(name)} characters", hint=f"at most {SWEEP_TEXT}, such as 'FID'")
+    return name
+
+
+def log_unreported(run: str, error: EmaError) -> None:
+    """Log that the service did not take the results of a sweep, and why."""
+    _log.warning("run %r: the service did not keep what the sweep found: %s", run, error)
