@@ -702,7 +702,7 @@ class EmaClient:
         UsageError.
         """
         given = {"sigma_rel": sigma_rel, "decay": decay, "half_life": half_life}
-        kind, lengths = lengths_of(given, at, max_error)
+        kind, lengths, time = lengths_of(given, at, max_error)
         sweeper = Sweeper(
             transport=self._transport,
             run=named(run, "run"),
@@ -710,7 +710,7 @@ class EmaClient:
             evaluate=evaluate,
             profiles=partial(self._profiles, run),
             told=told or (lambda _: None),
-            at=targets[0].at if targets[0] else None,
+            at=time,
             max_error=max_error,
             dtype=dtype,
             highest=highest,

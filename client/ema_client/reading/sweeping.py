@@ -219,8 +219,8 @@ class Sweeper:
 
 def lengths_of(
     given: Mapping[str, Sequence[float] | None], at: str | int | None, max_error: float | None
-) -> tuple[str, list[float]]:
-    """The kind of lengths that is given, as the only one, and the lengths, each once.
+) -> tuple[str, list[float], str | int | None]:
+    """The kind of lengths that is given, as the only one, the lengths, each once, and the time, as a Target has it.
 
     given: lengths by their kind. at, max_error: as for Target. Raises UsageError where that makes no sweep.
     """
@@ -229,10 +229,10 @@ def lengths_of(
         raise UsageError(f"{len(kinds)} kinds of lengths are given", hint="give sigma_rel=, decay= or half_life=")
     values = given[kind := kinds[0]] or ()
     targets = [Target.of({kind: value, "at": at, "max_error": max_error}, called="sweep") for value in values]
-    lengths = dict.fromkeys(target.value for target in targets if target and isinstance(target.value, float))
+    lengths = {target.value: target.at for target in targets if target and isinstance(target.value, float)}
     if not lengths:
         raise UsageError(f"{kind}=[] names no average", hint=f"{kind}=[0.05, 0.1]")
-    return kind, list(lengths)
+    return kind, list(lengths), next(iter(lengths.values()))
 
 
 def checked_label(name: str | None) -> str | None:
