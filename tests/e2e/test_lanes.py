@@ -83,8 +83,9 @@ class Breaking:
                     if trouble[1]:
                         # Longer than either end waits.
                         time.sleep(3)
-                    source.close()
-                    target.close()
+                    # close() alone ends nothing while the other direction's thread reads from the same socket.
+                    for sock in (source, target):
+                        sock.shutdown(socket.SHUT_RDWR)
                     return
                 target.sendall(buffer[:count])
             target.shutdown(socket.SHUT_WR)
@@ -107,7 +108,8 @@ SOON, LATER = [1], range(2, 101)
 @pytest.mark.parametrize("way", [*SOON, *(pytest.param(seed, marks=pytest.mark.soak) for seed in LATER)], indirect=True)
 def test_a_life(server: Any, way: Breaking, run_name: str, tmp_path: Path) -> None:
     """Updates, pulls and a file by four lanes: the shadow is that of as many updates over one connection."""
-    patient = RetryPolicy(attempts=50, base=0.01, cap=0.05)
+    # A call gives up once it has waited, in pauses or in silence, for as long as its pauses would be at their longest.
+    patient = RetryPolicy(attempts=50, base=0.01, cap=0.5)
     transport = Transport(way.url, retry=patient, lanes=LANES, timeouts=Timeouts(transfer=1.0, kept=1.0))
     with EmaClient(server.url, lanes=1) as plain, contextlib.closing(transport):
         for name in (run_name, f"{run_name}-plain"):
