@@ -81,8 +81,8 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
 
 
 def _touching(nbytes: int) -> float:
-    """Seconds that the machine takes to give so many bytes of memory: what a trainer and its server begin with, two
-    versions and what the trainer copies its parameters to."""
+    """Seconds until one thread has touched so many bytes of shared memory: a trainer and its server begin with as many,
+    of two versions and of what the trainer copies its parameters to."""
     begun = time.perf_counter()
     with mmap.mmap(-1, nbytes) as memory:
         view = np.frombuffer(memory, np.uint8)
@@ -112,7 +112,7 @@ def _rows(way: str, told: _Told, shadow: int, empty: float) -> list[Row]:
         return Row(f"{what}, {way}", unit, (value,), needs if way == PROCESS else ())
 
     return [
-        row("constructor", "s", told.constructor, Need(1.5, TOUCHED, most=True)),
+        row("constructor", "s", told.constructor, Need(0.7, TOUCHED, most=True)),
         row("update, median", "ms", median(told.updates) * 1e3, Need(against=f"update, median, {MEMORY}")),
         row("longest update", "ms", max(told.updates) * 1e3, Need(2.0, f"update, median, {way}", most=True)),
         row("scope, in and out", "s", told.scope, Need(against=f"scope, in and out, {MEMORY}")),

@@ -433,7 +433,7 @@ DEMANDED = {
     ("push, durability disk", "write a file again and fdatasync", 0.8),
     ("a run of durability disk, back in memory", "read the run's file", 0.5),
     ("the same, beyond a server without runs", None, 0.3),
-    ("constructor, process", "memory of three shadows, used for the first time", 1.5),
+    ("constructor, process", "memory of three shadows, used for the first time", 0.7),
     ("longest update, process", "update, median, process", 2.0),
     ("restart, process", None, 1.0),
     ("server, ready", "import torch", 1.2 / 0.9),
