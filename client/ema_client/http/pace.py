@@ -22,6 +22,9 @@ MOST_FORCED = 64
 PULLS, PUSHES = "pull", "push"
 #: Lanes to begin with. Two for a pull: of one connection one end sleeps while the other works.
 _START = {PULLS: 2, PUSHES: 1}
+#: What both ends on this host want of its processors, in shares of what the client's lanes want. The service averages a
+#: push while it receives it: with the averaging its lanes take twice what the client's do.
+_ENDS = {PULLS: 2, PUSHES: 3}
 #: Seconds of one measurement, and seconds from a change of the number of lanes to the beginning of one.
 _WINDOW, _SETTLING = 0.25, 0.05
 #: A body in a shorter time says nothing of its lanes.
@@ -121,8 +124,8 @@ class Paces:
     def __init__(self, *, same_host: bool) -> None:
         self._lock = Lock()
         self._same_host = same_host
-        most, ends = min(MOST_LANES, 4 * cores()), 2 if same_host else 1
-        self._widths = {direction: Width(start, most, cores=cores(), ends=ends) for direction, start in _START.items()}
+        most, ends = min(MOST_LANES, 4 * cores()), _ENDS if same_host else dict.fromkeys(_ENDS, 1)
+        self._widths = {each: Width(start, most, cores=cores(), ends=ends[each]) for each, start in _START.items()}
 
     @classmethod
     def of(cls, url: str, *, same_host: bool) -> Paces:

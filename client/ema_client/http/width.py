@@ -24,8 +24,8 @@ _PLAIN = 1.5
 _PAIRS = 3
 #: Bodies until more lanes are tried again after they brought nothing, at first and at most; it doubles in between.
 _FIRST_REST, _LONGEST_REST = 200, 3200
-#: The body from which on nothing is used for the first time.
-_WARM = 2
+#: The body from which on nothing is used for the first time: a run has two versions, and each body meets one.
+_WARM = 3
 #: Bodies between two trials of fewer lanes.
 _CHECK = 200
 
@@ -60,7 +60,8 @@ class Width:
         start: lanes to begin with, and at the least.
         most: lanes at the most.
         cores: processors of this machine that lanes may use.
-        ends: how many ends of the lanes run on this machine: 2 for a service on this host.
+        ends: how often the processors that the lanes want here are wanted on this machine: once for a service on
+            another host, and about two or three times for one on this host.
     """
 
     def __init__(self, start: int, most: int, *, cores: float, ends: int = 1) -> None:
@@ -96,8 +97,8 @@ class Width:
     def begins(self) -> None:
         """A body that may have lanes begins."""
         self._bodies += 1
-        if self._bodies == _WARM and self._trial is not None:
-            # The first body meets memory that was never used, at either end: whatever comes after it is faster.
+        if self._bodies <= _WARM and self._trial is not None:
+            # The first bodies meet memory that was never used, at either end: whatever comes after them is faster.
             self._trial.first = 0.0
         self._rest = max(0, self._rest - 1)
         self._check = max(0, self._check - 1)
