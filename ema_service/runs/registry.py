@@ -371,6 +371,8 @@ class Registry:
             return None if ledger.setup.made_by(key) else ledger.succession.with_average(average, lineage, key)
 
         with found.steady():
+            # Deleted while this waited: files that are made now nobody would remove.
+            run.ledger.check_exists()
             run.ledger.check_writable()
             if (setup := change(run.ledger)) is None:
                 return run, False
