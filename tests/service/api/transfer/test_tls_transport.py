@@ -317,7 +317,11 @@ def server_context(certificate: Certificate) -> ssl.SSLContext:
 async def connected(
     server: ssl.SSLContext, client: ssl.SSLContext
 ) -> tuple[Recorder, SecureTransport, asyncio.StreamReader, asyncio.StreamWriter]:
-    here, there = socket.socketpair()
+    # TCP, not a pair of Unix sockets: the goodbye of asyncio's client to a server that has closed is a broken pipe
+    # there, and is told in place of what the client received.
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        there = socket.create_connection(listening.getsockname())
+        here, _ = listening.accept()
     here.setblocking(False)
     recorder = Recorder()
     begun = asyncio.create_task(accept_secure(here, server, lambda: recorder, 30))
