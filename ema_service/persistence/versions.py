@@ -124,7 +124,8 @@ class Versions:
         self._memory = memory
         self._setup = setup or Setup.of(config)
         extents = {member.name: self._extent(member) for member in self._setup.members}
-        self._slots = store.slots(row, extents, patient=self._durability == "disk")
+        # Nobody waits for a checkpoint, and a push that comes meanwhile wants the cores.
+        self._slots = store.slots(row, extents, behind=self.every, patient=not self.every or self._durability == "disk")
         self._newest: _Written | None = None
         self._anchor: Slot | None = None
         self._anchor_step: int | None = None

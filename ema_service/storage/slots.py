@@ -49,14 +49,15 @@ class Slots:
         folder: Path,
         extents: Mapping[str, Extent],
         known: Iterable[str],
-        threads: Executor,
+        threads: Executor | None,
         *,
         patient: bool = False,
     ) -> None:
         """known: slots that rows speak of, relative to ``folder``; the first are overwritten last.
 
-        threads: to write on; they must drop finished work at once (Threads), for the work refers to a slot. patient:
-        write everything to the disk; else what the disk has not taken by finish() is left in the page cache.
+        threads: to write on; they must drop finished work at once (Threads), for the work refers to a slot. None: on
+        the caller's thread. patient: write everything to the disk; else what the disk has not taken by finish() is left
+        in the page cache.
         """
         self._folder = folder
         #: By name of the average; another mapping at each change, never changed itself.

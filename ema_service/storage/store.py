@@ -268,10 +268,10 @@ class Store:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def slots(self, row: RunRow, extents: Mapping[str, Extent], *, patient: bool) -> Slots:
+    def slots(self, row: RunRow, extents: Mapping[str, Extent], *, behind: bool, patient: bool) -> Slots:
         """The run's slots: those that rows speak of, those that lie in the folder, and as many new ones as are taken.
 
-        patient: as for Slots.
+        behind: whether large versions are written behind the caller. patient: as for Slots.
         """
         folder = self._run_folder(row)
         known = [each.folder for each in self._catalog.checkpoints(row.id) if each.folder != MEMORY]
@@ -280,7 +280,7 @@ class Store:
             for name in _OLD_FOLDERS:
                 if name not in known:
                     remove_tree(folder / name)
-        return Slots(folder, extents, known, self._writers, patient=patient)
+        return Slots(folder, extents, known, self._writers if behind else None, patient=patient)
 
     def checkpoints(self, row: RunRow) -> list[CheckpointRow]:
         """The versions that the run's slots hold, newest first. All but the newest may have been overwritten since."""

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,9 +27,10 @@ from ema_client.errors import (
     RunNotFound,
     StorageFailed,
 )
-from ema_client.protocol import AverageConfig, WeightsInfo
+from ema_client.protocol import AverageConfig, Durability, WeightsInfo
 from ema_service.persistence import Versions
 from ema_service.storage import Slot
+from ema_service.storage.slot_files import SlotFiles
 from tests.service.persistence.damage import DAMAGE
 
 if TYPE_CHECKING:
@@ -311,6 +313,32 @@ def test_updates_go_on_while_a_checkpoint_is_written(
     server.crash()
 
     assert seen(again(server)) == before
+
+
+@pytest.mark.parametrize("durability", ["memory", "process"])
+def test_large_checkpoint_leaves_cores_to_updates(
+    local_server: Callable[..., LocalServer], ram_dir: Path, durability: Durability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for a checkpoint: one thread writes it, past the page cache, which copies nothing."""
+    threads, ways = set[int](), list[bool]()
+    write = SlotFiles.write
+
+    def note(files: SlotFiles, average: str, data: memoryview, start: int, *, cached: bool) -> None:
+        threads.add(threading.get_ident())
+        ways.append(cached)
+        write(files, average, data, start, cached=cached)
+
+    server = local_server(ram_dir=ram_dir)
+    large = {"w": torch.zeros(12 << 20)}
+    run = server.create("r", large, durability=durability)
+    run.begin(large)
+    run.push(1, large)
+    monkeypatch.setattr(SlotFiles, "write", note)
+    server.registry.checkpoint()
+
+    assert run.info.checkpoint_step == 1
+    assert threads == {threading.get_ident()}
+    assert set(ways) == {False}
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def opened(folder: Path) -> Iterator[Callable[[], Store]]:
 
 def keep(store: Store, row: RunRow, state: str, value: float) -> Slot:
     """Write a version to a slot and make it the run's newest checkpoint."""
-    slot = store.slots(row, EXTENTS, patient=True).take()
+    slot = store.slots(row, EXTENTS, behind=True, patient=True).take()
     write(slot, value)
     store.put_checkpoint(row, slot.name, state, synced=True, durable=True)
     return slot
@@ -147,7 +147,7 @@ def test_newest_checkpoint_counts(opened: Callable[[], Store]) -> None:
     """Of several slots the one whose row came last counts, for the next process too; amending it keeps the files."""
     kept = opened()
     row = kept.add_run("r", "{}", 1.0)
-    slots = kept.slots(row, EXTENTS, patient=True)
+    slots = kept.slots(row, EXTENTS, behind=True, patient=True)
     held = []
     for number in range(3):
         held.append(slots.take())
