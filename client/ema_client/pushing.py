@@ -132,7 +132,7 @@ class _LanedPush:
         lane can go on; ConnectionLost where the service forgot those that it had.
         """
         size, group = sum(map(len, self._views)), secrets.token_hex(16)
-        stretches = Stretches(0, size, grain=self._layout.block_bytes)
+        stretches = Stretches(0, size, grain=self._layout.block_bytes, expect_alike=self._pace.alike)
         told, results = _Told(self._body), list[Reply]()
 
         def carry(stretch: Stretch, moved: Moved) -> None:

@@ -119,7 +119,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         return answer(InternalError(f"{type(fault).__name__} in {request.method} {request.url.path}"), headers)
 
     async def unavailable(_: Request, fault: Exception) -> Response:
-        return answer(_unavailable(fault))
+        try:
+            return answer(_unavailable(fault))
+        finally:
+            del fault
 
     app.add_exception_handler(EmaError, ours)
     app.add_exception_handler(OSError, unavailable)
@@ -136,7 +139,10 @@ def _unavailable(fault: Exception) -> EmaError:
         return StorageFailed(f"the server's catalog: {fault}", retry_after=1.0)
     if isinstance(fault, OSError) and fault.errno in EXHAUSTED:
         return Overloaded("the server has no file descriptor left", hint=_MORE, retry_after=1.0)
-    raise fault
+    try:
+        raise fault
+    finally:
+        del fault
 
 
 def _methods(request: Request) -> set[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena
@@ -39,13 +40,13 @@ class _Sent:
     """One body, as often as somebody is sent some of it.
 
     asked: bytes of all stretches so far. begun: how many of them began with the body's first byte, one for each reader.
-    ended: what lets go of stretches that were sent, each with its timer.
+    ended: stretches that were sent, each with the timer that lets go of it.
     """
 
     readings: list[Reading] = field(default_factory=list)
     asked: int = 0
     begun: int = 0
-    ended: dict[Callable[[], None], asyncio.TimerHandle] = field(default_factory=dict)
+    ended: dict[_Held, asyncio.TimerHandle] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -54,9 +55,35 @@ class _Sent:
 
     def let_go(self) -> None:
         """Let go of the stretches that were sent."""
-        for over, timer in list(self.ended.items()):
+        for held, timer in list(self.ended.items()):
             timer.cancel()
-            over()
+            held.let_go()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Held:
+    """What one answer holds of the body it sends.
+
+    No closure that knows itself: such a cycle would hold the version's memory until a garbage collection.
+    """
+
+    sent: _Sent
+    reading: Reading
+    release: Callable[[], None]
+    forget: Callable[[], object]
+
+    def ended(self) -> None:
+        """The stretch was sent: let go of it a moment later, or now where all was asked for."""
+        self.sent.ended[self] = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.let_go)
+        if self.sent.whole:
+            self.sent.let_go()
+
+    def let_go(self) -> None:
+        self.sent.ended.pop(self, None)
+        self.sent.readings.remove(self.reading)
+        if not self.sent.readings:
+            self.forget()
+        self.release()
 
 
 class Readings:
@@ -85,19 +112,8 @@ class Readings:
             sent.asked += stretch[1] - stretch[0]
             sent.begun += stretch[0] == 0
 
-        def over() -> None:
-            sent.ended.pop(over, None)
-            sent.readings.remove(reading)
-            if not sent.readings:
-                del self._sent[key]
-            release()
-
-        def end() -> None:
-            sent.ended[over] = asyncio.get_running_loop().call_later(LINGER_SECONDS, over)
-            if sent.whole:
-                sent.let_go()
-
-        return over if stretch is None else end
+        held = _Held(sent, reading, release, partial(self._sent.pop, key, None))
+        return held.let_go if stretch is None else held.ended
 
     def let_go(self) -> None:
         """Let go of the versions of which nothing is being sent: others need the room."""

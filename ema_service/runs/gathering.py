@@ -10,6 +10,7 @@ Knows slices, staging and the byte stream. Does not know which steps are put tog
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from ema_service.memory.layout import Layout
 from ema_service.memory.staging import Staged
 from ema_service.runs.run import Parameters, Run
 
-__all__ = ["Claims", "Gathering", "Key", "Lacking", "Part", "PartGathering", "Piece", "Terms", "index_of"]
+__all__ = ["Claims", "Gathering", "Key", "Lacking", "Part", "PartGathering", "Piece", "Terms", "bare", "index_of"]
 
 #: The rest of a piece that was given up is read into so many bytes, and dropped.
 _STRAY_BYTES = 256 << 10
@@ -115,10 +116,18 @@ class Gathering(ABC):
 
     def forget(self, piece: Piece, fault: EmaError) -> None:
         """Give up a piece that is being received: the piece raises ``fault``, and its bytes may come again."""
-        piece.fault = fault
+        piece.fault = bare(fault)
         if self.coming.get(piece.key) is piece:
             del self.coming[piece.key]
             self.release(piece.key)
+
+
+def bare(fault: EmaError) -> EmaError:
+    """The fault without its traceback, to be remembered or raised once more.
+
+    The frames of a traceback refer to bodies and versions: a fault that is remembered would hold their memory.
+    """
+    return copy.copy(fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +244,7 @@ class Piece(Body):
         Raises the fault that the piece was given up for, and LayoutMismatch where another part has a slice.
         """
         if self.fault:
-            raise self.fault
+            raise bare(self.fault)
         if self.gathering:
             self.gathering.touched = time.monotonic()
         super().advance(count)

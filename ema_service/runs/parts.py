@@ -43,7 +43,7 @@ from ema_client.errors import (
 from ema_client.protocol import RunInfo, UpdateResult, UpdateStatus
 from ema_client.wire import Box
 from ema_service.memory.staging import Staged
-from ema_service.runs.gathering import Gathering, Key, Lacking, Part, PartGathering, Piece, Terms, index_of
+from ema_service.runs.gathering import Gathering, Key, Lacking, Part, PartGathering, Piece, Terms, bare, index_of
 from ema_service.runs.run import Run
 from ema_service.runs.stretches import StretchBody, StretchGathering
 
@@ -134,7 +134,7 @@ class Parts:
             if self._known_of_applied(step, key, terms) is not None:
                 return False
             if fault := self._over.get((step, terms)):
-                raise fault
+                raise bare(fault)
             found = self._find(step)
             if found is None or found.terms.group != terms.group:
                 self._check_not_given_up(step)
@@ -157,7 +157,7 @@ class Parts:
             if known is not None:
                 return self._compared(key, terms, known)
             if fault := self._over.get((step, terms)):
-                raise fault
+                raise bare(fault)
             gathering = self._find(step)
             if gathering is None or gathering.terms != terms:
                 gathering = self._open(step, terms, reserve)
@@ -196,7 +196,7 @@ class Parts:
             return
         with self._lock:
             if part.fault:
-                raise part.fault
+                raise bare(part.fault)
             for name, boxes in slices.items():
                 other = part.claim(name, boxes)
                 if other is not None:
@@ -212,7 +212,7 @@ class Parts:
         """
         with self._lock:
             if piece.fault:
-                raise piece.fault
+                raise bare(piece.fault)
             if piece.known is not None and piece.fingerprint != piece.known:
                 raise StepConflict(f"{_piece(piece.key)} came before with other bytes")
             gathering = piece.gathering
@@ -225,15 +225,9 @@ class Parts:
                     return "staged"
                 gathering.applying = True
                 return "complete"
-            if fault := self._refusal_of(piece, gathering):
+            if fault := self._refusal_of(piece, gathering) or self._lack_of(gathering):
                 gathering.forget(piece, fault)
-                raise fault
-            if gaps := gathering.gaps(self.layout):
-                fault = LayoutMismatch(
-                    f"all {gathering.lacking().of} are there and elements are missing: {listed(gaps)}"
-                )
-                gathering.forget(piece, fault)
-                raise fault
+                raise bare(fault)
             del gathering.coming[piece.key]
             gathering.done[piece.key] = piece.fingerprint
             gathering.applying = gathering.whole
@@ -325,11 +319,11 @@ class Parts:
         if not gathering.lasts:
             self._remember_over(gathering, fault)
         elif not fault.retryable:
-            self._refused = _Refused(gathering.step, gathering.terms, gathering.done, fault)
+            self._refused = _Refused(gathering.step, gathering.terms, gathering.done, bare(fault))
 
     def _remember_over(self, gathering: Gathering, fault: EmaError) -> None:
         """Answer every later stretch of a group that came to nothing with what it came to nothing for."""
-        self._over[gathering.step, gathering.terms] = fault
+        self._over[gathering.step, gathering.terms] = bare(fault)
         if len(self._over) > _REMEMBERED_GROUPS:
             del self._over[next(iter(self._over))]
 
@@ -339,8 +333,14 @@ class Parts:
         if refused is None or (refused.step, refused.terms) != (gathering.step, gathering.terms):
             return None
         if refused.fingerprints.get(piece.key) == piece.fingerprint:
-            return refused.fault
+            return bare(refused.fault)
         self._refused = None
+        return None
+
+    def _lack_of(self, gathering: Gathering) -> EmaError | None:
+        """What pieces lack that are all there; None where they lack nothing, or some are not there."""
+        if gaps := gathering.gaps(self.layout):
+            return LayoutMismatch(f"all {gathering.lacking().of} are there and elements are missing: {listed(gaps)}")
         return None
 
     def _find(self, step: int | None) -> Gathering | None:
@@ -415,7 +415,7 @@ class Parts:
         self._gatherings.remove(gathering)
         if fault:
             for piece in gathering.coming.values():
-                piece.fault = fault
+                piece.fault = bare(fault)
             if not gathering.lasts:
                 self._remember_over(gathering, fault)
         gathering.end()

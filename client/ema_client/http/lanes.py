@@ -61,7 +61,7 @@ def carry_all(
         lanes.join()
         raise
     lanes.check()
-    pace.ends()
+    pace.ends(alike=stretches.alike)
 
 
 class _Lanes:

@@ -63,6 +63,14 @@ class Pace:
         with self._guard:
             return self._width.lanes
 
+    @property
+    def alike(self) -> bool:
+        """Whether the lanes will probably be alike: as many as those of the body before, and those were."""
+        if self._width is None:
+            return False
+        with self._guard:
+            return self._width.alike and self._width.settled
+
     def at_work(self, threads: frozenset[int]) -> None:
         """The lanes, by the native numbers of their threads, are these from now on."""
         if self._width is not None:
@@ -84,10 +92,14 @@ class Pace:
             if now - self._since >= _WINDOW:
                 self._measure(now)
 
-    def ends(self) -> None:
-        """The last byte of the body has come: a body that was shorter than a measurement is one."""
+    def ends(self, *, alike: bool = False) -> None:
+        """The last byte of the body has come: a body that was shorter than a measurement is one.
+
+        alike: whether the lanes brought about as much a second each.
+        """
         if self._width is not None:
             with self._guard:
+                self._width.alike = alike
                 if not self._measured and self._steady:
                     self._since, self._bytes = self._began, self._whole
                     self._measure(self._clock())

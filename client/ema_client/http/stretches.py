@@ -19,8 +19,11 @@ __all__ = ["SMALLEST_BYTES", "Stretch", "Stretches"]
 
 #: Stretches get no smaller than this, but for the last: a request for each costs a round trip, and so does its answer.
 SMALLEST_BYTES = 8 << 20
-#: A lane of unknown rate takes this share of what an even division among the lanes would give a lane.
-_FIRST_SHARE = 1 / 4
+#: A lane of unknown rate takes this share of what an even division among the lanes would give a lane: of lanes that
+#: nothing is known of, and of lanes that were alike. The end is left to be divided by the rates that are seen.
+_FIRST_SHARE, _FIRST_SHARE_ALIKE = 1 / 4, 3 / 4
+#: Lanes are alike where the slowest brings at least this share of what the fastest brings.
+_ALIKE = 3 / 4
 #: A lane of known rate takes this share of what the lane would bring until the end.
 _SHARE = 1 / 2
 
@@ -60,6 +63,8 @@ class Stretches:
 
     grain: stretches begin and end at ``start`` plus a multiple of so many bytes; the last one ends at ``stop``.
     smallest, largest: bytes of the smallest stretch and of the largest, multiples of ``grain``; None: any.
+    expect_alike: whether the lanes will probably be alike, as those of the body before were: they begin with large
+    stretches then, for each stretch costs a request.
     clock: gives seconds.
     """
 
@@ -71,17 +76,21 @@ class Stretches:
         grain: int,
         smallest: int = SMALLEST_BYTES,
         largest: int | None = None,
+        expect_alike: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._grain = grain
         self._smallest = max(grain, smallest)
         self._largest = largest
+        self._first_share = _FIRST_SHARE_ALIKE if expect_alike else _FIRST_SHARE
         self._clock = clock
         #: Stretches that broke off, to be carried again as they are.
         self._again: list[Stretch] = []
         #: What no lane has had, in order.
         self._queue = [Stretch(start, stop)] if stop > start else []
         self._lanes: dict[int, _Lane] = {}
+        #: The rates of lanes that have left.
+        self._rates: list[float] = []
         self._lock = Lock()
 
     @property
@@ -89,6 +98,12 @@ class Stretches:
         """Whether every byte has come."""
         with self._lock:
             return not self._queue and not self._again and all(lane.has is None for lane in self._lanes.values())
+
+    @property
+    def alike(self) -> bool:
+        """Whether several lanes have left, and all brought about as much in the same time."""
+        with self._lock:
+            return len(self._rates) > 1 and min(self._rates) >= _ALIKE * max(self._rates)
 
     @property
     def queued(self) -> int:
@@ -136,7 +151,9 @@ class Stretches:
     def leaves(self, lane: int) -> None:
         """The lane takes no more."""
         with self._lock:
-            self._lanes.pop(lane, None)
+            left = self._lanes.pop(lane, None)
+            if left is not None and left.rate:
+                self._rates.append(left.rate)
 
     @property
     def _pending(self) -> int:
@@ -145,7 +162,8 @@ class Stretches:
     def _size(self, mine: _Lane, lanes: int) -> int | None:
         """Bytes of the next stretch for a lane; None where another lane would bring it sooner."""
         if not mine.rate:
-            return max(self._smallest, int(self._pending * _FIRST_SHARE / max(1, lanes)))
+            missing = self._pending + sum(lane.has.size for lane in self._lanes.values() if lane.has is not None)
+            return max(self._smallest, int(missing * self._first_share / max(1, lanes)))
         others = [lane for lane in self._lanes.values() if lane is not mine and lane.rate]
         # A lane of unknown rate is taken to be as fast as this one.
         unknown = max(0, lanes - 1 - len(others))

@@ -26,6 +26,9 @@ _PAIRS = 3
 _FIRST_REST, _LONGEST_REST = 200, 3200
 #: The body from which on nothing is used for the first time: a run has two versions, and each body meets one.
 _WARM = 3
+#: Bytes a second of one lane: a slower lane does not wait for memory that is used for the first time, of which the
+#: slowest machine that was seen gives 0.7 GB a second.
+_UNUSED_RATE = 200e6
 #: Bodies between two trials of fewer lanes.
 _CHECK = 200
 
@@ -77,6 +80,8 @@ class Width:
         self._bodies = 0
         #: Whether lanes wanted all processors when they were last measured: such lanes are alike.
         self.crowded = False
+        #: Whether the lanes of the latest body brought about as much a second each.
+        self.alike = False
         #: Why there are not more lanes, in words.
         self.why = "not tried yet"
 
@@ -94,12 +99,18 @@ class Width:
         """The number of lanes that paid so far."""
         return self._usual
 
+    @property
+    def settled(self) -> bool:
+        """Whether no other number of lanes is being tried, or would be with the next measurement."""
+        return self._trial is None and (self._rest > 0 or self._usual >= self._most or self.crowded)
+
     def begins(self) -> None:
         """A body that may have lanes begins."""
         self._bodies += 1
-        if self._bodies <= _WARM and self._trial is not None:
+        trial = self._trial
+        if self._bodies <= _WARM and trial is not None and trial.first / trial.usual > _UNUSED_RATE:
             # The first bodies meet memory that was never used, at either end: whatever comes after them is faster.
-            self._trial.first = 0.0
+            trial.first = 0.0
         self._rest = max(0, self._rest - 1)
         self._check = max(0, self._check - 1)
 
@@ -120,7 +131,7 @@ class Width:
         elif not self._trial.first:
             self._trial.first = seen.rate
         else:
-            self._compare(self._trial, seen.rate)
+            self._compare(self._trial, seen)
 
     def _consider(self, seen: Seen) -> None:
         """Begin a trial where one is due, with ``seen`` as its first measurement."""
@@ -142,8 +153,8 @@ class Width:
             return True
         return False
 
-    def _compare(self, trial: _Trial, rate: float) -> None:
-        trial.ratios.append(rate / trial.first)
+    def _compare(self, trial: _Trial, seen: Seen) -> None:
+        trial.ratios.append(seen.rate / trial.first)
         trial.first = 0.0
         more = trial.other > trial.usual
         plain = more and trial.ratios[-1] >= _PLAIN
@@ -159,3 +170,6 @@ class Width:
         self.why = f"{trial.other} brought {gain:.1f} times what {trial.usual} did"
         self._usual, self._check, self._next_rest = trial.other, _CHECK, _FIRST_REST
         self._rest = 0 if more else _FIRST_REST
+        if plain:
+            # The next doubling is tried at once, beside what was just seen.
+            self._consider(seen)

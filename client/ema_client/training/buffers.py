@@ -152,8 +152,10 @@ class UpdateBuffers:
         with self._change:
             while not self._free:
                 if self._fault is not None:
-                    fault, self._fault = self._fault, None
-                    raise fault
+                    try:
+                        raise self._fault
+                    finally:
+                        self._fault = None
                 self._make()
                 self._change.wait()
             return self._free.popleft()

@@ -88,7 +88,10 @@ def together(work: Callable[[], T], *, gather: Gather = gathered) -> T:
     for rank, other in enumerate(gather(fault)):
         if other is not None:
             other.add_note(f"on rank {rank}")
-            raise other
+            try:
+                raise other
+            finally:
+                del other, fault
     return cast(T, result)
 
 

@@ -93,7 +93,10 @@ class Tally:
         if failure is not None:
             if more:
                 failure.add_note(f"{more} updates failed after it; see the log")
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure
 
 
 def _worth_a_line(count: int) -> bool:

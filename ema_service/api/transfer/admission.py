@@ -87,4 +87,7 @@ class Admission:
         except TimeoutError:
             if gone:
                 raise ClientDisconnect from None
-            raise full from None
+            try:
+                raise full from None
+            finally:
+                del full

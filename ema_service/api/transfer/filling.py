@@ -167,6 +167,9 @@ class Filling(asyncio.BufferedProtocol):
         self._discarding: memoryview | None = None
         self._working: asyncio.Future[None] | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        #: What wait() raises. Not kept in the future, nor beyond wait(): the traceback of a fault refers to this object
+        #: and to the body, and a cycle would hold the body's memory until a garbage collection.
+        self._fault: BaseException | None = None
 
     def begin(self, parsed: bytearray) -> None:
         """Take the part of the body that uvicorn read along with the headers."""
@@ -191,11 +194,13 @@ class Filling(asyncio.BufferedProtocol):
                 if (left := self._pace.deadline - clock()) <= 0:
                     raise self._pace.fault()
                 await asyncio.wait([self._done], timeout=left)
-            self._done.result()
+            if self._fault is not None:
+                raise self._fault
         finally:
-            self._done.cancel()  # nobody awaits the result any more
+            self._done.cancel()  # nobody awaits the end any more
             if self._working and not self._working.done():
                 await asyncio.wait([self._working])
+            self._fault = self._working = None
             if self._remaining and self._discarding is None:
                 self._discard()
 
@@ -278,8 +283,7 @@ class Filling(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._http.connection_lost(exc)
-        if not self._done.done():
-            self._done.set_exception(ClientDisconnect())
+        self._end(ClientDisconnect())
 
     def pause_writing(self) -> None:
         self._http.pause_writing()
@@ -292,8 +296,7 @@ class Filling(asyncio.BufferedProtocol):
         if self._remaining == 0:
             if self._http.transport.get_protocol() is self:
                 self._http.take_back()
-            if not self._done.done():
-                self._done.set_result(None)
+            self._end(None)
         elif self._discarding is None and self._body.complete:
             # More bytes were announced than the data have: without this error the loop would fill an empty window for
             # ever.
@@ -302,8 +305,13 @@ class Filling(asyncio.BufferedProtocol):
     def _fail(self, fault: BaseException) -> None:
         """Read and drop the rest of the body; wait() raises ``fault``."""
         self._discard()
+        self._end(fault)
+
+    def _end(self, fault: BaseException | None) -> None:
+        """Have wait() raise ``fault``, or return."""
         if not self._done.done():
-            self._done.set_exception(fault)
+            self._fault = fault
+            self._done.set_result(None)
 
     def _discard(self) -> None:
         self._discarding = memoryview(bytearray(_DISCARDED_AT_ONCE))

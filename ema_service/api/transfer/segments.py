@@ -248,7 +248,10 @@ def _opened(segment: Segment) -> Iterator[int]:
 def _check_left(fault: OSError) -> None:
     """Raises the fault where this server has no descriptor left: the segment is as good as any then."""
     if fault.errno in EXHAUSTED:
-        raise fault
+        try:
+            raise fault
+        finally:
+            del fault
 
 
 def _check_kind(path: int, segment: Segment) -> None:

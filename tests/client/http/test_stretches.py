@@ -16,13 +16,16 @@ from ema_client.http.stretches import SMALLEST_BYTES, Stretch, Stretches
 MB, MIB = 1e6, 1 << 20
 
 
-def simulate(size: int, rates: list[float], *, breaks: float = 0.0, seed: int = 0) -> tuple[float, list[Stretch]]:
-    """Seconds until ``size`` bytes have come by lanes of ``rates`` bytes a second, and the stretches that came.
+def simulate(
+    size: int, rates: list[float], *, breaks: float = 0.0, seed: int = 0, expect_alike: bool = False
+) -> tuple[float, list[Stretch], bool]:
+    """Seconds until ``size`` bytes have come by lanes of ``rates`` bytes a second, the stretches that came, and whether
+    the lanes were alike.
 
     breaks: how likely a stretch is to break off, at its end.
     """
     now, dice = 0.0, random.Random(seed)
-    queue = Stretches(0, size, grain=MIB, clock=lambda: now)
+    queue = Stretches(0, size, grain=MIB, clock=lambda: now, expect_alike=expect_alike)
     free, came = [(0.0, lane, None) for lane in range(len(rates))], list[Stretch]()
     end = 0.0
     while free:
@@ -38,7 +41,7 @@ def simulate(size: int, rates: list[float], *, breaks: float = 0.0, seed: int = 
         else:
             queue.leaves(lane)
     assert queue.whole
-    return end, sorted(came)
+    return end, sorted(came), queue.alike
 
 
 def test_every_byte_once() -> None:
@@ -47,7 +50,7 @@ def test_every_byte_once() -> None:
     for seed in range(50):
         size = dice.randrange(1, 3 << 30)
         rates = [dice.uniform(5, 500) * MB for _ in range(dice.randrange(1, 12))]
-        _, came = simulate(size, rates, breaks=0.2, seed=seed)
+        _, came, _ = simulate(size, rates, breaks=0.2, seed=seed)
 
         assert (came[0].start, came[-1].stop) == (0, size)
         assert all(one.stop == other.start for one, other in pairwise(came))
@@ -61,7 +64,18 @@ def test_every_byte_once() -> None:
 @pytest.mark.parametrize("size", [256 * MIB, 8 << 30])
 def test_lanes_end_together(size: int, rates: list[float], worth: float) -> None:
     """Slow lanes leave the end to fast ones: at least so much of the rates' sum is reached."""
-    seconds, came = simulate(size, [rate * MB for rate in rates])
+    seconds, came, _ = simulate(size, [rate * MB for rate in rates])
 
     assert size / seconds >= worth * sum(rates) * MB
     assert len(came) <= 4 * len(rates) * max(1, (size // (64 * SMALLEST_BYTES)).bit_length() + 4)
+
+
+def test_lanes_that_were_alike() -> None:
+    """Lanes that are expected to be alike have two requests each, and lose little where they are not."""
+    seconds, came, alike = simulate(256 * MIB, [100 * MB] * 8, expect_alike=True)
+    assert (len(came), alike) == (16, True)
+    assert 256 * MIB / seconds >= 0.99 * 800 * MB
+
+    seconds, _, alike = simulate(256 * MIB, [100 * MB] * 7 + [50 * MB], expect_alike=True)
+    assert not alike
+    assert 256 * MIB / seconds >= 0.7 * 750 * MB

@@ -103,6 +103,28 @@ def test_a_first_body_that_is_slow() -> None:
     width = Width(1, 8, cores=16)
     for body in range(20):
         width.begins()
-        rate = {1: 1.4, 2: 1.1}[width.lanes] * (0.3, 0.6, 1.0)[min(body, 2)]
+        rate = {1: 1.4e9, 2: 1.1e9}[width.lanes] * (0.3, 0.6, 1.0)[min(body, 2)]
         width.saw(Seen(width.lanes, rate, 0.1))
     assert (width.found, width.lanes) == (1, 1)
+
+
+def test_slow_flows_are_found_at_once() -> None:
+    """Of flows of 100 MB/s no memory is the limit: all lanes that pay are known after as many measurements as there are
+    doublings, and one, though they are of the first bodies."""
+    width = Width(1, 8, cores=2)
+    for _ in range(2):
+        width.begins()
+        for _ in range(2):
+            width.saw(Seen(width.lanes, 100e6 * width.lanes, 0.05))
+    assert width.found == 8
+
+
+def test_when_another_number_may_be_tried() -> None:
+    """Lanes are expected to be as they were once no other number of them is being tried, or soon will be."""
+    width = Width(1, 8, cores=16)
+    settled = []
+    for rate in (1.0, 2.0, 4.0, 8.0, 8.0):
+        settled.append(width.settled)
+        width.begins()
+        width.saw(Seen(width.lanes, 100e6 * rate, 0.05))
+    assert (settled, width.settled, width.found) == ([False] * 4 + [True], True, 8)

@@ -5,8 +5,10 @@ Knows bodies as the safetensors library writes them. Does not know HTTP (tests/s
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -99,6 +101,14 @@ def rows(tensors: Mapping[str, Tensor], index: int, of: int) -> Slices:
 @pytest.fixture
 def gatherer(local_run: MakeRun, model: Callable[[int], dict[str, Tensor]]) -> Gatherer:
     return Gatherer(local_run(model(0)).run)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector: what goes, goes with the last reference."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def shadow_bytes(run: Run) -> list[bytes]:
@@ -375,6 +385,29 @@ def test_refusal_is_told_to_whoever_asks(gatherer: Gatherer, model: Callable[[in
     assert (gatherer.parts.staged(1), gatherer.staging.bytes_in_use) == (None, 0)
     gatherer.send(1, 0, 2, part_body(model(1), rows(model(1), 0, 2)))
     assert gatherer.send(1, 1, 2, part_body(model(1), rows(model(1), 1, 2))).applied
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_fault_that_is_remembered_holds_nothing(
+    gatherer: Gatherer, model: Callable[[int], dict[str, Tensor]]
+) -> None:
+    """The frames that a refusal went through refer to the parts and to their memory; what is remembered of it does not,
+    nor once it was told again."""
+    bad = model(1)
+    bad["conv.weight"][0, 0, 0] = float("nan")
+    staged = list[weakref.ref[Staged]]()
+
+    def reserve() -> Staged:
+        made = gatherer.staging.reserve(gatherer.run.layout)
+        staged.append(weakref.ref(made))
+        return made
+
+    gatherer.reserve = reserve  # type: ignore[method-assign]
+    gatherer.send(1, 1, 2, part_body(bad, rows(bad, 1, 2)))
+    for index in (0, 1, 1):
+        with pytest.raises(NonFinite):
+            gatherer.send(1, index, 2, part_body(bad, rows(bad, index, 2)))
+    assert [each() for each in staged] == [None] * len(staged) != []
 
 
 # --- several steps --------------------------------------------------------------------------------------------------
