@@ -30,7 +30,7 @@ _METHODS = ("get", "put", "post", "patch", "delete", "head")
 _SCHEME = "token"
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 #: pydantic's names of limits that it does not itself translate, where a check of ours comes first.
-_LIMITS = {"ge": "minimum", "le": "maximum"}
+_LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum"}
 
 
 def install(app: FastAPI, *, tokens: bool) -> None:

@@ -22,6 +22,7 @@ from ema_client.errors import InvalidRequest, Superseded, SynthesisRefused
 from ema_client.protocol import MAX_SWEPT, SnapshotInfo
 from ema_client.wire import Entry
 from ema_service.api.context import Context
+from ema_service.api.routes.parameters import DECIMAL, Decimal
 from ema_service.averaging import ConstantDecay, ConstantHalfLife, SigmaRel, Target, TargetRefused, Window
 from ema_service.averaging.synthesis import MAX_ERROR
 from ema_service.bodies.mixing import Ingredient, Mixture
@@ -34,7 +35,6 @@ from ema_service.storage import TensorFile
 
 __all__ = ["Asked", "AskedFor", "stored", "work_out"]
 
-_NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{0,18})?([eE][+-]?[0-9]{1,2})?\Z|\.[0-9]{1,18}\Z", re.ASCII)
 _WINDOW = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z", re.ASCII)
 #: A ring drops a snapshot now and then; that each try meets one is next to impossible.
 _TRIES = 3
@@ -72,7 +72,7 @@ async def _asked(
         Query(max_length=137, description="Of these: [snapshot:]NAME or [counter:]N, of the ring; none: now"),
     ] = None,
     max_error: Annotated[
-        float | None, Query(gt=0.0, le=1.0, description="Of these: the largest relative error of the profile")
+        Decimal | None, Query(gt=0.0, le=1.0, description="Of these: the largest relative error of the profile")
     ] = None,
 ) -> Asked:
     texts = {"sigma_rel": sigma_rel, "decay": decay, "half_life": half_life, "window": window}
@@ -103,7 +103,7 @@ def _target(name: str, text: str) -> Target:
             if (bounds := _WINDOW.match(text)) is None:
                 raise InvalidRequest(f"window: {text[:80]!r} is not A:B, as in 1000:2000")
             return Window(int(bounds[1]), int(bounds[2]))
-        if not _NUMBER.match(text):
+        if not DECIMAL.match(text):
             raise InvalidRequest(f"{name}: {text[:80]!r} is not a number")
         return _KINDS[name](float(text))
     except TargetRefused as refused:

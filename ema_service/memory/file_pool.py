@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from ema_client.errors import Superseded
 from ema_service.memory.pool import HostPool, lent_over
 from ema_service.values import Array, address
 
@@ -66,8 +67,8 @@ class FilePool:
     def lend(self, nbytes: int) -> Array:
         """A uint8 array of ``nbytes`` with arbitrary content, the caller's until its last view is gone.
 
-        Raises OSError or MemoryError where every file is in use and no other can be had; ValueError for more than a
-        file has.
+        Raises OSError or MemoryError where every file is in use and no other can be had; Superseded after close();
+        ValueError for more than a file has.
         """
         if nbytes > self.nbytes:
             raise ValueError(f"{nbytes} bytes of a memory file of {self.nbytes} were asked for")
@@ -115,7 +116,8 @@ class FilePool:
             self._files.remove(name)
 
     def close(self) -> None:
-        """Give every file back; memory that someone still reads goes with its last view."""
+        """Give every file back, and make none from now on; memory that someone still reads goes with its last view."""
+        # First: whoever is making a file at the moment looks once the file is among the names (_create()).
         self._closed = True
         names, self._names = list(self._names.values()), {}
         self._idle.clear()
@@ -123,6 +125,7 @@ class FilePool:
             self._files.remove(name)
 
     def _create(self, count: int) -> list[tuple[str, _Raw]]:
+        """New files. Raises OSError, MemoryError; Superseded where the pool was closed, be it meanwhile."""
         self._host.claim(count * self.nbytes)
         try:
             made = self._files.create(self.nbytes, self._prefix, count)
@@ -131,6 +134,9 @@ class FilePool:
             raise
         for each in made:
             self._know(each)
+        if self._closed:
+            self.close()
+            raise Superseded("the memory of the run was given back meanwhile", retry_after=0.0)
         return [(each.name, each.raw) for each in made]
 
     def _know(self, file: _Mapped) -> None:

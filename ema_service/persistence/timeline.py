@@ -39,7 +39,8 @@ class Timeline:
     def record(self, kind: TimelineKind, text: str, version: Version | None = None, *, once: bool = False) -> None:
         """Add a line. version: the run's by then. once: not where one of the newest lines says the same.
 
-        A failure is only logged: what the line tells of has happened all the same.
+        A failure is only logged: what the line tells of has happened all the same. Of a run that was deleted meanwhile
+        nothing is noted: its timeline went with it.
         """
         step, num_updates = (version.step, version.num_updates) if version else (None, None)
         line = TimelineRow(time.time(), kind, step, num_updates, text)
@@ -49,6 +50,8 @@ class Timeline:
         try:
             if not once or text not in [each.text for each in self.lines(0.0, _LOOKED_AT)]:
                 self._store.record(self._row, line)
+        except sqlite3.IntegrityError:
+            return
         except sqlite3.Error as fault:
             _log.error("run %s: %s; not noted in its timeline: %s", self._run, text, fault)
 

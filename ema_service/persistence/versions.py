@@ -160,7 +160,7 @@ class Versions:
     def write(self, slot: Slot, state: State) -> None:
         """Write to the slot whatever of the state is not written yet; with ``disk``, sync all of it.
 
-        Raises StorageFailed.
+        Raises StorageFailed; Superseded where the run was deleted meanwhile.
         """
         try:
             self._write(slot, state)
@@ -469,13 +469,17 @@ class Versions:
     def _header(self, state: State, average: Average) -> bytes:
         return header_of(self._layout.shadows, state.version.weights_info(self._config, average))
 
-    def _failed(self, fault: str) -> StorageFailed:
+    def _failed(self, fault: str) -> StorageFailed | Superseded:
         """The error for a push whose version could not be written; ``trouble`` tells of it as well."""
         self._tell(fault)
+        if self._closed:
+            return Superseded(f"run {self._run!r} was deleted, or made anew, meanwhile", retry_after=0.0)
         return StorageFailed(f"run {self._run!r}: {fault}", retry_after=_RETRY_SECONDS)
 
     def _tell(self, fault: str) -> None:
-        """Log a fault and show it as ``trouble``."""
+        """Log a fault and show it as ``trouble``; of a run that was deleted neither, as its files are gone."""
+        if self._closed:
+            return
         self.trouble = fault
         _log.error("run %s: %s", self._run, fault)
 

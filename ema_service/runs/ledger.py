@@ -458,16 +458,24 @@ class Ledger:
         self.replaced = replaced
         self.retired = True
 
-    def check_exists(self) -> None:
-        """Raises RunNotFound once the run is deleted; Superseded once it is replaced."""
+    @property
+    def gone(self) -> RunNotFound | Superseded | None:
+        """What is told of the run once it is deleted, or replaced; None while it is there."""
         if self.replaced:
-            raise Superseded(
+            return Superseded(
                 f"run {self._run!r} was made anew meanwhile, with another configuration",
                 hint="nothing was changed; ask again",
                 retry_after=0.0,
             )
-        if self.retired:
-            raise RunNotFound(f"run {self._run!r} was deleted")
+        return RunNotFound(f"run {self._run!r} was deleted") if self.retired else None
+
+    def check_exists(self) -> None:
+        """Raises RunNotFound once the run is deleted; Superseded once it is replaced."""
+        if gone := self.gone:
+            try:
+                raise gone
+            finally:
+                del gone
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -150,9 +150,10 @@ class Parts:
         """A piece to be received, after admit(). reserve: called where the piece is the first of its step.
 
         Raises what ``reserve`` raises; StaleStep where newer steps have taken the place of the piece's step;
-        StepConflict where a stretch overlaps another.
+        StepConflict where a stretch overlaps another; RunNotFound, Superseded once the run is gone.
         """
         with self._lock:
+            self._run.ledger.check_exists()  # under the lock of close(): nothing is put together after it
             known = self._known_of_applied(step, key, terms)
             if known is not None:
                 return self._compared(key, terms, known)

@@ -28,7 +28,6 @@ from ema_client.errors import (
     Overloaded,
     RunExists,
     RunNotFound,
-    StaleStep,
     StorageDisabled,
     StorageFailed,
     Superseded,
@@ -856,7 +855,7 @@ def _retire(found: _Registered, forget: Callable[[], None], *, replaced: bool = 
 
     forget, replaced: as for Run.retire(). Raises as Run.retire().
     """
-    disk, name = found.disk, found.run.config.run
+    disk = found.disk
     with contextlib.ExitStack() as quiet:
         if disk:
             quiet.enter_context(disk.snapshots.closing())
@@ -864,7 +863,8 @@ def _retire(found: _Registered, forget: Callable[[], None], *, replaced: bool = 
             if disk.ring:
                 quiet.enter_context(disk.ring.closing())
         found.run.retire(forget, replaced=replaced)
-    found.parts.close(StaleStep(f"run {name!r} was deleted, or made anew"))
+    if gone := found.run.ledger.gone:
+        found.parts.close(gone)
     if disk:
         disk.free()
 

@@ -264,9 +264,10 @@ class Run:
 
     def _place(self, plan: Plan) -> Place | None:
         """Where the version that an update makes is kept; None where it is not, or no version comes of the update."""
-        if self._keeper is None or not plan.retentions:
+        keeper = self._keeper  # read once: None once the run is deleted
+        if keeper is None or not plan.retentions:
             return None
-        return self._keeper.take([average.name for average in plan.averages])
+        return keeper.take([average.name for average in plan.averages])
 
     def _next(self, update: Update, prepared: Prepared) -> State | None:
         """The state that an update makes, written to its slot; None where only the digest of the update is compared."""
@@ -298,7 +299,8 @@ class Run:
         self.ledger.check_writable()
         setup = self.ledger.setup
         names = [member.name for member in setup.members]
-        place = self._keeper.take(names) if self._keeper and self.state is None else None
+        keeper = self._keeper  # read once: None once the run is deleted
+        place = keeper.take(names) if keeper and self.state is None else None
 
         def sink(data: memoryview, upto: int, start: int) -> None:
             for name in names:
@@ -347,8 +349,9 @@ class Run:
                 self._commit(state, place)
             state = self.ready_state()
         # Also of a try that comes again: the one before may have failed here.
-        if self._keeper and state.version.epoch > 1:
-            self._keeper.settle(state)
+        keeper = self._keeper  # read once: None once the run is deleted
+        if keeper and state.version.epoch > 1:
+            keeper.settle(state)
 
     def amend(self, change: Callable[[Succession, Version], Version], key: str | None = None) -> bool:
         """Go on with another decay or counter from the next update on; the weights stay.
@@ -485,8 +488,9 @@ class Run:
 
     def _write(self, state: State, place: Place | None = None) -> Place | None:
         """Write what is not written yet of a state; None where not every version is kept. place: where it is begun."""
-        if place is None and self._keeper:
-            place = self._keeper.take([average.name for average in state.version.averages])
+        keeper = self._keeper  # read once: None once the run is deleted
+        if place is None and keeper:
+            place = keeper.take([average.name for average in state.version.averages])
         if place:
             place.finish(state)
         return place

@@ -8,6 +8,7 @@
             snapshots/<name>/<average>.safetensors
             ring/<version>/<average>.safetensors
             measurements                           what charts are drawn of; no version needs it
+        runs/-deleted.<id>/      of a run that was deleted, while its files are being removed
 
 Knows where files lie and in which order file, row and removal must happen so that a crash between any two leaves either
 the old or the new. Does not know torch, updates, or when something is due. Safe for several threads, one per run.
@@ -67,6 +68,8 @@ _MEASUREMENTS = "measurements"
 #: Folders of a run, each a table of the catalog.
 _SHELVES: tuple[Shelf, ...] = "snapshots", "ring"
 _RUN_FOLDER = re.compile(r".+\.(\d+)", re.ASCII)
+#: In place of a run's name, of a folder that is being removed; no run has the name (protocol.NAME_PATTERN).
+_DELETED = "-deleted"
 #: The folders that checkpoints of a run alternated between in format 1.
 _OLD_FOLDERS = ("checkpoint-a", "checkpoint-b")
 
@@ -187,8 +190,15 @@ class Store:
         self._catalog.remove_run(row.id)
 
     def remove_files(self, row: RunRow) -> None:
-        """Remove the files of a run whose row is gone."""
-        remove_tree(self._run_folder(row))
+        """Remove the files of a run whose row is gone.
+
+        The run's folder loses its name first, in one step. Whoever is still writing to the run finds no folder from
+        then on and makes none (_write_files, SlotFiles.open), so nothing is added to what is being removed.
+        """
+        folder = self._run_folder(row)
+        with contextlib.suppress(OSError):  # removed by hand; or of a disk that takes no change, which is told next
+            folder = folder.rename(self._runs / f"{_DELETED}.{row.id}")
+        remove_tree(folder)
 
     def check_room(self, nbytes: int) -> None:
         """Raises OSError where ``nbytes`` more would leave the disk with less than updates and the catalog may need."""
@@ -440,8 +450,10 @@ class Store:
         return self._run_folder(row) / shelf / name
 
     def _write_files(self, folder: Path, files: Files) -> None:
-        """Write the files of a snapshot, whole, and make their names durable."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the files of a snapshot, whole, and make their names durable. Raises OSError, also where the run's
+        own folder is gone: the run was deleted, and its folder must not come back."""
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for average, chunks in files.items():
             write_whole(folder / file_name(average), chunks)
         for parent in (folder.parent, folder.parent.parent):  # each of these folders may have a new entry

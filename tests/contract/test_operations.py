@@ -32,6 +32,26 @@ OPERATIONS = (ROOT / "ema_service" / "OPERATIONS.md").read_text()
 
 ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 SHOWN = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
+#: Of metrics, those that neither the dashboard nor an alert asks for.
+NOT_SHOWN = {
+    "ema_build_info",
+    "ema_disk_bytes",
+    "ema_events_total",
+    "ema_frozen_limit_bytes",
+    "ema_pushes_total",
+    "ema_request_seconds",
+    "ema_run_num_updates",
+    "ema_runs_left_out",
+    "ema_runs_limit",
+    "ema_slow_readers_total",
+    "ema_snapshot_removals_waiting",
+    "ema_snapshots_waiting",
+    "ema_staging_limit_bytes",
+    "ema_watchers_limit",
+    "process_resident_memory_bytes",
+    "process_start_time_seconds",
+    "process_virtual_memory_bytes",
+}
 
 
 def tool(name: str) -> str:
@@ -52,13 +72,40 @@ def test_each_alert_has_its_page() -> None:
         assert rule["labels"]["severity"] in {"info", "warning", "critical"}
 
 
+def metrics_in(text: str) -> set[str]:
+    return {name.removesuffix("_bucket") for name in re.findall(r"\b(?:ema|process)_\w+", text)}
+
+
+def known_metrics() -> set[str]:
+    """Those of the table of metrics."""
+    return metrics_in(OPERATIONS.partition("\n## Metrics\n")[2].partition("\n## ")[0])
+
+
 def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     """Every metric in an expression is one of the table of metrics."""
-    table = OPERATIONS.partition("\n## Metrics\n")[2].partition("\n## ")[0]
-    known = set(re.findall(r"\b(?:ema|process)_\w+", table))
     for title, expression in [*((rule["alert"], rule["expr"]) for rule in ALERTS), *SHOWN]:
-        asked = {name.removesuffix("_bucket") for name in re.findall(r"\b(?:ema|process)_\w+", expression)}
-        assert asked - known == set(), title
+        assert metrics_in(expression) - known_metrics() == set(), title
+
+
+def test_metrics_are_looked_at() -> None:
+    """Every metric is on the dashboard or in an alert, but for those that are for questions of one's own."""
+    asked = {name for _, expression in SHOWN for name in metrics_in(expression)}
+    asked |= {name for rule in ALERTS for name in metrics_in(rule["expr"])}
+    assert known_metrics() - asked == NOT_SHOWN
+
+
+def test_panels_of_the_dashboard() -> None:
+    """Each has a number and a place of its own."""
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [
+        (place["x"] + x, place["y"] + y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["w"])
+        for y in range(place["h"])
+    ]
+    assert len(set(places)) == len(places)
+    assert all(x < 24 for x, _ in places)
 
 
 def test_promtool_accepts_the_rules(tmp_path: Path) -> None:

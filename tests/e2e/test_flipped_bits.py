@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -25,54 +23,32 @@ from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Transport
 from ema_client.reading.asked import Asked
 from ema_client.reading.pulls import Pulls
+from tests.relays import Relay
 
 ONCE = RetryPolicy(attempts=1)
 #: More than two blocks of the digest, not whole ones.
 ELEMENTS = 5_000_011
 
 
-class Flipping:
-    """Carries connections to a server, and flips one bit of the ``up``-th or ``down``-th byte of a direction, once."""
+class Flipping(Relay):
+    """Flips one bit of the ``up``-th or ``down``-th byte of a direction, once."""
 
     def __init__(self, url: str) -> None:
-        address = urlsplit(url)
-        self._to = (address.hostname, address.port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = [self._listener]
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         #: Bytes of the next connection until the flip, by direction.
         self.flip: dict[str, int | None] = {"up": None, "down": None}
         self.flipped = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(url)
 
-    def close(self) -> None:
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._to)
-            self._sockets += [near, far]
-            for source, target, way in ((near, far, "up"), (far, near, "down")):
-                threading.Thread(target=self._carry, args=(source, target, way), daemon=True).start()
-
-    def _carry(self, source: socket.socket, target: socket.socket, way: str) -> None:
-        with contextlib.suppress(OSError):
-            while raw := bytearray(source.recv(1 << 16)):
-                left = self.flip[way]
-                if left is not None and left < len(raw):
-                    raw[left] ^= 1 << random.randrange(8)
-                    self.flip[way], self.flipped = None, self.flipped + 1
-                elif left is not None:
-                    self.flip[way] = left - len(raw)
-                target.sendall(raw)
-            target.shutdown(socket.SHUT_WR)
+    def carry(self, source: socket.socket, target: socket.socket, way: str, _: None) -> None:
+        while raw := bytearray(source.recv(1 << 16)):
+            left = self.flip[way]
+            if left is not None and left < len(raw):
+                raw[left] ^= 1 << random.randrange(8)
+                self.flip[way], self.flipped = None, self.flipped + 1
+            elif left is not None:
+                self.flip[way] = left - len(raw)
+            target.sendall(raw)
+        target.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture

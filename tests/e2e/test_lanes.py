@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from ema_client.pushing import Pushes
 from ema_client.reading.asked import Asked
 from ema_client.reading.pulls import Pulls
 from ema_client.tensors.body import encode
+from tests.relays import Relay
 
 LANES = 4
 #: Of 40 MiB, of which no tensor ends where a stretch does.
@@ -34,27 +34,16 @@ SIZES = {"a": 1_000_003, "b": 7, "c": 9_500_000}
 STEPS = 3
 
 
-class Breaking:
-    """Carries connections to a server; each is cut, or falls silent, after a random number of bytes, or goes on."""
+class Breaking(Relay):
+    """Each connection is cut, or falls silent, after a random number of bytes of either direction, or goes on."""
 
     def __init__(self, url: str, dice: random.Random, troubles: int) -> None:
-        address = urlsplit(url)
-        self._to = (address.hostname, address.port)
         self._dice = dice
         self._troubles = troubles
         self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets = [self._listener]
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(url)
 
-    def close(self) -> None:
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-
-    def _trouble(self) -> tuple[int, bool] | None:
+    def begins(self) -> tuple[int, bool] | None:
         """After how many bytes a new connection has trouble, and whether it falls silent then."""
         with self._lock:
             if self._troubles == 0 or self._dice.random() < 0.3:
@@ -62,33 +51,20 @@ class Breaking:
             self._troubles -= 1
             return self._dice.randrange(12 << 20), self._dice.random() < 0.2
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._to)
-            self._sockets += [near, far]
-            trouble = self._trouble()
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(target=self._carry, args=(source, target, trouble), daemon=True).start()
-
-    def _carry(self, source: socket.socket, target: socket.socket, trouble: tuple[int, bool] | None) -> None:
+    def carry(self, source: socket.socket, target: socket.socket, _: str, told: tuple[int, bool] | None) -> None:
         carried, buffer = 0, memoryview(bytearray(1 << 18))
-        with contextlib.suppress(OSError):
-            while count := source.recv_into(buffer):
-                carried += count
-                if trouble is not None and carried > trouble[0]:
-                    if trouble[1]:
-                        # Longer than either end waits.
-                        time.sleep(3)
-                    # close() alone ends nothing while the other direction's thread reads from the same socket.
-                    for sock in (source, target):
-                        sock.shutdown(socket.SHUT_RDWR)
-                    return
-                target.sendall(buffer[:count])
-            target.shutdown(socket.SHUT_WR)
+        while count := source.recv_into(buffer):
+            carried += count
+            if told is not None and carried > told[0]:
+                if told[1]:
+                    # Longer than either end waits.
+                    time.sleep(3)
+                # close() alone ends nothing while the other direction's thread reads from the same socket.
+                for sock in (source, target):
+                    sock.shutdown(socket.SHUT_RDWR)
+                return
+            target.sendall(buffer[:count])
+        target.shutdown(socket.SHUT_WR)
 
 
 def state_of(step: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import xxhash
 
-__all__ = ["HASHED_AT_ONCE", "Digest", "Rest", "blocks", "can_digest"]
+__all__ = ["BLOCK_BYTES", "HASHED_AT_ONCE", "Digest", "Rest", "blocks", "can_digest"]
 
 #: Bytes of each stretch of a body that holds whole tensors; its last one is shorter. The service hashes so, as it
 #: averages.

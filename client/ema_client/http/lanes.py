@@ -157,9 +157,9 @@ class _Lanes:
         try:
             self._carry(stretch, moved)
         except BaseException:
-            self._stretches.broke(lane)
-            if carried and not self._stopped:
-                self._told(-carried)
+            again = carried - self._stretches.broke(lane)
+            if again and not self._stopped:
+                self._told(-again)
             raise
         self._stretches.came(lane)
 

@@ -37,6 +37,8 @@ class RetryPolicy:
     def delay(self, attempt: int, error: EmaError, random: Callable[[], float], *, waited: float = 0.0) -> float | None:
         """Seconds to pause after try number ``attempt`` (from 0) failed with ``error``; None to give up.
 
+        attempt, waited: of the tries in a row that brought nothing, where a call brings what it asks for bit by bit.
+
         random: gives floats in [0, 1), as random.random does.
         waited: seconds of pauses and of silence so far. A call waits for no longer than its pauses alone would be at
         their longest, in whatever it waits: that is the deadline of the call with all its tries.

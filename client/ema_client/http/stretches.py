@@ -42,9 +42,13 @@ class Stretch:
 
 @dataclass(slots=True)
 class _Lane:
-    """What is known of one lane. rate: bytes a second over its stretches so far, 0 before the first has come."""
+    """What is known of one lane. rate: bytes a second over its stretches so far, 0 before the first has come.
+
+    reached: bytes of the stretch that the lane has that are not carried again should the stretch break off.
+    """
 
     has: Stretch | None = None
+    reached: int = 0
     since: float = 0.0
     seconds: float = 0.0
     bytes: int = 0
@@ -91,7 +95,14 @@ class Stretches:
         self._lanes: dict[int, _Lane] = {}
         #: The rates of lanes that have left.
         self._rates: list[float] = []
+        self._come = 0
         self._lock = Lock()
+
+    @property
+    def come(self) -> int:
+        """Bytes that have come and are not carried again, also those of stretches on their way (reached())."""
+        with self._lock:
+            return self._come + sum(lane.reached for lane in self._lanes.values())
 
     @property
     def whole(self) -> bool:
@@ -136,17 +147,29 @@ class Stretches:
         with self._lock:
             mine = self._lanes[lane]
             if mine.has is not None:
+                self._come += mine.has.size
                 mine.bytes += mine.has.size
                 mine.seconds += max(self._clock() - mine.since, 1e-6)
-            mine.has = None
+            mine.has, mine.reached = None, 0
 
-    def broke(self, lane: int) -> None:
-        """The lane's stretch did not come: another lane, or this one, takes the very stretch again."""
+    def reached(self, stretch: Stretch, stop: int) -> None:
+        """Of a stretch that a lane has, the bytes before ``stop`` have come to stay, whatever becomes of the rest."""
+        with self._lock:
+            for lane in self._lanes.values():
+                if lane.has is stretch:
+                    lane.reached = stop - stretch.start
+
+    def broke(self, lane: int) -> int:
+        """The lane's stretch did not come: another lane, or this one, takes the very stretch again, without the bytes
+        that stay. Returns their number."""
         with self._lock:
             mine = self._lanes[lane]
-            if mine.has is not None:
-                self._again.append(mine.has)
-            mine.has = None
+            stays = mine.reached
+            if mine.has is not None and stays < mine.has.size:
+                self._again.append(Stretch(mine.has.start + stays, mine.has.stop))
+            self._come += stays
+            mine.has, mine.reached = None, 0
+            return stays
 
     def leaves(self, lane: int) -> None:
         """The lane takes no more."""

@@ -190,20 +190,29 @@ class Transport:
         """The status that a GET would be answered with, tried once. ``patience``: as for download()."""
         return self._control.head(with_query(path, query), patience=patience)
 
-    def retrying(self, operation: Callable[[int], T]) -> T:
-        """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up."""
-        attempt, waited = 0, 0.0
+    def retrying(self, operation: Callable[[int], T], *, brought: Callable[[], int] = lambda: 0) -> T:
+        """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up.
+
+        brought: gives the bytes that the call has brought so far and that no later try has to bring again. After a try
+        that brought more of them than there ever were the policy counts anew: what ends a call is time in which
+        nothing comes, however long the whole takes.
+        """
+        attempt, fruitless, waited, most = 0, 0, 0.0, brought()
         while True:
             try:
                 return operation(attempt)
             except EmaError as error:
-                waited += error.silence if isinstance(error, TransportError) else 0.0
-                pause = self.retry.delay(attempt, error, random.random, waited=waited)
+                if (there := brought()) > most:
+                    fruitless, waited, most = 0, 0.0, there
+                else:
+                    waited += error.silence if isinstance(error, TransportError) else 0.0
+                pause = self.retry.delay(fruitless, error, random.random, waited=waited)
                 if pause is None:
                     raise
             time.sleep(pause)
             waited += pause
             attempt += 1
+            fruitless += 1
 
     def close(self) -> None:
         """Close all connections. Later requests raise UsageError."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ema_client.errors import ConnectionLost
+from ema_client.http.digests import BLOCK_BYTES
 from ema_client.http.downloads import Download
 from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import Pace
@@ -99,6 +100,11 @@ class LanedPull:
         self._begun: _Begun | None = None
         #: Of the body that came: bytes of its head, and of its data section.
         self.sizes = 0, 0
+
+    @property
+    def brought(self) -> int:
+        """Bytes of the data section that have come, and that a later try goes on from."""
+        return self._begun.stretches.come if self._begun else 0
 
     def attempt(self) -> Weights:
         """Bring what is missing. Raises ConnectionLost, DigestMismatch and what the service answers."""
@@ -187,8 +193,13 @@ class LanedPull:
 
 
 def _receive(begun: _Begun, stretch: Stretch, part: Download, moved: Moved) -> None:
-    read = begun.checked.reading(stretch.start, part.readinto, moved)
-    begun.landing.receive(read, stretch.start, stretch.stop)
+    """Receive a stretch block by block of the digest: where the connection breaks, the blocks that came stay."""
+    start = stretch.start
+    while start < stretch.stop:
+        stop = min(start + BLOCK_BYTES - start % BLOCK_BYTES, stretch.stop)
+        begun.landing.receive(begun.checked.reading(start, part.readinto, moved), start, stop)
+        begun.stretches.reached(stretch, stop)
+        start = stop
 
 
 class _FirstPart:

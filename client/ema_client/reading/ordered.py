@@ -27,7 +27,7 @@ __all__ = ["Ordered", "open_ordered"]
 _LEAD_BYTES = 64 << 20
 #: Stretches that each lane may be ahead of the reader.
 _AHEAD = 2
-#: A stretch is asked for so often; after that the whole is, from where it stands.
+#: A stretch is asked for so often in a row in vain; after that the whole is, from where it stands.
 _TRIES = 3
 #: Bytes that a lane reads between two looks at whether anybody wants the rest.
 _SHARE_BYTES = 1 << 20
@@ -141,13 +141,20 @@ class Ordered:
 
         def carry(stretch: Stretch, moved: Moved) -> None:
             self._wait_for_room(stretch, pace)
-            buffer = memoryview(bytearray(stretch.size))
-            for left in reversed(range(_TRIES)):
+            buffer, come, left = memoryview(bytearray(stretch.size)), 0, _TRIES
+
+            def came(count: int) -> None:
+                nonlocal come
+                come += count
+                moved(count)
+
+            while come < stretch.size:
+                before = come
                 try:
-                    self._read(stretch, buffer, moved)
-                    break
+                    self._read(stretch.start + come, buffer[come:], came)
                 except (ConnectionLost, Overloaded) as fault:
                     # By this lane: the reader waits for the stretch, and other lanes for the reader.
+                    left = _TRIES if come > before else left - 1
                     if not left:
                         raise
                     time.sleep(fault.retry_after or 0.0)
@@ -175,22 +182,16 @@ class Ordered:
         if self._stopped or self._fault is not None:
             raise LanesEnded
 
-    def _read(self, stretch: Stretch, buffer: memoryview, moved: Moved) -> None:
-        asked, etag, carried = self._asked, self.headers["etag"], 0
-        part = self._transport.download(
-            asked.path, query=asked.query, start=stretch.start, stop=stretch.stop, etag=etag
-        )
-        check_part(part, stretch.start, etag)
-        try:
-            with part:
-                if part.status != 206:
-                    raise ConnectionLost(f"{part.url} has another version by now")
-                for start in range(0, len(buffer), _SHARE_BYTES):
-                    self._check_wanted()
-                    share = buffer[start : start + _SHARE_BYTES]
-                    part.readinto(share)
-                    carried += len(share)
-                    moved(len(share))
-        except ConnectionLost:
-            moved(-carried)
-            raise
+    def _read(self, at: int, buffer: memoryview, came: Moved) -> None:
+        """Fill ``buffer`` with the body from byte ``at`` on, and call ``came`` with the bytes of each share."""
+        asked, etag = self._asked, self.headers["etag"]
+        part = self._transport.download(asked.path, query=asked.query, start=at, stop=at + len(buffer), etag=etag)
+        check_part(part, at, etag)
+        with part:
+            if part.status != 206:
+                raise ConnectionLost(f"{part.url} has another version by now")
+            for start in range(0, len(buffer), _SHARE_BYTES):
+                self._check_wanted()
+                share = buffer[start : start + _SHARE_BYTES]
+                part.readinto(share)
+                came(len(share))

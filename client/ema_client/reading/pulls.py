@@ -138,7 +138,7 @@ class Pulls:
             wants_digest=lambda size: self._check_large or size <= self._split_above,
             tally=None if progress is None else Tally(progress),
         )
-        weights = self._transport.retrying(lambda _: pull.attempt())
+        weights = self._transport.retrying(lambda _: pull.attempt(), brought=lambda: pull.brought)
         self._remember(request, pull.sizes)
         return weights
 

@@ -74,7 +74,9 @@ def pour(transport: Transport, asked: Asked, stream: BinaryIO, progress: Progres
     have taken the place of those that were sent in part.
     """
     poured = _Poured(stream, asked, progress)
-    return transport.retrying(lambda _: poured.go_on(_opened(transport, asked, poured.count, poured.etag)))
+    return transport.retrying(
+        lambda _: poured.go_on(_opened(transport, asked, poured.count, poured.etag)), brought=lambda: poured.count
+    )
 
 
 def _opened(transport: Transport, asked: Asked, start: int = 0, etag: str | None = None) -> Download | Ordered:
@@ -83,7 +85,10 @@ def _opened(transport: Transport, asked: Asked, start: int = 0, etag: str | None
 
 def _filled(transport: Transport, asked: Asked, path: Path, transfer: _Transfer) -> WeightsInfo:
     file = transfer.file
-    transport.retrying(lambda _: transfer.go_on(_opened(transport, asked, file.tell(), transfer.etag)))
+    transport.retrying(
+        lambda _: transfer.go_on(_opened(transport, asked, file.tell(), transfer.etag)),
+        brought=lambda: transfer.brought,
+    )
     return read_header(_File(path, file), asked)[1]
 
 
@@ -121,6 +126,11 @@ class _Transfer:
         self._progress = progress or _nobody
         self._begins = begins or _nobody
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+
+    @property
+    def brought(self) -> int:
+        """Bytes of the file that a later try goes on from: none of a body without an ETag."""
+        return self.file.tell() if self.etag else 0
 
     def go_on_from(self, download: Download | Ordered, same: Callable[[str | None, int], bool]) -> None:
         """Let the file's bytes stay where they are the first of the body of ``download``, of which none is read."""

@@ -25,16 +25,14 @@ from ema_client.protocol import (
 )
 from ema_service.api.answers import CONDITION, is_known, json_answer, json_bytes, not_modified, tagged
 from ema_service.api.errors import problem_responses
-from ema_service.api.routes.parameters import Number, RunName, Server
+from ema_service.api.routes.parameters import Decimal, Number, RunName, Server
 from ema_service.persistence import Timeline as Lines
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["history"])
 
-Since = Annotated[
-    float, Query(ge=0, le=253_402_000_000, allow_inf_nan=False, description="Only later; seconds since 1970-01-01 UTC")
-]
+Since = Annotated[Decimal, Query(ge=0, le=253_402_000_000, description="Only later; seconds since 1970-01-01 UTC")]
 Points = Annotated[Number, Query(ge=HISTORY_POINTS[0], le=HISTORY_POINTS[1], description="At most so many")]
 Limit = Annotated[Number, Query(ge=TIMELINE_ENTRIES[0], le=TIMELINE_ENTRIES[1], description="At most so many")]
 AverageName = Annotated[str | None, Query(pattern=NAME_PATTERN, description="Which average; by default the first")]

@@ -238,7 +238,7 @@ async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer
 )
 async def detach_writer(
     run: RunName,
-    writer: Annotated[int, Path(ge=1, le=MAX_STEP, description="What attaching gave this trainer")],
+    writer: Annotated[Number, Path(ge=1, le=MAX_STEP, description="What attaching gave this trainer")],
     server: Server,
 ) -> RunInfo:
     """The trainer with this number sends no more updates: nobody need wait for them (``ended_at``).

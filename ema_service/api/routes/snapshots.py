@@ -29,7 +29,7 @@ from ema_client.errors import (
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
-from ema_service.api.routes.parameters import CreatedAt, Key, RunName, Server, SnapshotName
+from ema_service.api.routes.parameters import CreatedAt, Key, Number, RunName, Server, SnapshotName
 from ema_service.api.synthesis import AskedFor, work_out
 
 __all__ = ["router"]
@@ -65,7 +65,7 @@ async def put_snapshot(
     request: Request,
     response: Response,
     server: Server,
-    keep: Annotated[int | None, Query(ge=1, le=MAX_STEP, description="How many of its series stay")] = None,
+    keep: Annotated[Number | None, Query(ge=1, le=MAX_STEP, description="How many of its series stay")] = None,
     key: Key = None,
     *,
     asked: AskedFor,

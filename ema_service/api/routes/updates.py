@@ -106,8 +106,8 @@ _STRETCH_BODY: dict[str, Any] = {
 }
 _STAGED: dict[int | str, dict[str, Any]] = {202: {"model": UpdateStatus, "description": "Kept until the others come"}}
 
-PartIndex = Annotated[int, Path(ge=0, lt=MAX_PARTS, description="Which part, from 0")]
-PartCount = Annotated[int, Query(ge=1, le=MAX_PARTS, description="How many parts there are")]
+PartIndex = Annotated[Number, Path(ge=0, le=MAX_PARTS - 1, description="Which part, from 0")]
+PartCount = Annotated[Number, Query(ge=1, le=MAX_PARTS, description="How many parts there are")]
 PartGroup = Annotated[
     str, Query(max_length=128, description="Parts of one group only are put together: one start of one trainer")
 ]

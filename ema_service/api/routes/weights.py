@@ -61,7 +61,7 @@ from ema_service.api.answers import CONDITION, is_known
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.reading import Reading
-from ema_service.api.routes.parameters import Number, RunName, Server, SnapshotName
+from ema_service.api.routes.parameters import Decimal, Number, RunName, Server, SnapshotName
 from ema_service.api.synthesis import Asked, AskedFor, stored, work_out
 from ema_service.api.transfer.connection import on_lost
 from ema_service.api.transfer.pouring import pour
@@ -211,7 +211,7 @@ async def get_weights(
     dtype: Dtype = None,
     prefix: Prefix = None,
     min_step: Annotated[Number | None, Query(ge=0, le=MAX_STEP, description="Wait for this step")] = None,
-    wait: Annotated[float, Query(ge=0, le=MAX_WAIT, description="How many seconds to wait for min_step")] = 0.0,
+    wait: Annotated[Decimal, Query(ge=0, le=MAX_WAIT, description="How many seconds to wait for min_step")] = 0.0,
     soup: Annotated[
         str | None, Query(description="Of snapshots, NAME:WEIGHT,NAME:WEIGHT: their sum. The weights sum to 1")
     ] = None,

@@ -57,6 +57,25 @@ def test_every_byte_once() -> None:
         assert all(stretch.start % MIB == 0 for stretch in came)
 
 
+def test_a_stretch_that_came_in_part() -> None:
+    """Of a stretch that breaks off what came to stay is not carried again; one of which all came is not either."""
+    queue = Stretches(0, 3 * MIB, grain=MIB, smallest=MIB)
+    taken = queue.take(0, 1, size=2 * MIB)
+    assert taken == Stretch(0, 2 * MIB)
+    queue.reached(taken, MIB)
+    assert queue.come == MIB
+    assert queue.broke(0) == MIB
+    assert (queue.come, queue.queued) == (MIB, 2 * MIB)
+    rest = queue.take(0, 1)
+    assert rest == Stretch(MIB, 2 * MIB)
+    queue.reached(rest, 2 * MIB)
+    assert queue.broke(0) == MIB
+    assert queue.take(0, 1) == Stretch(2 * MIB, 3 * MIB)
+    queue.came(0)
+    assert queue.whole
+    assert queue.come == 3 * MIB
+
+
 @pytest.mark.parametrize(
     ("rates", "worth"),
     [([100] * 8, 0.9), ([100, 100, 60, 20], 0.8), ([100, 20], 0.8), ([100] * 7 + [20], 0.8), ([50], 1.0)],

@@ -236,6 +236,22 @@ def test_tries_are_bounded(transport: Callable[..., Transport], free_url: str) -
     assert tries == [0, 1, 2]
 
 
+def test_tries_that_bring_something_do_not_count(transport: Callable[..., Transport], free_url: str) -> None:
+    """The policy counts anew after a try that brought more than any before; what is brought again is nothing more."""
+    tries: list[int] = []
+    bytes_there = [5, 9, 3, 10, 10, 10]
+
+    def operation(number: int) -> None:
+        tries.append(number)
+        raise ServiceUnreachable("gone")
+
+    with pytest.raises(ServiceUnreachable):
+        transport(free_url, QUICK).retrying(operation, brought=lambda: bytes_there[len(tries)])
+
+    # After 9 bytes, more than the 5 at the beginning, 3 are nothing new; 10 are, and two tries more bring nothing.
+    assert tries == [0, 1, 2, 3, 4]
+
+
 # httpcore leaves a Unix socket that it could not connect to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_missing_socket_file(tmp_path: Path, transport: Callable[..., Transport]) -> None:

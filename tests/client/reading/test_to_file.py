@@ -116,7 +116,7 @@ def test_file_that_was_there_stays_until_the_new_one_is_whole(scripted: Callable
     raw = stream(1)
     target = tmp_path / "w.safetensors"
     target.write_bytes(b"old")
-    server = scripted(part(raw, 0, 10, '"1.3"'), part(raw, 10, 20, '"1.3"'))
+    server = scripted(part(raw, 0, 10, '"1.3"'), part(raw, 10, 20, '"1.3"'), lambda peer: peer.request())
 
     with EmaClient(server.url, retry=RetryPolicy(attempts=2, base=0.01)) as client, pytest.raises(ConnectionLost):
         client.download("r", target)

@@ -19,11 +19,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ema_client.errors import (
+    EmaError,
     InvalidRequest,
     LayoutMismatch,
     MalformedBody,
     NonFinite,
     Overloaded,
+    RunNotFound,
     StaleStep,
     StepConflict,
     Superseded,
@@ -455,6 +457,31 @@ def test_expiry(gatherer: Gatherer, model: Callable[[int], dict[str, Tensor]]) -
     assert (gatherer.parts.staged(1), gatherer.staging.bytes_in_use) == (None, 0)
     with pytest.raises(StaleStep):
         coming.feed(bytes(8))
+
+
+@pytest.mark.parametrize("step", [None, 1])
+@pytest.mark.parametrize(("replaced", "told"), [(False, RunNotFound), (True, Superseded)])
+def test_run_that_is_gone(
+    step: int | None,
+    replaced: bool,
+    told: type[EmaError],
+    gatherer: Gatherer,
+    model: Callable[[int], dict[str, Tensor]],
+) -> None:
+    """A part that is on its way when its run is deleted, or made anew, is told so, as a whole push is; one that begins
+    after that takes no staging."""
+    gatherer.send(step, 0, 3, part_body(model(1), rows(model(1), 0, 3)))
+    coming = gatherer.open(step, 1, 3)
+    gatherer.run.retire(lambda: None, replaced=replaced)
+    with pytest.raises(told):
+        gatherer.parts.begin(step, 2, Terms(3), gatherer.reserve)
+    gone = gatherer.run.ledger.gone
+    assert gone
+    gatherer.parts.close(gone)
+    with pytest.raises(told):
+        coming.feed(bytes(8))
+    gatherer.parts.give_up(coming)
+    assert (gatherer.parts.count(), gatherer.staging.bytes_in_use) == (0, 0)
 
 
 def test_stalled_step_makes_room(

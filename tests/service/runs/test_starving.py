@@ -6,6 +6,8 @@ Knows registries in this process, and which of the system's calls reach a disk. 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import random
 import threading
@@ -230,12 +232,14 @@ def _full(*_: object) -> None:
 # --- many at once ---------------------------------------------------------------------------------------------------
 
 
-def test_nobody_waits_for_ever(server: LocalServer, model: Model) -> None:
-    """Threads that do anything to three runs at once, for two seconds, all come to an end."""
-    registry, names = server.registry, ("a", "b", "c")
+def test_nobody_waits_for_ever(server: LocalServer, model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Threads that do anything to three runs at once, for two seconds, all come to an end; nothing stays of runs that
+    were deleted, and nothing of that is an error."""
+    registry, names, steps = server.registry, ("a", "b", "c"), itertools.count(1)
     acts: list[Callable[[str], object]] = [
         lambda name: server.create(name, model(0), decay=random.choice((0.5, 0.25))),
         lambda name: server.create(name, model(0), decay=0.5).begin(model(0)),
+        lambda name: server.run(name).push(next(steps), model(1)),
         lambda name: registry.add_average(name, random.choice((LONG, OTHER))),
         lambda name: registry.remove_average(name, random.choice(("long", "other"))),
         lambda name: server.snapshot("s", run=name),
@@ -244,6 +248,7 @@ def test_nobody_waits_for_ever(server: LocalServer, model: Model) -> None:
         lambda name: registry.set_decay(name, 0.5, None),
         lambda name: registry.attach(name),
         lambda _: registry.checkpoint(),
+        lambda _: [versions.sync() for versions in registry.unsynced()],
         registry.delete,
     ]
     until = time.monotonic() + 2
@@ -269,3 +274,7 @@ def test_nobody_waits_for_ever(server: LocalServer, model: Model) -> None:
             server.create(name, model(0), decay=0.5)
         registry.delete(name)
     assert (registry.runs(), registry._claims, registry._making) == ([], set(), set())
+    assert server.data_files("*") == []
+    assert server.store
+    assert not server.store.memory_files or server.store.memory_files.names() == set()
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.ERROR] == []

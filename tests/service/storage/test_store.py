@@ -229,8 +229,10 @@ def test_crash_in_the_middle_of_a_snapshot(
     assert names(folder / "runs" / f"r.{row.id}" / "snapshots" / "s") == ["ema.safetensors"]
 
 
-def test_crash_in_the_middle_of_a_removal(opened: Callable[[], Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose files could not all be removed is gone all the same: its row went first."""
+def test_crash_in_the_middle_of_a_removal(
+    opened: Callable[[], Store], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose files could not all be removed is gone all the same: its row went first. A restart removes them."""
     kept = opened()
     row = kept.add_run("r", "{}", 1.0)
     keep(kept, row, "old", 1)
@@ -243,7 +245,9 @@ def test_crash_in_the_middle_of_a_removal(opened: Callable[[], Store], monkeypat
         with pytest.raises(Crash):
             kept.remove_run(row)
 
+    assert names(folder / "runs") != []
     assert opened().runs() == []
+    assert names(folder / "runs") == []
 
 
 def test_files_that_cannot_be_removed_are_logged(

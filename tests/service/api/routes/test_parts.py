@@ -10,7 +10,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -156,6 +156,23 @@ def test_refusals(server: ServerProcess, plain_run: MakeRun, model: Model) -> No
     assert put(run, "updates/1", 1, 2, good[1]).json()["applied"]
     run.push(2, model(2))
     assert refused(0, 2, good[0]) == (409, "stale_step")
+
+
+@pytest.mark.parametrize("part", [True, False], ids=["a part", "a whole push"])
+def test_run_deleted_meanwhile(part: bool, server: ServerProcess, plain_run: MakeRun, model: Model) -> None:
+    """A part that is on its way when its run is deleted is answered 404, as a whole push is."""
+    run = plain_run(server, model(0))
+    body = rows(model(1), 0, 2) if part else save(model(1))
+
+    def slowly() -> Iterator[bytes]:
+        yield body[:-8]
+        run.http.delete(run.path).raise_for_status()
+        yield body[-8:]
+
+    path = "updates/1/parts/0?of=2" if part else "updates/1"
+    with server.http() as http:
+        answer = http.put(f"{run.path}/{path}", content=slowly())
+    assert (answer.status_code, answer.json()["code"]) == (404, "run_not_found")
 
 
 def test_no_room_for_parts(start_server: Callable[..., ServerProcess], plain_run: MakeRun) -> None:
