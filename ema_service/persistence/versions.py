@@ -32,7 +32,7 @@ from ema_service.persistence.timeline import Timeline
 from ema_service.shadows.state import Average, Member, Setup, State, Version, schedule_told
 from ema_service.storage import MEMORY, CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
-__all__ = ["SlotPlace", "Versions"]
+__all__ = ["SlotPlace", "Versions", "Written"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True)
-class _Written:
+class Written:
     """A version on disk. It holds its slot as long as this object lives, and no memory: the run may be further on.
 
     text: of its row, as it is in the catalog now. age: as StoredVersion.age. step: the version's. synced: whether the
@@ -67,20 +67,20 @@ class SlotPlace:
     """A slot that one version is written to, and its row."""
 
     def __init__(self, versions: Versions, slot: Slot) -> None:
+        self.slot = slot
         self._versions = versions
-        self._slot = slot
 
     def write(self, average: str, data: memoryview, upto: int, start: int = 0) -> None:
         """As Slot.write()."""
-        self._slot.write(average, data, upto, start)
+        self.slot.write(average, data, upto, start)
 
     def finish(self, state: State) -> None:
         """As Versions.write()."""
-        self._versions.write(self._slot, state)
+        self._versions.write(self.slot, state)
 
     def commit(self, state: State) -> None:
         """As Versions.commit()."""
-        self._versions.commit(self._slot, state)
+        self._versions.commit(self.slot, state)
 
 
 class Versions:
@@ -125,7 +125,7 @@ class Versions:
         self._setup = setup or Setup.of(config)
         extents = {member.name: self._extent(member) for member in self._setup.members}
         self._slots = store.slots(row, extents, patient=self._durability == "disk")
-        self._newest: _Written | None = None
+        self._newest: Written | None = None
         self._anchor: Slot | None = None
         self._anchor_step: int | None = None
         #: Slots whose row could not be committed. The row may be in the catalog's log all the same, and come up after a
@@ -335,12 +335,19 @@ class Versions:
             found = Restored(last_epoch=last_epoch, fault=f"its files cannot be read: {unreadable}")
         else:
             self.give_back()
-            search = Search(self._run, self._setup, self._durability, self._open, self._layout, self._memory)
-            found = search.find(rows, lost, fault)
+            found = self._find(rows, lost, fault)
         self._go_on_from(found)
         if found.fault:
             _log.error("run %s is degraded: %s", self._run, found.fault)
         return found
+
+    def _find(self, rows: Sequence[StoredVersion], lost: StoredVersion | None, fault: str | None) -> Restored:
+        """As Search.find()."""
+        return self._search.find(rows, lost, fault)
+
+    @property
+    def _search(self) -> Search:
+        return Search(self._run, self._setup, self._durability, self._open, self._layout, self._memory)
 
     def _go_on_from(self, found: Restored) -> None:
         """Hold the slots of the restored version and of its anchor: the versions that follow are written beside
@@ -373,9 +380,9 @@ class Versions:
             self._hold(rows[0], rows[1:])
             self.durable_step = rows[0].step
 
-    def _hold(self, row: StoredVersion, older: Sequence[StoredVersion]) -> _Written:
+    def _hold(self, row: StoredVersion, older: Sequence[StoredVersion]) -> Written:
         """Let nobody write over the version of ``row``, nor over the newest that is on the medium."""
-        written = _Written(row.row, self._slots.hold(row.row.folder), row.row.state, row.age, row.step, row.row.synced)
+        written = Written(row.row, self._slots.hold(row.row.folder), row.row.state, row.age, row.step, row.row.synced)
         anchor = next((each for each in (row, *older) if each.row.synced), None)
         self._newest = written
         self._anchor = written.slot if anchor is row else self._slots.hold(anchor.row.folder) if anchor else None
@@ -443,12 +450,16 @@ class Versions:
             raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
         self._doubtful.clear()
         age = state.version.epoch, state.version.n
-        self._newest = _Written(row, slot, text, age, state.version.step, synced)
-        if synced:
-            self._anchor, self._anchor_step = slot, state.version.step
-        self.durable_step = state.version.step
+        self._go_on_with(Written(row, slot, text, age, state.version.step, synced))
 
-    def _amend(self, written: _Written, state: State, *, final: bool, durable: bool) -> None:
+    def _go_on_with(self, written: Written) -> None:
+        """A version on disk is the run's newest from now on."""
+        self._newest = written
+        if written.synced:
+            self._anchor, self._anchor_step = written.slot, written.step
+        self.durable_step = written.step
+
+    def _amend(self, written: Written, state: State, *, final: bool, durable: bool) -> None:
         """Replace the text of a version's row, where it differs. Raises sqlite3.Error."""
         text = dump(state, final=final)
         if text != written.text:
