@@ -45,7 +45,7 @@ from ema_service.averaging.schedules import COPY, Retention
 from ema_service.runs.schedules import counts, largest_decay, schedule_of
 from ema_service.shadows.state import Average, Descent, Member, Plan, Setup, Version
 
-__all__ = ["Ledger", "Succession"]
+__all__ = ["Ledger", "Succession", "writer_in"]
 
 #: How many applied steps a run remembers, for ``GET updates/{step}``.
 _REMEMBERED_STEPS = 1024
@@ -504,6 +504,12 @@ class Ledger:
     def _forget_steps_after(self, step: int | None) -> None:
         kept = [] if step is None else [each for each in self._steps if each <= step]
         self._steps = deque(kept, maxlen=_REMEMBERED_STEPS)
+
+
+def writer_in(outcome: str) -> int:
+    """The number of the latest trainer that attached, of what Ledger.outcome() gave."""
+    number: int = json.loads(outcome)["writer"]
+    return number
 
 
 def _facts(version: Version) -> dict[str, object]:

@@ -14,15 +14,16 @@ Knows the order of those steps. Does not know how they are decided (ledger), com
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
-from ema_client.errors import Superseded
+from ema_client.errors import InvalidRequest, Superseded
 from ema_client.protocol import RingInfo, RunConfig, RunInfo, SnapshotInfo, UpdateResult
 from ema_service.averaging import prepare_for
 from ema_service.memory import Arena, Layout, Memory, Staged
@@ -33,7 +34,7 @@ from ema_service.runs.ledger import Ledger, Succession
 from ema_service.runs.measurements import Measured, Measurements
 from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Setup, Shadows, State, Version
 
-__all__ = ["Finished", "Keeper", "Parameters", "Place", "Run", "Update", "Write"]
+__all__ = ["Finished", "First", "Keeper", "Parameters", "Place", "Run", "Update", "Write"]
 
 #: Bytes of shadows that are averaged in 0.1 ms: waking a thread for the work, and then the event loop, takes as long.
 _SMALL_BYTES = 1 << 20
@@ -75,12 +76,25 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class First:
+    """Initial weights that are whole and written to their place, and that are not judged yet.
+
+    succession: by which the state was made. place: None where not every version is kept.
+    """
+
+    succession: Succession
+    state: State
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
 class Write:
     """A write to a run that the ledger allows, and that is not the run's yet.
 
-    Made, kept and put under one hold of the run's lock where the run decides alone. keep: has a restart bring the write
-    back; where that raises, the run is as it was. put: makes the write the run's, and never raises. state: that the
-    write makes, None where it makes none. place: where the state was written, None where its bytes are kept already.
+    Made, kept and put under one hold of the run's lock where the run decides alone; a shard votes for the write in
+    place of keep(), and calls put() after the verdict. keep: has a restart bring the write back; where that raises, the
+    run is as it was. put: makes the write the run's, and never raises. state: that the write makes, None where it makes
+    none. place: where the state was written, None where its bytes are kept already.
     """
 
     keep: Callable[[], None]
@@ -171,6 +185,9 @@ class Run:
 
     More than twenty methods: one for each way in which a version of the run comes about, and what readers ask.
 
+    A shard of a run on several hosts (cluster.ShardRun) goes the same way in two halves: finish(), then under
+    deciding() prepare(), and under deciding() again what the Write says. The methods that decide alone refuse there.
+
     ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
     changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made. ring: tells of the run's
     ring, where it has one. measurements: told of each update that was applied; None where nothing is measured.
@@ -187,8 +204,10 @@ class Run:
         writer: int = 0,
         setup: Setup | None = None,
         measurements: Measurements | None = None,
+        alone: bool = True,
     ) -> None:
-        """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger."""
+        """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger. alone:
+        whether the run decides by itself; False of a shard."""
         self.layout = layout
         if memory.on_host:
             prepare_for(section.param_dtype for section in layout.sections)
@@ -201,6 +220,7 @@ class Run:
         self._shadows = Shadows(layout, memory, check=config.non_finite == "refuse")
         self._keeper = keeper
         self._measurements = measurements
+        self._alone = alone
         self._lock = threading.Lock()
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -258,12 +278,17 @@ class Run:
         The same bytes at the same step again are answered and not applied. Raises as Ledger.judge(), and NonFinite,
         StorageFailed.
         """
+        finished = self.finish(update)
+        with self._lock:
+            return self._applied(finished)
+
+    def finish(self, update: Update) -> Finished:
+        """The update with its version whole, and written to its place. Raises as Ledger.admit(), NonFinite,
+        StorageFailed."""
         arrived = time.perf_counter()
         prepared = update.preparation.finish()
         self.ledger.admit(update.plan.step, update.writer)
-        finished = Finished(update, prepared, self._next(update, prepared), arrived)
-        with self._lock:
-            return self._applied(finished)
+        return Finished(update, prepared, self._next(update, prepared), arrived)
 
     @property
     def quick(self) -> bool:
@@ -294,7 +319,7 @@ class Run:
     def repeated(self, step: int, writer: int | None = None) -> UpdateResult:
         """The answer to the latest step sent again with the same bytes. Raises as Ledger.admit()."""
         self.ledger.admit(step, writer)
-        return _result(self.ready_state().version, step, self._keeper, applied=False)
+        return self.result(step, applied=False)
 
     def _place(self, plan: Plan) -> Place | None:
         """Where the version that an update makes is kept; None where it is not, or no version comes of the update."""
@@ -312,18 +337,32 @@ class Run:
             update.place.finish(state)
         return state
 
-    def _prepare(self, finished: Finished) -> Write | None:
-        """The line that decides whether an update counts: the write that it is; None where it was applied before."""
+    @contextlib.contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Within the block nobody else prepares a write, or puts one in place. For microseconds, and for rows."""
+        with self._lock:
+            yield
+
+    def prepare(self, finished: Finished) -> Write | None:
+        """The line that decides whether an update counts: the write that it is; None where it was applied before.
+
+        Under deciding(). Raises as Ledger.judge().
+        """
         update, state = finished.update, finished.state
         applied = self.ledger.judge(update.plan, finished.prepared.digest, update.writer)
         if not applied or state is None:
             return None
-        return self._moving_to(state, update.place, partial(self._measure, finished, state))
+        return self.moving_to(state, update.place, partial(self._measure, finished, state))
+
+    def result(self, step: int, *, applied: bool) -> UpdateResult:
+        """The answer to an update of the run's latest step. applied: whether it was applied now. Raises as
+        ready_state()."""
+        return _result(self.ready_state().version, step, self._keeper, applied=applied)
 
     def _applied(self, finished: Finished) -> UpdateResult:
         """Prepare and resolve an update. Under the lock."""
-        applied = self._settle(self._prepare(finished))
-        return _result(self.ready_state().version, finished.update.plan.step, self._keeper, applied=applied)
+        applied = self._settle(self.prepare(finished))
+        return self.result(finished.update.plan.step, applied=applied)
 
     # --- other ways to another version ------------------------------------------------------------------------------
 
@@ -351,28 +390,38 @@ class Run:
         bytes again change nothing. Raises WeightsExist, NonFinite, InvalidRequest, RunDegraded; StorageFailed, after
         which the same ``parameters`` may be given again; Superseded where an average was added or removed meanwhile.
         """
+        first = self.finish_first(parameters, secrets.token_hex(8), num_updates=num_updates, step=step)
+        with self._lock:
+            self._settle(self.prepare_first(first))
+
+    def finish_first(
+        self, parameters: Parameters, lineage: str, *, num_updates: int | None = None, step: int | None = None
+    ) -> First:
+        """The first version of the pushed parameters, whole, and written to its place. lineage: of the run.
+
+        Others as for initialise(). Raises NonFinite, InvalidRequest, RunDegraded, StorageFailed, Superseded.
+        """
         self.ledger.check_writable()
         succession = self.ledger.succession
-        first = partial(succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
+        first = partial(succession.first, lineage, num_updates=num_updates, step=step)
         first(b"", 0.0)  # a wrong counter is refused before anything is computed
         prepared = self._first(parameters)
         state = _begun(first(prepared.digest, time.time()), prepared)
         place, parameters.place = parameters.place, None
         if self.state is None:
             place = self._write(state, place if parameters.setup is succession.setup else None)
-        with self._lock:
-            self._settle(self._prepare_first(succession, state, place))
+        return First(succession, state, place)
 
-    def _prepare_first(self, succession: Succession, state: State, place: Place | None) -> Write | None:
+    def prepare_first(self, first: First) -> Write | None:
         """Whether initial weights count: the write that they are; None where the same were given before.
 
-        succession: by which ``state`` was made.
+        Under deciding(). Raises as Ledger.judge_first(); Superseded.
         """
-        if not self.ledger.judge_first(state.version.digest):
+        if not self.ledger.judge_first(first.state.version.digest):
             return None
-        if self.ledger.succession is not succession:
+        if self.ledger.succession is not first.succession:
             raise Superseded(f"the averages of run {self.config.run!r} changed meanwhile", retry_after=0.0)
-        return self._moving_to(state, place)
+        return self.moving_to(first.state, first.place)
 
     def initialise_anew(self, parameters: Parameters, replaces: str, writer: int | None = None) -> None:
         """Make the pushed parameters the first shadow in place of those that initial weights made before.
@@ -389,7 +438,7 @@ class Run:
         place = None if prepared.digest == base.digest else self._write(state)
         with self._lock:
             if self.ledger.judge_anew(base, replaces, prepared.digest, writer):
-                self._settle(self._moving_to(state, place))
+                self._settle(self.moving_to(state, place))
             state = self.ready_state()
         # Also of a try that comes again: the one before may have failed here.
         if self._keeper and state.version.epoch > 1:
@@ -402,16 +451,19 @@ class Run:
         applied now. Raises what ``change`` raises, AwaitingWeights, RunDegraded, RunNotFound, StorageFailed.
         """
         with self._lock:
-            return self._settle(self._prepare_amended(change, key))
+            return self._settle(self.prepare_amended(change, key))
 
-    def _prepare_amended(self, change: Callable[[Succession, Version], Version], key: str | None) -> Write | None:
-        """The write that another decay or counter is; None where the write of this key was applied before."""
+    def prepare_amended(self, change: Callable[[Succession, Version], Version], key: str | None) -> Write | None:
+        """The write that another decay or counter is; None where the write of this key was applied before.
+
+        Under deciding(). Raises as amend().
+        """
         before = self.ledger.writable()
         if before.made_by(key):
             return None
         state = State(change(self.ledger.succession, before).keyed(key), self.ready_state().arenas)
         keep = partial(self._keeper.amend, state) if self._keeper else _nothing
-        return replace(self._moving_to(state, None), keep=keep)
+        return replace(self.moving_to(state, None), keep=keep)
 
     def change_averages(
         self, change: Callable[[Ledger], Setup | None], keep: Callable[[Setup], None], *, epoch: int | None = None
@@ -463,7 +515,7 @@ class Run:
         place = self._write(state)
         with self._lock:
             self.ledger.judge_rewind(state.version)
-            self._settle(self._moving_to(state, place, self.ledger.recover))
+            self._settle(self.moving_to(state, place, self.ledger.recover))
 
     def accept(self, key: str | None = None) -> None:
         """Go on with the version that is there although later updates are gone: the other way out of ``degraded``.
@@ -478,7 +530,7 @@ class Run:
         place = self._write(state)
         with self._lock:
             if self.state is before:
-                self._settle(self._moving_to(state, place, self.ledger.recover))
+                self._settle(self.moving_to(state, place, self.ledger.recover))
 
     # --- trainers come, a server starts, the run goes ---------------------------------------------------------------
 
@@ -541,16 +593,27 @@ class Run:
         return place
 
     def _settle(self, write: Write | None) -> bool:
-        """Resolve a write at once, for the run decides alone. Returns whether there was one. Under the lock."""
+        """Resolve a write at once, for the run decides alone. Returns whether there was one. Under the lock.
+
+        Raises InvalidRequest where the run is a shard.
+        """
         if write is None:
             return False
+        if not self._alone:
+            raise InvalidRequest(
+                f"run {self.config.run!r} is here as one shard of several, which decide together",
+                hint="write to the run and not to a shard",
+            )
         write.keep()
         write.put()
         return True
 
-    def _moving_to(self, state: State, place: Place | None, then: Callable[[], None] = _nothing) -> Write:
+    def moving_to(self, state: State, place: Place | None, then: Callable[[], None] = _nothing) -> Write:
         """The write that makes ``state`` the run's. place: where the state was written. then: what follows, before
-        anyone is told."""
+        anyone is told.
+
+        Of a state that was judged.
+        """
 
         def keep() -> None:
             if self._keeper and place:
