@@ -121,12 +121,16 @@ class ShardRun:
     def report(self) -> None:
         """Say how the shard stands: at a start, and now and then while no verdict comes."""
         if not self._run.ledger.fault:
-            self._send(self._shard.report())
+            with self._run.deciding():  # not while a record is being written that may fail
+                report = self._shard.report()
+            self._send(report)
 
     def insist(self) -> None:
         """What waits here has waited as long as a proposal should."""
         if not self._run.ledger.fault:
-            for report in self._shard.insist():
+            with self._run.deciding():
+                reports = self._shard.insist()
+            for report in reports:
                 self._send(report)
 
     # --- a vote -----------------------------------------------------------------------------------------------------

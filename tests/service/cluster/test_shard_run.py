@@ -5,10 +5,13 @@ Knows hosts with data dirs, their coordinator and trainers (town.py). Does not k
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from ema_client.errors import (
     AverageNotFound,
+    EmaError,
     Fenced,
     InvalidRequest,
     NonFinite,
@@ -29,7 +33,7 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig, RunConfig
-from ema_service.cluster import Change, ShardRun, Ticket
+from ema_service.cluster import Change, Report, ShardRun, Ticket
 from ema_service.cluster.texts import error_of, load_record
 from ema_service.runs import Parameters, Write
 from ema_service.storage import ShardRow
@@ -51,7 +55,7 @@ def town(tmp_path: Path, model: Model) -> Iterator[MakeTown]:
     made: list[Town] = []
 
     def make(hosts: int = 2, **config: Any) -> Town:
-        made.append(Town(tmp_path, hosts, model, **config))
+        made.append(Town(tmp_path / str(len(made)), hosts, model, **config))
         made[-1].push(0)
         return made[-1]
 
@@ -344,6 +348,52 @@ def test_initial_weights_are_killed(point: str, tmp_path: Path, model: Model, li
     here.close()
 
 
+def play(here: Town, dice: random.Random, model: Model, oracle: LitEmaOracle) -> None:
+    """Updates and changes, and trainers that are gone, while messages are lost and hosts and coordinators end."""
+    for step in range(2, 12, 2):
+        here.dice = dice
+        before = here.hosts[0].local.version.n
+        if dice.random() < 0.4:
+            here.hosts[dice.randrange(3)].kill_at = dice.choice([*POINTS])
+        if dice.random() < 0.3:
+            here.coordinator_dies = dice.randrange(12)
+        if dice.random() < 0.2:
+            here.replace_coordinator()
+        if dice.random() < 0.6:
+            here.push(step - 1, f"o{step}", only=[place for place in range(3) if dice.random() < 0.8])
+        here.push(step)
+        here.calm()
+        agree(here)
+        # The update of the trainer that is gone came before, on all hosts or on none.
+        for each in range(step - (here.hosts[0].local.version.n - before) + 1, step + 1):
+            oracle.update(model(each))
+        if dice.random() < 0.5:
+            here.dice = dice
+            oracle.decay = torch.tensor(dice.choice((0.25, 0.5, 0.75)))
+            here.change(f"k{step}", Change("decay", oracle.decay.item()))
+            here.calm()
+    assert_same(here, oracle)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lives(seed: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Whatever is lost, comes late, twice or out of order, and whoever ends meanwhile: bit-identical to LitEma."""
+    play(town(3, decay=0.9), random.Random(seed), model, litema(model(0), decay=0.9))
+
+
+@pytest.mark.soak
+def test_many_lives(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """The same for many more."""
+    for seed in range(100, 400):
+        here = town(3, decay=0.9)
+        try:
+            play(here, random.Random(seed), model, litema(model(0), decay=0.9))
+        except AssertionError as broken:
+            broken.add_note(f"life {seed}")
+            raise
+        here.close()
+
+
 # --- trainers that are gone -----------------------------------------------------------------------------------------
 
 
@@ -395,6 +445,94 @@ def test_orphans_tear_a_run_without_two_phases(
     monkeypatch.setattr(ShardRun, "_vote", apply)
     with pytest.raises(AssertionError, match="after slices"):
         orphans(town(3), 0, model, litema(model(0)))
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+def train(here: Town, steps: range, name: str) -> None:
+    """A trainer that pushes these steps, each again until it is applied or another trainer is further."""
+    with ThreadPoolExecutor(here.hosts_count) as senders:
+        for step in steps:
+            done = False
+            while not done:
+                sending = [senders.submit(here.send, step, f"{name} {step}", host.place) for host in here.hosts]
+                futures = [each.result() if each.exception() is None else None for each in sending]
+                faults = [each.exception(30) if each else Superseded("") for each in futures]
+                conflicts = [each.exception() for each in sending]
+                over = [each for each in (*faults, *conflicts) if isinstance(each, StaleStep | StepConflict)]
+                assert all(each is None or isinstance(each, EmaError) for each in (*faults, *conflicts))
+                done = bool(over) or not any(faults)
+
+
+@contextlib.contextmanager
+def network(here: Town) -> Iterator[None]:
+    """Within the block messages are handed over by threads: one of the coordinator, and one of each host."""
+    ending = threading.Event()
+    hosts = [ThreadPoolExecutor(1) for _ in here.hosts]
+
+    def carry() -> None:
+        for turn in itertools.count():
+            if ending.wait(0.0005):
+                return
+            if turn % 20 == 0:
+                for host, thread in zip(here.hosts, hosts, strict=True):
+                    thread.submit(host.shard.insist)  # type: ignore[union-attr]
+            while here.queue:
+                to, message = here.queue.popleft()
+                if isinstance(to, str):
+                    here._say(here.coordinator.receive(message))
+                else:
+                    hosts[to].submit(here.hosts[to].shard.receive, message)  # type: ignore[union-attr]
+
+    carrier = threading.Thread(target=carry)
+    carrier.start()
+    yield
+    ending.set()
+    carrier.join()
+    for thread in hosts:
+        thread.shutdown()
+
+
+@pytest.mark.parametrize("says", ["report", "insist"])
+def test_report_waits_for_the_row(says: str, town: MakeTown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a shard says of itself on another thread never has a vote whose row is still being written."""
+    here = town(2)
+    host = here.hosts[0]
+    versions, speaking = host.server.registry.shard("r"), ThreadPoolExecutor(1)
+    vote = versions.vote
+
+    def slowly(*args: Any) -> None:
+        said = speaking.submit(getattr(host.shard, says))
+        with contextlib.suppress(TimeoutError):
+            said.result(0.2)
+        assert [each for _, each in here.queue if isinstance(each, Report) and each.record.vote] == []
+        vote(*args)
+
+    monkeypatch.setattr(versions, "vote", slowly)
+    assert here.send(1, "u1", 0)
+    speaking.shutdown()
+    assert [each for _, each in here.queue if isinstance(each, Report) and each.record.vote]
+
+
+def test_trainers_race(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Two trainers push at once to three hosts, on threads: each update is on all hosts or none, in one order."""
+    here, oracle = town(3), litema(model(0))
+    seen: list[list[int | None]] = [[], [], []]
+    for host, steps in zip(here.hosts, seen, strict=True):
+        run = host.local.run
+        run.changes.tell_always(lambda run=run, steps=steps: steps.append(run.ready_state().version.step))
+    with network(here), ThreadPoolExecutor(2) as trainers:
+        racing = [trainers.submit(train, here, range(first, 40, 2), f"t{first}") for first in (1, 2)]
+        for each in racing:
+            each.result(60)
+    here.calm()
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) >= 20
+    for step in seen[0]:
+        assert step
+        oracle.update(model(step))
+    assert_same(here, oracle)
 
 
 # --- disks, and what is no shard ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -140,13 +141,16 @@ class Host:
 class Town:
     """The hosts of one run, their coordinator, and its trainer.
 
-    queue: messages under way. coordinator_dies: after how many more messages of its own; None: never.
+    queue: messages under way. coordinator_dies: after how many more messages of its own; None: never. dice: by which
+    messages are lost, come twice, late, or out of order; None: none is.
     """
 
     def __init__(self, folder: Path, hosts: int, model: Callable[[int], dict[str, Tensor]], **config: Any) -> None:
         self.hosts_count = hosts
         self.model = model
         self.queue: deque[tuple[str | int, Any]] = deque()
+        self.late: list[tuple[str | int, Any]] = []
+        self.dice: Random | None = None
         self.answers: list[Answer] = []
         self.coordinator_dies: int | None = None
         self.deaths = 0
@@ -193,12 +197,35 @@ class Town:
 
     def deliver(self) -> None:
         """Hand over messages until none is under way."""
+        if self.dice and self.late and self.dice.random() < 0.5:
+            self.queue.append(self.late.pop(self.dice.randrange(len(self.late))))
         while self.queue:
-            to, message = self.queue.popleft()
+            to, message = self._next(self.dice) if self.dice else self.queue.popleft()
+            if to == "nowhere":
+                continue
             if isinstance(to, str):
                 self._say(self.coordinator.receive(message))
             else:
                 self._hand_over(self.hosts[to], message)
+
+    def _next(self, dice: Random) -> tuple[str | int, Any]:
+        """Any message that is under way; to "nowhere" where it is lost, or late."""
+        at = dice.randrange(len(self.queue))
+        found = self.queue[at]
+        fate = dice.random()
+        if fate > 0.1:
+            del self.queue[at]
+        if 0.1 < fate < 0.2:
+            self.late.append(found)
+        return found if fate < 0.1 or fate > 0.3 else ("nowhere", None)
+
+    def calm(self) -> None:
+        """From here on nothing fails, and everything is said until it is known."""
+        self.dice = None
+        for host in self.hosts:
+            host.kill_at = None
+        for _ in range(3):
+            self.say_again()
 
     def _hand_over(self, host: Host, message: Ask | Propose | Resolve) -> None:
         with host.living():
@@ -249,7 +276,7 @@ class Town:
             self.deliver()
             return []
         answers: dict[int, Any] = {}
-        for _ in range(20):
+        for _ in range(100):
             sent = {place: self.send(step, key, place) for place in range(self.hosts_count) if place not in answers}
             self.deliver()
             for place, future in sent.items():
@@ -265,7 +292,7 @@ class Town:
 
     def change(self, key: str, change: Change | str) -> Answer:
         """Ask the coordinator for a change, again until it has an answer."""
-        for _ in range(20):
+        for _ in range(100):
             self._say(self.coordinator.propose(key, change if isinstance(change, str) else change.dump()))
             self.deliver()
             if found := [each for each in self.answers if each.key == key]:
