@@ -24,7 +24,7 @@ from ema_client.protocol import RunInfo, UpdateResult
 from ema_service.cluster.decisions import Shard
 from ema_service.cluster.messages import Answer, Ask, Proposal, Propose, Record, Refusal, Report, Resolve, Ticket, Vote
 from ema_service.cluster.texts import Change, dump_record, error_of, lineage_of, load_record, reason_of
-from ema_service.persistence import ShardVersions
+from ema_service.persistence import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, Update, Write
 from ema_service.runs.ledger import writer_in
@@ -59,7 +59,12 @@ class ShardRun:
     While the run is degraded the shard says nothing: without it nothing is decided.
     """
 
-    def __init__(self, run: Run, versions: ShardVersions, send: Callable[[Report | Refusal], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        versions: ShardVersions | ShardMemoryVersions,
+        send: Callable[[Report | Refusal], None],
+    ) -> None:
         """run, versions: as Registry.get() and shard() have them, for which there is no other ShardRun. send: called
         with what is for the coordinator, on any thread, without a lock; what it loses is said again."""
         self._run = run

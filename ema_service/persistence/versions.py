@@ -364,7 +364,11 @@ class Versions:
             # The version is no longer final, and of this epoch: said before anything can follow it. A damaged run is
             # left as it is until someone decides.
             self._amend(written, state, final=False, durable=True)
-            self._store.remove_checkpoint(self._row, MEMORY)
+            self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        """A version in memory files, if there is one, is not the newest any more."""
+        self._store.remove_checkpoint(self._row, MEMORY)
 
     def leave(self, fault: str) -> Restored:
         """Read nothing, and let nobody write over what is there: the run comes up without weights, for ``fault``."""
@@ -391,13 +395,17 @@ class Versions:
 
     def memory_row(self) -> StoredVersion | None:
         """The row of a version in memory files that is newer than every version on disk, or cannot be read."""
-        found = [row for row in read_rows(self._store.checkpoints(self._row)) if row.row.folder == MEMORY]
+        found = [row for row in self.stored() if row.row.folder == MEMORY]
         newest = max((row.age for row in self._rows()), default=(0, -1))
         return found[0] if found and (not found[0].said or found[0].age > newest) else None
 
+    def stored(self) -> list[StoredVersion]:
+        """The rows of versions, on disk and in memory files, newest first. Raises sqlite3.Error."""
+        return read_rows(self._store.checkpoints(self._row))
+
     def _rows(self) -> list[StoredVersion]:
         """The rows of versions on disk, newest first."""
-        return [row for row in read_rows(self._store.checkpoints(self._row)) if row.row.folder != MEMORY]
+        return [row for row in self.stored() if row.row.folder != MEMORY]
 
     def _open(self, row: StoredVersion, average: str) -> TensorFile:
         return self._store.open_checkpoint(self._row, row.row, average)

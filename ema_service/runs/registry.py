@@ -56,6 +56,7 @@ from ema_service.persistence import (
     MemoryVersions,
     Offload,
     Restored,
+    ShardMemoryVersions,
     ShardVersions,
     Snapshots,
     StoredRing,
@@ -315,10 +316,10 @@ class Registry:
         """What sweeps over averages of a run found. Raises RunNotFound."""
         return self._find(name).sweeps
 
-    def shard(self, name: str) -> ShardVersions:
+    def shard(self, name: str) -> ShardVersions | ShardMemoryVersions:
         """The versions of a run that is a shard. Raises RunNotFound; InvalidRequest where the run is none."""
         disk = self._find(name).disk
-        if disk is None or not isinstance(disk.versions, ShardVersions):
+        if disk is None or not isinstance(disk.versions, ShardVersions | ShardMemoryVersions):
             raise InvalidRequest(f"run {name!r} is no shard: it decides alone")
         return disk.versions
 
@@ -762,15 +763,15 @@ class Registry:
         store, memory, files = self._store, self.memory, self._store.memory_files
         versions: Versions | MemoryVersions
         shard = store.shard(row)
-        if shard:
-            versions = ShardVersions(shard, config, row, store, layout, memory, reason="a shard's", setup=setup)
-        elif files and not refusal and config.durability == "process":
+        if files and not refusal and config.durability == "process":
             pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), self.memory.pool)
             memory = self.memory.of_run(pool)
-            versions = MemoryVersions(config, row, store, layout, memory, pool, files.nonce, setup=setup)
+            given = config, row, store, layout, memory, pool, files.nonce
+            versions = ShardMemoryVersions(shard, *given, setup=setup) if shard else MemoryVersions(*given, setup=setup)
         else:
             why = (refusal or store.memory_fault) if config.durability == "process" else None
-            versions = Versions(config, row, store, layout, memory, reason=why, setup=setup)
+            on_disk = partial(ShardVersions, shard) if shard else Versions
+            versions = on_disk(config, row, store, layout, memory, reason=why, setup=setup)
         run = Run(
             config,
             layout,
@@ -883,7 +884,7 @@ def _check_shard(shard: ShardRow | None, found: _Registered | None) -> None:
     if found is None:
         return
     versions = found.disk.versions if found.disk else None
-    here = (versions.place, versions.of) if isinstance(versions, ShardVersions) else None
+    here = (versions.place, versions.of) if isinstance(versions, ShardVersions | ShardMemoryVersions) else None
     if here != ((shard.place, shard.of) if shard else None):
         told = "no shard" if here is None else f"shard {here[0]} of {here[1]}"
         raise RunExists(f"run {found.run.config.run!r} exists, as {told}")

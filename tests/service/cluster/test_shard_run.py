@@ -6,8 +6,10 @@ Knows hosts with data dirs, their coordinator and trainers (town.py). Does not k
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import random
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -35,8 +37,10 @@ from ema_client.errors import (
 from ema_client.protocol import AverageConfig, RunConfig
 from ema_service.cluster import Change, Report, ShardRun, Ticket
 from ema_service.cluster.texts import error_of, load_record
+from ema_service.persistence import ShardMemoryVersions
+from ema_service.persistence.releasing import release
 from ema_service.runs import Parameters, Write
-from ema_service.storage import ShardRow
+from ema_service.storage import ShardRow, open_store
 from ema_service.storage.catalog import Catalog
 from tests.service.cluster.town import POINTS, Town, result, slices
 from tests.service.conftest import LocalRun, specs_of
@@ -49,13 +53,23 @@ Model = Callable[[int], dict[str, Tensor]]
 MakeTown = Callable[..., Town]
 
 
+#: Versions of durability ``process`` lie in memory files where there are such, else in slots.
+KEPT = pytest.mark.parametrize("kept", ["slots", "memory files"], indirect=True)
+
+
 @pytest.fixture
-def town(tmp_path: Path, model: Model) -> Iterator[MakeTown]:
+def kept(request: pytest.FixtureRequest, ram_dir: Path) -> Path | None:
+    """Where versions lie: the folder of memory files; None for slots, as without KEPT."""
+    return ram_dir if getattr(request, "param", "slots") == "memory files" else None
+
+
+@pytest.fixture
+def town(tmp_path: Path, model: Model, kept: Path | None) -> Iterator[MakeTown]:
     """Make a town of so many hosts, with its initial weights."""
     made: list[Town] = []
 
     def make(hosts: int = 2, **config: Any) -> Town:
-        made.append(Town(tmp_path / str(len(made)), hosts, model, **config))
+        made.append(Town(tmp_path / str(len(made)), hosts, model, kept, **config))
         made[-1].push(0)
         return made[-1]
 
@@ -75,7 +89,7 @@ def agree(town: Town) -> None:
             [(text,)] = catalog.execute("SELECT record FROM shards").fetchall()
             rows = catalog.execute("SELECT revision FROM checkpoints").fetchall()
         record = load_record(text)
-        assert max(revision for (revision,) in rows) <= record.revision + (1 if record.vote else 0)
+        assert max(revision or 0 for (revision,) in rows) <= record.revision + (1 if record.vote else 0)
         records.append((record.revision, record.made))
     assert len(set(facts)) == 1, facts
     assert len(set(records)) == 1, records
@@ -97,6 +111,7 @@ def assert_same(town: Town, oracle: LitEmaOracle) -> None:
 # --- updates --------------------------------------------------------------------------------------------------------
 
 
+@KEPT
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4])
 @pytest.mark.parametrize("durability", ["process", "disk"])
 def test_updates_are_litemas(
@@ -141,6 +156,7 @@ def test_nothing_counts_before_all_have_it(town: MakeTown) -> None:
     assert here.versions() == ["1.1"] * 3
 
 
+@KEPT
 def test_slices_again(town: MakeTown) -> None:
     """A slice again is answered by its step, by the vote under way, or as a conflict where its bytes are others; an
     older step is stale, also after all hosts were killed."""
@@ -220,6 +236,7 @@ def test_slices_of_two_trainers(town: MakeTown, model: Model, litema: type[LitEm
 # --- changes --------------------------------------------------------------------------------------------------------
 
 
+@KEPT
 def test_changes(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """A decay, a reset and a trainer that takes over come to all hosts, once each, and outlive all of them."""
     here, oracle = town(2, decay=0.9), litema(model(0), decay=0.9)
@@ -264,6 +281,7 @@ def test_change_that_is_refused(town: MakeTown) -> None:
     agree(here)
 
 
+@KEPT
 def test_change_comes_before_an_update_under_way(town: MakeTown) -> None:
     """An update that is not on all hosts gives way to a change, and is sent again."""
     here = town(2, decay=0.9)
@@ -303,13 +321,14 @@ def lived(oracle: LitEmaOracle, model: Model) -> LitEmaOracle:
     return oracle
 
 
+@KEPT
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize(("hosts", "place"), [(2, 0), (2, 1), (3, 1)])
 def test_host_is_killed(
     point: str, hosts: int, place: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]
 ) -> None:
     """A host that is killed at any point comes back, and the run goes on as if nobody had been."""
-    here = town(hosts, decay=0.9, durability="disk")
+    here = town(hosts, decay=0.9)
 
     def arm() -> None:
         here.hosts[place].kill_at = point
@@ -375,12 +394,14 @@ def play(here: Town, dice: random.Random, model: Model, oracle: LitEmaOracle) ->
     assert_same(here, oracle)
 
 
+@KEPT
 @pytest.mark.parametrize("seed", range(12))
 def test_lives(seed: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """Whatever is lost, comes late, twice or out of order, and whoever ends meanwhile: bit-identical to LitEma."""
     play(town(3, decay=0.9), random.Random(seed), model, litema(model(0), decay=0.9))
 
 
+@KEPT
 @pytest.mark.soak
 def test_many_lives(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """The same for many more."""
@@ -421,7 +442,8 @@ def orphans(here: Town, seed: int, model: Model, oracle: LitEmaOracle) -> None:
     assert_same(here, oracle)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@KEPT
+@pytest.mark.parametrize("seed", range(10))
 def test_orphans_are_on_all_or_none(seed: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """An update whose trainer is gone is applied on all hosts or on none, and what follows goes on from there."""
     orphans(town(3), seed, model, litema(model(0)))
@@ -515,6 +537,7 @@ def test_report_waits_for_the_row(says: str, town: MakeTown, monkeypatch: pytest
     assert [each for _, each in here.queue if isinstance(each, Report) and each.record.vote]
 
 
+@KEPT
 def test_trainers_race(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """Two trainers push at once to three hosts, on threads: each update is on all hosts or none, in one order."""
     here, oracle = town(3), litema(model(0))
@@ -533,6 +556,201 @@ def test_trainers_race(town: MakeTown, model: Model, litema: type[LitEmaOracle])
         assert step
         oracle.update(model(step))
     assert_same(here, oracle)
+
+
+# --- memory files ---------------------------------------------------------------------------------------------------
+
+
+def memory_files(ram_dir: Path) -> list[Path]:
+    return [path for path in ram_dir.glob("*/*") if path.name != "owner"]
+
+
+@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
+def test_clean_stop(kept: Path, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """A clean stop gives memory back, and the run goes on from its checkpoints; memory that was voted for stays, and
+    comes back, also where the current version lies on disk alone."""
+    here, oracle = town(2, decay=0.9), litema(model(0), decay=0.9)
+    here.push(1)
+    for host in here.hosts:
+        host.server.stop()
+    assert memory_files(kept) == []
+    for host in here.hosts:
+        host.server.start()
+        host.start()
+    here.deliver()
+    sent = here.send(2, "u2", 0)
+    for _ in range(2):
+        assert here.hosts[0].shard
+        assert here.hosts[0].shard.record.vote
+        here.hosts[0].server.stop()
+        assert memory_files(kept)
+        here.hosts[0].server.start()
+        here.hosts[0].start()
+    assert sent
+    here.send(2, "u2", 1)
+    here.deliver()
+    here.change("k", Change("decay", 0.25))
+    here.push(3)
+    oracle.update(model(1))
+    oracle.update(model(2))
+    oracle.decay = torch.tensor(0.25)
+    oracle.update(model(3))
+    assert_same(here, oracle)
+
+
+@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
+def test_decay_after_a_clean_stop(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """A change that is the first thing after a clean stop, when no version lies in memory files, outlives a kill."""
+    here, oracle = town(2, decay=0.9), litema(model(0), decay=0.9)
+    for host in here.hosts:
+        host.server.stop()
+        host.server.start()
+        host.start()
+    here.deliver()
+    here.change("k", Change("decay", 0.25))
+    oracle.decay = torch.tensor(0.25)
+    assert_same(here, oracle)
+    here.push(1)
+    oracle.update(model(1))
+    assert_same(here, oracle)
+
+
+@KEPT
+def test_kill_over_a_decay(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """A vote for another decay has the current version's bytes, also after a kill: nobody writes over them."""
+    here, oracle = town(2, decay=0.9), litema(model(0), decay=0.9)
+    here.hosts[1].kill_at = "vote in the row, report not sent"
+    here.change("k", Change("decay", 0.25))
+    oracle.decay = torch.tensor(0.25)
+    assert here.hosts[1].kills == 1
+    for step in range(1, 6):
+        gc.collect()
+        here.push(step)
+        oracle.update(model(step))
+    assert_same(here, oracle)
+
+
+@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
+def test_release(kept: Path, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """What a killed shard left in memory is brought to its disk and freed; what it has voted for stays."""
+    here, oracle = town(2), litema(model(0))
+    here.push(1)
+    here.send(2, "u2", 0)
+    for host, released in zip(here.hosts, ([], [("r", 1)]), strict=True):
+        host.stop()
+        assert host.server.folder
+        store = open_store(host.server.folder, kept)
+        assert list(release(store)) == released
+        store.close()
+    for host in here.hosts:
+        host.server.start()
+        host.start()
+    here.push(2, "u2")
+    for step in (1, 2):
+        oracle.update(model(step))
+    assert_same(here, oracle)
+
+
+@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
+def test_steps_are_remembered(town: MakeTown) -> None:
+    """A shard that was killed knows its latest steps, however often a decay was changed since."""
+    here = town(2)
+    for step in (1, 2, 3):
+        here.push(step)
+    for k in range(17):
+        here.change(f"k{k}", Change("decay", k / 100))
+    here.hosts[0].restart()
+    ledger = here.hosts[0].local.run.ledger
+    assert [ledger.status_of(step).state for step in (1, 2, 3, 4)] == ["applied"] * 3 + ["unknown"]
+
+
+@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
+@pytest.mark.parametrize(
+    ("then", "reason", "version"),
+    [
+        ("voted", "has voted for", "1.0"),
+        ("committed", "go back together", "1.0"),
+        ("no checkpoint", "all its versions are gone", None),
+    ],
+)
+def test_memory_that_is_gone(then: str, reason: str, version: str | None, kept: Path, town: MakeTown) -> None:
+    """A shard whose memory went with the machine does not go back by itself, nor as one that never voted."""
+    here = town(2)
+    host = here.hosts[1]
+    if then != "no checkpoint":
+        host.server.registry.checkpoint()
+    if then == "voted":
+        here.send(1, "u1", 1)
+    else:
+        here.push(1)
+    host.stop()
+    for path in kept.glob("*"):
+        shutil.rmtree(path)
+    host.sent = 0
+    host.server.start()
+    host.start()
+    here.deliver()
+    assert host.local.info.status == "degraded"
+    assert reason in str(host.local.info.reason)
+    assert host.sent == 0
+    assert host.local.info.version == version
+
+
+@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
+def test_damaged_memory_that_was_voted_for(kept: Path, town: MakeTown) -> None:
+    """Bytes of a vote that are not those that were written are found after a restart, whoever has committed them."""
+    here = town(2)
+    before = {path: path.read_bytes() for path in memory_files(kept)}
+    here.send(1, "u1", 1)
+    here.hosts[1].stop()
+    for path in memory_files(kept):
+        if before.get(path) != path.read_bytes():
+            path.write_bytes(bytes(len(before[path])))
+    here.hosts[1].server.start()
+    here.hosts[1].start()
+    assert "in memory are not those" in str(here.hosts[1].local.info.reason)
+
+
+@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
+def test_memory_files_come_and_go(kept: Path, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
+    """A vote in a slot is committed by a server that has memory files since; a vote in memory files by none that has
+    no such: that shard says so."""
+    here, oracle = town(2), litema(model(0))
+    host = here.hosts[0]
+    host.server.stop()
+    host.server.ram_dir = None
+    host.server.start()
+    host.start()
+    here.deliver()
+    here.send(1, "u1", 0)
+    host.stop()
+    host.server.ram_dir = kept
+    host.server.start()
+    host.start()
+    for _ in range(2):
+        here.replace_coordinator()
+        assert host.shard
+        assert host.shard.record.vote
+        assert host.server.registry.shard("r").voted
+        host.restart()
+    here.push(1, "u1")
+    assert host.local.info.durable_step == 1
+    versions = host.server.registry.shard("r")
+    assert isinstance(versions, ShardMemoryVersions)
+    assert (versions.voted, versions.checkpoints.voted) == (None, None)  # type: ignore[attr-defined]
+    host.restart()
+    here.push(2)
+    for step in (1, 2):
+        oracle.update(model(step))
+    assert_same(here, oracle)
+
+    here.send(3, "u3", 0)
+    host.server.registry.checkpoint()
+    host.stop()
+    host.server.ram_dir = None
+    host.server.start()
+    host.start()
+    assert host.local.info.status == "degraded"
 
 
 # --- disks, and what is no shard ------------------------------------------------------------------------------------
@@ -573,6 +791,7 @@ def test_what_gave_way_lets_go(town: MakeTown) -> None:
     assert here.hosts[0].shard._held == {}
 
 
+@KEPT
 @pytest.mark.parametrize("act", ["vote", "verdict"])
 def test_disk_that_fails(
     act: str, town: MakeTown, model: Model, litema: type[LitEmaOracle], monkeypatch: pytest.MonkeyPatch

@@ -67,7 +67,7 @@ class Host:
 
     def __init__(self, town: Town, place: int, folder: Path, config: Mapping[str, Any]) -> None:
         self.town, self.place = town, place
-        self.server = LocalServer(folder)
+        self.server = LocalServer(folder, ram_dir=town.ram_dir)
         specs = specs_of(town.parts(0)[place])
         self.server.registry.create(RunConfig("r", specs, **config), ShardRow(place, town.hosts_count))
         self.shard: ShardRun | None = None
@@ -88,6 +88,7 @@ class Host:
                 self._wrap(versions, name, after=after)
         self.server.registry.get("r").changes.tell_always(lambda: self._reached("put", after=True))
         self.shard.report()
+        self.server.registry.verify()
 
     def stop(self) -> None:
         self.server.crash()
@@ -95,6 +96,8 @@ class Host:
 
     def restart(self) -> None:
         """Come back with the data dir as it is at this moment, which no end of a process has tidied up."""
+        if self.shard and self.town.ram_dir:
+            self.stop()  # memory files belong to a data dir by its path
         if self.shard:
             left = self.server.folder
             assert left
@@ -145,7 +148,16 @@ class Town:
     messages are lost, come twice, late, or out of order; None: none is.
     """
 
-    def __init__(self, folder: Path, hosts: int, model: Callable[[int], dict[str, Tensor]], **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        hosts: int,
+        model: Callable[[int], dict[str, Tensor]],
+        ram_dir: Path | None = None,
+        **config: Any,
+    ) -> None:
+        """ram_dir: where versions of durability ``process`` lie; None for slots."""
+        self.ram_dir = ram_dir
         self.hosts_count = hosts
         self.model = model
         self.queue: deque[tuple[str | int, Any]] = deque()
