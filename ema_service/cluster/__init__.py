@@ -1,7 +1,7 @@
 """Cluster: a run over several hosts, each of which holds a shard of it. Who decides, and by which messages.
 
-Knows revisions, tickets, votes and coordinators' terms. Does not know HTTP, files, tensors, or which program starts the
-hosts.
+Knows revisions, tickets, votes and coordinators' terms, and the run whose shard is here. Does not know HTTP, how
+weights are kept or averaged, or which program starts the hosts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from ema_service.cluster.messages import (
     Ticket,
     Vote,
 )
+from ema_service.cluster.shard_run import ShardRun
+from ema_service.cluster.texts import Change
 
 __all__ = [
     "Answer",
     "Ask",
+    "Change",
     "Coordinator",
     "Proposal",
     "Propose",
@@ -32,6 +35,7 @@ __all__ = [
     "Report",
     "Resolve",
     "Shard",
+    "ShardRun",
     "Term",
     "Ticket",
     "Vote",

@@ -12,6 +12,7 @@ from ema_service.persistence.offload import Offload
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.ring import StoredRing
 from ema_service.persistence.ring_shelf import RingSnapshot
+from ema_service.persistence.shard_versions import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.snapshots import Snapshots
 from ema_service.persistence.sweeps import Sweeps
 from ema_service.persistence.timeline import Timeline
@@ -22,6 +23,8 @@ __all__ = [
     "Offload",
     "Restored",
     "RingSnapshot",
+    "ShardMemoryVersions",
+    "ShardVersions",
     "Snapshots",
     "StoredRing",
     "Sweeps",

@@ -26,7 +26,7 @@ from ema_client.protocol import RunConfig
 from ema_service.averaging import Digest
 from ema_service.memory import Arena, FilePool, Layout, Memory
 from ema_service.persistence.restoring import Restored
-from ema_service.persistence.rows import StoredVersion, dump, read_rows
+from ema_service.persistence.rows import StoredVersion, dump
 from ema_service.persistence.versions import Versions
 from ema_service.shadows.state import Member, Setup, State
 from ema_service.storage import MEMORY, CheckpointRow, RunRow, Store
@@ -89,9 +89,10 @@ class MemoryVersions:
         nonce: str,
         *,
         setup: Setup | None = None,
+        checkpoints: Versions | None = None,
     ) -> None:
         """config, setup: as for Versions. memory: the run's, whose arenas are lent by ``pool``. nonce: of the folder
-        that the files lie in."""
+        that the files lie in. checkpoints: another kind of versions on disk than an ordinary run's."""
         self._run = config.run
         self._ringed = len(config.posthoc.sigma_rel) if config.posthoc else 0
         self._row = row
@@ -100,7 +101,7 @@ class MemoryVersions:
         self._memory = memory
         self._pool = pool
         self._nonce = nonce
-        self.checkpoints = Versions(config, row, store, layout, memory, every=False, setup=setup)
+        self.checkpoints = checkpoints or Versions(config, row, store, layout, memory, every=False, setup=setup)
         self._setup = setup or Setup.of(config)
         self.durable_step: int | None = None
         self._trouble: str | None = None
@@ -279,13 +280,12 @@ class MemoryVersions:
                 fault = f"its memory files cannot be read: {missing}"
         found = self.checkpoints.restore(fault=fault)
         self.durable_step = self.checkpoints.durable_step
-        self._pool.adopt()
-        self._pool.trim(self._needed)
+        self._lend_others(self._beside(None))
         return found
 
     def _same_as_checkpoint(self) -> StoredVersion | None:
         """The row of a version in memory files that was brought to the disk since, and is still in memory."""
-        rows = read_rows(self._store.checkpoints(self._row))
+        rows = self.checkpoints.stored()
         newest = max((row.age for row in rows if row.row.folder != MEMORY), default=None)
         return next((row for row in rows if row.row.folder == MEMORY and row.age == newest), None)
 
@@ -314,7 +314,31 @@ class MemoryVersions:
 
     def _attached(self, row: StoredVersion) -> Restored:
         """The version whose files are still there. Raises OSError."""
-        arenas: dict[str, Arena] = {}
+        state = self._in_memory(row, {})
+        version = state.version
+        self._held, self._newest = [state], (row.row, row.row.state)
+        self.durable_step = version.step
+        self._steps.extend(row.steps)
+        self._note_step(state)
+        self.checkpoints.go_on_beside()
+        self._lend_others([(row, state), *self._beside(state)])
+        return Restored(state=state, steps=row.steps, last_epoch=version.epoch)
+
+    def _beside(self, state: State | None) -> list[tuple[StoredVersion, State]]:  # noqa: ARG002 - a shard has a vote
+        """Versions in memory files that are to stay beside the run's current one, with their rows."""
+        return []
+
+    def _lend_others(self, attached: list[tuple[StoredVersion, State]]) -> None:
+        """Have the files lent that none of these versions lies in, and the versions verified."""
+        self._pool.adopt()
+        self._pool.trim(self._needed)
+        self._unverified += attached
+        if self._unverified:
+            self._verified.clear()
+
+    def _in_memory(self, row: StoredVersion, arenas: dict[str, Arena]) -> State:
+        """The version of a row. arenas: those that are attached already, by their files; more are added. Raises
+        OSError."""
         version = row.version(self._setup)
         if not version.averages:
             raise OSError("they hold none of the averages that the run has by now")
@@ -324,17 +348,7 @@ class MemoryVersions:
                 arenas[name] = self._arena(name)
             if checksum:
                 arenas[name].digest = bytes.fromhex(checksum)
-        state = State(version, tuple(arenas[row.files[average.name]] for average in version.averages))
-        self._held, self._newest = [state], (row.row, row.row.state)
-        self.durable_step = version.step
-        self._steps.extend(row.steps)
-        self._note_step(state)
-        self.checkpoints.go_on_beside()
-        self._pool.adopt()
-        self._pool.trim(self._needed)
-        self._unverified.append((row, state))
-        self._verified.clear()
-        return Restored(state=state, steps=row.steps, last_epoch=version.epoch)
+        return State(version, tuple(arenas[row.files[average.name]] for average in version.averages))
 
     def _arena(self, name: str) -> Arena:
         host = self._pool.attach(name)

@@ -15,6 +15,7 @@ from ema_service.memory.arena import buffer_bytes
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.rows import read_setup
+from ema_service.persistence.shard_versions import ShardMemoryVersions
 from ema_service.storage import MEMORY, RunRow, Store, memory_prefix
 
 __all__ = ["release"]
@@ -45,6 +46,9 @@ def release(store: Store) -> Iterator[tuple[str, int | None]]:
         if damaged:
             _log.error("run %s is left as it is: %s", row.name, damaged[0].fault)
             continue
+        if isinstance(versions, ShardMemoryVersions) and versions.voted:
+            _log.error("run %s is left as it is: it is a shard, and has voted for what is in memory", row.name)
+            continue
         versions.save(found.state, final=True)
         yield row.name, found.state.version.step
 
@@ -57,4 +61,6 @@ def _versions(store: Store, row: RunRow, memory: Memory) -> MemoryVersions:
         raise RuntimeError("there are no memory files")
     pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), memory.pool)
     setup = read_setup(config, row.averages)
-    return MemoryVersions(config, row, store, layout, memory.of_run(pool), pool, files.nonce, setup=setup)
+    given = config, row, store, layout, memory.of_run(pool), pool, files.nonce
+    shard = store.shard(row)
+    return ShardMemoryVersions(shard, *given, setup=setup) if shard else MemoryVersions(*given, setup=setup)

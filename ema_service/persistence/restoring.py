@@ -74,7 +74,7 @@ class Search:
         found = Restored(last_epoch=max((row.epoch for row in [*newer, *rows]), default=0))
         for position, row in enumerate(rows):
             try:
-                state = self._read(row)
+                state = self.read(row)
             except (OSError, MalformedBody) as damage:
                 newer.append(row)
                 why = f"its checkpoint of {time.ctime(row.row.created_at)} cannot be read: {damage}"
@@ -90,7 +90,8 @@ class Search:
             return found
         return replace(found, fault=f"{_missing(found.state, newer[0])}{faults[0]}")
 
-    def _read(self, row: StoredVersion) -> State:
+    def read(self, row: StoredVersion) -> State:
+        """The version of a row, with its bytes. Raises OSError; MalformedBody where it is damaged."""
         if not row.said:
             raise MalformedBody("the catalog's row of it is damaged")
         version, arenas = row.version(self.setup), []

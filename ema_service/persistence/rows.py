@@ -14,7 +14,7 @@ from ema_client.protocol import AverageConfig, RunConfig, from_json, to_json
 from ema_service.shadows.state import Average, Descent, Member, Setup, State, Version
 from ema_service.storage import CheckpointRow
 
-__all__ = ["StoredVersion", "boot_id", "descent_of", "dump", "dump_setup", "read_rows", "read_setup"]
+__all__ = ["StoredVersion", "boot_id", "descent_of", "dump", "dump_setup", "read_rows", "read_setup", "revision_of"]
 
 #: The members that the text of every row has, in every format.
 _MEMBERS = {"lineage", "epoch", "n", "step", "num_updates", "digest", "updated_at", "final", "averages"}
@@ -179,6 +179,12 @@ def _parse(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return said if isinstance(said, dict) and said.keys() >= _MEMBERS else {}
+
+
+def revision_of(record: str) -> int:
+    """The revision that a shard's record says the run has come to; 0 for an empty record."""
+    revision: int = json.loads(record)["revision"] if record else 0
+    return revision
 
 
 def boot_id() -> str | None:

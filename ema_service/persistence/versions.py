@@ -32,7 +32,7 @@ from ema_service.persistence.timeline import Timeline
 from ema_service.shadows.state import Average, Member, Setup, State, Version, schedule_told
 from ema_service.storage import MEMORY, CheckpointRow, Extent, RunRow, Slot, Store, TensorFile, padded_bytes
 
-__all__ = ["SlotPlace", "Versions"]
+__all__ = ["SlotPlace", "Versions", "Written"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True)
-class _Written:
+class Written:
     """A version on disk. It holds its slot as long as this object lives, and no memory: the run may be further on.
 
     text: of its row, as it is in the catalog now. age: as StoredVersion.age. step: the version's. synced: whether the
@@ -67,20 +67,20 @@ class SlotPlace:
     """A slot that one version is written to, and its row."""
 
     def __init__(self, versions: Versions, slot: Slot) -> None:
+        self.slot = slot
         self._versions = versions
-        self._slot = slot
 
     def write(self, average: str, data: memoryview, upto: int, start: int = 0) -> None:
         """As Slot.write()."""
-        self._slot.write(average, data, upto, start)
+        self.slot.write(average, data, upto, start)
 
     def finish(self, state: State) -> None:
         """As Versions.write()."""
-        self._versions.write(self._slot, state)
+        self._versions.write(self.slot, state)
 
     def commit(self, state: State) -> None:
         """As Versions.commit()."""
-        self._versions.commit(self._slot, state)
+        self._versions.commit(self.slot, state)
 
 
 class Versions:
@@ -126,7 +126,7 @@ class Versions:
         extents = {member.name: self._extent(member) for member in self._setup.members}
         # Nobody waits for a checkpoint, and a push that comes meanwhile wants the cores.
         self._slots = store.slots(row, extents, behind=self.every, patient=not self.every or self._durability == "disk")
-        self._newest: _Written | None = None
+        self._newest: Written | None = None
         self._anchor: Slot | None = None
         self._anchor_step: int | None = None
         #: Slots whose row could not be committed. The row may be in the catalog's log all the same, and come up after a
@@ -336,12 +336,19 @@ class Versions:
             found = Restored(last_epoch=last_epoch, fault=f"its files cannot be read: {unreadable}")
         else:
             self.give_back()
-            search = Search(self._run, self._setup, self._durability, self._open, self._layout, self._memory)
-            found = search.find(rows, lost, fault)
+            found = self._find(rows, lost, fault)
         self._go_on_from(found)
         if found.fault:
             _log.error("run %s is degraded: %s", self._run, found.fault)
         return found
+
+    def _find(self, rows: Sequence[StoredVersion], lost: StoredVersion | None, fault: str | None) -> Restored:
+        """As Search.find()."""
+        return self._search.find(rows, lost, fault)
+
+    @property
+    def _search(self) -> Search:
+        return Search(self._run, self._setup, self._durability, self._open, self._layout, self._memory)
 
     def _go_on_from(self, found: Restored) -> None:
         """Hold the slots of the restored version and of its anchor: the versions that follow are written beside
@@ -358,7 +365,11 @@ class Versions:
             # The version is no longer final, and of this epoch: said before anything can follow it. A damaged run is
             # left as it is until someone decides.
             self._amend(written, state, final=False, durable=True)
-            self._store.remove_checkpoint(self._row, MEMORY)
+            self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        """A version in memory files, if there is one, is not the newest any more."""
+        self._store.remove_checkpoint(self._row, MEMORY)
 
     def leave(self, fault: str) -> Restored:
         """Read nothing, and let nobody write over what is there: the run comes up without weights, for ``fault``."""
@@ -374,9 +385,9 @@ class Versions:
             self._hold(rows[0], rows[1:])
             self.durable_step = rows[0].step
 
-    def _hold(self, row: StoredVersion, older: Sequence[StoredVersion]) -> _Written:
+    def _hold(self, row: StoredVersion, older: Sequence[StoredVersion]) -> Written:
         """Let nobody write over the version of ``row``, nor over the newest that is on the medium."""
-        written = _Written(row.row, self._slots.hold(row.row.folder), row.row.state, row.age, row.step, row.row.synced)
+        written = Written(row.row, self._slots.hold(row.row.folder), row.row.state, row.age, row.step, row.row.synced)
         anchor = next((each for each in (row, *older) if each.row.synced), None)
         self._newest = written
         self._anchor = written.slot if anchor is row else self._slots.hold(anchor.row.folder) if anchor else None
@@ -385,13 +396,17 @@ class Versions:
 
     def memory_row(self) -> StoredVersion | None:
         """The row of a version in memory files that is newer than every version on disk, or cannot be read."""
-        found = [row for row in read_rows(self._store.checkpoints(self._row)) if row.row.folder == MEMORY]
+        found = [row for row in self.stored() if row.row.folder == MEMORY]
         newest = max((row.age for row in self._rows()), default=(0, -1))
         return found[0] if found and (not found[0].said or found[0].age > newest) else None
 
+    def stored(self) -> list[StoredVersion]:
+        """The rows of versions, on disk and in memory files, newest first. Raises sqlite3.Error."""
+        return read_rows(self._store.checkpoints(self._row))
+
     def _rows(self) -> list[StoredVersion]:
         """The rows of versions on disk, newest first."""
-        return [row for row in read_rows(self._store.checkpoints(self._row)) if row.row.folder != MEMORY]
+        return [row for row in self.stored() if row.row.folder != MEMORY]
 
     def _open(self, row: StoredVersion, average: str) -> TensorFile:
         return self._store.open_checkpoint(self._row, row.row, average)
@@ -444,12 +459,16 @@ class Versions:
             raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
         self._doubtful.clear()
         age = state.version.epoch, state.version.n
-        self._newest = _Written(row, slot, text, age, state.version.step, synced)
-        if synced:
-            self._anchor, self._anchor_step = slot, state.version.step
-        self.durable_step = state.version.step
+        self._go_on_with(Written(row, slot, text, age, state.version.step, synced))
 
-    def _amend(self, written: _Written, state: State, *, final: bool, durable: bool) -> None:
+    def _go_on_with(self, written: Written) -> None:
+        """A version on disk is the run's newest from now on."""
+        self._newest = written
+        if written.synced:
+            self._anchor, self._anchor_step = written.slot, written.step
+        self.durable_step = written.step
+
+    def _amend(self, written: Written, state: State, *, final: bool, durable: bool) -> None:
         """Replace the text of a version's row, where it differs. Raises sqlite3.Error."""
         text = dump(state, final=final)
         if text != written.text:

@@ -9,6 +9,6 @@ from __future__ import annotations
 from ema_service.runs.gathering import Part, Terms
 from ema_service.runs.parts import Parts
 from ema_service.runs.registry import Registry
-from ema_service.runs.run import Parameters, Run, Update
+from ema_service.runs.run import Parameters, Run, Update, Write
 
-__all__ = ["Parameters", "Part", "Parts", "Registry", "Run", "Terms", "Update"]
+__all__ = ["Parameters", "Part", "Parts", "Registry", "Run", "Terms", "Update", "Write"]

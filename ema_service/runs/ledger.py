@@ -12,6 +12,7 @@ Knows steps, writers, versions and schedules. Does not know where shadows lie or
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -44,7 +45,7 @@ from ema_service.averaging.schedules import COPY, Retention
 from ema_service.runs.schedules import counts, largest_decay, schedule_of
 from ema_service.shadows.state import Average, Descent, Member, Plan, Setup, Version
 
-__all__ = ["Ledger", "Succession"]
+__all__ = ["Ledger", "Succession", "writer_in"]
 
 #: How many applied steps a run remembers, for ``GET updates/{step}``.
 _REMEMBERED_STEPS = 1024
@@ -397,6 +398,23 @@ class Ledger:
         self.check_exists()
         return self._given.get(key or "", self.writer + 1)
 
+    # --- what becomes of the run ------------------------------------------------------------------------------------
+
+    def outcome(self, to: Version | None = None, writer: int | None = None) -> str:
+        """What a write makes of the run, as text: the same on every shard of a run that lies on several hosts, or the
+        shards have come apart.
+
+        to: the version that the write makes, writer: the number of a trainer that attaches; None where the write leaves
+        that as it is. Left out is what each host has its own of: the clock's time, and the digest of its slice.
+        """
+        following = to or self.version
+        facts = {
+            "base": _facts(self.version) if self.version else None,
+            "next": _facts(following) if following else None,
+            "writer": self.writer if writer is None else writer,
+        }
+        return json.dumps(facts, sort_keys=True)
+
     # --- what takes effect ------------------------------------------------------------------------------------------
 
     def attach(self, writer: int, key: str | None = None) -> None:
@@ -494,6 +512,28 @@ class Ledger:
     def _forget_steps_after(self, step: int | None) -> None:
         kept = [] if step is None else [each for each in self._steps if each <= step]
         self._steps = deque(kept, maxlen=_REMEMBERED_STEPS)
+
+
+def writer_in(outcome: str) -> int:
+    """The number of the latest trainer that attached, of what Ledger.outcome() gave."""
+    number: int = json.loads(outcome)["writer"]
+    return number
+
+
+def _facts(version: Version) -> dict[str, object]:
+    """Of a version, what does not depend on which part of the parameters a host has."""
+    averages = [
+        (each.name, each.member.lineage, each.decay, each.effective_decay, each.num_updates)
+        for each in version.averages
+    ]
+    return {
+        "lineage": version.lineage,
+        "version": str(version),
+        "step": version.step,
+        "num_updates": version.num_updates,
+        "keys": version.keys,
+        "averages": averages,
+    }
 
 
 def _counted(counter: int, gap: int) -> int:

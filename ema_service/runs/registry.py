@@ -51,7 +51,18 @@ from ema_client.protocol import (
 from ema_service.averaging import prepare, prepare_measuring
 from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
 from ema_service.memory.arena import buffer_bytes
-from ema_service.persistence import MemoryVersions, Offload, Restored, Snapshots, StoredRing, Sweeps, Timeline, Versions
+from ema_service.persistence import (
+    MemoryVersions,
+    Offload,
+    Restored,
+    ShardMemoryVersions,
+    ShardVersions,
+    Snapshots,
+    StoredRing,
+    Sweeps,
+    Timeline,
+    Versions,
+)
 from ema_service.persistence.measured import StoredMeasurements
 from ema_service.persistence.rows import read_setup
 from ema_service.runs.branching import check_averages, check_branch
@@ -67,6 +78,7 @@ from ema_service.storage import (
     MemoryFilesUnusable,
     ObjectStore,
     RunRow,
+    ShardRow,
     SnapshotRow,
     Store,
     memory_prefix,
@@ -303,6 +315,13 @@ class Registry:
         """What sweeps over averages of a run found. Raises RunNotFound."""
         return self._find(name).sweeps
 
+    def shard(self, name: str) -> ShardVersions | ShardMemoryVersions:
+        """The versions of a run that is a shard. Raises RunNotFound; InvalidRequest where the run is none."""
+        disk = self._find(name).disk
+        if disk is None or not isinstance(disk.versions, ShardVersions | ShardMemoryVersions):
+            raise InvalidRequest(f"run {name!r} is no shard: it decides alone")
+        return disk.versions
+
     def synthesiser(self, name: str) -> Synthesiser:
         """What works out averages of other lengths for a run. Raises RunNotFound, StorageDisabled, SynthesisRefused."""
         found = self._find(name)
@@ -315,8 +334,10 @@ class Registry:
 
     # --- what is done to a run as a whole ---------------------------------------------------------------------------
 
-    def create(self, config: RunConfig) -> tuple[Run, bool]:
+    def create(self, config: RunConfig, shard: ShardRow | None = None) -> tuple[Run, bool]:
         """The run of this configuration, and whether it is new.
+
+        shard: which shard of a run on several hosts the run is to be; ``config`` has the shard's part of the layout.
 
         A run of this name with another configuration gives way where it has neither weights nor snapshots: its creator
         failed, or began anew. While its initial weights are being received Superseded is raised, as they decide.
@@ -331,10 +352,11 @@ class Registry:
         config = replace(config, layout=tuple(entry.spec for entry in layout.params), copied=layout.copied)
         with self._alone(config.run):
             found = self._runs.get(config.run)
+            _check_shard(shard, found)
             if found is None:
-                config = replace(config, durability=self._durability(config))
+                config = replace(config, durability=self._durability(config, shard))
                 with self._claimed(config, layout) as claim:
-                    return self._add(config, layout, claim).run, True
+                    return self._add(config, layout, claim, shard=shard).run, True
             # Whatever became of its averages since: a creator that comes again asks for those of the beginning.
             created = found.run.ledger.setup.created
             same = replace(config, durability=config.durability or created.durability)
@@ -628,8 +650,14 @@ class Registry:
         more = tuple(average for average in config.posthoc.averages if average not in config.averages)
         return replace(config, averages=(*config.averages, *more))
 
-    def _durability(self, config: RunConfig) -> Durability:
-        """The durability of a new run. Raises StorageDisabled where it needs a disk and there is none."""
+    def _durability(self, config: RunConfig, shard: ShardRow | None = None) -> Durability:
+        """The durability of a new run. Raises StorageDisabled where it needs a disk and there is none; InvalidRequest
+        where the run is a shard and would keep no version."""
+        if shard and (self._store is None or config.durability == "memory"):
+            raise InvalidRequest(
+                f"durability: run {config.run!r} is a shard, whose vote has to outlive the server",
+                hint='ask for "process" or "disk", of a server with --data-dir',
+            )
         chosen = config.durability or ("process" if self._store else "memory")
         if chosen != "memory" and not self._store:
             raise StorageDisabled(
@@ -638,7 +666,14 @@ class Registry:
             )
         return chosen
 
-    def _add(self, config: RunConfig, layout: Layout, claim: _Claim, before: Run | None = None) -> _Registered:
+    def _add(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        claim: _Claim,
+        before: Run | None = None,
+        shard: ShardRow | None = None,
+    ) -> _Registered:
         """Add a new run, first to the disk, then to the registry. Raises StorageFailed, Overloaded.
 
         claim: of the run's memory, which the run itself counts for once it is there. before: the run that gave way. The
@@ -652,7 +687,7 @@ class Registry:
             return self._entered(self._make(config, layout, None, created_at, writer=writer), claim)
         try:
             self._store.check_room(0)
-            row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer)
+            row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer, shard)
             try:
                 made = self._allocated(config, layout, row, created_at)
                 if made.disk and made.disk.ring:
@@ -726,13 +761,16 @@ class Registry:
             return _Registered(run, Parts(run), timeline, sweeps, measurements, None)
         store, memory, files = self._store, self.memory, self._store.memory_files
         versions: Versions | MemoryVersions
+        shard = store.shard(row)
         if files and not refusal and config.durability == "process":
             pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), self.memory.pool)
             memory = self.memory.of_run(pool)
-            versions = MemoryVersions(config, row, store, layout, memory, pool, files.nonce, setup=setup)
+            given = config, row, store, layout, memory, pool, files.nonce
+            versions = ShardMemoryVersions(shard, *given, setup=setup) if shard else MemoryVersions(*given, setup=setup)
         else:
             why = (refusal or store.memory_fault) if config.durability == "process" else None
-            versions = Versions(config, row, store, layout, memory, reason=why, setup=setup)
+            on_disk = partial(ShardVersions, shard) if shard else Versions
+            versions = on_disk(config, row, store, layout, memory, reason=why, setup=setup)
         run = Run(
             config,
             layout,
@@ -742,6 +780,7 @@ class Registry:
             writer=row.writer,
             setup=setup,
             measurements=noted,
+            alone=shard is None,
         )
         tell, most = run.changes.tell, self._max_snapshots
         snapshots = Snapshots(config, row, store, layout, memory, tell, most=most, offload=self.offload)
@@ -834,6 +873,20 @@ def _check_state(info: SnapshotInfo) -> None:
             "no run was ever at it",
             hint="rewind to a snapshot of the run; what was worked out can be pulled, and begin another run",
         )
+
+
+def _check_shard(shard: ShardRow | None, found: _Registered | None) -> None:
+    """Raises InvalidRequest for a shard that cannot be; RunExists where the run that is there is another shard, or none
+    where a shard is asked for."""
+    if shard and not 0 <= shard.place < shard.of:
+        raise InvalidRequest(f"shard {shard.place} of {shard.of}: shards are numbered from 0 to {shard.of - 1}")
+    if found is None:
+        return
+    versions = found.disk.versions if found.disk else None
+    here = (versions.place, versions.of) if isinstance(versions, ShardVersions | ShardMemoryVersions) else None
+    if here != ((shard.place, shard.of) if shard else None):
+        told = "no shard" if here is None else f"shard {here[0]} of {here[1]}"
+        raise RunExists(f"run {found.run.config.run!r} exists, as {told}")
 
 
 def _check_gives_way(found: _Registered, refusal: str) -> None:

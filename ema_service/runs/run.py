@@ -1,10 +1,11 @@
 """A run: the lock under which its ledger decides, its shadows move on, and its keeper is told.
 
-``awaiting_weights -> ready``. A state is immutable. An update is prepared beside the current state, without the lock,
-and committed under it: the ledger judges, the keeper makes the version what a restart brings back, and one assignment
-puts the version in place. So a reader takes ``run.state`` without a lock and has one version, whole, for as long as the
-reader likes; an update that fails has changed nothing; and every version that anyone was told of comes back after a
-restart.
+``awaiting_weights -> ready``. A state is immutable. An update is finished beside the current state, without the lock.
+Then, under the lock, every write has two halves: it is *prepared* (the ledger judges, and a Write says what is to
+happen) and *resolved* (the keeper makes the write what a restart brings back, and one assignment puts the write in
+place). A run that decides alone does both at once. So a reader takes ``run.state`` without a lock and has one version,
+whole, for as long as the reader likes; an update that fails has changed nothing; and every version that anyone was told
+of comes back after a restart.
 
 The lock is held for microseconds, and for the keeper's row; apply() alone averages under it (see there).
 
@@ -13,15 +14,16 @@ Knows the order of those steps. Does not know how they are decided (ledger), com
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
-from ema_client.errors import Superseded
+from ema_client.errors import InvalidRequest, Superseded
 from ema_client.protocol import RingInfo, RunConfig, RunInfo, SnapshotInfo, UpdateResult
 from ema_service.averaging import prepare_for
 from ema_service.memory import Arena, Layout, Memory, Staged
@@ -32,10 +34,14 @@ from ema_service.runs.ledger import Ledger, Succession
 from ema_service.runs.measurements import Measured, Measurements
 from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Setup, Shadows, State, Version
 
-__all__ = ["Keeper", "Parameters", "Place", "Run", "Update"]
+__all__ = ["Finished", "First", "Keeper", "Parameters", "Place", "Run", "Update", "Write"]
 
 #: Bytes of shadows that are averaged in 0.1 ms: waking a thread for the work, and then the event loop, takes as long.
 _SMALL_BYTES = 1 << 20
+
+
+def _nothing() -> None:
+    """What keeps a write where nothing is kept, and what follows a write where nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,48 @@ class Update:
     place: Place | None = None
     measured: bool = False
     begun: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An update whose version is whole and written to its place, and that is not judged yet.
+
+    state: that the update makes; None where only the digest of the parameters is compared. arrived: when all parameters
+    were there, of an update that was received as one, by time.perf_counter().
+    """
+
+    update: Update
+    prepared: Prepared
+    state: State | None
+    arrived: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class First:
+    """Initial weights that are whole and written to their place, and that are not judged yet.
+
+    succession: by which the state was made. place: None where not every version is kept.
+    """
+
+    succession: Succession
+    state: State
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A write to a run that the ledger allows, and that is not the run's yet.
+
+    Made, kept and put under one hold of the run's lock where the run decides alone; a shard votes for the write in
+    place of keep(), and calls put() after the verdict. keep: has a restart bring the write back; where that raises, the
+    run is as it was. put: makes the write the run's, and never raises. state: that the write makes, None where it makes
+    none. place: where the state was written, None where its bytes are kept already.
+    """
+
+    keep: Callable[[], None]
+    put: Callable[[], None]
+    state: State | None = None
+    place: Place | None = None
 
 
 @dataclass(slots=True)
@@ -137,6 +185,9 @@ class Run:
 
     More than twenty methods: one for each way in which a version of the run comes about, and what readers ask.
 
+    A shard of a run on several hosts (cluster.ShardRun) goes the same way in two halves: finish(), then under
+    deciding() prepare(), and under deciding() again what the Write says. The methods that decide alone refuse there.
+
     ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
     changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made. ring: tells of the run's
     ring, where it has one. measurements: told of each update that was applied; None where nothing is measured.
@@ -153,8 +204,10 @@ class Run:
         writer: int = 0,
         setup: Setup | None = None,
         measurements: Measurements | None = None,
+        alone: bool = True,
     ) -> None:
-        """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger."""
+        """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger. alone:
+        whether the run decides by itself; False of a shard."""
         self.layout = layout
         if memory.on_host:
             prepare_for(section.param_dtype for section in layout.sections)
@@ -167,6 +220,7 @@ class Run:
         self._shadows = Shadows(layout, memory, check=config.non_finite == "refuse")
         self._keeper = keeper
         self._measurements = measurements
+        self._alone = alone
         self._lock = threading.Lock()
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -224,12 +278,17 @@ class Run:
         The same bytes at the same step again are answered and not applied. Raises as Ledger.judge(), and NonFinite,
         StorageFailed.
         """
+        finished = self.finish(update)
+        with self._lock:
+            return self._applied(finished)
+
+    def finish(self, update: Update) -> Finished:
+        """The update with its version whole, and written to its place. Raises as Ledger.admit(), NonFinite,
+        StorageFailed."""
         arrived = time.perf_counter()
         prepared = update.preparation.finish()
         self.ledger.admit(update.plan.step, update.writer)
-        state = self._next(update, prepared)
-        with self._lock:
-            return self._settle(update, prepared, state, arrived)
+        return Finished(update, prepared, self._next(update, prepared), arrived)
 
     @property
     def quick(self) -> bool:
@@ -255,12 +314,12 @@ class Run:
             else:
                 update, prepared = parameters.update, parameters.prepared
                 update = replace(update, place=self._place(update.plan))
-            return self._settle(update, prepared, self._next(update, prepared))
+            return self._applied(Finished(update, prepared, self._next(update, prepared)))
 
     def repeated(self, step: int, writer: int | None = None) -> UpdateResult:
         """The answer to the latest step sent again with the same bytes. Raises as Ledger.admit()."""
         self.ledger.admit(step, writer)
-        return _result(self.ready_state().version, step, self._keeper, applied=False)
+        return self.result(step, applied=False)
 
     def _place(self, plan: Plan) -> Place | None:
         """Where the version that an update makes is kept; None where it is not, or no version comes of the update."""
@@ -279,15 +338,32 @@ class Run:
             update.place.finish(state)
         return state
 
-    def _settle(
-        self, update: Update, prepared: Prepared, state: State | None, arrived: float | None = None
-    ) -> UpdateResult:
-        """The line that decides whether an update counts. Under the lock. arrived: when all parameters were there, of
-        an update that was received as one."""
-        applied = self.ledger.judge(update.plan, prepared.digest, update.writer)
-        if applied and state:
-            self._commit(state, update.place, partial(self._measure, update, prepared, state, arrived))
-        return _result(self.ready_state().version, update.plan.step, self._keeper, applied=applied)
+    @contextlib.contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Within the block nobody else prepares a write, or puts one in place. For microseconds, and for rows."""
+        with self._lock:
+            yield
+
+    def prepare(self, finished: Finished) -> Write | None:
+        """The line that decides whether an update counts: the write that it is; None where it was applied before.
+
+        Under deciding(). Raises as Ledger.judge().
+        """
+        update, state = finished.update, finished.state
+        applied = self.ledger.judge(update.plan, finished.prepared.digest, update.writer)
+        if not applied or state is None:
+            return None
+        return self.moving_to(state, update.place, partial(self._measure, finished, state))
+
+    def result(self, step: int, *, applied: bool) -> UpdateResult:
+        """The answer to an update of the run's latest step. applied: whether it was applied now. Raises as
+        ready_state()."""
+        return _result(self.ready_state().version, step, self._keeper, applied=applied)
+
+    def _applied(self, finished: Finished) -> UpdateResult:
+        """Prepare and resolve an update. Under the lock."""
+        applied = self._settle(self.prepare(finished))
+        return self.result(finished.update.plan.step, applied=applied)
 
     # --- other ways to another version ------------------------------------------------------------------------------
 
@@ -316,20 +392,38 @@ class Run:
         bytes again change nothing. Raises WeightsExist, NonFinite, InvalidRequest, RunDegraded; StorageFailed, after
         which the same ``parameters`` may be given again; Superseded where an average was added or removed meanwhile.
         """
+        first = self.finish_first(parameters, secrets.token_hex(8), num_updates=num_updates, step=step)
+        with self._lock:
+            self._settle(self.prepare_first(first))
+
+    def finish_first(
+        self, parameters: Parameters, lineage: str, *, num_updates: int | None = None, step: int | None = None
+    ) -> First:
+        """The first version of the pushed parameters, whole, and written to its place. lineage: of the run.
+
+        Others as for initialise(). Raises NonFinite, InvalidRequest, RunDegraded, StorageFailed, Superseded.
+        """
         self.ledger.check_writable()
         succession = self.ledger.succession
-        first = partial(succession.first, secrets.token_hex(8), num_updates=num_updates, step=step)
+        first = partial(succession.first, lineage, num_updates=num_updates, step=step)
         first(b"", 0.0)  # a wrong counter is refused before anything is computed
         prepared = self._first(parameters)
         state = _begun(first(prepared.digest, time.time()), prepared)
         place, parameters.place = parameters.place, None
         if self.state is None:
             place = self._write(state, place if parameters.setup is succession.setup else None)
-        with self._lock:
-            if self.ledger.judge_first(prepared.digest):
-                if self.ledger.succession is not succession:
-                    raise Superseded(f"the averages of run {self.config.run!r} changed meanwhile", retry_after=0.0)
-                self._commit(state, place)
+        return First(succession, state, place)
+
+    def prepare_first(self, first: First) -> Write | None:
+        """Whether initial weights count: the write that they are; None where the same were given before.
+
+        Under deciding(). Raises as Ledger.judge_first(); Superseded.
+        """
+        if not self.ledger.judge_first(first.state.version.digest):
+            return None
+        if self.ledger.succession is not first.succession:
+            raise Superseded(f"the averages of run {self.config.run!r} changed meanwhile", retry_after=0.0)
+        return self.moving_to(first.state, first.place)
 
     def initialise_anew(self, parameters: Parameters, replaces: str, writer: int | None = None) -> None:
         """Make the pushed parameters the first shadow in place of those that initial weights made before.
@@ -346,7 +440,7 @@ class Run:
         place = None if prepared.digest == base.digest else self._write(state)
         with self._lock:
             if self.ledger.judge_anew(base, replaces, prepared.digest, writer):
-                self._commit(state, place)
+                self._settle(self.moving_to(state, place))
             state = self.ready_state()
         # Also of a try that comes again: the one before may have failed here.
         keeper = self._keeper  # read once: None once the run is deleted
@@ -360,14 +454,19 @@ class Run:
         applied now. Raises what ``change`` raises, AwaitingWeights, RunDegraded, RunNotFound, StorageFailed.
         """
         with self._lock:
-            before = self.ledger.writable()
-            if before.made_by(key):
-                return False
-            state = State(change(self.ledger.succession, before).keyed(key), self.ready_state().arenas)
-            if self._keeper:
-                self._keeper.amend(state)
-            self._commit(state, None)
-            return True
+            return self._settle(self.prepare_amended(change, key))
+
+    def prepare_amended(self, change: Callable[[Succession, Version], Version], key: str | None) -> Write | None:
+        """The write that another decay or counter is; None where the write of this key was applied before.
+
+        Under deciding(). Raises as amend().
+        """
+        before = self.ledger.writable()
+        if before.made_by(key):
+            return None
+        state = State(change(self.ledger.succession, before).keyed(key), self.ready_state().arenas)
+        keep = partial(self._keeper.amend, state) if self._keeper else _nothing
+        return replace(self.moving_to(state, None), keep=keep)
 
     def change_averages(
         self, change: Callable[[Ledger], Setup | None], keep: Callable[[Setup], None], *, epoch: int | None = None
@@ -387,16 +486,19 @@ class Run:
             state = self.state
             if epoch is not None and state and state.version.epoch != epoch:
                 raise Superseded(f"run {self.config.run!r} was rewound meanwhile", retry_after=0.0)
-            keep(setup)
-            # In this order: who reads a state first, and the averages to come then, never begins an average anew that
-            # was removed.
-            self.ledger.change_averages(setup)
-            if state:
-                self._put_in_place(state.only(setup.members))
-            if self._keeper:
-                self._keeper.change_averages(setup)
+            self._settle(Write(partial(keep, setup), partial(self._put_averages, setup)))
         self.changes.tell()
         return True
+
+    def _put_averages(self, setup: Setup) -> None:
+        # In this order: who reads a state first, and the averages to come then, never begins an average anew that was
+        # removed.
+        state = self.state
+        self.ledger.change_averages(setup)
+        if state:
+            self._put_in_place(state.only(setup.members))
+        if self._keeper:
+            self._keeper.change_averages(setup)
 
     def rewind(
         self,
@@ -416,8 +518,7 @@ class Run:
         place = self._write(state)
         with self._lock:
             self.ledger.judge_rewind(state.version)
-            self._commit(state, place)
-            self.ledger.recover()
+            self._settle(self.moving_to(state, place, self.ledger.recover))
 
     def accept(self, key: str | None = None) -> None:
         """Go on with the version that is there although later updates are gone: the other way out of ``degraded``.
@@ -432,8 +533,7 @@ class Run:
         place = self._write(state)
         with self._lock:
             if self.state is before:
-                self._commit(state, place)
-                self.ledger.recover()
+                self._settle(self.moving_to(state, place, self.ledger.recover))
 
     # --- trainers come, a server starts, the run goes ---------------------------------------------------------------
 
@@ -446,8 +546,7 @@ class Run:
         with self._lock:
             number = self.ledger.next_writer(key)
             if number > self.ledger.writer:
-                keep(number)
-                self.ledger.attach(number, key)
+                self._settle(Write(partial(keep, number), partial(self.ledger.attach, number, key)))
             return number
 
     def detach(self, writer: int) -> bool:
@@ -473,10 +572,12 @@ class Run:
         """
         with self._lock:
             self.ledger.check_exists()
-            forget()
-            self.ledger.retire(replaced=replaced)
-            self._keeper = None  # whoever still reads this run keeps none of its files open
+            self._settle(Write(forget, partial(self._put_away, replaced=replaced)))
         self.changes.tell()
+
+    def _put_away(self, *, replaced: bool) -> None:
+        self.ledger.retire(replaced=replaced)
+        self._keeper = None  # whoever still reads this run keeps none of its files open
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -495,20 +596,45 @@ class Run:
             place.finish(state)
         return place
 
-    def _commit(self, state: State, place: Place | None, measure: Callable[[], None] | None = None) -> None:
-        """Put a version in place, once a restart is sure to bring it back. place: where the version was written.
-        measure: notes what was measured of it, before anyone is told."""
-        if self._keeper and place:
-            place.commit(state)
-        self._put_in_place(state)
-        if measure:
-            measure()
-        self.changes.tell()
+    def _settle(self, write: Write | None) -> bool:
+        """Resolve a write at once, for the run decides alone. Returns whether there was one. Under the lock.
 
-    def _measure(self, update: Update, prepared: Prepared, state: State, arrived: float | None) -> None:
+        Raises InvalidRequest where the run is a shard.
+        """
+        if write is None:
+            return False
+        if not self._alone:
+            raise InvalidRequest(
+                f"run {self.config.run!r} is here as one shard of several, which decide together",
+                hint="write to the run and not to a shard",
+            )
+        write.keep()
+        write.put()
+        return True
+
+    def moving_to(self, state: State, place: Place | None, then: Callable[[], None] = _nothing) -> Write:
+        """The write that makes ``state`` the run's. place: where the state was written. then: what follows, before
+        anyone is told.
+
+        Of a state that was judged.
+        """
+
+        def keep() -> None:
+            if self._keeper and place:
+                place.commit(state)
+
+        def put() -> None:
+            self._put_in_place(state)
+            then()
+            self.changes.tell()
+
+        return Write(keep, put, state, place)
+
+    def _measure(self, finished: Finished, state: State) -> None:
         """Note what was measured of an update that has just become the run's version."""
         if self._measurements is None:
             return
+        update, prepared, arrived = finished.update, finished.prepared, finished.arrived
         durable, step = self._keeper.durable_step if self._keeper else None, state.version.step
         measured = Measured(
             state.version,

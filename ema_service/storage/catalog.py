@@ -8,10 +8,12 @@ Knows rows and SQL. Does not know files, JSON, torch, or what a run does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import threading
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ __all__ = [
     "CatalogUnusable",
     "CheckpointRow",
     "RunRow",
+    "ShardRow",
     "Shelf",
     "SnapshotRow",
     "SweepRow",
@@ -35,7 +38,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 #: Version of the tables below, and of the files that the rows speak of.
-FORMAT = 9
+FORMAT = 10
 
 #: Most lines of a timeline: a trainer that takes a snapshot every minute shall not fill the disk with lines.
 TIMELINE_LINES = 1000
@@ -43,11 +46,24 @@ TIMELINE_LINES = 1000
 #: In place of a slot's folder: the version lies in memory files, which its state names.
 MEMORY = "memory"
 
-_CHECKPOINTS = """
+#: As formats 2 to 9 had it.
+_CHECKPOINTS_2 = """
 CREATE TABLE checkpoints (
     id INTEGER PRIMARY KEY AUTOINCREMENT, run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
     folder TEXT NOT NULL, state TEXT NOT NULL, synced INTEGER NOT NULL, created_at REAL NOT NULL,
     UNIQUE (run_id, folder));
+"""
+# One row for each slot. A shard may have one more, with the slot's bytes under another decay, that it has voted for.
+_CHECKPOINTS = """
+CREATE TABLE checkpoints (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    folder TEXT NOT NULL, state TEXT NOT NULL, synced INTEGER NOT NULL, created_at REAL NOT NULL, revision INTEGER);
+CREATE UNIQUE INDEX checkpoint_of_slot ON checkpoints (run_id, folder, ifnull(revision, 0));
+"""
+_SHARDS = """
+CREATE TABLE shards (
+    run_id INTEGER PRIMARY KEY REFERENCES runs(id) ON DELETE CASCADE,
+    place INTEGER NOT NULL, of INTEGER NOT NULL, record TEXT NOT NULL);
 """
 _RING = """
 CREATE TABLE IF NOT EXISTS ring (
@@ -96,17 +112,19 @@ CREATE TABLE snapshots (
 {_TIMELINE}
 {_SWEEPS}
 {_OBJECTS}
+{_SHARDS}
 """
 #: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
 #: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
 #: had other checksums: its servers would take newer files for damaged. Format 4 had no memory files: its servers would
 #: take their rows for slots that are gone. Format 5 had no ring, and the averages of a run's creation for good: its
 #: servers would find others in the run's versions. Format 6 had lines without kinds, in a table that is gone. Format 7
-#: had no sweeps. Format 8 had no object store: its servers would take snapshots that lie there for damaged.
+#: had no sweeps. Format 8 had no object store: its servers would take snapshots that lie there for damaged. Format 9
+#: had no shards: its servers would take a version that a shard has only voted for as the run's.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
-{_CHECKPOINTS}
+{_CHECKPOINTS_2}
 INSERT INTO checkpoints (run_id, folder, state, synced, created_at)
     SELECT run_id, folder, state, 1, created_at FROM checkpoints_1;
 DROP TABLE checkpoints_1;
@@ -130,6 +148,13 @@ DROP TABLE history;
 """,
     7: _SWEEPS,
     8: _OBJECTS,
+    9: f"""
+ALTER TABLE checkpoints RENAME TO checkpoints_9;
+{_CHECKPOINTS}
+INSERT INTO checkpoints SELECT id, run_id, folder, state, synced, created_at, NULL FROM checkpoints_9;
+DROP TABLE checkpoints_9;
+{_SHARDS}
+""",
 }
 
 
@@ -163,6 +188,8 @@ class CheckpointRow:
     """The version that one slot of a run holds. Of a run's rows, the row with the largest ``id`` is the newest.
 
     folder: the slot, relative to the run's folder. state: JSON. synced: whether the slot's bytes are on the medium.
+    revision: of a shard, that the version leads to; the version counts once the shard's record has come to that
+    revision. None of a run that is no shard.
     """
 
     id: int
@@ -171,6 +198,17 @@ class CheckpointRow:
     state: str
     synced: bool
     created_at: float
+    revision: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRow:
+    """Which shard of a run on several hosts a run here is. place: from 0, of so many. record: JSON, what the shard has
+    promised, voted for and committed; empty before the first."""
+
+    place: int
+    of: int
+    record: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +297,17 @@ class Catalog:
         with self._lock:
             self._db.close()
 
-    def add_run(self, name: str, config: str, created_at: float, writer: int = 0) -> RunRow:
-        """Add a run. Raises sqlite3.IntegrityError where the name is taken."""
+    def add_run(
+        self, name: str, config: str, created_at: float, writer: int = 0, shard: ShardRow | None = None
+    ) -> RunRow:
+        """Add a run. shard: of a run on several hosts. Raises sqlite3.IntegrityError where the name is taken."""
         values = name, config, created_at, writer
-        cursor = self._write("INSERT INTO runs (name, config, created_at, writer) VALUES (?, ?, ?, ?)", *values)
-        return RunRow(cursor.lastrowid or 0, *values)
+        with self._transaction() as db:
+            cursor = db.execute("INSERT INTO runs (name, config, created_at, writer) VALUES (?, ?, ?, ?)", values)
+            row = RunRow(cursor.lastrowid or 0, *values)
+            if shard:
+                db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", (row.id, *astuple(shard)))
+        return row
 
     def remove_run(self, run_id: int) -> None:
         """Remove the run with its checkpoints, snapshots, timeline and sweeps."""
@@ -317,11 +361,48 @@ class Catalog:
     def checkpoints(self, run_id: int) -> list[CheckpointRow]:
         """The checkpoints of a run, newest first."""
         query = (
-            "SELECT id, run_id, folder, state, synced, created_at FROM checkpoints WHERE run_id = ? ORDER BY id DESC"
+            "SELECT id, run_id, folder, state, synced, created_at, revision FROM checkpoints WHERE run_id = ? "
+            "ORDER BY id DESC"
         )
         return [
-            CheckpointRow(i, run, folder, s, bool(on), at) for i, run, folder, s, on, at in self._read(query, run_id)
+            CheckpointRow(i, run, folder, s, bool(on), at, revision)
+            for i, run, folder, s, on, at, revision in self._read(query, run_id)
         ]
+
+    def shard(self, run_id: int) -> ShardRow | None:
+        """Which shard a run is; None where it is none."""
+        rows = self._read("SELECT place, of, record FROM shards WHERE run_id = ?", run_id)
+        return ShardRow(*rows[0]) if rows else None
+
+    def keep_record(self, run_id: int, record: str, upto: int, *, durable: bool) -> None:
+        """Replace a shard's record. upto: the last revision that the record speaks of; rows beyond it go, in the same
+        transaction."""
+        with self._transaction(durable=durable) as db:
+            db.execute("DELETE FROM checkpoints WHERE run_id = ? AND revision > ?", (run_id, upto))
+            db.execute("UPDATE shards SET record = ? WHERE run_id = ?", (record, run_id))
+
+    def put_vote(
+        self, run_id: int, record: str, vote: CheckpointRow, current: int | None, *, durable: bool
+    ) -> CheckpointRow:
+        """Replace a shard's record by one that votes for a version, and say which slot holds the version.
+
+        vote: its row, which is given an id. The row of an earlier vote goes in the same transaction, and those of
+        versions that the slot held. current: the id of the run's newest row, which stays; None where there is none.
+        """
+        values = run_id, vote.folder, vote.state, vote.synced, vote.created_at, vote.revision
+        with self._transaction(durable=durable) as db:
+            db.execute("DELETE FROM checkpoints WHERE run_id = ? AND revision >= ?", (run_id, vote.revision))
+            db.execute(
+                "DELETE FROM checkpoints WHERE run_id = ? AND folder = ? AND id IS NOT ?",
+                (run_id, vote.folder, current),
+            )
+            cursor = db.execute(
+                "INSERT INTO checkpoints (run_id, folder, state, synced, created_at, revision) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                values,
+            )
+            db.execute("UPDATE shards SET record = ? WHERE run_id = ?", (record, run_id))
+        return replace(vote, id=cursor.lastrowid or 0)
 
     def add_snapshot(self, row: SnapshotRow, shelf: Shelf = "snapshots") -> None:
         """Add a snapshot whose files lie in the data dir. Raises sqlite3.IntegrityError where the name is taken."""
@@ -363,18 +444,10 @@ class Catalog:
 
     def adopt_snapshot(self, row: SnapshotRow) -> None:
         """Add a snapshot whose files lie in the object store. Raises sqlite3.IntegrityError where the name is taken."""
-        with self._lock:
-            self._check_files()
-            self._set_synchronous("FULL")
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.execute("INSERT INTO snapshots VALUES (?, ?, ?, ?)", astuple(row)[:4])
-                placed = row.run_id, row.name, row.folder, row.files
-                self._db.execute("INSERT INTO objects VALUES (?, ?, ?, ?)", placed)
-                self._db.execute("COMMIT")
-            except sqlite3.Error:
-                self._db.execute("ROLLBACK")
-                raise
+        with self._transaction() as db:
+            db.execute("INSERT INTO snapshots VALUES (?, ?, ?, ?)", astuple(row)[:4])
+            placed = row.run_id, row.name, row.folder, row.files
+            db.execute("INSERT INTO objects VALUES (?, ?, ?, ?)", placed)
 
     def add_removal(self, folder: str) -> None:
         """Have a folder of the object store removed, unless a snapshot is placed there before."""
@@ -419,6 +492,20 @@ class Catalog:
         with self._lock:
             self._set_synchronous("FULL" if durable else "NORMAL")
             return self._db.execute(sql, values)
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Within the block statements are gathered that take effect together; none does where the block raises."""
+        self._check_files()
+        with self._lock:
+            self._set_synchronous("FULL" if durable else "NORMAL")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
 
     def _set_synchronous(self, wanted: str) -> None:
         if wanted != self._synchronous:

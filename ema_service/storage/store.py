@@ -32,6 +32,7 @@ from ema_service.storage.catalog import (
     CatalogUnusable,
     CheckpointRow,
     RunRow,
+    ShardRow,
     Shelf,
     SnapshotRow,
     SweepRow,
@@ -160,17 +161,19 @@ class Store:
         """All runs, oldest first."""
         return self._catalog.runs()
 
-    def add_run(self, name: str, config: str, created_at: float, writer: int = 0) -> RunRow:
+    def add_run(
+        self, name: str, config: str, created_at: float, writer: int = 0, shard: ShardRow | None = None
+    ) -> RunRow:
         """Add a run that nobody has: its row, then its folder. Raises OSError, sqlite3.Error.
 
-        writer: the largest number that a trainer may have of a run of this name.
+        writer: the largest number that a trainer may have of a run of this name. shard: of a run on several hosts.
         """
         try:
-            row = self._catalog.add_run(name, config, created_at, writer)
+            row = self._catalog.add_run(name, config, created_at, writer, shard)
         except sqlite3.IntegrityError:
             # The row of a run that could not be made, and that could not be removed then.
             self._catalog.remove_named(name)
-            row = self._catalog.add_run(name, config, created_at, writer)
+            row = self._catalog.add_run(name, config, created_at, writer, shard)
         folder = self._run_folder(row)
         if folder.is_symlink():
             folder.unlink()  # planted before the run was made: it is not the run's
@@ -307,6 +310,31 @@ class Store:
     def remove_checkpoint(self, row: RunRow, slot: str) -> None:
         """Forget what a slot, or MEMORY, holds."""
         self._catalog.remove_checkpoint(row.id, slot)
+
+    def shard(self, row: RunRow) -> ShardRow | None:
+        """Which shard of a run on several hosts a run is; None where it is none. Raises sqlite3.Error."""
+        return self._catalog.shard(row.id)
+
+    def keep_record(self, row: RunRow, record: str, upto: int, *, durable: bool) -> None:
+        """Replace a shard's record; rows of versions beyond revision ``upto`` go with the one before. Raises
+        sqlite3.Error."""
+        self._catalog.keep_record(row.id, record, upto, durable=durable)
+
+    def put_vote(
+        self,
+        row: RunRow,
+        record: str,
+        slot: str,
+        state: str,
+        revision: int,
+        current: CheckpointRow | None,
+        *,
+        synced: bool,
+    ) -> CheckpointRow:
+        """Replace a shard's record by one that votes for the version in a slot: the newest checkpoint once a record has
+        come to that revision. current: the newest one until then. Raises sqlite3.Error."""
+        vote = CheckpointRow(0, row.id, slot, state, synced, time.time(), revision)
+        return self._catalog.put_vote(row.id, record, vote, current.id if current else None, durable=synced)
 
     def mark_synced(self, checkpoint: CheckpointRow) -> None:
         """Say that a checkpoint's bytes are on the medium.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ class Power:
         self._sure: dict[Path, bytes] = {}
         self._catalog: dict[str, bytes] = {}
         self._lock = threading.Lock()
-        sync, write = os.fdatasync, Catalog._write
+        sync, write, together = os.fdatasync, Catalog._write, Catalog._transaction
 
         def fdatasync(descriptor: int) -> None:
             sync(descriptor)
@@ -40,7 +42,15 @@ class Power:
                 self._catalog = self._catalog_files()
             return cursor
 
+        @contextlib.contextmanager
+        def transactions(catalog: Catalog, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+            with together(catalog, durable=durable) as database:
+                yield database
+            if durable:
+                self._catalog = self._catalog_files()
+
         patch.setattr(os, "fdatasync", fdatasync)
+        patch.setattr(Catalog, "_transaction", transactions)
         patch.setattr(Catalog, "_write", transaction)
 
     def lost(self, target: Path, *, seed: int) -> None:

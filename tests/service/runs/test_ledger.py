@@ -392,6 +392,52 @@ def test_keys_of_changes() -> None:
     assert not ledger.setup.made_by(None)
 
 
+# --- what all hosts of a run agree on -------------------------------------------------------------------------------
+
+
+def following(ledger: Ledger, step: int, digest: bytes = b"any", now: float = 1.0) -> Version:
+    """The version that an update of this step makes."""
+    return ledger.succession.following(ledger.succession.plan(step, ledger.readable()), digest, now)
+
+
+def test_outcome_is_the_same_on_each_host() -> None:
+    """Clocks and digests of slices, which each host has its own of, are no part of an outcome."""
+    here, there = begun(), Ledger(config())
+    there.commit(there.succession.first("life", b"another slice", 9.0, num_updates=None, step=0))
+
+    assert here.outcome() == there.outcome()
+    assert here.outcome(following(here, 1)) == there.outcome(following(there, 1, b"other", 7.0))
+    assert here.outcome(writer=1) == there.outcome(writer=1)
+
+
+def test_outcome_tells_what_differs() -> None:
+    """Another base, step, counter, decay, key, lineage, version or writer is another outcome."""
+    ledger, gaps, life, ahead, attached = begun(), begun(decay_per="step"), Ledger(config()), begun(), begun()
+    update(ahead, 1)
+    attached.attach(1)
+    life.commit(life.succession.first("another", b"first", 1.0, num_updates=None, step=0))
+    succession, version = ledger.succession, ledger.readable()
+    outcomes = [
+        ledger.outcome(),
+        attached.outcome(),
+        ledger.outcome(following(ledger, 1)),
+        ledger.outcome(following(ledger, 2)),
+        gaps.outcome(following(gaps, 2)),
+        life.outcome(following(life, 2)),
+        ahead.outcome(following(ahead, 2)),
+        ledger.outcome(succession.with_decay(version, 0.25, "slow")),
+        ledger.outcome(succession.with_decay(version, 0.25, "fast")),
+        ledger.outcome(succession.with_decay(version, 0.25, "fast").keyed("key")),
+        ledger.outcome(succession.with_counter_reset(following(ledger, 2))),
+        ledger.outcome(replace(following(ledger, 2), epoch=2)),
+        ledger.outcome(replace(following(ledger, 2), num_updates=7)),
+        ahead.outcome(following(ledger, 2)),
+        Ledger(config()).outcome(),
+    ]
+
+    assert len(set(outcomes)) == len(outcomes)
+
+
 # --- the first version ----------------------------------------------------------------------------------------------
 
 

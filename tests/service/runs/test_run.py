@@ -33,6 +33,8 @@ from ema_service.runs import Run
 
 if TYPE_CHECKING:
     from ema_service.memory import Memory
+    from ema_service.runs.ledger import Ledger
+    from ema_service.shadows import Setup
     from tests.conftest import LitEmaOracle
     from tests.service.conftest import LocalRun
 
@@ -465,6 +467,24 @@ def test_retired_run_takes_nothing(local_run: MakeRun, model: Model) -> None:
     for act in (lambda: run.run.commit(update), run.run.ready_state, lambda: run.begin(model(0))):
         with pytest.raises(RunNotFound):
             act()
+
+
+def test_write_that_is_not_kept_changes_nothing(local_run: MakeRun, model: Model) -> None:
+    """A trainer's number, and an average more, count once they outlive the server; else nothing changed."""
+    run = local_run(model(0))
+    state, setup = run.state, run.run.ledger.setup
+
+    def full(_: object) -> None:
+        raise StorageFailed("no space left", retry_after=1.0)
+
+    def one_more(ledger: Ledger) -> Setup | None:
+        return ledger.succession.with_average(AverageConfig("more"), "life", None)
+
+    for write in (lambda: run.run.attach(full), lambda: run.run.change_averages(one_more, full)):
+        with pytest.raises(StorageFailed):
+            write()
+        assert (run.run.ledger.writer, run.run.ledger.setup, run.state) == (0, setup, state)
+    assert run.run.attach(lambda _: None) == 1
 
 
 def test_run_that_cannot_be_forgotten_goes_on(local_run: MakeRun, model: Model) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ema_client.protocol import SWEEPS_KEPT
-from ema_service.storage import CatalogUnusable, CheckpointRow, SnapshotRow, SweepRow, TimelineRow
+from ema_service.storage import CatalogUnusable, CheckpointRow, ShardRow, SnapshotRow, SweepRow, TimelineRow
 from ema_service.storage.catalog import FORMAT, Catalog
 
 LINE = TimelineRow(4.5, "created", None, None, "created with 2 tensors")
@@ -179,6 +179,15 @@ def test_newer_format_is_refused(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+WITHOUT_SHARDS = """
+DROP TABLE shards;
+DROP TABLE checkpoints;
+CREATE TABLE checkpoints (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id INTEGER NOT NULL REFERENCES runs(id) ON DELETE CASCADE,
+    folder TEXT NOT NULL, state TEXT NOT NULL, synced INTEGER NOT NULL, created_at REAL NOT NULL,
+    UNIQUE (run_id, folder));
+"""
+
 HISTORY = """
 DROP TABLE sweeps;
 DROP TABLE timeline;
@@ -232,7 +241,7 @@ def test_later_formats_are_migrated(old: int, path: Path) -> None:
     database = sqlite3.connect(path)
     if old < 6:
         database.execute("ALTER TABLE runs DROP COLUMN averages")
-    database.executescript(HISTORY)
+    database.executescript(WITHOUT_SHARDS + HISTORY)
     database.execute(f"PRAGMA user_version = {old}")
     database.close()
 
@@ -256,7 +265,7 @@ def test_sweeps_come_with_format_8(path: Path) -> None:
     catalog.add_line(runs[0].id, LINE)
     catalog.close()
     database = sqlite3.connect(path)
-    database.executescript("DROP TABLE sweeps; PRAGMA user_version = 7")
+    database.executescript(WITHOUT_SHARDS + "DROP TABLE sweeps; PRAGMA user_version = 7")
     database.close()
 
     catalog = Catalog(path)
@@ -281,7 +290,7 @@ def test_objects_come_with_format_9(path: Path) -> None:
         catalog.add_snapshot(row)
     catalog.close()
     database = sqlite3.connect(path)
-    database.executescript("DROP TABLE objects; DROP TABLE removals; PRAGMA user_version = 8")
+    database.executescript(WITHOUT_SHARDS + "DROP TABLE objects; DROP TABLE removals; PRAGMA user_version = 8")
     database.close()
 
     catalog = Catalog(path)
@@ -303,6 +312,80 @@ def test_objects_come_with_format_9(path: Path) -> None:
     catalog.remove_run(run.id)
     assert catalog.removals() == ["r/c", "r/a", "r/d"]
     catalog.close()
+
+
+def test_shards_come_with_format_10(path: Path) -> None:
+    """A catalog of format 9 keeps its runs, which are no shards, and their checkpoints in order; each slot has one row
+    as before."""
+    catalog = Catalog(path)
+    run = catalog.add_run("r", "{}", 1.5)
+    catalog.close()
+    database = sqlite3.connect(path)
+    database.executescript(
+        WITHOUT_SHARDS
+        + """
+        INSERT INTO checkpoints VALUES (7, 1, 'slots/1', '{7}', 1, 2.5);
+        INSERT INTO checkpoints VALUES (8, 1, 'slots/0', '{8}', 0, 3.5);
+        PRAGMA user_version = 9"""
+    )
+    database.close()
+
+    catalog = Catalog(path)
+    kept = [
+        CheckpointRow(8, run.id, "slots/0", "{8}", False, 3.5),
+        CheckpointRow(7, run.id, "slots/1", "{7}", True, 2.5),
+    ]
+    assert catalog.checkpoints(run.id) == kept
+    assert catalog.shard(run.id) is None
+    again = catalog.put_checkpoint(run.id, "slots/1", "{9}", 4.5, synced=False, durable=False)
+    assert catalog.checkpoints(run.id) == [again, kept[0]]
+    assert again.id > kept[0].id
+    assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
+    catalog.close()
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def vote(folder: str, revision: int, state: str = "{}") -> CheckpointRow:
+    return CheckpointRow(0, 1, folder, state, True, 1.0, revision)
+
+
+def test_record_and_version_are_one_transaction(catalog: Catalog) -> None:
+    """A vote is the record and the version's row; another record takes rows along that it does not speak of; and where
+    a part of it cannot be written, nothing is."""
+    run = catalog.add_run("r", "{}", 1.0, shard=ShardRow(1, 3))
+    assert catalog.shard(run.id) == ShardRow(1, 3, "")
+    first = catalog.put_vote(run.id, "{1}", vote("slots/0", 1), None, durable=True)
+    assert (catalog.shard(run.id), catalog.checkpoints(run.id)) == (ShardRow(1, 3, "{1}"), [first])
+
+    catalog.keep_record(run.id, "{2}", 1, durable=True)
+    assert (catalog.shard(run.id), catalog.checkpoints(run.id)) == (ShardRow(1, 3, "{2}"), [first])
+    second = catalog.put_vote(run.id, "{3}", vote("slots/1", 2), first.id, durable=True)
+    assert catalog.checkpoints(run.id) == [second, first]
+    for spoiled in (lambda: vote("slots/2", 2, None), lambda: vote("slots/0", 2, None)):  # type: ignore[arg-type]
+        with pytest.raises(sqlite3.IntegrityError):
+            catalog.put_vote(run.id, "{4}", spoiled(), first.id, durable=True)
+        assert (catalog.shard(run.id), catalog.checkpoints(run.id)) == (ShardRow(1, 3, "{3}"), [second, first])
+    catalog.keep_record(run.id, "{5}", 1, durable=True)
+    assert (catalog.shard(run.id), catalog.checkpoints(run.id)) == (ShardRow(1, 3, "{5}"), [first])
+    catalog.remove_run(run.id)
+    assert (catalog.shard(run.id), catalog.checkpoints(run.id)) == (None, [])
+
+
+def test_rows_of_a_slot_that_is_voted_for(catalog: Catalog) -> None:
+    """A vote takes the place of an earlier vote, and of what its slot held; the newest version's row stays, also where
+    its very bytes are voted for under another decay."""
+    run = catalog.add_run("r", "{}", 1.0, shard=ShardRow(0, 2))
+    first = catalog.put_vote(run.id, "{}", vote("slots/0", 1), None, durable=False)
+    second = catalog.put_vote(run.id, "{}", vote("slots/1", 2), first.id, durable=False)
+    assert catalog.checkpoints(run.id) == [second, first]
+    third = catalog.put_vote(run.id, "{}", vote("slots/2", 2), first.id, durable=False)
+    assert catalog.checkpoints(run.id) == [third, first], "another vote of the same revision"
+    amended = catalog.put_vote(run.id, "{}", vote("slots/2", 3), third.id, durable=False)
+    assert catalog.checkpoints(run.id) == [amended, third, first]
+    fresh = catalog.put_vote(run.id, "{}", vote("slots/0", 4), amended.id, durable=False)
+    assert catalog.checkpoints(run.id) == [fresh, amended, third]
 
 
 def test_file_that_is_no_database(path: Path) -> None:

@@ -1,0 +1,332 @@
+"""A run on several servers of this process, each with a data dir: shards, a coordinator, a trainer, and who is killed.
+
+A *town* has k hosts. Messages between shards and coordinator are handed over one by one; a host or the coordinator may
+be killed at any point between two steps, and comes back with what its data dir has.
+
+Knows how a trainer, shards and a coordinator talk. Does not know what a test wants of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_client.errors import EmaError, StorageFailed, Superseded
+from ema_client.protocol import RunConfig, UpdateResult
+from ema_service.cluster import Answer, Ask, Change, Coordinator, Propose, Refusal, Report, Resolve, ShardRun
+from ema_service.runs import Parameters
+from ema_service.storage import ShardRow
+from tests.service.conftest import LocalRun, LocalServer, specs_of
+
+__all__ = ["POINTS", "Host", "Killed", "Town", "result", "slices"]
+
+#: Points at which a shard's process may end: what is on disk by then, and what it was about to do. By name, the method
+#: and whether the process ends after it.
+POINTS = {
+    "bytes written, no row": ("vote", False),
+    "vote in the row, report not sent": ("vote", True),
+    "report sent, verdict not read": ("send", True),
+    "verdict read, no row": ("confirm", False),
+    "commit in the row, not assigned": ("confirm", True),
+    "assigned, not answered": ("put", True),
+    "abort not in the row": ("discard", False),
+    "abort in the row, not answered": ("discard", True),
+    "term not in the row": ("promise", False),
+    "term in the row, report not sent": ("promise", True),
+}
+
+
+class Killed(Exception):
+    """The process of a host ends here, as by SIGKILL."""
+
+
+def slices(tensors: Mapping[str, Tensor], hosts: int) -> list[dict[str, Tensor]]:
+    """The part of each host: of a tensor some of its rows; a tensor with fewer rows than hosts is the first one's."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(hosts)]
+    for name, tensor in tensors.items():
+        if tensor.dim() == 0 or len(tensor) < hosts:
+            parts[0][name] = tensor
+        else:
+            for part, rows in zip(parts, torch.tensor_split(tensor, hosts), strict=True):
+                part[name] = rows.contiguous()
+    return parts
+
+
+class Host:
+    """A server with one shard. ``shard`` is None while its process is down."""
+
+    def __init__(self, town: Town, place: int, folder: Path, config: Mapping[str, Any]) -> None:
+        self.town, self.place = town, place
+        self.server = LocalServer(folder, ram_dir=town.ram_dir)
+        specs = specs_of(town.parts(0)[place])
+        self.server.registry.create(RunConfig("r", specs, **config), ShardRow(place, town.hosts_count))
+        self.shard: ShardRun | None = None
+        self.kill_at: str | None = None
+        self.kills = self.lives = 0
+        self.sent = 0
+        self.start()
+
+    @property
+    def local(self) -> LocalRun:
+        return self.server.run("r")
+
+    def start(self) -> None:
+        versions = self.server.registry.shard("r")
+        self.shard = ShardRun(self.server.registry.get("r"), versions, self._send)
+        for name, after in set(POINTS.values()):
+            if hasattr(versions, name):
+                self._wrap(versions, name, after=after)
+        self.server.registry.get("r").changes.tell_always(lambda: self._reached("put", after=True))
+        self.shard.report()
+        self.server.registry.verify()
+
+    def stop(self) -> None:
+        self.server.crash()
+        self.shard = None
+
+    def restart(self) -> None:
+        """Come back with the data dir as it is at this moment, which no end of a process has tidied up."""
+        if self.shard and self.town.ram_dir:
+            self.stop()  # memory files belong to a data dir by its path
+        if self.shard:
+            left = self.server.folder
+            assert left
+            self.lives += 1
+            self.server.folder = left.with_name(f"{self.place}.{self.lives}")
+            shutil.copytree(left, self.server.folder, ignore=shutil.ignore_patterns("*-shm"))
+            self.stop()
+        self.server.start()
+        self.start()
+
+    @contextlib.contextmanager
+    def living(self) -> Iterator[None]:
+        """Within the block the host's process works; where it is killed it is down, and comes back at once."""
+        try:
+            yield
+        except Killed:
+            self.kills += 1
+            self.restart()
+
+    def _send(self, message: Report | Refusal) -> None:
+        self.sent += 1
+        self.town.queue.append(("coordinator", message))
+        if isinstance(message, Report) and message.record.vote:
+            self._reached("send", after=True)
+
+    def _wrap(self, versions: Any, name: str, *, after: bool) -> None:
+        act = getattr(versions, name)
+
+        def wrapped(*args: Any) -> None:
+            if not after:
+                self._reached(name, after=False)
+            act(*args)
+            if after:
+                self._reached(name, after=True)
+
+        setattr(versions, name, wrapped)
+
+    def _reached(self, name: str, *, after: bool) -> None:
+        if self.kill_at and POINTS[self.kill_at] == (name, after):
+            self.kill_at = None
+            raise Killed
+
+
+class Town:
+    """The hosts of one run, their coordinator, and its trainer.
+
+    queue: messages under way. coordinator_dies: after how many more messages of its own; None: never. dice: by which
+    messages are lost, come twice, late, or out of order; None: none is.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        hosts: int,
+        model: Callable[[int], dict[str, Tensor]],
+        ram_dir: Path | None = None,
+        **config: Any,
+    ) -> None:
+        """ram_dir: where versions of durability ``process`` lie; None for slots."""
+        self.ram_dir = ram_dir
+        self.hosts_count = hosts
+        self.model = model
+        self.queue: deque[tuple[str | int, Any]] = deque()
+        self.late: list[tuple[str | int, Any]] = []
+        self.dice: Random | None = None
+        self.answers: list[Answer] = []
+        self.coordinator_dies: int | None = None
+        self.deaths = 0
+        self._names = itertools.count()
+        self.coordinator = self._new_coordinator()
+        self.hosts = [Host(self, place, folder / str(place), config) for place in range(hosts)]
+        self.ask()
+
+    def parts(self, seed: int) -> list[dict[str, Tensor]]:
+        return slices(self.model(seed), self.hosts_count)
+
+    def close(self) -> None:
+        for host in self.hosts:
+            host.server.end()
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def _new_coordinator(self) -> Coordinator:
+        return Coordinator(f"c{next(self._names)}", self.hosts_count)
+
+    def replace_coordinator(self) -> None:
+        """Another coordinator takes over."""
+        self.coordinator = self._new_coordinator()
+        self.ask()
+
+    def ask(self) -> None:
+        self._say(self.coordinator.ask())
+        self.deliver()
+
+    def _say(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            if self.coordinator_dies == 0:
+                self.coordinator_dies = None
+                self.deaths += 1
+                self.coordinator = self._new_coordinator()
+                self._say(self.coordinator.ask())
+                return
+            if self.coordinator_dies:
+                self.coordinator_dies -= 1
+            if isinstance(output, Answer):
+                self.answers.append(output)
+            else:
+                self.queue.append((output.shard, output))
+
+    def deliver(self) -> None:
+        """Hand over messages until none is under way."""
+        if self.dice and self.late and self.dice.random() < 0.5:
+            self.queue.append(self.late.pop(self.dice.randrange(len(self.late))))
+        while self.queue:
+            to, message = self._next(self.dice) if self.dice else self.queue.popleft()
+            if to == "nowhere":
+                continue
+            if isinstance(to, str):
+                self._say(self.coordinator.receive(message))
+            else:
+                self._hand_over(self.hosts[to], message)
+
+    def _next(self, dice: Random) -> tuple[str | int, Any]:
+        """Any message that is under way; to "nowhere" where it is lost, or late."""
+        at = dice.randrange(len(self.queue))
+        found = self.queue[at]
+        fate = dice.random()
+        if fate > 0.1:
+            del self.queue[at]
+        if 0.1 < fate < 0.2:
+            self.late.append(found)
+        return found if fate < 0.1 or fate > 0.3 else ("nowhere", None)
+
+    def calm(self) -> None:
+        """From here on nothing fails, and everything is said until it is known."""
+        self.dice = None
+        for host in self.hosts:
+            host.kill_at = None
+        for _ in range(3):
+            self.say_again()
+
+    def _hand_over(self, host: Host, message: Ask | Propose | Resolve) -> None:
+        with host.living():
+            if host.shard:
+                host.shard.receive(message)
+
+    def say_again(self) -> None:
+        """Everyone says again what has no answer."""
+        for host in self.hosts:
+            with host.living():
+                if host.shard:
+                    host.shard.report()
+        self.ask()
+
+    def overdue(self) -> None:
+        """What waits has waited for long."""
+        for host in self.hosts:
+            with host.living():
+                if host.shard:
+                    host.shard.insist()
+        self.deliver()
+
+    # --- the trainer, and who asks for changes ----------------------------------------------------------------------
+
+    def send(self, step: int, key: str, place: int, seed: int | None = None) -> Future[Any] | None:
+        """The slice of an update to one host; None where the host was killed over it, or says to send again."""
+        host = self.hosts[place]
+        with host.living():
+            run, tensors = host.local, self.parts(step if seed is None else seed)[place]
+            assert host.shard
+            try:
+                if step == 0:
+                    return host.shard.initialise(Parameters(run.staged(tensors)), key)
+                return host.shard.push(run.run.begin(step, run.staged(tensors)), key)
+            except (Superseded, StorageFailed):
+                return None
+        return None
+
+    def push(self, step: int, key: str | None = None, *, only: list[int] | None = None) -> list[Any]:
+        """Send an update to all hosts, and again to those without an answer, until all have one.
+
+        only: a trainer that sends these slices once, and is gone. The initial weights are step 0.
+        """
+        key = key or f"u{step}"
+        if only is not None:
+            for place in only:
+                self.send(step, key, place)
+            self.deliver()
+            return []
+        answers: dict[int, Any] = {}
+        for _ in range(100):
+            sent = {place: self.send(step, key, place) for place in range(self.hosts_count) if place not in answers}
+            self.deliver()
+            for place, future in sent.items():
+                if future and future.done() and not isinstance(future.exception(), Superseded | StorageFailed):
+                    answers[place] = future.exception() or future.result()
+            if len(answers) == self.hosts_count:
+                return [answers[place] for place in range(self.hosts_count)]
+            self.say_again()
+            self.overdue()
+        raise AssertionError(
+            f"step {step} has no answer: {answers}, {[h.shard and h.shard.record for h in self.hosts]}"
+        )
+
+    def change(self, key: str, change: Change | str) -> Answer:
+        """Ask the coordinator for a change, again until it has an answer."""
+        for _ in range(100):
+            self._say(self.coordinator.propose(key, change if isinstance(change, str) else change.dump()))
+            self.deliver()
+            if found := [each for each in self.answers if each.key == key]:
+                return found[0]
+            self.say_again()
+        raise AssertionError(f"change {key} has no answer")
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    def versions(self) -> list[str]:
+        return [str(host.local.version) for host in self.hosts]
+
+    def shadows(self) -> dict[str, Tensor]:
+        """The shadows of all hosts together."""
+        parts = [host.local.shadows() for host in self.hosts]
+        together = [name for name in parts[-1] if self.hosts_count > 1]
+        whole = {name: torch.cat([part[name] for part in parts]) for name in together}
+        return {**parts[0], **whole}
+
+
+def result(answer: UpdateResult | EmaError) -> UpdateResult:
+    """The result of an update that was not refused."""
+    if isinstance(answer, EmaError):
+        raise answer
+    return answer
