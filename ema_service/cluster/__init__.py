@@ -1,12 +1,14 @@
-"""Cluster: a run over several hosts, each of which holds a shard of it. Who decides, and by which messages.
+"""Cluster: a run over several hosts, each of which holds a shard of it. Which rows those are, who decides, and by which
+messages.
 
-Knows revisions, tickets, votes and coordinators' terms. Does not know HTTP, files, tensors, or which program starts the
-hosts.
+Knows layouts, revisions, tickets, votes and coordinators' terms. Does not know files, the bytes of tensors, or which
+program starts the hosts.
 """
 
 from __future__ import annotations
 
 from ema_service.cluster.decisions import Coordinator, Shard
+from ema_service.cluster.layout_map import LayoutMap, MergedBody, ShardLayout, Span
 from ema_service.cluster.messages import (
     Answer,
     Ask,
@@ -25,6 +27,8 @@ __all__ = [
     "Answer",
     "Ask",
     "Coordinator",
+    "LayoutMap",
+    "MergedBody",
     "Proposal",
     "Propose",
     "Record",
@@ -32,6 +36,8 @@ __all__ = [
     "Report",
     "Resolve",
     "Shard",
+    "ShardLayout",
+    "Span",
     "Term",
     "Ticket",
     "Vote",

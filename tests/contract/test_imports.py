@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
-# what stands to its right, and shadows and bodies, memory and storage do without each other. cluster decides for a run
-# on several hosts; nothing uses it yet. settings, metrics, threads, machine_memory, descriptors, logs, addresses,
-# address_file, readiness, sizes, tokens, values and tensors are leaves.
+# what stands to its right, and shadows and bodies, memory and storage do without each other. cluster cuts layouts and
+# decides for a run on several hosts; nothing uses it yet. settings, metrics, threads, machine_memory, descriptors,
+# logs, addresses, address_file, readiness, sizes, tokens, values and tensors are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
     *("readiness", "sizes", "tokens", "values", "tensors"),
@@ -36,7 +36,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "cli": {"api", "persistence", "storage", "demo", "bench"} | LEAVES,
     "api": {"dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "dashboard": set(),
-    "cluster": set(),
+    "cluster": {"memory"},
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "shadows": {"memory", "averaging"} | LEAVES,
