@@ -8,10 +8,14 @@ program starts the hosts.
 from __future__ import annotations
 
 from ema_service.cluster.decisions import Coordinator, Shard
+from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.layout_map import LayoutMap, MergedBody, ShardLayout, Span
 from ema_service.cluster.messages import (
     Answer,
+    Arrival,
     Ask,
+    Change,
+    Message,
     Proposal,
     Propose,
     Record,
@@ -25,10 +29,14 @@ from ema_service.cluster.messages import (
 
 __all__ = [
     "Answer",
+    "Arrival",
     "Ask",
+    "Change",
     "Coordinator",
     "LayoutMap",
+    "MalformedMessage",
     "MergedBody",
+    "Message",
     "Proposal",
     "Propose",
     "Record",
@@ -41,4 +49,6 @@ __all__ = [
     "Term",
     "Ticket",
     "Vote",
+    "decode",
+    "encode",
 ]
