@@ -26,12 +26,15 @@ from ema_service.cluster.messages import (
     Ticket,
     Vote,
 )
+from ema_service.cluster.reporting import RecordStore, Reporting
+from ema_service.cluster.token import ClusterToken
 
 __all__ = [
     "Answer",
     "Arrival",
     "Ask",
     "Change",
+    "ClusterToken",
     "Coordinator",
     "LayoutMap",
     "MalformedMessage",
@@ -40,8 +43,10 @@ __all__ = [
     "Proposal",
     "Propose",
     "Record",
+    "RecordStore",
     "Refusal",
     "Report",
+    "Reporting",
     "Resolve",
     "Shard",
     "ShardLayout",
