@@ -167,17 +167,18 @@ class Push:
         return self._answer is not None
 
     def give_up(self) -> None:
-        """The trainer is gone."""
+        """The trainer is gone, once it has sent the slice once."""
         self._given_up = True
 
     def _send(self) -> None:
         wait = threading.Event()
-        while not self._given_up:
+        while True:
             answer = self._once()
             if answer and (answer["committed"] or answer["reason"] not in ("", "storage_failed")):
                 if answer["committed"]:
                     self._hosts.acknowledged.add(self._key)
                 self._answer = answer
+            if self._answer or self._given_up:
                 return
             wait.wait(0.02)
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -255,6 +257,42 @@ def test_verdict_that_is_not_kept_comes_again(hosts: Hosts) -> None:
     assert mine.answer()["committed"]
     assert hosts.agreed() == ["first", "second"]
     assert "TimeoutError" not in hosts.log(), "the shard was asked again, and did not have to come again"
+
+
+# --- anything, at any time -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(120, marks=pytest.mark.soak)])
+def test_random_kills(hosts: Hosts, seconds: float) -> None:
+    """Coordinator and shards are killed at any time, trainers leave with one slice sent, changes are asked for: every
+    update that a trainer went on sending is made once, on both shards, and no other one is made at all."""
+    random, step, kept, changes = Random(7), 1, ["first"], list[threading.Thread]()
+    coordinator, until = begin(hosts), time.monotonic() + seconds
+    while time.monotonic() < until:
+        step += 2
+        if random.random() < 0.3:
+            hosts.push(random.randrange(2), step - 1, f"orphan{step}").give_up()
+        if random.random() < 0.2:
+            changes.append(threading.Thread(target=hosts.change, args=(f"k{step}", "decay 0.5"), daemon=True))
+            changes[-1].start()
+        pushes = [hosts.push(place, step, f"u{step}") for place in range(2)]
+        time.sleep(random.random() * 0.01)
+        for victim in random.choice([(), ("coordinator",), (0,), (1,), (0, 1), ("coordinator", 0, 1)]):
+            if isinstance(victim, int):
+                end(hosts.of_shard[victim])
+                hosts.hold(victim)
+            else:
+                end(coordinator)
+                coordinator = hosts.coordinate(hosts.ports[0])
+        assert [push.answer() for push in pushes] == [{"committed": True, "reason": ""}] * 2
+        kept.append(f"u{step}")
+    for change in changes:
+        change.join(_SECONDS)
+
+    made = hosts.agreed()
+    assert [key for key in made if not key.startswith("k")] == kept
+    assert len(made) == len(kept) + len(changes)
+    assert len(kept) > 5
 
 
 # --- two coordinators ------------------------------------------------------------------------------------------------
