@@ -48,8 +48,8 @@ class RecordStore(Protocol):
     """What a shard's run does as the coordinator decides.
 
     Each of the first four returns once the record is durable, all of it or nothing, and is called for one record after
-    another, from any thread. Raises StorageFailed where the record is not durable; then the shard stands where it stood
-    before.
+    another, from any thread. Raises StorageFailed where nothing was changed; then the shard stands where it stood
+    before. Where that is not known the process has to end, and to begin with what is there.
     """
 
     def promise(self, record: Record) -> None:
