@@ -1,15 +1,21 @@
-"""Cluster: a run over several hosts, each of which holds a shard of it. Who decides, and by which messages.
+"""Cluster: a run over several hosts, each of which holds a shard of it. Which rows those are, who decides, and by which
+messages.
 
-Knows revisions, tickets, votes and coordinators' terms, and the run whose shard is here. Does not know HTTP, how
+Knows layouts, revisions, tickets, votes and coordinators' terms, and the run whose shard is here. Does not know how
 weights are kept or averaged, or which program starts the hosts.
 """
 
 from __future__ import annotations
 
 from ema_service.cluster.decisions import Coordinator, Shard
+from ema_service.cluster.encoding import MalformedMessage, decode, encode
+from ema_service.cluster.layout_map import LayoutMap, MergedBody, ShardLayout, Span
 from ema_service.cluster.messages import (
     Answer,
+    Arrival,
     Ask,
+    Change,
+    Message,
     Proposal,
     Propose,
     Record,
@@ -20,23 +26,36 @@ from ema_service.cluster.messages import (
     Ticket,
     Vote,
 )
+from ema_service.cluster.reporting import RecordStore, Reporting
 from ema_service.cluster.shard_run import ShardRun
-from ema_service.cluster.texts import Change
+from ema_service.cluster.token import ClusterToken
 
 __all__ = [
     "Answer",
+    "Arrival",
     "Ask",
     "Change",
+    "ClusterToken",
     "Coordinator",
+    "LayoutMap",
+    "MalformedMessage",
+    "MergedBody",
+    "Message",
     "Proposal",
     "Propose",
     "Record",
+    "RecordStore",
     "Refusal",
     "Report",
+    "Reporting",
     "Resolve",
     "Shard",
+    "ShardLayout",
     "ShardRun",
+    "Span",
     "Term",
     "Ticket",
     "Vote",
+    "decode",
+    "encode",
 ]

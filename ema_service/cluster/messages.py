@@ -6,11 +6,14 @@ are encoded, or how they travel: any message may be lost, come twice, late, or a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 __all__ = [
     "Answer",
+    "Arrival",
     "Ask",
+    "Change",
+    "Message",
     "Proposal",
     "Propose",
     "Record",
@@ -121,6 +124,20 @@ class Resolve(NamedTuple):
 # --- from a shard to its coordinator ---------------------------------------------------------------------------------
 
 
+class Arrival(NamedTuple):
+    """A shard's first words to a coordinator: who it is, and where.
+
+    shard: its place among ``shards``. address: at which others reach the shard. start, stop: its stretch of the bytes
+    of all shadows, both 0 while there is no run.
+    """
+
+    shard: int
+    shards: int
+    address: str
+    start: int = 0
+    stop: int = 0
+
+
 class Report(NamedTuple):
     """How a shard stands. A report whose record holds a vote is that vote.
 
@@ -148,7 +165,14 @@ class Refusal(NamedTuple):
     reason: str
 
 
-# --- to whoever sent a slice to a shard, or a change to a coordinator ------------------------------------------------
+# --- between a coordinator, or a shard, and whoever sent a change or a slice to it -----------------------------------
+
+
+class Change(NamedTuple):
+    """What a coordinator is asked to bring to all shards. key: as in Ticket. change: as in Proposal."""
+
+    key: str
+    change: str
 
 
 class Answer(NamedTuple):
@@ -161,3 +185,7 @@ class Answer(NamedTuple):
     key: str
     committed: bool
     reason: str = ""
+
+
+#: Whatever is encoded: a message, or the record that a shard keeps.
+Message: TypeAlias = Answer | Arrival | Ask | Change | Propose | Record | Refusal | Report | Resolve

@@ -23,7 +23,7 @@ from ema_client.errors import EmaError, InvalidRequest, StepConflict, StorageFai
 from ema_client.protocol import RunInfo, UpdateResult
 from ema_service.cluster.decisions import Shard
 from ema_service.cluster.messages import Answer, Ask, Proposal, Propose, Record, Refusal, Report, Resolve, Ticket, Vote
-from ema_service.cluster.texts import Change, dump_record, error_of, lineage_of, load_record, reason_of
+from ema_service.cluster.texts import Adjustment, dump_record, error_of, lineage_of, load_record, reason_of
 from ema_service.persistence import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, Update, Write
@@ -170,7 +170,7 @@ class ShardRun:
         """Vote for a change that a coordinator brings, or refuse it."""
         ticket = proposal.ticket
         try:
-            held = self._changed(ticket, Change.load(proposal.change or ""))
+            held = self._changed(ticket, Adjustment.load(proposal.change or ""))
         except EmaError as fault:
             return [*self._shard.refuse(ticket, reason_of(fault))]
         except (ValueError, TypeError):
@@ -179,7 +179,7 @@ class ShardRun:
             return [*self._shard.refuse(ticket, "applied before")]
         return [*self._shard.prepare(Vote(proposal, held.outcome))]
 
-    def _changed(self, ticket: Ticket, change: Change) -> _Held | None:
+    def _changed(self, ticket: Ticket, change: Adjustment) -> _Held | None:
         """What a change makes of the run; None where it was made before. Raises InvalidRequest, and as Run.amend()."""
         run, writer = self._run, None
         if change.kind == "writer":

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from ema_client.errors import EmaError, Superseded, error_from_problem
 from ema_service.cluster.messages import Proposal, Record, Term, Ticket, Vote
 
-__all__ = ["Change", "dump_record", "error_of", "lineage_of", "load_record", "reason_of"]
+__all__ = ["Adjustment", "dump_record", "error_of", "lineage_of", "load_record", "reason_of"]
 
 
-class Change(NamedTuple):
+class Adjustment(NamedTuple):
     """A write other than weights. kind: ``decay``, of one average, the first by default; ``reset``, of the counters;
     ``writer``, a trainer that takes over."""
 
@@ -29,7 +29,7 @@ class Change(NamedTuple):
         return json.dumps(self._asdict())
 
     @classmethod
-    def load(cls, text: str) -> Change:
+    def load(cls, text: str) -> Adjustment:
         """The change of a text. Raises ValueError, TypeError."""
         return cls(**json.loads(text))
 

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
 # cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
-# what stands to its right, and shadows and bodies, memory and storage do without each other. cluster decides for a run
-# on several hosts, above runs; nothing uses it yet. settings, metrics, threads, machine_memory, descriptors, logs,
-# addresses, address_file, readiness, sizes, tokens, values and tensors are leaves.
+# what stands to its right, and shadows and bodies, memory and storage do without each other. cluster cuts layouts and
+# decides for a run on several hosts, above runs; nothing uses it yet. settings, metrics, threads, machine_memory,
+# descriptors, logs, addresses, address_file, readiness, sizes, tokens, values and tensors are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
     *("readiness", "sizes", "tokens", "values", "tensors"),
@@ -36,7 +36,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "cli": {"api", "persistence", "storage", "demo", "bench"} | LEAVES,
     "api": {"dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "dashboard": set(),
-    "cluster": {"runs", "persistence"},
+    "cluster": {"runs", "persistence", "memory"},
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "shadows": {"memory", "averaging"} | LEAVES,
@@ -67,6 +67,8 @@ TRANSFER = "ema_service.api.transfer"
 #: Who decides, for a run and for the shards of a run: pure, with every module of ours that is run.
 LEDGER = "ema_service.runs.ledger"
 PURE = (LEDGER, "ema_service.cluster.decisions")
+#: The program that decides for a run on several hosts: an application of its own.
+COORDINATOR = "ema_service.cluster.coordinator"
 #: What the ledger may need beyond the standard library: schedules are numbers.
 LEDGER_THIRD_PARTY = {"numpy"}
 #: What of the standard library a decision has no business with.
@@ -318,11 +320,19 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def fastapi_in_its_place(module: Module) -> Iterator[str]:
-    if module.package == "ema_service" and module.part in {"api", "dashboard"}:
+    if (module.package == "ema_service" and module.part in {"api", "dashboard"}) or module.name == COORDINATOR:
         return
     for imported in module.imports:
         if imported.root in {"fastapi", "starlette"}:
-            yield f"line {imported.line}: {imported.root} belongs under api/ and dashboard/"
+            yield f"line {imported.line}: {imported.root} belongs under api/ and dashboard/, and in {COORDINATOR}"
+
+
+def coordinator_is_a_program(module: Module) -> Iterator[str]:
+    """Who talks to a coordinator, or decides as one does, loads no web framework."""
+    if module.name != COORDINATOR:
+        for imported in module.imports:
+            if imported.target == COORDINATOR:
+                yield f"line {imported.line}: {module.name} must not import {imported.target}"
 
 
 def service_third_party(module: Module) -> Iterator[str]:
@@ -360,6 +370,7 @@ RULES: list[Rule] = [
     service_third_party,
     one_httpx,
     fastapi_in_its_place,
+    coordinator_is_a_program,
     shared_words_are_stdlib_only,
 ]
 
@@ -403,6 +414,8 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (service_third_party, "ema_service.runs.run", "import idna"),
         (one_httpx, "ema_service.demo.evaluator", "import httpx"),
         (fastapi_in_its_place, "ema_service.runs.run", "from fastapi import Request"),
+        (fastapi_in_its_place, "ema_service.cluster.conversation", "from fastapi import Request"),
+        (coordinator_is_a_program, "ema_service.cluster", "import ema_service.cluster.coordinator"),
         (shared_words_are_stdlib_only, "ema_client.wire", "import torch"),
     ],
 )

@@ -59,6 +59,9 @@ class _Trial:
 class Width:
     """The number of lanes, of one service and one direction. Not thread-safe.
 
+    More than a dozen attributes: what may be (start, most, cores, ends), what was found (usual, why, crowded, alike),
+    and what is tried and when (trial, rest, next rest, check, bodies).
+
     Args:
         start: lanes to begin with, and at the least.
         most: lanes at the most.

@@ -35,8 +35,8 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig, RunConfig
-from ema_service.cluster import Change, Report, ShardRun, Ticket
-from ema_service.cluster.texts import error_of, load_record
+from ema_service.cluster import Report, ShardRun, Ticket
+from ema_service.cluster.texts import Adjustment, error_of, load_record
 from ema_service.persistence import ShardMemoryVersions
 from ema_service.persistence.releasing import release
 from ema_service.runs import Parameters, Write
@@ -243,14 +243,14 @@ def test_changes(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> No
     here.push(1)
     oracle.update(model(1))
     for _ in range(2):
-        here.change("k1", Change("decay", 0.25))
-    here.change("k2", Change("reset"))
+        here.change("k1", Adjustment("decay", 0.25))
+    here.change("k2", Adjustment("reset"))
     oracle.decay, oracle.num_updates = torch.tensor(0.25), torch.tensor(0, dtype=torch.int)
     here.push(2)
     oracle.update(model(2))
     assert_same(here, oracle)
 
-    assert here.change("k3", Change("writer")).committed
+    assert here.change("k3", Adjustment("writer")).committed
     for restarted in (False, True):
         for host in here.hosts:
             if restarted:
@@ -265,10 +265,10 @@ def test_change_that_is_refused(town: MakeTown) -> None:
     """A change that a host refuses is made on none, and its sender gets the reason; so is one that nobody knows."""
     here = town(2)
     for key, change, fault in (
-        ("k1", Change("decay", 2.0), InvalidRequest),
-        ("k2", Change("decay", 0.5, "other"), AverageNotFound),
-        ("k3", Change("decay"), InvalidRequest),
-        ("k4", Change("forget"), InvalidRequest),
+        ("k1", Adjustment("decay", 2.0), InvalidRequest),
+        ("k2", Adjustment("decay", 0.5, "other"), AverageNotFound),
+        ("k3", Adjustment("decay"), InvalidRequest),
+        ("k4", Adjustment("forget"), InvalidRequest),
         ("k5", "no JSON", InvalidRequest),
         ("k6", '{"kind": "decay", "decay": "much"}', InvalidRequest),
         ("k7", '{"kind": "reset", "more": 1}', InvalidRequest),
@@ -287,7 +287,7 @@ def test_change_comes_before_an_update_under_way(town: MakeTown) -> None:
     here = town(2, decay=0.9)
     sent = here.send(1, "u1", 0)
     here.deliver()
-    assert here.change("k", Change("decay", 0.25)).committed
+    assert here.change("k", Adjustment("decay", 0.25)).committed
     assert sent
     with pytest.raises(Superseded):
         sent.result(0)
@@ -305,7 +305,7 @@ def life(here: Town, place: int, arm: Callable[[], None]) -> None:
     here.push(1)
     arm()
     here.push(2, "orphan", only=[place])
-    here.change("k", Change("decay", 0.25))
+    here.change("k", Adjustment("decay", 0.25))
     here.replace_coordinator()
     here.say_again()
     for step in (3, 4):
@@ -389,7 +389,7 @@ def play(here: Town, dice: random.Random, model: Model, oracle: LitEmaOracle) ->
         if dice.random() < 0.5:
             here.dice = dice
             oracle.decay = torch.tensor(dice.choice((0.25, 0.5, 0.75)))
-            here.change(f"k{step}", Change("decay", oracle.decay.item()))
+            here.change(f"k{step}", Adjustment("decay", oracle.decay.item()))
             here.calm()
     assert_same(here, oracle)
 
@@ -589,7 +589,7 @@ def test_clean_stop(kept: Path, town: MakeTown, model: Model, litema: type[LitEm
     assert sent
     here.send(2, "u2", 1)
     here.deliver()
-    here.change("k", Change("decay", 0.25))
+    here.change("k", Adjustment("decay", 0.25))
     here.push(3)
     oracle.update(model(1))
     oracle.update(model(2))
@@ -607,7 +607,7 @@ def test_decay_after_a_clean_stop(town: MakeTown, model: Model, litema: type[Lit
         host.server.start()
         host.start()
     here.deliver()
-    here.change("k", Change("decay", 0.25))
+    here.change("k", Adjustment("decay", 0.25))
     oracle.decay = torch.tensor(0.25)
     assert_same(here, oracle)
     here.push(1)
@@ -620,7 +620,7 @@ def test_kill_over_a_decay(town: MakeTown, model: Model, litema: type[LitEmaOrac
     """A vote for another decay has the current version's bytes, also after a kill: nobody writes over them."""
     here, oracle = town(2, decay=0.9), litema(model(0), decay=0.9)
     here.hosts[1].kill_at = "vote in the row, report not sent"
-    here.change("k", Change("decay", 0.25))
+    here.change("k", Adjustment("decay", 0.25))
     oracle.decay = torch.tensor(0.25)
     assert here.hosts[1].kills == 1
     for step in range(1, 6):
@@ -658,7 +658,7 @@ def test_steps_are_remembered(town: MakeTown) -> None:
     for step in (1, 2, 3):
         here.push(step)
     for k in range(17):
-        here.change(f"k{k}", Change("decay", k / 100))
+        here.change(f"k{k}", Adjustment("decay", k / 100))
     here.hosts[0].restart()
     ledger = here.hosts[0].local.run.ledger
     assert [ledger.status_of(step).state for step in (1, 2, 3, 4)] == ["applied"] * 3 + ["unknown"]

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ema_client.errors import EmaError, StorageFailed, Superseded
 from ema_client.protocol import RunConfig, UpdateResult
-from ema_service.cluster import Answer, Ask, Change, Coordinator, Propose, Refusal, Report, Resolve, ShardRun
+from ema_service.cluster import Answer, Ask, Coordinator, Propose, Refusal, Report, Resolve, ShardRun
+from ema_service.cluster.texts import Adjustment
 from ema_service.runs import Parameters
 from ema_service.storage import ShardRow
 from tests.service.conftest import LocalRun, LocalServer, specs_of
@@ -302,7 +303,7 @@ class Town:
             f"step {step} has no answer: {answers}, {[h.shard and h.shard.record for h in self.hosts]}"
         )
 
-    def change(self, key: str, change: Change | str) -> Answer:
+    def change(self, key: str, change: Adjustment | str) -> Answer:
         """Ask the coordinator for a change, again until it has an answer."""
         for _ in range(100):
             self._say(self.coordinator.propose(key, change if isinstance(change, str) else change.dump()))

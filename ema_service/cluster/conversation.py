@@ -1,0 +1,204 @@
+"""A coordinator's side of its talk with the shards of a run: what they say goes to the decision core, what the core
+says to those of them that listen.
+
+Nothing is kept for a shard that does not listen, nor said twice for safety. Whatever a shard missed is said again when
+it reports the next time, and all shards are asked to report as soon as they listen, and every second from then on.
+
+Lives on one event loop, and waits for nothing but answers. Knows the decision core and queues. Does not know HTTP, or
+what a change does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ema_client.errors import Conflict, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
+from ema_service.cluster.decisions import Coordinator, Output
+from ema_service.cluster.messages import Answer, Arrival, Ask, Change, Propose, Refusal, Report, Resolve
+
+__all__ = ["Conversation", "Conversations", "Listening", "Seat"]
+
+#: What one listening shard is to be sent; None ends the listening.
+Listening: TypeAlias = "asyncio.Queue[Ask | Propose | Resolve | None]"
+
+#: Messages that a shard has not read: with more it is not listening any more.
+_UNREAD = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What is known of a shard. address: None where it never came. start, stop: as in Arrival. listens: for now."""
+
+    place: int
+    address: str | None
+    start: int
+    stop: int
+    listens: bool
+
+
+class Conversation:
+    """The talk of one coordinator about one run.
+
+    shards: how many the run has. core: what decides.
+    """
+
+    def __init__(self, run: str, name: str, shards: int) -> None:
+        """name: the coordinator's, as in Coordinator."""
+        self.core = Coordinator(name, shards)
+        self.shards = shards
+        self._run = run
+        self._arrivals: dict[int, Arrival] = {}
+        self._listening: dict[int, Listening] = {}
+        #: key -> what those who asked for the change wait for.
+        self._asked: dict[str, asyncio.Future[Answer]] = {}
+
+    def arrive(self, arrival: Arrival) -> Listening:
+        """Let a shard listen, from its first question on. Another process that listened as the same shard does so no
+        more.
+
+        Raises Conflict where the shard believes that the run has more shards, or fewer.
+        """
+        place = arrival.shard
+        self._note(arrival)
+        self._end(place)
+        listening = self._listening[place] = asyncio.Queue(_UNREAD)
+        self._say(ask for ask in self.core.ask() if ask.shard == place)
+        return listening
+
+    def leave(self, place: int, listening: Listening) -> None:
+        """A shard's connection is gone."""
+        if self._listening.get(place) is listening:
+            del self._listening[place]
+
+    def hear(self, message: Arrival | Refusal | Report) -> None:
+        """Take in what a shard says. Raises Conflict as arrive()."""
+        if isinstance(message, Arrival):
+            self._note(message)
+            return
+        if message.shard >= self.shards:
+            raise InvalidRequest(f"shard {message.shard}: run {self._run!r} has shards 0 to {self.shards - 1}")
+        if message.term < self.core.term:
+            # The claim came while the shard was not listening.
+            self._say(ask for ask in self.core.ask() if ask.shard == message.shard)
+        self._say(self.core.receive(message))
+
+    def ask_again(self) -> None:
+        """Ask all that listen to report: a sign of life for them, and what mends whatever was lost."""
+        self._say(self.core.ask())
+
+    async def change(self, asked: Change, seconds: float) -> Answer:
+        """Bring a change to all shards, and return what became of it. The same key may ask again, and waits again.
+
+        Raises Overloaded where nothing was decided in so many seconds; Stopping where the coordinator ended.
+        """
+        answer = self._asked.setdefault(asked.key, asyncio.get_running_loop().create_future())
+        self._say(self.core.propose(asked.key, asked.change))
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), seconds)
+        except TimeoutError:
+            away = [str(seat.place) for seat in self.seats() if not seat.listens]
+            why = self.core.fault or (f"without shard {listed(away)}" if away else "the shards are busy")
+            raise Overloaded(
+                f"the change was not decided in {seconds:g} seconds: {why}",
+                hint="ask again with the same key; the change may still be made",
+                retry_after=1.0,
+            ) from None
+
+    def seats(self) -> list[Seat]:
+        """All shards, by place."""
+        nobody = Arrival(0, self.shards, "")
+        known = [(place, self._arrivals.get(place, nobody)) for place in range(self.shards)]
+        return [
+            Seat(place, each.address or None, each.start, each.stop, place in self._listening) for place, each in known
+        ]
+
+    def end(self) -> None:
+        """Let nobody listen or wait any more."""
+        for place in tuple(self._listening):
+            self._end(place)
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(Stopping("the coordinator ends", retry_after=1.0))
+                answer.exception()  # looked at, where nobody waits any more
+        self._asked.clear()
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _note(self, arrival: Arrival) -> None:
+        if arrival.shards != self.shards:
+            raise Conflict(
+                f"shard {arrival.shard} says that run {self._run!r} has {arrival.shards} shards, others say "
+                f"{self.shards}",
+                hint="start all shards of a run with the same number of shards",
+            )
+        self._arrivals[arrival.shard] = arrival
+
+    def _say(self, outputs: Iterable[Output]) -> None:
+        """Send to those that listen, and answer those that asked."""
+        for output in outputs:
+            if isinstance(output, Answer):
+                answer = self._asked.pop(output.key, None)
+                if answer and not answer.done():
+                    answer.set_result(output)
+            elif listening := self._listening.get(output.shard):
+                if listening.full():
+                    self._end(output.shard)
+                else:
+                    listening.put_nowait(output)
+
+    def _end(self, place: int) -> None:
+        """End a shard's listening, if it does."""
+        listening = self._listening.pop(place, None)
+        if listening:
+            while listening.full():
+                listening.get_nowait()
+            listening.put_nowait(None)
+
+
+class Conversations:
+    """The talks of one coordinator, by run. Each begins when the first of the run's shards comes."""
+
+    def __init__(self, name: str) -> None:
+        """name: as in Coordinator."""
+        self._name = name
+        self._by_run: dict[str, Conversation] = {}
+        self._ended = False
+
+    @property
+    def deposed(self) -> bool:
+        """Whether another coordinator has taken over one of the runs. Then this one is to end."""
+        return any(each.core.deposed for each in self._by_run.values())
+
+    def arrive(self, run: str, arrival: Arrival) -> tuple[Conversation, Listening]:
+        """Let a shard of a run listen. Raises InvalidRequest for a place that there is not; Stopping; what
+        Conversation.arrive() raises."""
+        if self._ended:
+            raise Stopping("the coordinator ends", retry_after=1.0)
+        if not arrival.shard < arrival.shards:
+            raise InvalidRequest(f"shard {arrival.shard} of {arrival.shards}: places are counted from 0")
+        conversation = self._by_run.get(run) or Conversation(run, self._name, arrival.shards)
+        listening = conversation.arrive(arrival)
+        self._by_run[run] = conversation
+        return conversation, listening
+
+    def find(self, run: str) -> Conversation:
+        """The talk about a run. Raises RunNotFound where none of its shards came."""
+        if run not in self._by_run:
+            raise RunNotFound(
+                f"no shard of a run {run!r} has come to this coordinator", hint="are the hosts of its shards up?"
+            )
+        return self._by_run[run]
+
+    def ask_again(self) -> None:
+        """As Conversation.ask_again(), for all runs."""
+        for each in self._by_run.values():
+            each.ask_again()
+
+    def end(self) -> None:
+        """As Conversation.end(), for all runs, and for good."""
+        self._ended = True
+        for each in self._by_run.values():
+            each.end()

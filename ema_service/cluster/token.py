@@ -1,0 +1,45 @@
+"""The cluster token: a secret that the coordinator and all shards share, and nobody else has.
+
+Whoever has it can have a run's updates committed or aborted, so a coordinator answers nobody without. Users' tokens
+(ema_service.tokens) are other ones, and open nothing here.
+
+Knows the header that carries the token. Does not know where the token is kept. The token is never logged, and stands in
+no message of an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+
+__all__ = ["ClusterToken"]
+
+#: Characters that a bearer token may have (RFC 6750), and so many that nobody guesses it.
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,}=*\Z")
+
+
+class ClusterToken:
+    """The token of one cluster."""
+
+    def __init__(self, token: str) -> None:
+        """Raises ValueError, which does not quote the token, where it is too short or cannot stand in a header."""
+        if not _TOKEN.match(token):
+            raise ValueError(
+                "the cluster token: expected at least 16 letters, digits or characters of ._~+/-; "
+                "`openssl rand -hex 32` makes one"
+            )
+        self._header = f"Bearer {token}"
+
+    def __repr__(self) -> str:
+        return "ClusterToken(...)"
+
+    @property
+    def header(self) -> str:
+        """The value of the header Authorization."""
+        return self._header
+
+    def fits(self, header: bytes) -> bool:
+        """Whether a request has the token. header: the value of its Authorization. Takes as long for any value."""
+        own, given = (hashlib.sha256(value).digest() for value in (self._header.encode(), header))
+        return hmac.compare_digest(own, given)

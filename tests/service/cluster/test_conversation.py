@@ -1,0 +1,231 @@
+"""A coordinator's talk with the shards of a run, without sockets.
+
+Knows queues and what goes through them. Does not know HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import pytest
+
+from ema_client.errors import Conflict, InvalidRequest, Overloaded, RunNotFound, Stopping
+from ema_service.cluster import Answer, Arrival, Ask, Change, Record, Report, Resolve, Term, Vote
+from ema_service.cluster.conversation import Conversation, Conversations, Listening, Seat
+from ema_service.cluster.messages import Proposal, Propose, Ticket
+
+T = TypeVar("T")
+
+UPDATE = Vote(Proposal(Ticket(0, 1, "u")), "1.1")
+
+
+def arrival(place: int, shards: int = 2) -> Arrival:
+    return Arrival(place, shards, f"http://host-{place}", 10 * place, 10 * place + 10)
+
+
+def run(test: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine on a loop of its own."""
+
+    async def whole() -> T:
+        return await asyncio.wait_for(test(), 20)
+
+    return asyncio.run(whole())
+
+
+def read(listening: Listening) -> list[object]:
+    """What a shard was told since it read the last time."""
+    return [listening.get_nowait() for _ in range(listening.qsize())]
+
+
+def begun() -> tuple[Conversation, Listening, Listening]:
+    """A talk in which both shards listen and have promised."""
+    talk = Conversation("r", "c", 2)
+    one, two = talk.arrive(arrival(0)), talk.arrive(arrival(1))
+    for term in (Term(), Term(1, "c")):
+        for place in range(2):
+            talk.hear(Report(place, Record(term)))
+    read(one), read(two)
+    return talk, one, two
+
+
+def test_first_question_comes_at_once() -> None:
+    """A shard that begins to listen is asked, and once all have said their term, asked to promise one."""
+
+    async def test() -> None:
+        talk = Conversation("r", "c", 2)
+        one, two = talk.arrive(arrival(0)), talk.arrive(arrival(1))
+        assert (read(one), read(two)) == ([Ask(0, Term())], [Ask(1, Term())])
+        talk.hear(Report(0, Record(Term(4, "d"))))
+        talk.hear(Report(1, Record()))
+        assert (read(one), read(two)) == ([Ask(0, Term(5, "c"))], [Ask(1, Term(5, "c"))])
+
+    run(test)
+
+
+def test_verdict_goes_to_all_that_listen() -> None:
+    """The last vote is followed by a verdict for each shard; one that is away hears it when it reports again."""
+
+    async def test() -> None:
+        talk, one, two = begun()
+        voted = Record(Term(1, "c"), 1, 0, None, UPDATE)
+        talk.leave(0, one)
+        talk.hear(Report(0, voted))
+        talk.hear(Report(1, voted))
+        assert (read(one), read(two)) == ([], [Resolve(1, Term(1, "c"), 1, committed=True)])
+        back = talk.arrive(arrival(0))
+        talk.hear(Report(0, voted))
+        assert read(back) == [Ask(0, Term(1, "c")), Resolve(0, Term(1, "c"), 1, committed=True)]
+
+    run(test)
+
+
+def test_claim_that_a_shard_missed_is_said_again() -> None:
+    """A shard that was not listening when the term was claimed is asked as soon as it reports the old one."""
+
+    async def test() -> None:
+        talk = Conversation("r", "c", 2)
+        one, two = talk.arrive(arrival(0)), talk.arrive(arrival(1))
+        talk.hear(Report(0, Record()))
+        talk.leave(1, two)
+        talk.hear(Report(1, Record()))
+        two = talk.arrive(arrival(1))
+        read(one), read(two)
+        talk.hear(Report(1, Record()))
+        assert (read(one), read(two)) == ([], [Ask(1, Term(1, "c"))])
+
+    run(test)
+
+
+def test_newer_process_of_a_shard_is_talked_to() -> None:
+    """A shard that was started again takes the place of the process before, whose end does not matter any more."""
+
+    async def test() -> None:
+        talk, old, _ = begun()
+        new = talk.arrive(arrival(0))
+        assert read(old) == [None]
+        talk.leave(0, old)
+        read(new)
+        talk.ask_again()
+        assert read(new) == [Ask(0, Term(1, "c"))]
+
+    run(test)
+
+
+def test_shard_that_reads_nothing_is_held_for_gone() -> None:
+    """What a shard does not read takes a bounded memory: then its listening ends."""
+
+    async def test() -> None:
+        talk, one, _ = begun()
+        for _ in range(1000):
+            talk.ask_again()
+        assert one.qsize() <= 64
+        assert read(one)[-1] is None
+        assert not talk.seats()[0].listens
+
+    run(test)
+
+
+def test_seats() -> None:
+    """Each shard has its seat, also one that never came."""
+
+    async def test() -> None:
+        talk = Conversation("r", "c", 2)
+        talk.arrive(arrival(1))
+        talk.hear(arrival(1)._replace(stop=99))
+        assert talk.seats() == [
+            Seat(0, None, 0, 0, listens=False),
+            Seat(1, "http://host-1", 10, 99, listens=True),
+        ]
+
+    run(test)
+
+
+def test_change_is_answered_once_it_is_made() -> None:
+    """Who asks for a change waits for the shards; two who ask with one key wait for the same."""
+
+    async def test() -> None:
+        talk, one, two = begun()
+        asked = [asyncio.create_task(talk.change(Change("k", "decay 0.5"), 5)) for _ in range(2)]
+        await asyncio.sleep(0)
+        (proposed,) = read(one)
+        assert isinstance(proposed, Propose)
+        assert [each.proposal for each in read(two) if isinstance(each, Propose)] == [proposed.proposal]
+        vote = Vote(proposed.proposal, "1.1")
+        for place in range(2):
+            talk.hear(Report(place, Record(Term(1, "c"), 1, 0, None, vote)))
+        for place in range(2):
+            talk.hear(Report(place, Record(Term(1, "c"), 2, 1, vote, None)))
+        assert await asyncio.gather(*asked) == [Answer("k", committed=True)] * 2
+
+    run(test)
+
+
+def test_change_waits_no_longer_than_it_may() -> None:
+    """Without all shards nothing is decided, and the error names those that are missing."""
+
+    async def test() -> None:
+        talk, one, _ = begun()
+        talk.leave(0, one)
+        with pytest.raises(Overloaded, match=r"not decided in 0\.01 seconds: without shard 0"):
+            await talk.change(Change("k", "decay 0.5"), 0.01)
+
+    run(test)
+
+
+def test_end_tells_all_that_wait() -> None:
+    """A coordinator that ends lets nobody listen, and nobody wait."""
+
+    async def test() -> None:
+        talks = Conversations("c")
+        talk, one = talks.arrive("r", arrival(0))
+        waiting = asyncio.create_task(talk.change(Change("k", "decay 0.5"), 5))
+        await asyncio.sleep(0)
+        talks.end()
+        assert read(one)[-1] is None
+        with pytest.raises(Stopping):
+            await waiting
+        with pytest.raises(Stopping):
+            talks.arrive("r", arrival(0))
+
+    run(test)
+
+
+def test_larger_term_deposes() -> None:
+    """One report of a larger term, about any run, and the coordinator is to end."""
+
+    async def test() -> None:
+        talks = Conversations("c")
+        for place in range(2):
+            talks.arrive("r", arrival(place))
+        talks.arrive("other", arrival(0, 1))
+        for place in range(2):
+            talks.find("r").hear(Report(place, Record()))
+        assert not talks.deposed
+        talks.find("r").hear(Report(0, Record(Term(2, "d"))))
+        assert talks.deposed
+
+    run(test)
+
+
+def test_who_does_not_fit_is_refused() -> None:
+    """A shard that believes in another number of shards, or has no place among them, changes nothing."""
+
+    async def test() -> None:
+        talks = Conversations("c")
+        with pytest.raises(InvalidRequest, match="shard 2 of 2: places are counted from 0"):
+            talks.arrive("r", arrival(2))
+        with pytest.raises(RunNotFound):
+            talks.find("r")
+        talk, _ = talks.arrive("r", arrival(0))
+        for message in (arrival(1, 3), arrival(0, 1)):
+            with pytest.raises(Conflict, match=f"shard {message.shard} says that run 'r' has {message.shards} shards"):
+                talks.arrive("r", message)
+            with pytest.raises(Conflict, match="others say 2"):
+                talk.hear(message)
+        with pytest.raises(InvalidRequest, match="has shards 0 to 1"):
+            talk.hear(Report(2, Record()))
+        assert [seat.address for seat in talk.seats()] == ["http://host-0", None]
+
+    run(test)
