@@ -13,6 +13,7 @@ Knows one run, its versions and its Shard. Does not know HTTP, which coordinator
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,8 +23,21 @@ from typing import Any, Generic, TypeVar
 from ema_client.errors import EmaError, InvalidRequest, StepConflict, StorageFailed, Superseded
 from ema_client.protocol import RunInfo, UpdateResult
 from ema_service.cluster.decisions import Shard
-from ema_service.cluster.messages import Answer, Ask, Proposal, Propose, Record, Refusal, Report, Resolve, Ticket, Vote
-from ema_service.cluster.texts import Adjustment, dump_record, error_of, lineage_of, load_record, reason_of
+from ema_service.cluster.encoding import MalformedMessage, decode, encode
+from ema_service.cluster.messages import (
+    Adjustment,
+    Answer,
+    Ask,
+    Proposal,
+    Propose,
+    Record,
+    Refusal,
+    Report,
+    Resolve,
+    Ticket,
+    Vote,
+)
+from ema_service.cluster.reasons import error_of, reason_of
 from ema_service.persistence import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, Update, Write
@@ -71,7 +85,7 @@ class ShardRun:
         self._versions = versions
         self._send = send
         #: The record that is on disk.
-        self._durable = load_record(versions.record)
+        self._durable = decode(versions.record, Record) if versions.record else Record()
         self._shard = Shard(versions.place, self._durable)
         self._held: dict[Ticket, _Held] = {}
         #: By the key of the proposal.
@@ -107,7 +121,7 @@ class ShardRun:
     ) -> Future[RunInfo]:
         """Vote for initial weights, as push(). Others as for Run.initialise(), and raises as that."""
         with self._refusing(None, key):
-            first = self._run.finish_first(parameters, lineage_of(key), num_updates=num_updates, step=step)
+            first = self._run.finish_first(parameters, _lineage_of(key), num_updates=num_updates, step=step)
             return self._vote(Ticket(0, None, key), lambda: self._run.prepare_first(first), lambda _: self._run.info())
 
     # --- from and to the coordinator --------------------------------------------------------------------------------
@@ -170,11 +184,11 @@ class ShardRun:
         """Vote for a change that a coordinator brings, or refuse it."""
         ticket = proposal.ticket
         try:
-            held = self._changed(ticket, Adjustment.load(proposal.change or ""))
+            held = self._changed(ticket, decode(proposal.change or "", Adjustment))
         except EmaError as fault:
             return [*self._shard.refuse(ticket, reason_of(fault))]
-        except (ValueError, TypeError):
-            return [*self._shard.refuse(ticket, reason_of(InvalidRequest(f"no change: {proposal.change}")))]
+        except MalformedMessage as fault:
+            return [*self._shard.refuse(ticket, reason_of(InvalidRequest(f"no change: {fault}")))]
         if held is None:
             return [*self._shard.refuse(ticket, "applied before")]
         return [*self._shard.prepare(Vote(proposal, held.outcome))]
@@ -232,7 +246,7 @@ class ShardRun:
         before, after, versions = self._durable, self._shard.record, self._versions
         if after == before:
             return
-        text = dump_record(after)
+        text = encode(after)
         held = self._held[after.vote.ticket] if after.vote else None
         if after.revision > before.revision:
             versions.confirm(text)
@@ -280,6 +294,11 @@ class ShardRun:
             else:
                 write = self._attaching(writer_in(record.vote.outcome), ticket.key)
             self._held[ticket] = _Held(write, record.vote.outcome)
+
+
+def _lineage_of(key: str) -> str:
+    """The lineage of a run whose initial weights come under this key: the same on all shards, and no other run's."""
+    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
 
 def _do(acts: Iterable[_Act]) -> None:

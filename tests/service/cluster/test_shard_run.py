@@ -35,8 +35,8 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig, RunConfig
-from ema_service.cluster import Report, ShardRun, Ticket
-from ema_service.cluster.texts import Adjustment, error_of, load_record
+from ema_service.cluster import Adjustment, Record, Report, ShardRun, Ticket, decode
+from ema_service.cluster.reasons import error_of
 from ema_service.persistence import ShardMemoryVersions
 from ema_service.persistence.releasing import release
 from ema_service.runs import Parameters, Write
@@ -88,7 +88,7 @@ def agree(town: Town) -> None:
         with closing(sqlite3.connect(host.server.folder / "catalog.db")) as catalog:
             [(text,)] = catalog.execute("SELECT record FROM shards").fetchall()
             rows = catalog.execute("SELECT revision FROM checkpoints").fetchall()
-        record = load_record(text)
+        record = decode(text, Record)
         assert max(revision or 0 for (revision,) in rows) <= record.revision + (1 if record.vote else 0)
         records.append((record.revision, record.made))
     assert len(set(facts)) == 1, facts
@@ -270,8 +270,8 @@ def test_change_that_is_refused(town: MakeTown) -> None:
         ("k3", Adjustment("decay"), InvalidRequest),
         ("k4", Adjustment("forget"), InvalidRequest),
         ("k5", "no JSON", InvalidRequest),
-        ("k6", '{"kind": "decay", "decay": "much"}', InvalidRequest),
-        ("k7", '{"kind": "reset", "more": 1}', InvalidRequest),
+        ("k6", '{"adjustment":{"kind":"decay","decay":"much","average":null}}', InvalidRequest),
+        ("k7", '{"adjustment":{"kind":"reset","decay":null,"average":null,"more":1}}', InvalidRequest),
     ):
         answer = here.change(key, change)
         assert not answer.committed

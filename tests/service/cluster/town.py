@@ -23,8 +23,18 @@ from torch import Tensor
 
 from ema_client.errors import EmaError, StorageFailed, Superseded
 from ema_client.protocol import RunConfig, UpdateResult
-from ema_service.cluster import Answer, Ask, Coordinator, Propose, Refusal, Report, Resolve, ShardRun
-from ema_service.cluster.texts import Adjustment
+from ema_service.cluster import (
+    Adjustment,
+    Answer,
+    Ask,
+    Coordinator,
+    Propose,
+    Refusal,
+    Report,
+    Resolve,
+    ShardRun,
+    encode,
+)
 from ema_service.runs import Parameters
 from ema_service.storage import ShardRow
 from tests.service.conftest import LocalRun, LocalServer, specs_of
@@ -306,7 +316,7 @@ class Town:
     def change(self, key: str, change: Adjustment | str) -> Answer:
         """Ask the coordinator for a change, again until it has an answer."""
         for _ in range(100):
-            self._say(self.coordinator.propose(key, change if isinstance(change, str) else change.dump()))
+            self._say(self.coordinator.propose(key, change if isinstance(change, str) else encode(change)))
             self.deliver()
             if found := [each for each in self.answers if each.key == key]:
                 return found[0]
