@@ -11,6 +11,7 @@ from ema_service.cluster.decisions import Coordinator, Shard
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.layout_map import LayoutMap, MergedBody, ShardLayout, Span
 from ema_service.cluster.messages import (
+    Adjustment,
     Answer,
     Arrival,
     Ask,
@@ -31,6 +32,7 @@ from ema_service.cluster.shard_run import ShardRun
 from ema_service.cluster.token import ClusterToken
 
 __all__ = [
+    "Adjustment",
     "Answer",
     "Arrival",
     "Ask",

@@ -31,7 +31,7 @@ class MalformedMessage(ValueError):
 
 
 def encode(message: Message) -> str:
-    """A message or a record as JSON, on one line, in ASCII."""
+    """A message, a change or a record as JSON, on one line, in ASCII."""
     return json.dumps({_name(type(message)): _plain(message)}, separators=(",", ":"))
 
 

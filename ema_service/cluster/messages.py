@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 __all__ = [
+    "Adjustment",
     "Answer",
     "Arrival",
     "Ask",
@@ -175,6 +176,18 @@ class Change(NamedTuple):
     change: str
 
 
+class Adjustment(NamedTuple):
+    """What a change changes, encoded as Proposal.change has it.
+
+    kind: ``decay``, of one average, the first by default; ``reset``, of the counters; ``writer``, a trainer that takes
+    over.
+    """
+
+    kind: str
+    decay: float | None = None
+    average: str | None = None
+
+
 class Answer(NamedTuple):
     """What became of a proposal.
 
@@ -187,5 +200,5 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
-#: Whatever is encoded: a message, or the record that a shard keeps.
-Message: TypeAlias = Answer | Arrival | Ask | Change | Propose | Record | Refusal | Report | Resolve
+#: Whatever is encoded: a message, what a change changes, or the record that a shard keeps.
+Message: TypeAlias = Adjustment | Answer | Arrival | Ask | Change | Propose | Record | Refusal | Report | Resolve

@@ -1,7 +1,8 @@
 """A shard's side of its talk with coordinators: its record is kept before anything is said that follows from it.
 
-What a shard is to its run stands in RecordStore: six calls, of which four keep a record. Whoever has prepared a
-proposal calls vote(), whoever cannot calls refuse(); all else comes from the coordinator.
+What a shard is to its run stands in RecordStore: seven calls, of which four keep a record. Whoever has prepared a
+proposal calls vote(), whoever cannot calls refuse(); all else comes from the coordinator. What was prepared is held
+here for as long as the shard votes for its proposal or has the proposal wait, and not longer.
 
 Several coordinators may be named. The shard talks to all of them, and obeys the one of the largest term; the others
 learn so from its reports, and end.
@@ -15,8 +16,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from ema_client.errors import StorageFailed
 from ema_service.cluster.decisions import Shard
@@ -40,41 +41,48 @@ __all__ = ["RecordStore", "Reporting"]
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
 #: Seconds that a proposal waits behind one that nobody completes.
 PATIENCE_SECONDS = 10.0
 
 
-class RecordStore(Protocol):
+class RecordStore(Protocol[T_contra]):
     """What a shard's run does as the coordinator decides.
 
-    Each of the first four returns once the record is durable, all of it or nothing, and is called for one record after
-    another, from any thread. Raises StorageFailed where nothing was changed; then the shard stands where it stood
-    before. Where that is not known the process has to end, and to begin with what is there.
+    Each of the four that keep a record returns once the record is durable, all of it or nothing, and is called for one
+    record after another, from any thread. Raises StorageFailed where nothing was changed; then the shard stands where
+    it stood before. Where that is not known the process has to end, and to begin with what is there.
+
+    prepared: what Reporting.vote() was called with for the proposal.
     """
+
+    def takes_part(self) -> bool:
+        """Whether the run is whole. While it is not the shard says nothing, and so nothing is decided."""
 
     def promise(self, record: Record) -> None:
         """Keep the record: another coordinator is obeyed from now on."""
 
-    def vote(self, record: Record) -> None:
+    def vote(self, record: Record, prepared: T_contra) -> None:
         """Keep the record with its vote, with the version that was prepared for it."""
 
-    def commit(self, record: Record) -> None:
+    def commit(self, record: Record, prepared: T_contra) -> None:
         """Keep the record, and make the version that was voted for the run's."""
 
-    def abort(self, record: Record) -> None:
+    def abort(self, record: Record, prepared: T_contra | None) -> None:
         """Keep the record, and drop the version that was voted for. Where the record has another vote, keep the version
-        of that one: its proposal has waited."""
+        of that one, which is the prepared one: its proposal has waited."""
 
     def propose(self, proposal: Proposal) -> None:
         """Have a change judged and prepared, on another thread: then Reporting.vote() or refuse(). Where vote() raises
         StorageFailed the change comes again."""
 
     def answer(self, answer: Answer) -> None:
-        """Tell whoever sent a proposal what became of it; whoever is gone will ask again. Where it was not committed,
-        what was prepared for it is not needed any more."""
+        """Tell whoever sent a proposal what became of it; whoever is gone will ask again."""
 
 
-class Reporting:
+class Reporting(Generic[T]):
     """One shard of one run, and its talk with the run's coordinators.
 
     Thread-safe; its calls may be made under no lock that the store takes in its own.
@@ -85,14 +93,16 @@ class Reporting:
         run: str,
         arrival: Arrival,
         record: Record,
-        store: RecordStore,
+        store: RecordStore[T],
         coordinators: Sequence[str],
         token: ClusterToken,
         *,
+        prepared: Mapping[Ticket, T] | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """record: the last durable one. coordinators: their URLs. patience: seconds that a proposal waits behind one
-        that nobody completes. Raises ValueError for a URL that is none of a coordinator."""
+        """record: the last durable one. coordinators: their URLs. prepared: by its ticket, what the record's vote is
+        for, where there is one. patience: seconds that a proposal waits behind one that nobody completes. Raises
+        ValueError for a URL that is none of a coordinator."""
         self._place = arrival.shard
         self._arrival = arrival
         self._store = store
@@ -100,6 +110,8 @@ class Reporting:
         self._lock = threading.Lock()
         self._kept = record
         self._core = Shard(self._place, record)
+        #: What was prepared for the vote, and for what waits.
+        self._prepared = dict(prepared or {})
         #: Changes that the store was told to prepare, and has not yet.
         self._preparing: set[Ticket] = set()
         #: What waits for the verdict on another proposal, and since when.
@@ -127,25 +139,40 @@ class Reporting:
         for link in self._links:
             link.say(arrival)
 
-    def vote(self, vote: Vote) -> None:
-        """Vote for a proposal whose version is prepared, on the revision that the ticket names. Again at each retry.
+    def vote(self, vote: Vote, prepared: T) -> None:
+        """Vote for a proposal whose version is prepared, on the revision that the ticket names. Again at each retry,
+        when what was prepared first stays.
 
         What becomes of it is told by RecordStore.answer(), during this call or later. Raises StorageFailed where the
         vote could not be kept; then the proposal may be sent again.
         """
-        self._act(lambda core: core.prepare(vote), vote.ticket)
+
+        def prepare(core: Shard) -> Sequence[Report | Answer]:
+            self._prepared.setdefault(vote.ticket, prepared)
+            return core.prepare(vote)
+
+        self._act(prepare, vote.ticket)
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         """Vote against a proposal, which is then dropped on all shards."""
-        self._act(lambda core: core.refuse(ticket, reason), ticket)
+        if self._store.takes_part():
+            self._act(lambda core: core.refuse(ticket, reason), ticket)
 
     def hear(self, message: Ask | Propose | Resolve) -> None:
         """Do as a coordinator says. What could not be kept is heard again, for it will be said again."""
+        if not self._store.takes_part():
+            return
         try:
             self._act(lambda core: core.receive(message))
-            self._insist()
+            if self._has_waited_long():
+                self.insist()
         except StorageFailed as fault:
             _log.warning("a coordinator's %s was not carried out: %s", type(message).__name__.lower(), fault)
+
+    def insist(self) -> None:
+        """Say that what waits has waited as long as a proposal should: whoever sent the shard's vote may be gone."""
+        if self._store.takes_part():
+            self._act(lambda core: core.insist())
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -188,30 +215,36 @@ class Reporting:
         return found
 
     def _keep(self) -> None:
-        """Make the core's record durable, or go on with a core from the last record that is."""
+        """Make the core's record durable, or go on with a core from the last record that is. Then hold nothing that was
+        prepared for a proposal which is neither voted for nor waits."""
         record, before = self._core.record, self._kept
-        if record is before:
-            return
         try:
-            self._keeper(before, record)(record)
-            self._kept = record
+            if record is not before:
+                self._store_record(before, record)
+                self._kept = record
         finally:
-            if self._kept is before:
+            if self._kept is not record:
                 self._core = Shard(self._place, before)
+            report = self._core.report()
+            live = [each.ticket for each in (report.record.vote, report.waiting) if each]
+            self._prepared = {ticket: each for ticket, each in self._prepared.items() if ticket in live}
 
-    def _keeper(self, before: Record, after: Record) -> Callable[[Record], None]:
-        """What of the store keeps the record, by what changed in it."""
-        if after.revision > before.revision:
-            return self._store.commit
-        if after.vote == before.vote:
-            return self._store.promise
-        return self._store.abort if before.vote else self._store.vote
+    def _store_record(self, before: Record, after: Record) -> None:
+        """Have the store keep a record, as the event that it is by what changed in it."""
+        if after.revision > before.revision and after.made:
+            self._store.commit(after, self._prepared[after.made.ticket])
+        elif after.vote == before.vote:
+            self._store.promise(after)
+        elif before.vote:
+            self._store.abort(after, self._prepared[after.vote.ticket] if after.vote else None)
+        elif after.vote:
+            self._store.vote(after, self._prepared[after.vote.ticket])
 
-    def _insist(self) -> None:
-        """Say so once what waits has waited for long. Looked at whenever a coordinator says something, which is every
+    def _has_waited_long(self) -> bool:
+        """Whether what waits has waited for long. Looked at whenever a coordinator says something, which is every
         second."""
         waiting, now = self._core.report().waiting, time.monotonic()
         if waiting != self._waiting[0]:
             self._waiting = (waiting, now)
-        elif waiting and now - self._waiting[1] >= self._patience:
-            self._act(lambda core: core.insist())
+            return False
+        return waiting is not None and now - self._waiting[1] >= self._patience

@@ -1,29 +1,32 @@
 """A shard of a run on this server: judges and prepares what comes, votes, and does as the verdict says.
 
     sender       -> push()        the update's version is finished, judged, written; the vote is durable; a future
-    coordinator  -> receive()     the verdict is durable; the version is put in place; the future has its answer
+    coordinator  -> commit()      the verdict is durable; the version is put in place; the future has its answer
 
-The holder of a decisions.Shard (see there): a record is durable before anything is sent that follows from it, and where
-it cannot be written the shard goes on as if it had been killed before. Between vote and verdict neither a lock is held
-nor a thread: what waits is a Write, its slot and its senders' futures.
+The RecordStore of a Reporting (see there), which decides when a record is kept, and says what follows from it. Between
+vote and verdict neither a lock is held nor a thread: what waits is a Write, its slot and its senders' futures.
 
-Knows one run, its versions and its Shard. Does not know HTTP, which coordinator there is, or how messages travel.
+Knows one run and its versions. Does not know what follows from a message, HTTP, or which coordinator there is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from ema_client.errors import EmaError, InvalidRequest, StepConflict, StorageFailed, Superseded
 from ema_client.protocol import RunInfo, UpdateResult
-from ema_service.cluster.decisions import Shard
-from ema_service.cluster.messages import Answer, Ask, Proposal, Propose, Record, Refusal, Report, Resolve, Ticket, Vote
-from ema_service.cluster.texts import Adjustment, dump_record, error_of, lineage_of, load_record, reason_of
+from ema_service.cluster.encoding import MalformedMessage, decode, encode
+from ema_service.cluster.messages import Adjustment, Answer, Arrival, Proposal, Record, Ticket, Vote
+from ema_service.cluster.reasons import error_of, reason_of
+from ema_service.cluster.reporting import Reporting
+from ema_service.cluster.token import ClusterToken
 from ema_service.persistence import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, Update, Write
@@ -33,9 +36,6 @@ __all__ = ["ShardRun"]
 
 T = TypeVar("T")
 
-#: What is to be done once the run's lock is free: sending, and answering.
-_Act = Callable[[], None]
-
 
 @dataclass(frozen=True, slots=True)
 class _Sender(Generic[T]):
@@ -44,8 +44,15 @@ class _Sender(Generic[T]):
     future: Future[T]
     answer: Callable[[], T]
 
+    def answering(self) -> Callable[[], None]:
+        """What gives the sender of a committed proposal the answer, once the run's lock is free."""
+        try:
+            return partial(self.future.set_result, self.answer())
+        except EmaError as fault:  # the run was found damaged meanwhile
+            return partial(self.future.set_exception, fault)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Held:
     """A write that the shard has voted for, or that waits. outcome: as in Vote."""
 
@@ -56,33 +63,42 @@ class _Held:
 class ShardRun:
     """One shard of a run. Thread-safe; methods that vote may block for a row, as those of Run do, and not longer.
 
-    While the run is degraded the shard says nothing: without it nothing is decided.
+    reporting: the talk with coordinators, begun by ``reporting.start()``. While the run is degraded the shard says
+    nothing: without it nothing is decided.
     """
 
     def __init__(
         self,
         run: Run,
         versions: ShardVersions | ShardMemoryVersions,
-        send: Callable[[Report | Refusal], None],
+        arrival: Arrival,
+        coordinators: Sequence[str],
+        token: ClusterToken,
+        changes: Executor,
     ) -> None:
-        """run, versions: as Registry.get() and shard() have them, for which there is no other ShardRun. send: called
-        with what is for the coordinator, on any thread, without a lock; what it loses is said again."""
+        """run, versions: as Registry.get() and shard() have them, for which there is no other ShardRun. arrival,
+        coordinators, token: as for Reporting. changes: judges what coordinators bring, and works until the talk is
+        closed. Raises MalformedMessage for a damaged record, and as Reporting()."""
         self._run = run
         self._versions = versions
-        self._send = send
-        #: The record that is on disk.
-        self._durable = load_record(versions.record)
-        self._shard = Shard(versions.place, self._durable)
-        self._held: dict[Ticket, _Held] = {}
-        #: By the key of the proposal.
+        self._changes = changes
+        record = decode(versions.record, Record) if versions.record else Record()
+        #: Of the record on disk; changed under the run's lock.
+        self._revision = record.revision
+        #: What waits for a verdict or is on its way to a vote: whoever brings it and the talk keep it alive.
+        self._held: WeakValueDictionary[Ticket, _Held] = WeakValueDictionary()
+        #: By the key of the proposal: who waits, and what answers those whose proposal is committed.
         self._senders: dict[str, list[_Sender[Any]]] = {}
+        self._answers: dict[str, list[Callable[[], None]]] = {}
         with run.deciding():
-            self._take_up()
+            taken_up = self._take_up(record)
+        self._held.update(taken_up)
+        self.reporting = Reporting(run.config.run, arrival, record, self, coordinators, token, prepared=taken_up)
 
     @property
     def record(self) -> Record:
         """What the shard has promised, voted for and committed, on disk."""
-        return self._durable
+        return self.reporting.record
 
     # --- from senders -----------------------------------------------------------------------------------------------
 
@@ -107,36 +123,59 @@ class ShardRun:
     ) -> Future[RunInfo]:
         """Vote for initial weights, as push(). Others as for Run.initialise(), and raises as that."""
         with self._refusing(None, key):
-            first = self._run.finish_first(parameters, lineage_of(key), num_updates=num_updates, step=step)
+            first = self._run.finish_first(parameters, _lineage_of(key), num_updates=num_updates, step=step)
             return self._vote(Ticket(0, None, key), lambda: self._run.prepare_first(first), lambda _: self._run.info())
 
-    # --- from and to the coordinator --------------------------------------------------------------------------------
+    # --- as the coordinator decides: RecordStore --------------------------------------------------------------------
 
-    def receive(self, message: Ask | Propose | Resolve) -> None:
-        """Do as a coordinator says. Where a record cannot be written the run tells so, and nothing is done."""
-        if self._run.ledger.fault:
-            return
+    def takes_part(self) -> bool:
+        """Whether the run is not degraded."""
+        return not self._run.ledger.fault
+
+    def promise(self, record: Record) -> None:
+        """Keep a record of the same versions. Raises StorageFailed, as vote(), commit() and abort()."""
         with self._run.deciding():
-            outputs: list[Report | Refusal | Answer] = []
-            for output in self._shard.receive(message):
-                outputs += self._prepare_change(output) if isinstance(output, Proposal) else [output]
-            acts = self._carry_out(outputs)
-        _do(acts)
+            self._versions.promise(encode(record))
 
-    def report(self) -> None:
-        """Say how the shard stands: at a start, and now and then while no verdict comes."""
-        if not self._run.ledger.fault:
-            with self._run.deciding():  # not while a record is being written that may fail
-                report = self._shard.report()
-            self._send(report)
+    def vote(self, record: Record, prepared: _Held | None) -> None:
+        """Keep a record with its vote and the version that it is for, in place of an earlier vote."""
+        with self._run.deciding():
+            if prepared and prepared.write.state:
+                place = prepared.write.place
+                slot = place.slot if isinstance(place, SlotPlace) else None
+                self._versions.vote(slot, prepared.write.state, encode(record))
+            else:
+                self._versions.discard(encode(record))
 
-    def insist(self) -> None:
-        """What waits here has waited as long as a proposal should."""
-        if not self._run.ledger.fault:
-            with self._run.deciding():
-                reports = self._shard.insist()
-            for report in reports:
-                self._send(report)
+    def abort(self, record: Record, prepared: _Held | None) -> None:
+        """Keep a record without the vote, or with that for what has waited."""
+        self.vote(record, prepared)
+
+    def commit(self, record: Record, prepared: _Held) -> None:
+        """Keep a record of the next revision, and make the write that was voted for the run's."""
+        with self._run.deciding():
+            self._versions.confirm(encode(record))
+            self._revision = record.revision
+            prepared.write.put()
+            if record.made:
+                key = record.made.ticket.key
+                # Now: the next verdict makes another version the run's.
+                self._answers[key] = [sender.answering() for sender in self._senders.pop(key, [])]
+
+    def propose(self, proposal: Proposal) -> None:
+        """Have a change judged, and vote for or against it."""
+        self._changes.submit(self._judge, proposal)
+
+    def answer(self, answer: Answer) -> None:
+        """Tell those who sent a proposal what became of it."""
+        with self._run.deciding():
+            acts = self._answers.pop(answer.key, [])
+        for act in acts:
+            act()
+        if not answer.committed:
+            superseded = f"another write to run {self._run.config.run!r} came in place of this one"
+            fault = error_of(answer.reason) if answer.reason else Superseded(superseded, retry_after=0.0)
+            self._fail(answer.key, fault)
 
     # --- a vote -----------------------------------------------------------------------------------------------------
 
@@ -150,12 +189,21 @@ class ShardRun:
             if write is None:
                 future.set_result(answer(False))
                 return future
-            ticket = ticket._replace(base=self._durable.revision)
+            ticket = ticket._replace(base=self._revision)
             held = self._hold(ticket, write)
             self._senders.setdefault(ticket.key, []).append(_Sender(future, partial(answer, True)))
-            acts = self._carry_out(self._shard.prepare(Vote(Proposal(ticket), held.outcome)))
-        _do(acts)
+        try:
+            self.reporting.vote(Vote(Proposal(ticket), held.outcome), held)
+        except StorageFailed as fault:
+            self._fail(ticket.key, fault)
         return future
+
+    def _fail(self, key: str, fault: EmaError) -> None:
+        """Tell those who sent a proposal why it was not committed."""
+        with self._run.deciding():
+            senders = self._senders.pop(key, [])
+        for sender in senders:
+            sender.future.set_exception(fault)
 
     def _hold(self, ticket: Ticket, write: Write, writer: int | None = None) -> _Held:
         """Hold a write until the verdict; of one that comes again the first. Raises StepConflict for other bytes."""
@@ -166,18 +214,28 @@ class ShardRun:
             raise StepConflict(f"step {ticket.step} of run {self._run.config.run!r} came before with other bytes")
         return held
 
-    def _prepare_change(self, proposal: Proposal) -> list[Report | Refusal | Answer]:
-        """Vote for a change that a coordinator brings, or refuse it."""
+    def _judge(self, proposal: Proposal) -> None:
+        """Vote for a change that a coordinator brings, or refuse it; one for an older revision comes again."""
         ticket = proposal.ticket
         try:
-            held = self._changed(ticket, Adjustment.load(proposal.change or ""))
+            with self._run.deciding():
+                if ticket.base != self._revision:
+                    return
+                held = self._changed(ticket, decode(proposal.change or "", Adjustment))
         except EmaError as fault:
-            return [*self._shard.refuse(ticket, reason_of(fault))]
-        except (ValueError, TypeError):
-            return [*self._shard.refuse(ticket, reason_of(InvalidRequest(f"no change: {proposal.change}")))]
+            self.reporting.refuse(ticket, reason_of(fault))
+        except MalformedMessage as fault:
+            self.reporting.refuse(ticket, reason_of(InvalidRequest(f"no change: {fault}")))
+        else:
+            self._vote_for(proposal, held)
+
+    def _vote_for(self, proposal: Proposal, held: _Held | None) -> None:
+        """Vote for a change. held: None where it was made before."""
         if held is None:
-            return [*self._shard.refuse(ticket, "applied before")]
-        return [*self._shard.prepare(Vote(proposal, held.outcome))]
+            self.reporting.refuse(proposal.ticket, "applied before")
+            return
+        with contextlib.suppress(StorageFailed):  # the run tells so, and the change comes again
+            self.reporting.vote(Vote(proposal, held.outcome), held)
 
     def _changed(self, ticket: Ticket, change: Adjustment) -> _Held | None:
         """What a change makes of the run; None where it was made before. Raises InvalidRequest, and as Run.amend()."""
@@ -203,88 +261,31 @@ class ShardRun:
         try:
             yield
         except EmaError as fault:
-            if not fault.retryable and not self._run.ledger.fault:
-                with self._run.deciding():
-                    refusals = self._shard.refuse(Ticket(self._durable.revision, step, key), reason_of(fault))
-                for refusal in refusals:
-                    self._send(refusal)
+            if not fault.retryable:
+                self.reporting.refuse(Ticket(self.record.revision, step, key), reason_of(fault))
             raise
-
-    # --- what follows -----------------------------------------------------------------------------------------------
-
-    def _carry_out(self, outputs: Iterable[Report | Refusal | Answer]) -> list[_Act]:
-        """Make the record durable and what was committed the run's. Returns what may be said then. Under the lock."""
-        try:
-            self._persist()
-        except StorageFailed as fault:
-            self._shard = Shard(self._versions.place, self._durable)
-            return [act for key in list(self._senders) for act in self._fail(key, fault)]
-        finally:
-            self._let_go()
-        acts: list[_Act] = []
-        for output in outputs:
-            acts += self._answer(output) if isinstance(output, Answer) else [partial(self._send, output)]
-        return acts
-
-    def _persist(self) -> None:
-        """Keep the record where it changed, with the version that it speaks of; then do as it says. Raises
-        StorageFailed, and then nothing was done."""
-        before, after, versions = self._durable, self._shard.record, self._versions
-        if after == before:
-            return
-        text = dump_record(after)
-        held = self._held[after.vote.ticket] if after.vote else None
-        if after.revision > before.revision:
-            versions.confirm(text)
-        elif after.vote == before.vote:
-            versions.promise(text)
-        elif held and held.write.state:
-            place = held.write.place
-            versions.vote(place.slot if isinstance(place, SlotPlace) else None, held.write.state, text)
-        else:
-            versions.discard(text)
-        self._durable = after
-        if after.made and after.revision > before.revision:
-            self._held[after.made.ticket].write.put()
-
-    def _let_go(self) -> None:
-        """Drop every write that is neither voted for nor waiting, with its memory and its slot."""
-        report = self._shard.report()
-        live = [each.ticket for each in (report.record.vote, report.waiting) if each]
-        self._held = {ticket: held for ticket, held in self._held.items() if ticket in live}
-
-    def _answer(self, answer: Answer) -> list[_Act]:
-        """Tell those who sent a proposal what became of it."""
-        if answer.committed:
-            senders = self._senders.pop(answer.key, [])
-            return [partial(each.future.set_result, each.answer()) for each in senders]
-        superseded = Superseded(
-            f"another write to run {self._run.config.run!r} came in place of this one", retry_after=0.0
-        )
-        return self._fail(answer.key, error_of(answer.reason) if answer.reason else superseded)
-
-    def _fail(self, key: str, fault: EmaError) -> list[_Act]:
-        return [partial(each.future.set_exception, fault) for each in self._senders.pop(key, [])]
 
     # --- a start ----------------------------------------------------------------------------------------------------
 
-    def _take_up(self) -> None:
-        """Go on with what the record says that the run's versions do not: the latest trainer, and a vote."""
-        record, ledger = self._durable, self._run.ledger
+    def _take_up(self, record: Record) -> dict[Ticket, _Held]:
+        """Go on with what the record says that the run's versions do not: the latest trainer, and a vote, which is
+        returned."""
+        ledger = self._run.ledger
         if record.made and (writer := writer_in(record.made.outcome)) > ledger.writer:
             ledger.attach(writer)
-        if record.vote:
-            ticket, voted = record.vote.ticket, self._versions.voted
-            if voted:
-                write = self._run.moving_to(voted, None)
-            else:
-                write = self._attaching(writer_in(record.vote.outcome), ticket.key)
-            self._held[ticket] = _Held(write, record.vote.outcome)
+        if record.vote is None:
+            return {}
+        ticket, voted = record.vote.ticket, self._versions.voted
+        if voted:
+            write = self._run.moving_to(voted, None)
+        else:
+            write = self._attaching(writer_in(record.vote.outcome), ticket.key)
+        return {ticket: _Held(write, record.vote.outcome)}
 
 
-def _do(acts: Iterable[_Act]) -> None:
-    for act in acts:
-        act()
+def _lineage_of(key: str) -> str:
+    """The lineage of a run whose initial weights come under this key: the same on all shards, and no other run's."""
+    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
 
 
 def _nothing() -> None:

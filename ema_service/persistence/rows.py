@@ -183,7 +183,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 def revision_of(record: str) -> int:
     """The revision that a shard's record says the run has come to; 0 for an empty record."""
-    revision: int = json.loads(record)["revision"] if record else 0
+    revision: int = json.loads(record)["record"]["revision"] if record else 0
     return revision
 
 

@@ -39,10 +39,16 @@ class Memory:
     def __init__(self) -> None:
         self.answers: SimpleQueue[Answer] = SimpleQueue()
 
-    def keep(self, record: Record) -> None:
+    def takes_part(self) -> bool:
+        return True
+
+    def promise(self, record: Record) -> None:
         """Keep the record: Reporting has it in memory."""
 
-    promise = vote = commit = abort = keep
+    def keep(self, record: Record, prepared: None) -> None:
+        """Keep the record: Reporting has it in memory."""
+
+    vote = commit = abort = keep
 
     def propose(self, proposal: Proposal) -> None:
         raise NotImplementedError("no change is asked for")
@@ -65,7 +71,7 @@ def measure(url: str, shards: int) -> list[float]:
         vote = Vote(Proposal(Ticket(revision, revision + 1, f"key-{revision}")), "1.1")
         began = time.perf_counter()
         for talk in talks:
-            talk.vote(vote)
+            talk.vote(vote, None)
         if not all(store.answers.get(timeout=_SECONDS).committed for store in stores):
             raise RuntimeError("an update was not committed")
         found.append(time.perf_counter() - began)

@@ -51,30 +51,37 @@ class Spoken:
 
 
 class Store:
-    """A run that keeps its record in memory. fails: what the next write raises."""
+    """A run that keeps its record in memory. fails: what the next write raises. prepared: what came with each record.
+    whole: whether the run takes part."""
 
     def __init__(self) -> None:
         self.durable = Record(TERM)
         self.events: list[Any] = []
         self.fails: Exception | None = None
+        self.prepared: list[str | None] = []
+        self.whole = True
 
     def promise(self, record: Record) -> None:
         self.keep("promise", record)
 
-    def vote(self, record: Record) -> None:
-        self.keep("vote", record)
+    def takes_part(self) -> bool:
+        return self.whole
 
-    def commit(self, record: Record) -> None:
-        self.keep("commit", record)
+    def vote(self, record: Record, prepared: str) -> None:
+        self.keep("vote", record, prepared)
 
-    def abort(self, record: Record) -> None:
-        self.keep("abort", record)
+    def commit(self, record: Record, prepared: str) -> None:
+        self.keep("commit", record, prepared)
 
-    def keep(self, event: str, record: Record) -> None:
+    def abort(self, record: Record, prepared: str | None) -> None:
+        self.keep("abort", record, prepared)
+
+    def keep(self, event: str, record: Record, prepared: str | None = None) -> None:
         if self.fails:
             raise self.fails
         self.durable = record
         self.events.append(event)
+        self.prepared.append(prepared)
 
     def propose(self, proposal: Proposal) -> None:
         self.events.append(proposal)
@@ -89,29 +96,29 @@ def store() -> Store:
 
 
 @pytest.fixture
-def talk(store: Store, monkeypatch: pytest.MonkeyPatch) -> Reporting:
+def talk(store: Store, monkeypatch: pytest.MonkeyPatch) -> Reporting[str]:
     monkeypatch.setattr(reporting, "Link", Spoken)
     made = Reporting("r", Arrival(0, 2, "a"), store.durable, store, ["http://c"], TOKEN, patience=0.0)
     spoken(made).store = store
     return made
 
 
-def spoken(talk: Reporting) -> Spoken:
+def spoken(talk: Reporting[str]) -> Spoken:
     (link,) = talk._links
     assert isinstance(link, Spoken)
     return link
 
 
-def verdict(talk: Reporting, *, committed: bool) -> Resolve:
+def verdict(talk: Reporting[str], *, committed: bool) -> Resolve:
     return Resolve(0, talk.record.term, talk.record.edition, committed)
 
 
-def test_each_change_of_the_record_is_its_event(store: Store, talk: Reporting) -> None:
+def test_each_change_of_the_record_is_its_event(store: Store, talk: Reporting[str]) -> None:
     """A promise, a vote, an abort, a commit: each is kept as what it is, and what follows is told after."""
     talk.hear(Ask(0, Term(2, "d")))
-    talk.vote(UPDATE)
+    talk.vote(UPDATE, "bytes of u")
     talk.hear(verdict(talk, committed=False))
-    talk.vote(NEWER)
+    talk.vote(NEWER, "bytes of v")
     talk.hear(verdict(talk, committed=True))
 
     assert store.events == [
@@ -120,10 +127,10 @@ def test_each_change_of_the_record_is_its_event(store: Store, talk: Reporting) -
     assert store.durable == talk.record == Record(Term(2, "d"), 4, 1, NEWER, None)
 
 
-def test_what_waited_is_kept_with_the_abort(store: Store, talk: Reporting) -> None:
+def test_what_waited_is_kept_with_the_abort(store: Store, talk: Reporting[str]) -> None:
     """Where a proposal has waited the abort's record has its vote, and nothing is written while it waits."""
-    talk.vote(UPDATE)
-    talk.vote(NEWER)
+    talk.vote(UPDATE, "bytes of u")
+    talk.vote(NEWER, "bytes of v")
     assert store.events == ["vote"]
 
     talk.hear(verdict(talk, committed=False))
@@ -132,10 +139,46 @@ def test_what_waited_is_kept_with_the_abort(store: Store, talk: Reporting) -> No
     assert store.durable.vote == NEWER
 
 
-def test_nothing_is_said_before_its_record_is_kept(talk: Reporting) -> None:
+def test_what_was_prepared_comes_with_its_record(store: Store, talk: Reporting[str]) -> None:
+    """A record comes with what was prepared first for its vote; what is neither voted for nor waits is let go."""
+    talk.vote(UPDATE, "bytes of u")
+    for prepared in ("bytes of v", "bytes of v again"):
+        talk.vote(NEWER, prepared)
+    talk.hear(verdict(talk, committed=False))
+    talk.hear(verdict(talk, committed=True))
+
+    assert store.prepared == ["bytes of u", "bytes of v", "bytes of v"]
+    assert talk._prepared == {}
+    talk.vote(UPDATE, "bytes of u")
+    assert talk._prepared == {}, "of a revision that is over"
+
+
+def test_vote_of_an_earlier_life(store: Store) -> None:
+    """What was prepared for the vote of the last durable record is committed after a restart."""
+    record = Record(TERM, 1, 0, None, UPDATE)
+    talk = Reporting("r", Arrival(0, 2, "a"), record, store, [], TOKEN, prepared={UPDATE.ticket: "bytes of u"})
+    talk.hear(verdict(talk, committed=True))
+
+    assert (store.events, store.prepared) == (["commit", Answer("u", committed=True)], ["bytes of u"])
+
+
+def test_damaged_run_says_nothing(store: Store, talk: Reporting[str]) -> None:
+    """A shard that cannot be read obeys nobody and refuses nothing, so nothing is decided."""
+    talk.vote(UPDATE, "bytes of u")
+    said = list(spoken(talk).said)
+    store.whole = False
+    talk.hear(Ask(0, Term(2, "d")))
+    talk.hear(verdict(talk, committed=True))
+    talk.refuse(NEWER.ticket, "no")
+    talk.insist()
+
+    assert (spoken(talk).said, store.events) == (said, ["vote"])
+
+
+def test_nothing_is_said_before_its_record_is_kept(talk: Reporting[str]) -> None:
     """Each report is of the record that was durable when it was said."""
     talk.hear(Ask(0, Term(2, "d")))
-    talk.vote(UPDATE)
+    talk.vote(UPDATE, "bytes of u")
     talk.hear(verdict(talk, committed=True))
 
     reports = [each for each in spoken(talk).said if isinstance(each, Report)]
@@ -144,24 +187,24 @@ def test_nothing_is_said_before_its_record_is_kept(talk: Reporting) -> None:
 
 
 @pytest.mark.parametrize("fault", [StorageFailed("no room"), ValueError("a defect")])
-def test_vote_that_is_not_kept_is_none(store: Store, talk: Reporting, fault: Exception) -> None:
+def test_vote_that_is_not_kept_is_none(store: Store, talk: Reporting[str], fault: Exception) -> None:
     """The sender gets the error, whatever it is; nothing is said, and the shard stands where it stood."""
     store.fails = fault
     with pytest.raises(type(fault), match=re.escape(str(fault))):
-        talk.vote(UPDATE)
+        talk.vote(UPDATE, "bytes of u")
     assert spoken(talk).said == []
     store.fails = None
 
     talk.hear(Ask(0, TERM))
     assert spoken(talk).said == [Report(0, Record(TERM))]
-    talk.vote(UPDATE)
+    talk.vote(UPDATE, "bytes of u")
     assert store.durable.vote == UPDATE
 
 
-def test_verdict_that_is_not_kept_comes_again(store: Store, talk: Reporting) -> None:
+def test_verdict_that_is_not_kept_comes_again(store: Store, talk: Reporting[str]) -> None:
     """The vote stays, its sender waits on; a proposal that waited in memory is lost, and its sender is told."""
-    talk.vote(UPDATE)
-    talk.vote(NEWER)
+    talk.vote(UPDATE, "bytes of u")
+    talk.vote(NEWER, "bytes of v")
     store.fails = StorageFailed("no room")
     before = len(spoken(talk).said)
     talk.hear(verdict(talk, committed=True))
@@ -174,7 +217,7 @@ def test_verdict_that_is_not_kept_comes_again(store: Store, talk: Reporting) -> 
     assert store.events[2:] == ["commit", Answer("u", committed=True)]
 
 
-def test_change_is_handed_over_once(store: Store, talk: Reporting) -> None:
+def test_change_is_handed_over_once(store: Store, talk: Reporting[str]) -> None:
     """A coordinator that proposes again while the change is prepared does not have it prepared twice; once it was
     refused, or could not be kept, it is."""
     for _ in range(2):
@@ -186,15 +229,15 @@ def test_change_is_handed_over_once(store: Store, talk: Reporting) -> None:
     assert store.events == [CHANGE, CHANGE]
     store.fails = StorageFailed("no room")
     with pytest.raises(StorageFailed):
-        talk.vote(Vote(CHANGE, "1.1"))
+        talk.vote(Vote(CHANGE, "1.1"), "a decay")
     talk.hear(Propose(0, TERM, CHANGE))
     assert store.events == [CHANGE, CHANGE, CHANGE]
 
 
-def test_what_waits_for_long_is_overdue(talk: Reporting) -> None:
+def test_what_waits_for_long_is_overdue(talk: Reporting[str]) -> None:
     """The coordinator is told that a proposal has waited, once it has waited longer than a proposal should."""
-    talk.vote(UPDATE)
-    talk.vote(NEWER)
+    talk.vote(UPDATE, "bytes of u")
+    talk.vote(NEWER, "bytes of v")
     for _ in range(2):
         talk.hear(Ask(0, TERM))
 
@@ -202,7 +245,7 @@ def test_what_waits_for_long_is_overdue(talk: Reporting) -> None:
     assert [report.overdue for report in reports] == [False, False, False, False, True]
 
 
-def test_move_is_told(talk: Reporting) -> None:
+def test_move_is_told(talk: Reporting[str]) -> None:
     """A shard that has another stretch by now says so."""
     talk.move(Arrival(0, 2, "a", 0, 64))
 

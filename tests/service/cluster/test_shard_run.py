@@ -28,6 +28,7 @@ from ema_client.errors import (
     Fenced,
     InvalidRequest,
     NonFinite,
+    RunDegraded,
     RunExists,
     StaleStep,
     StepConflict,
@@ -35,8 +36,8 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig, RunConfig
-from ema_service.cluster import Report, ShardRun, Ticket
-from ema_service.cluster.texts import Adjustment, error_of, load_record
+from ema_service.cluster import Adjustment, Answer, Ask, Proposal, Record, Report, ShardRun, Ticket, decode, encode
+from ema_service.cluster.reasons import error_of
 from ema_service.persistence import ShardMemoryVersions
 from ema_service.persistence.releasing import release
 from ema_service.runs import Parameters, Write
@@ -88,7 +89,7 @@ def agree(town: Town) -> None:
         with closing(sqlite3.connect(host.server.folder / "catalog.db")) as catalog:
             [(text,)] = catalog.execute("SELECT record FROM shards").fetchall()
             rows = catalog.execute("SELECT revision FROM checkpoints").fetchall()
-        record = load_record(text)
+        record = decode(text, Record)
         assert max(revision or 0 for (revision,) in rows) <= record.revision + (1 if record.vote else 0)
         records.append((record.revision, record.made))
     assert len(set(facts)) == 1, facts
@@ -181,6 +182,51 @@ def test_slices_again(town: MakeTown) -> None:
     assert here.versions() == ["1.2", "1.2"]
 
 
+@KEPT
+def test_other_bytes_after_a_restart(town: MakeTown) -> None:
+    """Other bytes under the ticket of a vote are a conflict also for a shard that was killed since."""
+    here = town(2)
+    here.send(1, "u", 0)
+    here.hosts[0].restart()
+    with pytest.raises(StepConflict, match="step 1"):
+        here.send(1, "u", 0, seed=9)
+
+
+def test_answer_is_of_its_version(town: MakeTown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is late tells the version that its update made, not a later one's."""
+    here = town(2)
+    late: list[Answer] = []
+    shard = here.hosts[0].shard
+    assert shard
+    answer = shard.answer
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "answer", late.append)
+        sent = [here.send(1, "u1", place) for place in (0, 1)]
+        here.deliver()
+        sent += [here.send(2, "u2", place) for place in (0, 1)]
+        here.deliver()
+    for each in late:
+        answer(each)
+    assert [future.result(0).version for future in sent if future] == ["1.1", "1.1", "1.2", "1.2"]
+
+
+def test_answer_of_a_run_that_is_damaged(town: MakeTown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that is committed while its run is found damaged has the error as answer; it counts all the same."""
+    here = town(2)
+
+    def damaged(*_: object, **__: object) -> None:
+        raise RunDegraded("found damaged")
+
+    monkeypatch.setattr(here.hosts[0].local.run, "result", damaged)
+    sent = [here.send(1, "u", place) for place in (0, 1)]
+    here.deliver()
+    assert sent[0]
+    with pytest.raises(RunDegraded, match="found damaged"):
+        sent[0].result(0)
+    assert here.versions() == ["1.1", "1.1"]
+    agree(here)
+
+
 def test_initial_weights_again(town: MakeTown) -> None:
     """The same initial weights again change nothing."""
     here = town(2)
@@ -270,8 +316,8 @@ def test_change_that_is_refused(town: MakeTown) -> None:
         ("k3", Adjustment("decay"), InvalidRequest),
         ("k4", Adjustment("forget"), InvalidRequest),
         ("k5", "no JSON", InvalidRequest),
-        ("k6", '{"kind": "decay", "decay": "much"}', InvalidRequest),
-        ("k7", '{"kind": "reset", "more": 1}', InvalidRequest),
+        ("k6", '{"adjustment":{"kind":"decay","decay":"much","average":null}}', InvalidRequest),
+        ("k7", '{"adjustment":{"kind":"reset","decay":null,"average":null,"more":1}}', InvalidRequest),
     ):
         answer = here.change(key, change)
         assert not answer.committed
@@ -279,6 +325,34 @@ def test_change_that_is_refused(town: MakeTown) -> None:
     here.push(1)
     assert here.versions() == ["1.1", "1.1"]
     agree(here)
+
+
+def test_change_that_is_judged_late(town: MakeTown) -> None:
+    """A change for a revision that is over is neither voted for nor refused: it comes again for the next."""
+    here = town(2)
+    host = here.hosts[0]
+    assert host.shard
+    sent = host.sent
+    host.shard.propose(Proposal(Ticket(0, None, "k"), encode(Adjustment("decay", 2.0))))
+    assert host.sent == sent
+
+
+def test_change_that_is_not_kept_comes_again(town: MakeTown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vote for a change that cannot be kept is none, and whoever judges changes goes on."""
+    here = town(2, decay=0.9)
+    shard = here.hosts[0].shard
+    assert shard
+
+    def full(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    change = encode(Adjustment("decay", 0.25))
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "_transaction", full)
+        shard.propose(Proposal(Ticket(shard.record.revision, None, "k"), change))
+    assert shard.record.vote is None
+    assert here.change("k", change).committed
+    assert {host.local.version.averages[0].decay for host in here.hosts} == {0.25}
 
 
 @KEPT
@@ -499,13 +573,13 @@ def network(here: Town) -> Iterator[None]:
                 return
             if turn % 20 == 0:
                 for host, thread in zip(here.hosts, hosts, strict=True):
-                    thread.submit(host.shard.insist)  # type: ignore[union-attr]
+                    thread.submit(host.shard.reporting.insist)  # type: ignore[union-attr]
             while here.queue:
                 to, message = here.queue.popleft()
                 if isinstance(to, str):
                     here._say(here.coordinator.receive(message))
                 else:
-                    hosts[to].submit(here.hosts[to].shard.receive, message)  # type: ignore[union-attr]
+                    hosts[to].submit(here.hosts[to].shard.reporting.hear, message)  # type: ignore[union-attr]
 
     carrier = threading.Thread(target=carry)
     carrier.start()
@@ -516,16 +590,19 @@ def network(here: Town) -> Iterator[None]:
         thread.shutdown()
 
 
-@pytest.mark.parametrize("says", ["report", "insist"])
+@pytest.mark.parametrize("says", ["asked", "insists"])
 def test_report_waits_for_the_row(says: str, town: MakeTown, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a shard says of itself on another thread never has a vote whose row is still being written."""
     here = town(2)
     host = here.hosts[0]
     versions, speaking = host.server.registry.shard("r"), ThreadPoolExecutor(1)
     vote = versions.vote
+    assert host.shard
+    talk = host.shard.reporting
+    talking = (talk.hear, Ask(0, talk.record.term)) if says == "asked" else (talk.insist,)
 
     def slowly(*args: Any) -> None:
-        said = speaking.submit(getattr(host.shard, says))
+        said = speaking.submit(*talking)
         with contextlib.suppress(TimeoutError):
             said.result(0.2)
         assert [each for _, each in here.queue if isinstance(each, Report) and each.record.vote] == []
@@ -788,7 +865,7 @@ def test_what_gave_way_lets_go(town: MakeTown) -> None:
         assert len(host.server.data_files("*/slots/*")) <= 4
     here.push(20)
     assert here.hosts[0].shard
-    assert here.hosts[0].shard._held == {}
+    assert list(here.hosts[0].shard._held.items()) == []
 
 
 @KEPT
@@ -796,7 +873,8 @@ def test_what_gave_way_lets_go(town: MakeTown) -> None:
 def test_disk_that_fails(
     act: str, town: MakeTown, model: Model, litema: type[LitEmaOracle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record that cannot be written is told to the slice's sender, who sends again; the others wait meanwhile."""
+    """A vote that cannot be kept is told to the slice's sender, who sends again; a verdict that cannot be comes again,
+    and its senders wait on."""
     here, oracle = town(2), litema(model(0))
     here.push(1)
     oracle.update(model(1))
@@ -813,10 +891,14 @@ def test_disk_that_fails(
             futures = [here.send(2, "u2", place) for place in (0, 1)]
         here.deliver()
         assert "full" in str(here.hosts[0].local.info.reason)
-    for future in futures:
-        assert future
-        with pytest.raises(StorageFailed, match="full"):
-            future.result(0)
+    assert all(futures)
+    if act == "vote":
+        assert ["full" in str(future.exception(0)) for future in futures if future] == [True, True]
+        assert {type(future.exception(0)) for future in futures if future} == {StorageFailed}
+    else:
+        assert [future.done() for future in futures if future] == [False, False]
+        here.say_again()
+        assert [future.result(0).applied for future in futures if future] == [True, True]
     here.push(2, "u2")
     oracle.update(model(2))
     assert here.hosts[0].local.info.status == "ready"

@@ -13,18 +13,32 @@ import itertools
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from ema_client.errors import EmaError, StorageFailed, Superseded
 from ema_client.protocol import RunConfig, UpdateResult
-from ema_service.cluster import Answer, Ask, Coordinator, Propose, Refusal, Report, Resolve, ShardRun
-from ema_service.cluster.texts import Adjustment
+from ema_service.cluster import (
+    Adjustment,
+    Answer,
+    Arrival,
+    Ask,
+    ClusterToken,
+    Coordinator,
+    Propose,
+    Refusal,
+    Report,
+    Resolve,
+    ShardRun,
+    encode,
+    reporting,
+)
 from ema_service.runs import Parameters
 from ema_service.storage import ShardRow
 from tests.service.conftest import LocalRun, LocalServer, specs_of
@@ -47,6 +61,9 @@ POINTS = {
 }
 
 
+_TOKEN = ClusterToken("a-token-of-the-tests")
+
+
 class Killed(Exception):
     """The process of a host ends here, as by SIGKILL."""
 
@@ -61,6 +78,21 @@ def slices(tensors: Mapping[str, Tensor], hosts: int) -> list[dict[str, Tensor]]
             for part, rows in zip(parts, torch.tensor_split(tensor, hosts), strict=True):
                 part[name] = rows.contiguous()
     return parts
+
+
+class AtOnce(Executor):
+    """Does what is submitted before submit() returns."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        fn(*args, **kwargs)
+        return Future()
+
+
+class Wire:
+    """In place of a shard's link: what is said goes to the town."""
+
+    def __init__(self, host: Host) -> None:
+        self.say = host.sent_by_shard
 
 
 class Host:
@@ -83,12 +115,16 @@ class Host:
 
     def start(self) -> None:
         versions = self.server.registry.shard("r")
-        self.shard = ShardRun(self.server.registry.get("r"), versions, self._send)
+        arrival = Arrival(self.place, self.town.hosts_count, f"http://host-{self.place}")
+        with patch.object(reporting, "Link", lambda *_: Wire(self)):
+            self.shard = ShardRun(
+                self.server.registry.get("r"), versions, arrival, ["http://coordinator"], _TOKEN, AtOnce()
+            )
         for name, after in set(POINTS.values()):
             if hasattr(versions, name):
                 self._wrap(versions, name, after=after)
         self.server.registry.get("r").changes.tell_always(lambda: self._reached("put", after=True))
-        self.shard.report()
+        self.town.ask_one(self.place)
         self.server.registry.verify()
 
     def stop(self) -> None:
@@ -118,7 +154,7 @@ class Host:
             self.kills += 1
             self.restart()
 
-    def _send(self, message: Report | Refusal) -> None:
+    def sent_by_shard(self, message: Report | Refusal) -> None:
         self.sent += 1
         self.town.queue.append(("coordinator", message))
         if isinstance(message, Report) and message.record.vote:
@@ -193,6 +229,10 @@ class Town:
         self._say(self.coordinator.ask())
         self.deliver()
 
+    def ask_one(self, place: int) -> None:
+        """Ask a host that has come, as a coordinator does."""
+        self._say([each for each in self.coordinator.ask() if each.shard == place])
+
     def _say(self, outputs: list[Any]) -> None:
         for output in outputs:
             if self.coordinator_dies == 0:
@@ -243,14 +283,10 @@ class Town:
     def _hand_over(self, host: Host, message: Ask | Propose | Resolve) -> None:
         with host.living():
             if host.shard:
-                host.shard.receive(message)
+                host.shard.reporting.hear(message)
 
     def say_again(self) -> None:
-        """Everyone says again what has no answer."""
-        for host in self.hosts:
-            with host.living():
-                if host.shard:
-                    host.shard.report()
+        """The coordinator asks, and everyone says again what has no answer."""
         self.ask()
 
     def overdue(self) -> None:
@@ -258,7 +294,7 @@ class Town:
         for host in self.hosts:
             with host.living():
                 if host.shard:
-                    host.shard.insist()
+                    host.shard.reporting.insist()
         self.deliver()
 
     # --- the trainer, and who asks for changes ----------------------------------------------------------------------
@@ -306,7 +342,7 @@ class Town:
     def change(self, key: str, change: Adjustment | str) -> Answer:
         """Ask the coordinator for a change, again until it has an answer."""
         for _ in range(100):
-            self._say(self.coordinator.propose(key, change if isinstance(change, str) else change.dump()))
+            self._say(self.coordinator.propose(key, change if isinstance(change, str) else encode(change)))
             self.deliver()
             if found := [each for each in self.answers if each.key == key]:
                 return found[0]

@@ -35,7 +35,7 @@ LAYOUT = Layout(CONFIG.layout)
 
 
 def record(revision: int, more: str = "") -> str:
-    return json.dumps({"revision": revision, "more": more})
+    return json.dumps({"record": {"revision": revision, "more": more}})
 
 
 class Disk:

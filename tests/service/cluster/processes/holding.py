@@ -66,15 +66,18 @@ class FileStore:
     def promise(self, record: Record) -> None:
         self._keep("promise", record, self.log)
 
-    def vote(self, record: Record) -> None:
+    def takes_part(self) -> bool:
+        return True
+
+    def vote(self, record: Record, _: None) -> None:
         self._keep("vote", record, self.log)
 
-    def commit(self, record: Record) -> None:
+    def commit(self, record: Record, _: None) -> None:
         if record.made is None:
             raise ValueError("a commit without a vote")
         self._keep("commit", record, [*self.log, record.made.outcome])
 
-    def abort(self, record: Record) -> None:
+    def abort(self, record: Record, _: None) -> None:
         self._keep("abort", record, self.log)
 
     def propose(self, proposal: Proposal) -> None:
@@ -105,7 +108,7 @@ class FileStore:
 class Holder:
     """The shard: judges what comes, and votes."""
 
-    def __init__(self, store: FileStore, reporting: Reporting, kill: Killer) -> None:
+    def __init__(self, store: FileStore, reporting: Reporting[None], kill: Killer) -> None:
         self._store, self._reporting, self._kill = store, reporting, kill
 
     def push(self, step: int, key: str) -> Answer:
@@ -127,7 +130,7 @@ class Holder:
         elif any(outcome.split()[0] == ticket.key for outcome in self._store.log):
             self._reporting.refuse(ticket, "made before")
         else:
-            self._reporting.vote(Vote(proposal, f"{ticket.key} {ticket.step or 0} {proposal.change or ''}"))
+            self._reporting.vote(Vote(proposal, f"{ticket.key} {ticket.step or 0} {proposal.change or ''}"), None)
 
     def judge_changes(self) -> None:
         while True:
@@ -139,7 +142,8 @@ class Holder:
 
 class Trainers(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
-    holder: Holder
+    #: Takes slices: push(step, key) gives the Answer.
+    holder: Any
 
 
 class Trainer(socketserver.StreamRequestHandler):
@@ -163,12 +167,14 @@ def main() -> None:
     store = FileStore(Path(folder), int(place), kill)
     arrival = Arrival(int(place), int(shards), f"http://host-{place}", int(place) * 100, int(place) * 100 + 100)
 
-    class Killed(Reporting):
+    class Killed(Reporting[None]):
         def hear(self, message: Any) -> None:
             kill("hear")
             super().hear(message)
 
-    talk = Killed(RUN, arrival, store.record, store, coordinators.split(","), ClusterToken(TOKEN), patience=0.5)
+    voted = {store.record.vote.ticket: None} if store.record.vote else {}
+    urls, token = coordinators.split(","), ClusterToken(TOKEN)
+    talk = Killed(RUN, arrival, store.record, store, urls, token, prepared=voted, patience=0.5)
     holder = Holder(store, talk, kill)
     threading.Thread(target=holder.judge_changes, daemon=True).start()
     path = Path(folder) / f"{place}.sock"

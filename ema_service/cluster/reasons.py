@@ -1,0 +1,26 @@
+"""Reasons for which proposals are refused, as text: the error that one shard gave, for the senders of all others.
+
+Knows the client's errors as problems (RFC 9457). Does not know what is refused, or how a reason travels.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ema_client.errors import EmaError, Superseded, error_from_problem
+
+__all__ = ["error_of", "reason_of"]
+
+
+def reason_of(fault: EmaError) -> str:
+    """Why a proposal is refused, for every shard's sender."""
+    return json.dumps(fault.to_problem())
+
+
+def error_of(reason: str) -> EmaError:
+    """The error that a refusal on another shard stands for; Superseded for a reason that no error gave."""
+    try:
+        problem = json.loads(reason)
+        return error_from_problem(problem, problem["status"])
+    except (ValueError, KeyError, TypeError):
+        return Superseded(reason, retry_after=0.0)
