@@ -33,15 +33,16 @@ _SHAPES = {"wide": (3,), "conv.weight": (4, 3, 3), "scalar": (), "none": (0, 5),
 _DTYPES = {"wide": torch.float64, "emb": torch.bfloat16, "half": torch.float16}
 
 
+def parameters(seed: int) -> dict[str, Tensor]:
+    """Parameters of a small model with every dtype; each seed gives other values."""
+    random = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=random).to(_DTYPES.get(n, torch.float32)) for n, s in _SHAPES.items()}
+
+
 @pytest.fixture(scope="session")
 def model() -> Callable[[int], dict[str, Tensor]]:
-    """Parameters of a small model with every dtype; each seed gives other values."""
-
-    def make(seed: int) -> dict[str, Tensor]:
-        random = torch.Generator().manual_seed(seed)
-        return {n: torch.randn(s, generator=random).to(_DTYPES.get(n, torch.float32)) for n, s in _SHAPES.items()}
-
-    return make
+    """Parameters of a small model, by seed."""
+    return parameters
 
 
 def host_memory() -> Memory:

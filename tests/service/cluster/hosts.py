@@ -9,7 +9,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,12 @@ class Hosts:
     of coordinators, in the order of their start.
     """
 
-    def __init__(self, folder: Path, shards: int = 2) -> None:
+    def __init__(
+        self, folder: Path, shards: int = 2, *, program: str = "holding.py", words: Sequence[str] = ()
+    ) -> None:
+        """program: that a shard runs. words: the last of its arguments."""
         self.folder = folder
+        self._program, self._words = program, words
         self.shards = shards
         self.acknowledged: set[str] = set()
         self._started: list[Forked] = []
@@ -54,7 +58,7 @@ class Hosts:
     def coordinate(self, port: int = 0, kill: str = "") -> Forked:
         """Start a coordinator. kill: where it ends itself, as in ``say 3``."""
         log = self._log("coordinator")
-        process = self._start([str(_PROGRAMS / "coordinating.py"), str(port), *kill.split()], log)
+        process = self._coordinator = self._start([str(_PROGRAMS / "coordinating.py"), str(port), *kill.split()], log)
         wait_until(lambda: re.search(r"port \d+\n", log.read_text()) or process.poll() is not None, "a port")
         found = re.search(r"port (\d+)\n", log.read_text())
         assert found, log.read_text()
@@ -65,11 +69,21 @@ class Hosts:
     def hold(self, place: int, kill: str = "") -> Forked:
         """Start a shard, which talks to every coordinator that was started so far. kill: as in ``after vote 1``."""
         urls = ",".join(f"http://127.0.0.1:{port}" for port in self.ports)
-        words = [str(self.folder), str(place), str(self.shards), urls]
+        words = [str(self.folder), str(place), str(self.shards), urls, *self._words]
         point = kill.rsplit(" ", 1) if kill else []
-        process = self._start([str(_PROGRAMS / "holding.py"), *words, *point], self._log(f"shard-{place}"))
+        process = self._start([str(_PROGRAMS / self._program), *words, *point], self._log(f"shard-{place}"))
         self.of_shard[place] = process
         return process
+
+    def kill(self, place: int) -> None:
+        """End a shard's process."""
+        self.of_shard[place].kill()
+        self.of_shard[place].wait(_SECONDS)
+
+    def kill_coordinator(self) -> None:
+        """End the coordinator that was started last."""
+        self._coordinator.kill()
+        self._coordinator.wait(_SECONDS)
 
     def end(self) -> None:
         """End all that runs."""
