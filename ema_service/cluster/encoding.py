@@ -12,6 +12,7 @@ Knows the fields of ``messages`` and JSON. Does not know what follows from a mes
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -40,7 +41,7 @@ def decode(text: str | bytes, *kinds: type[M]) -> M:
     names = {_name(kind): kind for kind in kinds}
     expected = f"an object with one member: {' or '.join(names)}"
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except MalformedMessage:
         raise
     except (RecursionError, ValueError) as fault:
@@ -53,6 +54,11 @@ def decode(text: str | bytes, *kinds: type[M]) -> M:
         raise MalformedMessage(f"the message: expected {expected}, got {name[:80]!r}")
     found: M = _read_message(names[name], body, name)
     return found
+
+
+def _no_number(spelling: str) -> NoReturn:
+    """NaN and the infinities, which Python's reader takes for numbers."""
+    raise MalformedMessage(f"not JSON: {spelling}")
 
 
 def _name(kind: type) -> str:
@@ -98,9 +104,18 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if hasattr(hint, "_fields"):
         return _read_message(hint, value, where)
     # Not isinstance(): true is no number.
-    if type(value) is not hint or (hint is int and not 0 <= value < _END) or (hint is str and not _encodable(value)):
+    if type(value) is not hint or not _has_form(value):
         _refuse(where, f"a number from 0 to {_END - 1}" if hint is int else _TYPES[hint], value)
     return value
+
+
+def _has_form(value: str | float) -> bool:
+    """Whether a text or a number is one that may come."""
+    if isinstance(value, str):
+        return _encodable(value)
+    if type(value) is float:
+        return math.isfinite(value)  # 1e999 is read as infinite
+    return 0 <= value < _END
 
 
 def _encodable(text: str) -> bool:

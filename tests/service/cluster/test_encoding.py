@@ -44,7 +44,7 @@ proposals = st.builds(Proposal, tickets, st.none() | texts)
 votes = st.builds(Vote, proposals, texts)
 records = st.builds(Record, terms, numbers, numbers, st.none() | votes, st.none() | votes)
 messages = st.one_of(
-    st.builds(Adjustment, texts, st.none() | st.floats(allow_nan=False), st.none() | texts),
+    st.builds(Adjustment, texts, st.none() | st.floats(allow_nan=False, allow_infinity=False), st.none() | texts),
     st.builds(Answer, texts, st.booleans(), texts),
     st.builds(Arrival, numbers, numbers, texts, numbers, numbers),
     st.builds(Ask, numbers, terms),
@@ -137,6 +137,13 @@ def test_mistake_is_named(text: str | bytes, says: str) -> None:
     """What is wrong is told with its place."""
     with pytest.raises(MalformedMessage, match=says):
         decode(text, Ask, Resolve)
+
+
+@pytest.mark.parametrize("decay", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_no_number_is_endless(decay: str) -> None:
+    """What Python's reader takes for a number, and JSON does not."""
+    with pytest.raises(MalformedMessage):
+        decode(f'{{"adjustment":{{"kind":"decay","decay":{decay},"average":null}}}}', Adjustment)
 
 
 def test_message_of_the_other_direction_is_refused() -> None:
