@@ -12,9 +12,11 @@ import random
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,6 @@ from torch import Tensor
 
 from ema_client.errors import (
     AverageNotFound,
-    EmaError,
     Fenced,
     InvalidRequest,
     NonFinite,
@@ -547,18 +548,24 @@ def test_orphans_tear_a_run_without_two_phases(
 
 
 def train(here: Town, steps: range, name: str) -> None:
-    """A trainer that pushes these steps, each again until it is applied or another trainer is further."""
+    """A trainer that pushes these steps, the slices of each until it is applied or another trainer is further."""
     with ThreadPoolExecutor(here.hosts_count) as senders:
         for step in steps:
-            done = False
-            while not done:
-                sending = [senders.submit(here.send, step, f"{name} {step}", host.place) for host in here.hosts]
-                futures = [each.result() if each.exception() is None else None for each in sending]
-                faults = [each.exception(30) if each else Superseded("") for each in futures]
-                conflicts = [each.exception() for each in sending]
-                over = [each for each in (*faults, *conflicts) if isinstance(each, StaleStep | StepConflict)]
-                assert all(each is None or isinstance(each, EmaError) for each in (*faults, *conflicts))
-                done = bool(over) or not any(faults)
+            list(senders.map(partial(send_slice, here, step, f"{name} {step}"), range(here.hosts_count)))
+
+
+def send_slice(here: Town, step: int, key: str, place: int) -> None:
+    """Send one slice until its host gives a final answer: a host may let go of a slice that others hold votes for, and
+    they wait until that slice comes again."""
+    while True:
+        try:
+            if sent := here.send(step, key, place):
+                sent.result(30)
+                return
+        except (StaleStep, StepConflict):
+            return
+        except Superseded:
+            time.sleep(0.001)
 
 
 @contextlib.contextmanager
