@@ -200,7 +200,7 @@ def _answer_with_problems(app: FastAPI) -> None:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A bound TCP socket for serve(). port: 0 for any that is free.
+    """A TCP socket for serve(), to which shards can connect from now on. port: 0 for any that is free.
 
     The socket says that it is one of TCP: asyncio sends small answers at once (TCP_NODELAY) only for those, and an
     answer that waits for an acknowledgement takes 40 ms. Raises OSError.
@@ -212,6 +212,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen()
     except OSError:
         sock.close()
         raise

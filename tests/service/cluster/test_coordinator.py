@@ -193,3 +193,10 @@ def test_silent_coordinator_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog:
         link.start()
         wait_until(lambda: "TimeoutError" in caplog.text, "the coordinator to be given up")
         link.close()
+
+
+def test_who_comes_early_is_served() -> None:
+    """A shard that connects before the coordinator's loop runs waits, and is not refused."""
+    with coordinator.listening_socket("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        connection.close()
