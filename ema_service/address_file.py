@@ -31,14 +31,16 @@ class AddressFile:
         self._text = f"{url}\n"
         self._hidden = self._path.with_name(f".{path.name}.part")
         try:
-            self._hidden.unlink(missing_ok=True)
-            with self._hidden.open("x", encoding="utf-8") as file:
-                file.write(self._text)
-                file.flush()
-                os.fsync(file.fileno())
-            self._path.unlink(missing_ok=True)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._remove, self._hidden)
+                self._hidden.unlink(missing_ok=True)
+                with self._hidden.open("x", encoding="utf-8") as file:
+                    file.write(self._text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._path.unlink(missing_ok=True)
+                undo.pop_all()
         except OSError as fault:
-            self._remove(self._hidden)
             raise OSError(fault.errno, f"the address file {path} cannot be written: {fault.strerror}") from None
 
     def show(self) -> None:

@@ -55,11 +55,10 @@ def _machine() -> bytes:
 def _held(folder: Path, flags: int = 0) -> int:
     """A descriptor of the folder's lock file, with the lock. Raises OSError, BlockingIOError where another has it."""
     descriptor = os.open(folder / _HELD, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
+        undo.pop_all()
     return descriptor
 
 

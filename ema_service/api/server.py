@@ -238,34 +238,31 @@ def _tcp(host: str, port: int) -> Iterator[socket.socket]:
         sock = socket.socket(family, kind, proto)
     except OSError as fault:
         raise CannotListen(f"cannot listen on {host}: {fault.strerror}; choose another --host") from None
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as fault:
-        sock.close()
-        raise CannotListen(
-            f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port"
-        ) from None
     with sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError as fault:
+            raise CannotListen(
+                f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port"
+            ) from None
         yield sock
 
 
 @contextlib.contextmanager
 def _unix(path: Path) -> Iterator[socket.socket]:
     """A bound Unix socket that only this user may connect to; one left behind by a dead server is replaced."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.is_socket() and not _answers(path):
-            path.unlink()
-        before = os.umask(0o177)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
-    except OSError as fault:
-        sock.close()
-        raise CannotListen(f"cannot listen on the Unix socket {path}: {fault}; choose another --uds") from None
-    with sock:
+            if path.is_socket() and not _answers(path):
+                path.unlink()
+            before = os.umask(0o177)
+            try:
+                sock.bind(str(path))
+            finally:
+                os.umask(before)
+        except OSError as fault:
+            raise CannotListen(f"cannot listen on the Unix socket {path}: {fault}; choose another --uds") from None
         try:
             yield sock
         finally:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,10 @@ def _write(path: Path, key: bytes, code: bytes) -> None:
             return
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
             file.write(code + hashlib.sha256(key + code).digest())
-        try:
+        with ExitStack() as undo:
+            undo.callback(Path(file.name).unlink)
             Path(file.name).replace(path)
-        except OSError:
-            Path(file.name).unlink()
-            raise
+            undo.pop_all()
     except OSError as fault:
         _log.warning("compiled code cannot be kept, so that each start compiles anew: %s", fault)
 

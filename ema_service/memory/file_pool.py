@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 from ema_client.errors import Superseded
@@ -127,11 +128,10 @@ class FilePool:
     def _create(self, count: int) -> list[tuple[str, _Raw]]:
         """New files. Raises OSError, MemoryError; Superseded where the pool was closed, be it meanwhile."""
         self._host.claim(count * self.nbytes)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._host.budget.give_back, count * self.nbytes)
             made = self._files.create(self.nbytes, self._prefix, count)
-        except OSError:
-            self._host.budget.give_back(count * self.nbytes)
-            raise
+            undo.pop_all()
         for each in made:
             self._know(each)
         if self._closed:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ema_client.errors import Overloaded
@@ -76,11 +77,11 @@ class FrozenWeights:
     def acquire(self, arena: Arena) -> memoryview:
         """Hold the arena and return its bytes: hold() and data() in one. Raises as both."""
         self.hold(arena)
-        try:
-            return self.data(arena)
-        except (Overloaded, MemoryError, OSError, RuntimeError):
-            self.release(arena)
-            raise
+        with ExitStack() as undo:
+            undo.callback(self.release, arena)
+            data = self.data(arena)
+            undo.pop_all()
+        return data
 
     def release(self, arena: Arena) -> None:
         """Count one reader of the arena less; the last one frees the budget and the copy."""

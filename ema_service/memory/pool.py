@@ -18,6 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -134,16 +135,16 @@ class HostPool:
 
     def _allocate(self, nbytes: int) -> _Raw:
         """Fresh memory that was claimed, in huge pages where the system has them."""
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.budget.give_back, nbytes)
             # MAP_PRIVATE: shared memory, mmap's default, gets no huge pages.
             region = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:
-            self.budget.give_back(nbytes)
-            raise
+            raw = np.frombuffer(region, dtype=np.uint8, count=nbytes)
+            weakref.finalize(raw, self.budget.give_back, nbytes).atexit = False
+            undo.pop_all()
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            region.madvise(mmap.MADV_HUGEPAGE)
-        raw = np.frombuffer(region, dtype=np.uint8, count=nbytes)
-        weakref.finalize(raw, self.budget.give_back, nbytes).atexit = False
+            with suppress(OSError):  # a kernel that was built without huge pages
+                region.madvise(mmap.MADV_HUGEPAGE)
         if self._locks and nbytes:
             self._locks.lock(raw, region)
         return raw

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ema_client.errors import BodyTooLarge, Overloaded
@@ -240,7 +241,8 @@ class Staging:
 
         memory: the run's, where its arenas are not those of all. Memory of a device is taken by Staged.allocate() only,
         which the caller has to call off the event loop. Raises BodyTooLarge where the whole budget is too small,
-        Overloaded where too little of it is free, or where there is no memory all the same.
+        Overloaded where too little of it is free, or where there is no memory all the same; Superseded where the run's
+        memory was given back meanwhile.
         """
         nbytes = self.needed(layout, averages)
         if not self._budget.take(nbytes):
@@ -249,11 +251,10 @@ class Staging:
                 f"{nbytes} more do not fit",
                 retry_after=1.0,
             )
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._budget.give_back, nbytes)
             memory = memory or self._memory
             staged = Staged(layout, memory, allocate=memory.on_host)
             staged.charge(self._budget, nbytes)
-        except (RuntimeError, Overloaded):
-            self._budget.give_back(nbytes)
-            raise
+            undo.pop_all()
         return staged

@@ -19,7 +19,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import RunConfig
@@ -220,12 +220,11 @@ class MemoryVersions:
 
         Raises OSError, Overloaded, and then took nothing.
         """
-        self._reserve(self._needed + _FILES_EACH)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._pool.trim, self._needed)
+            self._reserve(self._needed + _FILES_EACH)
             self.checkpoints.make_room(member)
-        except OSError:
-            self._pool.trim(self._needed)
-            raise
+            undo.pop_all()
 
     def keep_setup(self, setup: Setup) -> None:
         """As Versions.keep_setup()."""

@@ -688,13 +688,12 @@ class Registry:
         try:
             self._store.check_room(0)
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer, shard)
-            try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._store.remove_run, row)
                 made = self._allocated(config, layout, row, created_at)
                 if made.disk and made.disk.ring:
                     self._store.check_room(made.disk.ring.most_bytes)
-            except (OSError, Overloaded):
-                self._store.remove_run(row)
-                raise
+                undo.pop_all()
         except (OSError, sqlite3.Error) as fault:
             raise StorageFailed(f"run {config.run!r} was not created: {fault}", retry_after=1.0) from fault
         return self._entered(made, claim)

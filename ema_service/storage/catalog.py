@@ -272,26 +272,31 @@ class Catalog:
         path.touch(mode=0o600)
         _reserve(path, _GROWTH_BYTES)
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=_LOCK_SECONDS)
-        try:
-            if alone:
-                self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            if (mode := self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._db.close)
+            try:
+                self._prepare(path, alone=alone)
+            except sqlite3.DatabaseError as fault:
                 raise CatalogUnusable(
-                    f"{path} cannot have a log on this file system (SQLite keeps journal mode {mode}): use a "
-                    "--data-dir on a disk of this machine"
-                )
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._migrate(path)
-            _reserve(path.with_name(path.name + "-wal"), _LOG_BYTES)
-        except sqlite3.DatabaseError as fault:
-            self._db.close()
-            raise CatalogUnusable(f"{path} cannot be read: {fault}; restore it, or use another --data-dir") from None
-        except CatalogUnusable:
-            self._db.close()
-            raise
+                    f"{path} cannot be read: {fault}; restore it, or use another --data-dir"
+                ) from None
+            undo.pop_all()
         #: What is written to, whatever has its name by now.
         self._files = {each: each.stat().st_ino for each in (path, path.with_name(path.name + "-wal")) if each.exists()}
+
+    def _prepare(self, path: Path, *, alone: bool) -> None:
+        """Choose how the database is written, and bring it to this server's format. As __init__()."""
+        if alone:
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        if (mode := self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
+            raise CatalogUnusable(
+                f"{path} cannot have a log on this file system (SQLite keeps journal mode {mode}): use a "
+                "--data-dir on a disk of this machine"
+            )
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        self._migrate(path)
+        _reserve(path.with_name(path.name + "-wal"), _LOG_BYTES)
 
     def close(self) -> None:
         with self._lock:

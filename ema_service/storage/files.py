@@ -5,6 +5,7 @@ Knows paths and bytes. Does not know what the bytes mean, beyond the safetensors
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -53,18 +54,18 @@ def file_name(average: str) -> str:
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
     """Write a file that appears under its name only when every byte is on disk. Returns the file's size.
 
-    Raises OSError (no space, no permission); then the temporary file is gone and ``path`` is as it was.
+    Raises OSError (no space, no permission), and whatever ``chunks`` raise; then the temporary file is gone and
+    ``path`` is as it was.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(temporary.unlink, missing_ok=True)
         temporary.unlink(missing_ok=True)
         with temporary.open("xb", buffering=0) as file:  # x: a new file; a link planted there is not followed
             written = sum(_write_all(file.fileno(), chunk) for chunk in chunks)
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     sync_folder(path.parent)
     return written
 
@@ -149,11 +150,10 @@ class TensorFile:
         Raises FileNotFoundError, or MalformedBody where the file is not whole.
         """
         self._file = path.open("rb", buffering=0)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._file.close)
             self._measure(os.fstat(self._file.fileno()).st_size, data_bytes)
-        except (MalformedBody, OSError):
-            self._file.close()
-            raise
+            undo.pop_all()
 
     def _measure(self, size: int, data_bytes: int | None = None) -> None:
         """Find where the data section begins. Raises OSError; MalformedBody unless the file has ``size`` bytes."""
@@ -256,19 +256,21 @@ class FolderLock:
         """mounted: what the folder lies on. Raises FolderLocked where another process holds the lock, CannotLock."""
         mounted = mounted or file_system(folder)
         self.path = folder / "lock"
+        self._folder = -1
         self._file = self.path.open("ab")
-        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _lock_folder(self._folder)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.release)
+                self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_folder(self._folder)
+                undo.pop_all()
         except BlockingIOError:
-            self.release()
             raise FolderLocked(
                 f"another server uses the data dir {folder}: stop it, or give this one another --data-dir"
                 + (_LOCK_OF_THE_DEAD if mounted.shared else "")
             ) from None
         except OSError as fault:
-            self.release()
             raise CannotLock(
                 f"the data dir {folder} cannot be locked on {mounted.kind or 'its file system'} ({fault.strerror}), so "
                 "two servers could write to it at once: have it mounted with locks (of Lustre the option flock, of NFS "

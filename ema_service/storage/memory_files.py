@@ -109,19 +109,23 @@ class MemoryFiles:
                 os.close(parent)
         except OSError as fault:
             raise MemoryFilesUnusable(f"no folder for memory files: {fault.strerror}: {fault.filename}") from fault
-        try:
-            self._owner, self.nonce = self._claim()
-            self.folder = Path(f"/proc/self/fd/{self._descriptor}").readlink()
-        except OSError as fault:
-            os.close(self._descriptor)
-            raise MemoryFilesUnusable(f"no folder for memory files: {fault}") from fault
-        found = file_system(self.folder)
-        self._tmpfs = found.in_memory
-        if found.shared:
-            self.close()
-            raise MemoryFilesUnusable(
-                f"{self.folder} is on a network's file system ({found.kind}), which is no memory of this machine"
-            )
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, self._descriptor)
+            try:
+                self._owner, self.nonce = self._claim()
+                self.folder = Path(f"/proc/self/fd/{self._descriptor}").readlink()
+            except OSError as fault:
+                raise MemoryFilesUnusable(f"no folder for memory files: {fault}") from fault
+            undo.pop_all()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            found = file_system(self.folder)
+            self._tmpfs = found.in_memory
+            if found.shared:
+                raise MemoryFilesUnusable(
+                    f"{self.folder} is on a network's file system ({found.kind}), which is no memory of this machine"
+                )
+            undo.pop_all()
 
     @property
     def writes_to_disk(self) -> bool:
@@ -148,13 +152,12 @@ class MemoryFiles:
             # The kernel clears the pages of a file on one core: 0.3 s a GiB.
             with ThreadPoolExecutor(min(count, os.cpu_count() or 1), "ema-create") as threads:
                 creating = [threads.submit(self._create, nbytes, prefix) for _ in range(count)]
-            try:
-                made = [each.result() for each in creating]
-            except OSError:
+            with contextlib.ExitStack() as undo:
                 for each in creating:
                     if each.exception() is None:
-                        self.remove(each.result().name)
-                raise
+                        undo.callback(self.remove, each.result().name)
+                made = [each.result() for each in creating]
+                undo.pop_all()
         if self._tmpfs:
             # The last one is lent first.
             pages = [each.raw for each in reversed(made)]
@@ -166,18 +169,19 @@ class MemoryFiles:
         descriptor = os.open(
             name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._descriptor
         )
-        try:
-            # The file's pages are taken here; a full file system is an error now and no signal later.
-            os.posix_fallocate(descriptor, 0, max(nbytes, 1))
-            raw = _map(descriptor, nbytes)
-        except OSError as fault:
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=self._descriptor)
-            raise MemoryFilesUnusable(
-                fault.errno, f"{nbytes} bytes of memory files could not be taken in {self.folder}: {fault.strerror}"
-            ) from fault
-        finally:
-            os.close(descriptor)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.remove, name)
+            try:
+                # The file's pages are taken here; a full file system is an error now and no signal later.
+                os.posix_fallocate(descriptor, 0, max(nbytes, 1))
+                raw = _map(descriptor, nbytes)
+            except OSError as fault:
+                raise MemoryFilesUnusable(
+                    fault.errno, f"{nbytes} bytes of memory files could not be taken in {self.folder}: {fault.strerror}"
+                ) from fault
+            finally:
+                os.close(descriptor)
+            undo.pop_all()
         return MappedFile(name, raw)
 
     def attach(self, name: str, nbytes: int) -> MappedFile:
@@ -225,7 +229,8 @@ class MemoryFiles:
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         owner = os.open(_OWNER, flags, 0o600, dir_fd=self._descriptor)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, owner)
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             said = _read_owner(owner)
             if said.get("data_dir") != str(self._data_dir) or not isinstance(said.get("nonce"), str):
@@ -233,9 +238,7 @@ class MemoryFiles:
                 os.ftruncate(owner, 0)
                 os.pwrite(owner, json.dumps(said).encode(), 0)
                 self.sweep(())
-        except OSError:
-            os.close(owner)
-            raise
+            undo.pop_all()
         return owner, str(said["nonce"])
 
 

@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,21 +77,19 @@ class SlotFiles:
             return
         refuse_link(self._run_folder, self._name)
         new = not self.folder.exists()
-        try:
+        with ExitStack() as undo:
             if new:
+                undo.callback(remove_tree, self.folder)
                 # mkdir() without parents: where the run's own folder is gone, the run was deleted and must not come
                 # back.
                 self.folder.parent.mkdir(exist_ok=True)
                 self.folder.mkdir()
+            undo.callback(self.close)
             made = [self._open_file(average, extent) for average, extent in self._extents.items()]
             if any(made):
                 for folder in (self.folder, *self.folder.parents[:2]):
                     sync_folder(folder)
-        except OSError:
-            self.close()
-            if new:
-                remove_tree(self.folder)
-            raise
+            undo.pop_all()
 
     def write(self, average: str, data: memoryview, start: int, *, cached: bool) -> None:
         """Write data of an average, from byte ``start`` of the average on. Many threads may write at once.

@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,18 +102,13 @@ class Slots:
 
         Raises OSError (no space), and then gave none.
         """
-        made: list[SlotFiles] = []
-        try:
+        with ExitStack() as made, ExitStack() as undo:
             for name in self._on_disk():
-                made.append(SlotFiles(self._folder, name, {average: extent}, direct=False))
-                made[-1].open()
-        except OSError:
-            for files in made:
-                files.remove(average)
-            raise
-        finally:
-            for files in made:
-                files.close()
+                files = SlotFiles(self._folder, name, {average: extent}, direct=False)
+                made.callback(files.close)
+                undo.callback(files.remove, average)
+                files.open()
+            undo.pop_all()
         self._extents = {**self._extents, average: extent}
 
     def keep_only(self, averages: Collection[str]) -> None:

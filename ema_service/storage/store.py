@@ -86,12 +86,11 @@ def open_store(folder: Path, ram_dir: Path | None = None) -> Store:
     To be opened before any memory is taken: it frees memory that an earlier server left and no run comes back for.
     Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error.
     """
-    store = Store(folder)
-    try:
+    with contextlib.ExitStack() as undo:
+        store = Store(folder)
+        undo.callback(store.close)
         store.use_memory_files(ram_dir)
-    except sqlite3.Error:
-        store.close()
-        raise
+        undo.pop_all()
     return store
 
 
@@ -119,17 +118,14 @@ class Store:
         #: Memory that outlives the process, once use_memory_files() found some; and why it found none.
         self.memory_files: MemoryFiles | None = None
         self.memory_fault: str | None = None
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.release)
             self._catalog = self._open_catalog(folder / "catalog.db", mounted)
-        except (CatalogUnusable, sqlite3.Error):
-            self._lock.release()
-            raise
-        try:
+            undo.pop_all()
+            undo.callback(self.close)
             self._runs.mkdir(exist_ok=True)
             self._sweep()
-        except (OSError, sqlite3.Error):
-            self.close()
-            raise
+            undo.pop_all()
 
     def use_memory_files(self, ram_dir: Path | None = None) -> None:
         """Open the memory files of this data dir, and free those that no run comes back for.
@@ -359,17 +355,16 @@ class Store:
     ) -> None:
         """Write a snapshot under a name that is free. info: gives the row's text, once the files are written.
 
-        Raises OSError, sqlite3.Error; then nothing of the snapshot stays.
+        Raises OSError, sqlite3.Error, and as ``files`` and ``info`` do; then nothing of the snapshot stays.
         """
         refuse_link(self._run_folder(row), shelf)
         folder = self._snapshot_folder(row, shelf, name)
         remove_tree(folder)  # the files of a snapshot whose row was never written
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(remove_tree, folder)
             self._write_files(folder, files)
             self._catalog.add_snapshot(SnapshotRow(row.id, name, info(), time.time()), shelf)
-        except (OSError, sqlite3.Error):
-            remove_tree(folder)
-            raise
+            undo.pop_all()
 
     def snapshots(self, row: RunRow, shelf: Shelf = "snapshots") -> list[SnapshotRow]:
         """The snapshots of a run, in the order they were made."""

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from ema_client.training.joining import Resume
 from ema_client.training.plan import ShardedPlan
 from ema_service.tokens import create_token
 from tests.forked import Forked
+from tests.waiting import wait_until
 
 _HALFWAY = Path(__file__).parent / "processes" / "halfway.py"
 _ONCE = RetryPolicy(attempts=1)
@@ -362,7 +364,8 @@ def test_who_sends_has_the_run(
 @pytest.mark.parametrize("resume", [False, "auto"])
 def test_two_creators_at_once(server: Any, client: EmaClient, run_name: str, resume: Resume) -> None:
     """Of two trainers that make one run, with other configurations and weights, one has it whole and can train; the
-    other is told."""
+    other is told, and what the server had taken for its weights goes back."""
+    staged = _staged(server)
     per: dict[float, Any] = {0.25: "update", 0.75: "step"}
     barrier = threading.Barrier(2, timeout=_SECONDS)
 
@@ -382,6 +385,13 @@ def test_two_creators_at_once(server: Any, client: EmaClient, run_name: str, res
         [winner] = [decay for decay, fault in faults.items() if fault is None]
         assert of(client, run) == (winner, winner)
         assert (client.run(run).decay_per, client.run(run).step) == (per[winner], 1)
+    wait_until(lambda: _staged(server) == staged, "the memory of pushes that came too late")
+
+
+def _staged(server: Any) -> float:
+    """Bytes of pushes in flight."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("ema_staging_bytes ")))
 
 
 # --- who waits for the run ------------------------------------------------------------------------------------------

@@ -73,10 +73,9 @@ def _create(size: int) -> int:
     import fcntl  # not on every system, but where memfds are
 
     descriptor = os.memfd_create(SEGMENT_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, descriptor)
         os.ftruncate(descriptor, size)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError:
-        os.close(descriptor)
-        raise
+        undo.pop_all()
     return descriptor

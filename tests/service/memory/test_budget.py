@@ -5,19 +5,23 @@ Knows sizes and references. Does not know runs.
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ema_client.errors import Overloaded
-from ema_service.memory import FilePool, Memory
+from ema_client.errors import Overloaded, Superseded
+from ema_client.protocol import TensorSpec
+from ema_service.memory import FilePool, Layout, Memory, Staging
 from ema_service.memory import pool as module
 from ema_service.memory.budget import Budget
 from ema_service.memory.pool import HostPool
-from ema_service.storage.memory_files import MemoryFiles
+from ema_service.storage import memory_files
+from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
 from ema_service.values import address
 
 SIZE = 1000
@@ -140,14 +144,74 @@ def test_files_are_counted(files: MemoryFiles, pool: HostPool) -> None:
     assert (pool.budget.used, again.budget.used) == (0, 0)
 
 
-def test_file_that_failed_is_not_counted(files: MemoryFiles, pool: HostPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without room costs nothing of the budget."""
+# --- what fails -------------------------------------------------------------------------------------------------------
 
-    def none(*_: object) -> None:
-        raise OSError("no room")
+#: Of every family that has to do with memory, and of one that has not.
+FAULTS = [OSError, MemoryError, RuntimeError, Superseded, KeyboardInterrupt]
 
-    monkeypatch.setattr(files, "create", none)
-    with pytest.raises(OSError, match="no room"):
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[[object, str], None]:
+    """Has a function raise the test's fault."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise request.getfixturevalue("fault")("no room")
+
+    return lambda owner, name: monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_file_that_failed_is_not_counted(
+    fault: type[BaseException], failing: Callable[[object, str], None], files: MemoryFiles, pool: HostPool
+) -> None:
+    """A file that could not be made costs nothing of the budget, and no name: not for want of room alone."""
+    failing(files, "create")
+    with pytest.raises(fault):
         FilePool(files, SIZE, "1.", pool).lend(SIZE)
-
     assert pool.budget.used == 0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_file_that_was_not_mapped_is_gone(
+    fault: type[BaseException], failing: Callable[[object, str], None], files: MemoryFiles, pool: HostPool
+) -> None:
+    """Nor does one stay that was made and could not be used."""
+    failing(memory_files, "_map")
+    with pytest.raises(MemoryFilesUnusable if fault is OSError else fault):
+        FilePool(files, SIZE, "1.", pool).lend(SIZE)
+    assert (pool.budget.used, files.names()) == (0, set())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_memory_that_failed_is_not_counted(
+    fault: type[BaseException], failing: Callable[[object, str], None], pool: HostPool
+) -> None:
+    """Memory that the system refused costs nothing of the budget."""
+    failing(module.mmap, "mmap")
+    with pytest.raises(fault):
+        pool.lend(SIZE)
+    assert pool.budget.used == 0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_push_that_failed_is_not_counted(fault: type[BaseException], failing: Callable[[object, str], None]) -> None:
+    """A push for which there is no memory costs nothing of the budget of pushes, whatever the reason is: the run's end,
+    say."""
+    memory = Memory("cpu")
+    staging = Staging(memory, 10 * SIZE)
+    failing(memory, "landing")
+    with pytest.raises(fault):
+        staging.reserve(Layout([TensorSpec("w", (1,), "F32")]))
+    assert staging.bytes_in_use == 0
+
+
+def test_kernel_without_huge_pages(pool: HostPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel knows none, memory is lent in ordinary pages."""
+
+    class Refused(mmap.mmap):
+        def madvise(self, *_: object) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(module.mmap, "mmap", Refused)
+    assert len(pool.lend(SIZE)) == SIZE
+    assert pool.budget.used == SIZE
