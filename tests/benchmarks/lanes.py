@@ -18,6 +18,7 @@ from typing import Any
 
 from processes.paced import SO_MAX_PACING_RATE, dealt
 from scale import Scale
+from tls import certificate
 
 from ema_client import EmaClient
 from ema_service.bench.children import BenchFailed, Child, Service
@@ -52,6 +53,10 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "push, lanes found": (Need(0.97, "push, one lane"),),
     "pull, two lanes": (Need(0.95, RAW_FREE),),
     "pull, lanes found": (Need(0.97, "pull, two lanes"),),
+    "push over TLS, one lane": (),
+    "push over TLS, lanes found": (Need(0.97, "push over TLS, one lane"),),
+    "pull over TLS, two lanes": (),
+    "pull over TLS, lanes found": (Need(0.97, "pull over TLS, two lanes"),),
 }
 
 
@@ -67,7 +72,8 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
         for name, (rates, raw) in links.items():
             seconds |= _link(name, rates, raw, nbytes, scale, on_step, facts)
         raw = {RAW_FREE: _raw(stack, flows.said, ("0",), nbytes)}
-        seconds |= _loopback(raw, nbytes, scale, on_step, facts)
+        seconds |= _loopback("", raw, nbytes, scale, on_step, facts)
+        seconds |= _loopback(" over TLS", {}, nbytes, scale, on_step, facts, stack.enter_context(certificate()))
     rows = [_row(name, nbytes, seconds, needs) for name, needs in NEEDS.items()]
     facts.append("a raw flow: sendall of 1 MiB from one warm buffer, a thread for each; uneven flows end together")
     return Group("lanes", f"lanes: {show_size(nbytes)} of float32, TCP", tuple(rows), tuple(facts))
@@ -113,10 +119,18 @@ def _link(
 
 
 def _loopback(
-    raw: dict[str, Operation], nbytes: int, scale: Scale, on_step: Callable[[str], object], facts: list[str]
+    how: str,
+    raw: dict[str, Operation],
+    nbytes: int,
+    scale: Scale,
+    on_step: Callable[[str], object],
+    facts: list[str],
+    flags: Sequence[str] = (),
 ) -> dict[str, tuple[float, ...]]:
+    """Links that nothing paces. how: said of them in the rows' names. flags: of the server."""
+    on_step(f"finding the lanes of loopback{how}")
     with contextlib.ExitStack() as stack:
-        service = stack.enter_context(Service())
+        service = stack.enter_context(Service(*flags))
         clients = [stack.enter_context(EmaClient(service.url, lanes=lanes)) for lanes in (1, 2, None)]
         one, two, free = clients
         traffic = Traffic("lanes", nbytes)
@@ -125,14 +139,14 @@ def _loopback(
             traffic.push(free)
             traffic.pull_into(free)
         ours = {
-            "push, one lane": partial(traffic.push, one),
-            "push, lanes found": partial(traffic.push, free),
-            "pull, two lanes": partial(traffic.pull_into, two),
-            "pull, lanes found": partial(traffic.pull_into, free),
+            f"push{how}, one lane": partial(traffic.push, one),
+            f"push{how}, lanes found": partial(traffic.push, free),
+            f"pull{how}, two lanes": partial(traffic.pull_into, two),
+            f"pull{how}, lanes found": partial(traffic.pull_into, free),
         }
         found = interleave({**raw, **{n: timed(each) for n, each in ours.items()}}, scale.rounds, on_step=on_step)
         traffic.check(free)
-        facts.append(f"not paced: {free.link}")
+        facts.append(f"not paced{how}: {free.link}")
     return found
 
 

@@ -24,7 +24,7 @@ from ema_service.bench.rows import GIGA, Group, Need, Row, rate_row
 from ema_service.bench.sizes import show_size
 from ema_service.bench.traffic import Traffic
 
-__all__ = ["measure"]
+__all__ = ["certificate", "measure"]
 
 PUSH, PULL, TWO = "push, TLS", "pull into tensors, TLS", "two pushes at once, TLS"
 #: The same without TLS.
@@ -39,7 +39,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
     nbytes = scale.wire_bytes
     with contextlib.ExitStack() as stack:
         on_step("starting two servers")
-        flags = stack.enter_context(_certificate())
+        flags = stack.enter_context(certificate())
         plain, secure = stack.enter_context(Service()), stack.enter_context(Service(*flags))
         threads = _Threads(secure.pid)
         whole, halves = Traffic("whole", nbytes), [Traffic(f"half-{k}", nbytes // 2) for k in range(2)]
@@ -68,7 +68,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
 
 
 @contextlib.contextmanager
-def _certificate() -> Iterator[tuple[str, ...]]:
+def certificate() -> Iterator[tuple[str, ...]]:
     """The flags of a server with a certificate that clients within the block trust."""
     with tempfile.TemporaryDirectory(prefix="ema-bench-") as folder:
         cert, key = Path(folder) / "cert.pem", Path(folder) / "key.pem"
