@@ -194,7 +194,7 @@ class PartialPush:
 
     async def decide(self) -> UpdateResult | RunInfo:
         """Have the run apply the complete set. Raises as Parts.apply()."""
-        apply = self._server.metrics.timed(partial(self._parts.apply, self._part))
+        apply = self._server.metrics.timed(partial(self._parts.apply, self._part, self._server.workers.helpers))
         async with self._server.turn(self._run.config.run):
             return await self._server.workers.compute(apply)
 

@@ -14,6 +14,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -22,6 +23,7 @@ import xxhash
 from ema_client.errors import BodyTooLarge, DigestMismatch, EmaError, StepConflict
 from ema_client.protocol import DIGEST_BYTES, RunInfo, UpdateResult
 from ema_client.wire import LENGTH_BYTES, Box, parse_header
+from ema_service.averaging import BLOCK_BYTES
 from ema_service.bodies.incoming import Body
 from ema_service.bodies.slices import Cover, pieces_of, slices_of
 from ema_service.bodies.slices import Piece as Slice
@@ -100,8 +102,11 @@ class Gathering(ABC):
         """The names of tensors of which some element would be missing were the next piece the last one; none before."""
 
     @abstractmethod
-    def decide(self, run: Run) -> UpdateResult | RunInfo:
-        """Have the run apply the complete set. Blocks. Raises what the run raises."""
+    def decide(self, run: Run, helpers: Executor) -> UpdateResult | RunInfo:
+        """Have the run apply the complete set. Blocks. helpers: threads to divide what is not averaged yet among.
+
+        Raises what the run raises.
+        """
 
     def replaced(self, what: str) -> EmaError:
         """The fault of pieces in whose place others come of another group. what: the step, in words."""
@@ -140,14 +145,27 @@ class Lacking:
 
 @dataclass
 class PartGathering(Gathering):
-    """The parts of one step. covers: which elements of each tensor are claimed. parameters: the set in the run's
-    hands."""
+    """The parts of one step, each block of the parameters in a region of its own.
+
+    covers: which elements of each tensor are claimed. parameters: the set in the run's hands. block: bytes of a block;
+    all parameters are one where they cannot be averaged apart, and where they are initial weights.
+    """
 
     covers: dict[str, Cover] = field(default_factory=dict)
     parameters: Parameters = field(init=False)
+    block: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = Parameters(self.staged)
+        layout = self.staged.layout
+        apart = layout.divisible and self.step is not None
+        self.block = BLOCK_BYTES if apart else max(layout.param_bytes, 1)
+
+    def memory(self, extent: slice) -> memoryview:
+        """Where bytes of the parameters are received that lie in one block."""
+        start = extent.start - extent.start % self.block
+        stop = min(start + self.block, self.staged.layout.param_bytes)
+        return self.staged.region(start, stop).bytes(extent.start, extent.stop)
 
     @property
     def whole(self) -> bool:
@@ -174,8 +192,10 @@ class PartGathering(Gathering):
         for cover in self.covers.values():
             cover.release(index_of(key))
 
-    def decide(self, run: Run) -> UpdateResult | RunInfo:
+    def decide(self, run: Run, helpers: Executor) -> UpdateResult | RunInfo:
         if self.step is not None:
+            if self.staged.layout.divisible:
+                self.staged.divide(helpers)
             return run.apply(self.step, self.parameters, self.terms.writer)
         terms = self.terms
         if terms.replaces is not None:
@@ -256,6 +276,8 @@ class Part(Piece):
     def __init__(self, parts: Claims, gathering: PartGathering | None, key: Key, known: bytes | None) -> None:
         super().__init__(gathering, key, known, parts.max_header_bytes)
         self._covers = gathering.covers if gathering else None
+        #: Whose memory the bytes are received into; None where they are only compared.
+        self._gathering = gathering if known is None else None
         self._parts = parts
         self._slices: dict[str, tuple[Box, ...]] = {}
         self._hashes: dict[str, xxhash.xxh3_128] = {}
@@ -300,7 +322,8 @@ class Part(Piece):
         self._check_length(len(raw), header.data_bytes)
         self._slices = slices_of(header, self._parts.layout)
         self._hashes = {name: xxhash.xxh3_128() for name in self._slices}
-        self._pieces = pieces_of(self._slices, self._parts.layout)
+        block = self._gathering.block if self._gathering else self._parts.layout.param_bytes
+        self._pieces = pieces_of(self._slices, self._parts.layout, block)
         self.received = header.data_bytes
         if self.known is None:
             self._parts.claim(self, self._slices)
@@ -311,8 +334,8 @@ class Part(Piece):
         self._piece = next(self._pieces, None)
         if self._piece is None:
             return memoryview(b"")
-        if self.known is None and self._piece.stretch:
-            return self._data[self._piece.stretch]
+        if self._gathering and self._piece.box is None:
+            return self._gathering.memory(self._piece.extent)
         if len(self._scratch) < self._piece.nbytes:
             self._scratch = bytearray(self._piece.nbytes)
         return memoryview(self._scratch)[: self._piece.nbytes]
@@ -320,12 +343,5 @@ class Part(Piece):
     def _place(self, piece: Slice) -> None:
         """Hash the piece that has arrived, and put it in place if its elements are scattered."""
         self._hashes[piece.entry.name].update(self._window)
-        if self.known is None and piece.stretch is None:
-            piece.scatter(self._window, self._data)
-
-    @property
-    def _data(self) -> memoryview:
-        """The parameters' memory of the step."""
-        if self.gathering is None:
-            raise RuntimeError("a part that is only compared has no place of its own")
-        return self.gathering.staged.data
+        if self._gathering and piece.box is not None:
+            piece.scatter(self._window, self._gathering.memory(piece.extent))

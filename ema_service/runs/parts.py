@@ -26,6 +26,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -246,8 +247,8 @@ class Parts:
             if not gathering.done and not gathering.coming and gathering in self._gatherings:
                 self._drop(gathering, None)
 
-    def apply(self, piece: Piece) -> UpdateResult | RunInfo:
-        """Have the run apply the complete set. Blocks.
+    def apply(self, piece: Piece, helpers: Executor) -> UpdateResult | RunInfo:
+        """Have the run apply the complete set. Blocks. helpers: threads to divide what is not averaged yet among.
 
         Raises what Run.apply(), Run.initialise() and, for stretches, Run.commit() raise.
         """
@@ -255,7 +256,7 @@ class Parts:
         if gathering is None:
             raise RuntimeError("apply() is for a piece that completed its set")
         try:
-            result = gathering.decide(self._run)
+            result = gathering.decide(self._run, helpers)
         except BaseException as fault:
             if isinstance(fault, StorageFailed) and gathering.lasts:
                 with self._lock:
