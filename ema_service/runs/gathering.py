@@ -11,11 +11,13 @@ Knows slices, staging and the byte stream. Does not know which steps are put tog
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Protocol
 
 import xxhash
@@ -29,7 +31,9 @@ from ema_service.bodies.slices import Cover, pieces_of, slices_of
 from ema_service.bodies.slices import Piece as Slice
 from ema_service.memory.layout import Layout
 from ema_service.memory.staging import Staged
-from ema_service.runs.run import Parameters, Run
+from ema_service.runs.blocks import PartBlocks
+from ema_service.runs.run import Parameters, Run, Update
+from ema_service.shadows.passes import Stretch
 
 __all__ = ["Claims", "Gathering", "Key", "Lacking", "Part", "PartGathering", "Piece", "Terms", "bare", "index_of"]
 
@@ -97,6 +101,10 @@ class Gathering(ABC):
         Raises StepConflict where it can be none of this gathering.
         """
 
+    def outdated(self, run: Run) -> bool:  # noqa: ARG002 - stretches ask when the next one comes
+        """Whether nothing can come of the pieces any more because the run changed."""
+        return False
+
     @abstractmethod
     def gaps(self, layout: Layout) -> list[str]:
         """The names of tensors of which some element would be missing were the next piece the last one; none before."""
@@ -147,19 +155,51 @@ class Lacking:
 class PartGathering(Gathering):
     """The parts of one step, each block of the parameters in a region of its own.
 
-    covers: which elements of each tensor are claimed. parameters: the set in the run's hands. block: bytes of a block;
-    all parameters are one where they cannot be averaged apart, and where they are initial weights.
+    A block that one part brings whole is averaged as it comes. That overwrites the block's parameters, and binds the
+    step to the version that was current then: where the run changes before the set is whole, the senders, who have
+    their parts, send them again.
+
+    covers: which elements of each tensor are claimed. parameters: the set in the run's hands; with an update for as
+    long as some block is averaged. block: bytes of a block; all parameters are one where they cannot be averaged apart,
+    and where they are initial weights. averaged: by its first byte, which part a block came with that is averaged.
+    closed: whether no block is averaged by itself.
     """
 
     covers: dict[str, Cover] = field(default_factory=dict)
     parameters: Parameters = field(init=False)
     block: int = field(init=False)
+    averaged: dict[int, Key] = field(default_factory=dict)
+    #: Held while an update is begun or given up, and while averaging of a block begins: never while it goes on.
+    averaging: threading.Lock = field(default_factory=threading.Lock)
+    closed: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = Parameters(self.staged)
         layout = self.staged.layout
         apart = layout.divisible and self.step is not None
         self.block = BLOCK_BYTES if apart else max(layout.param_bytes, 1)
+        self.closed = not apart
+
+    def average(self, run: Run, part: Part, start: int, beside: Stretch | None) -> Stretch | None:
+        """The work on a block that a part brought whole; None where the block is averaged with the set. beside: the
+        work on an earlier block of the part.
+
+        Begins the update with the first block. Raises as Run.begin().
+        """
+        with self.averaging:
+            if self.closed or part.fault or self.outdated(run):
+                return None
+            if self.parameters.update is None:
+                self.parameters.update = run.begin(self.step or 0, self.staged, self.terms.writer)
+            self.averaged[start] = part.key
+            return self.parameters.update.preparation.block(start, beside)
+
+    def outdated(self, run: Run) -> bool:
+        """Whether parts were averaged upon a version that is not the run's any more: no update comes of them."""
+        update, version = self.parameters.update, run.ledger.version
+        if update is None or self.parameters.prepared is not None or version is None:
+            return False
+        return version is not update.plan.base and version.step != self.step
 
     def memory(self, extent: slice) -> memoryview:
         """Where bytes of the parameters are received that lie in one block."""
@@ -189,10 +229,33 @@ class PartGathering(Gathering):
         return [name for name in tensors if name not in self.covers or not self.covers[name].whole]
 
     def release(self, key: Key) -> None:
+        # Nobody works on the part's blocks any more by the time another part may claim them.
+        with self.averaging:
+            update = self.parameters.update
+            for start in [start for start, owner in self.averaged.items() if owner == key]:
+                del self.averaged[start]
+                if update:
+                    update.preparation.forget(start)
+            if update and not self.averaged:
+                self._let_go(update)
         for cover in self.covers.values():
             cover.release(index_of(key))
 
+    def end(self) -> None:
+        with self.averaging:
+            self.closed = True
+            if self.parameters.update:
+                self._let_go(self.parameters.update)
+        super().end()
+
+    def _let_go(self, update: Update) -> None:
+        """Give up an update of which nothing is averaged, or wanted, any more. Under the lock."""
+        update.preparation.drop()
+        self.parameters.update = None
+
     def decide(self, run: Run, helpers: Executor) -> UpdateResult | RunInfo:
+        with self.averaging:
+            self.closed = True
         if self.step is not None:
             if self.staged.layout.divisible:
                 self.staged.divide(helpers)
@@ -213,12 +276,14 @@ def index_of(key: Key) -> int:
 
 
 class Claims(Protocol):
-    """What a piece needs of Parts: the layout, and a way to claim a part's slices."""
+    """What a piece needs of Parts: the layout, a way to claim a part's slices, and whether its step is the next."""
 
     layout: Layout
     max_header_bytes: int
 
     def claim(self, part: Part, slices: dict[str, tuple[Box, ...]]) -> None: ...
+
+    def leads(self, gathering: Gathering) -> bool: ...
 
 
 class Piece(Body):
@@ -246,10 +311,10 @@ class Piece(Body):
     def announce(self, content_length: int | None) -> None:
         """Note the length of the whole body. Raises BodyTooLarge or MalformedBody where no such piece is as long."""
 
-    def begin(self, run: Run) -> None:  # noqa: ARG002 - parts are averaged once all are there
+    def begin(self, run: Run) -> None:  # noqa: ARG002 - what is averaged as it arrives asks the run
         """Take the memory of the step, before the first byte. Off the event loop where the memory is a device's.
 
-        Raises Overloaded; what Run.begin() raises, where the piece is averaged as it arrives.
+        Raises Overloaded; what Run.begin() raises, of a stretch.
         """
         if self.gathering:
             self.gathering.staged.allocate()
@@ -275,7 +340,6 @@ class Part(Piece):
 
     def __init__(self, parts: Claims, gathering: PartGathering | None, key: Key, known: bytes | None) -> None:
         super().__init__(gathering, key, known, parts.max_header_bytes)
-        self._covers = gathering.covers if gathering else None
         #: Whose memory the bytes are received into; None where they are only compared.
         self._gathering = gathering if known is None else None
         self._parts = parts
@@ -284,6 +348,28 @@ class Part(Piece):
         self._pieces: Iterator[Slice] = iter(())
         self._piece: Slice | None = None
         self._scratch = bytearray()
+        self._run: Run | None = None
+        size = parts.layout.param_bytes
+        self._blocks = PartBlocks(gathering.block if gathering else max(size, 1), size)
+
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        self._run = run
+
+    @property
+    def arrived(self) -> int:
+        """Bytes of all blocks that the part has brought whole so far."""
+        return self._blocks.arrived
+
+    def average(self, arrived: int = 0) -> None:  # noqa: ARG002 - the part knows which blocks have arrived
+        """Average blocks that the part has brought whole, as far as the step is the run's next; the rest is averaged
+        with the set. Blocks.
+
+        Raises as Run.begin(), and Overloaded.
+        """
+        run, gathering = self._run, self._gathering
+        if run and gathering and self._blocks.waiting and self._parts.leads(gathering):
+            self._blocks.average(partial(gathering.average, run, self))
 
     @property
     def fingerprint(self) -> bytes:
@@ -296,9 +382,9 @@ class Part(Piece):
 
     def claim(self, name: str, boxes: tuple[Box, ...]) -> int | None:
         """Claim slices of one tensor. Returns None; or the part that has some of their elements, and claims nothing."""
-        if self._covers is None:
+        if self._gathering is None:
             return None
-        cover = self._covers.setdefault(name, Cover(self._parts.layout.entry(name).shape))
+        cover = self._gathering.covers.setdefault(name, Cover(self._parts.layout.entry(name).shape))
         return cover.claim(index_of(self.key), boxes)
 
     def announce(self, content_length: int | None) -> None:
@@ -322,8 +408,7 @@ class Part(Piece):
         self._check_length(len(raw), header.data_bytes)
         self._slices = slices_of(header, self._parts.layout)
         self._hashes = {name: xxhash.xxh3_128() for name in self._slices}
-        block = self._gathering.block if self._gathering else self._parts.layout.param_bytes
-        self._pieces = pieces_of(self._slices, self._parts.layout, block)
+        self._pieces = pieces_of(self._slices, self._parts.layout, self._blocks.block_bytes)
         self.received = header.data_bytes
         if self.known is None:
             self._parts.claim(self, self._slices)
@@ -343,5 +428,7 @@ class Part(Piece):
     def _place(self, piece: Slice) -> None:
         """Hash the piece that has arrived, and put it in place if its elements are scattered."""
         self._hashes[piece.entry.name].update(self._window)
-        if self._gathering and piece.box is not None:
-            piece.scatter(self._window, self._gathering.memory(piece.extent))
+        if self._gathering:
+            if piece.box is not None:
+                piece.scatter(self._window, self._gathering.memory(piece.extent))
+            self._blocks.bring(piece.extent, piece.nbytes)

@@ -162,10 +162,24 @@ class Pass:
 
         In place of the stretch that began there and broke off: nobody may be working on that one any more.
         """
-        if old := self._stretches.pop(start, None):
-            old.drop()
+        self.forget(start)
         region = self._staged.region(start, stop)
         return self._begin(region, self._kernels(region), self._grain.piece)
+
+    def block(self, start: int, beside: Stretch | None = None) -> Stretch:
+        """Begin the stretch that is one block, by its first byte; where it was begun, the one that was.
+
+        Any thread may ask, and finish the stretch. beside: of another block, with which this one is measured: both are
+        forgotten, or neither.
+        """
+        kernels = beside.kernels if beside else self._kernels(self._staged.region())
+        return self._block(start, kernels, self._grain.piece)
+
+    def forget(self, start: int) -> None:
+        """Forget the stretch that begins at byte ``start``: other parameters come, or the same once more. Returns once
+        nobody works on it."""
+        if old := self._stretches.pop(start, None):
+            old.drop()
 
     def advance(self, received: int) -> None:
         """As Stretch.advance(), of a push that is one stretch."""
@@ -249,14 +263,16 @@ class Pass:
         kernels = self._kernels(self._staged.region())
 
         def alone(start: int) -> int:
-            block = self._block(start, kernels)
+            # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
+            # interpreter lock.
+            block = self._block(start, kernels, self._grain.block)
             block.finish()
             return block.stop
 
         for averaged in helpers.map(alone, range(0, self._layout.param_bytes, self._grain.block)):
             self._staged.passed(averaged)
 
-    def _block(self, start: int, kernels: _Kernels) -> Stretch:
+    def _block(self, start: int, kernels: _Kernels, piece: int) -> Stretch:
         """The stretch of one block, begun unless it was. kernels: of other blocks, to share what can be shared."""
         if found := self._stretches.get(start):
             return found
@@ -265,9 +281,7 @@ class Pass:
         in_one_place = self._staged.adopted is not None or self._layout.param_bytes == self._layout.shadow_bytes
         if not in_one_place:
             kernels = self._kernels(region, kernels.squares)
-        # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
-        # interpreter lock.
-        return self._begin(region, kernels, size)
+        return self._begin(region, kernels, piece)
 
     def _kernels(self, region: Region, squares: dict[int, Squares] | None = None) -> _Kernels:
         """The kernels of a region. squares: where other regions are measured too, to be measured together."""
@@ -430,6 +444,7 @@ class Stretch(ABC):
         for result in self.results:
             if result:
                 result.settle()
+                result.undo()
 
     @abstractmethod
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:

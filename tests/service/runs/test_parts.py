@@ -8,8 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,77 +30,18 @@ from ema_client.errors import (
     StepConflict,
     Superseded,
 )
-from ema_client.protocol import AverageConfig, RunConfig, TensorSpec, UpdateResult
+from ema_client.protocol import RunConfig, TensorSpec, UpdateResult
 from ema_client.wire import Box
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Layout, Memory, Staged, Staging
-from ema_service.runs import Parts, Run, Terms
+from ema_service.runs import Run, Terms
 from ema_service.tensors import TORCH_DTYPES
+from tests.service.runs.gatherer import Gatherer, Slices, part_body, rows, shadow_bytes
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun
 
-#: Threads that the averaging of complete sets is divided among.
-HELPERS = ThreadPoolExecutor(2)
-
 MakeRun = Callable[..., "LocalRun"]
-Slices = Mapping[str, Sequence[Box]]
-
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-def part_body(tensors: Mapping[str, Tensor], slices: Slices) -> bytes:
-    """One part, by the safetensors library: each tensor's slices back to back."""
-    data = {}
-    for name, boxes in slices.items():
-        taken = [tensors[name][tuple(slice(*bounds) for bounds in box)] for box in boxes]
-        data[name] = taken[0].contiguous() if len(taken) == 1 else torch.cat([t.reshape(-1) for t in taken])
-    return save(data, {"ema.slices": json.dumps({name: list(boxes) for name, boxes in slices.items()})})
-
-
-class Gatherer:
-    """Parts of one run on a budget of their own, sent by bodies."""
-
-    def __init__(self, run: Run, budget: int = 1 << 24) -> None:
-        self.run = run
-        self.parts = Parts(run)
-        self.staging = Staging(Memory("cpu"), budget)
-
-    def reserve(self) -> Staged:
-        return self.staging.reserve(self.run.layout)
-
-    def open(self, step: int | None, index: int, of: int, **terms: Any) -> Any:
-        self.parts.admit(step, index, Terms(of, **terms))
-        return self.parts.begin(step, index, Terms(of, **terms), self.reserve)
-
-    def send(self, step: int | None, index: int, of: int, body: bytes, piece: int = 1 << 20, **terms: Any) -> Any:
-        """The outcome, or the result where the part completed the set."""
-        part = self.open(step, index, of, **terms)
-        try:
-            part.announce(len(body))
-            for start in range(0, len(body), piece):
-                part.feed(body[start : start + piece])
-            part.finish()
-            outcome = self.parts.complete(part)
-        except BaseException:
-            self.parts.give_up(part)
-            raise
-        return self.parts.apply(part, HELPERS) if outcome == "complete" else outcome
-
-
-def rows(tensors: Mapping[str, Tensor], index: int, of: int) -> Slices:
-    """What fully_shard gives one rank: a chunk of the first dimension; a tensor without one goes to the first rank."""
-    slices = {}
-    for name, tensor in tensors.items():
-        if not tensor.numel():
-            continue
-        size = tensor.shape[0] if tensor.dim() else 1
-        each = -(-size // of)
-        start, stop = min(index * each, size), min((index + 1) * each, size)
-        if start < stop:
-            rest = tuple((0, s) for s in tensor.shape[1:])
-            slices[name] = [((start, stop), *rest) if tensor.dim() else ()]
-    return slices
 
 
 @pytest.fixture
@@ -115,10 +55,6 @@ def uncollected() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def shadow_bytes(run: Run) -> list[bytes]:
-    return [arena.tensor.numpy().tobytes() for arena in run.ready_state().arenas]
 
 
 # --- the same as unsharded ------------------------------------------------------------------------------------------
@@ -211,56 +147,6 @@ def test_large_slices(box: Box, local_run: MakeRun) -> None:
     parts.send(1, 1, 2, part_body({"w": after}, {"w": [b for b in rest if all(x < y for x, y in b)]}))
 
     assert torch.equal(run.shadows()["w"], before - 0.5 * (before - after))
-
-
-#: More than two blocks of the digest in all, none of which ends where a tensor or a row does.
-_LARGE = {
-    "float32": {"a": (torch.float32, (1111, 1301)), "b": (torch.float32, (3, 700, 1003))},
-    "bf16": {"a": (torch.bfloat16, (1111, 1301)), "b": (torch.bfloat16, (7, 1001, 1003))},
-    "mixed": {
-        "a": (torch.float32, (1111, 1301)),
-        "b": (torch.bfloat16, (3, 701, 2003)),
-        "c": (torch.float16, (4_000_001,)),
-    },
-    "undivided": {"a": (torch.float64, (501, 1301)), "b": (torch.bfloat16, (3, 701, 2003))},
-}
-
-
-def large(kind: str, seed: int) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=random).to(dtype) for name, (dtype, shape) in _LARGE[kind].items()}
-
-
-def cut(tensors: Mapping[str, Tensor], axis: int, index: int, of: int) -> Slices:
-    """A chunk of one dimension of each tensor, the last where a tensor has fewer; -1: columns, 0: rows."""
-    slices = {}
-    for name, tensor in tensors.items():
-        along = axis if axis >= 0 else tensor.dim() - 1
-        bounds = [size * index // of for size in tensor.shape], [size * (index + 1) // of for size in tensor.shape]
-        slices[name] = [
-            tuple((bounds[0][d], bounds[1][d]) if d == along else (0, s) for d, s in enumerate(tensor.shape))
-        ]
-    return slices
-
-
-@pytest.mark.parametrize("axis", [0, -1], ids=["rows", "columns"])
-@pytest.mark.parametrize("kind", _LARGE)
-def test_blocks_averaged_apart(kind: str, axis: int, local_run: MakeRun) -> None:
-    """Parts of several blocks give what the same update sent whole gives, in two averages, to the bit."""
-    averages = (AverageConfig("ema"), AverageConfig("fast", decay=0.5))
-    whole, parts = (local_run(large(kind, 0), averages=averages).run for _ in range(2))
-    gatherer, other = Gatherer(parts, 1 << 28), Gatherer(whole, 1 << 28)
-    for step in (1, 2):
-        for index in range(3):
-            gatherer.send(step, index, 3, part_body(large(kind, step), cut(large(kind, step), axis, index, 3)))
-        staged = other.reserve()
-        update, body = whole.begin(step, staged), UpdateBody(staged)
-        body.feed(save(large(kind, step)))
-        body.finish()
-        whole.commit(update)
-
-    assert shadow_bytes(parts) == shadow_bytes(whole)
-    assert parts.ready_state().version.digest == whole.ready_state().version.digest
 
 
 # --- exactly once ---------------------------------------------------------------------------------------------------
