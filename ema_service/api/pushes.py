@@ -195,7 +195,7 @@ class PartialPush:
             await self._incoming.fill(self._announced, workers.behind(part.average))
         outcome = self._parts.complete(part)
         self._whole = True
-        if outcome == "staged":
+        if outcome == "staged" and part.waits:
             # Whatever stands in the way of averaging now is told to whoever sends the last part.
             with contextlib.suppress(EmaError):
                 await workers.compute(part.average)

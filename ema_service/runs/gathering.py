@@ -361,6 +361,11 @@ class Part(Piece):
         """Bytes of all blocks that the part has brought whole so far."""
         return self._blocks.arrived
 
+    @property
+    def waits(self) -> bool:
+        """Whether the part has brought a block whole that is not averaged yet."""
+        return self._blocks.waiting
+
     def average(self, arrived: int = 0) -> None:  # noqa: ARG002 - the part knows which blocks have arrived
         """Average blocks that the part has brought whole, as far as the step is the run's next; the rest is averaged
         with the set. Blocks.
@@ -368,7 +373,7 @@ class Part(Piece):
         Raises as Run.begin(), and Overloaded.
         """
         run, gathering = self._run, self._gathering
-        if run and gathering and self._blocks.waiting and self._parts.leads(gathering):
+        if run and gathering and self.waits and self._parts.leads(gathering):
             self._blocks.average(partial(gathering.average, run, self))
 
     @property

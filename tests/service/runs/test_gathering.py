@@ -5,10 +5,15 @@ Knows parts without a socket, in models of several blocks. Does not know HTTP (t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
+import threading
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,6 +46,7 @@ def wide(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=source) for name, shape in TENSORS.items()}
 
 
+@lru_cache(8)
 def body(seed: int, number: int) -> bytes:
     return part_body(wide(seed), BOTH[number])
 
@@ -396,7 +402,47 @@ class Life:
 def test_random_lives(kind: str) -> None:
     """Whatever comes between the parts, each step is applied once, with the run as it is then, bit for bit."""
     life = Life(8, kind)
-    for step in range(1, 9):
+    for step in range(1, 7):
         life.step(step)
         assert_same(*life.pair)
     assert life.lost, "of some steps nothing was averaged before the run changed"
+
+
+def test_ranks_at_once(local_run: MakeRun) -> None:
+    """Ranks in threads of their own, parts that break off, and decays that change at any time: each step is applied
+    once, with one of the decays, bit for bit."""
+    config = {"use_num_updates": False, "decay": 0.5}
+    parts, whole = (Gatherer(local_run(wide(0), **config).run, 1 << 28) for _ in range(2))
+    over = threading.Event()
+
+    def change() -> None:
+        while not over.wait(0.1):
+            decay(parts.run, random.choice([0.25, 0.75]))
+
+    def rank(number: int, step: int) -> list[Any]:
+        results = []
+        while parts.run.ready_state().version.step != step:
+            if number not in (parts.parts.staged(step) or ()):
+                with contextlib.suppress(Superseded):
+                    if random.random() < 0.3:
+                        broken = parts.open(step, number, 2)
+                        broken.feed(body(step + 1, number)[: -(1 << 20)])
+                        broken.average()
+                        parts.parts.give_up(broken)
+                    results.append(parts.send(step, number, 2, body(step, number)))
+            time.sleep(0.001)
+        return [result for result in results if result not in ("staged", "applied")]
+
+    with ThreadPoolExecutor(3) as threads:
+        changing = threads.submit(change)
+        try:
+            for step in range(1, 6):
+                found = [each for results in threads.map(rank, range(2), [step] * 2) for each in results]
+                [result] = [each for each in found if each.applied]
+                decay(whole.run, result.effective_decay)
+                whole.push(step, wide(step))
+                assert shadow_bytes(parts.run) == shadow_bytes(whole.run)
+        finally:
+            over.set()
+        changing.result()
+    assert (parts.parts.count(), parts.staging.bytes_in_use) == (0, 0)
