@@ -11,7 +11,7 @@ import random
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -75,12 +75,18 @@ class Sender:
             query = {"of": len(ROWS), "group": "g"}
             return http.put(f"{self.path(step)}/parts/{number}", params=query, content=content, headers=head)
 
+    def begin(self, step: int, number: int, share: bytes, group: str = "g") -> socket.socket:
+        """A connection that has sent the head of a part, and a share of its bytes."""
+        length, address = len(raw(step, number, self.dtype)), urlsplit(self.server.url)
+        connection = socket.create_connection((address.hostname, address.port), timeout=PATIENCE)
+        target = f"{self.path(step)}/parts/{number}?of={len(ROWS)}&group={group}"
+        head = f"PUT {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode() + share)
+        return connection
+
     def break_off(self, step: int, number: int, share: float) -> None:
-        body, address = raw(step, number, self.dtype), urlsplit(self.server.url)
-        head = f"PUT {self.path(step)}/parts/{number}?of={len(ROWS)}&group=g HTTP/1.1\r\nHost: localhost\r\n"
-        with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
-            connection.sendall(body[: int(len(body) * share)])
+        body = raw(step, number, self.dtype)
+        self.begin(step, number, body[: int(len(body) * share)]).close()
 
     def staged(self, step: int) -> tuple[str, list[int]]:
         with self.server.http() as http:
@@ -128,25 +134,55 @@ def test_raced_parts(dtype: str, durability: str, server: ServerProcess, run_nam
     assert_as_whole(server, run_name, [1, 2, 3], dtype)
 
 
-def _in_chunks(body: bytes) -> Iterator[bytes]:
-    for start in range(0, len(body), 1 << 20):
-        yield body[start : start + (1 << 20)]
+def at_once(sender: Sender, number: int) -> None:
+    assert sender.send(1, number).status_code == 202
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["at once", "in chunks"])
-def test_run_that_changes_meanwhile(chunked: bool, server: ServerProcess, run_name: str) -> None:
+def in_chunks(sender: Sender, number: int) -> None:
+    body = raw(1, number)
+    chunks = (body[start : start + (1 << 20)] for start in range(0, len(body), 1 << 20))
+    assert sender.send(1, number, chunks).status_code == 202
+
+
+def in_shared_memory(sender: Sender, number: int) -> None:
+    tensors, slices = part(1, number)
+    buffers = UpdateBuffers((TensorSpec("w", tensors["w"].shape, "F32"),), pinned=False, slices=slices, shared=True)
+    with EmaClient(sender.server.uds) as client:
+        body = buffers.copied(1, [tensors["w"]], hooked=False).body
+        assert not client.push_part_once(sender.run, body, step=1, part=number, of=len(ROWS), group="g")
+        assert client.link == "shared memory"
+
+
+@pytest.mark.parametrize("send", [at_once, in_chunks, in_shared_memory])
+def test_run_that_changes_meanwhile(send: Callable[[Sender, int], None], server: ServerProcess, run_name: str) -> None:
     """A part that was averaged as it came is not there any more once the run has changed, and comes again."""
     sender = Sender(server, run_name)
-    send = (lambda number: sender.send(1, number, _in_chunks(raw(1, number)))) if chunked else partial(sender.send, 1)
-    assert send(0).status_code == 202
+    send(sender, 0)
     assert sender.staged(1) == ("staged", [0])
     with EmaClient(server.url) as client:
         client.set_decay(run_name, 0.25)
     assert sender.staged(1) == ("unknown", [])
-    answers = [send(number) for number in (1, 0, 2)]
+    for number in (1, 0):
+        send(sender, number)
 
-    assert [answer.status_code for answer in answers] == [202, 202, 200]
+    assert sender.send(1, 2).json()["applied"]
     assert_as_whole(server, run_name, [1], decay=0.25)
+
+
+def test_run_that_changes_while_a_part_comes(server: ServerProcess, run_name: str) -> None:
+    """A block is averaged while the rest of its part is on the way: the part is told that the run has changed since."""
+    sender, body = Sender(server, run_name), raw(1, 0)
+    for pause in (0.1, 0.5, 2.0, 8.0):
+        with EmaClient(server.url) as client, sender.begin(1, 0, body[: 10 << 20], group=f"after-{pause}") as coming:
+            time.sleep(pause)
+            client.set_decay(run_name, pause / 10)
+            coming.sendall(body[10 << 20 :])
+            answer = b"".join(iter(partial(coming.recv, 1 << 16), b""))
+        if answer.startswith(b"HTTP/1.1 503") and b"superseded" in answer:
+            break
+        assert answer.startswith(b"HTTP/1.1 202"), answer
+    else:
+        pytest.fail("nothing was averaged while the part came")
 
 
 def test_a_flipped_bit(server: ServerProcess, run_name: str) -> None:
