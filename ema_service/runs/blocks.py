@@ -52,9 +52,7 @@ class PartBlocks:
         """Average the blocks that are whole, on the calling thread.
 
         work_on: gives the work on a block, by its first byte and by the work on an earlier block; None where the block,
-        and every later one, is to be averaged with the set.
-
-        Raises what ``work_on`` raises, and Overloaded.
+        and every later one, is to be averaged with the set. Raises what ``work_on`` raises, and Overloaded.
         """
         with self._lock:
             while self._ready and (work := work_on(self._ready[0], self._latest)):

@@ -367,8 +367,8 @@ class Part(Piece):
         return self._blocks.waiting
 
     def average(self, arrived: int = 0) -> None:  # noqa: ARG002 - the part knows which blocks have arrived
-        """Average blocks that the part has brought whole, as far as the step is the run's next; the rest is averaged
-        with the set. Blocks.
+        """Average the blocks that the part has brought whole, on the calling thread, where the step is the run's next;
+        else they are averaged with the set.
 
         Raises as Run.begin(), and Overloaded.
         """
