@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from ema_client.errors import DigestMismatch, NonFinite, StorageFailed, Supersed
 from ema_client.protocol import AverageConfig, RunConfig
 from ema_service.memory import Layout, Memory
 from ema_service.runs import Run
+from ema_service.runs.measurements import Measured, Measurements
 from tests.service.conftest import specs_of
 from tests.service.elsewhere import Elsewhere
 from tests.service.runs.gatherer import LARGE, Gatherer, Slices, cut, large, part_body, shadow_bytes
@@ -36,7 +37,8 @@ MakeRun = Callable[..., "LocalRun"]
 
 #: What two ranks have of three blocks and a rest: a block and a half each, in the middle of which one begins.
 TENSORS = {"w": (13, 1 << 19)}
-BLOCK = 4  # rows
+#: Seconds between two ranks, longer than anything that is computed.
+PAUSE = 2.0
 BOTH: list[Slices] = [{"w": [((0, 7), (0, 1 << 19))]}, {"w": [((7, 13), (0, 1 << 19))]}]
 COLUMNS: list[Slices] = [{"w": [((0, 13), (0, 5))]}, {"w": [((0, 13), (5, 1 << 19))]}]
 
@@ -183,6 +185,46 @@ def test_the_step_comes_whole_meanwhile(pair: tuple[Gatherer, Gatherer]) -> None
     assert parts.send(1, 1, 2, body(1, 1)).applied is False
 
     assert_same(*pair)
+
+
+class Recorder:
+    """Is told of each update, and has each measured."""
+
+    def __init__(self) -> None:
+        self.noted: list[Measured] = []
+
+    def due(self) -> bool:
+        return True
+
+    def note(self, measured: Measured) -> None:
+        self.noted.append(measured)
+
+
+def test_what_is_measured(memory: Memory) -> None:
+    """Distances are those of the whole push, also where a part came twice; the commit takes no time that ranks took."""
+    pair, told = list[Gatherer](), [Recorder(), Recorder()]
+    specs = specs_of(wide(0))
+    for recorder in told:
+        measurements = cast(Measurements, recorder)
+        run = Run(RunConfig("r", specs), Layout(specs), memory, created_at=1.0, measurements=measurements)
+        pair.append(Gatherer(run, 1 << 28))
+        pair[-1].send(None, 0, 1, part_body(wide(0), cut(wide(0), 0, 0, 1)))
+    parts, whole = pair
+    broken = parts.open(1, 0, 2)
+    broken.feed(body(2, 0)[: -(1 << 20)])
+    broken.average()
+    parts.parts.give_up(broken)
+    parts.send(1, 0, 2, body(1, 0))
+    time.sleep(PAUSE)
+    parts.send(1, 1, 2, body(1, 1))
+    whole.push(1, wide(1))
+
+    [found], [expected] = (recorder.noted for recorder in told)
+    assert found.sums is not None
+    assert expected.sums is not None
+    torch.testing.assert_close(torch.from_numpy(found.sums), torch.from_numpy(expected.sums))
+    assert found.receive is None
+    assert (found.commit or PAUSE) < PAUSE
 
 
 # --- parts that come to nothing -------------------------------------------------------------------------------------
