@@ -11,6 +11,7 @@ Knows that order, and how a push may arrive. Does not know bytes (transfer, bodi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
@@ -28,7 +29,7 @@ from ema_service.api.transfer.segments import named, take_over
 from ema_service.bodies import Body, UpdateBody
 from ema_service.memory import Staged
 from ema_service.runs import Run, Terms
-from ema_service.runs.gathering import Key, Piece
+from ema_service.runs.gathering import Key, Part, Piece
 from ema_service.runs.parts import Outcome
 from ema_service.runs.stretches import StretchBody
 from ema_service.shadows import Preparation
@@ -182,19 +183,27 @@ class PartialPush:
         return begin()
 
     async def receive(self) -> Outcome:
-        """Receive the part, and return what becomes of it (Outcome) once the part is whole.
+        """Receive the part, and return what becomes of it (Outcome) once the part is whole. What of a part can be
+        averaged by itself is averaged behind the receiving, or before the answer.
 
         Raises as Push.receive() and Parts.complete().
         """
+        part, workers = self._part, self._server.workers
+        if not isinstance(part, Part):
+            raise TypeError("a push in parts has bodies that are parts")
         with self._server.metrics.push("receive"):
-            await self._incoming.fill(self._announced)
-        outcome = self._parts.complete(self._part)
+            await self._incoming.fill(self._announced, workers.behind(part.average))
+        outcome = self._parts.complete(part)
         self._whole = True
+        if outcome == "staged" and part.waits:
+            # Whatever stands in the way of averaging now is told to whoever sends the last part.
+            with contextlib.suppress(EmaError):
+                await workers.compute(part.average)
         return outcome
 
     async def decide(self) -> UpdateResult | RunInfo:
         """Have the run apply the complete set. Raises as Parts.apply()."""
-        apply = self._server.metrics.timed(partial(self._parts.apply, self._part))
+        apply = self._server.metrics.timed(partial(self._parts.apply, self._part, self._server.workers.helpers))
         async with self._server.turn(self._run.config.run):
             return await self._server.workers.compute(apply)
 

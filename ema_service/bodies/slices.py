@@ -32,23 +32,26 @@ _SCATTERED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of a part that are received together.
+    """Bytes of a part that are received together, all of one block of the parameters.
 
-    entry: the tensor, as the layout has it. stretch: where the bytes belong in the parameters' memory, if they are
-    contiguous there; else None, and ``box`` says which elements of the tensor they are.
+    entry: the tensor, as the layout has it. extent: the bytes of the parameters from the piece's first to its last.
+    box: which elements of the tensor the piece has, where they are scattered within ``extent``; None where the piece is
+    all of ``extent``.
     """
 
     entry: Entry
     nbytes: int
-    stretch: slice | None
-    box: Box = ()
+    extent: slice
+    box: Box | None = None
 
-    def scatter(self, received: memoryview, data: memoryview) -> None:
-        """Copy the received bytes to where the elements of ``box`` lie in ``data``, the parameters' memory."""
+    def scatter(self, received: memoryview, memory: memoryview) -> None:
+        """Copy the received bytes to where the elements of ``box`` lie. memory: that of ``extent``."""
+        if self.box is None:
+            raise RuntimeError("a piece without a box is received to where it belongs")
         dtype = np.dtype(f"u{LAYOUT_DTYPES[self.entry.dtype]}")
-        whole = np.frombuffer(data[self.entry.begin : self.entry.end], dtype).reshape(self.entry.shape)
-        target = whole[tuple(slice(start, stop) for start, stop in self.box)]
-        target[...] = np.frombuffer(received, dtype).reshape(box_shape(self.box))
+        strides = tuple(prod(self.entry.shape[axis + 1 :]) * dtype.itemsize for axis in range(len(self.box)))
+        target = np.ndarray(box_shape(self.box), dtype, memory, strides=strides)
+        target[...] = np.frombuffer(received, dtype).reshape(target.shape)
 
 
 def slices_of(header: Header, layout: Layout) -> dict[str, tuple[Box, ...]]:
@@ -86,35 +89,59 @@ def _fault(entry: Entry, mine: Entry | None, boxes: tuple[Box, ...], *, sliced: 
     return ""
 
 
-def pieces_of(slices: Mapping[str, tuple[Box, ...]], layout: Layout) -> Iterator[Piece]:
-    """The bytes of a part in the order in which they are sent, cut into pieces of at most a few MiB."""
+def pieces_of(slices: Mapping[str, tuple[Box, ...]], layout: Layout, block: int) -> Iterator[Piece]:
+    """The bytes of a part in the order in which they are sent, cut into pieces of at most a few MiB, none of which lies
+    in two blocks of ``block`` bytes of the parameters."""
     for name, boxes in slices.items():
         entry = layout.entry(name)
         for box in boxes:
-            yield from _pieces(entry, box)
+            yield from _pieces(entry, box, block)
 
 
-def _pieces(entry: Entry, box: Box) -> Iterator[Piece]:
+def _pieces(entry: Entry, box: Box, block: int) -> Iterator[Piece]:
     """The bytes of one slice as pieces: cut along the first dimension until contiguous, or small enough for one
-    copy."""
-    width = LAYOUT_DTYPES[entry.dtype]
-    found = range_of_box(box, entry.shape)
-    if found:
-        stop = entry.begin + found[1] * width
-        for begin in range(entry.begin + found[0] * width, stop, _RECEIVED_AT_ONCE):
-            end = min(begin + _RECEIVED_AT_ONCE, stop)
+    copy, and at the end of each block."""
+    if range_of_box(box, entry.shape):
+        extent = _extent(entry, box)
+        begin = extent.start
+        while begin < extent.stop:
+            end = min(begin + _RECEIVED_AT_ONCE, begin - begin % block + block, extent.stop)
             yield Piece(entry, end - begin, slice(begin, end))
+            begin = end
         return
     axis = next(axis for axis, (start, stop) in enumerate(box) if stop - start > 1)
-    below = prod(box_shape(box[axis + 1 :])) * width
-    count = 1 if below >= _STRETCH_BYTES else _SCATTERED_AT_ONCE // below
-    first, last = box[axis]
-    for start in range(first, last, count):
-        inner = (*box[:axis], (start, min(start + count, last)), *box[axis + 1 :])
-        if count == 1:
-            yield from _pieces(entry, inner)
+    start, last = box[axis]
+    while start < last:
+        count = _rows_at_once(entry, box, axis, start, block)
+        inner = (*box[:axis], (start, start + max(count, 1)), *box[axis + 1 :])
+        if count:
+            yield Piece(entry, _bytes_of(entry, inner), _extent(entry, inner), inner)
         else:
-            yield Piece(entry, prod(box_shape(inner)) * width, None, inner)
+            yield from _pieces(entry, inner, block)
+        start += max(count, 1)
+
+
+def _rows_at_once(entry: Entry, box: Box, axis: int, start: int, block: int) -> int:
+    """How many rows of a box, along ``axis`` from ``start`` on, make one piece; 0 where a row has to be cut."""
+    row = (*box[:axis], (start, start + 1), *box[axis + 1 :])
+    nbytes, extent = _bytes_of(entry, row), _extent(entry, row)
+    if nbytes >= _STRETCH_BYTES:
+        return 0
+    left: int = extent.start - extent.start % block + block - extent.stop
+    apart = prod(entry.shape[axis + 1 :]) * LAYOUT_DTYPES[entry.dtype]
+    return min(_SCATTERED_AT_ONCE // nbytes, left // apart + 1, box[axis][1] - start)
+
+
+def _bytes_of(entry: Entry, box: Box) -> int:
+    return prod(box_shape(box)) * LAYOUT_DTYPES[entry.dtype]
+
+
+def _extent(entry: Entry, box: Box) -> slice:
+    """The bytes of the parameters from the first element of a box to the last."""
+    width, first, last = LAYOUT_DTYPES[entry.dtype], 0, 0
+    for (start, stop), size in zip(box, entry.shape, strict=True):
+        first, last = first * size + start, last * size + stop - 1
+    return slice(entry.begin + first * width, entry.begin + (last + 1) * width)
 
 
 class Cover:

@@ -49,8 +49,9 @@ class Staged:
     arena: the same buffer once averages are written over the parameters; on the device. shared: the client's memory
     that ``data`` is a view of, None where the push is received; a reader of ``data`` must call settle() after it.
     expected: the digest of the parameters as they were sent, None where the sender gave none. buffer: what becomes the
-    arena, on the device. adopted: the client's memory, as ``data``. The budget is given back by release(), or when this
-    object dies; the memory lives as long as its views.
+    arena, on the device. adopted: the client's memory, as ``data``. helpers: threads to divide the averaging among, by
+    blocks that each lie in a region of their own; None where whoever receives averages, or the parameters lie in one
+    region. The budget is given back by release(), or when this object dies; the memory lives as long as its views.
 
     More than a dozen attributes: the memory of a push as each of its readers wants it, and who gives it back.
 
@@ -66,6 +67,7 @@ class Staged:
         self.shared: Shared | None = None
         self.expected: bytes | None = None
         self.adopted: Array | None = None
+        self.helpers: Executor | None = None
         self._adopted_at = 0
         if allocate:
             self.allocate()
@@ -98,12 +100,17 @@ class Staged:
         if address(adopted) % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
             return False
         self.shared, self.data, self.adopted, self._adopted_at = shared, data, adopted, start
+        self.helpers = shared.helpers
         return True
 
     def passed(self, stop: int) -> None:
         """Tell whose memory the parameters lie in that they are averaged up to byte ``stop``."""
         if self.shared is not None and self.shared.passed is not None:
             self.shared.passed(self._adopted_at + stop)
+
+    def divide(self, helpers: Executor) -> None:
+        """The parameters are all there, each block in its own region: have them averaged by many threads."""
+        self.helpers = helpers
 
     def region(self, start: int = 0, stop: int | None = None) -> Region:
         """Where bytes ``start`` to ``stop`` of the parameters lie that are averaged by themselves; all by default."""

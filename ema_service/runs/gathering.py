@@ -11,10 +11,13 @@ Knows slices, staging and the byte stream. Does not know which steps are put tog
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Protocol
 
 import xxhash
@@ -22,12 +25,15 @@ import xxhash
 from ema_client.errors import BodyTooLarge, DigestMismatch, EmaError, StepConflict
 from ema_client.protocol import DIGEST_BYTES, RunInfo, UpdateResult
 from ema_client.wire import LENGTH_BYTES, Box, parse_header
+from ema_service.averaging import BLOCK_BYTES
 from ema_service.bodies.incoming import Body
 from ema_service.bodies.slices import Cover, pieces_of, slices_of
 from ema_service.bodies.slices import Piece as Slice
 from ema_service.memory.layout import Layout
 from ema_service.memory.staging import Staged
-from ema_service.runs.run import Parameters, Run
+from ema_service.runs.blocks import PartBlocks
+from ema_service.runs.run import Parameters, Run, Update
+from ema_service.shadows.passes import Stretch
 
 __all__ = ["Claims", "Gathering", "Key", "Lacking", "Part", "PartGathering", "Piece", "Terms", "bare", "index_of"]
 
@@ -95,13 +101,20 @@ class Gathering(ABC):
         Raises StepConflict where it can be none of this gathering.
         """
 
+    def outdated(self, run: Run) -> bool:  # noqa: ARG002 - stretches ask when the next one comes
+        """Whether nothing can come of the pieces any more because the run changed."""
+        return False
+
     @abstractmethod
     def gaps(self, layout: Layout) -> list[str]:
         """The names of tensors of which some element would be missing were the next piece the last one; none before."""
 
     @abstractmethod
-    def decide(self, run: Run) -> UpdateResult | RunInfo:
-        """Have the run apply the complete set. Blocks. Raises what the run raises."""
+    def decide(self, run: Run, helpers: Executor) -> UpdateResult | RunInfo:
+        """Have the run apply the complete set. Blocks. helpers: threads to divide what is not averaged yet among.
+
+        Raises what the run raises.
+        """
 
     def replaced(self, what: str) -> EmaError:
         """The fault of pieces in whose place others come of another group. what: the step, in words."""
@@ -140,14 +153,59 @@ class Lacking:
 
 @dataclass
 class PartGathering(Gathering):
-    """The parts of one step. covers: which elements of each tensor are claimed. parameters: the set in the run's
-    hands."""
+    """The parts of one step, each block of the parameters in a region of its own.
+
+    A block that one part brings whole is averaged as it comes. That overwrites the block's parameters, and binds the
+    step to the version that was current then: where the run changes before the set is whole, the senders, who have
+    their parts, send them again.
+
+    covers: which elements of each tensor are claimed. parameters: the set in the run's hands; with an update for as
+    long as some block is averaged. block: bytes of a block; all parameters are one where they cannot be averaged apart,
+    and where they are initial weights. averaged: by its first byte, which part a block came with that is averaged.
+    closed: whether no block is averaged by itself.
+    """
 
     covers: dict[str, Cover] = field(default_factory=dict)
     parameters: Parameters = field(init=False)
+    block: int = field(init=False)
+    averaged: dict[int, Key] = field(default_factory=dict)
+    #: Held while an update is begun or given up, and while averaging of a block begins: never while it goes on.
+    averaging: threading.Lock = field(default_factory=threading.Lock)
+    closed: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = Parameters(self.staged)
+        layout = self.staged.layout
+        apart = layout.divisible and self.step is not None
+        self.block = BLOCK_BYTES if apart else max(layout.param_bytes, 1)
+        self.closed = not apart
+
+    def average(self, run: Run, part: Part, start: int, beside: Stretch | None) -> Stretch | None:
+        """The work on a block that a part brought whole; None where the block is averaged with the set. beside: the
+        work on an earlier block of the part.
+
+        Begins the update with the first block. Raises as Run.begin().
+        """
+        with self.averaging:
+            if self.closed or part.fault or self.outdated(run):
+                return None
+            if self.parameters.update is None:
+                self.parameters.update = run.begin(self.step or 0, self.staged, self.terms.writer)
+            self.averaged[start] = part.key
+            return self.parameters.update.preparation.block(start, beside)
+
+    def outdated(self, run: Run) -> bool:
+        """Whether parts were averaged upon a version that is not the run's any more: no update comes of them."""
+        update, version = self.parameters.update, run.ledger.version
+        if update is None or self.parameters.prepared is not None or version is None:
+            return False
+        return version is not update.plan.base and version.step != self.step
+
+    def memory(self, extent: slice) -> memoryview:
+        """Where bytes of the parameters are received that lie in one block."""
+        start = extent.start - extent.start % self.block
+        stop = min(start + self.block, self.staged.layout.param_bytes)
+        return self.staged.region(start, stop).bytes(extent.start, extent.stop)
 
     @property
     def whole(self) -> bool:
@@ -171,11 +229,36 @@ class PartGathering(Gathering):
         return [name for name in tensors if name not in self.covers or not self.covers[name].whole]
 
     def release(self, key: Key) -> None:
+        # Nobody works on the part's blocks any more by the time another part may claim them.
+        with self.averaging:
+            update = self.parameters.update
+            for start in [start for start, owner in self.averaged.items() if owner == key]:
+                del self.averaged[start]
+                if update:
+                    update.preparation.forget(start)
+            if update and not self.averaged:
+                self._let_go(update)
         for cover in self.covers.values():
             cover.release(index_of(key))
 
-    def decide(self, run: Run) -> UpdateResult | RunInfo:
+    def end(self) -> None:
+        with self.averaging:
+            self.closed = True
+            if self.parameters.update:
+                self._let_go(self.parameters.update)
+        super().end()
+
+    def _let_go(self, update: Update) -> None:
+        """Give up an update of which nothing is averaged, or wanted, any more. Under the lock."""
+        update.preparation.drop()
+        self.parameters.update = None
+
+    def decide(self, run: Run, helpers: Executor) -> UpdateResult | RunInfo:
+        with self.averaging:
+            self.closed = True
         if self.step is not None:
+            if self.staged.layout.divisible:
+                self.staged.divide(helpers)
             return run.apply(self.step, self.parameters, self.terms.writer)
         terms = self.terms
         if terms.replaces is not None:
@@ -193,12 +276,14 @@ def index_of(key: Key) -> int:
 
 
 class Claims(Protocol):
-    """What a piece needs of Parts: the layout, and a way to claim a part's slices."""
+    """What a piece needs of Parts: the layout, a way to claim a part's slices, and whether its step is the next."""
 
     layout: Layout
     max_header_bytes: int
 
     def claim(self, part: Part, slices: dict[str, tuple[Box, ...]]) -> None: ...
+
+    def leads(self, gathering: Gathering) -> bool: ...
 
 
 class Piece(Body):
@@ -226,10 +311,10 @@ class Piece(Body):
     def announce(self, content_length: int | None) -> None:
         """Note the length of the whole body. Raises BodyTooLarge or MalformedBody where no such piece is as long."""
 
-    def begin(self, run: Run) -> None:  # noqa: ARG002 - parts are averaged once all are there
+    def begin(self, run: Run) -> None:  # noqa: ARG002 - what is averaged as it arrives asks the run
         """Take the memory of the step, before the first byte. Off the event loop where the memory is a device's.
 
-        Raises Overloaded; what Run.begin() raises, where the piece is averaged as it arrives.
+        Raises Overloaded; what Run.begin() raises, of a stretch.
         """
         if self.gathering:
             self.gathering.staged.allocate()
@@ -255,13 +340,41 @@ class Part(Piece):
 
     def __init__(self, parts: Claims, gathering: PartGathering | None, key: Key, known: bytes | None) -> None:
         super().__init__(gathering, key, known, parts.max_header_bytes)
-        self._covers = gathering.covers if gathering else None
+        #: Whose memory the bytes are received into; None where they are only compared.
+        self._gathering = gathering if known is None else None
         self._parts = parts
         self._slices: dict[str, tuple[Box, ...]] = {}
         self._hashes: dict[str, xxhash.xxh3_128] = {}
         self._pieces: Iterator[Slice] = iter(())
         self._piece: Slice | None = None
         self._scratch = bytearray()
+        self._run: Run | None = None
+        size = parts.layout.param_bytes
+        self._blocks = PartBlocks(gathering.block if gathering else max(size, 1), size)
+
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        self._run = run
+
+    @property
+    def arrived(self) -> int:
+        """Bytes of all blocks that the part has brought whole so far."""
+        return self._blocks.arrived
+
+    @property
+    def waits(self) -> bool:
+        """Whether the part has brought a block whole that is not averaged yet."""
+        return self._blocks.waiting
+
+    def average(self, arrived: int = 0) -> None:  # noqa: ARG002 - the part knows which blocks have arrived
+        """Average the blocks that the part has brought whole, on the calling thread, where the step is the run's next;
+        else they are averaged with the set.
+
+        Raises as Run.begin(), and Overloaded.
+        """
+        run, gathering = self._run, self._gathering
+        if run and gathering and self.waits and self._parts.leads(gathering):
+            self._blocks.average(partial(gathering.average, run, self))
 
     @property
     def fingerprint(self) -> bytes:
@@ -274,9 +387,9 @@ class Part(Piece):
 
     def claim(self, name: str, boxes: tuple[Box, ...]) -> int | None:
         """Claim slices of one tensor. Returns None; or the part that has some of their elements, and claims nothing."""
-        if self._covers is None:
+        if self._gathering is None:
             return None
-        cover = self._covers.setdefault(name, Cover(self._parts.layout.entry(name).shape))
+        cover = self._gathering.covers.setdefault(name, Cover(self._parts.layout.entry(name).shape))
         return cover.claim(index_of(self.key), boxes)
 
     def announce(self, content_length: int | None) -> None:
@@ -300,7 +413,7 @@ class Part(Piece):
         self._check_length(len(raw), header.data_bytes)
         self._slices = slices_of(header, self._parts.layout)
         self._hashes = {name: xxhash.xxh3_128() for name in self._slices}
-        self._pieces = pieces_of(self._slices, self._parts.layout)
+        self._pieces = pieces_of(self._slices, self._parts.layout, self._blocks.block_bytes)
         self.received = header.data_bytes
         if self.known is None:
             self._parts.claim(self, self._slices)
@@ -311,8 +424,8 @@ class Part(Piece):
         self._piece = next(self._pieces, None)
         if self._piece is None:
             return memoryview(b"")
-        if self.known is None and self._piece.stretch:
-            return self._data[self._piece.stretch]
+        if self._gathering and self._piece.box is None:
+            return self._gathering.memory(self._piece.extent)
         if len(self._scratch) < self._piece.nbytes:
             self._scratch = bytearray(self._piece.nbytes)
         return memoryview(self._scratch)[: self._piece.nbytes]
@@ -320,12 +433,7 @@ class Part(Piece):
     def _place(self, piece: Slice) -> None:
         """Hash the piece that has arrived, and put it in place if its elements are scattered."""
         self._hashes[piece.entry.name].update(self._window)
-        if self.known is None and piece.stretch is None:
-            piece.scatter(self._window, self._data)
-
-    @property
-    def _data(self) -> memoryview:
-        """The parameters' memory of the step."""
-        if self.gathering is None:
-            raise RuntimeError("a part that is only compared has no place of its own")
-        return self.gathering.staged.data
+        if self._gathering:
+            if piece.box is not None:
+                piece.scatter(self._window, self._gathering.memory(piece.extent))
+            self._blocks.bring(piece.extent, piece.nbytes)

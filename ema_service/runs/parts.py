@@ -4,17 +4,19 @@ The first piece of a step reserves staging for the whole step; each piece is rec
 belong; the piece that completes the set has the run apply the update as one. Until then nothing of the run has changed.
 
 Pieces are of two kinds (gathering.py, stretches.py). *Parts* come from the ranks of a sharded trainer: slices of
-tensors, averaged once all are there. *Stretches* come from one sender over several connections: runs of bytes, averaged
-as they arrive, upon the version that was current when the first came.
+tensors, of which whole blocks are averaged as they arrive, and the rest once all are there. *Stretches* come from one
+sender over several connections: runs of bytes, averaged as they arrive, upon the version that was current when the
+first came.
 
 Ranks of one trainer are not at the same step at the same time, so several steps of a run are put together at once. A
 part that is sent again is compared and not received into place: with the staged part while others are awaited,
 afterwards with the part that was applied.
 
 Where a complete set of parts cannot be written the set stays, and a part that is sent again has it written anew. A set
-that was refused for its content is remembered: a sender keeps its part until it learns what became of the update, and
-learns the reason by sending the part again. Stretches whose set came to nothing are over, whatever the reason: what
-they were averaged upon, or into, is gone. Their sender has every byte, and sends the step anew, in another group.
+of which something was averaged before the run changed is given up: each sender keeps its part and asks what became of
+it. A set that was refused for its content is remembered: each sender learns the reason by sending its part again.
+Stretches whose set came to nothing are over, whatever the reason: what they were averaged upon, or into, is gone. Their
+sender has every byte, and sends the step anew, in another group.
 
 Knows which pieces of which steps are there. Does not know HTTP, or what an update computes
 and whether it is applied (run).
@@ -26,6 +28,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,6 +121,12 @@ class Parts:
 
     # --- a piece's way ----------------------------------------------------------------------------------------------
 
+    def leads(self, gathering: Gathering) -> bool:
+        """Whether a step is the run's next, as far as pieces tell: an update, and no older one is being put
+        together."""
+        with self._lock:
+            return gathering.step is not None and gathering is min(self._gatherings, key=_order, default=None)
+
     def admit(self, step: int | None, key: Key, terms: Terms) -> bool:
         """Whether staging must be reserved for a piece, before its body is read. step: None for the initial weights.
 
@@ -131,6 +140,7 @@ class Parts:
         elif terms.replaces is not None:
             self._run.ledger.admit_anew(terms.writer)
         with self._lock:
+            self._drop_outdated()
             if self._known_of_applied(step, key, terms) is not None:
                 return False
             if fault := self._over.get((step, terms)):
@@ -154,6 +164,7 @@ class Parts:
         """
         with self._lock:
             self._run.ledger.check_exists()  # under the lock of close(): nothing is put together after it
+            self._drop_outdated()
             known = self._known_of_applied(step, key, terms)
             if known is not None:
                 return self._compared(key, terms, known)
@@ -212,6 +223,7 @@ class Parts:
         refused for where the part, with these bytes, was in a set that the run refused.
         """
         with self._lock:
+            self._drop_outdated()
             if piece.fault:
                 raise bare(piece.fault)
             if piece.known is not None and piece.fingerprint != piece.known:
@@ -246,8 +258,8 @@ class Parts:
             if not gathering.done and not gathering.coming and gathering in self._gatherings:
                 self._drop(gathering, None)
 
-    def apply(self, piece: Piece) -> UpdateResult | RunInfo:
-        """Have the run apply the complete set. Blocks.
+    def apply(self, piece: Piece, helpers: Executor) -> UpdateResult | RunInfo:
+        """Have the run apply the complete set. Blocks. helpers: threads to divide what is not averaged yet among.
 
         Raises what Run.apply(), Run.initialise() and, for stretches, Run.commit() raise.
         """
@@ -255,7 +267,7 @@ class Parts:
         if gathering is None:
             raise RuntimeError("apply() is for a piece that completed its set")
         try:
-            result = gathering.decide(self._run)
+            result = gathering.decide(self._run, helpers)
         except BaseException as fault:
             if isinstance(fault, StorageFailed) and gathering.lasts:
                 with self._lock:
@@ -272,6 +284,7 @@ class Parts:
     def staged(self, step: int | None) -> tuple[int, ...] | None:
         """The indices of a step's parts that are whole; None where the step is not being put together."""
         with self._lock:
+            self._drop_outdated()
             found = self._find(step)
             return found.indices if found else None
 
@@ -296,6 +309,7 @@ class Parts:
         """Give up the steps of which nothing arrived for ``silence`` seconds, and give their staging back."""
         now = time.monotonic()
         with self._lock:
+            self._drop_outdated()
             idle = [g for g in self._gatherings if not g.applying and now - g.touched > silence]
             expired = [Expired(g.step, g.lacking()) for g in idle]
             for gathering, why in zip(idle, expired, strict=True):
@@ -410,6 +424,12 @@ class Parts:
             return "applied"
         raise Superseded(f"{_what(gathering.step)} was given up meanwhile", retry_after=0.0)
 
+    def _drop_outdated(self) -> None:
+        """Give up steps of which nothing can come any more: their senders ask, and send their parts again."""
+        for gathering in [g for g in self._gatherings if not g.applying and g.outdated(self._run)]:
+            changed = f"run {self._run.config.run!r} changed while {_what(gathering.step)} was put together"
+            self._drop(gathering, Superseded(changed, retry_after=0.0))
+
     def _drop(self, gathering: Gathering, fault: EmaError | None) -> None:
         """Give up a gathering: its pieces raise ``fault``, its staging is given back. fault: None where no piece is
         coming or whole, and the same pieces may come again."""
@@ -417,6 +437,7 @@ class Parts:
         if fault:
             for piece in gathering.coming.values():
                 piece.fault = bare(fault)
+            gathering.coming.clear()
             if not gathering.lasts:
                 self._remember_over(gathering, fault)
         gathering.end()

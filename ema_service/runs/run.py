@@ -109,8 +109,8 @@ class Parameters:
 
     After a write that failed the computed version is written again: the parameters are gone by then.
 
-    preparation, place: of initial weights that were looked at as they arrived (Run.begin_first()). setup: of the run
-    then, which the place is made for.
+    update: begun before all had arrived where some were averaged as they came. preparation, place: of initial weights
+    that were looked at as they arrived (Run.begin_first()). setup: of the run then, which the place is made for.
     """
 
     staged: Staged
@@ -304,13 +304,16 @@ class Run:
         """begin() and commit() as one, for parameters that have all arrived, in parts. Again after StorageFailed.
 
         All under the lock: averaging overwrites the parameters, and several senders would have to send their parts
-        again because the run changed in between. Raises as commit(); Superseded only where the run changed since a call
-        that raised StorageFailed.
+        again because the run changed in between. Raises as commit(); Superseded only where the run changed since the
+        update was begun with parameters that were averaged as they came, or since a call that raised StorageFailed.
         """
         with self._lock:
-            if parameters.update is None or parameters.prepared is None:
-                update = parameters.update = self.begin(step, parameters.staged, writer)
+            if parameters.prepared is None:
+                update = parameters.update or self.begin(step, parameters.staged, writer)
+                update = parameters.update = replace(update, begun=time.perf_counter())
                 prepared = parameters.prepared = update.preparation.finish()
+            elif parameters.update is None:
+                raise RuntimeError("what was averaged was averaged for an update")
             else:
                 update, prepared = parameters.update, parameters.prepared
                 update = replace(update, place=self._place(update.plan))

@@ -14,6 +14,7 @@ or how many connections there may be (api).
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -83,7 +84,7 @@ class StretchGathering(Gathering):
         run.ledger.check_planned(self.update.plan)
         return self.update
 
-    def decide(self, run: Run) -> UpdateResult:
+    def decide(self, run: Run, helpers: Executor) -> UpdateResult:  # noqa: ARG002 - stretches are averaged by then
         return run.commit(self.begin(run))
 
     def end(self) -> None:

@@ -139,7 +139,8 @@ class Pass:
     def squares(self) -> npt.NDArray[np.float64] | None:
         """The sums of squares of (result - parameters), parameters and result of the first feed, once the pass is over:
         (tensors, 3), NaN where a tensor is copied; None where nothing was measured."""
-        taken = {id(each.kernels): each.kernels.squares for each in self._stretches.values() if each.kernels.squares}
+        kernels = [each.kernels for each in self._stretches.values()]
+        taken = {id(each.squares): each.squares for each in kernels if each.squares}
         if not taken:
             return None
         found = np.zeros((len(self._layout), 3))
@@ -161,10 +162,24 @@ class Pass:
 
         In place of the stretch that began there and broke off: nobody may be working on that one any more.
         """
-        if old := self._stretches.pop(start, None):
-            old.drop()
+        self.forget(start)
         region = self._staged.region(start, stop)
         return self._begin(region, self._kernels(region), self._grain.piece)
+
+    def block(self, start: int, beside: Stretch | None = None) -> Stretch:
+        """Begin the stretch that is one block, by its first byte; where it was begun, the one that was.
+
+        Any thread may ask, and finish the stretch. beside: of another block, with which this one is measured: both are
+        forgotten, or neither.
+        """
+        kernels = beside.kernels if beside else self._kernels(self._staged.region())
+        return self._block(start, kernels, self._grain.piece)
+
+    def forget(self, start: int) -> None:
+        """Forget the stretch that begins at byte ``start``: other parameters come, or the same once more. Returns once
+        nobody works on it."""
+        if old := self._stretches.pop(start, None):
+            old.drop()
 
     def advance(self, received: int) -> None:
         """As Stretch.advance(), of a push that is one stretch."""
@@ -195,8 +210,8 @@ class Pass:
     def _worked_off(self) -> list[Stretch]:
         """All stretches, from the first byte to the last, once everything is averaged."""
         try:
-            if self._staged.shared is not None:
-                self._divide(self._staged.shared.helpers)
+            if self._staged.helpers is not None:
+                self._divide(self._staged.helpers)
             elif not self._stretches:
                 self._only()
             stretches = self._in_order()
@@ -243,26 +258,37 @@ class Pass:
         return stretches
 
     def _divide(self, helpers: Executor) -> None:
-        """Digest and average each block as a stretch of its own, on many threads: the parameters lie apart from every
-        ``out``."""
-        if self._stretches:
-            return  # a second call after one that broke off
-        stop, size = self._layout.param_bytes, self._grain.block
+        """Digest and average each block as a stretch of its own, on many threads: the parameters of each lie apart from
+        the results of every other."""
         kernels = self._kernels(self._staged.region())
 
         def alone(start: int) -> int:
             # The block is averaged in one piece if possible: between two pieces, threads wait for one another at the
             # interpreter lock.
-            block = self._begin(self._staged.region(start, min(start + size, stop)), kernels, size)
+            block = self._block(start, kernels, self._grain.block)
             block.finish()
             return block.stop
 
-        for averaged in helpers.map(alone, range(0, stop, size)):
+        for averaged in helpers.map(alone, range(0, self._layout.param_bytes, self._grain.block)):
             self._staged.passed(averaged)
 
-    def _kernels(self, region: Region) -> _Kernels:
+    def _block(self, start: int, kernels: _Kernels, piece: int) -> Stretch:
+        """The stretch of one block, begun unless it was. kernels: of other blocks, to share what can be shared."""
+        if found := self._stretches.get(start):
+            return found
+        size = self._grain.block
+        region = self._staged.region(start, min(start + size, self._layout.param_bytes))
+        in_one_place = self._staged.adopted is not None or self._layout.param_bytes == self._layout.shadow_bytes
+        if not in_one_place:
+            kernels = self._kernels(region, kernels.squares)
+        return self._begin(region, kernels, piece)
+
+    def _kernels(self, region: Region, squares: dict[int, Squares] | None = None) -> _Kernels:
+        """The kernels of a region. squares: where other regions are measured too, to be measured together."""
+        if squares is None and self._measure:
+            squares = {}
         check = self._check and self._staged.on_host
-        return _Kernels(self._layout, self.feeds, region, check=check, measure=self._measure)
+        return _Kernels(self._layout, self.feeds, region, check=check, squares=squares)
 
     # --- what memory of the host and of a device differ in -----------------------------------------------------------
 
@@ -290,12 +316,20 @@ class Pass:
 class _Kernels:
     """The kernels of each section, made once: making their views takes longer than averaging a small piece.
 
-    region: where the parameters lie. check: whether the kernels look for NaN and Inf as they average. measure: whether
-    the first feed is measured: by section, ``squares``; None where not.
+    region: where the parameters lie. check: whether the kernels look for NaN and Inf as they average. squares: by
+    section, what is measured of the first feed; None where nothing is.
     """
 
-    def __init__(self, layout: Layout, feeds: Sequence[Feed], region: Region, *, check: bool, measure: bool) -> None:
-        self.squares: dict[int, Squares] | None = {} if measure else None
+    def __init__(
+        self,
+        layout: Layout,
+        feeds: Sequence[Feed],
+        region: Region,
+        *,
+        check: bool,
+        squares: dict[int, Squares] | None,
+    ) -> None:
+        self.squares = squares
         self._layout = layout
         self._feeds = feeds
         self._region = region
@@ -410,6 +444,7 @@ class Stretch(ABC):
         for result in self.results:
             if result:
                 result.settle()
+                result.undo()
 
     @abstractmethod
     def _take(self, block: _Block, index: int, section: Section, start: int, stop: int) -> int:

@@ -62,6 +62,11 @@ class Result:
     def settle(self) -> None:
         """Return once the sink has been told of everything that was made."""
 
+    def undo(self) -> None:
+        """Tell the sink that nothing of the stretch is final, for it is averaged once more: perhaps in one piece, which
+        by its end alone could not be told from the first time."""
+        self._sink(self._data, self._start, self._start)
+
     def blocks(self) -> dict[int, bytes]:
         """The digests of the blocks that lie in the stretch, by the first byte of each, once everything is made.
 

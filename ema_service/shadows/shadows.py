@@ -56,6 +56,14 @@ class Preparation:
         """The work on one stretch of parameters that do not arrive as one body. As Pass.stretch()."""
         return self._running.stretch(start, stop)
 
+    def block(self, start: int, beside: Stretch | None = None) -> Stretch:
+        """The work on one block of parameters that arrive in any order. As Pass.block()."""
+        return self._running.block(start, beside)
+
+    def forget(self, start: int) -> None:
+        """The parameters of a block come once more. As Pass.forget()."""
+        self._running.forget(start)
+
     def finish(self) -> Prepared:
         """Average the rest and return the prepared version.
 

@@ -261,6 +261,8 @@ EXPECTED = {
     "connections": [
         "raw TCP loopback",
         "push, whole",
+        "last of 4 parts, every fourth tensor",
+        "last of 4 parts, tensors in a row",
         *(f"push in {k} part{'s' if k > 1 else ''}, as many connections" for k in (1, 2, 4)),
     ],
     "tls": [

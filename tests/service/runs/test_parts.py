@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,70 +34,14 @@ from ema_client.protocol import RunConfig, TensorSpec, UpdateResult
 from ema_client.wire import Box
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Layout, Memory, Staged, Staging
-from ema_service.runs import Parts, Run, Terms
+from ema_service.runs import Run, Terms
 from ema_service.tensors import TORCH_DTYPES
+from tests.service.runs.gatherer import Gatherer, Slices, part_body, rows, shadow_bytes
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun
 
 MakeRun = Callable[..., "LocalRun"]
-Slices = Mapping[str, Sequence[Box]]
-
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-def part_body(tensors: Mapping[str, Tensor], slices: Slices) -> bytes:
-    """One part, by the safetensors library: each tensor's slices back to back."""
-    data = {}
-    for name, boxes in slices.items():
-        taken = [tensors[name][tuple(slice(*bounds) for bounds in box)] for box in boxes]
-        data[name] = taken[0].contiguous() if len(taken) == 1 else torch.cat([t.reshape(-1) for t in taken])
-    return save(data, {"ema.slices": json.dumps({name: list(boxes) for name, boxes in slices.items()})})
-
-
-class Gatherer:
-    """Parts of one run on a budget of their own, sent by bodies."""
-
-    def __init__(self, run: Run, budget: int = 1 << 24) -> None:
-        self.run = run
-        self.parts = Parts(run)
-        self.staging = Staging(Memory("cpu"), budget)
-
-    def reserve(self) -> Staged:
-        return self.staging.reserve(self.run.layout)
-
-    def open(self, step: int | None, index: int, of: int, **terms: Any) -> Any:
-        self.parts.admit(step, index, Terms(of, **terms))
-        return self.parts.begin(step, index, Terms(of, **terms), self.reserve)
-
-    def send(self, step: int | None, index: int, of: int, body: bytes, piece: int = 1 << 20, **terms: Any) -> Any:
-        """The outcome, or the result where the part completed the set."""
-        part = self.open(step, index, of, **terms)
-        try:
-            part.announce(len(body))
-            for start in range(0, len(body), piece):
-                part.feed(body[start : start + piece])
-            part.finish()
-            outcome = self.parts.complete(part)
-        except BaseException:
-            self.parts.give_up(part)
-            raise
-        return self.parts.apply(part) if outcome == "complete" else outcome
-
-
-def rows(tensors: Mapping[str, Tensor], index: int, of: int) -> Slices:
-    """What fully_shard gives one rank: a chunk of the first dimension; a tensor without one goes to the first rank."""
-    slices = {}
-    for name, tensor in tensors.items():
-        if not tensor.numel():
-            continue
-        size = tensor.shape[0] if tensor.dim() else 1
-        each = -(-size // of)
-        start, stop = min(index * each, size), min((index + 1) * each, size)
-        if start < stop:
-            rest = tuple((0, s) for s in tensor.shape[1:])
-            slices[name] = [((start, stop), *rest) if tensor.dim() else ()]
-    return slices
 
 
 @pytest.fixture
@@ -111,10 +55,6 @@ def uncollected() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def shadow_bytes(run: Run) -> list[bytes]:
-    return [arena.tensor.numpy().tobytes() for arena in run.ready_state().arenas]
 
 
 # --- the same as unsharded ------------------------------------------------------------------------------------------

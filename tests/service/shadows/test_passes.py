@@ -22,7 +22,7 @@ from ema_service.averaging import BlockDigest, Digest
 from ema_service.memory import Layout, Memory, Staged
 from ema_service.memory.arena import Arena
 from ema_service.memory.staging import Shared
-from ema_service.shadows.passes import Feed, Grain, Pass, pass_over
+from ema_service.shadows.passes import Feed, Grain, pass_over
 from ema_service.tensors import TORCH_DTYPES, tensor_of
 
 WEIGHTS = (0.25, 0.8)
@@ -179,64 +179,94 @@ OF_DTYPES = {
 }
 
 
-@pytest.mark.parametrize("sizes", OF_DTYPES.values(), ids=OF_DTYPES)
-@pytest.mark.parametrize("copied", [False, True], ids=["averaged", "copied"])
-def test_stretches_are_the_whole(
-    sizes: dict[torch.dtype, int], copied: bool, layout_of: Callable[..., Layout], memory: Memory
-) -> None:
-    """Averaged apart, in any order and at once, some of them twice: digests, averages, what is kept of them and their
-    distances are those of the parameters as one stretch, bit for bit."""
-    random = torch.Generator().manual_seed(0)
-    tensors = {
-        f"{dtype}.{name}": torch.randn(size, generator=random).to(dtype)
-        for dtype, size in sizes.items()
-        for name in "ab"
-    }
-    plain, data = layout_of(tensors), data_of(tensors)
-    layout = Layout([entry.spec for entry in plain.params], [entry.name for entry in plain.params[::2]] * copied)
-    shadow = memory.new_arena(layout)
-    for index in range(len(layout.sections)):
-        tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, len(shadow.section(index))))
+class Apart:
+    """A pass over parameters of several dtypes that are averaged apart, and what follows its results."""
 
-    def begun() -> tuple[Staged, list[Stretches], Pass]:
-        staged = Staged(layout, memory)
-        staged.region().data[:] = b"\xff" * len(data)
-        follow = [Stretches(layout.shadow_bytes) for _ in WEIGHTS]
-        outs = memory.new_arena(layout), staged.arena
-        feeds = [Feed(*each) for each in zip(outs, (shadow, shadow), WEIGHTS, follow, strict=True)]
+    def __init__(self, sizes: dict[torch.dtype, int], copied: bool, memory: Memory) -> None:
+        source = torch.Generator().manual_seed(0)
+        tensors = {
+            f"{dtype}.{name}": torch.randn(size, generator=source).to(dtype)
+            for dtype, size in sizes.items()
+            for name in "ab"
+        }
+        names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+        specs = [TensorSpec(name, tuple(tensor.shape), names[tensor.dtype]) for name, tensor in tensors.items()]
+        layout = Layout(specs)
+        self.layout = Layout(specs, [entry.name for entry in layout.params[::2]] * copied)
+        self.data = data_of(tensors)
+        shadow = memory.new_arena(self.layout)
+        for index in range(len(self.layout.sections)):
+            tensor_of(shadow.section(index)).copy_(torch.linspace(-2, 2, len(shadow.section(index))))
+        self.staged = Staged(self.layout, memory)
+        self.staged.region().data[:] = b"\xff" * len(self.data)
+        self._follow = [Stretches(self.layout.shadow_bytes) for _ in WEIGHTS]
+        outs = memory.new_arena(self.layout), self.staged.arena
+        feeds = [Feed(*each) for each in zip(outs, (shadow, shadow), WEIGHTS, self._follow, strict=True)]
         grain = Grain(piece=BLOCK // 2, block=BLOCK)
-        return staged, follow, pass_over(staged, feeds, check=True, measure=True, grain=grain)
+        self.work = pass_over(self.staged, feeds, check=True, measure=True, grain=grain)
 
-    def found(follow: list[Stretches], work: Pass) -> list[bytes]:
-        outs = [feed.out for feed in work.feeds]
-        digests = [work.finish(), *(out.digest or b"" for out in outs)]
-        return [*digests, *(out.host.tobytes() for out in outs), *(bytes(each.kept) for each in follow)]
+    def found(self) -> list[bytes]:
+        """Digests, averages, and what was kept of these."""
+        outs = [feed.out for feed in self.work.feeds]
+        digests = [self.work.finish(), *(out.digest or b"" for out in outs)]
+        return [*digests, *(out.host.tobytes() for out in outs), *(bytes(each.kept) for each in self._follow)]
 
-    staged, follow, work = begun()
-    staged.data[:] = data
-    whole, distances = found(follow, work), work.squares()
-
-    staged, follow, work = begun()
-    step = BLOCK * 3
-    bounds = [(start, min(start + step, len(data))) for start in range(0, len(data), step)]
-
-    def push(bounds: tuple[int, int], share: float = 1.0) -> None:
-        stretch = work.stretch(*bounds)
-        count = int(len(stretch.data) * share)
-        stretch.data[:count] = data[bounds[0] :][:count]
+    def stretch(self, bounds: tuple[int, int], share: float = 1.0) -> None:
+        stretch, data = self.work.stretch(*bounds), self.data[slice(*bounds)]
+        count = int(len(data) * share)
+        stretch.data[:count] = data[:count]
         stretch.advance(bounds[0] + count)
         if share == 1.0:
             stretch.finish()
-            assert stretch.digest() == digest_of(data[slice(*bounds)], BLOCK)
+            assert stretch.digest() == digest_of(data, BLOCK)
 
+    def part(self, blocks: range, data: bytes, *, average: bool = True) -> None:
+        latest = None
+        for start in blocks:
+            self.staged.region(start, min(start + BLOCK, len(data))).data[:] = data[start : start + BLOCK]
+            if average:
+                latest = self.work.block(start, latest)
+                latest.finish()
+
+
+def in_stretches(push: Apart) -> list[bytes]:
+    """At once, some of them twice."""
+    bounds = [(start, min(start + 3 * BLOCK, len(push.data))) for start in range(0, len(push.data), 3 * BLOCK)]
     for each in bounds[::2]:
-        push(each, 0.7)
+        push.stretch(each, 0.7)
     with ThreadPoolExecutor(4) as lanes:
-        list(lanes.map(push, reversed(bounds)))
+        list(lanes.map(push.stretch, reversed(bounds)))
+    return push.found()
 
-    assert found(follow, work) == whole
+
+def in_blocks(push: Apart) -> list[bytes]:
+    """By three parts: of one all blocks are forgotten and come again, of another all are averaged in the end."""
+    parts = [range(number * BLOCK, len(push.data), 3 * BLOCK) for number in range(3)]
+    push.part(parts[0], bytes(len(push.data)))
+    for start in parts[0]:
+        push.work.forget(start)
+    with ThreadPoolExecutor(4) as lanes:
+        list(lanes.map(push.part, parts[:2], [push.data] * 2))
+        push.part(parts[2], push.data, average=False)
+        push.staged.divide(lanes)
+        return push.found()
+
+
+@pytest.mark.parametrize("sizes", OF_DTYPES.values(), ids=OF_DTYPES)
+@pytest.mark.parametrize("copied", [False, True], ids=["averaged", "copied"])
+@pytest.mark.parametrize("apart", [in_stretches, in_blocks])
+def test_stretches_are_the_whole(
+    apart: Callable[[Apart], list[bytes]], sizes: dict[torch.dtype, int], copied: bool, memory: Memory
+) -> None:
+    """Averaged apart, in any order: digests, averages, what is kept of them and their distances are those of the
+    parameters as one stretch, bit for bit."""
+    one, push = (Apart(sizes, copied, memory) for _ in range(2))
+    one.staged.data[:] = one.data
+    whole = one.found()
+
+    assert apart(push) == whole
     assert whole[5:] == whole[3:5]
-    torch.testing.assert_close(work.squares(), distances, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(push.work.squares(), one.work.squares(), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_layouts_whose_stretches_do_not_fit(layout_of: Callable[..., Layout]) -> None:
