@@ -39,6 +39,18 @@ def _size(text: str) -> int:
     return nbytes
 
 
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """Which of how many hosts: ``0/3``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(0|[1-9][0-9]{0,4})/([1-9][0-9]{0,4})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise typer.BadParameter(
+            f"{text!r} is none such as 0/3, 1/3 or 2/3: places are counted from 0", param_hint="--shard"
+        )
+    return int(found[1]), int(found[2])
+
+
 app = typer.Typer(
     name="ema-service",
     help="Holds the EMA shadow weights of many training runs.",
@@ -232,6 +244,39 @@ def serve(
             envvar="EMA_SERVICE_ADDRESS_FILE",
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Be a host of a cluster, with one shard of each run: the how manieth, from 0, of how many, as in 0/3.",
+            metavar="PLACE/OF",
+            envvar="EMA_SERVICE_SHARD",
+        ),
+    ] = None,
+    coordinator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL of a coordinator of the cluster; may be given several times.",
+            metavar="URL",
+            envvar="EMA_SERVICE_COORDINATOR",
+        ),
+    ] = None,
+    cluster_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="The secret that coordinators and hosts share, on one line.",
+            dir_okay=False,
+            envvar="EMA_SERVICE_CLUSTER_TOKEN_FILE",
+        ),
+    ] = None,
+    cluster_address: Annotated[
+        str | None,
+        typer.Option(
+            help="URL at which others reach this host.  [default: what is printed at the start]",
+            metavar="URL",
+            show_default=False,
+            envvar="EMA_SERVICE_CLUSTER_ADDRESS",
+        ),
+    ] = None,
     ssl_certfile: Annotated[
         Path | None,
         typer.Option(
@@ -287,6 +332,7 @@ def serve(
         raise typer.BadParameter(
             "snapshots are files of a data dir before they are moved: leave --memory out", param_hint="--snapshot-store"
         )
+    _check_cluster(shard, coordinator, cluster_token_file, cluster_address, memory=memory)
     budgets = {"memory_limit": memory_limit, "staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
     settings = Settings(
         data_dir=None if memory else data_dir,
@@ -307,6 +353,10 @@ def serve(
         address_file=address_file,
         slow_request=slow_request,
         access_log=access_log,
+        shard=_shard(shard),
+        coordinators=tuple(coordinator or ()),
+        cluster_token_file=cluster_token_file,
+        cluster_address=cluster_address,
     )
     configure(log_format)
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
@@ -508,6 +558,34 @@ def _opened(settings: Settings) -> Store | None:
     try:
         return open_store(settings.data_dir, settings.ram_dir)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
+        _refuse(fault)
+
+
+def _check_cluster(
+    shard: str | None,
+    coordinators: list[str] | None,
+    token_file: Path | None,
+    address: str | None,
+    *,
+    memory: bool,
+) -> None:
+    """Exit where the flags of a host of a cluster are not all there, or one of them says nothing that can be used."""
+    given = {"--shard": shard, "--coordinator": coordinators, "--cluster-token-file": token_file}
+    missing = [flag for flag, value in given.items() if not value]
+    if missing == list(given) and address is None:
+        return
+    if missing:
+        raise typer.BadParameter("a host of a cluster needs all three", param_hint=", ".join(missing))
+    if memory:
+        raise typer.BadParameter("a host's votes have to outlive it: leave --memory out", param_hint="--shard")
+    from ema_service.cluster.link import coordinator_address
+    from ema_service.cluster.token import read_cluster_token
+
+    try:
+        for url in coordinators or ():
+            coordinator_address(url)
+        read_cluster_token(token_file or Path())
+    except (OSError, ValueError) as fault:
         _refuse(fault)
 
 

@@ -22,6 +22,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TypeVar
 
 import uvicorn
@@ -62,7 +63,7 @@ _OPEN = "/healthz"
 
 def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAPI:
     """The application of one coordinator. ended: called where another coordinator has taken over."""
-    talks = Conversations(secrets.token_hex(8))
+    talks = Conversations(partial(secrets.token_hex, 8))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -23,7 +23,7 @@ from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Ask, Propose, Refusal, Report, Resolve
 from ema_service.cluster.token import ClusterToken
 
-__all__ = ["Link"]
+__all__ = ["Link", "coordinator_address"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,14 @@ _MOST_WAITING = 64
 _JSON = "application/json"
 #: Bytes that are read of a refusal.
 _PROBLEM_BYTES = 4 << 10
+
+
+def coordinator_address(url: str) -> tuple[str, int]:
+    """Host and port of a coordinator's URL. Raises ValueError for a URL that is none of a coordinator."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
+        raise ValueError("the coordinator's URL: expected http://HOST:PORT")
+    return parts.hostname, parts.port or 80
 
 
 class _NotLinked(Exception):
@@ -82,11 +90,8 @@ class Link:
     ) -> None:
         """hear: called with each message, in the order in which they were sent. Raises ValueError for a URL that is
         none of a coordinator."""
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
-            raise ValueError("the coordinator's URL: expected http://HOST:PORT")
         self._url = url
-        self._address = parts.hostname, parts.port or 80
+        self._address = coordinator_address(url)
         self._run = run
         self._arrival = arrival
         self._headers = {"Authorization": token.header, "Content-Type": _JSON}
@@ -101,6 +106,11 @@ class Link:
             threading.Thread(target=work, name=f"ema-{name}", daemon=True)
             for work, name in ((self._listen, "listen"), (self._report, "report"))
         ]
+
+    @property
+    def linked(self) -> bool:
+        """Whether the coordinator is heard: there was a word of it within some seconds."""
+        return self._linked
 
     def start(self) -> None:
         """Begin to look for the coordinator."""

@@ -9,7 +9,10 @@ import json
 
 from ema_client.errors import EmaError, Superseded, error_from_problem
 
-__all__ = ["error_of", "reason_of"]
+__all__ = ["MADE_BEFORE", "error_of", "reason_of"]
+
+#: Why a change is refused that was made already: whoever asked looks at the run.
+MADE_BEFORE = "applied before"
 
 
 def reason_of(fault: EmaError) -> str:

@@ -22,10 +22,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
-# cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
-# what stands to its right, and shadows and bodies, memory and storage do without each other. cluster cuts layouts and
-# decides for a run on several hosts, above runs; nothing uses it yet. settings, metrics, threads, machine_memory,
-# descriptors, logs, addresses, address_file, readiness, sizes, tokens, values and tensors are leaves.
+# cli -> api -> {cluster, dashboard} -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a
+# part may use what stands to its right, and shadows and bodies, memory and storage do without each other. settings,
+# metrics, threads, machine_memory, descriptors, logs, addresses, address_file, readiness, sizes, tokens, values and
+# tensors are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
     *("readiness", "sizes", "tokens", "values", "tensors"),
@@ -33,10 +33,11 @@ LEAVES = {
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"api", "persistence", "storage", "demo", "bench"} | LEAVES,
-    "api": {"dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
+    "cli": {"api", "cluster", "persistence", "storage", "demo", "bench"} | LEAVES,
+    "api": {"cluster", "dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"}
+    | LEAVES,
     "dashboard": set(),
-    "cluster": {"runs", "persistence", "memory"},
+    "cluster": {"runs", "persistence", "memory", "storage", "threads"},
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "shadows": {"memory", "averaging"} | LEAVES,
@@ -67,6 +68,8 @@ TRANSFER = "ema_service.api.transfer"
 #: Who decides, for a run and for the shards of a run: pure, with every module of ours that is run.
 LEDGER = "ema_service.runs.ledger"
 PURE = (LEDGER, "ema_service.cluster.decisions")
+#: Who asks over HTTP: the client, and a host of a cluster its coordinators.
+HTTPX = ("ema_client.http.control", "ema_service.cluster.asking")
 #: The program that decides for a run on several hosts: an application of its own.
 COORDINATOR = "ema_service.cluster.coordinator"
 #: What the ledger may need beyond the standard library: schedules are numbers.
@@ -296,9 +299,9 @@ def client_torch(module: Module) -> Iterator[str]:
 
 
 def one_httpx(module: Module) -> Iterator[str]:
-    if module.name != "ema_client.http.control":
+    if module.name not in HTTPX:
         yield from (
-            f"line {i.line}: {i.root} belongs to ema_client.http.control"
+            f"line {i.line}: {i.root} belongs to {' and '.join(HTTPX)}"
             for i in module.imports
             if i.root in ("httpx", "httpx2")
         )

@@ -178,7 +178,7 @@ def test_end_tells_all_that_wait() -> None:
     """A coordinator that ends lets nobody listen, and nobody wait."""
 
     async def test() -> None:
-        talks = Conversations("c")
+        talks = Conversations(lambda: "c")
         talk, one = talks.arrive("r", arrival(0))
         waiting = asyncio.create_task(talk.change(Change("k", "decay 0.5"), 5))
         await asyncio.sleep(0)
@@ -196,7 +196,7 @@ def test_larger_term_deposes() -> None:
     """One report of a larger term, about any run, and the coordinator is to end."""
 
     async def test() -> None:
-        talks = Conversations("c")
+        talks = Conversations(lambda: "c")
         for place in range(2):
             talks.arrive("r", arrival(place))
         talks.arrive("other", arrival(0, 1))
@@ -213,7 +213,7 @@ def test_who_does_not_fit_is_refused() -> None:
     """A shard that believes in another number of shards, or has no place among them, changes nothing."""
 
     async def test() -> None:
-        talks = Conversations("c")
+        talks = Conversations(lambda: "c")
         with pytest.raises(InvalidRequest, match="shard 2 of 2: places are counted from 0"):
             talks.arrive("r", arrival(2))
         with pytest.raises(RunNotFound):
