@@ -1,4 +1,4 @@
-"""The command ``ema-service``: serve, demo, bench, release, and the tokens of a server.
+"""The command ``ema-service``: serve, demo, bench, release, the tokens of a server, and clusters (cluster_cli).
 
 Knows flags, their environment variables, and what is printed. Does not know how the server works: each command imports
 torch and the server only when called, so that ``--help`` answers at once.
@@ -17,6 +17,7 @@ import typer
 
 from ema_client.protocol import DEFAULT_PORT
 from ema_service.addresses import host_of, is_loopback, most_reachable
+from ema_service.cluster_cli import cluster
 from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 from ema_service.sizes import parse_size
@@ -391,6 +392,7 @@ def bench(
 
 tokens = typer.Typer(help="Tokens of a server that asks for them.", no_args_is_help=True)
 app.add_typer(tokens, name="token")
+app.add_typer(cluster, name="cluster")
 
 TokenFile = Annotated[Path, typer.Option("--token-file", help="The server's --token-file.", dir_okay=False)]
 _TOKEN_FILE = Path("ema-tokens")
