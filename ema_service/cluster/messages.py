@@ -95,8 +95,8 @@ class Record(NamedTuple):
 
     term: of the coordinator that the shard obeys. edition: grows with each change of the three facts below, so that a
     report and a verdict name the very state that they are about. revision: how many proposals were committed since the
-    run's name was first used; 0: there never was such a run. made: the vote that led to the revision. vote: the shard's
-    vote for the next.
+    talk began: of a run, since it was made; of the directory, ever. made: the vote that led to the revision. vote: the
+    shard's vote for the next.
     """
 
     term: Term = Term()

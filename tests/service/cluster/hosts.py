@@ -85,6 +85,10 @@ class Hosts:
         self._coordinator.kill()
         self._coordinator.wait(_SECONDS)
 
+    def coordinator_is_gone(self) -> bool:
+        """Whether the coordinator that was started last has ended."""
+        return self._coordinator.poll() is not None
+
     def end(self) -> None:
         """End all that runs."""
         for process in self._started:

@@ -45,11 +45,11 @@ class Launched:
         environment = {**os.environ, "PATH": f"{self._programs}:{path}" if self._programs else path}
         with self._log.open("a") as log:
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
-        wait_until(lambda: self._ready() or self.process.poll() is not None, "the cluster", _SECONDS)
+        wait_until(lambda: self._announced() or self.process.poll() is not None, "the cluster", _SECONDS)
         assert self.process.poll() is None, self.log
         return self
 
-    def _ready(self) -> bool:
+    def _announced(self) -> bool:
         found = re.search(r"cluster of \d+ hosts?, listens on (http://\S+)", self.log)
         self.url = found[1] if found else ""
         return bool(found)
@@ -76,8 +76,16 @@ class Launched:
                 named[f"host {words[words.index('--shard') + 1].split('/')[0]}"] = pid
         return named
 
+    def ready(self) -> bool:
+        """Whether every host takes all requests."""
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
     def kill(self, name: str) -> None:
         """SIGKILL one of the processes; the launcher starts it again."""
+        wait_until(lambda: name in self.processes(), f"{name} to be there")
         before = self.processes()[name]
         os.kill(before, signal.SIGKILL)
         wait_until(lambda: self.processes().get(name) != before, f"the end of {name}")

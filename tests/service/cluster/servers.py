@@ -73,7 +73,12 @@ class Servers:
         program = (_PROGRAM, kill) if kill else ("-m", "ema_service")
         server = ServerProcess(folder, (*member, *self._arguments, *arguments), folder / "data", program)
         self.hosts[place] = server
-        return server.start()
+        try:
+            return server.start()
+        except RuntimeError:
+            if not kill:  # it may be told before the host is there
+                raise
+            return server
 
     def kill(self, place: int) -> None:
         self.hosts[place].kill()
@@ -133,6 +138,18 @@ class Servers:
         return [
             load(response.raise_for_status().content) for response in self.ask_all("GET", f"/v1/runs/{run}/weights")
         ]
+
+    def at_all(self, path: str) -> set[int]:
+        """With which statuses the hosts answer a question."""
+        return {response.status_code for response in self.ask_all("GET", path)}
+
+    def wait_for_end(self, place: int) -> None:
+        """Wait until a host has ended itself."""
+        self.until(lambda: self.hosts[place].process.poll() is not None, f"the end of host {place}")
+
+    def folders(self, place: int) -> list[str]:
+        """The folders of runs in a host's data dir."""
+        return sorted(folder.name for folder in (self.folder / f"host-{place}" / "data" / "runs").iterdir())
 
     def until(self, what: Callable[[], bool], why: str) -> None:
         """Wait for something to be so."""

@@ -229,3 +229,25 @@ def test_who_does_not_fit_is_refused() -> None:
         assert [seat.address for seat in talk.seats()] == ["http://host-0", None]
 
     run(test)
+
+
+def test_talk_that_nobody_hears_is_forgotten() -> None:
+    """A coordinator forgets a talk that nobody listened to for a minute, and begins anew, as another, when a shard
+    comes; one that anybody listens to it keeps."""
+
+    async def test() -> None:
+        names = iter("abc")
+        talks = Conversations(lambda: next(names))
+        gone, left = talks.arrive("r@1", arrival(0))
+        kept, _ = talks.arrive("s@2", arrival(0))
+        gone.leave(0, left)
+        for _ in range(60):
+            talks.ask_again()
+            assert talks.find("r@1") is gone
+        talks.ask_again()
+        with pytest.raises(RunNotFound):
+            talks.find("r@1")
+        assert talks.find("s@2") is kept
+        assert talks.arrive("r@1", arrival(0))[0] is not gone
+
+    run(test)

@@ -6,12 +6,19 @@ Knows processes and plain HTTP. Does not know messages.
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from random import Random
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from tests.service.cluster.servers import Servers, cut
@@ -93,8 +100,222 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
     assert_same(servers, oracle)
 
     assert servers.ask(last, "DELETE", "/v1/runs/r").status_code == 204
-    servers.until(
-        lambda: {each.status_code for each in servers.ask_all("GET", "/v1/runs/r")} == {404}, "the run to be gone"
-    )
+    servers.until(lambda: servers.at_all("/v1/runs/r") == {404}, "the run to be gone")
     assert servers.create(model(0), 0, decay=0.5).status_code == 201
     assert {info["shard"]["birth"] for info in servers.infos()} == {3}
+
+
+#: What hosts cannot do together yet.
+REFUSED = {
+    ("POST", "/averages"): {"name": "long", "decay": 0.9},
+    ("DELETE", "/averages/ema"): None,
+    ("DELETE", "/writers/1"): None,
+    ("POST", "/rewind"): {"snapshot": "s"},
+    ("PUT", "/snapshots/s"): None,
+    ("DELETE", "/snapshots/s"): None,
+    ("POST", "/sweeps"): {"kind": "decay", "points": []},
+    ("PUT", "/weights/parts/0?of=2"): None,
+    ("PUT", "/updates/1/parts/0?of=2"): None,
+    ("PUT", "/updates/1/stretches/0-1?group=g"): None,
+    ("PUT", "/weights?replaces=1.0"): None,
+    ("PUT", "/weights"): None,
+    ("PUT", "/updates/2"): None,
+}
+
+
+def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> None:
+    """What hosts cannot do together is refused, each route of a server being looked at, and a slice without its push's
+    key; a host says so while it hears no coordinator, and reads go on."""
+    servers = cluster(1).start()
+    assert servers.create(model(0)).status_code == 201
+    servers.push("weights", model(0), "first")
+    for (method, path), body in REFUSED.items():
+        answer = servers.once(0, method, f"/v1/runs/r{path}", **({"json": body} if body else {"content": b""}))
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), f"{method} {path}"
+        assert re.search("cluster|shard|Ema-Push", answer.text), f"{method} {path}: {answer.text}"
+    posthoc = servers.create(model(0), run="p", posthoc={})
+    assert (posthoc.status_code, "posthoc" in posthoc.json()["detail"]) == (422, True)
+    assert servers.ask(0, "GET", "/v1/runs/r/layout").json()["lanes"] == 1
+
+    offered = {("POST", ""), ("PATCH", "/{run}"), ("DELETE", "/{run}"), ("POST", "/{run}/reset-num-updates")}
+    offered |= {("POST", "/{run}/writers"), ("PUT", "/{run}/weights"), ("PUT", "/{run}/updates/{step}")}
+    paths = servers.once(0, "GET", "/openapi.json").json()["paths"]
+    writes = {
+        (method.upper(), path.removeprefix("/v1/runs"))
+        for path, methods in paths.items()
+        for method in methods
+        if method not in ("get", "head")
+    }
+    assert len(writes - offered) == len(REFUSED) - 3, "a route that hosts neither offer nor refuse"
+
+    servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard")
+    assert "\nema_coordinator_heard 1.0\n" in servers.once(0, "GET", "/metrics").text
+    servers.coordinators.kill_coordinator()
+    servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 503, "the coordinator to be missed")
+    assert "\nema_coordinator_heard 0.0\n" in servers.once(0, "GET", "/metrics").text
+    assert servers.once(0, "GET", "/v1/runs/r/weights").status_code == 200
+    servers.coordinate()
+    servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard again")
+    assert servers.push("updates/1", model(1), "u1")[0].json()["applied"]
+
+
+def in_background(work: Callable[[], Any]) -> Future[Any]:
+    """What ``work`` returns, on a thread of its own."""
+    threads = ThreadPoolExecutor(1)
+    try:
+        return threads.submit(work)
+    finally:
+        threads.shutdown(wait=False)
+
+
+def train(servers: Servers, model: Model, oracle: LitEmaOracle) -> None:
+    """Give the initial weights and an update to a new run, and look at what all have."""
+    assert [each.status_code for each in servers.push("weights", model(0), "first")] == [200] * servers.of
+    assert [each.status_code for each in servers.push("updates/1", model(1), "u1")] == [200] * servers.of
+    oracle.update(model(1))
+    assert_same(servers, oracle)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "point", ["before vote", "after vote", "made", "before commit", "after commit", "answer", "hear"]
+)
+def test_host_is_killed_as_a_run_comes_and_goes(
+    point: str, victim: int, cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]
+) -> None:
+    """A run is created on both hosts, and then deleted on both, although one of them is killed meanwhile, the one that
+    was asked or the other; nothing of a run that is gone is left."""
+    servers = cluster(2)
+    servers.coordinate()
+    servers.host(1 - victim)
+    servers.host(victim, kill=f"{point} {4 if point == 'hear' else 1}")
+    created = in_background(lambda: servers.create(model(0), decay=0.9))
+    servers.wait_for_end(victim)
+    # What was not kept is done again before the deletion is.
+    again = f"{point} {2 if point.startswith('before') else 1}"
+    servers.host(victim, kill="" if point in ("made", "hear") else again)
+    assert created.result(_SECONDS).status_code in (200, 201)
+    train(servers, model, litema(model(0), decay=0.9))
+
+    deleted = in_background(lambda: servers.ask(0, "DELETE", "/v1/runs/r"))
+    if point not in ("made", "hear"):
+        servers.wait_for_end(victim)
+        servers.host(victim)
+    assert deleted.result(_SECONDS).status_code in (204, 404)
+    servers.until(lambda: servers.at_all("/v1/runs/r") == {404}, "the run to be gone")
+    assert servers.create(model(0), decay=0.5).status_code == 201
+    assert servers.at_all("/v1/runs/r") == {200}
+    assert [len(servers.folders(place)) for place in range(2)] == [1, 1]
+    train(servers, model, litema(model(0), decay=0.5))
+
+
+@pytest.mark.parametrize("point", ["before abort", "after abort"])
+def test_refusal_by_one_host(point: str, cluster: Callable[..., Servers], model: Model) -> None:
+    """Where one host has no room the run is on none, also where the other is killed as it learns so; and whoever comes
+    again gets the run."""
+    servers = cluster(2)
+    servers.coordinate()
+    servers.host(0, kill="refuse 1")
+    servers.host(1, kill=f"{point} 1")
+    layout = [{"name": "w", "shape": [8, 2], "dtype": "F32"}]
+    refused = servers.once(0, "POST", "/v1/runs", json={"run": "r", "layout": layout})
+    assert (refused.status_code, refused.json()["detail"]) == (503, "host 0: no room")
+    servers.wait_for_end(1)
+    assert servers.once(0, "GET", "/v1/runs/r").status_code == 404
+    servers.host(1)
+    assert servers.create(model(0)).status_code == 201
+    assert servers.at_all("/v1/runs/r") == {200}
+    assert [len(servers.folders(place)) for place in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize("kill", ["hear 3", "decide 2", "say 3", "say 5", "say 7", "hear 7"])
+def test_coordinator_is_killed(
+    kill: str, cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]
+) -> None:
+    """A run is created, trained and deleted, although the coordinator is killed at one of its messages."""
+    servers = cluster(2)
+    servers.coordinate(kill)
+    for place in range(2):
+        servers.host(place)
+
+    def supervise() -> None:
+        servers.until(servers.coordinators.coordinator_is_gone, "the end of the coordinator")
+        servers.coordinate()
+
+    again = in_background(supervise)
+    assert servers.create(model(0), decay=0.9).status_code in (200, 201)
+    train(servers, model, litema(model(0), decay=0.9))
+    assert servers.ask(1, "DELETE", "/v1/runs/r").status_code in (204, 404)
+    servers.until(lambda: servers.at_all("/v1/runs/r") == {404}, "the run to be gone")
+    again.result(_SECONDS)
+
+
+def test_name_comes_again_while_a_host_is_down(
+    cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]
+) -> None:
+    """A run is deleted, and its name used again, while a host is down that has a slice of an update in hand which no
+    other host has: when it comes back it has the new run, and none of its old slice is in it."""
+    servers = cluster(2)
+    servers.coordinate()
+    servers.host(0)
+    servers.host(1, kill="before commit 2")
+    assert servers.create(model(0), decay=0.9).status_code == 201
+    train(servers, model, litema(model(0), decay=0.9))
+    orphan = save(cut(model(7), 2)[1])
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.put(
+            f"{servers.hosts[1].url}/v1/runs/r/updates/2", content=orphan, headers={"Ema-Push": "orphan"}, timeout=1
+        )
+    assert servers.ask(0, "DELETE", "/v1/runs/r").status_code == 204
+    servers.wait_for_end(1)
+    created = in_background(lambda: servers.create(model(0), decay=0.5))
+    assert servers.once(0, "GET", "/v1/runs/r").status_code == 404
+    servers.host(1)
+    assert created.result(_SECONDS).status_code == 201
+    assert [info["shard"]["birth"] for info in servers.infos()] == [3, 3]
+    train(servers, model, litema(model(0), decay=0.5))
+
+
+def kill_some(servers: Servers, random: Random) -> None:
+    """Kill hosts, the coordinator, or nobody, and start them again."""
+    time.sleep(random.random() * 0.05)
+    for victim in random.choice([(), ("coordinator",), (0,), (1,), (0, 1), ("coordinator", 0, 1)]):
+        if isinstance(victim, int):
+            servers.kill(victim)
+            servers.host(victim)
+        else:
+            servers.coordinators.kill_coordinator()
+            servers.coordinate()
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.soak)])
+def test_random_kills(
+    seconds: float, cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]
+) -> None:
+    """Whoever is killed meanwhile, each update, each changed decay and each trainer counts once on both hosts."""
+    servers, random, step, writer = cluster(2).start(), Random(5), 0, 0
+    oracle = litema(model(0), decay=0.9)
+    assert servers.create(model(0), decay=0.9).status_code == 201
+    servers.push("weights", model(0), "first")
+    until = time.monotonic() + seconds
+    while step < 4 or time.monotonic() < until:
+        step += 1
+        headers = {"Ema-Writer": str(writer)} if writer else {}
+        pushed = in_background(partial(servers.push, f"updates/{step}", model(step), f"u{step}", **headers))
+        kill_some(servers, random)
+        assert [each.status_code for each in pushed.result(_SECONDS)] == [200, 200], servers.log()
+        oracle.update(model(step))
+        decay, key = random.choice([0.25, 0.5, 0.75]), {"Idempotency-Key": f"d{step}"}
+        asked = in_background(partial(servers.ask, 0, "PATCH", "/v1/runs/r", json={"decay": decay}, headers=key))
+        kill_some(servers, random)
+        assert asked.result(_SECONDS).json()["decay"] == decay
+        oracle.decay = torch.tensor(decay)
+        if step % 3 == 0:
+            key = {"Idempotency-Key": f"w{step}"}
+            writer = servers.ask(1, "POST", "/v1/runs/r/writers", headers=key).json()["writer"]
+    assert_same(servers, oracle)
+    for place in range(2):
+        servers.kill(place)
+        servers.host(place)
+    assert_same(servers, oracle)
+    assert {info["writer"] for info in servers.infos()} == {writer}

@@ -4,7 +4,8 @@
 
 POINT: ``before`` or ``after`` one of promise, vote, commit, abort of the directory is durable; ``answer`` before what
 follows from a change of the directory is done; ``hear`` before any message is heard; ``made`` before a run that is made
-is voted for. COUNT: at the how manieth time, from 1.
+is voted for. ``refuse``, where the process goes on: a run is not made, for want of memory. COUNT: at the how manieth
+time, from 1.
 
 Knows the host's program. Does not know when it should end.
 """
@@ -12,9 +13,11 @@ Knows the host's program. Does not know when it should end.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from ema_client.errors import Overloaded
 from ema_service.__main__ import main
 from ema_service.cluster.directory import Directory
 from ema_service.cluster.reporting import Reporting
@@ -44,7 +47,23 @@ def end_at(point: str, count: int) -> None:
     wrap(Registry, "propose", "", "made")
 
 
+def refuse_at(count: int) -> None:
+    """Have this host refuse to make a run."""
+    left, propose = Counter(count=count), Registry.propose
+
+    def refusing(self: Registry, *args: Any, **kwargs: Any) -> Any:
+        left["count"] -= 1
+        if left["count"] == 0:
+            raise Overloaded("no room", retry_after=0.0)
+        return propose(self, *args, **kwargs)
+
+    Registry.propose = refusing  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     where, times = sys.argv.pop(1).rsplit(" ", 1)
-    end_at(where, int(times))
+    if where == "refuse":
+        refuse_at(int(times))
+    else:
+        end_at(where, int(times))
     main()
