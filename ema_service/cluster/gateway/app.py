@@ -153,7 +153,7 @@ async def _refuse(request: Request) -> Response:
         raise RouteNotFound(f"a gateway has no route {request.url.path}")
     raise InvalidRequest(
         f"{request.method} {request.url.path} is not possible for a run on several hosts: {told}",
-        hint="the page on clusters lists what is; a run on one server can do all",
+        hint="the README says under 'When one host is too small' what is",
     )
 
 

@@ -27,8 +27,8 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ema_client.errors import EmaError, InvalidRequest, Overloaded, RangeNotSatisfiable
-from ema_client.protocol import TensorSpec, WeightsInfo, weights_path
+from ema_client.errors import EmaError, InvalidRequest, Overloaded, RangeNotSatisfiable, RunNotFound
+from ema_client.protocol import RunInfo, TensorSpec, WeightsInfo, run_path, weights_path
 from ema_client.wire import LENGTH_BYTES, Entry, Header, build_header, parse_header, parse_length, place
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_of, passed_on
 from ema_service.cluster.layout_map import MergedBody
@@ -83,8 +83,10 @@ async def send_weights(run: str, request: Request, hosts: Hosts) -> Response:
             f"{others[0]}: a run on several hosts has its current weights alone",
             hint="no snapshots, soups or averages of other lengths yet; ask without it",
         )
-    asked = _Asked(hosts, weights_path(run), dict(request.query_params), passed_on(request.headers))
-    whole = _Whole(asked, await asked.one_version(request.headers.get("if-range") if _ranged(request) else None))
+    try:
+        whole = await _open(run, request, hosts)
+    except RunNotFound:
+        whole = await _open(run, request, hosts)  # of the run that was made anew meanwhile, if there is one
     if _is_known(request, whole.etag):
         return Response(status_code=304, headers=whole.headers)
     try:
@@ -98,6 +100,18 @@ async def send_weights(run: str, request: Request, hosts: Hosts) -> Response:
     if request.method == "HEAD":
         return Response(status_code=200, headers=headers, media_type=_Streaming.media_type)
     return _Streaming(whole.chunks(start, stop), status_code=206 if part else 200, headers=headers)
+
+
+async def _open(run: str, request: Request, hosts: Hosts) -> _Whole:
+    """One version of the run that there is now. Raises RunNotFound, also where the run was deleted meanwhile."""
+    headers, query = passed_on(request.headers), dict(request.query_params)
+    host, *_ = await hosts.all()
+    told = await hosts.json(host, "GET", run_path(run), RunInfo, headers)
+    if told.shard:  # else each host has a run of its own
+        # Two runs of one name may have versions of one name.
+        query["created_at"] = repr(told.created_at)
+    asked = _Asked(hosts, weights_path(run), query, headers)
+    return _Whole(asked, await asked.one_version(request.headers.get("if-range") if _ranged(request) else None))
 
 
 # --- one version on all hosts ----------------------------------------------------------------------------------------

@@ -6,9 +6,13 @@ Knows what a server answers. Does not know how hosts decide (test_cluster): here
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
 import httpx
 import pytest
@@ -189,6 +193,61 @@ def test_pulls_under_updates_are_never_torn(
                 assert torch.equal(weights[name], tensor), f"{name} of step {step}"
     trainer.join()
     assert len(seen) > 1
+
+
+class Noting(BaseHTTPRequestHandler):
+    """A host that passes what it is asked on to a server, and says that its run is a shard, created at 5.5.
+
+    behind: the server. created_at: what it was asked weights of, each time.
+    """
+
+    behind: str
+    created_at: list[str]
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        given = dict(parse_qsl(query))
+        if path.endswith("/weights"):
+            self.created_at.append(given.pop("created_at", ""))
+        headers = {"Range": self.headers["Range"]} if "Range" in self.headers else {}
+        answer = httpx.get(self.behind + path, params=given, headers=headers)
+        body = answer.content
+        if path == "/v1/runs/r":
+            shard = {"place": 0, "of": 1, "birth": 1}
+            body = json.dumps({**answer.json(), "created_at": 5.5, "shard": shard}).encode()
+        self.send_response(answer.status_code)
+        for name in ("content-type", "content-range", "etag"):
+            if name in answer.headers:
+                self.send_header(name, answer.headers[name])
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+def test_hosts_are_asked_for_the_run_of_one_time(
+    tmp_path: Path, server: ServerProcess, model: Callable[[int], dict[str, Tensor]]
+) -> None:
+    """Two runs of one name may have versions of one name, and where a name is used again hosts may have either."""
+
+    class Host(Noting):
+        behind, created_at = server.url, []
+
+    with server.http() as http, ThreadingHTTPServer(("127.0.0.1", 0), Host) as host:
+        threading.Thread(target=host.serve_forever).start()
+        run = PlainRun(http, "r")
+        hosts = PlainHosts(tmp_path, lambda: SimpleNamespace(url=f"http://127.0.0.1:{host.server_port}"), 1)
+        try:
+            run.create(model(0)).raise_for_status()
+            run.begin(model(0)).raise_for_status()
+            assert hosts.gateway.get("/v1/runs/r/weights").content == run.pull().content
+        finally:
+            hosts.end()
+            host.shutdown()
+            http.delete(run.path)
+    assert set(Host.created_at) == {"5.5"}
 
 
 # --- pushes ----------------------------------------------------------------------------------------------------------

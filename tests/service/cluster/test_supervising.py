@@ -126,6 +126,7 @@ supervisor.keep(Program("a", [sys.executable, "-m", "ema_service.tether", "http.
 supervisor.keep(Program("b", [sys.executable, "-c", {_TALKER!r}], b"x\\n"))
 supervisor.next(60)
 """
+    pids: list[int] = []
     with subprocess.Popen(_python(text)) as process:
         try:
             wait_until(lambda: log.exists() and "Serving" in log.read_text() and "told x" in log.read_text())
@@ -134,4 +135,9 @@ supervisor.next(60)
             assert len(pids) == 2
         finally:
             process.kill()
-    wait_until(lambda: all(_gone(pid) for pid in pids), "both to end")
+    try:
+        wait_until(lambda: all(_gone(pid) for pid in pids), "both to end")
+    finally:
+        for pid in pids:
+            if not _gone(pid):
+                os.kill(pid, signal.SIGKILL)
