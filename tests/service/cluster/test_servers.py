@@ -128,6 +128,10 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     key; a host says so while it hears no coordinator, and reads go on."""
     servers = cluster(1).start()
     assert servers.create(model(0)).status_code == 201
+    attached = servers.ask(0, "POST", "/v1/runs/r/writers")
+    assert (attached.status_code, attached.json()["writer"]) == (201, 1), "before there are weights"
+    early = servers.ask(0, "PATCH", "/v1/runs/r", json={"decay": 0.5})
+    assert (early.status_code, early.json()["code"]) == (409, "awaiting_weights")
     servers.push("weights", model(0), "first")
     for (method, path), body in REFUSED.items():
         answer = servers.once(0, method, f"/v1/runs/r{path}", **({"json": body} if body else {"content": b""}))
@@ -156,7 +160,56 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     assert servers.once(0, "GET", "/v1/runs/r/weights").status_code == 200
     servers.coordinate()
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard again")
-    assert servers.push("updates/1", model(1), "u1")[0].json()["applied"]
+    assert servers.push("updates/1", model(1), "u1", **{"Ema-Writer": "1"})[0].json()["applied"]
+
+
+def test_slice_that_is_never_right(cluster: Callable[..., Servers], model: Model) -> None:
+    """Where one host is sent something else than its slice, the others are told why at once, and wait for no slice."""
+    servers = cluster(2).start()
+    assert servers.create(model(0)).status_code == 201
+    first = servers.push("weights", {**model(0), "conv.weight": model(0)["conv.weight"] * torch.nan}, "first")
+    assert [each.json()["code"] for each in first] == ["non_finite"] * 2
+    servers.push("weights", model(0), "again")
+    slices = [save(part) for part in cut(model(1), 2)]
+    answers = servers.ask_all("PUT", "/v1/runs/r/updates/1", [slices[0], slices[0]], headers={"Ema-Push": "u1"})
+    assert [each.json()["code"] for each in answers] == ["layout_mismatch"] * 2
+    assert [each.json()["applied"] for each in servers.push("updates/1", model(1), "u2")] == [True, True]
+
+
+def test_host_that_stops(cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]) -> None:
+    """A host that is told to stop tells those who wait for other hosts, ends, and comes back with its vote: the slice
+    that it has counts once the others have theirs."""
+    servers, oracle = cluster(2).start(), litema(model(0), decay=0.9)
+    assert servers.create(model(0), decay=0.9).status_code == 201
+    train(servers, model, oracle)
+    slices = [save(part) for part in cut(model(2), 2)]
+    put = partial(servers.once, 0, "PUT", "/v1/runs/r/updates/2", content=slices[0], headers={"Ema-Push": "u2"})
+    waiting = in_background(put)
+    time.sleep(0.5)
+    assert not waiting.done()
+    assert servers.hosts[0].stop() == 0
+    answer = waiting.result(_SECONDS)
+    assert (answer.status_code, answer.json()["code"]) == (503, "stopping")
+    servers.host(0)
+    other = servers.ask(1, "PUT", "/v1/runs/r/updates/2", content=slices[1], headers={"Ema-Push": "u2"})
+    assert other.json()["applied"], "by the vote that the host that stopped had kept"
+    oracle.update(model(2))
+    servers.until(lambda: {info["step"] for info in servers.infos()} == {2}, "the update on both")
+    assert_same(servers, oracle)
+
+
+def test_damaged_run_is_deleted(cluster: Callable[..., Servers], model: Model) -> None:
+    """A run whose weights are gone on one host takes no updates on any, and is deleted from all."""
+    servers = cluster(2, "--no-measurements").start()
+    assert servers.create(model(0), durability="disk").status_code == 201
+    servers.push("weights", model(0), "first")
+    servers.kill(1)
+    for path in (servers.folder / "host-1" / "data" / "runs").rglob("*.safetensors"):
+        path.write_bytes(b"")
+    servers.host(1)
+    assert [info["status"] for info in servers.infos()] == ["ready", "degraded"]
+    assert servers.ask(0, "DELETE", "/v1/runs/r").status_code == 204
+    servers.until(lambda: servers.at_all("/v1/runs/r") == {404}, "the run to be gone")
 
 
 def in_background(work: Callable[[], Any]) -> Future[Any]:
