@@ -109,7 +109,6 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
 REFUSED = {
     ("POST", "/averages"): {"name": "long", "decay": 0.9},
     ("DELETE", "/averages/ema"): None,
-    ("DELETE", "/writers/1"): None,
     ("POST", "/rewind"): {"snapshot": "s"},
     ("PUT", "/snapshots/s"): None,
     ("DELETE", "/snapshots/s"): None,
@@ -130,6 +129,7 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     assert servers.create(model(0)).status_code == 201
     attached = servers.ask(0, "POST", "/v1/runs/r/writers")
     assert (attached.status_code, attached.json()["writer"]) == (201, 1), "before there are weights"
+    assert servers.once(0, "DELETE", "/v1/runs/r/writers/1").json()["ended_at"]
     early = servers.ask(0, "PATCH", "/v1/runs/r", json={"decay": 0.5})
     assert (early.status_code, early.json()["code"]) == (409, "awaiting_weights")
     servers.push("weights", model(0), "first")
@@ -142,7 +142,12 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     assert servers.ask(0, "GET", "/v1/runs/r/layout").json()["lanes"] == 1
 
     offered = {("POST", ""), ("PATCH", "/{run}"), ("DELETE", "/{run}"), ("POST", "/{run}/reset-num-updates")}
-    offered |= {("POST", "/{run}/writers"), ("PUT", "/{run}/weights"), ("PUT", "/{run}/updates/{step}")}
+    offered |= {
+        ("POST", "/{run}/writers"),
+        ("DELETE", "/{run}/writers/{writer}"),
+        ("PUT", "/{run}/weights"),
+        ("PUT", "/{run}/updates/{step}"),
+    }
     paths = servers.once(0, "GET", "/openapi.json").json()["paths"]
     writes = {
         (method.upper(), path.removeprefix("/v1/runs"))
@@ -174,6 +179,30 @@ def test_slice_that_is_never_right(cluster: Callable[..., Servers], model: Model
     answers = servers.ask_all("PUT", "/v1/runs/r/updates/1", [slices[0], slices[0]], headers={"Ema-Push": "u1"})
     assert [each.json()["code"] for each in answers] == ["layout_mismatch"] * 2
     assert [each.json()["applied"] for each in servers.push("updates/1", model(1), "u2")] == [True, True]
+
+
+def test_waiting_holds_nothing(cluster: Callable[..., Servers], model: Model) -> None:
+    """More slices than a server has threads for updates wait for a host that is away, and hold neither threads nor
+    staging: each is voted for, and counts when the other host has come."""
+    servers = cluster(2).start()
+    runs = ["a", "b", "c", "d"]
+    for run in runs:
+        assert servers.create(model(0), run=run).status_code == 201
+        servers.push("weights", model(0), "first", run)
+    slices = [save(part) for part in cut(model(1), 2)]
+    servers.kill(1)
+    key = {"Ema-Push": "u1"}
+    paths = [f"/v1/runs/{run}/updates/1" for run in runs]
+    puts = [partial(servers.once, 0, "PUT", path, content=slices[0], headers=key) for path in paths]
+    waiting = [in_background(put) for put in puts]
+    voted = '\nema_push_seconds_count{phase="commit"} 4.0\n'
+    servers.until(lambda: voted in servers.once(0, "GET", "/metrics").text, "all slices to be voted for")
+    assert "\nema_staging_bytes 0.0\n" in servers.once(0, "GET", "/metrics").text
+    assert not any(each.done() for each in waiting)
+    servers.host(1)
+    for path, each in zip(paths, waiting, strict=True):
+        assert servers.ask(1, "PUT", path, content=slices[1], headers=key).json()["applied"]
+        assert each.result(_SECONDS).json()["applied"]
 
 
 def test_host_that_stops(cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]) -> None:
