@@ -144,12 +144,12 @@ def test_run_that_is_voted_for_is_made_and_not_found(host: Host, config: RunConf
 @pytest.mark.parametrize("restarts", [False, True])
 def test_room_is_taken_until_the_verdict(host: Host, *, restarts: bool) -> None:
     """Memory that a host has promised with its vote is nobody else's before the verdict, and free after an abort."""
-    layout = (TensorSpec("w", (8 << 10, 512), "F32"),)  # of which this host has 8 MiB, and two buffers of it
-    host.propose(creation_of(whole_config(RunConfig("r", layout), 2), 1.5))
+    layout = (TensorSpec("w", (8 << 10, 512), "F32"),)  # of which this host has 8 MiB, once there are weights
+    host.propose(creation_of(whole_config(RunConfig("r", layout, durability="disk"), 2), 1.5))
     if restarts:
         host.restart()
     host.server.registry.memory.budget.limit = 24 << 20
-    other = RunConfig("other", (TensorSpec("w", (4 << 10, 512), "F32"),))
+    other = RunConfig("other", (TensorSpec("w", (4 << 10, 512), "F32"),), durability="disk")
     with pytest.raises(Overloaded):
         host.server.registry.create(other)
     host.resolve(committed=False)

@@ -158,10 +158,10 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     assert len(writes - offered) == len(REFUSED) - 3, "a route that hosts neither offer nor refuse"
 
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard")
-    assert "\nema_coordinator_heard 1.0\n" in servers.once(0, "GET", "/metrics").text
+    assert "\nema_coordinator_away 0.0\n" in servers.once(0, "GET", "/metrics").text
     servers.coordinators.kill_coordinator()
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 503, "the coordinator to be missed")
-    assert "\nema_coordinator_heard 0.0\n" in servers.once(0, "GET", "/metrics").text
+    assert "\nema_coordinator_away 1.0\n" in servers.once(0, "GET", "/metrics").text
     assert servers.once(0, "GET", "/v1/runs/r/weights").status_code == 200
     servers.coordinate()
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard again")
