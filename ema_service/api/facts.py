@@ -51,8 +51,12 @@ def gauge(metrics: Metrics, context: Context) -> None:
     metrics.watch("ema_memory_bytes", "Bytes of the host for weights, all in all.", lambda: registry.memory.budget.used)
     metrics.watch("ema_memory_limit_bytes", "Most of ema_memory_bytes.", lambda: registry.memory.budget.limit)
     metrics.watch("ema_watchers_limit", "Most of ema_watchers.", lambda: settings.max_watchers)
-    if host := context.host:
-        metrics.watch("ema_coordinator_heard", "1 while a coordinator of the cluster is heard.", lambda: host.linked)
+    host = context.host
+    metrics.watch(
+        "ema_coordinator_away",
+        "1 while a host of a cluster hears no coordinator.",
+        lambda: host is not None and not host.linked,
+    )
     if store := registry.store:
         metrics.watch("ema_disk_free_bytes", "Free bytes of the data dir's disk.", lambda: store.space().free)
         metrics.watch("ema_disk_bytes", "Bytes of the data dir's disk.", lambda: store.space().total)

@@ -16,6 +16,7 @@ import httpx2
 from ema_client.errors import InternalError, Overloaded
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Answer, Change
+from ema_service.cluster.reasons import detail_in
 from ema_service.cluster.token import ClusterToken
 
 __all__ = ["Asking"]
@@ -74,7 +75,7 @@ class Asking:
             else:
                 if response.status_code == 200:
                     return _answer_in(response.content)
-                said.append(f"the coordinator {url} says: {response.text[:300]}")
+                said.append(f"the coordinator {url} says: {detail_in(response.content)}")
                 if response.status_code not in _PASSING:
                     raise InternalError(said[-1])
             del said[:-1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import logging
 import socket
 import threading
@@ -18,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from ema_client.errors import printable
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Ask, Propose, Refusal, Report, Resolve
+from ema_service.cluster.reasons import detail_in
 from ema_service.cluster.token import ClusterToken
 
 __all__ = ["Link", "coordinator_address"]
@@ -224,17 +223,8 @@ class Link:
         path = f"/v1/runs/{self._run}/shards/{self._arrival().shard}/{route}"
         response = connection.post(path, body, self._headers)
         if response.status >= 300:
-            raise _NotLinked(f"{response.status} {_detail(response.read(_PROBLEM_BYTES))}")
+            raise _NotLinked(f"{response.status} {detail_in(response.read(_PROBLEM_BYTES))}")
         return response
-
-
-def _detail(body: bytes) -> str:
-    """What a problem (RFC 9457) says; of anything else its beginning."""
-    with contextlib.suppress(ValueError):
-        problem = json.loads(body)
-        if isinstance(problem, dict):
-            return printable(str(problem.get("detail")))
-    return printable(body[:200].decode(errors="replace"))
 
 
 def _break(connection: _Connection) -> None:

@@ -139,6 +139,11 @@ class ShardRun:
             first = self._run.finish_first(parameters, _lineage_of(key), num_updates=num_updates, step=step)
             return self._vote(Ticket(0, None, key), lambda: self._run.prepare_first(first), lambda _: self._run.info())
 
+    def refuse(self, step: int | None, key: str, fault: EmaError) -> None:
+        """Vote against a push whose slice here will never be right, so that no host waits for the slice. step: None of
+        initial weights."""
+        self.reporting.refuse(Ticket(self.record.revision, step, key), reason_of(fault))
+
     # --- changes, which come by a coordinator -----------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -314,7 +319,7 @@ class ShardRun:
             yield
         except EmaError as fault:
             if not fault.retryable:
-                self.reporting.refuse(Ticket(self.record.revision, step, key), reason_of(fault))
+                self.refuse(step, key, fault)
             raise
 
     # --- a start ----------------------------------------------------------------------------------------------------
@@ -324,7 +329,7 @@ class ShardRun:
         returned."""
         ledger = self._run.ledger
         if record.made and (writer := writer_in(record.made.outcome)) > ledger.writer:
-            ledger.attach(writer)
+            ledger.attach(writer, _attached_by(record.made))
         if record.vote is None:
             return {}
         ticket, voted = record.vote.ticket, self._versions.voted
@@ -338,6 +343,12 @@ class ShardRun:
 def _lineage_of(key: str) -> str:
     """The lineage of a run whose initial weights come under this key: the same on all shards, and no other run's."""
     return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+
+
+def _attached_by(made: Vote) -> str | None:
+    """The key of the trainer's call that made a revision; None where another write did."""
+    change = made.proposal.change
+    return made.ticket.key if change and decode(change, Adjustment).kind == "writer" else None
 
 
 def _nothing() -> None:

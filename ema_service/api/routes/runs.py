@@ -256,7 +256,6 @@ async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer
 
 @router.delete(
     "/{run}/writers/{writer}",
-    dependencies=[ALONE],
     summary="Say that a training is over",
     responses=problem_responses(RunNotFound, InvalidRequest, Superseded),
 )
@@ -268,7 +267,7 @@ async def detach_writer(
     """The trainer with this number sends no more updates: nobody need wait for them (``ended_at``).
 
     Nothing is refused for that. The next trainer that attaches, and the next update, take it back; the number of a
-    trainer that was replaced changes nothing.
+    trainer that was replaced changes nothing. A host of a cluster notes it for itself alone: send it to each.
     """
     return (await server.steer(run, partial(server.registry.detach, run, writer))).info()
 

@@ -8,6 +8,8 @@ Knows that order and the answers. Does not know bytes, or whether an update coun
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -71,6 +73,7 @@ from ema_service.runs.stretches import check_bounds
 
 if TYPE_CHECKING:
     from ema_service.cluster.host import Host
+    from ema_service.cluster.shard_run import ShardRun
 
 __all__ = ["DIRECT", "router"]
 
@@ -206,10 +209,10 @@ async def put_update(
     The same bytes at the run's latest step again answer ``applied: false``; other bytes at that step are a conflict.
     """
     found = server.registry.get(run)
-    found.ledger.admit(step, writer)
     if server.host:
         _check_key(push_key)
         return await _put_slice(request, server, server.host, found, step, writer, push_key or "")
+    found.ledger.admit(step, writer)
     async with Push(request, server, found, averages=len(found.config.averages)) as push:
         update = await server.allocate(found, partial(found.begin, step, push.staged, writer))
         await push.receive(update.preparation)
@@ -384,15 +387,28 @@ def _check_key(push_key: str | None, replaces: str | None = None) -> None:
         )
 
 
+@contextlib.asynccontextmanager
+async def _refusing(server: Context, shard: ShardRun, step: int | None, key: str) -> AsyncIterator[None]:
+    """Within the block a slice is received; where it will never be right the other hosts need not wait for it."""
+    try:
+        yield
+    except EmaError as fault:
+        if not fault.retryable:
+            await server.workers.block(partial(shard.refuse, step, key, fault))
+        raise
+
+
 async def _put_slice(
     request: Request, server: Context, host: Host, run: Run, step: int, writer: int | None, key: str
 ) -> UpdateResult:
     """Receive this host's slice of an update and vote for it; the answer is that of all hosts."""
     shard = host.shard(run)
-    async with Push(request, server, run, averages=len(run.config.averages)) as push:
-        update = await server.allocate(run, partial(run.begin, step, push.staged, writer))
-        await push.receive(update.preparation)
-        decision = await push.decide(server.metrics.timed(partial(shard.push, update, key)))
+    async with _refusing(server, shard, step, key):
+        run.ledger.admit(step, writer)
+        async with Push(request, server, run, averages=len(run.config.averages)) as push:
+            update = await server.allocate(run, partial(run.begin, step, push.staged, writer))
+            await push.receive(update.preparation)
+            decision = await push.decide(server.metrics.timed(partial(shard.push, update, key)))
     # Without the staging, which other pushes may need while a host is away.
     result = await host.decided(decision)
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
@@ -405,7 +421,7 @@ async def _put_first_slice(
     """As _put_slice(), of the initial weights."""
     shard = host.shard(run)
     with run.links.begun():
-        async with Push(request, server, run) as push:
+        async with _refusing(server, shard, None, key), Push(request, server, run) as push:
             first = await server.allocate(run, partial(run.begin_first, push.staged))
             await push.receive(first.preparation)
             decision = await push.decide(partial(shard.initialise, first, key, num_updates=num_updates, step=step))

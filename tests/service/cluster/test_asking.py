@@ -79,8 +79,8 @@ def test_asked_until_there_is_an_answer(coordinator: Callable[..., tuple[str, ty
 
 def test_nobody_answers(coordinator: Callable[..., tuple[str, type[Said]]]) -> None:
     """Without a decision in time the change may be asked for again, and the error says what the coordinator says."""
-    url, _ = coordinator((503, b"without shard 2"))
-    with pytest.raises(Overloaded, match="without shard 2"):
+    url, _ = coordinator((503, b'{"detail": "without shard 2"}'))
+    with pytest.raises(Overloaded, match="says: without shard 2"):
         ask(url, seconds=0.5)
     with pytest.raises(Overloaded, match="cannot be reached"):
         ask("http://127.0.0.1:1", seconds=0.5)

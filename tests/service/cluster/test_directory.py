@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from ema_client.errors import EmaError, Superseded
+from ema_client.errors import EmaError, Overloaded, Superseded
 from ema_client.protocol import Posthoc, RunConfig, TensorSpec
 from ema_service.cluster import (
     Arrival,
@@ -139,6 +139,21 @@ def test_run_that_is_voted_for_is_made_and_not_found(host: Host, config: RunConf
     assert [entry.spec for entry in run.layout.params] == [entry.spec for entry in part.params]
     assert (run.created_at, run.shard and run.shard.birth, host.came) == (12.5, 1, ["r"])
     assert host.server.registry.whole("r") == config
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_room_is_taken_until_the_verdict(host: Host, *, restarts: bool) -> None:
+    """Memory that a host has promised with its vote is nobody else's before the verdict, and free after an abort."""
+    layout = (TensorSpec("w", (8 << 10, 512), "F32"),)  # of which this host has 8 MiB, once there are weights
+    host.propose(creation_of(whole_config(RunConfig("r", layout, durability="disk"), 2), 1.5))
+    if restarts:
+        host.restart()
+    host.server.registry.memory.budget.limit = 24 << 20
+    other = RunConfig("other", (TensorSpec("w", (4 << 10, 512), "F32"),), durability="disk")
+    with pytest.raises(Overloaded):
+        host.server.registry.create(other)
+    host.resolve(committed=False)
+    host.server.registry.create(other)
 
 
 @pytest.mark.parametrize("restarts", [False, True])

@@ -109,7 +109,6 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
 REFUSED = {
     ("POST", "/averages"): {"name": "long", "decay": 0.9},
     ("DELETE", "/averages/ema"): None,
-    ("DELETE", "/writers/1"): None,
     ("POST", "/rewind"): {"snapshot": "s"},
     ("PUT", "/snapshots/s"): None,
     ("DELETE", "/snapshots/s"): None,
@@ -128,6 +127,11 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     key; a host says so while it hears no coordinator, and reads go on."""
     servers = cluster(1).start()
     assert servers.create(model(0)).status_code == 201
+    attached = servers.ask(0, "POST", "/v1/runs/r/writers")
+    assert (attached.status_code, attached.json()["writer"]) == (201, 1), "before there are weights"
+    assert servers.once(0, "DELETE", "/v1/runs/r/writers/1").json()["ended_at"]
+    early = servers.ask(0, "PATCH", "/v1/runs/r", json={"decay": 0.5})
+    assert (early.status_code, early.json()["code"]) == (409, "awaiting_weights")
     servers.push("weights", model(0), "first")
     for (method, path), body in REFUSED.items():
         answer = servers.once(0, method, f"/v1/runs/r{path}", **({"json": body} if body else {"content": b""}))
@@ -138,7 +142,12 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     assert servers.ask(0, "GET", "/v1/runs/r/layout").json()["lanes"] == 1
 
     offered = {("POST", ""), ("PATCH", "/{run}"), ("DELETE", "/{run}"), ("POST", "/{run}/reset-num-updates")}
-    offered |= {("POST", "/{run}/writers"), ("PUT", "/{run}/weights"), ("PUT", "/{run}/updates/{step}")}
+    offered |= {
+        ("POST", "/{run}/writers"),
+        ("DELETE", "/{run}/writers/{writer}"),
+        ("PUT", "/{run}/weights"),
+        ("PUT", "/{run}/updates/{step}"),
+    }
     paths = servers.once(0, "GET", "/openapi.json").json()["paths"]
     writes = {
         (method.upper(), path.removeprefix("/v1/runs"))
@@ -149,14 +158,87 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
     assert len(writes - offered) == len(REFUSED) - 3, "a route that hosts neither offer nor refuse"
 
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard")
-    assert "\nema_coordinator_heard 1.0\n" in servers.once(0, "GET", "/metrics").text
+    assert "\nema_coordinator_away 0.0\n" in servers.once(0, "GET", "/metrics").text
     servers.coordinators.kill_coordinator()
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 503, "the coordinator to be missed")
-    assert "\nema_coordinator_heard 0.0\n" in servers.once(0, "GET", "/metrics").text
+    assert "\nema_coordinator_away 1.0\n" in servers.once(0, "GET", "/metrics").text
     assert servers.once(0, "GET", "/v1/runs/r/weights").status_code == 200
     servers.coordinate()
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard again")
-    assert servers.push("updates/1", model(1), "u1")[0].json()["applied"]
+    assert servers.push("updates/1", model(1), "u1", **{"Ema-Writer": "1"})[0].json()["applied"]
+
+
+def test_slice_that_is_never_right(cluster: Callable[..., Servers], model: Model) -> None:
+    """Where one host is sent something else than its slice, the others are told why at once, and wait for no slice."""
+    servers = cluster(2).start()
+    assert servers.create(model(0)).status_code == 201
+    first = servers.push("weights", {**model(0), "conv.weight": model(0)["conv.weight"] * torch.nan}, "first")
+    assert [each.json()["code"] for each in first] == ["non_finite"] * 2
+    servers.push("weights", model(0), "again")
+    slices = [save(part) for part in cut(model(1), 2)]
+    answers = servers.ask_all("PUT", "/v1/runs/r/updates/1", [slices[0], slices[0]], headers={"Ema-Push": "u1"})
+    assert [each.json()["code"] for each in answers] == ["layout_mismatch"] * 2
+    assert [each.json()["applied"] for each in servers.push("updates/1", model(1), "u2")] == [True, True]
+
+
+def test_waiting_holds_nothing(cluster: Callable[..., Servers], model: Model) -> None:
+    """More slices than a server has threads for updates wait for a host that is away, and hold neither threads nor
+    staging: each is voted for, and counts when the other host has come."""
+    servers = cluster(2).start()
+    runs = ["a", "b", "c", "d"]
+    for run in runs:
+        assert servers.create(model(0), run=run).status_code == 201
+        servers.push("weights", model(0), "first", run)
+    slices = [save(part) for part in cut(model(1), 2)]
+    servers.kill(1)
+    key = {"Ema-Push": "u1"}
+    paths = [f"/v1/runs/{run}/updates/1" for run in runs]
+    puts = [partial(servers.once, 0, "PUT", path, content=slices[0], headers=key) for path in paths]
+    waiting = [in_background(put) for put in puts]
+    voted = '\nema_push_seconds_count{phase="commit"} 4.0\n'
+    servers.until(lambda: voted in servers.once(0, "GET", "/metrics").text, "all slices to be voted for")
+    assert "\nema_staging_bytes 0.0\n" in servers.once(0, "GET", "/metrics").text
+    assert not any(each.done() for each in waiting)
+    servers.host(1)
+    for path, each in zip(paths, waiting, strict=True):
+        assert servers.ask(1, "PUT", path, content=slices[1], headers=key).json()["applied"]
+        assert each.result(_SECONDS).json()["applied"]
+
+
+def test_host_that_stops(cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]) -> None:
+    """A host that is told to stop tells those who wait for other hosts, ends, and comes back with its vote: the slice
+    that it has counts once the others have theirs."""
+    servers, oracle = cluster(2).start(), litema(model(0), decay=0.9)
+    assert servers.create(model(0), decay=0.9).status_code == 201
+    train(servers, model, oracle)
+    slices = [save(part) for part in cut(model(2), 2)]
+    put = partial(servers.once, 0, "PUT", "/v1/runs/r/updates/2", content=slices[0], headers={"Ema-Push": "u2"})
+    waiting = in_background(put)
+    time.sleep(0.5)
+    assert not waiting.done()
+    assert servers.hosts[0].stop() == 0
+    answer = waiting.result(_SECONDS)
+    assert (answer.status_code, answer.json()["code"]) == (503, "stopping")
+    servers.host(0)
+    other = servers.ask(1, "PUT", "/v1/runs/r/updates/2", content=slices[1], headers={"Ema-Push": "u2"})
+    assert other.json()["applied"], "by the vote that the host that stopped had kept"
+    oracle.update(model(2))
+    servers.until(lambda: {info["step"] for info in servers.infos()} == {2}, "the update on both")
+    assert_same(servers, oracle)
+
+
+def test_damaged_run_is_deleted(cluster: Callable[..., Servers], model: Model) -> None:
+    """A run whose weights are gone on one host takes no updates on any, and is deleted from all."""
+    servers = cluster(2, "--no-measurements").start()
+    assert servers.create(model(0), durability="disk").status_code == 201
+    servers.push("weights", model(0), "first")
+    servers.kill(1)
+    for path in (servers.folder / "host-1" / "data" / "runs").rglob("*.safetensors"):
+        path.write_bytes(b"")
+    servers.host(1)
+    assert [info["status"] for info in servers.infos()] == ["ready", "degraded"]
+    assert servers.ask(0, "DELETE", "/v1/runs/r").status_code == 204
+    servers.until(lambda: servers.at_all("/v1/runs/r") == {404}, "the run to be gone")
 
 
 def in_background(work: Callable[[], Any]) -> Future[Any]:

@@ -315,6 +315,7 @@ def test_changes(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> No
             if restarted:
                 host.restart()
             assert host.local.run.ledger.writer == 1
+            assert host.local.run.ledger.next_writer("k3") == 1, "the call that comes again gives the same number"
             with pytest.raises(Fenced):
                 here.send(3, "old", host.place)
     agree(here)
