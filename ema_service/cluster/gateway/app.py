@@ -57,9 +57,10 @@ from ema_client.protocol import (
     to_json,
     update_path,
     weights_path,
+    writer_path,
     writers_path,
 )
-from ema_service.cluster.gateway.hosts import HostAddress, Hosts, passed_on
+from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, passed_on
 from ema_service.cluster.gateway.pulls import send_weights
 from ema_service.cluster.gateway.pushes import Slice, Splitting
 from ema_service.cluster.gateway.whole import (
@@ -104,7 +105,6 @@ _NOT_OFFERED = {
     "sweeps": "no averages of other lengths yet",
     "parts": "an update comes as one body",
     "stretches": "an update comes as one body, over one connection",
-    "writers": "the end of a training is not told yet",
 }
 
 
@@ -133,7 +133,9 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("DELETE", run, gateway.delete),
         ("GET", f"{run}/layout", gateway.layout),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
+        ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
+        ("DELETE", f"{run}/writers/{{writer:int}}", gateway.detach),
         ("GET", f"{run}/weights", gateway.weights),
         ("HEAD", f"{run}/weights", gateway.weights),
         ("PUT", f"{run}/weights", gateway.initialise),
@@ -230,6 +232,18 @@ class _Gateway:
         told = await self._hand_over(request, writers_path(run))
         return JSONResponse(_object_of(told), told.status_code)
 
+    async def detach(self, run: RunName, writer: int, request: Request) -> Response:
+        """The end of a training, which each host notes by itself."""
+        path, headers = writer_path(run, writer), passed_on(request.headers)
+        await self.hosts.each(lambda host: self.hosts.send(host, "DELETE", path, headers))
+        return _json(await self._info(request, run))
+
+    async def config(self, run: RunName, request: Request) -> Response:
+        """With which configuration the whole run was created: every host has it."""
+        host, *_ = await self.hosts.all()
+        told = await self.hosts.send(host, "GET", f"{run_path(run)}/config", passed_on(request.headers))
+        return Response(told.content, media_type="application/json")
+
     async def delete(self, run: RunName, request: Request) -> Response:
         """Delete the run on all hosts, or none."""
         await self._hand_over(request, run_path(run))
@@ -265,7 +279,7 @@ class _Gateway:
         async def send(part: Slice) -> T:
             extra = {HEADER_DIGEST: DIGEST_FOLLOWS} if part.digested else {}
             head = {**headers, **extra, "content-length": str(part.length), "content-type": "application/octet-stream"}
-            timeout = httpx2.Timeout(_PUSH_SECONDS, connect=5.0)
+            timeout = httpx2.Timeout(SILENCE, read=_PUSH_SECONDS)
             query = dict(request.query_params)
             host = hosts[part.place]
             return await self.hosts.json(

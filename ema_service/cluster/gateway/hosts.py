@@ -36,11 +36,11 @@ from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, fro
 from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
 
-__all__ = ["HostAddress", "Hosts", "all_of", "passed_on"]
+__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "passed_on"]
 
 T = TypeVar("T")
 
-#: Seconds for a connection to be there, for a coordinator to answer, and for a host to say anything.
+#: Seconds for a connection to be there, for a coordinator to answer, and for anybody to say or take anything.
 _CONNECT, _MAP, SILENCE = 5.0, 2.0, 60.0
 #: Seconds after which the map is asked for again, although every host answered.
 _MAP_AGE = 2.0

@@ -20,12 +20,13 @@ import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, groupby
 
 import httpx2
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RangeNotSatisfiable, RunNotFound
 from ema_client.protocol import RunInfo, TensorSpec, WeightsInfo, run_path, weights_path
@@ -34,7 +35,7 @@ from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_o
 from ema_service.cluster.layout_map import MergedBody
 from ema_service.cluster.problems import problem
 
-__all__ = ["send_weights"]
+__all__ = ["Streaming", "send_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ async def send_weights(run: str, request: Request, hosts: Hosts) -> Response:
     if part:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{whole.body.length}"
     if request.method == "HEAD":
-        return Response(status_code=200, headers=headers, media_type=_Streaming.media_type)
-    return _Streaming(whole.chunks(start, stop), status_code=206 if part else 200, headers=headers)
+        return Response(status_code=200, headers=headers, media_type=Streaming.media_type)
+    return Streaming(whole.chunks(start, stop), status_code=206 if part else 200, headers=headers)
 
 
 async def _open(run: str, request: Request, hosts: Hosts) -> _Whole:
@@ -333,9 +334,13 @@ def _part(request: Request, whole: _Whole) -> tuple[int, int] | None:
     return start, stop
 
 
-class _Streaming(StreamingResponse):
+class _Stalled(Exception):
+    """The reader takes nothing any more."""
+
+
+class Streaming(StreamingResponse):
     """Sends the chunks. Where a host fails in the middle the connection ends before the body does, and the reader asks
-    for the rest."""
+    for the rest. A reader that takes nothing is left, for its version stays at the hosts until then."""
 
     media_type = "application/octet-stream"
 
@@ -346,7 +351,16 @@ class _Streaming(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._chunks):
             try:
-                await super().__call__(scope, receive, send)
-            except (_Moved, EmaError) as fault:
-                why = fault.detail if isinstance(fault, EmaError) else "the version is gone"
-                _log.warning("%s was broken off: %s", scope["path"], why)
+                await super().__call__(scope, receive, partial(_within_silence, send))
+            except (_Moved, _Stalled, EmaError) as fault:
+                said = {_Moved: "the version is gone", _Stalled: "the reader takes nothing"}
+                _log.warning("%s was broken off: %s", scope["path"], said.get(type(fault), fault))
+
+
+async def _within_silence(send: Send, message: Message) -> None:
+    """Send a part of an answer. Raises _Stalled where the reader has not taken the parts before for too long."""
+    try:
+        async with asyncio.timeout(SILENCE):
+            await send(message)
+    except TimeoutError:
+        raise _Stalled from None

@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
-from ema_client.errors import DigestMismatch, EmaError, InvalidRequest, MalformedBody
+from ema_client.errors import DigestMismatch, EmaError, InvalidRequest, MalformedBody, RequestTimeout
 from ema_client.protocol import DIGEST_BYTES, DIGEST_FOLLOWS, TensorSpec
 from ema_client.wire import LENGTH_BYTES, Entry, box_shape, build_header, parse_header, parse_length, place
 from ema_service.averaging.digest import Digest
+from ema_service.cluster.gateway.hosts import SILENCE
 from ema_service.cluster.layout_map import LayoutMap
 
 __all__ = ["Slice", "Splitting"]
@@ -52,11 +54,6 @@ class Slice:
         self._digest = Digest() if digested else None
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(_UNSENT)
 
-    @property
-    def full(self) -> bool:
-        """Whether put() would wait."""
-        return self._chunks.full()
-
     async def put(self, chunk: bytes | None) -> None:
         """Have a chunk of the slice's data sent, once there is room; None behind the last."""
         if chunk is not None:
@@ -78,30 +75,38 @@ class Slice:
 class Splitting:
     """Takes a whole body apart. send: sends one slice, and returns when its host has answered.
 
-    length: of the whole body, None where that is not known. digest: the sender's, None where none follows.
+    length: of the whole body, None where that is not known. digest: the sender's, None where none follows. silence:
+    seconds that the sender may say nothing.
     """
 
     shards: LayoutMap
     send: Callable[[Slice], Coroutine[None, None, object]]
     length: int | None
     digest: str | None
-    _sending: list[asyncio.Task[object]] = field(default_factory=list)
+    silence: float = SILENCE
+    _sending: dict[int, asyncio.Task[object]] = field(default_factory=dict)
     _unread: bytearray = field(default_factory=bytearray)
     _whole: Digest = field(default_factory=Digest)
 
     async def run(self, body: AsyncIterator[bytes]) -> list[object]:
         """What the hosts answered, by place, once all have. Raises MalformedBody, LayoutMismatch, DigestMismatch,
-        InvalidRequest, and the first error of a host; then no host is sent any more."""
+        InvalidRequest, RequestTimeout, and the first error of a host; then no host is sent any more."""
         if self.digest not in (None, DIGEST_FOLLOWS):
             raise InvalidRequest(f"Ema-Digest: {self.digest[:40]!r} is not {DIGEST_FOLLOWS!r}")
         try:
-            cut = await self._read_header(body)
-            await self._feed(body, cut)
-            return await self._answers()
+            async with asyncio.TaskGroup() as group:
+                await self._feed(body, await self._read_header(body), group)
+        except BaseExceptionGroup as faults:
+            self._raise(faults)
+        return [self._sending[place].result() for place in sorted(self._sending)]
+
+    def _raise(self, faults: BaseExceptionGroup[BaseException]) -> NoReturn:
+        """Raises one of the faults that came at once: one that no retry would mend before others."""
+        fault = min(faults.exceptions, key=lambda each: isinstance(each, EmaError) and each.retryable)
+        try:
+            raise fault
         finally:
-            for each in self._sending:
-                each.cancel()
-            await asyncio.gather(*self._sending, return_exceptions=True)
+            del fault, faults  # an error that knows its own frame is a cycle
 
     # --- the header -------------------------------------------------------------------------------------------------
 
@@ -129,14 +134,14 @@ class Splitting:
     async def _take(self, body: AsyncIterator[bytes], count: int) -> bytes:
         """The next bytes of the body. Raises MalformedBody where it ends."""
         while len(self._unread) < count:
-            self._unread += await _next(body)
+            self._unread += await self._next(body)
         taken = bytes(self._unread[:count])
         del self._unread[:count]
         return taken
 
     # --- the data ---------------------------------------------------------------------------------------------------
 
-    async def _feed(self, body: AsyncIterator[bytes], cut: _Cut) -> None:
+    async def _feed(self, body: AsyncIterator[bytes], cut: _Cut, group: asyncio.TaskGroup) -> None:
         """Hand each byte of the data to its slice. A slice is begun with its first byte: no host waits in silence for
         the bytes of others."""
         sizes = [0] * len(cut.headers)
@@ -144,29 +149,27 @@ class Splitting:
             sizes[place_] += count
         digested = self.digest is not None
         slices = [Slice(at, cut.headers[at], sizes[at], digested=digested) for at in range(len(sizes))]
-        begun: set[int] = set()
         for at, (place_, count) in enumerate(cut.spans):
             each = slices[place_]
-            if place_ not in begun:
-                begun.add(place_)
-                self._sending.append(asyncio.create_task(self.send(each)))
+            if place_ not in self._sending:
+                self._sending[place_] = group.create_task(self.send(each))
             await self._feed_one(body, each, count)
             if not each.missing and at + 1 < len(cut.spans):
-                await self._put(each, None)
+                await each.put(None)
         await self._check_end(body)
-        await self._put(slices[cut.spans[-1][0]], None)
+        await slices[cut.spans[-1][0]].put(None)
 
     async def _feed_one(self, body: AsyncIterator[bytes], each: Slice, count: int) -> None:
         """The next bytes of the data, which are one slice's."""
         while count:
-            chunk = bytes(self._unread) if self._unread else await _next(body)
+            chunk = bytes(self._unread) if self._unread else await self._next(body)
             self._unread.clear()
             self._unread += chunk[count:]
             chunk = chunk[:count]
             count -= len(chunk)
             if self.digest:
                 self._whole.update(memoryview(chunk))
-            await self._put(each, chunk)
+            await each.put(chunk)
 
     async def _check_end(self, body: AsyncIterator[bytes]) -> None:
         """Raises MalformedBody where more follows than the digest; DigestMismatch."""
@@ -181,45 +184,16 @@ class Splitting:
         if self._unread:
             raise MalformedBody("the body is longer than its header says")
 
-    async def _put(self, each: Slice, chunk: bytes | None) -> None:
-        """Have a chunk sent, once its host has taken those before. Raises the error of a host that has refused."""
-        self._check_refusals()
-        if not each.full:
-            await each.put(chunk)
-            return
-        putting = asyncio.create_task(each.put(chunk))
+    async def _next(self, body: AsyncIterator[bytes]) -> bytes:
+        """The next chunk of a body that is not over. Raises MalformedBody where it is; RequestTimeout."""
         try:
-            while not putting.done():
-                waiting = [sent for sent in self._sending if not sent.done()]
-                await asyncio.wait([putting, *waiting], return_when=asyncio.FIRST_COMPLETED)
-                self._check_refusals()
-        finally:
-            putting.cancel()
-
-    def _check_refusals(self) -> None:
-        """Raises the error of a host that has refused; one that no retry would mend before others."""
-        refused = [each for each in self._sending if each.done() and each.exception()]
-        for each in sorted(refused, key=_may_pass):
-            each.result()
-
-    async def _answers(self) -> list[object]:
-        """What all hosts answer. At the first error the rest is given up: a retry under the same key joins it."""
-        await asyncio.wait(self._sending, return_when=asyncio.FIRST_EXCEPTION)
-        self._check_refusals()
-        return [each.result() for each in self._sending]
-
-
-def _may_pass(refused: asyncio.Task[object]) -> bool:
-    fault = refused.exception()
-    return isinstance(fault, EmaError) and fault.retryable
-
-
-async def _next(body: AsyncIterator[bytes]) -> bytes:
-    """The next chunk of a body that is not over. Raises MalformedBody where it is."""
-    async for chunk in body:
-        if chunk:
-            return chunk
-    raise MalformedBody("the body ends before its header says")
+            async with asyncio.timeout(self.silence):
+                async for chunk in body:
+                    if chunk:
+                        return chunk
+        except TimeoutError:
+            raise RequestTimeout(f"no byte of the body came for {self.silence:g} seconds") from None
+        raise MalformedBody("the body ends before its header says")
 
 
 def _canonical(shards: LayoutMap) -> _Cut:

@@ -89,6 +89,9 @@ def test_the_life_of_a_run(cluster: Launched, run_name: str, model: Model, litem
         client.push(run_name, model(4), step=4)
         oracle.update(model(4))
         assert_is(client, run_name, oracle)
+        with cluster.http() as http:
+            config = http.get(f"/v1/runs/{run_name}/config").raise_for_status().json()
+        assert len(config["layout"]) == len(model(0))
         told = client.run(run_name)
         assert (told.step, told.decay, told.num_updates) == (4, 0.5, 1)
         assert run_name in [each.run for each in client.runs()]
@@ -133,6 +136,8 @@ def test_remote_ema(cluster: Launched, run_name: str, litema: type[LitEmaOracle]
         train(ema)
         same(ema)
         assert int(ema.num_updates) == 3
+    with EmaClient(cluster.url) as client:
+        assert client.run(run_name).ended_at is not None
     with RemoteEma(net, DECAY, run=run_name, url=cluster.url, resume=True) as ema:
         train(ema)
         same(ema)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from ema_client.errors import EmaError, Overloaded, StaleStep
+from ema_client.errors import EmaError, Overloaded, RequestTimeout, StaleStep
 from ema_client.protocol import TensorSpec
 from ema_service.cluster import LayoutMap
 from ema_service.cluster.gateway.pushes import Slice, Splitting
@@ -23,16 +23,17 @@ SHARDS = LayoutMap(Layout([TensorSpec("w", (400, 50), "F32"), TensorSpec("v", (3
 
 
 class Sender:
-    """A body that comes in pieces. taken: how many have been taken."""
+    """A body that comes in pieces. taken: how many have been taken. stop: before which it falls silent."""
 
-    def __init__(self, size: int = 1000) -> None:
+    def __init__(self, size: int = 1000, stop: int | None = None) -> None:
         body = save(TENSORS)
         self.pieces = [body[at : at + size] for at in range(0, len(body), size)]
         self.taken = 0
+        self.stop = stop
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self.pieces:
-            await asyncio.sleep(0)
+        for number, piece in enumerate(self.pieces):
+            await asyncio.sleep(3600 if number == self.stop else 0)
             self.taken += 1
             yield piece
 
@@ -91,3 +92,24 @@ def test_a_refusal_ends_all(fault: EmaError) -> None:
         asyncio.run(asyncio.wait_for(Splitting(SHARDS, send, None, None).run(aiter(sender)), 5))
     assert ended == [0]
     assert sender.taken < len(sender.pieces)
+
+
+@pytest.mark.parametrize("stop", [0, 5])
+def test_a_silent_sender_is_left(stop: int) -> None:
+    """Before the header and in the middle, and the hosts with it."""
+
+    async def send(part: Slice) -> None:
+        await _read(part)
+
+    with pytest.raises(RequestTimeout):
+        asyncio.run(Splitting(SHARDS, send, None, None, silence=0.2).run(aiter(Sender(stop=stop))))
+
+
+def test_a_refusal_is_heard_while_the_sender_is_silent() -> None:
+    """Nobody waits for bytes that no host will take."""
+
+    async def send(_: Slice) -> None:
+        raise StaleStep("old")
+
+    with pytest.raises(StaleStep):
+        asyncio.run(asyncio.wait_for(Splitting(SHARDS, send, None, None).run(aiter(Sender(stop=5))), 5))
