@@ -151,7 +151,8 @@ def up(
     plan = Plan(folder, machines, host, port, through or THROUGH, context.args, announce)
 
     def ready(url: str) -> None:
-        typer.echo(f"ema-service {version('ema-service')}, cluster of {len(machines)} hosts, listens on {url}")
+        many = f"{len(machines)} host{'s' if len(machines) > 1 else ''}"
+        typer.echo(f"ema-service {version('ema-service')}, cluster of {many}, listens on {url}")
 
     try:
         launch(plan, ready, lambda line: typer.echo(line, err=True))

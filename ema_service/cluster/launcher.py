@@ -224,7 +224,7 @@ def _take(lock: int, folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         said = json.loads(os.pread(lock, 4096, 0) or b"{}")
-        where = f"on {said['url']} (process {said['pid']})" if "url" in said else "and is about to be ready"
+        where = f"on {said['url']} (process {said['pid']})" if "url" in said else "and is starting, or ending"
         raise RunsAlready(f"the cluster of {folder} runs already, {where}") from None
     os.ftruncate(lock, 0)
 

@@ -16,26 +16,16 @@ from pathlib import Path
 import httpx
 from torch import Tensor
 
-from ema_service.cluster import Arrival, LayoutMap, encode
-from ema_service.memory import Layout
+from ema_service.cluster import Arrival, encode
 from tests.conftest import PlainRun, ServerProcess
 from tests.forked import Forked
 from tests.service.cluster.processes.coordinating import TOKEN
-from tests.service.conftest import specs_of
+from tests.service.cluster.servers import cut
 from tests.waiting import wait_until
 
-__all__ = ["PlainHosts", "cut"]
+__all__ = ["PlainHosts", "pushed"]
 
 _SECONDS = 30.0
-
-
-def cut(tensors: Mapping[str, Tensor], shards: int) -> list[dict[str, Tensor]]:
-    """The tensors of each shard."""
-    found = LayoutMap(Layout(specs_of(tensors)), shards).shards
-    return [
-        {name: tensors[name][slice(*box[0])] if box else tensors[name] for name, box in each.boxes.items()}
-        for each in found
-    ]
 
 
 class PlainHosts:

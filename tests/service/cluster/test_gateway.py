@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_SEGMENT
+from ema_service.tokens import create_token
 from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
 from tests.service.cluster.plain_hosts import PlainHosts, pushed
+from tests.service.cluster.servers import cut
 from tests.waiting import wait_until
 
 DECAY = 0.5
@@ -155,8 +158,6 @@ def test_hosts_that_are_apart_are_no_version(
     run: PlainRun, shards: list[PlainRun], model: Callable[[int], dict[str, Tensor]]
 ) -> None:
     """While one host is a version behind nothing is sent, with a word of when to come again."""
-    from tests.service.cluster.plain_hosts import cut
-
     assert shards[1].push(1, cut(model(1), 3)[1]).status_code == 200
     answer = run.pull()
     assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
@@ -471,5 +472,22 @@ def test_beyond_loopback_tokens_are_asked_for(tmp_path: Path, start_server: Call
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
         _, url = hosts.program("gateway", "--host", "0.0.0.0", "--port", "0", "--insecure-no-auth", *flags)
         assert httpx.get(f"http://127.0.0.1:{url.rpartition(':')[2]}/v1/runs").status_code == 200
+    finally:
+        hosts.end()
+
+
+def test_tokens_are_the_hosts(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> None:
+    """A gateway passes them on, and lets in whom the hosts let in, also from other machines."""
+    tokens = tmp_path / "tokens"
+    token = create_token(tokens, ["admin"], "*")
+    hosts = PlainHosts(tmp_path, partial(start_server, "--token-file", str(tokens)), 2)
+    try:
+        flags = ["--cluster-token-file", str(hosts.token_file), "--coordinator", hosts.coordinator_url]
+        _, url = hosts.program("gateway", "--host", "0.0.0.0", "--port", "0", *flags)
+        for base in (hosts.url, f"http://127.0.0.1:{url.rpartition(':')[2]}"):
+            stranger = httpx.get(f"{base}/v1/runs/r")
+            assert (stranger.status_code, stranger.headers["www-authenticate"]) == (401, "Bearer")
+            known = httpx.get(f"{base}/v1/runs/r", headers={"Authorization": f"Bearer {token}"})
+            assert (known.status_code, known.json()["code"]) == (404, "run_not_found")
     finally:
         hosts.end()

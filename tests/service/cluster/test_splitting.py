@@ -101,8 +101,9 @@ def test_a_silent_sender_is_left(stop: int) -> None:
     async def send(part: Slice) -> None:
         await _read(part)
 
+    splitting = Splitting(SHARDS, send, None, None, silence=0.2)
     with pytest.raises(RequestTimeout):
-        asyncio.run(Splitting(SHARDS, send, None, None, silence=0.2).run(aiter(Sender(stop=stop))))
+        asyncio.run(asyncio.wait_for(splitting.run(aiter(Sender(stop=stop))), 5))
 
 
 def test_a_refusal_is_heard_while_the_sender_is_silent() -> None:
