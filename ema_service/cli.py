@@ -1,4 +1,4 @@
-"""The command ``ema-service``: serve, demo, bench, release, and the tokens of a server.
+"""The command ``ema-service``: serve, demo, bench, release, the tokens of a server, and clusters (cluster_cli).
 
 Knows flags, their environment variables, and what is printed. Does not know how the server works: each command imports
 torch and the server only when called, so that ``--help`` answers at once.
@@ -17,6 +17,7 @@ import typer
 
 from ema_client.protocol import DEFAULT_PORT
 from ema_service.addresses import host_of, is_loopback, most_reachable
+from ema_service.cluster_cli import cluster
 from ema_service.logs import LogFormat, configure
 from ema_service.settings import DEFAULT_DATA_DIR, Settings
 from ema_service.sizes import parse_size
@@ -37,6 +38,18 @@ def _size(text: str) -> int:
     if nbytes < 1:
         raise typer.BadParameter("that is nothing; write 1GiB, 100MB or a number of bytes")
     return nbytes
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """Which of how many hosts: ``0/3``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(0|[1-9][0-9]{0,4})/([1-9][0-9]{0,4})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise typer.BadParameter(
+            f"{text!r} is none such as 0/3, 1/3 or 2/3: places are counted from 0", param_hint="--shard"
+        )
+    return int(found[1]), int(found[2])
 
 
 app = typer.Typer(
@@ -232,6 +245,39 @@ def serve(
             envvar="EMA_SERVICE_ADDRESS_FILE",
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Be a host of a cluster, with one shard of each run: the how manieth, from 0, of how many, as in 0/3.",
+            metavar="PLACE/OF",
+            envvar="EMA_SERVICE_SHARD",
+        ),
+    ] = None,
+    coordinator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL of a coordinator of the cluster; may be given several times.",
+            metavar="URL",
+            envvar="EMA_SERVICE_COORDINATOR",
+        ),
+    ] = None,
+    cluster_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="The secret that coordinators and hosts share, on one line.",
+            dir_okay=False,
+            envvar="EMA_SERVICE_CLUSTER_TOKEN_FILE",
+        ),
+    ] = None,
+    cluster_address: Annotated[
+        str | None,
+        typer.Option(
+            help="URL at which others reach this host.  [default: what is printed at the start]",
+            metavar="URL",
+            show_default=False,
+            envvar="EMA_SERVICE_CLUSTER_ADDRESS",
+        ),
+    ] = None,
     ssl_certfile: Annotated[
         Path | None,
         typer.Option(
@@ -287,6 +333,7 @@ def serve(
         raise typer.BadParameter(
             "snapshots are files of a data dir before they are moved: leave --memory out", param_hint="--snapshot-store"
         )
+    _check_cluster(shard, coordinator, cluster_token_file, cluster_address, memory=memory)
     budgets = {"memory_limit": memory_limit, "staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
     settings = Settings(
         data_dir=None if memory else data_dir,
@@ -307,6 +354,10 @@ def serve(
         address_file=address_file,
         slow_request=slow_request,
         access_log=access_log,
+        shard=_shard(shard),
+        coordinators=tuple(coordinator or ()),
+        cluster_token_file=cluster_token_file,
+        cluster_address=cluster_address,
     )
     configure(log_format)
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
@@ -341,6 +392,7 @@ def bench(
 
 tokens = typer.Typer(help="Tokens of a server that asks for them.", no_args_is_help=True)
 app.add_typer(tokens, name="token")
+app.add_typer(cluster, name="cluster")
 
 TokenFile = Annotated[Path, typer.Option("--token-file", help="The server's --token-file.", dir_okay=False)]
 _TOKEN_FILE = Path("ema-tokens")
@@ -508,6 +560,34 @@ def _opened(settings: Settings) -> Store | None:
     try:
         return open_store(settings.data_dir, settings.ram_dir)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
+        _refuse(fault)
+
+
+def _check_cluster(
+    shard: str | None,
+    coordinators: list[str] | None,
+    token_file: Path | None,
+    address: str | None,
+    *,
+    memory: bool,
+) -> None:
+    """Exit where the flags of a host of a cluster are not all there, or one of them says nothing that can be used."""
+    given = {"--shard": shard, "--coordinator": coordinators, "--cluster-token-file": token_file}
+    missing = [flag for flag, value in given.items() if not value]
+    if missing == list(given) and address is None:
+        return
+    if missing:
+        raise typer.BadParameter("a host of a cluster needs all three", param_hint=", ".join(missing))
+    if memory:
+        raise typer.BadParameter("a host's votes have to outlive it: leave --memory out", param_hint="--shard")
+    from ema_service.cluster.link import coordinator_address
+    from ema_service.cluster.token import read_cluster_token
+
+    try:
+        for url in coordinators or ():
+            coordinator_address(url)
+        read_cluster_token(token_file or Path())
+    except (OSError, ValueError) as fault:
         _refuse(fault)
 
 

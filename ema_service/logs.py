@@ -92,6 +92,8 @@ def configure(shape: LogFormat) -> None:
     handler.addFilter(Seldom())
     handler.setFormatter(_Json() if shape == "json" else _Text())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # A line for each request that a host or a gateway makes.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
 class _Text(logging.Formatter):

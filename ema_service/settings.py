@@ -49,6 +49,9 @@ class Settings:
     listens on. slow_request: seconds beyond which the log tells of a request. access_log: whether it tells of each.
     measurements: whether each update is measured: how far shadow and parameters are apart, rates, times.
     address_file: a file for clients that says where the server is, while it listens; None for none.
+    shard: which host of a cluster the server is, from 0, of how many; None for a server that decides alone.
+    coordinators: URLs of the cluster's coordinators. cluster_token_file: the secret that coordinators and hosts share.
+    cluster_address: URL at which other hosts reach the server; None for what it announces.
     json_bytes: most bytes of JSON bodies held at one time; the largest there may be, a layout, has 32 MiB.
     """
 
@@ -73,3 +76,7 @@ class Settings:
     slow_request: float = 30.0
     access_log: bool = False
     measurements: bool = True
+    shard: tuple[int, int] | None = None
+    coordinators: tuple[str, ...] = ()
+    cluster_token_file: Path | None = None
+    cluster_address: str | None = None

@@ -57,6 +57,9 @@ HEADER_AMPLIFICATION = "Ema-Amplification"
 HEADER_TARGETS = "Ema-Targets"
 #: Of a push: the writer's number, which attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
+#: Of a push to one shard of a run on several hosts: any word, as of HEADER_KEY, the same for all shards' slices of one
+#: update and in all tries.
+HEADER_PUSH = "Ema-Push"
 #: Of a body that is sent: what its digest is, and where. A service's answer has the digest itself, in hexadecimal.
 HEADER_DIGEST = "Ema-Digest"
 #: RunLayout.digest, with each stretch of an update, whose body does not say what its bytes are.
@@ -475,6 +478,19 @@ class RingInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """Which shard of a run on several hosts a server has.
+
+    place: from 0, among ``of`` shards. birth: how many runs the hosts had created and deleted by then, with this one: a
+    run that was made later in place of this one has another.
+    """
+
+    place: Count
+    of: Count
+    birth: Count
+
+
+@dataclass(frozen=True, slots=True)
 class RunInfo:
     """A run as it stands. ``decay`` and ``effective_decay`` are the first average's.
 
@@ -494,6 +510,7 @@ class RunInfo:
     versions_in: where versions are kept, for people to read: memory files, slots on disk; None where nothing is.
     ring: of a run with ``posthoc``.
     ended_at: when the trainer said that its training is over; None while a trainer may go on.
+    shard: where the server has one shard of a run on several hosts: which. All else is then told of that shard.
     """
 
     run: Name
@@ -526,6 +543,7 @@ class RunInfo:
     remedy: Text | None = None
     refused: Text | None = None
     ended_at: Moment | None = None
+    shard: ShardInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)

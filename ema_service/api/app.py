@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -33,8 +34,11 @@ from ema_service.memory import Memory, pick_device
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry
 from ema_service.settings import Settings
-from ema_service.storage import Store, open_objects, open_store
+from ema_service.storage import CatalogUnusable, Store, open_objects, open_store
 from ema_service.tokens import Tokens
+
+if TYPE_CHECKING:
+    from ema_service.cluster.host import Host
 
 __all__ = ["create_app", "open_registry", "pick_device"]
 
@@ -70,8 +74,12 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
-        context = app.state.context = Context(settings, registry or open_registry(settings), metrics)
+        opened = registry or open_registry(settings)
+        host = _host(settings, opened)
+        context = app.state.context = Context(settings, opened, metrics, host)
         gauge(metrics, context)
+        if host:
+            host.start()
         tasks = [asyncio.create_task(work(context)) for work in (_verify, _checkpoint, _sync, _expire, _trim)]
         try:
             yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
@@ -83,6 +91,8 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
             finally:
+                if host:
+                    await host.close()
                 context.close()
                 if tracing:
                     tracing.close()
@@ -137,6 +147,12 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     objects = open_objects(settings.snapshot_store) if settings.snapshot_store else None
     if store is None and settings.data_dir:
         store = open_store(settings.data_dir, settings.ram_dir)
+    if store:
+        try:
+            store.be_host(settings.shard)
+        except CatalogUnusable:
+            store.close()
+            raise
     device = pick_device(settings.device)
     memory = Memory(device, keep_bytes=settings.staging_bytes, limit=_left_for_weights(settings.memory_limit))
     return Registry(
@@ -148,6 +164,22 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
         measure=settings.measurements,
         objects=objects,
     )
+
+
+def _host(settings: Settings, registry: Registry) -> Host | None:
+    """The host of a cluster that the server is; None where it decides alone. Raises RuntimeError, OSError, ValueError
+    where the settings do not make a host."""
+    if settings.shard is None:
+        return None
+    from ema_service.cluster.host import Host, Membership
+    from ema_service.cluster.token import read_cluster_token
+
+    if registry.store is None or settings.cluster_token_file is None or not settings.coordinators:
+        raise RuntimeError("a host of a cluster has a data dir, coordinators, and the cluster's token in a file")
+    place, of = settings.shard
+    token = read_cluster_token(settings.cluster_token_file)
+    membership = Membership(place, of, settings.cluster_address or "", settings.coordinators, token)
+    return Host(registry, registry.store, membership)
 
 
 def _left_for_weights(memory_limit: int) -> int:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakValueDictionary
 
 from fastapi import Request
@@ -27,6 +27,9 @@ from ema_service.persistence import Versions
 from ema_service.runs import Registry, Run
 from ema_service.settings import Settings
 
+if TYPE_CHECKING:
+    from ema_service.cluster.host import Host
+
 __all__ = ["Context"]
 
 T = TypeVar("T")
@@ -42,18 +45,19 @@ class Context:
 
     More than a dozen attributes: the parts of a server, and who waits for one of them.
 
-    facts: what the server says of itself. workers: the server's threads. mappings: of clients' shared memory that
-    pushes lie in. readings: the versions that are being sent. lanes: which stretches of updates are being received.
-    pushers, readers: the queues before the budgets of staging and of frozen versions. watchers: how many streams of
-    events are open. waits: how many reads wait for a step. stopping: set once the server is told to stop; whoever
-    waits for a run stops waiting then.
+    host: what the server is in a cluster; None where it decides alone. facts: what the server says of itself. workers:
+    the server's threads. mappings: of clients' shared memory that pushes lie in. readings: the versions that are being
+    sent. lanes: which stretches of updates are being received. pushers, readers: the queues before the budgets of
+    staging and of frozen versions. watchers: how many streams of events are open. waits: how many reads wait for a
+    step. stopping: set once the server is told to stop; whoever waits for a run stops waiting then.
     """
 
-    def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, registry: Registry, metrics: Metrics, host: Host | None = None) -> None:
         self.settings = settings
         self.registry = registry
         self.metrics = metrics
-        self.facts = Facts(registry, metrics)
+        self.host = host
+        self.facts = Facts(registry, metrics, host)
         self.workers = Workers()
         self.mappings = Mappings()
         self.readings = Readings()
@@ -171,6 +175,8 @@ class Context:
     def stop_watching(self) -> None:
         """Wake everyone who waits for something to happen to a run: a stream of events has no end of its own."""
         self.stopping = True
+        if self.host:
+            self.host.stop_waiting()
         for moved in self._waiting:
             moved.set()
 

@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from ema_client.errors import StorageFailed
+from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import ServerInfo
 from ema_service.api.auth import Access
 from ema_service.metrics import Metrics
@@ -22,6 +22,7 @@ from ema_service.storage import DiskSpace
 
 if TYPE_CHECKING:
     from ema_service.api.context import Context
+    from ema_service.cluster.host import Host
 
 __all__ = ["Facts", "gauge", "stranger_info"]
 
@@ -50,6 +51,12 @@ def gauge(metrics: Metrics, context: Context) -> None:
     metrics.watch("ema_memory_bytes", "Bytes of the host for weights, all in all.", lambda: registry.memory.budget.used)
     metrics.watch("ema_memory_limit_bytes", "Most of ema_memory_bytes.", lambda: registry.memory.budget.limit)
     metrics.watch("ema_watchers_limit", "Most of ema_watchers.", lambda: settings.max_watchers)
+    host = context.host
+    metrics.watch(
+        "ema_coordinator_away",
+        "1 while a host of a cluster hears no coordinator.",
+        lambda: host is not None and not host.linked,
+    )
     if store := registry.store:
         metrics.watch("ema_disk_free_bytes", "Free bytes of the data dir's disk.", lambda: store.space().free)
         metrics.watch("ema_disk_bytes", "Bytes of the data dir's disk.", lambda: store.space().total)
@@ -80,8 +87,9 @@ def stranger_info() -> ServerInfo:
 class Facts:
     """What a running server answers about itself. To be called off the event loop, by one thread at a time."""
 
-    def __init__(self, registry: Registry, metrics: Metrics) -> None:
+    def __init__(self, registry: Registry, metrics: Metrics, host: Host | None = None) -> None:
         self._registry = registry
+        self._host = host
         self._metrics = metrics
         self._size: tuple[float, int] | None = None
 
@@ -114,7 +122,14 @@ class Facts:
         return self._metrics.render(pulses, lambda run: access.may("pull", run))
 
     def check_ready(self) -> None:
-        """Raises StorageFailed where new runs and snapshots are refused, for the disk is full."""
+        """Raises StorageFailed where new runs and snapshots are refused, for the disk is full; Overloaded where a host
+        of a cluster hears no coordinator, and so nothing is written."""
+        if self._host and not self._host.linked:
+            raise Overloaded(
+                "this host of a cluster hears no coordinator: its runs are read, and not written",
+                hint="is the coordinator up, and does its address lead there from here?",
+                retry_after=_RETRY_SECONDS,
+            )
         store = self._registry.store
         if store is None:
             return

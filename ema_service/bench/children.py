@@ -1,6 +1,6 @@
 """The benchmark's processes: started, waited for until they say where they listen, and ended whatever happens.
 
-Each process is tethered to this one by a pipe (ema_service.demo.tether), so that it ends even if this one is killed,
+Each process is tethered to this one by a pipe (ema_service.tether), so that it ends even if this one is killed,
 and leads a session of its own, so that Ctrl-C at the terminal reaches this process only.
 
 Knows processes and signals. Does not know what the children do.
@@ -99,7 +99,7 @@ class Child:
         self._module = module
         self._says = says
         self._patience = patience
-        self._command = [sys.executable, "-m", "ema_service.demo.tether", module, *arguments]
+        self._command = [sys.executable, "-m", "ema_service.tether", module, *arguments]
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if path is not None:
             former = os.environ.get("PYTHONPATH")

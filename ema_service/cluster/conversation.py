@@ -11,7 +11,8 @@ what a change does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -26,6 +27,8 @@ Listening: TypeAlias = "asyncio.Queue[Ask | Propose | Resolve | None]"
 
 #: Messages that a shard has not read: with more it is not listening any more.
 _UNREAD = 64
+#: Questions, one a second, after which a talk is forgotten: a host that is started again comes before.
+_UNHEARD = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Conversation:
     """
 
     def __init__(self, run: str, name: str, shards: int) -> None:
-        """name: the coordinator's, as in Coordinator."""
+        """run: the talk's name. name: as in Coordinator."""
         self.core = Coordinator(name, shards)
         self.shards = shards
         self._run = run
@@ -84,6 +87,11 @@ class Conversation:
             # The claim came while the shard was not listening.
             self._say(ask for ask in self.core.ask() if ask.shard == message.shard)
         self._say(self.core.receive(message))
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody listens."""
+        return not self._listening
 
     def ask_again(self) -> None:
         """Ask all that listen to report: a sign of life for them, and what mends whatever was lost."""
@@ -159,12 +167,16 @@ class Conversation:
 
 
 class Conversations:
-    """The talks of one coordinator, by run. Each begins when the first of the run's shards comes."""
+    """The talks of one coordinator, by name. Each begins when the first shard comes, and is forgotten once nobody has
+    listened for a while: of a run that was deleted nobody comes again, and for any other a coordinator keeps nothing.
+    """
 
-    def __init__(self, name: str) -> None:
-        """name: as in Coordinator."""
-        self._name = name
+    def __init__(self, new_name: Callable[[], str]) -> None:
+        """new_name: draws the name that this coordinator has in one talk, as in Coordinator."""
+        self._new_name = new_name
         self._by_run: dict[str, Conversation] = {}
+        #: How many questions nobody heard, of those talks.
+        self._unheard: Counter[str] = Counter()
         self._ended = False
 
     @property
@@ -179,7 +191,7 @@ class Conversations:
             raise Stopping("the coordinator ends", retry_after=1.0)
         if not arrival.shard < arrival.shards:
             raise InvalidRequest(f"shard {arrival.shard} of {arrival.shards}: places are counted from 0")
-        conversation = self._by_run.get(run) or Conversation(run, self._name, arrival.shards)
+        conversation = self._by_run.get(run) or Conversation(run, self._new_name(), arrival.shards)
         listening = conversation.arrive(arrival)
         self._by_run[run] = conversation
         return conversation, listening
@@ -193,7 +205,11 @@ class Conversations:
         return self._by_run[run]
 
     def ask_again(self) -> None:
-        """As Conversation.ask_again(), for all runs."""
+        """As Conversation.ask_again(), for all talks. Those that nobody hears are forgotten."""
+        self._unheard = Counter({run: self._unheard[run] + 1 for run, each in self._by_run.items() if each.quiet})
+        for run, times in self._unheard.items():
+            if times > _UNHEARD:
+                del self._by_run[run]
         for each in self._by_run.values():
             each.ask_again()
 

@@ -22,27 +22,19 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ema_client.errors import (
-    PROBLEM_JSON,
-    BodyTooLarge,
-    EmaError,
-    InvalidRequest,
-    MethodNotAllowed,
-    RouteNotFound,
-    Unauthorized,
-)
+from ema_client.errors import BodyTooLarge, InvalidRequest, Unauthorized
 from ema_service.cluster.conversation import Conversation, Conversations, Listening
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Change, Message, Refusal, Report
+from ema_service.cluster.problems import answer_with_problems, problem
 from ema_service.cluster.token import ClusterToken
 
 __all__ = ["create_coordinator", "listening_socket", "serve"]
@@ -62,7 +54,7 @@ _OPEN = "/healthz"
 
 def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAPI:
     """The application of one coordinator. ended: called where another coordinator has taken over."""
-    talks = Conversations(secrets.token_hex(8))
+    talks = Conversations(partial(secrets.token_hex, 8))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -77,7 +69,7 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
     app = FastAPI(title="ema-service coordinator", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.talks = talks
     app.add_middleware(_Guard, token=token)
-    _answer_with_problems(app)
+    answer_with_problems(app, "a coordinator")
 
     @app.post("/v1/runs/{run}/shards/{place}/link")
     async def link(run: str, place: str, request: Request) -> StreamingResponse:
@@ -165,35 +157,11 @@ class _Guard:
         error = Unauthorized(
             "this coordinator wants the cluster's token", hint="start coordinator and shards with the same token"
         )
-        await _problem(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        await problem(error)(scope, receive, send)
 
     def _fits(self, scope: Scope) -> bool:
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(values) == 1 and self._token.fits(values[0])
-
-
-def _problem(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
-    retry = {} if error.retry_after is None else {"Retry-After": f"{error.retry_after:.0f}"}
-    return JSONResponse(error.to_problem(), error.status, {**retry, **(headers or {})}, PROBLEM_JSON)
-
-
-def _answer_with_problems(app: FastAPI) -> None:
-    """Make every error a problem (RFC 9457)."""
-
-    async def ours(_: Request, fault: EmaError) -> Response:
-        return _problem(fault)
-
-    async def http(request: Request, fault: HTTPException) -> Response:
-        if fault.status_code == 405:
-            return _problem(MethodNotAllowed(f"{request.method} {request.url.path}"), dict(fault.headers or {}))
-        return _problem(RouteNotFound(f"a coordinator has no route {request.url.path}"))
-
-    async def gone(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody is there to read the answer
-
-    app.exception_handler(EmaError)(ours)
-    app.exception_handler(HTTPException)(http)
-    app.exception_handler(ClientDisconnect)(gone)
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

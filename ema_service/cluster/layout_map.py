@@ -84,7 +84,7 @@ class MergedBody:
 
 
 class LayoutMap:
-    """A run's layout, cut into shards. shards: by place."""
+    """A run's layout, cut into shards. layout: the whole. shards: by place."""
 
     def __init__(self, layout: Layout, shards: int) -> None:
         """Raises InvalidRequest where the layout has fewer rows than there are to be shards."""
@@ -94,7 +94,7 @@ class LayoutMap:
                 f"shards: {shards}; the layout has {rows.count} rows (first dimensions, empty tensors not counted), "
                 f"which make 1 to {max(rows.count, 1)} shards"
             )
-        self._layout = layout
+        self.layout = layout
         self._cuts = [(0, 0), *map(rows.place, rows.cuts(shards)), (len(layout), 0)]
         params, shadows = self.bounds(layout.params), self.bounds(layout.shadows)
         self.shards = tuple(
@@ -116,14 +116,14 @@ class LayoutMap:
 
     def _shard(self, place: int, params: slice, shadows: slice) -> ShardLayout:
         boxes = dict(self._boxes(self._cuts[place], self._cuts[place + 1]))
-        specs = [TensorSpec(name, box_shape(box), self._layout.entry(name).dtype) for name, box in boxes.items()]
-        copied = [name for name in self._layout.copied if name in boxes]
+        specs = [TensorSpec(name, box_shape(box), self.layout.entry(name).dtype) for name, box in boxes.items()]
+        copied = [name for name in self.layout.copied if name in boxes]
         return ShardLayout(place, Layout(specs, copied), boxes, params, shadows)
 
     def _boxes(self, cut: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[str, Box]]:
         """The tensors between two cuts, each with what of it lies there."""
         for at in range(cut[0], end[0] + 1 if end[1] else end[0]):
-            entry = self._layout.params[at]
+            entry = self.layout.params[at]
             box = tuple((0, size) for size in entry.shape)
             if entry.shape:
                 start, stop = cut[1] if at == cut[0] else 0, end[1] if at == end[0] else entry.shape[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import logging
 import socket
 import threading
@@ -18,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from ema_client.errors import printable
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Ask, Propose, Refusal, Report, Resolve
+from ema_service.cluster.reasons import detail_in
 from ema_service.cluster.token import ClusterToken
 
-__all__ = ["Link"]
+__all__ = ["Link", "coordinator_address"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +35,14 @@ _MOST_WAITING = 64
 _JSON = "application/json"
 #: Bytes that are read of a refusal.
 _PROBLEM_BYTES = 4 << 10
+
+
+def coordinator_address(url: str) -> tuple[str, int]:
+    """Host and port of a coordinator's URL. Raises ValueError for a URL that is none of a coordinator."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
+        raise ValueError("the coordinator's URL: expected http://HOST:PORT")
+    return parts.hostname, parts.port or 80
 
 
 class _NotLinked(Exception):
@@ -82,11 +89,8 @@ class Link:
     ) -> None:
         """hear: called with each message, in the order in which they were sent. Raises ValueError for a URL that is
         none of a coordinator."""
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
-            raise ValueError("the coordinator's URL: expected http://HOST:PORT")
         self._url = url
-        self._address = parts.hostname, parts.port or 80
+        self._address = coordinator_address(url)
         self._run = run
         self._arrival = arrival
         self._headers = {"Authorization": token.header, "Content-Type": _JSON}
@@ -101,6 +105,11 @@ class Link:
             threading.Thread(target=work, name=f"ema-{name}", daemon=True)
             for work, name in ((self._listen, "listen"), (self._report, "report"))
         ]
+
+    @property
+    def linked(self) -> bool:
+        """Whether the coordinator is heard: there was a word of it within some seconds."""
+        return self._linked
 
     def start(self) -> None:
         """Begin to look for the coordinator."""
@@ -214,17 +223,8 @@ class Link:
         path = f"/v1/runs/{self._run}/shards/{self._arrival().shard}/{route}"
         response = connection.post(path, body, self._headers)
         if response.status >= 300:
-            raise _NotLinked(f"{response.status} {_detail(response.read(_PROBLEM_BYTES))}")
+            raise _NotLinked(f"{response.status} {detail_in(response.read(_PROBLEM_BYTES))}")
         return response
-
-
-def _detail(body: bytes) -> str:
-    """What a problem (RFC 9457) says; of anything else its beginning."""
-    with contextlib.suppress(ValueError):
-        problem = json.loads(body)
-        if isinstance(problem, dict):
-            return printable(str(problem.get("detail")))
-    return printable(body[:200].decode(errors="replace"))
 
 
 def _break(connection: _Connection) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 __all__ = [
+    "DIRECTORY",
     "Adjustment",
     "Answer",
     "Arrival",
     "Ask",
     "Change",
+    "Creation",
+    "Deletion",
     "Message",
     "Proposal",
     "Propose",
@@ -24,7 +27,16 @@ __all__ = [
     "Term",
     "Ticket",
     "Vote",
+    "talk_of",
 ]
+
+#: The talk about which runs there are. No run has the name.
+DIRECTORY = "-directory"
+
+
+def talk_of(run: str, birth: int) -> str:
+    """The name of the talk about one run: another than that of a run that had its name before, or will."""
+    return f"{run}@{birth}"
 
 
 class Term(NamedTuple):
@@ -83,8 +95,8 @@ class Record(NamedTuple):
 
     term: of the coordinator that the shard obeys. edition: grows with each change of the three facts below, so that a
     report and a verdict name the very state that they are about. revision: how many proposals were committed since the
-    run's name was first used; 0: there never was such a run. made: the vote that led to the revision. vote: the shard's
-    vote for the next.
+    talk began: of a run, since it was made; of the directory, ever. made: the vote that led to the revision. vote: the
+    shard's vote for the next.
     """
 
     term: Term = Term()
@@ -188,6 +200,21 @@ class Adjustment(NamedTuple):
     average: str | None = None
 
 
+class Creation(NamedTuple):
+    """A change of the directory: one run more. config: of the whole run, packed. created_at: the same on all hosts."""
+
+    config: str
+    created_at: float
+
+
+class Deletion(NamedTuple):
+    """A change of the directory: one run less. birth: the directory's revision that the run came with, which no other
+    run of the name has."""
+
+    run: str
+    birth: int
+
+
 class Answer(NamedTuple):
     """What became of a proposal.
 
@@ -201,4 +228,6 @@ class Answer(NamedTuple):
 
 
 #: Whatever is encoded: a message, what a change changes, or the record that a shard keeps.
-Message: TypeAlias = Adjustment | Answer | Arrival | Ask | Change | Propose | Record | Refusal | Report | Resolve
+Message: TypeAlias = (
+    Adjustment | Answer | Arrival | Ask | Change | Creation | Deletion | Propose | Record | Refusal | Report | Resolve
+)

@@ -5,11 +5,15 @@ Knows the client's errors as problems (RFC 9457). Does not know what is refused,
 
 from __future__ import annotations
 
+import contextlib
 import json
 
-from ema_client.errors import EmaError, Superseded, error_from_problem
+from ema_client.errors import EmaError, Superseded, error_from_problem, printable
 
-__all__ = ["error_of", "reason_of"]
+__all__ = ["MADE_BEFORE", "detail_in", "error_of", "reason_of"]
+
+#: Why a change is refused that was made already: whoever asked looks at the run.
+MADE_BEFORE = "applied before"
 
 
 def reason_of(fault: EmaError) -> str:
@@ -24,3 +28,12 @@ def error_of(reason: str) -> EmaError:
         return error_from_problem(problem, problem["status"])
     except (ValueError, KeyError, TypeError):
         return Superseded(reason, retry_after=0.0)
+
+
+def detail_in(body: bytes) -> str:
+    """What a problem (RFC 9457) says, for a line of a log or of an error; of anything else its beginning."""
+    with contextlib.suppress(ValueError):
+        problem = json.loads(body)
+        if isinstance(problem, dict):
+            return printable(str(problem.get("detail")))
+    return printable(body[:200].decode(errors="replace"))

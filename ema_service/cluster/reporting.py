@@ -100,9 +100,9 @@ class Reporting(Generic[T]):
         prepared: Mapping[Ticket, T] | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """record: the last durable one. coordinators: their URLs. prepared: by its ticket, what the record's vote is
-        for, where there is one. patience: seconds that a proposal waits behind one that nobody completes. Raises
-        ValueError for a URL that is none of a coordinator."""
+        """run: the talk's name. record: the last durable one. coordinators: their URLs. prepared: by its ticket, what
+        the record's vote is for, where there is one. patience: seconds that a proposal waits behind one that nobody
+        completes. Raises ValueError for a URL that is none of a coordinator."""
         self._place = arrival.shard
         self._arrival = arrival
         self._store = store
@@ -122,6 +122,11 @@ class Reporting(Generic[T]):
     def record(self) -> Record:
         """The last durable record."""
         return self._kept
+
+    @property
+    def linked(self) -> bool:
+        """Whether any coordinator is heard."""
+        return any(link.linked for link in self._links)
 
     def start(self) -> None:
         """Begin to look for coordinators."""
@@ -157,6 +162,11 @@ class Reporting(Generic[T]):
         """Vote against a proposal, which is then dropped on all shards."""
         if self._store.takes_part():
             self._act(lambda core: core.refuse(ticket, reason), ticket)
+
+    def postpone(self, ticket: Ticket) -> None:
+        """Neither vote for a proposal nor refuse it: it cannot be judged now, and comes again."""
+        with self._lock:
+            self._preparing.discard(ticket)
 
     def hear(self, message: Ask | Propose | Resolve) -> None:
         """Do as a coordinator says. What could not be kept is heard again, for it will be said again."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
-from ema_client.errors import EmaError, InvalidRequest, StepConflict, StorageFailed, Superseded
+from ema_client.errors import EmaError, InternalError, InvalidRequest, StepConflict, StorageFailed, Superseded
 from ema_client.protocol import RunInfo, UpdateResult
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
-from ema_service.cluster.messages import Adjustment, Answer, Arrival, Proposal, Record, Ticket, Vote
-from ema_service.cluster.reasons import error_of, reason_of
+from ema_service.cluster.messages import Adjustment, Answer, Arrival, Proposal, Record, Ticket, Vote, talk_of
+from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
 from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.token import ClusterToken
 from ema_service.persistence import ShardMemoryVersions, ShardVersions
@@ -33,6 +34,8 @@ from ema_service.runs import Parameters, Run, Update, Write
 from ema_service.runs.ledger import writer_in
 
 __all__ = ["ShardRun"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,10 +64,12 @@ class _Held:
 
 
 class ShardRun:
-    """One shard of a run. Thread-safe; methods that vote may block for a row, as those of Run do, and not longer.
+    """One shard of a run. More than twenty methods: what senders, the coordinator's decisions and a restart ask.
 
-    reporting: the talk with coordinators, begun by ``reporting.start()``. While the run is degraded the shard says
-    nothing: without it nothing is decided.
+    Thread-safe; methods that vote may block for a row, as those of Run do, and not longer.
+
+    reporting: the talk with coordinators, begun by ``reporting.start()``, whose name is ``talk``. While the run is
+    degraded the shard says nothing: without it nothing is decided.
     """
 
     def __init__(
@@ -89,16 +94,24 @@ class ShardRun:
         self._held: WeakValueDictionary[Ticket, _Held] = WeakValueDictionary()
         #: By the key of the proposal: who waits, and what answers those whose proposal is committed.
         self._senders: dict[str, list[_Sender[Any]]] = {}
+        #: By the key of a change: who waits until it is made here.
+        self._expected: dict[str, list[_Sender[Any]]] = {}
         self._answers: dict[str, list[Callable[[], None]]] = {}
         with run.deciding():
             taken_up = self._take_up(record)
         self._held.update(taken_up)
-        self.reporting = Reporting(run.config.run, arrival, record, self, coordinators, token, prepared=taken_up)
+        shard = run.shard
+        self.talk = talk_of(run.config.run, shard.birth if shard else 0)
+        self.reporting = Reporting(self.talk, arrival, record, self, coordinators, token, prepared=taken_up)
 
     @property
     def record(self) -> Record:
         """What the shard has promised, voted for and committed, on disk."""
         return self.reporting.record
+
+    def is_of(self, run: Run) -> bool:
+        """Whether the shard is of this very run, and not of one that had its name before."""
+        return self._run is run
 
     # --- from senders -----------------------------------------------------------------------------------------------
 
@@ -125,6 +138,41 @@ class ShardRun:
         with self._refusing(None, key):
             first = self._run.finish_first(parameters, _lineage_of(key), num_updates=num_updates, step=step)
             return self._vote(Ticket(0, None, key), lambda: self._run.prepare_first(first), lambda _: self._run.info())
+
+    def refuse(self, step: int | None, key: str, fault: EmaError) -> None:
+        """Vote against a push whose slice here will never be right, so that no host waits for the slice. step: None of
+        initial weights."""
+        self.reporting.refuse(Ticket(self.record.revision, step, key), reason_of(fault))
+
+    # --- changes, which come by a coordinator -----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def expecting(self, key: str, answer: Callable[[], T]) -> Iterator[Future[T]]:
+        """Within the block, a future that has its result once the change of this key is made here.
+
+        answer: gives the result then, under the run's lock.
+        """
+        sender: _Sender[T] = _Sender(Future(), answer)
+        sender.future.set_running_or_notify_cancel()
+        with self._run.deciding():
+            self._expected.setdefault(key, []).append(sender)
+        try:
+            yield sender.future
+        finally:
+            with self._run.deciding():
+                waiting = self._expected.get(key, [])
+                if sender in waiting:
+                    waiting.remove(sender)
+                if not waiting:
+                    self._expected.pop(key, None)
+
+    def close(self, fault: EmaError) -> None:
+        """End the talk, and tell all who wait why."""
+        self.reporting.close()
+        with self._run.deciding():
+            keys = list(self._senders)
+        for key in keys:
+            self._fail(key, fault)
 
     # --- as the coordinator decides: RecordStore --------------------------------------------------------------------
 
@@ -160,11 +208,12 @@ class ShardRun:
             if record.made:
                 key = record.made.ticket.key
                 # Now: the next verdict makes another version the run's.
-                self._answers[key] = [sender.answering() for sender in self._senders.pop(key, [])]
+                waiting = [*self._senders.pop(key, []), *self._expected.pop(key, [])]
+                self._answers[key] = [sender.answering() for sender in waiting]
 
     def propose(self, proposal: Proposal) -> None:
         """Have a change judged, and vote for or against it."""
-        self._changes.submit(self._judge, proposal)
+        self._changes.submit(self._judge, proposal).add_done_callback(partial(self._judged, proposal))
 
     def answer(self, answer: Answer) -> None:
         """Tell those who sent a proposal what became of it."""
@@ -229,10 +278,18 @@ class ShardRun:
         else:
             self._vote_for(proposal, held)
 
+    def _judged(self, proposal: Proposal, done: Future[None]) -> None:
+        """Refuse a change that this program fails at: whoever asked for it would wait for ever."""
+        fault = None if done.cancelled() else done.exception()
+        if fault:
+            _log.error("run %s: a change could not be judged", self._run.config.run, exc_info=fault)
+            defect = InternalError(f"a host failed at the change: {type(fault).__name__}")
+            self.reporting.refuse(proposal.ticket, reason_of(defect))
+
     def _vote_for(self, proposal: Proposal, held: _Held | None) -> None:
         """Vote for a change. held: None where it was made before."""
         if held is None:
-            self.reporting.refuse(proposal.ticket, "applied before")
+            self.reporting.refuse(proposal.ticket, MADE_BEFORE)
             return
         with contextlib.suppress(StorageFailed):  # the run tells so, and the change comes again
             self.reporting.vote(Vote(proposal, held.outcome), held)
@@ -262,7 +319,7 @@ class ShardRun:
             yield
         except EmaError as fault:
             if not fault.retryable:
-                self.reporting.refuse(Ticket(self.record.revision, step, key), reason_of(fault))
+                self.refuse(step, key, fault)
             raise
 
     # --- a start ----------------------------------------------------------------------------------------------------
@@ -272,7 +329,7 @@ class ShardRun:
         returned."""
         ledger = self._run.ledger
         if record.made and (writer := writer_in(record.made.outcome)) > ledger.writer:
-            ledger.attach(writer)
+            ledger.attach(writer, _attached_by(record.made))
         if record.vote is None:
             return {}
         ticket, voted = record.vote.ticket, self._versions.voted
@@ -286,6 +343,12 @@ class ShardRun:
 def _lineage_of(key: str) -> str:
     """The lineage of a run whose initial weights come under this key: the same on all shards, and no other run's."""
     return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+
+
+def _attached_by(made: Vote) -> str | None:
+    """The key of the trainer's call that made a revision; None where another write did."""
+    change = made.proposal.change
+    return made.ticket.key if change and decode(change, Adjustment).kind == "writer" else None
 
 
 def _nothing() -> None:

@@ -3,7 +3,7 @@
 Whoever has it can have a run's updates committed or aborted, so a coordinator answers nobody without. Users' tokens
 (ema_service.tokens) are other ones, and open nothing here.
 
-Knows the header that carries the token. Does not know where the token is kept. The token is never logged, and stands in
+Knows the header that carries the token, and the file that has it, on one line. The token is never logged, and stands in
 no message of an error.
 """
 
@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+from pathlib import Path
 
-__all__ = ["ClusterToken"]
+__all__ = ["ClusterToken", "read_cluster_token"]
 
 #: Characters that a bearer token may have (RFC 6750), and so many that nobody guesses it.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,}=*\Z")
@@ -43,3 +44,13 @@ class ClusterToken:
         """Whether a request has the token. header: the value of its Authorization. Takes as long for any value."""
         own, given = (hashlib.sha256(value).digest() for value in (self._header.encode(), header))
         return hmac.compare_digest(own, given)
+
+
+def read_cluster_token(path: Path) -> ClusterToken:
+    """The token in a file, without the spaces and the line's end around it. Raises OSError; ValueError as
+    ClusterToken(), with the file's name."""
+    try:
+        return ClusterToken(path.read_text(encoding="ascii").strip())
+    except ValueError as fault:  # of bytes that are no ASCII, too, whose error would quote them
+        why = "it has bytes that are no ASCII" if isinstance(fault, UnicodeDecodeError) else str(fault)
+        raise ValueError(f"{path}: {why}") from None

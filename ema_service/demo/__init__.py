@@ -7,7 +7,6 @@
     litema.py      the EMA in process: LitEma's arithmetic in twenty lines
     evaluator.py   process: polls, pulls, measures raw and EMA weights, draws the picture
     picture.py     the picture
-    tether.py      the runner of each process, which ends the process with its parent
     children.py    starting, hearing and ending the processes
     screen.py      the output that the user sees
     play.py        the parent: the order of events and the verdict

@@ -100,7 +100,7 @@ class Children:
             environment["OMP_NUM_THREADS"] = str(threads)
         with self._log(name).open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ema_service.demo.tether", module, *arguments],
+                [sys.executable, "-m", "ema_service.tether", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

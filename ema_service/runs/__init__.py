@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ema_service.runs.gathering import Part, Terms
 from ema_service.runs.parts import Parts
-from ema_service.runs.registry import Registry
+from ema_service.runs.registry import Candidate, Registry
 from ema_service.runs.run import Parameters, Run, Update, Write
 
-__all__ = ["Parameters", "Part", "Parts", "Registry", "Run", "Terms", "Update", "Write"]
+__all__ = ["Candidate", "Parameters", "Part", "Parts", "Registry", "Run", "Terms", "Update", "Write"]

@@ -40,6 +40,7 @@ from ema_client.protocol import (
     AverageConfig,
     Durability,
     RunConfig,
+    ShardInfo,
     SnapshotInfo,
     SweepInfo,
     SweepReport,
@@ -64,7 +65,7 @@ from ema_service.persistence import (
     Versions,
 )
 from ema_service.persistence.measured import StoredMeasurements
-from ema_service.persistence.rows import read_setup
+from ema_service.persistence.rows import read_setup, revision_of
 from ema_service.runs.branching import check_averages, check_branch
 from ema_service.runs.ledger import Ledger
 from ema_service.runs.measurements import Measurements
@@ -85,7 +86,7 @@ from ema_service.storage import (
 )
 from ema_service.threads import Threads
 
-__all__ = ["MAX_RUNS", "Registry"]
+__all__ = ["MAX_RUNS", "Candidate", "Registry"]
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class _Disk:
                 f"the writer of run {self.row.name!r} could not be kept: {fault}", retry_after=1.0
             ) from fault
 
-    def forget(self) -> None:
+    def forget(self, _: RunRow | None = None) -> None:
         """Take the run out of what a restart brings back. Raises StorageFailed, and then the run is as it was."""
         try:
             self.store.forget_run(self.row)
@@ -178,6 +179,25 @@ class _Claim:
     instead: _Registered | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A run of a cluster that is made here, with its memory and its disk space, and that nobody finds yet: other hosts
+    have to agree. Then Registry.enter() or drop()."""
+
+    _made: _Registered
+    _claim: _Claim
+
+    @property
+    def run(self) -> Run:
+        """The run itself."""
+        return self._made.run
+
+    @property
+    def row(self) -> RunRow | None:
+        """In the catalog; None where nothing is kept on disk."""
+        return self._made.disk.row if self._made.disk else None
+
+
 class Registry:
     """The runs of one server. Thread-safe.
 
@@ -185,7 +205,8 @@ class Registry:
     waits for one run takes that run's locks first, and so holds up no other run.
 
     store: None keeps nothing on disk. staging, frozen: the budgets that pushes and reads draw from.
-    More than twenty methods: one for each thing that is done to a run as a whole, or to all runs.
+    More than twenty methods: one for each thing that is done to a run as a whole, or to all runs. More than a dozen
+    attributes: what runs are made of and share.
     """
 
     def __init__(
@@ -223,9 +244,17 @@ class Registry:
         #: Names that somebody makes a run of, one at a time.
         self._making: set[str] = set()
         self._claims: set[_Claim] = set()
+        #: By name: made, and not agreed on by the hosts of a cluster.
+        self._candidates: dict[str, Candidate] = {}
+        agreed = _agreed(store)
         for row in store.runs() if store else []:
             setup = _setup_of(row)
-            self._runs[row.name] = self._restored(setup, Layout(setup.config.layout, setup.config.copied), row)
+            made = self._restored(setup, Layout(setup.config.layout, setup.config.copied), row)
+            shard = store.shard(row) if store else None
+            if shard and shard.birth > agreed:
+                self._candidates[row.name] = self._candidate(made)
+            else:
+                self._runs[row.name] = made
         if self.offload:
             self.offload.start(self._place_snapshot)
 
@@ -322,6 +351,16 @@ class Registry:
             raise InvalidRequest(f"run {name!r} is no shard: it decides alone")
         return disk.versions
 
+    def whole(self, name: str) -> RunConfig:
+        """The configuration with which a run was created: of a shard, that of the whole run. Raises RunNotFound,
+        StorageFailed."""
+        found = self._find(name)
+        try:
+            text = found.disk.store.whole(found.disk.row) if found.disk else ""
+            return from_json(RunConfig, json.loads(text)) if text else found.run.ledger.setup.created
+        except (sqlite3.Error, ValueError) as fault:
+            raise StorageFailed(f"the configuration of run {name!r} cannot be read: {fault}") from fault
+
     def synthesiser(self, name: str) -> Synthesiser:
         """What works out averages of other lengths for a run. Raises RunNotFound, StorageDisabled, SynthesisRefused."""
         found = self._find(name)
@@ -367,6 +406,52 @@ class Registry:
             config = replace(config, durability=self._durability(config))
             with self._claimed(config, layout, found) as claim:
                 return self._replaced(found, config, layout, refusal, claim).run, True
+
+    def propose(self, config: RunConfig, shard: ShardRow, created_at: float) -> Candidate:
+        """A run as create() makes it, that is one only once all hosts of its cluster agree: then enter(), else drop().
+
+        Name, memory and disk space are taken until then. config: with the shard's part of the layout. Raises as
+        create(), and RunExists for any run of this name.
+        """
+        layout = Layout(config.layout, config.copied)
+        _check_averages(config, folds_case=self._store is not None and self._store.folds_case)
+        config = replace(config, durability=self._durability(config, shard))
+        with self._alone(config.run):
+            if config.run in self._runs:
+                raise RunExists(f"run {config.run!r} exists")
+            with self._claimed(config, layout) as claim:
+                made = self._built(config, layout, shard=shard, created_at=created_at)
+                kept = replace(claim)
+                with self._lock:  # one goes as the other comes: memory is counted once
+                    self._claims ^= {claim, kept}
+                    candidate = self._candidates[config.run] = Candidate(made, kept)
+        return candidate
+
+    def enter(self, candidate: Candidate) -> Run:
+        """Have a run found from now on."""
+        made = self._entered(candidate._made, candidate._claim)
+        with self._lock:
+            self._candidates.pop(candidate._claim.name, None)
+        return made.run
+
+    def drop(self, candidate: Candidate) -> None:
+        """Give back what a run was promised that is not to be. Raises StorageFailed."""
+        if disk := candidate._made.disk:
+            disk.forget()
+            disk.free()
+        with self._lock:
+            self._claims.discard(candidate._claim)
+            self._candidates.pop(candidate._claim.name, None)
+
+    def candidates(self) -> list[Candidate]:
+        """What was proposed, here or by the server before, and neither entered nor dropped."""
+        return list(self._candidates.values())
+
+    def _candidate(self, made: _Registered) -> Candidate:
+        """A run that the hosts of a cluster had not agreed on when the server ended."""
+        claim = _Claim(made.run.config.run, self._needs(made.run.config, made.run.layout), None)
+        self._claims.add(claim)
+        return Candidate(made, claim)
 
     # key, wherever a method takes it: of the write, which is applied once however often it comes.
 
@@ -509,16 +594,22 @@ class Registry:
         found.record("accepted", "the version that is there was accepted")
         return run
 
-    def delete(self, name: str, created_at: float | None = None) -> None:
+    def delete(
+        self, name: str, created_at: float | None = None, forget_row: Callable[[RunRow], None] | None = None
+    ) -> None:
         """Delete a run with its weights, versions and snapshots, once what is being written of the run is written.
 
-        Raises RunNotFound; StorageFailed, and then the run is as it was.
+        forget_row: takes the run's row out of the catalog, in place of doing just that; given where all hosts of a
+        cluster have decided. Raises RunNotFound; InvalidRequest where the run is a shard, and that is not given;
+        StorageFailed, and then the run is as it was.
         """
         found = self._find(name, created_at)
+        if forget_row is None:
+            found.run.check_alone()
 
         def forget() -> None:
             if found.disk:
-                found.disk.forget()
+                (forget_row or found.disk.forget)(found.disk.row)
             with self._lock:
                 del self._runs[name]
 
@@ -534,8 +625,9 @@ class Registry:
         """A new run in the place of ``found``, which is forgotten first: there may be no room for both.
 
         Until the new run is there requests for the name are Superseded; where it cannot be made there is neither.
-        refusal: what RunExists says. Raises as _check_gives_way() and _add().
+        refusal: what RunExists says. Raises as _check_gives_way() and _add(); InvalidRequest where the run is a shard.
         """
+        found.run.check_alone()
 
         def forget() -> None:
             _check_gives_way(found, refusal)
@@ -683,8 +775,14 @@ class Registry:
         created_at, writer = time.time(), 0
         if before:
             created_at, writer = max(created_at, math.nextafter(before.created_at, math.inf)), before.ledger.writer
+        return self._entered(self._built(config, layout, writer=writer, shard=shard, created_at=created_at), claim)
+
+    def _built(
+        self, config: RunConfig, layout: Layout, *, writer: int = 0, shard: ShardRow | None, created_at: float
+    ) -> _Registered:
+        """A new run with all that it needs, on the disk as well. Raises StorageFailed, Overloaded."""
         if self._store is None:
-            return self._entered(self._make(config, layout, None, created_at, writer=writer), claim)
+            return self._make(config, layout, None, created_at, writer=writer)
         try:
             self._store.check_room(0)
             row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer, shard)
@@ -696,7 +794,7 @@ class Registry:
                 undo.pop_all()
         except (OSError, sqlite3.Error) as fault:
             raise StorageFailed(f"run {config.run!r} was not created: {fault}", retry_after=1.0) from fault
-        return self._entered(made, claim)
+        return made
 
     def _entered(self, made: _Registered, claim: _Claim) -> _Registered:
         """A run that is made, which can be found from now on, in place of its claim."""
@@ -779,7 +877,7 @@ class Registry:
             writer=row.writer,
             setup=setup,
             measurements=noted,
-            alone=shard is None,
+            shard=ShardInfo(shard.place, shard.of, shard.birth) if shard else None,
         )
         tell, most = run.changes.tell, self._max_snapshots
         snapshots = Snapshots(config, row, store, layout, memory, tell, most=most, offload=self.offload)
@@ -848,6 +946,8 @@ class Registry:
 
     def _find(self, name: str, created_at: float | None = None) -> _Registered:
         found = self._runs.get(name)
+        if found is None and name in self._candidates:
+            raise Superseded(f"run {name!r} is being made on several hosts", retry_after=0.1)
         if found is None:
             raise RunNotFound(f"there is no run {name!r}")
         if created_at not in (None, found.run.created_at):
@@ -953,6 +1053,18 @@ def _told(report: SweepReport) -> str:
 
 def _nothing(_: int) -> None:
     """Keeps no writer's number: there is no disk."""
+
+
+def _agreed(store: Store | None) -> int:
+    """The revision that the directory of a cluster's runs has come to here; 0 where the server is no host.
+
+    Raises CatalogUnusable where the record is damaged.
+    """
+    directory = store.directory() if store else None
+    try:
+        return revision_of(directory.record) if directory else 0
+    except (ValueError, LookupError, TypeError) as fault:
+        raise CatalogUnusable(f"the catalog's directory is damaged: {fault}; restore the data dir") from None
 
 
 def _setup_of(row: RunRow) -> Setup:

@@ -21,10 +21,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from ema_client.errors import InvalidRequest, Superseded
-from ema_client.protocol import RingInfo, RunConfig, RunInfo, SnapshotInfo, UpdateResult
+from ema_client.protocol import RingInfo, RunConfig, RunInfo, ShardInfo, SnapshotInfo, UpdateResult
 from ema_service.averaging import prepare_for
 from ema_service.memory import Arena, Layout, Memory, Staged
 from ema_service.metrics import Pulse
@@ -190,7 +190,8 @@ class Run:
 
     ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
     changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made. ring: tells of the run's
-    ring, where it has one. measurements: told of each update that was applied; None where nothing is measured.
+    ring, where it has one. shard: which shard of a run on several hosts the run is. measurements: told of each update
+    that was applied; None where nothing is measured.
     """
 
     def __init__(
@@ -204,10 +205,10 @@ class Run:
         writer: int = 0,
         setup: Setup | None = None,
         measurements: Measurements | None = None,
-        alone: bool = True,
+        shard: ShardInfo | None = None,
     ) -> None:
-        """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger. alone:
-        whether the run decides by itself; False of a shard."""
+        """config: of the run as it was created. writer, setup: of a run that was there before, see Ledger. shard: which
+        one the run is; None where the run decides alone."""
         self.layout = layout
         if memory.on_host:
             prepare_for(section.param_dtype for section in layout.sections)
@@ -220,7 +221,7 @@ class Run:
         self._shadows = Shadows(layout, memory, check=config.non_finite == "refuse")
         self._keeper = keeper
         self._measurements = measurements
-        self._alone = alone
+        self.shard = shard
         self._lock = threading.Lock()
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -250,7 +251,10 @@ class Run:
     def info(self) -> RunInfo:
         """What is told of the run (RunInfo), as it stands."""
         told = describe(self.layout, self.ledger, self._shadows, self._keeper, self.links, self.created_at)
-        return replace(told, ring=self.ring()) if self.ring else told
+        more: dict[str, Any] = {"shard": self.shard} if self.shard else {}
+        if self.ring:
+            more["ring"] = self.ring()
+        return replace(told, **more) if more else told
 
     def pulse(self) -> Pulse:
         """What metrics tell of the run, as it stands."""
@@ -575,7 +579,8 @@ class Run:
         """
         with self._lock:
             self.ledger.check_exists()
-            self._settle(Write(forget, partial(self._put_away, replaced=replaced)))
+            forget()  # of a shard, too: that the run goes was decided before, for all of them
+            self._put_away(replaced=replaced)
         self.changes.tell()
 
     def _put_away(self, *, replaced: bool) -> None:
@@ -606,14 +611,18 @@ class Run:
         """
         if write is None:
             return False
-        if not self._alone:
+        self.check_alone()
+        write.keep()
+        write.put()
+        return True
+
+    def check_alone(self) -> None:
+        """Raises InvalidRequest where the run is a shard."""
+        if self.shard:
             raise InvalidRequest(
                 f"run {self.config.run!r} is here as one shard of several, which decide together",
                 hint="write to the run and not to a shard",
             )
-        write.keep()
-        write.put()
-        return True
 
     def moving_to(self, state: State, place: Place | None, then: Callable[[], None] = _nothing) -> Write:
         """The write that makes ``state`` the run's. place: where the state was written. then: what follows, before

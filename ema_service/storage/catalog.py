@@ -38,7 +38,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 #: Version of the tables below, and of the files that the rows speak of.
-FORMAT = 10
+FORMAT = 11
 
 #: Most lines of a timeline: a trainer that takes a snapshot every minute shall not fill the disk with lines.
 TIMELINE_LINES = 1000
@@ -60,10 +60,20 @@ CREATE TABLE checkpoints (
     folder TEXT NOT NULL, state TEXT NOT NULL, synced INTEGER NOT NULL, created_at REAL NOT NULL, revision INTEGER);
 CREATE UNIQUE INDEX checkpoint_of_slot ON checkpoints (run_id, folder, ifnull(revision, 0));
 """
-_SHARDS = """
+#: As format 10 had it.
+_SHARDS_10 = """
 CREATE TABLE shards (
     run_id INTEGER PRIMARY KEY REFERENCES runs(id) ON DELETE CASCADE,
     place INTEGER NOT NULL, of INTEGER NOT NULL, record TEXT NOT NULL);
+"""
+_BIRTHS = """
+ALTER TABLE shards ADD COLUMN birth INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE shards ADD COLUMN whole TEXT NOT NULL DEFAULT '';
+"""
+_SHARDS = _SHARDS_10 + _BIRTHS
+_DIRECTORY = """
+CREATE TABLE directory (
+    one INTEGER PRIMARY KEY CHECK (one = 1), place INTEGER NOT NULL, of INTEGER NOT NULL, record TEXT NOT NULL);
 """
 _RING = """
 CREATE TABLE IF NOT EXISTS ring (
@@ -113,6 +123,7 @@ CREATE TABLE snapshots (
 {_SWEEPS}
 {_OBJECTS}
 {_SHARDS}
+{_DIRECTORY}
 """
 #: By format, the SQL that makes the next format. Format 1 had one checkpoint for each run, written and synced as a
 #: whole. Format 2 had no copied tensors: its servers would average them, so they must refuse a newer catalog. Format 3
@@ -120,7 +131,8 @@ CREATE TABLE snapshots (
 #: take their rows for slots that are gone. Format 5 had no ring, and the averages of a run's creation for good: its
 #: servers would find others in the run's versions. Format 6 had lines without kinds, in a table that is gone. Format 7
 #: had no sweeps. Format 8 had no object store: its servers would take snapshots that lie there for damaged. Format 9
-#: had no shards: its servers would take a version that a shard has only voted for as the run's.
+#: had no shards: its servers would take a version that a shard has only voted for as the run's. Format 10 had no
+#: directory: its servers would take a run that the hosts of a cluster have only voted for as there.
 _MIGRATIONS = {
     1: f"""
 ALTER TABLE checkpoints RENAME TO checkpoints_1;
@@ -153,8 +165,9 @@ ALTER TABLE checkpoints RENAME TO checkpoints_9;
 {_CHECKPOINTS}
 INSERT INTO checkpoints SELECT id, run_id, folder, state, synced, created_at, NULL FROM checkpoints_9;
 DROP TABLE checkpoints_9;
-{_SHARDS}
+{_SHARDS_10}
 """,
+    10: _BIRTHS + _DIRECTORY,
 }
 
 
@@ -203,12 +216,16 @@ class CheckpointRow:
 
 @dataclass(frozen=True, slots=True)
 class ShardRow:
-    """Which shard of a run on several hosts a run here is. place: from 0, of so many. record: JSON, what the shard has
-    promised, voted for and committed; empty before the first."""
+    """Which shard of a run on several hosts a run here is, or of the hosts' directory. place: from 0, of so many.
+    record: JSON, what the shard has promised, voted for and committed; empty before the first. birth: the revision of
+    the directory that the run came with; the run counts once the directory's record has come to that revision. whole:
+    JSON, the configuration of the whole run, which only Catalog.whole() reads."""
 
     place: int
     of: int
     record: str = ""
+    birth: int = 0
+    whole: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +328,7 @@ class Catalog:
             cursor = db.execute("INSERT INTO runs (name, config, created_at, writer) VALUES (?, ?, ?, ?)", values)
             row = RunRow(cursor.lastrowid or 0, *values)
             if shard:
-                db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", (row.id, *astuple(shard)))
+                db.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?)", (row.id, *astuple(shard)))
         return row
 
     def remove_run(self, run_id: int) -> None:
@@ -376,8 +393,28 @@ class Catalog:
 
     def shard(self, run_id: int) -> ShardRow | None:
         """Which shard a run is; None where it is none."""
-        rows = self._read("SELECT place, of, record FROM shards WHERE run_id = ?", run_id)
+        rows = self._read("SELECT place, of, record, birth FROM shards WHERE run_id = ?", run_id)
         return ShardRow(*rows[0]) if rows else None
+
+    def whole(self, run_id: int) -> str:
+        """The configuration of the whole run that a shard is of; empty where the run is none, or was made alone."""
+        rows = self._read("SELECT whole FROM shards WHERE run_id = ?", run_id)
+        return str(rows[0][0]) if rows else ""
+
+    def directory(self) -> ShardRow | None:
+        """What this host has of the directory of a cluster's runs; None where the server is no host."""
+        rows = self._read("SELECT place, of, record FROM directory")
+        return ShardRow(*rows[0]) if rows else None
+
+    def open_directory(self, place: int, of: int) -> None:
+        """Be one host of a cluster, from now on."""
+        self._write("INSERT INTO directory VALUES (1, ?, ?, '')", place, of)
+
+    def keep_directory(self, record: str, gone: int | None) -> None:
+        """Replace the directory's record. gone: the id of a run that there is no more, by the record."""
+        with self._transaction() as db:
+            db.execute("UPDATE directory SET record = ?", (record,))
+            db.execute("DELETE FROM runs WHERE id = ?", (gone,))
 
     def keep_record(self, run_id: int, record: str, upto: int, *, durable: bool) -> None:
         """Replace a shard's record. upto: the last revision that the record speaks of; rows beyond it go, in the same

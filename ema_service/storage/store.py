@@ -177,6 +177,41 @@ class Store:
         sync_folder(self._runs)
         return row
 
+    def be_host(self, place: tuple[int, int] | None) -> None:
+        """Be the data dir of a host of a cluster, the how manieth of how many; None: of a server that decides alone.
+
+        Raises CatalogUnusable where this is the data dir of another, sqlite3.Error.
+        """
+        found = self._catalog.directory()
+        if place is None and found:
+            raise CatalogUnusable(
+                f"{self._folder} belongs to host {found.place} of {found.of} of a cluster: start its server with "
+                f"--shard {found.place}/{found.of}, or use another --data-dir"
+            )
+        if place is None or (found and (found.place, found.of) == place):
+            return
+        if found:
+            raise CatalogUnusable(
+                f"{self._folder} belongs to host {found.place} of {found.of}, not {place[0]} of {place[1]}: give "
+                f"--shard {found.place}/{found.of}, or use another --data-dir"
+            )
+        if self._catalog.runs():
+            raise CatalogUnusable(
+                f"{self._folder} has runs of a server that was no host of a cluster: use another --data-dir with "
+                "--shard"
+            )
+        self._catalog.open_directory(*place)
+
+    def directory(self) -> ShardRow | None:
+        """What this host has of the directory of its cluster's runs; None where the server is no host. Raises
+        sqlite3.Error."""
+        return self._catalog.directory()
+
+    def keep_directory(self, record: str, gone: RunRow | None = None) -> None:
+        """Replace the directory's record. gone: a run that there is no more, by the record; remove_files() then.
+        Raises sqlite3.Error, and then both are as they were."""
+        self._catalog.keep_directory(record, gone.id if gone else None)
+
     def remove_run(self, row: RunRow) -> None:
         """Remove a run: its row first, so that a crash in between leaves files without a row, never a row without
         files."""
@@ -310,6 +345,10 @@ class Store:
     def shard(self, row: RunRow) -> ShardRow | None:
         """Which shard of a run on several hosts a run is; None where it is none. Raises sqlite3.Error."""
         return self._catalog.shard(row.id)
+
+    def whole(self, row: RunRow) -> str:
+        """The configuration of the whole run that a shard is of; empty where the run is none. Raises sqlite3.Error."""
+        return self._catalog.whole(row.id)
 
     def keep_record(self, row: RunRow, record: str, upto: int, *, durable: bool) -> None:
         """Replace a shard's record; rows of versions beyond revision ``upto`` go with the one before. Raises

@@ -22,21 +22,23 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
-# cli -> api -> dashboard -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a part may use
-# what stands to its right, and shadows and bodies, memory and storage do without each other. cluster cuts layouts and
-# decides for a run on several hosts, above runs; nothing uses it yet. settings, metrics, threads, machine_memory,
-# descriptors, logs, addresses, address_file, readiness, sizes, tokens, values and tensors are leaves.
+# cli -> api -> {cluster, dashboard} -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a
+# part may use what stands to its right, and shadows and bodies, memory and storage do without each other. settings,
+# metrics, threads, machine_memory, descriptors, logs, addresses, address_file, readiness, sizes, tether, tokens, values
+# and tensors are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
-    *("readiness", "sizes", "tokens", "values", "tensors"),
+    *("readiness", "sizes", "tether", "tokens", "values", "tensors"),
 }
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"api", "persistence", "storage", "demo", "bench"} | LEAVES,
-    "api": {"dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
+    "cli": {"api", "cluster", "cluster_cli", "persistence", "storage", "demo", "bench"} | LEAVES,
+    "cluster_cli": {"cluster"} | LEAVES,
+    "api": {"cluster", "dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"}
+    | LEAVES,
     "dashboard": set(),
-    "cluster": {"runs", "persistence", "memory"},
+    "cluster": {"runs", "persistence", "memory", "storage", "averaging"} | LEAVES,
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "shadows": {"memory", "averaging"} | LEAVES,
@@ -54,6 +56,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "address_file": set(),
     "readiness": set(),
     "sizes": set(),
+    "tether": set(),
     "tokens": set(),
     "values": {"tensors"},
     "tensors": {"threads", "values"},
@@ -67,8 +70,11 @@ TRANSFER = "ema_service.api.transfer"
 #: Who decides, for a run and for the shards of a run: pure, with every module of ours that is run.
 LEDGER = "ema_service.runs.ledger"
 PURE = (LEDGER, "ema_service.cluster.decisions")
-#: The program that decides for a run on several hosts: an application of its own.
+#: The program that decides for a run on several hosts, an application of its own; and all that are such programs.
 COORDINATOR = "ema_service.cluster.coordinator"
+CLUSTER_PROGRAMS = (COORDINATOR, "ema_service.cluster.problems", "ema_service.cluster.gateway.*")
+#: Who asks over HTTP: the client, a host of a cluster its coordinators, and a gateway its hosts.
+HTTPX = ("ema_client.http.control", "ema_service.cluster.asking", "ema_service.cluster.gateway.*")
 #: What the ledger may need beyond the standard library: schedules are numbers.
 LEDGER_THIRD_PARTY = {"numpy"}
 #: What of the standard library a decision has no business with.
@@ -296,9 +302,9 @@ def client_torch(module: Module) -> Iterator[str]:
 
 
 def one_httpx(module: Module) -> Iterator[str]:
-    if module.name != "ema_client.http.control":
+    if not _fits(module.name, HTTPX):
         yield from (
-            f"line {i.line}: {i.root} belongs to ema_client.http.control"
+            f"line {i.line}: {i.root} belongs to {' and '.join(HTTPX)}"
             for i in module.imports
             if i.root in ("httpx", "httpx2")
         )
@@ -320,16 +326,17 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def fastapi_in_its_place(module: Module) -> Iterator[str]:
-    if (module.package == "ema_service" and module.part in {"api", "dashboard"}) or module.name == COORDINATOR:
+    programs = _fits(module.name, CLUSTER_PROGRAMS)
+    if (module.package == "ema_service" and module.part in {"api", "dashboard"}) or programs:
         return
     for imported in module.imports:
         if imported.root in {"fastapi", "starlette"}:
-            yield f"line {imported.line}: {imported.root} belongs under api/ and dashboard/, and in {COORDINATOR}"
+            yield f"line {imported.line}: {imported.root} belongs under api/ and dashboard/, and in {CLUSTER_PROGRAMS}"
 
 
 def coordinator_is_a_program(module: Module) -> Iterator[str]:
     """Who talks to a coordinator, or decides as one does, loads no web framework."""
-    if module.name != COORDINATOR:
+    if module.name != "ema_service.cluster_cli" and not _fits(module.name, CLUSTER_PROGRAMS):
         for imported in module.imports:
             if imported.target == COORDINATOR:
                 yield f"line {imported.line}: {module.name} must not import {imported.target}"

@@ -27,6 +27,7 @@ BUILT = {
     "GET /v1/runs",
     "GET /v1/runs/{run}",
     "GET /v1/runs/{run}/layout",
+    "GET /v1/runs/{run}/config",
     "PATCH /v1/runs/{run}",
     "DELETE /v1/runs/{run}",
     "POST /v1/runs/{run}/reset-num-updates",

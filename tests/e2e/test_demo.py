@@ -69,7 +69,7 @@ class Demo:
 
     def child(self, module: str) -> int:
         """Pid of the child that runs ``module``."""
-        return next(pid for pid, command in self.processes().items() if f"demo.tether {module}" in command)
+        return next(pid for pid, command in self.processes().items() if f"tether {module}" in command)
 
     def wait_for(self, text: str) -> None:
         wait_until(lambda: text in self.output or self.parent.poll() is not None, f"the demo to print {text!r}")

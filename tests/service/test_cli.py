@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from ema_service.addresses import announced, host_of
 from ema_service.cli import app
+from ema_service.storage import Store
 
 if TYPE_CHECKING:
     from tests.conftest import ServerProcess
@@ -155,3 +156,66 @@ def test_sizes_that_are_none(size: str) -> None:
 def test_sizes_with_units() -> None:
     """1KiB of memory is understood, and is too little."""
     assert_one_line(serve("--memory", "--memory-limit", "1KiB"), "1024 bytes of memory")
+
+
+# --- a host of a cluster --------------------------------------------------------------------------------------------
+
+MEMBER = ("--shard=0/3", "--coordinator=http://127.0.0.1:1", "--cluster-token-file")
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text("a-token-of-the-tests\n")
+    return path
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+def test_flags_of_a_host_come_together(left_out: int, token_file: Path) -> None:
+    """Of place, coordinators and the token's file none is given without the others; the error names what is missing."""
+    flags = ["--shard=0/3", "--coordinator=http://127.0.0.1:1", f"--cluster-token-file={token_file}"]
+    missing = flags.pop(left_out).partition("=")[0]
+    ended = serve(*flags)
+    assert (ended.exit_code, missing in ended.stderr) == (2, True), ended.stderr
+    alone = serve("--cluster-address=http://h:1")
+    assert (alone.exit_code, "--shard" in alone.stderr) == (2, True), alone.stderr
+
+
+@pytest.mark.parametrize("shard", ["3/3", "0", "-1/3", "0/0", "a/b", "00/3"])
+def test_places_that_are_none(shard: str, token_file: Path) -> None:
+    """Which of how many hosts is written as 0/3."""
+    ended = serve(f"--shard={shard}", MEMBER[1], f"{MEMBER[2]}={token_file}")
+    assert (ended.exit_code, "0/3" in ended.stderr) == (2, True), ended.stderr
+
+
+def test_host_keeps_runs_on_disk(token_file: Path) -> None:
+    """A host with --memory would forget what it voted for."""
+    ended = serve(*MEMBER[:2], f"{MEMBER[2]}={token_file}", "--memory")
+    assert (ended.exit_code, "--memory" in ended.stderr) == (2, True), ended.stderr
+
+
+def test_members_that_cannot_be(tmp_path: Path, token_file: Path) -> None:
+    """A token file that is not there, or whose token is none and is not told, and a coordinator's address that is none
+    are refused in one line."""
+    assert_one_line(serve(*MEMBER[:2], f"{MEMBER[2]}={tmp_path / 'nothing'}"), "nothing")
+    assert_one_line(serve(MEMBER[0], "--coordinator=https://h:1", f"{MEMBER[2]}={token_file}"), "http://HOST:PORT")
+    for content in (b"too short", b"a token that has spaces in it", b"\xff" * 20):
+        token_file.write_bytes(content)
+        ended = serve(*MEMBER[:2], f"{MEMBER[2]}={token_file}")
+        assert_one_line(ended, str(token_file))
+        assert content.decode(errors="replace") not in ended.stderr
+
+
+def test_data_dir_of_another_host(tmp_path: Path, token_file: Path) -> None:
+    """A host's data dir is no other host's, and none of a server that decides alone; nor the other way round."""
+    folder = tmp_path / "data"
+    store = Store(folder)
+    store.be_host((1, 3))
+    store.close()
+    member = (MEMBER[1], f"{MEMBER[2]}={token_file}", f"--data-dir={folder}")
+    assert_one_line(serve("--shard=0/3", *member), "host 1 of 3", "--shard 1/3")
+    assert_one_line(serve(f"--data-dir={folder}"), "host 1 of 3", "--shard 1/3")
+    other = Store(tmp_path / "other")
+    other.add_run("r", "{}", 1.5)
+    other.close()
+    assert_one_line(serve("--shard=0/3", *member[:2], f"--data-dir={tmp_path / 'other'}"), "another --data-dir")

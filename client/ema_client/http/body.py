@@ -5,8 +5,9 @@ Knows: memory, and how much of it one call to the kernel should take. Does not k
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ema_client.http.digests import HASHED_AT_ONCE, Digest
@@ -43,6 +44,7 @@ class Body:
     canonical order: such a body may go in stretches. None for any other body.
     moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
     number since its beginning.
+    key: the same in all tries: hosts that have some of the body from an earlier try know the rest for the same push.
     """
 
     length: int
@@ -51,6 +53,7 @@ class Body:
     digest: Callable[[], Digest] | None = None
     data: Callable[[], Sequence[memoryview]] | None = None
     moved: Callable[[int], None] = _nothing
+    key: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
     def patience(self) -> float:

@@ -20,7 +20,7 @@ from ema_client.http.body import Body
 from ema_client.http.connection import Connection
 from ema_client.http.place import Place
 from ema_client.http.pool import Pool
-from ema_client.protocol import HEADER_SEGMENT
+from ema_client.protocol import HEADER_PUSH, HEADER_SEGMENT
 
 if TYPE_CHECKING:
     from ema_client.http.memfd import SharedBody
@@ -55,6 +55,7 @@ class Uploads:
 
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         """PUT a body, by shared memory where that is possible. The answer may be a refusal."""
+        headers = {**headers, HEADER_PUSH: body.key}
         shared = body.shared
         if shared is not None and self.shares(body):
             answer = self._hand_over(path, headers, shared, body.patience)

@@ -25,7 +25,7 @@ from ema_client.errors import (
 from ema_client.protocol import NAME_PATTERN, RunInfo
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS, takes_json
-from ema_service.api.routes.parameters import Key, RunName, Server
+from ema_service.api.routes.parameters import ALONE, Key, RunName, Server
 from ema_service.api.schemas import CHANGE_BYTES, AverageConfigBody
 
 __all__ = ["router"]
@@ -39,6 +39,7 @@ _ERRORS = (RunNotFound, RunDegraded, InvalidRequest, StorageFailed, Superseded)
 
 @router.post(
     "",
+    dependencies=[ALONE],
     status_code=201,
     summary="Add an average",
     openapi_extra=takes_json(CHANGE_BYTES),
@@ -62,6 +63,7 @@ async def add_average(
 
 @router.delete(
     "/{name}",
+    dependencies=[ALONE],
     status_code=204,
     summary="Remove an average",
     responses=problem_responses(*_ERRORS, AverageNotFound, LastAverage),

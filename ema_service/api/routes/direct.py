@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
-from ema_client.protocol import HEADER_WRITER, MAX_STEP, NAME_PATTERN, UpdateResult
+from ema_client.protocol import HEADER_PUSH, HEADER_WRITER, MAX_STEP, NAME_PATTERN, UpdateResult
 from ema_service.api.answers import json_bytes
 from ema_service.api.context import Context
 
@@ -25,6 +25,8 @@ __all__ = ["DirectUpdates"]
 _PATH = re.compile(rf"/v1/runs/(?P<run>{NAME_PATTERN.strip('^$')})/updates/(?P<step>0|[1-9][0-9]{{0,18}})\Z", re.ASCII)
 _WRITER = re.compile(rb"[1-9][0-9]{0,17}\Z")
 _WRITER_HEADER = HEADER_WRITER.lower().encode()
+#: To a host of a cluster, whose push waits for others anyway.
+_PUSH_HEADER = HEADER_PUSH.lower().encode()
 
 Push = Callable[[str, int, Request, Context, int | None], Awaitable[UpdateResult]]
 
@@ -46,6 +48,8 @@ class DirectUpdates(BaseRoute):
         if not found or int(found["step"]) > MAX_STEP:
             return Match.NONE, {}
         numbers = [value for name, value in scope["headers"] if name == _WRITER_HEADER]
+        if any(name == _PUSH_HEADER for name, _ in scope["headers"]):
+            return Match.NONE, {}
         if len(numbers) > 1 or not all(map(_WRITER.match, numbers)):
             return Match.NONE, {}
         writer = int(numbers[0]) if numbers else None

@@ -10,7 +10,7 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ema_client.errors import Stopping, StorageFailed
+from ema_client.errors import Overloaded, Stopping, StorageFailed
 from ema_client.protocol import ServerInfo
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
@@ -29,10 +29,13 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get(
-    "/readyz", summary="Does the server take all requests?", responses=problem_responses(StorageFailed, Stopping)
+    "/readyz",
+    summary="Does the server take all requests?",
+    responses=problem_responses(Overloaded, StorageFailed, Stopping),
 )
 async def readyz(server: Server) -> dict[str, str]:
-    """200 while the server takes whatever is asked for; 503 while its disk is full, or once it was told to stop.
+    """200 while the server takes whatever is asked for; 503 while its disk is full, or once it was told to stop; on a
+    host of a cluster also while it hears no coordinator.
 
     On a full disk new runs and snapshots are refused, and updates go on. Before every run of the data dir has been
     brought back the server accepts no connection.

@@ -11,15 +11,18 @@ from typing import Annotated
 from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator
 
-from ema_client.protocol import HEADER_KEY, HEADER_WRITER, KEY_PATTERN, MAX_STEP, NAME_PATTERN
+from ema_client.errors import InvalidRequest
+from ema_client.protocol import HEADER_KEY, HEADER_PUSH, HEADER_WRITER, KEY_PATTERN, MAX_STEP, NAME_PATTERN
 from ema_service.api.context import Context
 
 __all__ = [
+    "ALONE",
     "DECIMAL",
     "CreatedAt",
     "Decimal",
     "Key",
     "Number",
+    "PushKey",
     "Replaces",
     "RunName",
     "Server",
@@ -37,6 +40,16 @@ DECIMAL = re.compile(r"([0-9]{1,18}(\.[0-9]{0,24})?|\.[0-9]{1,24})([eE][+-]?[0-9
 async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
+
+
+async def _decides_alone(request: Request) -> None:
+    """Raises InvalidRequest on a host of a cluster, for what the hosts cannot do together yet."""
+    if request.app.state.context.host:
+        raise InvalidRequest(
+            "this server is one host of a cluster, whose hosts cannot do this together yet",
+            hint="of runs on several hosts there are creation, initial weights, updates, decay, reset of the counter, "
+            "trainers that attach, reads, and deletion",
+        )
 
 
 def _plain_number(value: object) -> object:
@@ -61,6 +74,8 @@ def _plain_decimal(value: object) -> object:
 Number = Annotated[int, BeforeValidator(_plain_number)]
 Decimal = Annotated[float, BeforeValidator(_plain_decimal)]
 
+#: Among the dependencies of a route: the server decides alone.
+ALONE = Depends(_decides_alone)
 Server = Annotated[Context, Depends(_context)]
 RunName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the run", examples=["cogview3-base"])]
 SnapshotName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the snapshot", examples=["epoch-10"])]
@@ -71,6 +86,14 @@ WriterNumber = Annotated[
 Key = Annotated[
     str | None,
     Header(alias=HEADER_KEY, pattern=KEY_PATTERN, description="The same in all tries of one call: it is applied once"),
+]
+PushKey = Annotated[
+    str | None,
+    Header(
+        alias=HEADER_PUSH,
+        pattern=KEY_PATTERN,
+        description="To one host of a cluster: the same for all hosts' slices of one push, and in all tries",
+    ),
 ]
 CreatedAt = Annotated[
     Decimal | None, Query(description="Only the one that was created at that time, and none made since in its place")

@@ -49,7 +49,7 @@ from ema_service.api.answers import CONDITION, is_known, json_answer, not_modifi
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS, takes_json
-from ema_service.api.routes.parameters import CreatedAt, Key, Number, RunName, Server
+from ema_service.api.routes.parameters import ALONE, CreatedAt, Key, Number, RunName, Server
 from ema_service.api.schemas import (
     CHANGE_BYTES,
     CONFIG_BYTES,
@@ -59,6 +59,7 @@ from ema_service.api.schemas import (
     json_body,
 )
 from ema_service.averaging import BLOCK_BYTES
+from ema_service.cluster.messages import Adjustment
 from ema_service.runs import Run
 from ema_service.runs.registry import MAX_RUNS
 
@@ -100,8 +101,11 @@ async def create_run(request: Request, response: Response, server: Server) -> Ru
     """
     config = await server.workers.block(partial(_read_config, await request.body()))
     access_of(request).check("push", config.run)
-    async with server.turn(config.run, "creation"):
-        run, created = await server.workers.block(partial(server.registry.create, config))
+    if server.host:
+        run, created = await server.host.create(config)
+    else:
+        async with server.turn(config.run, "creation"):
+            run, created = await server.workers.block(partial(server.registry.create, config))
     response.status_code = 201 if created else 200
     return run.info()
 
@@ -173,7 +177,8 @@ async def show_layout(run: RunName, server: Server) -> Response:
     """Names, shapes and dtypes of the tensors of an update, and which of them are copied."""
     found = server.registry.get(run)
     # Not by FastAPI, on the event loop, as in create_run().
-    raw = await server.workers.block(partial(_layout_json, found, server.settings.max_lanes))
+    lanes = server.settings.max_lanes if server.host is None else 1
+    raw = await server.workers.block(partial(_layout_json, found, lanes))
     return Response(raw, media_type="application/json")
 
 
@@ -183,6 +188,18 @@ def _layout_json(run: Run, lanes: int) -> bytes:
     if layout.divisible and lanes > 1:
         told = replace(told, block_bytes=BLOCK_BYTES, lanes=lanes)
     return json.dumps(to_json(told)).encode()
+
+
+@router.get(
+    "/{run}/config",
+    summary="Show a run's configuration",
+    response_model=RunConfig,
+    responses=problem_responses(RunNotFound, InvalidRequest, StorageFailed),
+)
+async def show_config(run: RunName, server: Server) -> Response:
+    """With which the run was created; of a run on several hosts, that of the whole run."""
+    raw = await server.workers.block(lambda: json.dumps(to_json(server.registry.whole(run))).encode())
+    return Response(raw, media_type="application/json")
 
 
 @router.patch(
@@ -202,6 +219,8 @@ def _layout_json(run: Run, lanes: int) -> bytes:
 )
 async def change_run(run: RunName, body: RunPatchBody, server: Server, key: Key = None) -> RunInfo:
     """Change the decay of one average from the next update on. The change is kept in the run's timeline."""
+    if server.host:
+        return await server.host.adjust(run, Adjustment("decay", body.decay, body.average), key)
     changed = await server.steer(run, partial(server.registry.set_decay, run, body.decay, body.average, key))
     return changed.info()
 
@@ -213,6 +232,8 @@ async def change_run(run: RunName, body: RunPatchBody, server: Server, key: Key 
 )
 async def reset_num_updates(run: RunName, server: Server, key: Key = None) -> RunInfo:
     """Set num_updates to 0; where use_num_updates is off, it stays -1."""
+    if server.host:
+        return await server.host.adjust(run, Adjustment("reset"), key)
     return (await server.steer(run, partial(server.registry.reset_num_updates, run, key))).info()
 
 
@@ -228,6 +249,8 @@ async def attach_writer(run: RunName, server: Server, key: Key = None) -> Writer
     From now on pushes with an earlier number, and without a number, are refused: a trainer that was replaced cannot
     push.
     """
+    if server.host:
+        return await server.host.attach(run, key)
     return await server.steer(run, partial(server.registry.attach, run, key))
 
 
@@ -244,13 +267,14 @@ async def detach_writer(
     """The trainer with this number sends no more updates: nobody need wait for them (``ended_at``).
 
     Nothing is refused for that. The next trainer that attaches, and the next update, take it back; the number of a
-    trainer that was replaced changes nothing.
+    trainer that was replaced changes nothing. A host of a cluster notes it for itself alone: send it to each.
     """
     return (await server.steer(run, partial(server.registry.detach, run, writer))).info()
 
 
 @router.post(
     "/{run}/rewind",
+    dependencies=[ALONE],
     summary="Go back to a snapshot",
     openapi_extra=takes_json(CHANGE_BYTES),
     responses=problem_responses(
@@ -302,4 +326,7 @@ async def rewind_run(
 )
 async def delete_run(run: RunName, server: Server, created_at: CreatedAt = None) -> None:
     """Delete the run with its weights and all its snapshots. There is no way back."""
-    await server.file(run, partial(server.registry.delete, run, created_at))
+    if server.host:
+        await server.host.delete(run, created_at)
+    else:
+        await server.file(run, partial(server.registry.delete, run, created_at))

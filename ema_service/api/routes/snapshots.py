@@ -29,7 +29,7 @@ from ema_client.errors import (
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
-from ema_service.api.routes.parameters import CreatedAt, Key, Number, RunName, Server, SnapshotName
+from ema_service.api.routes.parameters import ALONE, CreatedAt, Key, Number, RunName, Server, SnapshotName
 from ema_service.api.synthesis import AskedFor, work_out
 
 __all__ = ["router"]
@@ -39,6 +39,7 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
 
 @router.put(
     "/{name}",
+    dependencies=[ALONE],
     status_code=201,
     summary="Take a snapshot",
     responses={
@@ -117,6 +118,7 @@ async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> Sna
 
 @router.delete(
     "/{name}",
+    dependencies=[ALONE],
     status_code=204,
     summary="Delete a snapshot",
     responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest, StorageFailed),

@@ -8,8 +8,10 @@ Knows that order and the answers. Does not know bytes, or whether an update coun
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from functools import partial
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -40,6 +42,7 @@ from ema_client.protocol import (
     DIGEST_FOLLOWS,
     HEADER_DIGEST,
     HEADER_LAYOUT,
+    HEADER_PUSH,
     HEADER_SEGMENT,
     MAX_PARTS,
     MAX_STEP,
@@ -53,10 +56,24 @@ from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
 from ema_service.api.pushes import PartialPush, Push, StretchPush
 from ema_service.api.routes.direct import DirectUpdates
-from ema_service.api.routes.parameters import CreatedAt, Number, Replaces, RunName, Server, Step, WriterNumber
+from ema_service.api.routes.parameters import (
+    ALONE,
+    CreatedAt,
+    Number,
+    PushKey,
+    Replaces,
+    RunName,
+    Server,
+    Step,
+    WriterNumber,
+)
 from ema_service.runs import Run, Terms
 from ema_service.runs.parts import Outcome
 from ema_service.runs.stretches import check_bounds
+
+if TYPE_CHECKING:
+    from ema_service.cluster.host import Host
+    from ema_service.cluster.shard_run import ShardRun
 
 __all__ = ["DIRECT", "router"]
 
@@ -152,9 +169,13 @@ async def put_weights(
     created_at: CreatedAt = None,
     replaces: Replaces = None,
     writer: WriterNumber = None,
+    push_key: PushKey = None,
 ) -> RunInfo:
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
     found = server.registry.get(run, created_at)
+    if server.host:
+        _check_key(push_key, replaces)
+        return await _put_first_slice(request, server, server.host, found, push_key or "", num_updates, step)
     if replaces is not None:
         _check_anew(num_updates, step)
         found.ledger.admit_anew(writer)
@@ -176,13 +197,21 @@ async def put_weights(
     responses=problem_responses(*_BODY_ERRORS, AwaitingWeights, Fenced, StaleStep, StepConflict, Superseded),
 )
 async def put_update(
-    run: RunName, step: Step, request: Request, server: Server, writer: WriterNumber = None
+    run: RunName,
+    step: Step,
+    request: Request,
+    server: Server,
+    writer: WriterNumber = None,
+    push_key: PushKey = None,
 ) -> UpdateResult:
     """Apply the parameters as of ``step``, exactly once and all or nothing.
 
     The same bytes at the run's latest step again answer ``applied: false``; other bytes at that step are a conflict.
     """
     found = server.registry.get(run)
+    if server.host:
+        _check_key(push_key)
+        return await _put_slice(request, server, server.host, found, step, writer, push_key or "")
     found.ledger.admit(step, writer)
     async with Push(request, server, found, averages=len(found.config.averages)) as push:
         update = await server.allocate(found, partial(found.begin, step, push.staged, writer))
@@ -198,6 +227,7 @@ DIRECT = DirectUpdates("/v1/runs/{run}/updates/{step}", put_update)
 
 @router.put(
     "/weights/parts/{part}",
+    dependencies=[ALONE],
     summary="Give one part of the initial weights",
     response_model=RunInfo,
     openapi_extra=_PART_BODY,
@@ -238,6 +268,7 @@ async def put_weights_part(
 
 @router.put(
     "/updates/{step}/parts/{part}",
+    dependencies=[ALONE],
     summary="Push one part of an update",
     response_model=UpdateResult,
     openapi_extra=_PART_BODY,
@@ -272,6 +303,7 @@ async def put_update_part(
 
 @router.put(
     "/updates/{step}/stretches/{start}-{stop}",
+    dependencies=[ALONE],
     summary="Push one stretch of an update",
     response_model=UpdateResult,
     openapi_extra=_STRETCH_BODY,
@@ -342,6 +374,58 @@ def _check_anew(num_updates: int | None, step: int | None) -> None:
     """Raises InvalidRequest where initial weights given anew would bring a counter or a step of their own."""
     if num_updates is not None or step is not None:
         raise InvalidRequest("num_updates or step is given with replaces: counter and step stay those of the run")
+
+
+def _check_key(push_key: str | None, replaces: str | None = None) -> None:
+    """Raises InvalidRequest for a push that this host, which has a slice of the run, cannot take."""
+    if replaces is not None:
+        raise InvalidRequest("replaces: hosts of a cluster cannot give initial weights anew together yet")
+    if push_key is None:
+        raise InvalidRequest(
+            f"{HEADER_PUSH}: this host has one shard of the run, and a slice comes with the key of its push",
+            hint="send whole pushes to the cluster's gateway, or each host its slice under one key",
+        )
+
+
+@contextlib.asynccontextmanager
+async def _refusing(server: Context, shard: ShardRun, step: int | None, key: str) -> AsyncIterator[None]:
+    """Within the block a slice is received; where it will never be right the other hosts need not wait for it."""
+    try:
+        yield
+    except EmaError as fault:
+        if not fault.retryable:
+            await server.workers.block(partial(shard.refuse, step, key, fault))
+        raise
+
+
+async def _put_slice(
+    request: Request, server: Context, host: Host, run: Run, step: int, writer: int | None, key: str
+) -> UpdateResult:
+    """Receive this host's slice of an update and vote for it; the answer is that of all hosts."""
+    shard = host.shard(run)
+    async with _refusing(server, shard, step, key):
+        run.ledger.admit(step, writer)
+        async with Push(request, server, run, averages=len(run.config.averages)) as push:
+            update = await server.allocate(run, partial(run.begin, step, push.staged, writer))
+            await push.receive(update.preparation)
+            decision = await push.decide(server.metrics.timed(partial(shard.push, update, key)))
+    # Without the staging, which other pushes may need while a host is away.
+    result = await host.decided(decision)
+    server.metrics.updates.labels("applied" if result.applied else "repeated").inc()
+    return result
+
+
+async def _put_first_slice(
+    request: Request, server: Context, host: Host, run: Run, key: str, num_updates: int | None, step: int | None
+) -> RunInfo:
+    """As _put_slice(), of the initial weights."""
+    shard = host.shard(run)
+    with run.links.begun():
+        async with _refusing(server, shard, None, key), Push(request, server, run) as push:
+            first = await server.allocate(run, partial(run.begin_first, push.staged))
+            await push.receive(first.preparation)
+            decision = await push.decide(partial(shard.initialise, first, key, num_updates=num_updates, step=step))
+        return await host.decided(decision)
 
 
 def _staged(status: UpdateStatus) -> JSONResponse:

@@ -61,7 +61,7 @@ from ema_service.api.answers import CONDITION, is_known
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_response, problem_responses
 from ema_service.api.reading import Reading
-from ema_service.api.routes.parameters import Decimal, Number, RunName, Server, SnapshotName
+from ema_service.api.routes.parameters import CreatedAt, Decimal, Number, RunName, Server, SnapshotName
 from ema_service.api.synthesis import Asked, AskedFor, stored, work_out
 from ema_service.api.transfer.connection import on_lost
 from ema_service.api.transfer.pouring import pour
@@ -215,6 +215,7 @@ async def get_weights(
     soup: Annotated[
         str | None, Query(description="Of snapshots, NAME:WEIGHT,NAME:WEIGHT: their sum. The weights sum to 1")
     ] = None,
+    created_at: CreatedAt = None,
     *,
     asked: AskedFor,
 ) -> Response:
@@ -231,7 +232,7 @@ async def get_weights(
         if min_step is not None:
             raise InvalidRequest("soup: snapshots are of the past, and no step is waited for: leave min_step out")
         return await _get_soup(run, _weights_of(soup), request, server, average, dtype, prefix)
-    found = server.registry.get(run)
+    found = server.registry.get(run, created_at)
     if min_step is not None:
         await _reach(server, request, found, min_step, wait)
     reading = server.readings.find(found, _pinned(request))

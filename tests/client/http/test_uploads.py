@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ema_client.errors import ConnectionLost, LayoutMismatch
+from ema_client.errors import ConnectionLost, EmaError, LayoutMismatch
 from ema_client.http import connection, uploads
 from ema_client.http.body import Body
 from ema_client.http.connection import Timeouts
@@ -195,3 +195,21 @@ def test_large_body_to_this_host_goes_without_a_digest(
     one.upload("/x", large)
 
     assert seen == [True, False]
+
+
+def test_all_tries_of_a_push_have_one_key(scripted: Scripted, transport: Callable[..., Transport]) -> None:
+    """Hosts that have some of it know the rest for the same push; another push has another key."""
+    seen = []
+
+    def script(peer: Any) -> None:
+        while request := peer.request():
+            seen.append(request.headers["ema-push"])
+            peer.body(request.length)
+            peer.answer(503 if len(seen) == 1 else 200, {})
+
+    one, body = transport(scripted(script).url), body_of(b"x")
+    with contextlib.suppress(EmaError):
+        one.upload_once("/x", body)
+    one.upload_once("/x", body)
+    one.upload_once("/x", body_of(b"x"))
+    assert seen[0] == seen[1] != seen[2]

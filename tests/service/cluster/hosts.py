@@ -42,11 +42,11 @@ class Hosts:
     """
 
     def __init__(
-        self, folder: Path, shards: int = 2, *, program: str = "holding.py", words: Sequence[str] = ()
+        self, folder: Path, shards: int = 2, *, program: str = "holding.py", words: Sequence[str] = (), talk: str = RUN
     ) -> None:
-        """program: that a shard runs. words: the last of its arguments."""
+        """program: that a shard runs. words: the last of its arguments. talk: the name of the talk about the run."""
         self.folder = folder
-        self._program, self._words = program, words
+        self._program, self._words, self._talk = program, words, talk
         self.shards = shards
         self.acknowledged: set[str] = set()
         self._started: list[Forked] = []
@@ -84,6 +84,10 @@ class Hosts:
         """End the coordinator that was started last."""
         self._coordinator.kill()
         self._coordinator.wait(_SECONDS)
+
+    def coordinator_is_gone(self) -> bool:
+        """Whether the coordinator that was started last has ended."""
+        return self._coordinator.poll() is not None
 
     def end(self) -> None:
         """End all that runs."""
@@ -142,7 +146,7 @@ class Hosts:
         """Ask for a change, again at each failure, and return what became of it."""
         while True:
             try:
-                answer = self.ask("POST", f"/v1/runs/{RUN}/changes", content=encode(Change(key, change)))
+                answer = self.ask("POST", f"/v1/runs/{self._talk}/changes", content=encode(Change(key, change)))
             except httpx.TransportError:
                 continue
             if answer.status_code == 200:

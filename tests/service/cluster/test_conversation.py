@@ -178,7 +178,7 @@ def test_end_tells_all_that_wait() -> None:
     """A coordinator that ends lets nobody listen, and nobody wait."""
 
     async def test() -> None:
-        talks = Conversations("c")
+        talks = Conversations(lambda: "c")
         talk, one = talks.arrive("r", arrival(0))
         waiting = asyncio.create_task(talk.change(Change("k", "decay 0.5"), 5))
         await asyncio.sleep(0)
@@ -196,7 +196,7 @@ def test_larger_term_deposes() -> None:
     """One report of a larger term, about any run, and the coordinator is to end."""
 
     async def test() -> None:
-        talks = Conversations("c")
+        talks = Conversations(lambda: "c")
         for place in range(2):
             talks.arrive("r", arrival(place))
         talks.arrive("other", arrival(0, 1))
@@ -213,7 +213,7 @@ def test_who_does_not_fit_is_refused() -> None:
     """A shard that believes in another number of shards, or has no place among them, changes nothing."""
 
     async def test() -> None:
-        talks = Conversations("c")
+        talks = Conversations(lambda: "c")
         with pytest.raises(InvalidRequest, match="shard 2 of 2: places are counted from 0"):
             talks.arrive("r", arrival(2))
         with pytest.raises(RunNotFound):
@@ -227,5 +227,27 @@ def test_who_does_not_fit_is_refused() -> None:
         with pytest.raises(InvalidRequest, match="has shards 0 to 1"):
             talk.hear(Report(2, Record()))
         assert [seat.address for seat in talk.seats()] == ["http://host-0", None]
+
+    run(test)
+
+
+def test_talk_that_nobody_hears_is_forgotten() -> None:
+    """A coordinator forgets a talk that nobody listened to for a minute, and begins anew, as another, when a shard
+    comes; one that anybody listens to it keeps."""
+
+    async def test() -> None:
+        names = iter("abc")
+        talks = Conversations(lambda: next(names))
+        gone, left = talks.arrive("r@1", arrival(0))
+        kept, _ = talks.arrive("s@2", arrival(0))
+        gone.leave(0, left)
+        for _ in range(60):
+            talks.ask_again()
+            assert talks.find("r@1") is gone
+        talks.ask_again()
+        with pytest.raises(RunNotFound):
+            talks.find("r@1")
+        assert talks.find("s@2") is kept
+        assert talks.arrive("r@1", arrival(0))[0] is not gone
 
     run(test)

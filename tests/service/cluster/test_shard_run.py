@@ -37,11 +37,23 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig, RunConfig
-from ema_service.cluster import Adjustment, Answer, Ask, Proposal, Record, Report, ShardRun, Ticket, decode, encode
+from ema_service.cluster import (
+    Adjustment,
+    Answer,
+    Ask,
+    Proposal,
+    Record,
+    Refusal,
+    Report,
+    ShardRun,
+    Ticket,
+    decode,
+    encode,
+)
 from ema_service.cluster.reasons import error_of
 from ema_service.persistence import ShardMemoryVersions
 from ema_service.persistence.releasing import release
-from ema_service.runs import Parameters, Write
+from ema_service.runs import Parameters, Run, Write
 from ema_service.storage import ShardRow, open_store
 from ema_service.storage.catalog import Catalog
 from tests.service.cluster.town import POINTS, Town, result, slices
@@ -303,6 +315,7 @@ def test_changes(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> No
             if restarted:
                 host.restart()
             assert host.local.run.ledger.writer == 1
+            assert host.local.run.ledger.next_writer("k3") == 1, "the call that comes again gives the same number"
             with pytest.raises(Fenced):
                 here.send(3, "old", host.place)
     agree(here)
@@ -354,6 +367,37 @@ def test_change_that_is_not_kept_comes_again(town: MakeTown, monkeypatch: pytest
     assert shard.record.vote is None
     assert here.change("k", change).committed
     assert {host.local.version.averages[0].decay for host in here.hosts} == {0.25}
+
+
+def test_defect_is_answered(town: MakeTown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the program fails at a change, whoever asked for the change learns so: it would wait for ever."""
+    here = town(2)
+    shard = here.hosts[0].shard
+    assert shard
+
+    def failing(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Run, "prepare_amended", failing)
+    with ThreadPoolExecutor(1) as threads:
+        monkeypatch.setattr(shard, "_changes", threads)
+        shard.propose(Proposal(Ticket(shard.record.revision, None, "k"), encode(Adjustment("reset"))))
+    _, refusal = here.queue[-1]
+    assert isinstance(refusal, Refusal)
+    fault = error_of(refusal.reason)
+    assert (fault.code, "ZeroDivisionError" in fault.detail) == ("internal", True)
+
+
+def test_waiting_for_a_change(town: MakeTown) -> None:
+    """Whoever expects a change has the answer once it is made here; who stops waiting is not told."""
+    here = town(2, decay=0.9)
+    shard, run = here.hosts[0].shard, here.hosts[0].local.run
+    assert shard
+    with shard.expecting("k1", lambda: run.info().decay) as waiting, shard.expecting("k2", run.info) as other:
+        here.change("k1", Adjustment("decay", 0.25))
+        assert (waiting.result(0), other.done()) == (0.25, False)
+    here.change("k2", Adjustment("decay", 0.5))
+    assert not other.done()
 
 
 @KEPT

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ema_service.cluster import Adjustment, encode
+from ema_service.cluster.messages import talk_of
 from tests.service.cluster.hosts import Hosts
 from tests.service.cluster.processes.holding import RUN
 from tests.service.cluster.processes.sharding import DECAY
@@ -39,7 +40,7 @@ def kept(request: pytest.FixtureRequest, ram_dir: Path) -> Path | None:
 
 @pytest.fixture
 def hosts(tmp_path: Path, kept: Path | None) -> Iterator[Hosts]:
-    started = Hosts(tmp_path, program="sharding.py", words=[str(kept or "")])
+    started = Hosts(tmp_path, program="sharding.py", words=[str(kept or "")], talk=talk_of(RUN, 0))
     yield started
     started.end()
 

@@ -180,6 +180,7 @@ def test_newer_format_is_refused(path: Path) -> None:
 
 
 WITHOUT_SHARDS = """
+DROP TABLE directory;
 DROP TABLE shards;
 DROP TABLE checkpoints;
 CREATE TABLE checkpoints (
@@ -341,6 +342,49 @@ def test_shards_come_with_format_10(path: Path) -> None:
     assert catalog.checkpoints(run.id) == [again, kept[0]]
     assert again.id > kept[0].id
     assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
+    catalog.close()
+
+
+def test_directory_comes_with_format_11(path: Path) -> None:
+    """A catalog of format 10 keeps its shards, and belongs to no host."""
+    catalog = Catalog(path)
+    run = catalog.add_run("r", "{}", 1.5, shard=ShardRow(1, 3, "{1}"))
+    catalog.close()
+    database = sqlite3.connect(path)
+    database.executescript(
+        """
+        DROP TABLE directory;
+        ALTER TABLE shards DROP COLUMN birth;
+        ALTER TABLE shards DROP COLUMN whole;
+        PRAGMA user_version = 10"""
+    )
+    database.close()
+
+    catalog = Catalog(path)
+    assert catalog.shard(run.id) == ShardRow(1, 3, "{1}")
+    assert (catalog.whole(run.id), catalog.directory()) == ("", None)
+    assert catalog._read("PRAGMA user_version") == [(FORMAT,)]
+    catalog.close()
+
+
+# --- the directory of a cluster's runs -----------------------------------------------------------------------------
+
+
+def test_directory_and_a_deletion_are_one_transaction(path: Path) -> None:
+    """The directory's record is replaced and a run goes, or neither; a shard comes with its birth and the whole run's
+    configuration."""
+    catalog = Catalog(path)
+    catalog.open_directory(1, 3)
+    assert catalog.directory() == ShardRow(1, 3)
+    kept, gone = (catalog.add_run(name, "{}", 1.5, shard=ShardRow(1, 3, "", 4, "{w}")) for name in "ab")
+    assert catalog.shard(kept.id) == ShardRow(1, 3, "", 4)
+    assert catalog.whole(kept.id) == "{w}"
+    catalog.keep_directory("{2}", gone.id)
+    assert (catalog.runs(), catalog.directory()) == ([kept], ShardRow(1, 3, "{2}"))
+    catalog._db.execute("CREATE TRIGGER t BEFORE DELETE ON runs BEGIN SELECT RAISE(ABORT, 'no'); END")
+    with pytest.raises(sqlite3.IntegrityError):
+        catalog.keep_directory("{3}", kept.id)
+    assert (catalog.runs(), catalog.directory()) == ([kept], ShardRow(1, 3, "{2}"))
     catalog.close()
 
 

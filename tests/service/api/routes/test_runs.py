@@ -61,6 +61,7 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "copied": 0,
         "refused": None,
         "ended_at": None,
+        "shard": None,
         "non_finite": "refuse",
         "averages": [LITEMA],
         "tensors": 3,

@@ -51,6 +51,14 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # --- what comes -----------------------------------------------------------------------------------------------------
 
 
+def test_weights_of_a_run_of_another_time(run: PlainRun) -> None:
+    """Are not those that were asked for, though the name is the same."""
+    created_at = run.info()["created_at"]
+    assert run.pull(created_at=created_at).status_code == 200
+    answer = run.pull(created_at=created_at - 1)
+    assert (answer.status_code, answer.json()["code"]) == (404, "run_not_found")
+
+
 def test_weights_say_what_they_are(run: PlainRun) -> None:
     """Headers and the file's metadata say run, average, version, step, counter and decay, and agree."""
     for average, decay in (("slow", "0.9999"), ("fast", "0.5")):

@@ -1,0 +1,429 @@
+"""The gateway as a program: the application, with a server's routes for whole runs, and the process that serves it.
+
+    GET  /v1/runs, /v1/runs/{run}, .../layout      the shards' answers, as of one run
+    GET  /v1/runs/{run}/weights                    the hosts' data, put together while it is sent
+    PUT  /v1/runs/{run}/weights, .../updates/{n}   cut into the hosts' slices while it comes in
+    POST, PATCH, DELETE                            handed to one host, which has all hosts do it or none
+
+What a run on several hosts cannot do is refused by name. Nothing is kept, on no disk: gateways are started and ended at
+will, and any number may serve one cluster.
+
+Knows the routes. Does not know how bodies are cut and put together (pushes, pulls), or who decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, TypeVar, cast
+
+import httpx2
+import uvicorn
+from fastapi import FastAPI, Path, Request
+from fastapi.responses import JSONResponse, Response
+
+from ema_client.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    Overloaded,
+    RouteNotFound,
+    RunNotFound,
+    SegmentUnusable,
+    Superseded,
+)
+from ema_client.protocol import (
+    API,
+    DIGEST_FOLLOWS,
+    HEADER_DIGEST,
+    HEADER_PUSH,
+    HEADER_SEGMENT,
+    NAME_PATTERN,
+    RunInfo,
+    RunLayout,
+    RunList,
+    ServerInfo,
+    UpdateResult,
+    UpdateStatus,
+    layout_path,
+    reset_path,
+    run_path,
+    runs_path,
+    server_path,
+    to_json,
+    update_path,
+    weights_path,
+    writer_path,
+    writers_path,
+)
+from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, passed_on
+from ema_service.cluster.gateway.pulls import send_weights
+from ema_service.cluster.gateway.pushes import Slice, Splitting
+from ema_service.cluster.gateway.whole import (
+    Apart,
+    layout_of,
+    map_of,
+    whole_info,
+    whole_result,
+    whole_server,
+    whole_status,
+)
+from ema_service.cluster.layout_map import LayoutMap
+from ema_service.cluster.problems import answer_with_problems
+
+__all__ = ["create_gateway", "serve"]
+
+T = TypeVar("T")
+RunName = Annotated[str, Path(pattern=NAME_PATTERN)]
+
+#: Most bytes of a request that is no push: a layout of 200,000 tensors takes about 20 MB.
+_CONTROL_BYTES = 32 << 20
+#: Seconds for which hosts are asked again that are not at the same place, and the pause between: a decision reaches the
+#: last host some milliseconds after the first, and a second later where a message was lost.
+_APART_SECONDS, _APART_PAUSE = 3.0, 0.02
+#: Seconds that a host may work before it answers a write: a decision takes 30 at the most.
+_DECISION_SECONDS = 90.0
+#: Seconds for the answer to a slice: the hosts whose slices come first wait for the last.
+_PUSH_SECONDS = 3600.0
+#: Runs whose layouts are remembered.
+_MOST_LAYOUTS = 256
+#: Every path of a run beside those served here, and what is said of it.
+_NOT_OFFERED = {
+    "averages": "averages are those that the run was made with",
+    "snapshots": "no snapshots yet",
+    "rewind": "no going back yet",
+    "events": "no events yet; GET /v1/runs/{run} tells how the run stands",
+    "history": "no history yet",
+    "distances": "no history yet",
+    "timeline": "no timeline yet",
+    "profiles": "no averages of other lengths yet",
+    "sweep": "no averages of other lengths yet",
+    "sweeps": "no averages of other lengths yet",
+    "parts": "an update comes as one body",
+    "stretches": "an update comes as one body, over one connection",
+}
+
+
+def create_gateway(hosts: Hosts) -> FastAPI:
+    """The application of one gateway. hosts: closed with it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await hosts.close()
+
+    app = FastAPI(title="ema-service gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    answer_with_problems(app, "a gateway")
+    gateway = _Gateway(hosts)
+    run, step = f"{API}/runs/{{run}}", "/updates/{step:int}"
+    for method, path, answer in (
+        ("GET", "/healthz", gateway.alive),
+        ("GET", "/readyz", gateway.ready),
+        ("GET", server_path(), gateway.server),
+        ("GET", runs_path(), gateway.runs),
+        ("POST", runs_path(), gateway.create),
+        ("GET", run, gateway.run),
+        ("PATCH", run, gateway.change),
+        ("DELETE", run, gateway.delete),
+        ("GET", f"{run}/layout", gateway.layout),
+        ("POST", f"{run}/reset-num-updates", gateway.reset),
+        ("GET", f"{run}/config", gateway.config),
+        ("POST", f"{run}/writers", gateway.attach),
+        ("DELETE", f"{run}/writers/{{writer:int}}", gateway.detach),
+        ("GET", f"{run}/weights", gateway.weights),
+        ("HEAD", f"{run}/weights", gateway.weights),
+        ("PUT", f"{run}/weights", gateway.initialise),
+        ("GET", run + step, gateway.status),
+        ("PUT", run + step, gateway.push),
+    ):
+        app.add_api_route(path, answer, methods=[method], response_model=None)
+    app.add_api_route(f"{run}/{{rest:path}}", _refuse, methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH"])
+    return app
+
+
+async def _refuse(request: Request) -> Response:
+    """Raises InvalidRequest for what a run on several hosts cannot do."""
+    words = str(request.path_params["rest"]).split("/")
+    told = next((_NOT_OFFERED[word] for word in words if word in _NOT_OFFERED), None)
+    if told is None:
+        raise RouteNotFound(f"a gateway has no route {request.url.path}")
+    raise InvalidRequest(
+        f"{request.method} {request.url.path} is not possible for a run on several hosts: {told}",
+        hint="the README says under 'When one host is too small' what is",
+    )
+
+
+@dataclass
+class _Gateway:
+    """The answers of one gateway, a method a route.
+
+    More than twenty methods: one for each route of a server that a gateway has, and what several of them do.
+    """
+
+    hosts: Hosts
+    #: run -> when it was created, and the hosts' shares of its tensors.
+    _maps: dict[str, tuple[float, LayoutMap]] = field(default_factory=dict)
+
+    # --- the gateway itself -----------------------------------------------------------------------------------------
+
+    async def alive(self) -> Response:
+        """200 as long as the event loop turns."""
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while every host takes all requests."""
+        await self.hosts.each(lambda host: self.hosts.send(host, "GET", "/readyz", passed_on(request.headers)))
+        return JSONResponse({"status": "ready", "hosts": len(await self.hosts.all())})
+
+    async def server(self, request: Request) -> Response:
+        """What the hosts are together."""
+        return _json(whole_server(await self._each(request, server_path(), ServerInfo)))
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    async def runs(self, request: Request) -> Response:
+        """All runs that are on all hosts, with the query of one server."""
+        query = dict(request.query_params)
+        ask = partial(self._ask, request, runs_path(), RunList, params=query)
+        infos = [{each.run: each for each in told.runs} for told in await self.hosts.each(ask)]
+        names = [name for name in infos[0] if all(name in each for each in infos)]
+        found = []
+        for name in names:
+            try:
+                found.append(await self._whole([each[name] for each in infos], request))
+            except Apart:
+                found.append(await self._info(request, name))
+            except RunNotFound:
+                continue
+        return _json(RunList(tuple(found)))
+
+    async def create(self, request: Request) -> Response:
+        """Create a run on all hosts, or none."""
+        told = await self._hand_over(request, runs_path())
+        run = str(_object_of(told)["run"])
+        return _json(await self._info(request, run), told.status_code)
+
+    async def run(self, run: RunName, request: Request) -> Response:
+        """The whole run as it stands."""
+        return _json(await self._info(request, run))
+
+    async def layout(self, run: RunName, request: Request) -> Response:
+        """The tensors of the whole run."""
+        return _json(layout_of(run, await self._map(request, run)))
+
+    async def change(self, run: RunName, request: Request) -> Response:
+        """A decay changed on all hosts or none."""
+        await self._hand_over(request, run_path(run))
+        return _json(await self._info(request, run))
+
+    async def reset(self, run: RunName, request: Request) -> Response:
+        """The counters set to 0 on all hosts or none."""
+        await self._hand_over(request, reset_path(run))
+        return _json(await self._info(request, run))
+
+    async def attach(self, run: RunName, request: Request) -> Response:
+        """A trainer's number, the same on all hosts."""
+        told = await self._hand_over(request, writers_path(run))
+        return JSONResponse(_object_of(told), told.status_code)
+
+    async def detach(self, run: RunName, writer: int, request: Request) -> Response:
+        """The end of a training, which each host notes by itself."""
+        path, headers = writer_path(run, writer), passed_on(request.headers)
+        await self.hosts.each(lambda host: self.hosts.send(host, "DELETE", path, headers))
+        return _json(await self._info(request, run))
+
+    async def config(self, run: RunName, request: Request) -> Response:
+        """With which configuration the whole run was created: every host has it."""
+        host, *_ = await self.hosts.all()
+        told = await self.hosts.send(host, "GET", f"{run_path(run)}/config", passed_on(request.headers))
+        return Response(told.content, media_type="application/json")
+
+    async def delete(self, run: RunName, request: Request) -> Response:
+        """Delete the run on all hosts, or none."""
+        await self._hand_over(request, run_path(run))
+        return Response(status_code=204)
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    async def weights(self, run: RunName, request: Request) -> Response:
+        """The current weights of the whole run, of one version."""
+        return await send_weights(run, request, self.hosts)
+
+    async def initialise(self, run: RunName, request: Request) -> Response:
+        """Give the initial weights."""
+        await self._push(run, request, weights_path(run), RunInfo)
+        return _json(await self._info(request, run))
+
+    async def push(self, run: RunName, step: int, request: Request) -> Response:
+        """Apply one update on all hosts, or none."""
+        results = await self._push(run, request, update_path(run, step), UpdateResult)
+        return _json(_together(partial(whole_result, results)))
+
+    async def status(self, run: RunName, step: int, request: Request) -> Response:
+        """What is known of a step."""
+        return _json(whole_status(await self._each(request, update_path(run, step), UpdateStatus)))
+
+    async def _push(self, run: str, request: Request, path: str, kind: type[T]) -> list[T]:
+        """Send the hosts their slices of a body, and return what they answered."""
+        if HEADER_SEGMENT in request.headers:
+            raise SegmentUnusable("a gateway has no shared memory with its clients: the bytes go to other hosts")
+        headers = {HEADER_PUSH: secrets.token_hex(16), **passed_on(request.headers)}
+        hosts = await self.hosts.all()
+
+        async def send(part: Slice) -> T:
+            extra = {HEADER_DIGEST: DIGEST_FOLLOWS} if part.digested else {}
+            head = {**headers, **extra, "content-length": str(part.length), "content-type": "application/octet-stream"}
+            timeout = httpx2.Timeout(SILENCE, read=_PUSH_SECONDS)
+            query = dict(request.query_params)
+            host = hosts[part.place]
+            return await self.hosts.json(
+                host, "PUT", path, kind, head, content=part.body(), params=query, timeout=timeout
+            )
+
+        length = request.headers.get("content-length")
+        splitting = Splitting(
+            await self._map(request, run), send, int(length) if length else None, request.headers.get(HEADER_DIGEST)
+        )
+        return cast("list[T]", await splitting.run(request.stream()))
+
+    # --- hosts ------------------------------------------------------------------------------------------------------
+
+    async def _each(self, request: Request, path: str, kind: type[T]) -> list[T]:
+        """What each host answers to a GET."""
+        return await self.hosts.each(partial(self._ask, request, path, kind))
+
+    async def _ask(self, request: Request, path: str, kind: type[T], host: HostAddress, **more: Any) -> T:
+        return await self.hosts.json(host, "GET", path, kind, passed_on(request.headers), **more)
+
+    async def _hand_over(self, request: Request, path: str) -> httpx2.Response:
+        """What a host answers to a write that came, which all hosts make or none."""
+        content = await _body_of(request)
+        headers = passed_on(request.headers)
+        if kind := request.headers.get("content-type"):
+            headers["content-type"] = kind
+        host, *_ = await self.hosts.all()
+        return await self.hosts.send(
+            host,
+            request.method,
+            path,
+            headers,
+            content=content,
+            params=dict(request.query_params),
+            timeout=_DECISION_SECONDS,
+        )
+
+    async def _info(self, request: Request, run: str) -> RunInfo:
+        """The whole run, once all hosts are at one place. Raises Overloaded where they are not."""
+
+        async def ask() -> RunInfo:
+            return await self._whole(await self._each(request, run_path(run), RunInfo), request)
+
+        return await _agreed(ask)
+
+    async def _whole(self, infos: Sequence[RunInfo], request: Request) -> RunInfo:
+        """The whole run of which the hosts tell so. Raises Apart."""
+        return whole_info(infos, await self._map_of(infos[0], request))
+
+    async def _map(self, request: Request, run: str) -> LayoutMap:
+        """The hosts' shares of a run."""
+
+        async def ask() -> LayoutMap:
+            host, *_ = await self.hosts.all()
+            return await self._map_of(await self._ask(request, run_path(run), RunInfo, host), request)
+
+        return await _agreed(ask)
+
+    async def _map_of(self, told: RunInfo, request: Request) -> LayoutMap:
+        """The hosts' shares of the run that was created when one of them tells. Raises Apart."""
+        created_at, found = self._maps.get(told.run, (None, None))
+        if found is None or created_at != told.created_at:
+            found = await asyncio.to_thread(map_of, await self._each(request, layout_path(told.run), RunLayout))
+            while len(self._maps) >= _MOST_LAYOUTS:
+                del self._maps[next(iter(self._maps))]
+            self._maps[told.run] = told.created_at, found
+        return found
+
+
+async def _agreed(ask: Callable[[], Awaitable[T]]) -> T:
+    """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made on
+    all hosts. Raises Overloaded where that goes on."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + _APART_SECONDS
+    while True:
+        try:
+            return await ask()
+        except (Apart, Superseded) as fault:
+            if clock() > until:
+                raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
+        await asyncio.sleep(_APART_PAUSE)
+
+
+def _together(make: Callable[[], T]) -> T:
+    """What answers to one write make. Raises Overloaded where they are of several."""
+    try:
+        return make()
+    except Apart as fault:
+        raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
+
+
+def _json(body: Any, status: int = 200) -> JSONResponse:
+    return JSONResponse(to_json(body), status)
+
+
+def _object_of(answer: httpx2.Response) -> dict[str, Any]:
+    """The JSON object of a host's answer. Raises Overloaded."""
+    with contextlib.suppress(ValueError):
+        found = answer.json()
+        if isinstance(found, dict) and "run" in found:
+            return found
+    raise Overloaded(f"{answer.url} answered with what no ema-service says")
+
+
+async def _body_of(request: Request) -> bytes:
+    """The body of a request that is no push. Raises BodyTooLarge."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _CONTROL_BYTES:
+            raise BodyTooLarge(f"the body has more than {_CONTROL_BYTES} bytes")
+    return bytes(body)
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM. sock: from coordinator.listening_socket(). announce: called once connections are
+    accepted."""
+    config = uvicorn.Config(
+        create_gateway(hosts),
+        http="httptools",
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=20,
+    )
+    server = _Server(config, announce)
+    server.run([sock])
+
+
+class _Server(uvicorn.Server):
+    """A server that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._announce()

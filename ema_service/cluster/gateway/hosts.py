@@ -1,0 +1,262 @@
+"""The hosts of a cluster as a gateway reaches them: where each is, and requests to it.
+
+The coordinator has the map. A map that was told once is used on while the coordinator is away: reads need no decision.
+
+What a request says of its sender goes on to each host, which checks it as if the sender had come there: the token, and
+from which page and by which name a browser came. A gateway itself lets nobody in that a host would not.
+
+Knows HTTP, and which faults mean that a host is away. Does not know runs or routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import httpx2
+
+from ema_client.errors import (
+    PROBLEM_JSON,
+    EmaError,
+    Forbidden,
+    InternalError,
+    Overloaded,
+    ProtocolError,
+    RunDegraded,
+    Stopping,
+    StorageFailed,
+    Unauthorized,
+    error_from_problem,
+)
+from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, from_json, runs_path
+from ema_service.cluster.messages import DIRECTORY
+from ema_service.cluster.token import ClusterToken
+
+__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "passed_on"]
+
+T = TypeVar("T")
+
+#: Seconds for a connection to be there, for a coordinator to answer, and for anybody to say or take anything.
+_CONNECT, _MAP, SILENCE = 5.0, 2.0, 60.0
+#: Seconds after which the map is asked for again, although every host answered.
+_MAP_AGE = 2.0
+#: What of a request's head is a host's to judge.
+_PASSED = ("authorization", "host", "origin", "sec-fetch-site", HEADER_KEY, HEADER_PUSH, HEADER_WRITER)
+#: Errors that are about the host, not about the run or the request: the text then says which host.
+_OF_A_HOST = (InternalError, Overloaded, RunDegraded, Stopping, StorageFailed)
+
+
+class HostAddress(NamedTuple):
+    """One host. address: its URL, without a slash at the end."""
+
+    place: int
+    address: str
+
+    def __str__(self) -> str:
+        return f"host {self.place} ({self.address})"
+
+
+def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of a request's headers those that go on to the hosts."""
+    return {name: headers[name] for name in _PASSED if name in headers}
+
+
+class Hosts:
+    """The cluster's hosts. On one event loop; to be closed.
+
+    Requests raise the host's error as it stands, with the host's name where the error is the host's own; Overloaded
+    where a host does not answer.
+    """
+
+    def __init__(self, coordinators: Sequence[str], token: ClusterToken, *, guarded: bool = False) -> None:
+        """coordinators: their URLs, asked in turn. guarded: nobody is answered for a host that asks for no tokens."""
+        self._coordinators = tuple(coordinators)
+        self._token = token
+        self._guarded = guarded
+        timeout = httpx2.Timeout(SILENCE, connect=_CONNECT)
+        self._client = httpx2.AsyncClient(
+            timeout=timeout, limits=httpx2.Limits(max_connections=None), trust_env=False, follow_redirects=False
+        )
+        self._map: tuple[HostAddress, ...] = ()
+        self._told = float("-inf")
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def all(self) -> tuple[HostAddress, ...]:
+        """The hosts, by place. Raises Overloaded where not all are known; Forbidden where they are to ask for tokens,
+        and one does not."""
+        if time.monotonic() - self._told > _MAP_AGE:
+            try:
+                found = await self._asked_map()
+            except Overloaded:
+                if not self._map:
+                    raise
+            else:
+                if self._guarded and found != self._map:
+                    await all_of([self._check_guarded(host) for host in found])
+                self._map = found
+            self._told = time.monotonic()
+        return self._map
+
+    async def _check_guarded(self, host: HostAddress) -> None:
+        """Raises Forbidden where a host answers without a token."""
+        with contextlib.suppress(Unauthorized):
+            await self.send(host, "GET", runs_path(), {}, params={"limit": 1})
+            raise Forbidden(
+                f"{host} asks for no tokens, and this gateway can be reached by others: anyone could write every run",
+                hint="start the hosts with --token-file, or the gateway with --insecure-no-auth",
+            )
+
+    async def each(self, ask: Callable[[HostAddress], Awaitable[T]]) -> list[T]:
+        """What ``ask`` returns for each host, by place, asked at once. Raises the first error, once nobody is asked any
+        more; one that no retry would mend before others."""
+        return await all_of([ask(host) for host in await self.all()])
+
+    async def json(
+        self, host: HostAddress, method: str, path: str, kind: type[T], headers: Mapping[str, str], **more: Any
+    ) -> T:
+        """A host's answer to a request, as a dataclass of the protocol. more: as for send()."""
+        answer = await self.send(host, method, path, headers, **more)
+        try:
+            return from_json(kind, json.loads(answer.content))
+        except ValueError as fault:
+            raise Overloaded(f"{host} answered {path} with what no ema-service says: {fault}") from None
+
+    async def send(
+        self, host: HostAddress, method: str, path: str, headers: Mapping[str, str], **more: Any
+    ) -> httpx2.Response:
+        """A host's answer to a request, read whole. more: params, content, timeout, as httpx2 has them."""
+        async with self.open(host, method, path, headers, **more) as answer:
+            with self._faults(host):
+                await answer.aread()
+            return answer
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, host: HostAddress, method: str, path: str, headers: Mapping[str, str], **more: Any
+    ) -> AsyncIterator[httpx2.Response]:
+        """A host's answer to a request, whose body is yet to be read."""
+        given = {"accept-encoding": "identity", **headers}
+        request = self._client.build_request(method, host.address + path, headers=given, **more)
+        with self._faults(host):
+            answer = await self._client.send(request, stream=True)
+        try:
+            if answer.status_code >= 400:
+                with self._faults(host):
+                    raise _error_of(host, answer, await answer.aread())
+            yield answer
+        finally:
+            await answer.aclose()
+
+    async def chunks(self, host: HostAddress, answer: httpx2.Response) -> AsyncIterator[bytes]:
+        """The body of an answer that open() gave, as it comes."""
+        with self._faults(host):
+            async for chunk in answer.aiter_raw():
+                yield chunk
+
+    # --- the map ----------------------------------------------------------------------------------------------------
+
+    async def _asked_map(self) -> tuple[HostAddress, ...]:
+        """The map, from the first coordinator that has it. Raises Overloaded."""
+        faults = []
+        for url in self._coordinators:
+            try:
+                return _hosts_of(await self._ask_coordinator(url))
+            except (httpx2.HTTPError, ValueError) as fault:
+                faults.append(f"{url}: {type(fault).__name__}: {fault}")
+            except Overloaded as fault:
+                faults.append(f"{url}: {fault.detail}")
+        raise Overloaded(
+            f"where the hosts are is not known: {'; '.join(faults)}",
+            hint="is the coordinator up, and has every host been started?",
+            retry_after=1.0,
+        )
+
+    async def _ask_coordinator(self, url: str) -> Any:
+        """A coordinator's map as JSON. Raises HTTPError of httpx2, ValueError, Overloaded."""
+        path = f"{url.rstrip('/')}{API}/runs/{DIRECTORY}/shards"
+        answer = await self._client.get(path, headers={"Authorization": self._token.header}, timeout=_MAP)
+        if answer.status_code == 404:
+            raise Overloaded("no host has come to the coordinator yet")
+        if answer.status_code != 200:
+            raise ValueError(f"the coordinator answered {answer.status_code}: {answer.text[:200]}")
+        return answer.json()
+
+    @contextlib.contextmanager
+    def _faults(self, host: HostAddress) -> Iterator[None]:
+        """Turn a fault of httpx2 into an error that names the host, which may be elsewhere by now."""
+        try:
+            yield
+        except httpx2.HTTPError as fault:
+            self._told = float("-inf")
+            raise Overloaded(
+                f"{host} does not answer: {type(fault).__name__}",
+                hint="nothing is decided without every host: start it again, or wait until it is there",
+                retry_after=1.0,
+            ) from fault
+
+
+def _hosts_of(told: Any) -> tuple[HostAddress, ...]:
+    """The hosts in a coordinator's map. Raises Overloaded where one never came; ValueError for what is no map."""
+    try:
+        seats = {int(seat["place"]): seat["address"] for seat in told["shards"]}
+        away = [place for place in range(len(seats)) if not seats[place]]
+    except (KeyError, TypeError) as fault:
+        raise ValueError(f"no map: {type(fault).__name__}") from None
+    if away or not seats:
+        raise Overloaded(f"host {', '.join(map(str, away))} has not come to the coordinator yet")
+    return tuple(HostAddress(place, str(seats[place]).rstrip("/")) for place in range(len(seats)))
+
+
+def _error_of(host: HostAddress, answer: httpx2.Response, body: bytes) -> EmaError:
+    """The error that a host answered."""
+    with contextlib.suppress(ValueError):
+        told = json.loads(body)
+        if answer.headers.get("content-type", "").startswith(PROBLEM_JSON) and isinstance(told, dict):
+            error = error_from_problem(told, answer.status_code, retry_after=_seconds(answer))
+            if isinstance(error, _OF_A_HOST):
+                return type(error)(f"{host}: {error.detail}", hint=error.hint, retry_after=error.retry_after)
+            if not isinstance(error, ProtocolError):
+                return error
+    return Overloaded(f"{host} answered {answer.status_code}, and not as an ema-service does", retry_after=1.0)
+
+
+def _seconds(answer: httpx2.Response) -> float | None:
+    """What a host says of when to come again."""
+    try:
+        return float(answer.headers["retry-after"])
+    except (KeyError, ValueError):
+        return None
+
+
+async def all_of(asked: Sequence[Awaitable[T]]) -> list[T]:
+    """What all return, in order. Raises the first error, one that no retry would mend before others; at an error of the
+    latter kind the rest is given up."""
+    tasks = [asyncio.ensure_future(each) for each in asked]
+    try:
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
+            _check_final(done)
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_final(done: set[asyncio.Task[T]] | set[asyncio.Future[T]]) -> None:
+    """Raises an error of one of these that no retry would mend."""
+    for each in done:
+        fault = each.exception()
+        if fault is not None and not (isinstance(fault, EmaError) and fault.retryable):
+            try:
+                raise fault
+            finally:
+                del fault  # an error that knows its own frame is a cycle

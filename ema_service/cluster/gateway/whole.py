@@ -1,0 +1,136 @@
+"""What the hosts say of their shards, as one server would say it of the whole run.
+
+Pure. Knows the dataclasses of the protocol, layouts, and what must be the same on all hosts. Does not know HTTP, or
+when hosts are asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import TypeVar
+
+from ema_client.errors import EmaError
+from ema_client.protocol import RunInfo, RunLayout, ServerInfo, TensorSpec, UpdateResult, UpdateStatus
+from ema_service.cluster.layout_map import LayoutMap
+from ema_service.memory import Layout
+
+__all__ = ["Apart", "layout_of", "map_of", "whole_info", "whole_result", "whole_server", "whole_status"]
+
+T = TypeVar("T")
+
+#: Worst first.
+_STATUSES = ("degraded", "awaiting_weights", "ready")
+
+
+class Apart(Exception):
+    """The hosts are not at the same place at this moment: a decision is on its way to one of them. Ask again."""
+
+
+def map_of(layouts: Sequence[RunLayout]) -> LayoutMap:
+    """Which rows of the whole run each host has. layouts: the shards', by place. Raises Apart where these are no shards
+    of one layout: the run was made anew between two answers."""
+    specs: list[TensorSpec] = []
+    for _, group in groupby((spec for each in layouts for spec in each.layout), key=lambda spec: spec.name):
+        parts = list(group)
+        specs.append(parts[0] if len(parts) == 1 else _joined(parts))
+    try:
+        found = LayoutMap(Layout(specs, {name for each in layouts for name in each.copied}), len(layouts))
+    except EmaError as fault:
+        raise Apart(f"the hosts' tensors are no run: {fault.detail}") from None
+    if [shard.layout.digest for shard in found.shards] != [each.digest for each in layouts]:
+        raise Apart("the hosts' tensors are not cut from one run")
+    return found
+
+
+def _joined(parts: Sequence[TensorSpec]) -> TensorSpec:
+    """A tensor of which several hosts have rows. Raises Apart."""
+    first = parts[0]
+    if not all(part.shape and (part.shape[1:], part.dtype) == (first.shape[1:], first.dtype) for part in parts):
+        raise Apart(f"the rows of tensor {first.name!r} do not fit together")
+    return replace(first, shape=(sum(part.shape[0] for part in parts), *first.shape[1:]))
+
+
+def layout_of(run: str, shards: LayoutMap) -> RunLayout:
+    """The layout of the whole run, as a server tells it that takes an update over one connection."""
+    layout = shards.layout
+    specs = tuple(entry.spec for entry in layout.params)
+    return RunLayout(run, specs, layout.copied, layout.digest)
+
+
+def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:
+    """The whole run as it stands. Raises Apart."""
+    first = infos[0]
+    _check_same(((each.version, each.step, each.num_updates, each.averages) for each in infos), first.run)
+    worst = min(infos, key=lambda each: _STATUSES.index(each.status))
+    place = infos.index(worst)
+    return replace(
+        first,
+        status=worst.status,
+        reason=worst.reason and f"host {place}: {worst.reason}",
+        remedy=worst.remedy,
+        tensors=len(shards.layout),
+        copied=len(shards.layout.copied),
+        parameters=sum(each.parameters for each in infos),
+        bytes=sum(each.bytes for each in infos),
+        durable_step=_least(each.durable_step for each in infos),
+        checkpoint_step=_least(each.checkpoint_step for each in infos),
+        updated_at=max(each.updated_at for each in infos),
+        device=", ".join(dict.fromkeys(each.device for each in infos)),
+        shadow_dtype=shards.layout.shadow_dtype,
+        writer=max(each.writer for each in infos),
+        refused=next((each.refused for each in infos if each.refused), None),
+        shard=None,
+        link=f"a gateway to {len(infos)} hosts",
+    )
+
+
+def whole_result(results: Sequence[UpdateResult]) -> UpdateResult:
+    """What became of an update. Raises Apart."""
+    first = results[0]
+    _check_same(((each.step, each.num_updates, each.version) for each in results), f"step {first.step}")
+    # A host that had decided before the others answers a repeat of the slice: the update was applied all the same.
+    applied = any(each.applied for each in results)
+    return replace(first, applied=applied, durable_step=_least(each.durable_step for each in results))
+
+
+def whole_status(statuses: Sequence[UpdateStatus]) -> UpdateStatus:
+    """What is known of a step. Its digest is each slice's, so none is told."""
+    applied = all(each.state == "applied" for each in statuses)
+    return UpdateStatus(statuses[0].step, "applied" if applied else "unknown")
+
+
+def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:
+    """What the hosts are together; without a token, as each host says it, name and version alone."""
+    first = infos[0]
+    if not first.scopes:
+        return first
+    return replace(
+        first,
+        device=", ".join(dict.fromkeys(each.device or "" for each in infos)),
+        memory_bytes=_sum(each.memory_bytes for each in infos),
+        memory_limit_bytes=_sum(each.memory_limit_bytes for each in infos),
+        disk_free_bytes=_sum(each.disk_free_bytes for each in infos),
+        disk_total_bytes=_sum(each.disk_total_bytes for each in infos),
+        data_dir_bytes=_sum(each.data_dir_bytes for each in infos),
+    )
+
+
+def _check_same(values: Iterable[T], what: str) -> None:
+    """Raises Apart unless the values of all hosts are one."""
+    found = list(values)
+    if any(each != found[0] for each in found):
+        raise Apart(f"{what}: a decision is on its way to some of the hosts")
+
+
+def _least(steps: Iterable[int | None]) -> int | None:
+    """What the run has in the end is what each of its shards has."""
+    found = list(steps)
+    return None if None in found else min(step for step in found if step is not None)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """None where a host does not say."""
+    found = list(counts)
+    return None if None in found else sum(count for count in found if count is not None)

@@ -1,0 +1,237 @@
+"""A server as one host of a cluster: it has one shard of each run, and asks coordinators for whatever all must do.
+
+    PUT a slice          -> ShardRun       votes; the request waits for the verdict, without a thread
+    POST, PATCH, DELETE  -> Asking         a change, which coordinators bring to all hosts, this one among them
+
+The directory says which runs there are; each of them has a ShardRun here, and a talk of its own.
+
+Lives on the event loop, but for what the directory calls. Knows which talks a host has. Does not know what is decided
+(decisions), how a shard votes (shard_run), or HTTP's requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ema_client.errors import Overloaded, RunNotFound, Stopping
+from ema_client.protocol import RunConfig, RunInfo, Writer
+from ema_service.cluster.asking import Asking
+from ema_service.cluster.directory import Directory, creation_of, same_run, whole_config
+from ema_service.cluster.encoding import encode
+from ema_service.cluster.layout_map import LayoutMap
+from ema_service.cluster.messages import DIRECTORY, Adjustment, Answer, Arrival, Change, Deletion
+from ema_service.cluster.reasons import MADE_BEFORE, error_of
+from ema_service.cluster.shard_run import ShardRun
+from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.waiting import Waiting
+from ema_service.memory import Layout
+from ema_service.runs import Registry, Run
+from ema_service.storage import Store
+from ema_service.threads import Threads
+
+__all__ = ["Host", "Membership"]
+
+T = TypeVar("T")
+
+#: Seconds that nobody waits for the answer to a change: Asking has an end of its own before, which says more.
+_CHANGE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Which host of which cluster a server is.
+
+    place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs.
+    """
+
+    place: int
+    of: int
+    address: str
+    coordinators: tuple[str, ...]
+    token: ClusterToken
+
+
+class Host:
+    """One host of a cluster. Made on the event loop; start(), then close().
+
+    Raises, in its making, what Directory() and ShardRun() raise.
+    """
+
+    def __init__(self, registry: Registry, store: Store, membership: Membership) -> None:
+        self._registry = registry
+        self._membership = membership
+        self._asking = Asking(membership.coordinators, membership.token)
+        #: Threads that judge changes: of runs, for microseconds; of the directory, where memory is taken.
+        self._judging = Threads(1, "ema-judge")
+        self._making = Threads(1, "ema-make")
+        self._waiting = Waiting(lambda: self.linked)
+        self._shards: dict[str, ShardRun] = {}
+        self._directory = Directory(
+            registry,
+            store,
+            self._arrival(),
+            membership.coordinators,
+            membership.token,
+            self._making,
+            self._begin,
+            self._end,
+        )
+        for run in registry.runs():
+            self._shards[run.config.run] = self._shard_of(run)
+
+    @property
+    def linked(self) -> bool:
+        """Whether a coordinator is heard."""
+        return self._directory.reporting.linked
+
+    def start(self) -> None:
+        """Begin to look for coordinators."""
+        self._directory.reporting.start()
+        for shard in self._shards.values():
+            shard.reporting.start()
+
+    def stop_waiting(self) -> None:
+        """Have all who wait for other hosts be told that the server stops."""
+        self._waiting.stop()
+
+    async def close(self) -> None:
+        """End all talks. What has no verdict keeps its vote."""
+        self.stop_waiting()
+        await self._asking.close()
+        await asyncio.to_thread(self._close)
+
+    # --- slices -----------------------------------------------------------------------------------------------------
+
+    def shard(self, run: Run) -> ShardRun:
+        """What votes for a run's writes. Raises Overloaded where the run has just been made, RunNotFound."""
+        found = self._shards.get(run.config.run)
+        if found is None or not found.is_of(run):
+            raise Overloaded(f"run {run.config.run!r} is only just there, or just gone", retry_after=0.1)
+        return found
+
+    async def decided(self, answer: Future[T]) -> T:
+        """The answer to what this host has voted for, once all hosts have decided. Holds neither thread nor lock.
+
+        Raises what the future raises; Overloaded after some seconds; Stopping.
+        """
+        return await self._waiting.until(asyncio.wrap_future(answer), "the update was")
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    # key, wherever a method takes it: of the change, which is made once however often it comes; None draws one.
+
+    async def create(self, config: RunConfig) -> tuple[Run, bool]:
+        """The run of this configuration, on all hosts, and whether it is new.
+
+        Raises RunExists, InvalidRequest, what a host refuses it for, and as _ask().
+        """
+        config = await asyncio.to_thread(whole_config, config, self._membership.of)
+        if found := await asyncio.to_thread(same_run, self._registry, config):
+            return found, False
+        change = await asyncio.to_thread(creation_of, config, time.time())
+        made = await self._change_directory(encode(change))
+        found = await asyncio.to_thread(same_run, self._registry, config)
+        if found is None:
+            raise RunNotFound(f"run {config.run!r} was deleted meanwhile")
+        return found, made
+
+    async def delete(self, name: str, created_at: float | None) -> None:
+        """Delete a run on all hosts. Raises RunNotFound, and as _ask()."""
+        shard = self._registry.get(name, created_at).shard
+        if shard is None:
+            raise RunNotFound(f"run {name!r} is no run of the cluster")
+        await self._change_directory(encode(Deletion(name, shard.birth)))
+
+    async def adjust(self, name: str, change: Adjustment, key: str | None) -> RunInfo:
+        """Change a decay, or reset the counter, on all hosts. Raises as Run.amend(), and as _ask()."""
+        run = self._registry.get(name)
+        key = key or secrets.token_hex(16)
+
+        def info() -> RunInfo | None:
+            return run.info() if run.ledger.writable().made_by(key) else None
+
+        return await self._made(run, change, key, info)
+
+    async def attach(self, name: str, key: str | None) -> Writer:
+        """As Registry.attach(), on all hosts. Raises as that, and as _ask()."""
+        run = self._registry.get(name)
+        key = key or secrets.token_hex(16)
+
+        def number() -> int | None:
+            given = run.ledger.next_writer(key)
+            return given if given <= run.ledger.writer else None
+
+        found = await self._made(run, Adjustment("writer"), key, number)
+        return Writer(name, found)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    async def _made(self, run: Run, change: Adjustment, key: str, answer: Callable[[], T | None]) -> T:
+        """What ``answer`` gives once a change is made here: None before. Raises as _ask()."""
+        if (found := answer()) is not None:
+            return found
+        shard = self.shard(run)
+        with shard.expecting(key, answer) as here:
+            if await self._ask(shard.talk, key, encode(change)):
+                found = await self._waiting.until(asyncio.wrap_future(here), "the change was made, and")
+            else:
+                found = answer()
+        if found is None:
+            raise Overloaded("the change was made, and others after it: look at the run", retry_after=1.0)
+        return found
+
+    async def _change_directory(self, change: str) -> bool:
+        """Whether a change of the directory was made now, here too; False where it had been made. Raises as _ask()."""
+        key = secrets.token_hex(16)
+        with self._directory.expecting(key) as here:
+            made = await self._ask(DIRECTORY, key, change)
+            if made:
+                await self._waiting.until(asyncio.wrap_future(here), "the change was made, and")
+        return made
+
+    async def _ask(self, talk: str, key: str, change: str) -> bool:
+        """Whether a change was made now; False where it had been made.
+
+        Raises what a host refused the change for; Overloaded where nothing was decided in time; Stopping.
+        """
+        asked: asyncio.Future[Answer] = asyncio.ensure_future(self._asking.change(talk, Change(key, change)))
+        answer = await self._waiting.until(asked, "the change was", _CHANGE_SECONDS)
+        if answer.committed or answer.reason == MADE_BEFORE:
+            return answer.committed
+        raise error_of(answer.reason)
+
+    # --- runs come and go: called by the directory, on its threads --------------------------------------------------
+
+    def _begin(self, name: str) -> None:
+        run = self._registry.get(name)
+        self._shards[name] = shard = self._shard_of(run)
+        shard.reporting.start()
+
+    def _end(self, name: str) -> None:
+        if shard := self._shards.pop(name, None):
+            shard.close(RunNotFound(f"run {name!r} was deleted"))
+
+    def _shard_of(self, run: Run) -> ShardRun:
+        member, name = self._membership, run.config.run
+        whole = self._registry.whole(name)
+        part = LayoutMap(Layout(whole.layout, whole.copied), member.of).shards[member.place].shadows
+        arrival = self._arrival(part.start, part.stop)
+        versions = self._registry.shard(name)
+        return ShardRun(run, versions, arrival, member.coordinators, member.token, self._judging)
+
+    def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
+        return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)
+
+    def _close(self) -> None:
+        fault = Stopping("the server was told to stop", retry_after=1.0)
+        self._directory.reporting.close()
+        for shard in list(self._shards.values()):
+            shard.close(fault)
+        for threads in (self._making, self._judging):
+            threads.shutdown()

@@ -1,0 +1,358 @@
+"""A cluster on this machine, all of it processes, reached through its gateway: to our client it is a server,
+bit-identical to LitEma, whoever is killed meanwhile.
+
+Knows what a server promises. Does not know messages between the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ema_client import EmaClient, RemoteEma, Weights
+from ema_client.errors import EmaError, RunExists, RunNotFound
+from tests.conftest import LitEmaOracle
+from tests.service.cluster.launched import Launched, gone
+from tests.waiting import wait_until
+
+DECAY = 0.9
+Model = Callable[[int], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    """Three hosts, for tests that end nobody."""
+    folder = tmp_path_factory.mktemp("cluster")
+    found = Launched(folder / "all", "--local", "3").start()
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Make a cluster of one's own."""
+    made: list[Launched] = []
+
+    def make(*flags: str) -> Launched:
+        made.append(Launched(tmp_path / f"c{len(made)}", *flags).start())
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+def assert_is(client: EmaClient, run: str, oracle: LitEmaOracle) -> None:
+    """What is pulled is what LitEma has, bit for bit."""
+    found = client.pull(run)
+    assert found.keys() == oracle.shadow.keys()
+    for name, tensor in oracle.shadow.items():
+        assert torch.equal(found[name], tensor), name
+
+
+# --- our client ------------------------------------------------------------------------------------------------------
+
+
+def test_the_life_of_a_run(cluster: Launched, run_name: str, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Made, pushed to, changed, read, and deleted, through EmaClient as it is."""
+    oracle = litema(model(0), decay=DECAY)
+    with EmaClient(cluster.url) as client:
+        info = client.create_run(run_name, model(0), decay=DECAY)
+        assert (info.run, info.status, info.tensors) == (run_name, "ready", len(model(0)))
+        with pytest.raises(RunExists):
+            client.create_run(run_name, model(0), decay=DECAY)
+        for step in range(1, 4):
+            result = client.push(run_name, model(step), step=step)
+            oracle.update(model(step))
+            assert (result.applied, result.step, result.num_updates) == (True, step, step)
+            assert_is(client, run_name, oracle)
+        assert not client.push(run_name, model(3), step=3).applied
+        client.set_decay(run_name, 0.5)
+        oracle.decay = torch.tensor(0.5)
+        client.reset_num_updates(run_name)
+        oracle.num_updates = torch.tensor(0, dtype=torch.int)
+        client.push(run_name, model(4), step=4)
+        oracle.update(model(4))
+        assert_is(client, run_name, oracle)
+        with cluster.http() as http:
+            config = http.get(f"/v1/runs/{run_name}/config").raise_for_status().json()
+        assert len(config["layout"]) == len(model(0))
+        told = client.run(run_name)
+        assert (told.step, told.decay, told.num_updates) == (4, 0.5, 1)
+        assert run_name in [each.run for each in client.runs()]
+        client.delete_run(run_name)
+        with pytest.raises(RunNotFound):
+            client.run(run_name)
+
+
+def test_a_name_is_used_again(cluster: Launched, run_name: str) -> None:
+    """With other tensors: nothing of the earlier run is remembered."""
+    with EmaClient(cluster.url) as client:
+        for rows in (30, 7, 300):
+            tensors = {"w": torch.randn(rows, 5), "v": torch.randn(rows)}
+            client.create_run(run_name, tensors, decay=DECAY)
+            assert all(torch.equal(client.pull(run_name)[name], tensor) for name, tensor in tensors.items())
+            assert client.layout(run_name).layout[-1].shape == (rows, 5)
+            client.delete_run(run_name)
+
+
+def test_remote_ema(cluster: Launched, run_name: str, litema: type[LitEmaOracle]) -> None:
+    """The drop-in for LitEma trains, is read, swapped in and out, and goes on after a restart of its trainer."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(7, 13), nn.Linear(13, 5))
+    oracle = litema(dict(net.named_parameters()), decay=DECAY)
+
+    def train(ema: RemoteEma) -> None:
+        for _ in range(3):
+            with torch.no_grad():
+                for each in net.parameters():
+                    each.add_(torch.randn_like(each))
+            ema(net)
+            oracle.update({name: each.detach() for name, each in net.named_parameters()})
+        ema.flush()
+
+    def same(ema: RemoteEma) -> None:
+        kept = {name: each.detach().clone() for name, each in net.named_parameters()}
+        with ema.scope(net):
+            assert all(torch.equal(each, oracle.shadow[name]) for name, each in net.named_parameters())
+        assert all(torch.equal(each, kept[name]) for name, each in net.named_parameters())
+
+    with RemoteEma(net, DECAY, run=run_name, url=cluster.url) as ema:
+        train(ema)
+        same(ema)
+        assert int(ema.num_updates) == 3
+    with EmaClient(cluster.url) as client:
+        assert client.run(run_name).ended_at is not None
+    with RemoteEma(net, DECAY, run=run_name, url=cluster.url, resume=True) as ema:
+        train(ema)
+        same(ema)
+
+
+def test_a_trainer_that_was_replaced_is_fenced_off(cluster: Launched, run_name: str, model: Model) -> None:
+    """By one number on all hosts."""
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, model(0))
+        first, second = client.attach(run_name), client.attach(run_name)
+        assert first < second
+        client.push(run_name, model(1), step=1, writer=second)
+        with cluster.http() as http:
+            headers = {"Ema-Writer": str(first)}
+            answer = http.put(f"/v1/runs/{run_name}/updates/2", content=save(model(2)), headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (409, "fenced")
+
+
+def test_what_one_host_refuses_none_applies(cluster: Launched, run_name: str, model: Model) -> None:
+    """A NaN that only the last host sees leaves all as they were."""
+    with EmaClient(cluster.url) as client, cluster.http() as http:
+        client.create_run(run_name, model(0))
+        body = http.get(f"/v1/runs/{run_name}/weights").content
+        for name in model(1):
+            bad = {**model(1), name: torch.full_like(model(1)[name], float("nan"))}
+            if bad[name].numel():
+                answer = http.put(f"/v1/runs/{run_name}/updates/1", content=save(bad))
+                assert (answer.status_code, answer.json()["code"]) == (422, "non_finite"), name
+        assert http.get(f"/v1/runs/{run_name}/weights").content == body
+        assert client.push(run_name, model(1), step=1).applied
+
+
+# --- who is killed ---------------------------------------------------------------------------------------------------
+
+
+class Reader(threading.Thread):
+    """Pulls for as long as it is let, and compares. versions: weights by step. torn: what was read, and never was."""
+
+    def __init__(self, url: str, versions: list[dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.url, self.versions = url, versions
+        self.torn: list[str] = []
+        self.steps: set[int] = set()
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        with EmaClient(self.url) as client:
+            while not self.ended.is_set():
+                with contextlib.suppress(EmaError):  # somebody was killed
+                    self.look(client.pull("r"))
+
+    def look(self, found: Weights) -> None:
+        step = found.info.step or 0
+        self.steps.add(step)
+        expected = self.versions[step]
+        self.torn += [f"{name} of {step}" for name in expected if not torch.equal(found[name], expected[name])]
+
+
+class Killer(threading.Thread):
+    """Kills processes of a cluster for as long as it is let."""
+
+    def __init__(self, cluster: Launched) -> None:
+        super().__init__()
+        self.cluster, self.ended = cluster, threading.Event()
+
+    def run(self) -> None:
+        random = Random(5)
+        while not self.ended.wait(random.random()):
+            for name in random.choice([("host 0",), ("host 1",), ("coordinator",), ("gateway",), ("host 0", "host 1")]):
+                self.cluster.kill(name)
+            while not self.ended.is_set() and not self.cluster.ready():
+                time.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seconds", [12, pytest.param(120, marks=pytest.mark.soak)])
+def test_random_kills(own: Callable[..., Launched], seconds: float, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Hosts, coordinator and gateway are killed while a trainer pushes and a reader reads: every update counts once,
+    and whatever is read is a version that there was."""
+    cluster, oracle, versions, step = own("--local", "2"), litema(model(0), decay=DECAY), list[dict[str, Tensor]](), 0
+    versions.append({name: tensor.clone() for name, tensor in oracle.shadow.items()})
+    with EmaClient(cluster.url) as client:
+        client.create_run("r", model(0), decay=DECAY)
+        threads = Reader(cluster.url, versions), Killer(cluster)
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            step += 1
+            oracle.update(model(step))
+            versions.append({name: tensor.clone() for name, tensor in oracle.shadow.items()})
+            patient(partial(client.push, "r", model(step), step=step))
+        for thread in threads:
+            thread.ended.set()
+            thread.join()
+        patient(partial(assert_is, client, "r", oracle))
+        assert (client.run("r").step, client.run("r").num_updates) == (step, step)
+    assert threads[0].torn == []
+    assert len(threads[0].steps) > 1
+
+
+def patient(work: Callable[[], object]) -> None:
+    """Do it again for as long as its errors may pass, and a minute at the most."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            work()
+        except EmaError as fault:
+            if not fault.retryable or time.monotonic() > until:
+                raise
+        else:
+            return
+
+
+# --- the launcher ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(240)
+def test_the_launchers_life(own: Callable[..., Launched], model: Model, litema: type[LitEmaOracle]) -> None:
+    """A second one says that it runs; what is killed comes back; an end in order leaves nobody; a start over the same
+    folder has everything; one that is killed leaves nobody either."""
+    cluster = own("--local", "2")
+    oracle = litema(model(0), decay=DECAY)
+    second = subprocess.run(cluster.command(), capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode == 0
+    assert "runs already" in second.stdout
+    assert cluster.url in second.stdout
+    token = cluster.folder / "cluster-token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    secret = token.read_text().strip()
+    assert secret not in cluster.log
+    assert not any(secret in " ".join(_command_line(pid)) for pid in cluster.processes().values())
+    with EmaClient(cluster.url) as client:
+        client.create_run("r", model(0), decay=DECAY)
+        client.push("r", model(1), step=1)
+        oracle.update(model(1))
+        for name in ("host 0", "coordinator", "gateway"):
+            cluster.kill(name)
+            wait_until(lambda name=name: name in cluster.processes(), f"{name} to be started again")
+        patient(lambda: client.push("r", model(2), step=2))
+        oracle.update(model(2))
+    pids = list(cluster.processes().values())
+    assert len(pids) == 4
+    assert cluster.stop() == 0
+    assert all(gone(pid) for pid in pids)
+    cluster.start()
+    with EmaClient(cluster.url) as client:
+        assert_is(client, "r", oracle)
+    pids = list(cluster.processes().values())
+    os.kill(cluster.process.pid, signal.SIGKILL)
+    wait_until(lambda: all(gone(pid) for pid in pids), "all to end with the launcher", 60)
+
+
+def _command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+@pytest.mark.timeout(240)
+def test_hosts_of_other_machines(tmp_path: Path, model: Model) -> None:
+    """Started through whatever reaches them, here a shell; they end with it."""
+    reach, command = tmp_path / "reach", tmp_path / "bin" / "ema-service"
+    command.parent.mkdir()
+    reach.write_text('#!/bin/sh\necho "reached $1"\nshift\nexec sh -c "$*"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m ema_service "$@"\n')
+    for each in (reach, command):
+        each.chmod(0o700)
+    flags = ["--hosts", "left,right", "--through", str(reach), "--announce", "127.0.0.1"]
+    cluster = Launched(tmp_path / "c", *flags, "--", "--host", "127.0.0.1", programs=command.parent)
+    cluster.start()
+    try:
+        assert "host 0 | reached left" in cluster.log
+        assert "host 1 | reached right" in cluster.log
+        pids = list(cluster.processes().values())
+        with EmaClient(cluster.url) as client:
+            client.create_run("r", model(0))
+            assert client.push("r", model(1), step=1).applied
+        assert cluster.stop() == 0
+        assert all(gone(pid) for pid in pids)
+    finally:
+        cluster.end()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ([], "--local 3"),
+        (["--local", "2", "--hosts", "a"], "--local 3"),
+        (["--hosts", "a,-oProxyCommand=x"], "no list of machines"),
+        (["--local", "0"], "--local"),
+    ],
+)
+def test_flags_that_cannot_be_meant(tmp_path: Path, flags: list[str], word: str) -> None:
+    """Are refused before anything is started."""
+    cluster = Launched(tmp_path / "c", *flags)
+    found = subprocess.run(cluster.command(), capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 2
+    assert word in found.stderr
+
+
+def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    """With what to do."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "cluster-token").write_text("a-token-of-the-tests")
+    (folder / "cluster-token").chmod(0o644)
+    cluster = Launched(folder, "--local", "1")
+    found = subprocess.run(cluster.command(), capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 1
+    assert f"chmod 600 {folder / 'cluster-token'}" in found.stderr
+
+
+def test_a_host_that_cannot_start_ends_all(tmp_path: Path) -> None:
+    """With its own words, and nobody left."""
+    cluster = Launched(tmp_path / "c", "--local", "2", "--", "--device", "no-such-device")
+    found = subprocess.run(cluster.command(), capture_output=True, text=True, timeout=100, check=False)
+    assert found.returncode == 1
+    assert "no-such-device" in found.stderr
+    assert "ended with status" in found.stderr
