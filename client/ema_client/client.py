@@ -27,6 +27,8 @@ from ema_client.errors import (
     SnapshotNotFound,
     UsageError,
 )
+from ema_client.hosts.direct import DirectPulls
+from ema_client.hosts.finding import Hosts
 from ema_client.http.body import Body
 from ema_client.http.pace import MOST_FORCED as MOST_LANES
 from ema_client.http.retry import RetryPolicy
@@ -63,7 +65,6 @@ from ema_client.pushing import Pushes
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Progress
 from ema_client.reading.events import CONTENT_TYPE
-from ema_client.reading.pulls import Pulls
 from ema_client.reading.slices import Wanted
 from ema_client.reading.sweeping import Evaluate, Sweep, Sweeper, SweptPoint, checked_label, lengths_of, log_unreported
 from ema_client.reading.to_file import pour, save, save_on
@@ -118,8 +119,10 @@ class EmaClient:
         self._transport = Transport(url, token=self._token, retry=retry, lanes=checked_lanes(lanes))
         # For the many programs that end without close(): no socket is left to the garbage collector.
         weakref.finalize(self, self._transport.close)
-        self._pulls = Pulls(self._transport)
-        self._pushes = Pushes(self._transport)
+        self._hosts = Hosts(self._transport)
+        weakref.finalize(self, self._hosts.close)
+        self._pulls = DirectPulls(self._transport, self._hosts)
+        self._pushes = Pushes(self._transport, self._hosts)
         self._steps = Steps()
         self._lifecycle = Lifecycle(self._transport, self._steps)
 
@@ -178,6 +181,7 @@ class EmaClient:
     def close(self) -> None:
         """Close the connections. Later calls raise UsageError."""
         self._transport.close()
+        self._hosts.close()
 
     # --- a trainer's calls ------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ HEADER_WRITER = "Ema-Writer"
 #: Of a push to one shard of a run on several hosts: any word, as of HEADER_KEY, the same for all shards' slices of one
 #: update and in all tries.
 HEADER_PUSH = "Ema-Push"
+#: Of weights that a gateway sends: on how many hosts the run lies.
+HEADER_SHARDS = "Ema-Shards"
 #: Of a body that is sent: what its digest is, and where. A service's answer has the digest itself, in hexadecimal.
 HEADER_DIGEST = "Ema-Digest"
 #: RunLayout.digest, with each stretch of an update, whose body does not say what its bytes are.
@@ -188,6 +190,10 @@ def run_path(run: str) -> str:
 
 def layout_path(run: str) -> str:
     return f"{run_path(run)}/layout"
+
+
+def shards_path(run: str) -> str:
+    return f"{run_path(run)}/shards"
 
 
 def reset_path(run: str) -> str:
@@ -428,6 +434,7 @@ class RunLayout:
     digest: names this layout: XXH3 (128 bits) of a canonical body's header, in hexadecimal.
     block_bytes: an update may be sent in stretches that begin and end at multiples of so many bytes; 0 where not.
     lanes: how many stretches of one update the service receives at once; 1 where an update comes as one body.
+    shards: of a gateway, on how many hosts the run lies.
     """
 
     run: str
@@ -436,6 +443,7 @@ class RunLayout:
     digest: str = ""
     block_bytes: Count = 0
     lanes: Count = 1
+    shards: Count = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -488,6 +496,30 @@ class ShardInfo:
     place: Count
     of: Count
     birth: Count
+
+
+@dataclass(frozen=True, slots=True)
+class HostedShard:
+    """A shard of a run on several hosts, and where it is.
+
+    place, birth: as in ShardInfo. address: the URL of its host. layout: the shard's tensors, as that host's own layout
+    has them. first_rows: of each of these, the row (index in the first dimension) of the run's tensor at which it
+    begins.
+    """
+
+    place: Count
+    birth: Count
+    address: Text
+    layout: tuple[TensorSpec, ...]
+    first_rows: tuple[Count, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunShards:
+    """The answer to ``GET /v1/runs/{run}/shards``: of a run on several hosts, its shards by place."""
+
+    run: Name
+    shards: tuple[HostedShard, ...]
 
 
 @dataclass(frozen=True, slots=True)

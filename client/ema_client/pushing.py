@@ -20,9 +20,12 @@ from ema_client.errors import (
     Forbidden,
     LayoutMismatch,
     Overloaded,
+    RunNotFound,
     TransportError,
 )
 from ema_client.forks import Lock
+from ema_client.hosts.finding import HostedRun, Hosts
+from ema_client.hosts.pushing import push as push_to_hosts
 from ema_client.http.body import Body, cut
 from ema_client.http.digests import Digest, blocks
 from ema_client.http.lanes import Moved, carry_all
@@ -47,8 +50,12 @@ class Pushes:
     stretched_above: updates of more bytes than this may go in stretches.
     """
 
-    def __init__(self, transport: Transport, *, stretched_above: int = STRETCHED_ABOVE) -> None:
+    def __init__(
+        self, transport: Transport, hosts: Hosts | None = None, *, stretched_above: int = STRETCHED_ABOVE
+    ) -> None:
+        """hosts: of runs that lie on several; by default those that the service names."""
         self._transport = transport
+        self._hosts = hosts or Hosts(transport)
         self._stretched_above = stretched_above
         #: run -> the run's layout.
         self._layouts: dict[str, RunLayout] = {}
@@ -56,6 +63,13 @@ class Pushes:
 
     def push(self, run: str, step: int, body: Body, headers: Mapping[str, str], *, once: bool) -> Reply:
         """Send an update; ``once``: tried once. Raises what the transport raises, and what the service answers."""
+        if hosted := self._hosted(run, body):
+            try:
+                return push_to_hosts(self._hosts, hosted, step, body, headers)
+            except (RunNotFound, LayoutMismatch):
+                # The run may be another one by now: the service knows.
+                self._hosts.forget(run)
+                self._forget(run)
         pace = self._pace(run, body)
         if pace is None or pace.lanes <= 1:
             upload = self._transport.upload_once if once else self._transport.upload
@@ -80,6 +94,12 @@ class Pushes:
             return None
         self._transport.bound(PUSHES, layout.lanes)
         return self._transport.pace(PUSHES)
+
+    def _hosted(self, run: str, body: Body) -> HostedRun | None:
+        """The hosts that a body goes to past the gateway; None for any other body."""
+        if body.data is None or body.length <= self._stretched_above or self._transport.shares(body):
+            return None
+        return self._hosts.of(run) if self._layout(run).shards > 1 else None
 
     def _layout(self, run: str) -> RunLayout:
         with self._lock:

@@ -44,6 +44,7 @@ class Body:
     canonical order: such a body may go in stretches. None for any other body.
     moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
     number since its beginning.
+    waits: seconds that the service may wait for others before it answers.
     key: the same in all tries: hosts that have some of the body from an earlier try know the rest for the same push.
     """
 
@@ -53,12 +54,13 @@ class Body:
     digest: Callable[[], Digest] | None = None
     data: Callable[[], Sequence[memoryview]] | None = None
     moved: Callable[[int], None] = _nothing
+    waits: float = 0.0
     key: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
     def patience(self) -> float:
         """Seconds beyond those of a short answer that the answer to this body may take."""
-        return (self.length if self.shared is None else self.shared.length) / SLOWEST_BYTES_PER_SECOND
+        return self.waits + (self.length if self.shared is None else self.shared.length) / SLOWEST_BYTES_PER_SECOND
 
 
 def cut(views: Iterable[memoryview], start: int, stop: int) -> Iterator[memoryview]:

@@ -74,7 +74,8 @@ class Transport:
         lanes: int | None = None,
     ) -> None:
         self._place = Place(url)
-        timeouts = timeouts or Timeouts()
+        self._token = token
+        self._timeouts = timeouts = timeouts or Timeouts()
         self.url = self._place.url
         self.retry = retry or RetryPolicy()
         self._headers = {"Authorization": f"Bearer {_checked(token)}"} if token else {}
@@ -87,6 +88,10 @@ class Transport:
 
     def __repr__(self) -> str:
         return f"Transport({self.url!r})"
+
+    def beside(self, url: str, retry: RetryPolicy) -> Transport:
+        """A transport to another server of the same service, with this one's token and timeouts."""
+        return Transport(url, token=self._token, retry=retry, timeouts=self._timeouts)
 
     @property
     def same_host(self) -> bool:
@@ -190,13 +195,20 @@ class Transport:
         """The status that a GET would be answered with, tried once. ``patience``: as for download()."""
         return self._control.head(with_query(path, query), patience=patience)
 
-    def retrying(self, operation: Callable[[int], T], *, brought: Callable[[], int] = lambda: 0) -> T:
+    def retrying(
+        self,
+        operation: Callable[[int], T],
+        *,
+        brought: Callable[[], int] = lambda: 0,
+        policy: RetryPolicy | None = None,
+    ) -> T:
         """Call ``operation`` with the number of the try (from 0) until a try succeeds or the policy gives up.
 
         brought: gives the bytes that the call has brought so far and that no later try has to bring again. After a try
         that brought more of them than there ever were the policy counts anew: what ends a call is time in which
-        nothing comes, however long the whole takes.
+        nothing comes, however long the whole takes. policy: in place of the transport's own.
         """
+        policy = policy or self.retry
         attempt, fruitless, waited, most = 0, 0, 0.0, brought()
         while True:
             try:
@@ -206,7 +218,7 @@ class Transport:
                     fruitless, waited, most = 0, 0.0, there
                 else:
                     waited += error.silence if isinstance(error, TransportError) else 0.0
-                pause = self.retry.delay(fruitless, error, random.random, waited=waited)
+                pause = policy.delay(fruitless, error, random.random, waited=waited)
                 if pause is None:
                     raise
             time.sleep(pause)

@@ -95,6 +95,11 @@ class Asked:
         return self.soup is None and self.target is None
 
     @property
+    def is_current(self) -> bool:
+        """Whether these are all of the run's current weights, as every host of the run has its rows of them."""
+        return self.is_stored and self.snapshot is None and self.prefix is None
+
+    @property
     def without_step(self) -> Asked:
         """The same weights at any step."""
         return replace(self, min_step=None)

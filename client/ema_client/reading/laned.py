@@ -21,16 +21,17 @@ from ema_client.http.downloads import Download
 from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import Pace
 from ema_client.http.stretches import Stretch, Stretches
-from ema_client.protocol import WeightsInfo
+from ema_client.protocol import HEADER_SHARDS, WeightsInfo
 from ema_client.reading.asked import Asked
-from ema_client.reading.checking import Checked, Tally
+from ema_client.reading.checking import Checked
 from ema_client.reading.ranges import OpenRange, whole_length
 from ema_client.reading.weights import Into, Weights, read_header
+from ema_client.wire import Entry
 
 if TYPE_CHECKING:
     from ema_client.tensors.body import Landing
 
-__all__ = ["LanedPull"]
+__all__ = ["LanedPull", "Listener", "OnSeveralHosts"]
 
 #: Stretches begin and end at a multiple of so many bytes: no element of a tensor lies in two.
 _GRAIN_BYTES = 64
@@ -40,8 +41,34 @@ _SLACK_BYTES = 4 << 10
 _ATTEMPTS = 4
 
 
+class OnSeveralHosts(Exception):
+    """A gateway began to answer, and the run's hosts have the weights themselves. entries: of the gateway's answer."""
+
+    def __init__(self, entries: tuple[Entry, ...]) -> None:
+        super().__init__()
+        self.entries = entries
+
+
 class _Moved(Exception):
-    """The run has moved on from the version of the first request."""
+    """The run has moved on from the version of the first request, or another version is wanted than has begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What a pull tells, and asks, on its way.
+
+    begins: told the bytes of the data section that begins now; gives what is told of each piece of it.
+    wants: told the version once its head has come, before any more is read; whether that version is wanted.
+    leaves: whether a body of so many bytes is left to the hosts that have it, see OnSeveralHosts.
+    """
+
+    begins: Callable[[int], Moved] = lambda _: _nobody
+    wants: Callable[[WeightsInfo], bool] = lambda _: True
+    leaves: Callable[[int], bool] = lambda _: False
+
+
+def _nobody(_: int) -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -73,6 +100,7 @@ class LanedPull:
         pace: gives the pace of a body of so many bytes.
         smallest: bytes of the smallest stretch, given those of the data section.
         wants_digest: whether a body of so many bytes is compared with the service's digest.
+        listener: is told what comes.
     """
 
     def __init__(
@@ -86,7 +114,7 @@ class LanedPull:
         pace: Callable[[int], Pace],
         smallest: Callable[[int], int],
         wants_digest: Callable[[int], bool],
-        tally: Tally | None = None,
+        listener: Listener,
     ) -> None:
         self._asked = asked
         self._open_range = open_range
@@ -96,7 +124,7 @@ class LanedPull:
         self._pace = pace
         self._smallest = smallest
         self._wants_digest = wants_digest
-        self._tally = tally
+        self._listener = listener
         self._begun: _Begun | None = None
         #: Of the body that came: bytes of its head, and of its data section.
         self.sizes = 0, 0
@@ -178,6 +206,10 @@ class LanedPull:
         header, info = read_header(source, self._asked)
         size = header.data_bytes
         self.sizes = source.position, size
+        if HEADER_SHARDS.lower() in first.headers and self._listener.leaves(size):
+            raise OnSeveralHosts(header.entries)
+        if not self._listener.wants(info):
+            raise _Moved
         # Before other threads begin: the C library would give a new thread memory that was never touched.
         landing = Landing(header.entries, self._into(header.entries))
         whole = first.status != 206
@@ -187,7 +219,7 @@ class LanedPull:
             there -= there % _GRAIN_BYTES
         taken = stretches.take(0, 1, size=there) if there else None
         checked = Checked(first, wanted=whole or self._wants_digest(size))
-        moved = (lambda _: None) if self._tally is None else self._tally.of(size)
+        moved = self._listener.begins(size)
         etag = first.headers.get("etag", "")
         return _Begun(etag, source.position, info, landing, stretches, checked, moved), taken
 

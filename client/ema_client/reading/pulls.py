@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,15 @@ from ema_client.http.transport import Query, Transport
 from ema_client.protocol import MAX_WAIT, WeightsInfo
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Progress, Tally
-from ema_client.reading.laned import LanedPull
+from ema_client.reading.laned import LanedPull, Listener
 from ema_client.reading.ranges import OpenRange, check_part
 from ema_client.reading.slices import Wanted, fetch
 from ema_client.reading.weights import Into, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ema_client.tensors.writing import Staging
 
 __all__ = ["SPLIT_ABOVE", "Pulls"]
 
@@ -78,36 +81,46 @@ class Pulls:
         *,
         wait: float | None = None,
         progress: Progress | None = None,
+        direct: bool = False,
     ) -> Weights:
         """The weights asked for, in the tensors of ``out`` or in new ones; see EmaClient.pull().
 
-        wait: seconds to wait for the step asked for, after which StepNotReached is raised.
+        wait: seconds to wait for the step asked for, after which StepNotReached is raised. direct: large weights that a
+        gateway's hosts have raise OnSeveralHosts, before anything is written.
         """
         from ema_client.tensors.body import targets_in
 
-        into = targets_in(out)
+        listener = self._listener(direct)
+        if progress is not None:
+            listener = replace(listener, begins=Tally(progress).of)
+        return self.pull_into(asked, targets_in(out), listener, wait=wait)
+
+    def pull_into(
+        self,
+        asked: Asked,
+        into: Into,
+        listener: Listener,
+        *,
+        wait: float | None = None,
+    ) -> Weights:
+        """The weights asked for, in the tensors that ``into`` gives. listener: of LanedPull. wait: as for pull()."""
         if asked.min_step is None or wait is None:
-            return self._pull(asked, into, {"min_step": asked.min_step}, progress=progress)
+            return self._pull(asked, into, listener, {"min_step": asked.min_step})
         deadline = time.monotonic() + wait
         while True:
             now = max(0.0, min(deadline - time.monotonic(), self._longest_wait))
             try:
                 waiting = {"min_step": asked.min_step, "wait": now}
-                return self._pull(asked, into, waiting, patience=now, progress=progress)
+                return self._pull(asked, into, listener, waiting, patience=now)
             except StepNotReached:
                 if time.monotonic() + _POLL_SECONDS >= deadline:
                     raise
             time.sleep(_POLL_SECONDS)
 
-    def copy(self, asked: Asked, out: Mapping[str, Tensor], memory: Tensor | None = None) -> WeightsInfo:
-        """The weights asked for to the tensors of ``out``, none of which is written before all weights have come.
-
-        memory: where the weights may lie until then, see Staging.
-        """
-        from ema_client.tensors.writing import Staging
-
-        staging = Staging(out, memory)
-        info = self._pull(asked, staging.tensors, {}).info
+    def copy(self, asked: Asked, staging: Staging, *, direct: bool = False) -> WeightsInfo:
+        """The weights asked for to the tensors of a staging, none of which is written before all weights have come.
+        direct: as for pull()."""
+        info = self._pull(asked, staging.tensors, self._listener(direct), {}).info
         staging.write()
         return info
 
@@ -121,9 +134,9 @@ class Pulls:
         self,
         asked: Asked,
         into: Into,
+        listener: Listener,
         waiting: Query,
         patience: float = 0.0,
-        progress: Progress | None = None,
     ) -> Weights:
         request = asked.without_step
         head, size = self._sizes.get(request, (0, 0))
@@ -136,11 +149,14 @@ class Pulls:
             pace=partial(self._pace, asked),
             smallest=lambda size: self._even(asked, size) or SMALLEST_BYTES,
             wants_digest=lambda size: self._check_large or size <= self._split_above,
-            tally=None if progress is None else Tally(progress),
+            listener=listener,
         )
         weights = self._transport.retrying(lambda _: pull.attempt(), brought=lambda: pull.brought)
         self._remember(request, pull.sizes)
         return weights
+
+    def _listener(self, direct: bool) -> Listener:
+        return Listener(leaves=lambda size: direct and size > self._split_above)
 
     def _lead(self, asked: Asked, size: int) -> int | None:
         """Bytes of the data section to ask for with the head, of weights of ``size`` bytes, 0 where that is unknown."""

@@ -46,6 +46,7 @@ from ema_client.protocol import (
     RunInfo,
     RunLayout,
     RunList,
+    RunShards,
     ServerInfo,
     UpdateResult,
     UpdateStatus,
@@ -67,6 +68,7 @@ from ema_service.cluster.gateway.whole import (
     Apart,
     layout_of,
     map_of,
+    shards_of,
     whole_info,
     whole_result,
     whole_server,
@@ -132,6 +134,7 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("PATCH", run, gateway.change),
         ("DELETE", run, gateway.delete),
         ("GET", f"{run}/layout", gateway.layout),
+        ("GET", f"{run}/shards", gateway.shards),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
         ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
@@ -216,6 +219,16 @@ class _Gateway:
     async def layout(self, run: RunName, request: Request) -> Response:
         """The tensors of the whole run."""
         return _json(layout_of(run, await self._map(request, run)))
+
+    async def shards(self, run: RunName, request: Request) -> Response:
+        """Where each shard of the run is, for clients that reach the hosts."""
+
+        async def ask() -> RunShards:
+            infos = await self._each(request, run_path(run), RunInfo)
+            addresses = [host.address for host in await self.hosts.all()]
+            return shards_of(infos, await self._map_of(infos[0], request), addresses)
+
+        return _json(await _agreed(ask))
 
     async def change(self, run: RunName, request: Request) -> Response:
         """A decay changed on all hosts or none."""

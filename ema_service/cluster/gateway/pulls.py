@@ -29,7 +29,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RangeNotSatisfiable, RunNotFound
-from ema_client.protocol import RunInfo, TensorSpec, WeightsInfo, run_path, weights_path
+from ema_client.protocol import HEADER_SHARDS, RunInfo, TensorSpec, WeightsInfo, run_path, weights_path
 from ema_client.wire import LENGTH_BYTES, Entry, Header, build_header, parse_header, parse_length, place
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_of, passed_on
 from ema_service.cluster.layout_map import MergedBody
@@ -236,7 +236,12 @@ class _Whole:
         version = shards[0].version
         self.etag = f'"{version}-{"".join(each.etag.strip(chr(34)).rpartition("-")[2] for each in shards)}"'
         info = WeightsInfo.from_metadata(dict(metadata))
-        self.headers = {**info.to_headers(), "ETag": self.etag, "Accept-Ranges": "bytes"}
+        self.headers = {
+            **info.to_headers(),
+            "ETag": self.etag,
+            "Accept-Ranges": "bytes",
+            HEADER_SHARDS: str(len(shards)),
+        }
 
     async def chunks(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Bytes [start, stop) of the body. Raises _Moved, and a host's error, in the middle."""

@@ -117,13 +117,15 @@ class Splitting:
         if self.length is not None and LENGTH_BYTES + count > self.length:
             raise MalformedBody(f"the header claims {count} bytes, the whole body has {self.length}")
         raw = await self._take(body, count)
+        if raw == layout.header[LENGTH_BYTES:]:
+            found = _canonical(self.shards)
+        else:
+            found = await asyncio.to_thread(self._cut_of, raw) if count > _LONG_HEADER_BYTES else self._cut_of(raw)
         whole = LENGTH_BYTES + count + layout.param_bytes + (DIGEST_BYTES if self.digest else 0)
         if self.length is not None and self.length != whole:
             fault = "longer" if self.length > whole else "shorter"
             raise MalformedBody(f"the body has {self.length} bytes, {fault} than its header says ({whole})")
-        if raw == layout.header[LENGTH_BYTES:]:
-            return _canonical(self.shards)
-        return await asyncio.to_thread(self._cut_of, raw) if count > _LONG_HEADER_BYTES else self._cut_of(raw)
+        return found
 
     def _cut_of(self, raw: bytes) -> _Cut:
         """The cut of a body whose tensors come in another order, or with metadata."""

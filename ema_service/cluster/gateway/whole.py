@@ -12,11 +12,20 @@ from itertools import groupby
 from typing import TypeVar
 
 from ema_client.errors import EmaError
-from ema_client.protocol import RunInfo, RunLayout, ServerInfo, TensorSpec, UpdateResult, UpdateStatus
-from ema_service.cluster.layout_map import LayoutMap
+from ema_client.protocol import (
+    HostedShard,
+    RunInfo,
+    RunLayout,
+    RunShards,
+    ServerInfo,
+    TensorSpec,
+    UpdateResult,
+    UpdateStatus,
+)
+from ema_service.cluster.layout_map import LayoutMap, ShardLayout
 from ema_service.memory import Layout
 
-__all__ = ["Apart", "layout_of", "map_of", "whole_info", "whole_result", "whole_server", "whole_status"]
+__all__ = ["Apart", "layout_of", "map_of", "shards_of", "whole_info", "whole_result", "whole_server", "whole_status"]
 
 T = TypeVar("T")
 
@@ -53,10 +62,24 @@ def _joined(parts: Sequence[TensorSpec]) -> TensorSpec:
 
 
 def layout_of(run: str, shards: LayoutMap) -> RunLayout:
-    """The layout of the whole run, as a server tells it that takes an update over one connection."""
+    """The layout of the whole run, as a server tells it that takes an update over one connection; with the number of
+    hosts."""
     layout = shards.layout
     specs = tuple(entry.spec for entry in layout.params)
-    return RunLayout(run, specs, layout.copied, layout.digest)
+    return RunLayout(run, specs, layout.copied, layout.digest, shards=len(shards.shards))
+
+
+def shards_of(infos: Sequence[RunInfo], shards: LayoutMap, addresses: Sequence[str]) -> RunShards:
+    """Where each shard is. infos, addresses: the hosts', by place. Raises Apart."""
+    found = [each.shard.birth if each.shard else 0 for each in infos]
+    _check_same(found, infos[0].run)
+    return RunShards(infos[0].run, tuple(map(_hosted, shards.shards, found, addresses)))
+
+
+def _hosted(shard: ShardLayout, birth: int, address: str) -> HostedShard:
+    specs = tuple(entry.spec for entry in shard.layout.params)
+    firsts = tuple(box[0][0] if (box := shard.boxes[spec.name]) else 0 for spec in specs)
+    return HostedShard(shard.place, birth, address, specs, firsts)
 
 
 def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:

@@ -1,0 +1,213 @@
+"""Large weights between our client and the hosts of a run, past the gateway: bit-identical, of one version, and by way
+of the gateway where a host is not reached.
+
+Knows the cluster's processes, and which of them is stopped or killed. Does not know how hosts decide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_client import EmaClient, RemoteEma
+from ema_client.errors import EmaError, LayoutMismatch
+from ema_client.hosts.finding import HostedRun
+from ema_client.protocol import RunShards
+from tests.conftest import LitEmaOracle
+from tests.service.cluster.launched import Launched
+
+DECAY = 0.9
+SHAPE = 900, 1000
+#: Bytes of a model.
+SIZE = 4 * (900 * 1000 + 700)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    """Three hosts."""
+    found = Launched(tmp_path_factory.mktemp("cluster") / "all", "--local", "3").start()
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def client(cluster: Launched) -> Iterator[EmaClient]:
+    with client_of(cluster) as client:
+        yield client
+
+
+def client_of(cluster: Launched) -> EmaClient:
+    """A client to which a megabyte is as large as many are to others."""
+    client = EmaClient(cluster.url)
+    client._pushes._stretched_above = client._pulls._pulls._split_above = 1 << 20
+    return client
+
+
+def model(seed: int) -> dict[str, Tensor]:
+    """The cuts go through ``w``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"w": torch.randn(*SHAPE, generator=generator), "b": torch.randn(700, generator=generator)}
+
+
+@contextlib.contextmanager
+def stopped(cluster: Launched, name: str) -> Iterator[None]:
+    """Within the block one of the processes stands still."""
+    pid = cluster.processes()[name]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def hosted(client: EmaClient, run: str) -> HostedRun:
+    """The hosts that a client has found."""
+    found = client._hosts.of(run)
+    assert found is not None
+    return found
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], each) for name, each in expected.items())
+
+
+def test_the_map(cluster: Launched, client: EmaClient, run_name: str) -> None:
+    """Which rows are where, and that each host is reached there."""
+    client.create_run(run_name, model(0), decay=DECAY)
+    with cluster.http() as http:
+        told = http.get(f"/v1/runs/{run_name}/shards").raise_for_status().json()
+    assert [each["place"] for each in told["shards"]] == [0, 1, 2]
+    rows = {place: host.rows["w"] for place, host in enumerate(hosted(client, run_name).hosts) if "w" in host.rows}
+    assert [rows[0][0], rows[0][1], rows[1][1], rows[2][1]] == [0, rows[1][0], rows[2][0], 900]
+    assert client._transport.json("GET", f"/v1/runs/{run_name}/shards").parsed(RunShards).run == run_name
+
+
+def test_nothing_large_goes_through_the_gateway(
+    cluster: Launched, client: EmaClient, run_name: str, litema: type[LitEmaOracle]
+) -> None:
+    """Updates, pulls and a copy to a model work on while the gateway stands still, bit for bit as LitEma does."""
+    oracle = litema(model(0), decay=DECAY)
+    client.create_run(run_name, model(0), decay=DECAY)
+    came: list[int] = []
+    for step in (1, 2):
+        client.push(run_name, model(step), step=step)
+        oracle.update(model(step))
+        assert same(client.pull(run_name), oracle.shadow)
+    target = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(each)) for name, each in model(0).items()})
+    client.copy_to(run_name, target)
+    with stopped(cluster, "gateway"):
+        for step in (3, 4):
+            result = client.push(run_name, model(step), step=step, progress=lambda sent, _: came.append(sent))
+            assert result.applied
+            oracle.update(model(step))
+            out = {name: torch.empty_like(each) for name, each in model(0).items()}
+            weights = client.pull(run_name, out=out, progress=lambda sent, _: came.append(-sent))
+            assert (weights.info.step, weights["w"] is out["w"]) == (step, True)
+            assert same(weights, oracle.shadow)
+        info = client.copy_to(run_name, target)
+    assert info.step == 4
+    assert same({name: each.detach() for name, each in target.items()}, oracle.shadow)
+    assert -min(came) == SIZE <= max(came)
+    client.delete_run(run_name)
+
+
+def test_casts(client: EmaClient, run_name: str) -> None:
+    """Weights of another dtype come from the hosts as the gateway would have sent them."""
+    tensors = {"w": torch.randn(*SHAPE)}
+    client.create_run(run_name, tensors, decay=DECAY)
+    for _ in range(2):
+        found = client.pull(run_name, dtype=torch.float16)
+        assert torch.equal(found["w"], tensors["w"].half())
+    assert client._pulls._entries
+    client.delete_run(run_name)
+
+
+def test_a_pull_under_updates_is_never_torn(cluster: Launched, client: EmaClient, run_name: str) -> None:
+    """Every row of a pull is of one version, while a trainer pushes as fast as it can."""
+    state = {"w": torch.zeros(SHAPE)}
+    client.create_run(run_name, state, decay=0.0, use_num_updates=False)
+    ended, faults = threading.Event(), list[EmaError]()
+
+    def train() -> None:
+        with client_of(cluster) as trainer:
+            step = 0
+            while not ended.is_set():
+                step += 1
+                try:
+                    trainer.push(run_name, {"w": torch.full(SHAPE, float(step))}, step=step)
+                except EmaError as fault:
+                    faults.append(fault)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        seen = []
+        for _ in range(30):
+            weights = client.pull(run_name)
+            assert weights["w"].min() == weights["w"].max() == float(weights.info.step or 0)
+            seen.append(weights.info.step)
+    finally:
+        ended.set()
+        thread.join()
+    assert faults == []
+    assert len(set(seen)) > 2
+    client.delete_run(run_name)
+
+
+def test_a_host_is_killed(tmp_path: Path, litema: type[LitEmaOracle]) -> None:
+    """A host that comes back at another address is found by way of the gateway, and nothing acknowledged is lost."""
+    cluster = Launched(tmp_path / "all", "--local", "2").start()
+    try:
+        oracle = litema(model(0), decay=DECAY)
+        with client_of(cluster) as client:
+            client.create_run("r", model(0), decay=DECAY)
+            for step in range(1, 7):
+                if step % 2 == 0:
+                    cluster.kill(f"host {step // 2 % 2}")
+                client.push("r", model(step), step=step)
+                oracle.update(model(step))
+                assert same(client.pull("r"), oracle.shadow)
+            assert client.run("r").num_updates == 6
+    finally:
+        cluster.end()
+
+
+def test_a_trainer_changes_one_line(cluster: Launched, run_name: str, litema: type[LitEmaOracle]) -> None:
+    """RemoteEma at the gateway's address: its updates, from memory of its own, go straight to the hosts."""
+    torch.manual_seed(0)
+    net = nn.Linear(4000, 4500)
+    state = {name: each.detach().clone() for name, each in net.named_parameters()}
+    oracle = litema(state, decay=DECAY)
+    with RemoteEma(net, DECAY, run=run_name, url=cluster.url) as ema:
+        for step in range(1, 4):
+            if step == 3:
+                ema.flush()
+                os.kill(cluster.processes()["gateway"], signal.SIGSTOP)
+            with torch.no_grad():
+                for each in net.parameters():
+                    each.add_(0.1)
+            ema(net)
+            oracle.update({name: each.detach() for name, each in net.named_parameters()})
+            ema.flush()
+        os.kill(cluster.processes()["gateway"], signal.SIGCONT)
+    with EmaClient(cluster.url) as client:
+        assert same(client.pull(run_name), oracle.shadow)
+        client.delete_run(run_name)
+
+
+def test_other_bytes_than_the_run_has(client: EmaClient, run_name: str) -> None:
+    """An update that is too short is refused before anything is sent; the gateway says what is wrong."""
+    client.create_run(run_name, model(0), decay=DECAY)
+    client.push(run_name, model(1), step=1)
+    with pytest.raises(LayoutMismatch):
+        client.push(run_name, {"w": torch.zeros(800, 1000), "b": torch.zeros(700)}, step=2)
+    assert client.run(run_name).step == 1
+    client.delete_run(run_name)
