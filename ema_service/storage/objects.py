@@ -123,12 +123,22 @@ def open_objects(url: str) -> ObjectStore:
             f"the snapshot store {shown(url)} needs {package}, which is not installed ({fault}): pip install {package}"
         ) from None
     except (ValueError, TypeError, OSError) as fault:
-        raise ObjectStoreUnusable(f"the snapshot store {shown(url)} cannot be opened: {fault}") from None
+        told = f": {_wanted(package)}" if _REFUSED.search(str(fault)) else ""
+        raise ObjectStoreUnusable(f"the snapshot store {shown(url)} cannot be opened: {fault}{told}") from None
     # gcsfs logs each try that fails, with a traceback; whoever asked is told once.
     logging.getLogger(package).setLevel(logging.CRITICAL)
     if hasattr(files, "retries"):
         files.retries = _TRIES
-    return _Bucket(files, root.rstrip("/"), shown(url), _CREDENTIALS.get(package))
+    return _Bucket(files, root.rstrip("/"), shown(url), _wanted(package))
+
+
+def _wanted(package: str) -> str:
+    """What to do where credentials are missing, or do not do."""
+    names = f" ({_CREDENTIALS[package]})" if package in _CREDENTIALS else ""
+    return (
+        "give the server credentials that may read, write and delete there, in its environment, as for every tool of "
+        f"that store{names}"
+    )
 
 
 class ObjectFile(TensorFile):
@@ -230,11 +240,11 @@ class _Folder:
 
 
 class _Bucket:
-    """What fsspec reaches at a URL. credentials: the names by which they are found, where these are known."""
+    """What fsspec reaches at a URL. wanted: what to do where credentials are missing."""
 
-    def __init__(self, files: Any, root: str, url: str, credentials: str | None) -> None:
+    def __init__(self, files: Any, root: str, url: str, wanted: str) -> None:
         self.url = url.rstrip("/")
-        self._credentials = f" ({credentials})" if credentials else ""
+        self._wanted = wanted
         self._files = files
         self._root = root
 
@@ -302,10 +312,7 @@ class _Bucket:
         except _faults() as fault:
             said = f"{self.url}: {' '.join(str(fault).split()) or type(fault).__name__}"
             if isinstance(fault, PermissionError) or _REFUSED.search(f"{type(fault).__name__} {fault}"):
-                said += (
-                    ": give the server credentials that may read, write and delete there, in its environment, as for "
-                    f"every tool of that store{self._credentials}"
-                )
+                said += f": {self._wanted}"
             raise ObjectStoreFailed(said) from None
 
 

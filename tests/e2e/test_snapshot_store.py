@@ -21,6 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ema_service.cli import app as ema_service
+from ema_service.storage.objects import ObjectStoreUnusable, open_objects
 from tests.emulators import EMULATED, emulator
 from tests.s3 import S3Server, named_by_the_environment, needs_s3
 from tests.waiting import wait_until
@@ -249,6 +250,7 @@ def test_credentials_that_are_refused(
     assert metric(server, "ema_snapshots_waiting") == 0
     assert server.log.count("answers again") == 1
     assert "Traceback" not in server.log
+    assert "INFO botocore" not in server.log, "a library tells what it does"
 
 
 def check_that_the_key_is_refused(server: ServerProcess, run: PlainRun, *, snapshots: int) -> None:
@@ -340,6 +342,7 @@ def test_store_of_another_kind(
     wait_until(lambda: metric(server, "ema_snapshot_store_failing"), "the fault in metrics", 100)
     assert weights(run, "t").status_code == 200
     assert "Traceback" not in server.log
+    assert "INFO azure" not in server.log, "a library tells of each request"
 
 
 def test_url_that_means_no_store(tmp_path: Path) -> None:
@@ -350,3 +353,15 @@ def test_url_that_means_no_store(tmp_path: Path) -> None:
         assert refused.exit_code in (1, 2)
         assert (said or "--memory") in refused.output
     assert not (tmp_path / "data").exists()
+
+
+def test_store_without_credentials_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of Azure, whose file system is not made without them: the variables to set are named."""
+    fsspec = pytest.importorskip("fsspec.core", reason="fsspec is not installed: pip install -e '.[publish]'")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("unable to connect to account for Must provide account_name with credentials!!")
+
+    monkeypatch.setattr(fsspec, "url_to_fs", refuse)
+    with pytest.raises(ObjectStoreUnusable, match="AZURE_STORAGE_CONNECTION_STRING"):
+        open_objects("abfs://container/ema")
