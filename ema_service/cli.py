@@ -504,12 +504,15 @@ def release(
     store = _opened(Settings(data_dir=data_dir, ram_dir=ram_dir))
     from ema_client.errors import StorageFailed
     from ema_service.persistence.releasing import release as release_memory
+    from ema_service.storage import MEMORY
 
     if store is None:
         return
     try:
         for name, step in release_memory(store):
             typer.echo(f"{name}: step {step} is on disk, its memory is free")
+        if any(each.folder == MEMORY for row in store.runs() for each in store.checkpoints(row)):
+            raise typer.Exit(1)  # the log says of which run, and why
     except (OSError, sqlite3.Error, StorageFailed) as fault:
         _refuse(fault)
     finally:

@@ -91,9 +91,9 @@ def configure(shape: LogFormat) -> None:
     handler = logging.StreamHandler()
     handler.addFilter(Seldom())
     handler.setFormatter(_Json() if shape == "json" else _Text())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # A line for each request that a host or a gateway makes.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    # Of libraries what went wrong: some tell of each request that they send, as Azure's does.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("ema_service").setLevel(logging.INFO)
 
 
 class _Text(logging.Formatter):

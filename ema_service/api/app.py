@@ -34,7 +34,7 @@ from ema_service.memory import Memory, pick_device
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry
 from ema_service.settings import Settings
-from ema_service.storage import CatalogUnusable, Store, open_objects, open_store
+from ema_service.storage import Store, open_objects, open_store
 from ema_service.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -148,11 +148,10 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     if store is None and settings.data_dir:
         store = open_store(settings.data_dir, settings.ram_dir)
     if store:
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(store.close)
             store.be_host(settings.shard)
-        except CatalogUnusable:
-            store.close()
-            raise
+            undo.pop_all()
     device = pick_device(settings.device)
     memory = Memory(device, keep_bytes=settings.staging_bytes, limit=_left_for_weights(settings.memory_limit))
     return Registry(

@@ -260,6 +260,14 @@ class MemoryVersions:
         self._held, self._newest = [], None
         self._pool.close()
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the run's version in memory lies in another folder than this one, which may be gone with its machine.
+
+        Raises sqlite3.Error."""
+        rows = (row for row in self.checkpoints.stored() if row.row.folder == MEMORY)
+        return any(row.said and row.nonce != self._nonce for row in rows)
+
     # --- the way back -----------------------------------------------------------------------------------------------
 
     def restore(self) -> Restored:

@@ -16,7 +16,7 @@ from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.rows import read_setup
 from ema_service.persistence.shard_versions import ShardMemoryVersions
-from ema_service.storage import MEMORY, RunRow, Store, memory_prefix
+from ema_service.storage import MEMORY, MemoryFiles, RunRow, Store, memory_prefix
 
 __all__ = ["release"]
 
@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 def release(store: Store) -> Iterator[tuple[str, int | None]]:
     """Bring each run's version in memory to the disk and free its memory; yields the run's name and step.
 
-    store: with its memory files in use. A run whose files cannot be read is left as it is, and logged.
+    store: with its memory files in use. A run whose files cannot be read, or lie in another folder, is left as it is,
+    and logged.
     Raises StorageFailed where the disk has no room: then the memory of that run, and of those after it, stays.
     """
     files = store.memory_files
@@ -37,6 +38,10 @@ def release(store: Store) -> Iterator[tuple[str, int | None]]:
         if not any(each.folder == MEMORY for each in store.checkpoints(row)):
             continue
         versions = _versions(store, row, memory)
+        if versions.elsewhere:
+            # restore() would take the run back to its checkpoint, as after a loss of the machine.
+            _log.error("run %s is left as it is: %s", row.name, _elsewhere(files))
+            continue
         found = versions.restore()
         if found.fault or found.state is None:
             _log.error("run %s is left as it is: %s", row.name, found.fault or "there is nothing in memory")
@@ -51,6 +56,13 @@ def release(store: Store) -> Iterator[tuple[str, int | None]]:
             continue
         versions.save(found.state, final=True)
         yield row.name, found.state.version.step
+
+
+def _elsewhere(files: MemoryFiles) -> str:
+    return (
+        f"its memory is not in {files.folder.parent}: give the --ram-dir that its server had, on the same machine; of "
+        "a machine that went down nothing is left to release, and the next server brings the run back"
+    )
 
 
 def _versions(store: Store, row: RunRow, memory: Memory) -> MemoryVersions:

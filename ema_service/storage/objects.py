@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -55,7 +56,15 @@ _FAULTS = {
     "azure.core.exceptions": ("AzureError",),
 }
 #: Messages of the libraries below that mean credentials.
-_REFUSED = re.compile(r"credential|access ?denied|forbidden|signature|InvalidAccessKeyId|not authori", re.IGNORECASE)
+_REFUSED = re.compile(
+    r"credential|access ?denied|forbidden|signature|authenti|not authori|unauthori|InvalidAccessKeyId", re.IGNORECASE
+)
+#: By package, by which names its store's tools find credentials in the environment.
+_CREDENTIALS = {
+    "s3fs": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gcsfs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "adlfs": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY",
+}
 
 
 class ObjectStoreUnusable(RuntimeError):
@@ -114,10 +123,22 @@ def open_objects(url: str) -> ObjectStore:
             f"the snapshot store {shown(url)} needs {package}, which is not installed ({fault}): pip install {package}"
         ) from None
     except (ValueError, TypeError, OSError) as fault:
-        raise ObjectStoreUnusable(f"the snapshot store {shown(url)} cannot be opened: {fault}") from None
+        told = f": {_wanted(package)}" if _REFUSED.search(str(fault)) else ""
+        raise ObjectStoreUnusable(f"the snapshot store {shown(url)} cannot be opened: {fault}{told}") from None
+    # gcsfs logs each try that fails, with a traceback; whoever asked is told once.
+    logging.getLogger(package).setLevel(logging.CRITICAL)
     if hasattr(files, "retries"):
         files.retries = _TRIES
-    return _Bucket(files, root.rstrip("/"), shown(url))
+    return _Bucket(files, root.rstrip("/"), shown(url), _wanted(package))
+
+
+def _wanted(package: str) -> str:
+    """What to do where credentials are missing, or do not do."""
+    names = f" ({_CREDENTIALS[package]})" if package in _CREDENTIALS else ""
+    return (
+        "give the server credentials that may read, write and delete there, in its environment, as for every tool of "
+        f"that store{names}"
+    )
 
 
 class ObjectFile(TensorFile):
@@ -219,10 +240,11 @@ class _Folder:
 
 
 class _Bucket:
-    """What fsspec reaches at a URL."""
+    """What fsspec reaches at a URL. wanted: what to do where credentials are missing."""
 
-    def __init__(self, files: Any, root: str, url: str) -> None:
+    def __init__(self, files: Any, root: str, url: str, wanted: str) -> None:
         self.url = url.rstrip("/")
+        self._wanted = wanted
         self._files = files
         self._root = root
 
@@ -290,17 +312,16 @@ class _Bucket:
         except _faults() as fault:
             said = f"{self.url}: {' '.join(str(fault).split()) or type(fault).__name__}"
             if isinstance(fault, PermissionError) or _REFUSED.search(f"{type(fault).__name__} {fault}"):
-                said += (
-                    ": give the server credentials that may read, write and delete there, in its environment, as for "
-                    "every tool of that store (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
-                )
+                said += f": {self._wanted}"
             raise ObjectStoreFailed(said) from None
 
 
 def _faults() -> tuple[type[Exception], ...]:
-    """What fsspec and the libraries below raise, of those that are loaded."""
+    """What fsspec and the libraries below raise, of those that are loaded; RuntimeError and ValueError are raised by
+    gcsfs and adlfs, for answers of a store too."""
     loaded = ((sys.modules.get(module), names) for module, names in _FAULTS.items())
-    return OSError, *(getattr(module, name) for module, names in loaded if module for name in names)
+    found = (getattr(module, name) for module, names in loaded if module for name in names)
+    return OSError, RuntimeError, ValueError, *found
 
 
 def shown(url: str) -> str:

@@ -103,8 +103,7 @@ CLIENT_THIRD_PARTY = {
     "matplotlib": {"ema_client.cli.plots"},
     # The extra publish, of which each place imports its own.
     "huggingface_hub": {"ema_client.publishing.hub"},
-    "s3fs": {"ema_client.publishing.s3"},
-    "botocore": {"ema_client.publishing.s3"},
+    "fsspec": {"ema_client.publishing.bucket"},
 }
 
 # --- the client's floors -------------------------------------------------------------------------------------------

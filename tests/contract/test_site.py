@@ -77,6 +77,8 @@ def test_every_document_is_a_page(site: Path, pages: dict[Path, Page]) -> None:
     expected |= {Path("reference") / f"{name}.html" for name in ("RemoteEma", "EmaClient", "errors", "integrations")}
     assert {site / path for path in expected} - set(pages) == set()
 
+    assert not [name for name in ("pages.py", "__pycache__") if (site / name).exists()], "what makes the site is in it"
+
     reached = {str(path) for path in pages[site / "index.html"].targets}
     sections = {str(next(iter(path.parts))) for path in expected if len(path.parts) > 1}
     assert all(any(target.startswith(f"{section}/") for target in reached) for section in sections - {"tests"})

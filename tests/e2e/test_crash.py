@@ -290,6 +290,10 @@ def test_release_of_a_killed_server(life: Life) -> None:
     life.server.kill()
     assert _memory_files(life) != []
     command = [sys.executable, "-m", "ema_service", "release", "--data-dir", str(life.server.data_dir)]
+    elsewhere = [*command, "--ram-dir", str(life.server.data_dir.parent / "elsewhere")]
+    ended = subprocess.run(elsewhere, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "give the --ram-dir that its server had" in ended.stderr
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert f"process: step {life.runs['process'].step} is on disk" in ended.stdout

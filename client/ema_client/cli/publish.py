@@ -29,7 +29,7 @@ def publish(
         str,
         typer.Option(
             metavar="URL",
-            help="hf://owner/name[@branch][/folder], s3://bucket/prefix or file:///folder.",
+            help="hf://owner/name[@branch][/folder], s3:// or gs://bucket/prefix, abfs://container/prefix, file:///folder.",
             show_default=False,
         ),
     ],
@@ -74,7 +74,7 @@ def publish(
     average: Average = None,
     dtype: Dtype = None,
 ) -> Answer:
-    """Publish EMA weights to the Hugging Face Hub, S3 or a folder, as transformers and diffusers load them.
+    """Publish EMA weights to the Hugging Face Hub, a bucket or a folder, as transformers and diffusers load them.
 
     With an index of shards where the weights are large, and a model card that says which weights these are. Until all
     is there, whoever loads gets what was published before.

@@ -1,4 +1,4 @@
-"""Publishing: EMA weights from the service to where people load models from: a folder, S3, the Hugging Face Hub.
+"""Publishing: EMA weights from the service to where people load models from: a folder, a bucket, the Hugging Face Hub.
 
 The rule: weights pass through, and are never whole in memory or on this machine's disk. What is published loads as one
 version or not at all.

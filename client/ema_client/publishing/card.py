@@ -63,9 +63,12 @@ def _loading(about: About) -> str:
             f"weights = {{}}\nfor name in {list(about.files)}:\n    weights.update(load_file(folder / name))"
         )
     fetched = ""
-    if place.startswith("s3://"):
+    if "://" in place:
         folder = f"{about.info.run}-{about.info.average}"
-        fetched = f'import s3fs\n\ns3fs.S3FileSystem().get("{place}/", "{folder}/", recursive=True)\n'
+        fetched = (
+            f'import fsspec\n\nfiles, path = fsspec.url_to_fs("{place}")\n'
+            f'files.get(f"{{path}}/", "{folder}/", recursive=True)\n'
+        )
         place = f"./{folder}"
     variant = {"variant": about.naming.variant} if about.naming.variant else {}
     words = "".join(f', {name}="{value}"' for name, value in {**given, **variant}.items())

@@ -1,8 +1,8 @@
 """Where weights are published: which kind of place a URL names, and what publishing needs of each.
 
-    file:///folder                      a folder of this machine            publishing/folder.py
-    s3://bucket/prefix                  Amazon S3, and what speaks S3       publishing/s3.py
-    hf://owner/name[@revision][/folder] a model on the Hugging Face Hub     publishing/hub.py
+    file:///folder                      a folder of this machine               publishing/folder.py
+    s3://, gs://, abfs://bucket/prefix  S3, Google Cloud Storage, Azure        publishing/bucket.py
+    hf://owner/name[@revision][/folder] a model on the Hugging Face Hub        publishing/hub.py
 
 Knows: URLs. Does not know: weights, formats, how a place is written to.
 """
@@ -16,6 +16,7 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from ema_client.errors import UsageError
+from ema_client.publishing.bucket import KINDS, Bucket
 
 __all__ = ["Store", "open_store"]
 
@@ -64,10 +65,8 @@ def open_store(url: str, *, public: bool = False) -> Store:
         from ema_client.publishing.folder import Folder
 
         return Folder(Path(path))
-    if parts.scheme == "s3" and parts.netloc:
-        from ema_client.publishing.s3 import S3
-
-        return S3(parts.netloc, path.strip("/"))
+    if parts.scheme in KINDS and parts.netloc:
+        return Bucket(url)
     if parts.scheme == "hf":
         from ema_client.publishing.hub import hub_of
 
@@ -78,4 +77,6 @@ def open_store(url: str, *, public: bool = False) -> Store:
 def _hint(url: str, scheme: str) -> str:
     if not scheme:
         return f"for a folder write {Path(url).absolute().as_uri()}"
-    return "there are file:///folder, s3://bucket/prefix and hf://owner/name"
+    return (
+        "there are file:///folder, hf://owner/name, s3://bucket/prefix, gs://bucket/prefix and abfs://container/prefix"
+    )

@@ -75,7 +75,8 @@ def publish(
 
     Args:
         run, average, snapshot, soup, wished, progress: as for ``EmaClient.download()``.
-        to: ``hf://owner/name[@branch][/folder]``, ``s3://bucket/prefix``, ``file:///folder``, or a Store of one's own.
+        to: ``hf://owner/name[@branch][/folder]``, ``s3://bucket/prefix`` (or ``gs://``, ``abfs://``),
+            ``file:///folder``, or a Store of one's own.
         format: "transformers", "diffusers" or "plain" (safetensors alone); by default what the config.json is of.
         variant: published beside the weights that are loaded by default: "ema" for ``from_pretrained(variant="ema")``.
         config: the model's config.json, published with the weights; by default the one that is there stays.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from ema_client import EmaClient
 from ema_client.errors import DestinationFailed, UsageError
 from ema_client.publishing import publish
+from tests.client.publishing.models import diffusers_model, save_config, weights_of
 from tests.s3 import S3Server
 
 Ema = Callable[..., tuple[int, str, str]]
@@ -62,8 +64,24 @@ def test_publish_and_publish_again(client: EmaClient, ema: Ema, bucket: Any, run
         names = {path.rpartition("/")[2] for path in bucket.ls(place)}
         assert names == {*said["files"], "model.safetensors.index.json", "README.md"}
     card = bucket.cat(f"{place}/README.md").decode()
-    assert f's3fs.S3FileSystem().get("s3://{place}/"' not in card  # plain weights are loaded by name
+    assert "url_to_fs" not in card  # plain weights are loaded by name
     assert bucket.list_multipart_uploads(run_name) == []
+
+
+def test_the_lines_of_the_card(
+    client: EmaClient, bucket: Any, run_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They get the model from the bucket and load it, as whoever reads the card would."""
+    model = diffusers_model()
+    client.create_run(run_name, model)
+    publish(client, run_name, f"s3://{run_name}/unet", config=save_config(model, tmp_path))
+    [code] = re.findall(r"```python\n(.*?)```", bucket.cat(f"{run_name}/unet/README.md").decode(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    loaded, wanted = weights_of(found["model"]), weights_of(model)
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_publisher_that_is_killed(server: Any, client: EmaClient, bucket: Any, run_name: str, tmp_path: Path) -> None:

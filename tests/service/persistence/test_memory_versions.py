@@ -596,6 +596,25 @@ def test_release_of_a_killed_server(server: LocalServer, begun: Callable[..., Lo
     assert seen(again(server)) == before
 
 
+def test_release_with_another_folder_for_memory(
+    server: LocalServer, begun: Callable[..., LocalRun], model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run whose version in memory lies elsewhere is left as it is: the older checkpoint does not take its place."""
+    run = begun()
+    server.registry.checkpoint()
+    run.push(40, model(40))
+    before = seen(run)
+    server.crash()
+    assert server.folder is not None
+    store = Store(server.folder)
+    store.use_memory_files(tmp_path / "elsewhere")
+    assert list(release(store)) == []
+    store.close()
+    assert f"its memory is not in {tmp_path / 'elsewhere'}: give the --ram-dir" in caplog.text
+
+    assert seen(again(server)) == before
+
+
 def test_release_of_damaged_memory(server: LocalServer, begun: Callable[..., LocalRun]) -> None:
     """A run whose memory is not what was written is left as it is, for someone to look at."""
     begun()
