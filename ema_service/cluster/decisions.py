@@ -231,11 +231,15 @@ class Coordinator:
         if self.fault:
             return []
         behind = [each.shard for each in reports if each.record.revision < newest.revision]
-        following = self._resolve(behind, committed=True) if behind else self._count(newest.revision)
-        return [*self._made(newest.made), *following]
+        if behind:
+            return [*self._resolve(behind, committed=True)]
+        return [*self._made(newest.made), *self._count(newest.revision)]
 
     def _made(self, vote: Vote | None) -> list[Answer]:
-        """The answer to a change that is committed, by the vote that led to the newest revision."""
+        """The answer to a change that every shard has committed, by the vote that led to their revision.
+
+        Not before: whoever asked may turn to any shard next, and finds the change there.
+        """
         if vote is None or self._changes.pop(vote.ticket.key, None) is None:
             return []
         return [Answer(vote.ticket.key, committed=True)]

@@ -109,7 +109,7 @@ class Host:
     # --- slices -----------------------------------------------------------------------------------------------------
 
     def shard(self, run: Run) -> ShardRun:
-        """What votes for a run's writes. Raises Overloaded where the run has just been made, RunNotFound."""
+        """What votes for a run's writes. Raises Overloaded where the run has just been made, or is just gone."""
         found = self._shards.get(run.config.run)
         if found is None or not found.is_of(run):
             raise Overloaded(f"run {run.config.run!r} is only just there, or just gone", retry_after=0.1)

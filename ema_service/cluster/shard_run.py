@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class ShardRun:
         self._held: WeakValueDictionary[Ticket, _Held] = WeakValueDictionary()
         #: By the key of the proposal: who waits, and what answers those whose proposal is committed.
         self._senders: dict[str, list[_Sender[Any]]] = {}
-        #: By the key of a change: who waits until it is made here.
+        #: By the key of a change: who waits until it is made here; and its lock, which the event loop takes.
+        self._expecting = threading.Lock()
         self._expected: dict[str, list[_Sender[Any]]] = {}
         self._answers: dict[str, list[Callable[[], None]]] = {}
         with run.deciding():
@@ -154,12 +156,12 @@ class ShardRun:
         """
         sender: _Sender[T] = _Sender(Future(), answer)
         sender.future.set_running_or_notify_cancel()
-        with self._run.deciding():
+        with self._expecting:
             self._expected.setdefault(key, []).append(sender)
         try:
             yield sender.future
         finally:
-            with self._run.deciding():
+            with self._expecting:
                 waiting = self._expected.get(key, [])
                 if sender in waiting:
                     waiting.remove(sender)
@@ -208,7 +210,9 @@ class ShardRun:
             if record.made:
                 key = record.made.ticket.key
                 # Now: the next verdict makes another version the run's.
-                waiting = [*self._senders.pop(key, []), *self._expected.pop(key, [])]
+                with self._expecting:
+                    expected = self._expected.pop(key, [])
+                waiting = [*self._senders.pop(key, []), *expected]
                 self._answers[key] = [sender.answering() for sender in waiting]
 
     def propose(self, proposal: Proposal) -> None:

@@ -403,12 +403,12 @@ async def _put_slice(
 ) -> UpdateResult:
     """Receive this host's slice of an update and vote for it; the answer is that of all hosts."""
     shard = host.shard(run)
-    async with _refusing(server, shard, step, key):
-        run.ledger.admit(step, writer)
-        async with Push(request, server, run, averages=len(run.config.averages)) as push:
-            update = await server.allocate(run, partial(run.begin, step, push.staged, writer))
-            await push.receive(update.preparation)
-            decision = await push.decide(server.metrics.timed(partial(shard.push, update, key)))
+    run.ledger.admit(step, writer)  # every host says the same, so none has to be told
+    push = Push(request, server, run, averages=len(run.config.averages))
+    async with _refusing(server, shard, step, key), push:
+        update = await server.allocate(run, partial(run.begin, step, push.staged, writer))
+        await push.receive(update.preparation)
+        decision = await push.decide(server.metrics.timed(partial(shard.push, update, key)))
     # Without the staging, which other pushes may need while a host is away.
     result = await host.decided(decision)
     server.metrics.updates.labels("applied" if result.applied else "repeated").inc()

@@ -231,6 +231,26 @@ def test_who_does_not_fit_is_refused() -> None:
     run(test)
 
 
+def test_change_is_answered_when_every_shard_has_it() -> None:
+    """Whoever asked for a change may turn to any shard next: the answer waits for the last one's commit."""
+
+    async def test() -> None:
+        talk, one, two = begun()
+        asked = asyncio.create_task(talk.change(Change("k", "c"), 20.0))
+        await asyncio.sleep(0)
+        vote, term = Vote(Proposal(Ticket(0, None, "k"), "c"), ""), Term(1, "c")
+        for place in range(2):
+            talk.hear(Report(place, Record(term, 1, 0, None, vote)))
+        assert [message for message in read(one) + read(two) if isinstance(message, Resolve) and message.committed]
+        talk.hear(Report(0, Record(term, 2, 1, vote)))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        talk.hear(Report(1, Record(term, 2, 1, vote)))
+        assert (await asked).committed
+
+    run(test)
+
+
 def test_talk_that_nobody_hears_is_forgotten() -> None:
     """A coordinator forgets a talk that nobody listened to for a minute, and begins anew, as another, when a shard
     comes; one that anybody listens to it keeps."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -187,7 +187,8 @@ def test_waiting_holds_nothing(cluster: Callable[..., Servers], model: Model) ->
     servers = cluster(2).start()
     runs = ["a", "b", "c", "d"]
     for run in runs:
-        assert servers.create(model(0), run=run).status_code == 201
+        averages = [{"name": "ema", "decay": 0.9}, {"name": run, "schedule": "constant", "decay": 0.5}]
+        assert servers.create(model(0), run=run, averages=averages).status_code == 201
         servers.push("weights", model(0), "first", run)
     slices = [save(part) for part in cut(model(1), 2)]
     servers.kill(1)
@@ -203,6 +204,7 @@ def test_waiting_holds_nothing(cluster: Callable[..., Servers], model: Model) ->
     for path, each in zip(paths, waiting, strict=True):
         assert servers.ask(1, "PUT", path, content=slices[1], headers=key).json()["applied"]
         assert each.result(_SECONDS).json()["applied"]
+    assert servers.at_all("/v1/runs/d/weights?average=d") == {200}
 
 
 def test_host_that_stops(cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]) -> None:
@@ -250,6 +252,12 @@ def in_background(work: Callable[[], Any]) -> Future[Any]:
         threads.shutdown(wait=False)
 
 
+def answer_of(servers: Servers, asked: Future[Any]) -> Any:
+    """What came of a request in the background."""
+    assert wait([asked], _SECONDS).done, servers.log()
+    return asked.result()
+
+
 def train(servers: Servers, model: Model, oracle: LitEmaOracle) -> None:
     """Give the initial weights and an update to a new run, and look at what all have."""
     assert [each.status_code for each in servers.push("weights", model(0), "first")] == [200] * servers.of
@@ -258,9 +266,16 @@ def train(servers: Servers, model: Model, oracle: LitEmaOracle) -> None:
     assert_same(servers, oracle)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+#: Where a host ends itself, and which: the one that is asked is host 0.
+DEATHS = {
+    *(("before vote", 1), ("after vote", 0), ("made", 1), ("before commit", 0), ("before commit", 1)),
+    *(("after commit", 0), ("after commit", 1), ("answer", 0), ("hear", 1)),
+}
+LONG = {(point, 1 - victim) for point, victim in DEATHS} - DEATHS
+
+
 @pytest.mark.parametrize(
-    "point", ["before vote", "after vote", "made", "before commit", "after commit", "answer", "hear"]
+    ("point", "victim"), [*sorted(DEATHS), *(pytest.param(*each, marks=pytest.mark.soak) for each in sorted(LONG))]
 )
 def test_host_is_killed_as_a_run_comes_and_goes(
     point: str, victim: int, cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]
@@ -348,11 +363,15 @@ def test_name_comes_again_while_a_host_is_down(
         httpx.put(
             f"{servers.hosts[1].url}/v1/runs/r/updates/2", content=orphan, headers={"Ema-Push": "orphan"}, timeout=1
         )
-    assert servers.ask(0, "DELETE", "/v1/runs/r").status_code == 204
+    deleted = in_background(lambda: servers.ask(0, "DELETE", "/v1/runs/r"))
     servers.wait_for_end(1)
+    servers.until(lambda: servers.once(0, "GET", "/v1/runs/r").status_code == 404, "the run to be gone on one host")
     created = in_background(lambda: servers.create(model(0), decay=0.5))
-    assert servers.once(0, "GET", "/v1/runs/r").status_code == 404
+    time.sleep(0.5)
+    assert not deleted.done(), "a host has the run yet"
+    assert not created.done()
     servers.host(1)
+    assert deleted.result(_SECONDS).status_code == 204
     assert created.result(_SECONDS).status_code == 201
     assert [info["shard"]["birth"] for info in servers.infos()] == [3, 3]
     train(servers, model, litema(model(0), decay=0.5))
@@ -385,12 +404,12 @@ def test_random_kills(
         headers = {"Ema-Writer": str(writer)} if writer else {}
         pushed = in_background(partial(servers.push, f"updates/{step}", model(step), f"u{step}", **headers))
         kill_some(servers, random)
-        assert [each.status_code for each in pushed.result(_SECONDS)] == [200, 200], servers.log()
+        assert [each.status_code for each in answer_of(servers, pushed)] == [200, 200], servers.log()
         oracle.update(model(step))
         decay, key = random.choice([0.25, 0.5, 0.75]), {"Idempotency-Key": f"d{step}"}
         asked = in_background(partial(servers.ask, 0, "PATCH", "/v1/runs/r", json={"decay": decay}, headers=key))
         kill_some(servers, random)
-        assert asked.result(_SECONDS).json()["decay"] == decay
+        assert answer_of(servers, asked).json()["decay"] == decay
         oracle.decay = torch.tensor(decay)
         if step % 3 == 0:
             key = {"Idempotency-Key": f"w{step}"}
