@@ -76,13 +76,6 @@ class Launched:
                 named[f"host {words[words.index('--shard') + 1].split('/')[0]}"] = pid
         return named
 
-    def ready(self) -> bool:
-        """Whether every host takes all requests."""
-        try:
-            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
     def kill(self, name: str) -> None:
         """SIGKILL one of the processes; the launcher starts it again."""
         wait_until(lambda: name in self.processes(), f"{name} to be there")

@@ -197,18 +197,22 @@ class Reader(threading.Thread):
 
 
 class Killer(threading.Thread):
-    """Kills processes of a cluster for as long as it is let."""
+    """Kills processes of a cluster for as long as it is let, once something was written since the time before.
 
-    def __init__(self, cluster: Launched) -> None:
+    versions: grows with what was written.
+    """
+
+    def __init__(self, cluster: Launched, versions: list[dict[str, Tensor]]) -> None:
         super().__init__()
-        self.cluster, self.ended = cluster, threading.Event()
+        self.cluster, self.versions, self.ended = cluster, versions, threading.Event()
 
     def run(self) -> None:
         random = Random(5)
         while not self.ended.wait(random.random()):
             for name in random.choice([("host 0",), ("host 1",), ("coordinator",), ("gateway",), ("host 0", "host 1")]):
                 self.cluster.kill(name)
-            while not self.ended.is_set() and not self.cluster.ready():
+            written = len(self.versions)
+            while not self.ended.is_set() and len(self.versions) < written + 2:
                 time.sleep(0.05)
 
 
@@ -221,18 +225,20 @@ def test_random_kills(own: Callable[..., Launched], seconds: float, model: Model
     versions.append({name: tensor.clone() for name, tensor in oracle.shadow.items()})
     with EmaClient(cluster.url) as client:
         client.create_run("r", model(0), decay=DECAY)
-        threads = Reader(cluster.url, versions), Killer(cluster)
+        threads = Reader(cluster.url, versions), Killer(cluster, versions)
         for thread in threads:
             thread.start()
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            step += 1
-            oracle.update(model(step))
-            versions.append({name: tensor.clone() for name, tensor in oracle.shadow.items()})
-            patient(partial(client.push, "r", model(step), step=step))
-        for thread in threads:
-            thread.ended.set()
-            thread.join()
+        try:
+            while time.monotonic() < until:
+                step += 1
+                oracle.update(model(step))
+                versions.append({name: tensor.clone() for name, tensor in oracle.shadow.items()})
+                patient(partial(client.push, "r", model(step), step=step))
+        finally:
+            for thread in threads:
+                thread.ended.set()
+                thread.join()
         patient(partial(assert_is, client, "r", oracle))
         assert (client.run("r").step, client.run("r").num_updates) == (step, step)
     assert threads[0].torn == []
