@@ -28,7 +28,7 @@ from ema_service.bench.sink import LENGTH_BYTES
 from ema_service.bench.sizes import show_size
 from ema_service.bench.traffic import Traffic
 
-__all__ = ["measure"]
+__all__ = ["PROCESSES", "measure", "paced"]
 
 PROCESSES = Path(__file__).parent / "processes"
 NBYTES = 256 << 20
@@ -104,7 +104,7 @@ def _link(
     lanes = len(rates) if len(set(rates)) > 1 else None
     with contextlib.ExitStack() as stack:
         service = stack.enter_context(Service(joined, program="paced", path=PROCESSES))
-        stack.enter_context(_paced(joined))
+        stack.enter_context(paced(joined))
         client = stack.enter_context(EmaClient(service.url, lanes=lanes))
         traffic = Traffic("lanes", nbytes)
         traffic.create(client)
@@ -151,7 +151,7 @@ def _loopback(
 
 
 @contextlib.contextmanager
-def _paced(rates: str) -> Iterator[None]:
+def paced(rates: str) -> Iterator[None]:
     """Within the block, what this process sends over its connections is paced, one connection after the other."""
     connect, rate = socket.create_connection, dealt(rates)
 

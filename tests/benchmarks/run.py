@@ -8,6 +8,7 @@
     gpt2      one update of a GPT-2-sized model, by us and by the libraries that do it in the trainer
     wire      one gigabyte by every way, ours and others', beside the raw sockets
     lanes     large bodies over several connections, on links that give each connection a share, and on loopback
+    hosts     a run on several hosts with a link each, beside one server with such a link
     connections   one gigabyte pushed over one connection, and split over several
     tls       pushes and pulls over TLS beside those without, and what the server's threads spend on them
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
@@ -44,6 +45,7 @@ import gap
 import gpu
 import gpu_training
 import history
+import hosts
 import kernel
 import lanes
 import large
@@ -75,6 +77,7 @@ GROUPS: dict[str, Measure] = {
     "gpt2": models.measure,
     "wire": wire.measure,
     "lanes": lanes.measure,
+    "hosts": hosts.measure,
     "connections": connections.measure,
     "tls": tls.measure,
     "sizes": latency.measure_sizes,

@@ -173,6 +173,7 @@ SOON = ("kernel", "gpu", "gpu-trainer")
 LATER = (
     "wire",
     "lanes",
+    "hosts",
     "latency",
     "gpt2",
     "trainer",
@@ -257,6 +258,14 @@ EXPECTED = {
         "push over TLS, lanes found",
         "pull over TLS, two lanes",
         "pull over TLS, lanes found",
+    ],
+    "hosts": [
+        "push, one server",
+        "pull, one server",
+        "push, 2 hosts",
+        "pull, 2 hosts",
+        "push, 3 hosts",
+        "pull, 3 hosts",
     ],
     "connections": [
         "raw TCP loopback",
@@ -457,6 +466,8 @@ DEMANDED = {
     ("push, lanes found", "push, one lane", 0.97),
     ("pull, two lanes", "one raw flow, not paced", 0.95),
     ("pull, lanes found", "pull, two lanes", 0.97),
+    *((f"push, {k} hosts", "push, one server", 0.95 * k) for k in (2, 3)),
+    *((f"pull, {k} hosts", "pull, one server", 0.9 * k) for k in (2, 3)),
     ("push over TLS, lanes found", "push over TLS, one lane", 0.97),
     ("pull over TLS, lanes found", "pull over TLS, two lanes", 0.97),
     ("the same, measured as the server does: one of five", "averaging a push, nothing measured", 0.9),

@@ -90,8 +90,8 @@ class Transport:
         return f"Transport({self.url!r})"
 
     def beside(self, url: str, retry: RetryPolicy) -> Transport:
-        """A transport to another server of the same service, with this one's token and timeouts."""
-        return Transport(url, token=self._token, retry=retry, timeouts=self._timeouts)
+        """A transport to another server of the same service, with this one's token, timeouts and lanes."""
+        return Transport(url, token=self._token, retry=retry, timeouts=self._timeouts, lanes=self.lanes)
 
     @property
     def same_host(self) -> bool:

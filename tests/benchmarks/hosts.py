@@ -1,0 +1,84 @@
+"""Group hosts: pushes and pulls of a run on several hosts, each of which has a link of 100 MB/s, beside one server that
+has such a link.
+
+Linux paces single sockets (SO_MAX_PACING_RATE), over loopback too; each client has one connection to each host, and so
+100 MB/s to it. Knows how a cluster is started. Does not know how a round is timed or shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from lanes import PROCESSES, paced
+from scale import Scale
+
+from ema_client import EmaClient
+from ema_service.bench.children import Child, Service
+from ema_service.bench.rounds import Operation, interleave, timed
+from ema_service.bench.rows import Group, Need, rate_row
+from ema_service.bench.sizes import show_size
+from ema_service.bench.traffic import Traffic
+
+__all__ = ["measure"]
+
+NBYTES = 128 << 20
+RATE = "100"
+ONE = {"push": "push, one server", "pull": "pull, one server"}
+#: Of k times what one server reaches.
+PUSHED, PULLED = 0.95, 0.9
+COUNTS = 2, 3
+#: Bodies that go to and fro before any is counted: hosts are found with the first ones.
+FINDING = 2
+
+
+def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
+    """Raises BenchFailed, and what the client raises."""
+    nbytes = min(NBYTES, scale.wire_bytes)
+    operations: dict[str, Operation] = {}
+    needs: dict[str, tuple[Need, ...]] = dict.fromkeys(ONE.values(), ())
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-bench-")))
+        on_step("starting a server and two clusters")
+        urls = {1: stack.enter_context(Service(RATE, data_dir=folder / "one", program="paced", path=PROCESSES)).url}
+        urls |= {count: stack.enter_context(_cluster(folder / str(count), count)) for count in COUNTS}
+        stack.enter_context(paced(RATE))
+        for count, url in urls.items():
+            client, traffic = stack.enter_context(EmaClient(url, lanes=1)), Traffic("hosts", nbytes)
+            traffic.create(client)
+            for _ in range(FINDING):
+                traffic.push(client)
+                traffic.pull_into(client)
+            traffic.check(client)
+            for way, what, share in (("push", traffic.push, PUSHED), ("pull", traffic.pull_into, PULLED)):
+                name = ONE[way] if count == 1 else f"{way}, {count} hosts"
+                operations[name] = timed(partial(what, client))
+                if count > 1:
+                    needs[name] = (Need(share * count, ONE[way]),)
+        seconds = interleave(operations, scale.rounds, on_step=on_step)
+    rows = tuple(rate_row(name, nbytes, seconds, needs[name]) for name in operations)
+    facts = ("each host, and the one server, sends and is sent 100 MB/s; a client's weights go past the gateway",)
+    return Group("hosts", f"hosts: {show_size(nbytes)} of float32, TCP", rows, facts)
+
+
+@contextlib.contextmanager
+def _cluster(folder: Path, count: int) -> Iterator[str]:
+    """A coordinator, hosts whose connections are paced, and a gateway, within the block; the gateway's URL."""
+    folder.mkdir()
+    token = folder / "token"
+    token.write_text(f"{secrets.token_hex(16)}\n")
+    token.chmod(0o600)
+    secret = ["--cluster-token-file", str(token)]
+    with contextlib.ExitStack() as stack:
+        coordinator = stack.enter_context(Child("ema_service", ["cluster", "coordinator", "--port", "0", *secret]))
+        known = ["--coordinator", coordinator.said, *secret]
+        for place in range(count):
+            flags = ["--shard", f"{place}/{count}", *known, RATE]
+            host = Service(*flags, data_dir=folder / f"host-{place}", program="paced", path=PROCESSES)
+            stack.enter_context(host)
+        gateway = stack.enter_context(Child("ema_service", ["cluster", "gateway", "--port", "0", *known]))
+        yield gateway.said
