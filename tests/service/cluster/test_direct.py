@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ema_client import EmaClient, RemoteEma
 from ema_client.errors import EmaError, LayoutMismatch
 from ema_client.hosts.finding import HostedRun
+from ema_client.http.retry import RetryPolicy
+from ema_client.http.transport import Transport
 from ema_client.protocol import RunShards
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched
@@ -210,4 +212,49 @@ def test_other_bytes_than_the_run_has(client: EmaClient, run_name: str) -> None:
     with pytest.raises(LayoutMismatch):
         client.push(run_name, {"w": torch.zeros(800, 1000), "b": torch.zeros(700)}, step=2)
     assert client.run(run_name).step == 1
+    client.delete_run(run_name)
+
+
+@pytest.mark.parametrize("elsewhere", ["nobody", "the gateway"])
+def test_hosts_that_are_not_reached(
+    cluster: Launched,
+    client: EmaClient,
+    run_name: str,
+    litema: type[LitEmaOracle],
+    monkeypatch: pytest.MonkeyPatch,
+    elsewhere: str,
+) -> None:
+    """Where nobody listens at a host's address, or another server does, the gateway sends and receives all, and the
+    hosts are not tried again with each body."""
+    asked: list[str] = []
+    beside = Transport.beside
+
+    def astray(self: Transport, url: str, retry: RetryPolicy) -> Transport:
+        asked.append(url)
+        return beside(self, "http://127.0.0.1:1" if elsewhere == "nobody" else cluster.url, retry)
+
+    monkeypatch.setattr(Transport, "beside", astray)
+    oracle = litema(model(0), decay=DECAY)
+    client.create_run(run_name, model(0), decay=DECAY)
+    for step in (1, 2, 3):
+        assert client.push(run_name, model(step), step=step).applied
+        oracle.update(model(step))
+        assert same(client.pull(run_name), oracle.shadow)
+    assert len(asked) == 3
+    client.delete_run(run_name)
+
+
+def test_a_run_made_anew(cluster: Launched, client: EmaClient, run_name: str) -> None:
+    """A client that knows the hosts of a run finds those of the run that came in its place, of other tensors."""
+    other = {"w": torch.randn(1200, 900), "v": torch.randn(500, 900)}
+    client.create_run(run_name, model(0), decay=DECAY)
+    client.push(run_name, model(1), step=1)
+    assert same(client.pull(run_name), client.pull(run_name))
+    with client_of(cluster) as second:
+        second.delete_run(run_name)
+        second.create_run(run_name, other, decay=0.0, use_num_updates=False)
+    assert same(client.pull(run_name), other)
+    later = {name: each + 1 for name, each in other.items()}
+    assert client.push(run_name, later, step=1).applied
+    assert same(client.pull(run_name), later)
     client.delete_run(run_name)
