@@ -1,8 +1,8 @@
-"""Group hosts: pushes and pulls of a run on several hosts, each of which has a link of 100 MB/s, beside one server that
-has such a link.
+"""Group hosts: pushes and pulls of a run on several hosts, each of which has a link of 200 MB/s (1600 Mbit/s), beside
+one server that has such a link.
 
 Linux paces single sockets (SO_MAX_PACING_RATE), over loopback too; each client has one connection to each host, and so
-100 MB/s to it. Knows how a cluster is started. Does not know how a round is timed or shown.
+200 MB/s to it. Knows how a cluster is started. Does not know how a round is timed or shown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ema_service.bench.traffic import Traffic
 __all__ = ["measure"]
 
 NBYTES = 128 << 20
-RATE = "100"
+RATE = "200"
 ONE = {"push": "push, one server", "pull": "pull, one server"}
 #: Of k times what one server reaches.
 PUSHED, PULLED = 0.95, 0.9
@@ -61,7 +61,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
                     needs[name] = (Need(share * count, ONE[way]),)
         seconds = interleave(operations, scale.rounds, on_step=on_step)
     rows = tuple(rate_row(name, nbytes, seconds, needs[name]) for name in operations)
-    facts = ("each host, and the one server, sends and is sent 100 MB/s; a client's weights go past the gateway",)
+    facts = ("each host, and the one server, sends and is sent 200 MB/s; a client's weights go past the gateway",)
     return Group("hosts", f"hosts: {show_size(nbytes)} of float32, TCP", rows, facts)
 
 
