@@ -16,25 +16,24 @@ from fastapi import Request, Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
-from ema_client.protocol import HEADER_PUSH, HEADER_WRITER, MAX_STEP, NAME_PATTERN, UpdateResult
+from ema_client.protocol import HEADER_PUSH, HEADER_WRITER, KEY_PATTERN, MAX_STEP, NAME_PATTERN, UpdateResult
 from ema_service.api.answers import json_bytes
 from ema_service.api.context import Context
 
 __all__ = ["DirectUpdates"]
 
 _PATH = re.compile(rf"/v1/runs/(?P<run>{NAME_PATTERN.strip('^$')})/updates/(?P<step>0|[1-9][0-9]{{0,18}})\Z", re.ASCII)
-_WRITER = re.compile(rb"[1-9][0-9]{0,17}\Z")
-_WRITER_HEADER = HEADER_WRITER.lower().encode()
-#: To a host of a cluster, whose push waits for others anyway.
-_PUSH_HEADER = HEADER_PUSH.lower().encode()
+_WRITER, _KEY = HEADER_WRITER.lower().encode(), HEADER_PUSH.lower().encode()
+#: What each header of a push may be that says something of the push; another spelling is for FastAPI to refuse.
+_SAID = {_WRITER: re.compile(rb"[1-9][0-9]{0,17}\Z"), _KEY: re.compile(KEY_PATTERN.strip("^$").encode() + rb"\Z")}
 
-Push = Callable[[str, int, Request, Context, int | None], Awaitable[UpdateResult]]
+Push = Callable[[str, int, Request, Context, int | None, str | None], Awaitable[UpdateResult]]
 
 
 class DirectUpdates(BaseRoute):
     """``PUT /v1/runs/{run}/updates/{step}``, for requests of which nothing is unusual; others match another route.
 
-    push: applies the update of a run, step, request, server and writer.
+    push: applies the update of a run, step, request, server, writer and key.
     """
 
     def __init__(self, path: str, push: Push) -> None:
@@ -47,18 +46,20 @@ class DirectUpdates(BaseRoute):
         found = _PATH.match(scope["path"])
         if not found or int(found["step"]) > MAX_STEP:
             return Match.NONE, {}
-        numbers = [value for name, value in scope["headers"] if name == _WRITER_HEADER]
-        if any(name == _PUSH_HEADER for name, _ in scope["headers"]):
-            return Match.NONE, {}
-        if len(numbers) > 1 or not all(map(_WRITER.match, numbers)):
-            return Match.NONE, {}
-        writer = int(numbers[0]) if numbers else None
-        params = {"run": found["run"], "step": int(found["step"]), "writer": writer}
+        said: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            if name in _SAID:
+                if name in said or not _SAID[name].match(value):
+                    return Match.NONE, {}
+                said[name] = value
+        writer = int(said[_WRITER]) if _WRITER in said else None
+        key = said[_KEY].decode() if _KEY in said else None
+        params = {"run": found["run"], "step": int(found["step"]), "writer": writer, "key": key}
         return Match.FULL, {"route": self, "endpoint": self._push, "path_params": params}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what the push raises: the application's handlers answer errors."""
         request, params = Request(scope, receive, send), scope["path_params"]
         server: Context = scope["app"].state.context
-        result = await self._push(params["run"], params["step"], request, server, params["writer"])
+        result = await self._push(params["run"], params["step"], request, server, params["writer"], params["key"])
         await Response(json_bytes(result), media_type="application/json")(scope, receive, send)

@@ -30,9 +30,17 @@ def app() -> FastAPI:
     return create_app(Settings(data_dir=None))
 
 
-def short(app: FastAPI, path: str = PATH, *writers: bytes, method: str = "PUT", query: bytes = b"") -> Any:
+def short(
+    app: FastAPI,
+    path: str = PATH,
+    *writers: bytes,
+    keys: tuple[bytes, ...] = (),
+    method: str = "PUT",
+    query: bytes = b"",
+) -> Any:
     """The parameters of a request that takes the short way; None for one that does not."""
     headers = [(b"host", b"localhost"), *((b"ema-writer", number) for number in writers)]
+    headers += [(b"ema-push", key) for key in keys]
     scope = {"type": "http", "method": method, "path": path, "query_string": query, "headers": headers}
     matching = (route for route in app.router.routes if route.matches({**scope, "app": app})[0] != Match.NONE)
     first = next(matching, None)
@@ -41,8 +49,9 @@ def short(app: FastAPI, path: str = PATH, *writers: bytes, method: str = "PUT", 
 
 def test_who_takes_it(app: FastAPI) -> None:
     """A plain update does; whatever FastAPI would refuse, or read in its own way, is left to FastAPI."""
-    assert short(app) == {"run": "r", "step": 7, "writer": None}
-    assert short(app, "/v1/runs/a.b-c_9/updates/0", b"12") == {"run": "a.b-c_9", "step": 0, "writer": 12}
+    assert short(app) == {"run": "r", "step": 7, "writer": None, "key": None}
+    named = short(app, "/v1/runs/a.b-c_9/updates/0", b"12", keys=(b"Push_1-",))
+    assert named == {"run": "a.b-c_9", "step": 0, "writer": 12, "key": "Push_1-"}
     assert short(app, f"/v1/runs/r/updates/{2**63 - 1}") is not None
     for step in ("07", "+7", "-1", "7.0", "x", "", "\u0667", str(2**63), "9" * 40):
         assert short(app, f"/v1/runs/r/updates/{step}") is None, step
@@ -50,7 +59,9 @@ def test_who_takes_it(app: FastAPI) -> None:
         assert short(app, f"/v1/runs/{run}/updates/7") is None, run
     for number in (b"0", b"-1", b"x", b"1.0", b" 1", b"9" * 19):
         assert short(app, PATH, number) is None, number
-    assert short(app, PATH, b"1", b"2") is None
+    for key in (b"", b"a b", b"\xe4", b"k" * 65, b"k\n"):
+        assert short(app, keys=(key,)) is None, key
+    assert short(app, PATH, b"1", b"2") is short(app, keys=(b"a", b"b")) is None
     assert short(app, f"{PATH}/parts/0") is short(app, PATH, query=b"a=b") is short(app, PATH, method="GET") is None
 
 
