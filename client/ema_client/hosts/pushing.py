@@ -9,8 +9,9 @@ Knows: where a body's bytes lie, and which are whose. Does not know: sockets, or
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import accumulate
 
 from ema_client import protocol
@@ -20,7 +21,7 @@ from ema_client.http.body import Body, cut
 from ema_client.http.digests import Digest, blocks
 from ema_client.http.transport import Reply
 
-__all__ = ["push"]
+__all__ = ["push", "together"]
 
 #: Seconds in which hosts answer that wait for another one; then they say so themselves.
 _DECISION_SECONDS = 30.0
@@ -29,8 +30,8 @@ _DECISION_SECONDS = 30.0
 def push(hosts: Hosts, run: HostedRun, step: int, body: Body, headers: Mapping[str, str]) -> Reply:
     """Send an update whose data lies in memory in canonical order (Body.data).
 
-    Returns the answer of the first host; all answer alike. Raises what hosts answer, or what their transports raise,
-    once nothing is sent any more; LayoutMismatch before anything is sent.
+    Returns what the hosts answer together. Raises what hosts answer, or what their transports raise, once nothing is
+    sent any more; LayoutMismatch before anything is sent.
     """
     slices = _Slices(body, run)
     path = protocol.update_path(run.run, step)
@@ -56,7 +57,16 @@ def push(hosts: Hosts, run: HostedRun, step: int, body: Body, headers: Mapping[s
             undo.pop_all()
         return reply
 
-    return at_all(run.hosts, send)[0]
+    return together(at_all(run.hosts, send))
+
+
+def together(replies: Sequence[Reply]) -> Reply:
+    """The answer to an update that all hosts have answered: applied by this push where one says so, as a slice that was
+    sent again is told "applied before"; durable as far as on each host."""
+    steps = [step for reply in replies if (step := reply.data.get("durable_step")) is not None]
+    least = min(steps) if len(steps) == len(replies) else None
+    told = next((reply for reply in replies if reply.data.get("applied")), replies[0])
+    return replace(told, data={**told.data, "durable_step": least})
 
 
 class _Slices:
