@@ -200,7 +200,11 @@ def test_every_group_is_tried() -> None:
     assert sorted((*SOON, *LATER)) == sorted(EXPECTED) == sorted(offered)
 
 
-@pytest.mark.parametrize("groups", [SOON, pytest.param(LATER, marks=pytest.mark.soak)], ids=["soon", "later"])
+# Each by itself: all of them take longer than a test may.
+_LATER = [pytest.param((name,), marks=pytest.mark.soak, id=name) for name in LATER]
+
+
+@pytest.mark.parametrize("groups", [pytest.param(SOON, id="soon"), *_LATER])
 def test_full_comparison(groups: tuple[str, ...], start: Callable[..., Bench]) -> None:
     """Every group of tests/benchmarks runs, and every row is there: measured, or with the reason why it is not."""
     only = [word for name in groups for word in ("--only", name)]
