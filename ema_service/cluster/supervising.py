@@ -28,7 +28,7 @@ from ema_service.tether import GRACE
 __all__ = ["Ended", "Events", "Program", "Signalled", "Supervisor", "caught_signals"]
 
 #: Seconds before the first restart, and the most: doubled at each end that comes early.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0
 #: Seconds after which a process has lived: its next end is a first one.
 _LIVED = 30.0
 
