@@ -92,9 +92,10 @@ class Host:
 
     def start(self) -> None:
         """Begin to look for coordinators."""
-        self._directory.reporting.start()
         for shard in self._shards.values():
             shard.reporting.start()
+        # Last: from here on another thread begins and ends shards.
+        self._directory.reporting.start()
 
     def stop_waiting(self) -> None:
         """Have all who wait for other hosts be told that the server stops."""
