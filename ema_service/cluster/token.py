@@ -47,10 +47,15 @@ class ClusterToken:
 
 
 def read_cluster_token(path: Path) -> ClusterToken:
-    """The token in a file, without the spaces and the line's end around it. Raises OSError; ValueError as
-    ClusterToken(), with the file's name."""
+    """The token in a file, without the spaces and the line's end around it. Raises OSError, which says what to do;
+    ValueError as ClusterToken(), with the file's name."""
     try:
         return ClusterToken(path.read_text(encoding="ascii").strip())
+    except OSError as fault:
+        raise OSError(
+            f"the cluster's token cannot be read from {path} ({fault.strerror}): give --cluster-token-file a file of "
+            "one line that this user may read, the same on all hosts; `openssl rand -hex 32` makes one"
+        ) from None
     except ValueError as fault:  # of bytes that are no ASCII, too, whose error would quote them
         why = "it has bytes that are no ASCII" if isinstance(fault, UnicodeDecodeError) else str(fault)
         raise ValueError(f"{path}: {why}") from None
