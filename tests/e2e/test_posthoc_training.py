@@ -198,13 +198,17 @@ def test_a_rewind_in_the_middle(client: EmaClient, run_name: str, steps: int) ->
 
 
 def test_killed_in_the_middle(start_server: Callable[..., ServerProcess], run_name: str, steps: int) -> None:
-    """kill -9 in the middle of an update, twice: the ring and the averages go on as if nothing had been."""
+    """kill -9 in the middle of the training, twice: the ring and the averages go on as if nothing had been.
+
+    At most the snapshot under way is lost: what a slow disk has waiting goes with the process.
+    """
     running, training, tracked = start_server(), Training(), Tracked()
     with EmaClient(running.uds) as client:
         client.create_run(run_name, training.model, posthoc=True)
         for step in range(1, steps + 1):
             training.step()
             if step in (steps // 3, steps * 2 // 3):
+                settled(client, run_name, but_for=1)
                 running.kill()
                 running.start()
             client.push(run_name, training.state, step=step)
