@@ -12,20 +12,18 @@ Nobody else's folder, link or file is ever opened: each is looked at through the
 taken when a file is made: a page that cannot be had later would end the process by SIGBUS, so a file system or a
 control group without room is a refusal then.
 
-Knows folders, descriptors and mapped memory. Does not know arenas, runs, or which file counts (rows of the catalog say
+Knows folders, names and room. Does not know pages (pages), arenas, runs, or which file counts (rows of the catalog say
 so).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 import secrets
 import stat
@@ -40,6 +38,7 @@ import numpy.typing as npt
 
 from ema_service.machine_memory import memory_room
 from ema_service.storage.mounts import file_system
+from ema_service.storage.pages import mapped, taken, use_pages
 
 __all__ = ["DEFAULT_RAM_DIR", "MappedFile", "MemoryFiles", "MemoryFilesUnusable"]
 
@@ -51,26 +50,8 @@ DEFAULT_RAM_DIR = _SHARED_MEMORY / f"ema-service-{os.geteuid()}"
 #: Other names for a folder that somebody else has taken.
 _MOST_SUFFIXES = 8
 _OWNER = "owner"
-#: madvise(2), since Linux 5.14: Python has no name for it.
-_POPULATE_WRITE = 23
-#: Bytes of pages mapped at a time: meanwhile no other thread can map memory.
-_POPULATED_AT_ONCE = 64 << 20
 #: Left to the rest of the process and to the kernel when memory is taken for files.
 _SPARE_BYTES = 64 << 20
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_longlong,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_FAILED = ctypes.c_void_p(-1).value
 
 
 class MemoryFilesUnusable(OSError):
@@ -149,7 +130,7 @@ class MemoryFiles:
                     errno.ENOSPC,
                     f"{nbytes * count} bytes of memory files are needed, {self.folder} has room for {room}",
                 )
-            # The kernel clears the pages of a file on one core: 0.3 s a GiB.
+            # The kernel clears the pages of a file on one core: small ones take 0.3 s a GiB.
             with ThreadPoolExecutor(min(count, os.cpu_count() or 1), "ema-create") as threads:
                 creating = [threads.submit(self._create, nbytes, prefix) for _ in range(count)]
             with contextlib.ExitStack() as undo:
@@ -161,7 +142,7 @@ class MemoryFiles:
         if self._tmpfs:
             # The last one is lent first.
             pages = [each.raw for each in reversed(made)]
-            threading.Thread(target=_use_pages, args=(pages,), name="ema-pages", daemon=True).start()
+            threading.Thread(target=use_pages, args=(pages,), name="ema-pages", daemon=True).start()
         return made
 
     def _create(self, nbytes: int, prefix: str) -> MappedFile:
@@ -172,9 +153,7 @@ class MemoryFiles:
         with contextlib.ExitStack() as undo:
             undo.callback(self.remove, name)
             try:
-                # The file's pages are taken here; a full file system is an error now and no signal later.
-                os.posix_fallocate(descriptor, 0, max(nbytes, 1))
-                raw = _map(descriptor, nbytes)
+                raw = taken(descriptor, nbytes, in_memory=self._tmpfs)
             except OSError as fault:
                 raise MemoryFilesUnusable(
                     fault.errno, f"{nbytes} bytes of memory files could not be taken in {self.folder}: {fault.strerror}"
@@ -193,7 +172,7 @@ class MemoryFiles:
                 raise OSError(errno.EPERM, f"{self.folder / name} is no file of this user")
             if found.st_size != max(nbytes, 1) or found.st_blocks * 512 < nbytes:
                 raise OSError(errno.EIO, f"{self.folder / name} has {found.st_size} bytes, not {nbytes}")
-            return MappedFile(name, _map(descriptor, nbytes))
+            return MappedFile(name, mapped(descriptor, nbytes))
         finally:
             os.close(descriptor)
 
@@ -306,44 +285,3 @@ def _read_owner(descriptor: int) -> dict[str, object]:
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}
-
-
-def _map(descriptor: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """A file's pages as an array, unmapped with the last view of it. Raises OSError.
-
-    By libc and not by Python's mmap, which would keep a descriptor for each file: runs are many, descriptors are few.
-    """
-    size = max(nbytes, 1)
-    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
-    if address == _FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Where the file system was mounted with huge=advise; elsewhere nothing.
-        _libc.madvise(address, size, mmap.MADV_HUGEPAGE)
-    # The array refers to the mapping, and so does every view of the array.
-    return np.asarray(_Mapping(address, size, nbytes))
-
-
-def _use_pages(files: list[npt.NDArray[np.uint8]]) -> None:
-    """Have all pages of new files mapped: one by one, as they are first written, takes twice as long, and a push waits.
-
-    An older kernel does nothing.
-    """
-    while files:
-        raw = files.pop(0)
-        for start in range(0, raw.nbytes, _POPULATED_AT_ONCE):
-            size = min(_POPULATED_AT_ONCE, raw.nbytes - start)
-            if _libc.madvise(raw.ctypes.data + start, size, _POPULATE_WRITE):
-                return
-
-
-class _Mapping:
-    """Mapped pages, for numpy; unmapped when nothing refers to them."""
-
-    def __init__(self, address: int, size: int, nbytes: int) -> None:
-        self._pages = address, size
-        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
-
-    def __del__(self) -> None:
-        _libc.munmap(*self._pages)

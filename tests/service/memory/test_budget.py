@@ -176,7 +176,7 @@ def test_file_that_was_not_mapped_is_gone(
     fault: type[BaseException], failing: Callable[[object, str], None], files: MemoryFiles, pool: HostPool
 ) -> None:
     """Nor does one stay that was made and could not be used."""
-    failing(memory_files, "_map")
+    failing(memory_files, "taken")
     with pytest.raises(MemoryFilesUnusable if fault is OSError else fault):
         FilePool(files, SIZE, "1.", pool).lend(SIZE)
     assert (pool.budget.used, files.names()) == (0, set())

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from ema_service.storage import memory_files as module
-from ema_service.storage.memory_files import _POPULATE_WRITE, MemoryFiles, MemoryFilesUnusable, _libc
+from ema_service.storage.memory_files import MemoryFiles, MemoryFilesUnusable
+from ema_service.storage.pages import _POPULATE_WRITE, _libc
 from tests.descriptors import open_below
 from tests.waiting import wait_until
 
