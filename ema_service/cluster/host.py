@@ -16,15 +16,17 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ema_client.errors import Overloaded, RunNotFound, Stopping
 from ema_client.protocol import RunConfig, RunInfo, Writer
+from ema_service import tether
 from ema_service.cluster.asking import Asking
 from ema_service.cluster.directory import Directory, creation_of, same_run, whole_config
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.layout_map import LayoutMap
+from ema_service.cluster.lease import Lease
 from ema_service.cluster.messages import DIRECTORY, Adjustment, Answer, Arrival, Change, Deletion
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
 from ema_service.cluster.shard_run import ShardRun
@@ -47,7 +49,8 @@ _CHANGE_SECONDS = 60.0
 class Membership:
     """Which host of which cluster a server is.
 
-    place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs.
+    place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs. lease:
+    seconds as in Lease().
     """
 
     place: int
@@ -55,6 +58,7 @@ class Membership:
     address: str
     coordinators: tuple[str, ...]
     token: ClusterToken
+    lease: float | None = None
 
 
 class Host:
@@ -65,7 +69,9 @@ class Host:
 
     def __init__(self, registry: Registry, store: Store, membership: Membership) -> None:
         self._registry = registry
-        self._membership = membership
+        self._store = store
+        # Whatever this process says to a coordinator carries its number: a later process of this host is heard then.
+        self._membership = membership = replace(membership, token=membership.token.of_number(store.number))
         self._asking = Asking(membership.coordinators, membership.token)
         #: Threads that judge changes: of runs, for microseconds; of the directory, where memory is taken.
         self._judging = Threads(1, "ema-judge")
@@ -84,6 +90,8 @@ class Host:
         )
         for run in registry.runs():
             self._shards[run.config.run] = self._shard_of(run)
+        talk = self._directory.reporting
+        self._lease = Lease(membership.lease, lambda: max(talk.heard, tether.heard()), self._replaced)
 
     @property
     def linked(self) -> bool:
@@ -94,6 +102,7 @@ class Host:
         """Begin to look for coordinators."""
         for shard in self._shards.values():
             shard.reporting.start()
+        self._lease.start()
         # Last: from here on another thread begins and ends shards.
         self._directory.reporting.start()
 
@@ -229,7 +238,13 @@ class Host:
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
         return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)
 
+    def _replaced(self) -> str:
+        """By whom this server was replaced as its host; empty by nobody."""
+        taken = "a later server has the data dir" if self._store.taken_over() else ""
+        return taken or self._directory.reporting.replaced
+
     def _close(self) -> None:
+        self._lease.close()
         fault = Stopping("the server was told to stop", retry_after=1.0)
         self._directory.reporting.close()
         for shard in list(self._shards.values()):

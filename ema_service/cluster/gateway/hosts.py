@@ -35,6 +35,7 @@ from ema_client.errors import (
 from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, from_json, runs_path
 from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
 
 __all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "passed_on"]
 
@@ -168,7 +169,7 @@ class Hosts:
         for url in self._coordinators:
             try:
                 return _hosts_of(await self._ask_coordinator(url))
-            except (httpx2.HTTPError, ValueError) as fault:
+            except (httpx2.HTTPError, ValueError, NoCoordinator) as fault:
                 faults.append(f"{url}: {type(fault).__name__}: {fault}")
             except Overloaded as fault:
                 faults.append(f"{url}: {fault.detail}")
@@ -179,8 +180,8 @@ class Hosts:
         )
 
     async def _ask_coordinator(self, url: str) -> Any:
-        """A coordinator's map as JSON. Raises HTTPError of httpx2, ValueError, Overloaded."""
-        path = f"{url.rstrip('/')}{API}/runs/{DIRECTORY}/shards"
+        """A coordinator's map as JSON. Raises HTTPError of httpx2, ValueError, NoCoordinator, Overloaded."""
+        path = f"{coordinator_url(url)}{API}/runs/{DIRECTORY}/shards"
         answer = await self._client.get(path, headers={"Authorization": self._token.header}, timeout=_MAP)
         if answer.status_code == 404:
             raise Overloaded("no host has come to the coordinator yet")
