@@ -8,6 +8,9 @@ The engine says a word whenever it was heard, and where the coordinator is by no
 sign of life (ema_service.tether), the coordinator's URL into a file that host and gateway read (whereabouts). While the
 engine is not heard nothing is started again: an agent that is cut off may have been replaced.
 
+A gateway's URL stands in the file ``gateway`` of the folder as well, for clients that know no engine: of several
+gateways that share a folder the latest, for one is as good as another.
+
 Nothing here raises once it is made: what fails is tried again, and told by state().
 
 Knows the programs of a place, and which of them must run before which. Does not know the engine.
@@ -198,6 +201,9 @@ class Agent:
         if found := _LISTENS.search(line):
             port = urlsplit(found[1]).port
             self._urls[name] = f"http://{f'[{self._machine}]' if ':' in self._machine else self._machine}:{port}"
+            if name == "gateway":
+                with contextlib.suppress(OSError):  # whoever has Ray, or was told the address, does without
+                    _write_line(self._task.folder / "gateway", self._urls[name])
         self._said[name] = line
         self._say(f"{name} | {line}")
 

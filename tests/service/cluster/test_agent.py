@@ -97,7 +97,7 @@ def test_a_coordinator_elsewhere_is_found(engine: Engine, model: Model, litema: 
     ready(engine)
     oracle = litema(model(0), decay=DECAY)
     pids = [engine.pid(place) for place in range(2)]
-    with EmaClient(engine.hosts[0].url) as client:
+    with EmaClient((engine.folder / "gateway").as_uri()) as client:
         client.create_run("r", model(0), decay=DECAY)
         for step in (1, 2):
             client.push("r", model(step), step=step)
