@@ -35,8 +35,9 @@ from ema_client.errors import (
 from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, from_json, runs_path
 from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
 
-__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "passed_on"]
+__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "parsed", "passed_on"]
 
 T = TypeVar("T")
 
@@ -122,11 +123,7 @@ class Hosts:
         self, host: HostAddress, method: str, path: str, kind: type[T], headers: Mapping[str, str], **more: Any
     ) -> T:
         """A host's answer to a request, as a dataclass of the protocol. more: as for send()."""
-        answer = await self.send(host, method, path, headers, **more)
-        try:
-            return from_json(kind, json.loads(answer.content))
-        except ValueError as fault:
-            raise Overloaded(f"{host} answered {path} with what no ema-service says: {fault}") from None
+        return parsed(host, await self.send(host, method, path, headers, **more), kind)
 
     async def send(
         self, host: HostAddress, method: str, path: str, headers: Mapping[str, str], **more: Any
@@ -168,7 +165,7 @@ class Hosts:
         for url in self._coordinators:
             try:
                 return _hosts_of(await self._ask_coordinator(url))
-            except (httpx2.HTTPError, ValueError) as fault:
+            except (httpx2.HTTPError, ValueError, NoCoordinator) as fault:
                 faults.append(f"{url}: {type(fault).__name__}: {fault}")
             except Overloaded as fault:
                 faults.append(f"{url}: {fault.detail}")
@@ -179,8 +176,8 @@ class Hosts:
         )
 
     async def _ask_coordinator(self, url: str) -> Any:
-        """A coordinator's map as JSON. Raises HTTPError of httpx2, ValueError, Overloaded."""
-        path = f"{url.rstrip('/')}{API}/runs/{DIRECTORY}/shards"
+        """A coordinator's map as JSON. Raises HTTPError of httpx2, ValueError, NoCoordinator, Overloaded."""
+        path = f"{coordinator_url(url)}{API}/runs/{DIRECTORY}/shards"
         answer = await self._client.get(path, headers={"Authorization": self._token.header}, timeout=_MAP)
         if answer.status_code == 404:
             raise Overloaded("no host has come to the coordinator yet")
@@ -200,6 +197,14 @@ class Hosts:
                 hint="nothing is decided without every host: start it again, or wait until it is there",
                 retry_after=1.0,
             ) from fault
+
+
+def parsed(host: HostAddress, answer: httpx2.Response, kind: type[T]) -> T:
+    """A host's answer as a dataclass of the protocol. Raises Overloaded for what is none."""
+    try:
+        return from_json(kind, json.loads(answer.content))
+    except ValueError as fault:
+        raise Overloaded(f"{host} answered {answer.url.path} with what no ema-service says: {fault}") from None
 
 
 def _hosts_of(told: Any) -> tuple[HostAddress, ...]:
