@@ -2,13 +2,16 @@
 
     GET  /v1/runs, /v1/runs/{run}, .../layout      the shards' answers, as of one run
     GET  /v1/runs/{run}/weights                    the hosts' data, put together while it is sent
+    GET  /v1/runs/{run}/events                     one stream a host for all who watch
+    GET  /v1/runs/{run}/history, ...               what the hosts noted, as of one run
     PUT  /v1/runs/{run}/weights, .../updates/{n}   cut into the hosts' slices while it comes in
     POST, PATCH, DELETE                            handed to one host, which has all hosts do it or none
 
 What a run on several hosts cannot do is refused by name. Nothing is kept, on no disk: gateways are started and ended at
 will, and any number may serve one cluster.
 
-Knows the routes. Does not know how bodies are cut and put together (pushes, pulls), or who decides.
+Knows the routes. Does not know how bodies are cut and put together (pushes, pulls), how streams become one (watching),
+or who decides.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ from ema_client.protocol import (
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, passed_on
 from ema_service.cluster.gateway.pulls import send_weights
 from ema_service.cluster.gateway.pushes import Slice, Splitting
+from ema_service.cluster.gateway.waiting import once_reached, send_events
+from ema_service.cluster.gateway.watching import Watches
 from ema_service.cluster.gateway.whole import (
     Apart,
     layout_of,
@@ -76,6 +81,7 @@ from ema_service.cluster.gateway.whole import (
 )
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.problems import answer_with_problems
+from ema_service.descriptors import connections_within, raise_limit
 
 __all__ = ["create_gateway", "serve"]
 
@@ -93,15 +99,13 @@ _DECISION_SECONDS = 90.0
 _PUSH_SECONDS = 3600.0
 #: Runs whose layouts are remembered.
 _MOST_LAYOUTS = 256
+#: Requests that wait for something to happen to a run, each with a connection of its own: ten thousand take 60 MB.
+_MOST_WAITING = 10_000
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
     "averages": "averages are those that the run was made with",
     "snapshots": "no snapshots yet",
     "rewind": "no going back yet",
-    "events": "no events yet; GET /v1/runs/{run} tells how the run stands",
-    "history": "no history yet",
-    "distances": "no history yet",
-    "timeline": "no timeline yet",
     "profiles": "no averages of other lengths yet",
     "sweep": "no averages of other lengths yet",
     "sweeps": "no averages of other lengths yet",
@@ -113,16 +117,20 @@ _NOT_OFFERED = {
 def create_gateway(hosts: Hosts) -> FastAPI:
     """The application of one gateway. hosts: closed with it."""
 
+    watches = Watches(hosts, connections_within(raise_limit(), _MOST_WAITING))
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             yield
         finally:
+            watches.end()
             await hosts.close()
 
     app = FastAPI(title="ema-service gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.watches = watches
     answer_with_problems(app, "a gateway")
-    gateway = _Gateway(hosts)
+    gateway = _Gateway(hosts, watches)
     run, step = f"{API}/runs/{{run}}", "/updates/{step:int}"
     for method, path, answer in (
         ("GET", "/healthz", gateway.alive),
@@ -142,6 +150,7 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("GET", f"{run}/weights", gateway.weights),
         ("HEAD", f"{run}/weights", gateway.weights),
         ("PUT", f"{run}/weights", gateway.initialise),
+        ("GET", f"{run}/events", gateway.events),
         ("GET", run + step, gateway.status),
         ("PUT", run + step, gateway.push),
     ):
@@ -170,6 +179,7 @@ class _Gateway:
     """
 
     hosts: Hosts
+    watches: Watches
     #: run -> when it was created, and the hosts' shares of its tensors.
     _maps: dict[str, tuple[float, LayoutMap]] = field(default_factory=dict)
 
@@ -265,8 +275,13 @@ class _Gateway:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     async def weights(self, run: RunName, request: Request) -> Response:
-        """The current weights of the whole run, of one version."""
+        """The current weights of the whole run, of one version; once every host has the step that is waited for."""
+        await once_reached(run, request, self.watches)
         return await send_weights(run, request, self.hosts)
+
+    async def events(self, run: RunName, request: Request) -> Response:
+        """What happens to the whole run, as a stream."""
+        return await send_events(run, request, self.watches)
 
     async def initialise(self, run: RunName, request: Request) -> Response:
         """Give the initial weights."""
@@ -414,8 +429,9 @@ async def _body_of(request: Request) -> bytes:
 def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM. sock: from coordinator.listening_socket(). announce: called once connections are
     accepted."""
+    app = create_gateway(hosts)
     config = uvicorn.Config(
-        create_gateway(hosts),
+        app,
         http="httptools",
         loop="asyncio",
         ws="none",
@@ -425,16 +441,21 @@ def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> No
         server_header=False,
         timeout_graceful_shutdown=20,
     )
-    server = _Server(config, announce)
+    server = _Server(config, announce, app.state.watches)
     server.run([sock])
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it listens."""
+    """A server that says when it listens, and lets nobody wait any more before it waits for connections to end."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], watches: Watches) -> None:
         super().__init__(config)
         self._announce = announce
+        self._watches = watches
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._watches.end()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -83,6 +83,7 @@ class Hosts:
         )
         self._map: tuple[HostAddress, ...] = ()
         self._told = float("-inf")
+        self._asking = asyncio.Lock()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -91,18 +92,27 @@ class Hosts:
     async def all(self) -> tuple[HostAddress, ...]:
         """The hosts, by place. Raises Overloaded where not all are known; Forbidden where they are to ask for tokens,
         and one does not."""
-        if time.monotonic() - self._told > _MAP_AGE:
-            try:
-                found = await self._asked_map()
-            except Overloaded:
-                if not self._map:
-                    raise
-            else:
-                if self._guarded and found != self._map:
-                    await all_of([self._check_guarded(host) for host in found])
-                self._map = found
-            self._told = time.monotonic()
+        if self._is_old():
+            async with self._asking:  # many who come at once make one question
+                if self._is_old():
+                    await self._look()
         return self._map
+
+    def _is_old(self) -> bool:
+        return time.monotonic() - self._told > _MAP_AGE
+
+    async def _look(self) -> None:
+        """Take in the coordinator's map. Raises as all()."""
+        try:
+            found = await self._asked_map()
+        except Overloaded:
+            if not self._map:
+                raise
+        else:
+            if self._guarded and found != self._map:
+                await all_of([self._check_guarded(host) for host in found])
+            self._map = found
+        self._told = time.monotonic()
 
     async def _check_guarded(self, host: HostAddress) -> None:
         """Raises Forbidden where a host answers without a token."""

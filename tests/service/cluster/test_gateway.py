@@ -365,7 +365,6 @@ def test_what_is_not_offered_is_refused(run: PlainRun) -> None:
         ("POST", "/averages"),
         ("PUT", "/updates/1/parts/0"),
         ("PUT", "/updates/1/stretches/0-8"),
-        ("GET", "/events"),
     ]:
         answer = run.http.request(method, run.path + path)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), path
