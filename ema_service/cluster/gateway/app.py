@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -41,23 +43,30 @@ from ema_client.errors import (
 )
 from ema_client.protocol import (
     API,
+    DEFAULT_ENTRIES,
     DIGEST_FOLLOWS,
     HEADER_DIGEST,
     HEADER_PUSH,
     HEADER_SEGMENT,
     NAME_PATTERN,
+    Distances,
+    History,
     RunInfo,
     RunLayout,
     RunList,
     RunShards,
     ServerInfo,
+    Timeline,
     UpdateResult,
     UpdateStatus,
+    distances_path,
+    history_path,
     layout_path,
     reset_path,
     run_path,
     runs_path,
     server_path,
+    timeline_path,
     to_json,
     update_path,
     weights_path,
@@ -65,7 +74,8 @@ from ema_client.protocol import (
     writers_path,
 )
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, passed_on
-from ema_service.cluster.gateway.pulls import send_weights
+from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
+from ema_service.cluster.gateway.pulls import is_known, send_weights
 from ema_service.cluster.gateway.pushes import Slice, Splitting
 from ema_service.cluster.gateway.waiting import once_reached, send_events
 from ema_service.cluster.gateway.watching import Watches
@@ -151,6 +161,9 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("HEAD", f"{run}/weights", gateway.weights),
         ("PUT", f"{run}/weights", gateway.initialise),
         ("GET", f"{run}/events", gateway.events),
+        ("GET", f"{run}/history", gateway.history),
+        ("GET", f"{run}/distances", gateway.distances),
+        ("GET", f"{run}/timeline", gateway.timeline),
         ("GET", run + step, gateway.status),
         ("PUT", run + step, gateway.push),
     ):
@@ -297,6 +310,32 @@ class _Gateway:
         """What is known of a step."""
         return _json(whole_status(await self._each(request, update_path(run, step), UpdateStatus)))
 
+    # --- how it went ------------------------------------------------------------------------------------------------
+
+    async def history(self, run: RunName, request: Request) -> Response:
+        """What was measured of the whole run's updates."""
+        return await self._past(request, history_path(run), History, whole_history)
+
+    async def distances(self, run: RunName, request: Request) -> Response:
+        """How far each tensor's shadow was from its parameters."""
+        return await self._past(request, distances_path(run), Distances, whole_distances)
+
+    async def timeline(self, run: RunName, request: Request) -> Response:
+        """What was done to the run."""
+        query = request.query_params
+        asked = query.get("limit", "")
+        most = int(asked) if asked.isascii() and asked.isdecimal() else DEFAULT_ENTRIES  # else hosts refuse it
+        return await self._past(request, timeline_path(run), Timeline, partial(whole_timeline, most=most))
+
+    async def _past(self, request: Request, path: str, kind: type[T], merge: Callable[[Sequence[T]], T]) -> Response:
+        """What each host noted, as of one run; on a thread, for a history has thousands of numbers."""
+        headers, query = passed_on(request.headers), dict(request.query_params)
+        told = await self.hosts.each(lambda host: self.hosts.send(host, "GET", path, headers, params=query))
+        body = await asyncio.to_thread(
+            lambda: json.dumps(to_json(merge([self.hosts.parsed(each, kind) for each in told]))).encode()
+        )
+        return _tagged(request, body)
+
     async def _push(self, run: str, request: Request, path: str, kind: type[T]) -> list[T]:
         """Send the hosts their slices of a body, and return what they answered."""
         if HEADER_SEGMENT in request.headers:
@@ -402,6 +441,15 @@ def _together(make: Callable[[], T]) -> T:
 
 def _json(body: Any, status: int = 200) -> JSONResponse:
     return JSONResponse(to_json(body), status)
+
+
+def _tagged(request: Request, body: bytes) -> Response:
+    """An answer of JSON, or that the reader has it already."""
+    tag = f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
+    if is_known(request, tag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def _object_of(answer: httpx2.Response) -> dict[str, Any]:

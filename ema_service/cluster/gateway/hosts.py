@@ -133,10 +133,14 @@ class Hosts:
     ) -> T:
         """A host's answer to a request, as a dataclass of the protocol. more: as for send()."""
         answer = await self.send(host, method, path, headers, **more)
+        return self.parsed(answer, kind)
+
+    def parsed(self, answer: httpx2.Response, kind: type[T]) -> T:
+        """The body of an answer as a dataclass of the protocol. Raises Overloaded."""
         try:
             return from_json(kind, json.loads(answer.content))
         except ValueError as fault:
-            raise Overloaded(f"{host} answered {path} with what no ema-service says: {fault}") from None
+            raise Overloaded(f"{answer.url} answered with what no ema-service says: {fault}") from None
 
     async def send(
         self, host: HostAddress, method: str, path: str, headers: Mapping[str, str], **more: Any
