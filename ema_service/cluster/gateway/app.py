@@ -31,6 +31,7 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ema_client.errors import (
     BodyTooLarge,
@@ -73,6 +74,7 @@ from ema_client.protocol import (
     writer_path,
     writers_path,
 )
+from ema_service.cluster.gateway.counted import Counted
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, passed_on
 from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
 from ema_service.cluster.gateway.pulls import is_known, send_weights
@@ -139,12 +141,14 @@ def create_gateway(hosts: Hosts) -> FastAPI:
 
     app = FastAPI(title="ema-service gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.watches = watches
+    app.add_middleware(Counted, metrics=hosts.metrics)
     answer_with_problems(app, "a gateway")
     gateway = _Gateway(hosts, watches)
     run, step = f"{API}/runs/{{run}}", "/updates/{step:int}"
     for method, path, answer in (
         ("GET", "/healthz", gateway.alive),
         ("GET", "/readyz", gateway.ready),
+        ("GET", "/metrics", gateway.metrics),
         ("GET", server_path(), gateway.server),
         ("GET", runs_path(), gateway.runs),
         ("POST", runs_path(), gateway.create),
@@ -207,6 +211,11 @@ class _Gateway:
         await self.hosts.each(lambda host: self.hosts.send(host, "GET", "/readyz", passed_on(request.headers)))
         return JSONResponse({"status": "ready", "hosts": len(await self.hosts.all())})
 
+    async def metrics(self) -> Response:
+        """The gateway's own, for Prometheus."""
+        self.hosts.metrics.waiting.set(self.watches.waiting)
+        return Response(generate_latest(self.hosts.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
     async def server(self, request: Request) -> Response:
         """What the hosts are together."""
         return _json(whole_server(await self._each(request, server_path(), ServerInfo)))
@@ -251,7 +260,7 @@ class _Gateway:
             addresses = [host.address for host in await self.hosts.all()]
             return shards_of(infos, await self._map_of(infos[0], request), addresses)
 
-        return _json(await _agreed(ask))
+        return _json(await self._agreed(ask))
 
     async def change(self, run: RunName, request: Request) -> Response:
         """A decay changed on all hosts or none."""
@@ -391,7 +400,7 @@ class _Gateway:
         async def ask() -> RunInfo:
             return await self._whole(await self._each(request, run_path(run), RunInfo), request)
 
-        return await _agreed(ask)
+        return await self._agreed(ask)
 
     async def _whole(self, infos: Sequence[RunInfo], request: Request) -> RunInfo:
         """The whole run of which the hosts tell so. Raises Apart."""
@@ -404,7 +413,7 @@ class _Gateway:
             host, *_ = await self.hosts.all()
             return await self._map_of(await self._ask(request, run_path(run), RunInfo, host), request)
 
-        return await _agreed(ask)
+        return await self._agreed(ask)
 
     async def _map_of(self, told: RunInfo, request: Request) -> LayoutMap:
         """The hosts' shares of the run that was created when one of them tells. Raises Apart."""
@@ -416,19 +425,21 @@ class _Gateway:
             self._maps[told.run] = told.created_at, found
         return found
 
-
-async def _agreed(ask: Callable[[], Awaitable[T]]) -> T:
-    """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made on
-    all hosts. Raises Overloaded where that goes on."""
-    clock = asyncio.get_running_loop().time
-    until = clock() + _APART_SECONDS
-    while True:
-        try:
-            return await ask()
-        except (Apart, Superseded) as fault:
-            if clock() > until:
-                raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
-        await asyncio.sleep(_APART_PAUSE)
+    async def _agreed(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made
+        on all hosts. Raises Overloaded where that goes on."""
+        metrics = self.hosts.metrics
+        clock = asyncio.get_running_loop().time
+        until = clock() + _APART_SECONDS
+        while True:
+            try:
+                return await ask()
+            except (Apart, Superseded) as fault:
+                metrics.apart.inc()
+                if clock() > until:
+                    metrics.disagreed.inc()
+                    raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
+            await asyncio.sleep(_APART_PAUSE)
 
 
 def _together(make: Callable[[], T]) -> T:

@@ -148,6 +148,8 @@ class _Asked:
             if all(each.header.metadata == newest.header.metadata for each in shards):
                 return shards
             there = {each.host.place: each for each in shards if each.header.metadata == newest.header.metadata}
+            self.hosts.metrics.apart.inc()
+        self.hosts.metrics.disagreed.inc()
         raise Overloaded(
             "the hosts were not at one version: updates come faster than they can be read",
             hint="nothing is wrong; ask again",

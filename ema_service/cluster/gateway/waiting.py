@@ -28,7 +28,8 @@ async def send_events(run: str, request: Request, watches: Watches) -> Response:
     """The stream of a run's events. Raises as Watches.watching()."""
     async with contextlib.AsyncExitStack() as undo:
         watch = await undo.enter_async_context(watches.watching(run, passed_on(request.headers)))
-        return _Events(watch.stream(), undo.pop_all())
+        kinds = watches.hosts.metrics.events
+        return _Events(watch.stream(lambda kind: kinds.labels(kind).inc()), undo.pop_all())
 
 
 async def once_reached(run: str, request: Request, watches: Watches) -> None:
