@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ema_client.errors import Conflict, Fenced, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
+from ema_service.cluster.counting import CoordinatorMetrics, TalkCount
 from ema_service.cluster.decisions import Coordinator, Output
 from ema_service.cluster.messages import Answer, Arrival, Ask, Change, Propose, Refusal, Report, Resolve
 
@@ -48,11 +49,12 @@ class Conversation:
     shards: how many the run has. core: what decides.
     """
 
-    def __init__(self, run: str, name: str, shards: int) -> None:
-        """run: the talk's name. name: as in Coordinator."""
+    def __init__(self, run: str, name: str, shards: int, metrics: CoordinatorMetrics | None = None) -> None:
+        """run: the talk's name. name: as in Coordinator. metrics: by default those of nobody."""
         self.core = Coordinator(name, shards)
         self.shards = shards
         self._run = run
+        self._count = TalkCount(metrics or CoordinatorMetrics())
         self._arrivals: dict[int, Arrival] = {}
         self._listening: dict[int, Listening] = {}
         #: key -> what those who asked for the change wait for.
@@ -83,6 +85,7 @@ class Conversation:
             return
         if message.shard >= self.shards:
             raise InvalidRequest(f"shard {message.shard}: run {self._run!r} has shards 0 to {self.shards - 1}")
+        self._count.heard(message)
         if message.term < self.core.term:
             # The claim came while the shard was not listening.
             self._say(ask for ask in self.core.ask() if ask.shard == message.shard)
@@ -147,6 +150,8 @@ class Conversation:
     def _say(self, outputs: Iterable[Output]) -> None:
         """Send to those that listen, and answer those that asked."""
         for output in outputs:
+            if isinstance(output, Resolve):
+                self._count.said(output)
             if isinstance(output, Answer):
                 answer = self._asked.pop(output.key, None)
                 if answer and not answer.done():
@@ -171,8 +176,10 @@ class Conversations:
     listened for a while: of a run that was deleted nobody comes again, and for any other a coordinator keeps nothing.
     """
 
-    def __init__(self, new_name: Callable[[], str]) -> None:
-        """new_name: draws the name that this coordinator has in one talk, as in Coordinator."""
+    def __init__(self, new_name: Callable[[], str], metrics: CoordinatorMetrics | None = None) -> None:
+        """new_name: draws the name that this coordinator has in one talk, as in Coordinator. metrics: by default those
+        of nobody."""
+        self._metrics = metrics or CoordinatorMetrics()
         self._new_name = new_name
         self._by_run: dict[str, Conversation] = {}
         #: How many questions nobody heard, of those talks.
@@ -204,7 +211,7 @@ class Conversations:
             raise Stopping("the coordinator ends", retry_after=1.0)
         if not arrival.shard < arrival.shards:
             raise InvalidRequest(f"shard {arrival.shard} of {arrival.shards}: places are counted from 0")
-        conversation = self._by_run.get(run) or Conversation(run, self._new_name(), arrival.shards)
+        conversation = self._by_run.get(run) or Conversation(run, self._new_name(), arrival.shards, self._metrics)
         listening = conversation.arrive(arrival)
         self._by_run[run] = conversation
         return conversation, listening
@@ -216,6 +223,10 @@ class Conversations:
                 f"no shard of a run {run!r} has come to this coordinator", hint="are the hosts of its shards up?"
             )
         return self._by_run[run]
+
+    def all(self) -> list[Conversation]:
+        """The talks that there are."""
+        return list(self._by_run.values())
 
     def ask_again(self) -> None:
         """As Conversation.ask_again(), for all talks. Those that nobody hears are forgotten."""

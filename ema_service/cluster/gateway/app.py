@@ -2,19 +2,24 @@
 
     GET  /v1/runs, /v1/runs/{run}, .../layout      the shards' answers, as of one run
     GET  /v1/runs/{run}/weights                    the hosts' data, put together while it is sent
+    GET  /v1/runs/{run}/events                     one stream a host for all who watch
+    GET  /v1/runs/{run}/history, ...               what the hosts noted, as of one run
     PUT  /v1/runs/{run}/weights, .../updates/{n}   cut into the hosts' slices while it comes in; .../parts/{i} too
     POST, PATCH, DELETE                            handed to one host, which has all hosts do it or none
 
 What a run on several hosts cannot do is refused by name. Nothing is kept, on no disk: gateways are started and ended at
 will, and any number may serve one cluster.
 
-Knows the routes. Does not know how bodies are cut and put together (pushes, pulls), or who decides.
+Knows the routes. Does not know how bodies are cut and put together (pushes, pulls), how streams become one (watching),
+or who decides.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,6 +31,7 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ema_client.errors import (
     BodyTooLarge,
@@ -38,33 +44,44 @@ from ema_client.errors import (
 )
 from ema_client.protocol import (
     API,
+    DEFAULT_ENTRIES,
     DIGEST_FOLLOWS,
     HEADER_DIGEST,
     HEADER_PUSH,
     HEADER_SEGMENT,
     NAME_PATTERN,
+    Distances,
+    History,
     RunInfo,
     RunLayout,
     RunList,
     RunShards,
     ServerInfo,
+    Timeline,
     UpdateResult,
     UpdateStatus,
+    distances_path,
+    history_path,
     layout_path,
     part_path,
     reset_path,
     run_path,
     runs_path,
     server_path,
+    timeline_path,
     to_json,
     update_path,
     weights_path,
     writer_path,
     writers_path,
 )
+from ema_service.cluster.gateway.counted import Counted
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, parsed, passed_on
-from ema_service.cluster.gateway.pulls import send_weights
+from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
+from ema_service.cluster.gateway.pulls import is_known, send_weights
 from ema_service.cluster.gateway.pushes import PartSplitting, Slice, Splitting
+from ema_service.cluster.gateway.waiting import once_reached, send_events
+from ema_service.cluster.gateway.watching import Watches
 from ema_service.cluster.gateway.whole import (
     Apart,
     layout_of,
@@ -78,6 +95,7 @@ from ema_service.cluster.gateway.whole import (
 )
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.problems import answer_with_problems
+from ema_service.descriptors import connections_within, raise_limit
 
 __all__ = ["create_gateway", "serve"]
 
@@ -95,15 +113,13 @@ _DECISION_SECONDS = 90.0
 _PUSH_SECONDS = 3600.0
 #: Runs whose layouts are remembered.
 _MOST_LAYOUTS = 256
+#: Requests that wait for something to happen to a run, each with a connection of its own: ten thousand take 60 MB.
+_MOST_WAITING = 10_000
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
     "averages": "averages are those that the run was made with",
     "snapshots": "no snapshots yet",
     "rewind": "no going back yet",
-    "events": "no events yet; GET /v1/runs/{run} tells how the run stands",
-    "history": "no history yet",
-    "distances": "no history yet",
-    "timeline": "no timeline yet",
     "profiles": "no averages of other lengths yet",
     "sweep": "no averages of other lengths yet",
     "sweeps": "no averages of other lengths yet",
@@ -114,20 +130,26 @@ _NOT_OFFERED = {
 def create_gateway(hosts: Hosts) -> FastAPI:
     """The application of one gateway. hosts: closed with it."""
 
+    watches = Watches(hosts, connections_within(raise_limit(), _MOST_WAITING))
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             yield
         finally:
+            watches.end()
             await hosts.close()
 
     app = FastAPI(title="ema-service gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.watches = watches
+    app.add_middleware(Counted, metrics=hosts.metrics)
     answer_with_problems(app, "a gateway")
-    gateway = _Gateway(hosts)
+    gateway = _Gateway(hosts, watches)
     run, step = f"{API}/runs/{{run}}", "/updates/{step:int}"
     for method, path, answer in (
         ("GET", "/healthz", gateway.alive),
         ("GET", "/readyz", gateway.ready),
+        ("GET", "/metrics", gateway.metrics),
         ("GET", server_path(), gateway.server),
         ("GET", runs_path(), gateway.runs),
         ("POST", runs_path(), gateway.create),
@@ -143,6 +165,10 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("GET", f"{run}/weights", gateway.weights),
         ("HEAD", f"{run}/weights", gateway.weights),
         ("PUT", f"{run}/weights", gateway.initialise),
+        ("GET", f"{run}/events", gateway.events),
+        ("GET", f"{run}/history", gateway.history),
+        ("GET", f"{run}/distances", gateway.distances),
+        ("GET", f"{run}/timeline", gateway.timeline),
         ("GET", run + step, gateway.status),
         ("PUT", run + step, gateway.push),
         ("PUT", f"{run}/weights/parts/{{part:int}}", gateway.initialise_part),
@@ -173,6 +199,7 @@ class _Gateway:
     """
 
     hosts: Hosts
+    watches: Watches
     #: run -> when it was created, and the hosts' shares of its tensors.
     _maps: dict[str, tuple[float, LayoutMap]] = field(default_factory=dict)
 
@@ -186,6 +213,11 @@ class _Gateway:
         """200 while every host takes all requests."""
         await self.hosts.each(lambda host: self.hosts.send(host, "GET", "/readyz", passed_on(request.headers)))
         return JSONResponse({"status": "ready", "hosts": len(await self.hosts.all())})
+
+    async def metrics(self) -> Response:
+        """The gateway's own, for Prometheus."""
+        self.hosts.metrics.waiting.set(self.watches.waiting)
+        return Response(generate_latest(self.hosts.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def server(self, request: Request) -> Response:
         """What the hosts are together."""
@@ -231,7 +263,7 @@ class _Gateway:
             addresses = [host.address for host in await self.hosts.all()]
             return shards_of(infos, await self._map_of(infos[0], request), addresses)
 
-        return _json(await _agreed(ask))
+        return _json(await self._agreed(ask))
 
     async def change(self, run: RunName, request: Request) -> Response:
         """A decay changed on all hosts or none."""
@@ -268,8 +300,13 @@ class _Gateway:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     async def weights(self, run: RunName, request: Request) -> Response:
-        """The current weights of the whole run, of one version."""
+        """The current weights of the whole run, of one version; once every host has the step that is waited for."""
+        await once_reached(run, request, self.watches)
         return await send_weights(run, request, self.hosts)
+
+    async def events(self, run: RunName, request: Request) -> Response:
+        """What happens to the whole run, as a stream."""
+        return await send_events(run, request, self.watches)
 
     async def initialise(self, run: RunName, request: Request) -> Response:
         """Give the initial weights."""
@@ -325,6 +362,36 @@ class _Gateway:
         )
         return cast("list[tuple[HostAddress, httpx2.Response]]", await cutting.run(request.stream()))
 
+    # --- how it went ------------------------------------------------------------------------------------------------
+
+    async def history(self, run: RunName, request: Request) -> Response:
+        """What was measured of the whole run's updates."""
+        return await self._past(request, history_path(run), History, whole_history)
+
+    async def distances(self, run: RunName, request: Request) -> Response:
+        """How far each tensor's shadow was from its parameters."""
+        return await self._past(request, distances_path(run), Distances, whole_distances)
+
+    async def timeline(self, run: RunName, request: Request) -> Response:
+        """What was done to the run."""
+        query = request.query_params
+        asked = query.get("limit", "")
+        most = int(asked) if asked.isascii() and asked.isdecimal() else DEFAULT_ENTRIES  # else hosts refuse it
+        return await self._past(request, timeline_path(run), Timeline, partial(whole_timeline, most=most))
+
+    async def _past(self, request: Request, path: str, kind: type[T], merge: Callable[[Sequence[T]], T]) -> Response:
+        """What each host noted, as of one run; on a thread, for a history has thousands of numbers."""
+        headers, query = passed_on(request.headers), dict(request.query_params)
+
+        async def ask(host: HostAddress) -> tuple[HostAddress, httpx2.Response]:
+            return host, await self.hosts.send(host, "GET", path, headers, params=query)
+
+        told = await self.hosts.each(ask)
+        body = await asyncio.to_thread(
+            lambda: json.dumps(to_json(merge([parsed(host, answer, kind) for host, answer in told]))).encode()
+        )
+        return _tagged(request, body)
+
     # --- hosts ------------------------------------------------------------------------------------------------------
 
     async def _each(self, request: Request, path: str, kind: type[T]) -> list[T]:
@@ -357,7 +424,7 @@ class _Gateway:
         async def ask() -> RunInfo:
             return await self._whole(await self._each(request, run_path(run), RunInfo), request)
 
-        return await _agreed(ask)
+        return await self._agreed(ask)
 
     async def _whole(self, infos: Sequence[RunInfo], request: Request) -> RunInfo:
         """The whole run of which the hosts tell so. Raises Apart."""
@@ -370,7 +437,7 @@ class _Gateway:
             host, *_ = await self.hosts.all()
             return await self._map_of(await self._ask(request, run_path(run), RunInfo, host), request)
 
-        return await _agreed(ask)
+        return await self._agreed(ask)
 
     async def _map_of(self, told: RunInfo, request: Request) -> LayoutMap:
         """The hosts' shares of the run that was created when one of them tells. Raises Apart."""
@@ -382,19 +449,21 @@ class _Gateway:
             self._maps[told.run] = told.created_at, found
         return found
 
-
-async def _agreed(ask: Callable[[], Awaitable[T]]) -> T:
-    """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made on
-    all hosts. Raises Overloaded where that goes on."""
-    clock = asyncio.get_running_loop().time
-    until = clock() + _APART_SECONDS
-    while True:
-        try:
-            return await ask()
-        except (Apart, Superseded) as fault:
-            if clock() > until:
-                raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
-        await asyncio.sleep(_APART_PAUSE)
+    async def _agreed(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made
+        on all hosts. Raises Overloaded where that goes on."""
+        metrics = self.hosts.metrics
+        clock = asyncio.get_running_loop().time
+        until = clock() + _APART_SECONDS
+        while True:
+            try:
+                return await ask()
+            except (Apart, Superseded) as fault:
+                metrics.apart.inc()
+                if clock() > until:
+                    metrics.disagreed.inc()
+                    raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
+            await asyncio.sleep(_APART_PAUSE)
 
 
 def _together(make: Callable[[], T]) -> T:
@@ -412,6 +481,15 @@ def _part_told(host: HostAddress, answer: httpx2.Response) -> UpdateResult | Upd
 
 def _json(body: Any, status: int = 200) -> JSONResponse:
     return JSONResponse(to_json(body), status)
+
+
+def _tagged(request: Request, body: bytes) -> Response:
+    """An answer of JSON, or that the reader has it already."""
+    tag = f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
+    if is_known(request, tag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def _object_of(answer: httpx2.Response) -> dict[str, Any]:
@@ -439,8 +517,9 @@ async def _body_of(request: Request) -> bytes:
 def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM. sock: from coordinator.listening_socket(). announce: called once connections are
     accepted."""
+    app = create_gateway(hosts)
     config = uvicorn.Config(
-        create_gateway(hosts),
+        app,
         http="httptools",
         loop="asyncio",
         ws="none",
@@ -450,16 +529,21 @@ def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> No
         server_header=False,
         timeout_graceful_shutdown=20,
     )
-    server = _Server(config, announce)
+    server = _Server(config, announce, app.state.watches)
     server.run([sock])
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it listens."""
+    """A server that says when it listens, and lets nobody wait any more before it waits for connections to end."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], watches: Watches) -> None:
         super().__init__(config)
         self._announce = announce
+        self._watches = watches
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._watches.end()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

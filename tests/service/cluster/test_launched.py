@@ -362,3 +362,28 @@ def test_a_host_that_cannot_start_ends_all(tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "no-such-device" in found.stderr
     assert "ended with status" in found.stderr
+
+
+def test_a_watcher_outlasts_its_hosts(own: Callable[..., Launched], run_name: str, model: Model) -> None:
+    """Who watches at the gateway is told of the next version although a host was killed meanwhile, and of the end."""
+    cluster = own("--local", "2")
+    told: list[tuple[str, int | None]] = []
+
+    def watch() -> None:
+        with EmaClient(cluster.url) as client:
+            told.extend((event.kind, event.step) for event in client.watch(run_name, kinds=("version", "run_deleted")))
+
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, model(0), decay=DECAY)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for step in range(1, 4):
+            client.push(run_name, model(step), step=step)
+            cluster.kill(f"host {step % 2}")
+        client.push(run_name, model(4), step=4)
+        assert client.pull(run_name, min_step=4, wait=30).info.step == 4
+        wait_until(lambda: client.run(run_name).step == 4, "the last update")
+        client.delete_run(run_name)
+    watcher.join(60)
+    assert told[-1][0] == "run_deleted"
+    assert ("version", 4) in told
