@@ -80,8 +80,8 @@ class _Held:
 
 
 class ShardRun:
-    """One shard of a run. More than twenty methods: what senders, the coordinator's decisions and a restart ask. More
-    than a dozen attributes: what these share, and who waits for what.
+    """One shard of a run. More than twenty methods: what senders, the coordinator's decisions and a restart ask.
+    More than a dozen attributes: what these share, and who waits for what.
 
     Thread-safe; methods that vote may block for a row, as those of Run do, and not longer.
 
