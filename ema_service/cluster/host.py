@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -43,6 +43,9 @@ T = TypeVar("T")
 
 #: Seconds that nobody waits for the answer to a change: Asking has an end of its own before, which says more.
 _CHANGE_SECONDS = 60.0
+#: Seconds for which the request that completes a set of parts waits for all hosts. Longer than a decision takes where
+#: no host is away; and its sender, who waits, may have to send another host a part again before anything is decided.
+_SOON_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Host:
     async def close(self) -> None:
         """End all talks. What has no verdict keeps its vote."""
         self.stop_waiting()
+        await self._waiting.close()
         await self._asking.close()
         await asyncio.to_thread(self._close)
 
@@ -131,6 +135,15 @@ class Host:
         Raises what the future raises; Overloaded after some seconds; Stopping.
         """
         return await self._waiting.until(asyncio.wrap_future(answer), "the update was")
+
+    async def decided_soon(self, vote: Awaitable[Future[T]]) -> T | None:
+        """As decided(), of a vote that is yet to be cast, and is whoever waits. None where the decision takes longer
+        than a second: senders of parts ask for it. Raises what ``vote`` raises."""
+
+        async def decided() -> T:
+            return await self.decided(await vote)
+
+        return await self._waiting.soon(decided(), _SOON_SECONDS)
 
     # --- changes ----------------------------------------------------------------------------------------------------
 

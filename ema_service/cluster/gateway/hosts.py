@@ -37,7 +37,7 @@ from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
 
-__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "passed_on"]
+__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "parsed", "passed_on"]
 
 T = TypeVar("T")
 
@@ -123,11 +123,7 @@ class Hosts:
         self, host: HostAddress, method: str, path: str, kind: type[T], headers: Mapping[str, str], **more: Any
     ) -> T:
         """A host's answer to a request, as a dataclass of the protocol. more: as for send()."""
-        answer = await self.send(host, method, path, headers, **more)
-        try:
-            return from_json(kind, json.loads(answer.content))
-        except ValueError as fault:
-            raise Overloaded(f"{host} answered {path} with what no ema-service says: {fault}") from None
+        return parsed(host, await self.send(host, method, path, headers, **more), kind)
 
     async def send(
         self, host: HostAddress, method: str, path: str, headers: Mapping[str, str], **more: Any
@@ -201,6 +197,14 @@ class Hosts:
                 hint="nothing is decided without every host: start it again, or wait until it is there",
                 retry_after=1.0,
             ) from fault
+
+
+def parsed(host: HostAddress, answer: httpx2.Response, kind: type[T]) -> T:
+    """A host's answer as a dataclass of the protocol. Raises Overloaded for what is none."""
+    try:
+        return from_json(kind, json.loads(answer.content))
+    except ValueError as fault:
+        raise Overloaded(f"{host} answered {answer.url.path} with what no ema-service says: {fault}") from None
 
 
 def _hosts_of(told: Any) -> tuple[HostAddress, ...]:
