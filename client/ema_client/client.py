@@ -29,10 +29,11 @@ from ema_client.errors import (
 )
 from ema_client.hosts.direct import DirectPulls
 from ema_client.hosts.finding import Hosts
+from ema_client.hosts.parts import PartName, is_staged
 from ema_client.http.body import Body
 from ema_client.http.pace import MOST_FORCED as MOST_LANES
 from ema_client.http.retry import RetryPolicy
-from ema_client.http.transport import Query, Reply, Transport, with_query
+from ema_client.http.transport import Query, Transport, with_query
 from ema_client.lifecycle import WORK_SECONDS, Lifecycle, run_of, told_if_replaced
 from ema_client.protocol import (
     AverageConfig,
@@ -290,9 +291,13 @@ class EmaClient:
 
         replaces: the run's version. For a sender with retries of its own, which are told the same version.
         """
-        path = protocol.weights_path(run) if part is None else protocol.part_path(run, None, part)
         query: Query = {"replaces": replaces, "created_at": created_at, "of": of, "group": group}
-        return _was_last(self._transport.upload_once(path, body, query=query, headers=_writer_header(writer)))
+        headers = _writer_header(writer)
+        if part is not None:
+            name = PartName(None, part, group or "")
+            return not is_staged(self._pushes.push_part(run, name, body, query, headers, once=True))
+        self._transport.upload_once(protocol.weights_path(run), body, query=query, headers=headers)
+        return True
 
     def push(
         self,
@@ -404,20 +409,16 @@ class EmaClient:
         where parts overlap or leave a gap.
         """
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
-        reply = self._transport.upload(
-            protocol.part_path(named(run, "run"), step, part), part_body_of(state, slices), query=query, headers=headers
-        )
-        return _was_last(reply)
+        name, body = PartName(step, part, group), part_body_of(state, slices)
+        return not is_staged(self._pushes.push_part(named(run, "run"), name, body, query, headers, once=False))
 
     def push_part_once(
         self, run: str, body: Body, *, step: int, part: int, of: int, group: str = "", writer: int | None = None
     ) -> bool:
         """push_part() of a ready body, tried once: for a sender with retries of its own."""
         query, headers = {"of": of, "group": group or None}, _writer_header(writer)
-        reply = self._transport.upload_once(
-            protocol.part_path(named(run, "run"), step, part), body, query=query, headers=headers
-        )
-        return _was_last(reply)
+        name = PartName(step, part, group)
+        return not is_staged(self._pushes.push_part(named(run, "run"), name, body, query, headers, once=True))
 
     def update_status(self, run: str, step: int, *, first: str | None = None) -> UpdateStatus:
         """What the service knows of a step: applied, its parts that are there, or nothing.
@@ -449,9 +450,9 @@ class EmaClient:
         created_at: what declare_run() told: RunExists is raised where the run was made anew since, by another trainer.
         """
         query = {"of": of, "group": group or None, "num_updates": num_updates, "step": step, "created_at": created_at}
-        path = protocol.part_path(named(run, "run"), None, part)
+        name, body = PartName(None, part, group, step or 0), part_body_of(state, slices)
         with told_if_replaced(run) if created_at is not None else contextlib.nullcontext():
-            return _was_last(self._transport.upload(path, part_body_of(state, slices), query=query))
+            return not is_staged(self._pushes.push_part(named(run, "run"), name, body, query, {}, once=False))
 
     def wait_for_step(self, run: str, step: int, *, wait: float = protocol.MAX_WAIT) -> RunInfo:
         """The run, once it has reached ``step``. Raises StepNotReached after ``wait`` seconds."""
@@ -842,8 +843,3 @@ def service_of(url: str | None, token: str | None) -> tuple[str, str | None]:
 
 def _writer_header(writer: int | None) -> dict[str, str]:
     return {} if writer is None else {protocol.HEADER_WRITER: str(writer)}
-
-
-def _was_last(reply: Reply) -> bool:
-    """Whether the service answered a part by applying the whole: then all other parts were there."""
-    return reply.data.get("state") != "staged"

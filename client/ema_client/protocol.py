@@ -23,6 +23,9 @@ DEFAULT_URL = "http://127.0.0.1:8470"
 DEFAULT_PORT = 8470
 API = "/v1"
 
+#: Where the actors of a cluster's hosts are in Ray, each of which has a method ``url``, of its gateway.
+RAY_NAMESPACE = "ema-service"
+
 #: The rule for names of runs, averages and snapshots: every such name is a plain file name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _NAME = re.compile(NAME_PATTERN.replace("$", r"\Z"))
@@ -178,6 +181,11 @@ def is_name(value: str) -> bool:
 
 def server_path() -> str:
     return f"{API}/server"
+
+
+def ray_host(cluster: str, place: int) -> str:
+    """The name that a host of a cluster has among Ray's actors."""
+    return f"{cluster}-host-{place}"
 
 
 def runs_path() -> str:

@@ -1,4 +1,5 @@
-"""Large updates over several connections: stretches of one update, which the service applies as one.
+"""Large updates over several connections: stretches of one update, which the service applies as one; and updates, whole
+or in parts, of runs that lie on several hosts.
 
 A push that goes over one connection is measured, too: whether two would bring more is tried with the next one.
 
@@ -25,13 +26,14 @@ from ema_client.errors import (
 )
 from ema_client.forks import Lock
 from ema_client.hosts.finding import HostedRun, Hosts
+from ema_client.hosts.parts import HostedParts, PartName
 from ema_client.hosts.pushing import push as push_to_hosts
 from ema_client.http.body import Body, cut
 from ema_client.http.digests import Digest, blocks
 from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import PUSHES, Pace
 from ema_client.http.stretches import Stretch, Stretches
-from ema_client.http.transport import Reply, Transport
+from ema_client.http.transport import Query, Reply, Transport
 from ema_client.protocol import RunLayout
 
 __all__ = ["STRETCHED_ABOVE", "Pushes"]
@@ -56,6 +58,7 @@ class Pushes:
         """hosts: of runs that lie on several; by default those that the service names."""
         self._transport = transport
         self._hosts = hosts or Hosts(transport)
+        self._parts = HostedParts(self._hosts)
         self._stretched_above = stretched_above
         #: run -> the run's layout.
         self._layouts: dict[str, RunLayout] = {}
@@ -67,9 +70,7 @@ class Pushes:
             try:
                 return push_to_hosts(self._hosts, hosted, step, body, headers)
             except (RunNotFound, LayoutMismatch):
-                # The run may be another one by now: the service knows.
-                self._hosts.forget(run)
-                self._forget(run)
+                self._doubt(run)
         pace = self._pace(run, body)
         if pace is None or pace.lanes <= 1:
             upload = self._transport.upload_once if once else self._transport.upload
@@ -84,6 +85,22 @@ class Pushes:
         except LayoutMismatch:
             self._forget(run)
             raise
+
+    def push_part(
+        self, run: str, name: PartName, body: Body, query: Query, headers: Mapping[str, str], *, once: bool
+    ) -> Reply:
+        """Send a part of an update or of initial weights; ``once``: tried once. Raises as push()."""
+        upload = self._transport.upload_once
+
+        def attempt(_: int) -> Reply:
+            if hosted := self._hosted(run, body):
+                try:
+                    return self._parts.put(hosted, name, body, query, headers)
+                except (RunNotFound, LayoutMismatch):
+                    self._doubt(run)
+            return upload(name.path(run), body, query=query, headers=headers)
+
+        return attempt(0) if once else self._transport.retrying(attempt)
 
     def _pace(self, run: str, body: Body) -> Pace | None:
         """The pace of a body that may go in stretches, None for any other body."""
@@ -117,6 +134,11 @@ class Pushes:
                 self._layouts.clear()
             self._layouts[run] = found
         return found
+
+    def _doubt(self, run: str) -> None:
+        """The run may be another one by now: the service knows."""
+        self._hosts.forget(run)
+        self._forget(run)
 
     def _forget(self, run: str) -> None:
         with self._lock:

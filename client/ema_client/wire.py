@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from ema_client.errors import MalformedBody
+from ema_client.errors import LayoutMismatch, MalformedBody, listed
 from ema_client.protocol import MAX_HEADER_BYTES, MAX_RANK, MAX_TENSOR_NAME, TensorSpec
 
 __all__ = [
@@ -25,9 +25,12 @@ __all__ = [
     "Box",
     "Entry",
     "Header",
+    "PartCut",
+    "Rows",
     "box_shape",
     "boxes_of_range",
     "build_header",
+    "cut_part",
     "parse_header",
     "parse_length",
     "place",
@@ -55,6 +58,8 @@ _METADATA = "__metadata__"
 SLICES = "ema.slices"
 #: A slice of a tensor: start and stop in each dimension.
 Box = tuple[tuple[int, int], ...]
+#: The indices [start, stop) of a tensor's first dimension; None: a tensor without dimensions.
+Rows = tuple[int, int] | None
 #: The most slices of a tensor in a part: a range of a flattened tensor of rank r is at most 2r - 1 slices.
 MAX_SLICES = 64
 
@@ -286,3 +291,95 @@ def boxes_of_range(start: int, stop: int, shape: Sequence[int]) -> tuple[Box, ..
 
 def _under(index: int, start: int, stop: int, shape: Sequence[int]) -> tuple[Box, ...]:
     return tuple(((index, index + 1), *box) for box in boxes_of_range(start, stop, shape[1:]))
+
+
+# --- a part for several hosts, each of which has some rows ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PartCut:
+    """What of a part lies in some rows of the run's tensors: a part of a run of these rows alone.
+
+    header: of the part's body, with its length; slices are counted from the first of the rows. spans: where the bytes
+    [start, stop) behind it lie in the data of the whole part, in their order. sizes: bytes of each tensor.
+    """
+
+    header: bytes
+    spans: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes behind the header."""
+        return sum(stop - start for start, stop in self.spans)
+
+
+def cut_part(header: Header, hosts: Sequence[Mapping[str, Rows]]) -> tuple[PartCut, ...]:
+    """A part, cut for hosts that have these rows of the run's tensors; for each host, perhaps of no tensor at all.
+
+    header: of the whole part. Raises MalformedBody; LayoutMismatch where elements are in no host's rows, or in those of
+    several.
+    """
+    slices = read_slices(header)
+    strange = [entry.name[:200] for entry in header.entries if not any(entry.name in rows for rows in hosts)]
+    if strange:
+        raise LayoutMismatch(f"not in the layout: {listed(strange)}")
+    found = tuple(_cut_for(header, slices, rows) for rows in hosts)
+    if sum(part.nbytes for part in found) != header.data_bytes:
+        raise LayoutMismatch("the part has elements that the run's tensors do not have")
+    return found
+
+
+def _cut_for(header: Header, slices: Mapping[str, tuple[Box, ...]], rows: Mapping[str, Rows]) -> PartCut:
+    specs, here, spans = [], {}, list[tuple[int, int]]()
+    for entry in header.entries:
+        if entry.name not in rows or entry.begin == entry.end:
+            continue
+        whole = tuple((0, size) for size in entry.shape)
+        boxes, begin = [], entry.begin
+        for box in slices.get(entry.name, (whole,)):
+            row = prod(box_shape(box)[1:]) * DTYPE_BYTES[entry.dtype]
+            if (inside := _in_rows(box, rows[entry.name])) is not None:
+                boxes.append(inside.box)
+                spans.append((begin + inside.skipped * row, begin + (inside.skipped + inside.count) * row))
+            begin += row * (box_shape(box)[0] if box else 1)
+        if boxes:
+            shape = box_shape(boxes[0]) if len(boxes) == 1 else (sum(prod(box_shape(box)) for box in boxes),)
+            specs.append(TensorSpec(entry.name, shape, entry.dtype))
+            if entry.name in slices:
+                here[entry.name] = boxes
+    entries = place(specs, sort=False)
+    sizes = tuple(entry.end - entry.begin for entry in entries)
+    return PartCut(build_header(entries, write_slices(here)), _joined(spans), sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """What of a slice lies in some rows, as a slice of these rows. skipped, count: the slice's rows before it, and in
+    it."""
+
+    box: Box
+    skipped: int
+    count: int
+
+
+def _in_rows(box: Box, rows: Rows) -> _Inside | None:
+    """None where nothing of the slice lies in the rows."""
+    if rows is None or not box:
+        return _Inside(box, 0, 1) if rows is None and not box else None
+    (first, last), *others = box
+    start, stop = max(first, rows[0]), min(last, rows[1])
+    if start >= stop:
+        return None
+    return _Inside(((start - rows[0], stop - rows[0]), *others), start - first, stop - start)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The same bytes in as few spans as can be."""
+    found: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        else:
+            found.append((start, stop))
+    return tuple(found)

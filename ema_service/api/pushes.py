@@ -11,12 +11,14 @@ Knows that order, and how a push may arrive. Does not know bytes (transfer, bodi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from fastapi import Request
 
@@ -29,7 +31,7 @@ from ema_service.api.transfer.segments import named, take_over
 from ema_service.bodies import Body, UpdateBody
 from ema_service.memory import Staged
 from ema_service.runs import Run, Terms
-from ema_service.runs.gathering import Key, Part, Piece
+from ema_service.runs.gathering import Key, Part, Piece, Voter
 from ema_service.runs.parts import Outcome
 from ema_service.runs.stretches import StretchBody
 from ema_service.shadows import Preparation
@@ -37,6 +39,10 @@ from ema_service.shadows import Preparation
 __all__ = ["PartialPush", "Push", "StretchPush"]
 
 T = TypeVar("T")
+
+#: Seconds for which a complete set of parts waits for the verdict on earlier ones of the same trainer. As long as hosts
+#: wait for who completes a push (cluster/reporting.py).
+_AHEAD_SECONDS = 10.0
 
 
 class _Incoming:
@@ -206,6 +212,15 @@ class PartialPush:
         apply = self._server.metrics.timed(partial(self._parts.apply, self._part, self._server.workers.helpers))
         async with self._server.turn(self._run.config.run):
             return await self._server.workers.compute(apply)
+
+    async def vote(self, shard: Voter) -> Future[Any]:
+        """Have the complete set voted for, once earlier ones of the same trainer are decided. May be called for a push
+        that is left by then. Raises as Parts.vote()."""
+        if ahead := self._parts.ahead(self._part):
+            await asyncio.wait(map(asyncio.wrap_future, ahead), timeout=_AHEAD_SECONDS)
+        vote = self._server.metrics.timed(partial(self._parts.vote, self._part, self._server.workers.helpers, shard))
+        async with self._server.turn(self._run.config.run):
+            return await self._server.workers.compute(vote)
 
     def tell(self) -> None:
         """Count the part, which arrived whole and right, by its link."""

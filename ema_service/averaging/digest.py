@@ -9,6 +9,8 @@ Knows bytes, and XXH3 by xxh3.py. Does not know parameters, dtypes, threads, or 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import xxhash
 
@@ -16,7 +18,7 @@ from ema_service.averaging.machine_code import AVERAGING
 from ema_service.averaging.xxh3 import GULP_BYTES, NO_DIGEST, Accumulators, merged
 from ema_service.values import address
 
-__all__ = ["BLOCK_BYTES", "GULP_BYTES", "Accumulators", "BlockDigest", "Digest"]
+__all__ = ["BLOCK_BYTES", "GULP_BYTES", "Accumulators", "BlockDigest", "Digest", "SizedDigest"]
 
 #: Bytes of a block. Blocks are hashed apart from each other, so several threads can hash one stream.
 BLOCK_BYTES = 8 << 20
@@ -58,6 +60,34 @@ class Digest:
         """The digest, 16 bytes, after the stream's last byte."""
         self.end()
         return xxhash.xxh3_128(b"".join(self.blocks)).digest()
+
+
+class SizedDigest:
+    """The digest of a part of an update: XXH3 over the hashes of its tensors. Not thread-safe.
+
+    sizes: bytes of each tensor, in the order of the stream.
+    """
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self._sizes = iter(sizes)
+        self._hashes: list[bytes] = []
+        self._tensor = xxhash.xxh3_128()
+        self._room = next(self._sizes, 0)
+
+    def update(self, data: memoryview) -> None:
+        """Hash more bytes of the stream, any number of them, and none beyond its end."""
+        while data and self._room:
+            part, data = data[: self._room], data[self._room :]
+            self._tensor.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._hashes.append(self._tensor.digest())
+                self._tensor.reset()
+                self._room = next(self._sizes, 0)
+
+    def digest(self) -> bytes:
+        """The digest, 16 bytes, after the stream's last byte."""
+        return xxhash.xxh3_128(b"".join(self._hashes)).digest()
 
 
 class BlockDigest:

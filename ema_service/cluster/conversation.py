@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ema_client.errors import Conflict, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
+from ema_client.errors import Conflict, Fenced, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
 from ema_service.cluster.counting import CoordinatorMetrics, TalkCount
 from ema_service.cluster.decisions import Coordinator, Output
 from ema_service.cluster.messages import Answer, Arrival, Ask, Change, Propose, Refusal, Report, Resolve
@@ -202,12 +202,25 @@ class Conversations:
         self._by_run: dict[str, Conversation] = {}
         #: How many questions nobody heard, of those talks.
         self._unheard: Counter[str] = Counter()
+        #: By place, the number of the host's latest process.
+        self._numbers: dict[str, int] = {}
         self._ended = False
 
     @property
     def deposed(self) -> bool:
         """Whether another coordinator has taken over one of the runs. Then this one is to end."""
         return any(each.core.deposed for each in self._by_run.values())
+
+    def admit(self, place: str, number: int) -> None:
+        """Take note of the process that speaks for a place. Raises Fenced for one that a later one has replaced."""
+        latest = self._numbers.setdefault(place, number)
+        if number < latest:
+            raise Fenced(
+                f"process {number} of host {place} was replaced by process {latest}",
+                hint="the numbers are those of the host's data dir: stop one of the two, or, where a data dir was lost "
+                "or went back to an older copy, start the coordinator anew",
+            )
+        self._numbers[place] = number
 
     def arrive(self, run: str, arrival: Arrival) -> tuple[Conversation, Listening]:
         """Let a shard of a run listen. Raises InvalidRequest for a place that there is not; Stopping; what

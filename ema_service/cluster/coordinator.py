@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -37,7 +38,7 @@ from ema_service.cluster.counting import CoordinatorMetrics
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Change, Message, Refusal, Report
 from ema_service.cluster.problems import answer_with_problems, problem
-from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.token import HEADER_NUMBER, ClusterToken
 
 __all__ = ["create_coordinator", "listening_socket", "serve"]
 
@@ -78,6 +79,7 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
 
     @app.post("/v1/runs/{run}/shards/{place}/link")
     async def link(run: str, place: str, request: Request) -> StreamingResponse:
+        _admit(talks, place, request)
         arrival = await _message(request, Arrival)
         _check_place(place, arrival.shard)
         conversation, listening = talks.arrive(run, arrival)
@@ -85,6 +87,7 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
 
     async def report(request: Request) -> Response:
         run, place = request.path_params["run"], request.path_params["place"]
+        _admit(talks, place, request)
         message: Arrival | Refusal | Report = await _message(request, Arrival, Refusal, Report)
         _check_place(place, message.shard)
         talks.find(run).hear(message)
@@ -161,6 +164,16 @@ async def _message(request: Request, *kinds: type[M]) -> M:
         return decode(bytes(body), *kinds)
     except MalformedMessage as fault:
         raise InvalidRequest(str(fault)) from None
+
+
+def _admit(talks: Conversations, place: str, request: Request) -> None:
+    """Raises Fenced where a later process is the host that sends a request; InvalidRequest for no number."""
+    said = request.headers.get(HEADER_NUMBER)
+    if said is None:
+        return  # a shard without a data dir
+    if not re.fullmatch(r"[0-9]{1,18}", said):
+        raise InvalidRequest(f"{HEADER_NUMBER}: {said[:40]!r} is no number")
+    talks.admit(place, int(said))
 
 
 def _check_place(place: str, shard: int) -> None:

@@ -14,17 +14,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ema_client.errors import Overloaded, RunNotFound, Stopping
 from ema_client.protocol import RunConfig, RunInfo, Writer
+from ema_service import tether
 from ema_service.cluster.asking import Asking
 from ema_service.cluster.directory import Directory, creation_of, same_run, whole_config
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.layout_map import LayoutMap
+from ema_service.cluster.lease import Lease
 from ema_service.cluster.messages import DIRECTORY, Adjustment, Answer, Arrival, Change, Deletion
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
 from ema_service.cluster.shard_run import ShardRun
@@ -41,13 +43,17 @@ T = TypeVar("T")
 
 #: Seconds that nobody waits for the answer to a change: Asking has an end of its own before, which says more.
 _CHANGE_SECONDS = 60.0
+#: Seconds for which the request that completes a set of parts waits for all hosts. Longer than a decision takes where
+#: no host is away; and its sender, who waits, may have to send another host a part again before anything is decided.
+_SOON_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
     """Which host of which cluster a server is.
 
-    place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs.
+    place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs. lease:
+    seconds as in Lease().
     """
 
     place: int
@@ -55,6 +61,7 @@ class Membership:
     address: str
     coordinators: tuple[str, ...]
     token: ClusterToken
+    lease: float | None = None
 
 
 class Host:
@@ -65,7 +72,9 @@ class Host:
 
     def __init__(self, registry: Registry, store: Store, membership: Membership) -> None:
         self._registry = registry
-        self._membership = membership
+        self._store = store
+        # Whatever this process says to a coordinator carries its number: a later process of this host is heard then.
+        self._membership = membership = replace(membership, token=membership.token.of_number(store.number))
         self._asking = Asking(membership.coordinators, membership.token)
         #: Threads that judge changes: of runs, for microseconds; of the directory, where memory is taken.
         self._judging = Threads(1, "ema-judge")
@@ -84,6 +93,8 @@ class Host:
         )
         for run in registry.runs():
             self._shards[run.config.run] = self._shard_of(run)
+        talk = self._directory.reporting
+        self._lease = Lease(membership.lease, lambda: max(talk.heard, tether.heard()), self._replaced)
 
     @property
     def linked(self) -> bool:
@@ -94,6 +105,7 @@ class Host:
         """Begin to look for coordinators."""
         for shard in self._shards.values():
             shard.reporting.start()
+        self._lease.start()
         # Last: from here on another thread begins and ends shards.
         self._directory.reporting.start()
 
@@ -104,6 +116,7 @@ class Host:
     async def close(self) -> None:
         """End all talks. What has no verdict keeps its vote."""
         self.stop_waiting()
+        await self._waiting.close()
         await self._asking.close()
         await asyncio.to_thread(self._close)
 
@@ -122,6 +135,15 @@ class Host:
         Raises what the future raises; Overloaded after some seconds; Stopping.
         """
         return await self._waiting.until(asyncio.wrap_future(answer), "the update was")
+
+    async def decided_soon(self, vote: Awaitable[Future[T]]) -> T | None:
+        """As decided(), of a vote that is yet to be cast, and is whoever waits. None where the decision takes longer
+        than a second: senders of parts ask for it. Raises what ``vote`` raises."""
+
+        async def decided() -> T:
+            return await self.decided(await vote)
+
+        return await self._waiting.soon(decided(), _SOON_SECONDS)
 
     # --- changes ----------------------------------------------------------------------------------------------------
 
@@ -229,7 +251,13 @@ class Host:
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
         return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)
 
+    def _replaced(self) -> str:
+        """By whom this server was replaced as its host; empty by nobody."""
+        taken = "a later server has the data dir" if self._store.taken_over() else ""
+        return taken or self._directory.reporting.replaced
+
     def _close(self) -> None:
+        self._lease.close()
         fault = Stopping("the server was told to stop", retry_after=1.0)
         self._directory.reporting.close()
         for shard in list(self._shards.values()):

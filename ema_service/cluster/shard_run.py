@@ -141,6 +141,19 @@ class ShardRun:
             first = self._run.finish_first(parameters, _lineage_of(key), num_updates=num_updates, step=step)
             return self._vote(Ticket(0, None, key), lambda: self._run.prepare_first(first), lambda _: self._run.info())
 
+    def initialise_anew(
+        self, parameters: Parameters, key: str, replaces: str, writer: int | None = None
+    ) -> Future[RunInfo]:
+        """Vote for initial weights in place of those that the run has, as push(). Others as for Run.initialise_anew(),
+        and raises as that.
+
+        The same weights again count, unless they come under the same key: those of another shard may be others.
+        """
+        with self._refusing(None, key):
+            anew = self._run.finish_anew(parameters, _lineage_of(key), writer, key)
+            prepare = partial(self._run.prepare_anew, anew, replaces, writer)
+            return self._vote(Ticket(0, None, key), prepare, lambda _: self._run.info())
+
     def refuse(self, step: int | None, key: str, fault: EmaError) -> None:
         """Vote against a push whose slice here will never be right, so that no host waits for the slice. step: None of
         initial weights."""

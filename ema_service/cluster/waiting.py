@@ -6,12 +6,15 @@ Lives on one event loop; whoever waits holds neither thread nor lock. Does not k
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from ema_client.errors import EmaError, Overloaded, Stopping
 
 __all__ = ["Waiting"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -28,12 +31,37 @@ class Waiting:
         self._seconds = seconds
         self._stopping = False
         self._stops: set[asyncio.Event] = set()
+        #: Work that goes on whether or not its request still waits.
+        self._working: set[asyncio.Task[Any]] = set()
 
     def stop(self) -> None:
         """Let nobody wait any more: the server was told to stop."""
         self._stopping = True
         for each in self._stops:
             each.set()
+
+    async def soon(self, work: Coroutine[Any, Any, T], seconds: float) -> T | None:
+        """What ``work`` gives; None where that takes longer than so many seconds. The work goes on, whoever waits.
+
+        Raises what ``work`` raises in that time.
+        """
+        task = asyncio.ensure_future(work)
+        self._working.add(task)
+        task.add_done_callback(self._worked)
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        return task.result() if done else None
+
+    def _worked(self, task: asyncio.Task[Any]) -> None:
+        self._working.discard(task)
+        fault = None if task.cancelled() else task.exception()
+        if fault and not isinstance(fault, EmaError):
+            _log.error("what was to be decided by all hosts came to nothing", exc_info=fault)
+
+    async def close(self) -> None:
+        """End all work that goes on. After stop()."""
+        for task in self._working:
+            task.cancel()
+        await asyncio.gather(*self._working, return_exceptions=True)
 
     async def until(self, result: asyncio.Future[T], told: str, seconds: float | None = None) -> T:
         """What ``result`` gives. told: what is late then. seconds: if others than those of the host.

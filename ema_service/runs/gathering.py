@@ -11,11 +11,12 @@ Knows slices, staging and the byte stream. Does not know which steps are put tog
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Protocol
@@ -35,7 +36,19 @@ from ema_service.runs.blocks import PartBlocks
 from ema_service.runs.run import Parameters, Run, Update
 from ema_service.shadows.passes import Stretch
 
-__all__ = ["Claims", "Gathering", "Key", "Lacking", "Part", "PartGathering", "Piece", "Terms", "bare", "index_of"]
+__all__ = [
+    "Claims",
+    "Gathering",
+    "Key",
+    "Lacking",
+    "Part",
+    "PartGathering",
+    "Piece",
+    "Terms",
+    "Voter",
+    "bare",
+    "index_of",
+]
 
 #: The rest of a piece that was given up is read into so many bytes, and dropped.
 _STRAY_BYTES = 256 << 10
@@ -59,6 +72,28 @@ class Terms:
     step: int | None = None
     writer: int | None = None
     replaces: str | None = None
+
+    def push_key(self, step: int | None) -> str:
+        """The key of the push that the parts of a step are: the same on all hosts of a run, and at each try."""
+        said = f"{self.of} {step} {self.replaces} {self.group}"
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+
+class Voter(Protocol):
+    """What brings complete sets of parts before all hosts of a run (cluster.ShardRun). key: of the push.
+
+    Futures have what all hosts decided. Raises as ShardRun's methods.
+    """
+
+    def push(self, update: Update, key: str) -> Future[UpdateResult]: ...
+
+    def initialise(
+        self, parameters: Parameters, key: str, *, num_updates: int | None = None, step: int | None = None
+    ) -> Future[RunInfo]: ...
+
+    def initialise_anew(
+        self, parameters: Parameters, key: str, replaces: str, writer: int | None = None
+    ) -> Future[RunInfo]: ...
 
 
 @dataclass
@@ -254,18 +289,36 @@ class PartGathering(Gathering):
         self.parameters.update = None
 
     def decide(self, run: Run, helpers: Executor) -> UpdateResult | RunInfo:
-        with self.averaging:
-            self.closed = True
-        if self.step is not None:
-            if self.staged.layout.divisible:
-                self.staged.divide(helpers)
-            return run.apply(self.step, self.parameters, self.terms.writer)
+        self._close(helpers)
         terms = self.terms
+        if self.step is not None:
+            return run.apply(self.step, self.parameters, terms.writer)
         if terms.replaces is not None:
             run.initialise_anew(self.parameters, terms.replaces, terms.writer)
         else:
             run.initialise(self.parameters, num_updates=terms.num_updates, step=terms.step)
         return run.info()
+
+    def vote(self, run: Run, helpers: Executor, shard: Voter) -> Future[UpdateResult] | Future[RunInfo]:
+        """Have the complete set voted for, whose hosts decide together. Blocks until there is a vote; helpers: as for
+        decide().
+
+        Raises what ``shard`` raises, and as Run.begin().
+        """
+        self._close(helpers)
+        terms, key = self.terms, self.terms.push_key(self.step)
+        if terms.replaces is not None:
+            return shard.initialise_anew(self.parameters, key, terms.replaces, terms.writer)
+        if self.step is None:
+            return shard.initialise(self.parameters, key, num_updates=terms.num_updates, step=terms.step)
+        return shard.push(self.parameters.update or run.begin(self.step, self.staged, terms.writer), key)
+
+    def _close(self, helpers: Executor) -> None:
+        """The set is complete: what is not averaged yet is divided among helpers."""
+        with self.averaging:
+            self.closed = True
+        if self.step is not None and self.staged.layout.divisible:
+            self.staged.divide(helpers)
 
 
 def index_of(key: Key) -> int:
@@ -316,7 +369,7 @@ class Piece(Body):
 
         Raises Overloaded; what Run.begin() raises, of a stretch.
         """
-        if self.gathering:
+        if self.gathering and self.known is None:
             self.gathering.staged.allocate()
 
     def window(self) -> memoryview:

@@ -332,10 +332,11 @@ class Ledger:
         descent = Descent(base.descent.counter)
         return replace(base, lineage=lineage, epoch=epoch, digest=digest, updated_at=now, descent=descent)
 
-    def judge_anew(self, base: Version, replaces: str, digest: bytes, writer: int | None = None) -> bool:
+    def judge_anew(self, base: Version, replaces: str, digest: bytes | None, writer: int | None = None) -> bool:
         """Whether initial weights given anew are to be taken; False where the run has the same.
 
-        base: what admit_anew() returned. replaces: the version that the sender means. Raises as admit_anew();
+        base: what admit_anew() returned. replaces: the version that the sender means. digest: None of a shard's slice,
+        for those of other shards may be others although this one is the same. Raises as admit_anew();
         WeightsExist where the run is at another version; Superseded where the run changed since ``base``.
         """
         version = self.admit_anew(writer)

@@ -15,6 +15,9 @@ afterwards with the part that was applied.
 Where a complete set of parts cannot be written the set stays, and a part that is sent again has it written anew. A set
 of which something was averaged before the run changed is given up: each sender keeps its part and asks what became of
 it. A set that was refused for its content is remembered: each sender learns the reason by sending its part again.
+A set of a shard (cluster.ShardRun) is voted for, and stays until all hosts have decided; its parameters are averaged by
+then, so its staging is given back. What comes to nothing by another's doing is sent again by everyone.
+
 Stretches whose set came to nothing are over, whatever the reason: what they were averaged upon, or into, is gone. Their
 sender has every byte, and sends the step anew, in another group.
 
@@ -28,9 +31,10 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from ema_client.errors import (
     EmaError,
@@ -46,9 +50,21 @@ from ema_client.errors import (
 from ema_client.protocol import RunInfo, UpdateResult, UpdateStatus
 from ema_client.wire import Box
 from ema_service.memory.staging import Staged
-from ema_service.runs.gathering import Gathering, Key, Lacking, Part, PartGathering, Piece, Terms, bare, index_of
+from ema_service.runs.gathering import (
+    Gathering,
+    Key,
+    Lacking,
+    Part,
+    PartGathering,
+    Piece,
+    Terms,
+    Voter,
+    bare,
+    index_of,
+)
 from ema_service.runs.run import Run
 from ema_service.runs.stretches import StretchBody, StretchGathering
+from ema_service.runs.verdicts import Verdicts
 
 __all__ = ["Expired", "Outcome", "Parts"]
 
@@ -117,6 +133,8 @@ class Parts:
         self._refused: _Refused | None = None
         #: What became of stretches that came to nothing, by step and terms; of the latest groups.
         self._over: dict[tuple[int | None, Terms], EmaError] = {}
+        #: Of the sets of a shard.
+        self._verdicts = Verdicts()
         self._lock = threading.Lock()
 
     # --- a piece's way ----------------------------------------------------------------------------------------------
@@ -125,7 +143,8 @@ class Parts:
         """Whether a step is the run's next, as far as pieces tell: an update, and no older one is being put
         together."""
         with self._lock:
-            return gathering.step is not None and gathering is min(self._gatherings, key=_order, default=None)
+            first = gathering is min(self._gatherings, key=_order, default=None)
+            return gathering.step is not None and first and not self._ahead_of(gathering)
 
     def admit(self, step: int | None, key: Key, terms: Terms) -> bool:
         """Whether staging must be reserved for a piece, before its body is read. step: None for the initial weights.
@@ -244,6 +263,8 @@ class Parts:
             del gathering.coming[piece.key]
             gathering.done[piece.key] = piece.fingerprint
             gathering.applying = gathering.whole
+            if gathering.applying and self._run.shard:
+                self._verdicts.begin(gathering.step, gathering.terms)
             return "complete" if gathering.applying else "staged"
 
     def give_up(self, piece: Piece) -> None:
@@ -278,6 +299,52 @@ class Parts:
         self._note(gathering)
         self._end(gathering)
         return result
+
+    # --- a complete set of a shard ----------------------------------------------------------------------------------
+
+    def ahead(self, piece: Piece) -> list[Future[None]]:
+        """Done once the sets before a complete one, of the same trainer, are decided: vote() is to wait for them, and
+        not for ever."""
+        with self._lock:
+            return self._ahead_of(piece.gathering) if piece.gathering else []
+
+    def vote(self, piece: Piece, helpers: Executor, shard: Voter) -> Future[UpdateResult] | Future[RunInfo]:
+        """Have the complete set voted for; the future has what all hosts decide. In place of apply(), and as that.
+
+        Raises Superseded where the set was given up meanwhile, and as PartGathering.vote().
+        """
+        gathering = piece.gathering
+        if not isinstance(gathering, PartGathering):
+            raise TypeError("vote() is for a part that completed its set")
+        try:
+            with self._lock:
+                if gathering not in self._gatherings:
+                    raise _given_up(gathering)
+            verdict = gathering.vote(self._run, helpers, shard)
+        except BaseException as fault:
+            self._decided(gathering, fault)
+            raise
+        gathering.end()
+        verdict.add_done_callback(partial(self._came, gathering))
+        return verdict
+
+    def _came(self, gathering: Gathering, verdict: Future[Any]) -> None:
+        fault = verdict.exception()
+        if fault is None:
+            self._note(gathering)
+        self._decided(gathering, fault)
+
+    def _decided(self, gathering: Gathering, fault: BaseException | None) -> None:
+        """Forget a set of a shard. fault: why it was not applied; where that passes, its parts come again."""
+        comes_again = isinstance(fault, EmaError) and fault.retryable
+        self._end(gathering, fault)
+        if not comes_again:
+            with self._lock:
+                self._verdicts.end(gathering.step, gathering.terms)
+
+    def _ahead_of(self, gathering: Gathering) -> list[Future[None]]:
+        version = self._run.ledger.version
+        return self._verdicts.ahead(gathering.step, gathering.terms, version.step if version else None)
 
     # --- the whole --------------------------------------------------------------------------------------------------
 
@@ -321,6 +388,7 @@ class Parts:
         with self._lock:
             for gathering in [g for g in self._gatherings if not g.applying]:
                 self._drop(gathering, fault)
+            self._verdicts.end_all()
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -422,7 +490,7 @@ class Parts:
         applied = self._applied
         if applied and (applied.step, applied.terms) == (gathering.step, gathering.terms):
             return "applied"
-        raise Superseded(f"{_what(gathering.step)} was given up meanwhile", retry_after=0.0)
+        raise _given_up(gathering)
 
     def _drop_outdated(self) -> None:
         """Give up steps of which nothing can come any more: their senders ask, and send their parts again."""
@@ -451,6 +519,10 @@ class Parts:
                 self._applied = _Applied(gathering.step, gathering.terms, gathering.done, state.version.digest)
             for older in [g for g in self._gatherings if not g.applying and _order(g) < _order(gathering)]:
                 self._drop(older, StaleStep(f"{_what(older.step)} is older than {_what(gathering.step)}, now applied"))
+
+
+def _given_up(gathering: Gathering) -> EmaError:
+    return Superseded(f"{_what(gathering.step)} was given up meanwhile", retry_after=0.0)
 
 
 def _order(gathering: Gathering) -> int:

@@ -34,7 +34,7 @@ from ema_service.runs.ledger import Ledger, Succession
 from ema_service.runs.measurements import Measured, Measurements
 from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Setup, Shadows, State, Version
 
-__all__ = ["Finished", "First", "Keeper", "Parameters", "Place", "Run", "Update", "Write"]
+__all__ = ["Anew", "Finished", "First", "Keeper", "Parameters", "Place", "Run", "Update", "Write"]
 
 #: Bytes of shadows that are averaged in 0.1 ms: waking a thread for the work, and then the event loop, takes as long.
 _SMALL_BYTES = 1 << 20
@@ -85,6 +85,17 @@ class First:
     succession: Succession
     state: State
     place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class Anew:
+    """Initial weights given anew, whole, that are not judged yet. base: the version whose weights they replace. place:
+    as of First; None also where the run has the same. key: of the write, None where the run decides alone."""
+
+    base: Version
+    state: State
+    place: Place | None
+    key: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,19 +451,44 @@ class Run:
         epoch, would have the name of this one. Raises as Ledger.judge_anew(), and NonFinite; StorageFailed as
         initialise().
         """
-        base = self.ledger.admit_anew(writer)
-        prepared = self._first(parameters)
-        version = self.ledger.anew(base, secrets.token_hex(8), prepared.digest, time.time())
-        state = _begun(version, prepared)
-        place = None if prepared.digest == base.digest else self._write(state)
+        anew = self.finish_anew(parameters, secrets.token_hex(8), writer)
         with self._lock:
-            if self.ledger.judge_anew(base, replaces, prepared.digest, writer):
-                self._settle(self.moving_to(state, place))
+            self._settle(self.prepare_anew(anew, replaces, writer))
             state = self.ready_state()
         # Also of a try that comes again: the one before may have failed here.
         keeper = self._keeper  # read once: None once the run is deleted
         if keeper and state.version.epoch > 1:
             keeper.settle(state)
+
+    def finish_anew(
+        self, parameters: Parameters, lineage: str, writer: int | None = None, key: str | None = None
+    ) -> Anew:
+        """The version that initial weights given anew make, whole, and written to its place where it is another one.
+
+        key: of the write, on a shard; the others as for initialise_anew() and finish_first(). Raises as those.
+        """
+        base = self.ledger.admit_anew(writer)
+        prepared = self._first(parameters)
+        version = self.ledger.anew(base, lineage, prepared.digest, time.time())
+        state = _begun(version.keyed(key), prepared)
+        return Anew(base, state, None if self._has(base, prepared, key) else self._write(state), key)
+
+    def prepare_anew(self, anew: Anew, replaces: str, writer: int | None = None) -> Write | None:
+        """The write that initial weights given anew are; None where the run has them.
+
+        Under deciding(). Raises as Ledger.judge_anew().
+        """
+        version = self.ledger.version
+        if version and version.made_by(anew.key):
+            return None
+        digest = None if self.shard else anew.state.version.digest
+        if not self.ledger.judge_anew(anew.base, replaces, digest, writer):
+            return None
+        return self.moving_to(anew.state, anew.place)
+
+    def _has(self, base: Version, prepared: Prepared, key: str | None) -> bool:
+        """Whether the run has initial weights that are given anew, as far as is known before they are judged."""
+        return base.made_by(key) or (self.shard is None and prepared.digest == base.digest)
 
     def amend(self, change: Callable[[Succession, Version], Version], key: str | None = None) -> bool:
         """Go on with another decay or counter from the next update on; the weights stay.

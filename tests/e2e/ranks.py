@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ema_client import EmaClient, RemoteEma
-from ema_client.errors import UpdatesPending
+from ema_client.errors import EmaError, UpdatesPending
+from ema_client.pushing import Pushes
 
 
 class Model(nn.Module):
@@ -122,6 +124,8 @@ def zero3(model: Model) -> nn.Module:
 def main() -> None:
     plan, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     warnings.simplefilter("ignore")
+    if plan.get("straight"):
+        Pushes.__init__.__kwdefaults__["stretched_above"] = 0
     torch.set_num_threads(1)
     store = dist.FileStore(plan["store"], plan["world"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=plan["world"])
@@ -150,14 +154,28 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
         if (rank, step) == (killed, steps[-1]):
             os.kill(os.getpid(), signal.SIGKILL)
         ema(model)
+        time.sleep(scene.get("pause", 0))
     if killed is not None:
         # Of the last step one part is missing: what this rank has to send is sent all the same.
         with contextlib.suppress(UpdatesPending):
             ema.flush(timeout=1.0)
         return {}
+    if "pause" in scene:
+        flush_patiently(ema)
     said = checks(ema, model, scene) | {"sent": ema.stats.sent, "before": before}
     ema.close()
     return said | {"drawn": drawn}
+
+
+def flush_patiently(ema: RemoteEma) -> None:
+    """Flush, again while the service is away."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return ema.flush()
+        except EmaError as fault:
+            if not fault.retryable or time.monotonic() > end:
+                raise
 
 
 def load(ema: RemoteEma, model: nn.Module, scene: dict[str, Any]) -> bool:

@@ -6,9 +6,6 @@ or travel; what a rank does is in ranks.py.
 
 from __future__ import annotations
 
-import json
-import runpy
-import signal
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -17,51 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ema_client import EmaClient
-from tests.forked import Forked
+from tests.e2e.sharded_trainers import WIDTHS, assert_same, at, train, unsharded
 
 if TYPE_CHECKING:
     from tests.conftest import ServerProcess
 
-_RANKS = Path(__file__).with_name("ranks.py")
-_SECONDS = 90.0
-
 
 #: How the model is cut up -> how many of four ranks have something to send.
 _KINDS = {"ddp": 1, "fsdp2": 4, "columns": 4, "hsdp": 2, "tp": 4, "fsdp1": 4, "fsdp1-flat": 4}
-#: What torch itself asks of columns (a multiple of the ranks) and of a forward pass in tensor parallel (of two).
-_WIDTHS = {"columns": 16, "tp": 14}
 _WIDE = 40_000
-
-
-def train(folder: Path, world: int, scenes: list[dict[str, Any]], killed: int | None = None) -> dict[str, list[Any]]:
-    """Start a trainer's ranks, wait for all of them, and return what each said of each run."""
-    folder.mkdir()
-    plan = {"store": str(folder / "store"), "out": str(folder), "world": world, "scenes": scenes}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    processes = []
-    for rank in range(world):
-        log = folder / f"{rank}.log"
-        log.touch()
-        processes.append(Forked([str(_RANKS), str(folder / "plan.json"), str(rank)], log))
-    codes = _wait(processes)
-    logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
-    assert codes == [-signal.SIGKILL if rank == killed else 0 for rank in range(world)], logs
-    said = {scene["run"]: [folder / f"{scene['run']}.{rank}.json" for rank in range(world)] for scene in scenes}
-    return {run: [json.loads(p.read_text()) for p in paths if p.exists()] for run, paths in said.items()}
-
-
-def _wait(processes: list[Forked]) -> list[int]:
-    deadline = time.monotonic() + _SECONDS
-    try:
-        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +42,7 @@ def servers(
 
 
 def scene(server: ServerProcess, run: str, how: str, steps: list[int], **more: Any) -> dict[str, Any]:
-    return {"url": server.url, "run": run, "how": how, "steps": steps, "width": _WIDTHS.get(how, 13), **more}
+    return {"url": server.url, "run": run, "how": how, "steps": steps, "width": WIDTHS.get(how, 13), **more}
 
 
 @pytest.fixture(scope="module")
@@ -112,28 +75,6 @@ def two(
     return train(tmp_path_factory.mktemp("two") / "ranks", 2, scenes)
 
 
-def unsharded(
-    client: EmaClient, run: str, width: int, steps: list[int], first: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The same updates pushed whole. first: the weights that the run begins with, by default those of step 0."""
-    client.create_run(f"{run}-whole", first or at(width, 0), decay=0.9, step=0)
-    for step in steps:
-        client.push(f"{run}-whole", at(width, step))
-    return dict(client.pull(f"{run}-whole"))
-
-
-def at(width: int, step: int) -> dict[str, Tensor]:
-    """The parameters as of one step."""
-    values: dict[str, Tensor] = runpy.run_path(str(_RANKS))["at"](width, step)
-    return values
-
-
-def assert_same(client: EmaClient, run: str, expected: dict[str, Tensor]) -> None:
-    found = client.pull(run)
-    assert {*found} == {*expected}
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-
-
 def test_any_length(four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
     """Each rank gets its own slices of an average that nobody tracked, in copy_to() and scope(): not the run's own."""
     for rank in four["any-length"]:
@@ -153,7 +94,7 @@ def test_sharded_equals_unsharded(
     The sizes are such that no rank holds as much as another, and some hold nothing of a tensor.
     """
     with EmaClient(servers[0].url) as client:
-        expected = unsharded(client, how, _WIDTHS.get(how, 13), [1, 2, 3])
+        expected = unsharded(client, how, WIDTHS.get(how, 13), [1, 2, 3])
         assert_same(client, how, expected)
         assert client.run(how).num_updates == 3
     for rank in four[how]:
@@ -173,7 +114,7 @@ def test_weights_loaded_after_the_constructor(
     """
     run = f"loaded-{how}"
     with EmaClient(servers[0].url) as client:
-        width = _WIDTHS.get(how, 13)
+        width = WIDTHS.get(how, 13)
         expected = unsharded(client, run, width, [1, 2], first=at(width, 9))
         assert_same(client, run, expected)
         assert client.run(run).version == "2.2"

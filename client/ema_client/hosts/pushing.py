@@ -3,23 +3,24 @@
 The hosts decide together, so each answers once the update is applied on all, or on none. A slice that broke off is sent
 again alone, to wherever its host is by then: the others keep what they have, and wait.
 
-Knows: where a body's bytes lie, and which are whose. Does not know: sockets, or how a host is found.
+Knows: which bytes of a whole body are whose, and when to try again. Does not know: sockets, or how a host is found.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ema_client import protocol
 from ema_client.errors import LayoutMismatch, TransportError
 from ema_client.hosts.finding import GivenUp, Host, HostedRun, Hosts, at_all
-from ema_client.http.body import Body, cut
-from ema_client.http.digests import Digest, blocks
+from ema_client.hosts.slicing import Slices
+from ema_client.http.body import Body
 from ema_client.http.transport import Reply
+from ema_client.wire import PartCut
 
 __all__ = ["push", "together"]
 
@@ -33,7 +34,7 @@ def push(hosts: Hosts, run: HostedRun, step: int, body: Body, headers: Mapping[s
     Returns what the hosts answer together. Raises what hosts answer, or what their transports raise, once nothing is
     sent any more; LayoutMismatch before anything is sent.
     """
-    slices = _Slices(body, run)
+    slices = Slices(body, _cuts(body, run), waits=_DECISION_SECONDS)
     path = protocol.update_path(run.run, step)
     given_up = threading.Event()
 
@@ -69,43 +70,10 @@ def together(replies: Sequence[Reply]) -> Reply:
     return replace(told, data={**told.data, "durable_step": least})
 
 
-class _Slices:
-    """A body cut into what each host has. Tells the body's listener of the bytes that went to all hosts, by one thread
-    at a time."""
-
-    def __init__(self, body: Body, run: HostedRun) -> None:
-        """Raises LayoutMismatch for a body of another length."""
-        self._body = body
-        self._run = run
-        self._views = () if body.data is None else body.data()
-        have = sum(map(len, self._views))
-        if have != run.nbytes:
-            raise LayoutMismatch(f"an update of run {run.run!r} has {run.nbytes} bytes of tensors, this one {have}")
-        self._bounds = [0, *accumulate(host.nbytes for host in run.hosts)]
-        #: The bytes of the body's own header, which goes to nobody.
-        self._head = body.length - have
-        self._sent: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def of(self, place: int) -> Body:
-        """The body for one host; again for each try."""
-        header = self._run.hosts[place].header
-        start, stop = self._bounds[place : place + 2]
-
-        def pieces() -> Iterator[memoryview]:
-            yield memoryview(header)
-            yield from cut(self._views, start, stop)
-
-        return Body(
-            len(header) + stop - start,
-            pieces,
-            digest=None if self._body.digest is None else lambda: Digest(blocks(), skip=len(header)),
-            moved=lambda sent: self._moved(place, sent - len(header)),
-            waits=_DECISION_SECONDS,
-            key=self._body.key,
-        )
-
-    def _moved(self, place: int, sent: int) -> None:
-        with self._lock:
-            self._sent[place] = max(0, sent)
-            self._body.moved(self._head + sum(self._sent.values()))
+def _cuts(body: Body, run: HostedRun) -> tuple[PartCut, ...]:
+    """What each host is sent of a whole body. Raises LayoutMismatch for a body of another length."""
+    have = 0 if body.data is None else sum(map(len, body.data()))
+    if have != run.nbytes:
+        raise LayoutMismatch(f"an update of run {run.run!r} has {run.nbytes} bytes of tensors, this one {have}")
+    bounds = [0, *accumulate(host.nbytes for host in run.hosts)]
+    return tuple(PartCut(host.header, (span,), ()) for host, span in zip(run.hosts, pairwise(bounds), strict=True))

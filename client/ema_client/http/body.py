@@ -41,7 +41,7 @@ class Body:
     shared: shared memory with the same bytes, where a service on the same host reads the body instead.
     digest: gives what digests the body as it is sent, header and all; None for a body that goes without a digest.
     data: gives what is behind the header, in one or several views, where all of it lies in memory and in the layout's
-    canonical order: such a body may go in stretches. None for any other body.
+    canonical order: such a body may go in stretches, or to several hosts. None for any other body.
     moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
     number since its beginning.
     waits: seconds that the service may wait for others before it answers.

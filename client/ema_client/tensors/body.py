@@ -64,7 +64,7 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
         stretches = blocks() if slices is None else (entry.end - entry.begin for entry in entries)
         return Digest(stretches, skip=len(header))
 
-    plain = slices is None and len(views) == len(entries)
+    plain = len(views) == len(entries)
     return Body(
         len(header) + (entries[-1].end if entries else 0),
         pieces,

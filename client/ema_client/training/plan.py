@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 #: Seconds that a rank which sends nothing waits for the first rank's initial weights, and its pause between questions.
 _ANEW_SECONDS, _POLL_SECONDS = 10.0, 0.02
+#: Seconds that a rank waits for the initial weights, once all ranks have sent theirs.
+_INITIAL_SECONDS = 60.0
 
 #: Gives this rank's tensors as the first shadow, by name; called only on a rank that sends tensors.
 Initial = Callable[[], Mapping[str, Tensor]]
@@ -187,7 +190,9 @@ class ShardedPlan:
     def create(self, client: EmaClient, config: RunConfig, initial: Initial, *, step: int = 0) -> RunInfo | None:
         declared = self.once(lambda: self._declare(client, config))
         created_at = declared.created_at if declared else None
-        self.together(lambda: self._send_initial(client, config.run, initial, step, created_at))
+        send = partial(self._send_initial, client, config.run, initial, step, created_at)
+        self.together(send)
+        self.together(lambda: self._await_initial(client, config.run, step, send))
         return client.wait_for_step(config.run, step)
 
     def push(self, client: EmaClient, run: str, writer: int | None, step: int, body: Body) -> bool:
@@ -238,6 +243,18 @@ class ShardedPlan:
                 step=step,
                 created_at=created_at,
             )
+
+    def _await_initial(self, client: EmaClient, run: str, step: int, send: Callable[[], None]) -> None:
+        """Return once the run has its initial weights, or after a minute. A service that has lost this rank's part is
+        sent the part again."""
+        end = time.monotonic() + _INITIAL_SECONDS
+        while self.part is not None and time.monotonic() < end:
+            status = client.update_status(run, step, first=self.group)
+            if status.state == "applied" or client.run(run).version is not None:
+                return
+            if self.part not in status.parts:
+                send()
+            time.sleep(_POLL_SECONDS)
 
 
 def plan_whole(layout: tuple[TensorSpec, ...]) -> WholePlan:

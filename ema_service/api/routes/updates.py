@@ -173,12 +173,12 @@ async def put_weights(
 ) -> RunInfo:
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
     found = server.registry.get(run, created_at)
-    if server.host:
-        _check_key(push_key, replaces)
-        return await _put_first_slice(request, server, server.host, found, push_key or "", num_updates, step)
     if replaces is not None:
         _check_anew(num_updates, step)
         found.ledger.admit_anew(writer)
+    if server.host:
+        terms = Terms(None, "", num_updates, step, writer, replaces)
+        return await _put_first_slice(request, server, server.host, found, _checked(push_key), terms)
     with found.links.begun():
         async with Push(request, server, found) as push:
             first = await server.allocate(found, partial(found.begin_first, push.staged))
@@ -210,8 +210,7 @@ async def put_update(
     """
     found = server.registry.get(run)
     if server.host:
-        _check_key(push_key)
-        return await _put_slice(request, server, server.host, found, step, writer, push_key or "")
+        return await _put_slice(request, server, server.host, found, step, writer, _checked(push_key))
     found.ledger.admit(step, writer)
     async with Push(request, server, found, averages=len(found.config.averages)) as push:
         update = await server.allocate(found, partial(found.begin, step, push.staged, writer))
@@ -227,7 +226,6 @@ DIRECT = DirectUpdates("/v1/runs/{run}/updates/{step}", put_update)
 
 @router.put(
     "/weights/parts/{part}",
-    dependencies=[ALONE],
     summary="Give one part of the initial weights",
     response_model=RunInfo,
     openapi_extra=_PART_BODY,
@@ -268,7 +266,6 @@ async def put_weights_part(
 
 @router.put(
     "/updates/{step}/parts/{part}",
-    dependencies=[ALONE],
     summary="Push one part of an update",
     response_model=UpdateResult,
     openapi_extra=_PART_BODY,
@@ -376,15 +373,14 @@ def _check_anew(num_updates: int | None, step: int | None) -> None:
         raise InvalidRequest("num_updates or step is given with replaces: counter and step stay those of the run")
 
 
-def _check_key(push_key: str | None, replaces: str | None = None) -> None:
-    """Raises InvalidRequest for a push that this host, which has a slice of the run, cannot take."""
-    if replaces is not None:
-        raise InvalidRequest("replaces: hosts of a cluster cannot give initial weights anew together yet")
+def _checked(push_key: str | None) -> str:
+    """The key of a push to this host, which has a slice of the run. Raises InvalidRequest without one."""
     if push_key is None:
         raise InvalidRequest(
             f"{HEADER_PUSH}: this host has one shard of the run, and a slice comes with the key of its push",
             hint="send whole pushes to the cluster's gateway, or each host its slice under one key",
         )
+    return push_key
 
 
 @contextlib.asynccontextmanager
@@ -415,16 +411,18 @@ async def _put_slice(
     return result
 
 
-async def _put_first_slice(
-    request: Request, server: Context, host: Host, run: Run, key: str, num_updates: int | None, step: int | None
-) -> RunInfo:
-    """As _put_slice(), of the initial weights."""
+async def _put_first_slice(request: Request, server: Context, host: Host, run: Run, key: str, terms: Terms) -> RunInfo:
+    """As _put_slice(), of initial weights, or of such given anew."""
     shard = host.shard(run)
     with run.links.begun():
         async with _refusing(server, shard, None, key), Push(request, server, run) as push:
             first = await server.allocate(run, partial(run.begin_first, push.staged))
             await push.receive(first.preparation)
-            decision = await push.decide(partial(shard.initialise, first, key, num_updates=num_updates, step=step))
+            if terms.replaces is None:
+                vote = partial(shard.initialise, first, key, num_updates=terms.num_updates, step=terms.step)
+            else:
+                vote = partial(shard.initialise_anew, first, key, terms.replaces, terms.writer)
+            decision = await push.decide(vote)
         return await host.decided(decision)
 
 
@@ -462,8 +460,42 @@ async def _push_part(
     request: Request, server: Context, run: Run, step: int | None, index: int, terms: Terms
 ) -> tuple[Outcome, UpdateResult | RunInfo | None]:
     """Receive a part; where it is the last one missing, have the run apply the set, and return the result as well."""
+    if server.host:
+        return await _push_part_of_shard(request, server, server.host, run, step, index, terms)
     async with PartialPush(request, server, run, step, index, terms) as push:
         outcome = await push.receive()
         result = await push.decide() if outcome == "complete" else None
         push.tell()
     return outcome, result
+
+
+async def _push_part_of_shard(
+    request: Request, server: Context, host: Host, run: Run, step: int | None, index: int, terms: Terms
+) -> tuple[Outcome, UpdateResult | RunInfo | None]:
+    """As _push_part(), of this host's rows: the complete set is voted for, and applied on all hosts or on none. Staged
+    also where all hosts have not decided soon."""
+    _check_group(terms)
+    if step is not None:
+        run.ledger.admit(step, terms.writer)  # every host says the same, so none has to be told
+    elif terms.replaces is not None:
+        run.ledger.admit_anew(terms.writer)
+    shard = host.shard(run)
+    async with (
+        _refusing(server, shard, step, terms.push_key(step)),
+        PartialPush(request, server, run, step, index, terms) as push,
+    ):
+        outcome = await push.receive()
+        push.tell()
+        if outcome != "complete":
+            return outcome, None
+        result = await host.decided_soon(push.vote(shard))
+    return ("complete" if result else "staged"), result
+
+
+def _check_group(terms: Terms) -> None:
+    """Raises InvalidRequest for a part that this host, which has a slice of the run, cannot take."""
+    if not terms.group:
+        raise InvalidRequest(
+            "group: this host has one shard of the run, and a part comes with the group of its trainer's start",
+            hint="send all parts to all hosts under one group, drawn anew at each start of the trainer",
+        )

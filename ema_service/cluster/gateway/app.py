@@ -4,7 +4,7 @@
     GET  /v1/runs/{run}/weights                    the hosts' data, put together while it is sent
     GET  /v1/runs/{run}/events                     one stream a host for all who watch
     GET  /v1/runs/{run}/history, ...               what the hosts noted, as of one run
-    PUT  /v1/runs/{run}/weights, .../updates/{n}   cut into the hosts' slices while it comes in
+    PUT  /v1/runs/{run}/weights, .../updates/{n}   cut into the hosts' slices while it comes in; .../parts/{i} too
     POST, PATCH, DELETE                            handed to one host, which has all hosts do it or none
 
 What a run on several hosts cannot do is refused by name. Nothing is kept, on no disk: gateways are started and ended at
@@ -64,6 +64,7 @@ from ema_client.protocol import (
     distances_path,
     history_path,
     layout_path,
+    part_path,
     reset_path,
     run_path,
     runs_path,
@@ -76,11 +77,11 @@ from ema_client.protocol import (
     writers_path,
 )
 from ema_service.cluster.gateway.counted import Counted
-from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, passed_on
+from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, parsed, passed_on
 from ema_service.cluster.gateway.overview import overview_of, run_overview_of
 from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
 from ema_service.cluster.gateway.pulls import is_known, send_weights
-from ema_service.cluster.gateway.pushes import Slice, Splitting
+from ema_service.cluster.gateway.pushes import PartSplitting, Slice, Splitting
 from ema_service.cluster.gateway.waiting import once_reached, send_events
 from ema_service.cluster.gateway.watching import Watches
 from ema_service.cluster.gateway.whole import (
@@ -89,6 +90,7 @@ from ema_service.cluster.gateway.whole import (
     map_of,
     shards_of,
     whole_info,
+    whole_part,
     whole_result,
     whole_server,
     whole_status,
@@ -123,8 +125,7 @@ _NOT_OFFERED = {
     "profiles": "no averages of other lengths yet",
     "sweep": "no averages of other lengths yet",
     "sweeps": "no averages of other lengths yet",
-    "parts": "an update comes as one body",
-    "stretches": "an update comes as one body, over one connection",
+    "stretches": "an update comes over one connection",
 }
 
 
@@ -174,6 +175,8 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("GET", f"{run}/timeline", gateway.timeline),
         ("GET", run + step, gateway.status),
         ("PUT", run + step, gateway.push),
+        ("PUT", f"{run}/weights/parts/{{part:int}}", gateway.initialise_part),
+        ("PUT", f"{run}{step}/parts/{{part:int}}", gateway.push_part),
     ):
         app.add_api_route(path, answer, methods=[method], response_model=None)
     pages(app)
@@ -326,17 +329,33 @@ class _Gateway:
 
     async def initialise(self, run: RunName, request: Request) -> Response:
         """Give the initial weights."""
-        await self._push(run, request, weights_path(run), RunInfo)
+        await self._push(run, request, weights_path(run), Splitting)
         return _json(await self._info(request, run))
+
+    async def initialise_part(self, run: RunName, part: int, request: Request) -> Response:
+        """Give one part of the initial weights."""
+        answers = await self._push(run, request, part_path(run, None, part), PartSplitting)
+        if any(answer.status_code == 200 for _, answer in answers):
+            return _json(await self._info(request, run))
+        return _json(whole_status([parsed(host, answer, UpdateStatus) for host, answer in answers]), 202)
 
     async def push(self, run: RunName, step: int, request: Request) -> Response:
         """Apply one update on all hosts, or none."""
-        results = await self._push(run, request, update_path(run, step), UpdateResult)
+        answers = await self._push(run, request, update_path(run, step), Splitting)
+        results = [parsed(host, answer, UpdateResult) for host, answer in answers]
         return _json(_together(partial(whole_result, results)))
+
+    async def push_part(self, run: RunName, step: int, part: int, request: Request) -> Response:
+        """Take one part of an update, which is applied on all hosts, or none, once all parts are there."""
+        answers = await self._push(run, request, part_path(run, step, part), PartSplitting)
+        told = _together(partial(whole_part, [_part_told(*each) for each in answers]))
+        return _json(told, 200 if isinstance(told, UpdateResult) else 202)
 
     async def status(self, run: RunName, step: int, request: Request) -> Response:
         """What is known of a step."""
-        return _json(whole_status(await self._each(request, update_path(run, step), UpdateStatus)))
+        query = dict(request.query_params)
+        ask = partial(self._ask, request, update_path(run, step), UpdateStatus, params=query)
+        return _json(whole_status(await self.hosts.each(ask)))
 
     # --- how it went ------------------------------------------------------------------------------------------------
 
@@ -358,34 +377,38 @@ class _Gateway:
     async def _past(self, request: Request, path: str, kind: type[T], merge: Callable[[Sequence[T]], T]) -> Response:
         """What each host noted, as of one run; on a thread, for a history has thousands of numbers."""
         headers, query = passed_on(request.headers), dict(request.query_params)
+        hosts = await self.hosts.all()
         told = await self.hosts.each(lambda host: self.hosts.send(host, "GET", path, headers, params=query))
-        body = await asyncio.to_thread(
-            lambda: json.dumps(to_json(merge([self.hosts.parsed(each, kind) for each in told]))).encode()
-        )
+
+        def made() -> bytes:
+            return json.dumps(to_json(merge([parsed(*each, kind) for each in zip(hosts, told, strict=True)]))).encode()
+
+        body = await asyncio.to_thread(made)
         return _tagged(request, body)
 
-    async def _push(self, run: str, request: Request, path: str, kind: type[T]) -> list[T]:
+    async def _push(
+        self, run: str, request: Request, path: str, splitting: type[Splitting]
+    ) -> list[tuple[HostAddress, httpx2.Response]]:
         """Send the hosts their slices of a body, and return what they answered."""
         if HEADER_SEGMENT in request.headers:
             raise SegmentUnusable("a gateway has no shared memory with its clients: the bytes go to other hosts")
         headers = {HEADER_PUSH: secrets.token_hex(16), **passed_on(request.headers)}
         hosts = await self.hosts.all()
 
-        async def send(part: Slice) -> T:
+        async def send(part: Slice) -> tuple[HostAddress, httpx2.Response]:
             extra = {HEADER_DIGEST: DIGEST_FOLLOWS} if part.digested else {}
             head = {**headers, **extra, "content-length": str(part.length), "content-type": "application/octet-stream"}
             timeout = httpx2.Timeout(SILENCE, read=_PUSH_SECONDS)
             query = dict(request.query_params)
             host = hosts[part.place]
-            return await self.hosts.json(
-                host, "PUT", path, kind, head, content=part.body(), params=query, timeout=timeout
-            )
+            answer = await self.hosts.send(host, "PUT", path, head, content=part.body(), params=query, timeout=timeout)
+            return host, answer
 
         length = request.headers.get("content-length")
-        splitting = Splitting(
+        cutting = splitting(
             await self._map(request, run), send, int(length) if length else None, request.headers.get(HEADER_DIGEST)
         )
-        return cast("list[T]", await splitting.run(request.stream()))
+        return cast("list[tuple[HostAddress, httpx2.Response]]", await cutting.run(request.stream()))
 
     # --- hosts ------------------------------------------------------------------------------------------------------
 
@@ -467,6 +490,11 @@ def _together(make: Callable[[], T]) -> T:
         return make()
     except Apart as fault:
         raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
+
+
+def _part_told(host: HostAddress, answer: httpx2.Response) -> UpdateResult | UpdateStatus:
+    """What a host answered to a part of an update."""
+    return parsed(host, answer, UpdateResult) if answer.status_code == 200 else parsed(host, answer, UpdateStatus)
 
 
 def _json(body: Any, status: int = 200) -> JSONResponse:

@@ -37,8 +37,9 @@ from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, fro
 from ema_service.cluster.counting import GatewayMetrics
 from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
 
-__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "passed_on"]
+__all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "parsed", "passed_on"]
 
 T = TypeVar("T")
 
@@ -137,15 +138,7 @@ class Hosts:
         self, host: HostAddress, method: str, path: str, kind: type[T], headers: Mapping[str, str], **more: Any
     ) -> T:
         """A host's answer to a request, as a dataclass of the protocol. more: as for send()."""
-        answer = await self.send(host, method, path, headers, **more)
-        return self.parsed(answer, kind)
-
-    def parsed(self, answer: httpx2.Response, kind: type[T]) -> T:
-        """The body of an answer as a dataclass of the protocol. Raises Overloaded."""
-        try:
-            return from_json(kind, json.loads(answer.content))
-        except ValueError as fault:
-            raise Overloaded(f"{answer.url} answered with what no ema-service says: {fault}") from None
+        return parsed(host, await self.send(host, method, path, headers, **more), kind)
 
     async def send(
         self, host: HostAddress, method: str, path: str, headers: Mapping[str, str], **more: Any
@@ -183,7 +176,7 @@ class Hosts:
     async def talk(self, talk: str) -> dict[str, Any] | None:
         """What the first coordinator that answers says of a talk and its shards; None where none does."""
         for url in self._coordinators:
-            with contextlib.suppress(httpx2.HTTPError, ValueError, Overloaded):
+            with contextlib.suppress(httpx2.HTTPError, ValueError, NoCoordinator, Overloaded):
                 found = await self._ask_coordinator(url, talk)
                 if isinstance(found, dict):
                     return found
@@ -197,7 +190,7 @@ class Hosts:
         for url in self._coordinators:
             try:
                 return _hosts_of(await self._ask_coordinator(url))
-            except (httpx2.HTTPError, ValueError) as fault:
+            except (httpx2.HTTPError, ValueError, NoCoordinator) as fault:
                 faults.append(f"{url}: {type(fault).__name__}: {fault}")
             except Overloaded as fault:
                 faults.append(f"{url}: {fault.detail}")
@@ -208,8 +201,8 @@ class Hosts:
         )
 
     async def _ask_coordinator(self, url: str, talk: str = DIRECTORY) -> Any:
-        """A coordinator's map of a talk as JSON. Raises HTTPError of httpx2, ValueError, Overloaded."""
-        path = f"{url.rstrip('/')}{API}/runs/{quote(talk)}/shards"
+        """A coordinator's map of a talk as JSON. Raises HTTPError of httpx2, ValueError, NoCoordinator, Overloaded."""
+        path = f"{coordinator_url(url)}{API}/runs/{quote(talk)}/shards"
         answer = await self._client.get(path, headers={"Authorization": self._token.header}, timeout=_MAP)
         if answer.status_code == 404:
             raise Overloaded("no host has come to the coordinator yet")
@@ -231,6 +224,14 @@ class Hosts:
                 hint="nothing is decided without every host: start it again, or wait until it is there",
                 retry_after=1.0,
             ) from fault
+
+
+def parsed(host: HostAddress, answer: httpx2.Response, kind: type[T]) -> T:
+    """A host's answer as a dataclass of the protocol. Raises Overloaded for what is none."""
+    try:
+        return from_json(kind, json.loads(answer.content))
+    except ValueError as fault:
+        raise Overloaded(f"{host} answered {answer.url.path} with what no ema-service says: {fault}") from None
 
 
 def _hosts_of(told: Any) -> tuple[HostAddress, ...]:

@@ -1,10 +1,11 @@
-"""A push of the whole run, cut into the hosts' slices while it comes in.
+"""A push of the whole run, or a part of one, cut into the hosts' slices while it comes in.
 
     sender --- header, data of host 0, data of host 1, ... ---> Splitting --- header, its data ---> host 0
                                                                           \\-- header, its data ---> host 1
 
 All slices go under one key, so that no two pushes are ever mixed; the answer comes once every host has decided. No more
-of a body is here than two chunks a host: where a host is slow the sender waits.
+of a body is here than two chunks a host: where a host is slow the sender waits. Of a part each host has what is of its
+rows, also where that is nothing: parts are counted at each host.
 
 Knows safetensors' headers, and which bytes are whose. Does not know whether an update counts, or what an answer says.
 """
@@ -18,12 +19,22 @@ from typing import NoReturn
 
 from ema_client.errors import DigestMismatch, EmaError, InvalidRequest, MalformedBody, RequestTimeout
 from ema_client.protocol import DIGEST_BYTES, DIGEST_FOLLOWS, TensorSpec
-from ema_client.wire import LENGTH_BYTES, Entry, box_shape, build_header, parse_header, parse_length, place
-from ema_service.averaging.digest import Digest
+from ema_client.wire import (
+    LENGTH_BYTES,
+    Entry,
+    Header,
+    box_shape,
+    build_header,
+    cut_part,
+    parse_header,
+    parse_length,
+    place,
+)
+from ema_service.averaging.digest import Digest, SizedDigest
 from ema_service.cluster.gateway.hosts import SILENCE
 from ema_service.cluster.layout_map import LayoutMap
 
-__all__ = ["Slice", "Splitting"]
+__all__ = ["PartSplitting", "Slice", "Splitting"]
 
 #: Chunks of a slice that a host has not taken yet.
 _UNSENT = 2
@@ -31,12 +42,25 @@ _UNSENT = 2
 _LONG_HEADER_BYTES = 256 << 10
 
 
+AnyDigest = Digest | SizedDigest
+
+
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How one body is cut. headers: of the slices, by place. spans: (place, bytes), in the order of the body's data."""
+    """How one body is cut. headers: of the slices, by place. spans: (place, bytes), in the order of the body's data.
+
+    digests: of the slices, by place; whole: of the body. Neither has seen a byte.
+    """
 
     headers: Sequence[bytes]
     spans: Sequence[tuple[int, int]]
+    digests: Sequence[AnyDigest]
+    whole: AnyDigest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the body's data."""
+        return sum(count for _, count in self.spans)
 
 
 class Slice:
@@ -45,13 +69,14 @@ class Slice:
     digested: whether the slice's own digest follows.
     """
 
-    def __init__(self, place: int, header: bytes, data_bytes: int, *, digested: bool) -> None:
+    def __init__(self, place: int, header: bytes, data_bytes: int, digest: AnyDigest | None) -> None:
+        """digest: of the slice's data, which follows; None where none does."""
         self.place = place
-        self.digested = digested
-        self.length = len(header) + data_bytes + (DIGEST_BYTES if digested else 0)
+        self.digested = digest is not None
+        self.length = len(header) + data_bytes + (DIGEST_BYTES if digest else 0)
         self._header = header
         self.missing = data_bytes
-        self._digest = Digest() if digested else None
+        self._digest = digest
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(_UNSENT)
 
     async def put(self, chunk: bytes | None) -> None:
@@ -86,7 +111,6 @@ class Splitting:
     silence: float = SILENCE
     _sending: dict[int, asyncio.Task[object]] = field(default_factory=dict)
     _unread: bytearray = field(default_factory=bytearray)
-    _whole: Digest = field(default_factory=Digest)
 
     async def run(self, body: AsyncIterator[bytes]) -> list[object]:
         """What the hosts answered, by place, once all have. Raises MalformedBody, LayoutMismatch, DigestMismatch,
@@ -112,23 +136,26 @@ class Splitting:
 
     async def _read_header(self, body: AsyncIterator[bytes]) -> _Cut:
         """How the body is cut, by its header."""
-        layout = self.shards.layout
-        count = parse_length(await self._take(body, LENGTH_BYTES), limit=layout.max_header_bytes)
+        count = parse_length(await self._take(body, LENGTH_BYTES), limit=self._longest_header)
         if self.length is not None and LENGTH_BYTES + count > self.length:
             raise MalformedBody(f"the header claims {count} bytes, the whole body has {self.length}")
         raw = await self._take(body, count)
-        if raw == layout.header[LENGTH_BYTES:]:
-            found = _canonical(self.shards)
-        else:
-            found = await asyncio.to_thread(self._cut_of, raw) if count > _LONG_HEADER_BYTES else self._cut_of(raw)
-        whole = LENGTH_BYTES + count + layout.param_bytes + (DIGEST_BYTES if self.digest else 0)
+        found = await asyncio.to_thread(self._cut_of, raw) if count > _LONG_HEADER_BYTES else self._cut_of(raw)
+        whole = LENGTH_BYTES + count + found.nbytes + (DIGEST_BYTES if self.digest else 0)
         if self.length is not None and self.length != whole:
             fault = "longer" if self.length > whole else "shorter"
             raise MalformedBody(f"the body has {self.length} bytes, {fault} than its header says ({whole})")
         return found
 
+    @property
+    def _longest_header(self) -> int:
+        """Most bytes of the header."""
+        return self.shards.layout.max_header_bytes
+
     def _cut_of(self, raw: bytes) -> _Cut:
-        """The cut of a body whose tensors come in another order, or with metadata."""
+        """The cut of a body, whose tensors may come in another order, or with metadata."""
+        if raw == self.shards.layout.header[LENGTH_BYTES:]:
+            return _canonical(self.shards)
         entries = parse_header(raw).entries
         self.shards.layout.targets(entries)  # whether they are the run's
         return _cut(self.shards, entries)
@@ -149,19 +176,25 @@ class Splitting:
         sizes = [0] * len(cut.headers)
         for place_, count in cut.spans:
             sizes[place_] += count
-        digested = self.digest is not None
-        slices = [Slice(at, cut.headers[at], sizes[at], digested=digested) for at in range(len(sizes))]
+        digests = cut.digests if self.digest else [None] * len(sizes)
+        slices = [Slice(at, cut.headers[at], sizes[at], digests[at]) for at in range(len(sizes))]
         for at, (place_, count) in enumerate(cut.spans):
             each = slices[place_]
-            if place_ not in self._sending:
-                self._sending[place_] = group.create_task(self.send(each))
-            await self._feed_one(body, each, count)
+            self._begin(each, group)
+            await self._feed_one(body, each, count, cut.whole)
             if not each.missing and at + 1 < len(cut.spans):
                 await each.put(None)
-        await self._check_end(body)
-        await slices[cut.spans[-1][0]].put(None)
+        await self._check_end(body, cut.whole)
+        # The last one to have bytes, and those that have none.
+        for each in [each for each in slices if each.place not in self._sending or each.place == cut.spans[-1][0]]:
+            self._begin(each, group)
+            await each.put(None)
 
-    async def _feed_one(self, body: AsyncIterator[bytes], each: Slice, count: int) -> None:
+    def _begin(self, each: Slice, group: asyncio.TaskGroup) -> None:
+        if each.place not in self._sending:
+            self._sending[each.place] = group.create_task(self.send(each))
+
+    async def _feed_one(self, body: AsyncIterator[bytes], each: Slice, count: int, whole: AnyDigest) -> None:
         """The next bytes of the data, which are one slice's."""
         while count:
             chunk = bytes(self._unread) if self._unread else await self._next(body)
@@ -170,13 +203,13 @@ class Splitting:
             chunk = chunk[:count]
             count -= len(chunk)
             if self.digest:
-                self._whole.update(memoryview(chunk))
+                whole.update(memoryview(chunk))
             await each.put(chunk)
 
-    async def _check_end(self, body: AsyncIterator[bytes]) -> None:
+    async def _check_end(self, body: AsyncIterator[bytes], whole: AnyDigest) -> None:
         """Raises MalformedBody where more follows than the digest; DigestMismatch."""
         if self.digest:
-            said, found = await self._take(body, DIGEST_BYTES), self._whole.digest()
+            said, found = await self._take(body, DIGEST_BYTES), whole.digest()
             if said != found:
                 raise DigestMismatch(f"the data's digest is {found.hex()}, the sender's {said.hex()}")
         async for chunk in body:
@@ -198,11 +231,31 @@ class Splitting:
         raise MalformedBody("the body ends before its header says")
 
 
+class PartSplitting(Splitting):
+    """As Splitting, of a part: slices of tensors, in an order of its own."""
+
+    @property
+    def _longest_header(self) -> int:
+        # As runs.Parts: each tensor is named once more, in the metadata.
+        return 2 * self.shards.layout.max_header_bytes
+
+    def _cut_of(self, raw: bytes) -> _Cut:
+        return _cut_of_part(self.shards, parse_header(raw))
+
+
+def _cut_of_part(shards: LayoutMap, header: Header) -> _Cut:
+    cuts = cut_part(header, [{name: box[0] if box else None for name, box in s.boxes.items()} for s in shards.shards])
+    begun = sorted((start, stop, at) for at, each in enumerate(cuts) for start, stop in each.spans)
+    spans = [(at, stop - start) for start, stop, at in begun]
+    whole = SizedDigest(entry.end - entry.begin for entry in header.entries if entry.end > entry.begin)
+    return _Cut([each.header for each in cuts], spans, [SizedDigest(each.sizes) for each in cuts], whole)
+
+
 def _canonical(shards: LayoutMap) -> _Cut:
     """The cut of a body in the layout's own order: one stretch a host."""
     found = shards.shards
     spans = [(each.place, each.params.stop - each.params.start) for each in found]
-    return _Cut([each.layout.header for each in found], spans)
+    return _Cut([each.layout.header for each in found], spans, [Digest() for _ in found], Digest())
 
 
 def _cut(shards: LayoutMap, entries: Sequence[Entry]) -> _Cut:
@@ -217,7 +270,8 @@ def _cut(shards: LayoutMap, entries: Sequence[Entry]) -> _Cut:
                 spans[-1] = at, spans[-1][1] + placed.end
             elif placed.end:
                 spans.append((at, placed.end))
-    return _Cut([build_header(place(each, sort=False)) for each in specs], spans)
+    headers = [build_header(place(each, sort=False)) for each in specs]
+    return _Cut(headers, spans, [Digest() for _ in specs], Digest())
 
 
 def _rows(shards: LayoutMap, entry: Entry) -> Iterator[tuple[int, TensorSpec]]:

@@ -25,7 +25,17 @@ from ema_client.protocol import (
 from ema_service.cluster.layout_map import LayoutMap, ShardLayout
 from ema_service.memory import Layout
 
-__all__ = ["Apart", "layout_of", "map_of", "shards_of", "whole_info", "whole_result", "whole_server", "whole_status"]
+__all__ = [
+    "Apart",
+    "layout_of",
+    "map_of",
+    "shards_of",
+    "whole_info",
+    "whole_part",
+    "whole_result",
+    "whole_server",
+    "whole_status",
+]
 
 T = TypeVar("T")
 
@@ -119,9 +129,24 @@ def whole_result(results: Sequence[UpdateResult]) -> UpdateResult:
 
 
 def whole_status(statuses: Sequence[UpdateStatus]) -> UpdateStatus:
-    """What is known of a step. Its digest is each slice's, so none is told."""
-    applied = all(each.state == "applied" for each in statuses)
-    return UpdateStatus(statuses[0].step, "applied" if applied else "unknown")
+    """What is known of a step. Its digest is each slice's, so none is told.
+
+    Of parts those are told that all hosts have. A host that has applied the step needs none: the others are about to.
+    """
+    step = statuses[0].step
+    waiting = [each for each in statuses if each.state != "applied"]
+    if not waiting:
+        return UpdateStatus(step, "applied")
+    if any(each.state == "unknown" for each in waiting):
+        return UpdateStatus(step, "unknown")
+    return UpdateStatus(step, "staged", tuple(sorted(set[int].intersection(*(set(each.parts) for each in waiting)))))
+
+
+def whole_part(answers: Sequence[UpdateResult | UpdateStatus]) -> UpdateResult | UpdateStatus:
+    """What became of a part of an update: applied where a host says so, for all hosts do as one. Raises Apart."""
+    applied = [each for each in answers if isinstance(each, UpdateResult)]
+    statuses = [each for each in answers if isinstance(each, UpdateStatus)]
+    return whole_result(applied) if applied else whole_status(statuses)
 
 
 def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:

@@ -27,7 +27,9 @@ from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_SEGMENT
 from ema_service.tokens import create_token
 from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
 from tests.service.cluster.plain_hosts import PlainHosts, pushed
+from tests.service.cluster.ranks import digest_of
 from tests.service.cluster.servers import cut
+from tests.service.runs.gatherer import part_body, rows
 from tests.waiting import wait_until
 
 DECAY = 0.5
@@ -334,9 +336,9 @@ def test_tensors_of_another_run_are_named(run: PlainRun, model: Callable[[int], 
 def test_a_run_that_was_made_anew_is_cut_anew(hosts: PlainHosts, run_name: str) -> None:
     """Though the gateway knew the one before, and was not told."""
     run = PlainRun(hosts.gateway, run_name)
-    for rows in (30, 90):
-        shards = hosts.runs(run_name, {"w": torch.randn(rows, 5)}, decay=0.0)
-        tensors = {"w": torch.randn(rows, 5)}
+    for size in (30, 90):
+        shards = hosts.runs(run_name, {"w": torch.randn(size, 5)}, decay=0.0)
+        tensors = {"w": torch.randn(size, 5)}
         run.push(1, tensors).raise_for_status()
         torch.testing.assert_close(run.weights()["w"], tensors["w"])
         for shard in shards:
@@ -348,6 +350,39 @@ def test_a_hosts_refusal_is_passed_on(run: PlainRun, model: Callable[[int], dict
     run.push(5, model(5)).raise_for_status()
     answer = run.push(3, model(3))
     assert (answer.status_code, answer.json()["code"]) == (409, "stale_step")
+
+
+def test_parts(
+    hosts: PlainHosts, run_name: str, model: Callable[[int], dict[str, Tensor]], litema: type[LitEmaOracle]
+) -> None:
+    """Parts of sharded ranks reach each host, with the rows that it has; applied is what a host applied, and until then
+    those parts are told that all have."""
+    hosts.runs(run_name, model(0), begun=False, decay=DECAY)
+    run, oracle = PlainRun(hosts.gateway, run_name), litema(model(0), decay=DECAY)
+    for step, path in [(0, "weights"), (1, "updates/1")]:
+        bodies = [part_body(model(step), rows(model(step), rank, 2)) for rank in range(2)]
+        digest = {HEADER_DIGEST: DIGEST_FOLLOWS}
+        first = run.http.put(
+            f"{run.path}/{path}/parts/0?of=2&group=g", content=bodies[0] + digest_of(bodies[0]), headers=digest
+        )
+        assert (first.status_code, first.json()) == (
+            202,
+            {"step": step, "state": "staged", "parts": [0], "digest": None},
+        )
+        told = run.http.get(f"{run.path}/updates/{step}", params={} if step else {"first": "g"}).json()
+        assert (told["state"], told["parts"]) == ("staged", [0])
+        last = run.http.put(f"{run.path}/{path}/parts/1?of=2&group=g", content=bodies[1])
+        assert (last.status_code, last.json()["run" if step == 0 else "applied"]) == (
+            200,
+            run_name if step == 0 else True,
+        )
+    oracle.update(model(1))
+    found = load(run.pull().raise_for_status().content)
+    assert all(torch.equal(found[name], shadow) for name, shadow in oracle.shadow.items())
+    flipped = run.http.put(f"{run.path}/updates/2/parts/0?of=1&group=g", content=bodies[0] + bytes(16), headers=digest)
+    assert (flipped.status_code, flipped.json()["code"]) == (422, "digest_mismatch")
+    foreign = run.http.put(f"{run.path}/updates/2/parts/0?of=1&group=h", content=save({"x": torch.ones(3)}))
+    assert (foreign.status_code, foreign.json()["code"]) == (422, "layout_mismatch")
 
 
 def test_memory_is_not_shared_with_a_gateway(run: PlainRun) -> None:
@@ -363,7 +398,6 @@ def test_what_is_not_offered_is_refused(run: PlainRun) -> None:
         ("PUT", "/snapshots/a"),
         ("POST", "/rewind"),
         ("POST", "/averages"),
-        ("PUT", "/updates/1/parts/0"),
         ("PUT", "/updates/1/stretches/0-8"),
     ]:
         answer = run.http.request(method, run.path + path)

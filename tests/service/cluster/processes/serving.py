@@ -2,7 +2,8 @@
 
     python serving.py "POINT COUNT" serve ...
 
-POINT: ``before`` or ``after`` one of promise, vote, commit, abort of the directory is durable; ``answer`` before what
+POINT: ``before`` or ``after`` one of promise, vote, commit, abort of the directory is durable, and with ``of a run``
+behind it of any run; ``answer`` before what
 follows from a change of the directory is done; ``hear`` before any message is heard; ``made`` before a run that is made
 is voted for. ``refuse``, where the process goes on: a run is not made, for want of memory. COUNT: at the how manieth
 time, from 1.
@@ -21,6 +22,7 @@ from ema_client.errors import Overloaded
 from ema_service.__main__ import main
 from ema_service.cluster.directory import Directory
 from ema_service.cluster.reporting import Reporting
+from ema_service.cluster.shard_run import ShardRun
 from ema_service.runs import Registry
 from tests.service.cluster.processes.holding import Killer
 
@@ -42,6 +44,7 @@ def end_at(point: str, count: int) -> None:
 
     for name in ("promise", "vote", "commit", "abort"):
         wrap(Directory, name, f"before {name}", f"after {name}")
+        wrap(ShardRun, name, f"before {name} of a run", f"after {name} of a run")
     wrap(Directory, "answer", "answer")
     wrap(Reporting, "hear", "hear")
     wrap(Registry, "propose", "", "made")

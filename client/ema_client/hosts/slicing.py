@@ -1,0 +1,57 @@
+"""A body cut into what each host of a run has, from the memory that the whole body is sent from.
+
+Knows: where a body's bytes lie, and which are whose. Does not know: sockets, tensors, or how a host is found.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+from ema_client.http.body import Body, cut
+from ema_client.http.digests import Digest, blocks
+from ema_client.wire import PartCut
+
+__all__ = ["Slices"]
+
+
+class Slices:
+    """The bodies for all hosts. Tells the whole body's listener of the bytes that went to all of them, by one thread at
+    a time.
+
+    cuts: by place; one without sizes is of whole tensors. waits: seconds that each host may wait for others.
+    """
+
+    def __init__(self, body: Body, cuts: Sequence[PartCut], *, waits: float = 0.0) -> None:
+        self._body = body
+        self._cuts = cuts
+        self._waits = waits
+        self._views = () if body.data is None else body.data()
+        #: The bytes of the body's own header, which goes to nobody.
+        self._head = body.length - sum(map(len, self._views))
+        self._sent: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def of(self, place: int) -> Body:
+        """The body for one host; again for each try."""
+        mine = self._cuts[place]
+        skip = len(mine.header)
+
+        def pieces() -> Iterator[memoryview]:
+            yield memoryview(mine.header)
+            for start, stop in mine.spans:
+                yield from cut(self._views, start, stop)
+
+        return Body(
+            skip + mine.nbytes,
+            pieces,
+            digest=None if self._body.digest is None else lambda: Digest(mine.sizes or blocks(), skip=skip),
+            moved=lambda sent: self._moved(place, sent - skip),
+            waits=self._waits,
+            key=self._body.key,
+        )
+
+    def _moved(self, place: int, sent: int) -> None:
+        with self._lock:
+            self._sent[place] = max(0, sent)
+            self._body.moved(self._head + sum(self._sent.values()))
