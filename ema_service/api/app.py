@@ -202,6 +202,8 @@ async def _checkpoint(context: Context) -> None:
     while True:
         await asyncio.sleep(context.settings.checkpoint_interval)
         await context.workers.block(context.registry.checkpoint)
+        if context.host:
+            await context.host.checkpoint()
 
 
 async def _sync(context: Context) -> None:

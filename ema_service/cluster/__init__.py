@@ -7,7 +7,7 @@ weights are kept or averaged, or which program starts the hosts.
 
 from __future__ import annotations
 
-from ema_service.cluster.decisions import Coordinator, Shard
+from ema_service.cluster.decisions import Coordinator, Shard, after_loss
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.layout_map import LayoutMap, MergedBody, ShardLayout, Span
 from ema_service.cluster.messages import (
@@ -16,8 +16,10 @@ from ema_service.cluster.messages import (
     Arrival,
     Ask,
     Change,
+    Checkpoint,
     Creation,
     Deletion,
+    Kept,
     Message,
     Proposal,
     Propose,
@@ -39,10 +41,12 @@ __all__ = [
     "Arrival",
     "Ask",
     "Change",
+    "Checkpoint",
     "ClusterToken",
     "Coordinator",
     "Creation",
     "Deletion",
+    "Kept",
     "LayoutMap",
     "MalformedMessage",
     "MergedBody",
@@ -62,6 +66,7 @@ __all__ = [
     "Term",
     "Ticket",
     "Vote",
+    "after_loss",
     "decode",
     "encode",
 ]

@@ -15,6 +15,10 @@ proposal that ranks higher waits. A trainer's newer step ranks higher than an ol
 proposal that has waited too long ranks higher than one of any step; what a coordinator brings to all shards ranks
 highest. Nothing is aborted because a shard crashed: its neighbours keep what they prepared.
 
+**Where a machine took with it what a shard had promised to keep**, the shard comes back *lost*: an older record, which
+says so, and checkpoints. Then the coordinator has all shards go back to the newest checkpoint that all of them have, by
+a proposal like any other, which follows the largest revision that any shard knows, and is for every shard the next one.
+
 **Nothing depends on the order of messages.** Each report carries a whole record with its edition, and each verdict
 names the edition it is about; an older report is ignored by the coordinator, a verdict on another edition by the shard.
 Sending anything again is always right, and enough to mend any loss: Shard.report() and Coordinator.ask(), now and then.
@@ -45,10 +49,22 @@ from ema_service.cluster.messages import (
     Vote,
 )
 
-__all__ = ["Coordinator", "Shard"]
+__all__ = ["Coordinator", "Shard", "after_loss"]
 
 #: What a coordinator has to say: to a shard, or to whoever asked for a change.
 Output = Answer | Ask | Propose | Resolve
+
+#: What a shard that lost records counts its editions on by, so that none comes again: more than a shard ever wrote
+#: between two records that its machine did not take.
+_EDITIONS_LOST = 1 << 32
+
+
+def after_loss(record: Record) -> Record:
+    """The record that a shard goes on with whose machine went down, and which may have lost later records than this
+    one; to be durable beyond the machine before anything is said, as every record is while the shard is lost."""
+    if record.lost:
+        return record
+    return record._replace(edition=record.edition + _EDITIONS_LOST, vote=None, lost=True)
 
 
 class Shard:
@@ -80,7 +96,7 @@ class Shard:
                 self.record = self.record._replace(term=message.term)
         elif message.term == self.record.term:
             if isinstance(message, Propose):
-                return [message.proposal] if self._lacks(message.proposal.ticket) else [self.report()]
+                return [message.proposal] if self._lacks(message.proposal) else [self.report()]
             if message.edition == self.record.edition and self.record.vote:
                 return [*self._resolve(self.record.vote, message), self.report()]
         # Also to a coordinator whose time is over, which learns so from the report's term.
@@ -92,7 +108,7 @@ class Shard:
         Where the shard has voted for another proposal, this one waits. A proposal that follows another revision is
         superseded, and of two that wait the one that ranks lower.
         """
-        if vote.ticket.base != self.record.revision:
+        if not self._follows(vote.proposal):
             return [Answer(vote.ticket.key, committed=False)]
         if self.record.vote is None:
             self._turn_to(vote)
@@ -113,10 +129,16 @@ class Shard:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _lacks(self, ticket: Ticket) -> bool:
+    def _follows(self, proposal: Proposal) -> bool:
+        """Whether a proposal may lead on from the shard's revision."""
+        if proposal.back is not None:
+            return proposal.ticket.base >= self.record.revision
+        return proposal.ticket.base == self.record.revision and not self.record.lost
+
+    def _lacks(self, proposal: Proposal) -> bool:
         """Whether a proposal could be prepared here and has not been."""
         votes = (self.record.vote, self._waiting)
-        return ticket.base == self.record.revision and not any(vote and vote.ticket == ticket for vote in votes)
+        return self._follows(proposal) and not any(vote and vote.ticket == proposal.ticket for vote in votes)
 
     def _wait(self, vote: Vote) -> list[Answer]:
         """Let a proposal wait for the verdict on another. Of one rank the one that came first stays."""
@@ -143,8 +165,12 @@ class Shard:
     def _turn_to(self, vote: Vote | None, *, made: Vote | None = None) -> None:
         """Replace the record: another vote and, where one was committed, the next revision."""
         old = self.record
-        revision = old.revision + 1 if made else old.revision
-        self.record = Record(old.term, old.edition + 1, revision, made or old.made, vote)
+        self.record = old._replace(edition=old.edition + 1, vote=vote)
+        if made:
+            way = made.proposal
+            settled = way.settles or old.settled if way.back is None else way.back
+            revision = made.ticket.base + 1
+            self.record = self.record._replace(revision=revision, made=made, lost=False, settled=settled)
         self._waiting, self._overdue = None, False
 
 
@@ -168,16 +194,16 @@ class Coordinator:
         self._said: dict[int, Propose | Resolve] = {}
         #: ticket -> reason.
         self._refused: dict[Ticket, str] = {}
-        #: key -> change, in the order in which changes are to take effect.
-        self._changes: dict[str, str] = {}
+        #: key -> change and what it settles, in the order in which changes are to take effect.
+        self._changes: dict[str, tuple[str, int]] = {}
 
     def ask(self) -> list[Ask]:
         """What to ask all shards: at the start, and again now and then."""
         return [] if self.deposed else [Ask(shard, self.term) for shard in range(self._shards)]
 
-    def propose(self, key: str, change: str) -> list[Output]:
-        """Bring a change to all shards. key: of the request, the same at each retry."""
-        self._changes.setdefault(key, change)
+    def propose(self, key: str, change: str, settles: int = 0) -> list[Output]:
+        """Bring a change to all shards. key: of the request, the same at each retry. settles: as in Proposal."""
+        self._changes.setdefault(key, (change, settles))
         self._refused = {ticket: reason for ticket, reason in self._refused.items() if ticket.key != key}
         return self._decide()
 
@@ -233,11 +259,14 @@ class Coordinator:
             return []
         newest = max(reports, key=lambda each: each.record.revision).record
         self.fault = _fault(newest, reports)
-        if self.fault:
+        lost = any(each.record.lost for each in reports)
+        if self.fault and not lost:
             return []
-        behind = [each.shard for each in reports if each.record.revision < newest.revision]
-        if behind:
-            return [*self._resolve(behind, committed=True)]
+        behind = [each for each in reports if each.record.revision < newest.revision]
+        if led := [each.shard for each in behind if each.record.vote == newest.made]:
+            return [*self._resolve(led, committed=True)]
+        if lost:
+            return [*self._go_back(newest)]
         return [*self._made(newest.made), *self._count(newest.revision)]
 
     def _made(self, vote: Vote | None) -> list[Answer]:
@@ -273,8 +302,8 @@ class Coordinator:
         rivals += [each.waiting for each in reports if each.waiting]
         # One change after another: one that a shard has heard of is seen through first.
         if self._changes and not any(rival.change is not None for rival in rivals):
-            key, change = next(iter(self._changes.items()))
-            rivals.append(Proposal(Ticket(revision, None, key), change))
+            key, (change, settles) = next(iter(self._changes.items()))
+            rivals.append(Proposal(Ticket(revision, None, key), change, settles=settles))
         if not rivals:
             return []
         best = max(rivals, key=lambda rival: _rank(rival, overdue))
@@ -289,6 +318,32 @@ class Coordinator:
         free = [shard for shard, report in self._reports.items() if report.record.vote is None]
         proposals = [Propose(shard, self.term, proposal) for shard in free]
         return [each for each in proposals if self._says(each)]
+
+    def _go_back(self, newest: Record) -> list[Propose | Resolve]:
+        """Have all shards go back to one checkpoint. newest: the record of the largest revision that any knows."""
+        refused = self._abort_refused(newest.revision)
+        way = self._way_back(newest)
+        if way is None:
+            self.fault = "a shard lost its newest versions, and no checkpoint can be read on all shards"
+            return [*refused]
+        self.fault = None
+        votes = self._votes()
+        if len(votes) == self._shards and all(vote.ticket == way.ticket for vote in votes.values()):
+            return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
+        other = [shard for shard, vote in votes.items() if vote.ticket != way.ticket]
+        return [*refused, *self._resolve(other), *self._bring(way)]
+
+    def _way_back(self, newest: Record) -> Proposal | None:
+        """The proposal that all shards go back by: to the newest checkpoint that all have, or the next older one where
+        a shard could not read that. None where none is left."""
+        reports, outcome = self._reports.values(), newest.made.outcome if newest.made else ""
+        settled = max(each.record.settled for each in reports)
+        common = set.intersection(*({each.kept.older, each.kept.newer} for each in reports))
+        for to in sorted({to for to in common if to > settled} | {settled}, reverse=True):
+            way = Proposal(Ticket(newest.revision, None, f"back-{to}"), outcome, to)
+            if way.ticket not in self._refused:
+                return way
+        return None
 
     def _votes(self) -> dict[int, Vote]:
         """By shard, each vote that was not aborted."""
@@ -312,14 +367,15 @@ class Coordinator:
         return True
 
 
-def _rank(proposal: Proposal, overdue: Collection[Ticket] = ()) -> tuple[bool, bool, int, str]:
+def _rank(proposal: Proposal, overdue: Collection[Ticket] = ()) -> tuple[bool, bool, bool, int, str]:
     """By which one proposal gives way to another that follows the same revision.
 
     Of two that rank the same neither gives way before one of them is overdue. Of two changes, or two that are overdue,
     some order is needed that all can see: their keys'.
     """
     ticket, change, late = proposal.ticket, proposal.change is not None, proposal.ticket in overdue
-    return (change, late, -1 if ticket.step is None else ticket.step, ticket.key if change or late else "")
+    step = -1 if ticket.step is None else ticket.step
+    return (proposal.back is not None, change, late, step, ticket.key if change or late else "")
 
 
 def _fault(newest: Record, reports: Collection[Report]) -> str | None:
@@ -329,7 +385,8 @@ def _fault(newest: Record, reports: Collection[Report]) -> str | None:
         if record.revision == newest.revision:
             well = record.made == newest.made
         else:
-            well = record.revision == newest.revision - 1 and record.vote == newest.made
+            # The vote names the revision that it follows: the one before the newest.
+            well = record.vote is not None and record.vote == newest.made
         if not well:
             return (
                 f"shard {report.shard} is at revision {record.revision} and lacks what led the others to revision "

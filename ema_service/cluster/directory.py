@@ -39,6 +39,7 @@ from ema_service.cluster.messages import (
     Arrival,
     Creation,
     Deletion,
+    Kept,
     Proposal,
     Record,
     Ticket,
@@ -164,6 +165,10 @@ class Directory:
     def takes_part(self) -> bool:
         """Always: a row of the catalog is there, or the server is not."""
         return True
+
+    def kept(self) -> Kept:
+        """None: each record outlives the machine."""
+        return Kept()
 
     def promise(self, record: Record) -> None:
         """Keep a record of the same runs. Raises StorageFailed, as vote(), commit() and abort()."""

@@ -12,6 +12,7 @@ Lives on the event loop, but for what the directory calls. Knows which talks a h
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ema_client.errors import Overloaded, RunNotFound, Stopping
+from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping
 from ema_client.protocol import RunConfig, RunInfo, Writer
 from ema_service import tether
 from ema_service.cluster.asking import Asking
@@ -27,7 +28,7 @@ from ema_service.cluster.directory import Directory, creation_of, same_run, whol
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.lease import Lease
-from ema_service.cluster.messages import DIRECTORY, Adjustment, Answer, Arrival, Change, Deletion
+from ema_service.cluster.messages import DIRECTORY, Adjustment, Answer, Arrival, Change, Checkpoint, Deletion
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
 from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.shard_run import ShardRun
@@ -40,10 +41,14 @@ from ema_service.threads import Threads
 
 __all__ = ["Host", "Membership"]
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 #: Seconds that nobody waits for the answer to a change: Asking has an end of its own before, which says more.
 _CHANGE_SECONDS = 60.0
+#: Seconds that other runs wait for the checkpoint of one to be written: a disk may hang.
+_WRITING_SECONDS = 600.0
 #: Seconds for which the request that completes a set of parts waits for all hosts. Longer than a decision takes where
 #: no host is away; and its sender, who waits, may have to send another host a part again before anything is decided.
 _SOON_SECONDS = 1.0
@@ -68,6 +73,8 @@ class Membership:
 class Host:
     """One host of a cluster. Made on the event loop; start(), then close().
 
+    More than twenty methods: one for each thing that users ask of all hosts, and what several of them do.
+
     Raises, in its making, what Directory() and ShardRun() raise.
     """
 
@@ -79,6 +86,8 @@ class Host:
         #: Threads that judge changes: of runs, for microseconds; of the directory, where memory is taken.
         self._judging = Threads(1, "ema-judge")
         self._making = Threads(1, "ema-make")
+        #: Writes and reads files of runs, beside those of updates.
+        self._saving = Threads(1, "ema-save")
         self._waiting = Waiting(lambda: self.linked)
         self._shards: dict[str, ShardRun] = {}
         self._directory = Directory(
@@ -192,6 +201,32 @@ class Host:
         found = await self._made(run, Adjustment("writer"), key, number)
         return Writer(name, found)
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    async def checkpoint(self) -> None:
+        """Have all hosts take a checkpoint of each run that moved since its last one: one run after the other, so that
+        the memory of one version is held. The first host alone asks for that."""
+        for name, shard in list(self._shards.items()) if self._membership.place == 0 else ():
+            if not shard.checkpoints.due or not shard.takes_part():
+                continue
+            try:
+                await self._take_checkpoint(shard)
+            except EmaError as fault:
+                _log.warning("run %s: no checkpoint was taken: %s", name, fault)
+
+    async def _take_checkpoint(self, shard: ShardRun) -> None:
+        """Have all hosts take one checkpoint, which settles the one before where all have that. Raises as _ask()."""
+        newest, settled = shard.kept().newer, shard.record.settled
+        change = encode(Checkpoint())
+        try:
+            await self._ask(shard.talk, secrets.token_hex(16), change, newest if newest > settled else 0)
+        except InvalidRequest:
+            if newest <= settled:
+                raise
+            await self._ask(shard.talk, secrets.token_hex(16), change)
+        if written := shard.checkpoints.written:
+            await asyncio.wait({asyncio.wrap_future(written)}, timeout=_WRITING_SECONDS)
+
     # ----------------------------------------------------------------------------------------------------------------
 
     async def _made(self, run: Run, change: Adjustment, key: str, answer: Callable[[], T | None]) -> T:
@@ -217,12 +252,12 @@ class Host:
                 await self._waiting.until(asyncio.wrap_future(here), "the change was made, and")
         return made
 
-    async def _ask(self, talk: str, key: str, change: str) -> bool:
-        """Whether a change was made now; False where it had been made.
+    async def _ask(self, talk: str, key: str, change: str, settles: int = 0) -> bool:
+        """Whether a change was made now; False where it had been made. settles: as in Change.
 
         Raises what a host refused the change for; Overloaded where nothing was decided in time; Stopping.
         """
-        asked: asyncio.Future[Answer] = asyncio.ensure_future(self._asking.change(talk, Change(key, change)))
+        asked: asyncio.Future[Answer] = asyncio.ensure_future(self._asking.change(talk, Change(key, change, settles)))
         answer = await self._waiting.until(asked, "the change was", _CHANGE_SECONDS)
         if answer.committed or answer.reason == MADE_BEFORE:
             return answer.committed
@@ -245,7 +280,7 @@ class Host:
         part = LayoutMap(Layout(whole.layout, whole.copied), member.of).shards[member.place].shadows
         arrival = self._arrival(part.start, part.stop)
         versions = self._registry.shard(name)
-        return ShardRun(run, versions, arrival, member.coordinators, member.token, self._judging)
+        return ShardRun(run, versions, arrival, member.coordinators, member.token, self._judging, self._saving)
 
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
         return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)
@@ -256,7 +291,7 @@ class Host:
         self._directory.reporting.close()
         for shard in list(self._shards.values()):
             shard.close(fault)
-        for threads in (self._making, self._judging):
+        for threads in (self._making, self._judging, self._saving):
             threads.shutdown()
 
 

@@ -15,8 +15,10 @@ __all__ = [
     "Arrival",
     "Ask",
     "Change",
+    "Checkpoint",
     "Creation",
     "Deletion",
+    "Kept",
     "Message",
     "Proposal",
     "Propose",
@@ -68,10 +70,15 @@ class Proposal(NamedTuple):
 
     change: what a coordinator brings to all shards, as the cluster encodes it: a decay, a reset, a rewind, a snapshot,
     a writer, creation, deletion. None for an update and for first weights, whose bytes a trainer sends to each shard.
+    back: the revision whose checkpoint all shards go back to, 0 to have no weights; None for any other proposal. The
+    change of a way back is the outcome of the newest revision that any shard knows, empty where there is none. settles:
+    the revision whose checkpoint a shard must have that votes for the proposal, 0 where there is none.
     """
 
     ticket: Ticket
     change: str | None = None
+    back: int | None = None
+    settles: int = 0
 
 
 class Vote(NamedTuple):
@@ -96,7 +103,9 @@ class Record(NamedTuple):
     term: of the coordinator that the shard obeys. edition: grows with each change of the three facts below, so that a
     report and a verdict name the very state that they are about. revision: how many proposals were committed since the
     talk began: of a run, since it was made; of the directory, ever. made: the vote that led to the revision. vote: the
-    shard's vote for the next.
+    shard's vote for the next. lost: whether the shard's machine took the bytes of the revision with it, and later
+    revisions maybe: then the shard votes for the way back alone. settled: the revision whose checkpoint all shards have
+    on their disks, 0 before there is one.
     """
 
     term: Term = Term()
@@ -104,6 +113,16 @@ class Record(NamedTuple):
     revision: int = 0
     made: Vote | None = None
     vote: Vote | None = None
+    lost: bool = False
+    settled: int = 0
+
+
+class Kept(NamedTuple):
+    """The revisions of which a shard has a checkpoint on its disk: the older and the newer one, equal where there is
+    one alone, 0 where there is none."""
+
+    older: int = 0
+    newer: int = 0
 
 
 # --- from a coordinator to a shard; ``shard``: its place among the shards, from 0 ------------------------------------
@@ -155,13 +174,14 @@ class Report(NamedTuple):
     """How a shard stands. A report whose record holds a vote is that vote.
 
     waiting: a proposal that the shard has in hand and would prepare if its vote were aborted. overdue: whether that
-    proposal has waited as long as a proposal should.
+    proposal has waited as long as a proposal should. kept: by the shard's holder, as the report is sent.
     """
 
     shard: int
     record: Record
     waiting: Proposal | None = None
     overdue: bool = False
+    kept: Kept = Kept()
 
     @property
     def term(self) -> Term:
@@ -182,10 +202,11 @@ class Refusal(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a coordinator is asked to bring to all shards. key: as in Ticket. change: as in Proposal."""
+    """What a coordinator is asked to bring to all shards. key: as in Ticket. change, settles: as in Proposal."""
 
     key: str
     change: str
+    settles: int = 0
 
 
 class Adjustment(NamedTuple):
@@ -198,6 +219,10 @@ class Adjustment(NamedTuple):
     kind: str
     decay: float | None = None
     average: str | None = None
+
+
+class Checkpoint(NamedTuple):
+    """A change after which each shard writes its version of that revision to its disk; the version stays."""
 
 
 class Creation(NamedTuple):
@@ -229,5 +254,17 @@ class Answer(NamedTuple):
 
 #: Whatever is encoded: a message, what a change changes, or the record that a shard keeps.
 Message: TypeAlias = (
-    Adjustment | Answer | Arrival | Ask | Change | Creation | Deletion | Propose | Record | Refusal | Report | Resolve
+    Adjustment
+    | Answer
+    | Arrival
+    | Ask
+    | Change
+    | Checkpoint
+    | Creation
+    | Deletion
+    | Propose
+    | Record
+    | Refusal
+    | Report
+    | Resolve
 )

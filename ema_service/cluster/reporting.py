@@ -26,6 +26,7 @@ from ema_service.cluster.messages import (
     Answer,
     Arrival,
     Ask,
+    Kept,
     Proposal,
     Propose,
     Record,
@@ -60,6 +61,9 @@ class RecordStore(Protocol[T_contra]):
 
     def takes_part(self) -> bool:
         """Whether the run is whole. While it is not the shard says nothing, and so nothing is decided."""
+
+    def kept(self) -> Kept:
+        """Of which revisions there are checkpoints."""
 
     def promise(self, record: Record) -> None:
         """Keep the record: another coordinator is obeyed from now on."""
@@ -214,9 +218,10 @@ class Reporting(Generic[T]):
                 kept = True
                 proposals = self._to_prepare(outputs)
                 for output in outputs:
-                    if isinstance(output, Report | Refusal):
-                        for link in self._links:
-                            link.say(output)
+                    if isinstance(output, Report):
+                        self._say(output._replace(kept=self._store.kept()))
+                    elif isinstance(output, Refusal):
+                        self._say(output)
         finally:
             if waiting and not kept:  # in memory alone, in the core that is given up
                 self._store.answer(Answer(waiting.ticket.key, committed=False))
@@ -226,10 +231,14 @@ class Reporting(Generic[T]):
         for proposal in proposals:
             self._store.propose(proposal)
 
+    def _say(self, output: Report | Refusal) -> None:
+        for link in self._links:
+            link.say(output)
+
     def _to_prepare(self, outputs: Sequence[Report | Refusal | Answer | Proposal]) -> list[Proposal]:
         """The proposals that the store is not preparing yet."""
         base = self._core.record.revision
-        self._preparing = {ticket for ticket in self._preparing if ticket.base == base}
+        self._preparing = {ticket for ticket in self._preparing if ticket.base >= base}
         found = [each for each in outputs if isinstance(each, Proposal) and each.ticket not in self._preparing]
         self._preparing.update(proposal.ticket for proposal in found)
         return found

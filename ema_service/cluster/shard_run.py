@@ -19,19 +19,32 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from ema_client.errors import EmaError, InternalError, InvalidRequest, StepConflict, StorageFailed, Superseded
 from ema_client.protocol import RunInfo, UpdateResult
+from ema_service.cluster.checkpoints import Checkpoints
+from ema_service.cluster.decisions import after_loss
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
-from ema_service.cluster.messages import Adjustment, Answer, Arrival, Proposal, Record, Ticket, Vote, talk_of
+from ema_service.cluster.messages import (
+    Adjustment,
+    Answer,
+    Arrival,
+    Checkpoint,
+    Kept,
+    Proposal,
+    Record,
+    Ticket,
+    Vote,
+    talk_of,
+)
 from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
 from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.token import ClusterToken
 from ema_service.persistence import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.versions import SlotPlace
-from ema_service.runs import Parameters, Run, Update, Write
+from ema_service.runs import Parameters, Run, State, Update, Write
 from ema_service.runs.ledger import writer_in
 
 __all__ = ["ShardRun"]
@@ -58,19 +71,23 @@ class _Sender(Generic[T]):
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Held:
-    """A write that the shard has voted for, or that waits. outcome: as in Vote."""
+    """A write that the shard has voted for, or that waits. outcome: as in Vote. checkpoint: whether one is to be taken
+    of the revision that the write leads to."""
 
     write: Write
     outcome: str
+    checkpoint: bool = False
 
 
 class ShardRun:
     """One shard of a run. More than twenty methods: what senders, the coordinator's decisions and a restart ask.
+    More than a dozen attributes: what these share, and who waits for what.
 
     Thread-safe; methods that vote may block for a row, as those of Run do, and not longer.
 
     reporting: the talk with coordinators, begun by ``reporting.start()``, whose name is ``talk``. While the run is
-    degraded the shard says nothing: without it nothing is decided.
+    degraded the shard says nothing: without it nothing is decided; unless all shards are to go back, for its machine
+    went down. checkpoints: the shard's.
     """
 
     def __init__(
@@ -81,13 +98,18 @@ class ShardRun:
         coordinators: Sequence[str],
         token: ClusterToken,
         changes: Executor,
+        saving: Executor,
     ) -> None:
         """run, versions: as Registry.get() and shard() have them, for which there is no other ShardRun. arrival,
         coordinators, token: as for Reporting. changes: judges what coordinators bring, and works until the talk is
-        closed. Raises MalformedMessage for a damaged record, and as Reporting()."""
+        closed; saving: does the same where files are read or written.
+
+        Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
+        """
         self._run = run
         self._versions = versions
-        self._changes = changes
+        self._changes, self._saving = changes, saving
+        self.checkpoints = Checkpoints(run, versions, saving)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
         self._revision = record.revision
@@ -100,6 +122,9 @@ class ShardRun:
         self._expected: dict[str, list[_Sender[Any]]] = {}
         self._answers: dict[str, list[Callable[[], None]]] = {}
         with run.deciding():
+            if self.checkpoints.lost and not record.lost:
+                record = after_loss(record)
+                versions.promise(encode(record))
             taken_up = self._take_up(record)
         self._held.update(taken_up)
         shard = run.shard
@@ -192,8 +217,12 @@ class ShardRun:
     # --- as the coordinator decides: RecordStore --------------------------------------------------------------------
 
     def takes_part(self) -> bool:
-        """Whether the run is not degraded."""
-        return not self._run.ledger.fault
+        """Whether the run is not degraded, or all shards are to go back."""
+        return not self._run.ledger.fault or self.checkpoints.lost
+
+    def kept(self) -> Kept:
+        """Of which revisions there are checkpoints."""
+        return self.checkpoints.kept
 
     def promise(self, record: Record) -> None:
         """Keep a record of the same versions. Raises StorageFailed, as vote(), commit() and abort()."""
@@ -206,7 +235,8 @@ class ShardRun:
             if prepared and prepared.write.state:
                 place = prepared.write.place
                 slot = place.slot if isinstance(place, SlotPlace) else None
-                self._versions.vote(slot, prepared.write.state, encode(record))
+                base = record.vote.ticket.base if record.vote else self._revision
+                self._versions.vote(slot, prepared.write.state, encode(record), base + 1)
             else:
                 self._versions.discard(encode(record))
 
@@ -217,10 +247,14 @@ class ShardRun:
     def commit(self, record: Record, prepared: _Held) -> None:
         """Keep a record of the next revision, and make the write that was voted for the run's."""
         with self._run.deciding():
-            self._versions.confirm(encode(record))
+            emptied = record.made is not None and record.made.proposal.back == 0
+            self._versions.confirm(encode(record), record.revision if emptied else 0)
             self._revision = record.revision
             prepared.write.put()
+            if prepared.checkpoint:
+                self.checkpoints.take(record)
             if record.made:
+                self.checkpoints.follow(record.made.proposal, record)
                 key = record.made.ticket.key
                 # Now: the next verdict makes another version the run's.
                 with self._expecting:
@@ -230,7 +264,8 @@ class ShardRun:
 
     def propose(self, proposal: Proposal) -> None:
         """Have a change judged, and vote for or against it."""
-        self._changes.submit(self._judge, proposal).add_done_callback(partial(self._judged, proposal))
+        executor = self._changes if proposal.back is None else self._saving
+        executor.submit(self._judge, proposal).add_done_callback(partial(self._judged, proposal))
 
     def answer(self, answer: Answer) -> None:
         """Tell those who sent a proposal what became of it."""
@@ -271,10 +306,11 @@ class ShardRun:
         for sender in senders:
             sender.future.set_exception(fault)
 
-    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None) -> _Held:
+    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None, *, checkpoint: bool = False) -> _Held:
         """Hold a write until the verdict; of one that comes again the first. Raises StepConflict for other bytes."""
         version = write.state.version if write.state else None
-        held = self._held.setdefault(ticket, _Held(write, self._run.ledger.outcome(version, writer)))
+        outcome = self._run.ledger.outcome(version, writer)
+        held = self._held.setdefault(ticket, _Held(write, outcome, checkpoint))
         first = held.write.state
         if version and first and first.version.digest != version.digest:
             raise StepConflict(f"step {ticket.step} of run {self._run.config.run!r} came before with other bytes")
@@ -284,10 +320,13 @@ class ShardRun:
         """Vote for a change that a coordinator brings, or refuse it; one for an older revision comes again."""
         ticket = proposal.ticket
         try:
-            with self._run.deciding():
-                if ticket.base != self._revision:
-                    return
-                held = self._changed(ticket, decode(proposal.change or "", Adjustment))
+            if proposal.back is not None:
+                held: _Held | None = self._hold_way_back(proposal, self.checkpoints.read(proposal.back))
+            else:
+                with self._run.deciding():
+                    if ticket.base != self._revision:
+                        return
+                    held = self._changed(proposal, _change_in(proposal.change or ""))
         except EmaError as fault:
             self.reporting.refuse(ticket, reason_of(fault))
         except MalformedMessage as fault:
@@ -311,9 +350,18 @@ class ShardRun:
         with contextlib.suppress(StorageFailed):  # the run tells so, and the change comes again
             self.reporting.vote(Vote(proposal, held.outcome), held)
 
-    def _changed(self, ticket: Ticket, change: Adjustment) -> _Held | None:
-        """What a change makes of the run; None where it was made before. Raises InvalidRequest, and as Run.amend()."""
-        run, writer = self._run, None
+    def _hold_way_back(self, proposal: Proposal, state: State | None) -> _Held:
+        """Hold the write that a way back is; of one that comes again the first."""
+        with self._run.deciding():
+            return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
+
+    def _changed(self, proposal: Proposal, change: Adjustment | Checkpoint) -> _Held | None:
+        """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), and as
+        Checkpoints.check()."""
+        run, writer, ticket = self._run, None, proposal.ticket
+        if isinstance(change, Checkpoint):
+            self.checkpoints.check(proposal.settles)
+            return self._hold(ticket, Write(_nothing, _nothing), checkpoint=True)
         if change.kind == "writer":
             writer = run.ledger.next_writer(ticket.key)
             write = self._attaching(writer, ticket.key) if writer > run.ledger.writer else None
@@ -349,12 +397,16 @@ class ShardRun:
             ledger.attach(writer, _attached_by(record.made))
         if record.vote is None:
             return {}
-        ticket, voted = record.vote.ticket, self._versions.voted
-        if voted:
-            write = self._run.moving_to(voted, None)
+        proposal, outcome, voted = record.vote.proposal, record.vote.outcome, self._versions.voted
+        if proposal.back is not None:
+            held = _Held(self.checkpoints.back_at(voted, outcome), outcome)
+        elif voted:
+            held = _Held(self._run.moving_to(voted, None), outcome)
+        elif proposal.change and isinstance(_change_in(proposal.change), Checkpoint):
+            held = _Held(Write(_nothing, _nothing), outcome, checkpoint=True)
         else:
-            write = self._attaching(writer_in(record.vote.outcome), ticket.key)
-        return {ticket: _Held(write, record.vote.outcome)}
+            held = _Held(self._attaching(writer_in(outcome), proposal.ticket.key), outcome)
+        return {proposal.ticket: held}
 
 
 def _lineage_of(key: str) -> str:
@@ -364,8 +416,16 @@ def _lineage_of(key: str) -> str:
 
 def _attached_by(made: Vote) -> str | None:
     """The key of the trainer's call that made a revision; None where another write did."""
-    change = made.proposal.change
-    return made.ticket.key if change and decode(change, Adjustment).kind == "writer" else None
+    text = made.proposal.change
+    if not text or made.proposal.back is not None:
+        return None
+    change = _change_in(text)
+    return made.ticket.key if isinstance(change, Adjustment) and change.kind == "writer" else None
+
+
+def _change_in(text: str) -> Adjustment | Checkpoint:
+    """Raises MalformedMessage."""
+    return cast("Adjustment | Checkpoint", decode(text, Adjustment, Checkpoint))
 
 
 def _nothing() -> None:

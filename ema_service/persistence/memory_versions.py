@@ -285,10 +285,14 @@ class MemoryVersions:
                 return self._attached(row)
             except OSError as missing:
                 fault = f"its memory files cannot be read: {missing}"
-        found = self.checkpoints.restore(fault=fault)
+        found = self.checkpoints.restore(lost=self._gone(), fault=fault)
         self.durable_step = self.checkpoints.durable_step
         self._lend_others(self._beside(None))
         return found
+
+    def _gone(self) -> StoredVersion | None:
+        """A version that went with its folder, although none on disk is older: none is, of a run that decides alone."""
+        return None
 
     def _same_as_checkpoint(self) -> StoredVersion | None:
         """The row of a version in memory files that was brought to the disk since, and is still in memory."""

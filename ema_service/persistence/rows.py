@@ -14,7 +14,18 @@ from ema_client.protocol import AverageConfig, RunConfig, from_json, to_json
 from ema_service.shadows.state import Average, Descent, Member, Setup, State, Version
 from ema_service.storage import CheckpointRow
 
-__all__ = ["StoredVersion", "boot_id", "descent_of", "dump", "dump_setup", "read_rows", "read_setup", "revision_of"]
+__all__ = [
+    "StoredVersion",
+    "boot_id",
+    "descent_of",
+    "dump",
+    "dump_setup",
+    "is_lost",
+    "read_rows",
+    "read_setup",
+    "revision_of",
+    "settled_in",
+]
 
 #: The members that the text of every row has, in every format.
 _MEMBERS = {"lineage", "epoch", "n", "step", "num_updates", "digest", "updated_at", "final", "averages"}
@@ -185,6 +196,17 @@ def revision_of(record: str) -> int:
     """The revision that a shard's record says the run has come to; 0 for an empty record."""
     revision: int = json.loads(record)["record"]["revision"] if record else 0
     return revision
+
+
+def is_lost(record: str) -> bool:
+    """Whether a shard's record says that the machine took later versions with it; no empty record does."""
+    return bool(record and json.loads(record)["record"].get("lost"))
+
+
+def settled_in(record: str) -> int:
+    """The revision whose checkpoint all shards have, by a shard's record; 0 for an empty one."""
+    settled: int = json.loads(record)["record"].get("settled", 0) if record else 0
+    return settled
 
 
 def boot_id() -> str | None:

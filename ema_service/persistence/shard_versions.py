@@ -13,27 +13,36 @@ whatever a crash leaves, the record tells what was promised, and the version tha
 
 Versions lie in slots (ShardVersions) or in memory files (ShardMemoryVersions), as those of any run do.
 
+Beside those in memory files a shard has *checkpoints*, which are taken of one revision on all shards, and each of which
+says of which: after a loss of the machine all shards go back to one that all of them have. There are two at most: one
+that all have for certain, and one that is newer.
+
 Knows which row a restart takes, by the record's revision. Does not know what else a record says, or who decides.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ema_client.errors import MalformedBody
+from ema_client.errors import MalformedBody, Overloaded, SnapshotDamaged
 from ema_client.protocol import RunConfig
 from ema_service.memory import Arena
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
-from ema_service.persistence.rows import StoredVersion, dump, read_rows, revision_of
+from ema_service.persistence.rows import StoredVersion, dump, is_lost, read_rows, revision_of, settled_in
 from ema_service.persistence.versions import Versions, Written
-from ema_service.shadows.state import State
+from ema_service.shadows.state import State, Version
 from ema_service.storage import MEMORY, CheckpointRow, RunRow, ShardRow, Slot, Store
 
 __all__ = ["ShardMemoryVersions", "ShardRecord", "ShardVersions"]
+
+_log = logging.getLogger(__name__)
+
+_WAITS = "its machine went down, and all hosts go back together to a checkpoint, once all of them are there"
 
 
 class ShardRecord:
@@ -54,14 +63,45 @@ class ShardRecord:
         """The revision that the run has come to."""
         return revision_of(self.text)
 
-    def keep(self, text: str, upto: int) -> None:
-        """Replace the record; rows beyond revision ``upto`` go."""
-        self._store.keep_record(self._row, text, upto, durable=self.durable)
+    @property
+    def settled(self) -> int:
+        """The revision whose checkpoint all shards have, 0 before there is one."""
+        return settled_in(self.text)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the machine took versions with it, and the shards have not gone back yet."""
+        return is_lost(self.text)
+
+    def keep(self, text: str, upto: int, since: int = 0) -> None:
+        """Replace the record; rows beyond revision ``upto`` go, and those before ``since``."""
+        durable = self.durable or self.lost or is_lost(text)
+        self._store.keep_record(self._row, text, upto, since=since, durable=durable)
         self.text = text
 
-    def vote(self, text: str, folder: str, state: str, current: CheckpointRow | None, *, synced: bool) -> CheckpointRow:
-        """Replace the record, and add the row of a version of the next revision. Others as for Store.put_vote()."""
-        row = self._store.put_vote(self._row, text, folder, state, self.revision + 1, current, synced=synced)
+    def vote(
+        self,
+        text: str,
+        folder: str,
+        state: str,
+        current: CheckpointRow | None,
+        *,
+        synced: bool,
+        revision: int | None,
+        durable: bool = False,
+    ) -> CheckpointRow:
+        """Replace the record, and add the row of a version of this revision, by default of the next. durable: the row
+        outlives the machine at once, although the version does not. Others as for Store.put_vote()."""
+        row = self._store.put_vote(
+            self._row,
+            text,
+            folder,
+            state,
+            revision or self.revision + 1,
+            current,
+            synced=synced,
+            durable=synced or durable or self.lost,
+        )
         self.text = text
         return row
 
@@ -81,7 +121,9 @@ class ShardVersions(Versions):
 
     place, of: the shard is number ``place``, from 0, of so many. record: the last one that is durable, as text. voted:
     the version that the record votes for, once a restart has found one; its slot is held until the verdict. kept: the
-    record in the catalog.
+    record in the catalog. lost: whether the machine took versions with it, so that all shards have to go back.
+
+    More than twenty methods: what a vote, a verdict and a checkpoint do with a version, and the way back.
     """
 
     def __init__(self, shard: ShardRow, *args: Any, **kwargs: Any) -> None:
@@ -90,12 +132,99 @@ class ShardVersions(Versions):
         self.kept = ShardRecord(shard, self._row, self._store, durable=self._durability == "disk")
         self.place, self.of = shard.place, shard.of
         self.voted: State | None = None
+        self.lost = False
         self._vote: Written | None = None
+        #: The revision of which a checkpoint is being written; None at a clean stop, of the one that the run is at.
+        self._taking: int | None = None
+        #: By revision: checkpoints, whose slots nobody writes to. Another mapping at each change.
+        self._checkpoints: dict[int, Written] = {}
 
     @property
     def record(self) -> str:
         """The last record that is on disk."""
         return self.kept.text
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The revisions of which there is a checkpoint, the oldest first."""
+        return tuple(sorted(self._checkpoints))
+
+    def has(self, state: State) -> bool:
+        """Whether the newest checkpoint is of this very state."""
+        return self._newest is not None and self._newest.text == dump(state, final=False)
+
+    def take_checkpoint(self, state: State, revision: int) -> None:
+        """Write a state, which is that of a revision, to the medium. Raises StorageFailed."""
+        with self._saving:
+            if self._closed:
+                return
+            self._taking = revision
+            try:
+                self._save(state, final=False)
+            except (OSError, sqlite3.Error, Overloaded) as fault:
+                raise self._failed(f"version {state.version} could not be kept: {fault}") from fault
+            finally:
+                self._taking = None
+            self.trouble = None
+
+    def keep_only(self, revision: int) -> None:
+        """Drop all checkpoints but that of one revision, and give their slots back. Raises StorageFailed."""
+        with self._saving:
+            self._keep_only(revision)
+
+    def _keep_only(self, revision: int) -> None:
+        for each in self.checkpoints:
+            if each == revision or self._closed:
+                continue
+            try:
+                self._store.remove_checkpoint(self._row, self._checkpoints[each].slot.name)
+            except sqlite3.Error as fault:
+                raise self._failed(f"the checkpoint of revision {each} could not be dropped: {fault}") from fault
+            self._checkpoints = {kept: written for kept, written in self._checkpoints.items() if kept != each}
+            self._newest = self._checkpoints.get(revision)
+            self._anchor = self._newest.slot if self._newest else None
+            self._anchor_step = self._newest.step if self._newest else None
+
+    def read_checkpoint(self, revision: int) -> State:
+        """The state of a revision. Raises SnapshotDamaged where its checkpoint is not there, or damaged."""
+        rows = [row for row in self._rows() if row.row.revision == revision and row.row.folder != MEMORY]
+        try:
+            if not rows:
+                raise OSError("it is not there")
+            return self._search.read(rows[0])
+        except (OSError, MalformedBody) as fault:
+            raise SnapshotDamaged(
+                f"the checkpoint of revision {revision} of run {self._run!r} cannot be read: {fault}"
+            ) from fault
+
+    def remark(self, event: str, version: Version | None) -> None:
+        """Log what became of the run, and add it to the run's timeline."""
+        self._remark(event, version)
+
+    @property
+    def _revision(self) -> int | None:
+        return self.kept.revision if self._taking is None else self._taking
+
+    def _go_on_with(self, written: Written) -> None:
+        super()._go_on_with(written)
+        if not self.every and written.row.revision is not None:
+            self._checkpoints = {**self._checkpoints, written.row.revision: written}
+
+    def _hold(self, row: StoredVersion, older: Sequence[StoredVersion]) -> Written:
+        written = super()._hold(row, older)
+        if not self.every:
+            self._checkpoints = {each.row.revision: self._held(each) for each in (row, *older) if each.row.revision}
+        return written
+
+    def _held(self, row: StoredVersion) -> Written:
+        """A checkpoint that is there, whose slot is held from now on."""
+        newest, anchor = self._newest, self._anchor
+        if newest and newest.slot.name == row.row.folder:
+            return newest
+        slot = anchor if anchor and anchor.name == row.row.folder else self._slots.hold(row.row.folder)
+        return Written(row.row, slot, row.row.state, row.age, row.step, row.row.synced)
 
     # --- what the shard does ----------------------------------------------------------------------------------------
 
@@ -103,10 +232,11 @@ class ShardVersions(Versions):
         """Keep a record that speaks of the same versions as the one before. Raises StorageFailed."""
         self._keep(record, self.kept.revision + (1 if self._vote else 0))
 
-    def vote(self, slot: Slot | None, state: State, record: str) -> None:
+    def vote(self, slot: Slot | None, state: State, record: str, revision: int | None = None) -> None:
         """Keep a record that votes for a version, which is written to ``slot``; None: its bytes are the newest's.
 
-        In place of an earlier vote. Raises StorageFailed, and then the record and the vote before stay.
+        In place of an earlier vote. revision: that the version leads to, by default the next. Raises StorageFailed, and
+        then the record and the vote before stay.
         """
         newest = self._newest
         held = slot or (newest.slot if newest else None)
@@ -114,7 +244,8 @@ class ShardVersions(Versions):
             raise RuntimeError("a version without weights of its own needs one that has them")
         text, synced = dump(state, final=False), newest.synced if newest and slot is None else self.kept.durable
         try:
-            row = self.kept.vote(record, held.name, text, newest.row if newest else None, synced=synced)
+            current = newest.row if newest else None
+            row = self.kept.vote(record, held.name, text, current, synced=synced, revision=revision)
         except sqlite3.Error as fault:
             self._doubtful.append(held)
             raise self._failed(f"the vote for version {state.version} could not be kept: {fault}") from fault
@@ -122,12 +253,13 @@ class ShardVersions(Versions):
         self._vote = Written(row, held, text, (state.version.epoch, state.version.n), state.version.step, synced)
         self.trouble = None
 
-    def confirm(self, record: str) -> None:
+    def confirm(self, record: str, since: int = 0) -> None:
         """Keep a record that has come to the next revision: the version voted for, if any, is the newest.
 
-        Raises StorageFailed, and then the vote stands.
+        since: the revision whose version is the first that the run still has. Raises StorageFailed, and then the vote
+        stands.
         """
-        self._keep(record, revision_of(record))
+        self._keep(record, revision_of(record), since)
         self.end_vote(committed=True)
 
     def discard(self, record: str) -> None:
@@ -141,9 +273,9 @@ class ShardVersions(Versions):
             self._go_on_with(self._vote)
         self._vote = self.voted = None
 
-    def _keep(self, record: str, upto: int) -> None:
+    def _keep(self, record: str, upto: int, since: int = 0) -> None:
         try:
-            self.kept.keep(record, upto)
+            self.kept.keep(record, upto, since)
         except sqlite3.Error as fault:
             raise self._failed(f"the record of shard {self.place} could not be kept: {fault}") from fault
         self.trouble = None
@@ -151,12 +283,17 @@ class ShardVersions(Versions):
     # --- what a shard does not do alone -----------------------------------------------------------------------------
 
     def save(self, state: State, *, final: bool = False) -> None:
-        """As Versions.save(). Where each version was kept by its vote, its row stays as it is: it is brought to the
-        medium at a clean stop."""
-        if not self.every:
-            super().save(state, final=final)
-        elif final:
+        """As Versions.save(), at a clean stop alone: other checkpoints are taken on all shards at once. Where each
+        version was kept by its vote, its row stays as it is, and is brought to the medium."""
+        if self.every and final:
             self.sync()
+        elif final:
+            super().save(state, final=True)
+
+    def _save(self, state: State, *, final: bool) -> None:
+        if final and self._newest and self._newest.text != dump(state, final=False):
+            self._keep_only(self.kept.settled)  # there is room for two
+        super()._save(state, final=final)
 
     # --- the way back -----------------------------------------------------------------------------------------------
 
@@ -165,6 +302,7 @@ class ShardVersions(Versions):
 
         Where versions may be gone there is a fault, and no new epoch: shards of one run go back together or not at all.
         """
+        self._checkpoints = {}
         found = super().restore(lost=lost, fault=fault)
         vote = self.kept.voted(in_memory=False)
         if self.every and self.kept.voted(in_memory=True) and not found.fault:
@@ -189,10 +327,16 @@ class ShardVersions(Versions):
 
     def _find(self, rows: Sequence[StoredVersion], lost: StoredVersion | None, fault: str | None) -> Restored:
         found = super()._find(rows, lost, fault)
-        if found.row and found.state and found.moved:
+        gone = self.kept.lost or found.moved or (found.state is None and lost is not None)
+        # Damage is told, and waits for somebody who mends it; unless the machine took the newest version anyway.
+        excused = fault is None and (self.kept.lost or lost is not None or found.fault is None)
+        self.lost = not self.every and gone and excused
+        if found.row and found.state and (found.moved or self.lost):
             state = State(found.row.version(self._setup), found.state.arenas)
-            gone = f"versions after {state.version} may be gone, and all shards have to go back together"
-            return replace(found, state=state, moved=False, fault=found.fault or gone)
+            told = f"versions after {state.version} may be gone, and all shards have to go back together"
+            return replace(found, state=state, moved=False, fault=_WAITS if self.lost else found.fault or told)
+        if self.lost:
+            return replace(found, fault=_WAITS)
         if found.state is None and (rows or lost):
             return replace(found, fault=found.fault or "all its versions are gone, and other shards have theirs")
         return found
@@ -232,28 +376,51 @@ class ShardMemoryVersions(MemoryVersions):
         """The last record that outlives the process."""
         return self.kept.text
 
+    @property
+    def on_disk(self) -> ShardVersions:
+        """The checkpoints, and how all shards go back to one."""
+        return self._on_disk
+
     # --- what the shard does ----------------------------------------------------------------------------------------
 
     def promise(self, record: str) -> None:
         """As ShardVersions.promise()."""
-        self._keep(record, self.kept.revision + (1 if self._vote else 0))
+        self._keep(record, self._last_revision)
 
-    def vote(self, slot: Slot | None, state: State, record: str) -> None:  # noqa: ARG002 - there is none
-        """As ShardVersions.vote(), of a version that lies where it was computed."""
+    def vote(
+        self,
+        slot: Slot | None,  # noqa: ARG002 - there is none
+        state: State,
+        record: str,
+        revision: int | None = None,
+    ) -> None:
+        """As ShardVersions.vote(), of a version that lies where it was computed.
+
+        The row of the first version outlives the machine: so a shard that comes up without a row never had weights.
+        """
         self.write(state)  # of a device, after a clean stop, the current version has no memory file yet
         self._held.append(state)  # beside that of an earlier vote: the row of this one may not come to be
         text = self._dump(state)
         current = self._newest[0] if self._newest else None
         try:
-            row = self.kept.vote(record, MEMORY, text, current, synced=False)
+            first = self._newest is None
+            row = self.kept.vote(record, MEMORY, text, current, synced=False, revision=revision, durable=first)
         except sqlite3.Error as fault:
             raise self._failed(f"the vote for version {state.version} could not be kept: {fault}") from fault
         self._on_disk.end_vote(committed=False)
         self._vote, self._held, self._trouble = ((row, text), state), [state], None
 
-    def confirm(self, record: str) -> None:
+    @property
+    def _last_revision(self) -> int:
+        """That the record speaks of: of what is voted for, or else what the run has come to."""
+        row = self._vote[0] if self._vote else None
+        return (row[0].revision if row else None) or self.kept.revision + (1 if self._vote else 0)
+
+    def confirm(self, record: str, since: int = 0) -> None:
         """As ShardVersions.confirm()."""
-        self._keep(record, revision_of(record))
+        self._keep(record, revision_of(record), since)
+        if since and not self._vote:
+            self._newest = self.durable_step = None
         if self._vote:
             self._newest, state = self._vote
             self.durable_step = state.version.step
@@ -266,9 +433,9 @@ class ShardMemoryVersions(MemoryVersions):
         self._keep(record, self.kept.revision)
         self._end_vote(committed=False)
 
-    def _keep(self, record: str, upto: int) -> None:
+    def _keep(self, record: str, upto: int, since: int = 0) -> None:
         try:
-            self.kept.keep(record, upto)
+            self.kept.keep(record, upto, since)
         except sqlite3.Error as fault:
             raise self._failed(f"the record of shard {self.place} could not be kept: {fault}") from fault
         self._trouble = None
@@ -281,7 +448,7 @@ class ShardMemoryVersions(MemoryVersions):
     # --- now and then, and the way back -----------------------------------------------------------------------------
 
     def save(self, state: State, *, final: bool = False) -> None:
-        """As MemoryVersions.save(). Memory that was voted for stays at a clean stop, too."""
+        """As MemoryVersions.save(), with a checkpoint at a clean stop alone. Memory that was voted for stays then."""
         super().save(state, final=final and self._vote is None)
 
     def restore(self) -> Restored:
@@ -293,6 +460,11 @@ class ShardMemoryVersions(MemoryVersions):
             self.voted = self._on_disk.voted
             self._vote = None, self.voted
         return found
+
+    def _gone(self) -> StoredVersion | None:
+        """What was voted for, where it lies in another folder."""
+        row = self.checkpoints.memory_row() or self.kept.voted(in_memory=True)
+        return row if row and row.said and row.nonce != self._nonce else None
 
     def _beside(self, state: State | None) -> list[tuple[StoredVersion, State]]:
         row = self.kept.voted(in_memory=True)

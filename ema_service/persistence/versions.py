@@ -453,13 +453,21 @@ class Versions:
         """Commit the row of a version that is written to ``slot``: the run's newest. Raises StorageFailed."""
         text = dump(state, final=final)
         try:
-            row = self._store.put_checkpoint(self._row, slot.name, text, synced=synced, durable=synced)
+            revision = self._revision
+            row = self._store.put_checkpoint(
+                self._row, slot.name, text, synced=synced, durable=synced, revision=revision
+            )
         except sqlite3.Error as fault:
             self._doubtful.append(slot)
             raise self._failed(f"version {state.version} could not be committed: {fault}") from fault
         self._doubtful.clear()
         age = state.version.epoch, state.version.n
         self._go_on_with(Written(row, slot, text, age, state.version.step, synced))
+
+    @property
+    def _revision(self) -> int | None:
+        """That the state being saved is of, where the run is a shard."""
+        return None
 
     def _go_on_with(self, written: Written) -> None:
         """A version on disk is the run's newest from now on."""
@@ -502,7 +510,7 @@ class Versions:
         self.trouble = fault
         _log.error("run %s: %s", self._run, fault)
 
-    def _remark(self, event: str, version: Version) -> None:
+    def _remark(self, event: str, version: Version | None) -> None:
         """Log an event and add it to the run's timeline."""
         _log.warning("run %s is %s", self._run, event)
         Timeline(self._run, self._row, self._store).record("damaged", event, version, once=True)

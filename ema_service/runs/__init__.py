@@ -10,5 +10,18 @@ from ema_service.runs.gathering import Part, Terms
 from ema_service.runs.parts import Parts
 from ema_service.runs.registry import Candidate, Registry
 from ema_service.runs.run import Parameters, Run, Update, Write
+from ema_service.shadows import State, Version
 
-__all__ = ["Candidate", "Parameters", "Part", "Parts", "Registry", "Run", "Terms", "Update", "Write"]
+__all__ = [
+    "Candidate",
+    "Parameters",
+    "Part",
+    "Parts",
+    "Registry",
+    "Run",
+    "State",
+    "Terms",
+    "Update",
+    "Version",
+    "Write",
+]

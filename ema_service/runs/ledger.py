@@ -16,6 +16,7 @@ import json
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from ema_client.errors import (
     AverageExists,
@@ -415,6 +416,23 @@ class Ledger:
             "writer": self.writer if writer is None else writer,
         }
         return json.dumps(facts, sort_keys=True)
+
+    def gone_back(self, version: Version | None, newest: str) -> tuple[Version | None, str]:
+        """The version in a new epoch that all shards go back to, after one of them lost what came after, and the
+        outcome.
+
+        version: of a checkpoint that all have, the same but for each host's own facts; None where there is none, and
+        the run has no weights then. newest: the outcome that led to the newest revision which any shard knows, empty
+        where none does.
+        """
+        known: dict[str, Any] = json.loads(newest) if newest else {"next": None, "writer": 0}
+        latest = int(known["next"]["version"].partition(".")[0]) if known["next"] else 0
+        to = version
+        if version:
+            descent = version.descent.followed(version.epoch, version.n, version.n)
+            to = replace(version, epoch=max(latest, version.epoch) + 1, descent=descent)
+        facts = {"base": None, "next": _facts(to) if to else None, "writer": known["writer"]}
+        return to, json.dumps(facts, sort_keys=True)
 
     # --- what takes effect ------------------------------------------------------------------------------------------
 

@@ -678,6 +678,18 @@ class Run:
 
         return Write(keep, put, state, place)
 
+    def moving_to_nothing(self, then: Callable[[], None]) -> Write:
+        """The write that leaves the run without weights, as it was created. then: as for moving_to()."""
+
+        def put() -> None:
+            last_epoch = self.ledger.version.epoch if self.ledger.version else 0
+            self._shadows.commit(None)
+            self.ledger.restore(None, (), last_epoch, None)
+            then()
+            self.changes.tell()
+
+        return Write(_nothing, put)
+
     def _measure(self, finished: Finished, state: State) -> None:
         """Note what was measured of an update that has just become the run's version."""
         if self._measurements is None:

@@ -358,15 +358,26 @@ class Catalog:
         return int(rows[0][0]) if rows else 0
 
     def put_checkpoint(
-        self, run_id: int, folder: str, state: str, created_at: float, *, synced: bool, durable: bool
+        self,
+        run_id: int,
+        folder: str,
+        state: str,
+        created_at: float,
+        *,
+        synced: bool,
+        durable: bool,
+        revision: int | None = None,
     ) -> CheckpointRow:
-        """Say which version a slot holds, in place of the version before: the run's newest checkpoint."""
+        """Say which version a slot holds, in place of the version before: the run's newest checkpoint. revision: that
+        the version is of, where the run is a shard."""
+        values = run_id, folder, state, synced, created_at, revision
         cursor = self._write(
-            "INSERT OR REPLACE INTO checkpoints (run_id, folder, state, synced, created_at) VALUES (?, ?, ?, ?, ?)",
-            *(run_id, folder, state, synced, created_at),
+            "INSERT OR REPLACE INTO checkpoints (run_id, folder, state, synced, created_at, revision) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            *values,
             durable=durable,
         )
-        return CheckpointRow(cursor.lastrowid or 0, run_id, folder, state, synced, created_at)
+        return CheckpointRow(cursor.lastrowid or 0, *values)
 
     def amend_checkpoint(self, row_id: int, state: str, *, durable: bool) -> None:
         """Replace the text of a checkpoint's state; the slot's bytes are as they were."""
@@ -416,11 +427,13 @@ class Catalog:
             db.execute("UPDATE directory SET record = ?", (record,))
             db.execute("DELETE FROM runs WHERE id = ?", (gone,))
 
-    def keep_record(self, run_id: int, record: str, upto: int, *, durable: bool) -> None:
-        """Replace a shard's record. upto: the last revision that the record speaks of; rows beyond it go, in the same
-        transaction."""
+    def keep_record(self, run_id: int, record: str, upto: int, *, durable: bool, since: int = 0) -> None:
+        """Replace a shard's record. since, upto: the revisions that the record speaks of; the rows of others go, in the
+        same transaction."""
         with self._transaction(durable=durable) as db:
-            db.execute("DELETE FROM checkpoints WHERE run_id = ? AND revision > ?", (run_id, upto))
+            db.execute(
+                "DELETE FROM checkpoints WHERE run_id = ? AND revision NOT BETWEEN ? AND ?", (run_id, since, upto)
+            )
             db.execute("UPDATE shards SET record = ? WHERE run_id = ?", (record, run_id))
 
     def put_vote(

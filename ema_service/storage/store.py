@@ -340,9 +340,14 @@ class Store:
         """The versions that the run's slots hold, newest first. All but the newest may have been overwritten since."""
         return self._catalog.checkpoints(row.id)
 
-    def put_checkpoint(self, row: RunRow, slot: str, state: str, *, synced: bool, durable: bool) -> CheckpointRow:
-        """Make the version in a slot the run's newest checkpoint. durable: the row outlives a power loss at once."""
-        return self._catalog.put_checkpoint(row.id, slot, state, time.time(), synced=synced, durable=durable)
+    def put_checkpoint(
+        self, row: RunRow, slot: str, state: str, *, synced: bool, durable: bool, revision: int | None = None
+    ) -> CheckpointRow:
+        """Make the version in a slot the run's newest checkpoint. durable: the row outlives a power loss at once.
+        revision: of the version, where the run is a shard."""
+        return self._catalog.put_checkpoint(
+            row.id, slot, state, time.time(), synced=synced, durable=durable, revision=revision
+        )
 
     def amend_checkpoint(self, checkpoint: CheckpointRow, state: str, *, durable: bool) -> None:
         """Replace the text of a checkpoint's state; its files stay."""
@@ -360,10 +365,10 @@ class Store:
         """The configuration of the whole run that a shard is of; empty where the run is none. Raises sqlite3.Error."""
         return self._catalog.whole(row.id)
 
-    def keep_record(self, row: RunRow, record: str, upto: int, *, durable: bool) -> None:
-        """Replace a shard's record; rows of versions beyond revision ``upto`` go with the one before. Raises
-        sqlite3.Error."""
-        self._catalog.keep_record(row.id, record, upto, durable=durable)
+    def keep_record(self, row: RunRow, record: str, upto: int, *, durable: bool, since: int = 0) -> None:
+        """Replace a shard's record; rows of versions before revision ``since`` and beyond ``upto`` go with the one
+        before. Raises sqlite3.Error."""
+        self._catalog.keep_record(row.id, record, upto, durable=durable, since=since)
 
     def put_vote(
         self,
@@ -375,11 +380,13 @@ class Store:
         current: CheckpointRow | None,
         *,
         synced: bool,
+        durable: bool,
     ) -> CheckpointRow:
         """Replace a shard's record by one that votes for the version in a slot: the newest checkpoint once a record has
-        come to that revision. current: the newest one until then. Raises sqlite3.Error."""
+        come to that revision. current: the newest one until then. synced: whether the version is on the medium.
+        durable: the record outlives a power loss at once. Raises sqlite3.Error."""
         vote = CheckpointRow(0, row.id, slot, state, synced, time.time(), revision)
-        return self._catalog.put_vote(row.id, record, vote, current.id if current else None, durable=synced)
+        return self._catalog.put_vote(row.id, record, vote, current.id if current else None, durable=durable)
 
     def mark_synced(self, checkpoint: CheckpointRow) -> None:
         """Say that a checkpoint's bytes are on the medium.

@@ -19,6 +19,7 @@ from ema_service.cluster import (
     Answer,
     Arrival,
     ClusterToken,
+    Kept,
     Proposal,
     Record,
     Reporting,
@@ -41,6 +42,9 @@ class Memory:
 
     def takes_part(self) -> bool:
         return True
+
+    def kept(self) -> Kept:
+        return Kept()
 
     def promise(self, record: Record) -> None:
         """Keep the record: Reporting has it in memory."""

@@ -90,6 +90,13 @@ class KeepsItsEdition(Shard):
         self.record = self.record._replace(edition=self.record.revision)
 
 
+class VotesWhileItIsLost(Shard):
+    """A shard that lost its versions takes updates."""
+
+    def _follows(self, proposal: Proposal) -> bool:
+        return super()._follows(proposal) or proposal.ticket.base == self.record.revision
+
+
 # --- coordinators ----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +221,23 @@ class LosesChanges(Coordinator):
         return super()._bring(proposal) if proposal.ticket.key in self._changes else []
 
 
+class GoesOnWithoutTheLost(Coordinator):
+    """A shard that lost what it had voted for counts as any other."""
+
+    def _take(self, report: Report) -> list[Output]:
+        return super()._take(report._replace(record=report.record._replace(lost=False)))
+
+
+class LeavesBehindWhoVoted(Coordinator):
+    """Where a shard is lost, all others go back, also one that only lacks the verdict on what the others are at."""
+
+    def _decide(self) -> list[Output]:
+        reports = [each.record for each in self._reports.values()]
+        if len(reports) == self._shards and any(record.lost for record in reports) and not self.deposed:
+            return [*self._go_back(max(reports, key=lambda record: record.revision))]
+        return super()._decide()
+
+
 # --- their holders ---------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +265,43 @@ class PromisesInMemory(Host):
             super().persist()
 
 
+class KeepsTheNewestCheckpoint(Host):
+    """A checkpoint makes room for the next before all shards are known to have the next."""
+
+    def finish(self) -> None:
+        super().finish()
+        self.keep_only(max(self.checkpoints, default=0))
+
+
+class SettlesWhatItLacks(Host):
+    """A shard votes that all have a checkpoint which it does not have."""
+
+    def lacks_checkpoint(self, _: Proposal) -> bool:
+        return False
+
+
+class CountsEditionsAnew(Host):
+    """After a loss of power editions are given that were given before."""
+
+    def after_loss(self, record: Record) -> Record:
+        return record._replace(vote=None, lost=True)
+
+
+class TrustsItsDisk(Host):
+    """A shard goes on with the record that the machine's end left, as if nothing had been lost."""
+
+    def after_loss(self, record: Record) -> Record:
+        return record
+
+
+class ForgetsThatItIsLost(Host):
+    """What a lost shard has voted for may be lost as well."""
+
+    def sync(self) -> None:
+        if not self.disk.lost:
+            super().sync()
+
+
 class Mutant(NamedTuple):
     """What is built with one rule left out, which promise that breaks, and within how many schedules it shows."""
 
@@ -261,21 +322,29 @@ MUTANTS = (
     Mutant(Design(shard=AnswersBeforeTheVerdict), Torn, 10),
     Mutant(Design(shard=HearsOldCoordinators), Torn, 1000),
     Mutant(Design(shard=PreparesOnAnyBase), Torn, 200),
+    Mutant(Design(shard=VotesWhileItIsLost), Broken, 2500),
     Mutant(Design(shard=KeepsItsEdition), Stuck, 50),
     Mutant(Design(coordinator=CommitsWithoutTheLast), Torn, 50),
     Mutant(Design(coordinator=DecidesByTheMajority), Torn, 50),
     Mutant(Design(coordinator=CountsSteps), Broken, 200),
     Mutant(Design(coordinator=IgnoresOutcomes), Torn, 500),
-    Mutant(Design(coordinator=AbortsWhatIsHalfDone), Torn, 500),
+    Mutant(Design(coordinator=AbortsWhatIsHalfDone), Broken, 500),
     Mutant(Design(coordinator=DecidesOnEarlierAnswers), Torn, 1000),
     Mutant(Design(coordinator=ForgetsItsVerdicts), Torn, 2000),
-    Mutant(Design(coordinator=TakesLateReports), Torn, 500),
+    Mutant(Design(coordinator=TakesLateReports), Torn, 2500),
     Mutant(Design(coordinator=ClaimsWithoutAsking), Broken, 200),
     Mutant(Design(coordinator=WaitsForTheDead), Stuck, 50),
     Mutant(Design(coordinator=HasNoPatience), Stuck, 200),
     Mutant(Design(coordinator=SaysItOnce), Stuck, 200),
     Mutant(Design(coordinator=IgnoresRefusals), Stuck, 1000),
     Mutant(Design(coordinator=LosesChanges), Stuck, 500),
+    Mutant(Design(coordinator=GoesOnWithoutTheLost), Broken, 500),
+    Mutant(Design(coordinator=LeavesBehindWhoVoted), Torn, 2500),
+    Mutant(Design(host=KeepsTheNewestCheckpoint), Broken, 2500),
+    Mutant(Design(host=SettlesWhatItLacks), Broken, 2500),
+    Mutant(Design(host=CountsEditionsAnew), Broken, 2500),
+    Mutant(Design(host=TrustsItsDisk), Broken, 500),
+    Mutant(Design(host=ForgetsThatItIsLost), Broken, 2500),
     Mutant(Design(host=SendsFirst), Broken, 500),
     Mutant(Design(host=ForgetsItsVote), Torn, 200),
     Mutant(Design(host=PromisesInMemory), Torn, 1500),

@@ -15,6 +15,7 @@ from ema_service.cluster import (
     Answer,
     Arrival,
     Ask,
+    Kept,
     Proposal,
     Propose,
     Record,
@@ -66,6 +67,9 @@ class Store:
 
     def takes_part(self) -> bool:
         return self.whole
+
+    def kept(self) -> Kept:
+        return Kept()
 
     def vote(self, record: Record, prepared: str) -> None:
         self.keep("vote", record, prepared)

@@ -9,7 +9,6 @@ import contextlib
 import gc
 import itertools
 import random
-import shutil
 import sqlite3
 import threading
 import time
@@ -790,38 +789,6 @@ def test_steps_are_remembered(town: MakeTown) -> None:
     here.hosts[0].restart()
     ledger = here.hosts[0].local.run.ledger
     assert [ledger.status_of(step).state for step in (1, 2, 3, 4)] == ["applied"] * 3 + ["unknown"]
-
-
-@pytest.mark.parametrize("kept", ["memory files"], indirect=True)
-@pytest.mark.parametrize(
-    ("then", "reason", "version"),
-    [
-        ("voted", "has voted for", "1.0"),
-        ("committed", "go back together", "1.0"),
-        ("no checkpoint", "all its versions are gone", None),
-    ],
-)
-def test_memory_that_is_gone(then: str, reason: str, version: str | None, kept: Path, town: MakeTown) -> None:
-    """A shard whose memory went with the machine does not go back by itself, nor as one that never voted."""
-    here = town(2)
-    host = here.hosts[1]
-    if then != "no checkpoint":
-        host.server.registry.checkpoint()
-    if then == "voted":
-        here.send(1, "u1", 1)
-    else:
-        here.push(1)
-    host.stop()
-    for path in kept.glob("*"):
-        shutil.rmtree(path)
-    host.sent = 0
-    host.server.start()
-    host.start()
-    here.deliver()
-    assert host.local.info.status == "degraded"
-    assert reason in str(host.local.info.reason)
-    assert host.sent == 0
-    assert host.local.info.version == version
 
 
 @pytest.mark.parametrize("kept", ["memory files"], indirect=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
+import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
@@ -25,12 +26,13 @@ from torch import Tensor
 from ema_client.errors import EmaError, StorageFailed, Superseded
 from ema_client.protocol import RunConfig, UpdateResult
 from ema_service.cluster import (
-    Adjustment,
     Answer,
     Arrival,
     Ask,
+    Checkpoint,
     ClusterToken,
     Coordinator,
+    Message,
     Propose,
     Refusal,
     Report,
@@ -118,7 +120,7 @@ class Host:
         arrival = Arrival(self.place, self.town.hosts_count, f"http://host-{self.place}")
         with patch.object(reporting, "Link", lambda *_: Wire(self)):
             self.shard = ShardRun(
-                self.server.registry.get("r"), versions, arrival, ["http://coordinator"], _TOKEN, AtOnce()
+                self.server.registry.get("r"), versions, arrival, ["http://coordinator"], _TOKEN, AtOnce(), AtOnce()
             )
         for name, after in set(POINTS.values()):
             if hasattr(versions, name):
@@ -126,6 +128,32 @@ class Host:
         self.server.registry.get("r").changes.tell_always(lambda: self._reached("put", after=True))
         self.town.ask_one(self.place)
         self.server.registry.verify()
+
+    def medium(self) -> dict[str, bytes]:
+        """The files of the catalog as they are: where nothing was synced since, what the machine's end may leave."""
+        assert self.server.folder
+        return {
+            path.name: path.read_bytes() for path in self.server.folder.glob("catalog.db*") if "shm" not in path.name
+        }
+
+    def lose_power(self, medium: Mapping[str, bytes] | None = None) -> None:
+        """The machine goes down, and comes up: memory is gone, and of the catalog there is what ``medium`` says; None
+        for all of it."""
+        assert self.server.store
+        assert self.server.store.memory_files
+        assert self.server.folder
+        memory = self.server.store.memory_files.folder
+        self.stop()
+        shutil.rmtree(memory)
+        if medium:
+            for path in self.server.folder.glob("catalog.db*"):
+                path.unlink()
+            for name, content in medium.items():
+                (self.server.folder / name).write_bytes(content)
+        with contextlib.closing(sqlite3.connect(self.server.folder / "catalog.db")) as catalog, catalog:
+            catalog.execute("UPDATE checkpoints SET state = json_set(state, '$.boot', 'another')")
+        self.server.start()
+        self.start()
 
     def stop(self) -> None:
         self.server.crash()
@@ -339,10 +367,15 @@ class Town:
             f"step {step} has no answer: {answers}, {[h.shard and h.shard.record for h in self.hosts]}"
         )
 
-    def change(self, key: str, change: Adjustment | str) -> Answer:
+    def checkpoint(self, key: str, settles: int = 0) -> Answer:
+        """Have all hosts take a checkpoint of one revision."""
+        return self.change(key, Checkpoint(), settles)
+
+    def change(self, key: str, change: Message | str, settles: int = 0) -> Answer:
         """Ask the coordinator for a change, again until it has an answer."""
         for _ in range(100):
-            self._say(self.coordinator.propose(key, change if isinstance(change, str) else encode(change)))
+            text = change if isinstance(change, str) else encode(change)
+            self._say(self.coordinator.propose(key, text, settles))
             self.deliver()
             if found := [each for each in self.answers if each.key == key]:
                 return found[0]

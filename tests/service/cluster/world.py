@@ -2,8 +2,9 @@
 
 One seed is one schedule. Messages are lost, come twice, late, or after newer ones; links break; hosts and coordinators
 end in the middle of what they do, before or after a record is durable, before or after messages are sent; two
-coordinators act at once; trainers die with some of their slices sent, and come back at the step before. Then the faults
-stop, and everything has to be resolved.
+coordinators act at once; trainers die with some of their slices sent, and come back at the step before. Machines go
+down, and take all records since the last one on the medium with them. Then the faults stop, and everything has to be
+resolved.
 
 The oracle looks whenever a record becomes durable, and whenever anyone is told that a proposal is committed. Hosts use
 Shard, and coordinators' processes Coordinator, as the service is meant to.
@@ -22,6 +23,7 @@ from ema_service.cluster import (
     Answer,
     Ask,
     Coordinator,
+    Kept,
     Proposal,
     Propose,
     Record,
@@ -31,6 +33,7 @@ from ema_service.cluster import (
     Shard,
     Ticket,
     Vote,
+    after_loss,
 )
 
 __all__ = ["Broken", "Design", "Host", "Seat", "Stuck", "Torn", "World", "play"]
@@ -84,15 +87,20 @@ class Process(Protocol):
 class Host:
     """One shard's process and its disk: judges, prepares, makes records durable, and only then sends.
 
-    disk: the durable record. log: of each revision, the vote that led to it; durable with the record, as the facts of a
-    version are. refuses: what this host can never prepare.
+    disk: the record that outlives the process. log: the votes that led to the version which the record is at, without
+    those that the shards went back over; durable with the record, as the facts of a version are. medium: records with
+    their logs, oldest first, the first of which outlives the machine. checkpoints: by revision, the log then; on the
+    medium. writing: the checkpoint that is being written. refuses: what this host can never prepare.
     """
 
     def __init__(self, world: World, place: int) -> None:
         self.world = world
         self.place = place
         self.disk = Record()
-        self.log: list[Vote] = []
+        self.log: tuple[Vote, ...] = ()
+        self.medium = [(self.disk, self.log)]
+        self.checkpoints: dict[int, tuple[Vote, ...]] = {}
+        self.writing: tuple[int, tuple[Vote, ...]] | None = None
         self.refuses: set[str] = set()
         self.shard: Shard | None = None
         self.start()
@@ -108,7 +116,38 @@ class Host:
 
     def crash(self) -> None:
         """End as by SIGKILL; what was in memory is gone."""
-        self.shard = None
+        self.shard = self.writing = None
+
+    def lose_power(self) -> None:
+        """The machine goes down, with some of the records that are not on the medium, and comes up."""
+        self.crash()
+        self.disk, self.log = self.world.random.choice(self.medium)
+        self.disk = self.after_loss(self.disk)
+        self.sync()
+        self.world.note_loss()
+        self.start()
+
+    def after_loss(self, record: Record) -> Record:
+        return after_loss(record)
+
+    def sync(self) -> None:
+        """All that is on the disk is on the medium."""
+        self.medium = [(self.disk, self.log)]
+
+    def finish(self) -> None:
+        """The checkpoint that is being written is on the medium."""
+        if self.writing:
+            revision, log = self.writing
+            self.checkpoints[revision], self.writing = log, None
+            self.sync()
+
+    def keep_only(self, kept: int) -> None:
+        """Drop all checkpoints but that of one revision."""
+        self.checkpoints = {revision: log for revision, log in self.checkpoints.items() if revision == kept}
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(min(self.checkpoints, default=0), max(self.checkpoints, default=0))
 
     def report(self) -> None:
         if self.shard:
@@ -138,7 +177,7 @@ class Host:
             self.world.send(self.world, Said(self.place, sent.key, committed=False, over=True))
         else:
             # The revision that the update is averaged on is the one at its first byte.
-            self.world.send(self, Proposal(Ticket(len(self.log), sent.step, sent.key)))
+            self.world.send(self, Proposal(Ticket(self.disk.revision, sent.step, sent.key)))
 
     def knows(self, key: str) -> bool:
         """Whether the proposal of this key led to the shard's revision."""
@@ -149,8 +188,12 @@ class Host:
         ticket, world, shard = proposal.ticket, self.world, self.shard
         if shard is None:
             return
-        if self.knows(ticket.key):
+        if proposal.back is not None:
+            self.prepare_way_back(shard, proposal, proposal.back)
+        elif self.knows(ticket.key):
             self.carry_out(shard.refuse(ticket, "committed before"))
+        elif self.lacks_checkpoint(proposal):
+            self.carry_out(shard.refuse(ticket, "the checkpoint is not here"))
         elif ticket.key in self.refuses or world.happens(world.refused):
             self.refuses.add(ticket.key)
             world.seen["refused"] += 1
@@ -160,6 +203,17 @@ class Host:
             base = self.log[-1].ticket.key if self.log else "nothing"
             other = " otherwise" if world.happens(world.different) else ""
             self.carry_out(shard.prepare(Vote(proposal, f"{ticket.key} after {base}{other}")))
+
+    def prepare_way_back(self, shard: Shard, proposal: Proposal, to: int) -> None:
+        """Vote for the way back to a checkpoint, or refuse it where the checkpoint is not here."""
+        if to and to not in self.checkpoints:
+            self.carry_out(shard.refuse(proposal.ticket, "no such checkpoint"))
+        else:
+            self.carry_out(shard.prepare(Vote(proposal, f"back to {to}, {proposal.change}")))
+
+    def lacks_checkpoint(self, proposal: Proposal) -> bool:
+        """Whether a proposal settles a checkpoint that is not here."""
+        return proposal.settles not in (0, *self.checkpoints)
 
     def carry_out(self, outputs: Iterable[Any], source: Seat | None = None) -> None:
         """Make the record durable, then send; the process may end before either."""
@@ -178,8 +232,23 @@ class Host:
             return
         before, self.disk = self.disk, self.shard.record
         if self.disk.revision > before.revision and self.disk.made:
-            self.log.append(self.disk.made)
+            self.follow(self.disk.made)
+        self.medium.append((self.disk, self.log))
+        if before.lost:
+            self.sync()
         self.world.look(self, before)
+
+    def follow(self, made: Vote) -> None:
+        """Do what a revision that is committed says."""
+        if (to := made.proposal.back) is not None:
+            self.log = self.checkpoints[to] if to else ()
+            self.writing = None
+            self.keep_only(to)
+            return
+        self.log = (*self.log, made)
+        if made.proposal.change == "checkpoint":
+            self.keep_only(self.disk.settled)
+            self.writing = self.disk.revision, self.log
 
     def send(self, outputs: Iterable[Any], source: Seat | None = None) -> None:
         world = self.world
@@ -191,7 +260,7 @@ class Host:
             elif isinstance(output, Proposal):
                 world.send(self, output)  # preparing takes time, and the shard receives other messages meanwhile
             elif seat := source or world.seats.get(output.term.name):
-                world.send(seat, output)
+                world.send(seat, output._replace(kept=self.kept) if isinstance(output, Report) else output)
 
 
 class Seat:
@@ -236,8 +305,11 @@ class Design(NamedTuple):
 class World:
     """All processes of one schedule, their network, and the oracle.
 
-    chosen: by revision, the vote that led to it on the shard that came there first. acknowledged: keys of proposals
-    that somebody was told are committed. seen: how often what happened, to know that schedules are worth something.
+    chosen: by revision, the vote that led to it on the shard that came there first. logs: by revision, the votes that
+    led to its version; kept_logs: also of revisions that no machine knows any more. settled: the revision whose
+    checkpoint all are to have. committed: keys of all proposals that ever were. acknowledged: those that somebody was
+    told of, and that were not gone back over. seen: how often what happened, to know that schedules are worth
+    something.
 
     More than twenty methods, more than twelve attributes: each thing that may happen, and each that is known.
     """
@@ -252,6 +324,10 @@ class World:
         self.refused, self.different = _REFUSED, _DIFFERENT
         self.calm = False
         self.chosen: dict[int, Vote] = {}
+        self.logs: dict[int, tuple[Vote, ...]] = {0: ()}
+        self.kept_logs: dict[int, tuple[Vote, ...]] = {0: ()}
+        self.settled = 0
+        self.committed: set[str] = set()
         self.acknowledged: set[str] = set()
         self.seen: Counter[str] = Counter()
         self.flying: list[tuple[Process, Any, Seat | None]] = []
@@ -286,43 +362,72 @@ class World:
         if record.term < before.term or record.edition < before.edition or record.revision < before.revision:
             raise Torn(f"shard {host.place} went back from {before} to {record}")
         if record.revision > before.revision:
-            self.look_at_revision(host, record)
+            self.look_at_revision(host, record, before)
         elif before.vote and record.vote != before.vote:
             self.seen["aborted after the faults" if self.calm else "aborted"] += 1
-            if self.chosen.get(before.revision + 1) == before.vote:
+            # A lost shard may hear a late proposal that the others have long left behind.
+            late = before.lost and before.vote.ticket.base + 1 < max(self.chosen, default=0)
+            if self.chosen.get(before.vote.ticket.base + 1) == before.vote and not late:
                 raise Torn(f"shard {host.place} gave up {before.vote.ticket}, which others have committed")
 
-    def look_at_revision(self, host: Host, record: Record) -> None:
+    def look_at_revision(self, host: Host, record: Record, before: Record) -> None:
         """A host is the first at a revision, or follows."""
         made, chosen = record.made, self.chosen.get(record.revision)
-        if made is None or record.revision != len(host.log):
-            raise Torn(f"shard {host.place} came to revision {record.revision} by {made} after {host.log}")
+        if made is None:
+            raise Torn(f"shard {host.place} came to revision {record.revision} by nothing")
         if chosen is None:
-            if any(vote.ticket.key == made.ticket.key for vote in self.chosen.values()):
+            if made.proposal.back is not None:
+                self.look_at_way_back(host, made.proposal.back, before)
+            elif any(vote.ticket.key == made.ticket.key for vote in self.logs[record.revision - 1]):
                 raise Torn(f"{made.ticket} was committed twice")
             if made.ticket.base != record.revision - 1:
                 raise Torn(f"{made.ticket} was prepared on another revision than it is committed to, {record.revision}")
             self.look_at_all(made)
-            self.chosen[record.revision] = made
+            self.chosen[record.revision], self.logs[record.revision] = made, host.log
+            self.kept_logs[record.revision] = host.log
+            self.committed.add(made.ticket.key)
+            self.settled = record.settled
             self.seen["committed after the faults" if self.calm else "committed"] += 1
         elif chosen != made:
             raise Torn(f"revision {record.revision} is {chosen} on some shards, {made} on shard {host.place}")
+        if host.log != self.logs[record.revision]:
+            raise Torn(f"revision {record.revision} is {host.log} on shard {host.place}: {self.logs[record.revision]}")
+
+    def note_loss(self) -> None:
+        """A machine went down. What it alone knew to be committed is as if it had not been."""
+        self.seen["losses of power"] += 1
+        last = max(host.disk.revision for host in self.hosts)
+        self.chosen = {revision: vote for revision, vote in self.chosen.items() if revision <= last}
+        self.logs = {revision: log for revision, log in self.logs.items() if revision <= last}
+
+    def look_at_way_back(self, host: Host, to: int, before: Record) -> None:
+        """The shards go back: after a loss alone, and no further than to what all were to keep."""
+        again = before.made is not None and before.made.proposal.back is not None
+        if not before.lost and not again and not any(each.disk.lost for each in self.hosts):
+            raise Torn(f"the shards went back to revision {to}, and nothing was lost")
+        if to < self.settled or host.log != self.kept_logs[to]:
+            raise Torn(f"the shards went back to {host.log} of revision {to}, and all had {self.settled}")
+        self.seen["went back" if to else "went back to nothing"] += 1
+        self.acknowledged &= {vote.ticket.key for vote in host.log}
 
     def look_at_all(self, vote: Vote) -> None:
-        """Every disk has what was voted for, committed or prepared."""
+        """Every disk has what was voted for, committed or prepared, but for those that lost what they had."""
         for host in self.hosts:
-            if host.disk.vote != vote and vote not in host.log:
+            if vote not in (host.disk.vote, host.disk.made, *host.log) and not host.disk.lost:
                 raise Torn(f"{vote} was committed, and shard {host.place} is without: {host.disk}")
 
     def acknowledge(self, key: str) -> None:
         """Somebody is told that a proposal is committed."""
         if key in self.acknowledged:
             return
-        self.acknowledged.add(key)
-        votes = [vote for vote in self.chosen.values() if vote.ticket.key == key]
-        if not votes:
+        if key not in self.committed:
             raise Torn(f"{key} was acknowledged, and no shard has it")
-        self.look_at_all(votes[0])
+        votes = [vote for vote in self.logs[max(self.logs)] if vote.ticket.key == key]
+        if votes:
+            self.acknowledged.add(key)
+            self.look_at_all(votes[0])
+        elif not self.seen["losses of power"]:
+            raise Torn(f"{key} was acknowledged, and no shard has it any more")
 
     # --- the network ------------------------------------------------------------------------------------------------
 
@@ -398,12 +503,32 @@ class World:
             del self.changes[min(self.changes)]
         self.request(min(self.changes) if self.changes and self.happens(0.5) else self.new_name("w"))
 
-    def request(self, key: str) -> None:
+    def request(self, key: str, change: str = "", settles: int = 0) -> None:
         """Ask any coordinator for a change."""
         self.changes[key] = None
         if self.seats:
             seat = self.random.choice(tuple(self.seats.values()))
-            seat.send(seat.core.propose(key, f"change {key}"))
+            seat.send(seat.core.propose(key, change or f"change {key}", settles))
+
+    def take_checkpoint(self) -> None:
+        """A host asks all for another checkpoint, which mostly settles the one before; or some write the one in hand.
+        Mostly that goes well: there would be few ways back to one."""
+        host = self.random.choice(self.hosts)
+        if self.happens(0.5):
+            key = self.new_name("s")
+            self.request(key, "checkpoint", host.kept.newer if self.happens(0.8) else 0)
+            self.changes.pop(key, None)  # nobody asks again
+            if self.happens(0.7):
+                self.drain()
+        for each in self.hosts:
+            if self.happens(0.8):
+                each.finish()
+
+    def lose_power(self) -> None:
+        """A machine goes down, or some at once."""
+        all_at_once = self.happens(0.2)
+        for host in self.random.sample(self.hosts, len(self.hosts) if all_at_once else 1):
+            host.lose_power()
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -493,8 +618,11 @@ class World:
                 self.start_coordinator()
             self.say_again(turn)
             self.drain()
-            if not self.unanswered and not self.changes and len({len(host.log) for host in self.hosts}) == 1:
+            if not self.unanswered and not self.changes and len({host.disk.revision for host in self.hosts}) == 1:
                 return
+            if turn > _ROUNDS // 2 and self.unanswered and self.seen["losses of power"]:
+                # What one shard had applied and another had not was gone back over: the trainer gives its update up.
+                self.new_update()
         raise Stuck(f"update {self.key} on shards {self.unanswered}, or changes {list(self.changes)}, have no answer")
 
     def say_again(self, turn: int) -> None:
@@ -525,7 +653,7 @@ class World:
     def look_at_end(self) -> None:
         """Every shard is at one revision, holds no vote, and has what was acknowledged."""
         first = self.hosts[0].log
-        if any(host.log != first or host.disk.vote for host in self.hosts):
+        if any(host.log != first or host.disk.vote or host.disk.lost for host in self.hosts):
             raise Stuck(f"at the end: {[host.disk for host in self.hosts]}")
         if lost := self.acknowledged - {vote.ticket.key for vote in first}:
             raise Torn(f"acknowledged and lost: {lost}")
@@ -546,6 +674,7 @@ _FAULTS = (
         (World.take_over, 0.9),
     ),
     *((World.crash, 0.8), (World.lose_coordinators, 0.1), (World.lose_all, 0.1), (World.toggle_link, 0.4)),
+    *((World.take_checkpoint, 3.0), (World.lose_power, 0.5)),
 )
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from ema_client.errors import StorageFailed
 from ema_service.cluster.encoding import decode, encode
-from ema_service.cluster.messages import Answer, Arrival, Proposal, Record, Ticket, Vote
+from ema_service.cluster.messages import Answer, Arrival, Kept, Proposal, Record, Ticket, Vote
 from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.token import ClusterToken
 from tests.service.cluster.processes.coordinating import TOKEN
@@ -62,6 +62,9 @@ class FileStore:
         self.changes: SimpleQueue[Proposal] = SimpleQueue()
         found = json.loads(self._file.read_text()) if self._file.exists() else {"record": encode(Record()), "log": []}
         self.record, self.log = decode(found["record"], Record), found["log"]
+
+    def kept(self) -> Kept:
+        return Kept()
 
     def promise(self, record: Record) -> None:
         self._keep("promise", record, self.log)

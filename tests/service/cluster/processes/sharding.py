@@ -42,6 +42,7 @@ class Sharded:
             coordinators,
             ClusterToken(TOKEN),
             ThreadPoolExecutor(1),
+            ThreadPoolExecutor(1),
         )
 
     def push(self, step: int, key: str) -> Answer:
