@@ -107,6 +107,7 @@ def gateway(
     """Be a server of whole runs to curl, to readers and to trainers. Keeps nothing; start as many as are wanted."""
     configure(log_format)
     token = _token(token_file)
+    from ema_service import dashboard
     from ema_service.cluster.coordinator import listening_socket
     from ema_service.cluster.gateway.app import serve
     from ema_service.cluster.gateway.hosts import Hosts
@@ -117,7 +118,8 @@ def gateway(
         _refuse(f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port")
     url = _url(host, sock.getsockname()[1])
     hosts = Hosts(coordinator, token, guarded=not (insecure_no_auth or is_loopback(host)))
-    serve(hosts, sock, lambda: typer.echo(f"ema-service {version('ema-service')}, gateway, listens on {url}"))
+    said = f"ema-service {version('ema-service')}, gateway, listens on {url}"
+    serve(hosts, sock, lambda: typer.echo(said), dashboard.install_at_gateway)
 
 
 @cluster.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -602,6 +602,7 @@ class ServerInfo:
     scopes: what the request's token allows, for some run or for all.
     snapshots_waiting: how many snapshots are to be moved to the object store; None where the service has none.
         snapshot_store_fault: why that store could not be used when it was tried last, None where it could.
+    hosts: of a gateway: how many hosts it speaks for; None of a server.
     """
 
     name: Text
@@ -620,6 +621,7 @@ class ServerInfo:
     scopes: tuple[Text, ...] = ()
     snapshots_waiting: Count | None = None
     snapshot_store_fault: Text | None = None
+    hosts: Count | None = None
 
 
 @dataclass(frozen=True, slots=True)

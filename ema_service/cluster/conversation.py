@@ -11,9 +11,10 @@ what a change does.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ema_client.errors import Conflict, Fenced, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
@@ -34,13 +35,16 @@ _UNHEARD = 60
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """What is known of a shard. address: None where it never came. start, stop: as in Arrival. listens: for now."""
+    """What is known of a shard. address: None where it never came. start, stop: as in Arrival. listens: for now; since:
+    when that began, Unix seconds, None where the shard never listened. revision: by its latest report, None before."""
 
     place: int
     address: str | None
     start: int
     stop: int
     listens: bool
+    since: float | None = field(default=None, compare=False)
+    revision: int | None = None
 
 
 class Conversation:
@@ -57,6 +61,8 @@ class Conversation:
         self._count = TalkCount(metrics or CoordinatorMetrics())
         self._arrivals: dict[int, Arrival] = {}
         self._listening: dict[int, Listening] = {}
+        #: When each shard began to listen, or ended.
+        self._since: dict[int, float] = {}
         #: key -> what those who asked for the change wait for.
         self._asked: dict[str, asyncio.Future[Answer]] = {}
 
@@ -70,6 +76,7 @@ class Conversation:
         self._note(arrival)
         self._end(place)
         listening = self._listening[place] = asyncio.Queue(_UNREAD)
+        self._since[place] = time.time()
         self._say(ask for ask in self.core.ask() if ask.shard == place)
         return listening
 
@@ -77,6 +84,7 @@ class Conversation:
         """A shard's connection is gone."""
         if self._listening.get(place) is listening:
             del self._listening[place]
+            self._since[place] = time.time()
 
     def hear(self, message: Arrival | Refusal | Report) -> None:
         """Take in what a shard says. Raises Conflict as arrive()."""
@@ -123,7 +131,16 @@ class Conversation:
         nobody = Arrival(0, self.shards, "")
         known = [(place, self._arrivals.get(place, nobody)) for place in range(self.shards)]
         return [
-            Seat(place, each.address or None, each.start, each.stop, place in self._listening) for place, each in known
+            Seat(
+                place,
+                each.address or None,
+                each.start,
+                each.stop,
+                listens=place in self._listening,
+                since=self._since.get(place),
+                revision=self.core.revision(place),
+            )
+            for place, each in known
         ]
 
     def end(self) -> None:
@@ -166,6 +183,7 @@ class Conversation:
         """End a shard's listening, if it does."""
         listening = self._listening.pop(place, None)
         if listening:
+            self._since[place] = time.time()
             while listening.full():
                 listening.get_nowait()
             listening.put_nowait(None)

@@ -108,7 +108,8 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
     @app.get("/v1/runs/{run}/shards")
     async def shards(run: str) -> JSONResponse:
         talk = talks.find(run)
-        return JSONResponse({"run": run, "fault": talk.core.fault, "shards": [asdict(seat) for seat in talk.seats()]})
+        seats = [asdict(seat) for seat in talk.seats()]
+        return JSONResponse({"run": run, "term": talk.core.term.number, "fault": talk.core.fault, "shards": seats})
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:

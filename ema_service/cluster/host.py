@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping
 from ema_client.protocol import RunConfig, RunInfo, Writer
@@ -30,6 +30,7 @@ from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.lease import Lease
 from ema_service.cluster.messages import DIRECTORY, Adjustment, Answer, Arrival, Change, Checkpoint, Deletion
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
+from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.shard_run import ShardRun
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.waiting import Waiting
@@ -79,7 +80,6 @@ class Host:
 
     def __init__(self, registry: Registry, store: Store, membership: Membership) -> None:
         self._registry = registry
-        self._store = store
         # Whatever this process says to a coordinator carries its number: a later process of this host is heard then.
         self._membership = membership = replace(membership, token=membership.token.of_number(store.number))
         self._asking = Asking(membership.coordinators, membership.token)
@@ -102,8 +102,7 @@ class Host:
         )
         for run in registry.runs():
             self._shards[run.config.run] = self._shard_of(run)
-        talk = self._directory.reporting
-        self._lease = Lease(membership.lease, lambda: max(talk.heard, tether.heard()), self._replaced)
+        self._lease = _lease(membership.lease, store, self._directory.reporting)
 
     @property
     def linked(self) -> bool:
@@ -286,11 +285,6 @@ class Host:
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
         return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)
 
-    def _replaced(self) -> str:
-        """By whom this server was replaced as its host; empty by nobody."""
-        taken = "a later server has the data dir" if self._store.taken_over() else ""
-        return taken or self._directory.reporting.replaced
-
     def _close(self) -> None:
         self._lease.close()
         fault = Stopping("the server was told to stop", retry_after=1.0)
@@ -299,3 +293,15 @@ class Host:
             shard.close(fault)
         for threads in (self._making, self._judging, self._saving):
             threads.shutdown()
+
+
+def _lease(seconds: float | None, store: Store, talk: Reporting[Any]) -> Lease:
+    """What ends this server. talk: about the directory, which every host has."""
+
+    def heard() -> float:
+        return max(talk.heard, tether.heard())
+
+    def replaced() -> str:
+        return "a later server has the data dir" if store.taken_over() else talk.replaced
+
+    return Lease(seconds, heard, replaced)

@@ -15,6 +15,7 @@ Knows Ray. Does not know what the programs do, or how they are kept running.
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -112,15 +113,19 @@ class Place:
         self._agent.end()
 
     def _listen(self) -> None:
-        """Ask Ray once a second whether it counts on this node, and where the coordinator is."""
+        """Ask Ray once a second whether it counts on this node, and where the coordinator is. A node that it has given
+        up never counts again: what runs here ends in order, and leaves the data to the actor that comes after."""
         told = ""
         while True:
             said = ""
             try:
-                if any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes()):
+                counts = {node["NodeID"]: node["Alive"] for node in ray.nodes()}.get(self._node)
+                if counts:
                     self._agent.word(self._where())
-                else:
-                    said = "Ray has given this node up"
+                elif counts is False:
+                    _to_log("Ray has given this node up")
+                    self._agent.end()
+                    os._exit(0)
             except (RayError, OSError, RuntimeError) as fault:
                 said = f"Ray is not heard: {type(fault).__name__}: {fault}"
             if said and said != told:
@@ -256,12 +261,17 @@ def _homes(plan: RayPlan, places: list[int]) -> dict[int, str]:
     for node in nodes:
         at_node = look.options(num_cpus=0, resources=_at(node))
         has[node] = _ask(partial(at_node.remote, plan.task.folder), f"node {node}", _LOOK_SECONDS)
+    return _chosen(places, has)
+
+
+def _chosen(places: list[int], has: Mapping[str, set[int]]) -> dict[int, str]:
+    """A node for each place. has: the nodes that may be chosen, and the places whose data each of them has."""
     homes: dict[int, str] = {}
-    taken: Counter[str] = Counter()
+    taken: Counter[str] = Counter({node: len(found) for node, found in has.items()})
     for place in places:
-        having = [node for node in nodes if place in has[node]]
-        homes[place] = min(having or nodes, key=lambda node: (taken[node] + (0 if having else len(has[node])), node))
-        taken[homes[place]] += 1
+        having = [node for node, found in has.items() if place in found]
+        homes[place] = having[0] if having else min(has, key=lambda node: (taken[node], node))
+        taken[homes[place]] += not having
     return homes
 
 

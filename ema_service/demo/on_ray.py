@@ -1,8 +1,8 @@
-"""``make cluster-demo``: a cluster of three hosts under Ray on this machine, a trainer and an evaluator, and a host
-that is killed in the middle. At the end the EMA is compared with one in process, bit for bit.
+"""``make cluster-demo``: a cluster of three hosts under Ray on this machine, a trainer of two ranks, an evaluator, and
+a host that is killed in the middle. At the end the EMA is compared with one in process, bit for bit.
 
 The parts are those of a real cluster: `ema-service cluster up --ray`, Ray's actors and their processes, the public
-client. Ray, the evaluator and the killing are in this process; the trainer is one of its own.
+client. Ray, the evaluator and the killing are in this process; each rank of the trainer is one of its own.
 
 Knows the order of events and what counts as success. Does not know how a cluster recovers.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from ema_client.errors import EmaError
 from ema_client.scratch import scratch_folder
 from ema_service.demo.plan import Progress, Proof, parse_report
 
-HOSTS, NAME, RUN, STEPS = 3, "demo", "digits", 150
+HOSTS, NAME, RUN, STEPS, RANKS = 3, "demo", "digits", 80, 2
 KILLED, KILLED_AT = 1, STEPS // 2
 #: Ray counts CPUs, and reserves none: three hosts fit on a machine of two.
 _CPUS = 8
@@ -64,11 +65,15 @@ class Evaluator(threading.Thread):
 
 
 class Trainer:
-    """The trainer's process. step: its latest. proof: once it has compared."""
+    """The trainer's ranks, each a process. step: their latest. proof: once rank 0 has compared."""
 
     def __init__(self, address: str, url: str) -> None:
-        words = ["-m", "ema_service.demo.on_ray_trainer", address, url, RUN, str(STEPS)]
-        self._process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, "-m", "ema_service.demo.on_ray_trainer", address, url, RUN, str(STEPS)]
+        port = str(_free_port())
+        self._ranks = [
+            subprocess.Popen([*words, str(rank), str(RANKS), port], stdout=subprocess.PIPE, text=True)
+            for rank in range(RANKS)
+        ]
         self.step = 0
         self.proof: Proof | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -77,23 +82,24 @@ class Trainer:
     def reach(self, step: int) -> None:
         """Wait for a step. Raises RuntimeError where the trainer ends before."""
         while self.step < step:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the trainer ended with status {self._process.returncode} at step {self.step}")
+            if any(rank.poll() is not None for rank in self._ranks):
+                raise RuntimeError(f"the trainer ended at step {self.step}")
             time.sleep(0.02)
 
     def wait(self) -> bool:
-        """Wait for the end, and say whether the trainer's EMAs were alike."""
-        status = self._process.wait()
+        """Wait for the end, and say whether the EMAs were alike."""
+        statuses = [rank.wait() for rank in self._ranks]
         self._reader.join()
-        return status == 0
+        return not any(statuses)
 
     def end(self) -> None:
         """Leave no process."""
-        self._process.kill()
-        self._process.wait()
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
 
     def _read(self) -> None:
-        for line in self._process.stdout or ():
+        for line in self._ranks[0].stdout or ():
             said = parse_report(line)
             if isinstance(said, Progress):
                 self.step = said.step
@@ -167,9 +173,15 @@ def _verdict(trainer: Trainer, evaluator: Evaluator, *, same: bool) -> int:
         _row("verdict", "FAILED: the EMA is not that of LitEma in process")
         return 1
     _row("verdict", f"{trainer.step} updates, {proof.elements:,} parameters in {proof.tensors} tensors: bit-identical")
-    _row("", "to LitEma in process")
-    _say("Not shown: several machines, GPUs, and ranks that send their own slices (the trainer is one process).")
+    _row("", f"to LitEma in process, of {RANKS} ranks (FSDP2), each of which sent its own slices")
+    _say("Not shown: several machines, GPUs, and tensors too large for one host.")
     return 0
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
 
 
 def _cluster(what: str, address: str, *words: str) -> int:

@@ -34,7 +34,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
     "cli": {"api", "cluster", "cluster_cli", "persistence", "storage", "demo", "bench"} | LEAVES,
-    "cluster_cli": {"cluster"} | LEAVES,
+    "cluster_cli": {"cluster", "dashboard"} | LEAVES,
     "api": {"cluster", "dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"}
     | LEAVES,
     "dashboard": set(),

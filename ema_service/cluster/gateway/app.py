@@ -35,6 +35,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ema_client.errors import (
     BodyTooLarge,
+    EmaError,
     InvalidRequest,
     Overloaded,
     RouteNotFound,
@@ -77,6 +78,7 @@ from ema_client.protocol import (
 )
 from ema_service.cluster.gateway.counted import Counted
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, parsed, passed_on
+from ema_service.cluster.gateway.overview import overview_of, run_overview_of
 from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
 from ema_service.cluster.gateway.pulls import is_known, send_weights
 from ema_service.cluster.gateway.pushes import PartSplitting, Slice, Splitting
@@ -127,8 +129,8 @@ _NOT_OFFERED = {
 }
 
 
-def create_gateway(hosts: Hosts) -> FastAPI:
-    """The application of one gateway. hosts: closed with it."""
+def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: None) -> FastAPI:
+    """The application of one gateway. hosts: closed with it. pages: adds those for a browser."""
 
     watches = Watches(hosts, connections_within(raise_limit(), _MOST_WAITING))
 
@@ -151,6 +153,7 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("GET", "/readyz", gateway.ready),
         ("GET", "/metrics", gateway.metrics),
         ("GET", server_path(), gateway.server),
+        ("GET", f"{API}/hosts", gateway.overview),
         ("GET", runs_path(), gateway.runs),
         ("POST", runs_path(), gateway.create),
         ("GET", run, gateway.run),
@@ -158,6 +161,7 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("DELETE", run, gateway.delete),
         ("GET", f"{run}/layout", gateway.layout),
         ("GET", f"{run}/shards", gateway.shards),
+        ("GET", f"{run}/hosts", gateway.run_overview),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
         ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
@@ -175,6 +179,7 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("PUT", f"{run}{step}/parts/{{part:int}}", gateway.push_part),
     ):
         app.add_api_route(path, answer, methods=[method], response_model=None)
+    pages(app)
     app.add_api_route(f"{run}/{{rest:path}}", _refuse, methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH"])
     return app
 
@@ -223,6 +228,10 @@ class _Gateway:
         """What the hosts are together."""
         return _json(whole_server(await self._each(request, server_path(), ServerInfo)))
 
+    async def overview(self, request: Request) -> Response:
+        """Who the hosts are, and how each stands."""
+        return _json(await overview_of(self.hosts, passed_on(request.headers)))
+
     # --- runs -------------------------------------------------------------------------------------------------------
 
     async def runs(self, request: Request) -> Response:
@@ -264,6 +273,16 @@ class _Gateway:
             return shards_of(infos, await self._map_of(infos[0], request), addresses)
 
         return _json(await self._agreed(ask))
+
+    async def run_overview(self, run: RunName, request: Request) -> Response:
+        """Which part of the run each host has, and how it stands, as far as that is known while one is away."""
+        shards = self._maps[run][1] if run in self._maps else None
+        try:
+            shards = await self._map(request, run)
+        except EmaError as fault:
+            if not fault.retryable:
+                raise
+        return _json(await run_overview_of(run, self.hosts, passed_on(request.headers), shards))
 
     async def change(self, run: RunName, request: Request) -> Response:
         """A decay changed on all hosts or none."""
@@ -514,10 +533,12 @@ async def _body_of(request: Request) -> bytes:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> None:
+def serve(
+    hosts: Hosts, sock: socket.socket, announce: Callable[[], None], pages: Callable[[FastAPI], None] = lambda _: None
+) -> None:
     """Serve until SIGINT or SIGTERM. sock: from coordinator.listening_socket(). announce: called once connections are
-    accepted."""
-    app = create_gateway(hosts)
+    accepted. pages: as for create_gateway()."""
+    app = create_gateway(hosts, pages)
     config = uvicorn.Config(
         app,
         http="httptools",

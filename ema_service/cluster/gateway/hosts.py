@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import httpx2
 
@@ -172,6 +173,15 @@ class Hosts:
             async for chunk in answer.aiter_raw():
                 yield chunk
 
+    async def talk(self, talk: str) -> dict[str, Any] | None:
+        """What the first coordinator that answers says of a talk and its shards; None where none does."""
+        for url in self._coordinators:
+            with contextlib.suppress(httpx2.HTTPError, ValueError, NoCoordinator, Overloaded):
+                found = await self._ask_coordinator(url, talk)
+                if isinstance(found, dict):
+                    return found
+        return None
+
     # --- the map ----------------------------------------------------------------------------------------------------
 
     async def _asked_map(self) -> tuple[HostAddress, ...]:
@@ -190,9 +200,9 @@ class Hosts:
             retry_after=1.0,
         )
 
-    async def _ask_coordinator(self, url: str) -> Any:
-        """A coordinator's map as JSON. Raises HTTPError of httpx2, ValueError, NoCoordinator, Overloaded."""
-        path = f"{coordinator_url(url)}{API}/runs/{DIRECTORY}/shards"
+    async def _ask_coordinator(self, url: str, talk: str = DIRECTORY) -> Any:
+        """A coordinator's map of a talk as JSON. Raises HTTPError of httpx2, ValueError, NoCoordinator, Overloaded."""
+        path = f"{coordinator_url(url)}{API}/runs/{quote(talk)}/shards"
         answer = await self._client.get(path, headers={"Authorization": self._token.header}, timeout=_MAP)
         if answer.status_code == 404:
             raise Overloaded("no host has come to the coordinator yet")

@@ -163,6 +163,20 @@ def _is_back(before: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize(
+    ("places", "has", "chosen"),
+    [
+        ([0, 1, 2], {"a": set(), "b": set()}, {0: "a", 1: "b", 2: "a"}),
+        ([0, 1], {"a": {1}, "b": {0}}, {0: "b", 1: "a"}),
+        ([2], {"a": {0, 1}, "b": set()}, {2: "b"}),
+        ([0, 1, 2], {"a": {0, 1, 2}, "b": set()}, {0: "a", 1: "a", 2: "a"}),
+    ],
+)
+def test_a_host_is_where_its_data_is(places: list[int], has: dict[str, set[int]], chosen: dict[int, str]) -> None:
+    """And a new one where there are few."""
+    assert ray_launcher._chosen(places, has) == chosen
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_random_kills_on_ray(folder: Path, model: Model, litema: type[LitEmaOracle]) -> None:
