@@ -337,7 +337,9 @@ def on_ray(address: str) -> Iterator[None]:
     try:
         ray.init(address, namespace=RAY_NAMESPACE, log_to_driver=False, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ValueError) as fault:
-        raise LaunchFailed(f"no Ray is reached at {address!r}: {fault}") from None
+        raise LaunchFailed(
+            f"no Ray is reached at {address!r}: {fault}; a Ray that asks for its token wants RAY_AUTH_MODE=token here"
+        ) from None
     try:
         yield
     finally:

@@ -258,8 +258,7 @@ class FolderLock:
         sees that it was taken over from, has ended itself; they are waited for where a lock does not keep that holder
         out.
 
-        Raises FolderLocked where another process holds the lock, CannotLock, and OSError where the number cannot be
-        written.
+        Raises FolderLocked where another process holds the lock, CannotLock.
         """
         mounted = mounted or file_system(folder)
         self.path = folder / "lock"
@@ -290,17 +289,19 @@ class FolderLock:
                 "this data dir on another machine meanwhile",
                 folder,
             )
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.release)
-            self.number = self._take_number()
-            undo.pop_all()
+        self.number = self._take_number()
         if mounted.locks_are_local and lease:
             time.sleep(lease)
 
     def _take_number(self) -> int:
         number = _number_in(self._file.read()) + 1
-        os.pwrite(self._file.fileno(), b"%d\n" % number, 0)
-        os.fsync(self._file.fileno())
+        try:
+            os.pwrite(self._file.fileno(), b"%d\n" % number, 0)
+            os.fsync(self._file.fileno())
+        except OSError as fault:  # a full disk keeps no server from being read
+            _log.warning(
+                "a later server may have this one's number: %s cannot be written: %s", self.path, fault.strerror
+            )
         return number
 
     def taken_over(self) -> bool:

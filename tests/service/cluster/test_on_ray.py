@@ -23,7 +23,7 @@ import pytest
 from torch import Tensor
 
 from ema_client import EmaClient
-from ema_client.errors import ServiceUnreachable, UsageError
+from ema_client.errors import ServiceUnreachable
 from ema_client.http.place import Place
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.test_launched import assert_is, patient
@@ -194,9 +194,3 @@ def test_random_kills_on_ray(folder: Path, model: Model, litema: type[LitEmaOrac
                 oracle.update(model(step))
         patient(partial(assert_is, client, "r", oracle))
         assert client.run("r").step == step
-
-
-def test_a_name_that_cannot_be_meant() -> None:
-    """Refused before anything is asked."""
-    with pytest.raises(UsageError, match="names no cluster"):
-        EmaClient("ray://host:10001")

@@ -88,6 +88,21 @@ def test_a_node_is_lost(how: signal.Signals, tmp_path: Path, model: Model, litem
         os.kill(raylet, signal.SIGKILL)
 
 
+def test_all_of_ray_is_lost(tmp_path: Path, model: Model, litema: type[LitEmaOracle]) -> None:
+    """A Ray that has never heard of the cluster brings it back, on the data that is there."""
+    plan = RayPlan(NAME, Task(None, 2, tmp_path / "data", "", "127.0.0.1"))
+    oracle = litema(model(0), decay=DECAY)
+    for step in (1, 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with ray_launcher.local_ray(cpus=4), EmaClient(ray_launcher.up(plan, lambda _: None)) as client:
+                if step == 1:
+                    client.create_run("r", model(0), decay=DECAY)
+                client.push("r", model(step), step=step)
+                oracle.update(model(step))
+                assert_is(client, "r", oracle)
+
+
 def _moved(before: int) -> bool:
     try:
         return ray_launcher.processes_of(NAME, 0)[0] != before

@@ -215,6 +215,24 @@ def test_each_holder_has_a_larger_number(tmp_path: Path) -> None:
     third.release()
 
 
+def test_a_full_disk_locks_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server starts on a full disk, to be read; what its number is good for the log says is missing."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    FolderLock(tmp_path).release()
+    monkeypatch.setattr(os, "pwrite", full)
+    lock = FolderLock(tmp_path)
+    assert (lock.number, lock.taken_over()) == (2, False)
+    assert "No space left on device" in caplog.text
+    with pytest.raises(FolderLocked):
+        FolderLock(tmp_path)
+    lock.release()
+
+
 def test_lock_dies_with_its_process(tmp_path: Path) -> None:
     """A killed process leaves no lock behind."""
     code = (
