@@ -105,6 +105,19 @@ def test_a_set_waits_for_all_hosts(cluster: MakeCluster, model: Model, litema: t
     assert_same(servers, oracle, model(0))
 
 
+def test_a_deadline(cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Parts whose others do not come are given up, and come again; a set that is whole keeps its vote."""
+    servers, oracle = cluster(2, model(0), "--body-timeout", "1"), litema(model(0), decay=0.9)
+    ranks = Ranks(servers, model, 2)
+    ranks.push(0)
+    ranks.send(1, [(0, 0), (1, 0), (0, 1)])
+    servers.until(lambda: ranks.state(1, 1) == ("unknown", []), "the part to be given up")
+    assert ranks.state(1, 0) == ("staged", [0, 1])
+    ranks.push(1)
+    oracle.update(model(1))
+    assert_same(servers, oracle, model(0))
+
+
 def test_steps_stay_in_order(cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]) -> None:
     """A host that has a later step whole does not vote for it while an earlier one waits for another host: to all hosts
     the newer one would take the older one's place."""
