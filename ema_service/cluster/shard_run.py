@@ -35,17 +35,22 @@ from ema_service.cluster.messages import (
     Kept,
     Proposal,
     Record,
+    SnapshotBegun,
+    SnapshotGone,
+    SnapshotTaken,
     Ticket,
     Vote,
     talk_of,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
 from ema_service.cluster.reporting import Reporting
+from ema_service.cluster.shard_snapshots import ShardSnapshots
 from ema_service.cluster.token import ClusterToken
-from ema_service.persistence import ShardMemoryVersions, ShardVersions
+from ema_service.persistence import ShardMemoryVersions, ShardVersions, Snapshots
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, State, Update, Write
 from ema_service.runs.ledger import writer_in
+from ema_service.storage import RowChange
 
 __all__ = ["ShardRun"]
 
@@ -69,14 +74,19 @@ class _Sender(Generic[T]):
             return partial(self.future.set_exception, fault)
 
 
+#: Changes that leave the version as it is, and what a run has beside it.
+_Beside = Checkpoint | SnapshotBegun | SnapshotTaken | SnapshotGone
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Held:
-    """A write that the shard has voted for, or that waits. outcome: as in Vote. checkpoint: whether one is to be taken
-    of the revision that the write leads to."""
+    """A write that the shard has voted for, or that waits. outcome: as in Vote. change: which it is, of those that
+    leave the version as it is. rows: what else changes on the disk with the verdict."""
 
     write: Write
     outcome: str
-    checkpoint: bool = False
+    change: _Beside | None = None
+    rows: RowChange | None = None
 
 
 class ShardRun:
@@ -94,15 +104,16 @@ class ShardRun:
         self,
         run: Run,
         versions: ShardVersions | ShardMemoryVersions,
+        snapshots: Snapshots,
         arrival: Arrival,
         coordinators: Sequence[str],
         token: ClusterToken,
         changes: Executor,
         saving: Executor,
     ) -> None:
-        """run, versions: as Registry.get() and shard() have them, for which there is no other ShardRun. arrival,
-        coordinators, token: as for Reporting. changes: judges what coordinators bring, and works until the talk is
-        closed; saving: does the same where files are read or written.
+        """run, versions, snapshots: as Registry.get(), shard() and snapshots() have them, for which there is no other
+        ShardRun. arrival, coordinators, token: as for Reporting. changes: judges what coordinators bring, and works
+        until the talk is closed; saving: does the same where files are read or written.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
@@ -110,6 +121,7 @@ class ShardRun:
         self._versions = versions
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
+        self._snapshots = ShardSnapshots(run, snapshots, saving)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
         self._revision = record.revision
@@ -123,7 +135,7 @@ class ShardRun:
         self._answers: dict[str, list[Callable[[], None]]] = {}
         with run.deciding():
             if self.checkpoints.lost and not record.lost:
-                record = after_loss(record)
+                record = after_loss(record, has_voted=record.vote is not None and _outlives(record.vote))
                 versions.promise(encode(record))
             taken_up = self._take_up(record)
         self._held.update(taken_up)
@@ -238,7 +250,7 @@ class ShardRun:
                 base = record.vote.ticket.base if record.vote else self._revision
                 self._versions.vote(slot, prepared.write.state, encode(record), base + 1)
             else:
-                self._versions.discard(encode(record))
+                self._versions.discard(encode(record), durable=prepared is not None and prepared.rows is not None)
 
     def abort(self, record: Record, prepared: _Held | None) -> None:
         """Keep a record without the vote, or with that for what has waited."""
@@ -248,11 +260,13 @@ class ShardRun:
         """Keep a record of the next revision, and make the write that was voted for the run's."""
         with self._run.deciding():
             emptied = record.made is not None and record.made.proposal.back == 0
-            self._versions.confirm(encode(record), record.revision if emptied else 0)
+            self._versions.confirm(encode(record), record.revision if emptied else 0, prepared.rows)
             self._revision = record.revision
             prepared.write.put()
-            if prepared.checkpoint:
+            if isinstance(prepared.change, Checkpoint):
                 self.checkpoints.take(record)
+            elif prepared.change:
+                self._snapshots.follow(prepared.change)
             if record.made:
                 self.checkpoints.follow(record.made.proposal, record)
                 key = record.made.ticket.key
@@ -306,11 +320,16 @@ class ShardRun:
         for sender in senders:
             sender.future.set_exception(fault)
 
-    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None, *, checkpoint: bool = False) -> _Held:
+    def _held_beside(self, change: _Beside, outcome: str) -> _Held:
+        """What a change holds that leaves the version as it is. Raises as ShardSnapshots.rows()."""
+        rows = None if isinstance(change, Checkpoint) else self._snapshots.rows(change)
+        return _Held(Write(_nothing, _nothing), outcome, change, rows)
+
+    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None) -> _Held:
         """Hold a write until the verdict; of one that comes again the first. Raises StepConflict for other bytes."""
         version = write.state.version if write.state else None
         outcome = self._run.ledger.outcome(version, writer)
-        held = self._held.setdefault(ticket, _Held(write, outcome, checkpoint))
+        held = self._held.setdefault(ticket, _Held(write, outcome))
         first = held.write.state
         if version and first and first.version.digest != version.digest:
             raise StepConflict(f"step {ticket.step} of run {self._run.config.run!r} came before with other bytes")
@@ -355,13 +374,16 @@ class ShardRun:
         with self._run.deciding():
             return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
 
-    def _changed(self, proposal: Proposal, change: Adjustment | Checkpoint) -> _Held | None:
-        """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), and as
-        Checkpoints.check()."""
+    def _changed(self, proposal: Proposal, change: Adjustment | _Beside) -> _Held | None:
+        """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), as
+        Checkpoints.check(), and as ShardSnapshots.check()."""
         run, writer, ticket = self._run, None, proposal.ticket
-        if isinstance(change, Checkpoint):
-            self.checkpoints.check(proposal.settles)
-            return self._hold(ticket, Write(_nothing, _nothing), checkpoint=True)
+        if not isinstance(change, Adjustment):
+            if isinstance(change, Checkpoint):
+                self.checkpoints.check(proposal.settles)
+            else:
+                self._snapshots.check(change)
+            return self._held.setdefault(ticket, self._held_beside(change, run.ledger.outcome()))
         if change.kind == "writer":
             writer = run.ledger.next_writer(ticket.key)
             write = self._attaching(writer, ticket.key) if writer > run.ledger.writer else None
@@ -402,8 +424,8 @@ class ShardRun:
             held = _Held(self.checkpoints.back_at(voted, outcome), outcome)
         elif voted:
             held = _Held(self._run.moving_to(voted, None), outcome)
-        elif proposal.change and isinstance(_change_in(proposal.change), Checkpoint):
-            held = _Held(Write(_nothing, _nothing), outcome, checkpoint=True)
+        elif proposal.change and not isinstance(change := _change_in(proposal.change), Adjustment):
+            held = self._held_beside(change, outcome)
         else:
             held = _Held(self._attaching(writer_in(outcome), proposal.ticket.key), outcome)
         return {proposal.ticket: held}
@@ -423,9 +445,18 @@ def _attached_by(made: Vote) -> str | None:
     return made.ticket.key if isinstance(change, Adjustment) and change.kind == "writer" else None
 
 
-def _change_in(text: str) -> Adjustment | Checkpoint:
+def _change_in(text: str) -> Adjustment | _Beside:
     """Raises MalformedMessage."""
-    return cast("Adjustment | Checkpoint", decode(text, Adjustment, Checkpoint))
+    kinds = (Adjustment, Checkpoint, SnapshotBegun, SnapshotTaken, SnapshotGone)
+    return cast("Adjustment | _Beside", decode(text, *kinds))
+
+
+def _outlives(vote: Vote) -> bool:
+    """Whether what was voted for is on the medium, as the vote is."""
+    text = vote.proposal.change
+    if not text or vote.proposal.back is not None:
+        return False
+    return isinstance(_change_in(text), SnapshotTaken | SnapshotGone)
 
 
 def _nothing() -> None:

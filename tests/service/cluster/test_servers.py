@@ -111,8 +111,7 @@ REFUSED = {
     ("POST", "/averages"): {"name": "long", "decay": 0.9},
     ("DELETE", "/averages/ema"): None,
     ("POST", "/rewind"): {"snapshot": "s"},
-    ("PUT", "/snapshots/s"): None,
-    ("DELETE", "/snapshots/s"): None,
+    ("PUT", "/snapshots/s?decay=0.5"): None,
     ("POST", "/sweeps"): {"kind": "decay", "points": []},
     ("PUT", "/weights/parts/0?of=2"): None,
     ("PUT", "/updates/1/parts/0?of=2"): None,
@@ -147,6 +146,8 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         ("DELETE", "/{run}/writers/{writer}"),
         ("PUT", "/{run}/weights"),
         ("PUT", "/{run}/updates/{step}"),
+        ("PUT", "/{run}/snapshots/{name}"),
+        ("DELETE", "/{run}/snapshots/{name}"),
     }
     paths = servers.once(0, "GET", "/openapi.json").json()["paths"]
     writes = {
@@ -155,7 +156,7 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         for method in methods
         if method not in ("get", "head")
     }
-    assert len(writes - offered) == len(REFUSED) - 2, "a route that hosts neither offer nor refuse"
+    assert len(writes - offered) == len(REFUSED) - 3, "a route that hosts neither offer nor refuse"
 
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard")
     assert "\nema_coordinator_away 0.0\n" in servers.once(0, "GET", "/metrics").text
