@@ -35,6 +35,7 @@ from ema_service.cluster.messages import (
     Change,
     Checkpoint,
     Deletion,
+    Rewind,
     SnapshotBegun,
     SnapshotGone,
     SnapshotTaken,
@@ -231,13 +232,13 @@ class Host:
             raise
         return await asyncio.to_thread(snapshots.find, snapshot), True
 
-    async def _ask_when_written(self, shard: ShardRun, change: str) -> None:
-        """Ask for a change once no host is writing what it is about. Raises as _ask()."""
+    async def _ask_when_written(self, shard: ShardRun, change: str, settles: int = 0) -> None:
+        """Ask for a change once no host is writing what it is about. settles: as in Change. Raises as _ask()."""
         key, pause = secrets.token_hex(16), _WRITTEN_PAUSE
         until = time.monotonic() + _WRITING_SECONDS
         while True:
             try:
-                await self._ask(shard.talk, key, change)
+                await self._ask(shard.talk, key, change, settles)
                 return
             except Overloaded:
                 if time.monotonic() > until:
@@ -251,6 +252,34 @@ class Host:
         info = await asyncio.to_thread(snapshots.find, snapshot, created_at)
         change = encode(SnapshotGone(snapshot, info.created_at))
         await self._ask(self.shard(run).talk, secrets.token_hex(16), change)
+
+    async def rewind(
+        self, name: str, snapshot: str, key: str | None = None, *, created_at: float | None = None
+    ) -> RunInfo:
+        """As Registry.rewind(), to a snapshot of the run itself, on all hosts. Raises as that, and as _ask().
+
+        When this returns, no loss of a machine takes the run back to where it was before. created_at: of the run.
+        """
+        run, snapshots = self._registry.get(name, created_at), self._registry.snapshots(name)
+        key, shard = key or secrets.token_hex(16), self.shard(run)
+        info = await asyncio.to_thread(snapshots.find, snapshot)
+
+        def told() -> RunInfo | None:
+            version = run.ledger.version
+            return run.info() if version and version.made_by(key) else None
+
+        answer = await self._made(run, Rewind(snapshot, info.created_at), key, told)
+        await self._settle(shard)
+        return answer
+
+    async def _settle(self, shard: ShardRun) -> None:
+        """Have all hosts keep the run's version, or a later one, on their disks for certain. Raises as _ask()."""
+        if not shard.checkpoints.are_taken:
+            return
+        await self._take_checkpoint(shard)
+        newest = shard.kept().newer
+        if newest > shard.record.settled:
+            await self._ask_when_written(shard, encode(Checkpoint()), newest)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -280,7 +309,7 @@ class Host:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def _made(self, run: Run, change: Adjustment, key: str, answer: Callable[[], T | None]) -> T:
+    async def _made(self, run: Run, change: Adjustment | Rewind, key: str, answer: Callable[[], T | None]) -> T:
         """What ``answer`` gives once a change is made here: None before. Raises as _ask()."""
         if (found := answer()) is not None:
             return found

@@ -26,6 +26,7 @@ __all__ = [
     "Refusal",
     "Report",
     "Resolve",
+    "Rewind",
     "SnapshotBegun",
     "SnapshotGone",
     "SnapshotTaken",
@@ -256,6 +257,13 @@ class SnapshotGone(NamedTuple):
     begun: bool = False
 
 
+class Rewind(NamedTuple):
+    """A change by which the run goes back to a snapshot, in a new epoch. created_at: of the snapshot."""
+
+    snapshot: str
+    created_at: float
+
+
 class Creation(NamedTuple):
     """A change of the directory: one run more. config: of the whole run, packed. created_at: the same on all hosts."""
 
@@ -298,6 +306,7 @@ Message: TypeAlias = (
     | Refusal
     | Report
     | Resolve
+    | Rewind
     | SnapshotBegun
     | SnapshotGone
     | SnapshotTaken

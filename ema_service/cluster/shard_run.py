@@ -35,6 +35,7 @@ from ema_service.cluster.messages import (
     Kept,
     Proposal,
     Record,
+    Rewind,
     SnapshotBegun,
     SnapshotGone,
     SnapshotTaken,
@@ -278,7 +279,7 @@ class ShardRun:
 
     def propose(self, proposal: Proposal) -> None:
         """Have a change judged, and vote for or against it."""
-        executor = self._changes if proposal.back is None else self._saving
+        executor = self._saving if proposal.back is not None or self._reads(proposal) else self._changes
         executor.submit(self._judge, proposal).add_done_callback(partial(self._judged, proposal))
 
     def answer(self, answer: Answer) -> None:
@@ -341,6 +342,10 @@ class ShardRun:
         try:
             if proposal.back is not None:
                 held: _Held | None = self._hold_way_back(proposal, self.checkpoints.read(proposal.back))
+            elif self._reads(proposal):
+                if ticket.base != self._revision:
+                    return
+                held = self._rewound(ticket, cast("Rewind", _change_in(proposal.change or "")))
             else:
                 with self._run.deciding():
                     if ticket.base != self._revision:
@@ -369,21 +374,41 @@ class ShardRun:
         with contextlib.suppress(StorageFailed):  # the run tells so, and the change comes again
             self.reporting.vote(Vote(proposal, held.outcome), held)
 
+    @staticmethod
+    def _reads(proposal: Proposal) -> bool:
+        """Whether a change reads files before it can be voted for."""
+        try:
+            return isinstance(_change_in(proposal.change or ""), Rewind)
+        except MalformedMessage:
+            return False  # to be refused
+
+    def _rewound(self, ticket: Ticket, change: Rewind) -> _Held | None:
+        """What a rewind holds; None where it was made before. Raises as ShardSnapshots.read() and
+        Run.prepare_rewound()."""
+        version = self._run.ledger.version
+        if version and version.made_by(ticket.key):
+            return None
+        rewound = self._snapshots.read(change, _lineage_of(ticket.key), ticket.key)
+        with self._run.deciding():
+            return self._hold(ticket, self._run.prepare_rewound(rewound))
+
     def _hold_way_back(self, proposal: Proposal, state: State | None) -> _Held:
         """Hold the write that a way back is; of one that comes again the first."""
         with self._run.deciding():
             return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
 
-    def _changed(self, proposal: Proposal, change: Adjustment | _Beside) -> _Held | None:
+    def _changed(self, proposal: Proposal, change: Adjustment | Rewind | _Beside) -> _Held | None:
         """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), as
         Checkpoints.check(), and as ShardSnapshots.check()."""
         run, writer, ticket = self._run, None, proposal.ticket
-        if not isinstance(change, Adjustment):
+        if not isinstance(change, Adjustment | Rewind):
             if isinstance(change, Checkpoint):
                 self.checkpoints.check(proposal.settles)
             else:
                 self._snapshots.check(change)
             return self._held.setdefault(ticket, self._held_beside(change, run.ledger.outcome()))
+        if isinstance(change, Rewind):
+            raise InvalidRequest("a rewind is judged where files are read")
         if change.kind == "writer":
             writer = run.ledger.next_writer(ticket.key)
             write = self._attaching(writer, ticket.key) if writer > run.ledger.writer else None
@@ -424,7 +449,7 @@ class ShardRun:
             held = _Held(self.checkpoints.back_at(voted, outcome), outcome)
         elif voted:
             held = _Held(self._run.moving_to(voted, None), outcome)
-        elif proposal.change and not isinstance(change := _change_in(proposal.change), Adjustment):
+        elif proposal.change and not isinstance(change := _change_in(proposal.change), Adjustment | Rewind):
             held = self._held_beside(change, outcome)
         else:
             held = _Held(self._attaching(writer_in(outcome), proposal.ticket.key), outcome)
@@ -445,10 +470,10 @@ def _attached_by(made: Vote) -> str | None:
     return made.ticket.key if isinstance(change, Adjustment) and change.kind == "writer" else None
 
 
-def _change_in(text: str) -> Adjustment | _Beside:
+def _change_in(text: str) -> Adjustment | Rewind | _Beside:
     """Raises MalformedMessage."""
-    kinds = (Adjustment, Checkpoint, SnapshotBegun, SnapshotTaken, SnapshotGone)
-    return cast("Adjustment | _Beside", decode(text, *kinds))
+    kinds = (Adjustment, Checkpoint, Rewind, SnapshotBegun, SnapshotTaken, SnapshotGone)
+    return cast("Adjustment | Rewind | _Beside", decode(text, *kinds))
 
 
 def _outlives(vote: Vote) -> bool:

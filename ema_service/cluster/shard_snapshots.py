@@ -17,9 +17,9 @@ import threading
 from concurrent.futures import Executor
 
 from ema_client.errors import EmaError, Overloaded
-from ema_service.cluster.messages import SnapshotBegun, SnapshotGone, SnapshotTaken
+from ema_service.cluster.messages import Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
 from ema_service.persistence import Snapshots
-from ema_service.runs import Run, State
+from ema_service.runs import Rewound, Run, State
 from ema_service.storage import RowChange
 
 __all__ = ["ShardSnapshots"]
@@ -38,6 +38,15 @@ class ShardSnapshots:
         self._lock = threading.Lock()
         #: Names of those that are being written.
         self._writing: set[str] = set()
+
+    def read(self, change: Rewind, lineage: str, key: str) -> Rewound:
+        """The version at a snapshot, written to its place. lineage: for a run that has no version. key: of the write.
+
+        Raises as Snapshots.read(), SnapshotNotFound, and as Run.finish_rewind().
+        """
+        self._snapshots.find(change.snapshot, change.created_at)
+        read = self._snapshots.read(change.snapshot, self._run.ledger.setup.members)
+        return self._run.finish_rewind(*read, self._snapshots.following(read[0]), lineage, key)
 
     def check(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Whether a change may be made. Under deciding().

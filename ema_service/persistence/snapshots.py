@@ -282,6 +282,11 @@ class Snapshots:
                 return descent_of(said.get("descent"))
         raise _missing(self._row.name, info.name)
 
+    def following(self, info: SnapshotInfo) -> Descent:
+        """The descent of a version that goes on from a snapshot in a later epoch. Raises as descent()."""
+        epoch, n = map(int, info.version.split("."))
+        return self.descent(info).followed(epoch, n, 0)
+
     def counter(self, info: SnapshotInfo, average: str) -> int:
         """The counter of an average of a snapshot. Raises as open()."""
         file, weights = self.open(info.name, average)

@@ -55,6 +55,7 @@ from ema_client.protocol import (
     layout_path,
     part_path,
     reset_path,
+    rewind_path,
     run_path,
     runs_path,
     server_path,
@@ -107,7 +108,6 @@ _MOST_LAYOUTS = 256
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
     "averages": "averages are those that the run was made with",
-    "rewind": "no going back yet",
     "events": "no events yet; GET /v1/runs/{run} tells how the run stands",
     "history": "no history yet",
     "distances": "no history yet",
@@ -144,6 +144,7 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("DELETE", run, gateway.delete),
         ("GET", f"{run}/layout", gateway.layout),
         ("GET", f"{run}/shards", gateway.shards),
+        ("POST", f"{run}/rewind", gateway.rewind),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
         ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
@@ -255,6 +256,11 @@ class _Gateway:
     async def reset(self, run: RunName, request: Request) -> Response:
         """The counters set to 0 on all hosts or none."""
         await self._hand_over(request, reset_path(run))
+        return _json(await self._info(request, run))
+
+    async def rewind(self, run: RunName, request: Request) -> Response:
+        """Back to a snapshot on all hosts, or none."""
+        await self._hand_over(request, rewind_path(run), seconds=_SNAPSHOT_SECONDS)
         return _json(await self._info(request, run))
 
     async def attach(self, run: RunName, request: Request) -> Response:

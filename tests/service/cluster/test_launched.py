@@ -119,6 +119,12 @@ def test_snapshots(cluster: Launched, run_name: str, model: Model, litema: type[
         client.download(run_name, tmp_path / "s.safetensors", snapshot="s-1")
         assert all(torch.equal(each, found[name]) for name, each in load_file(tmp_path / "s.safetensors").items())
         assert taken.bytes > sum(tensor.nbytes for tensor in oracle.shadow.values())
+        told = client.rewind(run_name, "s-1")
+        assert (told.version, told.step, told.status, told.checkpoint_step) == ("2.0", 1, "ready", 1)
+        assert_is(client, run_name, oracle)
+        client.push(run_name, model(3), step=2)
+        oracle.update(model(3))
+        assert_is(client, run_name, oracle)
         client.snapshot(run_name, "s-2", keep=1)
         assert [each.name for each in client.snapshots(run_name)] == ["s-2"]
         client.delete_snapshot(run_name, "s-2")

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ema_client.errors import SnapshotNotFound
-from ema_service.cluster import Checkpoint, SnapshotBegun, SnapshotGone, SnapshotTaken
+from ema_service.cluster import Checkpoint, Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
 from ema_service.cluster.reasons import error_of
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.store import Store
 from tests.service.cluster.town import POINTS, Town
+
+if TYPE_CHECKING:
+    from tests.conftest import LitEmaOracle
 
 Model = Callable[[int], dict[str, Tensor]]
 
@@ -162,6 +165,71 @@ def test_votes_outlive_the_machine(town: Callable[..., Town], monkeypatch: pytes
     here.change("t", TAKEN)
     here.change("g", SnapshotGone("s", 5.0))
     assert seen == [True] * 8
+
+
+@pytest.mark.parametrize("kept", ["memory files", "slots"])
+def test_rewind(kept: str, tmp_path: Path, model: Model, ram_dir: Path, litema: type[LitEmaOracle]) -> None:
+    """All hosts go back to a snapshot, bit for bit, in a new epoch; once for a key; and the run goes on."""
+    durability = "process" if kept == "memory files" else "disk"
+    here = Town(tmp_path / "t", 2, model, ram_dir if kept == "memory files" else None, durability=durability)
+    oracle = litema(model(0))
+    for step in (0, 1):
+        here.push(step)
+    oracle.update(model(1))
+    here.change("b", BEGUN)
+    here.change("t", TAKEN)
+    for step in (2, 3):
+        here.push(step)
+    assert error_of(here.change("r0", Rewind("s", 6.0)).reason).code == "snapshot_not_found"
+    assert here.change("r", Rewind("s", 5.0)).committed
+    for _ in range(2):
+        assert here.versions() == ["2.0", "2.0"]
+        found = here.shadows()
+        assert all(torch.equal(found[name], shadow) for name, shadow in oracle.shadow.items())
+        for host in here.hosts:
+            host.restart()
+        here.deliver()
+    here.push(2, "u2 again")
+    oracle.update(model(2))
+    found = here.shadows()
+    assert all(torch.equal(found[name], shadow) for name, shadow in oracle.shadow.items())
+    assert here.versions() == ["2.1", "2.1"]
+    here.close()
+
+
+@pytest.mark.parametrize("point", [each for each in POINTS if POINTS[each][0] != "discard"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_host_is_killed_over_a_rewind(
+    place: int, point: str, town: Callable[..., Town], litema: type[LitEmaOracle], model: Model
+) -> None:
+    """A host that is killed at any point of a rewind comes back, and all are at the snapshot, once."""
+    here, oracle = town(2), litema(model(0))
+    oracle.update(model(1))
+    here.change("b", BEGUN)
+    here.change("t", TAKEN)
+    here.push(2)
+    here.hosts[place].kill_at = point
+    if point.startswith("term"):
+        here.replace_coordinator()
+    here.change("r", Rewind("s", 5.0))
+    here.say_again()
+    assert here.hosts[place].kills == 1
+    assert here.versions() == ["2.0", "2.0"]
+    found = here.shadows()
+    assert all(torch.equal(found[name], shadow) for name, shadow in oracle.shadow.items())
+
+
+def test_damaged_snapshot_keeps_all_where_they_are(town: Callable[..., Town]) -> None:
+    """Where one host cannot read its files no host goes back, and whoever asked is told why."""
+    here = town(2)
+    here.change("b", BEGUN)
+    here.change("t", TAKEN)
+    for path in here.hosts[1].server.data_files("*/snapshots/s/*"):
+        path.write_bytes(b"")
+    assert error_of(here.change("r", Rewind("s", 5.0)).reason).code == "snapshot_damaged"
+    assert here.versions() == ["1.1", "1.1"]
+    here.push(2)
+    assert here.versions() == ["1.2", "1.2"]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
