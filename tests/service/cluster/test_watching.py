@@ -35,6 +35,7 @@ from tests.conftest import PlainRun, ServerProcess
 from tests.service.cluster.plain_hosts import PlainHosts, pushed
 from tests.service.cluster.processes.coordinating import TOKEN
 from tests.service.cluster.servers import cut
+from tests.service.cluster.watchers import told
 from tests.waiting import wait_until
 
 #: Seconds in which a thousand evaluators are told, on two cores that others use too.
@@ -226,35 +227,6 @@ def _watchers_at(server: ServerProcess) -> int:
         return int(float(re.findall(r"^ema_watchers (\S+)$", http.get("/metrics").text, re.MULTILINE)[0]))
 
 
-async def _told(url: str, run: str, many: int, act: Callable[[], None]) -> list[float]:
-    """When each of so many watchers, on one event loop, was told of the next version, in seconds after ``act``."""
-    host, port = url.removeprefix("http://").split(":")
-    later: list[float] = []
-    all_there, there = asyncio.Event(), 0
-
-    async def watch() -> None:
-        nonlocal there
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(f"GET /v1/runs/{run}/events HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
-        while not (await reader.readline()).startswith(b"data:"):
-            pass
-        there += 1
-        if there == many:
-            all_there.set()
-        while not (await reader.readline()).startswith(b"data:"):
-            pass
-        later.append(time.monotonic())
-        writer.close()
-
-    watching = [asyncio.create_task(watch()) for _ in range(many)]
-    async with asyncio.timeout(60):
-        await all_there.wait()
-        began = time.monotonic()
-        await asyncio.to_thread(act)
-        await asyncio.gather(*watching)
-    return [each - began for each in later]
-
-
 def test_a_thousand_evaluators(
     hosts: PlainHosts, shards: list[PlainRun], model: Callable[[int], dict[str, Tensor]]
 ) -> None:
@@ -266,9 +238,9 @@ def test_a_thousand_evaluators(
         pushed(shards, model(1), 1)
 
     before = [_watchers_at(server) for server in hosts.servers]
-    told = asyncio.run(_told(hosts.url, shards[0].name, 1000, act))
-    assert len(told) == 1000
-    assert max(told) < TOLD_SECONDS
+    when = asyncio.run(told(hosts.url, shards[0].name, 1000, act))
+    assert len(when) == 1000
+    assert max(when) < TOLD_SECONDS
     assert [now - then for now, then in zip(seen, before, strict=True)] == [1, 1, 1]
 
 
