@@ -16,11 +16,12 @@ Knows Ray. Does not know what the programs do, or how they are kept running.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -181,8 +182,8 @@ def down(name: str, say: Callable[[str], None]) -> int:
     hosts = _found(_named(name))
     coordinator = _found([_coordinator(name)])
     for actors in (hosts, coordinator):
-        ending = [actor.end.remote() for actor in actors.values()]
-        ray.wait(ending, num_returns=len(ending), timeout=GRACE + 10.0) if ending else None
+        if ending := [actor.end.remote() for actor in actors.values()]:
+            ray.wait(ending, num_returns=len(ending), timeout=GRACE + 10.0)
         for each, actor in actors.items():
             ray.kill(actor, no_restart=True)
             say(f"{each} | ended")
@@ -198,13 +199,13 @@ def processes_of(name: str, place: int) -> tuple[int, ...]:
     raise LaunchFailed(f"there is no {host}")
 
 
-def _named(name: str) -> Iterator[str]:
-    """The names of all hosts of a cluster that Ray knows."""
-    known = {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}
-    return (each for each in sorted(known) if each.startswith(f"{name}-host-"))
+def _named(name: str) -> list[str]:
+    """The names of all hosts of a cluster that Ray knows; not those of a cluster whose name begins alike."""
+    known = (each["name"] for each in ray.util.list_named_actors(True) if each["namespace"] == RAY_NAMESPACE)
+    return sorted(each for each in known if re.fullmatch(rf"{re.escape(name)}-host-\d+", each))
 
 
-def _found(names: Any) -> dict[str, Any]:
+def _found(names: Iterable[str]) -> dict[str, Any]:
     """The actors that are there, by name."""
     found = {}
     for name in names:

@@ -177,6 +177,15 @@ def test_a_host_is_where_its_data_is(places: list[int], has: dict[str, set[int]]
     assert ray_launcher._chosen(places, has) == chosen
 
 
+def test_no_other_cluster_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose name begins alike, or that another program has made."""
+    ours, theirs = {"namespace": RAY_NAMESPACE}, {"namespace": "theirs"}
+    names = ["ema-host-0", "ema-host-11", "ema-host-host-0", "ema-2-host-0", "ema-coordinator"]
+    known = [{"name": name, **ours} for name in names] + [{"name": "ema-host-1", **theirs}]
+    monkeypatch.setattr("ray.util.list_named_actors", lambda _: known)
+    assert ray_launcher._named("ema") == ["ema-host-0", "ema-host-11"]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_random_kills_on_ray(folder: Path, model: Model, litema: type[LitEmaOracle]) -> None:
