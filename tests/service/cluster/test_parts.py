@@ -126,7 +126,8 @@ def test_steps_stay_in_order(cluster: MakeCluster, model: Model, litema: type[Li
     ranks.push(0)
     assert {each.status_code for each in ranks.send(1, [(0, 0), (1, 0)])} == {202}
     assert {each.status_code for each in ranks.send(2, [(0, 0), (1, 0)])} == {202}
-    ranks.push(1)
+    assert ranks.once(1, 0, 1).status_code == 202
+    assert ranks.once(1, 1, 1).json()["applied"]
     ranks.push(2)
     for step in (1, 2):
         oracle.update(model(step))

@@ -60,7 +60,9 @@ def assert_litema(cluster: Launched, run: str, litema: type[LitEmaOracle], steps
         assert client.run(run).num_updates == len(steps)
 
 
-@pytest.mark.parametrize(("hosts", "straight"), [(1, False), (2, True), (3, True), (2, False)])
+@pytest.mark.parametrize(
+    ("hosts", "straight"), [(1, False), (2, True), (3, True), pytest.param(2, False, marks=pytest.mark.soak)]
+)
 def test_two_ranks(hosts: int, straight: bool, launch: Launch, tmp_path: Path, litema: type[LitEmaOracle]) -> None:
     """FSDP2's ranks, and rank 0 of DDP, give the unsharded EMA past the gateway and through it; copy_to() and scope()
     give each rank its own; what was loaded after the constructor counts."""
