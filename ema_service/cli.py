@@ -346,6 +346,8 @@ def serve(
             "snapshots are files of a data dir before they are moved: leave --memory out", param_hint="--snapshot-store"
         )
     _check_cluster(shard, coordinator, cluster_token_file, cluster_address or lease, memory=memory)
+    if shard and snapshot_store:
+        raise typer.BadParameter("snapshots of a cluster stay in its hosts' data dirs", param_hint="--snapshot-store")
     budgets = {"memory_limit": memory_limit, "staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
     settings = Settings(
         data_dir=None if memory else data_dir,

@@ -50,6 +50,11 @@ class Checkpoints:
         return Kept(there[0], there[-1]) if there else Kept()
 
     @property
+    def are_taken(self) -> bool:
+        """Whether the run has checkpoints: else each of its versions is on the disk."""
+        return self._disk is not None
+
+    @property
     def due(self) -> bool:
         """Whether the run has moved since the newest checkpoint."""
         state = self._run.state

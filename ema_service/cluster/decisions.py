@@ -59,12 +59,17 @@ Output = Answer | Ask | Propose | Resolve
 _EDITIONS_LOST = 1 << 32
 
 
-def after_loss(record: Record) -> Record:
+def after_loss(record: Record, *, has_voted: bool = False) -> Record:
     """The record that a shard goes on with whose machine went down, and which may have lost later records than this
-    one; to be durable beyond the machine before anything is said, as every record is while the shard is lost."""
+    one; to be durable beyond the machine before anything is said, as every record is while the shard is lost.
+
+    has_voted: whether what the record votes for outlived the machine, as the record did before it was told. Then the
+    vote stands, for others may have committed it.
+    """
     if record.lost:
         return record
-    return record._replace(edition=record.edition + _EDITIONS_LOST, vote=None, lost=True)
+    vote = record.vote if has_voted else None
+    return record._replace(edition=record.edition + _EDITIONS_LOST, vote=vote, lost=True)
 
 
 class Shard:
@@ -170,7 +175,8 @@ class Shard:
             way = made.proposal
             settled = way.settles or old.settled if way.back is None else way.back
             revision = made.ticket.base + 1
-            self.record = self.record._replace(revision=revision, made=made, lost=False, settled=settled)
+            lost = old.lost and way.back is None
+            self.record = self.record._replace(revision=revision, made=made, lost=lost, settled=settled)
         self._waiting, self._overdue = None, False
 
 

@@ -12,6 +12,7 @@ Lives on the event loop, but for what the directory calls. Knows which talks a h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -21,14 +22,26 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping
-from ema_client.protocol import RunConfig, RunInfo, Writer
+from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, Writer
 from ema_service import tether
 from ema_service.cluster.asking import Asking
 from ema_service.cluster.directory import Directory, creation_of, same_run, whole_config
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.lease import Lease
-from ema_service.cluster.messages import DIRECTORY, Adjustment, Answer, Arrival, Change, Checkpoint, Deletion
+from ema_service.cluster.messages import (
+    DIRECTORY,
+    Adjustment,
+    Answer,
+    Arrival,
+    Change,
+    Checkpoint,
+    Deletion,
+    Rewind,
+    SnapshotBegun,
+    SnapshotGone,
+    SnapshotTaken,
+)
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
 from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.shard_run import ShardRun
@@ -49,6 +62,9 @@ T = TypeVar("T")
 _CHANGE_SECONDS = 60.0
 #: Seconds that other runs wait for the checkpoint of one to be written: a disk may hang.
 _WRITING_SECONDS = 600.0
+#: Seconds between two questions whether all hosts have written a snapshot, at first and at most: each has an update
+#: that is under way sent again.
+_WRITTEN_PAUSE, _MOST_PAUSE = 0.02, 2.0
 #: Seconds for which the request that completes a set of parts waits for all hosts. Longer than a decision takes where
 #: no host is away; and its sender, who waits, may have to send another host a part again before anything is decided.
 _SOON_SECONDS = 1.0
@@ -201,6 +217,78 @@ class Host:
         found = await self._made(run, Adjustment("writer"), key, number)
         return Writer(name, found)
 
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    async def take_snapshot(
+        self, name: str, snapshot: str, *, keep: int | None = None, key: str | None = None
+    ) -> tuple[SnapshotInfo, bool]:
+        """As Snapshots.take(), on all hosts. Raises as that, and as _ask()."""
+        run, snapshots = self._registry.get(name), self._registry.snapshots(name)
+        key = key or secrets.token_hex(16)
+        version = str(run.ready_state().version)
+        if found := await asyncio.to_thread(snapshots.taken, snapshot, version, key):
+            return found, False
+        shard, created_at = self.shard(run), time.time()
+        await self._ask(shard.talk, secrets.token_hex(16), encode(SnapshotBegun(snapshot, created_at, key)))
+        try:
+            gone = await asyncio.to_thread(snapshots.series, snapshot, keep)
+            await self._ask_when_written(shard, encode(SnapshotTaken(snapshot, created_at, " ".join(gone))))
+        except EmaError:
+            with contextlib.suppress(EmaError):  # nobody finds it, and it makes room for the next one
+                change = SnapshotGone(snapshot, created_at, begun=True)
+                await self._ask(shard.talk, secrets.token_hex(16), encode(change))
+            raise
+        return await asyncio.to_thread(snapshots.find, snapshot), True
+
+    async def _ask_when_written(self, shard: ShardRun, change: str, settles: int = 0) -> None:
+        """Ask for a change once no host is writing what it is about. settles: as in Change. Raises as _ask()."""
+        key, pause = secrets.token_hex(16), _WRITTEN_PAUSE
+        until = time.monotonic() + _WRITING_SECONDS
+        while True:
+            try:
+                await self._ask(shard.talk, key, change, settles)
+                return
+            except Overloaded:
+                if time.monotonic() > until:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _MOST_PAUSE)
+
+    async def delete_snapshot(self, name: str, snapshot: str, created_at: float | None = None) -> None:
+        """As Snapshots.delete(), on all hosts. Raises as that, and as _ask()."""
+        run, snapshots = self._registry.get(name), self._registry.snapshots(name)
+        info = await asyncio.to_thread(snapshots.find, snapshot, created_at)
+        change = encode(SnapshotGone(snapshot, info.created_at))
+        await self._ask(self.shard(run).talk, secrets.token_hex(16), change)
+
+    async def rewind(
+        self, name: str, snapshot: str, key: str | None = None, *, created_at: float | None = None
+    ) -> RunInfo:
+        """As Registry.rewind(), to a snapshot of the run itself, on all hosts. Raises as that, and as _ask().
+
+        When this returns, no loss of a machine takes the run back to where it was before. created_at: of the run.
+        """
+        run, snapshots = self._registry.get(name, created_at), self._registry.snapshots(name)
+        key, shard = key or secrets.token_hex(16), self.shard(run)
+        info = await asyncio.to_thread(snapshots.find, snapshot)
+
+        def told() -> RunInfo | None:
+            version = run.ledger.version
+            return run.info() if version and version.made_by(key) else None
+
+        answer = await self._made(run, Rewind(snapshot, info.created_at), key, told)
+        await self._settle(shard)
+        return answer
+
+    async def _settle(self, shard: ShardRun) -> None:
+        """Have all hosts keep the run's version, or a later one, on their disks for certain. Raises as _ask()."""
+        if not shard.checkpoints.are_taken:
+            return
+        await self._take_checkpoint(shard)
+        newest = shard.kept().newer
+        if newest > shard.record.settled:
+            await self._ask_when_written(shard, encode(Checkpoint()), newest)
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     async def checkpoint(self) -> None:
@@ -229,7 +317,7 @@ class Host:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def _made(self, run: Run, change: Adjustment, key: str, answer: Callable[[], T | None]) -> T:
+    async def _made(self, run: Run, change: Adjustment | Rewind, key: str, answer: Callable[[], T | None]) -> T:
         """What ``answer`` gives once a change is made here: None before. Raises as _ask()."""
         if (found := answer()) is not None:
             return found
@@ -280,7 +368,10 @@ class Host:
         part = LayoutMap(Layout(whole.layout, whole.copied), member.of).shards[member.place].shadows
         arrival = self._arrival(part.start, part.stop)
         versions = self._registry.shard(name)
-        return ShardRun(run, versions, arrival, member.coordinators, member.token, self._judging, self._saving)
+        snapshots = self._registry.snapshots(name)
+        return ShardRun(
+            run, versions, snapshots, arrival, member.coordinators, member.token, self._judging, self._saving
+        )
 
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
         return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)

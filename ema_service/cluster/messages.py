@@ -26,6 +26,10 @@ __all__ = [
     "Refusal",
     "Report",
     "Resolve",
+    "Rewind",
+    "SnapshotBegun",
+    "SnapshotGone",
+    "SnapshotTaken",
     "Term",
     "Ticket",
     "Vote",
@@ -225,6 +229,41 @@ class Checkpoint(NamedTuple):
     """A change after which each shard writes its version of that revision to its disk; the version stays."""
 
 
+class SnapshotBegun(NamedTuple):
+    """A change after which each shard writes its version of that revision as a snapshot, which nobody finds yet.
+
+    created_at: the same on all hosts. key: of the call that asked, by which the call is known when it comes again.
+    """
+
+    name: str
+    created_at: float
+    key: str
+
+
+class SnapshotTaken(NamedTuple):
+    """A change by which a snapshot that was begun is there. gone: names of older ones of its series that go, parted by
+    spaces."""
+
+    name: str
+    created_at: float
+    gone: str = ""
+
+
+class SnapshotGone(NamedTuple):
+    """A change by which a snapshot is there no more. begun: whether it was begun alone, and may not be on all hosts."""
+
+    name: str
+    created_at: float
+    begun: bool = False
+
+
+class Rewind(NamedTuple):
+    """A change by which the run goes back to a snapshot, in a new epoch. created_at: of the snapshot."""
+
+    snapshot: str
+    created_at: float
+
+
 class Creation(NamedTuple):
     """A change of the directory: one run more. config: of the whole run, packed. created_at: the same on all hosts."""
 
@@ -267,4 +306,8 @@ Message: TypeAlias = (
     | Refusal
     | Report
     | Resolve
+    | Rewind
+    | SnapshotBegun
+    | SnapshotGone
+    | SnapshotTaken
 )

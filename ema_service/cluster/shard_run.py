@@ -35,17 +35,23 @@ from ema_service.cluster.messages import (
     Kept,
     Proposal,
     Record,
+    Rewind,
+    SnapshotBegun,
+    SnapshotGone,
+    SnapshotTaken,
     Ticket,
     Vote,
     talk_of,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
 from ema_service.cluster.reporting import Reporting
+from ema_service.cluster.shard_snapshots import ShardSnapshots
 from ema_service.cluster.token import ClusterToken
-from ema_service.persistence import ShardMemoryVersions, ShardVersions
+from ema_service.persistence import ShardMemoryVersions, ShardVersions, Snapshots
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, State, Update, Write
 from ema_service.runs.ledger import writer_in
+from ema_service.storage import RowChange
 
 __all__ = ["ShardRun"]
 
@@ -69,14 +75,19 @@ class _Sender(Generic[T]):
             return partial(self.future.set_exception, fault)
 
 
+#: Changes that leave the version as it is, and what a run has beside it.
+_Beside = Checkpoint | SnapshotBegun | SnapshotTaken | SnapshotGone
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Held:
-    """A write that the shard has voted for, or that waits. outcome: as in Vote. checkpoint: whether one is to be taken
-    of the revision that the write leads to."""
+    """A write that the shard has voted for, or that waits. outcome: as in Vote. change: which it is, of those that
+    leave the version as it is. rows: what else changes on the disk with the verdict."""
 
     write: Write
     outcome: str
-    checkpoint: bool = False
+    change: _Beside | None = None
+    rows: RowChange | None = None
 
 
 class ShardRun:
@@ -94,15 +105,16 @@ class ShardRun:
         self,
         run: Run,
         versions: ShardVersions | ShardMemoryVersions,
+        snapshots: Snapshots,
         arrival: Arrival,
         coordinators: Sequence[str],
         token: ClusterToken,
         changes: Executor,
         saving: Executor,
     ) -> None:
-        """run, versions: as Registry.get() and shard() have them, for which there is no other ShardRun. arrival,
-        coordinators, token: as for Reporting. changes: judges what coordinators bring, and works until the talk is
-        closed; saving: does the same where files are read or written.
+        """run, versions, snapshots: as Registry.get(), shard() and snapshots() have them, for which there is no other
+        ShardRun. arrival, coordinators, token: as for Reporting. changes: judges what coordinators bring, and works
+        until the talk is closed; saving: does the same where files are read or written.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
@@ -110,6 +122,7 @@ class ShardRun:
         self._versions = versions
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
+        self._snapshots = ShardSnapshots(run, snapshots, saving)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
         self._revision = record.revision
@@ -123,7 +136,7 @@ class ShardRun:
         self._answers: dict[str, list[Callable[[], None]]] = {}
         with run.deciding():
             if self.checkpoints.lost and not record.lost:
-                record = after_loss(record)
+                record = after_loss(record, has_voted=record.vote is not None and _outlives(record.vote))
                 versions.promise(encode(record))
             taken_up = self._take_up(record)
         self._held.update(taken_up)
@@ -238,7 +251,7 @@ class ShardRun:
                 base = record.vote.ticket.base if record.vote else self._revision
                 self._versions.vote(slot, prepared.write.state, encode(record), base + 1)
             else:
-                self._versions.discard(encode(record))
+                self._versions.discard(encode(record), durable=prepared is not None and prepared.rows is not None)
 
     def abort(self, record: Record, prepared: _Held | None) -> None:
         """Keep a record without the vote, or with that for what has waited."""
@@ -248,11 +261,13 @@ class ShardRun:
         """Keep a record of the next revision, and make the write that was voted for the run's."""
         with self._run.deciding():
             emptied = record.made is not None and record.made.proposal.back == 0
-            self._versions.confirm(encode(record), record.revision if emptied else 0)
+            self._versions.confirm(encode(record), record.revision if emptied else 0, prepared.rows)
             self._revision = record.revision
             prepared.write.put()
-            if prepared.checkpoint:
+            if isinstance(prepared.change, Checkpoint):
                 self.checkpoints.take(record)
+            elif prepared.change:
+                self._snapshots.follow(prepared.change)
             if record.made:
                 self.checkpoints.follow(record.made.proposal, record)
                 key = record.made.ticket.key
@@ -264,7 +279,7 @@ class ShardRun:
 
     def propose(self, proposal: Proposal) -> None:
         """Have a change judged, and vote for or against it."""
-        executor = self._changes if proposal.back is None else self._saving
+        executor = self._saving if proposal.back is not None or self._reads(proposal) else self._changes
         executor.submit(self._judge, proposal).add_done_callback(partial(self._judged, proposal))
 
     def answer(self, answer: Answer) -> None:
@@ -306,11 +321,16 @@ class ShardRun:
         for sender in senders:
             sender.future.set_exception(fault)
 
-    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None, *, checkpoint: bool = False) -> _Held:
+    def _held_beside(self, change: _Beside, outcome: str) -> _Held:
+        """What a change holds that leaves the version as it is. Raises as ShardSnapshots.rows()."""
+        rows = None if isinstance(change, Checkpoint) else self._snapshots.rows(change)
+        return _Held(Write(_nothing, _nothing), outcome, change, rows)
+
+    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None) -> _Held:
         """Hold a write until the verdict; of one that comes again the first. Raises StepConflict for other bytes."""
         version = write.state.version if write.state else None
         outcome = self._run.ledger.outcome(version, writer)
-        held = self._held.setdefault(ticket, _Held(write, outcome, checkpoint))
+        held = self._held.setdefault(ticket, _Held(write, outcome))
         first = held.write.state
         if version and first and first.version.digest != version.digest:
             raise StepConflict(f"step {ticket.step} of run {self._run.config.run!r} came before with other bytes")
@@ -322,6 +342,10 @@ class ShardRun:
         try:
             if proposal.back is not None:
                 held: _Held | None = self._hold_way_back(proposal, self.checkpoints.read(proposal.back))
+            elif self._reads(proposal):
+                if ticket.base != self._revision:
+                    return
+                held = self._rewound(ticket, cast("Rewind", _change_in(proposal.change or "")))
             else:
                 with self._run.deciding():
                     if ticket.base != self._revision:
@@ -350,18 +374,41 @@ class ShardRun:
         with contextlib.suppress(StorageFailed):  # the run tells so, and the change comes again
             self.reporting.vote(Vote(proposal, held.outcome), held)
 
+    @staticmethod
+    def _reads(proposal: Proposal) -> bool:
+        """Whether a change reads files before it can be voted for."""
+        try:
+            return isinstance(_change_in(proposal.change or ""), Rewind)
+        except MalformedMessage:
+            return False  # to be refused
+
+    def _rewound(self, ticket: Ticket, change: Rewind) -> _Held | None:
+        """What a rewind holds; None where it was made before. Raises as ShardSnapshots.read() and
+        Run.prepare_rewound()."""
+        version = self._run.ledger.version
+        if version and version.made_by(ticket.key):
+            return None
+        rewound = self._snapshots.read(change, _lineage_of(ticket.key), ticket.key)
+        with self._run.deciding():
+            return self._hold(ticket, self._run.prepare_rewound(rewound))
+
     def _hold_way_back(self, proposal: Proposal, state: State | None) -> _Held:
         """Hold the write that a way back is; of one that comes again the first."""
         with self._run.deciding():
             return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
 
-    def _changed(self, proposal: Proposal, change: Adjustment | Checkpoint) -> _Held | None:
-        """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), and as
-        Checkpoints.check()."""
+    def _changed(self, proposal: Proposal, change: Adjustment | Rewind | _Beside) -> _Held | None:
+        """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), as
+        Checkpoints.check(), and as ShardSnapshots.check()."""
         run, writer, ticket = self._run, None, proposal.ticket
-        if isinstance(change, Checkpoint):
-            self.checkpoints.check(proposal.settles)
-            return self._hold(ticket, Write(_nothing, _nothing), checkpoint=True)
+        if not isinstance(change, Adjustment | Rewind):
+            if isinstance(change, Checkpoint):
+                self.checkpoints.check(proposal.settles)
+            else:
+                self._snapshots.check(change)
+            return self._held.setdefault(ticket, self._held_beside(change, run.ledger.outcome()))
+        if isinstance(change, Rewind):
+            raise InvalidRequest("a rewind is judged where files are read")
         if change.kind == "writer":
             writer = run.ledger.next_writer(ticket.key)
             write = self._attaching(writer, ticket.key) if writer > run.ledger.writer else None
@@ -402,8 +449,8 @@ class ShardRun:
             held = _Held(self.checkpoints.back_at(voted, outcome), outcome)
         elif voted:
             held = _Held(self._run.moving_to(voted, None), outcome)
-        elif proposal.change and isinstance(_change_in(proposal.change), Checkpoint):
-            held = _Held(Write(_nothing, _nothing), outcome, checkpoint=True)
+        elif proposal.change and not isinstance(change := _change_in(proposal.change), Adjustment | Rewind):
+            held = self._held_beside(change, outcome)
         else:
             held = _Held(self._attaching(writer_in(outcome), proposal.ticket.key), outcome)
         return {proposal.ticket: held}
@@ -423,9 +470,18 @@ def _attached_by(made: Vote) -> str | None:
     return made.ticket.key if isinstance(change, Adjustment) and change.kind == "writer" else None
 
 
-def _change_in(text: str) -> Adjustment | Checkpoint:
+def _change_in(text: str) -> Adjustment | Rewind | _Beside:
     """Raises MalformedMessage."""
-    return cast("Adjustment | Checkpoint", decode(text, Adjustment, Checkpoint))
+    kinds = (Adjustment, Checkpoint, Rewind, SnapshotBegun, SnapshotTaken, SnapshotGone)
+    return cast("Adjustment | Rewind | _Beside", decode(text, *kinds))
+
+
+def _outlives(vote: Vote) -> bool:
+    """Whether what was voted for is on the medium, as the vote is."""
+    text = vote.proposal.change
+    if not text or vote.proposal.back is not None:
+        return False
+    return isinstance(_change_in(text), SnapshotTaken | SnapshotGone)
 
 
 def _nothing() -> None:

@@ -36,7 +36,7 @@ from ema_service.persistence.restoring import Restored
 from ema_service.persistence.rows import StoredVersion, dump, is_lost, read_rows, revision_of, settled_in
 from ema_service.persistence.versions import Versions, Written
 from ema_service.shadows.state import State, Version
-from ema_service.storage import MEMORY, CheckpointRow, RunRow, ShardRow, Slot, Store
+from ema_service.storage import MEMORY, CheckpointRow, RowChange, RunRow, ShardRow, Slot, Store
 
 __all__ = ["ShardMemoryVersions", "ShardRecord", "ShardVersions"]
 
@@ -73,10 +73,13 @@ class ShardRecord:
         """Whether the machine took versions with it, and the shards have not gone back yet."""
         return is_lost(self.text)
 
-    def keep(self, text: str, upto: int, since: int = 0) -> None:
-        """Replace the record; rows beyond revision ``upto`` go, and those before ``since``."""
-        durable = self.durable or self.lost or is_lost(text)
-        self._store.keep_record(self._row, text, upto, since=since, durable=durable)
+    def keep(
+        self, text: str, upto: int, since: int = 0, change: RowChange | None = None, *, durable: bool = False
+    ) -> None:
+        """Replace the record; rows beyond revision ``upto`` go, and those before ``since``. change: of other rows, in
+        the same transaction. durable: the record outlives the machine at once, as it does with a change."""
+        durable = durable or change is not None or self.durable or self.lost or is_lost(text)
+        self._store.keep_record(self._row, text, upto, since=since, durable=durable, change=change)
         self.text = text
 
     def vote(
@@ -253,18 +256,19 @@ class ShardVersions(Versions):
         self._vote = Written(row, held, text, (state.version.epoch, state.version.n), state.version.step, synced)
         self.trouble = None
 
-    def confirm(self, record: str, since: int = 0) -> None:
+    def confirm(self, record: str, since: int = 0, change: RowChange | None = None) -> None:
         """Keep a record that has come to the next revision: the version voted for, if any, is the newest.
 
-        since: the revision whose version is the first that the run still has. Raises StorageFailed, and then the vote
-        stands.
+        since: the revision whose version is the first that the run still has. change: as for ShardRecord.keep(). Raises
+        StorageFailed, and then the vote stands.
         """
-        self._keep(record, revision_of(record), since)
+        self._keep(record, revision_of(record), since, change)
         self.end_vote(committed=True)
 
-    def discard(self, record: str) -> None:
-        """Keep a record without the vote before, or with one that speaks of no version. Raises StorageFailed."""
-        self._keep(record, self.kept.revision)
+    def discard(self, record: str, *, durable: bool = False) -> None:
+        """Keep a record without the vote before, or with one that speaks of no version. durable: as for
+        ShardRecord.keep(). Raises StorageFailed."""
+        self._keep(record, self.kept.revision, durable=durable)
         self.end_vote(committed=False)
 
     def end_vote(self, *, committed: bool) -> None:
@@ -273,9 +277,11 @@ class ShardVersions(Versions):
             self._go_on_with(self._vote)
         self._vote = self.voted = None
 
-    def _keep(self, record: str, upto: int, since: int = 0) -> None:
+    def _keep(
+        self, record: str, upto: int, since: int = 0, change: RowChange | None = None, *, durable: bool = False
+    ) -> None:
         try:
-            self.kept.keep(record, upto, since)
+            self.kept.keep(record, upto, since, change, durable=durable)
         except sqlite3.Error as fault:
             raise self._failed(f"the record of shard {self.place} could not be kept: {fault}") from fault
         self.trouble = None
@@ -416,9 +422,9 @@ class ShardMemoryVersions(MemoryVersions):
         row = self._vote[0] if self._vote else None
         return (row[0].revision if row else None) or self.kept.revision + (1 if self._vote else 0)
 
-    def confirm(self, record: str, since: int = 0) -> None:
+    def confirm(self, record: str, since: int = 0, change: RowChange | None = None) -> None:
         """As ShardVersions.confirm()."""
-        self._keep(record, revision_of(record), since)
+        self._keep(record, revision_of(record), since, change)
         if since and not self._vote:
             self._newest = self.durable_step = None
         if self._vote:
@@ -428,14 +434,16 @@ class ShardMemoryVersions(MemoryVersions):
                 self._note_step(state)
         self._end_vote(committed=True)
 
-    def discard(self, record: str) -> None:
+    def discard(self, record: str, *, durable: bool = False) -> None:
         """As ShardVersions.discard()."""
-        self._keep(record, self.kept.revision)
+        self._keep(record, self.kept.revision, durable=durable)
         self._end_vote(committed=False)
 
-    def _keep(self, record: str, upto: int, since: int = 0) -> None:
+    def _keep(
+        self, record: str, upto: int, since: int = 0, change: RowChange | None = None, *, durable: bool = False
+    ) -> None:
         try:
-            self.kept.keep(record, upto, since)
+            self.kept.keep(record, upto, since, change, durable=durable)
         except sqlite3.Error as fault:
             raise self._failed(f"the record of shard {self.place} could not be kept: {fault}") from fault
         self._trouble = None

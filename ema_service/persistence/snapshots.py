@@ -47,18 +47,22 @@ _log = logging.getLogger(__name__)
 
 #: Retry-After where the object store does not answer.
 _STORE_SECONDS = 5.0
+#: Seconds after which a snapshot that was begun, and never came to be there, makes room for another one.
+_FORGOTTEN_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """A snapshot as its row tells of it. checksums, lineages: by name of the average; no lineage is an empty one.
-    recovered: whether the snapshot is older than the catalog, so that its version may have the name of another one."""
+    recovered: whether the snapshot is older than the catalog, so that its version may have the name of another one.
+    begun: whether the snapshot is not there yet, for other hosts may lack it."""
 
     row: SnapshotRow
     info: SnapshotInfo
     checksums: Mapping[str, str]
     lineages: Mapping[str, str]
     recovered: bool
+    begun: bool
 
     def has(self, member: Member, *, by_name: bool) -> bool:
         """Whether the snapshot has an average. by_name: or another of its name."""
@@ -167,13 +171,78 @@ class Snapshots:
             self._changed()
             return made, True
 
+    # --- of a shard: all hosts have a snapshot, or none ---------------------------------------------------------------
+
+    def check_free(self, name: str) -> None:
+        """Whether a snapshot of this name may be taken. Raises SnapshotExists, TooManySnapshots."""
+        found = self._found()
+        if name in found:
+            raise SnapshotExists(
+                f"snapshot {name!r} of run {self._row.name!r} is of version {found[name].version} already"
+            )
+        self._check_free(name, found)
+
+    def taken(self, name: str, version: str, key: str) -> SnapshotInfo | None:
+        """The snapshot that the call of this key has taken, or that is of this very version; None where there is none
+        of the name. Raises SnapshotExists for another one."""
+        kept = self._kept().get(name)
+        if kept is None:
+            return None
+        if _key_of(name, self._store.snapshots(self._row)) != key and kept.info.version != version:
+            self.check_free(name)
+        return kept.info
+
+    def series(self, name: str, keep: int | None) -> list[str]:
+        """Which snapshots are to go once one of this name is there, of its series only ``keep``."""
+        return self._oldest([*self._found(), name], name, keep)
+
+    def prepare(self, name: str, state: State, *, created_at: float, key: str) -> None:
+        """Write a snapshot that nobody finds before its row says so (prepared()). In place of one of its name that was
+        written before and never shown; one that was, too, an hour ago goes. Raises StorageFailed, RunNotFound."""
+        with self._lock:
+            if self._closed:
+                raise RunNotFound(f"run {self._row.name!r} was deleted")
+            for row in self._store.snapshots(self._row):
+                said = json.loads(row.info)
+                if said.get("begun") and (row.name == name or said["created_at"] < created_at - _FORGOTTEN_SECONDS):
+                    self._store.remove_snapshot(self._row, row.name)
+            info = replace(self._info(name, state), created_at=created_at)
+            self._write(state, info, key, begun=True)
+
+    def prepared(self, name: str, created_at: float) -> str:
+        """The text of its row, with which a snapshot is there that was written before. Raises SnapshotNotFound."""
+        for row in self._store.snapshots(self._row):
+            said = json.loads(row.info)
+            if row.name == name and said.get("begun") and said["created_at"] == created_at:
+                return json.dumps({**said, "begun": False})
+        raise _missing(self._row.name, name)
+
+    def shown(self, name: str, gone: Collection[str]) -> None:
+        """A snapshot is there by its row; ``gone`` are there no more."""
+        kept = self._kept().get(name)
+        version = kept.info.version if kept else ""
+        self._timeline.record("snapshot", f"snapshot {name} taken of version {version}")
+        for old in gone:
+            self._store.remove_snapshot_files(self._row, old)
+        self._changed()
+
+    def gone(self, name: str, *, told: bool) -> None:
+        """A snapshot is there no more, by its row. told: whether anybody found it before."""
+        self._store.remove_snapshot_files(self._row, name)
+        if told:
+            self._timeline.record("snapshot_deleted", f"snapshot {name} deleted")
+        self._changed()
+
     def all(self) -> list[SnapshotInfo]:
         """All snapshots of the run, oldest first."""
         return list(self._found().values())
 
-    def find(self, name: str) -> SnapshotInfo:
-        """The snapshot of this name. Raises SnapshotNotFound."""
-        return _one(self._kept(), self._row.name, name).info
+    def find(self, name: str, created_at: float | None = None) -> SnapshotInfo:
+        """The snapshot of this name. created_at: as for delete(). Raises SnapshotNotFound."""
+        info = _one(self._kept(), self._row.name, name).info
+        if created_at not in (None, info.created_at):
+            raise _missing(self._row.name, name)
+        return info
 
     def open(self, name: str, average: str | None = None) -> tuple[TensorFile, WeightsInfo]:
         """The file of one average (the first by default), open for the caller to close.
@@ -213,6 +282,11 @@ class Snapshots:
                 return descent_of(said.get("descent"))
         raise _missing(self._row.name, info.name)
 
+    def following(self, info: SnapshotInfo) -> Descent:
+        """The descent of a version that goes on from a snapshot in a later epoch. Raises as descent()."""
+        epoch, n = map(int, info.version.split("."))
+        return self.descent(info).followed(epoch, n, 0)
+
     def counter(self, info: SnapshotInfo, average: str) -> int:
         """The counter of an average of a snapshot. Raises as open()."""
         file, weights = self.open(info.name, average)
@@ -225,8 +299,7 @@ class Snapshots:
         created_at: of the snapshot that is meant, which another of its name is not. Raises SnapshotNotFound.
         """
         with self._lock:
-            if created_at not in (None, self.find(name).created_at):
-                raise _missing(self._row.name, name)
+            self.find(name, created_at)
             self._store.remove_snapshot(self._row, name)
             self._timeline.record("snapshot_deleted", f"snapshot {name} deleted")
             self._changed()
@@ -289,7 +362,7 @@ class Snapshots:
             created_at=time.time(),
         )
 
-    def _write(self, state: State, info: SnapshotInfo, key: str | None) -> None:
+    def _write(self, state: State, info: SnapshotInfo, key: str | None, *, begun: bool = False) -> None:
         """Write one file for each average, then the row, which has the checksums of the files and the call's key.
 
         The state cannot change meanwhile. On a GPU, one average at a time is copied to the host. Readers' budgets are
@@ -307,6 +380,7 @@ class Snapshots:
             "lineages": lineages,
             "key": key,
             "descent": asdict(state.version.descent),
+            **({"begun": True} if begun else {}),
         }
         self._save(info.name, info.bytes, lambda: json.dumps(said), files)
 
@@ -343,14 +417,19 @@ class Snapshots:
 
         A name without a "-" is in no series: nothing is removed.
         """
-        series, dash, _ = name.rpartition("-")
-        names = [each for each in self._found() if dash and each.rpartition("-")[:2] == (series, dash)]
-        for old in names[:-keep] if keep else ():
+        for old in self._oldest(list(self._found()), name, keep):
             try:
                 self._store.remove_snapshot(self._row, old)
             except sqlite3.Error as fault:
                 # The new snapshot is there; the next of the series tries again.
                 _log.error("run %s: snapshot %s could not be removed: %s", self._row.name, old, fault)
+
+    @staticmethod
+    def _oldest(names: Sequence[str], name: str, keep: int | None) -> list[str]:
+        """Of the series of ``name`` all but the newest ``keep``. names: of all snapshots, oldest first."""
+        series, dash, _ = name.rpartition("-")
+        same = [each for each in names if dash and each.rpartition("-")[:2] == (series, dash)]
+        return same[:-keep] if keep else []
 
     def _changed(self) -> None:
         self.changes += 1
@@ -365,7 +444,8 @@ class Snapshots:
 
     def _kept(self) -> dict[str, _Kept]:
         """By name, each snapshot with what its row says beside, oldest first."""
-        return {row.name: _read_row(row) for row in self._store.snapshots(self._row)}
+        found = {row.name: _read_row(row) for row in self._store.snapshots(self._row)}
+        return {name: kept for name, kept in found.items() if not kept.begun}
 
     def _open(self, kept: _Kept, average: str | None) -> tuple[TensorFile, WeightsInfo]:
         info = kept.info
@@ -437,7 +517,14 @@ def _read_row(row: SnapshotRow) -> _Kept:
     said = json.loads(row.info)
     info = replace(from_json(SnapshotInfo, said), stored="local" if row.folder is None else "store")
     # Rows of format 1 have no checksums, those before format 6 no lineages.
-    return _Kept(row, info, said.get("checksums", {}), said.get("lineages", {}), said.get("recovered", False))
+    return _Kept(
+        row,
+        info,
+        said.get("checksums", {}),
+        said.get("lineages", {}),
+        said.get("recovered", False),
+        said.get("begun", False),
+    )
 
 
 def _unread(info: SnapshotInfo, fault: Exception) -> StorageFailed | SnapshotDamaged:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ema_service.runs.gathering import Part, Terms
 from ema_service.runs.parts import Parts
 from ema_service.runs.registry import Candidate, Registry
-from ema_service.runs.run import Parameters, Run, Update, Write
+from ema_service.runs.run import Parameters, Rewound, Run, Update, Write
 from ema_service.shadows import State, Version
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Part",
     "Parts",
     "Registry",
+    "Rewound",
     "Run",
     "State",
     "Terms",

@@ -926,8 +926,7 @@ class Registry:
         if branches:
             counter = max(0, *(average.num_updates for average in averages))
             return Descent(counter, before=max(counter, 1))
-        epoch, n = map(int, info.version.split("."))
-        return disk.snapshots.descent(info).followed(epoch, n, 0)
+        return disk.snapshots.following(info)
 
     def _place_snapshot(self, run: str, snapshot: SnapshotRow, folder: str, files: str) -> None:
         """A snapshot lies in the object store now. Raises sqlite3.Error."""

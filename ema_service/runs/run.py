@@ -34,7 +34,7 @@ from ema_service.runs.ledger import Ledger, Succession
 from ema_service.runs.measurements import Measured, Measurements
 from ema_service.shadows import Average, Descent, Plan, Preparation, Prepared, Setup, Shadows, State, Version
 
-__all__ = ["Anew", "Finished", "First", "Keeper", "Parameters", "Place", "Run", "Update", "Write"]
+__all__ = ["Anew", "Finished", "First", "Keeper", "Parameters", "Place", "Rewound", "Run", "Update", "Write"]
 
 #: Bytes of shadows that are averaged in 0.1 ms: waking a thread for the work, and then the event loop, takes as long.
 _SMALL_BYTES = 1 << 20
@@ -96,6 +96,14 @@ class Anew:
     state: State
     place: Place | None
     key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """A version at a snapshot that is whole, and that is not judged yet. place: as of First."""
+
+    state: State
+    place: Place | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,12 +564,29 @@ class Run:
         Also a way out of ``degraded``. descent: of the version that follows the snapshot. key: of the write; not to be
         called for the key of a write that was applied (Version.made_by). Raises RunNotFound, StorageFailed, Superseded.
         """
-        version = self.ledger.rewound(info, averages, descent, secrets.token_hex(8), time.time())
-        state = State(version.keyed(key), arenas)
-        place = self._write(state)
+        rewound = self.finish_rewind(info, averages, arenas, descent, secrets.token_hex(8), key)
         with self._lock:
-            self.ledger.judge_rewind(state.version)
-            self._settle(self.moving_to(state, place, self.ledger.recover))
+            self._settle(self.prepare_rewound(rewound))
+
+    def finish_rewind(
+        self,
+        info: SnapshotInfo,
+        averages: tuple[Average, ...],
+        arenas: tuple[Arena, ...],
+        descent: Descent,
+        lineage: str,
+        key: str | None,
+    ) -> Rewound:
+        """The version at a snapshot, written to its place. lineage: for a run that has no version. Others as for
+        rewind(). Raises StorageFailed."""
+        version = self.ledger.rewound(info, averages, descent, lineage, time.time())
+        state = State(version.keyed(key), arenas)
+        return Rewound(state, self._write(state))
+
+    def prepare_rewound(self, rewound: Rewound) -> Write:
+        """The write that a rewind is. Under deciding(). Raises RunNotFound, Superseded."""
+        self.ledger.judge_rewind(rewound.state.version)
+        return self.moving_to(rewound.state, rewound.place, self.ledger.recover)
 
     def accept(self, key: str | None = None) -> None:
         """Go on with the version that is there although later updates are gone: the other way out of ``degraded``.

@@ -27,6 +27,7 @@ __all__ = [
     "Catalog",
     "CatalogUnusable",
     "CheckpointRow",
+    "RowChange",
     "RunRow",
     "ShardRow",
     "Shelf",
@@ -229,6 +230,17 @@ class ShardRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RowChange:
+    """What a revision of a run on several hosts changes of the run's rows, in the transaction of its record.
+
+    shown: a snapshot's name, and the text of its row from now on. gone: names of snapshots that are there no more.
+    """
+
+    shown: tuple[str, str] | None = None
+    gone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotRow:
     """A snapshot of a run. info: JSON. folder: where its files lie in the object store, None: in the data dir. files:
     JSON, of the files in the object store."""
@@ -427,14 +439,28 @@ class Catalog:
             db.execute("UPDATE directory SET record = ?", (record,))
             db.execute("DELETE FROM runs WHERE id = ?", (gone,))
 
-    def keep_record(self, run_id: int, record: str, upto: int, *, durable: bool, since: int = 0) -> None:
+    def keep_record(
+        self,
+        run_id: int,
+        record: str,
+        upto: int,
+        *,
+        durable: bool,
+        since: int = 0,
+        change: RowChange | None = None,
+    ) -> None:
         """Replace a shard's record. since, upto: the revisions that the record speaks of; the rows of others go, in the
-        same transaction."""
+        same transaction. change: what else changes in it."""
         with self._transaction(durable=durable) as db:
             db.execute(
                 "DELETE FROM checkpoints WHERE run_id = ? AND revision NOT BETWEEN ? AND ?", (run_id, since, upto)
             )
             db.execute("UPDATE shards SET record = ? WHERE run_id = ?", (record, run_id))
+            if change and change.shown:
+                name, text = change.shown
+                db.execute("UPDATE snapshots SET info = ? WHERE run_id = ? AND name = ?", (text, run_id, name))
+            for gone in change.gone if change else ():
+                db.execute("DELETE FROM snapshots WHERE run_id = ? AND name = ?", (run_id, gone))
 
     def put_vote(
         self, run_id: int, record: str, vote: CheckpointRow, current: int | None, *, durable: bool

@@ -31,6 +31,7 @@ from ema_service.storage.catalog import (
     Catalog,
     CatalogUnusable,
     CheckpointRow,
+    RowChange,
     RunRow,
     ShardRow,
     Shelf,
@@ -365,10 +366,19 @@ class Store:
         """The configuration of the whole run that a shard is of; empty where the run is none. Raises sqlite3.Error."""
         return self._catalog.whole(row.id)
 
-    def keep_record(self, row: RunRow, record: str, upto: int, *, durable: bool, since: int = 0) -> None:
+    def keep_record(
+        self,
+        row: RunRow,
+        record: str,
+        upto: int,
+        *,
+        durable: bool,
+        since: int = 0,
+        change: RowChange | None = None,
+    ) -> None:
         """Replace a shard's record; rows of versions before revision ``since`` and beyond ``upto`` go with the one
-        before. Raises sqlite3.Error."""
-        self._catalog.keep_record(row.id, record, upto, durable=durable, since=since)
+        before. change: of other rows, all or nothing. Raises sqlite3.Error."""
+        self._catalog.keep_record(row.id, record, upto, durable=durable, since=since, change=change)
 
     def put_vote(
         self,
@@ -438,6 +448,10 @@ class Store:
         """Remove a snapshot: its row, then its files. What it has in the object store is among removals() then."""
         self._catalog.remove_snapshot(row.id, name, shelf)
         self._remove_snapshot_files(row, name, shelf)
+
+    def remove_snapshot_files(self, row: RunRow, name: str) -> None:
+        """Remove the files of a snapshot whose row is gone."""
+        self._remove_snapshot_files(row, name)
 
     def _remove_snapshot_files(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         with contextlib.suppress(OSError):  # the files behind a symbolic link are not the server's

@@ -48,7 +48,7 @@ async def _decides_alone(request: Request) -> None:
         raise InvalidRequest(
             "this server is one host of a cluster, whose hosts cannot do this together yet",
             hint="of runs on several hosts there are creation, initial weights, updates, decay, reset of the counter, "
-            "trainers that attach, reads, and deletion",
+            "trainers that attach, snapshots, rewinds, reads, and deletion",
         )
 
 

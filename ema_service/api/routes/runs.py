@@ -49,7 +49,7 @@ from ema_service.api.answers import CONDITION, is_known, json_answer, not_modifi
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS, takes_json
-from ema_service.api.routes.parameters import ALONE, CreatedAt, Key, Number, RunName, Server
+from ema_service.api.routes.parameters import CreatedAt, Key, Number, RunName, Server
 from ema_service.api.schemas import (
     CHANGE_BYTES,
     CONFIG_BYTES,
@@ -274,7 +274,6 @@ async def detach_writer(
 
 @router.post(
     "/{run}/rewind",
-    dependencies=[ALONE],
     summary="Go back to a snapshot",
     openapi_extra=takes_json(CHANGE_BYTES),
     responses=problem_responses(
@@ -306,6 +305,13 @@ async def rewind_run(
     have no weights yet. Without a snapshot: let a degraded run go on with the version that is there.
     """
     registry, snapshot, source = server.registry, body.snapshot, body.run
+    if server.host:
+        if snapshot is None or source is not None:
+            raise InvalidRequest(
+                "this server is one host of a cluster, whose runs go back to their own snapshots alone",
+                hint="name a snapshot of the run, and leave run out",
+            )
+        return await server.host.rewind(run, snapshot, key, created_at=created_at)
     if source is not None:
         if snapshot is None:
             raise InvalidRequest(f"run: {source!r} was given without a snapshot of it")

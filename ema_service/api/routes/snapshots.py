@@ -29,7 +29,7 @@ from ema_client.errors import (
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
 from ema_service.api.errors import problem_responses
-from ema_service.api.routes.parameters import ALONE, CreatedAt, Key, Number, RunName, Server, SnapshotName
+from ema_service.api.routes.parameters import CreatedAt, Key, Number, RunName, Server, SnapshotName
 from ema_service.api.synthesis import AskedFor, work_out
 
 __all__ = ["router"]
@@ -39,7 +39,6 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
 
 @router.put(
     "/{name}",
-    dependencies=[ALONE],
     status_code=201,
     summary="Take a snapshot",
     responses={
@@ -81,6 +80,12 @@ async def put_snapshot(
         # The rest of the series is deleted: a reader may not.
         access_of(request).check("push", run)
     found, snapshots = server.registry.get(run), server.registry.snapshots(run)
+    if server.host:
+        if asked.targets:
+            raise InvalidRequest("this server is one host of a cluster, whose runs have no averages of other lengths")
+        info, created = await server.host.take_snapshot(run, name, keep=keep, key=key)
+        response.status_code = 201 if created else 200
+        return info
     if asked.targets:
         asked.one()
         if keep is not None:
@@ -118,11 +123,13 @@ async def show_snapshot(run: RunName, name: SnapshotName, server: Server) -> Sna
 
 @router.delete(
     "/{name}",
-    dependencies=[ALONE],
     status_code=204,
     summary="Delete a snapshot",
     responses=problem_responses(RunNotFound, SnapshotNotFound, StorageDisabled, InvalidRequest, StorageFailed),
 )
 async def delete_snapshot(run: RunName, name: SnapshotName, server: Server, created_at: CreatedAt = None) -> None:
     """Delete the snapshot's files. A download under way goes on to its end."""
-    await server.file(run, partial(server.registry.snapshots(run).delete, name, created_at))
+    if server.host:
+        await server.host.delete_snapshot(run, name, created_at)
+    else:
+        await server.file(run, partial(server.registry.snapshots(run).delete, name, created_at))

@@ -58,6 +58,8 @@ from ema_client.protocol import (
     RunList,
     RunShards,
     ServerInfo,
+    SnapshotInfo,
+    SnapshotList,
     Timeline,
     UpdateResult,
     UpdateStatus,
@@ -66,9 +68,12 @@ from ema_client.protocol import (
     layout_path,
     part_path,
     reset_path,
+    rewind_path,
     run_path,
     runs_path,
     server_path,
+    snapshot_path,
+    snapshots_path,
     timeline_path,
     to_json,
     update_path,
@@ -93,6 +98,8 @@ from ema_service.cluster.gateway.whole import (
     whole_part,
     whole_result,
     whole_server,
+    whole_snapshot,
+    whole_snapshots,
     whole_status,
 )
 from ema_service.cluster.layout_map import LayoutMap
@@ -103,6 +110,7 @@ __all__ = ["create_gateway", "serve"]
 
 T = TypeVar("T")
 RunName = Annotated[str, Path(pattern=NAME_PATTERN)]
+SnapshotName = Annotated[str, Path(pattern=NAME_PATTERN)]
 
 #: Most bytes of a request that is no push: a layout of 200,000 tensors takes about 20 MB.
 _CONTROL_BYTES = 32 << 20
@@ -111,6 +119,8 @@ _CONTROL_BYTES = 32 << 20
 _APART_SECONDS, _APART_PAUSE = 3.0, 0.02
 #: Seconds that a host may work before it answers a write: a decision takes 30 at the most.
 _DECISION_SECONDS = 90.0
+#: Seconds that a host may work before a snapshot is answered: all hosts write theirs meanwhile.
+_SNAPSHOT_SECONDS = 900.0
 #: Seconds for the answer to a slice: the hosts whose slices come first wait for the last.
 _PUSH_SECONDS = 3600.0
 #: Runs whose layouts are remembered.
@@ -120,8 +130,6 @@ _MOST_WAITING = 10_000
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
     "averages": "averages are those that the run was made with",
-    "snapshots": "no snapshots yet",
-    "rewind": "no going back yet",
     "profiles": "no averages of other lengths yet",
     "sweep": "no averages of other lengths yet",
     "sweeps": "no averages of other lengths yet",
@@ -162,6 +170,7 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("GET", f"{run}/layout", gateway.layout),
         ("GET", f"{run}/shards", gateway.shards),
         ("GET", f"{run}/hosts", gateway.run_overview),
+        ("POST", f"{run}/rewind", gateway.rewind),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
         ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
@@ -173,6 +182,12 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("GET", f"{run}/history", gateway.history),
         ("GET", f"{run}/distances", gateway.distances),
         ("GET", f"{run}/timeline", gateway.timeline),
+        ("GET", f"{run}/snapshots", gateway.snapshots),
+        ("GET", f"{run}/snapshots/{{name}}", gateway.snapshot),
+        ("PUT", f"{run}/snapshots/{{name}}", gateway.take_snapshot),
+        ("DELETE", f"{run}/snapshots/{{name}}", gateway.delete_snapshot),
+        ("GET", f"{run}/snapshots/{{name}}/weights", gateway.snapshot_weights),
+        ("HEAD", f"{run}/snapshots/{{name}}/weights", gateway.snapshot_weights),
         ("GET", run + step, gateway.status),
         ("PUT", run + step, gateway.push),
         ("PUT", f"{run}/weights/parts/{{part:int}}", gateway.initialise_part),
@@ -294,6 +309,11 @@ class _Gateway:
         await self._hand_over(request, reset_path(run))
         return _json(await self._info(request, run))
 
+    async def rewind(self, run: RunName, request: Request) -> Response:
+        """Back to a snapshot on all hosts, or none."""
+        await self._hand_over(request, rewind_path(run), seconds=_SNAPSHOT_SECONDS)
+        return _json(await self._info(request, run))
+
     async def attach(self, run: RunName, request: Request) -> Response:
         """A trainer's number, the same on all hosts."""
         told = await self._hand_over(request, writers_path(run))
@@ -326,6 +346,42 @@ class _Gateway:
     async def events(self, run: RunName, request: Request) -> Response:
         """What happens to the whole run, as a stream."""
         return await send_events(run, request, self.watches)
+
+    async def snapshot_weights(self, run: RunName, name: SnapshotName, request: Request) -> Response:
+        """The weights of a snapshot of the whole run."""
+        return await send_weights(run, request, self.hosts, snapshot=name)
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    async def snapshots(self, run: RunName, request: Request) -> Response:
+        """The snapshots that are on all hosts, oldest first."""
+
+        async def ask() -> SnapshotList:
+            return whole_snapshots(await self._each(request, snapshots_path(run), SnapshotList))
+
+        return _json(await self._agreed(ask))
+
+    async def snapshot(self, run: RunName, name: SnapshotName, request: Request) -> Response:
+        """One of them."""
+        return _json(await self._snapshot(request, run, name))
+
+    async def take_snapshot(self, run: RunName, name: SnapshotName, request: Request) -> Response:
+        """Take a snapshot on all hosts, or none."""
+        told = await self._hand_over(request, snapshot_path(run, name), seconds=_SNAPSHOT_SECONDS)
+        return _json(await self._snapshot(request, run, name), told.status_code)
+
+    async def delete_snapshot(self, run: RunName, name: SnapshotName, request: Request) -> Response:
+        """Delete a snapshot on all hosts, or none."""
+        await self._hand_over(request, snapshot_path(run, name))
+        return Response(status_code=204)
+
+    async def _snapshot(self, request: Request, run: str, name: str) -> SnapshotInfo:
+        async def ask() -> SnapshotInfo:
+            return whole_snapshot(await self._each(request, snapshot_path(run, name), SnapshotInfo))
+
+        return await self._agreed(ask)
+
+    # --- pushes -----------------------------------------------------------------------------------------------------
 
     async def initialise(self, run: RunName, request: Request) -> Response:
         """Give the initial weights."""
@@ -419,8 +475,8 @@ class _Gateway:
     async def _ask(self, request: Request, path: str, kind: type[T], host: HostAddress, **more: Any) -> T:
         return await self.hosts.json(host, "GET", path, kind, passed_on(request.headers), **more)
 
-    async def _hand_over(self, request: Request, path: str) -> httpx2.Response:
-        """What a host answers to a write that came, which all hosts make or none."""
+    async def _hand_over(self, request: Request, path: str, *, seconds: float = _DECISION_SECONDS) -> httpx2.Response:
+        """What a host answers to a write that came, which all hosts make or none. seconds: for the answer."""
         content = await _body_of(request)
         headers = passed_on(request.headers)
         if kind := request.headers.get("content-type"):
@@ -433,7 +489,7 @@ class _Gateway:
             headers,
             content=content,
             params=dict(request.query_params),
-            timeout=_DECISION_SECONDS,
+            timeout=seconds,
         )
 
     async def _info(self, request: Request, run: str) -> RunInfo:

@@ -29,7 +29,15 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RangeNotSatisfiable, RunNotFound
-from ema_client.protocol import HEADER_SHARDS, RunInfo, TensorSpec, WeightsInfo, run_path, weights_path
+from ema_client.protocol import (
+    HEADER_SHARDS,
+    RunInfo,
+    TensorSpec,
+    WeightsInfo,
+    run_path,
+    snapshot_weights_path,
+    weights_path,
+)
 from ema_client.wire import LENGTH_BYTES, Entry, Header, build_header, parse_header, parse_length, place
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_of, passed_on
 from ema_service.cluster.layout_map import MergedBody
@@ -54,6 +62,7 @@ _DIGITS = 16
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z", re.ASCII)
 #: What of a query each host answers for its shard.
 _QUERY = frozenset({"average", "dtype", "prefix", "min_step", "wait"})
+_OF_A_SNAPSHOT = frozenset({"average", "dtype", "prefix"})
 
 
 class _Moved(Exception):
@@ -76,18 +85,18 @@ class _Shard:
         return self.header.metadata.get("ema_version", "")
 
 
-async def send_weights(run: str, request: Request, hosts: Hosts) -> Response:
-    """The answer to GET or HEAD of the current weights. Raises the hosts' errors; Overloaded where they were never at
-    one version; InvalidRequest for what only a server of whole runs has."""
-    if others := sorted(set(request.query_params) - _QUERY):
+async def send_weights(run: str, request: Request, hosts: Hosts, snapshot: str | None = None) -> Response:
+    """The answer to GET or HEAD of the current weights, or of a snapshot's. Raises the hosts' errors; Overloaded where
+    they were never at one version; InvalidRequest for what only a server of whole runs has."""
+    if others := sorted(set(request.query_params) - (_OF_A_SNAPSHOT if snapshot else _QUERY)):
         raise InvalidRequest(
-            f"{others[0]}: a run on several hosts has its current weights alone",
-            hint="no snapshots, soups or averages of other lengths yet; ask without it",
+            f"{others[0]}: a run on several hosts has its current weights and its snapshots",
+            hint="no soups or averages of other lengths yet; ask without it",
         )
     try:
-        whole = await _open(run, request, hosts)
+        whole = await _open(run, request, hosts, snapshot)
     except RunNotFound:
-        whole = await _open(run, request, hosts)  # of the run that was made anew meanwhile, if there is one
+        whole = await _open(run, request, hosts, snapshot)  # of the run that was made anew meanwhile, if there is one
     if is_known(request, whole.etag):
         return Response(status_code=304, headers=whole.headers)
     try:
@@ -103,15 +112,16 @@ async def send_weights(run: str, request: Request, hosts: Hosts) -> Response:
     return Streaming(whole.chunks(start, stop), status_code=206 if part else 200, headers=headers)
 
 
-async def _open(run: str, request: Request, hosts: Hosts) -> _Whole:
+async def _open(run: str, request: Request, hosts: Hosts, snapshot: str | None) -> _Whole:
     """One version of the run that there is now. Raises RunNotFound, also where the run was deleted meanwhile."""
     headers, query = passed_on(request.headers), dict(request.query_params)
     host, *_ = await hosts.all()
     told = await hosts.json(host, "GET", run_path(run), RunInfo, headers)
-    if told.shard:  # else each host has a run of its own
+    if told.shard and snapshot is None:  # else each host has a run of its own, or a snapshot, which never changes
         # Two runs of one name may have versions of one name.
         query["created_at"] = repr(told.created_at)
-    asked = _Asked(hosts, weights_path(run), query, headers)
+    path = weights_path(run) if snapshot is None else snapshot_weights_path(run, snapshot)
+    asked = _Asked(hosts, path, query, headers)
     return _Whole(asked, await asked.one_version(request.headers.get("if-range") if _ranged(request) else None))
 
 

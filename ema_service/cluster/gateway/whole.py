@@ -18,6 +18,8 @@ from ema_client.protocol import (
     RunLayout,
     RunShards,
     ServerInfo,
+    SnapshotInfo,
+    SnapshotList,
     TensorSpec,
     UpdateResult,
     UpdateStatus,
@@ -34,6 +36,8 @@ __all__ = [
     "whole_part",
     "whole_result",
     "whole_server",
+    "whole_snapshot",
+    "whole_snapshots",
     "whole_status",
 ]
 
@@ -147,6 +151,21 @@ def whole_part(answers: Sequence[UpdateResult | UpdateStatus]) -> UpdateResult |
     applied = [each for each in answers if isinstance(each, UpdateResult)]
     statuses = [each for each in answers if isinstance(each, UpdateStatus)]
     return whole_result(applied) if applied else whole_status(statuses)
+
+
+def whole_snapshot(infos: Sequence[SnapshotInfo]) -> SnapshotInfo:
+    """A snapshot of the whole run. Raises Apart."""
+    first = infos[0]
+    _check_same(((each.version, each.step, each.averages, each.created_at) for each in infos), first.name)
+    return replace(first, bytes=sum(each.bytes for each in infos))
+
+
+def whole_snapshots(lists: Sequence[SnapshotList]) -> SnapshotList:
+    """The snapshots of the whole run, oldest first. Raises Apart."""
+    found = [{each.name: each for each in told.snapshots} for told in lists]
+    _check_same((each.keys() for each in found), "the snapshots")
+    names = sorted(found[0], key=lambda name: found[0][name].created_at)
+    return SnapshotList(tuple(whole_snapshot([each[name] for each in found]) for name in names))
 
 
 def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:

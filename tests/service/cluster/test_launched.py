@@ -21,11 +21,11 @@ from random import Random
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma, Weights
-from ema_client.errors import EmaError, RunExists, RunNotFound
+from ema_client.errors import EmaError, RunExists, RunNotFound, SnapshotExists, SnapshotNotFound
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched, gone
 from tests.waiting import wait_until
@@ -98,6 +98,39 @@ def test_the_life_of_a_run(cluster: Launched, run_name: str, model: Model, litem
         client.delete_run(run_name)
         with pytest.raises(RunNotFound):
             client.run(run_name)
+
+
+def test_snapshots(cluster: Launched, run_name: str, model: Model, litema: type[LitEmaOracle], tmp_path: Path) -> None:
+    """Taken, listed, read whole, and deleted, through EmaClient as it is; of one version, while updates go on."""
+    oracle = litema(model(0), decay=DECAY)
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, model(0), decay=DECAY)
+        client.push(run_name, model(1), step=1)
+        oracle.update(model(1))
+        taken = client.snapshot(run_name, "s-1")
+        assert (taken.name, taken.step, taken.version) == ("s-1", 1, "1.1")
+        assert client.snapshot(run_name, "s-1") == taken
+        client.push(run_name, model(2), step=2)
+        with pytest.raises(SnapshotExists):
+            client.snapshot(run_name, "s-1")
+        found = client.pull(run_name, snapshot="s-1")
+        assert all(torch.equal(found[name], tensor) for name, tensor in oracle.shadow.items())
+        assert (found.info.snapshot, found.info.step) == ("s-1", 1)
+        client.download(run_name, tmp_path / "s.safetensors", snapshot="s-1")
+        assert all(torch.equal(each, found[name]) for name, each in load_file(tmp_path / "s.safetensors").items())
+        assert taken.bytes > sum(tensor.nbytes for tensor in oracle.shadow.values())
+        told = client.rewind(run_name, "s-1")
+        assert (told.version, told.step, told.status, told.checkpoint_step) == ("2.0", 1, "ready", 1)
+        assert_is(client, run_name, oracle)
+        client.push(run_name, model(3), step=2)
+        oracle.update(model(3))
+        assert_is(client, run_name, oracle)
+        client.snapshot(run_name, "s-2", keep=1)
+        assert [each.name for each in client.snapshots(run_name)] == ["s-2"]
+        client.delete_snapshot(run_name, "s-2")
+        assert list(client.snapshots(run_name)) == []
+        with pytest.raises(SnapshotNotFound):
+            client.pull(run_name, snapshot="s-2")
 
 
 def test_a_name_is_used_again(cluster: Launched, run_name: str) -> None:

@@ -110,9 +110,8 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
 REFUSED = {
     ("POST", "/averages"): {"name": "long", "decay": 0.9},
     ("DELETE", "/averages/ema"): None,
-    ("POST", "/rewind"): {"snapshot": "s"},
-    ("PUT", "/snapshots/s"): None,
-    ("DELETE", "/snapshots/s"): None,
+    ("POST", "/rewind"): {"snapshot": "s", "run": "other"},
+    ("PUT", "/snapshots/s?decay=0.5"): None,
     ("POST", "/sweeps"): {"kind": "decay", "points": []},
     ("PUT", "/weights/parts/0?of=2"): None,
     ("PUT", "/updates/1/parts/0?of=2"): None,
@@ -147,6 +146,9 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         ("DELETE", "/{run}/writers/{writer}"),
         ("PUT", "/{run}/weights"),
         ("PUT", "/{run}/updates/{step}"),
+        ("POST", "/{run}/rewind"),
+        ("PUT", "/{run}/snapshots/{name}"),
+        ("DELETE", "/{run}/snapshots/{name}"),
     }
     paths = servers.once(0, "GET", "/openapi.json").json()["paths"]
     writes = {
@@ -155,7 +157,7 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         for method in methods
         if method not in ("get", "head")
     }
-    assert len(writes - offered) == len(REFUSED) - 2, "a route that hosts neither offer nor refuse"
+    assert len(writes - offered) == len(REFUSED) - 4, "a route that hosts neither offer nor refuse"
 
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard")
     assert "\nema_coordinator_away 0.0\n" in servers.once(0, "GET", "/metrics").text
@@ -227,6 +229,36 @@ def test_host_that_stops(cluster: Callable[..., Servers], model: Model, litema: 
     oracle.update(model(2))
     servers.until(lambda: {info["step"] for info in servers.infos()} == {2}, "the update on both")
     assert_same(servers, oracle)
+
+
+def listening(servers: Servers, talk: str) -> list[tuple[str | None, bool]]:
+    """The address of each who takes part in a talk, as the coordinator has it, and whether that one listens."""
+    found = servers.coordinators.ask("GET", f"/v1/runs/{talk}/shards")
+    return [(seat["address"], seat["listens"]) for seat in found.raise_for_status().json()["shards"]]
+
+
+def test_talk_of_a_run_ends_with_the_run(cluster: Callable[..., Servers], model: Model) -> None:
+    """Hosts listen to a coordinator about a run as long as there is the run: a host of many runs that come and go
+    would have ever more connections."""
+    servers = cluster(2).start()
+    assert servers.create(model(0)).status_code == 201
+    servers.until(lambda: [each for _, each in listening(servers, "r@1")] == [True, True], "both to listen")
+    assert servers.ask(0, "DELETE", "/v1/runs/r").status_code == 204
+    servers.until(lambda: [each for _, each in listening(servers, "r@1")] == [False, False], "both to end the talk")
+    assert [each for _, each in listening(servers, "-directory")] == [True, True]
+
+
+def test_address_that_a_host_was_given_is_told(cluster: Callable[..., Servers], model: Model) -> None:
+    """Others reach a host by the address of --cluster-address, behind a name of its own, say; by default by the one
+    that it listens at."""
+    servers = cluster(2)
+    servers.coordinate()
+    servers.host(0, "--cluster-address", "http://ema-0.example:8470")
+    servers.host(1)
+    assert servers.create(model(0)).status_code == 201
+    for talk in ("-directory", "r@1"):
+        addresses = [address for address, _ in listening(servers, talk)]
+        assert addresses == ["http://ema-0.example:8470", servers.hosts[1].url]
 
 
 def test_damaged_run_is_deleted(cluster: Callable[..., Servers], model: Model) -> None:

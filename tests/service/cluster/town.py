@@ -120,7 +120,14 @@ class Host:
         arrival = Arrival(self.place, self.town.hosts_count, f"http://host-{self.place}")
         with patch.object(reporting, "Link", lambda *_: Wire(self)):
             self.shard = ShardRun(
-                self.server.registry.get("r"), versions, arrival, ["http://coordinator"], _TOKEN, AtOnce(), AtOnce()
+                self.server.registry.get("r"),
+                versions,
+                self.server.registry.snapshots("r"),
+                arrival,
+                ["http://coordinator"],
+                _TOKEN,
+                AtOnce(),
+                AtOnce(),
             )
         for name, after in set(POINTS.values()):
             if hasattr(versions, name):
@@ -191,10 +198,10 @@ class Host:
     def _wrap(self, versions: Any, name: str, *, after: bool) -> None:
         act = getattr(versions, name)
 
-        def wrapped(*args: Any) -> None:
+        def wrapped(*args: Any, **kwargs: Any) -> None:
             if not after:
                 self._reached(name, after=False)
-            act(*args)
+            act(*args, **kwargs)
             if after:
                 self._reached(name, after=True)
 

@@ -38,6 +38,7 @@ class Sharded:
         self.shard = ShardRun(
             server.registry.get(RUN),
             server.registry.shard(RUN),
+            server.registry.snapshots(RUN),
             Arrival(place, shards, f"http://host-{place}"),
             coordinators,
             ClusterToken(TOKEN),

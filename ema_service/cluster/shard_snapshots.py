@@ -1,0 +1,95 @@
+"""The snapshots of a shard: there on all hosts or on none, without an update that waits for a disk.
+
+    SnapshotBegun    on all hosts: each holds its version of that revision, and writes it in the background
+    SnapshotTaken    each votes that its files and row are on the medium; with the verdict the snapshot is there
+    SnapshotGone     the row goes with the verdict, of a snapshot that is there, or that was only begun
+
+The row of a snapshot that was begun says so, and nobody finds the snapshot. Its row changes, or goes, in the
+transaction of the record that decides so (storage.RowChange).
+
+Knows the snapshots of one shard. Does not know who asks for one (host), or who votes for what (shard_run).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Executor
+
+from ema_client.errors import EmaError, Overloaded
+from ema_service.cluster.messages import Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
+from ema_service.persistence import Snapshots
+from ema_service.runs import Rewound, Run, State
+from ema_service.storage import RowChange
+
+__all__ = ["ShardSnapshots"]
+
+_log = logging.getLogger(__name__)
+
+
+class ShardSnapshots:
+    """The snapshots of one shard. Thread-safe."""
+
+    def __init__(self, run: Run, snapshots: Snapshots, saving: Executor) -> None:
+        """snapshots: the run's. saving: writes them, one after the other."""
+        self._run = run
+        self._snapshots = snapshots
+        self._saving = saving
+        self._lock = threading.Lock()
+        #: Names of those that are being written.
+        self._writing: set[str] = set()
+
+    def read(self, change: Rewind, lineage: str, key: str) -> Rewound:
+        """The version at a snapshot, written to its place. lineage: for a run that has no version. key: of the write.
+
+        Raises as Snapshots.read(), SnapshotNotFound, and as Run.finish_rewind().
+        """
+        self._snapshots.find(change.snapshot, change.created_at)
+        read = self._snapshots.read(change.snapshot, self._run.ledger.setup.members)
+        return self._run.finish_rewind(*read, self._snapshots.following(read[0]), lineage, key)
+
+    def check(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
+        """Whether a change may be made. Under deciding().
+
+        Raises as Ledger.writable(), Snapshots.check_free() and Snapshots.find(); Overloaded while the snapshot is being
+        written.
+        """
+        if isinstance(change, SnapshotBegun):
+            self._run.ledger.writable()
+            self._snapshots.check_free(change.name)
+            return
+        with self._lock:
+            if change.name in self._writing:
+                raise Overloaded(f"snapshot {change.name!r} is still being written", retry_after=0.2)
+        if isinstance(change, SnapshotGone) and not change.begun:
+            self._snapshots.find(change.name, change.created_at)
+
+    def rows(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> RowChange | None:
+        """What of the rows changes with the verdict; None of a change that only begins. Raises as
+        Snapshots.prepared()."""
+        if isinstance(change, SnapshotBegun):
+            return None
+        if isinstance(change, SnapshotGone):
+            return RowChange(gone=(change.name,))
+        text = self._snapshots.prepared(change.name, change.created_at)
+        return RowChange(shown=(change.name, text), gone=tuple(change.gone.split()))
+
+    def follow(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
+        """Do what follows from a change, once it is committed. Under deciding()."""
+        if isinstance(change, SnapshotBegun):
+            with self._lock:
+                self._writing.add(change.name)
+            self._saving.submit(self._write, change, self._run.ready_state())
+        elif isinstance(change, SnapshotTaken):
+            self._saving.submit(self._snapshots.shown, change.name, tuple(change.gone.split()))
+        else:
+            self._saving.submit(self._snapshots.gone, change.name, told=not change.begun)
+
+    def _write(self, change: SnapshotBegun, state: State) -> None:
+        try:
+            self._snapshots.prepare(change.name, state, created_at=change.created_at, key=change.key)
+        except EmaError as fault:  # whoever asks for the vote is refused it
+            _log.error("run %s: snapshot %s: %s", self._run.config.run, change.name, fault)
+        finally:
+            with self._lock:
+                self._writing.discard(change.name)
