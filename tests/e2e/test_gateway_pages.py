@@ -64,7 +64,9 @@ def test_whole_runs_are_shown(cluster: Launched, browsing: Browsing, run: str) -
     expect(page.get_by_role("table", name="Tensors")).to_contain_text("first")
     expect(page.get_by_role("region", name="Run and server")).to_contain_text("Hosts2")
     expect(page.locator("#curves .chart").first).to_be_visible()
-    expect(page.get_by_role("region", name="Weights and snapshots")).to_contain_text("no snapshots yet")
+    with EmaClient(cluster.url) as client:
+        client.snapshot(run, "best")
+    expect(page.get_by_role("table", name="Snapshots")).to_contain_text("best")
     assert browsing.errors == []
     assert browsing.elsewhere(cluster.url) == []
 

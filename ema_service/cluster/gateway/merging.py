@@ -12,6 +12,7 @@ Pure. Knows what an event says. Does not know how streams come here, or who wait
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ema_client.protocol import RunEvent
@@ -30,12 +31,12 @@ class Merging:
         self._hosts = hosts
         #: By place, the host's latest version.
         self._versions: dict[int, RunEvent] = {}
-        #: What an event is about -> the places of hosts that are yet to tell it.
-        self._pending: dict[tuple[object, ...], set[int]] = {}
+        #: What an event is about -> the places of hosts that are yet to tell it, and the events of those that did.
+        self._pending: dict[tuple[object, ...], tuple[set[int], dict[int, RunEvent]]] = {}
 
     def begin(self, place: int) -> None:
         """A host's stream begins anew. What happened before, the host does not tell any more."""
-        for waited_for in self._pending.values():
+        for waited_for, _ in self._pending.values():
             waited_for.discard(place)
 
     def hear(self, place: int, event: RunEvent) -> RunEvent | None:
@@ -54,15 +55,16 @@ class Merging:
 
     def _hear_other(self, place: int, event: RunEvent) -> RunEvent | None:
         about = _about(event)
-        waited_for = self._pending.setdefault(about, set(range(self._hosts)))
+        waited_for, told = self._pending.setdefault(about, (set(range(self._hosts)), {}))
         waited_for.discard(place)
+        told[place] = event
         if waited_for:
             while len(self._pending) > _MOST_PENDING:
                 del self._pending[next(iter(self._pending))]
             return None
         del self._pending[about]
         self._steer(event)
-        return event
+        return _whole(event, told.values())
 
     def _steer(self, event: RunEvent) -> None:
         """Have the version that is told to newcomers say what was changed since it was made."""
@@ -72,6 +74,14 @@ class Merging:
             self.version = replace(self.version, num_updates=event.num_updates)
         elif event.kind == "decay_changed" and event.average == self.version.average:
             self.version = replace(self.version, decay=event.decay, effective_decay=event.effective_decay)
+
+
+def _whole(event: RunEvent, told: Iterable[RunEvent]) -> RunEvent:
+    """The event of the whole run, of which hosts have told theirs: a snapshot has the bytes of all of them."""
+    if event.snapshot is None:
+        return event
+    nbytes = sum(each.snapshot.bytes for each in told if each.snapshot)
+    return replace(event, snapshot=replace(event.snapshot, bytes=nbytes))
 
 
 def _age(event: RunEvent) -> tuple[int, ...]:

@@ -402,11 +402,12 @@ def test_a_watcher_outlasts_its_hosts(own: Callable[..., Launched], run_name: st
     cluster = own("--local", "2")
     told: list[tuple[str, int | None]] = []
 
-    def watch() -> None:
-        with EmaClient(cluster.url) as client:
-            told.extend((event.kind, event.step) for event in client.watch(run_name, kinds=("version", "run_deleted")))
+    # Two, for the end of one ends what waits there, also where the test fails.
+    with EmaClient(cluster.url) as client, EmaClient(cluster.url) as watching:
 
-    with EmaClient(cluster.url) as client:
+        def watch() -> None:
+            events = watching.watch(run_name, kinds=("version", "run_deleted"))
+            told.extend((event.kind, event.step) for event in events)
 
         def pushed(step: int) -> bool:
             """Whether an update was taken, by hosts that may still be coming back."""
@@ -423,5 +424,22 @@ def test_a_watcher_outlasts_its_hosts(own: Callable[..., Launched], run_name: st
             wait_until(partial(pushed, step), f"step {step}")
         wait_until(lambda: ("version", 2) in told, "the version that both hosts have")
         client.delete_run(run_name)
-    watcher.join(60)
+        watcher.join(60)
     assert told[-1][0] == "run_deleted"
+
+
+def test_watchers_are_told_of_snapshots(cluster: Launched, run_name: str, model: Model) -> None:
+    """Once every host has one, so that it can be read at once, with the bytes of all hosts; and of a going back."""
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, model(0), decay=DECAY)
+        events = client.watch(run_name, kinds=("version", "snapshot_created"), timeout=30)
+        first = next(events)
+        taken = client.snapshot(run_name, "best")
+        told = next(events)
+        assert (told.kind, told.snapshot and told.snapshot.bytes) == ("snapshot_created", taken.bytes)
+        client.push(run_name, model(1), step=1)
+        assert next(events).step == 1
+        client.rewind(run_name, "best")
+        back = next(events)
+        assert (back.step, back.version != first.version) == (first.step, True)
+        events.close()
