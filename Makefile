@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-matrix soak lint docs bench wheels clean
+.PHONY: help setup demo cluster-demo test test-matrix soak lint docs bench wheels clean
 
 help: ## Say what each target does
 	@echo 'make TARGET [ARGS="..."]'
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml client/pyproject.toml constraints.txt | $(BIN)/python
 
 # The frameworks that the integrations are tested with are large, and no demo needs them.
 $(DEV): $(STAMP)
-	$(PIP_INSTALL) -e '.[demo,test,lint,integrations,otel,publish]'
+	$(PIP_INSTALL) -e '.[demo,test,lint,integrations,otel,publish,ray]'
 	@touch $@
 
 $(DOCS): $(STAMP)
@@ -50,6 +50,14 @@ $(DOCS): $(STAMP)
 
 demo: $(STAMP) ## Trainer, server and evaluator at work on real data for a minute; ends with a table and a picture
 	$(BIN)/ema-service demo $(ARGS)
+
+cluster-demo: $(VENV)/.installed-ray ## Three hosts under Ray on this machine, one of which is killed; ends with a verdict
+	$(BIN)/python -m ema_service.demo.on_ray
+
+# Ray is 70 MB that nobody else here needs.
+$(VENV)/.installed-ray: $(STAMP)
+	$(PIP_INSTALL) -e '.[demo,ray]'
+	@touch $@
 
 test: $(DEV) ## Run all tests
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -256,7 +256,8 @@ def serve(
     coordinator: Annotated[
         list[str] | None,
         typer.Option(
-            help="URL of a coordinator of the cluster; may be given several times.",
+            help="URL of a coordinator of the cluster, or file:///PATH of a file with it, read again for each "
+            "connection; may be given several times.",
             metavar="URL",
             envvar="EMA_SERVICE_COORDINATOR",
         ),
@@ -276,6 +277,17 @@ def serve(
             metavar="URL",
             show_default=False,
             envvar="EMA_SERVICE_CLUSTER_ADDRESS",
+        ),
+    ] = None,
+    lease: Annotated[
+        float | None,
+        typer.Option(
+            help="As a host: end at once after so many seconds without a word of a coordinator or of what started the "
+            "server, which may have replaced it by then.  [default: go on]",
+            min=1,
+            metavar="SECONDS",
+            show_default=False,
+            envvar="EMA_SERVICE_LEASE",
         ),
     ] = None,
     ssl_certfile: Annotated[
@@ -333,7 +345,7 @@ def serve(
         raise typer.BadParameter(
             "snapshots are files of a data dir before they are moved: leave --memory out", param_hint="--snapshot-store"
         )
-    _check_cluster(shard, coordinator, cluster_token_file, cluster_address, memory=memory)
+    _check_cluster(shard, coordinator, cluster_token_file, cluster_address or lease, memory=memory)
     if shard and snapshot_store:
         raise typer.BadParameter("snapshots of a cluster stay in its hosts' data dirs", param_hint="--snapshot-store")
     budgets = {"memory_limit": memory_limit, "staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
@@ -360,6 +372,7 @@ def serve(
         coordinators=tuple(coordinator or ()),
         cluster_token_file=cluster_token_file,
         cluster_address=cluster_address,
+        lease=lease,
     )
     configure(log_format)
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
@@ -563,7 +576,7 @@ def _opened(settings: Settings) -> Store | None:
     if settings.data_dir is None:
         return None
     try:
-        return open_store(settings.data_dir, settings.ram_dir)
+        return open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
         _refuse(fault)
 
@@ -572,25 +585,28 @@ def _check_cluster(
     shard: str | None,
     coordinators: list[str] | None,
     token_file: Path | None,
-    address: str | None,
+    more: object,
     *,
     memory: bool,
 ) -> None:
-    """Exit where the flags of a host of a cluster are not all there, or one of them says nothing that can be used."""
+    """Exit where the flags of a host of a cluster are not all there, or one of them says nothing that can be used.
+
+    more: whatever else was said that only a host has.
+    """
     given = {"--shard": shard, "--coordinator": coordinators, "--cluster-token-file": token_file}
     missing = [flag for flag, value in given.items() if not value]
-    if missing == list(given) and address is None:
+    if missing == list(given) and more is None:
         return
     if missing:
         raise typer.BadParameter("a host of a cluster needs all three", param_hint=", ".join(missing))
     if memory:
         raise typer.BadParameter("a host's votes have to outlive it: leave --memory out", param_hint="--shard")
-    from ema_service.cluster.link import coordinator_address
     from ema_service.cluster.token import read_cluster_token
+    from ema_service.cluster.whereabouts import check_coordinator
 
     try:
         for url in coordinators or ():
-            coordinator_address(url)
+            check_coordinator(url)
         read_cluster_token(token_file or Path())
     except (OSError, ValueError) as fault:
         _refuse(fault)

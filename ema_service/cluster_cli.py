@@ -10,16 +10,19 @@ import os
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from ema_client.protocol import DEFAULT_PORT
 from ema_service.addresses import announced, is_loopback
 from ema_service.logs import LogFormat, configure
+from ema_service.sizes import parse_size
 
 if TYPE_CHECKING:
     from ema_service.cluster import ClusterToken
+    from ema_service.cluster.agent import Task
 
 __all__ = ["cluster"]
 
@@ -29,6 +32,14 @@ cluster = typer.Typer(help="One run on several hosts.", no_args_is_help=True)
 COORDINATOR_PORT = 8469
 #: No option of the command that reaches a machine.
 _MACHINE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")
+
+
+def _name(text: str) -> str:
+    """A cluster's name, which stands in names of actors and in URLs."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text):
+        raise typer.BadParameter(f"{text!r} is no name such as ema, or ema-2")
+    return text
+
 
 TokenFile = Annotated[
     Path,
@@ -41,8 +52,17 @@ TokenFile = Annotated[
 ]
 Coordinators = Annotated[
     list[str],
-    typer.Option("--coordinator", help="http://HOST:PORT; may be repeated.", envvar="EMA_SERVICE_COORDINATOR"),
+    typer.Option(
+        "--coordinator",
+        help="http://HOST:PORT, or file:///PATH of a file with it; may be repeated.",
+        envvar="EMA_SERVICE_COORDINATOR",
+    ),
 ]
+OnRay = Annotated[
+    str | None,
+    typer.Option("--ray", help="Address of a Ray cluster; auto: of this machine's, or job's.", metavar="ADDRESS"),
+]
+Name = Annotated[str, typer.Option(help="With --ray: of the cluster, by which trainers find it.", callback=_name)]
 Shape = Annotated[LogFormat, typer.Option("--log-format", help="Log lines for people, or a JSON object each.")]
 
 
@@ -87,6 +107,7 @@ def gateway(
     """Be a server of whole runs to curl, to readers and to trainers. Keeps nothing; start as many as are wanted."""
     configure(log_format)
     token = _token(token_file)
+    from ema_service import dashboard
     from ema_service.cluster.coordinator import listening_socket
     from ema_service.cluster.gateway.app import serve
     from ema_service.cluster.gateway.hosts import Hosts
@@ -97,7 +118,8 @@ def gateway(
         _refuse(f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port")
     url = _url(host, sock.getsockname()[1])
     hosts = Hosts(coordinator, token, guarded=not (insecure_no_auth or is_loopback(host)))
-    serve(hosts, sock, lambda: typer.echo(f"ema-service {version('ema-service')}, gateway, listens on {url}"))
+    said = f"ema-service {version('ema-service')}, gateway, listens on {url}"
+    serve(hosts, sock, lambda: typer.echo(said), dashboard.install_at_gateway)
 
 
 @cluster.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -127,32 +149,64 @@ def up(
     folder: Annotated[
         Path, typer.Option("--dir", help="Of data and token, here and on each machine.", file_okay=False)
     ] = Path("ema-cluster"),
-    host: Annotated[str, typer.Option(help="Address of the gateway to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the gateway; 0 picks a free one.", min=0)] = DEFAULT_PORT,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address of the gateway to listen on; with --ray, of all.  [default: 127.0.0.1; 0.0.0.0]"),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help=f"Port of the gateway; 0 picks a free one.  [default: {DEFAULT_PORT}; with --ray 0]", min=0),
+    ] = None,
     through: Annotated[
         str | None, typer.Option(help="Command before a machine's name.  [default: ssh]", show_default=False)
     ] = None,
     announce: Annotated[
         str | None, typer.Option(help="Name by which the machines reach this one.  [default: found out]")
     ] = None,
+    ray: OnRay = None,
+    shards: Annotated[int | None, typer.Option(help="With --ray: so many hosts.", min=1)] = None,
+    name: Name = "ema",
+    num_cpus: Annotated[float, typer.Option(help="With --ray: CPUs that each host takes.", min=0)] = 1.0,
+    num_gpus: Annotated[float, typer.Option(help="With --ray: GPUs that each host takes.", min=0)] = 0.0,
+    memory: Annotated[
+        str | None, typer.Option(help="With --ray: memory that each host takes, as in 64GiB.", metavar="SIZE")
+    ] = None,
+    resource: Annotated[
+        list[str] | None, typer.Option(help="With --ray: what else each host takes.", metavar="NAME=N")
+    ] = None,
+    shared_dir: Annotated[
+        bool,
+        typer.Option("--shared-dir", help="With --ray: every node reaches --dir, so hosts may move to another node."),
+    ] = False,
 ) -> None:
     """Start a coordinator, hosts and a gateway, and keep them running until Ctrl-C or SIGTERM. Flags behind -- are
     those of `ema-service serve` for each host.
 
-    A second `up` of the same folder says that it runs already.
+    With --ray they are actors of a Ray cluster, with a gateway beside each host, and go on until `cluster down`; --dir
+    is a folder of each node.
+
+    A second `up` of the same folder, or name, says that it runs already, or starts what is missing.
     """
     from ema_service.cluster.launcher import THROUGH, LaunchFailed, Plan, RunsAlready, launch
 
-    if (local is None) == (hosts is None):
-        raise typer.BadParameter("say how many hosts here (--local 3), or on which machines (--hosts a,b,c)")
+    if [local, hosts, ray].count(None) != 2 or (ray is None) != (shards is None):
+        raise typer.BadParameter(
+            "say how many hosts here (--local 3), on which machines (--hosts a,b,c), or how many in a Ray cluster "
+            "(--ray auto --shards 3)"
+        )
+    if ray is not None:
+        takes = _takes(num_cpus, num_gpus, memory, resource or [])
+        task = _task(shards or 1, folder, host or "0.0.0.0", port or 0, context.args)
+        _up_on_ray(ray, name, task, takes, shared=shared_dir)
+        return
     machines = [None] * (local or 0) if hosts is None else [name.strip() for name in hosts.split(",")]
     if not all(machine is None or _MACHINE.fullmatch(machine) for machine in machines):
         raise typer.BadParameter(f"{hosts!r} is no list of machines such as a,b,c", param_hint="--hosts")
-    plan = Plan(folder, machines, host, port, through or THROUGH, context.args, announce)
+    where = host or "127.0.0.1", DEFAULT_PORT if port is None else port
+    plan = Plan(folder, machines, *where, through or THROUGH, context.args, announce)
 
     def ready(url: str) -> None:
-        many = f"{len(machines)} host{'s' if len(machines) > 1 else ''}"
-        typer.echo(f"ema-service {version('ema-service')}, cluster of {many}, listens on {url}")
+        typer.echo(f"ema-service {version('ema-service')}, cluster of {_many(len(machines))}, listens on {url}")
 
     try:
         launch(plan, ready, lambda line: typer.echo(line, err=True))
@@ -160,6 +214,75 @@ def up(
         typer.echo(f"ema-service: {there}")
     except (LaunchFailed, OSError, ValueError) as fault:
         _refuse(str(fault))
+
+
+@cluster.command()
+def down(ray: OnRay = "auto", name: Name = "ema") -> None:
+    """End a cluster that `up --ray` has started: its hosts finish what they have. What they keep stays."""
+    from ema_service.cluster.launcher import LaunchFailed
+
+    launcher = _ray_launcher()
+    try:
+        with launcher.on_ray(ray or "auto"):
+            if not launcher.down(name, lambda line: typer.echo(line, err=True)):
+                _refuse(f"there is no cluster {name!r} on this Ray")
+    except LaunchFailed as fault:
+        _refuse(str(fault))
+
+
+def _task(shards: int, folder: Path, listen: str, port: int, flags: list[str]) -> Task:
+    """What is to run at each place of a Ray cluster. Exits where anyone could write every run."""
+    from ema_service.cluster.agent import Task
+
+    if not is_loopback(listen) and not {"--token-file", "--insecure-no-auth"} & {each.split("=")[0] for each in flags}:
+        _refuse(
+            f"hosts on {listen} can be reached by others: give `-- --token-file FILE` (of each node), say "
+            "`-- --insecure-no-auth`, or, to try all on one machine, --host 127.0.0.1"
+        )
+    return Task(None, shards, folder.absolute(), "", listen, port, tuple(flags))
+
+
+def _up_on_ray(address: str, name: str, task: Task, takes: dict[str, Any], *, shared: bool) -> None:
+    """Start a cluster of Ray's actors, and say where it is."""
+    from ema_service.cluster.launcher import LaunchFailed
+
+    launcher = _ray_launcher()
+    try:
+        with launcher.on_ray(address):
+            url = launcher.up(launcher.RayPlan(name, task, shared, takes), lambda line: typer.echo(line, err=True))
+    except LaunchFailed as fault:
+        _refuse(str(fault))
+    typer.echo(f"ema-service {version('ema-service')}, cluster of {_many(task.of)}, listens on {url}")
+    typer.echo(f"  trainers of this Ray cluster: EMA_SERVICE_URL=ray://{name}")
+
+
+def _ray_launcher() -> ModuleType:
+    """The module that uses Ray, or an end that says how to install Ray."""
+    try:
+        from ema_service.cluster import ray_launcher
+    except ModuleNotFoundError as fault:
+        if fault.name != "ray":
+            raise
+        _refuse("ray is not installed: pip install 'ray>=2.50'")
+    return ray_launcher
+
+
+def _takes(num_cpus: float, num_gpus: float, memory: str | None, resources: list[str]) -> dict[str, Any]:
+    """What each host's actor takes, as Ray has it. Exits where a flag says nothing that can be used."""
+    found = {name: number for name, _, number in (each.partition("=") for each in resources)}
+    if bad := [name for name, number in found.items() if not name or not re.fullmatch(r"\d+(\.\d+)?", number)]:
+        raise typer.BadParameter(f"{bad[0]!r} is none such as ema_host=1", param_hint="--resource")
+    takes: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    if memory is not None:
+        try:
+            takes["memory"] = parse_size(memory)
+        except ValueError as fault:
+            raise typer.BadParameter(str(fault), param_hint="--memory") from None
+    return {**takes, "resources": {name: float(number) for name, number in found.items()}}
+
+
+def _many(hosts: int) -> str:
+    return f"{hosts} host{'s' if hosts > 1 else ''}"
 
 
 def _first_line() -> str:

@@ -51,7 +51,8 @@ class Settings:
     address_file: a file for clients that says where the server is, while it listens; None for none.
     shard: which host of a cluster the server is, from 0, of how many; None for a server that decides alone.
     coordinators: URLs of the cluster's coordinators. cluster_token_file: the secret that coordinators and hosts share.
-    cluster_address: URL at which other hosts reach the server; None for what it announces.
+    cluster_address: URL at which other hosts reach the server; None for what it announces. lease: seconds without a
+    word of a coordinator, or of what started the server, after which a host ends itself; None for none.
     json_bytes: most bytes of JSON bodies held at one time; the largest there may be, a layout, has 32 MiB.
     """
 
@@ -80,3 +81,4 @@ class Settings:
     coordinators: tuple[str, ...] = ()
     cluster_token_file: Path | None = None
     cluster_address: str | None = None
+    lease: float | None = None

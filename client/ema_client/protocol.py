@@ -23,6 +23,9 @@ DEFAULT_URL = "http://127.0.0.1:8470"
 DEFAULT_PORT = 8470
 API = "/v1"
 
+#: Where the actors of a cluster's hosts are in Ray, each of which has a method ``url``, of its gateway.
+RAY_NAMESPACE = "ema-service"
+
 #: The rule for names of runs, averages and snapshots: every such name is a plain file name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _NAME = re.compile(NAME_PATTERN.replace("$", r"\Z"))
@@ -178,6 +181,11 @@ def is_name(value: str) -> bool:
 
 def server_path() -> str:
     return f"{API}/server"
+
+
+def ray_host(cluster: str, place: int) -> str:
+    """The name that a host of a cluster has among Ray's actors."""
+    return f"{cluster}-host-{place}"
 
 
 def runs_path() -> str:
@@ -594,6 +602,7 @@ class ServerInfo:
     scopes: what the request's token allows, for some run or for all.
     snapshots_waiting: how many snapshots are to be moved to the object store; None where the service has none.
         snapshot_store_fault: why that store could not be used when it was tried last, None where it could.
+    hosts: of a gateway: how many hosts it speaks for; None of a server.
     """
 
     name: Text
@@ -612,6 +621,7 @@ class ServerInfo:
     scopes: tuple[Text, ...] = ()
     snapshots_waiting: Count | None = None
     snapshot_store_fault: Text | None = None
+    hosts: Count | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     """
     objects = open_objects(settings.snapshot_store) if settings.snapshot_store else None
     if store is None and settings.data_dir:
-        store = open_store(settings.data_dir, settings.ram_dir)
+        store = open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0)
     if store:
         with contextlib.ExitStack() as undo:
             undo.callback(store.close)
@@ -177,7 +177,7 @@ def _host(settings: Settings, registry: Registry) -> Host | None:
         raise RuntimeError("a host of a cluster has a data dir, coordinators, and the cluster's token in a file")
     place, of = settings.shard
     token = read_cluster_token(settings.cluster_token_file)
-    membership = Membership(place, of, settings.cluster_address or "", settings.coordinators, token)
+    membership = Membership(place, of, settings.cluster_address or "", settings.coordinators, token, settings.lease)
     return Host(registry, registry.store, membership)
 
 

@@ -18,6 +18,7 @@ from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Answer, Change
 from ema_service.cluster.reasons import detail_in
 from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
 
 __all__ = ["Asking"]
 
@@ -69,8 +70,9 @@ class Asking:
         """Ask one coordinator until it answers. said: why it did not, the latest last."""
         while True:
             try:
-                response = await self._client.post(f"{url.rstrip('/')}/v1/runs/{talk}/changes", content=encode(change))
-            except httpx2.TransportError as fault:
+                path = f"{coordinator_url(url)}/v1/runs/{talk}/changes"
+                response = await self._client.post(path, content=encode(change))
+            except (httpx2.TransportError, NoCoordinator) as fault:
                 said.append(f"the coordinator {url} cannot be reached ({type(fault).__name__})")
             else:
                 if response.status_code == 200:

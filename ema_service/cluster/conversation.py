@@ -11,12 +11,14 @@ what a change does.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ema_client.errors import Conflict, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
+from ema_client.errors import Conflict, Fenced, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
+from ema_service.cluster.counting import CoordinatorMetrics, TalkCount
 from ema_service.cluster.decisions import Coordinator, Output
 from ema_service.cluster.messages import Answer, Arrival, Ask, Change, Propose, Refusal, Report, Resolve
 
@@ -33,13 +35,16 @@ _UNHEARD = 60
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """What is known of a shard. address: None where it never came. start, stop: as in Arrival. listens: for now."""
+    """What is known of a shard. address: None where it never came. start, stop: as in Arrival. listens: for now; since:
+    when that began, Unix seconds, None where the shard never listened. revision: by its latest report, None before."""
 
     place: int
     address: str | None
     start: int
     stop: int
     listens: bool
+    since: float | None = field(default=None, compare=False)
+    revision: int | None = None
 
 
 class Conversation:
@@ -48,13 +53,16 @@ class Conversation:
     shards: how many the run has. core: what decides.
     """
 
-    def __init__(self, run: str, name: str, shards: int) -> None:
-        """run: the talk's name. name: as in Coordinator."""
+    def __init__(self, run: str, name: str, shards: int, metrics: CoordinatorMetrics | None = None) -> None:
+        """run: the talk's name. name: as in Coordinator. metrics: by default those of nobody."""
         self.core = Coordinator(name, shards)
         self.shards = shards
         self._run = run
+        self._count = TalkCount(metrics or CoordinatorMetrics())
         self._arrivals: dict[int, Arrival] = {}
         self._listening: dict[int, Listening] = {}
+        #: When each shard began to listen, or ended.
+        self._since: dict[int, float] = {}
         #: key -> what those who asked for the change wait for.
         self._asked: dict[str, asyncio.Future[Answer]] = {}
 
@@ -68,6 +76,7 @@ class Conversation:
         self._note(arrival)
         self._end(place)
         listening = self._listening[place] = asyncio.Queue(_UNREAD)
+        self._since[place] = time.time()
         self._say(ask for ask in self.core.ask() if ask.shard == place)
         return listening
 
@@ -75,6 +84,7 @@ class Conversation:
         """A shard's connection is gone."""
         if self._listening.get(place) is listening:
             del self._listening[place]
+            self._since[place] = time.time()
 
     def hear(self, message: Arrival | Refusal | Report) -> None:
         """Take in what a shard says. Raises Conflict as arrive()."""
@@ -83,6 +93,7 @@ class Conversation:
             return
         if message.shard >= self.shards:
             raise InvalidRequest(f"shard {message.shard}: run {self._run!r} has shards 0 to {self.shards - 1}")
+        self._count.heard(message)
         if message.term < self.core.term:
             # The claim came while the shard was not listening.
             self._say(ask for ask in self.core.ask() if ask.shard == message.shard)
@@ -120,7 +131,16 @@ class Conversation:
         nobody = Arrival(0, self.shards, "")
         known = [(place, self._arrivals.get(place, nobody)) for place in range(self.shards)]
         return [
-            Seat(place, each.address or None, each.start, each.stop, place in self._listening) for place, each in known
+            Seat(
+                place,
+                each.address or None,
+                each.start,
+                each.stop,
+                listens=place in self._listening,
+                since=self._since.get(place),
+                revision=self.core.revision(place),
+            )
+            for place, each in known
         ]
 
     def end(self) -> None:
@@ -147,6 +167,8 @@ class Conversation:
     def _say(self, outputs: Iterable[Output]) -> None:
         """Send to those that listen, and answer those that asked."""
         for output in outputs:
+            if isinstance(output, Resolve):
+                self._count.said(output)
             if isinstance(output, Answer):
                 answer = self._asked.pop(output.key, None)
                 if answer and not answer.done():
@@ -161,6 +183,7 @@ class Conversation:
         """End a shard's listening, if it does."""
         listening = self._listening.pop(place, None)
         if listening:
+            self._since[place] = time.time()
             while listening.full():
                 listening.get_nowait()
             listening.put_nowait(None)
@@ -171,18 +194,33 @@ class Conversations:
     listened for a while: of a run that was deleted nobody comes again, and for any other a coordinator keeps nothing.
     """
 
-    def __init__(self, new_name: Callable[[], str]) -> None:
-        """new_name: draws the name that this coordinator has in one talk, as in Coordinator."""
+    def __init__(self, new_name: Callable[[], str], metrics: CoordinatorMetrics | None = None) -> None:
+        """new_name: draws the name that this coordinator has in one talk, as in Coordinator. metrics: by default those
+        of nobody."""
+        self._metrics = metrics or CoordinatorMetrics()
         self._new_name = new_name
         self._by_run: dict[str, Conversation] = {}
         #: How many questions nobody heard, of those talks.
         self._unheard: Counter[str] = Counter()
+        #: By place, the number of the host's latest process.
+        self._numbers: dict[str, int] = {}
         self._ended = False
 
     @property
     def deposed(self) -> bool:
         """Whether another coordinator has taken over one of the runs. Then this one is to end."""
         return any(each.core.deposed for each in self._by_run.values())
+
+    def admit(self, place: str, number: int) -> None:
+        """Take note of the process that speaks for a place. Raises Fenced for one that a later one has replaced."""
+        latest = self._numbers.setdefault(place, number)
+        if number < latest:
+            raise Fenced(
+                f"process {number} of host {place} was replaced by process {latest}",
+                hint="the numbers are those of the host's data dir: stop one of the two, or, where a data dir was lost "
+                "or went back to an older copy, start the coordinator anew",
+            )
+        self._numbers[place] = number
 
     def arrive(self, run: str, arrival: Arrival) -> tuple[Conversation, Listening]:
         """Let a shard of a run listen. Raises InvalidRequest for a place that there is not; Stopping; what
@@ -191,7 +229,7 @@ class Conversations:
             raise Stopping("the coordinator ends", retry_after=1.0)
         if not arrival.shard < arrival.shards:
             raise InvalidRequest(f"shard {arrival.shard} of {arrival.shards}: places are counted from 0")
-        conversation = self._by_run.get(run) or Conversation(run, self._new_name(), arrival.shards)
+        conversation = self._by_run.get(run) or Conversation(run, self._new_name(), arrival.shards, self._metrics)
         listening = conversation.arrive(arrival)
         self._by_run[run] = conversation
         return conversation, listening
@@ -203,6 +241,10 @@ class Conversations:
                 f"no shard of a run {run!r} has come to this coordinator", hint="are the hosts of its shards up?"
             )
         return self._by_run[run]
+
+    def all(self) -> list[Conversation]:
+        """The talks that there are."""
+        return list(self._by_run.values())
 
     def ask_again(self) -> None:
         """As Conversation.ask_again(), for all talks. Those that nobody hears are forgotten."""

@@ -4,7 +4,7 @@
     POST /v1/runs/{run}/shards/{place}/reports   a shard's Report, Refusal or Arrival
     POST /v1/runs/{run}/changes                  a Change; answered with an Answer
     GET  /v1/runs/{run}/shards                   who holds what
-    GET  /healthz
+    GET  /healthz, /metrics                      for whoever runs the cluster: they name no run
 
 Shards open all connections: a coordinator has to be reached, and needs to reach nobody. It keeps nothing, on no disk;
 one that starts learns everything from the shards that come to it. Where it hears that another one has taken over it
@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -28,14 +29,16 @@ from typing import TypeVar
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ema_client.errors import BodyTooLarge, InvalidRequest, Unauthorized
 from ema_service.cluster.conversation import Conversation, Conversations, Listening
+from ema_service.cluster.counting import CoordinatorMetrics
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Change, Message, Refusal, Report
 from ema_service.cluster.problems import answer_with_problems, problem
-from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.token import HEADER_NUMBER, ClusterToken
 
 __all__ = ["create_coordinator", "listening_socket", "serve"]
 
@@ -49,12 +52,15 @@ AGAIN_SECONDS = 1.0
 _CHANGE_SECONDS = 30.0
 #: Most bytes of a message: a report names three proposals at most, and a proposal to create a run has its layout.
 _MOST_BYTES = 128 << 20
-_OPEN = "/healthz"
+#: What is answered without a token.
+_OPEN = frozenset({"/healthz", "/metrics"})
 
 
 def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAPI:
     """The application of one coordinator. ended: called where another coordinator has taken over."""
-    talks = Conversations(partial(secrets.token_hex, 8))
+    metrics = CoordinatorMetrics()
+    talks = Conversations(partial(secrets.token_hex, 8), metrics)
+    _watch(metrics, talks)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,6 +79,7 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
 
     @app.post("/v1/runs/{run}/shards/{place}/link")
     async def link(run: str, place: str, request: Request) -> StreamingResponse:
+        _admit(talks, place, request)
         arrival = await _message(request, Arrival)
         _check_place(place, arrival.shard)
         conversation, listening = talks.arrive(run, arrival)
@@ -80,6 +87,7 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
 
     async def report(request: Request) -> Response:
         run, place = request.path_params["run"], request.path_params["place"]
+        _admit(talks, place, request)
         message: Arrival | Refusal | Report = await _message(request, Arrival, Refusal, Report)
         _check_place(place, message.shard)
         talks.find(run).hear(message)
@@ -100,13 +108,34 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
     @app.get("/v1/runs/{run}/shards")
     async def shards(run: str) -> JSONResponse:
         talk = talks.find(run)
-        return JSONResponse({"run": run, "fault": talk.core.fault, "shards": [asdict(seat) for seat in talk.seats()]})
+        seats = [asdict(seat) for seat in talk.seats()]
+        return JSONResponse({"run": run, "term": talk.core.term.number, "fault": talk.core.fault, "shards": seats})
 
-    @app.get(_OPEN)
+    @app.get("/healthz")
     async def healthz() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
+    @app.get("/metrics")
+    async def told() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
     return app
+
+
+def _watch(metrics: CoordinatorMetrics, talks: Conversations) -> None:
+    """Add the gauges whose values the talks know."""
+
+    def seats(*, listening: bool) -> int:
+        return sum(seat.listens is listening for talk in talks.all() for seat in talk.seats())
+
+    metrics.watch("ema_coordinator_talks", "Talks: one a run, and one of all hosts.", lambda: len(talks.all()))
+    metrics.watch("ema_coordinator_listening", "Shards that listen, of all talks.", lambda: seats(listening=True))
+    metrics.watch("ema_coordinator_shards_away", "Shards that do not.", lambda: seats(listening=False))
+    metrics.watch(
+        "ema_coordinator_faults",
+        "Talks in which nothing is decided, for a shard lacks what the others have.",
+        lambda: sum(talk.core.fault is not None for talk in talks.all()),
+    )
 
 
 async def _ask_again(talks: Conversations) -> None:
@@ -137,6 +166,16 @@ async def _message(request: Request, *kinds: type[M]) -> M:
         raise InvalidRequest(str(fault)) from None
 
 
+def _admit(talks: Conversations, place: str, request: Request) -> None:
+    """Raises Fenced where a later process is the host that sends a request; InvalidRequest for no number."""
+    said = request.headers.get(HEADER_NUMBER)
+    if said is None:
+        return  # a shard without a data dir
+    if not re.fullmatch(r"[0-9]{1,18}", said):
+        raise InvalidRequest(f"{HEADER_NUMBER}: {said[:40]!r} is no number")
+    talks.admit(place, int(said))
+
+
 def _check_place(place: str, shard: int) -> None:
     """Raises InvalidRequest where a message is of another shard than the path names."""
     if str(shard) != place:
@@ -151,7 +190,7 @@ class _Guard:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == _OPEN or self._fits(scope):
+        if scope["type"] != "http" or scope["path"] in _OPEN or self._fits(scope):
             await self._app(scope, receive, send)
             return
         error = Unauthorized(

@@ -224,6 +224,11 @@ class Coordinator:
             return []
         return self._drop(message) if isinstance(message, Refusal) else self._take(message)
 
+    def revision(self, shard: int) -> int | None:
+        """At which revision a shard was by its newest report; None where none of this term came."""
+        report = self._reports.get(shard)
+        return report.record.revision if report else None
+
     # ----------------------------------------------------------------------------------------------------------------
 
     def _claim(self, report: Report) -> list[Output]:

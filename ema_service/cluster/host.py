@@ -18,15 +18,17 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping
 from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, Writer
+from ema_service import tether
 from ema_service.cluster.asking import Asking
 from ema_service.cluster.directory import Directory, creation_of, same_run, whole_config
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.layout_map import LayoutMap
+from ema_service.cluster.lease import Lease
 from ema_service.cluster.messages import (
     DIRECTORY,
     Adjustment,
@@ -41,6 +43,7 @@ from ema_service.cluster.messages import (
     SnapshotTaken,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
+from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.shard_run import ShardRun
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.waiting import Waiting
@@ -71,7 +74,8 @@ _SOON_SECONDS = 1.0
 class Membership:
     """Which host of which cluster a server is.
 
-    place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs.
+    place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs. lease:
+    seconds as in Lease().
     """
 
     place: int
@@ -79,6 +83,7 @@ class Membership:
     address: str
     coordinators: tuple[str, ...]
     token: ClusterToken
+    lease: float | None = None
 
 
 class Host:
@@ -91,7 +96,8 @@ class Host:
 
     def __init__(self, registry: Registry, store: Store, membership: Membership) -> None:
         self._registry = registry
-        self._membership = membership
+        # Whatever this process says to a coordinator carries its number: a later process of this host is heard then.
+        self._membership = membership = replace(membership, token=membership.token.of_number(store.number))
         self._asking = Asking(membership.coordinators, membership.token)
         #: Threads that judge changes: of runs, for microseconds; of the directory, where memory is taken.
         self._judging = Threads(1, "ema-judge")
@@ -112,6 +118,7 @@ class Host:
         )
         for run in registry.runs():
             self._shards[run.config.run] = self._shard_of(run)
+        self._lease = _lease(membership.lease, store, self._directory.reporting)
 
     @property
     def linked(self) -> bool:
@@ -122,6 +129,7 @@ class Host:
         """Begin to look for coordinators."""
         for shard in self._shards.values():
             shard.reporting.start()
+        self._lease.start()
         # Last: from here on another thread begins and ends shards.
         self._directory.reporting.start()
 
@@ -369,9 +377,22 @@ class Host:
         return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)
 
     def _close(self) -> None:
+        self._lease.close()
         fault = Stopping("the server was told to stop", retry_after=1.0)
         self._directory.reporting.close()
         for shard in list(self._shards.values()):
             shard.close(fault)
         for threads in (self._making, self._judging, self._saving):
             threads.shutdown()
+
+
+def _lease(seconds: float | None, store: Store, talk: Reporting[Any]) -> Lease:
+    """What ends this server. talk: about the directory, which every host has."""
+
+    def heard() -> float:
+        return max(talk.heard, tether.heard())
+
+    def replaced() -> str:
+        return "a later server has the data dir" if store.taken_over() else talk.replaced
+
+    return Lease(seconds, heard, replaced)

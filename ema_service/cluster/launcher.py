@@ -35,7 +35,7 @@ from ema_service.addresses import announced
 from ema_service.cluster.supervising import Ended, Program, Signalled, Supervisor, caught_signals
 from ema_service.cluster.token import ClusterToken, read_cluster_token
 
-__all__ = ["LaunchFailed", "Plan", "RunsAlready", "host_command", "launch"]
+__all__ = ["LaunchFailed", "Plan", "RunsAlready", "free_port", "host_command", "launch", "write_secret"]
 
 #: Reaches a machine: no questions, and an end 15 seconds after the machine's.
 THROUGH = "ssh -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
@@ -97,7 +97,7 @@ def host_command(data_dir: Path, token: ClusterToken, flags: Sequence[str]) -> l
     """The command that a host's process becomes. The token is kept beside the data, for this user's eyes."""
     data_dir.mkdir(parents=True, exist_ok=True)
     path = data_dir / _TOKEN
-    _write(path, token.header.partition(" ")[2])
+    write_secret(path, token.header.partition(" ")[2])
     serve = ["serve", "--data-dir", str(data_dir), "--cluster-token-file", str(path), *flags]
     return [sys.executable, "-m", "ema_service.tether", "ema_service", *serve]
 
@@ -135,11 +135,11 @@ class _Launch:
         """All programs, in the order of their start."""
         plan = self._plan
         bind = "127.0.0.1" if plan.here else "0.0.0.0"  # where a token is asked for
-        port = _free_port(bind)
+        port = free_port(bind)
         url = "http://127.0.0.1" if plan.here else announced(bind, port, secure=False, name=plan.name)
         coordinator = f"{url}:{port}" if plan.here else url
         token = ["--cluster-token-file", str(self._token_file)]
-        gateway_port = plan.port or _free_port(plan.host)
+        gateway_port = plan.port or free_port(plan.host)
         deciding = ["coordinator", "--host", bind, "--port", str(port), *token]
         merging = ["gateway", "--host", plan.host, "--port", str(gateway_port), "--coordinator", coordinator, *token]
         return [
@@ -208,7 +208,7 @@ def _here(module: str, *words: str) -> list[str]:
     return [sys.executable, "-m", module, *words]
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     """A port that nobody listens on: what is started again listens on it again."""
     with socket.create_server((host, 0)) as sock:
         port: int = sock.getsockname()[1]
@@ -239,13 +239,13 @@ def _token_file(folder: Path) -> Path:
     """The file with the cluster's token, made where there is none. Raises LaunchFailed where others can read it."""
     path = folder / _TOKEN
     if not path.exists():
-        _write(path, secrets.token_hex(32))
+        write_secret(path, secrets.token_hex(32))
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise LaunchFailed(f"{path} can be read by others: `chmod 600 {path}`")
     return path
 
 
-def _write(path: Path, secret: str) -> None:
+def write_secret(path: Path, secret: str) -> None:
     """A file that this user alone may read, all of it or none."""
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)

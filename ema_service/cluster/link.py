@@ -13,16 +13,18 @@ import http.client
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
-from urllib.parse import urlsplit
 
+from ema_client.errors import Fenced
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Ask, Propose, Refusal, Report, Resolve
-from ema_service.cluster.reasons import detail_in
+from ema_service.cluster.reasons import code_in, detail_in
 from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.whereabouts import check_coordinator, coordinator_address
 
-__all__ = ["Link", "coordinator_address"]
+__all__ = ["Link"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,14 +37,6 @@ _MOST_WAITING = 64
 _JSON = "application/json"
 #: Bytes that are read of a refusal.
 _PROBLEM_BYTES = 4 << 10
-
-
-def coordinator_address(url: str) -> tuple[str, int]:
-    """Host and port of a coordinator's URL. Raises ValueError for a URL that is none of a coordinator."""
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
-        raise ValueError("the coordinator's URL: expected http://HOST:PORT")
-    return parts.hostname, parts.port or 80
 
 
 class _NotLinked(Exception):
@@ -76,7 +70,7 @@ class _Connection(http.client.HTTPConnection):
 class Link:
     """The talk with one coordinator. Two threads, from start() to close().
 
-    Thread-safe.
+    More than a dozen attributes: what the two threads share, and what of it others ask. Thread-safe.
     """
 
     def __init__(
@@ -89,11 +83,15 @@ class Link:
     ) -> None:
         """hear: called with each message, in the order in which they were sent. Raises ValueError for a URL that is
         none of a coordinator."""
+        check_coordinator(url)
         self._url = url
-        self._address = coordinator_address(url)
         self._run = run
         self._arrival = arrival
-        self._headers = {"Authorization": token.header, "Content-Type": _JSON}
+        self._headers = {**token.headers, "Content-Type": _JSON}
+        #: When the coordinator's latest word came, by time.monotonic().
+        self.heard = float("-inf")
+        #: Why the coordinator hears this process no more: a later one is the host. Empty where there is none.
+        self.replaced = ""
         self._hear = hear
         self._stopped = threading.Event()
         self._changed = threading.Condition()
@@ -161,6 +159,7 @@ class Link:
         self._set_linked(True)
         try:
             for line in iter(response.readline, b""):
+                self.heard = time.monotonic()
                 if self._stopped.is_set():  # since before the connection was one that close() could break
                     return
                 self._hear(cast("Ask | Propose | Resolve", decode(line, Ask, Propose, Resolve)))
@@ -207,8 +206,8 @@ class Link:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[_Connection]:
-        """A connection that close() breaks."""
-        connection = _Connection(*self._address, timeout=_SILENCE)
+        """A connection that close() breaks. Raises NoCoordinator."""
+        connection = _Connection(*coordinator_address(self._url), timeout=_SILENCE)
         with self._changed:
             self._connections.add(connection)
         try:
@@ -223,7 +222,10 @@ class Link:
         path = f"/v1/runs/{self._run}/shards/{self._arrival().shard}/{route}"
         response = connection.post(path, body, self._headers)
         if response.status >= 300:
-            raise _NotLinked(f"{response.status} {detail_in(response.read(_PROBLEM_BYTES))}")
+            said = response.read(_PROBLEM_BYTES)
+            if code_in(said) == Fenced.code:
+                self.replaced = detail_in(said)
+            raise _NotLinked(f"{response.status} {detail_in(said)}")
         return response
 
 

@@ -10,7 +10,7 @@ import json
 
 from ema_client.errors import EmaError, Superseded, error_from_problem, printable
 
-__all__ = ["MADE_BEFORE", "detail_in", "error_of", "reason_of"]
+__all__ = ["MADE_BEFORE", "code_in", "detail_in", "error_of", "reason_of"]
 
 #: Why a change is refused that was made already: whoever asked looks at the run.
 MADE_BEFORE = "applied before"
@@ -28,6 +28,15 @@ def error_of(reason: str) -> EmaError:
         return error_from_problem(problem, problem["status"])
     except (ValueError, KeyError, TypeError):
         return Superseded(reason, retry_after=0.0)
+
+
+def code_in(body: bytes) -> str:
+    """The code of a problem (RFC 9457); empty where there is none."""
+    with contextlib.suppress(ValueError):
+        problem = json.loads(body)
+        if isinstance(problem, dict):
+            return str(problem.get("code", ""))
+    return ""
 
 
 def detail_in(body: bytes) -> str:

@@ -132,6 +132,16 @@ class Reporting(Generic[T]):
         """Whether any coordinator is heard."""
         return any(link.linked for link in self._links)
 
+    @property
+    def heard(self) -> float:
+        """When the latest word of any coordinator came, by time.monotonic(); minus infinity before the first."""
+        return max((link.heard for link in self._links), default=float("-inf"))
+
+    @property
+    def replaced(self) -> str:
+        """By whom, as a coordinator says, this process was replaced as its host; empty by nobody."""
+        return next((link.replaced for link in self._links if link.replaced), "")
+
     def start(self) -> None:
         """Begin to look for coordinators."""
         for link in self._links:

@@ -96,12 +96,16 @@ class _Kept:
 class Supervisor:
     """Programs that are kept running. Leaving the context ends all, the last started first.
 
-    say: called with a program's name and a line of its output, on a thread of each program.
+    say: called with a program's name and a line of its output, on a thread of each program. may_start: whether a
+    program that has ended may be started again now; asked until it may.
     """
 
-    def __init__(self, events: Events, say: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, events: Events, say: Callable[[str, str], None], may_start: Callable[[], bool] = lambda: True
+    ) -> None:
         self._events = events
         self._say = say
+        self._may_start = may_start
         self._kept: dict[str, _Kept] = {}
 
     def __enter__(self) -> Supervisor:
@@ -131,6 +135,18 @@ class Supervisor:
                 self._note(event)
             return event
 
+    def pids(self) -> list[int]:
+        """The processes that run, in the order in which the programs were given."""
+        return [each.process.pid for each in self._kept.values() if each.process]
+
+    def tell(self, name: str, word: bytes) -> None:
+        """Write to the standard input of a program, where its process runs: a sign of life (ema_service.tether)."""
+        process = self._kept[name].process
+        if process and process.stdin:
+            with contextlib.suppress(OSError):  # the process is gone, and that is an event
+                process.stdin.write(word)
+                process.stdin.flush()
+
     def end(self, *names: str) -> None:
         """End programs, all at once: ask, wait for GRACE seconds at the most, kill. No process is left."""
         ending = [each for name in names if (each := self._kept.pop(name, None))]
@@ -153,7 +169,10 @@ class Supervisor:
     def _start_due(self) -> None:
         for each in self._kept.values():
             if each.due is not None and each.due <= time.monotonic():
-                self._start(each)
+                if self._may_start():
+                    self._start(each)
+                else:
+                    each.due = time.monotonic() + _FIRST_PAUSE
 
     def _start(self, kept: _Kept) -> None:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The dashboard's pages, of all runs and of one, and their static files.
+"""The dashboard's pages, of all runs, of one, and of a cluster's hosts, and their static files.
 
 Knows files and response headers. Does not know runs: the pages' scripts ask the API for them.
 """
@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-__all__ = ["mount_assets", "router", "serve_page"]
+__all__ = ["hosts_router", "mount_assets", "router", "serve_page"]
 
 STATIC = Path(__file__).parent / "static"
 
@@ -23,6 +23,8 @@ POLICY = (
 )
 
 router = APIRouter()
+#: Of a gateway alone.
+hosts_router = APIRouter()
 
 
 @router.get("/", include_in_schema=False)
@@ -36,6 +38,12 @@ async def run_page(run: str) -> FileResponse:
     """The page of one run, or of one that there isn't: the page's script reads the name in its own address."""
     del run
     return serve_page("run.html", POLICY)
+
+
+@hosts_router.get("/hosts", include_in_schema=False)
+async def hosts_page() -> FileResponse:
+    """The hosts of a cluster, and which part of a run each has."""
+    return serve_page("hosts.html", POLICY)
 
 
 def serve_page(name: str, policy: str) -> FileResponse:

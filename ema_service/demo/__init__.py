@@ -10,6 +10,7 @@
     children.py    starting, hearing and ending the processes
     screen.py      the output that the user sees
     play.py        the parent: the order of events and the verdict
+    on_ray.py, on_ray_trainer.py       another one, `make cluster-demo`: three hosts under Ray, one of which is killed
 
 The demo starts the server by its command line and speaks to it with the public client, as a user would. The server
 imports nothing of the demo; importing the demo imports neither torch nor matplotlib.

@@ -7,8 +7,10 @@ Knows torch. Does not know the service, on purpose: it is the independent witnes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class InProcessEma:
@@ -19,12 +21,15 @@ class InProcessEma:
         self.num_updates = torch.tensor(0, dtype=torch.int32)
         self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> None:
         """Average the model's parameters as they are now: one update."""
+        self.update(dict(model.named_parameters()))
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """Average these parameters: one update."""
         self.num_updates += 1
         decay = torch.minimum(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         weight = 1.0 - decay
-        parameters = dict(model.named_parameters())
         for name, shadow in self.shadow.items():
             shadow -= weight * (shadow - parameters[name])

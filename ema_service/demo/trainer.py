@@ -63,7 +63,7 @@ def _train(model: nn.Module, ema: RemoteEma, witness: InProcessEma, steps: int, 
     deadline = time.monotonic() + seconds
     mean = 1.0
     for step in range(1, steps + 1):
-        loss = _loss(model, training)
+        loss = loss_of(model, training)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -78,7 +78,8 @@ def _train(model: nn.Module, ema: RemoteEma, witness: InProcessEma, steps: int, 
     return steps
 
 
-def _loss(model: nn.Module, training: digits.Digits) -> Tensor:
+def loss_of(model: nn.Module, training: digits.Digits) -> Tensor:
+    """The loss of a batch at random."""
     batch = torch.randint(len(training), (BATCH,))
     images = training.images[batch]
     t = torch.randint(TIMES, (BATCH,))

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -249,15 +250,22 @@ class FolderLock:
     """An exclusive lock on a folder (flock), which ends with the process.
 
     Both the folder and a file in it are locked: somebody may remove the file, and some network file systems lock no
-    folder. path: the file.
+    folder. path: the file. number: of this holder, larger than that of every earlier one; the file holds the number.
     """
 
-    def __init__(self, folder: Path, mounted: FileSystem | None = None) -> None:
-        """mounted: what the folder lies on. Raises FolderLocked where another process holds the lock, CannotLock."""
+    def __init__(self, folder: Path, mounted: FileSystem | None = None, *, lease: float = 0.0) -> None:
+        """mounted: what the folder lies on. lease: seconds within which an earlier holder that was cut off, or that
+        sees that it was taken over from, has ended itself; they are waited for where a lock does not keep that holder
+        out.
+
+        Raises FolderLocked where another process holds the lock, CannotLock, and OSError where the number cannot be
+        written.
+        """
         mounted = mounted or file_system(folder)
         self.path = folder / "lock"
         self._folder = -1
-        self._file = self.path.open("ab")
+        # Not truncated, and not for appending alone: the number of the earlier holder stands in it.
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(self.release)
@@ -282,12 +290,37 @@ class FolderLock:
                 "this data dir on another machine meanwhile",
                 folder,
             )
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.release)
+            self.number = self._take_number()
+            undo.pop_all()
+        if mounted.locks_are_local and lease:
+            time.sleep(lease)
+
+    def _take_number(self) -> int:
+        number = _number_in(self._file.read()) + 1
+        os.pwrite(self._file.fileno(), b"%d\n" % number, 0)
+        os.fsync(self._file.fileno())
+        return number
+
+    def taken_over(self) -> bool:
+        """Whether a later holder has the folder: the file is read anew, as another machine may have written it."""
+        try:
+            return _number_in(self.path.read_bytes()) > self.number
+        except OSError:
+            return False
 
     def release(self) -> None:
         self._file.close()
         if self._folder >= 0:
             os.close(self._folder)
             self._folder = -1
+
+
+def _number_in(content: bytes) -> int:
+    """The number in a lock's file: 0 where there is none, as before the first holder."""
+    digits = content.strip()
+    return int(digits) if digits.isdigit() else 0
 
 
 def _lock_folder(descriptor: int) -> None:

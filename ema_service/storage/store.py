@@ -81,14 +81,14 @@ def memory_prefix(row: RunRow) -> str:
     return f"{row.id}."
 
 
-def open_store(folder: Path, ram_dir: Path | None = None) -> Store:
+def open_store(folder: Path, ram_dir: Path | None = None, *, lease: float = 0.0) -> Store:
     """The store of a data dir, with its memory files.
 
     To be opened before any memory is taken: it frees memory that an earlier server left and no run comes back for.
-    Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error.
+    lease: as in FolderLock. Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error.
     """
     with contextlib.ExitStack() as undo:
-        store = Store(folder)
+        store = Store(folder, lease=lease)
         undo.callback(store.close)
         store.use_memory_files(ram_dir)
         undo.pop_all()
@@ -101,12 +101,13 @@ class Store:
     More than twenty methods: one for each thing that is written, read or removed, in an order that outlives a crash.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open or make the data folder. Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error."""
+    def __init__(self, folder: Path, *, lease: float = 0.0) -> None:
+        """Open or make the data folder. lease: as in FolderLock. Raises FolderLocked, CatalogUnusable, OSError,
+        sqlite3.Error."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         mounted = file_system(folder)
-        self._lock = FolderLock(folder, mounted)
+        self._lock = FolderLock(folder, mounted, lease=lease)
         #: Whether names that differ by case alone are one file here, as on the disks of most Macs.
         self.folds_case = self._lock.path.with_name(self._lock.path.name.upper()).exists()
         self._writers = Threads(_WRITE_THREADS, "ema-write")
@@ -151,6 +152,15 @@ class Store:
         self._writers.shutdown()
         self._catalog.close()
         self._lock.release()
+
+    @property
+    def number(self) -> int:
+        """Of this server among those that had the data dir: larger than that of every earlier one."""
+        return self._lock.number
+
+    def taken_over(self) -> bool:
+        """Whether a later server has the data dir, which no lock kept out: this one has to end."""
+        return self._lock.taken_over()
 
     # --- runs -------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
     "cli": {"api", "cluster", "cluster_cli", "persistence", "storage", "demo", "bench"} | LEAVES,
-    "cluster_cli": {"cluster"} | LEAVES,
+    "cluster_cli": {"cluster", "dashboard"} | LEAVES,
     "api": {"cluster", "dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"}
     | LEAVES,
     "dashboard": set(),
@@ -60,11 +60,13 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "tokens": set(),
     "values": {"tensors"},
     "tensors": {"threads", "values"},
-    "demo": {"settings"},
+    "demo": {"settings", "cluster"},
     "bench": {"settings", "sizes"},
 }
 #: Where parts of extras are loaded, by whoever asked for them: otel, and publish.
 EXTRAS = {("ema_service.api.tracing", "opentelemetry"), ("ema_service.storage.objects", "fsspec")}
+#: Whole modules that need an extra, and are loaded where somebody asks for them: whoever has no Ray has clusters too.
+NEEDS_EXTRA = {("ema_service.cluster.ray_launcher", "ray")}
 #: Within api: what receives and sends knows no route, and no server.
 TRANSFER = "ema_service.api.transfer"
 #: Who decides, for a run and for the shards of a run: pure, with every module of ours that is run.
@@ -101,6 +103,8 @@ CLIENT_THIRD_PARTY = {
     "wandb": {"ema_client.reading.loggers"},
     # Where a call draws a picture.
     "matplotlib": {"ema_client.cli.plots"},
+    # Where a URL names a cluster on Ray.
+    "ray": {"ema_client.http.ray_actors"},
     # The extra publish, of which each place imports its own.
     "huggingface_hub": {"ema_client.publishing.hub"},
     "fsspec": {"ema_client.publishing.bucket"},
@@ -351,8 +355,21 @@ def service_third_party(module: Module) -> Iterator[str]:
     for imported in module.imports:
         own = imported.root in sys.stdlib_module_names or imported.root in PACKAGES
         own |= (module.name, imported.root) in EXTRAS and not imported.top
+        own |= (module.name, imported.root) in NEEDS_EXTRA
         if not own and not DISTRIBUTIONS.get(imported.root, set()) & declared:
             yield f"line {imported.line}: {imported.root} is no dependency in pyproject.toml"
+
+
+def ray_in_one_file(module: Module) -> Iterator[str]:
+    """Ray places processes and does nothing else: no part of a cluster needs Ray, nor whoever starts one without."""
+    for imported in module.imports:
+        launcher = _fits(imported.target, [name for name, _ in NEEDS_EXTRA])
+        if launcher and imported.top and not imported.typing:
+            yield f"line {imported.line}: {module.name} must do without {imported.target} when it is imported"
+        if imported.root == "ray" and module.package == "ema_service" and (module.name, "ray") not in NEEDS_EXTRA:
+            yield f"line {imported.line}: ray belongs to {[name for name, _ in NEEDS_EXTRA]}"
+        if imported.root == "ray" and module.package == "ema_client" and imported.top:
+            yield f"line {imported.line}: {module.name} must do without ray when it is imported"
 
 
 def shared_words_are_stdlib_only(module: Module) -> Iterator[str]:
@@ -379,6 +396,7 @@ RULES: list[Rule] = [
     one_httpx,
     fastapi_in_its_place,
     coordinator_is_a_program,
+    ray_in_one_file,
     shared_words_are_stdlib_only,
 ]
 
@@ -424,6 +442,9 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (fastapi_in_its_place, "ema_service.runs.run", "from fastapi import Request"),
         (fastapi_in_its_place, "ema_service.cluster.conversation", "from fastapi import Request"),
         (coordinator_is_a_program, "ema_service.cluster", "import ema_service.cluster.coordinator"),
+        (ray_in_one_file, "ema_service.cluster.host", "def f():\n    import ray"),
+        (ray_in_one_file, "ema_service.cluster_cli", "from ema_service.cluster.ray_launcher import up"),
+        (ray_in_one_file, "ema_client.http.ray_actors", "import ray"),
         (shared_words_are_stdlib_only, "ema_client.wire", "import torch"),
     ],
 )

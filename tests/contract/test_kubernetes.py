@@ -34,6 +34,13 @@ README = (ROOT / "docker" / "README.md").read_text()
 
 MANIFESTS = {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))}
 OBJECTS = [each for name, docs in MANIFESTS.items() for each in docs if name != "kustomization.yaml"]
+#: Those of a cluster, which test_kubernetes_cluster.py is about.
+OF_CLUSTER = [
+    each
+    for path in sorted((ROOT / "docker" / "kubernetes-cluster").glob("*.yaml"))
+    for each in yaml.safe_load_all(path.read_text())
+    if path.name != "kustomization.yaml"
+]
 POD_MONITOR = MANIFESTS["pod-monitor.yaml"][0]
 STATEFUL_SET = MANIFESTS["stateful-set.yaml"][0]
 TEMPLATE = STATEFUL_SET["spec"]["template"]
@@ -78,7 +85,11 @@ _POD_MONITOR: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("each", [each for each in OBJECTS if each is not POD_MONITOR], ids=lambda each: each["kind"])
+@pytest.mark.parametrize(
+    "each",
+    [each for each in (*OBJECTS, *OF_CLUSTER) if each["kind"] != "PodMonitor"],
+    ids=lambda each: f"{each['kind']}-{each['metadata']['name']}",
+)
 def test_manifests_fit_their_schemas(each: dict[str, Any]) -> None:
     """Each object is one that an old version of Kubernetes and the newest take, with no field unknown to them."""
     schemas = pytest.importorskip("kubernetes_validate", reason="not installed: pip install -e '.[test]'")
@@ -116,8 +127,9 @@ def test_a_misspelt_field_is_refused() -> None:
 
 
 def test_pod_monitor_fits_its_schema() -> None:
-    """The Prometheus operator's object has the operator's fields, and asks the way that the server answers."""
-    jsonschema.validate(POD_MONITOR["spec"], _POD_MONITOR)
+    """The Prometheus operator's objects have the operator's fields, and ask the way that the server answers."""
+    for each in (POD_MONITOR, *(each for each in OF_CLUSTER if each["kind"] == "PodMonitor")):
+        jsonschema.validate(each["spec"], _POD_MONITOR)
     (endpoint,) = POD_MONITOR["spec"]["podMetricsEndpoints"]
 
     assert (POD_MONITOR["apiVersion"], POD_MONITOR["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")

@@ -32,12 +32,21 @@ OPERATIONS = (ROOT / "ema_service" / "OPERATIONS.md").read_text()
 
 ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 SHOWN = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
+TABLES = ("Metrics", "Metrics of a cluster")
 #: Of metrics, those that neither the dashboard nor an alert asks for.
 NOT_SHOWN = {
     "ema_build_info",
     "ema_disk_bytes",
     "ema_events_total",
     "ema_frozen_limit_bytes",
+    "ema_gateway_events_total",
+    "ema_gateway_host_failures_total",
+    "ema_gateway_map_failures_total",
+    "ema_gateway_request_seconds",
+    "ema_coordinator_refusals_total",
+    "ema_coordinator_reports_total",
+    "ema_coordinator_talks",
+    "ema_coordinator_votes_total",
     "ema_pushes_total",
     "ema_request_seconds",
     "ema_run_num_updates",
@@ -77,8 +86,10 @@ def metrics_in(text: str) -> set[str]:
 
 
 def known_metrics() -> set[str]:
-    """Those of the table of metrics."""
-    return metrics_in(OPERATIONS.partition("\n## Metrics\n")[2].partition("\n## ")[0])
+    """Those of the tables of metrics, of a server and of a cluster's programs."""
+    sections = (OPERATIONS.partition(f"\n## {title}\n")[2].partition("\n## ")[0] for title in TABLES)
+    rows = (line for section in sections for line in section.splitlines() if line.startswith("| `"))
+    return {name for row in rows for name in metrics_in(row.split(" | ")[0])}
 
 
 def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:

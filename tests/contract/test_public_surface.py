@@ -20,6 +20,8 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 
 FRAMEWORKS = {"lightning", "transformers"}
+#: Modules that need an extra, and are loaded where somebody asks for them.
+NEEDS_EXTRA = {"ema_service.cluster.ray_launcher": "ray"}
 
 
 def _modules() -> dict[str, Path]:
@@ -43,7 +45,7 @@ def _defines_all(tree: ast.Module) -> bool:
 
 
 def _imported(name: str) -> ModuleType:
-    """The module; of an integration only where its framework is installed."""
+    """The module; one that needs a framework or an extra only where that is installed."""
     if name.startswith("ema_client.integrations."):
         framework = name.rpartition(".")[2]
         with warnings.catch_warnings():
@@ -52,6 +54,9 @@ def _imported(name: str) -> ModuleType:
             if framework in FRAMEWORKS:
                 pytest.importorskip(framework, reason=f"{framework} is not installed: pip install -e '.[integrations]'")
             return importlib.import_module(name)
+    if name in NEEDS_EXTRA:
+        extra = NEEDS_EXTRA[name]
+        pytest.importorskip(extra, reason=f"{extra} is not installed: pip install -e '.[{extra}]'")
     return importlib.import_module(name)
 
 

@@ -14,7 +14,10 @@ from ema_client.errors import UsageError
 
 __all__ = ["Address", "parse_address"]
 
-_FORMS = "write http://HOST:PORT, https://HOST:PORT, unix:///PATH.sock or, of a server's --address-file, file:///PATH"
+_FORMS = (
+    "write http://HOST:PORT, https://HOST:PORT, unix:///PATH.sock, of a server's --address-file file:///PATH, or of a "
+    "cluster on Ray ray://NAME"
+)
 _PORTS = {"http": 80, "https": 443}
 
 

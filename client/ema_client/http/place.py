@@ -1,12 +1,15 @@
-"""Where a service is at this moment: at an address that stays, or at the one that a file holds.
+"""Where a service is at this moment: at an address that stays, at the one that a file holds, or at that of a cluster
+which Ray knows by name.
 
 ``file:///shared/address`` names a file that a server writes once it listens (``ema-service serve --address-file``). The
 file is read for each new connection, so that a client finds a server that came up again elsewhere, such as a requeued
 job on another node: the connections to the old place break, and the next try reads the file again. A file that is not
 there is a service that is not there, and is waited for as long as such a service is.
 
-Knows: files with an address, and the context of TLS. Does not know: sockets, HTTP, environment variables, or when a
-connection is opened.
+``ray://NAME`` is asked for in the same way, of Ray.
+
+Knows: files with an address, and the context of TLS. Does not know: Ray (ray_actors), sockets, HTTP, environment
+variables, or when a connection is opened.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import contextlib
 import errno
 import os
 import ssl
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ema_client.errors import ServiceUnreachable, UsageError
 from ema_client.http.address import Address, parse_address
+from ema_client.http.ray_actors import cluster_named, gateway_of
 
 __all__ = ["Place"]
 
@@ -34,19 +39,19 @@ _FORM = "write file:///PATH, with the absolute path of the server's --address-fi
 class Place:
     """The place of the service at ``url``. Thread-safe: nothing but the latest address changes, by one assignment.
 
-    url: as it was given; of a file the file's, which stays the same wherever the service is.
+    url: as it was given; of a file or a cluster's name that one, which stays the same wherever the service is.
     """
 
     def __init__(self, url: str) -> None:
-        """Raises UsageError for a malformed URL; a file is not read yet."""
-        file = _file_of(url)
-        self._latest = None if file else parse_address(url)
-        self._look = partial(_address_in, file) if file else partial(parse_address, url)
+        """Raises UsageError for a malformed URL; a file is not read yet, nor is Ray asked."""
+        self._look = _look_of(url)
+        moves = _file_of(url) or cluster_named(url)
+        self._latest = None if moves else self._look()
         self.url = self._latest.url if self._latest else url
 
     def address(self) -> Address:
-        """Where the service is now. Raises ServiceUnreachable where its file is not there; UsageError where the file
-        cannot be read, or holds no address."""
+        """Where the service is now. Raises ServiceUnreachable where its file, or its cluster, is not there; UsageError
+        where the file cannot be read, or holds no address, and where this process is no part of a Ray cluster."""
         self._latest = latest = self._look()
         return latest
 
@@ -67,6 +72,15 @@ class Place:
     def context(self) -> ssl.SSLContext:
         """What TLS needs; loading the certificates of the system takes 20 ms."""
         return ssl.create_default_context()
+
+
+def _look_of(url: str) -> Callable[[], Address]:
+    """What finds the service at a URL. Raises UsageError for a malformed one."""
+    if file := _file_of(url):
+        return partial(_address_in, file)
+    if name := cluster_named(url):
+        return lambda: parse_address(gateway_of(name))
+    return partial(parse_address, url)
 
 
 def _file_of(url: str) -> Path | None:

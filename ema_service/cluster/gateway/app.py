@@ -2,19 +2,24 @@
 
     GET  /v1/runs, /v1/runs/{run}, .../layout      the shards' answers, as of one run
     GET  /v1/runs/{run}/weights                    the hosts' data, put together while it is sent
+    GET  /v1/runs/{run}/events                     one stream a host for all who watch
+    GET  /v1/runs/{run}/history, ...               what the hosts noted, as of one run
     PUT  /v1/runs/{run}/weights, .../updates/{n}   cut into the hosts' slices while it comes in; .../parts/{i} too
     POST, PATCH, DELETE                            handed to one host, which has all hosts do it or none
 
 What a run on several hosts cannot do is refused by name. Nothing is kept, on no disk: gateways are started and ended at
 will, and any number may serve one cluster.
 
-Knows the routes. Does not know how bodies are cut and put together (pushes, pulls), or who decides.
+Knows the routes. Does not know how bodies are cut and put together (pushes, pulls), how streams become one (watching),
+or who decides.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,9 +31,11 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ema_client.errors import (
     BodyTooLarge,
+    EmaError,
     InvalidRequest,
     Overloaded,
     RouteNotFound,
@@ -38,11 +45,14 @@ from ema_client.errors import (
 )
 from ema_client.protocol import (
     API,
+    DEFAULT_ENTRIES,
     DIGEST_FOLLOWS,
     HEADER_DIGEST,
     HEADER_PUSH,
     HEADER_SEGMENT,
     NAME_PATTERN,
+    Distances,
+    History,
     RunInfo,
     RunLayout,
     RunList,
@@ -50,8 +60,11 @@ from ema_client.protocol import (
     ServerInfo,
     SnapshotInfo,
     SnapshotList,
+    Timeline,
     UpdateResult,
     UpdateStatus,
+    distances_path,
+    history_path,
     layout_path,
     part_path,
     reset_path,
@@ -61,15 +74,21 @@ from ema_client.protocol import (
     server_path,
     snapshot_path,
     snapshots_path,
+    timeline_path,
     to_json,
     update_path,
     weights_path,
     writer_path,
     writers_path,
 )
+from ema_service.cluster.gateway.counted import Counted
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, parsed, passed_on
-from ema_service.cluster.gateway.pulls import send_weights
+from ema_service.cluster.gateway.overview import overview_of, run_overview_of
+from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
+from ema_service.cluster.gateway.pulls import is_known, send_weights
 from ema_service.cluster.gateway.pushes import PartSplitting, Slice, Splitting
+from ema_service.cluster.gateway.waiting import once_reached, send_events
+from ema_service.cluster.gateway.watching import Watches
 from ema_service.cluster.gateway.whole import (
     Apart,
     layout_of,
@@ -85,6 +104,7 @@ from ema_service.cluster.gateway.whole import (
 )
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.problems import answer_with_problems
+from ema_service.descriptors import connections_within, raise_limit
 
 __all__ = ["create_gateway", "serve"]
 
@@ -105,13 +125,11 @@ _SNAPSHOT_SECONDS = 900.0
 _PUSH_SECONDS = 3600.0
 #: Runs whose layouts are remembered.
 _MOST_LAYOUTS = 256
+#: Requests that wait for something to happen to a run, each with a connection of its own: ten thousand take 60 MB.
+_MOST_WAITING = 10_000
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
     "averages": "averages are those that the run was made with",
-    "events": "no events yet; GET /v1/runs/{run} tells how the run stands",
-    "history": "no history yet",
-    "distances": "no history yet",
-    "timeline": "no timeline yet",
     "profiles": "no averages of other lengths yet",
     "sweep": "no averages of other lengths yet",
     "sweeps": "no averages of other lengths yet",
@@ -119,24 +137,31 @@ _NOT_OFFERED = {
 }
 
 
-def create_gateway(hosts: Hosts) -> FastAPI:
-    """The application of one gateway. hosts: closed with it."""
+def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: None) -> FastAPI:
+    """The application of one gateway. hosts: closed with it. pages: adds those for a browser."""
+
+    watches = Watches(hosts, connections_within(raise_limit(), _MOST_WAITING))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             yield
         finally:
+            watches.end()
             await hosts.close()
 
     app = FastAPI(title="ema-service gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.watches = watches
+    app.add_middleware(Counted, metrics=hosts.metrics)
     answer_with_problems(app, "a gateway")
-    gateway = _Gateway(hosts)
+    gateway = _Gateway(hosts, watches)
     run, step = f"{API}/runs/{{run}}", "/updates/{step:int}"
     for method, path, answer in (
         ("GET", "/healthz", gateway.alive),
         ("GET", "/readyz", gateway.ready),
+        ("GET", "/metrics", gateway.metrics),
         ("GET", server_path(), gateway.server),
+        ("GET", f"{API}/hosts", gateway.overview),
         ("GET", runs_path(), gateway.runs),
         ("POST", runs_path(), gateway.create),
         ("GET", run, gateway.run),
@@ -145,6 +170,7 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("GET", f"{run}/layout", gateway.layout),
         ("GET", f"{run}/shards", gateway.shards),
         ("POST", f"{run}/rewind", gateway.rewind),
+        ("GET", f"{run}/hosts", gateway.run_overview),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
         ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
@@ -158,12 +184,17 @@ def create_gateway(hosts: Hosts) -> FastAPI:
         ("DELETE", f"{run}/snapshots/{{name}}", gateway.delete_snapshot),
         ("GET", f"{run}/snapshots/{{name}}/weights", gateway.snapshot_weights),
         ("HEAD", f"{run}/snapshots/{{name}}/weights", gateway.snapshot_weights),
+        ("GET", f"{run}/events", gateway.events),
+        ("GET", f"{run}/history", gateway.history),
+        ("GET", f"{run}/distances", gateway.distances),
+        ("GET", f"{run}/timeline", gateway.timeline),
         ("GET", run + step, gateway.status),
         ("PUT", run + step, gateway.push),
         ("PUT", f"{run}/weights/parts/{{part:int}}", gateway.initialise_part),
         ("PUT", f"{run}{step}/parts/{{part:int}}", gateway.push_part),
     ):
         app.add_api_route(path, answer, methods=[method], response_model=None)
+    pages(app)
     app.add_api_route(f"{run}/{{rest:path}}", _refuse, methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH"])
     return app
 
@@ -188,6 +219,7 @@ class _Gateway:
     """
 
     hosts: Hosts
+    watches: Watches
     #: run -> when it was created, and the hosts' shares of its tensors.
     _maps: dict[str, tuple[float, LayoutMap]] = field(default_factory=dict)
 
@@ -202,9 +234,18 @@ class _Gateway:
         await self.hosts.each(lambda host: self.hosts.send(host, "GET", "/readyz", passed_on(request.headers)))
         return JSONResponse({"status": "ready", "hosts": len(await self.hosts.all())})
 
+    async def metrics(self) -> Response:
+        """The gateway's own, for Prometheus."""
+        self.hosts.metrics.waiting.set(self.watches.waiting)
+        return Response(generate_latest(self.hosts.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
     async def server(self, request: Request) -> Response:
         """What the hosts are together."""
         return _json(whole_server(await self._each(request, server_path(), ServerInfo)))
+
+    async def overview(self, request: Request) -> Response:
+        """Who the hosts are, and how each stands."""
+        return _json(await overview_of(self.hosts, passed_on(request.headers)))
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
@@ -246,7 +287,17 @@ class _Gateway:
             addresses = [host.address for host in await self.hosts.all()]
             return shards_of(infos, await self._map_of(infos[0], request), addresses)
 
-        return _json(await _agreed(ask))
+        return _json(await self._agreed(ask))
+
+    async def run_overview(self, run: RunName, request: Request) -> Response:
+        """Which part of the run each host has, and how it stands, as far as that is known while one is away."""
+        shards = self._maps[run][1] if run in self._maps else None
+        try:
+            shards = await self._map(request, run)
+        except EmaError as fault:
+            if not fault.retryable:
+                raise
+        return _json(await run_overview_of(run, self.hosts, passed_on(request.headers), shards))
 
     async def change(self, run: RunName, request: Request) -> Response:
         """A decay changed on all hosts or none."""
@@ -288,7 +339,8 @@ class _Gateway:
     # --- weights ----------------------------------------------------------------------------------------------------
 
     async def weights(self, run: RunName, request: Request) -> Response:
-        """The current weights of the whole run, of one version."""
+        """The current weights of the whole run, of one version; once every host has the step that is waited for."""
+        await once_reached(run, request, self.watches)
         return await send_weights(run, request, self.hosts)
 
     async def snapshot_weights(self, run: RunName, name: SnapshotName, request: Request) -> Response:
@@ -303,7 +355,7 @@ class _Gateway:
         async def ask() -> SnapshotList:
             return whole_snapshots(await self._each(request, snapshots_path(run), SnapshotList))
 
-        return _json(await _agreed(ask))
+        return _json(await self._agreed(ask))
 
     async def snapshot(self, run: RunName, name: SnapshotName, request: Request) -> Response:
         """One of them."""
@@ -323,7 +375,11 @@ class _Gateway:
         async def ask() -> SnapshotInfo:
             return whole_snapshot(await self._each(request, snapshot_path(run, name), SnapshotInfo))
 
-        return await _agreed(ask)
+        return await self._agreed(ask)
+
+    async def events(self, run: RunName, request: Request) -> Response:
+        """What happens to the whole run, as a stream."""
+        return await send_events(run, request, self.watches)
 
     # --- pushes -----------------------------------------------------------------------------------------------------
 
@@ -356,6 +412,35 @@ class _Gateway:
         query = dict(request.query_params)
         ask = partial(self._ask, request, update_path(run, step), UpdateStatus, params=query)
         return _json(whole_status(await self.hosts.each(ask)))
+
+    # --- how it went ------------------------------------------------------------------------------------------------
+
+    async def history(self, run: RunName, request: Request) -> Response:
+        """What was measured of the whole run's updates."""
+        return await self._past(request, history_path(run), History, whole_history)
+
+    async def distances(self, run: RunName, request: Request) -> Response:
+        """How far each tensor's shadow was from its parameters."""
+        return await self._past(request, distances_path(run), Distances, whole_distances)
+
+    async def timeline(self, run: RunName, request: Request) -> Response:
+        """What was done to the run."""
+        query = request.query_params
+        asked = query.get("limit", "")
+        most = int(asked) if asked.isascii() and asked.isdecimal() else DEFAULT_ENTRIES  # else hosts refuse it
+        return await self._past(request, timeline_path(run), Timeline, partial(whole_timeline, most=most))
+
+    async def _past(self, request: Request, path: str, kind: type[T], merge: Callable[[Sequence[T]], T]) -> Response:
+        """What each host noted, as of one run; on a thread, for a history has thousands of numbers."""
+        headers, query = passed_on(request.headers), dict(request.query_params)
+        hosts = await self.hosts.all()
+        told = await self.hosts.each(lambda host: self.hosts.send(host, "GET", path, headers, params=query))
+
+        def made() -> bytes:
+            return json.dumps(to_json(merge([parsed(*each, kind) for each in zip(hosts, told, strict=True)]))).encode()
+
+        body = await asyncio.to_thread(made)
+        return _tagged(request, body)
 
     async def _push(
         self, run: str, request: Request, path: str, splitting: type[Splitting]
@@ -413,7 +498,7 @@ class _Gateway:
         async def ask() -> RunInfo:
             return await self._whole(await self._each(request, run_path(run), RunInfo), request)
 
-        return await _agreed(ask)
+        return await self._agreed(ask)
 
     async def _whole(self, infos: Sequence[RunInfo], request: Request) -> RunInfo:
         """The whole run of which the hosts tell so. Raises Apart."""
@@ -426,7 +511,7 @@ class _Gateway:
             host, *_ = await self.hosts.all()
             return await self._map_of(await self._ask(request, run_path(run), RunInfo, host), request)
 
-        return await _agreed(ask)
+        return await self._agreed(ask)
 
     async def _map_of(self, told: RunInfo, request: Request) -> LayoutMap:
         """The hosts' shares of the run that was created when one of them tells. Raises Apart."""
@@ -438,19 +523,21 @@ class _Gateway:
             self._maps[told.run] = told.created_at, found
         return found
 
-
-async def _agreed(ask: Callable[[], Awaitable[T]]) -> T:
-    """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made on
-    all hosts. Raises Overloaded where that goes on."""
-    clock = asyncio.get_running_loop().time
-    until = clock() + _APART_SECONDS
-    while True:
-        try:
-            return await ask()
-        except (Apart, Superseded) as fault:
-            if clock() > until:
-                raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
-        await asyncio.sleep(_APART_PAUSE)
+    async def _agreed(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made
+        on all hosts. Raises Overloaded where that goes on."""
+        metrics = self.hosts.metrics
+        clock = asyncio.get_running_loop().time
+        until = clock() + _APART_SECONDS
+        while True:
+            try:
+                return await ask()
+            except (Apart, Superseded) as fault:
+                metrics.apart.inc()
+                if clock() > until:
+                    metrics.disagreed.inc()
+                    raise Overloaded(f"the hosts do not agree: {fault}", retry_after=1.0) from None
+            await asyncio.sleep(_APART_PAUSE)
 
 
 def _together(make: Callable[[], T]) -> T:
@@ -468,6 +555,15 @@ def _part_told(host: HostAddress, answer: httpx2.Response) -> UpdateResult | Upd
 
 def _json(body: Any, status: int = 200) -> JSONResponse:
     return JSONResponse(to_json(body), status)
+
+
+def _tagged(request: Request, body: bytes) -> Response:
+    """An answer of JSON, or that the reader has it already."""
+    tag = f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
+    if is_known(request, tag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def _object_of(answer: httpx2.Response) -> dict[str, Any]:
@@ -492,11 +588,14 @@ async def _body_of(request: Request) -> bytes:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> None:
+def serve(
+    hosts: Hosts, sock: socket.socket, announce: Callable[[], None], pages: Callable[[FastAPI], None] = lambda _: None
+) -> None:
     """Serve until SIGINT or SIGTERM. sock: from coordinator.listening_socket(). announce: called once connections are
-    accepted."""
+    accepted. pages: as for create_gateway()."""
+    app = create_gateway(hosts, pages)
     config = uvicorn.Config(
-        create_gateway(hosts),
+        app,
         http="httptools",
         loop="asyncio",
         ws="none",
@@ -506,16 +605,21 @@ def serve(hosts: Hosts, sock: socket.socket, announce: Callable[[], None]) -> No
         server_header=False,
         timeout_graceful_shutdown=20,
     )
-    server = _Server(config, announce)
+    server = _Server(config, announce, app.state.watches)
     server.run([sock])
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it listens."""
+    """A server that says when it listens, and lets nobody wait any more before it waits for connections to end."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], watches: Watches) -> None:
         super().__init__(config)
         self._announce = announce
+        self._watches = watches
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._watches.end()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

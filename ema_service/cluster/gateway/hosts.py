@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import httpx2
 
@@ -33,8 +34,10 @@ from ema_client.errors import (
     error_from_problem,
 )
 from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, from_json, runs_path
+from ema_service.cluster.counting import GatewayMetrics
 from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
 
 __all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "parsed", "passed_on"]
 
@@ -69,7 +72,7 @@ class Hosts:
     """The cluster's hosts. On one event loop; to be closed.
 
     Requests raise the host's error as it stands, with the host's name where the error is the host's own; Overloaded
-    where a host does not answer.
+    where a host does not answer. metrics: of the gateway.
     """
 
     def __init__(self, coordinators: Sequence[str], token: ClusterToken, *, guarded: bool = False) -> None:
@@ -83,6 +86,8 @@ class Hosts:
         )
         self._map: tuple[HostAddress, ...] = ()
         self._told = float("-inf")
+        self._asking = asyncio.Lock()
+        self.metrics = GatewayMetrics()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -91,18 +96,29 @@ class Hosts:
     async def all(self) -> tuple[HostAddress, ...]:
         """The hosts, by place. Raises Overloaded where not all are known; Forbidden where they are to ask for tokens,
         and one does not."""
-        if time.monotonic() - self._told > _MAP_AGE:
-            try:
-                found = await self._asked_map()
-            except Overloaded:
-                if not self._map:
-                    raise
-            else:
-                if self._guarded and found != self._map:
-                    await all_of([self._check_guarded(host) for host in found])
-                self._map = found
-            self._told = time.monotonic()
+        if self._is_old():
+            async with self._asking:  # many who come at once make one question
+                if self._is_old():
+                    await self._look()
         return self._map
+
+    def _is_old(self) -> bool:
+        return time.monotonic() - self._told > _MAP_AGE
+
+    async def _look(self) -> None:
+        """Take in the coordinator's map. Raises as all()."""
+        try:
+            found = await self._asked_map()
+        except Overloaded:
+            self.metrics.unmapped.inc()
+            if not self._map:
+                raise
+        else:
+            if self._guarded and found != self._map:
+                await all_of([self._check_guarded(host) for host in found])
+            self._map = found
+            self.metrics.hosts.set(len(found))
+        self._told = time.monotonic()
 
     async def _check_guarded(self, host: HostAddress) -> None:
         """Raises Forbidden where a host answers without a token."""
@@ -142,6 +158,7 @@ class Hosts:
         request = self._client.build_request(method, host.address + path, headers=given, **more)
         with self._faults(host):
             answer = await self._client.send(request, stream=True)
+        self.metrics.away.labels(str(host.place)).set(0)
         try:
             if answer.status_code >= 400:
                 with self._faults(host):
@@ -156,6 +173,15 @@ class Hosts:
             async for chunk in answer.aiter_raw():
                 yield chunk
 
+    async def talk(self, talk: str) -> dict[str, Any] | None:
+        """What the first coordinator that answers says of a talk and its shards; None where none does."""
+        for url in self._coordinators:
+            with contextlib.suppress(httpx2.HTTPError, ValueError, NoCoordinator, Overloaded):
+                found = await self._ask_coordinator(url, talk)
+                if isinstance(found, dict):
+                    return found
+        return None
+
     # --- the map ----------------------------------------------------------------------------------------------------
 
     async def _asked_map(self) -> tuple[HostAddress, ...]:
@@ -164,7 +190,7 @@ class Hosts:
         for url in self._coordinators:
             try:
                 return _hosts_of(await self._ask_coordinator(url))
-            except (httpx2.HTTPError, ValueError) as fault:
+            except (httpx2.HTTPError, ValueError, NoCoordinator) as fault:
                 faults.append(f"{url}: {type(fault).__name__}: {fault}")
             except Overloaded as fault:
                 faults.append(f"{url}: {fault.detail}")
@@ -174,9 +200,9 @@ class Hosts:
             retry_after=1.0,
         )
 
-    async def _ask_coordinator(self, url: str) -> Any:
-        """A coordinator's map as JSON. Raises HTTPError of httpx2, ValueError, Overloaded."""
-        path = f"{url.rstrip('/')}{API}/runs/{DIRECTORY}/shards"
+    async def _ask_coordinator(self, url: str, talk: str = DIRECTORY) -> Any:
+        """A coordinator's map of a talk as JSON. Raises HTTPError of httpx2, ValueError, NoCoordinator, Overloaded."""
+        path = f"{coordinator_url(url)}{API}/runs/{quote(talk)}/shards"
         answer = await self._client.get(path, headers={"Authorization": self._token.header}, timeout=_MAP)
         if answer.status_code == 404:
             raise Overloaded("no host has come to the coordinator yet")
@@ -191,6 +217,8 @@ class Hosts:
             yield
         except httpx2.HTTPError as fault:
             self._told = float("-inf")
+            self.metrics.away.labels(str(host.place)).set(1)
+            self.metrics.failures.labels(str(host.place)).inc()
             raise Overloaded(
                 f"{host} does not answer: {type(fault).__name__}",
                 hint="nothing is decided without every host: start it again, or wait until it is there",

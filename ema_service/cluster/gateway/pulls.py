@@ -43,7 +43,7 @@ from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_o
 from ema_service.cluster.layout_map import MergedBody
 from ema_service.cluster.problems import problem
 
-__all__ = ["Streaming", "send_weights"]
+__all__ = ["Streaming", "is_known", "send_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ async def send_weights(run: str, request: Request, hosts: Hosts, snapshot: str |
         whole = await _open(run, request, hosts, snapshot)
     except RunNotFound:
         whole = await _open(run, request, hosts, snapshot)  # of the run that was made anew meanwhile, if there is one
-    if _is_known(request, whole.etag):
+    if is_known(request, whole.etag):
         return Response(status_code=304, headers=whole.headers)
     try:
         part = _part(request, whole)
@@ -158,6 +158,8 @@ class _Asked:
             if all(each.header.metadata == newest.header.metadata for each in shards):
                 return shards
             there = {each.host.place: each for each in shards if each.header.metadata == newest.header.metadata}
+            self.hosts.metrics.apart.inc()
+        self.hosts.metrics.disagreed.inc()
         raise Overloaded(
             "the hosts were not at one version: updates come faster than they can be read",
             hint="nothing is wrong; ask again",
@@ -324,7 +326,7 @@ def _ranged(request: Request) -> bool:
     return request.method == "GET" and "range" in request.headers
 
 
-def _is_known(request: Request, tag: str) -> bool:
+def is_known(request: Request, tag: str) -> bool:
     """Whether If-None-Match names the version."""
     tags = [each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")]
     return tag in tags or tags == ["*"]

@@ -169,8 +169,8 @@ def whole_snapshots(lists: Sequence[SnapshotList]) -> SnapshotList:
 
 
 def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:
-    """What the hosts are together; without a token, as each host says it, name and version alone."""
-    first = infos[0]
+    """What the hosts are together; without a token, as each host says it, name and version, and how many hosts."""
+    first = replace(infos[0], hosts=len(infos))
     if not first.scopes:
         return first
     return replace(

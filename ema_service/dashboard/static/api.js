@@ -67,6 +67,8 @@ const named = (run) => `v1/runs/${encodeURIComponent(run)}`;
 
 export const paths = {
   server: "v1/server",
+  hosts: "v1/hosts",
+  runHosts: (run) => `${named(run)}/hosts`,
   runs: "v1/runs",
   run: named,
   layout: (run) => `${named(run)}/layout`,

@@ -2,7 +2,7 @@
 //
 // Knows the link to the service and the sign-in form. Does not know what a page shows.
 
-import { Missing, Refused, forgetToken, get, keepToken, paths, token } from "./api.js";
+import { Missing, Refused, forgetToken, get, keepToken, paths, root, token } from "./api.js";
 import { byId, say } from "./dom.js";
 import { moment, sentence } from "./words.js";
 
@@ -61,7 +61,16 @@ export async function server() {
     if (!(fault instanceof Missing)) throw fault;
   }
   say(byId("server"), facts ? `${facts.name ?? "ema-service"} ${facts.version}` : "ema-service");
+  if (facts?.hosts) atGateway();
   return facts;
+}
+
+// A gateway has no documentation of its own, and in its place a page of its hosts.
+function atGateway() {
+  const link = byId("more");
+  if (!link) return;
+  link.href = new URL("hosts", root);
+  say(link, "Hosts and shards /hosts");
 }
 
 // --- the token -------------------------------------------------------------------------------------------------------

@@ -381,6 +381,7 @@ export class Facts {
       ["Pushes arrive by", run.link ?? "none since the server's start"],
       ["Created", moment(run.created_at)],
       ["Changed", moment(run.updated_at)],
+      ["Hosts", server?.hosts ? integer(server.hosts) : null],
       ["Server", server ? `${server.name ?? "ema-service"} ${server.version}` : null],
       ["Python, torch", server?.torch ? `${server.python}, ${server.torch}` : null],
       ["Data dir", server?.data_dir_bytes ? `${bytes(server.data_dir_bytes)} of all runs` : null],

@@ -110,14 +110,18 @@ async function showRest(run, facts) {
       return showCurves(moved);
     }),
     part("timeline", paths.timeline(NAME), clock, EVERY.timeline).then(({ body }) => panels.timeline.show(body)),
-    part("snapshots", paths.snapshots(NAME), clock, EVERY.snapshots).then(({ body, why }) =>
-      panels.weights.show(run, body, why, serverNow()),
-    ),
+    snapshots(facts, clock).then(({ body, why }) => panels.weights.show(run, body, why, serverNow())),
     run.ring &&
       part("sweeps", paths.sweeps(NAME), clock, EVERY.sweeps).then(({ body }) => panels.ring.sweeps.show(run, body)),
     showTensors(moved),
   ]);
   showing = false;
+}
+
+/** Not asked for at a gateway, where each question would be an error in the browser's console. */
+async function snapshots(facts, clock) {
+  if (facts?.hosts) return { body: null, why: "a run on several hosts has no snapshots yet" };
+  return part("snapshots", paths.snapshots(NAME), clock, EVERY.snapshots);
 }
 
 /** The findings are of the whole history; the reader may want a stretch of it. */

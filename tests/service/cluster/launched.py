@@ -76,11 +76,13 @@ class Launched:
                 named[f"host {words[words.index('--shard') + 1].split('/')[0]}"] = pid
         return named
 
-    def kill(self, name: str) -> None:
-        """SIGKILL one of the processes; the launcher starts it again."""
+    def kill(self, name: str, *, wait: bool = True) -> None:
+        """SIGKILL one of the processes; the launcher starts it again. wait: for its end."""
         wait_until(lambda: name in self.processes(), f"{name} to be there")
         before = self.processes()[name]
         os.kill(before, signal.SIGKILL)
+        if not wait:
+            return
         wait_until(lambda: self.processes().get(name) != before, f"the end of {name}")
 
     def stop(self) -> int:

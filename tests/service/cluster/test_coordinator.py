@@ -66,6 +66,22 @@ def test_mistake_is_a_problem(
     assert detail in answer.json()["detail"]
 
 
+def test_who_was_replaced_is_not_heard(hosts: Hosts) -> None:
+    """A process of a host with a smaller number than the latest's is refused, whatever it says; so is no number."""
+
+    def said(path: str, body: str, number: str) -> tuple[int, str]:
+        headers = {"Ema-Host-Number": number, "Authorization": f"Bearer {TOKEN}"}
+        answer = hosts.ask("POST", f"/v1/runs/numbered/shards/7{path}", content=body, headers=headers)
+        return answer.status_code, answer.json()["code"]
+
+    report = encode(Report(7, Record()))
+    assert said("/reports", report, "5") == (404, "run_not_found")
+    assert said("/reports", report, "4") == (409, "fenced")
+    assert said("/link", encode(Arrival(7, 8, "a")), "4") == (409, "fenced")
+    assert said("/reports", report, "5") == (404, "run_not_found")
+    assert said("/reports", report, "five") == (422, "invalid_request")
+
+
 def test_message_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message beyond the limit is refused before it is whole in memory."""
     monkeypatch.setattr(coordinator, "_MOST_BYTES", 1000)

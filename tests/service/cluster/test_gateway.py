@@ -396,7 +396,6 @@ def test_what_is_not_offered_is_refused(run: PlainRun) -> None:
     for method, path in [
         ("POST", "/averages"),
         ("PUT", "/updates/1/stretches/0-8"),
-        ("GET", "/events"),
     ]:
         answer = run.http.request(method, run.path + path)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), path
@@ -522,3 +521,24 @@ def test_tokens_are_the_hosts(tmp_path: Path, start_server: Callable[..., Server
             assert (known.status_code, known.json()["code"]) == (404, "run_not_found")
     finally:
         hosts.end()
+
+
+# --- how it went -----------------------------------------------------------------------------------------------------
+
+
+def test_the_past_is_told(run: PlainRun, shards: list[PlainRun], model: Callable[[int], dict[str, Tensor]]) -> None:
+    """History, distances and timeline have a server's shape, and a reader who has them is sent nothing."""
+    for step in range(1, 4):
+        pushed(shards, model(step), step)
+    found = run.http.get(f"{run.path}/history", params={"points": 50}).raise_for_status().json()
+    assert (found["run"], found["columns"]["step"][-1], found["seen"]) == (run.name, 3, 3)
+    one = shards[0].http.get(f"{shards[0].path}/history").json()
+    assert found["columns"].keys() == one["columns"].keys()
+    distances = run.http.get(f"{run.path}/distances").raise_for_status()
+    assert set(distances.json()["tensors"]) == set(model(0))
+    entries = run.http.get(f"{run.path}/timeline").raise_for_status().json()["entries"]
+    assert [each["text"] for each in entries] == ["created on 3 hosts"]
+    known = {"If-None-Match": distances.headers["etag"]}
+    assert run.http.get(f"{run.path}/distances", headers=known).status_code == 304
+    for wrong in ("history?points=0", "timeline?limit=x", "history?average=.."):
+        assert run.http.get(f"{run.path}/{wrong}").json()["code"] == "invalid_request"

@@ -21,7 +21,9 @@ def test_the_directory_begins_last() -> None:
     def talk(name: str) -> SimpleNamespace:
         return SimpleNamespace(reporting=SimpleNamespace(start=lambda: begun.append(name)))
 
-    host.__dict__.update(_shards={"a": talk("a"), "b": talk("b")}, _directory=talk("directory"))
+    host.__dict__.update(
+        _shards={"a": talk("a"), "b": talk("b")}, _directory=talk("directory"), _lease=SimpleNamespace(start=list)
+    )
     host.start()
     assert begun == ["a", "b", "directory"]
 

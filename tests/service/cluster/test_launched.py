@@ -395,3 +395,33 @@ def test_a_host_that_cannot_start_ends_all(tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "no-such-device" in found.stderr
     assert "ended with status" in found.stderr
+
+
+def test_a_watcher_outlasts_its_hosts(own: Callable[..., Launched], run_name: str, model: Model) -> None:
+    """Who watches at the gateway is told of the next version although a host was killed meanwhile, and of the end."""
+    cluster = own("--local", "2")
+    told: list[tuple[str, int | None]] = []
+
+    def watch() -> None:
+        with EmaClient(cluster.url) as client:
+            told.extend((event.kind, event.step) for event in client.watch(run_name, kinds=("version", "run_deleted")))
+
+    with EmaClient(cluster.url) as client:
+
+        def pushed(step: int) -> bool:
+            """Whether an update was taken, by hosts that may still be coming back."""
+            with contextlib.suppress(EmaError):
+                return client.push(run_name, model(step), step=step).step == step
+            return False
+
+        client.create_run(run_name, model(0), decay=DECAY)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        wait_until(lambda: told, "the version as it is")
+        for step, name in ((1, "host 0"), (2, "host 1")):
+            cluster.kill(name)
+            wait_until(partial(pushed, step), f"step {step}")
+        wait_until(lambda: ("version", 2) in told, "the version that both hosts have")
+        client.delete_run(run_name)
+    watcher.join(60)
+    assert told[-1][0] == "run_deleted"

@@ -199,6 +199,22 @@ def test_folder_is_locked_once(tmp_path: Path) -> None:
     FolderLock(tmp_path).release()
 
 
+def test_each_holder_has_a_larger_number(tmp_path: Path) -> None:
+    """However the one before ended; whoever is not the latest finds out."""
+    first = FolderLock(tmp_path)
+    first.release()
+    second = FolderLock(tmp_path)
+    assert first.number < second.number
+    assert (first.taken_over(), second.taken_over()) == (True, False)
+    second.release()
+    (tmp_path / "lock").write_bytes(b"")  # as servers before numbers left it
+    third = FolderLock(tmp_path)
+    assert third.number == 1
+    (tmp_path / "lock").unlink()
+    assert not third.taken_over()
+    third.release()
+
+
 def test_lock_dies_with_its_process(tmp_path: Path) -> None:
     """A killed process leaves no lock behind."""
     code = (

@@ -146,6 +146,15 @@ def test_locks_of_one_machine(mounted: Mount, caplog: pytest.LogCaptureFixture) 
     assert "never start another server" in caplog.text
 
 
+def test_who_no_lock_keeps_out_is_waited_for(mounted: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a lease, which locks that work make needless; who has no lease waits for nobody."""
+    waits: list[float] = []
+    monkeypatch.setattr("ema_service.storage.files.time.sleep", waits.append)
+    for options, lease in (("rw,localflock", 3.0), ("rw,localflock", 0.0), ("rw,flock", 3.0)):
+        FolderLock(mounted("lustre", options), lease=lease).release()
+    assert waits == [3.0]
+
+
 def test_no_locks(mounted: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without locks is refused, with what to do: two servers could write to one data dir."""
 

@@ -1,0 +1,218 @@
+"""One place of a cluster, for an engine that starts processes elsewhere (Ray): the programs that are to run there.
+
+    engine's process (an actor)                         programs, its children
+      Agent.word(), once a second --- a byte --------->  host          ends with the agent, or once its lease is over
+      Agent.address(), state()    <-- what they print -  gateway
+
+The engine says a word whenever it was heard, and where the coordinator is by now; the word goes on to the host as a
+sign of life (ema_service.tether), the coordinator's URL into a file that host and gateway read (whereabouts). While the
+engine is not heard nothing is started again: an agent that is cut off may have been replaced.
+
+A gateway's URL stands in the file ``gateway`` of the folder as well, for clients that know no engine: of several
+gateways that share a folder the latest, for one is as good as another.
+
+Nothing here raises once it is made: what fails is tried again, and told by state().
+
+Knows the programs of a place, and which of them must run before which. Does not know the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from urllib.parse import urlsplit
+
+from ema_service.cluster.launcher import free_port, host_command, write_secret
+from ema_service.cluster.supervising import Event, Program, Signalled, Supervisor
+from ema_service.cluster.token import ClusterToken
+from ema_service.tether import GRACE
+
+__all__ = ["Agent", "State", "Task"]
+
+#: Seconds between two looks for a word, and after which an engine that said none is not heard.
+_LOOK_SECONDS, _HEARD_SECONDS = 0.2, 5.0
+#: Seconds before a start is tried again that failed at the data dir, say.
+_AGAIN_SECONDS = 1.0
+_PROBE_SECONDS = 2.0
+_LISTENS = re.compile(r"listens on (http://\S+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to run at one place.
+
+    place: of a host, among ``of``; None for the coordinator. folder: of the host's data. token: of the cluster. listen:
+    the address that all programs listen on. port: of the gateway, 0 for any. flags: of ``ema-service serve``. lease:
+    seconds, as in Lease().
+    """
+
+    place: int | None
+    of: int
+    folder: Path
+    token: str = field(repr=False)
+    listen: str = "0.0.0.0"
+    port: int = 0
+    flags: tuple[str, ...] = ()
+    lease: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How a place stands. ready: whether it takes all requests. url: of the coordinator, or of a host's gateway; empty
+    while it is not known. said: the latest line of each program, for whoever waits. pids: of the agent's own process,
+    and of those that run here."""
+
+    place: int | None
+    of: int
+    ready: bool
+    url: str
+    said: dict[str, str]
+    pids: tuple[int, ...]
+
+
+class Agent:
+    """Keeps the programs of one place running, on a thread, from start() to end(). Thread-safe."""
+
+    def __init__(self, task: Task, machine: str, say: Callable[[str], None]) -> None:
+        """machine: by which name others reach this one. say: called with each line that a program prints."""
+        self._task = task
+        self._machine = machine
+        self._say = say
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        #: When the engine was heard, and where the coordinator was by then.
+        self._word: tuple[float, str | None] = float("-inf"), None
+        self._urls: dict[str, str] = {}
+        self._said: dict[str, str] = {}
+        self._pids: tuple[int, ...] = (os.getpid(),)
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="ema-agent", daemon=True)
+
+    def start(self) -> None:
+        """Begin. Programs start with the engine's first word."""
+        self._thread.start()
+
+    def word(self, coordinator: str | None = None) -> None:
+        """The engine was heard. coordinator: its URL, if it is known."""
+        self._word = time.monotonic(), coordinator or self._word[1]
+
+    def end(self) -> None:
+        """End all programs, as SIGTERM does, and start none any more."""
+        self._ending.set()
+        self._events.put(Signalled())
+        self._thread.join(GRACE + 10.0)
+
+    @property
+    def url(self) -> str:
+        """Of the coordinator, or of a host's gateway; empty while it is not known."""
+        return self._urls.get("coordinator" if self._task.place is None else "gateway", "")
+
+    def state(self) -> State:
+        """How this place stands; asks the gateway."""
+        return State(self._task.place, self._task.of, self._is_ready(), self.url, dict(self._said), self._pids)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _is_ready(self) -> bool:
+        if not self.url:
+            return False
+        path = "healthz" if self._task.place is None else "readyz"
+        try:
+            with urllib.request.urlopen(f"{self.url}/{path}", timeout=_PROBE_SECONDS) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def _keep(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="ema-") as secrets:
+            while not self._ending.is_set():
+                try:
+                    with Supervisor(self._events, self._hear, self._is_heard) as supervisor:
+                        self._run(supervisor, Path(secrets))
+                except (OSError, ValueError) as fault:  # of the data dir, most likely: it may be mounted later
+                    self._hear("agent", f"{type(fault).__name__}: {fault}")
+                    self._ending.wait(_AGAIN_SECONDS)
+
+    def _run(self, supervisor: Supervisor, secrets: Path) -> None:
+        """Start all once the engine was heard, and keep them until the end. Raises OSError, ValueError."""
+        programs, told, where = None, float("-inf"), ""
+        while not self._ending.is_set():
+            at, coordinator = self._word
+            if coordinator and coordinator != where and self._task.place is not None:
+                _write_line(self._where, where := coordinator)
+            if programs is None and self._is_heard() and (where or self._task.place is None):
+                programs = self._programs(secrets)
+                for program in programs:
+                    supervisor.keep(program)
+            if at > told and programs:
+                told = at
+                supervisor.tell(programs[0].name, b"\n")
+            supervisor.next(_LOOK_SECONDS)
+            self._pids = os.getpid(), *supervisor.pids()
+
+    def _is_heard(self) -> bool:
+        return time.monotonic() - self._word[0] < _HEARD_SECONDS
+
+    @property
+    def _data(self) -> Path:
+        return self._task.folder / f"host-{self._task.place}"
+
+    @property
+    def _where(self) -> Path:
+        """The file that says where the coordinator is."""
+        return self._data / "coordinator"
+
+    def _programs(self, secrets: Path) -> list[Program]:
+        """The programs of this place, the one that a word is for first. secrets: a folder that ends with the agent."""
+        task, token = self._task, ClusterToken(self._task.token)
+        listen = ["--host", task.listen]
+        tethered = [sys.executable, "-m", "ema_service.tether", "ema_service", "cluster"]
+        if task.place is None:
+            file = secrets / "cluster-token"
+            write_secret(file, task.token)
+            # The port stays as long as this agent, so hosts go on without being told.
+            port = ["--port", str(free_port(task.listen))]
+            return [
+                Program("coordinator", [*tethered, "coordinator", *listen, *port, "--cluster-token-file", str(file)])
+            ]
+        found = ["--coordinator", self._where.as_uri()]
+        member = ["--shard", f"{task.place}/{task.of}", *found, "--port", "0", "--lease", f"{task.lease:g}"]
+        # Later flags win: those of the user stand last.
+        serve = host_command(self._data, token, [*member, *listen, "--announce", self._machine, *task.flags])
+        file = self._data / "cluster-token"
+        gateway = ["gateway", *listen, "--port", str(task.port or free_port(task.listen)), *found]
+        gateway += ["--insecure-no-auth"] if "--insecure-no-auth" in task.flags else []
+        return [
+            Program(f"host {task.place}", serve),
+            Program("gateway", [*tethered, *gateway, "--cluster-token-file", str(file)]),
+        ]
+
+    def _hear(self, name: str, line: str) -> None:
+        """A line that one of the programs has printed."""
+        if found := _LISTENS.search(line):
+            port = urlsplit(found[1]).port
+            self._urls[name] = f"http://{f'[{self._machine}]' if ':' in self._machine else self._machine}:{port}"
+            if name == "gateway":
+                with contextlib.suppress(OSError):  # whoever has Ray, or was told the address, does without
+                    _write_line(self._task.folder / "gateway", self._urls[name])
+        self._said[name] = line
+        self._say(f"{name} | {line}")
+
+
+def _write_line(path: Path, line: str) -> None:
+    """A file of one line, all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = path.with_name(f"{path.name}.new")
+    with contextlib.suppress(FileNotFoundError):
+        new.unlink()
+    new.write_text(f"{line}\n")
+    new.rename(path)

@@ -1,0 +1,171 @@
+"""How a whole run went, of what its hosts noted each by itself: measurements, distances of tensors, the timeline.
+
+Hosts measure when it suits them, so a row of the whole run is one of host 0, with what each other host measured last up
+to that step. Norms add up as squares; a distance is the hosts' distances, weighed with their parameters' norms.
+
+Pure. Knows the dataclasses of the protocol, and which facts add up. Does not know HTTP, or how anything is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ema_client.protocol import Distances, History, HistoryColumns, Timeline, TimelineEntry
+
+__all__ = ["whole_distances", "whole_history", "whole_timeline"]
+
+#: Significant digits of what is told, as a server has them.
+_DIGITS = 7
+#: Columns of which the whole run has what its slowest host has.
+_WORST = ("durable_lag", "seconds_receive", "seconds_average", "seconds_commit")
+
+
+def whole_history(histories: Sequence[History]) -> History:
+    """The history of the whole run. histories: the hosts', by place. Groups are left out: which tensors are one group
+    differs from host to host."""
+    first = histories[0]
+    seen = [_Seen(each.columns) for each in histories]
+    rows = [[each.at(key) for each in seen] for key in seen[0].keys]
+    columns: dict[str, Any] = {
+        "distance": [_distance(row) for row in rows],
+        "shadow_norm": [_norm(row, "shadow_norm") for row in rows],
+        "parameter_norm": [_norm(row, "parameter_norm") for row in rows],
+        "bytes_per_second": [_sum(row, "bytes_per_second") for row in rows],
+        **{name: [_worst(row, name) for row in rows] for name in _WORST},
+    }
+    begins = [each.begin for each in histories]
+    return replace(
+        first,
+        version=_oldest([each.version for each in histories]),
+        seen=min(each.seen for each in histories),
+        begin=None if None in begins else max(begin for begin in begins if begin is not None),
+        columns=replace(first.columns, **{name: tuple(values) for name, values in columns.items()}),
+        groups={},
+    )
+
+
+def whole_distances(found: Sequence[Distances]) -> Distances:
+    """The distances of all tensors; None of a tensor of which several hosts have rows, for distances of rows do not add
+    up."""
+    times = Counter(name for each in found for name in each.tensors)
+    tensors = {name: value if times[name] == 1 else None for each in found for name, value in each.tensors.items()}
+    steps = [each.step for each in found]
+    step = None if None in steps else min(step for step in steps if step is not None)
+    return replace(found[0], version=_oldest([each.version for each in found]), step=step, tensors=tensors)
+
+
+def whole_timeline(timelines: Sequence[Timeline], most: int) -> Timeline:
+    """What was done to the whole run, ``most`` of it: once what all hosts noted, and with the host's name what some of
+    them did."""
+    noted: dict[tuple[object, ...], dict[int, TimelineEntry]] = {}
+    for place, timeline in enumerate(timelines):
+        times: Counter[tuple[object, ...]] = Counter()
+        for entry in timeline.entries:
+            about = _about(entry)
+            times[about] += 1
+            noted.setdefault((*about, times[about]), {})[place] = entry
+    entries = [each for places in noted.values() for each in _told(places, len(timelines))]
+    return Timeline(timelines[0].run, tuple(sorted(entries, key=lambda entry: entry.time)[-most:]))
+
+
+# --- measurements ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a host had measured up to one step. measured: the newest of the columns that are not measured each time."""
+
+    values: Mapping[str, Any]
+    measured: Mapping[str, Any]
+
+
+class _Seen:
+    """One host's rows. keys: of each row, by which rows of several hosts are in one order."""
+
+    def __init__(self, columns: HistoryColumns) -> None:
+        self.keys = _keys(columns.step)
+        names = ("bytes_per_second", *_WORST)
+        self._rows: list[_Row] = []
+        measured: dict[str, Any] = {}
+        for at in range(len(self.keys)):
+            if columns.parameter_norm[at] is not None:
+                measured = {name: getattr(columns, name)[at] for name in ("distance", "shadow_norm", "parameter_norm")}
+            self._rows.append(_Row({name: getattr(columns, name)[at] for name in names}, measured))
+
+    def at(self, key: tuple[int, int]) -> _Row | None:
+        """The latest row up to this one; None before there is any."""
+        place = bisect_right(self.keys, key)
+        return self._rows[place - 1] if place else None
+
+
+def _keys(steps: Sequence[int | None]) -> list[tuple[int, int]]:
+    """Of each row, how often the run went back to an earlier step after it (less is later), and its step."""
+    plain = [-1 if step is None else step for step in steps]
+    back, keys = 0, []
+    for at in range(len(plain) - 1, -1, -1):
+        if at + 1 < len(plain) and plain[at] > plain[at + 1]:
+            back += 1
+        keys.append((-back, plain[at]))
+    return keys[::-1]
+
+
+def _all(row: Sequence[_Row | None], name: str) -> list[float] | None:
+    """What all hosts measured; None where one did not."""
+    found = [None if each is None else {**each.values, **each.measured}.get(name) for each in row]
+    return None if None in found else [float(value) for value in found if value is not None]
+
+
+def _distance(row: Sequence[_Row | None]) -> float | None:
+    apart, norms = _all(row, "distance"), _all(row, "parameter_norm")
+    whole = math.hypot(*norms) if norms else 0.0
+    if apart is None or norms is None or not whole:
+        return None
+    return _rounded(math.hypot(*(each * norm for each, norm in zip(apart, norms, strict=True))) / whole)
+
+
+def _norm(row: Sequence[_Row | None], name: str) -> float | None:
+    norms = _all(row, name)
+    return None if norms is None else _rounded(math.hypot(*norms))
+
+
+def _sum(row: Sequence[_Row | None], name: str) -> float | None:
+    values = _all(row, name)
+    return None if values is None else _rounded(sum(values))
+
+
+def _worst(row: Sequence[_Row | None], name: str) -> float | None:
+    values = _all(row, name)
+    return None if values is None else max(values)
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def _oldest(versions: Sequence[str | None]) -> str | None:
+    """The version that every host has measured, or a later one."""
+    found = [version for version in versions if version is not None]
+    return None if len(found) < len(versions) else min(found, key=lambda each: [int(part) for part in each.split(".")])
+
+
+# --- the timeline ----------------------------------------------------------------------------------------------------
+
+
+def _about(entry: TimelineEntry) -> tuple[object, ...]:
+    """What is the same in all hosts' entries of one thing."""
+    text = "" if entry.kind == "created" else entry.text  # of the host's own tensors
+    return entry.kind, entry.step, entry.num_updates, text
+
+
+def _told(places: Mapping[int, TimelineEntry], hosts: int) -> Iterator[TimelineEntry]:
+    """The entries of one thing, which these hosts noted."""
+    if len(places) < hosts:
+        yield from (replace(entry, text=f"host {place}: {entry.text}") for place, entry in places.items())
+        return
+    latest = max(places.values(), key=lambda entry: entry.time)
+    yield replace(latest, text=f"created on {hosts} hosts") if latest.kind == "created" else latest

@@ -1,0 +1,202 @@
+"""A cluster that Ray places: up, found by name, a host's actor killed, up again, down. Needs Ray.
+
+Knows Ray's actors, and what a server promises. What the actors run is tried without Ray in test_agent.py and
+test_lease.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from ema_client import EmaClient
+from ema_client.errors import ServiceUnreachable, UsageError
+from ema_client.http.place import Place
+from tests.conftest import LitEmaOracle
+from tests.service.cluster.test_launched import assert_is, patient
+from tests.waiting import wait_until
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray>=2.50'")
+
+from ema_client.protocol import RAY_NAMESPACE, ray_host  # noqa: E402  # after the skip
+from ema_service.cluster import ray_launcher  # noqa: E402
+from ema_service.cluster.agent import Task  # noqa: E402
+from ema_service.cluster.launcher import LaunchFailed  # noqa: E402
+
+Model = Callable[[int], dict[str, Tensor]]
+
+DECAY = 0.9
+NAME = "tried"
+# Ray's own modules warn of each other, and leave sockets to the garbage collector.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a Ray of this process' own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with ray_launcher.local_ray(cpus=8) as found:
+            yield found
+
+
+def command(what: str, address: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """``ema-service cluster up`` or ``down``, as a user gives it."""
+    words = ("-m", "ema_service", "cluster", what, "--ray", address, "--name", NAME, *words)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
+
+
+def plan(folder: Path, hosts: int = 2, **more: Any) -> ray_launcher.RayPlan:
+    return ray_launcher.RayPlan(NAME, Task(None, hosts, folder, "", "127.0.0.1"), **more)
+
+
+@pytest.fixture
+def folder(address: str, tmp_path: Path) -> Iterator[Path]:
+    """Of a cluster that is ended after the test."""
+    assert address
+    yield tmp_path / "data"
+    ray_launcher.down(NAME, lambda _: None)
+
+
+def actor_pid(place: int) -> int:
+    return ray_launcher.processes_of(NAME, place)[0]
+
+
+def hosts_at(folder: Path) -> list[int]:
+    """The processes that have a data dir of the cluster on their command line."""
+    found = subprocess.run(["pgrep", "-f", f"data-dir {folder}/host-"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_a_cluster_on_ray(address: str, folder: Path, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Up by the command, trained through the name, a host's actor killed meanwhile, up once more, down."""
+    done = command("up", address, "--shards", "2", "--host", "127.0.0.1", "--dir", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "cluster of 2 hosts, listens on http://127.0.0.1:" in done.stdout
+    assert f"EMA_SERVICE_URL=ray://{NAME}" in done.stdout
+    oracle = litema(model(0), decay=DECAY)
+    with EmaClient(f"ray://{NAME}") as client:
+        client.create_run("r", model(0), decay=DECAY)
+        for step in range(1, 4):
+            client.push("r", model(step), step=step)
+            oracle.update(model(step))
+        killed, before = actor_pid(0), hosts_at(folder)
+        os.kill(killed, signal.SIGKILL)
+        patient(lambda: client.push("r", model(4), step=4))
+        oracle.update(model(4))
+        assert_is(client, "r", oracle)
+        wait_until(lambda: _is_back(killed), "the actor's restart")
+        wait_until(lambda: len(set(hosts_at(folder)) & set(before)) == 1, "the end of what the actor ran")
+
+        said: list[str] = []
+        url = ray_launcher.up(plan(folder), said.append)
+        assert url.startswith("http://127.0.0.1:")
+        assert not [line for line in said if " | made" in line]
+        with EmaClient(url) as other:
+            assert_is(other, "r", oracle)
+    with pytest.raises(LaunchFailed, match="is there, of 2 hosts"):
+        ray_launcher.up(plan(folder, 3), said.append)
+    ended = command("down", address)
+    assert ended.returncode == 0, ended.stderr
+    wait_until(lambda: not hosts_at(folder), "the end of the hosts")
+    with pytest.raises(ServiceUnreachable, match="is not there"):
+        Place(f"ray://{NAME}").address()
+    assert command("down", address).returncode == 1
+
+
+def test_what_is_missing_is_made(folder: Path, model: Model) -> None:
+    """An actor that was ended for good is made again, on its data, with the token of those that are there."""
+    ray_launcher.up(plan(folder), lambda _: None)
+    with EmaClient(f"ray://{NAME}") as client:
+        client.create_run("r", model(0), durability="disk")
+        client.push("r", model(1), step=1)
+        for name in (f"{NAME}-coordinator", ray_host(NAME, 1)):
+            ray.kill(ray.get_actor(name, RAY_NAMESPACE), no_restart=True)
+        said: list[str] = []
+        wait_until(lambda: len(ray_launcher._found([f"{NAME}-coordinator", ray_host(NAME, 1)])) == 0, "their ends")
+        ray_launcher.up(plan(folder), said.append)
+        made = [line.split(" | ")[0] for line in said if " | made" in line]
+        assert made == [f"{NAME}-coordinator", ray_host(NAME, 1)]
+        patient(lambda: client.push("r", model(2), step=2))
+        assert client.run("r").step == 2
+
+
+def test_no_node_has_what_is_asked_for(folder: Path) -> None:
+    """Said at once, with what to do; nothing waits for a node that nobody brings."""
+    with pytest.raises(LaunchFailed, match=r"no node has GPU 1.*--shared-dir"):
+        ray_launcher.up(plan(folder, options={"num_gpus": 1}), lambda _: None)
+
+
+def test_a_constructor_raises_nothing(folder: Path, model: Model) -> None:
+    """A data dir that is not there, at a restart too, is waited for; the actor lives on."""
+    folder.mkdir()
+    (folder / "host-0").write_text("")
+    said: list[str] = []
+    with pytest.raises(LaunchFailed, match="FileExistsError"):
+        ray_launcher.up(plan(folder), said.append, seconds=10)
+    before = actor_pid(0)
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: _is_back(before), "the actor's restart")
+    (folder / "host-0").unlink()
+    ray_launcher.up(plan(folder), said.append)
+    with EmaClient(f"ray://{NAME}") as client:
+        client.create_run("r", model(0))
+
+
+def _is_back(before: int) -> bool:
+    try:
+        return actor_pid(0) != before
+    except LaunchFailed:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("places", "has", "chosen"),
+    [
+        ([0, 1, 2], {"a": set(), "b": set()}, {0: "a", 1: "b", 2: "a"}),
+        ([0, 1], {"a": {1}, "b": {0}}, {0: "b", 1: "a"}),
+        ([2], {"a": {0, 1}, "b": set()}, {2: "b"}),
+        ([0, 1, 2], {"a": {0, 1, 2}, "b": set()}, {0: "a", 1: "a", 2: "a"}),
+    ],
+)
+def test_a_host_is_where_its_data_is(places: list[int], has: dict[str, set[int]], chosen: dict[int, str]) -> None:
+    """And a new one where there are few."""
+    assert ray_launcher._chosen(places, has) == chosen
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_random_kills_on_ray(folder: Path, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Actors and what they run, at any time, for two minutes: bit for bit LitEma's at the end."""
+    ray_launcher.up(plan(folder, 3), lambda _: None)
+    random, oracle, step, until = Random(7), litema(model(0), decay=DECAY), 0, time.monotonic() + 120
+    with EmaClient(f"ray://{NAME}") as client:
+        client.create_run("r", model(0), decay=DECAY)
+        while time.monotonic() < until:
+            with contextlib.suppress(LaunchFailed, ProcessLookupError):
+                os.kill(random.choice(ray_launcher.processes_of(NAME, random.randrange(3))), signal.SIGKILL)
+            for _ in range(random.randrange(1, 6)):
+                step += 1
+                patient(partial(client.push, "r", model(step), step=step))
+                oracle.update(model(step))
+        patient(partial(assert_is, client, "r", oracle))
+        assert client.run("r").step == step
+
+
+def test_a_name_that_cannot_be_meant() -> None:
+    """Refused before anything is asked."""
+    with pytest.raises(UsageError, match="names no cluster"):
+        EmaClient("ray://host:10001")
