@@ -96,7 +96,8 @@ def test_map_tells_who_holds_what(hosts: Hosts) -> None:
     seat = {"address": "http://host-0", "start": 0, "stop": 100, "listens": True, "place": 0}
     other = {"address": "http://host-1", "start": 100, "stop": 200, "listens": True, "place": 1}
 
-    assert hosts.ask("GET", "/v1/runs/r/shards").json() == {"run": "r", "fault": None, "shards": [seat, other]}
+    told = {"run": "r", "fault": None, "term": 1, "shards": [seat, other]}
+    assert hosts.ask("GET", "/v1/runs/r/shards").json() == told
 
     end(hosts.of_shard[1])
     gone = {**other, "listens": False}
