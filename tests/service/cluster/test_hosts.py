@@ -96,12 +96,18 @@ def test_map_tells_who_holds_what(hosts: Hosts) -> None:
     seat = {"address": "http://host-0", "start": 0, "stop": 100, "listens": True, "place": 0}
     other = {"address": "http://host-1", "start": 100, "stop": 200, "listens": True, "place": 1}
 
-    told = {"run": "r", "fault": None, "term": 1, "shards": [seat, other]}
-    assert hosts.ask("GET", "/v1/runs/r/shards").json() == told
+    def told() -> list[dict[str, object]]:
+        """The shards, but for what grows."""
+        found = hosts.ask("GET", "/v1/runs/r/shards").json()
+        assert (found["run"], found["term"], found["fault"]) == ("r", 1, None)
+        assert all(shard.pop("since") > 0 for shard in found["shards"])
+        assert all(shard.pop("revision") >= 1 for shard in found["shards"])
+        return list(found["shards"])
 
+    assert told() == [seat, other]
     end(hosts.of_shard[1])
     gone = {**other, "listens": False}
-    wait_until(lambda: hosts.ask("GET", "/v1/runs/r/shards").json()["shards"] == [seat, gone], "a shard to be missed")
+    wait_until(lambda: told() == [seat, gone], "a shard to be missed")
 
 
 # --- the coordinator is killed ---------------------------------------------------------------------------------------
