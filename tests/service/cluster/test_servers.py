@@ -105,7 +105,7 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
     assert {info["shard"]["birth"] for info in servers.infos()} == {3}
 
 
-#: What hosts cannot do together yet.
+#: What hosts cannot do together yet, and slices and parts that do not say of which push they are.
 REFUSED = {
     ("POST", "/averages"): {"name": "long", "decay": 0.9},
     ("DELETE", "/averages/ema"): None,
@@ -147,6 +147,8 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         ("DELETE", "/{run}/writers/{writer}"),
         ("PUT", "/{run}/weights"),
         ("PUT", "/{run}/updates/{step}"),
+        ("PUT", "/{run}/weights/parts/{part}"),
+        ("PUT", "/{run}/updates/{step}/parts/{part}"),
     }
     paths = servers.once(0, "GET", "/openapi.json").json()["paths"]
     writes = {
@@ -155,7 +157,7 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         for method in methods
         if method not in ("get", "head")
     }
-    assert len(writes - offered) == len(REFUSED) - 3, "a route that hosts neither offer nor refuse"
+    assert len(writes - offered) == len(REFUSED) - 5, "a route that hosts neither offer nor refuse"
 
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard")
     assert "\nema_coordinator_away 0.0\n" in servers.once(0, "GET", "/metrics").text
