@@ -173,12 +173,13 @@ async def put_weights(
 ) -> RunInfo:
     """Make the body the first shadow of every average, as LitEma's constructor clones the parameters."""
     found = server.registry.get(run, created_at)
+    key = _checked(push_key) if server.host else ""
     if replaces is not None:
         _check_anew(num_updates, step)
         found.ledger.admit_anew(writer)
     if server.host:
         terms = Terms(None, "", num_updates, step, writer, replaces)
-        return await _put_first_slice(request, server, server.host, found, _checked(push_key), terms)
+        return await _put_first_slice(request, server, server.host, found, key, terms)
     with found.links.begun():
         async with Push(request, server, found) as push:
             first = await server.allocate(found, partial(found.begin_first, push.staged))

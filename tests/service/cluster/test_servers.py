@@ -106,7 +106,7 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
     assert {info["shard"]["birth"] for info in servers.infos()} == {3}
 
 
-#: What hosts cannot do together yet.
+#: What hosts cannot do together yet, and slices and parts that do not say of which push they are.
 REFUSED = {
     ("POST", "/averages"): {"name": "long", "decay": 0.9},
     ("DELETE", "/averages/ema"): None,
@@ -149,6 +149,8 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         ("POST", "/{run}/rewind"),
         ("PUT", "/{run}/snapshots/{name}"),
         ("DELETE", "/{run}/snapshots/{name}"),
+        ("PUT", "/{run}/weights/parts/{part}"),
+        ("PUT", "/{run}/updates/{step}/parts/{part}"),
     }
     paths = servers.once(0, "GET", "/openapi.json").json()["paths"]
     writes = {
@@ -157,7 +159,7 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         for method in methods
         if method not in ("get", "head")
     }
-    assert len(writes - offered) == len(REFUSED) - 4, "a route that hosts neither offer nor refuse"
+    assert len(writes - offered) == len(REFUSED) - 6, "a route that hosts neither offer nor refuse"
 
     servers.until(lambda: servers.once(0, "GET", "/readyz").status_code == 200, "a coordinator to be heard")
     assert "\nema_coordinator_away 0.0\n" in servers.once(0, "GET", "/metrics").text
