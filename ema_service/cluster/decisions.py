@@ -328,14 +328,15 @@ class Coordinator:
     def _go_back(self, newest: Record) -> list[Propose | Resolve]:
         """Have all shards go back to one checkpoint. newest: the record of the largest revision that any knows."""
         refused = self._abort_refused(newest.revision)
+        votes = self._votes()
+        if len(votes) == self._shards and len({vote.ticket for vote in votes.values()}) == 1:
+            # The way back; or what a lost shard has voted for, on its medium, and others may have committed by now.
+            return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
         way = self._way_back(newest)
         if way is None:
             self.fault = "a shard lost its newest versions, and no checkpoint can be read on all shards"
             return [*refused]
         self.fault = None
-        votes = self._votes()
-        if len(votes) == self._shards and all(vote.ticket == way.ticket for vote in votes.values()):
-            return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
         other = [shard for shard, vote in votes.items() if vote.ticket != way.ticket]
         return [*refused, *self._resolve(other), *self._bring(way)]
 

@@ -369,7 +369,7 @@ class Piece(Body):
 
         Raises Overloaded; what Run.begin() raises, of a stretch.
         """
-        if self.gathering and self.known is None:
+        if self.gathering:
             self.gathering.staged.allocate()
 
     def window(self) -> memoryview:

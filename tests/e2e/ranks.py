@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ema_client import EmaClient, RemoteEma
-from ema_client.errors import EmaError, UpdatesPending
+from ema_client.errors import EmaError, StaleStep, UpdatesPending
 from ema_client.pushing import Pushes
 
 
@@ -162,19 +162,19 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
         return {}
     if "pause" in scene:
         flush_patiently(ema)
-    said = checks(ema, model, scene) | {"sent": ema.stats.sent, "before": before}
+    said = checks(ema, model, scene) | {"sent": ema.stats.sent, "left out": ema.stats.skipped, "before": before}
     ema.close()
     return said | {"drawn": drawn}
 
 
 def flush_patiently(ema: RemoteEma) -> None:
-    """Flush, again while the service is away."""
+    """Flush, again while the service is away, or where updates were lost: where ranks leave updates out while it is."""
     end = time.monotonic() + 60
     while True:
         try:
             return ema.flush()
         except EmaError as fault:
-            if not fault.retryable or time.monotonic() > end:
+            if not (fault.retryable or isinstance(fault, StaleStep)) or time.monotonic() > end:
                 raise
 
 

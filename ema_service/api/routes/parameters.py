@@ -47,8 +47,8 @@ async def _decides_alone(request: Request) -> None:
     if request.app.state.context.host:
         raise InvalidRequest(
             "this server is one host of a cluster, whose hosts cannot do this together yet",
-            hint="of runs on several hosts there are creation, initial weights, updates, decay, reset of the counter, "
-            "trainers that attach, snapshots, rewinds, reads, and deletion",
+            hint="of runs on several hosts there are creation, initial weights, updates, whole and in parts, decay, "
+            "reset of the counter, trainers that attach, snapshots, rewinds, reads, and deletion",
         )
 
 

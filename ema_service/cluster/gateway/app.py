@@ -169,8 +169,8 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("DELETE", run, gateway.delete),
         ("GET", f"{run}/layout", gateway.layout),
         ("GET", f"{run}/shards", gateway.shards),
-        ("GET", f"{run}/hosts", gateway.run_overview),
         ("POST", f"{run}/rewind", gateway.rewind),
+        ("GET", f"{run}/hosts", gateway.run_overview),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
         ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
@@ -178,16 +178,16 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("GET", f"{run}/weights", gateway.weights),
         ("HEAD", f"{run}/weights", gateway.weights),
         ("PUT", f"{run}/weights", gateway.initialise),
-        ("GET", f"{run}/events", gateway.events),
-        ("GET", f"{run}/history", gateway.history),
-        ("GET", f"{run}/distances", gateway.distances),
-        ("GET", f"{run}/timeline", gateway.timeline),
         ("GET", f"{run}/snapshots", gateway.snapshots),
         ("GET", f"{run}/snapshots/{{name}}", gateway.snapshot),
         ("PUT", f"{run}/snapshots/{{name}}", gateway.take_snapshot),
         ("DELETE", f"{run}/snapshots/{{name}}", gateway.delete_snapshot),
         ("GET", f"{run}/snapshots/{{name}}/weights", gateway.snapshot_weights),
         ("HEAD", f"{run}/snapshots/{{name}}/weights", gateway.snapshot_weights),
+        ("GET", f"{run}/events", gateway.events),
+        ("GET", f"{run}/history", gateway.history),
+        ("GET", f"{run}/distances", gateway.distances),
+        ("GET", f"{run}/timeline", gateway.timeline),
         ("GET", run + step, gateway.status),
         ("PUT", run + step, gateway.push),
         ("PUT", f"{run}/weights/parts/{{part:int}}", gateway.initialise_part),
@@ -343,10 +343,6 @@ class _Gateway:
         await once_reached(run, request, self.watches)
         return await send_weights(run, request, self.hosts)
 
-    async def events(self, run: RunName, request: Request) -> Response:
-        """What happens to the whole run, as a stream."""
-        return await send_events(run, request, self.watches)
-
     async def snapshot_weights(self, run: RunName, name: SnapshotName, request: Request) -> Response:
         """The weights of a snapshot of the whole run."""
         return await send_weights(run, request, self.hosts, snapshot=name)
@@ -380,6 +376,10 @@ class _Gateway:
             return whole_snapshot(await self._each(request, snapshot_path(run, name), SnapshotInfo))
 
         return await self._agreed(ask)
+
+    async def events(self, run: RunName, request: Request) -> Response:
+        """What happens to the whole run, as a stream."""
+        return await send_events(run, request, self.watches)
 
     # --- pushes -----------------------------------------------------------------------------------------------------
 

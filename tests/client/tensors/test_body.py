@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from ema_client import wire
@@ -257,3 +258,15 @@ def test_tensors_of_a_gpu() -> None:
 
     assert stream == raw(state)
     assert all(tensor.is_cuda and torch.equal(tensor.cpu(), state[name].detach()) for name, tensor in out.items())
+
+
+def test_a_part_with_a_tensor_without_bytes_is_digested() -> None:
+    """As the service does: it has a hash of each tensor that brings bytes."""
+    state = {"empty": torch.empty(0, 3), "w": torch.ones(4, 2)}
+    body = encode(state, {})
+    assert body.digest
+    digest = body.digest()
+    for piece in body.pieces():
+        digest.update(piece)
+    tensor = xxhash.xxh3_128(state["w"].numpy().tobytes()).digest()
+    assert digest.digest() == xxhash.xxh3_128(tensor).digest()

@@ -6,7 +6,7 @@ Knows plans. Does not know torch.distributed (tests/e2e/test_sharded.py) or the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -58,11 +58,20 @@ class Group:
 
 
 class Client:
-    """Notes what is asked of it; a run of this name may be there already."""
+    """Notes what is asked of it; a run of this name may be there already. statuses: of the initial weights, one after
+    the other, and of which parts are there."""
 
-    def __init__(self, *, exists: bool = False) -> None:
+    def __init__(self, *, exists: bool = False, statuses: Sequence[tuple[Any, tuple[int, ...]]] = ()) -> None:
         self.asked: list[Any] = []
         self._exists = exists
+        self._statuses = list(statuses)
+
+    def update_status(self, _run: str, step: int, *, first: str) -> UpdateStatus:
+        assert first == "start"
+        return UpdateStatus(step, *(self._statuses.pop(0) if self._statuses else ("applied", ())))
+
+    def run(self, _run: str) -> SimpleNamespace:
+        return SimpleNamespace(version=None)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def asked(*words: Any, **options: Any) -> Any:
@@ -145,6 +154,14 @@ def test_initial_weights_in_parts() -> None:
     ]
     # Each rank names the run that the one rank declared.
     assert [part["created_at"] for part in sent] == [1.5, 1.5]
+
+
+def test_initial_weights_that_are_lost() -> None:
+    """A rank whose part a server has lost before all were there sends the part again, and no other rank its own."""
+    client: Any = Client(statuses=[("staged", (0, 1)), ("staged", (0, 1)), ("staged", (0,)), ("staged", (0,))])
+    plan = ShardedPlan(LAYOUT, 1, 2, "start", SLICES[1], lambda value: [value])
+    plan.create(client, CONFIG, dict)
+    assert [sent["part"] for sent in client.named("send_weights_part")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -20,6 +20,7 @@ from ema_service.cluster import (
     Shard,
     Term,
     Vote,
+    after_loss,
 )
 from ema_service.cluster.decisions import Output
 from tests.service.cluster.world import Broken, Design, Host, Seat, Stuck, Torn
@@ -280,6 +281,13 @@ class SettlesWhatItLacks(Host):
         return False
 
 
+class DropsWhatLasts(Host):
+    """A vote that outlived the machine is dropped, although others may have committed what it is for."""
+
+    def after_loss(self, record: Record) -> Record:
+        return after_loss(record)
+
+
 class CountsEditionsAnew(Host):
     """After a loss of power editions are given that were given before."""
 
@@ -343,6 +351,7 @@ MUTANTS = (
     Mutant(Design(host=KeepsTheNewestCheckpoint), Broken, 2500),
     Mutant(Design(host=SettlesWhatItLacks), Broken, 2500),
     Mutant(Design(host=CountsEditionsAnew), Broken, 2500),
+    Mutant(Design(host=DropsWhatLasts), Torn, 2500),
     Mutant(Design(host=TrustsItsDisk), Broken, 500),
     Mutant(Design(host=ForgetsThatItIsLost), Broken, 2500),
     Mutant(Design(host=SendsFirst), Broken, 500),

@@ -97,14 +97,18 @@ class Ranks:
         return told["state"], told["parts"]
 
     def push(self, step: int) -> None:
-        """Send an update, and again what hosts lose of it, until it is applied on all."""
-        until = time.monotonic() + _SECONDS
-        while missing := self._missing(step):
+        """Send an update, and again what hosts lose of it, until it is applied on all.
+
+        Sent first, and asked after then: a host tells of a step's parts whichever trainer sent them.
+        """
+        until, missing = time.monotonic() + _SECONDS, self.all
+        while missing:
             assert time.monotonic() < until, f"step {step}: {missing}\n{self.servers.log()}"
             with contextlib.suppress(httpx.TransportError):
                 answers = self.send(step, [each for each in missing if each[0] >= 0])
                 assert {each.status_code for each in answers} <= {200, 202, 503}, [each.text for each in answers]
             time.sleep(0.01)
+            missing = self._missing(step)
 
     def _missing(self, step: int) -> list[tuple[int, int]]:
         """What hosts have not of a step, as for send(); rank -1 where a host has not applied it, and none where all

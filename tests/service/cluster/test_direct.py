@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma
-from ema_client.errors import EmaError, LayoutMismatch
+from ema_client.errors import ConnectionLost, EmaError, LayoutMismatch
 from ema_client.hosts.finding import HostedRun
+from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Transport
 from ema_client.protocol import RunShards
+from ema_client.states import part_body_of
+from ema_client.wire import Box
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched
+from tests.service.runs.gatherer import cut
 
 DECAY = 0.9
 SHAPE = 900, 1000
@@ -178,6 +183,70 @@ def test_a_host_is_killed(tmp_path: Path, litema: type[LitEmaOracle]) -> None:
                 oracle.update(model(step))
                 assert same(client.pull("r"), oracle.shadow)
             assert client.run("r").num_updates == 6
+    finally:
+        cluster.end()
+
+
+def part_of(tensors: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, list[Box]]]:
+    """What one of two ranks has: half of the columns of each tensor; and which they are."""
+    slices = cut(tensors, -1, rank, 2)
+    state = {
+        name: tensors[name][tuple(slice(*axis) for axis in boxes[0])].contiguous() for name, boxes in slices.items()
+    }
+    return state, {name: list(boxes) for name, boxes in slices.items()}
+
+
+def test_parts_go_past_the_gateway(
+    cluster: Launched, client: EmaClient, run_name: str, litema: type[LitEmaOracle]
+) -> None:
+    """Each host is sent what a rank has of its rows, while the gateway stands still."""
+    oracle = litema(model(0), decay=DECAY)
+    client.create_run(run_name, model(0), decay=DECAY)
+    client.push(run_name, model(1), step=1)
+    oracle.update(model(1))
+    with stopped(cluster, "gateway"):
+        for step in (2, 3):
+            for rank in (0, 1):
+                state, slices = part_of(model(step), rank)
+                last = client.push_part(run_name, state, slices=slices, step=step, part=rank, of=2, group="g")
+                assert last is bool(rank)
+            oracle.update(model(step))
+    assert same(client.pull(run_name), oracle.shadow)
+    client.delete_run(run_name)
+
+
+def test_a_host_loses_parts(tmp_path: Path, litema: type[LitEmaOracle]) -> None:
+    """A host that was killed is sent its rows of a part again, and the others nothing; a later step waits until it has
+    those of the earlier one."""
+    cluster = Launched(tmp_path / "all", "--local", "2").start()
+    try:
+        oracle = litema(model(0), decay=DECAY)
+        with client_of(cluster) as client:
+            client.create_run("r", model(0), decay=DECAY)
+            client.push("r", model(1), step=1)
+            oracle.update(model(1))
+            moved: dict[tuple[int, int], int] = {}
+
+            def send(step: int, rank: int, bodies: dict[tuple[int, int], Body]) -> bool:
+                if (step, rank) not in bodies:
+                    bodies[step, rank] = part_body_of(*part_of(model(step), rank))
+                body = replace(bodies[step, rank], moved=lambda sent: moved.update({(step, rank): sent}))
+                return client.push_part_once("r", body, step=step, part=rank, of=2, group="g")
+
+            bodies: dict[tuple[int, int], Body] = {}
+            assert not send(2, 0, bodies)
+            whole = moved[2, 0]
+            cluster.kill("host 1")
+            with pytest.raises(ConnectionLost, match="lacks parts of step 2"):
+                send(3, 0, bodies)
+            assert not send(2, 0, bodies)
+            assert 0.3 * whole < moved[2, 0] < 0.7 * whole
+            assert not send(3, 0, bodies)
+            for step in (2, 3):
+                assert send(step, 1, bodies)
+                oracle.update(model(step))
+            assert send(3, 0, bodies), "applied"
+            assert same(client.pull("r"), oracle.shadow)
     finally:
         cluster.end()
 

@@ -6,7 +6,9 @@ due (host), or HTTP.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ema_client.errors import AwaitingWeights, RunDegraded
 from ema_service.cluster import Adjustment, Kept
+from ema_service.storage.catalog import Catalog
 from tests.service.cluster.town import POINTS, Town
 
 if TYPE_CHECKING:
@@ -148,6 +151,7 @@ def test_without_a_checkpoint_the_run_begins_anew(
     here.deliver()
     for _ in range(2):
         assert [host.local.info.status for host in here.hosts] == ["awaiting_weights"] * 2
+        assert [host.shard.record.revision for host in here.hosts if host.shard] == [3, 3], "once"
         for host in here.hosts:
             host.restart()
         here.deliver()
@@ -158,6 +162,36 @@ def test_without_a_checkpoint_the_run_begins_anew(
     oracle = litema(model(0))
     oracle.update(model(2))
     assert_at(here, "1.1", oracle)
+
+
+def test_loss_is_noticed_before_the_first_checkpoint(
+    tmp_path: Path, model: Model, ram_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host whose machine takes every row that was not synced still knows that there were weights: it would come up
+    as a new one, and nothing would ever be decided."""
+    here, synced = Town(tmp_path, 2, model, ram_dir), {}
+    host = here.hosts[0]
+    transaction = Catalog._transaction
+
+    @contextlib.contextmanager
+    def noted(catalog: Catalog, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        with transaction(catalog, durable=durable) as database:
+            yield database
+        if durable and catalog is host.server.store._catalog:  # type: ignore[union-attr]
+            synced.update(host.medium())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "_transaction", noted)
+        synced.update(host.medium())
+        here.push(0)
+        here.push(1)
+    host.lose_power(synced)
+    here.deliver()
+    here.say_again()
+    assert [each.local.info.status for each in here.hosts] == ["awaiting_weights"] * 2
+    here.push(0, "again")
+    assert here.versions() == ["1.0", "1.0"]
+    here.close()
 
 
 @pytest.mark.parametrize("rolled_back", [False, True], ids=["all rows", "old rows"])

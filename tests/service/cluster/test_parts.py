@@ -105,6 +105,19 @@ def test_a_set_waits_for_all_hosts(cluster: MakeCluster, model: Model, litema: t
     assert_same(servers, oracle, model(0))
 
 
+def test_a_deadline(cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Parts whose others do not come are given up, and come again; a set that is whole keeps its vote."""
+    servers, oracle = cluster(2, model(0), "--body-timeout", "1"), litema(model(0), decay=0.9)
+    ranks = Ranks(servers, model, 2)
+    ranks.push(0)
+    ranks.send(1, [(0, 0), (1, 0), (0, 1)])
+    servers.until(lambda: ranks.state(1, 1) == ("unknown", []), "the part to be given up")
+    assert ranks.state(1, 0) == ("staged", [0, 1])
+    ranks.push(1)
+    oracle.update(model(1))
+    assert_same(servers, oracle, model(0))
+
+
 def test_steps_stay_in_order(cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]) -> None:
     """A host that has a later step whole does not vote for it while an earlier one waits for another host: to all hosts
     the newer one would take the older one's place."""
@@ -210,17 +223,22 @@ def test_the_coordinator_is_killed(cluster: MakeCluster, model: Model, litema: t
     assert_same(servers, oracle, model(0))
 
 
-def test_a_trainer_that_is_started_again(cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]) -> None:
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_trainer_that_is_started_again(
+    attached: bool, cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]
+) -> None:
     """Parts of a start that died half way, voted for on one host, are never put together with those of the next start,
-    which has other values and another number of ranks, and takes their place."""
+    which has other values and another number of ranks, and takes their place: at once where it attaches to the run."""
     servers, oracle = cluster(2, model(0)), litema(model(0), decay=0.9)
-    dead = Ranks(servers, lambda step: model(step and step + 50), 3, "dead")
+    dead = Ranks(servers, lambda step: model(step and step + 50), 2, "dead")
     dead.push(0)
-    dead.send(1, [(0, 0), (1, 0), (2, 0), (0, 1)])
-    writer = servers.ask(0, "POST", "/v1/runs/r/writers").json()["writer"]
-    fenced = dead.once(1, 1, 1)
-    assert (fenced.status_code, fenced.json()["code"]) == (409, "fenced")
+    assert {each.status_code for each in dead.send(1, [(0, 0), (1, 0), (0, 1)])} == {202}
+    writer = servers.ask(0, "POST", "/v1/runs/r/writers").json()["writer"] if attached else None
+    if attached:
+        fenced = dead.once(1, 1, 1)
+        assert (fenced.status_code, fenced.json()["code"]) == (409, "fenced")
     ranks = Ranks(servers, model, 2, "next", writer)
+    ranks.send(1, [(0, 1), (1, 1)])
     for step in (1, 2):
         ranks.push(step)
         oracle.update(model(step))
@@ -229,15 +247,19 @@ def test_a_trainer_that_is_started_again(cluster: MakeCluster, model: Model, lit
 
 def test_weights_that_are_loaded_later(cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]) -> None:
     """Initial weights in parts anew take the place of the first ones on all hosts, also where they differ on one host
-    alone, and count once under their group; after an update they do not."""
+    alone, and count once under their group, also at a host that was killed since; after an update they do not."""
     servers = cluster(2, model(0))
     Ranks(servers, model, 2).push(0)
     loaded = {name: each.clone() for name, each in model(0).items()}
     alone = next(name for name in cut(loaded, 2)[1] if name not in cut(loaded, 2)[0])
     loaded[alone] += 1
     anew = Ranks(servers, lambda step: model(step) if step else loaded, 2, "anew", replaces="1.0")
-    for _ in range(2):
-        assert {each.status_code for each in anew.send(0)} <= {200, 202}
+    for again in (False, True):
+        if again:
+            servers.kill(1)
+            servers.host(1)
+        answers = anew.send(0)
+        assert {each.status_code for each in answers} <= {200, 202}, [each.text for each in answers]
         servers.until(lambda: {info["version"] for info in servers.infos()} == {"2.0"}, "the weights on both")
     oracle = litema(loaded, decay=0.9)
     assert_same(servers, oracle, model(0))

@@ -90,7 +90,8 @@ class Host:
     disk: the record that outlives the process. log: the votes that led to the version which the record is at, without
     those that the shards went back over; durable with the record, as the facts of a version are. medium: records with
     their logs, oldest first, the first of which outlives the machine. checkpoints: by revision, the log then; on the
-    medium. writing: the checkpoint that is being written. refuses: what this host can never prepare.
+    medium. writing: the checkpoint that is being written. lasting: changes that stay, also when shards go back.
+    refuses: what this host can never prepare.
     """
 
     def __init__(self, world: World, place: int) -> None:
@@ -101,6 +102,7 @@ class Host:
         self.medium = [(self.disk, self.log)]
         self.checkpoints: dict[int, tuple[Vote, ...]] = {}
         self.writing: tuple[int, tuple[Vote, ...]] | None = None
+        self.lasting: set[str] = set()
         self.refuses: set[str] = set()
         self.shard: Shard | None = None
         self.start()
@@ -128,7 +130,7 @@ class Host:
         self.start()
 
     def after_loss(self, record: Record) -> Record:
-        return after_loss(record)
+        return after_loss(record, has_voted=is_lasting(record.vote))
 
     def sync(self) -> None:
         """All that is on the disk is on the medium."""
@@ -234,7 +236,10 @@ class Host:
         if self.disk.revision > before.revision and self.disk.made:
             self.follow(self.disk.made)
         self.medium.append((self.disk, self.log))
-        if before.lost:
+        made = self.disk.made if self.disk.revision > before.revision else None
+        if made and is_lasting(made):
+            self.lasting.add(made.ticket.key)
+        if before.lost or is_lasting(self.disk.vote) or is_lasting(made):
             self.sync()
         self.world.look(self, before)
 
@@ -261,6 +266,13 @@ class Host:
                 world.send(self, output)  # preparing takes time, and the shard receives other messages meanwhile
             elif seat := source or world.seats.get(output.term.name):
                 world.send(seat, output._replace(kept=self.kept) if isinstance(output, Report) else output)
+
+
+def is_lasting(vote: Vote | None) -> bool:
+    """Whether a vote is for a change whose vote and verdict are on the medium before they are told, and which stays
+    when shards go back: every other one, a snapshot say."""
+    change = vote.proposal.change if vote else None
+    return bool(change) and str(change).startswith("change ") and int(str(change).rpartition("w")[2]) % 2 == 0
 
 
 class Seat:
@@ -525,9 +537,20 @@ class World:
                 each.finish()
 
     def lose_power(self) -> None:
-        """A machine goes down, or some at once."""
-        all_at_once = self.happens(0.2)
-        for host in self.random.sample(self.hosts, len(self.hosts) if all_at_once else 1):
+        """A machine goes down, or some at once; or one that lacks the verdict on a change that others have committed,
+        and which nobody asks for again."""
+        hosts = self.random.sample(self.hosts, len(self.hosts) if self.happens(0.2) else 1)
+        if self.happens(0.3):
+            key = self.new_name("w")
+            self.request(key)
+            self.changes.pop(key)
+            for _ in range(8 * len(self.hosts)):
+                behind = [host for host in self.hosts if not host.knows(key)]
+                if len(behind) < len(self.hosts):
+                    hosts = behind
+                    break
+                self.deliver()
+        for host in hosts:
             host.lose_power()
 
     # --- events -----------------------------------------------------------------------------------------------------
@@ -620,7 +643,7 @@ class World:
             self.drain()
             if not self.unanswered and not self.changes and len({host.disk.revision for host in self.hosts}) == 1:
                 return
-            if turn > _ROUNDS // 2 and self.unanswered and self.seen["losses of power"]:
+            if turn == _ROUNDS // 2 and self.unanswered and self.seen["losses of power"]:
                 # What one shard had applied and another had not was gone back over: the trainer gives its update up.
                 self.new_update()
         raise Stuck(f"update {self.key} on shards {self.unanswered}, or changes {list(self.changes)}, have no answer")
@@ -655,6 +678,8 @@ class World:
         first = self.hosts[0].log
         if any(host.log != first or host.disk.vote or host.disk.lost for host in self.hosts):
             raise Stuck(f"at the end: {[host.disk for host in self.hosts]}")
+        if any(host.lasting != self.hosts[0].lasting for host in self.hosts):
+            raise Torn(f"on some shards alone: {[host.lasting for host in self.hosts]}")
         if lost := self.acknowledged - {vote.ticket.key for vote in first}:
             raise Torn(f"acknowledged and lost: {lost}")
         if not self.done():
