@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,36 @@ def test_beyond_the_most_nobody_waits(hosts: PlainHosts, shards: list[PlainRun])
             await found.close()
 
     asyncio.run(come())
+
+
+def test_many_who_come_at_once_are_one_question_to_the_coordinator() -> None:
+    """However many they are, where the map is yet to be asked for."""
+    asked: list[str] = []
+
+    class Coordinator(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = json.dumps({"shards": [{"place": 0, "address": "http://127.0.0.1:9"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    async def come(url: str) -> None:
+        found = Hosts([url], ClusterToken(TOKEN))
+        await asyncio.gather(*(found.all() for _ in range(100)))
+        await found.close()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Coordinator) as coordinator:
+        threading.Thread(target=coordinator.serve_forever).start()
+        try:
+            asyncio.run(come(f"http://127.0.0.1:{coordinator.server_port}"))
+        finally:
+            coordinator.shutdown()
+    assert len(asked) == 1
 
 
 # --- what makes an event of the whole run ----------------------------------------------------------------------------
