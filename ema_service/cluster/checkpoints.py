@@ -71,9 +71,11 @@ class Checkpoints:
             raise InvalidRequest(f"the checkpoint of revision {settles} is not on this host")
 
     def take(self, record: Record) -> None:
-        """Write the run's state, which is that of the record's revision, in the background. Under deciding()."""
-        self.writing = True
-        self.written = self._saving.submit(self._write, self._run.state, record)
+        """Write the run's state, which is that of the record's revision, in the background; nothing where the run has
+        none. Under deciding()."""
+        state = self._run.state
+        self.writing = state is not None
+        self.written = self._saving.submit(self._write, state, record)
 
     def read(self, back: int) -> State | None:
         """The state of a revision; None of revision 0, which all shards go back to that never had a checkpoint.

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping
+from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping, StorageFailed
 from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, Writer
 from ema_service import tether
 from ema_service.cluster.asking import Asking
@@ -287,7 +287,14 @@ class Host:
         await self._take_checkpoint(shard)
         newest = shard.kept().newer
         if newest > shard.record.settled:
-            await self._ask_when_written(shard, encode(Checkpoint()), newest)
+            try:
+                await self._ask_when_written(shard, encode(Checkpoint()), newest)
+            except InvalidRequest as fault:
+                raise StorageFailed(
+                    f"the run is at the snapshot, and a host could not write its checkpoint: {fault.detail}",
+                    hint="come again with the same Idempotency-Key, or a power loss may take the run back",
+                    retry_after=1.0,
+                ) from fault
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

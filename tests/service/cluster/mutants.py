@@ -91,13 +91,6 @@ class KeepsItsEdition(Shard):
         self.record = self.record._replace(edition=self.record.revision)
 
 
-class VotesWhileItIsLost(Shard):
-    """A shard that lost its versions takes updates."""
-
-    def _follows(self, proposal: Proposal) -> bool:
-        return super()._follows(proposal) or proposal.ticket.base == self.record.revision
-
-
 # --- coordinators ----------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +323,6 @@ MUTANTS = (
     Mutant(Design(shard=AnswersBeforeTheVerdict), Torn, 10),
     Mutant(Design(shard=HearsOldCoordinators), Torn, 1000),
     Mutant(Design(shard=PreparesOnAnyBase), Torn, 200),
-    Mutant(Design(shard=VotesWhileItIsLost), Broken, 2500),
     Mutant(Design(shard=KeepsItsEdition), Stuck, 50),
     Mutant(Design(coordinator=CommitsWithoutTheLast), Torn, 50),
     Mutant(Design(coordinator=DecidesByTheMajority), Torn, 50),

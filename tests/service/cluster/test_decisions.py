@@ -25,6 +25,7 @@ from ema_service.cluster import (
     Term,
     Ticket,
     Vote,
+    after_loss,
 )
 from tests.service.cluster.mutants import MUTANTS, Mutant
 from tests.service.cluster.scale import commit
@@ -196,6 +197,17 @@ def test_change_is_refused_with_its_reason() -> None:
 
     assert Answer("k", committed=False, reason="damaged") in answers
     assert [shard.record.vote for shard in shards] == [None, None]
+
+
+def test_lost_shard_votes_for_the_way_back_alone() -> None:
+    """An update would be gone back over as soon as all are there; its sender is told to send it again."""
+    shard = Shard(0, after_loss(Record(TERM, 4, 0, None, None)))
+
+    assert shard.prepare(vote(UPDATE)) == [Answer("u", committed=False)]
+    assert shard.record.vote is None
+    way = Proposal(Ticket(3, None, "back-2"), "", 2)
+    shard.prepare(vote(way))
+    assert shard.record.vote == vote(way)
 
 
 def test_older_copy_of_a_disk_is_a_fault() -> None:

@@ -260,6 +260,16 @@ def test_one_checkpoint_stays_until_all_have_the_next(
     assert_at(here, "2.3", oracle)
 
 
+def test_checkpoint_of_no_weights(tmp_path: Path, model: Model, ram_dir: Path) -> None:
+    """A checkpoint that is asked for before there are weights, or once they are gone, is in the way of none after."""
+    here = Town(tmp_path, 2, model, ram_dir)
+    assert here.checkpoint("c0").committed
+    here.push(0)
+    assert here.checkpoint("c1").committed
+    assert {each.newer for each in kept(here)} == {3}
+    here.close()
+
+
 def test_checkpoint_is_refused_while_another_is_written(town: Callable[..., Town]) -> None:
     """There is never more than one checkpoint beside the settled one."""
     here = town(2)
