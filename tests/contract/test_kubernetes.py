@@ -59,6 +59,7 @@ _POD_MONITOR: dict[str, Any] = {
     "required": ["selector", "podMetricsEndpoints"],
     "additionalProperties": False,
     "properties": {
+        "jobLabel": {"type": "string"},
         "selector": {
             "type": "object",
             "properties": {"matchLabels": {"type": "object"}},
@@ -134,6 +135,16 @@ def test_pod_monitor_fits_its_schema() -> None:
 
     assert (POD_MONITOR["apiVersion"], POD_MONITOR["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
     assert (endpoint["port"], endpoint["path"]) == (CONTAINER["ports"][0]["name"], "/metrics")
+
+
+def test_alerts_know_the_jobs_of_pods() -> None:
+    """The operator names a job after a label of the pods, and the alerts that look at a job look at that one."""
+    rules = (ROOT / "docker" / "prometheus" / "ema-service.rules.yml").read_text()
+    asked = re.findall(r'\{job(=~?)"([^"]+)"\}', rules)
+    assert len(asked) == 2
+    for monitor in (POD_MONITOR, *(each for each in OF_CLUSTER if each["kind"] == "PodMonitor")):
+        job = monitor["spec"]["selector"]["matchLabels"][monitor["spec"]["jobLabel"]]
+        assert all(how == "=~" and re.fullmatch(pattern, job) for how, pattern in asked), job
 
 
 def test_kustomization_has_every_file() -> None:

@@ -99,14 +99,16 @@ class Ranks:
     def push(self, step: int) -> None:
         """Send an update, and again what hosts lose of it, until it is applied on all.
 
-        Sent first, and asked after then: a host tells of a step's parts whichever trainer sent them.
+        Sent first, and asked after then: a host tells of a step's parts whichever trainer sent them. So a host may have
+        applied a later step by then, and call this one stale.
         """
         until, missing = time.monotonic() + _SECONDS, self.all
         while missing:
             assert time.monotonic() < until, f"step {step}: {missing}\n{self.servers.log()}"
             with contextlib.suppress(httpx.TransportError):
                 answers = self.send(step, [each for each in missing if each[0] >= 0])
-                assert {each.status_code for each in answers} <= {200, 202, 503}, [each.text for each in answers]
+                told = {each.json().get("code", "taken") for each in answers if each.status_code != 503}
+                assert told <= {"taken", "stale_step"}, [each.text for each in answers]
             time.sleep(0.01)
             missing = self._missing(step)
 

@@ -117,6 +117,7 @@ def test_a_cluster_on_ray(address: str, folder: Path, model: Model, litema: type
     assert command("down", address).returncode == 1
 
 
+@pytest.mark.soak
 def test_what_is_missing_is_made(folder: Path, model: Model) -> None:
     """An actor that was ended for good is made again, on its data, with the token of those that are there."""
     ray_launcher.up(plan(folder), lambda _: None)
@@ -140,6 +141,7 @@ def test_no_node_has_what_is_asked_for(folder: Path) -> None:
         ray_launcher.up(plan(folder, options={"num_gpus": 1}), lambda _: None)
 
 
+@pytest.mark.soak
 def test_a_constructor_raises_nothing(folder: Path, model: Model) -> None:
     """A data dir that is not there, at a restart too, is waited for; the actor lives on."""
     folder.mkdir()
