@@ -482,18 +482,20 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
     from ema_service.storage import CatalogUnusable
 
     def announce(url: str) -> None:
-        typer.echo(f"ema-service {version('ema-service')} listens on {url}")
+        lines = [f"ema-service {version('ema-service')} listens on {url}"]
         if uds:
-            typer.echo(f"  socket     unix://{uds.resolve()}")
-        typer.echo(f"  device     {pick_device(settings.device)}")
-        typer.echo(f"  data dir   {_data_line(settings.data_dir, store)}")
+            lines.append(f"  socket     unix://{uds.resolve()}")
+        lines.append(f"  device     {pick_device(settings.device)}")
+        lines.append(f"  data dir   {_data_line(settings.data_dir, store)}")
         if store:
-            typer.echo(f"  memory     {_memory_line(store)}")
+            lines.append(f"  memory     {_memory_line(store)}")
         if settings.snapshot_store:
-            typer.echo(f"  snapshots  {_without_password(settings.snapshot_store)}")
+            lines.append(f"  snapshots  {_without_password(settings.snapshot_store)}")
         if settings.address_file:
-            typer.echo(f"  address    file://{settings.address_file.absolute()}{_only_here(url, uds)}")
-        typer.echo(f"  dashboard  {url}/    API docs  {url}/docs")
+            lines.append(f"  address    file://{settings.address_file.absolute()}{_only_here(url, uds)}")
+        lines.append(f"  dashboard  {url}/    API docs  {url}/docs")
+        # At once: whoever waits for the first line has them all.
+        typer.echo("\n".join(lines))
 
     try:
         tls = Certificate(*certificate) if certificate else None
