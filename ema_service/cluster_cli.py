@@ -22,7 +22,7 @@ from ema_service.sizes import parse_size
 
 if TYPE_CHECKING:
     from ema_service.cluster import ClusterToken
-    from ema_service.cluster.agent import Task
+    from ema_service.cluster.launching.agent import Task
 
 __all__ = ["cluster"]
 
@@ -129,7 +129,7 @@ def host(
 ) -> None:
     """Be one host of a cluster for as long as standard input is open: `ema-service serve` with the flags behind --. The
     first line of standard input is the cluster's token. What `up` runs on each machine."""
-    from ema_service.cluster.launcher import host_command
+    from ema_service.cluster.launching.launcher import host_command
     from ema_service.cluster.token import ClusterToken
 
     try:
@@ -187,7 +187,7 @@ def up(
 
     A second `up` of the same folder, or name, says that it runs already, or starts what is missing.
     """
-    from ema_service.cluster.launcher import THROUGH, LaunchFailed, Plan, RunsAlready, launch
+    from ema_service.cluster.launching.launcher import THROUGH, LaunchFailed, Plan, RunsAlready, launch
 
     if [local, hosts, ray].count(None) != 2 or (ray is None) != (shards is None):
         raise typer.BadParameter(
@@ -219,7 +219,7 @@ def up(
 @cluster.command()
 def down(ray: OnRay = "auto", name: Name = "ema") -> None:
     """End a cluster that `up --ray` has started: its hosts finish what they have. What they keep stays."""
-    from ema_service.cluster.launcher import LaunchFailed
+    from ema_service.cluster.launching.launcher import LaunchFailed
 
     launcher = _ray_launcher()
     try:
@@ -232,7 +232,7 @@ def down(ray: OnRay = "auto", name: Name = "ema") -> None:
 
 def _task(shards: int, folder: Path, listen: str, port: int, flags: list[str]) -> Task:
     """What is to run at each place of a Ray cluster. Exits where anyone could write every run."""
-    from ema_service.cluster.agent import Task
+    from ema_service.cluster.launching.agent import Task
 
     if not is_loopback(listen) and not {"--token-file", "--insecure-no-auth"} & {each.split("=")[0] for each in flags}:
         _refuse(
@@ -244,7 +244,7 @@ def _task(shards: int, folder: Path, listen: str, port: int, flags: list[str]) -
 
 def _up_on_ray(address: str, name: str, task: Task, takes: dict[str, Any], *, shared: bool) -> None:
     """Start a cluster of Ray's actors, and say where it is."""
-    from ema_service.cluster.launcher import LaunchFailed
+    from ema_service.cluster.launching.launcher import LaunchFailed
 
     launcher = _ray_launcher()
     try:
@@ -259,7 +259,7 @@ def _up_on_ray(address: str, name: str, task: Task, takes: dict[str, Any], *, sh
 def _ray_launcher() -> ModuleType:
     """The module that uses Ray, or an end that says how to install Ray."""
     try:
-        from ema_service.cluster import ray_launcher
+        from ema_service.cluster.launching import ray_launcher
     except ModuleNotFoundError as fault:
         if fault.name != "ray":
             raise

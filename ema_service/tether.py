@@ -6,7 +6,7 @@ machine, whatever carries standard input closes it. Reading works on every POSIX
 at the parent's death (prctl) works on Linux only.
 
 Whatever the parent writes is a sign of life of the engine that the parent works for: what is read is not looked at, and
-when it came is remembered (ema_service/cluster/lease.py).
+when it came is remembered (ema_service/cluster/hosting/lease.py).
 
 Knows standard input and signals. Does not know the module that is run.
 """

@@ -38,7 +38,7 @@ from ema_service.storage import Store, open_objects, open_store
 from ema_service.tokens import Tokens
 
 if TYPE_CHECKING:
-    from ema_service.cluster.host import Host
+    from ema_service.cluster.hosting.host import Host
 
 __all__ = ["create_app", "open_registry", "pick_device"]
 
@@ -170,7 +170,7 @@ def _host(settings: Settings, registry: Registry) -> Host | None:
     where the settings do not make a host."""
     if settings.shard is None:
         return None
-    from ema_service.cluster.host import Host, Membership
+    from ema_service.cluster.hosting.host import Host, Membership
     from ema_service.cluster.token import read_cluster_token
 
     if registry.store is None or settings.cluster_token_file is None or not settings.coordinators:

@@ -28,7 +28,7 @@ from ema_service.runs import Registry, Run
 from ema_service.settings import Settings
 
 if TYPE_CHECKING:
-    from ema_service.cluster.host import Host
+    from ema_service.cluster.hosting.host import Host
 
 __all__ = ["Context"]
 

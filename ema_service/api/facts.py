@@ -22,7 +22,7 @@ from ema_service.storage import DiskSpace
 
 if TYPE_CHECKING:
     from ema_service.api.context import Context
-    from ema_service.cluster.host import Host
+    from ema_service.cluster.hosting.host import Host
 
 __all__ = ["Facts", "gauge", "stranger_info"]
 

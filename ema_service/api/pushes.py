@@ -41,7 +41,7 @@ __all__ = ["PartialPush", "Push", "StretchPush"]
 T = TypeVar("T")
 
 #: Seconds for which a complete set of parts waits for the verdict on earlier ones of the same trainer. As long as hosts
-#: wait for who completes a push (cluster/reporting.py).
+#: wait for who completes a push (cluster/hosting/reporting.py).
 _AHEAD_SECONDS = 10.0
 
 

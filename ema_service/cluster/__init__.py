@@ -1,8 +1,8 @@
 """Cluster: a run over several hosts, each of which holds a shard of it. Which rows those are, who decides, and by which
 messages.
 
-Knows layouts, revisions, tickets, votes and coordinators' terms, and the run whose shard is here. Does not know how
-weights are kept or averaged, or which program starts the hosts.
+Knows layouts, revisions, tickets, votes and coordinators' terms. Does not know how weights are kept or averaged: the
+runs of a host are hosting's, those of all hosts together a gateway's, and which program starts them launching's.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from ema_service.cluster.messages import (
     Ticket,
     Vote,
 )
-from ema_service.cluster.reporting import RecordStore, Reporting
-from ema_service.cluster.shard_run import ShardRun
 from ema_service.cluster.token import ClusterToken
 
 __all__ = [
@@ -58,15 +56,12 @@ __all__ = [
     "Proposal",
     "Propose",
     "Record",
-    "RecordStore",
     "Refusal",
     "Report",
-    "Reporting",
     "Resolve",
     "Rewind",
     "Shard",
     "ShardLayout",
-    "ShardRun",
     "SnapshotBegun",
     "SnapshotGone",
     "SnapshotTaken",

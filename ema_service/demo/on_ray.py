@@ -109,7 +109,7 @@ class Trainer:
 
 def main() -> int:
     """Play the demo, and return the exit status."""
-    from ema_service.cluster.ray_launcher import local_ray
+    from ema_service.cluster.launching.ray_launcher import local_ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _say(f"a Ray of its own and {HOSTS} hosts on this machine ({os.cpu_count()} cores)")
@@ -143,7 +143,7 @@ def _play(folder: Path, address: str) -> int:
 
 def _kill(url: str) -> None:
     """End a host as a machine that fails does: the actor and what it runs, all at once."""
-    from ema_service.cluster.ray_launcher import processes_of
+    from ema_service.cluster.launching.ray_launcher import processes_of
 
     pids = processes_of(NAME, KILLED)
     with EmaClient(url) as client:

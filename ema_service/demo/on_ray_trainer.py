@@ -31,7 +31,7 @@ DECAY = 0.99
 
 def main() -> None:
     """Train, then prove. Ends with status 1 where the EMAs differ."""
-    from ema_service.cluster.ray_launcher import on_ray
+    from ema_service.cluster.launching.ray_launcher import on_ray
 
     address, url, run, steps, rank, world, port = sys.argv[1:]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}

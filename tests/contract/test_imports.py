@@ -66,7 +66,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
 #: Where parts of extras are loaded, by whoever asked for them: otel, and publish.
 EXTRAS = {("ema_service.api.tracing", "opentelemetry"), ("ema_service.storage.objects", "fsspec")}
 #: Whole modules that need an extra, and are loaded where somebody asks for them: whoever has no Ray has clusters too.
-NEEDS_EXTRA = {("ema_service.cluster.ray_launcher", "ray")}
+NEEDS_EXTRA = {("ema_service.cluster.launching.ray_launcher", "ray")}
 #: Within api: what receives and sends knows no route, and no server.
 TRANSFER = "ema_service.api.transfer"
 #: Who decides, for a run and for the shards of a run: pure, with every module of ours that is run.
@@ -76,7 +76,7 @@ PURE = (LEDGER, "ema_service.cluster.decisions")
 COORDINATOR = "ema_service.cluster.coordinator"
 CLUSTER_PROGRAMS = (COORDINATOR, "ema_service.cluster.problems", "ema_service.cluster.gateway.*")
 #: Who asks over HTTP: the client, a host of a cluster its coordinators, and a gateway its hosts.
-HTTPX = ("ema_client.http.control", "ema_service.cluster.asking", "ema_service.cluster.gateway.*")
+HTTPX = ("ema_client.http.control", "ema_service.cluster.hosting.asking", "ema_service.cluster.gateway.*")
 #: What the ledger may need beyond the standard library: schedules are numbers.
 LEDGER_THIRD_PARTY = {"numpy"}
 #: What of the standard library a decision has no business with.
@@ -442,8 +442,8 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (fastapi_in_its_place, "ema_service.runs.run", "from fastapi import Request"),
         (fastapi_in_its_place, "ema_service.cluster.conversation", "from fastapi import Request"),
         (coordinator_is_a_program, "ema_service.cluster", "import ema_service.cluster.coordinator"),
-        (ray_in_one_file, "ema_service.cluster.host", "def f():\n    import ray"),
-        (ray_in_one_file, "ema_service.cluster_cli", "from ema_service.cluster.ray_launcher import up"),
+        (ray_in_one_file, "ema_service.cluster.hosting.host", "def f():\n    import ray"),
+        (ray_in_one_file, "ema_service.cluster_cli", "from ema_service.cluster.launching.ray_launcher import up"),
         (ray_in_one_file, "ema_client.http.ray_actors", "import ray"),
         (shared_words_are_stdlib_only, "ema_client.wire", "import torch"),
     ],

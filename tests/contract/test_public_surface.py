@@ -21,7 +21,7 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 FRAMEWORKS = {"lightning", "transformers"}
 #: Modules that need an extra, and are loaded where somebody asks for them.
-NEEDS_EXTRA = {"ema_service.cluster.ray_launcher": "ray"}
+NEEDS_EXTRA = {"ema_service.cluster.launching.ray_launcher": "ray"}
 
 
 def _modules() -> dict[str, Path]:

@@ -72,8 +72,8 @@ from ema_service.runs.parts import Outcome
 from ema_service.runs.stretches import check_bounds
 
 if TYPE_CHECKING:
-    from ema_service.cluster.host import Host
-    from ema_service.cluster.shard_run import ShardRun
+    from ema_service.cluster.hosting.host import Host
+    from ema_service.cluster.hosting.shard_run import ShardRun
 
 __all__ = ["DIRECT", "router"]
 

@@ -15,17 +15,8 @@ import sys
 import time
 from queue import SimpleQueue
 
-from ema_service.cluster import (
-    Answer,
-    Arrival,
-    ClusterToken,
-    Kept,
-    Proposal,
-    Record,
-    Reporting,
-    Ticket,
-    Vote,
-)
+from ema_service.cluster import Answer, Arrival, ClusterToken, Kept, Proposal, Record, Ticket, Vote
+from ema_service.cluster.hosting import Reporting
 from tests.service.cluster.processes.coordinating import TOKEN
 
 __all__ = ["Memory"]

@@ -18,7 +18,7 @@ import pytest
 
 from ema_service.cluster import Arrival, Ask, Change, Record, Report, Term, coordinator, encode
 from ema_service.cluster.coordinator import listening_socket
-from ema_service.cluster.link import Link
+from ema_service.cluster.hosting.link import Link
 from ema_service.cluster.token import ClusterToken
 from tests.service.cluster.hosts import Hosts
 from tests.service.cluster.processes.coordinating import TOKEN
@@ -201,7 +201,7 @@ def test_wrong_token_is_told_and_not_shown(hosts: Hosts, caplog: pytest.LogCaptu
 
 def test_silent_coordinator_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A coordinator that accepts connections and never answers is tried again, and closing waits for nothing."""
-    monkeypatch.setattr("ema_service.cluster.link._SILENCE", 0.1)
+    monkeypatch.setattr("ema_service.cluster.hosting.link._SILENCE", 0.1)
     with listening_socket("127.0.0.1", 0) as sock:
         sock.listen()
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"

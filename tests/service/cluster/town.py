@@ -37,10 +37,9 @@ from ema_service.cluster import (
     Refusal,
     Report,
     Resolve,
-    ShardRun,
     encode,
-    reporting,
 )
+from ema_service.cluster.hosting import ShardRun, reporting
 from ema_service.runs import Parameters
 from ema_service.storage import ShardRow
 from tests.service.conftest import LocalRun, LocalServer, specs_of

@@ -29,8 +29,8 @@ from typing import Any
 
 from ema_client.errors import StorageFailed
 from ema_service.cluster.encoding import decode, encode
+from ema_service.cluster.hosting.reporting import Reporting
 from ema_service.cluster.messages import Answer, Arrival, Kept, Proposal, Record, Ticket, Vote
-from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.token import ClusterToken
 from tests.service.cluster.processes.coordinating import TOKEN
 

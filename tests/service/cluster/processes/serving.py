@@ -20,9 +20,9 @@ from typing import Any
 
 from ema_client.errors import Overloaded
 from ema_service.__main__ import main
-from ema_service.cluster.directory import Directory
-from ema_service.cluster.reporting import Reporting
-from ema_service.cluster.shard_run import ShardRun
+from ema_service.cluster.hosting.directory import Directory
+from ema_service.cluster.hosting.reporting import Reporting
+from ema_service.cluster.hosting.shard_run import ShardRun
 from ema_service.runs import Registry
 from tests.service.cluster.processes.holding import Killer
 

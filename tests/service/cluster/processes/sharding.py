@@ -17,7 +17,8 @@ from typing import Any
 
 from ema_client.errors import EmaError, Superseded
 from ema_client.protocol import RunConfig
-from ema_service.cluster import Answer, Arrival, ClusterToken, ShardRun
+from ema_service.cluster import Answer, Arrival, ClusterToken
+from ema_service.cluster.hosting import ShardRun
 from ema_service.runs import Parameters
 from ema_service.storage import ShardRow
 from tests.service.cluster.processes.coordinating import TOKEN

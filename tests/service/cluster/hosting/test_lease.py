@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 from torch import Tensor
 
-from ema_service.cluster.lease import ENDED, Lease
+from ema_service.cluster.hosting.lease import ENDED, Lease
 from tests.conftest import ServerProcess
 from tests.service.cluster.servers import Servers
 from tests.service.cluster.test_servers import assert_same
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Model = Callable[[int], dict[str, Tensor]]
 
-_UNLOCKED = str(Path(__file__).parent / "processes" / "unlocked.py")
+_UNLOCKED = str(Path(__file__).parents[1] / "processes" / "unlocked.py")
 
 
 @pytest.fixture

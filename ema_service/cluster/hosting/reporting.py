@@ -21,7 +21,7 @@ from typing import Generic, Protocol, TypeVar
 
 from ema_client.errors import StorageFailed
 from ema_service.cluster.decisions import Shard
-from ema_service.cluster.link import Link
+from ema_service.cluster.hosting.link import Link
 from ema_service.cluster.messages import (
     Answer,
     Arrival,

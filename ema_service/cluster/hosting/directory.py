@@ -32,6 +32,7 @@ from typing import cast
 from ema_client.errors import EmaError, InternalError, InvalidRequest, RunExists, RunNotFound, StorageFailed, Superseded
 from ema_client.protocol import RunConfig, from_json, to_json
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
+from ema_service.cluster.hosting.reporting import Reporting
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.messages import (
     DIRECTORY,
@@ -46,7 +47,6 @@ from ema_service.cluster.messages import (
     Vote,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, reason_of
-from ema_service.cluster.reporting import Reporting
 from ema_service.cluster.token import ClusterToken
 from ema_service.memory import Layout
 from ema_service.runs import Candidate, Registry, Run

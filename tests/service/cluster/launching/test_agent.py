@@ -17,7 +17,7 @@ import pytest
 from torch import Tensor
 
 from ema_client import EmaClient
-from ema_service.cluster.agent import Agent, Task
+from ema_service.cluster.launching.agent import Agent, Task
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.test_launched import assert_is, patient
 from tests.waiting import wait_until

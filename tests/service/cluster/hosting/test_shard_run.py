@@ -36,19 +36,8 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig, RunConfig
-from ema_service.cluster import (
-    Adjustment,
-    Answer,
-    Ask,
-    Proposal,
-    Record,
-    Refusal,
-    Report,
-    ShardRun,
-    Ticket,
-    decode,
-    encode,
-)
+from ema_service.cluster import Adjustment, Answer, Ask, Proposal, Record, Refusal, Report, Ticket, decode, encode
+from ema_service.cluster.hosting import ShardRun
 from ema_service.cluster.reasons import error_of
 from ema_service.persistence import ShardMemoryVersions
 from ema_service.persistence.releasing import release

@@ -27,10 +27,10 @@ from tests.waiting import wait_until
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray>=2.50'")
 
 from ema_client.protocol import RAY_NAMESPACE  # noqa: E402  # after the skip
-from ema_service.cluster import ray_launcher  # noqa: E402
-from ema_service.cluster.agent import Task  # noqa: E402
-from ema_service.cluster.launcher import LaunchFailed  # noqa: E402
-from ema_service.cluster.ray_launcher import RayPlan  # noqa: E402
+from ema_service.cluster.launching import ray_launcher  # noqa: E402
+from ema_service.cluster.launching.agent import Task  # noqa: E402
+from ema_service.cluster.launching.launcher import LaunchFailed  # noqa: E402
+from ema_service.cluster.launching.ray_launcher import RayPlan  # noqa: E402
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 

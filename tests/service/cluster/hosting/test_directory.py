@@ -34,9 +34,9 @@ from ema_service.cluster import (
     Term,
     Ticket,
     encode,
-    reporting,
 )
-from ema_service.cluster.directory import Directory, creation_of, whole_config
+from ema_service.cluster.hosting import reporting
+from ema_service.cluster.hosting.directory import Directory, creation_of, whole_config
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
 from ema_service.memory import Layout
 from ema_service.runs import Registry

@@ -14,8 +14,8 @@ import pytest
 
 from ema_client.errors import EmaError, InternalError, Overloaded, Stopping
 from ema_service.cluster import Answer, Change, ClusterToken, encode
-from ema_service.cluster.asking import Asking
-from ema_service.cluster.waiting import Waiting
+from ema_service.cluster.hosting.asking import Asking
+from ema_service.cluster.hosting.waiting import Waiting
 
 TOKEN = ClusterToken("a-token-of-the-tests")
 CHANGE = Change("k", "{}")

@@ -32,7 +32,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from ema_service.addresses import announced
-from ema_service.cluster.supervising import Ended, Program, Signalled, Supervisor, caught_signals
+from ema_service.cluster.launching.supervising import Ended, Program, Signalled, Supervisor, caught_signals
 from ema_service.cluster.token import ClusterToken, read_cluster_token
 
 __all__ = ["LaunchFailed", "Plan", "RunsAlready", "free_port", "host_command", "launch", "write_secret"]

@@ -32,8 +32,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from urllib.parse import urlsplit
 
-from ema_service.cluster.launcher import free_port, host_command, write_secret
-from ema_service.cluster.supervising import Event, Program, Signalled, Supervisor
+from ema_service.cluster.launching.launcher import free_port, host_command, write_secret
+from ema_service.cluster.launching.supervising import Event, Program, Signalled, Supervisor
 from ema_service.cluster.token import ClusterToken
 from ema_service.tether import GRACE
 

@@ -1,11 +1,11 @@
 """A cluster whose places are Ray's: ``ema-service cluster up --ray auto --shards 3``. Only this module uses Ray.
 
-    named, detached actors                       their children, which do the work (cluster/agent.py)
+    named, detached actors                       their children, which do the work (cluster/launching/agent.py)
       NAME-coordinator    0 CPUs                   coordinator
       NAME-host-0 ...     what is asked for        host 0, and a gateway beside it
 
 Ray places actors, starts them again, and knows them by name. It carries no bytes and decides nothing: what it believes
-of a host may be wrong, and costs time alone (cluster/lease.py).
+of a host may be wrong, and costs time alone (cluster/hosting/lease.py).
 
 Whoever calls up() makes the actors, so that no actor owns them, with which they would end. An actor's constructor
 raises nothing: one that raises at a restart ends the actor for good.
@@ -32,8 +32,8 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from ema_client.protocol import RAY_NAMESPACE, ray_host
-from ema_service.cluster.agent import Agent, State, Task
-from ema_service.cluster.launcher import LaunchFailed
+from ema_service.cluster.launching.agent import Agent, State, Task
+from ema_service.cluster.launching.launcher import LaunchFailed
 from ema_service.tether import GRACE
 
 __all__ = ["Place", "RayPlan", "down", "local_ray", "on_ray", "processes_of", "up"]

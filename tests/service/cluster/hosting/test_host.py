@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ema_service.cluster.host import Host
+from ema_service.cluster.hosting.host import Host
 from ema_service.cluster.token import read_cluster_token
 
 

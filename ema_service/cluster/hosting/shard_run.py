@@ -24,9 +24,11 @@ from weakref import WeakValueDictionary
 
 from ema_client.errors import EmaError, InternalError, InvalidRequest, StepConflict, StorageFailed, Superseded
 from ema_client.protocol import RunInfo, UpdateResult
-from ema_service.cluster.checkpoints import Checkpoints
 from ema_service.cluster.decisions import after_loss
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
+from ema_service.cluster.hosting.checkpoints import Checkpoints
+from ema_service.cluster.hosting.reporting import Reporting
+from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots
 from ema_service.cluster.messages import (
     Adjustment,
     Answer,
@@ -44,8 +46,6 @@ from ema_service.cluster.messages import (
     talk_of,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
-from ema_service.cluster.reporting import Reporting
-from ema_service.cluster.shard_snapshots import ShardSnapshots
 from ema_service.cluster.token import ClusterToken
 from ema_service.persistence import ShardMemoryVersions, ShardVersions, Snapshots
 from ema_service.persistence.versions import SlotPlace

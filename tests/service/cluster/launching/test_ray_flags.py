@@ -30,7 +30,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name="ray")
         return found(name, *args, **kwargs)
 
-    for name in ("ray", "ema_service.cluster.ray_launcher"):
+    for name in ("ray", "ema_service.cluster.launching.ray_launcher"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(ema_service.cluster, "ray_launcher", raising=False)
     monkeypatch.setattr(builtins, "__import__", importing)

@@ -25,10 +25,10 @@ from ema_service.cluster import (
     Term,
     Ticket,
     Vote,
-    reporting,
 )
-from ema_service.cluster.link import Link
-from ema_service.cluster.reporting import Reporting
+from ema_service.cluster.hosting import reporting
+from ema_service.cluster.hosting.link import Link
+from ema_service.cluster.hosting.reporting import Reporting
 from ema_service.cluster.token import ClusterToken
 
 TERM = Term(1, "c")

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from ema_service.cluster.supervising import Ended, Event, Program, Supervisor
+from ema_service.cluster.launching.supervising import Ended, Event, Program, Supervisor
 from tests.waiting import wait_until
 
 #: Says its number and what it was told first, and runs until standard input ends.
@@ -117,7 +117,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     text = f"""
 import sys
 from queue import SimpleQueue
-from ema_service.cluster.supervising import Program, Supervisor
+from ema_service.cluster.launching.supervising import Program, Supervisor
 def say(name, line):
     with open({str(log)!r}, "a") as file:
         print(line, file=file)

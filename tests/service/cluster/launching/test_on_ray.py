@@ -32,9 +32,9 @@ from tests.waiting import wait_until
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray>=2.50'")
 
 from ema_client.protocol import RAY_NAMESPACE, ray_host  # noqa: E402  # after the skip
-from ema_service.cluster import ray_launcher  # noqa: E402
-from ema_service.cluster.agent import Task  # noqa: E402
-from ema_service.cluster.launcher import LaunchFailed  # noqa: E402
+from ema_service.cluster.launching import ray_launcher  # noqa: E402
+from ema_service.cluster.launching.agent import Task  # noqa: E402
+from ema_service.cluster.launching.launcher import LaunchFailed  # noqa: E402
 
 Model = Callable[[int], dict[str, Tensor]]
 

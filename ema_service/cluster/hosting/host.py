@@ -24,11 +24,14 @@ from typing import Any, TypeVar
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping, StorageFailed
 from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, Writer
 from ema_service import tether
-from ema_service.cluster.asking import Asking
-from ema_service.cluster.directory import Directory, creation_of, same_run, whole_config
 from ema_service.cluster.encoding import encode
+from ema_service.cluster.hosting.asking import Asking
+from ema_service.cluster.hosting.directory import Directory, creation_of, same_run, whole_config
+from ema_service.cluster.hosting.lease import Lease
+from ema_service.cluster.hosting.reporting import Reporting
+from ema_service.cluster.hosting.shard_run import ShardRun
+from ema_service.cluster.hosting.waiting import Waiting
 from ema_service.cluster.layout_map import LayoutMap
-from ema_service.cluster.lease import Lease
 from ema_service.cluster.messages import (
     DIRECTORY,
     Adjustment,
@@ -43,10 +46,7 @@ from ema_service.cluster.messages import (
     SnapshotTaken,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
-from ema_service.cluster.reporting import Reporting
-from ema_service.cluster.shard_run import ShardRun
 from ema_service.cluster.token import ClusterToken
-from ema_service.cluster.waiting import Waiting
 from ema_service.memory import Layout
 from ema_service.runs import Registry, Run
 from ema_service.storage import Store
