@@ -36,7 +36,7 @@ def body_of(state: State, progress: Progress | None = None) -> Body:
     from ema_client.tensors.layout import state_of
     from ema_client.tensors.shared import SharedState
 
-    body = state.body if isinstance(state, SharedState) else encode(state_of(state))
+    body = state.body.of_another_push() if isinstance(state, SharedState) else encode(state_of(state))
     return body if progress is None else replace(body, moved=lambda sent: progress(min(sent, body.length), body.length))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ema_client.http.digests import HASHED_AT_ONCE, Digest
@@ -32,6 +32,10 @@ def _nothing(_: int) -> None:
     pass
 
 
+def _drawn() -> str:
+    return secrets.token_hex(16)
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """A body of ``length`` bytes, to be sent as often as need be.
@@ -45,7 +49,8 @@ class Body:
     moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
     number since its beginning.
     waits: seconds that the service may wait for others before it answers.
-    key: the same in all tries: hosts that have some of the body from an earlier try know the rest for the same push.
+    key: the same in all tries of one push, and in no other: hosts that have some of the body from an earlier try know the
+    rest by it.
     """
 
     length: int
@@ -55,12 +60,16 @@ class Body:
     data: Callable[[], Sequence[memoryview]] | None = None
     moved: Callable[[int], None] = _nothing
     waits: float = 0.0
-    key: str = field(default_factory=lambda: secrets.token_hex(16))
+    key: str = field(default_factory=_drawn)
 
     @property
     def patience(self) -> float:
         """Seconds beyond those of a short answer that the answer to this body may take."""
         return self.waits + (self.length if self.shared is None else self.shared.length) / SLOWEST_BYTES_PER_SECOND
+
+    def of_another_push(self) -> Body:
+        """A body of the same memory with a key of its own: what the memory holds by now is another push."""
+        return replace(self, key=_drawn())
 
 
 def cut(views: Iterable[memoryview], start: int, stop: int) -> Iterator[memoryview]:

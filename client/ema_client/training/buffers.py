@@ -100,7 +100,7 @@ class UpdateBuffers:
         ready = buffer.fill(tensors, self.devices)
         if not hooked:
             ready()
-        return Update(step, buffer.body, ready, partial(self._give, buffer))
+        return Update(step, buffer.body.of_another_push(), ready, partial(self._give, buffer))
 
     def borrowed(self, step: int | None, tensors: Sequence[Tensor]) -> Update:
         """An update of the tensors' own memory: they must not change before the update's ``done`` is called."""

@@ -85,6 +85,7 @@ def test_memory_is_used_again_only_when_it_is_given_back() -> None:
 
     assert places[0] != places[1]
     assert memory_of(third) == places[0]
+    assert third.body.key != first.body.key, "hosts would take another update for the one before"
 
 
 def memory_of(update: Update) -> int:

@@ -176,6 +176,33 @@ def test_remote_ema(cluster: Launched, run_name: str, litema: type[LitEmaOracle]
         same(ema)
 
 
+@pytest.mark.parametrize("parameter", [0, 2])
+def test_weights_that_are_loaded_before_the_first_step(cluster: Launched, run_name: str, parameter: int) -> None:
+    """As often as that happens, also where the parameters that changed are one host's: what is read has them all."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(7, 13), nn.Linear(13, 5))
+    with RemoteEma(net, DECAY, run=run_name, url=cluster.url) as ema:
+        for _ in range(3):
+            with torch.no_grad():
+                list(net.parameters())[parameter].add_(1.0)
+            now = [each.detach().clone() for each in net.parameters()]
+            for _ in range(2):
+                with ema.scope(net):
+                    assert all(map(torch.equal, net.parameters(), now))
+
+
+def test_shared_state_is_given_again(cluster: Launched, run_name: str, model: Model) -> None:
+    """The same memory with other values is another push, time after time."""
+    with EmaClient(cluster.url) as client:
+        shared = client.shared_state(model(0))
+        client.create_run(run_name, shared, decay=DECAY)
+        for seed in range(1, 4):
+            shared.fill(model(seed))
+            client.begin_anew(run_name, shared)
+            pulled = client.pull(run_name)
+            assert all(torch.equal(pulled[name], tensor) for name, tensor in model(seed).items())
+
+
 def test_a_trainer_that_was_replaced_is_fenced_off(cluster: Launched, run_name: str, model: Model) -> None:
     """By one number on all hosts."""
     with EmaClient(cluster.url) as client:
