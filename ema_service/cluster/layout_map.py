@@ -9,8 +9,8 @@ tensor (indices of its first dimension), so that
 - a shard's stretch of an update is a part of the whole one, with one slice a tensor (``ema.slices``).
 
 Cut i lies where the bytes of the shadows, which are what a host holds and averages, are nearest to i / k of all: each
-shard has as many as the others, give or take a row. The cuts follow from the layout and k alone, so nobody has to be
-asked for them, and neither is ever changed for a run.
+shard has as many as the others, give or take a row. A run of fewer rows than shards has shards with no row of a tensor.
+The cuts follow from the layout and k alone, so nobody has to be asked for them, and neither is ever changed for a run.
 
 Knows tensors, rows and offsets. Does not know who holds a shard, or how its bytes travel.
 """
@@ -87,12 +87,13 @@ class LayoutMap:
     """A run's layout, cut into shards. layout: the whole. shards: by place."""
 
     def __init__(self, layout: Layout, shards: int) -> None:
-        """Raises InvalidRequest where the layout has fewer rows than there are to be shards."""
+        """Raises InvalidRequest where the layout has fewer rows than there are to be shards, and none that is a
+        tensor's: of scalars alone no shard can have nothing."""
         rows = _Rows(layout.shadows)
-        if not 1 <= shards <= max(rows.count, 1):
+        if shards < 1 or (shards > max(rows.count, 1) and rows.first_of_many is None):
             raise InvalidRequest(
-                f"shards: {shards}; the layout has {rows.count} rows (first dimensions, empty tensors not counted), "
-                f"which make 1 to {max(rows.count, 1)} shards"
+                f"shards: {shards}; the layout has {rows.count} scalars with bytes and no tensor of one dimension or "
+                f"more, which make 1 to {max(rows.count, 1)} shards"
             )
         self.layout = layout
         self._cuts = [(0, 0), *map(rows.place, rows.cuts(shards)), (len(layout), 0)]
@@ -121,7 +122,12 @@ class LayoutMap:
         return ShardLayout(place, Layout(specs, copied), boxes, params, shadows)
 
     def _boxes(self, cut: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[str, Box]]:
-        """The tensors between two cuts, each with what of it lies there."""
+        """The tensors between two cuts, each with what of it lies there; between cuts at one place, where there are
+        fewer rows than shards, no row of the tensor that follows."""
+        if cut == end:
+            entry = self.layout.params[cut[0]]
+            yield entry.name, ((cut[1], cut[1]), *((0, size) for size in entry.shape[1:]))
+            return
         for at in range(cut[0], end[0] + 1 if end[1] else end[0]):
             entry = self.layout.params[at]
             box = tuple((0, size) for size in entry.shape)
@@ -144,8 +150,18 @@ class _Rows:
         self.count = self._firsts.pop()
         self._bytes = entries[-1].end
 
+    @property
+    def first_of_many(self) -> int | None:
+        """The first row of the first tensor that has dimensions; None where all are scalars."""
+        return next((row for row, (_, entry) in zip(self._firsts, self._tensors, strict=True) if entry.shape), None)
+
     def cuts(self, shards: int) -> Iterator[int]:
-        """The rows before which to cut: the nearest to equal bytes that leave a row to each shard."""
+        """The rows before which to cut: the nearest to equal bytes that leave a row to each shard. Of fewer rows each
+        is a shard, and the shards that have none come before the first tensor with dimensions."""
+        if (missing := shards - max(self.count, 1)) > 0:
+            first = self.first_of_many or 0
+            yield from sorted([*range(1, self.count), *[first] * missing])
+            return
         last = 0
         for cut in range(1, shards):
             last = min(max(self._nearest(cut, shards), last + 1), self.count - (shards - cut))

@@ -49,8 +49,8 @@ class Body:
     moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
     number since its beginning.
     waits: seconds that the service may wait for others before it answers.
-    key: the same in all tries of one push, and in no other: hosts that have some of the body from an earlier try know the
-    rest by it.
+    key: the same in all tries of one push, and in no other: hosts that have some of the body from an earlier try know
+    the rest by it.
     """
 
     length: int

@@ -21,7 +21,7 @@ from random import Random
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma, Weights
@@ -142,6 +142,31 @@ def test_a_name_is_used_again(cluster: Launched, run_name: str) -> None:
             assert all(torch.equal(client.pull(run_name)[name], tensor) for name, tensor in tensors.items())
             assert client.layout(run_name).layout[-1].shape == (rows, 5)
             client.delete_run(run_name)
+
+
+@pytest.mark.parametrize("shapes", [{"w": (1, 5)}, {"scale": (), "w": (1,)}, {"none": (0, 3), "w": (1, 2)}])
+def test_a_run_of_fewer_rows_than_hosts(
+    cluster: Launched, run_name: str, shapes: dict[str, tuple[int, ...]], litema: type[LitEmaOracle]
+) -> None:
+    """A head of one row is averaged as any other run, by our client and by plain HTTP."""
+
+    def drawn() -> dict[str, Tensor]:
+        return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    first = drawn()
+    oracle = litema(first, decay=DECAY)
+    with EmaClient(cluster.url) as client, cluster.http() as http:
+        client.create_run(run_name, first, decay=DECAY)
+        for step in range(1, 4):
+            now = drawn()
+            if step == 2:
+                http.put(f"/v1/runs/{run_name}/updates/2", content=save(now)).raise_for_status()
+            else:
+                client.push(run_name, now, step=step)
+            oracle.update(now)
+        assert_is(client, run_name, oracle)
+        sent = load(http.get(f"/v1/runs/{run_name}/weights").content)
+        assert all(torch.equal(sent[name], tensor) for name, tensor in oracle.shadow.items())
 
 
 def test_remote_ema(cluster: Launched, run_name: str, litema: type[LitEmaOracle]) -> None:

@@ -43,7 +43,8 @@ def cut_layouts(draw: st.DrawFn) -> tuple[Layout, int]:
     given_specs = draw(specs)
     rows = sum(map(rows_of, given_specs))
     copied = draw(st.sets(st.sampled_from([spec.name for spec in given_specs])))
-    return Layout(given_specs, copied), draw(st.integers(1, max(1, min(rows, 9))))
+    most = 9 if any(spec.shape and rows_of(spec) for spec in given_specs) else max(1, min(rows, 9))
+    return Layout(given_specs, copied), draw(st.integers(1, most))
 
 
 def tensors_of(layout: Layout) -> dict[str, Tensor]:
@@ -96,14 +97,15 @@ def test_merged_weights_are_those_of_the_whole(cut: tuple[Layout, int]) -> None:
 
 @given(cut_layouts())
 def test_shards_are_even(cut: tuple[Layout, int]) -> None:
-    """Each shard has bytes, as many of the shadows as the others, give or take the largest row."""
+    """Each shard has as many bytes of the shadows as the others, give or take the largest row, and none has nothing
+    where there is a row for each."""
     layout, shards = cut
     sizes = [shard.layout.shadow_bytes for shard in LayoutMap(layout, shards).shards]
     largest = max((e.end - e.begin) // max(1, rows_of(e.spec)) for e in layout.shadows)
 
     assert sum(sizes) == layout.shadow_bytes
     assert all(abs(size - layout.shadow_bytes / shards) <= largest for size in sizes)
-    assert layout.shadow_bytes == 0 or all(sizes)
+    assert sum(map(bool, sizes)) == min(shards, sum(rows_of(e.spec) for e in layout.params))
 
 
 @given(cut_layouts(), st.data())
@@ -129,10 +131,13 @@ def test_ranges_are_found_by_subtraction(cut: tuple[Layout, int], data: st.DataO
 
 @given(cut_layouts())
 def test_shards_are_parts_of_the_whole(cut: tuple[Layout, int]) -> None:
-    """What a shard has can be said as slices of the run's tensors, and the shards' claims cover each element once."""
+    """What a shard has, where it has something, can be said as slices of the run's tensors, and the shards' claims cover
+    each element once."""
     layout, shards = cut
     covers = {entry.name: Cover(entry.shape) for entry in layout.params}
     for shard in LayoutMap(layout, shards).shards:
+        if any(not prod(box_shape(box)) and prod(layout.entry(n).shape) for n, box in shard.boxes.items()):
+            continue
         sliced = {n: [box] for n, box in shard.boxes.items() if box_shape(box) != layout.entry(n).shape}
         header = parse_header(build_header(shard.layout.params, write_slices(sliced))[8:])
         for name, boxes in slices_of(header, layout).items():
@@ -205,12 +210,24 @@ def test_spans_of_an_example() -> None:
     assert list(merged.spans(head - 2, head + 9)) == [Span(None, head - 2, head), Span(0, 0, 8), Span(1, 0, 1)]
 
 
-@pytest.mark.parametrize("shards", [0, -1, 4])
-def test_more_shards_than_rows(shards: int) -> None:
-    """A layout is cut into no more shards than it has rows, and the error says how many it has."""
-    layout = Layout([TensorSpec("a", (2, 5), "F32"), TensorSpec("b", (), "F32"), TensorSpec("c", (9, 0), "F32")])
+def test_fewer_rows_than_shards() -> None:
+    """Each row is a shard's, and the shards that have none say of which tensor; what has no elements has its one place
+    all the same."""
+    assert shards_of(4, ("a", (), "F32"), ("b", (2, 5), "F32")) == [
+        {"a": ()},
+        {"b": (0, 5)},
+        {"b": (1, 5)},
+        {"b": (1, 5)},
+    ]
+    assert shards_of(3, ("a", (0, 2), "F32"), ("b", (1,), "F32")) == [{"a": (0, 2)}, {"b": (0,)}, {"b": (1,)}]
 
-    with pytest.raises(InvalidRequest, match=re.escape(f"shards: {shards}; the layout has 3 rows")):
+
+@pytest.mark.parametrize("shards", [0, -1, 4])
+def test_more_shards_than_scalars(shards: int) -> None:
+    """Of scalars alone no shard can have nothing, and the error says how many there are."""
+    layout = Layout([TensorSpec(name, (), "F32") for name in "abc"] + [TensorSpec("d", (9, 0), "F32")])
+
+    with pytest.raises(InvalidRequest, match=re.escape(f"shards: {shards}; the layout has 3 scalars")):
         LayoutMap(layout, shards)
 
 
