@@ -61,9 +61,8 @@ def main() -> None:
     sys.stdout.flush()
     while True:
         connection, _ = listener.accept()
-        threading.Thread(
-            target=_follow, args=(connection, int(sys.argv[1]), "average" in sys.argv[2:]), daemon=True
-        ).start()
+        given = (connection, int(sys.argv[1]), "average" in sys.argv[2:])
+        threading.Thread(target=_follow, args=given, daemon=True).start()
 
 
 if __name__ == "__main__":
