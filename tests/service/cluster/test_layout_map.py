@@ -131,8 +131,8 @@ def test_ranges_are_found_by_subtraction(cut: tuple[Layout, int], data: st.DataO
 
 @given(cut_layouts())
 def test_shards_are_parts_of_the_whole(cut: tuple[Layout, int]) -> None:
-    """What a shard has, where it has something, can be said as slices of the run's tensors, and the shards' claims cover
-    each element once."""
+    """What a shard has, where it has something, can be said as slices of the run's tensors, and the shards' claims
+    cover each element once."""
     layout, shards = cut
     covers = {entry.name: Cover(entry.shape) for entry in layout.params}
     for shard in LayoutMap(layout, shards).shards:
