@@ -73,6 +73,7 @@ $(VENV)/matrix/.installed: constraints.txt | $(BIN)/python
 soak: $(DEV) $(DOCS) ## Ten minutes of random lives of runs, with kill -9, against an oracle (prints its seeds), one of overload, and the long tests
 	$(BIN)/python -m pytest tests/fuzz/test_life.py tests/e2e/test_overload.py --soak 600 --timeout 750 -o faulthandler_timeout=800 $(ARGS)
 	$(BIN)/python -m pytest -n 4 --dist loadfile -m soak --soak 1 --timeout 600 -o faulthandler_timeout=800 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --hosts 2 tests/client tests/integrations $(ARGS)
 
 lint: $(DEV) ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .

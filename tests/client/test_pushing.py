@@ -30,6 +30,8 @@ from ema_client.http.transport import Reply, Transport
 from ema_client.pushing import Pushes
 from ema_client.tensors.body import encode
 
+pytestmark = pytest.mark.one_server("lanes")
+
 LANES = 4
 #: Of 48 MiB in two dtypes: no tensor ends where a stretch does.
 SIZES = {"a": (1_000_003, torch.float32), "b": (8_500_001, torch.float32), "c": (6_000_005, torch.bfloat16)}

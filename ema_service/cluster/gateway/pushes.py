@@ -4,8 +4,10 @@
                                                                           \\-- header, its data ---> host 1
 
 All slices go under one key, so that no two pushes are ever mixed; the answer comes once every host has decided. No more
-of a body is here than two chunks a host: where a host is slow the sender waits. Of a part each host has what is of its
-rows, also where that is nothing: parts are counted at each host.
+of a body is here than two chunks a host: where a host is slow the sender waits. Where the sender's digest follows no
+host has its slice to the end before the whole body was found to be what was sent: a host that votes, or counts a part,
+never does so for bytes that were damaged on their way here. Of a part each host has what is of its rows, also where
+that is nothing: parts are counted at each host.
 
 Knows safetensors' headers, and which bytes are whose. Does not know whether an update counts, or what an answer says.
 """
@@ -38,6 +40,9 @@ __all__ = ["PartSplitting", "Slice", "Splitting"]
 
 #: Chunks of a slice that a host has not taken yet.
 _UNSENT = 2
+#: A host that waits for the end of its slice, while the others' bytes come, is sent one byte after so many seconds: it
+#: takes a minute of silence for the sender's end.
+_SIGN_OF_LIFE = 5.0
 #: Parsing a header longer than this takes more than 30 ms, so it is parsed off the event loop.
 _LONG_HEADER_BYTES = 256 << 10
 
@@ -75,7 +80,7 @@ class Slice:
         self.digested = digest is not None
         self.length = len(header) + data_bytes + (DIGEST_BYTES if digest else 0)
         self._header = header
-        self.missing = data_bytes
+        self.missing = self._unsent = data_bytes
         self._digest = digest
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(_UNSENT)
 
@@ -88,12 +93,32 @@ class Slice:
         await self._chunks.put(chunk)
 
     async def body(self) -> AsyncIterator[bytes]:
-        """The slice as the host is sent it."""
+        """The slice as the host is sent it: with a digest the last chunk goes once put() was told that it is the
+        last."""
         yield self._header
         while (chunk := await self._chunks.get()) is not None:
+            self._unsent -= len(chunk)
+            if self._digest and not self._unsent:
+                async for sign in self._waiting(chunk):
+                    yield sign
+                break
             yield chunk
         if self._digest:
             yield self._digest.digest()
+
+    async def _waiting(self, last: bytes) -> AsyncIterator[bytes]:
+        """The last chunk: a byte now and then until the end was put, then the rest."""
+        sent = 0
+        while True:
+            try:
+                async with asyncio.timeout(_SIGN_OF_LIFE):
+                    await self._chunks.get()
+                break
+            except TimeoutError:
+                if sent + 1 < len(last):
+                    sent += 1
+                    yield last[sent - 1 : sent]
+        yield last[sent:]
 
 
 @dataclass(slots=True)
@@ -178,17 +203,20 @@ class Splitting:
             sizes[place_] += count
         digests = cut.digests if self.digest else [None] * len(sizes)
         slices = [Slice(at, cut.headers[at], sizes[at], digests[at]) for at in range(len(sizes))]
+        ended = set[int]()
         for at, (place_, count) in enumerate(cut.spans):
             each = slices[place_]
             self._begin(each, group)
             await self._feed_one(body, each, count, cut.whole)
-            if not each.missing and at + 1 < len(cut.spans):
+            if not (each.missing or self.digest) and at + 1 < len(cut.spans):
                 await each.put(None)
+                ended.add(place_)
         await self._check_end(body, cut.whole)
-        # The last one to have bytes, and those that have none.
-        for each in [each for each in slices if each.place not in self._sending or each.place == cut.spans[-1][0]]:
-            self._begin(each, group)
-            await each.put(None)
+        # The last one to have bytes, those that have none, and with a digest all.
+        for each in slices:
+            if each.place not in ended:
+                self._begin(each, group)
+                await each.put(None)
 
     def _begin(self, each: Slice, group: asyncio.TaskGroup) -> None:
         if each.place not in self._sending:

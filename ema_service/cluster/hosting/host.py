@@ -174,10 +174,14 @@ class Host:
     # key, wherever a method takes it: of the change, which is made once however often it comes; None draws one.
 
     async def create(self, config: RunConfig) -> tuple[Run, bool]:
-        """The run of this configuration, on all hosts, and whether it is new.
+        """The run of this configuration, on all hosts, and whether it is new. A ``durability`` left out is that of the
+        run if it exists.
 
         Raises RunExists, InvalidRequest, what a host refuses it for, and as _ask().
         """
+        if config.durability is None:
+            with contextlib.suppress(RunNotFound):
+                config = replace(config, durability=self._registry.get(config.run).config.durability)
         config = await asyncio.to_thread(whole_config, config, self._membership.of)
         if found := await asyncio.to_thread(same_run, self._registry, config):
             return found, False
@@ -270,13 +274,15 @@ class Host:
         """
         run, snapshots = self._registry.get(name, created_at), self._registry.snapshots(name)
         key, shard = key or secrets.token_hex(16), self.shard(run)
-        info = await asyncio.to_thread(snapshots.find, snapshot)
 
         def told() -> RunInfo | None:
             version = run.ledger.version
             return run.info() if version and version.made_by(key) else None
 
-        answer = await self._made(run, Rewind(snapshot, info.created_at), key, told)
+        answer = told()
+        if answer is None:  # else nothing is needed any more of what the rewind was made with
+            info = await asyncio.to_thread(snapshots.find, snapshot)
+            answer = await self._made(run, Rewind(snapshot, info.created_at), key, told)
         await self._settle(shard)
         return answer
 

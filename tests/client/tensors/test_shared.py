@@ -25,7 +25,10 @@ from ema_client.errors import NonFinite, UsageError
 from ema_client.protocol import TensorSpec
 from ema_client.training.buffers import UpdateBuffers
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system"),
+    pytest.mark.one_server("memory shared with hosts"),
+]
 
 #: Above the size from which a state is handed over.
 ELEMENTS = 600_000

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma, Weights
 from ema_client.errors import EmaError, RunExists, RunNotFound, SnapshotExists, SnapshotNotFound
+from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_PUSH
+from ema_service.averaging.digest import Digest
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched, gone
 from tests.waiting import wait_until
@@ -144,6 +146,27 @@ def test_a_name_is_used_again(cluster: Launched, run_name: str) -> None:
             client.delete_run(run_name)
 
 
+def test_a_run_that_is_there_is_joined(cluster: Launched, run_name: str, model: Model) -> None:
+    """Whoever leaves the durability out takes that of the run, and whoever names another is refused."""
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, model(0), decay=DECAY, durability="disk")
+        assert client.create_run(run_name, model(1), decay=DECAY, exist_ok=True).durability == "disk"
+        with pytest.raises(RunExists):
+            client.create_run(run_name, model(1), decay=DECAY, durability="process", exist_ok=True)
+
+
+def test_a_rewind_whose_answer_was_lost(cluster: Launched, run_name: str, model: Model) -> None:
+    """Asked for again it is answered, and made once, also where its snapshot is gone by then."""
+    with EmaClient(cluster.url) as client, cluster.http() as http:
+        client.create_run(run_name, model(0), decay=DECAY)
+        client.snapshot(run_name, "good")
+        key, body = {"Idempotency-Key": "of-the-rewind"}, {"snapshot": "good"}
+        first = http.post(f"/v1/runs/{run_name}/rewind", json=body, headers=key).raise_for_status().json()
+        client.delete_snapshot(run_name, "good")
+        again = http.post(f"/v1/runs/{run_name}/rewind", json=body, headers=key).raise_for_status().json()
+        assert again["version"] == first["version"] == client.run(run_name).version
+
+
 @pytest.mark.parametrize("shapes", [{"w": (1, 5)}, {"scale": (), "w": (1,)}, {"none": (0, 3), "w": (1, 2)}])
 def test_a_run_of_fewer_rows_than_hosts(
     cluster: Launched, run_name: str, shapes: dict[str, tuple[int, ...]], litema: type[LitEmaOracle]
@@ -239,6 +262,27 @@ def test_a_trainer_that_was_replaced_is_fenced_off(cluster: Launched, run_name: 
             headers = {"Ema-Writer": str(first)}
             answer = http.put(f"/v1/runs/{run_name}/updates/2", content=save(model(2)), headers=headers)
         assert (answer.status_code, answer.json()["code"]) == (409, "fenced")
+
+
+def test_a_push_that_is_damaged_on_its_way(cluster: Launched, run_name: str, litema: type[LitEmaOracle]) -> None:
+    """Large enough that the first host would have its slice long before the damage is found: it comes again, under the
+    same key, and counts."""
+    torch.manual_seed(5)
+    first, then = ({"w": torch.randn(100_000, 64)} for _ in range(2))
+    body, digest = save(then), Digest()
+    digest.update(memoryview(body)[8 + int.from_bytes(body[:8], "little") :])
+    damaged = bytearray(body)
+    damaged[1000] ^= 1
+    oracle, path = litema(first, decay=DECAY), f"/v1/runs/{run_name}/updates/1"
+    head = {HEADER_DIGEST: DIGEST_FOLLOWS, HEADER_PUSH: "0" * 32}
+    with EmaClient(cluster.url) as client, cluster.http() as http:
+        client.create_run(run_name, first, decay=DECAY)
+        for _ in range(2):
+            refused = http.put(path, content=bytes(damaged) + digest.digest(), headers=head)
+            assert (refused.status_code, refused.json()["code"]) == (422, "digest_mismatch")
+        assert http.put(path, content=body + digest.digest(), headers=head).json()["applied"]
+        oracle.update(then)
+        assert_is(client, run_name, oracle)
 
 
 def test_what_one_host_refuses_none_applies(cluster: Launched, run_name: str, model: Model) -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from ema_client.errors import EmaError, Overloaded, RequestTimeout, StaleStep
-from ema_client.protocol import TensorSpec
+from ema_client.errors import DigestMismatch, EmaError, Overloaded, RequestTimeout, StaleStep
+from ema_client.protocol import DIGEST_BYTES, DIGEST_FOLLOWS, TensorSpec
+from ema_service.averaging.digest import Digest
 from ema_service.cluster import LayoutMap
+from ema_service.cluster.gateway import pushes
 from ema_service.cluster.gateway.pushes import Slice, Splitting
 from ema_service.memory import Layout
 
@@ -114,3 +116,44 @@ def test_a_refusal_is_heard_while_the_sender_is_silent() -> None:
 
     with pytest.raises(StaleStep):
         asyncio.run(asyncio.wait_for(Splitting(SHARDS, send, None, None).run(aiter(Sender(stop=5))), 5))
+
+
+def _digested(*, right: bool) -> bytes:
+    """The whole body, with the digest that a sender puts behind it, or another."""
+    body = save(TENSORS)
+    digest = Digest()
+    digest.update(memoryview(body)[8 + int.from_bytes(body[:8], "little") :])
+    return body + (digest.digest() if right else bytes(DIGEST_BYTES))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_body_is_checked_before_a_host_has_its_slice(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that had all of a damaged slice would vote for it. Meanwhile it hears that the sender is there, and has
+    what was sent in the end."""
+    monkeypatch.setattr(pushes, "_SIGN_OF_LIFE", 0.01)
+    body, come, ended = _digested(right=right), [bytearray() for _ in range(3)], list[int]()
+
+    async def send(part: Slice) -> int:
+        async for chunk in part.body():
+            come[part.place] += chunk
+        ended.append(part.place)
+        return part.place
+
+    async def sender() -> AsyncIterator[bytes]:
+        for at in range(0, len(body) - DIGEST_BYTES, 1000):
+            yield body[at : min(at + 1000, len(body) - DIGEST_BYTES)]
+        await asyncio.sleep(0.2)
+        before = len(come[0])
+        await asyncio.sleep(0.2)
+        assert len(come[0]) > before, "a sign of life"
+        assert ended == []
+        yield body[-DIGEST_BYTES:]
+
+    splitting = Splitting(SHARDS, send, len(body), DIGEST_FOLLOWS)
+    if right:
+        asyncio.run(splitting.run(aiter(sender())))
+        assert torch.equal(torch.cat([load(bytes(each[:-DIGEST_BYTES]))["w"] for each in come]), TENSORS["w"])
+    else:
+        with pytest.raises(DigestMismatch):
+            asyncio.run(splitting.run(aiter(sender())))
+        assert ended == []
