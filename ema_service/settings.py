@@ -38,8 +38,8 @@ class Settings:
     max_connections: most connections at once; fewer where the process may not have twice as many descriptors.
     max_watchers: most streams of events at once, and no more than half of the connections: each keeps one open.
     With the reads that wait for a step they keep three quarters of the connections at most.
-    max_lanes: most connections at once that bring stretches of one update; 1 takes none. With those of all updates they
-    are a quarter of the connections at most.
+    max_lanes: most connections at once that bring stretches of one update, shared evenly by its parts, one each at the
+    least; 1 takes none. With those of all updates they are a quarter of the connections at most.
     max_snapshots: most snapshots of one run: whoever may take them shall not fill the disk.
     snapshot_store: URL of an object store, or a folder, that snapshots are moved to; None leaves them in the data dir.
     token_file: tokens and what each may do; None asks nobody for a token.

@@ -6,12 +6,14 @@ Knows sockets and threads. Does not know HTTP, or what a test asks.
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["Relay"]
+__all__ = ["Breaking", "Relay"]
 
 
 class Relay:
@@ -57,3 +59,36 @@ class Relay:
     def _carry(self, *carried: Any) -> None:
         with contextlib.suppress(OSError):
             self.carry(*carried)
+
+
+class Breaking(Relay):
+    """Each connection is cut, or falls silent, after a random number of bytes of either direction, or goes on."""
+
+    def __init__(self, url: str, dice: random.Random, troubles: int) -> None:
+        self._dice = dice
+        self._troubles = troubles
+        self._lock = threading.Lock()
+        super().__init__(url)
+
+    def begins(self) -> tuple[int, bool] | None:
+        """After how many bytes a new connection has trouble, and whether it falls silent then."""
+        with self._lock:
+            if self._troubles == 0 or self._dice.random() < 0.3:
+                return None
+            self._troubles -= 1
+            return self._dice.randrange(12 << 20), self._dice.random() < 0.2
+
+    def carry(self, source: socket.socket, target: socket.socket, _: str, told: tuple[int, bool] | None) -> None:
+        carried, buffer = 0, memoryview(bytearray(1 << 18))
+        while count := source.recv_into(buffer):
+            carried += count
+            if told is not None and carried > told[0]:
+                if told[1]:
+                    # Longer than either end waits.
+                    time.sleep(3)
+                # close() alone ends nothing while the other direction's thread reads from the same socket.
+                for sock in (source, target):
+                    sock.shutdown(socket.SHUT_RDWR)
+                return
+            target.sendall(buffer[:count])
+        target.shutdown(socket.SHUT_WR)

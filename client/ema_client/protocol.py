@@ -267,6 +267,11 @@ def stretch_path(run: str, step: int, start: int, stop: int) -> str:
     return f"{update_path(run, step)}/stretches/{start}-{stop}"
 
 
+def part_stretch_path(run: str, step: int, part: int, start: int, stop: int) -> str:
+    """The path of a stretch of a part of an update: bytes ``start`` to ``stop`` of the part's data."""
+    return f"{part_path(run, step, part)}/stretches/{start}-{stop}"
+
+
 def averages_path(run: str) -> str:
     return f"{run_path(run)}/averages"
 

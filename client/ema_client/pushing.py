@@ -1,5 +1,5 @@
-"""Large updates over several connections: stretches of one update, which the service applies as one; and updates, whole
-or in parts, of runs that lie on several hosts.
+"""Large updates over several connections: stretches of one update, or of a rank's part of one, which the service puts
+together; and updates, whole or in parts, of runs that lie on several hosts.
 
 A push that goes over one connection is measured, too: whether two would bring more is tried with the next one.
 
@@ -11,30 +11,35 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from ema_client import protocol
 from ema_client.errors import (
     ConnectionLost,
     DigestMismatch,
+    EmaError,
     Forbidden,
     LayoutMismatch,
+    MalformedBody,
     Overloaded,
     RunNotFound,
     TransportError,
 )
 from ema_client.forks import Lock
 from ema_client.hosts.finding import HostedRun, Hosts
-from ema_client.hosts.parts import HostedParts, PartName
+from ema_client.hosts.parts import HostedParts, PartName, is_staged
 from ema_client.hosts.pushing import push as push_to_hosts
+from ema_client.hosts.slicing import Slices
 from ema_client.http.body import Body, cut
 from ema_client.http.digests import Digest, blocks
 from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import PUSHES, Pace
 from ema_client.http.stretches import Stretch, Stretches
 from ema_client.http.transport import Query, Reply, Transport
-from ema_client.protocol import RunLayout
+from ema_client.protocol import RunLayout, UpdateStatus
+from ema_client.wire import LENGTH_BYTES, PartCut, parse_header, stretches_of_part
 
 __all__ = ["STRETCHED_ABOVE", "Pushes"]
 
@@ -44,6 +49,10 @@ STRETCHED_ABOVE = 32 << 20
 _ALONE = (TransportError, Overloaded, DigestMismatch)
 #: So many runs are remembered with what their layouts say of stretches.
 _MOST_RUNS = 1000
+#: So many stretches a part is cut into at the most, and so many ways of cutting parts are remembered.
+_MOST_STRETCHES, _MOST_CUTS = 64, 16
+#: So many parts are remembered with how they were first sent: as one body, or in stretches.
+_MOST_SENT = 64
 
 
 class Pushes:
@@ -62,6 +71,10 @@ class Pushes:
         self._stretched_above = stretched_above
         #: run -> the run's layout.
         self._layouts: dict[str, RunLayout] = {}
+        #: The header of a part -> its stretches; none where it cannot be cut.
+        self._cuts: dict[bytes, tuple[PartCut, ...]] = {}
+        #: Whether a part went in stretches at its first try, the oldest first.
+        self._sent: dict[tuple[str, PartName], bool] = {}
         self._lock = Lock()
 
     def push(self, run: str, step: int, body: Body, headers: Mapping[str, str], *, once: bool) -> Reply:
@@ -74,11 +87,7 @@ class Pushes:
         pace = self._pace(run, body)
         if pace is None or pace.lanes <= 1:
             upload = self._transport.upload_once if once else self._transport.upload
-            measured = body if pace is None else replace(body, moved=_Measured(body, pace))
-            reply = upload(protocol.update_path(run, step), measured, headers=headers)
-            if pace is not None:
-                pace.ends()
-            return reply
+            return _measured(pace, body, partial(upload, protocol.update_path(run, step), headers=headers))
         push = _LanedPush(self._transport, run, step, body, headers, self._layouts[run], pace)
         try:
             return push.attempt() if once else self._transport.retrying(lambda _: push.attempt())
@@ -90,7 +99,6 @@ class Pushes:
         self, run: str, name: PartName, body: Body, query: Query, headers: Mapping[str, str], *, once: bool
     ) -> Reply:
         """Send a part of an update or of initial weights; ``once``: tried once. Raises as push()."""
-        upload = self._transport.upload_once
 
         def attempt(_: int) -> Reply:
             if hosted := self._hosted(run, body):
@@ -98,18 +106,57 @@ class Pushes:
                     return self._parts.put(hosted, name, body, query, headers)
                 except (RunNotFound, LayoutMismatch):
                     self._doubt(run)
-            return upload(name.path(run), body, query=query, headers=headers)
+            return self._put_part(run, name, body, query, headers)
 
         return attempt(0) if once else self._transport.retrying(attempt)
 
-    def _pace(self, run: str, body: Body) -> Pace | None:
-        """The pace of a body that may go in stretches, None for any other body."""
+    def _put_part(self, run: str, name: PartName, body: Body, query: Query, headers: Mapping[str, str]) -> Reply:
+        """Try to send a part to the service, in stretches where several lanes pay. A part goes as it first went, for
+        the service may have some of it."""
+        pace = None if name.step is None else self._pace(run, body, senders=int(query.get("of") or 1))
+        cuts = () if pace is None else self._cut(run, body)
+        laned = self._goes_in_stretches((run, name), wanted=bool(cuts) and pace is not None and pace.lanes > 1)
+        if pace is not None and cuts and laned:
+            return _LanedPart(self._transport, run, name, body, query, headers, cuts, pace).attempt()
+        upload = partial(self._transport.upload_once, name.path(run), query=query, headers=headers)
+        return _measured(pace, body, upload)
+
+    def _goes_in_stretches(self, which: tuple[str, PartName], *, wanted: bool) -> bool:
+        """Whether a part goes in stretches: as at its first try, or, if this is the first, as is wanted."""
+        with self._lock:
+            laned = self._sent.setdefault(which, wanted)
+            if len(self._sent) > _MOST_SENT:
+                del self._sent[next(iter(self._sent))]
+            return laned
+
+    def _cut(self, run: str, body: Body) -> tuple[PartCut, ...]:
+        """The stretches of a part, the same at each step and in each try; none where the part cannot be cut."""
+        header = bytes(next(iter(body.pieces())))
+        with self._lock:
+            known = self._cuts.get(header)
+        if known is not None:
+            return known
+        block, size = self._layout(run).block_bytes, body.length - len(header)
+        blocks = -(-size // block)
+        try:
+            found = stretches_of_part(parse_header(header[LENGTH_BYTES:]), block * -(-blocks // _MOST_STRETCHES))
+        except MalformedBody:
+            found = ()
+        with self._lock:
+            if len(self._cuts) >= _MOST_CUTS:
+                self._cuts.clear()
+            self._cuts[header] = found
+        return found
+
+    def _pace(self, run: str, body: Body, *, senders: int = 1) -> Pace | None:
+        """The pace of a body that may go in stretches, None for any other body. senders: of the update, which share the
+        lanes that there may be."""
         if body.data is None or body.length <= self._stretched_above or self._transport.shares(body):
             return None
         layout = self._layout(run)
         if layout.lanes <= 1 or not layout.block_bytes or not layout.digest:
             return None
-        self._transport.bound(PUSHES, layout.lanes)
+        self._transport.bound(PUSHES, max(1, layout.lanes // senders))
         return self._transport.pace(PUSHES)
 
     def _hosted(self, run: str, body: Body) -> HostedRun | None:
@@ -197,6 +244,85 @@ class _LanedPush:
             digest=None if self._body.digest is None or self._transport.same_host else lambda: Digest(blocks()),
             moved=_Steps(moved),
         )
+
+
+class _LanedPart:
+    """A rank's part in stretches, the same ones in each attempt: the service keeps those that it has, of any attempt,
+    and compares them with those that come again."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        run: str,
+        name: PartName,
+        body: Body,
+        query: Query,
+        headers: Mapping[str, str],
+        cuts: tuple[PartCut, ...],
+        pace: Pace,
+    ) -> None:
+        self._transport = transport
+        self._run = run
+        self._name = name
+        self._body = body
+        self._size = sum(each.nbytes for each in cuts)
+        self._query = {**query, "size": self._size}
+        self._headers = headers
+        self._cuts = cuts
+        self._pace = pace
+        self._slices = Slices(body, cuts)
+        self._replies: list[Reply] = []
+
+    def attempt(self) -> Reply:
+        """Send all stretches, each again alone where it breaks off.
+
+        Raises what the service answers to any of them where that concerns the part or the update; the fault of a
+        stretch where no lane can go on; ConnectionLost where the service forgot those that it had.
+        """
+        size = self._cuts[0].nbytes
+        stretches = Stretches(0, self._size, grain=size, smallest=size, largest=size)
+        carry_all(stretches, self._carry, self._pace, moved=_Told(self._body).moved, alone=self._is_alone)
+        return self._answer()
+
+    def _carry(self, stretch: Stretch, moved: Moved) -> None:
+        if self._name.step is None:
+            raise TypeError("initial weights go as one body")
+        body = replace(self._slices.of(stretch.start // self._cuts[0].nbytes), moved=_Steps(moved))
+        if self._transport.same_host:
+            body = replace(body, digest=None)
+        path = protocol.part_stretch_path(self._run, self._name.step, self._name.part, stretch.start, stretch.stop)
+        self._replies.append(self._transport.upload_once(path, body, query=self._query, headers=self._headers))
+
+    def _is_alone(self, fault: EmaError) -> bool:
+        """Whether a fault concerns one stretch alone.
+
+        Not a broken connection before the first answer: a service that was started anew may have lost earlier parts,
+        and would take all stretches of this one. Whoever sends parts sees to the earlier ones before each attempt.
+        """
+        return isinstance(fault, _ALONE) and (bool(self._replies) or not isinstance(fault, TransportError))
+
+    def _answer(self) -> Reply:
+        """What the service says of the part once all stretches were answered: applied, or staged.
+
+        Raises ConnectionLost where the service has not all of them.
+        """
+        for reply in self._replies:
+            if not is_staged(reply) or self._name.part in reply.parsed(UpdateStatus).parts:
+                return reply
+        # Another rank's part may have completed the update, and every answer is of a time before.
+        reply = self._transport.json_once("GET", self._name.status_path(self._run))
+        status = reply.parsed(UpdateStatus)
+        if status.state == "applied" or self._name.part in status.parts:
+            return reply
+        raise ConnectionLost(f"{self._transport.url} was started anew while step {self._name.step} was sent")
+
+
+def _measured(pace: Pace | None, body: Body, upload: Callable[[Body], Reply]) -> Reply:
+    """Send a body over one connection, which its pace, if there is one, takes into account."""
+    reply = upload(body if pace is None else replace(body, moved=_Measured(body, pace)))
+    if pace is not None:
+        pace.ends()
+    return reply
 
 
 class _Steps:

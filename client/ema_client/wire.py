@@ -10,7 +10,8 @@ Knows: names, dtypes, shapes, offsets. Does not know: sockets, clocks, torch, or
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "place",
     "range_of_box",
     "read_slices",
+    "stretches_of_part",
     "write_slices",
 ]
 
@@ -293,15 +295,15 @@ def _under(index: int, start: int, stop: int, shape: Sequence[int]) -> tuple[Box
     return tuple(((index, index + 1), *box) for box in boxes_of_range(start, stop, shape[1:]))
 
 
-# --- a part for several hosts, each of which has some rows ------------------------------------------------------------
+# --- a part that is cut: for several hosts, each of which has some rows, or into stretches ----------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class PartCut:
-    """What of a part lies in some rows of the run's tensors: a part of a run of these rows alone.
+    """Some of a part, as a part by itself: what lies in some rows of the run's tensors, or a stretch of its bytes.
 
-    header: of the part's body, with its length; slices are counted from the first of the rows. spans: where the bytes
-    [start, stop) behind it lie in the data of the whole part, in their order. sizes: bytes of each tensor.
+    header: of the body, with its length; for a host, slices are counted from the first of its rows. spans: where the
+    bytes [start, stop) behind it lie in the data of the whole part, in their order. sizes: bytes of each tensor.
     """
 
     header: bytes
@@ -328,6 +330,53 @@ def cut_part(header: Header, hosts: Sequence[Mapping[str, Rows]]) -> tuple[PartC
     if sum(part.nbytes for part in found) != header.data_bytes:
         raise LayoutMismatch("the part has elements that the run's tensors do not have")
     return found
+
+
+def stretches_of_part(header: Header, size: int) -> tuple[PartCut, ...]:
+    """A part, cut into stretches of ``size`` bytes of its data, the last one perhaps of fewer: each a part by itself.
+
+    Raises MalformedBody where the part is not one, where a stretch would end inside an element, or where it would have
+    too many slices of one tensor.
+    """
+    slices = read_slices(header)
+    begins = [entry.begin for entry in header.entries]
+    return tuple(
+        _stretch(header.entries[max(0, bisect_right(begins, start) - 1) :], slices, start, start + size)
+        for start in range(0, header.data_bytes, size)
+    )
+
+
+def _stretch(entries: Sequence[Entry], slices: Mapping[str, tuple[Box, ...]], start: int, stop: int) -> PartCut:
+    specs, here = [], {}
+    for entry in entries:
+        if entry.begin >= stop:
+            break
+        if entry.end <= max(start, entry.begin):
+            continue
+        whole = tuple((0, size) for size in entry.shape)
+        boxes = tuple(_within(slices.get(entry.name, (whole,)), entry, start, stop))
+        shape = box_shape(boxes[0]) if len(boxes) == 1 else (sum(prod(box_shape(box)) for box in boxes),)
+        specs.append(TensorSpec(entry.name, shape, entry.dtype))
+        if entry.name in slices or boxes != (whole,):
+            here[entry.name] = boxes
+        if len(boxes) > MAX_SLICES:
+            raise MalformedBody(f"tensor {entry.name[:200]!r} has {len(boxes)} slices in one stretch")
+    placed = place(specs, sort=False)
+    nbytes, sizes = placed[-1].end, tuple(entry.end - entry.begin for entry in placed)
+    return PartCut(build_header(placed, write_slices(here)), ((start, start + nbytes),), sizes)
+
+
+def _within(boxes: Iterable[Box], entry: Entry, start: int, stop: int) -> Iterator[Box]:
+    """What of slices that lie back to back from the entry's first byte on lies in bytes [start, stop) of the data."""
+    begin, width = entry.begin, DTYPE_BYTES[entry.dtype]
+    for box in boxes:
+        end = begin + prod(box_shape(box)) * width
+        first, last = max(start, begin) - begin, min(stop, end) - begin
+        if first % width or last % width:
+            raise MalformedBody(f"tensor {entry.name[:200]!r}: a stretch ends inside an element")
+        for inner in boxes_of_range(first // width, last // width, box_shape(box)):
+            yield tuple((low + base, high + base) for (low, high), (base, _) in zip(inner, box, strict=True))
+        begin = end
 
 
 def _cut_for(header: Header, slices: Mapping[str, tuple[Box, ...]], rows: Mapping[str, Rows]) -> PartCut:

@@ -1,7 +1,9 @@
 """Lanes: the connections that bring stretches of updates at the moment.
 
-Lanes are bounded: each is a connection, and while its bytes come fast a thread. A stretch that comes once more, for its
-connection broke off unnoticed, ends the lane before it: two lanes never write one memory.
+Lanes are bounded: each is a connection, and while its bytes come fast a thread. Those of one update are shared evenly
+by its senders, the ranks of a sharded trainer; one lane each of them has in any case, as it would have one connection
+for a part that is not cut. A stretch that comes once more, for its connection broke off unnoticed, ends the lane before
+it: two lanes never write one memory.
 
 Knows names of stretches and the tasks that receive them. Does not know bytes, or what becomes of a stretch (runs).
 """
@@ -55,7 +57,7 @@ class Lane:
 class Lanes:
     """All lanes of a server. On the event loop only.
 
-    most: of one update at once. in_all: of all updates at once.
+    most: of one update at once, but one of each sender. in_all: of all updates at once.
     """
 
     def __init__(self, most: int, in_all: int) -> None:
@@ -68,18 +70,19 @@ class Lanes:
         return len(self._lanes)
 
     @contextlib.asynccontextmanager
-    async def lane(self, push: object, stretch: object) -> AsyncIterator[Lane]:
+    async def lane(self, push: object, stretch: object, senders: int = 1) -> AsyncIterator[Lane]:
         """A lane for a stretch of a push, within the block. Waits until an earlier lane of the same stretch has ended.
 
-        Raises Overloaded beyond the bounds.
+        push: a whole update, or the part of one of ``senders``. Raises Overloaded beyond the bounds.
         """
-        name = push, stretch
+        name, most = (push, stretch), max(1, self._most // senders)
         while before := self._lanes.get(name):
             before.stop()
             await before.gone.wait()
-        if self._of[push] >= self._most:
+        if self._of[push] >= most:
+            whose = "this update" if senders == 1 else f"this part, one of {senders},"
             raise Overloaded(
-                f"{self._of[push]} stretches of this update are coming already (max_lanes)", retry_after=_RETRY_SECONDS
+                f"{self._of[push]} stretches of {whose} are coming already (max_lanes)", retry_after=_RETRY_SECONDS
             )
         if len(self._lanes) >= self.in_all:
             raise Overloaded(

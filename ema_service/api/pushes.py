@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
@@ -31,9 +31,8 @@ from ema_service.api.transfer.segments import named, take_over
 from ema_service.bodies import Body, UpdateBody
 from ema_service.memory import Staged
 from ema_service.runs import Run, Terms
-from ema_service.runs.gathering import Key, Part, Piece, Voter
+from ema_service.runs.gathering import Key, PartStretch, Piece, Voter
 from ema_service.runs.parts import Outcome
-from ema_service.runs.stretches import StretchBody
 from ema_service.shadows import Preparation
 
 __all__ = ["PartialPush", "Push", "StretchPush"]
@@ -151,7 +150,7 @@ class Push:
 
 
 class PartialPush:
-    """One part of an update (step None: of the initial weights), to be used with ``async with``.
+    """One piece of an update (step None: of the initial weights), to be used with ``async with``: a part.
 
     A part that does not become whole is given up at the end of the block. Entering raises as Parts.admit(), and as Push
     where the part is the first of its step.
@@ -189,23 +188,27 @@ class PartialPush:
         return begin()
 
     async def receive(self) -> Outcome:
-        """Receive the part, and return what becomes of it (Outcome) once the part is whole. What of a part can be
+        """Receive the piece, and return what becomes of it (Outcome) once the piece is whole. What of it can be
         averaged by itself is averaged behind the receiving, or before the answer.
 
-        Raises as Push.receive() and Parts.complete().
+        Raises as Push.receive() and Parts.complete(), and as Piece.settle().
         """
-        part, workers = self._part, self._server.workers
-        if not isinstance(part, Part):
-            raise TypeError("a push in parts has bodies that are parts")
+        piece, workers = self._part, self._server.workers
         with self._server.metrics.push("receive"):
-            await self._incoming.fill(self._announced, workers.behind(part.average))
-        outcome = self._parts.complete(part)
+            await self._receiving(self._incoming.fill(self._announced, workers.behind(piece.average)))
+            if piece.settles:
+                await workers.compute(piece.settle)
+        outcome = self._parts.complete(piece)
         self._whole = True
-        if outcome == "staged" and part.waits:
+        if outcome == "staged" and piece.waits:
             # Whatever stands in the way of averaging now is told to whoever sends the last part.
             with contextlib.suppress(EmaError):
-                await workers.compute(part.average)
+                await workers.compute(piece.average)
         return outcome
+
+    async def _receiving(self, receiving: Coroutine[Any, Any, None]) -> None:
+        """Await ``receiving``, of the piece's body."""
+        await receiving
 
     async def decide(self) -> UpdateResult | RunInfo:
         """Have the run apply the complete set. Raises as Parts.apply()."""
@@ -240,7 +243,7 @@ class PartialPush:
 
 
 class StretchPush(PartialPush):
-    """One stretch of an update, to be used with ``async with``. Averaged as it arrives, behind its own socket.
+    """One stretch of an update, or of a part of one, to be used with ``async with``: what one of several lanes brings.
 
     As PartialPush. Entering waits for the lane of the same stretch before, if there is one, and raises Overloaded where
     too many stretches are coming.
@@ -249,9 +252,10 @@ class StretchPush(PartialPush):
     async def __aenter__(self) -> Self:
         step, key, terms = self._place
         self._parts.admit(*self._place)
-        name = self._run.config.run, self._run.created_at, step, terms
+        part = key.part if isinstance(key, PartStretch) else None
+        push = self._run.config.run, self._run.created_at, step, terms, part
         async with AsyncExitStack() as undo:
-            self._lane = await undo.enter_async_context(self._server.lanes.lane(name, key))
+            self._lane = await undo.enter_async_context(self._server.lanes.lane(push, key, terms.of or 1))
             await super().__aenter__()
             self._undo = undo.pop_all()
         return self
@@ -265,18 +269,13 @@ class StretchPush(PartialPush):
 
     async def receive(self) -> Outcome:
         """As PartialPush.receive(). Raises DigestMismatch where the stretch alone has to be sent again."""
-        stretch = self._part
-        if not isinstance(stretch, StretchBody):
-            raise TypeError("a push in stretches has bodies that are stretches")
-        work = self._server.workers.behind(stretch.work.advance) if stretch.work else None
-        with self._server.metrics.push("receive"):
-            await self._lane.receive(self._incoming.fill(self._announced, work))
-            await self._server.workers.compute(stretch.settle)
-        outcome = self._parts.complete(stretch)
-        self._whole = True
-        again = stretch.known is not None or outcome == "applied"
+        outcome = await super().receive()
+        again = self._part.known is not None or outcome == "applied"
         self._result = "repeated" if again else "applied" if outcome == "complete" else "staged"
         return outcome
+
+    async def _receiving(self, receiving: Coroutine[Any, Any, None]) -> None:
+        await self._lane.receive(receiving)
 
     def tell(self) -> None:
         """Count the stretch, which arrived whole and right, by its link and its result."""

@@ -7,7 +7,7 @@ memory budgets, or who sends them.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -145,55 +145,60 @@ def _extent(entry: Entry, box: Box) -> slice:
 
 
 class Cover:
-    """Which elements of one tensor are claimed, and by which part. No element is claimed by two parts."""
+    """Which elements of one tensor are claimed, and by which piece: a part, or a stretch of one. No element is claimed
+    twice."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
-        # (first element, element behind the last, part, box) of contiguous slices, sorted: all slices of a sharding by
+        # (first element, element behind the last, box, piece) of contiguous slices, sorted: all slices of a sharding by
         # rows are.
-        self._stretches: list[tuple[int, int, int, Box]] = []
-        # (part, box) of the other slices.
-        self._scattered: list[tuple[int, Box]] = []
+        self._ranges: list[tuple[int, int, Box, Hashable]] = []
+        # (box, piece) of the other slices.
+        self._scattered: list[tuple[Box, Hashable]] = []
 
     @property
     def whole(self) -> bool:
         """Whether every element of the tensor is claimed."""
-        claimed = sum(stop - start for start, stop, _, _ in self._stretches)
-        return claimed + sum(prod(box_shape(box)) for _, box in self._scattered) == prod(self._shape)
+        claimed = sum(stop - start for start, stop, _, _ in self._ranges)
+        return claimed + sum(prod(box_shape(box)) for box, _ in self._scattered) == prod(self._shape)
 
-    def claim(self, part: int, boxes: tuple[Box, ...]) -> int | None:
-        """Claim slices for a part.
+    def claim(self, piece: Hashable, boxes: tuple[Box, ...]) -> Hashable | None:
+        """Claim slices for a piece.
 
-        Returns None; or the part that has some of the elements, and then nothing is claimed.
+        Returns None; or the piece that has some of the elements, and then nothing is claimed.
         """
         for box in boxes:
             found = range_of_box(box, self._shape)
             other = self._other(box, found)
             if other is not None:
-                self.release(part)
+                self.release(piece)
                 return other
             if found:
-                insort(self._stretches, (*found, part, box))
+                insort(self._ranges, (*found, box, piece), key=_first)
             else:
-                self._scattered.append((part, box))
+                self._scattered.append((box, piece))
         return None
 
-    def release(self, part: int) -> None:
-        """Forget every claim of a part."""
-        self._stretches = [item for item in self._stretches if item[2] != part]
-        self._scattered = [item for item in self._scattered if item[0] != part]
+    def release(self, piece: Hashable) -> None:
+        """Forget every claim of a piece."""
+        self._ranges = [item for item in self._ranges if item[3] != piece]
+        self._scattered = [item for item in self._scattered if item[1] != piece]
 
-    def _other(self, box: Box, found: tuple[int, int] | None) -> int | None:
-        """A part that claimed elements of ``box``, or None. found: the box as a range of elements, where it is
+    def _other(self, box: Box, found: tuple[int, int] | None) -> Hashable | None:
+        """A piece that claimed elements of ``box``, or None. found: the box as a range of elements, where it is
         contiguous."""
         if found:
-            index = bisect_left(self._stretches, (found[0],))
-            if index < len(self._stretches) and self._stretches[index][0] < found[1]:
-                return self._stretches[index][2]
-            if index and self._stretches[index - 1][1] > found[0]:
-                return self._stretches[index - 1][2]
-        others = [] if found else [(part, other) for _, _, part, other in self._stretches]
-        return next((part for part, other in [*others, *self._scattered] if _overlap(box, other)), None)
+            index = bisect_left(self._ranges, found[0], key=_first)
+            if index < len(self._ranges) and self._ranges[index][0] < found[1]:
+                return self._ranges[index][3]
+            if index and self._ranges[index - 1][1] > found[0]:
+                return self._ranges[index - 1][3]
+        others = [] if found else [(other, piece) for _, _, other, piece in self._ranges]
+        return next((piece for other, piece in [*others, *self._scattered] if _overlap(box, other)), None)
+
+
+def _first(item: tuple[int, int, Box, Hashable]) -> int:
+    return item[0]
 
 
 def _overlap(box: Box, other: Box) -> bool:

@@ -1,4 +1,4 @@
-"""The blocks of the parameters that one part of an update brings whole, averaged as they come.
+"""The blocks of the parameters that one part of an update, or a stretch of one, brings whole, averaged as they come.
 
 Knows which bytes the part brought, and which of its blocks are averaged. Does not know slices, other parts, or whether
 a block may be averaged now (gathering).
@@ -42,11 +42,22 @@ class PartBlocks:
     def bring(self, extent: slice, nbytes: int) -> None:
         """Note that ``nbytes`` bytes are in place, all within ``extent`` of the parameters, which lies in one block."""
         start = extent.start - extent.start % self.block_bytes
-        size = min(self.block_bytes, self._param_bytes - start)
         self._brought[start] += nbytes
-        if self._brought[start] == size:
-            self.arrived += size
+        if self._brought[start] == self.size(start):
+            self.arrived += self.size(start)
             self._ready.append(start)
+
+    def size(self, start: int) -> int:
+        """Bytes of the block that begins at ``start``."""
+        return min(self.block_bytes, self._param_bytes - start)
+
+    def shared(self) -> dict[int, int]:
+        """By its first byte, how many bytes came of each block that did not come whole."""
+        return {start: nbytes for start, nbytes in self._brought.items() if nbytes < self.size(start)}
+
+    def completed(self, start: int) -> None:
+        """A block of which others brought the rest is whole by now, and waits to be averaged."""
+        self._ready.append(start)
 
     def average(self, work_on: Callable[[int, Stretch | None], Stretch | None]) -> None:
         """Average the blocks that are whole, on the calling thread.

@@ -1,8 +1,9 @@
 """The gathering of one step that comes in pieces, and a single piece while it is received.
 
-A *piece* is what one request brings of a step: a part (slices of tensors, of one rank of a sharded trainer), or a
-stretch (stretches.py). The bytes of a piece are received straight to where they belong, in the staging that all pieces
-of a step share. A piece that was received before is hashed and compared, and its bytes are dropped.
+A *piece* is what one request brings of a step: a part (slices of tensors, of one rank of a sharded trainer), a stretch
+of a part, or a stretch of the whole update (stretches.py). The bytes of a piece are received straight to where they
+belong, in the staging that all pieces of a step share. A piece that was received before is hashed and compared, and its
+bytes are dropped.
 
 Knows slices, staging and the byte stream. Does not know which steps are put together, or when a step is given up
 (parts).
@@ -15,15 +16,16 @@ import hashlib
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import xxhash
 
-from ema_client.errors import BodyTooLarge, DigestMismatch, EmaError, StepConflict
+from ema_client.errors import BodyTooLarge, DigestMismatch, EmaError, MalformedBody, StepConflict
 from ema_client.protocol import DIGEST_BYTES, RunInfo, UpdateResult
 from ema_client.wire import LENGTH_BYTES, Box, parse_header
 from ema_service.averaging import BLOCK_BYTES
@@ -33,6 +35,7 @@ from ema_service.bodies.slices import Piece as Slice
 from ema_service.memory.layout import Layout
 from ema_service.memory.staging import Staged
 from ema_service.runs.blocks import PartBlocks
+from ema_service.runs.bounds import Bounds
 from ema_service.runs.run import Parameters, Run, Update
 from ema_service.shadows.passes import Stretch
 
@@ -43,18 +46,32 @@ __all__ = [
     "Lacking",
     "Part",
     "PartGathering",
+    "PartStretch",
     "Piece",
     "Terms",
     "Voter",
     "bare",
     "index_of",
+    "words_for",
 ]
 
 #: The rest of a piece that was given up is read into so many bytes, and dropped.
 _STRAY_BYTES = 256 << 10
 
-#: What tells apart the pieces of one step: the index of a part, the bounds of a stretch.
-Key = int | tuple[int, int]
+
+@dataclass(frozen=True, slots=True)
+class PartStretch:
+    """A stretch of a part: bytes ``start`` to ``stop`` of the data of the part, which are ``size`` in all."""
+
+    part: int
+    start: int
+    stop: int
+    size: int
+
+
+#: What tells apart the pieces of one step: the index of a part, a stretch of a part, the bounds of a stretch of the
+#: whole update.
+Key = int | PartStretch | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +158,9 @@ class Gathering(ABC):
         return False
 
     @abstractmethod
-    def gaps(self, layout: Layout) -> list[str]:
-        """The names of tensors of which some element would be missing were the next piece the last one; none before."""
+    def gaps(self, layout: Layout, key: Key) -> list[str]:
+        """The names of tensors of which some element is missing where the piece ``key`` completes the set; none
+        before."""
 
     @abstractmethod
     def decide(self, run: Run, helpers: Executor) -> UpdateResult | RunInfo:
@@ -158,6 +176,11 @@ class Gathering(ABC):
     def end(self) -> None:
         """Give the staging back: nothing more comes of the gathering."""
         self.staged.release()
+
+    def take(self, piece: Piece) -> None:
+        """A piece that was coming is whole."""
+        del self.coming[piece.key]
+        self.done[piece.key] = piece.fingerprint
 
     def release(self, key: Key) -> None:  # noqa: B027 - stretches keep their bounds
         """Forget what a piece claimed that is not received any more."""
@@ -194,13 +217,22 @@ class PartGathering(Gathering):
     step to the version that was current then: where the run changes before the set is whole, the senders, who have
     their parts, send them again.
 
-    covers: which elements of each tensor are claimed. parameters: the set in the run's hands; with an update for as
-    long as some block is averaged. block: bytes of a block; all parameters are one where they cannot be averaged apart,
-    and where they are initial weights. averaged: by its first byte, which part a block came with that is averaged.
-    closed: whether no block is averaged by itself.
+    A part comes as one body, or in stretches over several connections. Of a block that several stretches of one part
+    bring together none is averaged before all of them are whole: no stretch that breaks off takes bytes of another one
+    with it.
+
+    covers: which elements of each tensor are claimed. arrived: the indices of the parts that are whole. cut: the bounds
+    of the parts that come in stretches. brought: by a part and a block's first byte, bytes of the block that whole
+    stretches of the part brought, each some of them. parameters: the set in the run's hands; with an update for as long
+    as some block is averaged. block: bytes of a block; all parameters are one where they cannot be averaged apart, and
+    where they are initial weights. averaged: by its first byte, which piece a block came with that is averaged. closed:
+    whether no block is averaged by itself.
     """
 
     covers: dict[str, Cover] = field(default_factory=dict)
+    arrived: set[int] = field(default_factory=set)
+    cut: dict[int, Bounds] = field(default_factory=dict)
+    brought: Counter[tuple[int, int]] = field(default_factory=Counter)
     parameters: Parameters = field(init=False)
     block: int = field(init=False)
     averaged: dict[int, Key] = field(default_factory=dict)
@@ -244,21 +276,57 @@ class PartGathering(Gathering):
 
     @property
     def whole(self) -> bool:
-        return len(self.done) == self.terms.of
+        return len(self.arrived) == self.terms.of
 
     @property
     def indices(self) -> tuple[int, ...]:
-        return tuple(sorted(key for key in self.done if isinstance(key, int)))
+        return tuple(sorted(self.arrived))
 
     def lacking(self) -> Lacking:
-        missing = tuple(index for index in range(self.terms.of or 0) if index not in self.done)
+        missing = tuple(index for index in range(self.terms.of or 0) if index not in self.arrived)
         return Lacking(missing, f"{self.terms.of} parts")
 
     def piece(self, claims: Claims, key: Key, known: bytes | None) -> Part:
+        if known is None:
+            self._begin(key)
         return Part(claims, self, key, known)
 
-    def gaps(self, layout: Layout) -> list[str]:
-        if len(self.done) + 1 != self.terms.of:
+    def _begin(self, key: Key) -> None:
+        """Raises StepConflict for a piece of a part that comes otherwise: as one body, or in other stretches."""
+        index, cut = index_of(key), isinstance(key, PartStretch)
+        if index in self.done or index in self.coming if cut else index in self.cut:
+            raise StepConflict(
+                f"part {index} of step {self.step} comes {'as one body' if cut else 'in stretches'}",
+                hint="send a part again as it was begun, or all parts of the step in another group",
+            )
+        if isinstance(key, PartStretch):
+            bounds = self.cut.setdefault(index, Bounds(key.size))
+            if bounds.size != key.size:
+                raise StepConflict(f"part {index} of step {self.step} has {bounds.size} bytes, not {key.size}")
+            bounds.begin(key.start, key.stop, f"part {index} of step {self.step}")
+
+    def take(self, piece: Piece) -> None:
+        super().take(piece)
+        key = piece.key
+        if isinstance(key, PartStretch):
+            bounds = self.cut[key.part]
+            bounds.came(key.start, key.stop)
+            if isinstance(piece, Part):
+                self._join(piece, key.part)
+            if not bounds.whole:
+                return
+        self.arrived.add(index_of(key))
+
+    def _join(self, stretch: Part, part: int) -> None:
+        """Have a stretch that is whole average the blocks that it completes."""
+        for start, nbytes in stretch.blocks.shared().items():
+            self.brought[part, start] += nbytes
+            if self.brought[part, start] == stretch.blocks.size(start):
+                stretch.blocks.completed(start)
+
+    def gaps(self, layout: Layout, key: Key) -> list[str]:
+        others = len(self.arrived) + 1 < (self.terms.of or 0)
+        if others or (isinstance(key, PartStretch) and self.cut[key.part].left > key.stop - key.start):
             return []
         tensors = [entry.name for entry in layout.params if entry.end > entry.begin]
         return [name for name in tensors if name not in self.covers or not self.covers[name].whole]
@@ -274,7 +342,11 @@ class PartGathering(Gathering):
             if update and not self.averaged:
                 self._let_go(update)
         for cover in self.covers.values():
-            cover.release(index_of(key))
+            cover.release(key)
+        if isinstance(key, PartStretch) and (bounds := self.cut.get(key.part)):
+            bounds.forget(key.start)
+            if not bounds.begun:
+                del self.cut[key.part]
 
     def end(self) -> None:
         with self.averaging:
@@ -322,10 +394,17 @@ class PartGathering(Gathering):
 
 
 def index_of(key: Key) -> int:
-    """The index of a part."""
-    if not isinstance(key, int):
+    """The index of a part, or of the part that a stretch is of."""
+    if isinstance(key, tuple):
         raise TypeError(f"a part has an index, not {key}")
-    return key
+    return key.part if isinstance(key, PartStretch) else key
+
+
+def words_for(key: Key) -> str:
+    """A piece, for people to read."""
+    if isinstance(key, PartStretch):
+        return f"stretch {key.start}-{key.stop} of part {key.part}"
+    return f"stretch {key[0]}-{key[1]}" if isinstance(key, tuple) else f"part {key}"
 
 
 class Claims(Protocol):
@@ -352,6 +431,8 @@ class Piece(Body):
         self.gathering = gathering
         self.known = known
         self.received = 0
+        #: Whether work is left once the body is whole, see settle().
+        self.settles = False
         #: Why the piece was given up, None while it is wanted. Set from any thread.
         self.fault: EmaError | None = None
 
@@ -372,6 +453,21 @@ class Piece(Body):
         if self.gathering:
             self.gathering.staged.allocate()
 
+    @property
+    def waits(self) -> bool:
+        """Whether the piece has brought a block whole that is not averaged yet."""
+        return False
+
+    @abstractmethod
+    def average(self, arrived: int = 0) -> None:
+        """Average what has come and can be averaged by itself, on the calling thread. arrived: as Body.arrived.
+
+        Raises as Run.begin(), and Overloaded.
+        """
+
+    def settle(self) -> None:
+        """Do what is left once the body is whole. Blocks. Raises DigestMismatch where the piece is to be sent again."""
+
     def window(self) -> memoryview:
         # The rest of a piece that was given up is read, so that its sender gets an answer, and dropped.
         return memoryview(bytearray(_STRAY_BYTES)) if self.fault else super().window()
@@ -389,7 +485,10 @@ class Piece(Body):
 
 
 class Part(Piece):
-    """The body of one part: slices of tensors."""
+    """The body of one part, or of a stretch of one: slices of tensors.
+
+    blocks: those that the piece brings, some of each or all.
+    """
 
     def __init__(self, parts: Claims, gathering: PartGathering | None, key: Key, known: bytes | None) -> None:
         super().__init__(gathering, key, known, parts.max_header_bytes)
@@ -403,7 +502,7 @@ class Part(Piece):
         self._scratch = bytearray()
         self._run: Run | None = None
         size = parts.layout.param_bytes
-        self._blocks = PartBlocks(gathering.block if gathering else max(size, 1), size)
+        self.blocks = PartBlocks(gathering.block if gathering else max(size, 1), size)
 
     def begin(self, run: Run) -> None:
         super().begin(run)
@@ -412,12 +511,11 @@ class Part(Piece):
     @property
     def arrived(self) -> int:
         """Bytes of all blocks that the part has brought whole so far."""
-        return self._blocks.arrived
+        return self.blocks.arrived
 
     @property
     def waits(self) -> bool:
-        """Whether the part has brought a block whole that is not averaged yet."""
-        return self._blocks.waiting
+        return self.blocks.waiting
 
     def average(self, arrived: int = 0) -> None:  # noqa: ARG002 - the part knows which blocks have arrived
         """Average the blocks that the part has brought whole, on the calling thread, where the step is the run's next;
@@ -427,7 +525,7 @@ class Part(Piece):
         """
         run, gathering = self._run, self._gathering
         if run and gathering and self.waits and self._parts.leads(gathering):
-            self._blocks.average(partial(gathering.average, run, self))
+            self.blocks.average(partial(gathering.average, run, self))
 
     @property
     def fingerprint(self) -> bytes:
@@ -439,11 +537,13 @@ class Part(Piece):
         return whole.digest()
 
     def claim(self, name: str, boxes: tuple[Box, ...]) -> int | None:
-        """Claim slices of one tensor. Returns None; or the part that has some of their elements, and claims nothing."""
+        """Claim slices of one tensor. Returns None; or the index of the part that has some of their elements, and
+        claims nothing."""
         if self._gathering is None:
             return None
         cover = self._gathering.covers.setdefault(name, Cover(self._parts.layout.entry(name).shape))
-        return cover.claim(index_of(self.key), boxes)
+        other = cover.claim(self.key, boxes)
+        return None if other is None else index_of(cast(Key, other))
 
     def announce(self, content_length: int | None) -> None:
         most = LENGTH_BYTES + self._max_header_bytes + self._parts.layout.param_bytes + DIGEST_BYTES
@@ -459,14 +559,16 @@ class Part(Piece):
             for each in self._hashes.values():
                 whole.update(each.digest())
             if whole.digest() != bytes(self.digest):
-                raise DigestMismatch(f"part {self.key} is not the one that was sent: the digests differ")
+                raise DigestMismatch(f"{words_for(self.key)} is not the one that was sent: the digests differ")
 
     def _begin_data(self, raw: bytes) -> None:
         header = parse_header(raw)
         self._check_length(len(raw), header.data_bytes)
+        if isinstance(self.key, PartStretch) and header.data_bytes != self.key.stop - self.key.start:
+            raise MalformedBody(f"{words_for(self.key)} has {header.data_bytes} bytes of tensors")
         self._slices = slices_of(header, self._parts.layout)
         self._hashes = {name: xxhash.xxh3_128() for name in self._slices}
-        self._pieces = pieces_of(self._slices, self._parts.layout, self._blocks.block_bytes)
+        self._pieces = pieces_of(self._slices, self._parts.layout, self.blocks.block_bytes)
         self.received = header.data_bytes
         if self.known is None:
             self._parts.claim(self, self._slices)
@@ -489,4 +591,4 @@ class Part(Piece):
         if self._gathering:
             if piece.box is not None:
                 piece.scatter(self._window, self._gathering.memory(piece.extent))
-            self._blocks.bring(piece.extent, piece.nbytes)
+            self.blocks.bring(piece.extent, piece.nbytes)

@@ -61,6 +61,7 @@ from ema_service.runs.gathering import (
     Voter,
     bare,
     index_of,
+    words_for,
 )
 from ema_service.runs.run import Run
 from ema_service.runs.stretches import StretchBody, StretchGathering
@@ -195,7 +196,7 @@ class Parts:
             if key in gathering.done:
                 return gathering.piece(self, key, gathering.done[key])
             if key in gathering.coming:
-                again = Superseded(f"{_piece(key)} of {_what(step)} was sent again", retry_after=1.0)
+                again = Superseded(f"{words_for(key)} of {_what(step)} was sent again", retry_after=1.0)
                 gathering.forget(gathering.coming[key], again)
             piece = gathering.coming[key] = gathering.piece(self, key, None)
             return piece
@@ -246,7 +247,7 @@ class Parts:
             if piece.fault:
                 raise bare(piece.fault)
             if piece.known is not None and piece.fingerprint != piece.known:
-                raise StepConflict(f"{_piece(piece.key)} came before with other bytes")
+                raise StepConflict(f"{words_for(piece.key)} came before with other bytes")
             gathering = piece.gathering
             if gathering is None:
                 return "applied"
@@ -257,11 +258,10 @@ class Parts:
                     return "staged"
                 gathering.applying = True
                 return "complete"
-            if fault := self._refusal_of(piece, gathering) or self._lack_of(gathering):
+            if fault := self._refusal_of(piece, gathering) or self._lack_of(piece, gathering):
                 gathering.forget(piece, fault)
                 raise bare(fault)
-            del gathering.coming[piece.key]
-            gathering.done[piece.key] = piece.fingerprint
+            gathering.take(piece)
             gathering.applying = gathering.whole
             if gathering.applying and self._run.shard:
                 self._verdicts.begin(gathering.step, gathering.terms)
@@ -420,9 +420,9 @@ class Parts:
         self._refused = None
         return None
 
-    def _lack_of(self, gathering: Gathering) -> EmaError | None:
+    def _lack_of(self, piece: Piece, gathering: Gathering) -> EmaError | None:
         """What pieces lack that are all there; None where they lack nothing, or some are not there."""
-        if gaps := gathering.gaps(self.layout):
+        if gaps := gathering.gaps(self.layout, piece.key):
             return LayoutMismatch(f"all {gathering.lacking().of} are there and elements are missing: {listed(gaps)}")
         return None
 
@@ -531,10 +531,6 @@ def _order(gathering: Gathering) -> int:
 
 def _what(step: int | None) -> str:
     return "the initial weights" if step is None else f"step {step}"
-
-
-def _piece(key: Key) -> str:
-    return f"part {key}" if isinstance(key, int) else f"stretch {key[0]}-{key[1]}"
 
 
 def _overlap(name: str, part: int, other: int) -> str:

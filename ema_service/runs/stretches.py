@@ -18,15 +18,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ema_client.errors import DigestMismatch, EmaError, InvalidRequest, MalformedBody, StepConflict, Superseded
+from ema_client.errors import DigestMismatch, EmaError, InvalidRequest, MalformedBody, Superseded
 from ema_client.protocol import DIGEST_BYTES, UpdateResult
 from ema_service.averaging import BLOCK_BYTES, Digest
 from ema_service.memory.layout import Layout
-from ema_service.runs.gathering import Claims, Gathering, Key, Lacking, Piece
+from ema_service.runs.bounds import Bounds
+from ema_service.runs.gathering import Claims, Gathering, Key, Lacking, PartStretch, Piece
 from ema_service.runs.run import Run, Update
 from ema_service.shadows.passes import Stretch
 
-__all__ = ["StretchBody", "StretchGathering", "bounds_of", "check_bounds"]
+__all__ = ["StretchBody", "StretchGathering", "bounds_of", "check_bounds", "check_part_bounds"]
 
 #: Bytes of a stretch that is only compared are received at once into so many.
 _SCRATCH_BYTES = 256 << 10
@@ -34,42 +35,37 @@ _SCRATCH_BYTES = 256 << 10
 
 @dataclass
 class StretchGathering(Gathering):
-    """The stretches of one step. bounds: of each that was begun. update: begun with the first; None before."""
+    """The stretches of one step. bounds: of each. update: begun with the first; None before."""
 
     lasts: ClassVar[bool] = False
 
-    bounds: dict[int, int] = field(default_factory=dict)
+    bounds: Bounds = field(init=False)
     update: Update | None = None
     beginning: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        self.bounds = Bounds(self.staged.layout.param_bytes)
+
     @property
     def whole(self) -> bool:
-        return sum(stop - start for start, stop in _bounds(self.done)) == self.staged.layout.param_bytes
+        return self.bounds.whole
 
     @property
     def indices(self) -> tuple[int, ...]:
         return ()
 
     def lacking(self) -> Lacking:
-        missing, reached, size = [], 0, self.staged.layout.param_bytes
-        for start, stop in [*sorted(_bounds(self.done)), (size, size)]:
-            if start > reached:
-                missing.append(f"{reached} to {start}")
-            reached = stop
-        return Lacking(tuple(missing), f"{size} bytes")
+        return Lacking(self.bounds.missing(), f"{self.bounds.size} bytes")
 
     def piece(self, claims: Claims, key: Key, known: bytes | None) -> StretchBody:  # noqa: ARG002 - bounds are claimed here
-        start, stop = bounds_of(key)
-        for begun, end in self.bounds.items():
-            if start < end and begun < stop and (begun, end) != (start, stop):
-                raise StepConflict(
-                    f"stretch {start}-{stop} of step {self.step} overlaps {begun}-{end}, which was begun",
-                    hint="send a stretch again with the same bounds, or the whole step in another group",
-                )
-        self.bounds[start] = stop
+        self.bounds.begin(*bounds_of(key), f"step {self.step}")
         return StretchBody(self, key, known)
 
-    def gaps(self, layout: Layout) -> list[str]:  # noqa: ARG002 - a set of stretches is whole, or lacks some
+    def take(self, piece: Piece) -> None:
+        super().take(piece)
+        self.bounds.came(*bounds_of(piece.key))
+
+    def gaps(self, layout: Layout, key: Key) -> list[str]:  # noqa: ARG002 - a set of stretches is whole, or lacks some
         return []
 
     def replaced(self, what: str) -> EmaError:
@@ -99,6 +95,7 @@ class StretchBody(Piece):
     def __init__(self, gathering: StretchGathering | None, key: Key, known: bytes | None) -> None:
         super().__init__(gathering, key, known, 0)
         self.start, self.stop = bounds_of(key)
+        self.settles = True
         self._begun = True
         self._header = bytearray()
         self._update_of = gathering.begin if gathering and known is None else None
@@ -134,6 +131,10 @@ class StretchBody(Piece):
             raise MalformedBody(f"the body announces {content_length} bytes, the stretch has {length}")
         self.received = length
 
+    def average(self, arrived: int = 0) -> None:
+        if self.work is not None:
+            self.work.advance(arrived)
+
     def settle(self) -> None:
         """Average what is not averaged yet, once the body is whole. Blocks.
 
@@ -157,9 +158,9 @@ class StretchBody(Piece):
 
 
 def bounds_of(key: Key) -> tuple[int, int]:
-    """The bounds of a stretch."""
-    if isinstance(key, int):
-        raise TypeError(f"a stretch has bounds, not the index {key}")
+    """The bounds of a stretch of an update."""
+    if not isinstance(key, tuple):
+        raise TypeError(f"a stretch of an update has bounds, not {key}")
     return key
 
 
@@ -170,13 +171,21 @@ def check_bounds(layout: Layout, start: int, stop: int) -> None:
             "this run takes no stretches: it has float64 beside a dtype whose shadow is wider",
             hint="send the update as one body; the run's layout tells it (lanes: 1)",
         )
-    ends = stop % BLOCK_BYTES == 0 or stop == layout.param_bytes
-    if not (0 <= start < stop <= layout.param_bytes and start % BLOCK_BYTES == 0 and ends):
+    _check_whole_blocks(start, stop, layout.param_bytes)
+
+
+def check_part_bounds(layout: Layout, stretch: PartStretch) -> None:
+    """Raises InvalidRequest where a part can have no such stretch."""
+    if stretch.size > layout.param_bytes:
+        raise InvalidRequest(f"size: a part of {stretch.size} bytes, of an update that has {layout.param_bytes}")
+    _check_whole_blocks(stretch.start, stretch.stop, stretch.size)
+
+
+def _check_whole_blocks(start: int, stop: int, size: int) -> None:
+    """Raises InvalidRequest where a body of ``size`` bytes has no stretch with these bounds."""
+    ends = stop % BLOCK_BYTES == 0 or stop == size
+    if not (0 <= start < stop <= size and start % BLOCK_BYTES == 0 and ends):
         raise InvalidRequest(
             f"stretch {start}-{stop}: a stretch begins and ends at multiples of {BLOCK_BYTES} bytes, the last one at "
-            f"{layout.param_bytes}",
+            f"{size}",
         )
-
-
-def _bounds(keys: dict[Key, bytes]) -> list[tuple[int, int]]:
-    return [bounds_of(key) for key in keys]

@@ -21,6 +21,7 @@ from scale import Scale
 from tls import certificate
 
 from ema_client import EmaClient
+from ema_client.tensors.body import encode
 from ema_service.bench.children import BenchFailed, Child, Service
 from ema_service.bench.rounds import Operation, interleave, timed
 from ema_service.bench.rows import Group, Need, Row, rate_row
@@ -41,11 +42,16 @@ RAW_ONE = "one raw flow of 100 MB/s"
 RAW_UNEVEN = f"raw flows of {' + '.join(UNEVEN)} MB/s"
 RAW_FREE = "one raw flow, not paced"
 AVERAGED = "one raw flow, averaged on arrival"
+#: Ranks that send a part each, and the lanes of each at the most: the service has eight for an update.
+RANKS, RANK_LANES = 2, 4
+_PARTS = f"push in parts, {RANKS} ranks, one flow of 100 MB/s each", f"push in parts, {RANKS} ranks, lanes found"
 #: Rows in the order of the table, and what is demanded of them.
 NEEDS: dict[str, tuple[Need, ...]] = {
     RAW_ONE: (),
     "push, flows of 100 MB/s": (Need(0.9 * len(EVEN), RAW_ONE),),
     "pull, flows of 100 MB/s": (Need(0.9 * len(EVEN), RAW_ONE),),
+    _PARTS[0]: (),
+    _PARTS[1]: (Need(0.8 * RANK_LANES, _PARTS[0]),),
     RAW_UNEVEN: (),
     "push, uneven flows": (Need(0.8, RAW_UNEVEN),),
     "pull, uneven flows": (Need(0.8, RAW_UNEVEN),),
@@ -73,6 +79,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
         }
         for name, (rates, raw) in links.items():
             seconds |= _link(name, rates, raw, nbytes, scale, on_step, facts)
+        seconds |= _parts(nbytes, scale, on_step, facts)
         averaging = stack.enter_context(Child("flows", [str(nbytes), "average"], path=PROCESSES))
         raw = {
             RAW_FREE: _raw(stack, flows.said, ("0",), nbytes),
@@ -122,6 +129,57 @@ def _link(
         found = interleave({**raw, **{n: timed(each) for n, each in ours.items()}}, scale.rounds, on_step=on_step)
         facts.append(f"{name}: {client.link}")
     return found
+
+
+def _parts(
+    nbytes: int, scale: Scale, on_step: Callable[[str], object], facts: list[str]
+) -> dict[str, tuple[float, ...]]:
+    """Ranks of a sharded trainer, over flows that are paced alike: with one lane each, and with the lanes they find."""
+    on_step("finding the lanes of ranks")
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(Service())
+        stack.enter_context(paced(EVEN[0]))
+        traffic = Traffic("parts", nbytes)
+        ranks = stack.enter_context(contextlib.closing(_Ranks(service.url, traffic)))
+        for _ in range(FINDING):
+            ranks.push(None)
+        ours = {name: partial(ranks.push, lanes) for name, lanes in zip(_PARTS, (1, None), strict=True)}
+        found = interleave({name: timed(each) for name, each in ours.items()}, scale.rounds, on_step=on_step)
+        facts += [f"{_PARTS[1]}, rank {number}: {each.link}" for number, each in enumerate(ranks.clients)]
+        traffic.check(ranks.clients[0])
+    return found
+
+
+class _Ranks:
+    """Ranks that each send half of a run's tensors, all at once. clients: one of each rank.
+
+    What is found of lanes is remembered by a service's URL: here each rank has one of its own.
+    """
+
+    def __init__(self, url: str, traffic: Traffic) -> None:
+        self._run, self._step = traffic.run, 0
+        self.clients = [EmaClient(url.replace("127.0.0.1", host)) for host in ("127.0.0.1", "localhost")]
+        traffic.create(self.clients[0])
+        names = list(traffic.state)
+        halves = [names[: len(names) // RANKS], names[len(names) // RANKS :]]
+        self._bodies = [encode({name: traffic.state[name] for name in half}, {}) for half in halves]
+        self._threads = ThreadPoolExecutor(RANKS)
+
+    def push(self, lanes: int | None) -> None:
+        """Push an update by all ranks, with so many lanes each, or with those that they find."""
+        self._step += 1
+        for client in self.clients:
+            client.lanes = lanes
+        list(self._threads.map(self._send, range(RANKS)))
+
+    def _send(self, rank: int) -> None:
+        client, body = self.clients[rank], self._bodies[rank]
+        client.push_part_once(self._run, body, step=self._step, part=rank, of=RANKS, group="ranks")
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for client in self.clients:
+            client.close()
 
 
 def _loopback(

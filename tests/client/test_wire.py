@@ -346,3 +346,56 @@ def test_box_as_flat_range(shape: tuple[int, ...], data: st.DataObject) -> None:
     first = int(elements[0])
 
     assert wire.range_of_box(box, shape) == ((first, first + prod(wire.box_shape(box))) if together else None)
+
+
+@given(st.data())
+def test_stretches_of_a_part(data: st.DataObject) -> None:
+    """Stretches of a part are parts, which bring the part's very bytes, each element once, cut at any multiple of the
+    widest dtype."""
+    tensors, slices, taken = {}, {}, {}
+    for name, dtype in {"a": torch.float64, "b": torch.float32, "c": torch.float16, "d": torch.float32}.items():
+        shape = data.draw(BOX_SHAPES, label=name)
+        tensors[name] = torch.arange(prod(shape)).view(shape).to(dtype)
+        start = data.draw(st.integers(0, prod(shape) - 1))
+        boxes = wire.boxes_of_range(start, data.draw(st.integers(start + 1, prod(shape))), shape)
+        found = [tensors[name][tuple(slice(*bounds) for bounds in box)] for box in boxes]
+        taken[name] = found[0].contiguous() if len(found) == 1 else torch.cat([each.reshape(-1) for each in found])
+        if taken[name].shape != shape or data.draw(st.booleans()):
+            slices[name] = boxes
+    body = safetensors.torch.save(taken, wire.write_slices(slices))
+    length = wire.parse_length(body[: wire.LENGTH_BYTES])
+    whole, part = body[wire.LENGTH_BYTES + length :], wire.parse_header(body[wire.LENGTH_BYTES :][:length])
+    size = 8 * data.draw(st.integers(1, 40))
+
+    brought = {name: torch.zeros(tensor.shape, dtype=torch.int) for name, tensor in tensors.items()}
+    for number, each in enumerate(wire.stretches_of_part(part, size)):
+        mine = whole[number * size : (number + 1) * size]
+        assert (each.nbytes, each.spans, sum(each.sizes)) == (
+            len(mine),
+            ((number * size, number * size + len(mine)),),
+            len(mine),
+        )
+        header = wire.parse_header(each.header[wire.LENGTH_BYTES :])
+        given_slices = wire.read_slices(header)
+        for entry in header.entries:
+            tensor = tensors[entry.name]
+            boxes = given_slices.get(entry.name, (tuple((0, s) for s in tensor.shape),))
+            places = [tuple(slice(*bounds) for bounds in box) for box in boxes]
+            elements = torch.cat([tensor[place].reshape(-1) for place in places])
+            assert elements.numpy().tobytes() == mine[entry.begin : entry.end]
+            for place in places:
+                brought[entry.name][place] += 1
+    assert {name: int(count.sum()) for name, count in brought.items()} == {n: t.numel() for n, t in taken.items()}
+    assert all(int(count.max()) == 1 for count in brought.values())
+
+
+def test_stretch_that_would_be_no_part() -> None:
+    """Where a stretch would end inside an element, or have too many slices of a tensor, the part is not cut."""
+    entries = wire.place([TensorSpec("a", (3,), "F64")])
+    with pytest.raises(MalformedBody, match="inside an element"):
+        wire.stretches_of_part(wire.Header(entries), 12)
+    boxes = [((i, i + 1), (0, 2), (0, 4)) for i in range(wire.MAX_SLICES)]
+    entries = wire.place([TensorSpec("a", (8 * len(boxes),), "F32")])
+    with pytest.raises(MalformedBody, match="slices in one stretch"):
+        # Of the last slice a row, and one element of the next.
+        wire.stretches_of_part(wire.Header(entries, wire.write_slices({"a": boxes})), 4 * (8 * len(boxes) - 3))

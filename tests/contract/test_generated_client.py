@@ -151,6 +151,10 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     data = BODY[8 + int.from_bytes(BODY[:8], "little") :]
     layout = ask("show_layout", "r")
     stretch = {"group": "g", "ema_writer": writer, "ema_layout": layout.digest}
+    size = len(parts[0]) - 8 - int.from_bytes(parts[0][:8], "little")
+    cut = {**for_parts, "group": "h", "size": size}
+    whole = ask("put_update_part_stretch", "r", 2, 0, 0, size, body=ask.body(parts[0]), **cut, status=202)
+    assert whole.parts == [0]
     again = ask("put_update_stretch", "r", 2, 0, len(data), body=ask.body(data), **stretch)
     assert (again.applied, again.step, layout.lanes) == (False, 2, 8)
     assert ask("detach_writer", "r", writer).ended_at > 0

@@ -41,6 +41,7 @@ BUILT = {
     "PUT /v1/runs/{run}/weights/parts/{part}",
     "PUT /v1/runs/{run}/updates/{step}",
     "PUT /v1/runs/{run}/updates/{step}/parts/{part}",
+    "PUT /v1/runs/{run}/updates/{step}/parts/{part}/stretches/{start}-{stop}",
     "PUT /v1/runs/{run}/updates/{step}/stretches/{start}-{stop}",
     "GET /v1/runs/{run}/updates/{step}",
     "PUT /v1/runs/{run}/snapshots/{name}",

@@ -7,6 +7,7 @@ Knows the wire, and a server with tokens and small budgets. Does not know the se
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save
 
-from ema_client.protocol import HEADER_LAYOUT, HEADER_WRITER
+from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_LAYOUT, HEADER_SEGMENT, HEADER_WRITER
 from ema_service.tokens import create_token
 from tests.waiting import wait_until
 
@@ -303,3 +305,186 @@ def _push(run: PlainRun, step: int) -> None:
             return
         assert time.monotonic() < end, answer and answer.text
         time.sleep(0.1)
+
+
+# --- stretches of parts ---------------------------------------------------------------------------------------------
+
+#: Of two parts: the first has a block and a half, the second the rest.
+PARTS = ((0, BLOCK + BLOCK // 2), (BLOCK + BLOCK // 2, SIZE))
+ONE, TWO = (0, BLOCK), (BLOCK, BLOCK + BLOCK // 2)
+
+
+class PartTarget:
+    """A run under attack by stretches of parts."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def path(self, step: int, part: object, bounds: object, **query: object) -> str:
+        said = {"of": 2, "group": "g", "size": PARTS[0][1], **query}
+        asked = "&".join(f"{name}={value}" for name, value in said.items())
+        return f"{self.target.run.path}/updates/{step}/parts/{part}/stretches/{bounds}?{asked}"
+
+    def body(self, seed: int, start: int, stop: int) -> bytes:
+        """A body of bytes ``start`` to ``stop`` of the run's only tensor."""
+        first, last = start // 4, stop // 4
+        return save({"w": tensor(seed)[first:last].clone()}, {"ema.slices": json.dumps({"w": [[[first, last]]]})})
+
+    def send(self, path: str, body: bytes, **headers: str) -> tuple[int, str, str]:
+        given = {"Authorization": f"Bearer {self.target.token}", **self.target.writer, **headers}
+        with httpx.Client(base_url=self.target.run.http.base_url, timeout=60) as http:
+            answer = http.put(path, content=body, headers=given)
+        said = answer.json()
+        if answer.status_code in (200, 202):
+            return answer.status_code, said.get("state") or ("applied" if said["applied"] else "repeated"), ""
+        return answer.status_code, said["code"], said["detail"]
+
+    def stretch(self, step: int, seed: int, bounds: tuple[int, int], **query: object) -> tuple[int, str, str]:
+        """Send a stretch of the first part, right in all that is not said otherwise."""
+        return self.send(self.path(step, 0, f"{bounds[0]}-{bounds[1]}", **query), self.body(seed, *bounds))
+
+    def other(self, step: int, seed: int) -> tuple[int, str, str]:
+        """Send the second part, as one stretch."""
+        size = SIZE - PARTS[0][1]
+        return self.send(self.path(step, 1, f"0-{size}", size=size), self.body(seed, *PARTS[1]))
+
+
+@pytest.fixture
+def parts(target: Target) -> PartTarget:
+    return PartTarget(target)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_part_bounds_and_sizes(parts: PartTarget) -> None:
+    """Bounds, sizes and parts that are none are refused by name, before anything is taken."""
+    first = f"0-{BLOCK}"
+    wrong: dict[str, tuple[str, str]] = {
+        **{bounds: ("multiples", parts.path(1, 0, bounds)) for bounds in ("0-8", f"8-{BLOCK}", f"{BLOCK}-8")},
+        "beyond the part": ("multiples", parts.path(1, 0, f"{BLOCK}-{2 * BLOCK}")),
+        "a size beyond the run": ("size", parts.path(1, 0, first, size=SIZE + 1)),
+        "a size of nothing": ("size", parts.path(1, 0, first, size=0)),
+        "a negative size": ("size", parts.path(1, 0, first, size=-BLOCK)),
+        "a size of many digits": ("size", parts.path(1, 0, first, size="9" * 5000)),
+        "a size in words": ("size", parts.path(1, 0, first, size="all")),
+        "a part too many": ("part", parts.path(1, 2, first)),
+        "a negative part": ("part", parts.path(1, -1, first)),
+        "no parts": ("of", parts.path(1, 0, first, of=0)),
+        "full-width digits": ("start", parts.path(1, 0, f"%EF%BC%90-{BLOCK}")),
+    }
+    for what, (word, path) in wrong.items():
+        status, code, detail = parts.send(path, b"\0" * 8)
+
+        assert (status, code) == (422, "invalid_request"), (what, detail)
+        assert word in detail, (what, detail)
+        assert parts.target.gauge("ema_partial_updates") == 0, what
+
+
+def test_contradicting_stretches(parts: PartTarget) -> None:
+    """Other bytes, overlaps, another size, the part as one body, elements twice, or of another part: each is refused,
+    and the update is of what was taken."""
+    one_body = parts.path(1, 0, "").replace("/stretches/", "")
+    assert parts.stretch(1, 1, ONE)[1] == "staged"
+    assert parts.stretch(1, 2, ONE)[:2] == (409, "step_conflict")
+    assert parts.stretch(1, 2, (0, BLOCK + BLOCK // 2))[:2] == (409, "step_conflict")
+    assert parts.stretch(1, 1, TWO, size=SIZE)[:2] == (422, "invalid_request")
+    assert parts.stretch(1, 1, (BLOCK, 2 * BLOCK), size=2 * BLOCK)[:2] == (409, "step_conflict")
+    assert parts.send(one_body, parts.body(2, *PARTS[0]))[:2] == (409, "step_conflict")
+    assert parts.stretch(1, 1, TWO, of=3)[:2] == (409, "step_conflict")
+    where = parts.path(1, 0, f"{TWO[0]}-{TWO[1]}")
+    assert parts.send(where, parts.body(1, 0, BLOCK // 2))[:2] == (422, "layout_mismatch")
+    assert parts.send(where, parts.body(1, BLOCK, BLOCK + 8))[:2] == (422, "malformed_body")
+    assert parts.send(where, b"\xff" * 400)[:2] == (422, "malformed_body")
+    assert parts.other(1, 1)[1] == "staged"
+    assert parts.send(where, parts.body(1, BLOCK + 4, BLOCK + BLOCK // 2 + 4))[:2] == (422, "layout_mismatch")
+    assert parts.stretch(1, 1, TWO)[1] == "applied"
+    for bounds in (ONE, TWO):
+        assert parts.stretch(1, 1, bounds)[1] == "repeated"
+        assert parts.stretch(1, 2, bounds)[:2] == (409, "step_conflict")
+
+    info = parts.target.run.info()
+    assert (info["step"], info["num_updates"]) == (1, 1)
+    assert parts.target.run.push(1, {"w": tensor(1)}).json()["applied"] is False
+
+
+def test_parts_of_two_groups(parts: PartTarget) -> None:
+    """Stretches of one start of a trainer are never completed by another's."""
+    assert parts.stretch(1, 1, ONE, group="one")[1] == "staged"
+    assert parts.stretch(1, 2, ONE, group="other")[1] == "staged"
+    assert parts.stretch(1, 1, TWO, group="one")[1] == "staged"
+    for bounds in (ONE, TWO):
+        assert parts.stretch(1, 3, bounds)[1] == "staged"
+    assert parts.other(1, 3)[1] == "applied"
+    assert parts.target.run.push(1, {"w": tensor(3)}).json()["applied"] is False
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_part_by_a_stranger(parts: PartTarget, tokens: dict[str, str]) -> None:
+    """Without the right to push to this run, from a replaced trainer, or in shared memory, nothing is taken."""
+    run = parts.target.run
+    writers = [run.http.post(f"{run.path}/writers").raise_for_status().json()["writer"] for _ in range(2)]
+    parts.target.writer = {HEADER_WRITER: str(writers[1])}
+    refused: dict[tuple[int, str], dict[str, str]] = {
+        (401, "unauthorized"): {"Authorization": "Bearer wrong"},
+        (403, "forbidden"): {"Authorization": f"Bearer {tokens['stranger']}"},
+        (409, "fenced"): {HEADER_WRITER: str(writers[0])},
+        (422, "invalid_request"): {HEADER_SEGMENT: f"pid=1, fd=1, offset=0, length=8, secret={'0' * 64}"},
+    }
+    for expected, headers in refused.items():
+        path = parts.path(1, 0, f"0-{BLOCK}")
+        assert parts.send(path, parts.body(1, 0, BLOCK), **headers)[:2] == expected
+        assert parts.target.gauge("ema_partial_updates") == 0
+
+
+def test_damaged_stretch_of_a_part(parts: PartTarget) -> None:
+    """A flipped bit is refused, though its block was averaged, and the stretch alone comes again."""
+    where, good = parts.path(1, 0, f"0-{BLOCK}"), parts.body(1, *ONE)
+    data = good[-BLOCK:]
+    digest = xxhash.xxh3_128(xxhash.xxh3_128(data).digest()).digest()
+    bad = bytearray(good)
+    bad[-5] ^= 1
+    assert parts.stretch(1, 1, TWO)[1] == "staged"
+    assert parts.send(where, bytes(bad) + digest, **{HEADER_DIGEST: DIGEST_FOLLOWS})[:2] == (422, "digest_mismatch")
+    assert parts.send(where, good + digest, **{HEADER_DIGEST: DIGEST_FOLLOWS})[1] == "staged"
+    assert parts.other(1, 1)[1] == "applied"
+    assert parts.target.run.push(1, {"w": tensor(1)}).json()["applied"] is False
+
+
+def test_stretch_of_a_part_that_hangs(parts: PartTarget) -> None:
+    """The same stretch over another connection takes its place, and no late byte of the first is in the update."""
+    head = f"PUT {parts.path(1, 0, f'0-{BLOCK}')} HTTP/1.1\r\nHost: localhost\r\n"
+    bad, url = parts.body(2, *ONE), parts.target.run.http.base_url
+    with socket.create_connection((url.host, url.port or 80), timeout=30) as hanging:
+        token = f"Authorization: Bearer {parts.target.token}\r\nContent-Length: {len(bad)}\r\n\r\n"
+        hanging.sendall((head + token).encode() + bad[: BLOCK // 2])
+        wait_until(lambda: parts.target.gauge("ema_lanes") == 1)
+        assert parts.stretch(1, 1, ONE)[1] == "staged"
+        hanging.sendall(bad[BLOCK // 2 :])
+        assert hanging.recv(4096).startswith(b"HTTP/1.1 503")
+    assert parts.stretch(1, 1, TWO)[1] == "staged"
+    assert parts.other(1, 1)[1] == "applied"
+    assert parts.target.run.push(1, {"w": tensor(1)}).json()["applied"] is False
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_flood_of_parts_that_never_ends(parts: PartTarget, plain_run_class: type[PlainRun], run_name: str) -> None:
+    """Of two thousand stretches of as many parts, none of which goes on, connections and memory stay within their
+    limits, and another run's pushes are applied all the while."""
+    target = parts.target
+    other = plain_run_class(target.run.http, f"{run_name}-other")
+    other.create({"w": torch.zeros(1000)}).raise_for_status()
+    other.begin({"w": torch.zeros(1000)}).raise_for_status()
+    limit, url = target.gauge("ema_staging_limit_bytes"), target.run.http.base_url
+    with ExitStack() as flood:
+        for number in range(2000):
+            connection = socket.create_connection((url.host, url.port or 80), timeout=30)
+            flood.enter_context(connection)
+            path = parts.path(1 + number % 5, number, f"0-{BLOCK}", of=2000)
+            head = f"PUT {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {target.token}\r\n"
+            connection.sendall(f"{head}Content-Length: {BLOCK + 99}\r\n\r\n".encode() + b"\1" * 3)
+            if number % 200 == 199:
+                _push(other, number)
+                assert target.gauge("ema_staging_bytes") <= limit
+                assert target.gauge("ema_lanes") <= CONNECTIONS / 4
+                assert target.gauge("ema_connections") <= CONNECTIONS
+    assert other.info()["num_updates"] == 10
+    target.await_nothing_held()

@@ -1,4 +1,5 @@
-"""A body cut into what each host of a run has, from the memory that the whole body is sent from.
+"""A body cut into bodies, one for each host of a run or for each stretch of a part, from the memory that the whole body
+is sent from.
 
 Knows: where a body's bytes lie, and which are whose. Does not know: sockets, tensors, or how a host is found.
 """
@@ -16,10 +17,11 @@ __all__ = ["Slices"]
 
 
 class Slices:
-    """The bodies for all hosts. Tells the whole body's listener of the bytes that went to all of them, by one thread at
-    a time.
+    """The bodies that a body is cut into. Tells the whole body's listener of the bytes of all of them that went out, by
+    one thread at a time.
 
-    cuts: by place; one without sizes is of whole tensors. waits: seconds that each host may wait for others.
+    cuts: by place, a host's or a stretch's; one without sizes is of whole tensors. waits: seconds that each host may
+    wait for others.
     """
 
     def __init__(self, body: Body, cuts: Sequence[PartCut], *, waits: float = 0.0) -> None:
@@ -33,7 +35,7 @@ class Slices:
         self._lock = threading.Lock()
 
     def of(self, place: int) -> Body:
-        """The body for one host; again for each try."""
+        """The body at one place; again for each try."""
         mine = self._cuts[place]
         skip = len(mine.header)
 

@@ -9,7 +9,7 @@ Knows that order and the answers. Does not know bytes, or whether an update coun
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -68,8 +68,9 @@ from ema_service.api.routes.parameters import (
     WriterNumber,
 )
 from ema_service.runs import Run, Terms
+from ema_service.runs.gathering import Key, PartStretch
 from ema_service.runs.parts import Outcome
-from ema_service.runs.stretches import check_bounds
+from ema_service.runs.stretches import check_bounds, check_part_bounds
 
 if TYPE_CHECKING:
     from ema_service.cluster.hosting.host import Host
@@ -121,6 +122,14 @@ _STRETCH_BODY: dict[str, Any] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
 }
+_PART_STRETCH_BODY: dict[str, Any] = {
+    "parameters": [_DIGEST_HEADER],
+    "requestBody": {
+        "required": True,
+        "description": "A part of these bytes alone: the slices that bytes `start` to `stop` of the part's data are",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+}
 _STAGED: dict[int | str, dict[str, Any]] = {202: {"model": UpdateStatus, "description": "Kept until the others come"}}
 
 PartIndex = Annotated[Number, Path(ge=0, le=MAX_PARTS - 1, description="Which part, from 0")]
@@ -130,6 +139,7 @@ PartGroup = Annotated[
 ]
 
 StretchStart = Annotated[Number, Path(ge=0, le=MAX_STEP, description="The stretch's first byte, of a whole block")]
+PartSize = Annotated[Number, Query(ge=1, le=MAX_STEP, description="Bytes of the part's tensors in all its stretches")]
 StretchStop = Annotated[Number, Path(ge=1, le=MAX_STEP, description="The byte behind the stretch's last")]
 StretchGroup = Annotated[
     str, Query(min_length=1, max_length=128, description="Stretches of one group only are put together: one try")
@@ -137,6 +147,9 @@ StretchGroup = Annotated[
 StretchLayout = Annotated[
     str | None, Header(alias=HEADER_LAYOUT, description="The digest that the run's layout tells, of what is sent")
 ]
+
+#: What became of a piece of an update, or of initial weights; where it was the last one, the result as well.
+_Pushed = tuple[Outcome, UpdateResult | RunInfo | None]
 
 _BODY_ERRORS = (
     RunNotFound,
@@ -291,12 +304,8 @@ async def put_update_part(
     with other bytes it is a conflict.
     """
     found = server.registry.get(run)
-    outcome, result = await _push_part(request, server, found, step, part, Terms(of, group, writer=writer))
-    if outcome == "staged":
-        return _staged(UpdateStatus(step, "staged", server.registry.parts(run).staged(step) or ()))
-    answer = found.repeated(step, writer) if result is None else cast(UpdateResult, result)
-    server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
-    return answer
+    push = await _push_part(request, server, found, step, part, Terms(of, group, writer=writer))
+    return _answer(server, found, step, writer, push)
 
 
 @router.put(
@@ -327,23 +336,49 @@ async def put_update_stretch(
     The stretch that completes the step applies the update, as one.
     """
     found = server.registry.get(run)
-    try:
+    with _counting_failures(server):
         found.ledger.admit(step, writer)
         _check_layout(found, layout)
-        outcome, result = await _push_stretch(
-            request, server, found, step, (start, stop), Terms(None, group, writer=writer)
-        )
-    except EmaError:
-        server.metrics.stretches.labels("refused").inc()
-        raise
-    except ClientDisconnect:
-        server.metrics.stretches.labels("broken off").inc()
-        raise
-    if outcome == "staged":
-        return _staged(UpdateStatus(step, "staged"))
-    answer = found.repeated(step, writer) if result is None else result
-    server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
-    return answer
+        check_bounds(found.layout, start, stop)
+        push = await _push_stretch(request, server, found, step, (start, stop), Terms(None, group, writer=writer))
+    return _answer(server, found, step, writer, push)
+
+
+@router.put(
+    "/updates/{step}/parts/{part}/stretches/{start}-{stop}",
+    dependencies=[ALONE],
+    summary="Push one stretch of a part of an update",
+    response_model=UpdateResult,
+    openapi_extra=_PART_STRETCH_BODY,
+    responses={
+        **_STAGED,
+        **problem_responses(*_BODY_ERRORS, AwaitingWeights, Fenced, StaleStep, StepConflict, Superseded),
+    },
+)
+async def put_update_part_stretch(
+    run: RunName,
+    step: Step,
+    part: PartIndex,
+    start: StretchStart,
+    stop: StretchStop,
+    of: PartCount,
+    size: PartSize,
+    request: Request,
+    server: Server,
+    group: PartGroup = "",
+    writer: WriterNumber = None,
+) -> UpdateResult | Response:
+    """Take bytes ``start`` to ``stop`` of a part of a step, one of several connections that bring the part; answered
+    202 while others are missing.
+
+    The stretch that completes the last part applies the update, as one.
+    """
+    found, key = server.registry.get(run), PartStretch(part, start, stop, size)
+    with _counting_failures(server):
+        found.ledger.admit(step, writer)
+        check_part_bounds(found.layout, key)
+        push = await _push_stretch(request, server, found, step, key, Terms(of, group, writer=writer))
+    return _answer(server, found, step, writer, push)
 
 
 @router.get(
@@ -442,24 +477,44 @@ def _check_layout(run: Run, digest: str | None) -> None:
         )
 
 
-async def _push_stretch(
-    request: Request, server: Context, run: Run, step: int, bounds: tuple[int, int], terms: Terms
-) -> tuple[Outcome, UpdateResult | None]:
+@contextlib.contextmanager
+def _counting_failures(server: Context) -> Iterator[None]:
+    """Within the block a stretch is received; one that does not come is counted."""
+    try:
+        yield
+    except EmaError:
+        server.metrics.stretches.labels("refused").inc()
+        raise
+    except ClientDisconnect:
+        server.metrics.stretches.labels("broken off").inc()
+        raise
+
+
+async def _push_stretch(request: Request, server: Context, run: Run, step: int, key: Key, terms: Terms) -> _Pushed:
     """Receive a stretch; where it is the last one missing, have the run apply the update, and return the result as
     well."""
     if HEADER_SEGMENT in request.headers:
         raise InvalidRequest(f"a stretch comes as a body, not in shared memory ({HEADER_SEGMENT}): send the whole push")
-    check_bounds(run.layout, *bounds)
-    async with StretchPush(request, server, run, step, bounds, terms) as push:
+    async with StretchPush(request, server, run, step, key, terms) as push:
         outcome = await push.receive()
-        result = cast(UpdateResult, await push.decide()) if outcome == "complete" else None
+        result = await push.decide() if outcome == "complete" else None
         push.tell()
     return outcome, result
 
 
+def _answer(server: Context, run: Run, step: int, writer: int | None, push: _Pushed) -> UpdateResult | Response:
+    """The answer to a piece of an update: 202 while others are missing, else the result. Raises as Run.repeated()."""
+    outcome, result = push
+    if outcome == "staged":
+        return _staged(UpdateStatus(step, "staged", server.registry.parts(run.config.run).staged(step) or ()))
+    answer = run.repeated(step, writer) if result is None else cast(UpdateResult, result)
+    server.metrics.updates.labels("applied" if answer.applied else "repeated").inc()
+    return answer
+
+
 async def _push_part(
     request: Request, server: Context, run: Run, step: int | None, index: int, terms: Terms
-) -> tuple[Outcome, UpdateResult | RunInfo | None]:
+) -> _Pushed:
     """Receive a part; where it is the last one missing, have the run apply the set, and return the result as well."""
     if server.host:
         return await _push_part_of_shard(request, server, server.host, run, step, index, terms)
@@ -472,7 +527,7 @@ async def _push_part(
 
 async def _push_part_of_shard(
     request: Request, server: Context, host: Host, run: Run, step: int | None, index: int, terms: Terms
-) -> tuple[Outcome, UpdateResult | RunInfo | None]:
+) -> _Pushed:
     """As _push_part(), of this host's rows: the complete set is voted for, and applied on all hosts or on none. Staged
     also where all hosts have not decided soon."""
     _check_group(terms)
