@@ -20,10 +20,7 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import EmaError
-from ema_client.http.retry import RetryPolicy
-from ema_client.http.transport import Transport
 from ema_client.protocol import RunShards
-from ema_client.reading.holders import Holders
 from ema_service.cluster.messages import Arrival
 from ema_service.cluster.replicas import Replicas
 from tests.conftest import LitEmaOracle
@@ -205,13 +202,3 @@ def test_a_replica_is_listed_while_it_is_heard() -> None:
         (1, "http://b", 14.0),
     ]
     assert [each.address for each in replicas.now(19.5)] == ["http://a"]
-
-
-def test_holders_that_are_away_or_behind_are_left_out() -> None:
-    """A stretch comes from the server where no replica has it, and from a replica where the server is gone."""
-    nobody = Transport("http://127.0.0.1:9", retry=RetryPolicy(attempts=1))
-    more = {"query": {}, "start": 0, "stop": 8, "patience": 0.0}
-    holders = Holders(nobody, [Transport("http://127.0.0.1:10", retry=RetryPolicy(attempts=1))])
-    for _ in range(3):
-        with pytest.raises(EmaError, match=r"127\.0\.0\.1:9"):
-            holders.download("/", etag='"1.0-a"', **more)

@@ -7,6 +7,8 @@ Knows the original and its replicas by their addresses. Does not know how a repl
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +22,12 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import EmaError, ReadOnlyReplica
+from ema_client.http.retry import RetryPolicy
+from ema_client.http.transport import Transport
+from ema_client.reading.holders import Holders
 from ema_service.tokens import create_token
 from tests.conftest import Certificate, LitEmaOracle, PlainRun, ServerProcess
+from tests.relays import Relay
 from tests.waiting import wait_until
 
 _SECONDS = 30.0
@@ -43,7 +49,7 @@ class Pair:
     """An original and a replica of it, as processes. original, replica: the run at both, by plain HTTP."""
 
     def __init__(self, start: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun], name: str) -> None:
-        self._start = start
+        self.start = start
         self._plain_run = plain_run
         self.name = name
         self.origin = start()
@@ -322,3 +328,166 @@ def test_a_replica_that_is_killed_never_serves_a_torn_version(pair: Pair, litema
 def test_many_kills(pair: Pair, litema: type[LitEmaOracle], soak_seconds: float) -> None:
     """The same for minutes."""
     assert _kills(pair, litema, soak_seconds)
+
+
+class Slow(Relay):
+    """Carries what a server sends at some megabytes a second."""
+
+    def carry(self, source: socket.socket, target: socket.socket, way: str, _: Any) -> None:
+        while data := source.recv(1 << 18):
+            if way == "down":
+                time.sleep(len(data) / 20e6)
+            target.sendall(data)
+
+
+class Flipping(Relay):
+    """Changes one byte of each answer that is longer than a head, while it is told to."""
+
+    flips = True
+
+    def carry(self, source: socket.socket, target: socket.socket, way: str, _: Any) -> None:
+        come = 0
+        while data := bytearray(source.recv(1 << 16)):
+            if way == "down" and self.flips and come < 100_000 <= come + len(data):
+                data[100_000 - come] ^= 1
+            come += len(data)
+            target.sendall(data)
+
+
+@contextlib.contextmanager
+def behind(relay: Relay, start: Callable[..., ServerProcess]) -> Iterator[ServerProcess]:
+    """A replica that reads its original through a relay."""
+    try:
+        yield start("--replica-of", relay.url, memory=True)
+    finally:
+        relay.close()
+
+
+def test_a_slow_replica_skips(
+    start_server: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun], litema: type[LitEmaOracle]
+) -> None:
+    """It never queues: of many versions it holds few, each of them whole, and the newest in the end."""
+    rows, origin = 20_000, start_server()
+    there = plain_run(origin)
+    there.create(model(0, rows), decay=DECAY).raise_for_status()
+    there.begin(model(0, rows)).raise_for_status()
+    oracle = litema(model(0, rows), decay=DECAY)
+    shadows = {0: {name: each.clone() for name, each in oracle.shadow.items()}}
+    with behind(Slow(origin.url), start_server) as replica:
+        here = plain_run(replica)
+        wait_until(lambda: etag(here) is not None, "the replica", _SECONDS)
+        held = set()
+        with trained(there, oracle, shadows, rows):
+            until = time.monotonic() + 2.0
+            while time.monotonic() < until:
+                held.add(pulled(here, shadows))
+        wait_until(lambda: here.info()["step"] == max(shadows), "the newest", _SECONDS)
+        assert pulled(here, shadows) == max(shadows)
+        assert here.info()["replica"]["behind_seconds"] == 0.0
+    assert 1 < len(held) < len(shadows) / 2
+
+
+def test_flipped_bytes_are_never_served(
+    start_server: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun]
+) -> None:
+    """A version whose weights came changed does not count; it is pulled again, and the replica says why."""
+    origin = start_server()
+    there = plain_run(origin)
+    there.create(model(0, 2000)).raise_for_status()
+    there.begin(model(0, 2000)).raise_for_status()
+    relay = Flipping(origin.url)
+    with behind(relay, start_server) as replica:
+        here = plain_run(replica)
+        wait_until(lambda: here.http.get("/v1/server").json()["replica"]["fault"], "the fault", _SECONDS)
+        assert "other weights came" in here.http.get("/v1/server").json()["replica"]["fault"]
+        assert here.pull().status_code == 409
+        relay.flips = False
+        wait_until(lambda: etag(here) == etag(there), "the replica", _SECONDS)
+        assert here.pull().content == there.pull().content
+
+
+def test_an_original_that_is_killed_while_it_is_read(
+    start_server: Callable[..., ServerProcess], plain_run: Callable[..., PlainRun]
+) -> None:
+    """What the replica had is served whole, before and after."""
+    origin = start_server()
+    there = plain_run(origin)
+    there.create(model(0, 200_000)).raise_for_status()
+    there.begin(model(0, 200_000)).raise_for_status()
+    with behind(Slow(origin.url), start_server) as replica:
+        here = plain_run(replica)
+        wait_until(lambda: etag(here) is not None, "the replica", _SECONDS)
+        had = here.pull().content
+        there.push(1, model(1, 200_000)).raise_for_status()
+        time.sleep(0.1)  # of the 2 s that the version takes
+        origin.kill()
+        wait_until(lambda: not here.info()["replica"]["reached"], "the loss to be told", _SECONDS)
+        assert here.pull().content == had
+        assert here.info()["step"] is None
+
+
+def test_all_averages_of_one_version(pair: Pair) -> None:
+    """However fast updates come, a replica of a run with several averages has all of one version, and goes on."""
+    there, here = pair.run()
+    many = [{"name": f"a{number}", "schedule": "constant", "decay": number / 10} for number in range(8)]
+    there.create(model(0), averages=many).raise_for_status()
+    there.begin(model(0)).raise_for_status()
+    pair.meets()
+    ended = threading.Event()
+
+    def train() -> None:
+        step = 0
+        while not ended.is_set():
+            step += 1
+            there.push(step, model(step % 5)).raise_for_status()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        seen = set()
+        until = time.monotonic() + _SECONDS
+        while len(seen) < 10 and time.monotonic() < until:
+            seen.add(here.info()["version"])
+    finally:
+        ended.set()
+        thread.join()
+    assert len(seen) == 10
+
+
+def test_a_stretch_comes_from_who_has_the_version(pair: Pair) -> None:
+    """From server and replica in turn; from the server where the replica lacks the version or is gone, and from the
+    replica where the server is gone."""
+    there, _ = pair.run()
+    there.create(model(0)).raise_for_status()
+    there.begin(model(0)).raise_for_status()
+    pair.meets()
+    content, tag = there.pull().content, etag(there)
+    once = RetryPolicy(attempts=1)
+
+    def stretches(*urls: str, etag: str | None = tag, times: int = 4) -> list[str]:
+        """Who sent the same stretch, one time after another."""
+        with contextlib.ExitStack() as stack:
+            transports = [Transport(url, retry=once) for url in urls]
+            for each in transports:
+                stack.callback(each.close)
+            holders, found = Holders(transports[0], transports[1:]), []
+            for _ in range(times):
+                more = {"query": {}, "start": 100, "stop": 200, "patience": 0.0}
+                with holders.download(f"{there.path}/weights", etag=etag, **more) as part:
+                    view = memoryview(bytearray(100))
+                    part.readinto(view)
+                assert (part.status, bytes(view)) == (206, content[100:200])
+                found.append(part.url)
+            return found
+
+    server, replica, nobody = pair.origin.url, pair.copy.url, "http://127.0.0.1:9"
+    urls = sorted({url.partition("/v1")[0] for url in stretches(server, replica)})
+    assert urls == sorted((server, replica))
+    assert {url.partition("/v1")[0] for url in stretches(server, replica, etag=None)} == {server}
+    assert {url.partition("/v1")[0] for url in stretches(server, nobody)} == {server}
+    behind = pair.start()  # a server without the run
+    assert {url.partition("/v1")[0] for url in stretches(server, behind.url)} == {server}
+    pair.origin.kill()
+    assert {url.partition("/v1")[0] for url in stretches(server, replica, etag=tag)} == {replica}
+    with pytest.raises(EmaError, match=re.escape(server)):
+        stretches(server, nobody)
