@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import httpx
 import pytest
@@ -21,8 +22,10 @@ from torch import Tensor
 from ema_client import EmaClient
 from ema_client.errors import EmaError
 from ema_client.protocol import RunShards
+from ema_service.cluster.encoding import encode
 from ema_service.cluster.messages import Arrival
 from ema_service.cluster.replicas import Replicas
+from ema_service.tokens import create_token
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched
 from tests.waiting import wait_until
@@ -202,3 +205,41 @@ def test_a_replica_is_listed_while_it_is_heard() -> None:
         (1, "http://b", 14.0),
     ]
     assert [each.address for each in replicas.now(19.5)] == ["http://a"]
+
+
+def test_places_that_there_are_not(cluster: Launched) -> None:
+    """A coordinator lists no replica of a host that there is not, and answers nobody without the token."""
+    url = re.findall(r"^coordinator \| .* listens on (http://\S+)", cluster.log, re.MULTILINE)[0]
+    headers = {"Authorization": f"Bearer {(cluster.folder / 'cluster-token').read_text().strip()}"}
+    for place, of in ((2, 2), (0, 3)):
+        body = encode(Arrival(place, of, "http://x"))
+        answer = httpx.post(f"{url}/v1/replicas", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert "there are 2 hosts" in answer.json()["detail"]
+    assert httpx.post(f"{url}/v1/replicas", content=encode(Arrival(0, 2, "http://x"))).status_code == 401
+    assert "http://x" not in addresses(cluster)
+
+
+def test_hosts_that_ask_for_tokens(tmp_path: Path, run_name: str) -> None:
+    """Replicas read with a token of their own, and ask their readers for one."""
+    tokens, reading = tmp_path / "tokens", tmp_path / "reader"
+    trainer = create_token(tokens, ["train", "admin"], "*")
+    reading.write_text(create_token(tokens, ["pull"], "*"))
+    flags = "--local", "1", "--replicas", "1", "--replica-token-file", str(reading)
+    cluster = Launched(tmp_path / "all", *flags, "--", "--token-file", str(tokens)).start()
+    try:
+        with EmaClient(cluster.url, token=trainer) as client:
+            client.create_run(run_name, {"w": torch.ones(3)})
+
+            def replicas() -> tuple[str, ...]:
+                path = f"/v1/runs/{run_name}/shards"
+                return client._transport.json("GET", path).parsed(RunShards).shards[0].replicas
+
+            wait_until(replicas, "the replica", _SECONDS)
+            [address] = replicas()
+            assert httpx.get(f"{address}/v1/runs/{run_name}/weights").status_code == 401
+            with EmaClient(address, token=trainer) as reader:
+                wait_until(lambda: [each.version for each in reader.runs()] == ["1.0"], "the run", _SECONDS)
+                assert torch.equal(reader.pull(run_name)["w"], torch.ones(3))
+    finally:
+        cluster.end()
