@@ -40,14 +40,14 @@ def _size(text: str) -> int:
     return nbytes
 
 
-def _shard(text: str | None) -> tuple[int, int] | None:
+def _shard(text: str | None, flag: str = "--shard") -> tuple[int, int] | None:
     """Which of how many hosts: ``0/3``."""
     if text is None:
         return None
     found = re.fullmatch(r"(0|[1-9][0-9]{0,4})/([1-9][0-9]{0,4})", text)
     if not found or int(found[1]) >= int(found[2]):
         raise typer.BadParameter(
-            f"{text!r} is none such as 0/3, 1/3 or 2/3: places are counted from 0", param_hint="--shard"
+            f"{text!r} is none such as 0/3, 1/3 or 2/3: places are counted from 0", param_hint=flag
         )
     return int(found[1]), int(found[2])
 
@@ -290,6 +290,23 @@ def serve(
             envvar="EMA_SERVICE_LEASE",
         ),
     ] = None,
+    replica_of: Annotated[
+        str | None,
+        typer.Option(
+            help="Follow the runs of the server at this URL and be read in its place, with nothing on disk, taking no "
+            "write; in a cluster, of the how manieth host of how many, as in 0/3.",
+            metavar="URL|PLACE/OF",
+            envvar="EMA_SERVICE_REPLICA_OF",
+        ),
+    ] = None,
+    replica_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="As a replica: a token that may pull from that server, on one line.",
+            dir_okay=False,
+            envvar="EMA_SERVICE_REPLICA_TOKEN_FILE",
+        ),
+    ] = None,
     ssl_certfile: Annotated[
         Path | None,
         typer.Option(
@@ -345,14 +362,22 @@ def serve(
         raise typer.BadParameter(
             "snapshots are files of a data dir before they are moved: leave --memory out", param_hint="--snapshot-store"
         )
-    _check_cluster(shard, coordinator, cluster_token_file, cluster_address or lease, memory=memory)
+    place = _shard(replica_of, "--replica-of") if replica_of and "://" not in replica_of else None
+    seat = replica_of if place else shard
+    _check_cluster(seat, coordinator, cluster_token_file, cluster_address or lease, memory=memory and not place)
     if shard and snapshot_store:
         raise typer.BadParameter("snapshots of a cluster stay in its hosts' data dirs", param_hint="--snapshot-store")
+    replica_token = _replica_token(replica_of, replica_token_file, place=place is not None)
+    if replica_of and (shard or snapshot_store):
+        raise typer.BadParameter(
+            "a replica decides nothing and keeps nothing: leave --shard and --snapshot-store out",
+            param_hint="--replica-of",
+        )
     budgets = {"memory_limit": memory_limit, "staging_bytes": staging_bytes, "frozen_bytes": frozen_bytes}
     settings = Settings(
-        data_dir=None if memory else data_dir,
+        data_dir=None if memory or replica_of else data_dir,
         ram_dir=ram_dir,
-        device=device,
+        device="cpu" if replica_of else device,  # nothing is averaged
         **{name: nbytes for name, nbytes in budgets.items() if nbytes is not None},
         checkpoint_interval=checkpoint_interval,
         body_timeout=body_timeout,
@@ -373,6 +398,9 @@ def serve(
         cluster_token_file=cluster_token_file,
         cluster_address=cluster_address,
         lease=lease,
+        replica_of=None if place else replica_of,
+        replica_place=place,
+        replica_token=replica_token,
     )
     configure(log_format)
     _run(settings, host, port, uds, (ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None)
@@ -486,6 +514,8 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
         if uds:
             lines.append(f"  socket     unix://{uds.resolve()}")
         lines.append(f"  device     {pick_device(settings.device)}")
+        if settings.replica_of or settings.replica_place:
+            lines.append(f"  replica of {settings.replica_of or 'host {} of {}'.format(*settings.replica_place or ())}")
         lines.append(f"  data dir   {_data_line(settings.data_dir, store)}")
         if store:
             lines.append(f"  memory     {_memory_line(store)}")
@@ -580,6 +610,24 @@ def _opened(settings: Settings) -> Store | None:
     try:
         return open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
+        _refuse(fault)
+
+
+def _replica_token(of: str | None, token_file: Path | None, *, place: bool) -> str | None:
+    """The token that a replica reads with; None for none. Exits where the flags of a replica cannot be used."""
+    if of is None:
+        if token_file:
+            raise typer.BadParameter(
+                "only a replica has one: say --replica-of as well", param_hint="--replica-token-file"
+            )
+        return None
+    from ema_service.replica.original import check_original, read_token
+
+    try:
+        if not place:
+            check_original(of)
+        return read_token(token_file) if token_file else None
+    except (OSError, ValueError) as fault:
         _refuse(fault)
 
 

@@ -163,6 +163,13 @@ def up(
     announce: Annotated[
         str | None, typer.Option(help="Name by which the machines reach this one.  [default: found out]")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(help="With --local: so many replicas of each host, which are read in its place.", min=0)
+    ] = 0,
+    replica_token_file: Annotated[
+        Path | None,
+        typer.Option(help="A token that the replicas read with, on one line, where hosts ask for one.", dir_okay=False),
+    ] = None,
     ray: OnRay = None,
     shards: Annotated[int | None, typer.Option(help="With --ray: so many hosts.", min=1)] = None,
     name: Name = "ema",
@@ -194,6 +201,12 @@ def up(
             "say how many hosts here (--local 3), on which machines (--hosts a,b,c), or how many in a Ray cluster "
             "(--ray auto --shards 3)"
         )
+    if replicas and local is None:
+        raise typer.BadParameter(
+            "replicas are started here beside --local hosts; elsewhere, `ema-service serve --replica-of 0/3 ...` on "
+            "each machine",
+            param_hint="--replicas",
+        )
     if ray is not None:
         takes = _takes(num_cpus, num_gpus, memory, resource or [])
         task = _task(shards or 1, folder, host or "0.0.0.0", port or 0, context.args)
@@ -203,7 +216,7 @@ def up(
     if not all(machine is None or _MACHINE.fullmatch(machine) for machine in machines):
         raise typer.BadParameter(f"{hosts!r} is no list of machines such as a,b,c", param_hint="--hosts")
     where = host or "127.0.0.1", DEFAULT_PORT if port is None else port
-    plan = Plan(folder, machines, *where, through or THROUGH, context.args, announce)
+    plan = Plan(folder, machines, *where, through or THROUGH, context.args, announce, replicas, replica_token_file)
 
     def ready(url: str) -> None:
         typer.echo(f"ema-service {version('ema-service')}, cluster of {_many(len(machines))}, listens on {url}")

@@ -53,6 +53,9 @@ class Settings:
     coordinators: URLs of the cluster's coordinators. cluster_token_file: the secret that coordinators and hosts share.
     cluster_address: URL at which other hosts reach the server; None for what it announces. lease: seconds without a
     word of a coordinator, or of what started the server, after which a host ends itself; None for none.
+    replica_of: URL of the server whose runs this one follows and serves, taking no write; None for a server of its own
+    runs. replica_place: in a cluster, which host of how many the server is a replica of, in place of a URL.
+    replica_token: of a reader there, where tokens are asked for.
     json_bytes: most bytes of JSON bodies held at one time; the largest there may be, a layout, has 32 MiB.
     """
 
@@ -82,3 +85,6 @@ class Settings:
     cluster_token_file: Path | None = None
     cluster_address: str | None = None
     lease: float | None = None
+    replica_of: str | None = None
+    replica_place: tuple[int, int] | None = None
+    replica_token: str | None = field(default=None, repr=False)

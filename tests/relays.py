@@ -49,7 +49,11 @@ class Relay:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(self._to)
+            try:
+                far = socket.create_connection(self._to)
+            except OSError:  # the server is gone, and so is who came
+                near.close()
+                continue
             self.opened += 1
             self._sockets += [near, far]
             told = self.begins()

@@ -31,6 +31,7 @@
     |-- UnsupportedMediaType      415: JSON that is not sent as JSON
     |-- RangeNotSatisfiable       416
     |-- ForeignHost               421: the server does not answer to that name
+    |-- ReadOnlyReplica           421: a replica of another server, which is the one to ask
     |-- Invalid                   422
     |   |-- InvalidRequest        a field of the JSON body, the path or the query
     |   |-- MalformedBody         not a well-formed safetensors stream
@@ -90,6 +91,7 @@ __all__ = [
     "Overloaded",
     "ProtocolError",
     "RangeNotSatisfiable",
+    "ReadOnlyReplica",
     "RequestTimeout",
     "RouteNotFound",
     "RunDegraded",
@@ -492,6 +494,13 @@ class ForeignHost(EmaError):
         "use the server's IP address in the URL, or localhost on its own machine; or start the server with "
         "--allowed-host NAME, or with tokens"
     )
+
+
+class ReadOnlyReplica(EmaError):
+    code = "read_only_replica"
+    status = 421
+    title = "A replica is read alone"
+    default_hint = "send it to the original, which the detail names; the replica follows it"
 
 
 class Invalid(EmaError):

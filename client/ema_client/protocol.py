@@ -200,6 +200,10 @@ def layout_path(run: str) -> str:
     return f"{run_path(run)}/layout"
 
 
+def version_path(run: str) -> str:
+    return f"{run_path(run)}/version"
+
+
 def shards_path(run: str) -> str:
     return f"{run_path(run)}/shards"
 
@@ -517,7 +521,7 @@ class HostedShard:
 
     place, birth: as in ShardInfo. address: the URL of its host. layout: the shard's tensors, as that host's own layout
     has them. first_rows: of each of these, the row (index in the first dimension) of the run's tensor at which it
-    begins.
+    begins. replicas: URLs of servers that may hold the host's versions as well, under the same ETags.
     """
 
     place: Count
@@ -525,6 +529,7 @@ class HostedShard:
     address: Text
     layout: tuple[TensorSpec, ...]
     first_rows: tuple[Count, ...]
+    replicas: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,6 +538,59 @@ class RunShards:
 
     run: Name
     shards: tuple[HostedShard, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """Of which server a replica's runs are, and how far behind they are.
+
+    of: the URL of the original, by which writes go; empty while it is not known. reached: whether the original answers.
+    behind_seconds: for how long the replica has known of a version that it does not hold yet; 0 where it knows of none.
+    fault: why a run is not followed, None where all are.
+    """
+
+    of: Text
+    reached: bool
+    behind_seconds: float
+    fault: Text | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionAverage:
+    """An average in a version, as a replica is told it.
+
+    config: as the run has it. lineage: tells apart two averages of one name. has_weights: False before the first ones.
+    The others: as in AverageInfo.
+    """
+
+    config: AverageConfig
+    lineage: Text
+    decay: Decay
+    effective_decay: Decay | None
+    num_updates: Counter
+    has_weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunVersion:
+    """The answer to ``GET /v1/runs/{run}/version``: what a replica serves a version by, beside its weights.
+
+    lineage: tells apart two versions of one name, and stands in their ETags; None, as ``version``, before the initial
+    weights. fault: why the run takes no updates. The others: as in RunInfo.
+    """
+
+    run: Name
+    created_at: Moment
+    averages: tuple[VersionAverage, ...]
+    version: Version | None
+    lineage: Text | None
+    step: Step | None
+    num_updates: Counter
+    updated_at: Moment
+    writer: Count = 0
+    ended_at: Moment | None = None
+    fault: Text | None = None
+    shard: ShardInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,6 +614,7 @@ class RunInfo:
     ring: of a run with ``posthoc``.
     ended_at: when the trainer said that its training is over; None while a trainer may go on.
     shard: where the server has one shard of a run on several hosts: which. All else is then told of that shard.
+    replica: at a replica: of what, and how far behind this run is.
     """
 
     run: Name
@@ -589,6 +648,7 @@ class RunInfo:
     refused: Text | None = None
     ended_at: Moment | None = None
     shard: ShardInfo | None = None
+    replica: ReplicaInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -608,6 +668,7 @@ class ServerInfo:
     snapshots_waiting: how many snapshots are to be moved to the object store; None where the service has none.
         snapshot_store_fault: why that store could not be used when it was tried last, None where it could.
     hosts: of a gateway: how many hosts it speaks for; None of a server.
+    replica: at a replica: of what, and how far behind the run is that is furthest behind.
     """
 
     name: Text
@@ -627,6 +688,7 @@ class ServerInfo:
     snapshots_waiting: Count | None = None
     snapshot_store_fault: Text | None = None
     hosts: Count | None = None
+    replica: ReplicaInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -24,8 +25,20 @@ from ema_service.api.context import Context
 from ema_service.api.facts import gauge
 from ema_service.api.limits import BodyLimits, JsonBudget
 from ema_service.api.origins import Origins
+from ema_service.api.reads_alone import ReadsAlone
 from ema_service.api.requests import Requests
-from ema_service.api.routes import averages, events, history, ops, runs, snapshots, sweeps, updates, weights
+from ema_service.api.routes import (
+    averages,
+    events,
+    history,
+    ops,
+    replication,
+    runs,
+    snapshots,
+    sweeps,
+    updates,
+    weights,
+)
 from ema_service.api.tracing import open_tracing
 from ema_service.api.transfer.connection import STATE, Guard
 from ema_service.api.writes import WriteGate, Writes
@@ -39,6 +52,7 @@ from ema_service.tokens import Tokens
 
 if TYPE_CHECKING:
     from ema_service.cluster.hosting.host import Host
+    from ema_service.replica.following import Following
 
 __all__ = ["create_app", "open_registry", "pick_device"]
 
@@ -56,7 +70,7 @@ _GROWTH_BYTES = 128 << 20
 _TORCH_BYTES = 200 << 20
 
 #: In the order in which each request's route is searched: routes that trainers use all day come first.
-_PARTS = (updates, weights, runs, averages, snapshots, events, history, sweeps, ops)
+_PARTS = (updates, weights, runs, averages, snapshots, events, history, sweeps, replication, ops)
 
 _DESCRIPTION = """Holds the EMA (LitEma) shadow weights of many training runs. Trainers push their parameters,
 evaluators
@@ -76,10 +90,11 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Guard]]:
         opened = registry or open_registry(settings)
         host = _host(settings, opened)
-        context = app.state.context = Context(settings, opened, metrics, host)
+        replica = _following(settings, opened)
+        context = app.state.context = Context(settings, opened, metrics, host, replica)
         gauge(metrics, context)
-        if host:
-            host.start()
+        if partner := host or replica:  # no server is both
+            partner.start()
         tasks = [asyncio.create_task(work(context)) for work in (_verify, _checkpoint, _sync, _expire, _trim)]
         try:
             yield {STATE: Guard(settings.body_timeout, metrics.refused, metrics.slow_readers.inc)}
@@ -91,8 +106,8 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
             finally:
-                if host:
-                    await host.close()
+                if partner:
+                    await partner.close()
                 context.close()
                 if tracing:
                     tracing.close()
@@ -118,6 +133,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         silence=settings.body_timeout,
         refused=metrics.refused,
     )
+    app.add_middleware(ReadsAlone, original=partial(_original_of, app), refused=metrics.refused)
     app.state.writes = Writes()
     app.add_middleware(WriteGate, writes=app.state.writes, refused=metrics.refused)
     app.state.tokens = Tokens(settings.token_file) if settings.token_file else None
@@ -179,6 +195,33 @@ def _host(settings: Settings, registry: Registry) -> Host | None:
     token = read_cluster_token(settings.cluster_token_file)
     membership = Membership(place, of, settings.cluster_address or "", settings.coordinators, token, settings.lease)
     return Host(registry, registry.store, membership)
+
+
+def _following(settings: Settings, registry: Registry) -> Following | None:
+    """What follows the original, where the server is a replica."""
+    if settings.replica_of is None and settings.replica_place is None:
+        return None
+    from ema_service.replica.following import Following
+    from ema_service.replica.original import Original
+
+    if settings.replica_place is None:
+        url = settings.replica_of or ""
+        return Following(registry, Original(lambda: url, settings.replica_token))
+    from ema_service.cluster.messages import Arrival
+    from ema_service.cluster.replica_link import ReplicaLink
+    from ema_service.cluster.token import read_cluster_token
+
+    arrival = Arrival(*settings.replica_place, settings.cluster_address or "")
+    token = read_cluster_token(settings.cluster_token_file or Path())
+    link = ReplicaLink(arrival, settings.coordinators, token, lambda: following.filled)
+    following = Following(registry, Original(lambda: link.original, settings.replica_token), link)
+    return following
+
+
+def _original_of(app: FastAPI) -> str | None:
+    """Where writes go that come to a replica, empty while that is not known; None where the server is none."""
+    context: Context = app.state.context
+    return context.replica.original_url if context.replica else None
 
 
 def _left_for_weights(memory_limit: int) -> int:

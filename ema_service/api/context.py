@@ -29,6 +29,7 @@ from ema_service.settings import Settings
 
 if TYPE_CHECKING:
     from ema_service.cluster.hosting.host import Host
+    from ema_service.replica.following import Following
 
 __all__ = ["Context"]
 
@@ -45,19 +46,28 @@ class Context:
 
     More than a dozen attributes: the parts of a server, and who waits for one of them.
 
-    host: what the server is in a cluster; None where it decides alone. facts: what the server says of itself. workers:
+    host: what the server is in a cluster; None where it decides alone. replica: what follows the original, where the
+    server is a replica. facts: what the server says of itself. workers:
     the server's threads. mappings: of clients' shared memory that pushes lie in. readings: the versions that are being
     sent. lanes: which stretches of updates are being received. pushers, readers: the queues before the budgets of
     staging and of frozen versions. watchers: how many streams of events are open. waits: how many reads wait for a
     step. stopping: set once the server is told to stop; whoever waits for a run stops waiting then.
     """
 
-    def __init__(self, settings: Settings, registry: Registry, metrics: Metrics, host: Host | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        metrics: Metrics,
+        host: Host | None = None,
+        replica: Following | None = None,
+    ) -> None:
         self.settings = settings
         self.registry = registry
         self.metrics = metrics
         self.host = host
-        self.facts = Facts(registry, metrics, host)
+        self.replica = replica
+        self.facts = Facts(registry, metrics, host, replica)
         self.workers = Workers()
         self.mappings = Mappings()
         self.readings = Readings()

@@ -23,6 +23,7 @@ from ema_service.storage import DiskSpace
 if TYPE_CHECKING:
     from ema_service.api.context import Context
     from ema_service.cluster.hosting.host import Host
+    from ema_service.replica.following import Following
 
 __all__ = ["Facts", "gauge", "stranger_info"]
 
@@ -57,6 +58,17 @@ def gauge(metrics: Metrics, context: Context) -> None:
         "1 while a host of a cluster hears no coordinator.",
         lambda: host is not None and not host.linked,
     )
+    replica = context.replica
+    metrics.watch(
+        "ema_replica_original_away",
+        "1 while the original of a replica does not answer.",
+        lambda: replica is not None and not replica.reached,
+    )
+    metrics.watch(
+        "ema_replica_behind_seconds",
+        "For how long a replica has known of a version that it does not hold, of the run that is furthest behind.",
+        lambda: replica.info().behind_seconds if replica else 0.0,
+    )
     if store := registry.store:
         metrics.watch("ema_disk_free_bytes", "Free bytes of the data dir's disk.", lambda: store.space().free)
         metrics.watch("ema_disk_bytes", "Bytes of the data dir's disk.", lambda: store.space().total)
@@ -87,9 +99,12 @@ def stranger_info() -> ServerInfo:
 class Facts:
     """What a running server answers about itself. To be called off the event loop, by one thread at a time."""
 
-    def __init__(self, registry: Registry, metrics: Metrics, host: Host | None = None) -> None:
+    def __init__(
+        self, registry: Registry, metrics: Metrics, host: Host | None = None, replica: Following | None = None
+    ) -> None:
         self._registry = registry
         self._host = host
+        self._replica = replica
         self._metrics = metrics
         self._size: tuple[float, int] | None = None
 
@@ -114,6 +129,7 @@ class Facts:
             scopes=tuple(access.all_scopes),
             snapshots_waiting=registry.offload.waiting if registry.offload else None,
             snapshot_store_fault=registry.offload.fault if registry.offload else None,
+            replica=self._replica.info() if self._replica else None,
         )
 
     def metrics(self, access: Access) -> bytes:
@@ -123,7 +139,14 @@ class Facts:
 
     def check_ready(self) -> None:
         """Raises StorageFailed where new runs and snapshots are refused, for the disk is full; Overloaded where a host
-        of a cluster hears no coordinator, and so nothing is written."""
+        of a cluster hears no coordinator, and so nothing is written, and where a replica has not read its original."""
+        if self._replica and not self._replica.filled:
+            why = self._replica.info().fault
+            raise Overloaded(
+                f"this replica has not read all runs of its original yet{f': {why}' if why else ''}",
+                hint="readers are better sent to the original, or to another replica, until then",
+                retry_after=_RETRY_SECONDS,
+            )
         if self._host and not self._host.linked:
             raise Overloaded(
                 "this host of a cluster hears no coordinator: its runs are read, and not written",

@@ -88,7 +88,7 @@ def serve(
         told = AddressFile(settings.address_file, most_reachable(url, uds)) if settings.address_file else None
         if told:
             stack.callback(told.withdraw)
-        if settings.shard:
+        if settings.shard or settings.replica_place:
             settings = replace(settings, cluster_address=settings.cluster_address or url)
         app = create_app(settings, open_registry(settings, store))
         config = uvicorn.Config(

@@ -3,7 +3,8 @@
     POST /v1/runs/{run}/shards/{place}/link      a shard's Arrival; the answer is a stream of messages for the shard
     POST /v1/runs/{run}/shards/{place}/reports   a shard's Report, Refusal or Arrival
     POST /v1/runs/{run}/changes                  a Change; answered with an Answer
-    GET  /v1/runs/{run}/shards                   who holds what
+    GET  /v1/runs/{run}/shards                   who holds what; of all hosts, their replicas too
+    POST /v1/replicas                            a replica's Arrival, each second; answered with where its host is
     GET  /healthz, /metrics                      for whoever runs the cluster: they name no run
 
 Shards open all connections: a coordinator has to be reached, and needs to reach nobody. It keeps nothing, on no disk;
@@ -21,6 +22,7 @@ import logging
 import re
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from functools import partial
@@ -36,8 +38,9 @@ from ema_client.errors import BodyTooLarge, InvalidRequest, Unauthorized
 from ema_service.cluster.conversation import Conversation, Conversations, Listening
 from ema_service.cluster.counting import CoordinatorMetrics
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
-from ema_service.cluster.messages import Arrival, Change, Message, Refusal, Report
+from ema_service.cluster.messages import DIRECTORY, Arrival, Change, Message, Refusal, Report
 from ema_service.cluster.problems import answer_with_problems, problem
+from ema_service.cluster.replicas import Replicas
 from ema_service.cluster.token import HEADER_NUMBER, ClusterToken
 
 __all__ = ["create_coordinator", "listening_socket", "serve"]
@@ -59,8 +62,8 @@ _OPEN = frozenset({"/healthz", "/metrics"})
 def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAPI:
     """The application of one coordinator. ended: called where another coordinator has taken over."""
     metrics = CoordinatorMetrics()
-    talks = Conversations(partial(secrets.token_hex, 8), metrics)
-    _watch(metrics, talks)
+    talks, replicas = Conversations(partial(secrets.token_hex, 8), metrics), Replicas()
+    _watch(metrics, talks, replicas)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -109,7 +112,11 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
     async def shards(run: str) -> JSONResponse:
         talk = talks.find(run)
         seats = [asdict(seat) for seat in talk.seats()]
-        return JSONResponse({"run": run, "term": talk.core.term.number, "fault": talk.core.fault, "shards": seats})
+        told = {"run": run, "term": talk.core.term.number, "fault": talk.core.fault, "shards": seats}
+        more = {"replicas": list(map(asdict, replicas.now(time.time())))} if run == DIRECTORY else {}
+        return JSONResponse({**told, **more})
+
+    app.add_route("/v1/replicas", partial(_replica, talks, replicas), methods=["POST"])
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
@@ -122,8 +129,8 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
     return app
 
 
-def _watch(metrics: CoordinatorMetrics, talks: Conversations) -> None:
-    """Add the gauges whose values the talks know."""
+def _watch(metrics: CoordinatorMetrics, talks: Conversations, replicas: Replicas) -> None:
+    """Add the gauges whose values the talks know, and how many replicas are heard."""
 
     def seats(*, listening: bool) -> int:
         return sum(seat.listens is listening for talk in talks.all() for seat in talk.seats())
@@ -131,11 +138,25 @@ def _watch(metrics: CoordinatorMetrics, talks: Conversations) -> None:
     metrics.watch("ema_coordinator_talks", "Talks: one a run, and one of all hosts.", lambda: len(talks.all()))
     metrics.watch("ema_coordinator_listening", "Shards that listen, of all talks.", lambda: seats(listening=True))
     metrics.watch("ema_coordinator_shards_away", "Shards that do not.", lambda: seats(listening=False))
+    metrics.watch("ema_coordinator_replicas", "Replicas of hosts.", lambda: len(replicas.now(time.time())))
     metrics.watch(
         "ema_coordinator_faults",
         "Talks in which nothing is decided, for a shard lacks what the others have.",
         lambda: sum(talk.core.fault is not None for talk in talks.all()),
     )
+
+
+async def _replica(talks: Conversations, replicas: Replicas, request: Request) -> JSONResponse:
+    """Hear a replica, and tell it where its host is. Raises InvalidRequest for a place that there is not; RunNotFound
+    before the first host has come."""
+    arrival = await _message(request, Arrival)
+    seats = {seat.place: seat for seat in talks.find(DIRECTORY).seats()}
+    if arrival.shards != len(seats) or arrival.shard not in seats:
+        raise InvalidRequest(
+            f"a replica of host {arrival.shard} of {arrival.shards}: there are {len(seats)} hosts, counted from 0"
+        )
+    replicas.hear(arrival, time.time())
+    return JSONResponse({"original": seats[arrival.shard].address})
 
 
 async def _ask_again(talks: Conversations) -> None:

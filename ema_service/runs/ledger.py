@@ -490,6 +490,11 @@ class Ledger:
         if version:
             self.commit(version)
 
+    def follow(self, setup: Setup, writer: int, ended_at: float | None, fault: str | None) -> None:
+        """The run is as its original is, of which this one is a replica; the version follows by commit()."""
+        self.succession = Succession(setup)
+        self.writer, self.ended_at, self.fault = writer, ended_at, fault
+
     def retire(self, *, replaced: bool = False) -> None:
         """The run is deleted, or replaced by another of its name: refuse everything from now on."""
         self.replaced = replaced

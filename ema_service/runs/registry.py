@@ -453,6 +453,23 @@ class Registry:
         self._claims.add(claim)
         return Candidate(made, claim)
 
+    def follow(self, setup: Setup, created_at: float, shard: ShardInfo | None) -> Run:
+        """A run as another server has it, without weights yet, in place of any other of its name (Run.follow).
+
+        setup: as that run has it. Raises Overloaded where memory has no room for the run; TooManyRuns.
+        """
+        config = setup.config
+        layout = Layout(config.layout, config.copied)
+        with self._alone(config.run):
+            found = self._runs.get(config.run)
+            with self._claimed(config, layout, found) as claim:
+                if found:
+                    self.delete(config.run)
+                run = Run(setup.created, layout, self.memory, created_at=created_at, setup=setup, shard=shard)
+                parts = Timeline(config.run, None, None), Sweeps(config.run, None, None)
+                made = _Registered(run, Parts(run), *parts, Measurements(config.run, layout), None)
+                return self._entered(made, claim).run
+
     # key, wherever a method takes it: of the write, which is applied once however often it comes.
 
     def set_decay(self, name: str, decay: float, average: str | None, key: str | None = None) -> Run:
@@ -604,7 +621,7 @@ class Registry:
         StorageFailed, and then the run is as it was.
         """
         found = self._find(name, created_at)
-        if forget_row is None:
+        if forget_row is None and found.disk:
             found.run.check_alone()
 
         def forget() -> None:

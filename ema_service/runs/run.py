@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from ema_client.errors import InvalidRequest, Superseded
-from ema_client.protocol import RingInfo, RunConfig, RunInfo, ShardInfo, SnapshotInfo, UpdateResult
+from ema_client.protocol import ReplicaInfo, RingInfo, RunConfig, RunInfo, ShardInfo, SnapshotInfo, UpdateResult
 from ema_service.averaging import prepare_for
 from ema_service.memory import Arena, Layout, Memory, Staged
 from ema_service.metrics import Pulse
@@ -203,14 +203,16 @@ class Run:
     Methods that change the run take its lock and may block: call them off the event loop (see ``quick``).
 
     More than twenty methods: one for each way in which a version of the run comes about, and what readers ask.
+    More than a dozen attributes: what those need, and who tells of the run.
 
     A shard of a run on several hosts (cluster.ShardRun) goes the same way in two halves: finish(), then under
     deciding() prepare(), and under deciding() again what the Write says. The methods that decide alone refuse there.
 
     ledger: for questions; what it decided takes effect by the methods here. keeper: None where nothing is kept on disk.
     changes: the listeners. links: how pushes arrive. memory: where arenas of the run are made. ring: tells of the run's
-    ring, where it has one. shard: which shard of a run on several hosts the run is. measurements: told of each update
-    that was applied; None where nothing is measured.
+    ring, where it has one. replica: tells how far behind its original the run is, where it is a replica of another
+    server's. shard: which shard of a run on several hosts the run is. measurements: told of each update that was
+    applied; None where nothing is measured.
     """
 
     def __init__(
@@ -237,6 +239,7 @@ class Run:
         self.changes = Changes()
         self.links = Links()
         self.ring: Callable[[], RingInfo] | None = None
+        self.replica: Callable[[], ReplicaInfo] | None = None
         self._shadows = Shadows(layout, memory, check=config.non_finite == "refuse")
         self._keeper = keeper
         self._measurements = measurements
@@ -273,6 +276,8 @@ class Run:
         more: dict[str, Any] = {"shard": self.shard} if self.shard else {}
         if self.ring:
             more["ring"] = self.ring()
+        if self.replica:
+            more["replica"] = self.replica()
         return replace(told, **more) if more else told
 
     def pulse(self) -> Pulse:
@@ -630,6 +635,18 @@ class Run:
         with self._lock:
             self._shadows.commit(state)
             self.ledger.restore(state.version if state else None, steps, last_epoch, fault)
+        self.changes.tell()
+
+    def follow(
+        self, setup: Setup, state: State | None, *, writer: int, ended_at: float | None, fault: str | None
+    ) -> None:
+        """Be as the run of another server is, whose replica this one is. state: of a version that is here whole."""
+        with self._lock:
+            self.ledger.follow(setup, writer, ended_at, fault)
+            if state is None:
+                self.moving_to_nothing(partial(self.ledger.follow, setup, writer, ended_at, fault)).put()
+            elif state is not self.state:
+                self._put_in_place(state)
         self.changes.tell()
 
     def retire(self, forget: Callable[[], None], *, replaced: bool = False) -> None:

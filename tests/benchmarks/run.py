@@ -9,6 +9,7 @@
     wire      one gigabyte by every way, ours and others', beside the raw sockets
     lanes     large bodies over several connections, on links that give each connection a share, and on loopback
     hosts     a run on several hosts with a link each, beside one server with such a link
+    replicas  evaluators that pull from one server, and from one with replicas, each with a link of its own
     connections   one gigabyte pushed over one connection, and split over several
     tls       pushes and pulls over TLS beside those without, and what the server's threads spend on them
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
@@ -53,6 +54,7 @@ import latency
 import memory
 import models
 import posthoc
+import replicas
 import start
 import tls
 import training
@@ -78,6 +80,7 @@ GROUPS: dict[str, Measure] = {
     "wire": wire.measure,
     "lanes": lanes.measure,
     "hosts": hosts.measure,
+    "replicas": replicas.measure,
     "connections": connections.measure,
     "tls": tls.measure,
     "sizes": latency.measure_sizes,

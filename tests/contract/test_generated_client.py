@@ -209,6 +209,8 @@ def test_every_answer_is_as_documented(ask: Asking, tokens: dict[str, Any]) -> N
     assert [spec.name for spec in ask("show_layout", "r").layout] == [spec["name"] for spec in LAYOUT]
     ask("show_layout", "nobody", status=404)
     assert ask("show_config", "r").durability == "process"
+    assert ask("show_version", "r", hold=True).lineage
+    ask("show_version", "nobody", status=404)
     ask("show_config", "nobody", status=404)
     assert ask("show_run", "-", status=422).code == "invalid_request"
     ask("delete_snapshot", "r", "s", status=204)

@@ -22,10 +22,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" / "ema_client"}
 
-# cli -> api -> {cluster, dashboard} -> runs -> persistence -> {shadows, bodies} -> {memory, storage} -> averaging: a
-# part may use what stands to its right, and shadows and bodies, memory and storage do without each other. settings,
-# metrics, threads, machine_memory, descriptors, logs, addresses, address_file, readiness, sizes, tether, tokens, values
-# and tensors are leaves.
+# cli -> api -> {cluster, replica, dashboard} -> runs -> persistence -> {shadows, bodies} -> {memory, storage} ->
+# averaging: a part may use what stands to its right, and shadows and bodies, memory and storage do without each other.
+# settings, metrics, threads, machine_memory, descriptors, logs, addresses, address_file, readiness, sizes, tether,
+# tokens, values and tensors are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
     *("readiness", "sizes", "tether", "tokens", "values", "tensors"),
@@ -33,12 +33,14 @@ LEAVES = {
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"api", "cluster", "cluster_cli", "persistence", "storage", "demo", "bench"} | LEAVES,
+    "cli": {"api", "cluster", "replica", "cluster_cli", "persistence", "storage", "demo", "bench"} | LEAVES,
     "cluster_cli": {"cluster", "dashboard"} | LEAVES,
-    "api": {"cluster", "dashboard", "runs", "persistence", "shadows", "bodies", "memory", "storage", "averaging"}
+    "api": {"cluster", "replica", "dashboard", "runs", "persistence", "shadows", "bodies"}
+    | {"memory", "storage", "averaging"}
     | LEAVES,
     "dashboard": set(),
     "cluster": {"runs", "persistence", "memory", "storage", "averaging"} | LEAVES,
+    "replica": {"runs", "shadows", "bodies", "memory", "averaging"} | LEAVES,
     "runs": {"persistence", "shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "persistence": {"shadows", "bodies", "memory", "storage", "averaging"} | LEAVES,
     "shadows": {"memory", "averaging"} | LEAVES,

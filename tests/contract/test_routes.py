@@ -28,6 +28,7 @@ BUILT = {
     "GET /v1/runs/{run}",
     "GET /v1/runs/{run}/layout",
     "GET /v1/runs/{run}/config",
+    "GET /v1/runs/{run}/version",
     "PATCH /v1/runs/{run}",
     "DELETE /v1/runs/{run}",
     "POST /v1/runs/{run}/reset-num-updates",

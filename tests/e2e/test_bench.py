@@ -174,6 +174,7 @@ LATER = (
     "wire",
     "lanes",
     "hosts",
+    "replicas",
     "latency",
     "gpt2",
     "trainer",
@@ -273,6 +274,16 @@ EXPECTED = {
         "pull, 2 hosts",
         "push, 3 hosts",
         "pull, 3 hosts",
+    ],
+    "replicas": [
+        *(
+            f"pull, {count}, {where}"
+            for count in ("1 evaluator", "4 evaluators", "8 evaluators")
+            for where in ("one server", "with 1 replica", "with 2 replicas")
+        ),
+        "push, nobody reads",
+        "push, 8 read at one server",
+        "push, 8 read at two replicas",
     ],
     "connections": [
         "raw TCP loopback",
@@ -477,6 +488,14 @@ DEMANDED = {
     ("pull, lanes found", "pull, two lanes", 0.97),
     *((f"push, {k} hosts", "push, one server", 0.95 * k) for k in (2, 3)),
     *((f"pull, {k} hosts", "pull, one server", 0.9 * k) for k in (2, 3)),
+    *(
+        (f"pull, {count} evaluators, {where}", f"pull, {count} evaluators, one server", 0.8 * count / busiest)
+        for count, busiest, where in (
+            *((4, 2, "with 1 replica"), (4, 2, "with 2 replicas")),
+            *((8, 4, "with 1 replica"), (8, 3, "with 2 replicas")),
+        )
+    ),
+    *((f"push, 8 read at {where}", "push, nobody reads", 0.5) for where in ("one server", "two replicas")),
     ("push over TLS, lanes found", "push over TLS, one lane", 0.97),
     ("pull over TLS, lanes found", "pull over TLS, two lanes", 0.97),
     ("the same, measured as the server does: one of five", "averaging a push, nothing measured", 0.9),

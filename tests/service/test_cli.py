@@ -219,3 +219,35 @@ def test_data_dir_of_another_host(tmp_path: Path, token_file: Path) -> None:
     other.add_run("r", "{}", 1.5)
     other.close()
     assert_one_line(serve("--shard=0/3", *member[:2], f"--data-dir={tmp_path / 'other'}"), "another --data-dir")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--replica-token-file=t",), "--replica-of"),
+        (("--replica-of=http://h:1", "--shard=0/3", *MEMBER[1:2], "--cluster-token-file={token}"), "--shard"),
+        (("--replica-of=http://h:1", "--snapshot-store=s"), "--snapshot-store"),
+        (("--replica-of=3/3", *MEMBER[1:2], "--cluster-token-file={token}"), "0/3"),
+        (("--replica-of=0/3",), "--coordinator"),
+    ],
+)
+def test_flags_that_make_no_replica(flags: tuple[str, ...], says: str, token_file: Path) -> None:
+    """Each is refused with what is missing, or too much."""
+    ended = serve(*(flag.format(token=token_file) for flag in flags))
+    assert (ended.exit_code, says in ended.stderr) == (2, True), ended.stderr
+
+
+@pytest.mark.parametrize("url", ["ftp://h", "http://", "http://h/path", "http://u:p@h"])
+def test_urls_that_lead_to_no_original(url: str) -> None:
+    """They are refused at the start, in one line."""
+    assert_one_line(serve(f"--replica-of={url}"), "http://HOST:PORT")
+
+
+def test_a_reader_token_that_is_none(tmp_path: Path) -> None:
+    """A file that is not there, or holds no single word, is named and not quoted."""
+    file = tmp_path / "reader"
+    assert_one_line(serve("--replica-of=http://h:1", f"--replica-token-file={file}"), "reader")
+    file.write_text("two words\n")
+    ended = serve("--replica-of=http://h:1", f"--replica-token-file={file}")
+    assert_one_line(ended, "reader", "one line with a token")
+    assert "two words" not in ended.stderr

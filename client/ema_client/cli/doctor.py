@@ -87,6 +87,7 @@ def _findings(probe: Probe) -> Iterator[Finding]:
     yield _way(probe, ended - begun)
     yield _sharing(probe)
     yield from _room(server)
+    yield from _replica(server)
     yield from _snapshot_store(server)
     yield from _runs(probe, started)
 
@@ -171,6 +172,15 @@ def _room(server: ServerInfo) -> Iterator[Finding]:
             server.disk_total_bytes,
             "`ema du` says what takes it; `ema delete-snapshot` and `ema delete` make room",
         )
+
+
+def _replica(server: ServerInfo) -> Iterator[Finding]:
+    """That writes go elsewhere, and how far behind what is read here may be."""
+    found = server.replica
+    if found is None:
+        return
+    remedy = None if found.reached else "look at the original, and the way to it; what is held is served meanwhile"
+    yield Finding("replica", "ok" if found.reached else "warning", f"{show.replica(found)}; writes go there", remedy)
 
 
 def _snapshot_store(server: ServerInfo) -> Iterator[Finding]:

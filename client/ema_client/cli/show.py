@@ -10,9 +10,9 @@ import time
 from typing import Any
 
 from ema_client.errors import printable
-from ema_client.protocol import AverageInfo, RingInfo
+from ema_client.protocol import AverageInfo, ReplicaInfo, RingInfo
 
-__all__ = ["age", "complain", "number", "shown", "size", "when"]
+__all__ = ["age", "complain", "number", "replica", "shown", "size", "when"]
 
 
 def shown(name: str, value: Any) -> str:
@@ -27,6 +27,8 @@ def shown(name: str, value: Any) -> str:
         return "\n".join(_average(average) for average in value)
     if isinstance(value, RingInfo):
         return _ring(value)
+    if isinstance(value, ReplicaInfo):
+        return replica(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -42,6 +44,13 @@ def _ring(info: RingInfo) -> str:
     kept = f"{len(info.times)} of {info.snapshots} snapshots of sigma_rel {widths} in {info.dtype}, {size(info.bytes)}"
     times = ", ".join(map(str, info.times)) or "none yet"
     return f"{kept}\nat num_updates {times}"
+
+
+def replica(info: ReplicaInfo) -> str:
+    """Of what a replica is one, and how far behind it is."""
+    behind = f"behind for {info.behind_seconds:.0f} s" if info.behind_seconds else "has the newest version it knows of"
+    away = "" if info.reached else ", which does not answer"
+    return f"of {info.of or 'a host that is not known yet'}{away}; {behind}{f': {info.fault}' if info.fault else ''}"
 
 
 def number(value: float | None, digits: int = 4) -> str:

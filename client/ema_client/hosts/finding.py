@@ -40,11 +40,12 @@ _MOST_RUNS = 1000
 
 @dataclass(frozen=True)
 class Host:
-    """One host of a run. transport: to it. rows: by tensor, the rows [start, stop) of the run's tensor that are here;
-    None: a tensor without dimensions."""
+    """One host of a run. transport: to it. replicas: to those that may hold its versions as well. rows: by tensor, the
+    rows [start, stop) of the run's tensor that are here; None: a tensor without dimensions."""
 
     shard: HostedShard
     transport: Transport
+    replicas: tuple[Transport, ...] = ()
 
     @cached_property
     def header(self) -> bytes:
@@ -63,8 +64,8 @@ class Host:
 
     @cached_property
     def pulls(self) -> Pulls:
-        """What is read from the host alone."""
-        return Pulls(self.transport)
+        """What is read of the host's rows, from the host and its replicas."""
+        return Pulls(self.transport, self.replicas)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,10 @@ class Hosts:
                 raise ProtocolError(
                     f"the map of run {said.run!r} does not say where tensors of shard {shard.place} begin"
                 )
-        return HostedRun(said.run, tuple(Host(shard, self._to(shard.address)) for shard in said.shards))
+        return HostedRun(said.run, tuple(map(self._host, said.shards)))
+
+    def _host(self, shard: HostedShard) -> Host:
+        return Host(shard, self._to(shard.address), tuple(map(self._to, shard.replicas)))
 
     def _remember(self, run: str, found: HostedRun | None) -> None:
         with self._lock:

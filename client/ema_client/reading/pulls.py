@@ -7,7 +7,7 @@ not know: routes, sockets, how lanes and slices are read (laned, slices).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from ema_client.http.transport import Query, Transport
 from ema_client.protocol import MAX_WAIT, WeightsInfo
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Progress, Tally
+from ema_client.reading.holders import Holders
 from ema_client.reading.laned import LanedPull, Listener
 from ema_client.reading.ranges import OpenRange, check_part
 from ema_client.reading.slices import Wanted, fetch
@@ -43,6 +44,8 @@ _MOST_SIZES = 1000
 _WORKED_OUT = 2
 #: The first request asks for this fraction of large weights, where lanes may turn out to be unlike.
 _LEADS = 16
+#: Of weights that several servers hold, so many stretches for each: the fastest then bring more than the others.
+_EACH_HOLDER = 4
 #: Even parts are no larger: a part that breaks off comes again.
 _EVEN_BYTES = 256 << 20
 
@@ -52,6 +55,7 @@ class Pulls:
 
     Args:
         transport: opens bodies and repeats requests.
+        replicas: to servers that may hold the same versions: of large weights they are asked for stretches.
         split_above: weights of more bytes than this are pulled over several connections.
         check_large: whether large weights are compared with the service's digest; by default where the service is on
             another host, as several connections on one host use all of its cores already.
@@ -61,12 +65,14 @@ class Pulls:
     def __init__(
         self,
         transport: Transport,
+        replicas: Sequence[Transport] = (),
         *,
         split_above: int = SPLIT_ABOVE,
         longest_wait: float = MAX_WAIT,
         check_large: bool | None = None,
     ) -> None:
         self._transport = transport
+        self._holders = Holders(transport, replicas)
         self._split_above = split_above
         self._longest_wait = longest_wait
         self._check_large = not transport.same_host if check_large is None else check_large
@@ -160,6 +166,8 @@ class Pulls:
 
     def _lead(self, asked: Asked, size: int) -> int | None:
         """Bytes of the data section to ask for with the head, of weights of ``size`` bytes, 0 where that is unknown."""
+        if size > self._split_above and self._holders.several:
+            return SMALLEST_BYTES
         if size > self._split_above:
             return self._even(asked, size) or max(SMALLEST_BYTES, size // _LEADS)
         return self._split_above if asked.is_stored else None
@@ -173,6 +181,8 @@ class Pulls:
         """
         if not asked.is_stored:
             return -(-size // _WORKED_OUT)
+        if self._holders.several:
+            return min(_EVEN_BYTES, max(SMALLEST_BYTES, size // (_EACH_HOLDER * self._holders.count)))
         alike = self._transport.alike(PULLS)
         return None if alike is None else min(_EVEN_BYTES, -(-size // alike))
 
@@ -185,7 +195,7 @@ class Pulls:
         def open_range(start: int, stop: int | None, etag: str | None) -> Download:
             # Only the first request waits for the step: the others name the first one's ETag, and so its version.
             query, seconds = (asked.query, 0.0) if etag else ({**asked.query, **waiting}, patience)
-            part = self._transport.download(
+            part = self._holders.download(
                 asked.path, query=query, start=start, stop=stop, etag=etag, patience=seconds + asked.work_seconds
             )
             check_part(part, start, etag)

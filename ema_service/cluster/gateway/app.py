@@ -284,8 +284,8 @@ class _Gateway:
 
         async def ask() -> RunShards:
             infos = await self._each(request, run_path(run), RunInfo)
-            addresses = [host.address for host in await self.hosts.all()]
-            return shards_of(infos, await self._map_of(infos[0], request), addresses)
+            hosts = await self.hosts.all()
+            return shards_of(infos, await self._map_of(infos[0], request), hosts)
 
         return _json(await self._agreed(ask))
 

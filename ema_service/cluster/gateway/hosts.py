@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -54,13 +55,20 @@ _OF_A_HOST = (InternalError, Overloaded, RunDegraded, Stopping, StorageFailed)
 
 
 class HostAddress(NamedTuple):
-    """One host. address: its URL, without a slash at the end."""
+    """One host, or a replica of it. address: its URL, without a slash at the end. replicas: the URLs of a host's."""
 
     place: int
     address: str
+    replicas: tuple[str, ...] = ()
+    is_replica: bool = False
+
+    @property
+    def holders(self) -> tuple[HostAddress, ...]:
+        """Who may hold a version: the host itself, then its replicas."""
+        return self, *(HostAddress(self.place, each, is_replica=True) for each in self.replicas)
 
     def __str__(self) -> str:
-        return f"host {self.place} ({self.address})"
+        return f"{'a replica of ' if self.is_replica else ''}host {self.place} ({self.address})"
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
@@ -87,6 +95,8 @@ class Hosts:
         self._map: tuple[HostAddress, ...] = ()
         self._told = float("-inf")
         self._asking = asyncio.Lock()
+        #: By place: how often a holder was chosen.
+        self._turns: Counter[int] = Counter()
         self.metrics = GatewayMetrics()
 
     async def close(self) -> None:
@@ -158,7 +168,8 @@ class Hosts:
         request = self._client.build_request(method, host.address + path, headers=given, **more)
         with self._faults(host):
             answer = await self._client.send(request, stream=True)
-        self.metrics.away.labels(str(host.place)).set(0)
+        if not host.is_replica:
+            self.metrics.away.labels(str(host.place)).set(0)
         try:
             if answer.status_code >= 400:
                 with self._faults(host):
@@ -172,6 +183,11 @@ class Hosts:
         with self._faults(host):
             async for chunk in answer.aiter_raw():
                 yield chunk
+
+    def next_holder(self, host: HostAddress) -> HostAddress:
+        """The host itself or one of its replicas, in turn."""
+        self._turns[host.place] += 1
+        return host.holders[self._turns[host.place] % len(host.holders)]
 
     async def talk(self, talk: str) -> dict[str, Any] | None:
         """What the first coordinator that answers says of a talk and its shards; None where none does."""
@@ -217,8 +233,9 @@ class Hosts:
             yield
         except httpx2.HTTPError as fault:
             self._told = float("-inf")
-            self.metrics.away.labels(str(host.place)).set(1)
-            self.metrics.failures.labels(str(host.place)).inc()
+            if not host.is_replica:
+                self.metrics.away.labels(str(host.place)).set(1)
+                self.metrics.failures.labels(str(host.place)).inc()
             raise Overloaded(
                 f"{host} does not answer: {type(fault).__name__}",
                 hint="nothing is decided without every host: start it again, or wait until it is there",
@@ -239,11 +256,18 @@ def _hosts_of(told: Any) -> tuple[HostAddress, ...]:
     try:
         seats = {int(seat["place"]): seat["address"] for seat in told["shards"]}
         away = [place for place in range(len(seats)) if not seats[place]]
+        replicas: dict[int, tuple[str, ...]] = dict.fromkeys(seats, ())
+        for each in told.get("replicas", ()):
+            replicas[int(each["place"])] += (_plain(each["address"]),)
     except (KeyError, TypeError) as fault:
         raise ValueError(f"no map: {type(fault).__name__}") from None
     if away or not seats:
         raise Overloaded(f"host {', '.join(map(str, away))} has not come to the coordinator yet")
-    return tuple(HostAddress(place, str(seats[place]).rstrip("/")) for place in range(len(seats)))
+    return tuple(HostAddress(place, _plain(seats[place]), replicas[place]) for place in range(len(seats)))
+
+
+def _plain(address: object) -> str:
+    return str(address).rstrip("/")
 
 
 def _error_of(host: HostAddress, answer: httpx2.Response, body: bytes) -> EmaError:

@@ -19,7 +19,7 @@ from ema_service.cluster.gateway.hosts import HostAddress, Hosts
 from ema_service.cluster.layout_map import LayoutMap, ShardLayout
 from ema_service.cluster.messages import DIRECTORY, talk_of
 
-__all__ = ["HostNow", "Overview", "RunOverview", "ShardNow", "overview_of", "run_overview_of"]
+__all__ = ["HostNow", "Overview", "ReplicaNow", "RunOverview", "ShardNow", "overview_of", "run_overview_of"]
 
 T = TypeVar("T")
 
@@ -28,9 +28,20 @@ _PATIENCE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaNow:
+    """One replica of a host. since: when a coordinator heard it first, Unix seconds. server, fault: as of HostNow."""
+
+    address: str
+    since: float
+    server: ServerInfo | None
+    fault: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class HostNow:
     """One host. address: None where it never came. listens: to the coordinator, None where no coordinator tells; since:
-    when that began, Unix seconds. server: what the host says of itself. fault: why it does not, or takes no writes."""
+    when that began, Unix seconds. server: what the host says of itself. fault: why it does not, or takes no writes.
+    replicas: those that a coordinator hears."""
 
     place: int
     address: str | None
@@ -38,6 +49,7 @@ class HostNow:
     since: float | None
     server: ServerInfo | None
     fault: str | None
+    replicas: tuple[ReplicaNow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +93,8 @@ async def overview_of(hosts: Hosts, headers: Mapping[str, str]) -> Overview:
     neither a coordinator nor a host answers."""
     told = await hosts.talk(DIRECTORY)
     seats: Sequence[Mapping[str, Any]] = told["shards"] if told else [each._asdict() for each in await hosts.all()]
-    found = await asyncio.gather(*(_host(hosts, seat, headers) for seat in seats))
+    replicas: Sequence[Mapping[str, Any]] = told.get("replicas", ()) if told else ()
+    found = await asyncio.gather(*(_host(hosts, seat, replicas, headers) for seat in seats))
     known = [each.server for each in found if each.server]
     if not known:
         raise Overloaded("no host of the cluster answers", retry_after=1.0)
@@ -112,18 +125,32 @@ async def run_overview_of(run: str, hosts: Hosts, headers: Mapping[str, str], sh
     return RunOverview(run, _term(told), told["fault"] if told else None, tuple(found))
 
 
-async def _host(hosts: Hosts, seat: Mapping[str, Any], headers: Mapping[str, str]) -> HostNow:
-    """How one host stands. Raises Unauthorized, Forbidden."""
+async def _host(
+    hosts: Hosts, seat: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]], headers: Mapping[str, str]
+) -> HostNow:
+    """How one host stands, and those among the ``replicas`` that are its own. Raises Unauthorized, Forbidden."""
     place, address = int(seat["place"]), seat["address"]
     listens, since = seat.get("listens"), seat.get("since")
     if address is None:
         return HostNow(place, None, listens, since, None, "has not come to the coordinator yet")
-    host = HostAddress(place, address)
+    own = [each for each in replicas if int(each["place"]) == place]
+    (server, fault), *others = await asyncio.gather(
+        _server(hosts, HostAddress(place, address), headers),
+        *(_server(hosts, HostAddress(place, str(each["address"]), is_replica=True), headers) for each in own),
+    )
+    told = (
+        ReplicaNow(str(each["address"]), float(each["since"]), *said) for each, said in zip(own, others, strict=True)
+    )
+    return HostNow(place, address, listens, since, server, fault, tuple(told))
+
+
+async def _server(hosts: Hosts, host: HostAddress, headers: Mapping[str, str]) -> tuple[ServerInfo | None, str | None]:
+    """What a host or a replica says of itself, and why it does not, or is not ready. Raises Unauthorized, Forbidden."""
     more = {"timeout": _PATIENCE_SECONDS}
     server, fault = await _asked(hosts.json(host, "GET", server_path(), ServerInfo, headers, **more))
     if server:
         _, fault = await _asked(hosts.send(host, "GET", "/readyz", headers, **more))
-    return HostNow(place, address, listens, since, server, fault.detail if fault else None)
+    return server, fault.detail if fault else None
 
 
 async def _asked(answer: Awaitable[T]) -> tuple[T | None, EmaError | None]:

@@ -2,8 +2,8 @@
 
     each host     bytes=0-65535      its ETag and header: the version stays there for a second, whatever is applied
     compare       one version?       else those that are behind are asked again, three times in all
-    each in turn  bytes=N-, If-Range its data; those whose turn comes later are asked for a byte now and then, which has
-                                     the version stay
+    each in turn  bytes=N-, If-Range its data, of the host or a replica that holds the version; those whose turn is not
+                                     over are asked for a byte now and then, which has the version stay
 
 So no host has a connection on which nothing moves, and a gateway has no more of a body than it is sending. The ETag is
 made of the hosts' ETags: a request with If-Range brings them back, and each host is asked for the version it names. A
@@ -63,6 +63,10 @@ _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z", re.ASCII)
 #: What of a query each host answers for its shard.
 _QUERY = frozenset({"average", "dtype", "prefix", "min_step", "wait"})
 _OF_A_SNAPSHOT = frozenset({"average", "dtype", "prefix"})
+
+
+#: Seconds for a replica to be there: the host itself is asked then.
+_REPLICA_CONNECT = 1.0
 
 
 class _Moved(Exception):
@@ -228,7 +232,8 @@ class _Asked:
         if etag:
             headers["If-Range"] = etag
         # Who waits for a step waits in silence.
-        timeout = httpx2.Timeout(SILENCE + _seconds(query.get("wait")), connect=SILENCE)
+        patience = _REPLICA_CONNECT if host.is_replica else SILENCE
+        timeout = httpx2.Timeout(SILENCE + _seconds(query.get("wait")), connect=patience)
         async with self.hosts.open(host, "GET", self.path, headers, params=query, timeout=timeout) as answer:
             if answer.status_code != 206:
                 raise _Moved
@@ -265,25 +270,38 @@ class _Whole:
                 if span.shard is None:
                     yield self.body.header[span.start : span.stop]
                     continue
-                shard = later.pop(0)
+                shard = later[0]
+                if not shard.host.replicas:  # else the version stays here as well, should a replica break off
+                    del later[0]
                 async for chunk in self._data(shard, span.start, span.stop):
                     yield chunk
+                if shard.host.replicas:
+                    del later[0]
         finally:
             holding.cancel()
             await asyncio.gather(holding, return_exceptions=True)
 
     async def _data(self, shard: _Shard, start: int, stop: int) -> AsyncIterator[bytes]:
-        """Bytes [start, stop) of a shard's data."""
+        """Bytes [start, stop) of a shard's data, from whoever holds the version: a replica that is chosen in turn may
+        lack it, or break off, and the host has the rest."""
         start, stop = start + shard.head_bytes, stop + shard.head_bytes
         if lead := shard.lead[start:stop]:
             yield lead
-        if start + len(lead) < stop:
-            async with contextlib.aclosing(self._asked.chunks(shard, start + len(lead), stop)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        at = start + len(lead)
+        for holder in dict.fromkeys((self._asked.hosts.next_holder(shard.host), shard.host)):
+            if at == stop:
+                return
+            try:
+                async with contextlib.aclosing(self._asked.chunks(replace(shard, host=holder), at, stop)) as chunks:
+                    async for chunk in chunks:
+                        at += len(chunk)
+                        yield chunk
+            except (_Moved, EmaError):
+                if holder is shard.host:
+                    raise
 
     async def _hold(self, later: list[_Shard]) -> None:
-        """Have the version stay at the hosts whose turn comes later. later: shortened as their turns come."""
+        """Have the version stay at the hosts whose turn is not over. later: shortened as their turns end."""
         while True:
             await asyncio.sleep(_HOLD_SECONDS)
             # A host that fails here is told of when its turn comes.

@@ -24,6 +24,7 @@ from ema_client.protocol import (
     UpdateResult,
     UpdateStatus,
 )
+from ema_service.cluster.gateway.hosts import HostAddress
 from ema_service.cluster.layout_map import LayoutMap, ShardLayout
 from ema_service.memory import Layout
 
@@ -83,17 +84,17 @@ def layout_of(run: str, shards: LayoutMap) -> RunLayout:
     return RunLayout(run, specs, layout.copied, layout.digest, shards=len(shards.shards))
 
 
-def shards_of(infos: Sequence[RunInfo], shards: LayoutMap, addresses: Sequence[str]) -> RunShards:
-    """Where each shard is. infos, addresses: the hosts', by place. Raises Apart."""
+def shards_of(infos: Sequence[RunInfo], shards: LayoutMap, hosts: Sequence[HostAddress]) -> RunShards:
+    """Where each shard is. infos, hosts: by place. Raises Apart."""
     found = [each.shard.birth if each.shard else 0 for each in infos]
     _check_same(found, infos[0].run)
-    return RunShards(infos[0].run, tuple(map(_hosted, shards.shards, found, addresses)))
+    return RunShards(infos[0].run, tuple(map(_hosted, shards.shards, found, hosts)))
 
 
-def _hosted(shard: ShardLayout, birth: int, address: str) -> HostedShard:
+def _hosted(shard: ShardLayout, birth: int, host: HostAddress) -> HostedShard:
     specs = tuple(entry.spec for entry in shard.layout.params)
     firsts = tuple(box[0][0] if (box := shard.boxes[spec.name]) else 0 for spec in specs)
-    return HostedShard(shard.place, birth, address, specs, firsts)
+    return HostedShard(shard.place, birth, host.address, specs, firsts, host.replicas)
 
 
 def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:

@@ -1,9 +1,11 @@
-"""A cluster at once: one coordinator, k hosts and a gateway as processes of this machine, or the hosts of others.
+"""A cluster at once: one coordinator, k hosts, their replicas and a gateway as processes of this machine, or the hosts
+of others.
 
     ema-service cluster up
       |-- coordinator     here
       |-- gateway         here: the address that is told
       |-- host 0 ... k-1  here, or through ``ssh MACHINE ema-service cluster host ...``
+      |-- replicas        here, of hosts that are here
 
 Everything that is kept is in one folder: each host's data dir, and the cluster's token, which no command line shows: a
 host reads it from its standard input. All end with the launcher, those elsewhere with the connection to them.
@@ -61,7 +63,8 @@ class Plan:
 
     folder: of what is kept. machines: where each host is to be, None for here. host, port: of the gateway. through:
     the command before a machine's name. flags: of ``ema-service serve``, for each host. name: by which other machines
-    reach this one, None to find out.
+    reach this one, None to find out. replicas: so many of each host, which are read in its place; replica_token: a file
+    with the token that they read with.
     """
 
     folder: Path
@@ -71,6 +74,8 @@ class Plan:
     through: str = THROUGH
     flags: Sequence[str] = ()
     name: str | None = None
+    replicas: int = 0
+    replica_token: Path | None = None
 
     @property
     def here(self) -> bool:
@@ -113,6 +118,7 @@ class _Launch:
         self._token = read_cluster_token(token_file)
         self._urls: dict[str, str] = {}
         self._hosts = [f"host {place}" for place in range(len(plan.machines))]
+        self._replicas = [f"replica {i} of {host}" for host in self._hosts for i in range(plan.replicas)]
 
     def run(self, events: SimpleQueue[Ended | Signalled], ready: Callable[[str], None]) -> None:
         """Start all, and end all at a signal. Raises LaunchFailed."""
@@ -127,7 +133,7 @@ class _Launch:
                     self._stay(supervisor)
             finally:
                 # A gateway takes no more, hosts finish what they have, and the coordinator decides that until then.
-                supervisor.end("gateway")
+                supervisor.end("gateway", *self._replicas)
                 supervisor.end(*self._hosts)
                 _note(self._lock, {})
 
@@ -145,6 +151,7 @@ class _Launch:
         return [
             Program("coordinator", _here("ema_service.tether", "ema_service", "cluster", *deciding), for_good=0),
             *(self._host(place, coordinator) for place in range(len(plan.machines))),
+            *(self._replica(number, coordinator) for number in range(len(self._replicas))),
             Program("gateway", _here("ema_service.tether", "ema_service", "cluster", *merging)),
         ]
 
@@ -159,6 +166,15 @@ class _Launch:
             return Program(self._hosts[place], _here("ema_service", "cluster", "host", *flags, *plan.flags), said)
         words = ["ema-service", "cluster", "host", *flags, "--host", "0.0.0.0", *plan.flags]
         return Program(self._hosts[place], [*shlex.split(plan.through), machine, shlex.join(words)], said)
+
+    def _replica(self, number: int, coordinator: str) -> Program:
+        """One replica, here. It finds its host by the coordinator, and is found so."""
+        plan = self._plan
+        flags = ["--replica-of", f"{number // plan.replicas}/{len(plan.machines)}", "--coordinator", coordinator]
+        flags += ["--cluster-token-file", str(self._token_file), "--port", "0"]
+        flags += ["--replica-token-file", str(plan.replica_token)] if plan.replica_token else []
+        serve = _here("ema_service.tether", "ema_service", "serve", *flags, *plan.flags)
+        return Program(self._replicas[number], serve)
 
     def _come_up(self, supervisor: Supervisor) -> bool:
         """Whether all are ready, and nobody has asked to stop meanwhile. Raises LaunchFailed."""

@@ -66,19 +66,31 @@ function showFigures({ term, hosts: found }, told) {
 function showHosts(found) {
   fill(
     hosts,
-    found.map((each) => [
-      String(each.place),
-      each.address === null ? NOTHING : name(each.address),
-      each.fault === null ? "ready" : sentence(each.fault),
-      listening(each),
-      each.server?.memory_limit_bytes
-        ? `${bytes(each.server.memory_bytes)} of ${bytes(each.server.memory_limit_bytes)}`
-        : NOTHING,
-      bytes(each.server?.disk_free_bytes),
-      each.server?.device ?? NOTHING,
-      each.server?.version ?? NOTHING,
-    ]),
+    found.flatMap((each) => [host(each), ...each.replicas.map((replica) => host(replica, each.place))]),
   );
+}
+
+/** A row. of: of a replica, the place of its host. */
+function host(each, of = null) {
+  return [
+    of === null ? String(each.place) : `replica of ${of}`,
+    each.address === null ? NOTHING : name(each.address),
+    each.fault === null ? "ready" : sentence(each.fault),
+    of === null ? listening(each) : behind(each),
+    each.server?.memory_limit_bytes
+      ? `${bytes(each.server.memory_bytes)} of ${bytes(each.server.memory_limit_bytes)}`
+      : NOTHING,
+    bytes(each.server?.disk_free_bytes),
+    each.server?.device ?? NOTHING,
+    each.server?.version ?? NOTHING,
+  ];
+}
+
+/** How far a replica is behind its host. */
+function behind({ server: told }) {
+  const seconds = told?.replica?.behind_seconds;
+  if (seconds === undefined) return "not known";
+  return seconds === 0 ? "has the newest" : `behind for ${duration(Math.floor(seconds))}`;
 }
 
 function listening({ listens, since }) {

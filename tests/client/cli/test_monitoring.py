@@ -64,6 +64,10 @@ def healthy(**changed: Any) -> dict[str, Any]:
         ({"time": 1e9}, "clock", "warning", "NTP"),
         ({"memory_bytes": 95, "memory_limit_bytes": 100}, "memory", "warning", "--memory-limit"),
         ({"disk_free_bytes": 4, "disk_total_bytes": 100}, "disk", "warning", "ema delete-snapshot"),
+        (
+            {"replica": {"of": "http://h", "reached": False, "behind_seconds": 3.0, "fault": "gone"}},
+            *("replica", "warning", "look at the original"),
+        ),
     ],
 )
 def test_doctor_says_what_to_mend(

@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 
 from ema_client import EmaClient
+from ema_client.cli.show import shown
+from ema_client.protocol import ReplicaInfo
 
 STATE = {"w": torch.arange(3.0)}
 Ema = Callable[..., tuple[int, str, str]]
@@ -231,3 +233,16 @@ def test_token_option(scripted: Callable[..., Any], ema: Ema) -> None:
 
     assert ema("runs", "--token", "sesame", "--url", scripted(script).url)[0] == 0
     assert seen == ["Bearer sesame"]
+
+
+@pytest.mark.parametrize(
+    ("info", "text"),
+    [
+        (ReplicaInfo("http://h", True, 0.0), "of http://h; has the newest version it knows of"),
+        (ReplicaInfo("http://h", False, 4.2, "gone"), "of http://h, which does not answer; behind for 4 s: gone"),
+        (ReplicaInfo("", True, 1.0), "of a host that is not known yet; behind for 1 s"),
+    ],
+)
+def test_a_replica_says_how_far_behind_it_is(info: ReplicaInfo, text: str) -> None:
+    """In words, with why."""
+    assert shown("replica", info) == text

@@ -72,6 +72,10 @@ class Launched:
                 named["coordinator"] = pid
             elif "gateway" in words:
                 named["gateway"] = pid
+            elif "--replica-of" in words:
+                place = words[words.index("--replica-of") + 1].split("/")[0]
+                number = sum(name.endswith(f"of host {place}") for name in named)
+                named[f"replica {number} of host {place}"] = pid
             elif "--shard" in words:
                 named[f"host {words[words.index('--shard') + 1].split('/')[0]}"] = pid
         return named

@@ -44,6 +44,8 @@ SHARD = "/v1/runs/none/shards"
         ("PUT", SHARD, "", 405, "method_not_allowed", "PUT"),
         ("GET", SHARD, "", 404, "run_not_found", "no shard of a run 'none'"),
         ("POST", "/v1/runs/none/changes", encode(Change("k", "c")), 404, "run_not_found", "'none'"),
+        ("POST", "/v1/replicas", ARRIVAL, 404, "run_not_found", "'-directory'"),
+        ("POST", "/v1/replicas", REPORT, 422, "invalid_request", "got 'report'"),
         ("POST", "/v1/runs/none/changes", REPORT, 422, "invalid_request", "got 'report'"),
         ("POST", f"{SHARD}/0/reports", REPORT, 404, "run_not_found", "'none'"),
         ("POST", f"{SHARD}/0/reports", encode(Ask(0, Term())), 422, "invalid_request", "got 'ask'"),

@@ -1,0 +1,46 @@
+"""Which replicas of hosts there are: heard within the last seconds, as every replica speaks once a second.
+
+Pure. A replica has no vote: nothing that is decided hangs on one. Does not know what a replica holds, which its readers
+find out by ETag, or how one follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ema_service.cluster.messages import Arrival
+
+__all__ = ["Replica", "Replicas"]
+
+#: Seconds without a word after which a replica counts as gone.
+_SILENCE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A replica of the host at a place. address: at which others read it. since: when it was heard first, Unix
+    seconds."""
+
+    place: int
+    address: str
+    since: float
+
+
+class Replicas:
+    """The replicas of one cluster, as its coordinator hears them. now: Unix seconds, wherever a method takes it."""
+
+    def __init__(self) -> None:
+        self._heard: dict[tuple[int, str], tuple[Replica, float]] = {}
+
+    def hear(self, arrival: Arrival, now: float) -> None:
+        """A replica has spoken. One that cannot be read yet says so by an empty address, and is not listed."""
+        if not arrival.address:
+            return
+        key = arrival.shard, arrival.address
+        replica, _ = self._heard.get(key, (Replica(*key, since=now), now))
+        self._heard[key] = replica, now
+
+    def now(self, now: float) -> tuple[Replica, ...]:
+        """The replicas that are there, by place and address; those that fell silent are forgotten."""
+        self._heard = {key: each for key, each in self._heard.items() if now - each[1] < _SILENCE}
+        return tuple(self._heard[key][0] for key in sorted(self._heard))
