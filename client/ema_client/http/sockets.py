@@ -17,7 +17,7 @@ import sys
 
 from ema_client.http.address import Address
 
-__all__ = ["UNHEARD_SECONDS", "Selector", "give_up", "look_after", "open_http", "readable", "unheard"]
+__all__ = ["UNHEARD_SECONDS", "Selector", "give_up", "look_after", "open_http", "probing", "readable", "unheard"]
 
 #: What the kernel takes of a Unix socket's sender before the sender has to wait for the reader; Linux gives no more
 #: than net.core.wmem_max. With Linux' default of 208 KiB sender and reader take turns: 1 GiB is pulled at 0.80 of the
@@ -37,14 +37,19 @@ _PROBES = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
 _UNACKED, _LAST_ACK, _TCP_INFO_BYTES = 24, 56, 60
 
 
+def probing(**more: int) -> list[tuple[int, int, int]]:
+    """Options with which the kernel ends a connection on which nothing is on its way and whose other machine is gone:
+    reading raises TimeoutError with an errno after UNHEARD_SECONDS. What a system does not have is left out. more: of
+    TCP, by the option's name."""
+    named = [(getattr(socket, name, None), value) for name, value in {**_PROBES, **more}.items()]
+    tcp = [(socket.IPPROTO_TCP, option, value) for option, value in named if option is not None]
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *tcp]
+
+
 def look_after(sock: socket.socket) -> None:
-    """Have the kernel end a connection on which nothing is on its way and whose other machine is gone: reading raises
-    TimeoutError with an errno after UNHEARD_SECONDS. A Unix socket, and one of a system without probes, is left."""
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _PROBES.items():
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    """Give a connection the options of probing(). A Unix socket is left: its other end is on this machine."""
+    for option in probing() if sock.family != socket.AF_UNIX else ():
+        sock.setsockopt(*option)
 
 
 def unheard(sock: socket.socket) -> bool:
