@@ -506,8 +506,8 @@ def _run(settings: Settings, host: str, port: int, uds: Path | None, certificate
     store = _opened(settings)
     from ema_service.api.app import pick_device
     from ema_service.api.server import serve as serve_http
-    from ema_service.api.tls import Certificate, CertificateUnusable
     from ema_service.storage import CatalogUnusable
+    from ema_service.tls import Certificate, CertificateUnusable
 
     def announce(url: str) -> None:
         lines = [f"ema-service {version('ema-service')} listens on {url}"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ from ema_service.sizes import parse_size
 if TYPE_CHECKING:
     from ema_service.cluster import ClusterToken
     from ema_service.cluster.launching.agent import Task
+    from ema_service.tls import Certificate
 
 __all__ = ["cluster"]
 
@@ -54,7 +56,7 @@ Coordinators = Annotated[
     list[str],
     typer.Option(
         "--coordinator",
-        help="http://HOST:PORT, or file:///PATH of a file with it; may be repeated.",
+        help="http(s)://HOST:PORT, or file:///PATH of a file with it; may be repeated.",
         envvar="EMA_SERVICE_COORDINATOR",
     ),
 ]
@@ -63,6 +65,17 @@ OnRay = Annotated[
     typer.Option("--ray", help="Address of a Ray cluster; auto: of this machine's, or job's.", metavar="ADDRESS"),
 ]
 Name = Annotated[str, typer.Option(help="With --ray: of the cluster, by which trainers find it.", callback=_name)]
+CertFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Speak TLS: the certificate, then those between it and its authority; PEM.",
+        envvar="EMA_SERVICE_SSL_CERTFILE",
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(help="Key of the certificate, not encrypted; PEM.", envvar="EMA_SERVICE_SSL_KEYFILE"),
+]
 Shape = Annotated[LogFormat, typer.Option("--log-format", help="Log lines for people, or a JSON object each.")]
 
 
@@ -71,6 +84,8 @@ def coordinator(
     token_file: TokenFile,
     host: Annotated[str, typer.Option(help="Address to listen on, for the hosts and gateways.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = COORDINATOR_PORT,
+    ssl_certfile: CertFile = None,
+    ssl_keyfile: KeyFile = None,
     log_format: Shape = "text",
 ) -> None:
     """Decide which writes count on all hosts. Keeps nothing: start it again wherever its hosts find it.
@@ -79,14 +94,17 @@ def coordinator(
     """
     configure(log_format)
     token = _token(token_file)
-    from ema_service.cluster.coordinator import listening_socket, serve
+    tls = _certificate(ssl_certfile, ssl_keyfile)
+    from ema_service.cluster.coordinator import serve
+    from ema_service.cluster.serving import listening_socket
 
     try:
         sock = listening_socket(host, port)
     except OSError as fault:
         _refuse(f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port")
-    typer.echo(f"ema-service {version('ema-service')}, coordinator, listens on {_url(host, sock.getsockname()[1])}")
-    serve(token, sock)
+    url = announced(host, sock.getsockname()[1], secure=tls is not None)
+    typer.echo(f"ema-service {version('ema-service')}, coordinator, listens on {url}")
+    serve(token, sock, tls)
 
 
 @cluster.command()
@@ -95,6 +113,8 @@ def gateway(
     token_file: TokenFile,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
+    ssl_certfile: CertFile = None,
+    ssl_keyfile: KeyFile = None,
     log_format: Shape = "text",
     insecure_no_auth: Annotated[
         bool,
@@ -107,19 +127,20 @@ def gateway(
     """Be a server of whole runs to curl, to readers and to trainers. Keeps nothing; start as many as are wanted."""
     configure(log_format)
     token = _token(token_file)
+    tls = _certificate(ssl_certfile, ssl_keyfile)
     from ema_service import dashboard
-    from ema_service.cluster.coordinator import listening_socket
     from ema_service.cluster.gateway.app import serve
     from ema_service.cluster.gateway.hosts import Hosts
+    from ema_service.cluster.serving import listening_socket
 
     try:
         sock = listening_socket(host, port)
     except OSError as fault:
         _refuse(f"cannot listen on {host} port {port}: {fault.strerror}; choose another --host or --port")
-    url = _url(host, sock.getsockname()[1])
+    url = announced(host, sock.getsockname()[1], secure=tls is not None)
     hosts = Hosts(coordinator, token, guarded=not (insecure_no_auth or is_loopback(host)))
     said = f"ema-service {version('ema-service')}, gateway, listens on {url}"
-    serve(hosts, sock, lambda: typer.echo(said), dashboard.install_at_gateway)
+    serve(hosts, sock, lambda: typer.echo(said), dashboard.install_at_gateway, tls)
 
 
 @cluster.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -170,6 +191,8 @@ def up(
         Path | None,
         typer.Option(help="A token that the replicas read with, on one line, where hosts ask for one.", dir_okay=False),
     ] = None,
+    ssl_certfile: CertFile = None,
+    ssl_keyfile: KeyFile = None,
     ray: OnRay = None,
     shards: Annotated[int | None, typer.Option(help="With --ray: so many hosts.", min=1)] = None,
     name: Name = "ema",
@@ -192,9 +215,12 @@ def up(
     With --ray they are actors of a Ray cluster, with a gateway beside each host, and go on until `cluster down`; --dir
     is a folder of each node.
 
+    With --ssl-certfile and --ssl-keyfile, files of each machine, all speak TLS; SSL_CERT_FILE names the certificate of
+    the authority, also of each machine, where no machine knows it.
+
     A second `up` of the same folder, or name, says that it runs already, or starts what is missing.
     """
-    from ema_service.cluster.launching.launcher import THROUGH, LaunchFailed, Plan, RunsAlready, launch
+    from ema_service.cluster.launching.launcher import THROUGH, LaunchFailed, Plan, RunsAlready, Tls, launch
 
     if [local, hosts, ray].count(None) != 2 or (ray is None) != (shards is None):
         raise typer.BadParameter(
@@ -207,16 +233,18 @@ def up(
             "each machine",
             param_hint="--replicas",
         )
+    found = _together(ssl_certfile, ssl_keyfile)
+    tls = Tls(*found, os.environ.get("SSL_CERT_FILE")) if found else None
     if ray is not None:
         takes = _takes(num_cpus, num_gpus, memory, resource or [])
-        task = _task(shards or 1, folder, host or "0.0.0.0", port or 0, context.args)
+        task = replace(_task(shards or 1, folder, host or "0.0.0.0", port or 0, context.args), tls=tls)
         _up_on_ray(ray, name, task, takes, shared=shared_dir)
         return
     machines = [None] * (local or 0) if hosts is None else [name.strip() for name in hosts.split(",")]
     if not all(machine is None or _MACHINE.fullmatch(machine) for machine in machines):
         raise typer.BadParameter(f"{hosts!r} is no list of machines such as a,b,c", param_hint="--hosts")
     where = host or "127.0.0.1", DEFAULT_PORT if port is None else port
-    plan = Plan(folder, machines, *where, through or THROUGH, context.args, announce, replicas, replica_token_file)
+    plan = Plan(folder, machines, *where, through or THROUGH, context.args, announce, replicas, replica_token_file, tls)
 
     def ready(url: str) -> None:
         typer.echo(f"ema-service {version('ema-service')}, cluster of {_many(len(machines))}, listens on {url}")
@@ -306,8 +334,24 @@ def _first_line() -> str:
     return line.decode("ascii", errors="replace").strip()
 
 
-def _url(host: str, port: int) -> str:
-    return announced(host, port, secure=False)
+def _together(certfile: Path | None, keyfile: Path | None) -> tuple[Path, Path] | None:
+    """Both, or neither. Exits where one of the two is missing."""
+    if (certfile is None) != (keyfile is None):
+        raise typer.BadParameter("a certificate and its key come together", param_hint="--ssl-certfile, --ssl-keyfile")
+    return (certfile, keyfile) if certfile and keyfile else None
+
+
+def _certificate(certfile: Path | None, keyfile: Path | None) -> Certificate | None:
+    """The certificate of a program that speaks TLS; an end with what is wrong with its files."""
+    found = _together(certfile, keyfile)
+    if found is None:
+        return None
+    from ema_service.tls import Certificate, CertificateUnusable
+
+    try:
+        return Certificate(*found)
+    except CertificateUnusable as fault:
+        _refuse(str(fault))
 
 
 def _token(path: Path) -> ClusterToken:

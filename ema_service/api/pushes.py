@@ -33,15 +33,12 @@ from ema_service.memory import Staged
 from ema_service.runs import Run, Terms
 from ema_service.runs.gathering import Key, PartStretch, Piece, Voter
 from ema_service.runs.parts import Outcome
+from ema_service.runs.verdicts import PATIENCE_SECONDS
 from ema_service.shadows import Preparation
 
 __all__ = ["PartialPush", "Push", "StretchPush"]
 
 T = TypeVar("T")
-
-#: Seconds for which a complete set of parts waits for the verdict on earlier ones of the same trainer. As long as hosts
-#: wait for who completes a push (cluster/hosting/reporting.py).
-_AHEAD_SECONDS = 10.0
 
 
 class _Incoming:
@@ -220,7 +217,7 @@ class PartialPush:
         """Have the complete set voted for, once earlier ones of the same trainer are decided. May be called for a push
         that is left by then. Raises as Parts.vote()."""
         if ahead := self._parts.ahead(self._part):
-            await asyncio.wait(map(asyncio.wrap_future, ahead), timeout=_AHEAD_SECONDS)
+            await asyncio.wait(map(asyncio.wrap_future, ahead), timeout=PATIENCE_SECONDS)
         vote = self._server.metrics.timed(partial(self._parts.vote, self._part, self._server.workers.helpers, shard))
         async with self._server.turn(self._run.config.run):
             return await self._server.workers.compute(vote)

@@ -27,7 +27,6 @@ from ema_service.address_file import AddressFile
 from ema_service.addresses import announced, most_reachable
 from ema_service.api.app import create_app, open_registry
 from ema_service.api.context import Context
-from ema_service.api.tls import Certificate
 from ema_service.api.transfer.accepting import Acceptor, Connections, Idling
 from ema_service.api.transfer.lending import LendingProtocol
 from ema_service.api.transfer.uvicorn_fit import uvicorn_fits
@@ -37,6 +36,7 @@ from ema_service.metrics import Metrics
 from ema_service.readiness import tell_ready, tell_stopping
 from ema_service.settings import Settings
 from ema_service.storage import Store
+from ema_service.tls import Certificate
 from ema_service.tokens import Tokens
 
 __all__ = ["CannotListen", "http_protocol", "serve"]

@@ -41,9 +41,11 @@ from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import DIRECTORY, Arrival, Change, Message, Refusal, Report
 from ema_service.cluster.problems import answer_with_problems, problem
 from ema_service.cluster.replicas import Replicas
+from ema_service.cluster.serving import serving_config
 from ema_service.cluster.token import HEADER_NUMBER, ClusterToken
+from ema_service.tls import Certificate
 
-__all__ = ["create_coordinator", "listening_socket", "serve"]
+__all__ = ["create_coordinator", "serve"]
 
 _log = logging.getLogger(__name__)
 
@@ -227,38 +229,10 @@ class _Guard:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket for serve(), to which shards can connect from now on. port: 0 for any that is free.
-
-    The socket says that it is one of TCP: asyncio sends small answers at once (TCP_NODELAY) only for those, and an
-    answer that waits for an acknowledgement takes 40 ms. Raises OSError.
-    """
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    with contextlib.ExitStack() as undo:
-        sock = undo.enter_context(socket.socket(family, kind, proto))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen()
-        undo.pop_all()
-    return sock
-
-
-def serve(token: ClusterToken, sock: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM, or until another coordinator has taken over."""
+def serve(token: ClusterToken, sock: socket.socket, tls: Certificate | None = None) -> None:
+    """Serve until SIGINT or SIGTERM, or until another coordinator has taken over. tls: as for serving_config()."""
     app = create_coordinator(token, lambda: setattr(server, "should_exit", True))
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        loop="asyncio",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
+    config = serving_config(app, tls, stop_seconds=1)
     server = _Server(config, app.state.talks)
     server.run([sock])
 

@@ -18,6 +18,7 @@ from ema_service.cluster.messages import Arrival
 from ema_service.cluster.reasons import detail_in
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.whereabouts import coordinator_address
+from ema_service.tls import trusting, why_no_tls
 
 __all__ = ["ReplicaLink"]
 
@@ -74,7 +75,7 @@ class ReplicaLink:
         """Say a word to one coordinator, and note where the host is. Returns why it was not heard."""
         arrival = self._arrival if self._ready() else self._arrival._replace(address="")
         try:
-            with contextlib.closing(http.client.HTTPConnection(*coordinator_address(url), timeout=_SILENCE)) as to:
+            with contextlib.closing(_connection(url)) as to:
                 to.request("POST", "/v1/replicas", encode(arrival).encode(), self._headers)
                 answer = to.getresponse()
                 said = answer.read(_ANSWER_BYTES)
@@ -82,5 +83,13 @@ class ReplicaLink:
                 return f"{answer.status} {detail_in(said)}"
             self.original = str(json.loads(said)["original"] or "").rstrip("/")
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as fault:
-            return f"{type(fault).__name__}: {fault}"
+            return why_no_tls(fault) or f"{type(fault).__name__}: {fault}"
         return ""
+
+
+def _connection(url: str) -> http.client.HTTPConnection:
+    """A connection to a coordinator, over TLS where its address says so. Raises NoCoordinator."""
+    to = coordinator_address(url)
+    if to.secure:
+        return http.client.HTTPSConnection(to.host, to.port, timeout=_SILENCE, context=trusting())
+    return http.client.HTTPConnection(to.host, to.port, timeout=_SILENCE)

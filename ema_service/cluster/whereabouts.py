@@ -10,12 +10,23 @@ Knows URLs and one small file. Does not know who writes the file, or connections
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["NoCoordinator", "check_coordinator", "coordinator_address", "coordinator_url"]
+__all__ = ["CoordinatorAddress", "NoCoordinator", "check_coordinator", "coordinator_address", "coordinator_url"]
 
 #: A longer file holds no URL.
 _MOST_BYTES = 4096
+#: By scheme, the port where a URL names none.
+_PORTS = {"http": 80, "https": 443}
+
+
+class CoordinatorAddress(NamedTuple):
+    """Host and port of a coordinator. secure: whether TLS is spoken there."""
+
+    host: str
+    port: int
+    secure: bool
 
 
 class NoCoordinator(OSError):
@@ -38,13 +49,13 @@ def coordinator_url(url: str) -> str:
             said = opened.read(_MOST_BYTES).strip()
         _address_in(said)
     except (OSError, ValueError) as fault:
-        why = fault.strerror if isinstance(fault, OSError) else "it holds no http://HOST:PORT"
+        why = fault.strerror if isinstance(fault, OSError) else "it holds no http://HOST:PORT or https://HOST:PORT"
         raise NoCoordinator(f"{file} does not say where the coordinator is: {why}") from None
     return said.rstrip("/")
 
 
-def coordinator_address(url: str) -> tuple[str, int]:
-    """Host and port of a coordinator by now. Raises NoCoordinator; ValueError as check_coordinator()."""
+def coordinator_address(url: str) -> CoordinatorAddress:
+    """Where a coordinator is by now. Raises NoCoordinator; ValueError as check_coordinator()."""
     return _address_in(coordinator_url(url))
 
 
@@ -53,8 +64,11 @@ def _file_of(url: str) -> Path | None:
     return Path(unquote(parts.path)) if parts.scheme == "file" and not parts.netloc and parts.path != "/" else None
 
 
-def _address_in(url: str) -> tuple[str, int]:
+def _address_in(url: str) -> CoordinatorAddress:
     parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
-        raise ValueError("the coordinator's URL: expected http://HOST:PORT, or file:///PATH of a file that has one")
-    return parts.hostname, parts.port or 80
+    if parts.scheme not in _PORTS or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
+        raise ValueError(
+            "the coordinator's URL: expected http://HOST:PORT, https://HOST:PORT, or file:///PATH of a file that has "
+            "one of the two"
+        )
+    return CoordinatorAddress(parts.hostname, parts.port or _PORTS[parts.scheme], parts.scheme == "https")

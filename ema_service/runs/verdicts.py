@@ -12,7 +12,11 @@ from concurrent.futures import Future
 
 from ema_service.runs.gathering import Terms
 
-__all__ = ["Verdicts"]
+__all__ = ["PATIENCE_SECONDS", "Verdicts"]
+
+#: Seconds that hosts of a run wait for whoever is to complete something: a proposal behind one that nobody completes, a
+#: complete set of parts behind earlier ones of the same trainer.
+PATIENCE_SECONDS = 10.0
 
 #: Of so many sets a verdict is awaited; the oldest is forgotten. A trainer has three steps on their way at the most.
 _MOST = 16

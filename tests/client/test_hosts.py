@@ -5,13 +5,17 @@ Knows answers and errors. Does not know processes (tests/service/cluster/test_di
 
 from __future__ import annotations
 
+import json
+import socket
+
 import pytest
 
 from ema_client.errors import ConnectionLost, EmaError, NonFinite
-from ema_client.hosts.finding import GivenUp, Host, at_all
+from ema_client.hosts.finding import GivenUp, Host, Hosts, at_all
 from ema_client.hosts.pushing import together
+from ema_client.http.connection import Timeouts
 from ema_client.http.transport import Reply, Transport
-from ema_client.protocol import HostedShard
+from ema_client.protocol import HostedShard, RunShards, to_json
 
 
 def reply(applied: bool, durable_step: int | None) -> Reply:
@@ -53,3 +57,24 @@ def test_of_several_errors_the_one_that_says_most(
     with pytest.raises(told):
         at_all(hosts, fail)
     transport.close()
+
+
+@pytest.mark.parametrize(("scheme", "asked"), [("https", False), ("http", True)])
+def test_no_token_in_plain_text(scheme: str, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reaches the service over TLS sends nothing to hosts without; who does not is as well off at the hosts."""
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        address = f"http://127.0.0.1:{host.getsockname()[1]}"
+        shards = RunShards("r", (HostedShard(0, 1, address, (), ()),))
+        transport = Transport(f"{scheme}://service", token="a-token", timeouts=Timeouts(transfer=0.2, kept=0.2))
+        monkeypatch.setattr(transport, "json", lambda *_: Reply(transport.url, json.loads(json.dumps(to_json(shards)))))
+        hosts = Hosts(transport)
+        assert hosts.of("r") is None  # nobody answers there
+        host.settimeout(0.0)
+        connected = True
+        try:
+            host.accept()[0].close()
+        except BlockingIOError:
+            connected = False
+        assert connected is asked
+        hosts.close()
+        transport.close()

@@ -24,11 +24,11 @@ PACKAGES = {"ema_service": ROOT / "ema_service", "ema_client": ROOT / "client" /
 
 # cli -> api -> {cluster, replica, dashboard} -> runs -> persistence -> {shadows, bodies} -> {memory, storage} ->
 # averaging: a part may use what stands to its right, and shadows and bodies, memory and storage do without each other.
-# settings, metrics, threads, machine_memory, descriptors, logs, addresses, address_file, readiness, sizes, tether,
+# settings, metrics, threads, machine_memory, descriptors, logs, addresses, address_file, readiness, sizes, tether, tls,
 # tokens, values and tensors are leaves.
 LEAVES = {
     *("settings", "metrics", "threads", "machine_memory", "descriptors", "logs", "addresses", "address_file"),
-    *("readiness", "sizes", "tether", "tokens", "values", "tensors"),
+    *("readiness", "sizes", "tether", "tls", "tokens", "values", "tensors"),
 }
 SERVICE_PARTS: dict[str, set[str]] = {
     "": set(),
@@ -59,6 +59,7 @@ SERVICE_PARTS: dict[str, set[str]] = {
     "readiness": set(),
     "sizes": set(),
     "tether": set(),
+    "tls": set(),
     "tokens": set(),
     "values": {"tensors"},
     "tensors": {"threads", "values"},
@@ -76,9 +77,15 @@ LEDGER = "ema_service.runs.ledger"
 PURE = (LEDGER, "ema_service.cluster.decisions")
 #: The program that decides for a run on several hosts, an application of its own; and all that are such programs.
 COORDINATOR = "ema_service.cluster.coordinator"
-CLUSTER_PROGRAMS = (COORDINATOR, "ema_service.cluster.problems", "ema_service.cluster.gateway.*")
+CLUSTER_PROGRAMS = (
+    COORDINATOR,
+    *("ema_service.cluster.problems", "ema_service.cluster.serving", "ema_service.cluster.gateway.*"),
+)
 #: Who asks over HTTP: the client, a host of a cluster its coordinators, and a gateway its hosts.
-HTTPX = ("ema_client.http.control", "ema_service.cluster.hosting.asking", "ema_service.cluster.gateway.*")
+HTTPX = (
+    "ema_client.http.control",
+    *("ema_service.cluster.reaching", "ema_service.cluster.hosting.asking", "ema_service.cluster.gateway.*"),
+)
 #: What the ledger may need beyond the standard library: schedules are numbers.
 LEDGER_THIRD_PARTY = {"numpy"}
 #: What of the standard library a decision has no business with.

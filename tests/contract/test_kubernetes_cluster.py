@@ -163,6 +163,33 @@ def test_secrets_are_made_by_the_readme_and_not_in_git() -> None:
             assert f"create secret generic {secrets[str(file.parent)]} --from-file={file.name}\n" in README
 
 
+def test_the_component_of_tls() -> None:
+    """With it every address is https, every probe asks so, and each program is given what the Secret has."""
+    (component,) = yaml.safe_load_all((FOLDER / "tls" / "kustomization.yaml").read_text())
+    patched = {
+        each["metadata"]["name"]: each for each in (yaml.safe_load(one["patch"]) for one in component["patches"])
+    }
+    assert {name: each["kind"] for name, each in patched.items()} == {name: WORKLOADS[name]["kind"] for name in PODS}
+    for name, each in patched.items():
+        pod = each["spec"]["template"]["spec"]
+        (container,), (volume,) = pod["containers"], pod["volumes"]
+        assert container["name"] == CONTAINERS[name]["name"]
+        added = {one["name"]: one["value"] for one in container["env"]}
+        plain = {one["name"]: one.get("value", "") for one in CONTAINERS[name].get("env", ())}
+        for variable, value in plain.items():
+            if value.startswith("http://"):
+                assert added.pop(variable) == value.replace("http://", "https://")
+        (mount,) = container["volumeMounts"]
+        assert volume["name"] == mount["name"] not in {one["name"] for one in PODS[name]["volumes"]}
+        wanted = {"EMA_SERVICE_SSL_CERTFILE": "tls.crt", "EMA_SERVICE_SSL_KEYFILE": "tls.key"}
+        wanted |= {} if name == "ema-coordinator" else {"SSL_CERT_FILE": "ca.crt"}
+        assert added == {variable: f"{mount['mountPath']}/{file}" for variable, file in wanted.items()}
+        probes = {key: value for key, value in container.items() if key.endswith("Probe")}
+        assert probes == {key: {"httpGet": {"scheme": "HTTPS"}} for key in CONTAINERS[name] if key.endswith("Probe")}
+        secret = volume["secret"]["secretName"]
+        assert f"create secret generic {secret} --from-file=tls.crt --from-file=tls.key --from-file=ca.crt\n" in README
+
+
 # --- the programs, as their pods would run them -----------------------------------------------------------------------
 
 

@@ -111,7 +111,7 @@ class Hosts:
         if found or time.monotonic() < until:
             return found
         found = self._hosted(self._transport.json("GET", protocol.shards_path(run)).parsed(RunShards))
-        reached = found if all(at_all(found.hosts, partial(_has, run))) else None
+        reached = found if self._may_go_to(found) and all(at_all(found.hosts, partial(_has, run))) else None
         self._remember(run, reached)
         return reached
 
@@ -121,7 +121,8 @@ class Hosts:
         with contextlib.suppress(EmaError):
             said = self._transport.json_once("GET", protocol.shards_path(before.run)).parsed(RunShards)
             found = self._hosted(said)
-            if [_identity(host) for host in found.hosts] == [_identity(host) for host in before.hosts]:
+            same = [_identity(host) for host in found.hosts] == [_identity(host) for host in before.hosts]
+            if same and self._may_go_to(found):
                 self._remember(found.run, found)
                 return found
         return None
@@ -155,6 +156,10 @@ class Hosts:
 
     def _host(self, shard: HostedShard) -> Host:
         return Host(shard, self._to(shard.address), tuple(map(self._to, shard.replicas)))
+
+    def _may_go_to(self, found: HostedRun) -> bool:
+        """Whether token and weights may go to the hosts: not in plain text where they come over TLS to the service."""
+        return not self._transport.secure or all(host.transport.secure for host in found.hosts)
 
     def _remember(self, run: str, found: HostedRun | None) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ know: JSON, routes, tensors, retries, or who else has a connection.
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import selectors
 import socket
@@ -29,7 +30,7 @@ from ema_client.http.body import Body, digested, portions
 from ema_client.http.early import is_continue, read_head, replaying
 from ema_client.http.faults import broken, no_tls, unreachable
 from ema_client.http.heads import WholeHead
-from ema_client.http.sockets import Selector, give_up, open_http, readable
+from ema_client.http.sockets import UNHEARD_SECONDS, Selector, give_up, look_after, open_http, readable, unheard
 from ema_client.protocol import DIGEST_BYTES, DIGEST_FOLLOWS, HEADER_DIGEST
 
 __all__ = ["Connection", "Timeouts", "headers_of"]
@@ -40,6 +41,8 @@ EXPECT_ABOVE = 1 << 20
 ANSWER_LIMIT = 16 << 20
 #: The longest line of an answer without end; an event of the service has less than a kilobyte.
 LINE_LIMIT = 1 << 20
+#: Seconds between two looks whether the other machine is still there.
+_LOOK_SECONDS = 1.0
 #: How long a broken upload waits for the answer that may explain the break, in seconds.
 LAST_WORDS = 5.0
 
@@ -195,9 +198,11 @@ class Connection:
         except OSError as fault:
             raise unreachable(self.address.url, fault) from None
         self._opened = self._socket
+        look_after(self._opened)
 
     def _response(self, patience: float) -> http.client.HTTPResponse:
         sock = self._socket
+        self._await(sock, self._limit + patience)
         sock.settimeout(self._limit + patience)
         response = self._http.getresponse()
         self._limit = self._timeouts.transfer
@@ -206,8 +211,28 @@ class Connection:
         self.heard = time.monotonic()
         return response
 
+    def _await(self, sock: socket.socket, seconds: float) -> None:
+        """Return once there is something to read. Raises TimeoutError."""
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return
+        began = time.monotonic()
+        while not readable(sock, min(_LOOK_SECONDS, seconds)):
+            _check_heard(sock, time.monotonic() - began, seconds)
+
+    def _send_some(self, portion: memoryview, seconds: float) -> int:
+        """Send some bytes, and return how many. Raises TimeoutError where nobody takes any for so long."""
+        sock, began = self._socket, time.monotonic()
+        sock.settimeout(min(_LOOK_SECONDS, seconds))
+        while True:
+            # Not sendall(), whose timeout is for the whole: a slow way is no silent one.
+            try:
+                return sock.send(portion)
+            except TimeoutError as fault:
+                if _is_gone(fault):
+                    raise
+                _check_heard(sock, time.monotonic() - began, seconds)
+
     def _send(self, body: Body, patience: float) -> Answer:
-        self._socket.settimeout(self._limit + patience)
         sent = 0
         try:
             with Selector() as arrival:
@@ -216,14 +241,14 @@ class Connection:
                     if sent and arrival.select(0.0) and (early := self._early_answer(0.0)):
                         return self._refused(early)
                     while portion:
-                        # Not sendall(), whose timeout is for the whole: a slow way is no silent one.
-                        count = self._socket.send(portion)
+                        count = self._send_some(portion, self._limit + patience)
                         portion = portion[count:]
                         sent += count
                         body.moved(sent)
-        except OSError:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                return self._last_words()
+        except OSError as fault:
+            if not _is_gone(fault):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    return self._last_words()
             raise
         return self.read(self._response(patience))
 
@@ -273,7 +298,8 @@ class Connection:
             yield
         except TimeoutError as fault:
             self.close()
-            raise broken(self.url, fault, silence=self._limit) from fault
+            seconds = UNHEARD_SECONDS if _is_gone(fault) else self._limit
+            raise broken(self.url, fault, silence=seconds) from fault
         except (OSError, http.client.IncompleteRead) as fault:
             self.close()
             raise broken(self.url, fault) from fault
@@ -284,6 +310,19 @@ class Connection:
             # Ctrl-C, or a body whose pieces raise: half a request has gone out.
             self.close()
             raise
+
+
+def _is_gone(fault: OSError) -> bool:
+    """Whether the other machine is gone, by the kernel's word: a timeout of Python's own has no errno."""
+    return isinstance(fault, TimeoutError) and fault.errno is not None
+
+
+def _check_heard(sock: socket.socket, waited: float, seconds: float) -> None:
+    """Raises TimeoutError where somebody has waited for too long, or for a machine that is gone."""
+    if waited >= seconds:
+        raise TimeoutError
+    if waited >= UNHEARD_SECONDS and unheard(sock):
+        raise TimeoutError(errno.ETIMEDOUT, "the other machine acknowledges nothing")
 
 
 def _shares(body: Body) -> Iterator[memoryview]:

@@ -24,7 +24,7 @@ from ema_client.http.answers import Answer
 from ema_client.http.connection import Timeouts
 from ema_client.http.faults import broken, no_tls, tls_fault_in, unreachable
 from ema_client.http.place import Place
-from ema_client.http.sockets import give_up
+from ema_client.http.sockets import UNHEARD_SECONDS, give_up, probing
 
 __all__ = ["Control"]
 
@@ -163,12 +163,14 @@ class Control:
             raise UsageError("this client is closed", hint="make a new EmaClient")
 
     def _new_client(self, address: Address) -> httpx2.Client:
-        uds = address.socket
+        uds, verify = address.socket, self._place.context if address.secure else False
+        # No body of a control request is so large that a service which reads nothing would be taken for gone.
+        options = probing(TCP_USER_TIMEOUT=int(UNHEARD_SECONDS * 1000))
+        transport = httpx2.HTTPTransport(uds=uds, verify=verify, socket_options=None if uds else options)
         return httpx2.Client(
             base_url=address.base,
             headers=self._headers,
-            verify=self._place.context if address.secure else False,
-            transport=httpx2.HTTPTransport(uds=uds, verify=False) if uds else None,
+            transport=transport,
             trust_env=False,
         )
 
@@ -207,7 +209,7 @@ def _faults(url: str, limit: float) -> Iterator[None]:
             raise no_tls(url, tls) from fault
         raise unreachable(url, fault) from fault
     except httpx2.TimeoutException as fault:
-        raise broken(url, fault, silence=limit) from fault
+        raise broken(url, fault, silence=UNHEARD_SECONDS if _is_gone(fault) else limit) from fault
     except httpx2.NetworkError as fault:
         raise broken(url, fault) from fault
     except httpx2.RemoteProtocolError as fault:
@@ -216,6 +218,14 @@ def _faults(url: str, limit: float) -> Iterator[None]:
         raise ProtocolError(f"{url} does not speak HTTP/1.1: {fault}") from fault
     except httpx2.HTTPError as fault:
         raise ProtocolError(f"{url}: {type(fault).__name__}: {fault}") from fault
+
+
+def _is_gone(fault: BaseException) -> bool:
+    """Whether the other machine is gone, by the kernel's word: a timeout of Python's own has no errno."""
+    cause: BaseException | None = fault
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(cause, TimeoutError) and cause.errno is not None
 
 
 def _hung_up(fault: httpx2.RemoteProtocolError) -> bool:

@@ -64,6 +64,11 @@ class Place:
         return self._latest is not None and self._latest.same_host
 
     @property
+    def secure(self) -> bool:
+        """Whether the service is reached over TLS, as far as is known now."""
+        return self._latest is not None and self._latest.secure
+
+    @property
     def link(self) -> str:
         """How bodies travel to the service, in words, as far as is known now."""
         return self._latest.link if self._latest else "TCP"

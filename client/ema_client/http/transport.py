@@ -12,7 +12,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -33,6 +33,10 @@ __all__ = ["Query", "Reply", "Transport", "with_query"]
 
 T = TypeVar("T")
 Query = Mapping[str, str | int | float | None]
+
+
+#: Seconds for a connection to one of several servers.
+_CONNECT_SOON = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +94,20 @@ class Transport:
         return f"Transport({self.url!r})"
 
     def beside(self, url: str, retry: RetryPolicy) -> Transport:
-        """A transport to another server of the same service, with this one's token, timeouts and lanes."""
-        return Transport(url, token=self._token, retry=retry, timeouts=self._timeouts, lanes=self.lanes)
+        """A transport to another server of the same service, with this one's token, timeouts and lanes; one that cannot
+        be reached soon is tried again, or elsewhere."""
+        timeouts = replace(self._timeouts, connect=min(self._timeouts.connect, _CONNECT_SOON))
+        return Transport(url, token=self._token, retry=retry, timeouts=timeouts, lanes=self.lanes)
 
     @property
     def same_host(self) -> bool:
         """Whether the service is on this host for sure, as far as is known now."""
         return self._place.same_host
+
+    @property
+    def secure(self) -> bool:
+        """Whether the service is reached over TLS, as far as is known now."""
+        return self._place.secure
 
     def pace(self, direction: str) -> Pace:
         """How many lanes a large body has that begins now: see ema_client.http.pace."""

@@ -104,7 +104,9 @@ from ema_service.cluster.gateway.whole import (
 )
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.problems import answer_with_problems
+from ema_service.cluster.serving import serving_config
 from ema_service.descriptors import connections_within, raise_limit
+from ema_service.tls import Certificate
 
 __all__ = ["create_gateway", "serve"]
 
@@ -590,22 +592,16 @@ async def _body_of(request: Request) -> bytes:
 
 
 def serve(
-    hosts: Hosts, sock: socket.socket, announce: Callable[[], None], pages: Callable[[FastAPI], None] = lambda _: None
+    hosts: Hosts,
+    sock: socket.socket,
+    announce: Callable[[], None],
+    pages: Callable[[FastAPI], None] = lambda _: None,
+    tls: Certificate | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. sock: from coordinator.listening_socket(). announce: called once connections are
-    accepted. pages: as for create_gateway()."""
+    """Serve until SIGINT or SIGTERM. sock: from listening_socket(). announce: called once connections are accepted.
+    pages: as for create_gateway(). tls: as for serving_config()."""
     app = create_gateway(hosts, pages)
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        loop="asyncio",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=20,
-    )
+    config = serving_config(app, tls, stop_seconds=20)
     server = _Server(config, announce, app.state.watches)
     server.run([sock])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -37,15 +38,21 @@ from ema_client.errors import (
 from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, from_json, runs_path
 from ema_service.cluster.counting import GatewayMetrics
 from ema_service.cluster.messages import DIRECTORY
+from ema_service.cluster.reaching import client_of
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
+from ema_service.tls import may_be_tls, why_no_tls
 
 __all__ = ["SILENCE", "HostAddress", "Hosts", "all_of", "parsed", "passed_on"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 #: Seconds for a connection to be there, for a coordinator to answer, and for anybody to say or take anything.
 _CONNECT, _MAP, SILENCE = 5.0, 2.0, 60.0
+#: Seconds after which a host that takes none of a body is held for gone: it may have to wait for its processors.
+_UNREAD = 15.0
 #: Seconds after which the map is asked for again, although every host answered.
 _MAP_AGE = 2.0
 #: What of a request's head is a host's to judge.
@@ -88,12 +95,10 @@ class Hosts:
         self._coordinators = tuple(coordinators)
         self._token = token
         self._guarded = guarded
-        timeout = httpx2.Timeout(SILENCE, connect=_CONNECT)
-        self._client = httpx2.AsyncClient(
-            timeout=timeout, limits=httpx2.Limits(max_connections=None), trust_env=False, follow_redirects=False
-        )
+        self._client = client_of(unheard=_UNREAD, timeout=httpx2.Timeout(SILENCE, connect=_CONNECT))
         self._map: tuple[HostAddress, ...] = ()
         self._told = float("-inf")
+        self._logged = ""
         self._asking = asyncio.Lock()
         #: By place: how often a holder was chosen.
         self._turns: Counter[int] = Counter()
@@ -119,16 +124,24 @@ class Hosts:
         """Take in the coordinator's map. Raises as all()."""
         try:
             found = await self._asked_map()
-        except Overloaded:
+        except Overloaded as fault:
             self.metrics.unmapped.inc()
+            self._log_once(fault.detail)
             if not self._map:
                 raise
         else:
+            self._log_once("")
             if self._guarded and found != self._map:
                 await all_of([self._check_guarded(host) for host in found])
             self._map = found
             self.metrics.hosts.set(len(found))
         self._told = time.monotonic()
+
+    def _log_once(self, fault: str) -> None:
+        """Log why there is no map, where that is new; empty: there is one."""
+        if fault and fault != self._logged:
+            _log.warning("%s", fault)
+        self._logged = fault
 
     async def _check_guarded(self, host: HostAddress) -> None:
         """Raises Forbidden where a host answers without a token."""
@@ -167,7 +180,7 @@ class Hosts:
         given = {"accept-encoding": "identity", **headers}
         request = self._client.build_request(method, host.address + path, headers=given, **more)
         with self._faults(host):
-            answer = await self._client.send(request, stream=True)
+            answer = await self._answer(host, request)
         if not host.is_replica:
             self.metrics.away.labels(str(host.place)).set(0)
         try:
@@ -177,6 +190,20 @@ class Hosts:
             yield answer
         finally:
             await answer.aclose()
+
+    async def _answer(self, host: HostAddress, request: httpx2.Request) -> httpx2.Response:
+        """The head of a host's answer. Given up where the host is elsewhere by now: its former machine may be gone, and
+        end no connection. Raises httpx2.HTTPError."""
+        asking = asyncio.ensure_future(self._client.send(request, stream=True))
+        try:
+            while not (await asyncio.wait({asking}, timeout=_MAP_AGE))[0]:
+                with contextlib.suppress(Overloaded, Forbidden):
+                    there = [each.address for known in await self.all() for each in known.holders]
+                    if host.address not in there:
+                        raise httpx2.ReadError("the host is elsewhere by now", request=request)
+            return asking.result()
+        finally:
+            asking.cancel()
 
     async def chunks(self, host: HostAddress, answer: httpx2.Response) -> AsyncIterator[bytes]:
         """The body of an answer that open() gave, as it comes."""
@@ -207,7 +234,9 @@ class Hosts:
             try:
                 return _hosts_of(await self._ask_coordinator(url))
             except (httpx2.HTTPError, ValueError, NoCoordinator) as fault:
-                faults.append(f"{url}: {type(fault).__name__}: {fault}")
+                ended = isinstance(fault, (httpx2.RemoteProtocolError, httpx2.ReadError))
+                why = f"{type(fault).__name__}: {fault}{may_be_tls(url) if ended else ''}"
+                faults.append(f"{url}: {why_no_tls(fault) or why}")
             except Overloaded as fault:
                 faults.append(f"{url}: {fault.detail}")
         raise Overloaded(
@@ -237,7 +266,7 @@ class Hosts:
                 self.metrics.away.labels(str(host.place)).set(1)
                 self.metrics.failures.labels(str(host.place)).inc()
             raise Overloaded(
-                f"{host} does not answer: {type(fault).__name__}",
+                f"{host} does not answer: {why_no_tls(fault) or type(fault).__name__}",
                 hint="nothing is decided without every host: start it again, or wait until it is there",
                 retry_after=1.0,
             ) from fault

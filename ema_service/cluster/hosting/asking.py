@@ -16,9 +16,11 @@ import httpx2
 from ema_client.errors import InternalError, Overloaded
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Answer, Change
+from ema_service.cluster.reaching import client_of
 from ema_service.cluster.reasons import detail_in
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
+from ema_service.tls import may_be_tls, why_no_tls
 
 __all__ = ["Asking"]
 
@@ -37,7 +39,7 @@ class Asking:
         """coordinators: their URLs. seconds: that a change may take."""
         self._coordinators = coordinators
         self._seconds = seconds
-        self._client = httpx2.AsyncClient(headers={"Authorization": token.header}, timeout=seconds + 5, trust_env=False)
+        self._client = client_of(headers={"Authorization": token.header}, timeout=seconds + 5)
 
     async def change(self, talk: str, change: Change) -> Answer:
         """Bring a change to all who take part in a talk, and return what became of it.
@@ -73,7 +75,9 @@ class Asking:
                 path = f"{coordinator_url(url)}/v1/runs/{talk}/changes"
                 response = await self._client.post(path, content=encode(change))
             except (httpx2.TransportError, NoCoordinator) as fault:
-                said.append(f"the coordinator {url} cannot be reached ({type(fault).__name__})")
+                ended = isinstance(fault, (httpx2.RemoteProtocolError, httpx2.ReadError))
+                why = type(fault).__name__ + (may_be_tls(url) if ended else "")
+                said.append(f"the coordinator {url} cannot be reached ({why_no_tls(fault) or why})")
             else:
                 if response.status_code == 200:
                     return _answer_in(response.content)

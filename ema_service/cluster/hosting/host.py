@@ -60,6 +60,8 @@ T = TypeVar("T")
 
 #: Seconds that nobody waits for the answer to a change: Asking has an end of its own before, which says more.
 _CHANGE_SECONDS = 60.0
+#: Checkpoints that are asked for, or written, at once.
+_CHECKPOINTS_AT_ONCE = 4
 #: Seconds that other runs wait for the checkpoint of one to be written: a disk may hang.
 _WRITING_SECONDS = 600.0
 #: Seconds between two questions whether all hosts have written a snapshot, at first and at most: each has an update
@@ -305,15 +307,20 @@ class Host:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     async def checkpoint(self) -> None:
-        """Have all hosts take a checkpoint of each run that moved since its last one: one run after the other, so that
-        the memory of one version is held. The first host alone asks for that."""
-        for name, shard in list(self._shards.items()) if self._membership.place == 0 else ():
-            if not shard.checkpoints.due or not shard.takes_part():
-                continue
-            try:
-                await self._take_checkpoint(shard)
-            except EmaError as fault:
-                _log.warning("run %s: no checkpoint was taken: %s", name, fault)
+        """Have all hosts take a checkpoint of each run that moved since its last one: of a few runs at once, for each
+        holds the memory of a version, and each waits half a minute where a host is away. The first host alone asks."""
+        turns = asyncio.Semaphore(_CHECKPOINTS_AT_ONCE)
+
+        async def take(name: str, shard: ShardRun) -> None:
+            async with turns:
+                try:
+                    await self._take_checkpoint(shard)
+                except EmaError as fault:
+                    _log.warning("run %s: no checkpoint was taken: %s", name, fault)
+
+        shards = list(self._shards.items()) if self._membership.place == 0 else ()
+        due = [each for each in shards if each[1].checkpoints.due and each[1].takes_part()]
+        await asyncio.gather(*(take(name, shard) for name, shard in due))
 
     async def _take_checkpoint(self, shard: ShardRun) -> None:
         """Have all hosts take one checkpoint, which settles the one before where all have that. Raises as _ask()."""

@@ -22,7 +22,8 @@ from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import Arrival, Ask, Propose, Refusal, Report, Resolve
 from ema_service.cluster.reasons import code_in, detail_in
 from ema_service.cluster.token import ClusterToken
-from ema_service.cluster.whereabouts import check_coordinator, coordinator_address
+from ema_service.cluster.whereabouts import CoordinatorAddress, check_coordinator, coordinator_address
+from ema_service.tls import may_be_tls, trusting, why_no_tls
 
 __all__ = ["Link"]
 
@@ -44,12 +45,23 @@ class _NotLinked(Exception):
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to a coordinator, which sends the head and the body of a message at once.
+    """A connection to a coordinator, over TLS where its address says so, which sends the head and the body of a message
+    at once.
 
     http.client sends one after the other, which wakes the coordinator twice: 0.15 ms of a decision.
     """
 
     _held: bytearray | None = None
+
+    def __init__(self, address: CoordinatorAddress) -> None:
+        super().__init__(address.host, address.port, timeout=_SILENCE)
+        self._secure = address.secure
+
+    def connect(self) -> None:
+        """Connect. Raises OSError, of which SSLError is one."""
+        super().connect()
+        if self._secure:
+            self.sock = trusting().wrap_socket(self.sock, server_hostname=self.host)
 
     def post(self, path: str, body: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         """Send a message, and return the answer once its head is there."""
@@ -147,7 +159,9 @@ class Link:
                     self._hear_all(response)
                 fault = "the coordinator ended"
             except (OSError, http.client.HTTPException, MalformedMessage, _NotLinked) as error:
-                fault = f"{type(error).__name__}: {error}"
+                fault = why_no_tls(error) or f"{type(error).__name__}: {error}"
+                if isinstance(error, ConnectionResetError):  # http.client's RemoteDisconnected is one
+                    fault += may_be_tls(self._url)
             if fault != told and not self._stopped.is_set():
                 _log.warning("run %s: no coordinator at %s, trying again: %s", self._run, self._url, fault)
                 told = fault
@@ -181,7 +195,8 @@ class Link:
                     while self._ready():
                         self._send_next(connection)
             except (OSError, http.client.HTTPException) as fault:
-                _log.info("run %s: a report did not reach %s: %s", self._run, self._url, type(fault).__name__)
+                why = why_no_tls(fault) or type(fault).__name__
+                _log.info("run %s: a report did not reach %s: %s", self._run, self._url, why)
                 self._stopped.wait(_FIRST_PAUSE)
 
     def _ready(self) -> bool:
@@ -207,7 +222,7 @@ class Link:
     @contextlib.contextmanager
     def _connected(self) -> Iterator[_Connection]:
         """A connection that close() breaks. Raises NoCoordinator."""
-        connection = _Connection(*coordinator_address(self._url), timeout=_SILENCE)
+        connection = _Connection(coordinator_address(self._url))
         with self._changed:
             self._connections.add(connection)
         try:
@@ -233,4 +248,5 @@ def _break(connection: _Connection) -> None:
     """End whatever waits for a connection."""
     if connection.sock is not None:
         with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+            # Of the bare socket: that of a TLS socket says goodbye first, and races with the reader.
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)

@@ -37,6 +37,7 @@ from ema_service.cluster.messages import (
     Vote,
 )
 from ema_service.cluster.token import ClusterToken
+from ema_service.runs.verdicts import PATIENCE_SECONDS
 
 __all__ = ["RecordStore", "Reporting"]
 
@@ -44,9 +45,6 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
-
-#: Seconds that a proposal waits behind one that nobody completes.
-PATIENCE_SECONDS = 10.0
 
 
 class RecordStore(Protocol[T_contra]):

@@ -32,7 +32,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from urllib.parse import urlsplit
 
-from ema_service.cluster.launching.launcher import free_port, host_command, write_secret
+from ema_service.addresses import announced
+from ema_service.cluster.launching.launcher import Tls, free_port, host_command, write_secret
 from ema_service.cluster.launching.supervising import Event, Program, Signalled, Supervisor
 from ema_service.cluster.token import ClusterToken
 from ema_service.tether import GRACE
@@ -44,7 +45,7 @@ _LOOK_SECONDS, _HEARD_SECONDS = 0.2, 5.0
 #: Seconds before a start is tried again that failed at the data dir, say.
 _AGAIN_SECONDS = 1.0
 _PROBE_SECONDS = 2.0
-_LISTENS = re.compile(r"listens on (http://\S+)")
+_LISTENS = re.compile(r"listens on (https?://\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Task:
 
     place: of a host, among ``of``; None for the coordinator. folder: of the host's data. token: of the cluster. listen:
     the address that all programs listen on. port: of the gateway, 0 for any. flags: of ``ema-service serve``. lease:
-    seconds, as in Lease().
+    seconds, as in Lease(). tls: of all programs; None for plain HTTP.
     """
 
     place: int | None
@@ -64,6 +65,7 @@ class Task:
     port: int = 0
     flags: tuple[str, ...] = ()
     lease: float = 10.0
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ class Agent:
     def _programs(self, secrets: Path) -> list[Program]:
         """The programs of this place, the one that a word is for first. secrets: a folder that ends with the agent."""
         task, token = self._task, ClusterToken(self._task.token)
-        listen = ["--host", task.listen]
+        listen = ["--host", task.listen, *(task.tls.flags if task.tls else ())]
         tethered = [sys.executable, "-m", "ema_service.tether", "ema_service", "cluster"]
         if task.place is None:
             file = secrets / "cluster-token"
@@ -199,8 +201,8 @@ class Agent:
     def _hear(self, name: str, line: str) -> None:
         """A line that one of the programs has printed."""
         if found := _LISTENS.search(line):
-            port = urlsplit(found[1]).port
-            self._urls[name] = f"http://{f'[{self._machine}]' if ':' in self._machine else self._machine}:{port}"
+            said = urlsplit(found[1])
+            self._urls[name] = announced(self._machine, said.port or 0, secure=said.scheme == "https")
             if name == "gateway":
                 with contextlib.suppress(OSError):  # whoever has Ray, or was told the address, does without
                     _write_line(self._task.folder / "gateway", self._urls[name])

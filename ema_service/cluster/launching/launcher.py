@@ -36,8 +36,9 @@ from queue import SimpleQueue
 from ema_service.addresses import announced
 from ema_service.cluster.launching.supervising import Ended, Program, Signalled, Supervisor, caught_signals
 from ema_service.cluster.token import ClusterToken, read_cluster_token
+from ema_service.tls import why_no_tls
 
-__all__ = ["LaunchFailed", "Plan", "RunsAlready", "free_port", "host_command", "launch", "write_secret"]
+__all__ = ["LaunchFailed", "Plan", "RunsAlready", "Tls", "free_port", "host_command", "launch", "write_secret"]
 
 #: Reaches a machine: no questions, and an end 15 seconds after the machine's.
 THROUGH = "ssh -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
@@ -46,7 +47,7 @@ _READY_SECONDS = 600.0
 _LOOK_SECONDS = 0.1
 _PROBE_SECONDS = 5.0
 _TOKEN, _LOCK = "cluster-token", "up.lock"
-_LISTENS = re.compile(r"listens on (http://\S+)")
+_LISTENS = re.compile(r"listens on (https?://\S+)")
 
 
 class LaunchFailed(Exception):
@@ -58,13 +59,33 @@ class RunsAlready(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """What all programs speak TLS with, each of them files of its machine. certfile, keyfile: PEM. authority: the
+    certificate of the authority that they trust; None for those that a machine knows."""
+
+    certfile: Path
+    keyfile: Path
+    authority: str | None = None
+
+    @property
+    def flags(self) -> list[str]:
+        """Of the programs."""
+        return ["--ssl-certfile", str(self.certfile), "--ssl-keyfile", str(self.keyfile)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the programs."""
+        return {} if self.authority is None else {"SSL_CERT_FILE": self.authority}
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is to be started.
 
     folder: of what is kept. machines: where each host is to be, None for here. host, port: of the gateway. through:
     the command before a machine's name. flags: of ``ema-service serve``, for each host. name: by which other machines
     reach this one, None to find out. replicas: so many of each host, which are read in its place; replica_token: a file
-    with the token that they read with.
+    with the token that they read with. tls: None for plain HTTP.
     """
 
     folder: Path
@@ -76,6 +97,7 @@ class Plan:
     name: str | None = None
     replicas: int = 0
     replica_token: Path | None = None
+    tls: Tls | None = None
 
     @property
     def here(self) -> bool:
@@ -142,12 +164,11 @@ class _Launch:
         plan = self._plan
         bind = "127.0.0.1" if plan.here else "0.0.0.0"  # where a token is asked for
         port = free_port(bind)
-        url = "http://127.0.0.1" if plan.here else announced(bind, port, secure=False, name=plan.name)
-        coordinator = f"{url}:{port}" if plan.here else url
-        token = ["--cluster-token-file", str(self._token_file)]
+        coordinator = announced(bind, port, secure=plan.tls is not None, name=None if plan.here else plan.name)
+        shared = ["--cluster-token-file", str(self._token_file), *(plan.tls.flags if plan.tls else ())]
         gateway_port = plan.port or free_port(plan.host)
-        deciding = ["coordinator", "--host", bind, "--port", str(port), *token]
-        merging = ["gateway", "--host", plan.host, "--port", str(gateway_port), "--coordinator", coordinator, *token]
+        deciding = ["coordinator", "--host", bind, "--port", str(port), *shared]
+        merging = ["gateway", "--host", plan.host, "--port", str(gateway_port), "--coordinator", coordinator, *shared]
         return [
             Program("coordinator", _here("ema_service.tether", "ema_service", "cluster", *deciding), for_good=0),
             *(self._host(place, coordinator) for place in range(len(plan.machines))),
@@ -160,11 +181,16 @@ class _Launch:
         plan, machine = self._plan, self._plan.machines[place]
         flags = ["--data-dir", str(plan.folder / f"host-{place}"), "--", "--shard", f"{place}/{len(plan.machines)}"]
         # Later flags win: those of the user stand last.
-        flags += ["--coordinator", coordinator, "--port", "0"]
+        flags += ["--coordinator", coordinator, "--port", "0", *(plan.tls.flags if plan.tls else ())]
         said = f"{self._token.header.partition(' ')[2]}\n".encode()
         if machine is None:
             return Program(self._hosts[place], _here("ema_service", "cluster", "host", *flags, *plan.flags), said)
-        words = ["ema-service", "cluster", "host", *flags, "--host", "0.0.0.0", *plan.flags]
+        flags += ["--host", "0.0.0.0"]
+        words = ["ema-service", "cluster", "host"]
+        if plan.tls:  # a certificate is for names, as a rule, and not for addresses
+            flags += ["--announce", machine.rpartition("@")[2]]
+            words = ["env", *(f"{key}={value}" for key, value in plan.tls.environment.items()), *words]
+        words += [*flags, *plan.flags]
         return Program(self._hosts[place], [*shlex.split(plan.through), machine, shlex.join(words)], said)
 
     def _replica(self, number: int, coordinator: str) -> Program:
@@ -173,6 +199,7 @@ class _Launch:
         flags = ["--replica-of", f"{number // plan.replicas}/{len(plan.machines)}", "--coordinator", coordinator]
         flags += ["--cluster-token-file", str(self._token_file), "--port", "0"]
         flags += ["--replica-token-file", str(plan.replica_token)] if plan.replica_token else []
+        flags += plan.tls.flags if plan.tls else []
         serve = _here("ema_service.tether", "ema_service", "serve", *flags, *plan.flags)
         return Program(self._replicas[number], serve)
 
@@ -192,13 +219,16 @@ class _Launch:
         raise LaunchFailed(f"not all were ready within {_READY_SECONDS:.0f} seconds")
 
     def _is_ready(self) -> bool:
+        """Whether the gateway takes all requests. Raises LaunchFailed where its certificate is not accepted here."""
         url = self._urls.get("gateway")
         if url is None:
             return False
         try:
             with urllib.request.urlopen(f"{url}/readyz", timeout=_PROBE_SECONDS) as answer:
                 return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError):
+        except (OSError, urllib.error.URLError) as fault:
+            if why := why_no_tls(fault):
+                raise LaunchFailed(f"the gateway at {url}: {why}") from None
             return False
 
     def _stay(self, supervisor: Supervisor) -> None:

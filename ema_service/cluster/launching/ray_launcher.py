@@ -231,7 +231,8 @@ def _make(plan: RayPlan, name: str, task: Task, options: Mapping[str, Any]) -> A
     """An actor, or the one that has been made meanwhile."""
     lasting = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": 0, "max_concurrency": _CALLS_AT_ONCE}
     named = {"name": name, "namespace": RAY_NAMESPACE, "get_if_exists": True}
-    return ray.remote(Place).options(**{"num_cpus": 0, **lasting, **named, **options}).remote(plan.name, task)
+    found = {"runtime_env": {"env_vars": task.tls.environment}} if task.tls else {}
+    return ray.remote(Place).options(**{"num_cpus": 0, **lasting, **named, **found, **options}).remote(plan.name, task)
 
 
 def _options(plan: RayPlan, home: str | None) -> dict[str, Any]:

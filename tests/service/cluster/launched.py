@@ -50,7 +50,7 @@ class Launched:
         return self
 
     def _announced(self) -> bool:
-        found = re.search(r"cluster of \d+ hosts?, listens on (http://\S+)", self.log)
+        found = re.search(r"cluster of \d+ hosts?, listens on (https?://\S+)", self.log)
         self.url = found[1] if found else ""
         return bool(found)
 

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from ema_service.cluster import Arrival, Ask, Change, Record, Report, Term, coordinator, encode
-from ema_service.cluster.coordinator import listening_socket
 from ema_service.cluster.hosting.link import Link
+from ema_service.cluster.serving import listening_socket
 from ema_service.cluster.token import ClusterToken
 from tests.service.cluster.hosts import Hosts
 from tests.service.cluster.processes.coordinating import TOKEN
@@ -215,6 +215,6 @@ def test_silent_coordinator_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_who_comes_early_is_served() -> None:
     """A shard that connects before the coordinator's loop runs waits, and is not refused."""
-    with coordinator.listening_socket("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+    with listening_socket("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
         connection, _ = listening.accept()
         connection.close()

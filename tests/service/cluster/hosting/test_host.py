@@ -5,12 +5,14 @@ Knows that the directory's talk adds and ends runs on a thread of its own. Does 
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from ema_service.cluster.hosting.host import Host
+from ema_client.errors import Overloaded
+from ema_service.cluster.hosting.host import _CHECKPOINTS_AT_ONCE, Host
 from ema_service.cluster.token import read_cluster_token
 
 
@@ -35,3 +37,29 @@ def test_a_token_that_cannot_be_read(tmp_path: Path) -> None:
             read_cluster_token(path)
         assert str(path) in str(told.value)
         assert "Errno" not in str(told.value)
+
+
+def test_checkpoints_are_asked_for_at_once() -> None:
+    """While a host is away each of them waits for half a minute: many runs take no many half minutes, and a run that
+    fails keeps no other from its checkpoint; and of a few alone the memory is held."""
+    host, begun, at_once = Host.__new__(Host), list[int](), list[int]()
+    asked = asyncio.Event()
+
+    def shard(moved: bool) -> SimpleNamespace:
+        return SimpleNamespace(checkpoints=SimpleNamespace(due=moved), takes_part=lambda: True)
+
+    async def take(_: object) -> None:
+        begun.append(1)
+        at_once.append(len(begun) - sum(ended))
+        if len(begun) == _CHECKPOINTS_AT_ONCE:
+            asked.set()
+        await asked.wait()
+        ended.append(1)
+        raise Overloaded("a host is away")
+
+    ended = list[int]()
+    shards = {f"r{number}": shard(moved=number < 9) for number in range(12)}
+    host.__dict__.update(_shards=shards, _membership=SimpleNamespace(place=0), _take_checkpoint=take)
+    asyncio.run(asyncio.wait_for(host.checkpoint(), 10))
+    assert len(begun) == len(ended) == 9
+    assert max(at_once) == _CHECKPOINTS_AT_ONCE

@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ema_service.cluster.conversation import Conversation
-from ema_service.cluster.coordinator import listening_socket, serve
+from ema_service.cluster.coordinator import serve
+from ema_service.cluster.serving import listening_socket
 from ema_service.cluster.token import ClusterToken
 
 TOKEN = "a-token-of-the-tests"
