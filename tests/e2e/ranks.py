@@ -145,6 +145,9 @@ def play(scene: dict[str, Any], rank: int) -> dict[str, Any]:
     options: dict[str, Any] = {"resume": scene.get("resume", False), "posthoc": "wished" in scene}
     drawn: list[int] = []
     options["log_to"] = lambda _, step: drawn.append(step)
+    if "lanes" in scene:
+        Pushes.__init__.__kwdefaults__["stretched_above"] = 0
+        options["lanes"] = scene["lanes"]
     ema = RemoteEma(model, 0.9, run=scene["run"], url=scene["url"], **options)
     before = load(ema, model, scene) if "loaded" in scene else None
     for step in steps:

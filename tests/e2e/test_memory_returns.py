@@ -9,6 +9,7 @@ Knows EmaClient, plain HTTP and the server's metrics. Does not know who holds wh
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -21,7 +22,15 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import LayoutMismatch, StaleStep, StepConflict
-from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_LAYOUT, Durability, part_path, stretch_path
+from ema_client.protocol import (
+    DIGEST_FOLLOWS,
+    HEADER_DIGEST,
+    HEADER_LAYOUT,
+    Durability,
+    part_path,
+    part_stretch_path,
+    stretch_path,
+)
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -189,6 +198,30 @@ def _part(held: Held, part: int, group: str, tensors: dict[str, Tensor], step: i
     return held.http.put(part_path(held.run, step, part), params=params, content=save(tensors)).status_code
 
 
+def _part_stretch(held: Held, start: int, group: str, extra: bytes = b"") -> int:
+    """The status of the answer to a stretch of the first of two parts of the next step; extra: as of _stretch()."""
+    first, last = start // 4, min(start + STRETCH, 24 << 20) // 4
+    body = save({"w": torch.zeros(last - first)}, {"ema.slices": json.dumps({"w": [[[first, last]]]})})
+    path = part_stretch_path(held.run, held.step + 1, 0, 4 * first, 4 * last)
+    headers = {HEADER_DIGEST: DIGEST_FOLLOWS} if extra else {}
+    params = {"of": "2", "group": group, "size": str(24 << 20)}
+    return held.http.put(path, params=params, content=body + extra, headers=headers).status_code
+
+
+def _stretches_of_parts(held: Held) -> None:
+    """Stretches of a part in place of others; one that differs from its digest; and a part that is completed by
+    another, of one body."""
+    step = held.step + 1
+    assert _part_stretch(held, 0, f"one-{step}") == 202
+    assert _part_stretch(held, 0, f"two-{step}") == 202
+    assert _part_stretch(held, STRETCH, f"two-{step}", extra=bytes(16)) == 422
+    assert _part_stretch(held, STRETCH, f"two-{step}") == 202
+    assert _part_stretch(held, 0, f"two-{step}") == 202
+    assert _part(held, 1, f"two-{step}", {"v": STATE["v"]}, step) == 200
+    held.step = step
+    held.push()
+
+
 def _parts(held: Held) -> None:
     """Parts that overlap, that come in place of others, of which some never come, and that make an update."""
     step, w, v = held.step + 2, {"w": STATE["w"]}, {"v": STATE["v"]}
@@ -244,6 +277,7 @@ TRANSFERS: dict[str, Callable[[Held], object]] = {
     "malformed": _malformed,
     "digest that differs": _digest_that_differs,
     "stretches": _stretches,
+    "stretches of parts": _stretches_of_parts,
     "parts": _parts,
     "snapshots": _snapshots,
     "narrower dtype": _cast,

@@ -6,6 +6,7 @@ or travel; what a rank does is in ranks.py.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -60,6 +61,8 @@ def four(
     scenes.append(scene(server, "fewer", "fsdp2", [1, 2]))
     scenes.append(scene(server, "otherwise", "hsdp", [1, 2]))
     scenes.append(scene(counted, "wide", "fsdp2", [1], width=_WIDE))
+    # Behind the scene of which bytes are counted: from here on small parts go in stretches, too.
+    scenes += [scene(server, f"lanes-{how}", how, [1, 2, 3], lanes=2) for how in _KINDS if how != "ddp"]
     scenes.append(scene(server, "killed", "fsdp2", [1, 2], killed=2))
     return train(tmp_path_factory.mktemp("four") / "ranks", 4, scenes, killed=2)
 
@@ -102,6 +105,19 @@ def test_sharded_equals_unsharded(
     assert [rank["drawn"][-1:] for rank in four[how]] == [[3], [], [], []], "one rank draws the charts"
     assert [rank["sent"] for rank in four[how]] == [3] * _KINDS[how] + [0] * (4 - _KINDS[how])
     assert sum(rank["elements"] for rank in four[how]) == sum(tensor.numel() for tensor in expected.values())
+
+
+@pytest.mark.parametrize("how", [how for how in _KINDS if how != "ddp"])
+def test_parts_in_stretches(how: str, four: dict[str, list[Any]], servers: tuple[ServerProcess, ServerProcess]) -> None:
+    """Ranks with lanes make the same, sharded any way."""
+    assert four
+    with EmaClient(servers[0].url) as client, servers[0].http() as http:
+        assert_same(client, f"lanes-{how}", unsharded(client, how, WIDTHS.get(how, 13), [1, 2, 3]))
+        assert client.run(f"lanes-{how}").num_updates == 3
+        stretches = re.findall(
+            r'^ema_stretches_total{result="(?:staged|applied)"} (\S+)$', http.get("/metrics").text, re.M
+        )
+    assert sum(map(float, stretches)) >= 3 * sum(n for kind, n in _KINDS.items() if kind != "ddp")
 
 
 @pytest.mark.parametrize("how", _KINDS)

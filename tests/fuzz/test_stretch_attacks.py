@@ -488,3 +488,19 @@ def test_flood_of_parts_that_never_ends(parts: PartTarget, plain_run_class: type
                 assert target.gauge("ema_connections") <= CONNECTIONS
     assert other.info()["num_updates"] == 10
     target.await_nothing_held()
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_share_of_a_part(parts: PartTarget) -> None:
+    """A part has its share of an update's lanes, one at the least, and none of another part's."""
+    head = f"PUT {parts.path(1, 0, f'0-{BLOCK}', of=8)} HTTP/1.1\r\nHost: localhost\r\n"
+    url, size = parts.target.run.http.base_url, SIZE - PARTS[0][1]
+    with socket.create_connection((url.host, url.port or 80), timeout=30) as coming:
+        length = f"Authorization: Bearer {parts.target.token}\r\nContent-Length: {2 * BLOCK}\r\n\r\n"
+        coming.sendall((head + length).encode())
+        wait_until(lambda: parts.target.gauge("ema_lanes") == 1)
+        status, code, detail = parts.stretch(1, 1, TWO, of=8)
+        assert (status, code) == (503, "overloaded")
+        assert "this part, one of 8" in detail
+        path = parts.path(1, 1, f"0-{size}", of=8, size=size)
+        assert parts.send(path, parts.body(1, *PARTS[1]))[1] == "staged"

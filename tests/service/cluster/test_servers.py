@@ -116,6 +116,7 @@ REFUSED = {
     ("PUT", "/weights/parts/0?of=2"): None,
     ("PUT", "/updates/1/parts/0?of=2"): None,
     ("PUT", "/updates/1/stretches/0-1?group=g"): None,
+    ("PUT", "/updates/1/parts/0/stretches/0-8?of=2&size=8&group=g"): None,
     ("PUT", "/weights"): None,
     ("PUT", "/updates/2"): None,
 }

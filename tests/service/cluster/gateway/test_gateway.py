@@ -398,6 +398,7 @@ def test_what_is_not_offered_is_refused(run: PlainRun) -> None:
     for method, path in [
         ("POST", "/averages"),
         ("PUT", "/updates/1/stretches/0-8"),
+        ("PUT", "/updates/1/parts/0/stretches/0-8"),
     ]:
         answer = run.http.request(method, run.path + path)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), path
