@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load
 from torch import Tensor
+from typer.testing import CliRunner
 
 from ema_client import EmaClient
 from ema_client.errors import EmaError
 from ema_client.protocol import RunShards
+from ema_service.cli import app
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.messages import Arrival
 from ema_service.cluster.replicas import Replicas
@@ -181,15 +183,10 @@ def _kills(cluster: Launched, run: str, seconds: float) -> int:
     return len(seen)
 
 
-def test_no_pull_is_torn_while_replicas_are_killed(cluster: Launched, run_name: str) -> None:
+@pytest.mark.parametrize("seconds", [3, pytest.param(120, marks=pytest.mark.soak)])
+def test_no_pull_is_torn_while_replicas_are_killed(cluster: Launched, run_name: str, seconds: float) -> None:
     """SIGKILL of replicas while pulls and updates go on: each pull is answered, and of one version."""
-    assert _kills(cluster, run_name, 3.0) > 2
-
-
-@pytest.mark.soak
-def test_many_kills(cluster: Launched, run_name: str, soak_seconds: float) -> None:
-    """The same for minutes."""
-    assert _kills(cluster, run_name, soak_seconds) > 2
+    assert _kills(cluster, run_name, seconds) > 2
 
 
 def test_a_replica_is_listed_while_it_is_heard() -> None:
@@ -243,3 +240,9 @@ def test_hosts_that_ask_for_tokens(tmp_path: Path, run_name: str) -> None:
                 assert torch.equal(reader.pull(run_name)["w"], torch.ones(3))
     finally:
         cluster.end()
+
+
+def test_replicas_are_started_beside_local_hosts_alone(tmp_path: Path) -> None:
+    """Of hosts elsewhere none is started, and it is said how to."""
+    ended = CliRunner().invoke(app, ["cluster", "up", "--hosts", "a,b", "--replicas", "1", "--dir", str(tmp_path)])
+    assert (ended.exit_code, "--replica-of" in ended.stderr) == (2, True), ended.stderr
