@@ -9,6 +9,7 @@
     wire      one gigabyte by every way, ours and others', beside the raw sockets
     lanes     large bodies over several connections, on links that give each connection a share, and on loopback
     hosts     a run on several hosts with a link each, beside one server with such a link
+    links     the same, on machines behind links of 1600 Mbit/s: wants root
     connections   one gigabyte pushed over one connection, and split over several
     tls       pushes and pulls over TLS beside those without, and what the server's threads spend on them
     sizes     push and pull at 100 KB, 10 MB and 1 GiB, and the line through them
@@ -50,6 +51,7 @@ import kernel
 import lanes
 import large
 import latency
+import links
 import memory
 import models
 import posthoc
@@ -78,6 +80,7 @@ GROUPS: dict[str, Measure] = {
     "wire": wire.measure,
     "lanes": lanes.measure,
     "hosts": hosts.measure,
+    "links": links.measure,
     "connections": connections.measure,
     "tls": tls.measure,
     "sizes": latency.measure_sizes,

@@ -1,7 +1,7 @@
 """Process: the receiving end of several raw flows at once, a thread for each connection.
 
-``flows BYTES`` listens on a free TCP port; on each connection, as the sink of the raw loops: the number of bytes as
-eight bytes, little-endian, at most BYTES; then the bytes; one byte back once all have arrived; and so on.
+``flows BYTES [ADDRESS]`` listens on a free TCP port; on each connection, as the sink of the raw loops: the number of
+bytes as eight bytes, little-endian, at most BYTES; then the bytes; one byte back once all have arrived; and so on.
 
 Knows sockets. Does not know who sends, or how fast.
 """
@@ -23,8 +23,9 @@ def _follow(connection: socket.socket, nbytes: int) -> None:
 
 
 def main() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    sys.stdout.write(f"listens on 127.0.0.1:{listener.getsockname()[1]}\n")
+    host = sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1"
+    listener = socket.create_server((host, 0))
+    sys.stdout.write(f"listens on {host}:{listener.getsockname()[1]}\n")
     sys.stdout.flush()
     while True:
         connection, _ = listener.accept()
