@@ -26,6 +26,7 @@ __all__ = ["Network", "enter", "why_no_network"]
 _PREFIX = "ema-"
 _NAMED = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
+_CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 #: Of a link that is paced: bytes that may go at once, and what a packet waits at most.
 _BURST, _LATENCY = "512kb", "50ms"
@@ -128,6 +129,8 @@ class Network:
                     paced = ["tbf", "rate", f"{rate}mbit", "burst", _BURST, "latency", _LATENCY]
                     _run(["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", *paced])
 
+            with self.at(machine), contextlib.suppress(OSError):  # what Linux takes where nobody says another
+                _CONGESTION.write_text("cubic")
         # As behind routers: nobody is told at once that a machine is gone, which the end of ARP's answers would tell.
         for machine in self._rates:
             others = [each for each in self._rates if each != machine]

@@ -9,6 +9,7 @@
     wire      one gigabyte by every way, ours and others', beside the raw sockets
     lanes     large bodies over several connections, on links that give each connection a share, and on loopback
     hosts     a run on several hosts with a link each, beside one server with such a link
+    links     the same, on machines behind links of 1600 Mbit/s: wants root
     replicas  evaluators that pull from one server, and from one with replicas, each with a link of its own
     connections   one gigabyte pushed over one connection, and split over several
     tls       pushes and pulls over TLS beside those without, and what the server's threads spend on them
@@ -51,6 +52,7 @@ import kernel
 import lanes
 import large
 import latency
+import links
 import memory
 import models
 import posthoc
@@ -80,6 +82,7 @@ GROUPS: dict[str, Measure] = {
     "wire": wire.measure,
     "lanes": lanes.measure,
     "hosts": hosts.measure,
+    "links": links.measure,
     "replicas": replicas.measure,
     "connections": connections.measure,
     "tls": tls.measure,

@@ -174,6 +174,7 @@ LATER = (
     "wire",
     "lanes",
     "hosts",
+    "links",
     "replicas",
     "latency",
     "gpt2",
@@ -274,6 +275,17 @@ EXPECTED = {
         "pull, 2 hosts",
         "push, 3 hosts",
         "pull, 3 hosts",
+    ],
+    "links": [
+        "raw flow to 1 machine",
+        "push, 1 linked host",
+        "pull, 1 linked host",
+        "raw flows to 2 machines",
+        "push, 2 linked hosts",
+        "pull, 2 linked hosts",
+        "raw flows to 3 machines",
+        "push, 3 linked hosts",
+        "pull, 3 linked hosts",
     ],
     "replicas": [
         *(
@@ -488,6 +500,8 @@ DEMANDED = {
     ("pull, lanes found", "pull, two lanes", 0.97),
     *((f"push, {k} hosts", "push, one server", 0.95 * k) for k in (2, 3)),
     *((f"pull, {k} hosts", "pull, one server", 0.9 * k) for k in (2, 3)),
+    *((f"push, {k} linked hosts", "push, 1 linked host", 0.95 * k) for k in (2, 3)),
+    *((f"pull, {k} linked hosts", "pull, 1 linked host", 0.9 * k) for k in (2, 3)),
     *(
         (f"pull, {count} evaluators, {where}", f"pull, {count} evaluators, one server", 0.8 * count / busiest)
         for count, busiest, where in (

@@ -1,9 +1,9 @@
 """Process: the receiving end of several raw flows at once, a thread for each connection.
 
-``flows BYTES [average]`` listens on a free TCP port; on each connection, as the sink of the raw loops: the number of
-bytes as eight bytes, little-endian, at most BYTES; then the bytes; one byte back once all have arrived; and so on.
-With ``average`` the bytes are float32 parameters, and each piece is averaged with a shadow once it is there: what a
-push costs where nothing is asked of it but the average.
+``flows BYTES [average] [ADDRESS]`` listens on a free TCP port; on each connection, as the sink of the raw loops: the
+number of bytes as eight bytes, little-endian, at most BYTES; then the bytes; one byte back once all have arrived; and
+so on. With ``average`` the bytes are float32 parameters, and each piece is averaged with a shadow once it is there:
+what a push costs where nothing is asked of it but the average.
 
 Knows sockets, and the loop that averages. Does not know who sends, or how fast.
 """
@@ -56,12 +56,14 @@ def _receive_and(work: Callable[[int, int], object], connection: socket.socket, 
 
 
 def main() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    sys.stdout.write(f"listens on 127.0.0.1:{listener.getsockname()[1]}\n")
+    words = sys.argv[2:]
+    host = next((word for word in words if word != "average"), "127.0.0.1")
+    listener = socket.create_server((host, 0))
+    sys.stdout.write(f"listens on {host}:{listener.getsockname()[1]}\n")
     sys.stdout.flush()
     while True:
         connection, _ = listener.accept()
-        given = (connection, int(sys.argv[1]), "average" in sys.argv[2:])
+        given = (connection, int(sys.argv[1]), "average" in words)
         threading.Thread(target=_follow, args=given, daemon=True).start()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_service.cluster.launching.agent import Agent, Task
-from tests.conftest import LitEmaOracle
+from ema_service.cluster.launching.launcher import Tls
+from tests.conftest import Certificate, LitEmaOracle
 from tests.service.cluster.test_launched import assert_is, patient
 from tests.waiting import wait_until
 
@@ -34,13 +35,15 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         self.folder, self.lines, self.silent = folder, list[str](), set[int]()
         self.coordinator: Agent | None = None
+        self.tls: Tls | None = None
         self.hosts: dict[int, Agent] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._speak, daemon=True)
         self._thread.start()
 
     def start(self, place: int | None, of: int = 2, *flags: str) -> Agent:
-        agent = Agent(Task(place, of, self.folder, TOKEN, "127.0.0.1", 0, flags, 3.0), "127.0.0.1", self.lines.append)
+        task = Task(place, of, self.folder, TOKEN, "127.0.0.1", 0, flags, 3.0, self.tls)
+        agent = Agent(task, "127.0.0.1", self.lines.append)
         agent.start()
         if place is None:
             self.coordinator = agent
@@ -110,6 +113,21 @@ def test_a_coordinator_elsewhere_is_found(engine: Engine, model: Model, litema: 
         oracle.update(model(3))
         assert_is(client, "r", oracle)
     assert [engine.pid(place) for place in range(2)] == pids
+
+
+def test_places_that_speak_tls(
+    engine: Engine, model: Model, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All programs do, at addresses that say so, and an agent finds them ready by their certificates."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.authority))
+    engine.tls = Tls(certificate.cert, certificate.key, str(certificate.authority))
+    coordinator, *_ = engine.start(None), engine.start(0), engine.start(1)
+    ready(engine)
+    assert all(agent.url.startswith("https://") for agent in (coordinator, *engine.hosts.values()))
+    with EmaClient((engine.folder / "gateway").as_uri()) as client:
+        client.create_run("r", model(0))
+        assert client.push("r", model(1), step=1).applied
+    assert not [line for line in engine.lines if "listens on http://" in line]
 
 
 def test_nothing_is_started_while_the_engine_is_not_heard(engine: Engine, model: Model) -> None:
