@@ -109,7 +109,8 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
     async def shards(run: str) -> JSONResponse:
         talk = talks.find(run)
         seats = [asdict(seat) for seat in talk.seats()]
-        return JSONResponse({"run": run, "term": talk.core.term.number, "fault": talk.core.fault, "shards": seats})
+        told = {"run": run, "term": talk.core.term.number, "fault": talk.core.fault, "shards": seats}
+        return JSONResponse({**told, "twins": talk.twins, "absent": talks.absent()} if talk.twins else told)
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
@@ -131,6 +132,11 @@ def _watch(metrics: CoordinatorMetrics, talks: Conversations) -> None:
     metrics.watch("ema_coordinator_talks", "Talks: one a run, and one of all hosts.", lambda: len(talks.all()))
     metrics.watch("ema_coordinator_listening", "Shards that listen, of all talks.", lambda: seats(listening=True))
     metrics.watch("ema_coordinator_shards_away", "Shards that do not.", lambda: seats(listening=False))
+    metrics.watch(
+        "ema_coordinator_without_twin",
+        "Shards, of all talks, that lie on one of their two hosts alone.",
+        lambda: sum(len(talk.core.seating.absent) for talk in talks.all()),
+    )
     metrics.watch(
         "ema_coordinator_faults",
         "Talks in which nothing is decided, for a shard lacks what the others have.",

@@ -74,7 +74,12 @@ LEDGER = "ema_service.runs.ledger"
 PURE = (LEDGER, "ema_service.cluster.decisions")
 #: The program that decides for a run on several hosts, an application of its own; and all that are such programs.
 COORDINATOR = "ema_service.cluster.coordinator"
-CLUSTER_PROGRAMS = (COORDINATOR, "ema_service.cluster.problems", "ema_service.cluster.gateway.*")
+CLUSTER_PROGRAMS = (
+    COORDINATOR,
+    "ema_service.cluster.problems",
+    "ema_service.cluster.gateway.*",
+    "ema_service.cluster.hosting.lending",
+)
 #: Who asks over HTTP: the client, a host of a cluster its coordinators, and a gateway its hosts.
 HTTPX = ("ema_client.http.control", "ema_service.cluster.hosting.asking", "ema_service.cluster.gateway.*")
 #: What the ledger may need beyond the standard library: schedules are numbers.

@@ -15,7 +15,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -35,6 +35,7 @@ from ema_client.errors import (
 )
 from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, from_json, runs_path
 from ema_service.cluster.counting import GatewayMetrics
+from ema_service.cluster.gateway.twins import HostAddress, Twins
 from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.whereabouts import NoCoordinator, coordinator_url
@@ -51,16 +52,6 @@ _MAP_AGE = 2.0
 _PASSED = ("authorization", "host", "origin", "sec-fetch-site", HEADER_KEY, HEADER_PUSH, HEADER_WRITER)
 #: Errors that are about the host, not about the run or the request: the text then says which host.
 _OF_A_HOST = (InternalError, Overloaded, RunDegraded, Stopping, StorageFailed)
-
-
-class HostAddress(NamedTuple):
-    """One host. address: its URL, without a slash at the end."""
-
-    place: int
-    address: str
-
-    def __str__(self) -> str:
-        return f"host {self.place} ({self.address})"
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
@@ -85,6 +76,7 @@ class Hosts:
             timeout=timeout, limits=httpx2.Limits(max_connections=None), trust_env=False, follow_redirects=False
         )
         self._map: tuple[HostAddress, ...] = ()
+        self._twins: Twins | None = None
         self._told = float("-inf")
         self._asking = asyncio.Lock()
         self.metrics = GatewayMetrics()
@@ -102,13 +94,28 @@ class Hosts:
                     await self._look()
         return self._map
 
+    async def both(self, run: str) -> tuple[tuple[HostAddress, ...], ...]:
+        """By shard, the hosts that have to hear what is written to a run: one, or two of twins. Raises as all()."""
+        hosts = await self.all()
+        return tuple((host,) for host in hosts) if self._twins is None else self._twins.both(run)
+
+    async def every(self) -> tuple[HostAddress, ...]:
+        """All hosts, by their own places, also those that are left behind. Raises as all()."""
+        hosts = await self.all()
+        return hosts if self._twins is None else self._twins.every
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether each shard has two hosts, by the latest map."""
+        return self._twins is not None
+
     def _is_old(self) -> bool:
         return time.monotonic() - self._told > _MAP_AGE
 
     async def _look(self) -> None:
         """Take in the coordinator's map. Raises as all()."""
         try:
-            found = await self._asked_map()
+            found, twins = await self._asked_map()
         except Overloaded:
             self.metrics.unmapped.inc()
             if not self._map:
@@ -117,6 +124,7 @@ class Hosts:
             if self._guarded and found != self._map:
                 await all_of([self._check_guarded(host) for host in found])
             self._map = found
+            self._twins = twins
             self.metrics.hosts.set(len(found))
         self._told = time.monotonic()
 
@@ -155,11 +163,14 @@ class Hosts:
     ) -> AsyncIterator[httpx2.Response]:
         """A host's answer to a request, whose body is yet to be read."""
         given = {"accept-encoding": "identity", **headers}
+        host = host if self._twins is None else self._twins.serving(host, path)
         request = self._client.build_request(method, host.address + path, headers=given, **more)
         with self._faults(host):
             answer = await self._client.send(request, stream=True)
         self.metrics.away.labels(str(host.place)).set(0)
         try:
+            if answer.status_code == 503 and host.chosen:
+                self._told = float("-inf")  # its twin may have come back
             if answer.status_code >= 400:
                 with self._faults(host):
                     raise _error_of(host, answer, await answer.aread())
@@ -184,12 +195,14 @@ class Hosts:
 
     # --- the map ----------------------------------------------------------------------------------------------------
 
-    async def _asked_map(self) -> tuple[HostAddress, ...]:
+    async def _asked_map(self) -> tuple[tuple[HostAddress, ...], Twins | None]:
         """The map, from the first coordinator that has it. Raises Overloaded."""
         faults = []
         for url in self._coordinators:
             try:
-                return _hosts_of(await self._ask_coordinator(url))
+                told = await self._ask_coordinator(url)
+                twins = Twins(told) if told.get("twins") else None
+                return (_hosts_of(told) if twins is None else twins.hosts), twins
             except (httpx2.HTTPError, ValueError, NoCoordinator) as fault:
                 faults.append(f"{url}: {type(fault).__name__}: {fault}")
             except Overloaded as fault:

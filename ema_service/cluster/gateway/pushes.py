@@ -69,15 +69,16 @@ class Slice:
     digested: whether the slice's own digest follows.
     """
 
-    def __init__(self, place: int, header: bytes, data_bytes: int, digest: AnyDigest | None) -> None:
-        """digest: of the slice's data, which follows; None where none does."""
+    def __init__(self, place: int, header: bytes, data_bytes: int, digest: AnyDigest | None, copies: int = 1) -> None:
+        """digest: of the slice's data, which follows; None where none does. copies: to how many hosts the slice is
+        sent."""
         self.place = place
         self.digested = digest is not None
         self.length = len(header) + data_bytes + (DIGEST_BYTES if digest else 0)
         self._header = header
         self.missing = data_bytes
         self._digest = digest
-        self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(_UNSENT)
+        self._chunks: list[asyncio.Queue[bytes | None]] = [asyncio.Queue(_UNSENT) for _ in range(copies)]
 
     async def put(self, chunk: bytes | None) -> None:
         """Have a chunk of the slice's data sent, once there is room; None behind the last."""
@@ -85,12 +86,13 @@ class Slice:
             self.missing -= len(chunk)
             if self._digest:
                 self._digest.update(memoryview(chunk))
-        await self._chunks.put(chunk)
+        for copy in self._chunks:
+            await copy.put(chunk)
 
-    async def body(self) -> AsyncIterator[bytes]:
-        """The slice as the host is sent it."""
+    async def body(self, copy: int = 0) -> AsyncIterator[bytes]:
+        """The slice as a host is sent it. copy: for which of several hosts."""
         yield self._header
-        while (chunk := await self._chunks.get()) is not None:
+        while (chunk := await self._chunks[copy].get()) is not None:
             yield chunk
         if self._digest:
             yield self._digest.digest()
@@ -101,7 +103,7 @@ class Splitting:
     """Takes a whole body apart. send: sends one slice, and returns when its host has answered.
 
     length: of the whole body, None where that is not known. digest: the sender's, None where none follows. silence:
-    seconds that the sender may say nothing.
+    seconds that the sender may say nothing. copies: by place, to how many hosts a slice is sent; empty for one each.
     """
 
     shards: LayoutMap
@@ -109,6 +111,7 @@ class Splitting:
     length: int | None
     digest: str | None
     silence: float = SILENCE
+    copies: Sequence[int] = ()
     _sending: dict[int, asyncio.Task[object]] = field(default_factory=dict)
     _unread: bytearray = field(default_factory=bytearray)
 
@@ -126,7 +129,7 @@ class Splitting:
 
     def _raise(self, faults: BaseExceptionGroup[BaseException]) -> NoReturn:
         """Raises one of the faults that came at once: one that no retry would mend before others."""
-        fault = min(faults.exceptions, key=lambda each: isinstance(each, EmaError) and each.retryable)
+        fault = min(_single(faults), key=lambda each: isinstance(each, EmaError) and each.retryable)
         try:
             raise fault
         finally:
@@ -177,7 +180,8 @@ class Splitting:
         for place_, count in cut.spans:
             sizes[place_] += count
         digests = cut.digests if self.digest else [None] * len(sizes)
-        slices = [Slice(at, cut.headers[at], sizes[at], digests[at]) for at in range(len(sizes))]
+        copies = self.copies or [1] * len(sizes)
+        slices = [Slice(at, cut.headers[at], sizes[at], digests[at], copies[at]) for at in range(len(sizes))]
         for at, (place_, count) in enumerate(cut.spans):
             each = slices[place_]
             self._begin(each, group)
@@ -229,6 +233,14 @@ class Splitting:
         except TimeoutError:
             raise RequestTimeout(f"no byte of the body came for {self.silence:g} seconds") from None
         raise MalformedBody("the body ends before its header says")
+
+
+def _single(faults: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The faults of a group, and of groups in it: of a slice that goes to two hosts."""
+    found: list[BaseException] = []
+    for each in faults.exceptions:
+        found += _single(each) if isinstance(each, BaseExceptionGroup) else [each]
+    return found
 
 
 class PartSplitting(Splitting):
