@@ -40,8 +40,8 @@ def _size(text: str) -> int:
     return nbytes
 
 
-def _shard(text: str | None, flag: str = "--shard") -> tuple[int, int] | None:
-    """Which of how many hosts: ``0/3``."""
+def _shard(text: str | None, flag: str = "--shard", *, twins: bool = False) -> tuple[int, int] | None:
+    """Which of how many hosts: ``0/3``. twins: whether two of them have one shard."""
     if text is None:
         return None
     found = re.fullmatch(r"(0|[1-9][0-9]{0,4})/([1-9][0-9]{0,4})", text)
@@ -49,7 +49,14 @@ def _shard(text: str | None, flag: str = "--shard") -> tuple[int, int] | None:
         raise typer.BadParameter(
             f"{text!r} is none such as 0/3, 1/3 or 2/3: places are counted from 0", param_hint=flag
         )
-    return int(found[1]), int(found[2])
+    place, of = int(found[1]), int(found[2])
+    if twins and (of % 2 or of < 4):
+        raise typer.BadParameter(
+            f"{of} hosts are no two or more shards with two hosts each; of one shard alone no third host would know "
+            "which of the two was left behind",
+            param_hint="--twins",
+        )
+    return place, of
 
 
 app = typer.Typer(
@@ -253,6 +260,14 @@ def serve(
             envvar="EMA_SERVICE_SHARD",
         ),
     ] = None,
+    twins: Annotated[
+        bool,
+        typer.Option(
+            "--twins",
+            help="The later half of the hosts are twins of the earlier half: 3/4 has the same shard as 1/4.",
+            envvar="EMA_SERVICE_TWINS",
+        ),
+    ] = False,
     coordinator: Annotated[
         list[str] | None,
         typer.Option(
@@ -364,7 +379,8 @@ def serve(
         )
     place = _shard(replica_of, "--replica-of") if replica_of and "://" not in replica_of else None
     seat = replica_of if place else shard
-    _check_cluster(seat, coordinator, cluster_token_file, cluster_address or lease, memory=memory and not place)
+    more = cluster_address or lease or twins or None
+    _check_cluster(seat, coordinator, cluster_token_file, more, memory=memory and not place)
     if shard and snapshot_store:
         raise typer.BadParameter("snapshots of a cluster stay in its hosts' data dirs", param_hint="--snapshot-store")
     replica_token = _replica_token(replica_of, replica_token_file, place=place is not None)
@@ -393,7 +409,8 @@ def serve(
         address_file=address_file,
         slow_request=slow_request,
         access_log=access_log,
-        shard=_shard(shard),
+        shard=_shard(shard, twins=twins),
+        twins=twins,
         coordinators=tuple(coordinator or ()),
         cluster_token_file=cluster_token_file,
         cluster_address=cluster_address,

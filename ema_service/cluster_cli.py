@@ -167,6 +167,14 @@ def up(
     hosts: Annotated[
         str | None, typer.Option(help="A host on each of these machines: a,b,c.", metavar="MACHINES")
     ] = None,
+    twins: Annotated[
+        bool,
+        typer.Option(
+            "--twins",
+            help="Two hosts for each shard, so that nothing is lost with any one of them: twice --local, or the later "
+            "half of --hosts.",
+        ),
+    ] = False,
     folder: Annotated[
         Path, typer.Option("--dir", help="Of data and token, here and on each machine.", file_okay=False)
     ] = Path("ema-cluster"),
@@ -227,12 +235,14 @@ def up(
             "say how many hosts here (--local 3), on which machines (--hosts a,b,c), or how many in a Ray cluster "
             "(--ray auto --shards 3)"
         )
-    if replicas and local is None:
+    if replicas and (local is None or twins):
         raise typer.BadParameter(
-            "replicas are started here beside --local hosts; elsewhere, `ema-service serve --replica-of 0/3 ...` on "
-            "each machine",
+            "replicas are started here beside --local hosts without twins; elsewhere, `ema-service serve --replica-of "
+            "0/3 ...` on each machine",
             param_hint="--replicas",
         )
+    if ray is not None and twins:
+        raise typer.BadParameter("a cluster on Ray has one host for each shard", param_hint="--twins")
     found = _together(ssl_certfile, ssl_keyfile)
     tls = Tls(*found, os.environ.get("SSL_CERT_FILE")) if found else None
     if ray is not None:
@@ -240,11 +250,24 @@ def up(
         task = replace(_task(shards or 1, folder, host or "0.0.0.0", port or 0, context.args), tls=tls)
         _up_on_ray(ray, name, task, takes, shared=shared_dir)
         return
-    machines = [None] * (local or 0) if hosts is None else [name.strip() for name in hosts.split(",")]
+    named = [None] * (local or 0) if hosts is None else [name.strip() for name in hosts.split(",")]
+    machines: list[str | None] = [*named]
     if not all(machine is None or _MACHINE.fullmatch(machine) for machine in machines):
         raise typer.BadParameter(f"{hosts!r} is no list of machines such as a,b,c", param_hint="--hosts")
+    machines = _with_twins(machines, given=hosts is not None) if twins else machines
     where = host or "127.0.0.1", DEFAULT_PORT if port is None else port
-    plan = Plan(folder, machines, *where, through or THROUGH, context.args, announce, replicas, replica_token_file, tls)
+    plan = Plan(
+        folder,
+        machines,
+        *where,
+        through or THROUGH,
+        context.args,
+        twins=twins,
+        name=announce,
+        replicas=replicas,
+        replica_token=replica_token_file,
+        tls=tls,
+    )
 
     def ready(url: str) -> None:
         typer.echo(f"ema-service {version('ema-service')}, cluster of {_many(len(machines))}, listens on {url}")
@@ -269,6 +292,19 @@ def down(ray: OnRay = "auto", name: Name = "ema") -> None:
                 _refuse(f"there is no cluster {name!r} on this Ray")
     except LaunchFailed as fault:
         _refuse(str(fault))
+
+
+def _with_twins(machines: list[str | None], *, given: bool) -> list[str | None]:
+    """Where each host is to be, with a twin each. given: the machines are those of twins, too. Exits where they are too
+    few."""
+    found = machines if given else 2 * machines
+    if len(found) % 2 or len(found) < 4:
+        raise typer.BadParameter(
+            "two or more shards are needed, and two hosts for each: of one shard alone no third host would know which "
+            "of the two was left behind",
+            param_hint="--twins",
+        )
+    return found
 
 
 def _task(shards: int, folder: Path, listen: str, port: int, flags: list[str]) -> Task:

@@ -50,6 +50,7 @@ class Settings:
     measurements: whether each update is measured: how far shadow and parameters are apart, rates, times.
     address_file: a file for clients that says where the server is, while it listens; None for none.
     shard: which host of a cluster the server is, from 0, of how many; None for a server that decides alone.
+    twins: whether the later half of the hosts are twins of the earlier half, each with the same shard.
     coordinators: URLs of the cluster's coordinators. cluster_token_file: the secret that coordinators and hosts share.
     cluster_address: URL at which other hosts reach the server; None for what it announces. lease: seconds without a
     word of a coordinator, or of what started the server, after which a host ends itself; None for none.
@@ -81,6 +82,7 @@ class Settings:
     access_log: bool = False
     measurements: bool = True
     shard: tuple[int, int] | None = None
+    twins: bool = False
     coordinators: tuple[str, ...] = ()
     cluster_token_file: Path | None = None
     cluster_address: str | None = None

@@ -534,7 +534,8 @@ class HostedShard:
 
 @dataclass(frozen=True, slots=True)
 class RunShards:
-    """The answer to ``GET /v1/runs/{run}/shards``: of a run on several hosts, its shards by place."""
+    """The answer to ``GET /v1/runs/{run}/shards``: of a run on several hosts, its shards by place; none where all
+    weights go through the gateway."""
 
     run: Name
     shards: tuple[HostedShard, ...]

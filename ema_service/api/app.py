@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
@@ -93,6 +94,8 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         replica = _following(settings, opened)
         context = app.state.context = Context(settings, opened, metrics, host, replica)
         gauge(metrics, context)
+        if host and settings.twins:
+            _serve_twin(app, host)
         if partner := host or replica:  # no server is both
             partner.start()
         tasks = [asyncio.create_task(work(context)) for work in (_verify, _checkpoint, _sync, _expire, _trim)]
@@ -162,7 +165,9 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     """
     objects = open_objects(settings.snapshot_store) if settings.snapshot_store else None
     if store is None and settings.data_dir:
-        store = open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0)
+        # A host that lost its data dir is filled from its twin, and has to be heard although its folder is new.
+        first = int(time.time()) if settings.twins else 1
+        store = open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0, first=first)
     if store:
         with contextlib.ExitStack() as undo:
             undo.callback(store.close)
@@ -193,7 +198,9 @@ def _host(settings: Settings, registry: Registry) -> Host | None:
         raise RuntimeError("a host of a cluster has a data dir, coordinators, and the cluster's token in a file")
     place, of = settings.shard
     token = read_cluster_token(settings.cluster_token_file)
-    membership = Membership(place, of, settings.cluster_address or "", settings.coordinators, token, settings.lease)
+    membership = Membership(
+        place, of, settings.cluster_address or "", settings.coordinators, token, settings.lease, twins=settings.twins
+    )
     return Host(registry, registry.store, membership)
 
 
@@ -222,6 +229,13 @@ def _original_of(app: FastAPI) -> str | None:
     """Where writes go that come to a replica, empty while that is not known; None where the server is none."""
     context: Context = app.state.context
     return context.replica.original_url if context.replica else None
+
+
+def _serve_twin(app: FastAPI, host: Host) -> None:
+    """Let the host's twin copy what it has."""
+    from ema_service.cluster.hosting.lending import LENDING, lending_app
+
+    app.mount(LENDING, lending_app(host, host.token))
 
 
 def _left_for_weights(memory_limit: int) -> int:

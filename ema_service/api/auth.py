@@ -29,8 +29,8 @@ _ALLOWED_BY = {
 }
 
 #: Paths that need no token, for their answers say nothing of any run: the pages (whose data need a token), and whether
-#: the process lives.
-_OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|runs/[^/]+|v1/server)?\Z")
+#: the process lives. What a twin copies is asked for with another token, the cluster's.
+_OPEN = re.compile(r"/(healthz|readyz|docs|openapi\.json|assets/.*|runs/[^/]+|v1/server|v1/twin/.*)?\Z")
 #: Of these, the one that tells more to who has a token.
 MORE_WITH_A_TOKEN = "/v1/server"
 _RUN = re.compile(r"/v1/runs/([^/]+)")

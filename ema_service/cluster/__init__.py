@@ -7,7 +7,7 @@ runs of a host are hosting's, those of all hosts together a gateway's, and which
 
 from __future__ import annotations
 
-from ema_service.cluster.decisions import Coordinator, Shard, after_loss
+from ema_service.cluster.decisions import Coordinator, Shard, after_loss, emptied
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.layout_map import LayoutMap, MergedBody, ShardLayout, Span
 from ema_service.cluster.messages import (
@@ -28,6 +28,7 @@ from ema_service.cluster.messages import (
     Report,
     Resolve,
     Rewind,
+    Seating,
     SnapshotBegun,
     SnapshotGone,
     SnapshotTaken,
@@ -60,6 +61,7 @@ __all__ = [
     "Report",
     "Resolve",
     "Rewind",
+    "Seating",
     "Shard",
     "ShardLayout",
     "SnapshotBegun",
@@ -71,5 +73,6 @@ __all__ = [
     "Vote",
     "after_loss",
     "decode",
+    "emptied",
     "encode",
 ]

@@ -11,6 +11,7 @@ what a change does.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,13 +21,19 @@ from typing import TypeAlias
 from ema_client.errors import Conflict, Fenced, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
 from ema_service.cluster.counting import CoordinatorMetrics, TalkCount
 from ema_service.cluster.decisions import Coordinator, Output
-from ema_service.cluster.messages import Answer, Arrival, Ask, Change, Propose, Refusal, Report, Resolve
+from ema_service.cluster.messages import DIRECTORY, Answer, Arrival, Ask, Change, Propose, Refusal, Report, Resolve
 
 __all__ = ["Conversation", "Conversations", "Listening", "Seat"]
+
+_log = logging.getLogger(__name__)
 
 #: What one listening shard is to be sent; None ends the listening.
 Listening: TypeAlias = "asyncio.Queue[Ask | Propose | Resolve | None]"
 
+#: Questions, one a second, that a shard may leave without an answer before the others go on with its twin: one whose
+#: connection ended, one that is connected and says nothing, and one that never came, whose host may have much to bring
+#: back.
+_AWAY, _SILENT, _NEVER_CAME = 5, 10, 60
 #: Messages that a shard has not read: with more it is not listening any more.
 _UNREAD = 64
 #: Questions, one a second, after which a talk is forgotten: a host that is started again comes before.
@@ -53,10 +60,16 @@ class Conversation:
     shards: how many the run has. core: what decides.
     """
 
-    def __init__(self, run: str, name: str, shards: int, metrics: CoordinatorMetrics | None = None) -> None:
-        """run: the talk's name. name: as in Coordinator. metrics: by default those of nobody."""
-        self.core = Coordinator(name, shards)
+    def __init__(
+        self, run: str, name: str, shards: int, metrics: CoordinatorMetrics | None = None, *, twins: bool = False
+    ) -> None:
+        """run: the talk's name. name, twins: as in Coordinator. metrics: by default those of nobody."""
+        self.core = Coordinator(name, shards, twins=twins)
         self.shards = shards
+        self.twins = twins
+        self._told_absent: frozenset[int] = frozenset()
+        #: By place, the questions that it has not answered.
+        self._unheard: Counter[int] = Counter()
         self._run = run
         self._count = TalkCount(metrics or CoordinatorMetrics())
         self._arrivals: dict[int, Arrival] = {}
@@ -94,6 +107,7 @@ class Conversation:
         if message.shard >= self.shards:
             raise InvalidRequest(f"shard {message.shard}: run {self._run!r} has shards 0 to {self.shards - 1}")
         self._count.heard(message)
+        self._unheard[message.shard] = 0
         if message.term < self.core.term:
             # The claim came while the shard was not listening.
             self._say(ask for ask in self.core.ask() if ask.shard == message.shard)
@@ -105,7 +119,12 @@ class Conversation:
         return not self._listening
 
     def ask_again(self) -> None:
-        """Ask all that listen to report: a sign of life for them, and what mends whatever was lost."""
+        """Ask all that listen to report: a sign of life for them, and what mends whatever was lost. Note who does not
+        listen for too long."""
+        for place in range(self.shards) if self.twins else ():
+            self._unheard[place] += 1
+            if self._unheard[place] > self._most_unheard(place):
+                self._say(self.core.note_silence(place))
         self._say(self.core.ask())
 
     async def change(self, asked: Change, seconds: float) -> Answer:
@@ -118,13 +137,26 @@ class Conversation:
         try:
             return await asyncio.wait_for(asyncio.shield(answer), seconds)
         except TimeoutError:
-            away = [str(seat.place) for seat in self.seats() if not seat.listens]
+            absent = self.core.seating.absent
+            away = [str(seat.place) for seat in self.seats() if not seat.listens and seat.place not in absent]
             why = self.core.fault or (f"without shard {listed(away)}" if away else "the shards are busy")
             raise Overloaded(
                 f"the change was not decided in {seconds:g} seconds: {why}",
                 hint="ask again with the same key; the change may still be made",
                 retry_after=1.0,
             ) from None
+
+    def _most_unheard(self, place: int) -> int:
+        """How many questions a place may leave without an answer."""
+        if place in self._listening:
+            return _SILENT
+        return _AWAY if place in self._arrivals else _NEVER_CAME
+
+    def note_away(self, places: Iterable[int]) -> None:
+        """Note those of these places that never came: their hosts are left behind anyway."""
+        for place in places:
+            if place not in self._arrivals:
+                self._say(self.core.note_silence(place))
 
     def seats(self) -> list[Seat]:
         """All shards, by place."""
@@ -156,16 +188,17 @@ class Conversation:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _note(self, arrival: Arrival) -> None:
-        if arrival.shards != self.shards:
+        if (arrival.shards, arrival.twins) != (self.shards, self.twins):
             raise Conflict(
                 f"shard {arrival.shard} says that run {self._run!r} has {arrival.shards} shards, others say "
                 f"{self.shards}",
-                hint="start all shards of a run with the same number of shards",
+                hint="start all shards of a run with the same number of shards, and all with twins or none",
             )
         self._arrivals[arrival.shard] = arrival
 
     def _say(self, outputs: Iterable[Output]) -> None:
         """Send to those that listen, and answer those that asked."""
+        self._tell()
         for output in outputs:
             if isinstance(output, Resolve):
                 self._count.said(output)
@@ -178,6 +211,14 @@ class Conversation:
                     self._end(output.shard)
                 else:
                     listening.put_nowait(output)
+
+    def _tell(self) -> None:
+        """Log who is left behind, or counts again."""
+        before, self._told_absent = self._told_absent, self.core.seating.absent
+        for place in self._told_absent - before:
+            _log.warning("run %s: goes on without host %d, whose twin has its shard alone", self._run, place)
+        for place in before - self._told_absent:
+            _log.warning("run %s: host %d has its shard again, as its twin has", self._run, place)
 
     def _end(self, place: int) -> None:
         """End a shard's listening, if it does."""
@@ -229,7 +270,9 @@ class Conversations:
             raise Stopping("the coordinator ends", retry_after=1.0)
         if not arrival.shard < arrival.shards:
             raise InvalidRequest(f"shard {arrival.shard} of {arrival.shards}: places are counted from 0")
-        conversation = self._by_run.get(run) or Conversation(run, self._new_name(), arrival.shards, self._metrics)
+        conversation = self._by_run.get(run) or Conversation(
+            run, self._new_name(), arrival.shards, self._metrics, twins=arrival.twins
+        )
         listening = conversation.arrive(arrival)
         self._by_run[run] = conversation
         return conversation, listening
@@ -242,12 +285,21 @@ class Conversations:
             )
         return self._by_run[run]
 
+    def absent(self) -> dict[str, list[int]]:
+        """By talk, the places that the others go on without."""
+        found = {run: sorted(each.core.seating.absent) for run, each in self._by_run.items()}
+        return {run: places for run, places in found.items() if places}
+
     def all(self) -> list[Conversation]:
         """The talks that there are."""
         return list(self._by_run.values())
 
     def ask_again(self) -> None:
         """As Conversation.ask_again(), for all talks. Those that nobody hears are forgotten."""
+        if directory := self._by_run.get(DIRECTORY):
+            # A run that was made while a host is away is made without it.
+            for each in self._by_run.values():
+                each.note_away(directory.core.seating.absent)
         self._unheard = Counter({run: self._unheard[run] + 1 for run, each in self._by_run.items() if each.quiet})
         for run, times in self._unheard.items():
             if times > _UNHEARD:

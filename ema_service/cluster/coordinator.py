@@ -116,7 +116,8 @@ def create_coordinator(token: ClusterToken, ended: Callable[[], None]) -> FastAP
         seats = [asdict(seat) for seat in talk.seats()]
         told = {"run": run, "term": talk.core.term.number, "fault": talk.core.fault, "shards": seats}
         more = {"replicas": list(map(asdict, replicas.now(time.time())))} if run == DIRECTORY else {}
-        return JSONResponse({**told, **more})
+        twins = {"twins": talk.twins, "absent": talks.absent()} if talk.twins else {}
+        return JSONResponse({**told, **more, **twins})
 
     app.add_route("/v1/replicas", partial(_replica, talks, replicas), methods=["POST"])
 
@@ -141,6 +142,11 @@ def _watch(metrics: CoordinatorMetrics, talks: Conversations, replicas: Replicas
     metrics.watch("ema_coordinator_listening", "Shards that listen, of all talks.", lambda: seats(listening=True))
     metrics.watch("ema_coordinator_shards_away", "Shards that do not.", lambda: seats(listening=False))
     metrics.watch("ema_coordinator_replicas", "Replicas of hosts.", lambda: len(replicas.now(time.time())))
+    metrics.watch(
+        "ema_coordinator_without_twin",
+        "Shards, of all talks, that lie on one of their two hosts alone.",
+        lambda: sum(len(talk.core.seating.absent) for talk in talks.all()),
+    )
     metrics.watch(
         "ema_coordinator_faults",
         "Talks in which nothing is decided, for a shard lacks what the others have.",

@@ -44,12 +44,13 @@ from ema_service.cluster.messages import (
     Refusal,
     Report,
     Resolve,
+    Seating,
     Term,
     Ticket,
     Vote,
 )
 
-__all__ = ["Coordinator", "Shard", "after_loss"]
+__all__ = ["Coordinator", "Shard", "after_loss", "emptied"]
 
 #: What a coordinator has to say: to a shard, or to whoever asked for a change.
 Output = Answer | Ask | Propose | Resolve
@@ -70,6 +71,12 @@ def after_loss(record: Record, *, has_voted: bool = False) -> Record:
         return record
     vote = record.vote if has_voted else None
     return record._replace(edition=record.edition + _EDITIONS_LOST, vote=vote, lost=True)
+
+
+def emptied(edition: int) -> Record:
+    """The record of a host that begins with an empty disk, and cannot know what one before it had promised. edition:
+    larger than any that a host of this place ever gave; a clock's nanoseconds are."""
+    return Record(edition=edition, lost=True)
 
 
 class Shard:
@@ -97,8 +104,7 @@ class Shard:
         and prepared: then prepare(), or refuse().
         """
         if isinstance(message, Ask):
-            if message.term > self.record.term:
-                self.record = self.record._replace(term=message.term)
+            self._promise(message)
         elif message.term == self.record.term:
             if isinstance(message, Propose):
                 return [message.proposal] if self._lacks(message.proposal) else [self.report()]
@@ -115,9 +121,10 @@ class Shard:
         """
         if not self._follows(vote.proposal):
             return [Answer(vote.ticket.key, committed=False)]
-        if self.record.vote is None:
-            self._turn_to(vote)
-        elif self.record.vote.ticket != vote.ticket:
+        held = self.record.vote
+        if held is None or (self._is_absent and held.ticket != vote.ticket):
+            self._turn_to(vote)  # what a shard that counts for nothing had voted for before counts for nothing
+        elif held.ticket != vote.ticket:
             return [*self._wait(vote), self.report()]
         return [self.report()]
 
@@ -134,8 +141,22 @@ class Shard:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _promise(self, ask: Ask) -> None:
+        """Obey the coordinator, and know of its seating, unless the shard knows of a later coordinator."""
+        known = self.record.term, self.record.seating
+        promised = ask.term, max(self.record.seating, ask.seating)
+        if ask.term >= self.record.term and promised != known:
+            self.record = self.record._replace(term=ask.term, seating=promised[1])
+
+    @property
+    def _is_absent(self) -> bool:
+        """Whether the shard counts for nothing until it is filled."""
+        return self._place in self.record.seating.absent
+
     def _follows(self, proposal: Proposal) -> bool:
         """Whether a proposal may lead on from the shard's revision."""
+        if self._is_absent:
+            return proposal.seating is not None and proposal.seating > self.record.seating
         if proposal.back is not None:
             return proposal.ticket.base >= self.record.revision
         return proposal.ticket.base == self.record.revision and not self.record.lost
@@ -175,29 +196,44 @@ class Shard:
             way = made.proposal
             settled = way.settles or old.settled if way.back is None else way.back
             revision = made.ticket.base + 1
-            lost = old.lost and way.back is None
-            self.record = self.record._replace(revision=revision, made=made, lost=lost, settled=settled)
+            lost = old.lost and way.back is None and way.seating is None
+            seating = max(old.seating, way.seating or old.seating)
+            self.record = self.record._replace(
+                revision=revision, made=made, lost=lost, settled=settled, seating=seating
+            )
         self._waiting, self._overdue = None, False
 
 
 class Coordinator:
     """Decides for one run while it lives, and keeps nothing. Several at once do no harm: one of them is obeyed.
 
-    term: claimed once all shards were asked for theirs. deposed: whether another coordinator has claimed a larger one;
-    then this one says nothing any more, and ends. fault: why nothing can be decided, None if all is well: shards whose
-    records no crash explains, for one has an older copy of its disk, say.
+    term: claimed once all shards were asked for theirs. seating: the largest that any shard knows, or a larger one that
+    they are to know. deposed: whether another coordinator has claimed a larger term; then this one says nothing any
+    more, and ends. fault: why nothing can be decided, None if all is well: shards whose records no crash explains, for
+    one has an older copy of its disk, say.
+
+    More than twenty methods, more than a dozen attributes: what follows from a report, of all that a shard may say.
     """
 
-    def __init__(self, name: str, shards: int) -> None:
-        """name: drawn at random for each coordinator. shards: how many the run has."""
+    def __init__(self, name: str, shards: int, *, twins: bool = False) -> None:
+        """name: drawn at random for each coordinator. shards: how many places the run has. twins: whether the later
+        half of them are those of the twins of the earlier half, each with the same shard."""
         self.term = Term()
+        self.seating = Seating()
         self.deposed = False
         self.fault: str | None = None
         self._name = name
         self._shards = shards
+        self._twins = twins
         #: By shard: its newest report of this term, and what was said to that report.
         self._reports: dict[int, Report] = {}
         self._said: dict[int, Propose | Resolve] = {}
+        #: Places that have not reported for as long as a host may be away.
+        self._silent: set[int] = set()
+        #: The number of the largest seating that this coordinator has spoken of.
+        self._seatings = 0
+        #: The return of a host that was proposed last, and what the proposal followed from.
+        self._returning: tuple[tuple[int, int, Seating], Proposal] | None = None
         #: ticket -> reason.
         self._refused: dict[Ticket, str] = {}
         #: key -> change and what it settles, in the order in which changes are to take effect.
@@ -205,7 +241,7 @@ class Coordinator:
 
     def ask(self) -> list[Ask]:
         """What to ask all shards: at the start, and again now and then."""
-        return [] if self.deposed else [Ask(shard, self.term) for shard in range(self._shards)]
+        return [] if self.deposed else [self._question(shard) for shard in range(self._shards)]
 
     def propose(self, key: str, change: str, settles: int = 0) -> list[Output]:
         """Bring a change to all shards. key: of the request, the same at each retry. settles: as in Proposal."""
@@ -217,28 +253,96 @@ class Coordinator:
         """What a shard's message leads to. An answer is for those who asked for the change of that key."""
         if self.deposed:
             return []
+        self._silent.discard(message.shard)
         if not self.term.number:
-            return self._claim(message) if isinstance(message, Report) else []
+            return self._hear(message) if isinstance(message, Report) else []
         self.deposed = message.term > self.term
         if message.term != self.term:
             return []
         return self._drop(message) if isinstance(message, Refusal) else self._take(message)
+
+    def note_silence(self, shard: int) -> list[Output]:
+        """A shard has not reported for as long as a host may be away: the others go on with its twin, if it has one."""
+        if self.deposed or not self._twins:
+            return []
+        self._silent.add(shard)
+        return self._decide() if self.term.number else self._claim()
 
     def revision(self, shard: int) -> int | None:
         """At which revision a shard was by its newest report; None where none of this term came."""
         report = self._reports.get(shard)
         return report.record.revision if report else None
 
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- terms and seatings -----------------------------------------------------------------------------------------
 
-    def _claim(self, report: Report) -> list[Output]:
-        """Claim a term larger than any that a shard knows, once all have said theirs."""
+    def _question(self, shard: int) -> Ask:
+        return Ask(shard, self.term, self.seating)
+
+    def _hear(self, report: Report) -> list[Output]:
+        """Take in what a shard knew before this coordinator's term."""
         self._reports[report.shard] = report
-        if len(self._reports) < self._shards:
+        self.seating = max(self.seating, report.record.seating)
+        return self._claim()
+
+    def _claim(self) -> list[Output]:
+        """Claim a term larger than any that a shard knows, once all that count have said theirs, or all but one whose
+        twin has."""
+        missing = self._members() - self._reports.keys()
+        if missing and not self._can_leave(missing):
             return []
         self.term = Term(1 + max(each.term.number for each in self._reports.values()), self._name)
         self._reports = {}
         return [*self.ask()]
+
+    def _members(self) -> frozenset[int]:
+        """The places that count."""
+        return frozenset(range(self._shards)) - self.seating.absent
+
+    def _present(self) -> dict[int, Report]:
+        """By place, the newest reports of those that count."""
+        return {shard: self._reports[shard] for shard in sorted(self._members() & self._reports.keys())}
+
+    def _twin(self, shard: int) -> int:
+        return (shard + self._shards // 2) % self._shards
+
+    def _can_leave(self, missing: Collection[int]) -> bool:
+        """Whether the others may go on: one place is missing, for long, and its twin is there."""
+        if len(missing) != 1 or not self._silent.issuperset(missing):
+            return False
+        twin = self._present().get(self._twin(*missing))
+        return twin is not None and not twin.record.lost
+
+    def _leave(self, missing: Collection[int]) -> list[Output]:
+        """Have the others know that they go on without a place."""
+        return self._seat(self.seating.absent.union(missing))
+
+    def _seat(self, absent: Collection[int]) -> list[Output]:
+        """Have all know of the next seating."""
+        self.seating = self._next_seating(absent)
+        return [*self.ask()]
+
+    def _next_seating(self, absent: Collection[int]) -> Seating:
+        """A seating without these places, larger than any that this coordinator has spoken of."""
+        self._seatings = 1 + max(self._seatings, self.seating.number)
+        return Seating(self.term, self._seatings, " ".join(map(str, sorted(absent))))
+
+    def _unfit(self, newest: Record, present: Mapping[int, Report]) -> set[int]:
+        """A place whose host lost what it had, or has an older copy, and whose twin has more: all, or at least the
+        checkpoint that all are to go back to. Empty where there is none."""
+        if not self._twins:
+            return set()
+        settled = max(each.record.settled for each in present.values())
+
+        def has(shard: int) -> int:
+            report = present.get(shard)
+            if report is None:
+                return -1
+            return 2 if not _is_unfit(report.record, newest) else settled in (0, *report.kept)
+
+        found = [shard for shard in present if has(shard) < min(has(self._twin(shard)), 2)]
+        return set(found[:1])
+
+    # --- deciding ---------------------------------------------------------------------------------------------------
 
     def _take(self, report: Report) -> list[Output]:
         """Take a report in, unless it is an older one that comes late, and decide."""
@@ -246,10 +350,15 @@ class Coordinator:
         if before and before.record.edition > report.record.edition:
             return []
         self._reports[report.shard] = report
+        self.seating = max(self.seating, report.record.seating)
+        if self._returning and self._returning[0][0] == report.shard and not report.returns:
+            self._returning = None  # it comes again, under another name than the one that was refused
+        behind: list[Output] = [self._question(report.shard)] if report.record.seating < self.seating else []
         if before and before.record.edition == report.record.edition and isinstance(said, Resolve):
-            return [said]  # a verdict stands, whatever was learnt since: the shard may have obeyed by now
+            # A verdict stands, whatever was learnt since: the shard may have obeyed by now.
+            return [*behind, said]
         self._said.pop(report.shard, None)
-        return self._decide()
+        return [*behind, *self._decide()]
 
     def _drop(self, refusal: Refusal) -> list[Output]:
         """Remember what a shard refused, until the run moves on."""
@@ -259,11 +368,20 @@ class Coordinator:
         return [*([Answer(key, committed=False, reason=refusal.reason)] if asked else []), *self._decide()]
 
     def _decide(self) -> list[Output]:
-        """What follows from the newest reports of all shards, as far as it was not said yet."""
-        reports = list(self._reports.values())
-        if len(reports) < self._shards or self.deposed:
+        """What follows from the newest reports of all shards that count, as far as it was not said yet."""
+        if self.deposed or not self.term.number:
+            return []
+        present = self._present()
+        if missing := self._members() - present.keys():
+            return self._leave(missing) if self._can_leave(missing) else []
+        if gone := self._members() & self._silent:
+            return self._leave(gone) if self._can_leave(gone) else []
+        reports = list(present.values())
+        if any(each.record.seating != self.seating for each in reports):
             return []
         newest = max(reports, key=lambda each: each.record.revision).record
+        if unfit := self._unfit(newest, present):
+            return self._leave(unfit)
         self.fault = _fault(newest, reports)
         lost = any(each.record.lost for each in reports)
         if self.fault and not lost:
@@ -272,7 +390,7 @@ class Coordinator:
         if led := [each.shard for each in behind if each.record.vote == newest.made]:
             return [*self._resolve(led, committed=True)]
         if lost:
-            return [*self._go_back(newest)]
+            return [*self._go_back(newest)] if self._may_go_back(present) else []
         return [*self._made(newest.made), *self._count(newest.revision)]
 
     def _made(self, vote: Vote | None) -> list[Answer]:
@@ -284,13 +402,38 @@ class Coordinator:
             return []
         return [Answer(vote.ticket.key, committed=True)]
 
-    def _count(self, revision: int) -> list[Propose | Resolve]:
+    def _count(self, revision: int) -> list[Output]:
         """Count the votes, all shards being at one revision."""
         refused = self._abort_refused(revision)
         votes = self._votes()
-        if len(votes) < self._shards or len({vote.ticket for vote in votes.values()}) > 1:
+        proposal = self._agreed(votes)
+        if proposal is None:
             return [*refused, *self._weigh(votes, revision)]
+        if proposal.seating:
+            return [*refused, *self._count_return(votes, proposal, proposal.seating)]
         return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
+
+    def _agreed(self, votes: Mapping[int, Vote]) -> Proposal | None:
+        """The one proposal that all have voted for; None where there is none."""
+        found = {vote.ticket: vote.proposal for vote in votes.values()}
+        return next(iter(found.values())) if len(votes) == len(self._members()) and len(found) == 1 else None
+
+    def _count_return(self, votes: Mapping[int, Vote], proposal: Proposal, seating: Seating) -> list[Output]:
+        """A place counts again once its host, too, has voted for that, and so has what the others have.
+
+        Where the host has gone silent another coordinator may have had it commit its return. So the others know of a
+        later seating before they give up their votes, and it counts for nothing whatever it believes.
+        """
+        place = min(self.seating.absent - seating.absent, default=None)
+        if seating <= self.seating or place is None:
+            return [*self._resolve(votes)]
+        vote = self._vote_of(place)
+        if vote and vote.ticket == proposal.ticket:
+            return [*self._resolve([*votes, place], committed={*votes.values()} == {vote})]
+        report = self._reports.get(place)
+        if place in self._silent or report is None or not report.returns:
+            return self._seat(self.seating.absent)
+        return [*self._bring(proposal)]
 
     def _abort_refused(self, revision: int) -> list[Resolve]:
         """Abort what a shard refused wherever there is a vote for it. What followed an older revision is forgotten."""
@@ -302,34 +445,83 @@ class Coordinator:
 
     def _weigh(self, votes: Mapping[int, Vote], revision: int) -> list[Propose | Resolve]:
         """Abort what ranks lower than another proposal, and bring a change to all. No ticket is on all shards."""
-        reports = self._reports.values()
+        reports = self._present().values()
         overdue = {each.waiting.ticket for each in reports if each.waiting and each.overdue}
+        late: list[Propose | Resolve] = []
+        late += self._resolve(shard for shard, vote in votes.items() if self._is_late(vote.proposal))
         rivals = [vote.proposal for vote in votes.values()]
         rivals += [each.waiting for each in reports if each.waiting]
+        rivals = [rival for rival in rivals if not self._is_late(rival)]
         # One change after another: one that a shard has heard of is seen through first.
-        if self._changes and not any(rival.change is not None for rival in rivals):
-            key, (change, settles) = next(iter(self._changes.items()))
-            rivals.append(Proposal(Ticket(revision, None, key), change, settles=settles))
+        if not any(rival.change is not None for rival in rivals):
+            rivals += self._next_change(revision)
         if not rivals:
-            return []
+            return late
         best = max(rivals, key=lambda rival: _rank(rival, overdue))
         mark = _rank(best, overdue)
         lower = [shard for shard, vote in votes.items() if _rank(vote.proposal, overdue) < mark]
-        return [*self._resolve(lower), *self._bring(best)]
+        return [*late, *self._resolve(lower), *self._bring(best)]
+
+    def _is_late(self, proposal: Proposal) -> bool:
+        """Whether a proposal is the return of a host, and a later seating came in its place."""
+        return proposal.seating is not None and proposal.seating <= self.seating
+
+    def _next_change(self, revision: int) -> list[Proposal]:
+        """The change that is to take effect next, if there is one: what somebody asked for, or a host's return."""
+        if self._changes:
+            key, (change, settles) = next(iter(self._changes.items()))
+            return [Proposal(Ticket(revision, None, key), change, settles=settles)]
+        returning = [shard for shard in sorted(self.seating.absent) if self._can_return(shard)]
+        proposals = [self._return_of(shard, revision) for shard in returning]
+        return [each for each in proposals if each.ticket not in self._refused][:1]
+
+    def _can_return(self, shard: int) -> bool:
+        report = self._reports.get(shard)
+        return report is not None and report.returns and shard not in self._silent
+
+    def _return_of(self, shard: int, revision: int) -> Proposal:
+        """The proposal that a host counts again, the same as long as nothing else is so."""
+        about = (shard, revision, self.seating)
+        if self._returning is None or self._returning[0] != about:
+            seating = self._next_seating(self.seating.absent - {shard})
+            key = f"return-{shard}-{seating.number}-{seating.term.number}-{seating.term.name}"
+            ticket = Ticket(revision, None, key)
+            self._returning = about, Proposal(ticket, "", seating=seating)
+        return self._returning[1]
 
     def _bring(self, proposal: Proposal) -> list[Propose]:
         """Propose a change to the shards that are free. The bytes of an update only its trainer can send."""
-        if proposal.change is None:
+        if proposal.change is None or proposal.ticket in self._refused:
             return []
-        free = [shard for shard, report in self._reports.items() if report.record.vote is None]
+        free = [shard for shard, report in self._present().items() if report.record.vote is None]
+        if proposal.seating:
+            free += [shard for shard in self.seating.absent - proposal.seating.absent if self._awaits(shard, proposal)]
         proposals = [Propose(shard, self.term, proposal) for shard in free]
         return [each for each in proposals if self._says(each)]
+
+    def _awaits(self, shard: int, proposal: Proposal) -> bool:
+        """Whether a host that is to return has not voted for that."""
+        report = self._reports.get(shard)
+        return report is not None and (report.record.vote is None or report.record.vote.ticket != proposal.ticket)
+
+    def _may_go_back(self, present: Mapping[int, Report]) -> bool:
+        """Whether nobody who was left behind may have what its twin lost."""
+        lost = [shard for shard, each in present.items() if each.record.lost]
+        better = [shard for shard in lost if self._twins and not self._has_nothing(self._twin(shard))]
+        if better:
+            self.fault = f"shard {better[0]} lost its versions, and its twin was left behind"
+        return not better
+
+    def _has_nothing(self, shard: int) -> bool:
+        """Whether a shard says that it lost what it had, as its twin did."""
+        report = self._reports.get(shard)
+        return report is not None and report.record.lost
 
     def _go_back(self, newest: Record) -> list[Propose | Resolve]:
         """Have all shards go back to one checkpoint. newest: the record of the largest revision that any knows."""
         refused = self._abort_refused(newest.revision)
         votes = self._votes()
-        if len(votes) == self._shards and len({vote.ticket for vote in votes.values()}) == 1:
+        if self._agreed(votes):
             # The way back; or what a lost shard has voted for, on its medium, and others may have committed by now.
             return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
         way = self._way_back(newest)
@@ -343,7 +535,7 @@ class Coordinator:
     def _way_back(self, newest: Record) -> Proposal | None:
         """The proposal that all shards go back by: to the newest checkpoint that all have, or the next older one where
         a shard could not read that. None where none is left."""
-        reports, outcome = self._reports.values(), newest.made.outcome if newest.made else ""
+        reports, outcome = self._present().values(), newest.made.outcome if newest.made else ""
         settled = max(each.record.settled for each in reports)
         common = set.intersection(*({each.kept.older, each.kept.newer} for each in reports))
         for to in sorted({to for to in common if to > settled} | {settled}, reverse=True):
@@ -353,10 +545,15 @@ class Coordinator:
         return None
 
     def _votes(self) -> dict[int, Vote]:
-        """By shard, each vote that was not aborted."""
-        aborted = {shard for shard, said in self._said.items() if isinstance(said, Resolve) and not said.committed}
-        records = {shard: report.record for shard, report in self._reports.items() if shard not in aborted}
-        return {shard: record.vote for shard, record in records.items() if record.vote}
+        """By shard, each vote that counts and was not aborted."""
+        votes = {shard: self._vote_of(shard) for shard in self._present()}
+        return {shard: vote for shard, vote in votes.items() if vote}
+
+    def _vote_of(self, shard: int) -> Vote | None:
+        """A shard's vote, unless it was aborted."""
+        report, said = self._reports.get(shard), self._said.get(shard)
+        aborted = isinstance(said, Resolve) and not said.committed
+        return report.record.vote if report and not aborted else None
 
     def _resolve(self, shards: Iterable[int], *, committed: bool = False, reason: str = "") -> list[Resolve]:
         """Pass the verdict on the votes of these shards."""
@@ -385,18 +582,26 @@ def _rank(proposal: Proposal, overdue: Collection[Ticket] = ()) -> tuple[bool, b
     return (proposal.back is not None, change, late, step, ticket.key if change or late else "")
 
 
+def _lacks_newest(record: Record, newest: Record) -> bool:
+    """Whether a shard lacks the newest revision, and what led there."""
+    if record.revision == newest.revision:
+        return record.made != newest.made
+    # The vote names the revision that it follows: the one before the newest.
+    return record.vote is None or record.vote != newest.made
+
+
+def _is_unfit(record: Record, newest: Record) -> bool:
+    """Whether a shard has to be filled from its twin: it lacks the newest revision, or lost its bytes."""
+    has_voted = record.vote is not None and record.vote == newest.made
+    return _lacks_newest(record, newest) or (record.lost and not has_voted)
+
+
 def _fault(newest: Record, reports: Collection[Report]) -> str | None:
     """What no crash explains, of shards that all obey one coordinator; None if all is well."""
     for report in reports:
-        record = report.record
-        if record.revision == newest.revision:
-            well = record.made == newest.made
-        else:
-            # The vote names the revision that it follows: the one before the newest.
-            well = record.vote is not None and record.vote == newest.made
-        if not well:
+        if _lacks_newest(report.record, newest):
             return (
-                f"shard {report.shard} is at revision {record.revision} and lacks what led the others to revision "
-                f"{newest.revision}: is its data dir an older copy?"
+                f"shard {report.shard} is at revision {report.record.revision} and lacks what led the others to "
+                f"revision {newest.revision}: is its data dir an older copy?"
             )
     return None

@@ -16,7 +16,7 @@ import math
 from functools import cache
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from ema_service.cluster.messages import Message
+from ema_service.cluster.messages import Message, Proposal, Record
 
 __all__ = ["MalformedMessage", "decode", "encode"]
 
@@ -25,6 +25,10 @@ M = TypeVar("M", bound=Message)
 #: Numbers are smaller: SQLite's integers.
 _END = 1 << 63
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+
+
+#: What records of earlier servers lack, and then is as by default.
+_LATER: dict[type, set[str]] = {Proposal: {"seating"}, Record: {"seating"}}
 
 
 class MalformedMessage(ValueError):
@@ -91,10 +95,14 @@ def _read_message(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         _refuse(where, "an object", data)
     fields = _fields(kind)
-    for word, names in (("lacks", fields.keys() - data.keys()), ("has an unknown", data.keys() - fields.keys())):
+    for word, names in (
+        ("lacks", fields.keys() - data.keys() - _LATER.get(kind, set())),
+        ("has an unknown", data.keys() - fields.keys()),
+    ):
         if names:
             raise MalformedMessage(f"{where} {word} member {min(names)[:80]!r}")
-    return kind(**{name: _read(hint, data[name], f"{where}.{name}") for name, hint in fields.items()})
+    found = {name: hint for name, hint in fields.items() if name in data}
+    return kind(**{name: _read(hint, data[name], f"{where}.{name}") for name, hint in found.items()})
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:

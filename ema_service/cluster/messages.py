@@ -27,6 +27,7 @@ __all__ = [
     "Report",
     "Resolve",
     "Rewind",
+    "Seating",
     "SnapshotBegun",
     "SnapshotGone",
     "SnapshotTaken",
@@ -56,6 +57,24 @@ class Term(NamedTuple):
     name: str = ""
 
 
+class Seating(NamedTuple):
+    """Which hosts have a part in what is decided: all but some. Seatings are ordered; the largest one counts.
+
+    term: of the coordinator that says so. number: of the seating, larger than that of the one before. without: places
+    of the hosts that were lost, or were silent for too long, and that are to be filled from their twins before they
+    count again; parted by spaces.
+    """
+
+    term: Term = Term()
+    number: int = 0
+    without: str = ""
+
+    @property
+    def absent(self) -> frozenset[int]:
+        """The places that the seating is without."""
+        return frozenset(map(int, self.without.split()))
+
+
 class Ticket(NamedTuple):
     """The name of a proposal, the same on all shards and at each retry.
 
@@ -76,13 +95,16 @@ class Proposal(NamedTuple):
     a writer, creation, deletion. None for an update and for first weights, whose bytes a trainer sends to each shard.
     back: the revision whose checkpoint all shards go back to, 0 to have no weights; None for any other proposal. The
     change of a way back is the outcome of the newest revision that any shard knows, empty where there is none. settles:
-    the revision whose checkpoint a shard must have that votes for the proposal, 0 where there is none.
+    the revision whose checkpoint a shard must have that votes for the proposal, 0 where there is none. seating: with
+    which a host that was lost counts again, once the host has the revision that the proposal follows; None for any
+    other proposal.
     """
 
     ticket: Ticket
     change: str | None = None
     back: int | None = None
     settles: int = 0
+    seating: Seating | None = None
 
 
 class Vote(NamedTuple):
@@ -109,7 +131,8 @@ class Record(NamedTuple):
     talk began: of a run, since it was made; of the directory, ever. made: the vote that led to the revision. vote: the
     shard's vote for the next. lost: whether the shard's machine took the bytes of the revision with it, and later
     revisions maybe: then the shard votes for the way back alone. settled: the revision whose checkpoint all shards have
-    on their disks, 0 before there is one.
+    on their disks, 0 before there is one. seating: the largest that the shard was told of; without its own place the
+    shard counts for nothing.
     """
 
     term: Term = Term()
@@ -119,6 +142,7 @@ class Record(NamedTuple):
     vote: Vote | None = None
     lost: bool = False
     settled: int = 0
+    seating: Seating = Seating()
 
 
 class Kept(NamedTuple):
@@ -133,10 +157,11 @@ class Kept(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Report, and from now on obey no coordinator of an earlier term."""
+    """Report, and from now on obey no coordinator of an earlier term, and know of this seating."""
 
     shard: int
     term: Term
+    seating: Seating = Seating()
 
 
 class Propose(NamedTuple):
@@ -164,7 +189,7 @@ class Arrival(NamedTuple):
     """A shard's first words to a coordinator: who it is, and where.
 
     shard: its place among ``shards``. address: at which others reach the shard. start, stop: its stretch of the bytes
-    of all shadows, both 0 while there is no run.
+    of all shadows, both 0 while there is no run. twins: whether the later half of the places are those of twins.
     """
 
     shard: int
@@ -172,13 +197,15 @@ class Arrival(NamedTuple):
     address: str
     start: int = 0
     stop: int = 0
+    twins: bool = False
 
 
 class Report(NamedTuple):
     """How a shard stands. A report whose record holds a vote is that vote.
 
     waiting: a proposal that the shard has in hand and would prepare if its vote were aborted. overdue: whether that
-    proposal has waited as long as a proposal should. kept: by the shard's holder, as the report is sent.
+    proposal has waited as long as a proposal should. kept: by the shard's holder, as the report is sent. returns: so
+    too, whether a shard that the seating is without can be filled from its twin.
     """
 
     shard: int
@@ -186,6 +213,7 @@ class Report(NamedTuple):
     waiting: Proposal | None = None
     overdue: bool = False
     kept: Kept = Kept()
+    returns: bool = False
 
     @property
     def term(self) -> Term:

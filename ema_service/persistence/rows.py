@@ -25,6 +25,7 @@ __all__ = [
     "read_setup",
     "revision_of",
     "settled_in",
+    "version_of",
 ]
 
 #: The members that the text of every row has, in every format.
@@ -161,6 +162,14 @@ def descent_of(said: dict[str, Any] | None) -> Descent:
 def read_rows(rows: list[CheckpointRow]) -> list[StoredVersion]:
     """The rows with their texts parsed, in the same order."""
     return [StoredVersion(row, _parse(row.state)) for row in rows]
+
+
+def version_of(text: str, setup: Setup) -> Version:
+    """The version that dump() wrote. Raises ValueError where the text is damaged."""
+    said = _parse(text)
+    if not said:
+        raise ValueError("no facts of a version")
+    return StoredVersion(CheckpointRow(0, 0, "", text, synced=False, created_at=0.0), said).version(setup)
 
 
 def dump_setup(setup: Setup) -> str:

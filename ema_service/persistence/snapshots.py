@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from ema_client.errors import (
     AverageNotFound,
@@ -232,6 +234,41 @@ class Snapshots:
         if told:
             self._timeline.record("snapshot_deleted", f"snapshot {name} deleted")
         self._changed()
+
+    def lent(self) -> list[dict[str, Any]]:
+        """The snapshots, for a host that is to have the same: name, text of the row, and by average the file's size.
+        Raises StorageFailed where one cannot be read."""
+        try:
+            return [
+                {
+                    "name": name,
+                    "text": kept.row.info,
+                    "files": {each: self.file(name, each).stat().st_size for each in kept.info.averages},
+                }
+                for name, kept in self._kept().items()
+            ]
+        except OSError as fault:
+            raise StorageFailed(f"a snapshot of run {self._row.name!r} cannot be read: {fault}") from fault
+
+    def file(self, name: str, average: str) -> Path:
+        """The file of one average of a snapshot."""
+        return self._store.snapshot_file(self._row, name, average)
+
+    def adopt(self, name: str, text: str, nbytes: int, files: Files) -> None:
+        """Keep a snapshot that another host has lent, as lent() tells of it. nbytes: of its files. Raises
+        StorageFailed, and what ``files`` raise."""
+        with self._lock:
+            self._save(name, nbytes, lambda: text, files)
+            self._changed()
+
+    def drop(self, name: str) -> None:
+        """Remove a snapshot that another host has no more. Raises StorageFailed."""
+        try:
+            with self._lock:
+                self._store.remove_snapshot(self._row, name)
+                self._changed()
+        except sqlite3.Error as fault:
+            raise StorageFailed(f"snapshot {name!r} was not removed: {fault}", retry_after=1.0) from fault
 
     def all(self) -> list[SnapshotInfo]:
         """All snapshots of the run, oldest first."""

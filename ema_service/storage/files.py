@@ -253,10 +253,10 @@ class FolderLock:
     folder. path: the file. number: of this holder, larger than that of every earlier one; the file holds the number.
     """
 
-    def __init__(self, folder: Path, mounted: FileSystem | None = None, *, lease: float = 0.0) -> None:
-        """mounted: what the folder lies on. lease: seconds within which an earlier holder that was cut off, or that
-        sees that it was taken over from, has ended itself; they are waited for where a lock does not keep that holder
-        out.
+    def __init__(self, folder: Path, mounted: FileSystem | None = None, *, lease: float = 0.0, first: int = 1) -> None:
+        """first: the number of a folder's first holder, or more. mounted: what the folder lies on. lease: seconds
+        within which an earlier holder that was cut off, or that sees that it was taken over from, has ended itself;
+        they are waited for where a lock does not keep that holder out.
 
         Raises FolderLocked where another process holds the lock, CannotLock.
         """
@@ -289,12 +289,12 @@ class FolderLock:
                 "this data dir on another machine meanwhile",
                 folder,
             )
-        self.number = self._take_number()
+        self.number = self._take_number(first)
         if mounted.locks_are_local and lease:
             time.sleep(lease)
 
-    def _take_number(self) -> int:
-        number = _number_in(self._file.read()) + 1
+    def _take_number(self, first: int) -> int:
+        number = max(_number_in(self._file.read()) + 1, first)
         try:
             os.pwrite(self._file.fileno(), b"%d\n" % number, 0)
             os.fsync(self._file.fileno())

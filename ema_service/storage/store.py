@@ -81,14 +81,14 @@ def memory_prefix(row: RunRow) -> str:
     return f"{row.id}."
 
 
-def open_store(folder: Path, ram_dir: Path | None = None, *, lease: float = 0.0) -> Store:
+def open_store(folder: Path, ram_dir: Path | None = None, *, lease: float = 0.0, first: int = 1) -> Store:
     """The store of a data dir, with its memory files.
 
     To be opened before any memory is taken: it frees memory that an earlier server left and no run comes back for.
-    lease: as in FolderLock. Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error.
+    lease, first: as in FolderLock. Raises FolderLocked, CatalogUnusable, OSError, sqlite3.Error.
     """
     with contextlib.ExitStack() as undo:
-        store = Store(folder, lease=lease)
+        store = Store(folder, lease=lease, first=first)
         undo.callback(store.close)
         store.use_memory_files(ram_dir)
         undo.pop_all()
@@ -101,13 +101,13 @@ class Store:
     More than twenty methods: one for each thing that is written, read or removed, in an order that outlives a crash.
     """
 
-    def __init__(self, folder: Path, *, lease: float = 0.0) -> None:
-        """Open or make the data folder. lease: as in FolderLock. Raises FolderLocked, CatalogUnusable, OSError,
+    def __init__(self, folder: Path, *, lease: float = 0.0, first: int = 1) -> None:
+        """Open or make the data folder. lease, first: as in FolderLock. Raises FolderLocked, CatalogUnusable, OSError,
         sqlite3.Error."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         mounted = file_system(folder)
-        self._lock = FolderLock(folder, mounted, lease=lease)
+        self._lock = FolderLock(folder, mounted, lease=lease, first=first)
         #: Whether names that differ by case alone are one file here, as on the disks of most Macs.
         self.folds_case = self._lock.path.with_name(self._lock.path.name.upper()).exists()
         self._writers = Threads(_WRITE_THREADS, "ema-write")
@@ -443,6 +443,12 @@ class Store:
         path = self._snapshot_folder(row, shelf, name) / file_name(average)
         refuse_link(self._run_folder(row), f"{shelf}/{name}/{path.name}")
         return TensorFile(path, data_bytes)
+
+    def snapshot_file(self, row: RunRow, name: str, average: str) -> Path:
+        """The file of one average of a snapshot in the data dir. Raises OSError where a link leads elsewhere."""
+        path = self._snapshot_folder(row, "snapshots", name) / file_name(average)
+        refuse_link(self._run_folder(row), f"snapshots/{name}/{path.name}")
+        return path
 
     def remove_snapshot(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         """Remove a snapshot: its row, then its files. What it has in the object store is among removals() then."""

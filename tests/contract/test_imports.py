@@ -80,6 +80,7 @@ COORDINATOR = "ema_service.cluster.coordinator"
 CLUSTER_PROGRAMS = (
     COORDINATOR,
     *("ema_service.cluster.problems", "ema_service.cluster.serving", "ema_service.cluster.gateway.*"),
+    "ema_service.cluster.hosting.lending",
 )
 #: Who asks over HTTP: the client, a host of a cluster its coordinators, and a gateway its hosts.
 HTTPX = (

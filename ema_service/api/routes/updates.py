@@ -440,6 +440,7 @@ async def _put_slice(
     async with _refusing(server, shard, step, key), push:
         update = await server.allocate(run, partial(run.begin, step, push.staged, writer))
         await push.receive(update.preparation)
+        host.check_copies(shard, request.headers)
         decision = await push.decide(server.metrics.timed(partial(shard.push, update, key)))
     # Without the staging, which other pushes may need while a host is away.
     result = await host.decided(decision)
@@ -454,6 +455,7 @@ async def _put_first_slice(request: Request, server: Context, host: Host, run: R
         async with _refusing(server, shard, None, key), Push(request, server, run) as push:
             first = await server.allocate(run, partial(run.begin_first, push.staged))
             await push.receive(first.preparation)
+            host.check_copies(shard, request.headers)
             if terms.replaces is None:
                 vote = partial(shard.initialise, first, key, num_updates=terms.num_updates, step=terms.step)
             else:
@@ -536,6 +538,7 @@ async def _push_part_of_shard(
     elif terms.replaces is not None:
         run.ledger.admit_anew(terms.writer)
     shard = host.shard(run)
+    host.check_copies(shard, request.headers)
     async with (
         _refusing(server, shard, step, terms.push_key(step)),
         PartialPush(request, server, run, step, index, terms) as push,

@@ -82,7 +82,7 @@ from ema_client.protocol import (
     writers_path,
 )
 from ema_service.cluster.gateway.counted import Counted
-from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, parsed, passed_on
+from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_of, parsed, passed_on
 from ema_service.cluster.gateway.overview import overview_of, run_overview_of
 from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
 from ema_service.cluster.gateway.pulls import is_known, send_weights
@@ -105,6 +105,7 @@ from ema_service.cluster.gateway.whole import (
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.problems import answer_with_problems
 from ema_service.cluster.serving import serving_config
+from ema_service.cluster.token import HEADER_COPIES
 from ema_service.descriptors import connections_within, raise_limit
 from ema_service.tls import Certificate
 
@@ -287,6 +288,8 @@ class _Gateway:
         async def ask() -> RunShards:
             infos = await self._each(request, run_path(run), RunInfo)
             hosts = await self.hosts.all()
+            if self.hosts.has_twins:
+                return RunShards(run, ())  # here each slice is sent to both hosts of its shard
             return shards_of(infos, await self._map_of(infos[0], request), hosts)
 
         return _json(await self._agreed(ask))
@@ -413,7 +416,7 @@ class _Gateway:
         """What is known of a step."""
         query = dict(request.query_params)
         ask = partial(self._ask, request, update_path(run, step), UpdateStatus, params=query)
-        return _json(whole_status(await self.hosts.each(ask)))
+        return _json(whole_status(await all_of([ask(host) for each in await self.hosts.both(run) for host in each])))
 
     async def _push(
         self, run: str, request: Request, path: str, splitting: type[Splitting]
@@ -422,22 +425,35 @@ class _Gateway:
         if HEADER_SEGMENT in request.headers:
             raise SegmentUnusable("a gateway has no shared memory with its clients: the bytes go to other hosts")
         headers = {HEADER_PUSH: secrets.token_hex(16), **passed_on(request.headers)}
-        hosts = await self.hosts.all()
+        hosts = await self.hosts.both(run)
 
-        async def send(part: Slice) -> tuple[HostAddress, httpx2.Response]:
+        async def send(part: Slice) -> list[tuple[HostAddress, httpx2.Response]]:
+            # At the first fault the other copy goes as well: neither host is sent more than the slower one takes.
+            async with asyncio.TaskGroup() as group:
+                sending = [group.create_task(send_to(host, part, at)) for at, host in enumerate(hosts[part.place])]
+            return [each.result() for each in sending]
+
+        async def send_to(host: HostAddress, part: Slice, at: int) -> tuple[HostAddress, httpx2.Response]:
             extra = {HEADER_DIGEST: DIGEST_FOLLOWS} if part.digested else {}
+            if self.hosts.has_twins:
+                extra[HEADER_COPIES] = str(len(hosts[part.place]))
             head = {**headers, **extra, "content-length": str(part.length), "content-type": "application/octet-stream"}
             timeout = httpx2.Timeout(SILENCE, read=_PUSH_SECONDS)
             query = dict(request.query_params)
-            host = hosts[part.place]
-            answer = await self.hosts.send(host, "PUT", path, head, content=part.body(), params=query, timeout=timeout)
+            body = part.body(at)
+            answer = await self.hosts.send(host, "PUT", path, head, content=body, params=query, timeout=timeout)
             return host, answer
 
         length = request.headers.get("content-length")
         cutting = splitting(
-            await self._map(request, run), send, int(length) if length else None, request.headers.get(HEADER_DIGEST)
+            await self._map(request, run),
+            send,
+            int(length) if length else None,
+            request.headers.get(HEADER_DIGEST),
+            copies=tuple(map(len, hosts)),
         )
-        return cast("list[tuple[HostAddress, httpx2.Response]]", await cutting.run(request.stream()))
+        answers = cast("list[list[tuple[HostAddress, httpx2.Response]]]", await cutting.run(request.stream()))
+        return [answer for each in answers for answer in each]
 
     # --- how it went ------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -37,6 +37,7 @@ from ema_client.errors import (
 )
 from ema_client.protocol import API, HEADER_KEY, HEADER_PUSH, HEADER_WRITER, from_json, runs_path
 from ema_service.cluster.counting import GatewayMetrics
+from ema_service.cluster.gateway.twins import HostAddress, Twins
 from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.reaching import client_of
 from ema_service.cluster.token import ClusterToken
@@ -61,23 +62,6 @@ _PASSED = ("authorization", "host", "origin", "sec-fetch-site", HEADER_KEY, HEAD
 _OF_A_HOST = (InternalError, Overloaded, RunDegraded, Stopping, StorageFailed)
 
 
-class HostAddress(NamedTuple):
-    """One host, or a replica of it. address: its URL, without a slash at the end. replicas: the URLs of a host's."""
-
-    place: int
-    address: str
-    replicas: tuple[str, ...] = ()
-    is_replica: bool = False
-
-    @property
-    def holders(self) -> tuple[HostAddress, ...]:
-        """Who may hold a version: the host itself, then its replicas."""
-        return self, *(HostAddress(self.place, each, is_replica=True) for each in self.replicas)
-
-    def __str__(self) -> str:
-        return f"{'a replica of ' if self.is_replica else ''}host {self.place} ({self.address})"
-
-
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
     """Of a request's headers those that go on to the hosts."""
     return {name: headers[name] for name in _PASSED if name in headers}
@@ -97,6 +81,7 @@ class Hosts:
         self._guarded = guarded
         self._client = client_of(unheard=_UNREAD, timeout=httpx2.Timeout(SILENCE, connect=_CONNECT))
         self._map: tuple[HostAddress, ...] = ()
+        self._twins: Twins | None = None
         self._told = float("-inf")
         self._logged = ""
         self._asking = asyncio.Lock()
@@ -117,13 +102,28 @@ class Hosts:
                     await self._look()
         return self._map
 
+    async def both(self, run: str) -> tuple[tuple[HostAddress, ...], ...]:
+        """By shard, the hosts that have to hear what is written to a run: one, or two of twins. Raises as all()."""
+        hosts = await self.all()
+        return tuple((host,) for host in hosts) if self._twins is None else self._twins.both(run)
+
+    async def every(self) -> tuple[HostAddress, ...]:
+        """All hosts, by their own places, also those that are left behind. Raises as all()."""
+        hosts = await self.all()
+        return hosts if self._twins is None else self._twins.every
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether each shard has two hosts, by the latest map."""
+        return self._twins is not None
+
     def _is_old(self) -> bool:
         return time.monotonic() - self._told > _MAP_AGE
 
     async def _look(self) -> None:
         """Take in the coordinator's map. Raises as all()."""
         try:
-            found = await self._asked_map()
+            found, twins = await self._asked_map()
         except Overloaded as fault:
             self.metrics.unmapped.inc()
             self._log_once(fault.detail)
@@ -134,6 +134,7 @@ class Hosts:
             if self._guarded and found != self._map:
                 await all_of([self._check_guarded(host) for host in found])
             self._map = found
+            self._twins = twins
             self.metrics.hosts.set(len(found))
         self._told = time.monotonic()
 
@@ -178,12 +179,15 @@ class Hosts:
     ) -> AsyncIterator[httpx2.Response]:
         """A host's answer to a request, whose body is yet to be read."""
         given = {"accept-encoding": "identity", **headers}
+        host = host if self._twins is None else self._twins.serving(host, path)
         request = self._client.build_request(method, host.address + path, headers=given, **more)
         with self._faults(host):
             answer = await self._answer(host, request)
         if not host.is_replica:
             self.metrics.away.labels(str(host.place)).set(0)
         try:
+            if answer.status_code == 503 and host.chosen:
+                self._told = float("-inf")  # its twin may have come back
             if answer.status_code >= 400:
                 with self._faults(host):
                     raise _error_of(host, answer, await answer.aread())
@@ -198,8 +202,9 @@ class Hosts:
         try:
             while not (await asyncio.wait({asking}, timeout=_MAP_AGE))[0]:
                 with contextlib.suppress(Overloaded, Forbidden):
-                    there = [each.address for known in await self.all() for each in known.holders]
-                    if host.address not in there:
+                    hosts = await self.all()
+                    known = hosts if self._twins is None else self._twins.every
+                    if host.address not in [each.address for one in known for each in one.holders]:
                         raise httpx2.ReadError("the host is elsewhere by now", request=request)
             return asking.result()
         finally:
@@ -227,12 +232,14 @@ class Hosts:
 
     # --- the map ----------------------------------------------------------------------------------------------------
 
-    async def _asked_map(self) -> tuple[HostAddress, ...]:
+    async def _asked_map(self) -> tuple[tuple[HostAddress, ...], Twins | None]:
         """The map, from the first coordinator that has it. Raises Overloaded."""
         faults = []
         for url in self._coordinators:
             try:
-                return _hosts_of(await self._ask_coordinator(url))
+                told = await self._ask_coordinator(url)
+                twins = Twins(told) if told.get("twins") else None
+                return (_hosts_of(told) if twins is None else twins.hosts), twins
             except (httpx2.HTTPError, ValueError, NoCoordinator) as fault:
                 ended = isinstance(fault, (httpx2.RemoteProtocolError, httpx2.ReadError))
                 why = f"{type(fault).__name__}: {fault}{may_be_tls(url) if ended else ''}"
@@ -292,7 +299,7 @@ def _hosts_of(told: Any) -> tuple[HostAddress, ...]:
         raise ValueError(f"no map: {type(fault).__name__}") from None
     if away or not seats:
         raise Overloaded(f"host {', '.join(map(str, away))} has not come to the coordinator yet")
-    return tuple(HostAddress(place, _plain(seats[place]), replicas[place]) for place in range(len(seats)))
+    return tuple(HostAddress(place, _plain(seats[place]), replicas=replicas[place]) for place in range(len(seats)))
 
 
 def _plain(address: object) -> str:

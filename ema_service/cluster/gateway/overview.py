@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ema_client.errors import EmaError, Overloaded, RunNotFound, Unauthorized
@@ -88,13 +88,20 @@ class RunOverview:
     shards: tuple[ShardNow, ...]
 
 
+#: Of a host without which the others go on.
+_LEFT_BEHIND = "left behind: its twin has its shard alone until it is filled again"
+
+
 async def overview_of(hosts: Hosts, headers: Mapping[str, str]) -> Overview:
     """The hosts, for whoever asks with these headers. Raises Unauthorized, Forbidden as they do; Overloaded where
     neither a coordinator nor a host answers."""
     told = await hosts.talk(DIRECTORY)
     seats: Sequence[Mapping[str, Any]] = told["shards"] if told else [each._asdict() for each in await hosts.all()]
     replicas: Sequence[Mapping[str, Any]] = told.get("replicas", ()) if told else ()
-    found = await asyncio.gather(*(_host(hosts, seat, replicas, headers) for seat in seats))
+    found = list(await asyncio.gather(*(_host(hosts, seat, replicas, headers) for seat in seats)))
+    for place in {place for places in (told or {}).get("absent", {}).values() for place in places}:
+        said = found[place].fault
+        found[place] = replace(found[place], fault=f"{_LEFT_BEHIND}; {said}" if said else _LEFT_BEHIND)
     known = [each.server for each in found if each.server]
     if not known:
         raise Overloaded("no host of the cluster answers", retry_after=1.0)
@@ -106,7 +113,7 @@ async def overview_of(hosts: Hosts, headers: Mapping[str, str]) -> Overview:
 async def run_overview_of(run: str, hosts: Hosts, headers: Mapping[str, str], shards: LayoutMap | None) -> RunOverview:
     """The shards of a run. shards: its map, None where that is not known. Raises Unauthorized, Forbidden, RunNotFound;
     Overloaded where no host answers."""
-    there = await hosts.all()
+    there = await hosts.every()
     more = {"timeout": _PATIENCE_SECONDS}
     asked = await asyncio.gather(
         *(_asked(hosts.json(each, "GET", run_path(run), RunInfo, headers, **more)) for each in there)
@@ -118,6 +125,7 @@ async def run_overview_of(run: str, hosts: Hosts, headers: Mapping[str, str], sh
     told = await hosts.talk(talk_of(run, birth)) if birth is not None else None
     seats = told["shards"] if told else [{}] * len(there)
     layouts: Sequence[ShardLayout | None] = shards.shards if shards else [None] * len(there)
+    layouts = [*layouts, *layouts][: len(there)]  # of twins the later half has the same shards once more
     found = [
         _shard(host.place, info, fault, seat, layout)
         for host, (info, fault), seat, layout in zip(there, asked, seats, layouts, strict=True)
@@ -135,7 +143,7 @@ async def _host(
         return HostNow(place, None, listens, since, None, "has not come to the coordinator yet")
     own = [each for each in replicas if int(each["place"]) == place]
     (server, fault), *others = await asyncio.gather(
-        _server(hosts, HostAddress(place, address), headers),
+        _server(hosts, HostAddress(place, address, chosen=True), headers),
         *(_server(hosts, HostAddress(place, str(each["address"]), is_replica=True), headers) for each in own),
     )
     told = (

@@ -74,15 +74,16 @@ class Slice:
     digested: whether the slice's own digest follows.
     """
 
-    def __init__(self, place: int, header: bytes, data_bytes: int, digest: AnyDigest | None) -> None:
-        """digest: of the slice's data, which follows; None where none does."""
+    def __init__(self, place: int, header: bytes, data_bytes: int, digest: AnyDigest | None, copies: int = 1) -> None:
+        """digest: of the slice's data, which follows; None where none does. copies: to how many hosts the slice is
+        sent."""
         self.place = place
         self.digested = digest is not None
         self.length = len(header) + data_bytes + (DIGEST_BYTES if digest else 0)
         self._header = header
-        self.missing = self._unsent = data_bytes
+        self.missing = self._data_bytes = data_bytes
         self._digest = digest
-        self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(_UNSENT)
+        self._chunks: list[asyncio.Queue[bytes | None]] = [asyncio.Queue(_UNSENT) for _ in range(copies)]
 
     async def put(self, chunk: bytes | None) -> None:
         """Have a chunk of the slice's data sent, once there is room; None behind the last."""
@@ -90,35 +91,38 @@ class Slice:
             self.missing -= len(chunk)
             if self._digest:
                 self._digest.update(memoryview(chunk))
-        await self._chunks.put(chunk)
+        for copy in self._chunks:
+            await copy.put(chunk)
 
-    async def body(self) -> AsyncIterator[bytes]:
-        """The slice as the host is sent it: with a digest the last chunk goes once put() was told that it is the
-        last."""
+    async def body(self, copy: int = 0) -> AsyncIterator[bytes]:
+        """The slice as a host is sent it: with a digest the last chunk goes once put() was told that it is the last.
+        copy: for which of several hosts."""
         yield self._header
-        while (chunk := await self._chunks.get()) is not None:
-            self._unsent -= len(chunk)
-            if self._digest and not self._unsent:
-                async for sign in self._waiting(chunk):
+        unsent, chunks = self._data_bytes, self._chunks[copy]
+        while (chunk := await chunks.get()) is not None:
+            unsent -= len(chunk)
+            if self._digest and not unsent:
+                async for sign in _waiting(chunk, chunks):
                     yield sign
                 break
             yield chunk
         if self._digest:
             yield self._digest.digest()
 
-    async def _waiting(self, last: bytes) -> AsyncIterator[bytes]:
-        """The last chunk: a byte now and then until the end was put, then the rest."""
-        sent = 0
-        while True:
-            try:
-                async with asyncio.timeout(_SIGN_OF_LIFE):
-                    await self._chunks.get()
-                break
-            except TimeoutError:
-                if sent + 1 < len(last):
-                    sent += 1
-                    yield last[sent - 1 : sent]
-        yield last[sent:]
+
+async def _waiting(last: bytes, end: asyncio.Queue[bytes | None]) -> AsyncIterator[bytes]:
+    """The last chunk of a slice: a byte now and then until the end was put, then the rest."""
+    sent = 0
+    while True:
+        try:
+            async with asyncio.timeout(_SIGN_OF_LIFE):
+                await end.get()
+            break
+        except TimeoutError:
+            if sent + 1 < len(last):
+                sent += 1
+                yield last[sent - 1 : sent]
+    yield last[sent:]
 
 
 @dataclass(slots=True)
@@ -126,7 +130,7 @@ class Splitting:
     """Takes a whole body apart. send: sends one slice, and returns when its host has answered.
 
     length: of the whole body, None where that is not known. digest: the sender's, None where none follows. silence:
-    seconds that the sender may say nothing.
+    seconds that the sender may say nothing. copies: by place, to how many hosts a slice is sent; empty for one each.
     """
 
     shards: LayoutMap
@@ -134,6 +138,7 @@ class Splitting:
     length: int | None
     digest: str | None
     silence: float = SILENCE
+    copies: Sequence[int] = ()
     _sending: dict[int, asyncio.Task[object]] = field(default_factory=dict)
     _unread: bytearray = field(default_factory=bytearray)
 
@@ -151,7 +156,7 @@ class Splitting:
 
     def _raise(self, faults: BaseExceptionGroup[BaseException]) -> NoReturn:
         """Raises one of the faults that came at once: one that no retry would mend before others."""
-        fault = min(faults.exceptions, key=lambda each: isinstance(each, EmaError) and each.retryable)
+        fault = min(_single(faults), key=lambda each: isinstance(each, EmaError) and each.retryable)
         try:
             raise fault
         finally:
@@ -202,7 +207,8 @@ class Splitting:
         for place_, count in cut.spans:
             sizes[place_] += count
         digests = cut.digests if self.digest else [None] * len(sizes)
-        slices = [Slice(at, cut.headers[at], sizes[at], digests[at]) for at in range(len(sizes))]
+        copies = self.copies or [1] * len(sizes)
+        slices = [Slice(at, cut.headers[at], sizes[at], digests[at], copies[at]) for at in range(len(sizes))]
         ended = set[int]()
         for at, (place_, count) in enumerate(cut.spans):
             each = slices[place_]
@@ -257,6 +263,14 @@ class Splitting:
         except TimeoutError:
             raise RequestTimeout(f"no byte of the body came for {self.silence:g} seconds") from None
         raise MalformedBody("the body ends before its header says")
+
+
+def _single(faults: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The faults of a group, and of groups in it: of a slice that goes to two hosts."""
+    found: list[BaseException] = []
+    for each in faults.exceptions:
+        found += _single(each) if isinstance(each, BaseExceptionGroup) else [each]
+    return found
 
 
 class PartSplitting(Splitting):

@@ -21,17 +21,29 @@ import json
 import logging
 import sqlite3
 import threading
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
-from ema_client.errors import EmaError, InternalError, InvalidRequest, RunExists, RunNotFound, StorageFailed, Superseded
+from ema_client.errors import (
+    EmaError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    RunExists,
+    RunNotFound,
+    StorageFailed,
+    Superseded,
+)
 from ema_client.protocol import RunConfig, from_json, to_json
+from ema_service.cluster.decisions import emptied
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
+from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.hosting.reporting import Reporting
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.messages import (
@@ -107,6 +119,9 @@ class _Held:
 class Directory:
     """This host's part in the directory: a RecordStore, see there. Thread-safe.
 
+    More than twenty methods: what the hosts decide, and what a host copies that was left behind. More than a dozen
+    attributes: what these share.
+
     reporting: the talk, begun by ``reporting.start()``. One proposal is prepared at a time.
     """
 
@@ -120,16 +135,22 @@ class Directory:
         changes: Executor,
         began: Callable[[str], None],
         ended: Callable[[str], None],
+        twin: Twin | None = None,
     ) -> None:
         """store: the registry's, of a host (Store.be_host). arrival, coordinators, token: as for Reporting. changes:
         judges what coordinators bring, one after the other, until the talk is closed. began, ended: called with the
-        name of each run that there is from then on, or is no more.
+        name of each run that there is from then on, or is no more. twin: the other host of the shard, None where there
+        is none.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
         self._registry = registry
         self._store = store
-        self._place, self._shards = arrival.shard, arrival.shards
+        self._place = arrival.shard
+        self._shards = arrival.shards // 2 if arrival.twins else arrival.shards
+        self._twin = twin
+        #: Whether the runs of the twin are being looked at, and whether they were here the last time.
+        self._looking = self._same = False
         self._changes = changes
         self._began, self._ended = began, ended
         self._lock = threading.Lock()
@@ -139,7 +160,7 @@ class Directory:
         #: By the key of a change: who waits until it is made here.
         self._expected: dict[str, list[Future[None]]] = {}
         row = store.directory()
-        record = decode(row.record, Record) if row and row.record else Record()
+        record = decode(row.record, Record) if row and row.record else _first(twin)
         prepared = self._take_up(record)
         self.reporting = Reporting(DIRECTORY, arrival, record, self, coordinators, token, prepared=prepared)
 
@@ -170,6 +191,13 @@ class Directory:
         """None: each record outlives the machine."""
         return Kept()
 
+    def returns(self) -> bool:
+        """Whether all runs of the twin are here, and filled. Has them made here meanwhile."""
+        if not self._looking:
+            self._looking = True
+            self._changes.submit(self._look_at_twin).add_done_callback(self._looked)
+        return self._same
+
     def promise(self, record: Record) -> None:
         """Keep a record of the same runs. Raises StorageFailed, as vote(), commit() and abort()."""
         self._keep(record)
@@ -185,7 +213,11 @@ class Directory:
         if prepared.candidate:
             self._keep(record)
             run = self._registry.enter(prepared.candidate)
-            following = partial(self._began, run.config.run)
+            following: Callable[[], None] = partial(self._began, run.config.run)
+        elif not prepared.run:
+            self._keep(record)
+            self._same = False
+            following = _nothing
         else:
             self._registry.delete(prepared.run, forget_row=partial(self._keep, record))
             following = partial(self._ended, prepared.run)
@@ -222,9 +254,10 @@ class Directory:
     def _judge(self, proposal: Proposal) -> None:
         """Vote for a change, or refuse it; what cannot be judged now comes again."""
         ticket, record = proposal.ticket, self.reporting.record
-        if ticket.base != record.revision:
+        absent = self._place in record.seating.absent
+        if ticket.base != record.revision and not absent:
             return
-        if record.vote and record.vote.ticket != ticket:
+        if record.vote and record.vote.ticket != ticket and not absent:
             self.reporting.postpone(ticket)
             return
         try:
@@ -255,21 +288,86 @@ class Directory:
         if held and held.ticket == proposal.ticket:
             return held
         self._let_go(held)  # it was not voted for
+        if proposal.back is not None or proposal.seating is not None:
+            self._check_seating(proposal)
+            self._held = _Held(proposal.ticket)
+            return self._held
         change, ticket = _change_in(proposal), proposal.ticket
         held = self._created(ticket, change) if isinstance(change, Creation) else self._deleted(ticket, change)
         with self._lock:
             self._held = held
         return held
 
+    def _check_seating(self, proposal: Proposal) -> None:
+        """Whether the hosts may begin with no runs, or one of them return. Raises InvalidRequest, Overloaded."""
+        record = self.reporting.record
+        if proposal.back is not None and (record.revision or self._registry.runs()):
+            raise InvalidRequest("other hosts came with empty data dirs, and this one has runs, or had some")
+        own = proposal.seating is not None and self._place in record.seating.absent - proposal.seating.absent
+        if own and self._twin and self._births(self._twin.runs(proposal.ticket.key)) != self._births(self.lent()):
+            self._same = False
+            raise Overloaded("the twin has other runs by now", retry_after=1.0)
+
     def _created(self, ticket: Ticket, creation: Creation) -> _Held | None:
         config = whole_config(_config_in(creation), self._shards)
         if same_run(self._registry, config):
             return None
-        part = LayoutMap(Layout(config.layout, config.copied), self._shards).shards[self._place].layout
+        return _Held(ticket, self._made(config, creation.created_at, ticket.base + 1))
+
+    def _made(self, config: RunConfig, created_at: float, birth: int, record: str = "") -> Candidate:
+        """This host's shard of a run. Raises as Registry.propose()."""
+        here = self._place % self._shards
+        part = LayoutMap(Layout(config.layout, config.copied), self._shards).shards[here].layout
         own = replace(config, layout=tuple(entry.spec for entry in part.params), copied=part.copied)
-        whole = json.dumps(to_json(config))
-        shard = ShardRow(self._place, self._shards, birth=ticket.base + 1, whole=whole)
-        return _Held(ticket, self._registry.propose(own, shard, creation.created_at))
+        shard = ShardRow(here, self._shards, record, birth=birth, whole=json.dumps(to_json(config)))
+        return self._registry.propose(own, shard, created_at)
+
+    # --- with a twin ------------------------------------------------------------------------------------------------
+
+    def lent(self) -> list[dict[str, Any]]:
+        """The runs here, as a twin makes them."""
+        return [
+            {
+                "config": to_json(self._registry.whole(run.config.run)),
+                "created_at": run.created_at,
+                "birth": run.shard.birth if run.shard else 0,
+            }
+            for run in self._registry.runs()
+        ]
+
+    def _look_at_twin(self) -> bool:
+        """Have the runs here that the twin has, each to be filled, and no others. Returns whether all are. Raises
+        EmaError."""
+        if self._twin is None:
+            return False
+        theirs, own = self._births(found := self._twin.runs()), self._births(self.lent())
+        for name in own.keys() - {name for name, birth in theirs.items() if own.get(name) == birth}:
+            self._ended(name)
+            self._registry.delete(name, forget_row=self._store.forget_run)
+        for each in found:
+            config = from_json(RunConfig, each["config"])
+            if own.get(config.run) != each["birth"]:
+                record = encode(emptied(time.time_ns()))
+                self._registry.enter(self._made(config, each["created_at"], each["birth"], record))
+                self._began(config.run)
+        return theirs == own and self._is_filled()
+
+    def _looked(self, done: Future[bool]) -> None:
+        fault = None if done.cancelled() else done.exception()
+        if fault and not isinstance(fault, EmaError):
+            _log.error("the runs of the twin could not be made here", exc_info=fault)
+        self._same = not done.cancelled() and fault is None and done.result()
+        self._looking = False
+
+    def _is_filled(self) -> bool:
+        """Whether each run here counts."""
+        texts = [self._registry.shard(run.config.run).record for run in self._registry.runs()]
+        records = [decode(text, Record) for text in texts if text]
+        return not any(record.lost or self._place in record.seating.absent for record in records)
+
+    @staticmethod
+    def _births(runs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        return {each["config"]["run"]: each["birth"] for each in runs}
 
     def _deleted(self, ticket: Ticket, deletion: Deletion) -> _Held:
         shard = self._registry.get(deletion.run).shard
@@ -309,6 +407,8 @@ class Directory:
         return {held.ticket: held} if held else {}
 
     def _voted(self, vote: Vote) -> _Held:
+        if vote.proposal.back is not None or vote.proposal.seating is not None:
+            return _Held(vote.ticket)
         change = _change_in(vote.proposal)
         if isinstance(change, Deletion):
             return _Held(vote.ticket, run=change.run)
@@ -317,6 +417,16 @@ class Directory:
         if not found:
             raise StorageFailed(f"the shard of run {name!r}, which this host has voted for, is gone")
         return _Held(vote.ticket, found[0])
+
+
+def _first(twin: Twin | None) -> Record:
+    """The record that a host begins with whose data dir is new: one that had a data dir before, maybe, which is gone.
+    All of a new cluster's hosts begin so, and go on together from there."""
+    return emptied(time.time_ns()) if twin else Record()
+
+
+def _nothing() -> None:
+    """Follows from a change of who counts."""
 
 
 def same_run(registry: Registry, config: RunConfig) -> Run | None:

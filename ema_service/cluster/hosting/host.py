@@ -16,7 +16,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -26,10 +26,12 @@ from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, Writer
 from ema_service import tether
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.hosting.asking import Asking
+from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.hosting.directory import Directory, creation_of, same_run, whole_config
 from ema_service.cluster.hosting.lease import Lease
 from ema_service.cluster.hosting.reporting import Reporting
-from ema_service.cluster.hosting.shard_run import ShardRun
+from ema_service.cluster.hosting.shard_run import ShardRun, check_held
+from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots
 from ema_service.cluster.hosting.waiting import Waiting
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.messages import (
@@ -46,7 +48,7 @@ from ema_service.cluster.messages import (
     SnapshotTaken,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
-from ema_service.cluster.token import ClusterToken
+from ema_service.cluster.token import HEADER_COPIES, ClusterToken
 from ema_service.memory import Layout
 from ema_service.runs import Registry, Run
 from ema_service.storage import Store
@@ -77,7 +79,7 @@ class Membership:
     """Which host of which cluster a server is.
 
     place: from 0, among ``of`` hosts. address: a URL at which others reach the server. coordinators: URLs. lease:
-    seconds as in Lease().
+    seconds as in Lease(). twins: whether the later half of the hosts are twins of the earlier half.
     """
 
     place: int
@@ -86,6 +88,23 @@ class Membership:
     coordinators: tuple[str, ...]
     token: ClusterToken
     lease: float | None = None
+    twins: bool = False
+
+    @property
+    def shards(self) -> int:
+        """How many shards a run has."""
+        return self.of // 2 if self.twins else self.of
+
+    @property
+    def shard(self) -> int:
+        """Which of them is here."""
+        return self.place % self.shards
+
+    @property
+    def twin(self) -> Twin | None:
+        """The other host of the shard."""
+        other = (self.place + self.shards) % self.of
+        return Twin(other, self.coordinators, self.token) if self.twins else None
 
 
 class Host:
@@ -117,10 +136,16 @@ class Host:
             self._making,
             self._begin,
             self._end,
+            membership.twin,
         )
         for run in registry.runs():
             self._shards[run.config.run] = self._shard_of(run)
         self._lease = _lease(membership.lease, store, self._directory.reporting)
+
+    @property
+    def token(self) -> ClusterToken:
+        """The cluster's."""
+        return self._membership.token
 
     @property
     def linked(self) -> bool:
@@ -155,6 +180,14 @@ class Host:
             raise Overloaded(f"run {run.config.run!r} is only just there, or just gone", retry_after=0.1)
         return found
 
+    def check_copies(self, shard: ShardRun, headers: Mapping[str, str]) -> None:
+        """Whether a slice is sent to both hosts of its shard, where both count. headers: of the request, which says to
+        how many (HEADER_COPIES). Raises Overloaded where a host has come back that the sender does not know of yet."""
+        member = self._membership
+        pair = {member.place, (member.place + member.shards) % member.of}
+        if member.twins and headers.get(HEADER_COPIES) == "1" and not pair & shard.record.seating.absent:
+            raise Overloaded("the twin of this host has come back: a slice is sent to both", retry_after=0.1)
+
     async def decided(self, answer: Future[T]) -> T:
         """The answer to what this host has voted for, once all hosts have decided. Holds neither thread nor lock.
 
@@ -184,7 +217,7 @@ class Host:
         if config.durability is None:
             with contextlib.suppress(RunNotFound):
                 config = replace(config, durability=self._registry.get(config.run).config.durability)
-        config = await asyncio.to_thread(whole_config, config, self._membership.of)
+        config = await asyncio.to_thread(whole_config, config, self._membership.shards)
         if found := await asyncio.to_thread(same_run, self._registry, config):
             return found, False
         change = await asyncio.to_thread(creation_of, config, time.time())
@@ -308,7 +341,8 @@ class Host:
 
     async def checkpoint(self) -> None:
         """Have all hosts take a checkpoint of each run that moved since its last one: of a few runs at once, for each
-        holds the memory of a version, and each waits half a minute where a host is away. The first host alone asks."""
+        holds the memory of a version, and each waits half a minute where a host is away. The first host that counts
+        alone asks."""
         turns = asyncio.Semaphore(_CHECKPOINTS_AT_ONCE)
 
         async def take(name: str, shard: ShardRun) -> None:
@@ -318,7 +352,9 @@ class Host:
                 except EmaError as fault:
                     _log.warning("run %s: no checkpoint was taken: %s", name, fault)
 
-        shards = list(self._shards.items()) if self._membership.place == 0 else ()
+        absent = self._directory.reporting.record.seating.absent
+        first = min(set(range(self._membership.of)) - absent, default=0)
+        shards = list(self._shards.items()) if self._membership.place == first else ()
         due = [each for each in shards if each[1].checkpoints.due and each[1].takes_part()]
         await asyncio.gather(*(take(name, shard) for name, shard in due))
 
@@ -371,6 +407,22 @@ class Host:
             return answer.committed
         raise error_of(answer.reason)
 
+    # --- what the twin copies ---------------------------------------------------------------------------------------
+
+    def lend_runs(self, key: str | None) -> list[dict[str, Any]]:
+        """The runs here, as a twin makes them. key: of the vote that the directory must hold, None for none. Raises
+        Overloaded."""
+        check_held(self._directory.reporting.record, key)
+        return self._directory.lent()
+
+    def lend_version(self, name: str, key: str) -> tuple[dict[str, Any], list[memoryview]]:
+        """The version of a run, while its shard here holds a vote. key: of the vote. Raises RunNotFound, Overloaded."""
+        return self.shard(self._registry.get(name)).lend(key)
+
+    def lending(self, name: str) -> ShardSnapshots:
+        """The snapshots of a run. Raises RunNotFound, Overloaded."""
+        return self.shard(self._registry.get(name)).snapshots
+
     # --- runs come and go: called by the directory, on its threads --------------------------------------------------
 
     def _begin(self, name: str) -> None:
@@ -385,16 +437,25 @@ class Host:
     def _shard_of(self, run: Run) -> ShardRun:
         member, name = self._membership, run.config.run
         whole = self._registry.whole(name)
-        part = LayoutMap(Layout(whole.layout, whole.copied), member.of).shards[member.place].shadows
+        part = LayoutMap(Layout(whole.layout, whole.copied), member.shards).shards[member.shard].shadows
         arrival = self._arrival(part.start, part.stop)
         versions = self._registry.shard(name)
         snapshots = self._registry.snapshots(name)
         return ShardRun(
-            run, versions, snapshots, arrival, member.coordinators, member.token, self._judging, self._saving
+            run,
+            versions,
+            snapshots,
+            arrival,
+            member.coordinators,
+            member.token,
+            self._judging,
+            self._saving,
+            member.twin,
         )
 
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
-        return Arrival(self._membership.place, self._membership.of, self._membership.address, start, stop)
+        member = self._membership
+        return Arrival(member.place, member.of, member.address, start, stop, member.twins)
 
     def _close(self) -> None:
         self._lease.close()

@@ -63,8 +63,11 @@ class RecordStore(Protocol[T_contra]):
     def kept(self) -> Kept:
         """Of which revisions there are checkpoints."""
 
+    def returns(self) -> bool:
+        """Whether the shard can be filled from its twin, where it was left behind."""
+
     def promise(self, record: Record) -> None:
-        """Keep the record: another coordinator is obeyed from now on."""
+        """Keep the record: another coordinator is obeyed from now on, or another seating is known."""
 
     def vote(self, record: Record, prepared: T_contra) -> None:
         """Keep the record with its vote, with the version that was prepared for it."""
@@ -217,7 +220,7 @@ class Reporting(Generic[T]):
                 proposals = self._to_prepare(outputs)
                 for output in outputs:
                     if isinstance(output, Report):
-                        self._say(output._replace(kept=self._store.kept()))
+                        self._say(output._replace(kept=self._store.kept(), returns=self._returns()))
                     elif isinstance(output, Refusal):
                         self._say(output)
         finally:
@@ -228,6 +231,10 @@ class Reporting(Generic[T]):
                 self._store.answer(output)
         for proposal in proposals:
             self._store.propose(proposal)
+
+    def _returns(self) -> bool:
+        """Whether the shard was left behind, and can be filled."""
+        return self._place in self._core.record.seating.absent and self._store.returns()
 
     def _say(self, output: Report | Refusal) -> None:
         for link in self._links:
@@ -258,7 +265,7 @@ class Reporting(Generic[T]):
 
     def _store_record(self, before: Record, after: Record) -> None:
         """Have the store keep a record, as the event that it is by what changed in it."""
-        if after.revision > before.revision and after.made:
+        if after.made and after.made != before.made:
             self._store.commit(after, self._prepared[after.made.ticket])
         elif after.vote == before.vote:
             self._store.promise(after)

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -22,10 +23,19 @@ from functools import partial
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
 
-from ema_client.errors import EmaError, InternalError, InvalidRequest, StepConflict, StorageFailed, Superseded
+from ema_client.errors import (
+    EmaError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    StepConflict,
+    StorageFailed,
+    Superseded,
+)
 from ema_client.protocol import RunInfo, UpdateResult
 from ema_service.cluster.decisions import after_loss
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
+from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.hosting.checkpoints import Checkpoints
 from ema_service.cluster.hosting.reporting import Reporting
 from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots
@@ -48,16 +58,20 @@ from ema_service.cluster.messages import (
 from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
 from ema_service.cluster.token import ClusterToken
 from ema_service.persistence import ShardMemoryVersions, ShardVersions, Snapshots
+from ema_service.persistence.rows import dump
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, State, Update, Write
 from ema_service.runs.ledger import writer_in
 from ema_service.storage import RowChange
 
-__all__ = ["ShardRun"]
+__all__ = ["ShardRun", "check_held"]
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: Seconds between two tries to fill a shard from its twin: all hosts hold their votes meanwhile.
+_FILL_PAUSE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +96,14 @@ _Beside = Checkpoint | SnapshotBegun | SnapshotTaken | SnapshotGone
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Held:
     """A write that the shard has voted for, or that waits. outcome: as in Vote. change: which it is, of those that
-    leave the version as it is. rows: what else changes on the disk with the verdict."""
+    leave the version as it is. rows: what else changes on the disk with the verdict. filled: whether the write is what
+    the twin has, in place of whatever is here."""
 
     write: Write
     outcome: str
     change: _Beside | None = None
     rows: RowChange | None = None
+    filled: bool = False
 
 
 class ShardRun:
@@ -98,7 +114,7 @@ class ShardRun:
 
     reporting: the talk with coordinators, begun by ``reporting.start()``, whose name is ``talk``. While the run is
     degraded the shard says nothing: without it nothing is decided; unless all shards are to go back, for its machine
-    went down. checkpoints: the shard's.
+    went down. checkpoints, snapshots: the shard's.
     """
 
     def __init__(
@@ -111,18 +127,26 @@ class ShardRun:
         token: ClusterToken,
         changes: Executor,
         saving: Executor,
+        twin: Twin | None = None,
     ) -> None:
         """run, versions, snapshots: as Registry.get(), shard() and snapshots() have them, for which there is no other
         ShardRun. arrival, coordinators, token: as for Reporting. changes: judges what coordinators bring, and works
-        until the talk is closed; saving: does the same where files are read or written.
+        until the talk is closed; saving: does the same where files are read or written. twin: the other host of the
+        shard, None where there is none.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
         self._run = run
+        self._place = arrival.shard
+        self._twin = twin
+        #: When the shard may be filled from its twin again, by time.monotonic().
+        self._fills_from = float("-inf")
+        #: The copying of snapshots before that; None before it has begun.
+        self._copying: Future[None] | None = None
         self._versions = versions
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
-        self._snapshots = ShardSnapshots(run, snapshots, saving)
+        self.snapshots = ShardSnapshots(run, snapshots, saving)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
         self._revision = record.revision
@@ -237,6 +261,18 @@ class ShardRun:
         """Of which revisions there are checkpoints."""
         return self.checkpoints.kept
 
+    def returns(self) -> bool:
+        """Whether the shard can be filled from its twin, where it was left behind. Has snapshots copied before, while
+        updates go on; of those a return has to copy the latest alone."""
+        if self._twin is None or time.monotonic() < self._fills_from:
+            return False
+        if self._copying is None:
+            self._copying = self._saving.submit(self.snapshots.copy, self._twin)
+        if self._copying.done() and (fault := self._copying.exception()):
+            _log.warning("run %s: snapshots could not be copied: %s", self._run.config.run, fault)
+            self._fills_from, self._copying = time.monotonic() + _FILL_PAUSE, None
+        return self._copying is not None and self._copying.done()
+
     def promise(self, record: Record) -> None:
         """Keep a record of the same versions. Raises StorageFailed, as vote(), commit() and abort()."""
         with self._run.deciding():
@@ -261,13 +297,17 @@ class ShardRun:
         """Keep a record of the next revision, and make the write that was voted for the run's."""
         with self._run.deciding():
             emptied = record.made is not None and record.made.proposal.back == 0
+            emptied = emptied or (prepared.filled and prepared.write.state is None)
             self._versions.confirm(encode(record), record.revision if emptied else 0, prepared.rows)
             self._revision = record.revision
             prepared.write.put()
             if isinstance(prepared.change, Checkpoint):
                 self.checkpoints.take(record)
             elif prepared.change:
-                self._snapshots.follow(prepared.change)
+                self.snapshots.follow(prepared.change)
+            if prepared.filled:
+                self._copying = None
+                self._saving.submit(self._tell_filled)
             if record.made:
                 self.checkpoints.follow(record.made.proposal, record)
                 key = record.made.ticket.key
@@ -279,7 +319,8 @@ class ShardRun:
 
     def propose(self, proposal: Proposal) -> None:
         """Have a change judged, and vote for or against it."""
-        executor = self._saving if proposal.back is not None or self._reads(proposal) else self._changes
+        reads = proposal.back is not None or self._is_own_return(proposal) or self._reads(proposal)
+        executor = self._saving if reads else self._changes
         executor.submit(self._judge, proposal).add_done_callback(partial(self._judged, proposal))
 
     def answer(self, answer: Answer) -> None:
@@ -323,7 +364,7 @@ class ShardRun:
 
     def _held_beside(self, change: _Beside, outcome: str) -> _Held:
         """What a change holds that leaves the version as it is. Raises as ShardSnapshots.rows()."""
-        rows = None if isinstance(change, Checkpoint) else self._snapshots.rows(change)
+        rows = None if isinstance(change, Checkpoint) else self.snapshots.rows(change)
         return _Held(Write(_nothing, _nothing), outcome, change, rows)
 
     def _hold(self, ticket: Ticket, write: Write, writer: int | None = None) -> _Held:
@@ -342,6 +383,8 @@ class ShardRun:
         try:
             if proposal.back is not None:
                 held: _Held | None = self._hold_way_back(proposal, self.checkpoints.read(proposal.back))
+            elif self._is_own_return(proposal):
+                held = self._filled(proposal)
             elif self._reads(proposal):
                 if ticket.base != self._revision:
                     return
@@ -350,7 +393,7 @@ class ShardRun:
                 with self._run.deciding():
                     if ticket.base != self._revision:
                         return
-                    held = self._changed(proposal, _change_in(proposal.change or ""))
+                    held = self._others_return(proposal) or self._changed(proposal, _change_in(proposal.change or ""))
         except EmaError as fault:
             self.reporting.refuse(ticket, reason_of(fault))
         except MalformedMessage as fault:
@@ -388,7 +431,7 @@ class ShardRun:
         version = self._run.ledger.version
         if version and version.made_by(ticket.key):
             return None
-        rewound = self._snapshots.read(change, _lineage_of(ticket.key), ticket.key)
+        rewound = self.snapshots.read(change, _lineage_of(ticket.key), ticket.key)
         with self._run.deciding():
             return self._hold(ticket, self._run.prepare_rewound(rewound))
 
@@ -396,6 +439,48 @@ class ShardRun:
         """Hold the write that a way back is; of one that comes again the first."""
         with self._run.deciding():
             return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
+
+    def _fill_later(self) -> None:
+        self._fills_from = time.monotonic() + _FILL_PAUSE
+
+    def _others_return(self, proposal: Proposal) -> _Held | None:
+        """What the return of another host holds; None for any other proposal."""
+        if proposal.seating is None:
+            return None
+        held = _Held(Write(_nothing, _nothing), self._run.ledger.outcome())
+        return self._held.setdefault(proposal.ticket, held)
+
+    def _is_own_return(self, proposal: Proposal) -> bool:
+        """Whether a proposal has this very host count again."""
+        seating = proposal.seating
+        return seating is not None and self._place in self.record.seating.absent - seating.absent
+
+    def _filled(self, proposal: Proposal) -> _Held:
+        """What the twin has, to be put in place of what is here. Raises Overloaded, StorageFailed."""
+        if self._twin is None:
+            raise InvalidRequest("this host has no twin")
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._fill_later)
+            self.snapshots.copy(self._twin)
+            copied = self._twin.copy(self._run, proposal.ticket.key)
+            undo.pop_all()
+        with self._run.deciding():
+            write = self.checkpoints.back_at(copied.state, copied.outcome)
+            return self._held.setdefault(proposal.ticket, _Held(write, copied.outcome, filled=True))
+
+    def _tell_filled(self) -> None:
+        """Tell people that the shard is on both its hosts again."""
+        on_disk = self._versions.on_disk if isinstance(self._versions, ShardMemoryVersions) else self._versions
+        on_disk.remark("filled from its twin: the shard lies on two hosts again", self._run.ledger.version)
+
+    def lend(self, key: str) -> tuple[dict[str, Any], list[memoryview]]:
+        """The run's version, for a twin that is to have it: facts, and the bytes of each average. key: of the vote that
+        this shard holds, so that the run stays as it is. Raises Overloaded."""
+        with self._run.deciding():
+            vote, state = check_held(self.record, key), self._run.state
+        head = {"outcome": vote.outcome if vote else "", "state": dump(state, final=False) if state else None}
+        memory = self._run.memory
+        return head, [memoryview(memory.to_host(arena.data).data) for arena in (state.arenas if state else ())]
 
     def _changed(self, proposal: Proposal, change: Adjustment | Rewind | _Beside) -> _Held | None:
         """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), as
@@ -405,7 +490,7 @@ class ShardRun:
             if isinstance(change, Checkpoint):
                 self.checkpoints.check(proposal.settles)
             else:
-                self._snapshots.check(change)
+                self.snapshots.check(change)
             return self._held.setdefault(ticket, self._held_beside(change, run.ledger.outcome()))
         if isinstance(change, Rewind):
             raise InvalidRequest("a rewind is judged where files are read")
@@ -447,6 +532,10 @@ class ShardRun:
         proposal, outcome, voted = record.vote.proposal, record.vote.outcome, self._versions.voted
         if proposal.back is not None:
             held = _Held(self.checkpoints.back_at(voted, outcome), outcome)
+        elif proposal.seating is not None:
+            own = self._place in record.seating.absent
+            write = self.checkpoints.back_at(voted, outcome) if own else Write(_nothing, _nothing)
+            held = _Held(write, outcome, filled=own)
         elif voted:
             held = _Held(self._run.moving_to(voted, None), outcome)
         elif proposal.change and not isinstance(change := _change_in(proposal.change), Adjustment | Rewind):
@@ -454,6 +543,15 @@ class ShardRun:
         else:
             held = _Held(self._attaching(writer_in(outcome), proposal.ticket.key), outcome)
         return {proposal.ticket: held}
+
+
+def check_held(record: Record, key: str | None) -> Vote | None:
+    """The vote that a record holds, which has this key; None for no key. Raises Overloaded where it holds another."""
+    if key is None:
+        return None
+    if record.vote is None or record.vote.ticket.key != key:
+        raise Overloaded("this host has not voted for the return of its twin", retry_after=1.0)
+    return record.vote
 
 
 def _lineage_of(key: str) -> str:

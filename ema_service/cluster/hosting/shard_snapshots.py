@@ -15,8 +15,11 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
 
 from ema_client.errors import EmaError, Overloaded
+from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.messages import Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
 from ema_service.persistence import Snapshots
 from ema_service.runs import Rewound, Run, State
@@ -84,6 +87,26 @@ class ShardSnapshots:
             self._saving.submit(self._snapshots.shown, change.name, tuple(change.gone.split()))
         else:
             self._saving.submit(self._snapshots.gone, change.name, told=not change.begun)
+
+    def lent(self) -> list[dict[str, Any]]:
+        """As Snapshots.lent()."""
+        return self._snapshots.lent()
+
+    def file(self, name: str, average: str) -> Path:
+        """As Snapshots.file()."""
+        return self._snapshots.file(name, average)
+
+    def copy(self, twin: Twin) -> None:
+        """Have the snapshots that the twin has, and no others. Raises Overloaded, StorageFailed."""
+        run = self._run.config.run
+        theirs = {each["name"]: each for each in twin.snapshots(run)}
+        own = {each["name"]: each for each in self._snapshots.lent()}
+        for name in own.keys() - {name for name, each in own.items() if each == theirs.get(name)}:
+            self._snapshots.drop(name)
+        for name, each in theirs.items():
+            if own.get(name) != each:
+                files = {average: twin.snapshot(run, name, average, size) for average, size in each["files"].items()}
+                self._snapshots.adopt(name, each["text"], sum(each["files"].values()), files)
 
     def _write(self, change: SnapshotBegun, state: State) -> None:
         try:

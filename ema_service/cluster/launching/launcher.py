@@ -83,9 +83,10 @@ class Plan:
     """What is to be started.
 
     folder: of what is kept. machines: where each host is to be, None for here. host, port: of the gateway. through:
-    the command before a machine's name. flags: of ``ema-service serve``, for each host. name: by which other machines
-    reach this one, None to find out. replicas: so many of each host, which are read in its place; replica_token: a file
-    with the token that they read with. tls: None for plain HTTP.
+    the command before a machine's name. flags: of ``ema-service serve``, for each host. twins: whether the later half
+    of the hosts have the shards of the earlier half once more. name: by which other machines reach this one, None to
+    find out. replicas: so many of each host, which are read in its place; replica_token: a file with the token that
+    they read with. tls: None for plain HTTP.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class Plan:
     port: int
     through: str = THROUGH
     flags: Sequence[str] = ()
+    twins: bool = False
     name: str | None = None
     replicas: int = 0
     replica_token: Path | None = None
@@ -180,6 +182,7 @@ class _Launch:
         """One host, here or elsewhere."""
         plan, machine = self._plan, self._plan.machines[place]
         flags = ["--data-dir", str(plan.folder / f"host-{place}"), "--", "--shard", f"{place}/{len(plan.machines)}"]
+        flags += ["--twins"] if plan.twins else []
         # Later flags win: those of the user stand last.
         flags += ["--coordinator", coordinator, "--port", "0", *(plan.tls.flags if plan.tls else ())]
         said = f"{self._token.header.partition(' ')[2]}\n".encode()

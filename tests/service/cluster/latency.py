@@ -41,6 +41,10 @@ class Memory:
     def takes_part(self) -> bool:
         return True
 
+    def returns(self) -> bool:
+        """It has no twin."""
+        return False
+
     def kept(self) -> Kept:
         return Kept()
 

@@ -12,9 +12,9 @@ from typing import TypeVar
 import pytest
 
 from ema_client.errors import Conflict, InvalidRequest, Overloaded, RunNotFound, Stopping
-from ema_service.cluster import Answer, Arrival, Ask, Change, Record, Report, Resolve, Term, Vote
+from ema_service.cluster import Answer, Arrival, Ask, Change, Record, Report, Resolve, Seating, Shard, Term, Vote
 from ema_service.cluster.conversation import Conversation, Conversations, Listening, Seat
-from ema_service.cluster.messages import Proposal, Propose, Ticket
+from ema_service.cluster.messages import DIRECTORY, Proposal, Propose, Ticket
 
 T = TypeVar("T")
 
@@ -48,6 +48,64 @@ def begun() -> tuple[Conversation, Listening, Listening]:
             talk.hear(Report(place, Record(term)))
     read(one), read(two)
     return talk, one, two
+
+
+def twins() -> tuple[Conversation, dict[int, Listening], dict[int, Shard]]:
+    """A talk of two shards with two hosts each, all of which listen and have promised."""
+    talk = Conversation("r", "c", 4, twins=True)
+    cores = {place: Shard(place, Record()) for place in range(4)}
+    listening = {place: talk.arrive(arrival(place, 4)._replace(twins=True)) for place in range(4)}
+    for _ in range(3):
+        answer(talk, listening, cores)
+    return talk, listening, cores
+
+
+def answer(talk: Conversation, listening: dict[int, Listening], cores: dict[int, Shard]) -> None:
+    """Have those that listen answer what they were told."""
+    for place, queue in listening.items():
+        for message in read(queue):
+            assert isinstance(message, Ask | Propose | Resolve)
+            for report in cores[place].receive(message):
+                assert isinstance(report, Report)
+                talk.hear(report)
+
+
+@pytest.mark.parametrize(("connected", "questions"), [(False, 6), (True, 11)])
+def test_a_host_that_says_nothing_is_left_behind(connected: bool, questions: int) -> None:
+    """After so many questions, one a second: sooner where its connection is gone. Not while it answers."""
+
+    async def test() -> None:
+        talk, listening, cores = twins()
+        quiet = listening.pop(2)
+        if not connected:
+            talk.leave(2, quiet)
+        for _ in range(questions - 1):
+            talk.ask_again()
+            answer(talk, listening, cores)
+        assert talk.core.seating.absent == frozenset()
+        talk.ask_again()
+        answer(talk, listening, cores)
+        assert talk.core.seating.absent == {2}
+        assert [2 in core.record.seating.absent for core in cores.values()] == [True, True, False, True]
+
+    run(test)
+
+
+def test_a_run_that_is_made_while_a_host_is_away() -> None:
+    """Nobody waits for the host to come to the run's talk."""
+
+    async def test() -> None:
+        talks = Conversations(lambda: "c")
+        for name in (DIRECTORY, "r@2"):
+            seated = Record(Term(1, "b"), seating=Seating(Term(1, "b"), 1, "2" if name == DIRECTORY else ""))
+            for place in (0, 1, 3):
+                talk, _ = talks.arrive(name, arrival(place, 4)._replace(twins=True))
+                talk.hear(Report(place, seated))
+        assert talks.absent() == {DIRECTORY: [2]}
+        talks.ask_again()
+        assert talks.find("r@2").core.term.number == 2
+
+    run(test)
 
 
 def test_first_question_comes_at_once() -> None:

@@ -29,6 +29,7 @@ from ema_service.cluster import (
     Refusal,
     Report,
     Resolve,
+    Seating,
     Term,
     Ticket,
     Vote,
@@ -42,20 +43,31 @@ numbers = st.integers(0, 2**63 - 1)
 texts = st.text(st.characters(codec="utf-8"))
 terms = st.builds(Term, numbers, texts)
 tickets = st.builds(Ticket, numbers, st.none() | numbers, texts)
-proposals = st.builds(Proposal, tickets, st.none() | texts, st.none() | numbers, numbers)
+seatings = st.builds(Seating, terms, numbers, texts)
+proposals = st.builds(Proposal, tickets, st.none() | texts, st.none() | numbers, numbers, st.none() | seatings)
 votes = st.builds(Vote, proposals, texts)
-records = st.builds(Record, terms, numbers, numbers, st.none() | votes, st.none() | votes, st.booleans(), numbers)
+records = st.builds(
+    Record, terms, numbers, numbers, st.none() | votes, st.none() | votes, st.booleans(), numbers, seatings
+)
 messages = st.one_of(
     st.builds(Adjustment, texts, st.none() | st.floats(allow_nan=False, allow_infinity=False), st.none() | texts),
     st.builds(Answer, texts, st.booleans(), texts),
-    st.builds(Arrival, numbers, numbers, texts, numbers, numbers),
-    st.builds(Ask, numbers, terms),
+    st.builds(Arrival, numbers, numbers, texts, numbers, numbers, st.booleans()),
+    st.builds(Ask, numbers, terms, seatings),
     st.builds(Change, texts, texts, numbers),
     st.just(Checkpoint()),
     st.builds(Propose, numbers, terms, proposals),
     records,
     st.builds(Refusal, numbers, terms, tickets, texts),
-    st.builds(Report, numbers, records, st.none() | proposals, st.booleans(), st.builds(Kept, numbers, numbers)),
+    st.builds(
+        Report,
+        numbers,
+        records,
+        st.none() | proposals,
+        st.booleans(),
+        st.builds(Kept, numbers, numbers),
+        st.booleans(),
+    ),
     st.builds(Resolve, numbers, terms, numbers, st.booleans(), texts),
 )
 JUNK: tuple[Any, ...] = (None, True, -1, 2**63, 0.5, "x", "\ud800", [], {}, {"zz": 1})
@@ -74,17 +86,28 @@ def test_what_is_sent_is_received(message: Message) -> None:
 
 @given(messages, st.data())
 def test_what_lacks_or_adds_a_member_is_refused(message: Message, data: st.DataObject) -> None:
-    """Every member has to be there, in every object, those with a default as well; and no other."""
+    """Every member has to be there, in every object, those with a default as well, but for what records of earlier
+    servers lack; and no other."""
     whole = json.loads(encode(message))
     objects = list(objects_in(whole))
     chosen = data.draw(st.sampled_from(objects))
-    if chosen and data.draw(st.booleans()):
-        del chosen[data.draw(st.sampled_from(sorted(chosen)))]
+    members = sorted(chosen.keys() - {"seating"})
+    if members and data.draw(st.booleans()):
+        del chosen[data.draw(st.sampled_from(members))]
     else:
         chosen["zz"] = 0
 
     with pytest.raises(MalformedMessage, match="member"):
         decode(json.dumps(whole), *KINDS)
+
+
+def test_records_of_earlier_servers_are_read() -> None:
+    """They know of no seating, and of everybody's part in what is decided."""
+    record = Record(vote=Vote(Proposal(Ticket(0, 1, "k")), "o"))
+    said = json.loads(encode(record))
+    del said["record"]["seating"], said["record"]["vote"]["proposal"]["seating"]
+
+    assert decode(json.dumps(said), Record) == record
 
 
 def objects_in(value: Any) -> list[dict[str, Any]]:
@@ -129,13 +152,25 @@ def test_whatever_comes_is_a_message_or_an_error(text: str | bytes) -> None:
         ('{"ask":{},"resolve":{}}', "the message: expected an object with one member"),
         ('{"report":{}}', "the message: expected an object with one member: ask or resolve, got 'report'"),
         ('{"ask":null}', "ask: expected an object, got null"),
-        ('{"ask":{"shard":0}}', "ask lacks member 'term'"),
-        ('{"ask":{"shard":0,"term":{"number":1,"name":"c"},"zz":1}}', "ask has an unknown member 'zz'"),
-        ('{"ask":{"shard":0,"shard":0,"term":{"number":1,"name":"c"}}}', "a member stands twice in an object"),
-        ('{"ask":{"shard":true,"term":{"number":1,"name":"c"}}}', "ask.shard: expected a number from 0 to"),
-        ('{"ask":{"shard":0,"term":{"number":"1","name":"c"}}}', 'ask.term.number: expected a number .*, got "1"'),
-        ('{"ask":{"shard":0,"term":{"number":-1,"name":"c"}}}', "ask.term.number: expected a number .*, got -1"),
-        ('{"ask":{"shard":0,"term":{"number":1,"name":"\\ud800"}}}', "ask.term.name: expected a string"),
+        ('{"ask":{"shard":0,"seating":null}}', "ask lacks member 'term'"),
+        ('{"ask":{"shard":0,"term":{"number":1,"name":"c"},"seating":{},"zz":1}}', "ask has an unknown member 'zz'"),
+        (
+            '{"ask":{"shard":0,"shard":0,"term":{"number":1,"name":"c"},"seating":{}}}',
+            "a member stands twice in an object",
+        ),
+        (
+            '{"ask":{"shard":true,"term":{"number":1,"name":"c"},"seating":{}}}',
+            "ask.shard: expected a number from 0 to",
+        ),
+        (
+            '{"ask":{"shard":0,"term":{"number":"1","name":"c"},"seating":{}}}',
+            'ask.term.number: expected a number .*, got "1"',
+        ),
+        (
+            '{"ask":{"shard":0,"term":{"number":-1,"name":"c"},"seating":{}}}',
+            "ask.term.number: expected a number .*, got -1",
+        ),
+        ('{"ask":{"shard":0,"term":{"number":1,"name":"\\ud800"},"seating":{}}}', "ask.term.name: expected a string"),
     ],
 )
 def test_mistake_is_named(text: str | bytes, says: str) -> None:
@@ -165,6 +200,8 @@ def test_form_of_a_message() -> None:
     )
     assert encode(Report(0, Record(vote=Vote(Proposal(Ticket(0, 5, "u")), "1.1")))) == (
         '{"report":{"shard":0,"record":{"term":{"number":0,"name":""},"edition":0,"revision":0,"made":null,'
-        '"vote":{"proposal":{"ticket":{"base":0,"step":5,"key":"u"},"change":null,"back":null,"settles":0},'
-        '"outcome":"1.1"},"lost":false,"settled":0},"waiting":null,"overdue":false,"kept":{"older":0,"newer":0}}}'
+        '"vote":{"proposal":{"ticket":{"base":0,"step":5,"key":"u"},"change":null,"back":null,"settles":0,'
+        '"seating":null},"outcome":"1.1"},"lost":false,"settled":0,'
+        '"seating":{"term":{"number":0,"name":""},"number":0,"without":""}},'
+        '"waiting":null,"overdue":false,"kept":{"older":0,"newer":0},"returns":false}}'
     )

@@ -15,7 +15,7 @@ Knows what is promised, and what may fail. Does not know how the core keeps its 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
@@ -233,10 +233,10 @@ class Host:
         if self.shard is None or self.shard.record is self.disk:
             return
         before, self.disk = self.disk, self.shard.record
-        if self.disk.revision > before.revision and self.disk.made:
-            self.follow(self.disk.made)
+        made = self.disk.made if self.disk.made != before.made else None
+        if made:
+            self.follow(made)
         self.medium.append((self.disk, self.log))
-        made = self.disk.made if self.disk.revision > before.revision else None
         if made and is_lasting(made):
             self.lasting.add(made.ticket.key)
         if before.lost or is_lasting(self.disk.vote) or is_lasting(made):
@@ -265,7 +265,11 @@ class Host:
             elif isinstance(output, Proposal):
                 world.send(self, output)  # preparing takes time, and the shard receives other messages meanwhile
             elif seat := source or world.seats.get(output.term.name):
-                world.send(seat, output._replace(kept=self.kept) if isinstance(output, Report) else output)
+                world.send(seat, self.dressed(output) if isinstance(output, Report) else output)
+
+    def dressed(self, report: Report) -> Report:
+        """A report with what the shard's holder says in it."""
+        return report._replace(kept=self.kept)
 
 
 def is_lasting(vote: Vote | None) -> bool:
@@ -281,7 +285,7 @@ class Seat:
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
-        self.core = world.design.coordinator(name, len(world.hosts))
+        self.core = world.new_core(name)
 
     def receive(self, message: Report | Refusal, _: None) -> None:
         world = self.world
@@ -350,10 +354,18 @@ class World:
         self.step, self.key = 0, ""
         self.unanswered: set[int] = set()
         self.hosts: list[Host] = []
-        for place in range(random.choice((2, 2, 2, 2, 3, 4))):
+        for place in range(self.draw_hosts()):
             self.hosts.append(design.host(self, place))
         self.start_coordinator()
         self.new_update()
+
+    def draw_hosts(self) -> int:
+        """How many hosts there are."""
+        return self.random.choice((2, 2, 2, 2, 3, 4))
+
+    def new_core(self, name: str) -> Coordinator:
+        """The core of another coordinator."""
+        return self.design.coordinator(name, len(self.hosts))
 
     def happens(self, chance: float) -> bool:
         return self.random.random() < chance
@@ -379,8 +391,12 @@ class World:
             self.seen["aborted after the faults" if self.calm else "aborted"] += 1
             # A lost shard may hear a late proposal that the others have long left behind.
             late = before.lost and before.vote.ticket.base + 1 < max(self.chosen, default=0)
-            if self.chosen.get(before.vote.ticket.base + 1) == before.vote and not late:
+            if self.gave_up(host, before.vote) and not late:
                 raise Torn(f"shard {host.place} gave up {before.vote.ticket}, which others have committed")
+
+    def gave_up(self, _: Host, vote: Vote) -> bool:
+        """Whether a vote that a host gives up is one that others have committed."""
+        return self.chosen.get(vote.ticket.base + 1) == vote
 
     def look_at_revision(self, host: Host, record: Record, before: Record) -> None:
         """A host is the first at a revision, or follows."""
@@ -557,9 +573,14 @@ class World:
 
     def events(self) -> list[Callable[[World], None]]:
         """What happens, in order. Each schedule leaves out some kinds of events and has more of others."""
-        weights = [weight * self.random.choice((0, 0, 1, 3)) for _, weight in _FAULTS]
-        kinds = [event for event, _ in (*_WORK, *_FAULTS)]
+        faults = self.faults()
+        weights = [weight * self.random.choice((0, 0, 1, 3)) for _, weight in faults]
+        kinds = [event for event, _ in (*_WORK, *faults)]
         return self.random.choices(kinds, [*(weight for _, weight in _WORK), *weights], k=_EVENTS)
+
+    def faults(self) -> Sequence[tuple[Callable[[Any], None], float]]:
+        """What may go wrong, and how often."""
+        return _FAULTS
 
     def visit(self) -> None:
         """A host that is down starts; one that is up says again what has no answer, or that it has waited for long.
@@ -641,12 +662,16 @@ class World:
                 self.start_coordinator()
             self.say_again(turn)
             self.drain()
-            if not self.unanswered and not self.changes and len({host.disk.revision for host in self.hosts}) == 1:
+            if not self.unanswered and not self.changes and self.is_whole():
                 return
             if turn == _ROUNDS // 2 and self.unanswered and self.seen["losses of power"]:
                 # What one shard had applied and another had not was gone back over: the trainer gives its update up.
                 self.new_update()
         raise Stuck(f"update {self.key} on shards {self.unanswered}, or changes {list(self.changes)}, have no answer")
+
+    def is_whole(self) -> bool:
+        """Whether all hosts are at one revision."""
+        return len({host.disk.revision for host in self.hosts}) == 1
 
     def say_again(self, turn: int) -> None:
         """Hosts that are down start; the others, the coordinator, the trainer, and whoever asks for changes, say again

@@ -177,3 +177,13 @@ def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
     assert write_whole(tmp_path / "file", [b"abc"]) == 3
+
+
+def test_a_new_folders_first_number(tmp_path: Path) -> None:
+    """As it is asked for; and larger than every earlier holder's, also where a clock went back."""
+    numbers = []
+    for first in (700, 600, 900):
+        lock = FolderLock(tmp_path, first=first)
+        numbers.append(lock.number)
+        lock.release()
+    assert numbers == [700, 701, 900]

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from ema_client.errors import Overloaded
-from ema_service.cluster.hosting.host import _CHECKPOINTS_AT_ONCE, Host
-from ema_service.cluster.token import read_cluster_token
+from ema_service.cluster import Record, Seating, Term
+from ema_service.cluster.hosting.host import _CHECKPOINTS_AT_ONCE, Host, Membership
+from ema_service.cluster.token import HEADER_COPIES, ClusterToken, read_cluster_token
 
 
 def test_the_directory_begins_last() -> None:
@@ -63,3 +64,22 @@ def test_checkpoints_are_asked_for_at_once() -> None:
     asyncio.run(asyncio.wait_for(host.checkpoint(), 10))
     assert len(begun) == len(ended) == 9
     assert max(at_once) == _CHECKPOINTS_AT_ONCE
+
+
+def test_a_slice_for_one_of_two_hosts_is_sent_again() -> None:
+    """Where both count: the other one would never vote. Its sender takes a moment to hear that a twin is back."""
+    host = Host.__new__(Host)
+    token = ClusterToken("t" * 32)
+    host.__dict__.update(_membership=Membership(0, 4, "http://h", ("http://c:1",), token, twins=True))
+
+    def check(copies: str | None, without: str) -> None:
+        shard = SimpleNamespace(record=Record(seating=Seating(Term(1, "c"), 1, without)))
+        host.check_copies(shard, {} if copies is None else {HEADER_COPIES: copies})  # type: ignore[arg-type]
+
+    with pytest.raises(Overloaded, match="has come back"):
+        check("1", without="")
+    with pytest.raises(Overloaded, match="has come back"):
+        check("1", without="3")  # of the other shard
+    check("1", without="2")
+    check("2", without="")
+    check(None, without="")

@@ -68,6 +68,10 @@ class Store:
     def takes_part(self) -> bool:
         return self.whole
 
+    def returns(self) -> bool:
+        """It has no twin."""
+        return False
+
     def kept(self) -> Kept:
         return Kept()
 

@@ -63,6 +63,10 @@ class FileStore:
         found = json.loads(self._file.read_text()) if self._file.exists() else {"record": encode(Record()), "log": []}
         self.record, self.log = decode(found["record"], Record), found["log"]
 
+    def returns(self) -> bool:
+        """It has no twin."""
+        return False
+
     def kept(self) -> Kept:
         return Kept()
 

@@ -1,0 +1,90 @@
+"""What a host lends its twin, which lost everything or was left behind: which runs there are, and one version of each.
+
+    GET /v1/twin/directory?key=         the runs, as this host has them
+    GET /v1/twin/runs/{run}?key=        a line of JSON, with the version's facts; then each average's bytes and digest
+    GET /v1/twin/runs/{run}/snapshots   which there are; and the file of each average, behind /{name}/{average}
+
+A run is lent while this host holds its vote for the return of its twin, which the key names: so nothing of the run
+moves on meanwhile. Whoever asks shows the cluster's token.
+
+Knows HTTP. Does not know what a run consists of (shard_run, directory), or when a twin may return.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from ema_client.errors import EmaError, Unauthorized
+from ema_service.averaging.digest import Digest
+from ema_service.cluster.problems import problem
+
+if TYPE_CHECKING:
+    from ema_service.cluster.hosting.host import Host
+    from ema_service.cluster.token import ClusterToken
+
+__all__ = ["LENDING", "lending_app"]
+
+Answering: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+#: Where the routes are mounted.
+LENDING = "/v1/twin"
+#: Bytes that are sent at once.
+_PIECE = 4 << 20
+
+
+def lending_app(host: Host, token: ClusterToken) -> Starlette:
+    """The application that lends what a host has."""
+
+    async def directory(request: Request) -> Response:
+        return JSONResponse({"runs": host.lend_runs(request.query_params.get("key"))})
+
+    async def run(request: Request) -> Response:
+        key, name = request.query_params.get("key", ""), request.path_params["run"]
+        head, arenas = await run_in_threadpool(host.lend_version, name, key)
+        return StreamingResponse(_pieces(head, arenas), media_type="application/octet-stream")
+
+    async def snapshots(request: Request) -> Response:
+        shard = host.lending(request.path_params["run"])
+        return JSONResponse({"snapshots": await run_in_threadpool(shard.lent)})
+
+    async def snapshot(request: Request) -> Response:
+        told = request.path_params
+        return FileResponse(host.lending(told["run"]).file(told["name"], told["average"]))
+
+    async def guarded(answer: Answering, request: Request) -> Response:
+        values = request.headers.getlist("authorization")
+        if len(values) != 1 or not token.fits(values[0].encode()):
+            return problem(Unauthorized("a host lends what it has to its twin, which has the cluster's token"))
+        try:
+            return await answer(request)
+        except EmaError as fault:
+            return problem(fault)
+
+    paths = {
+        "/directory": directory,
+        "/runs/{run}": run,
+        "/runs/{run}/snapshots": snapshots,
+        "/runs/{run}/snapshots/{name}/{average}": snapshot,
+    }
+    return Starlette(routes=[Route(path, partial(guarded, answer)) for path, answer in paths.items()])
+
+
+def _pieces(head: dict[str, Any], arenas: list[memoryview]) -> Iterator[bytes | memoryview]:
+    """The body: the head with the sizes of the averages, on a line; then each one's bytes, and their digest."""
+    yield json.dumps({**head, "averages": [len(data) for data in arenas]}).encode() + b"\n"
+    for data in arenas:
+        digest = Digest()
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            digest.update(piece)
+            yield bytes(piece)
+        yield digest.digest()

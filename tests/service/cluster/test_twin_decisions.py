@@ -1,0 +1,214 @@
+"""The decision core with two hosts for each shard, against an oracle: schedules of faults in which disks are lost as a
+whole, mutants that they must catch, and examples.
+
+A schedule that fails names its seed; ``play_twins(seed)`` plays it again.
+
+Knows what a host may lose. Does not know files, servers or time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from ema_service.cluster import (
+    Ask,
+    Coordinator,
+    Proposal,
+    Record,
+    Report,
+    Resolve,
+    Seating,
+    Shard,
+    Term,
+    Ticket,
+    Vote,
+    emptied,
+)
+from ema_service.cluster.decisions import Output
+from tests.service.cluster.mutants import Mutant
+from tests.service.cluster.twin_world import TwinHost, play_twins
+from tests.service.cluster.world import Broken, Design, Stuck, Torn
+
+PART, PARTS, SOAKED = 750, 4, 60_000
+
+
+def play_all(first: int, count: int, design: Design) -> Counter[str]:
+    """Play so many schedules. Returns how often what happened."""
+    seen: Counter[str] = Counter()
+    for seed in range(first, first + count):
+        try:
+            seen += play_twins(seed, design).seen
+        except Broken as broken:
+            broken.add_note(f"schedule {seed}: play_twins({seed}) of twin_world.py plays it again")
+            raise
+    return seen
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_schedules(part: int) -> None:
+    """Nothing that was acknowledged is lost with the disk of any host whose twin is in step; and once the faults stop
+    every host is filled, and counts."""
+    seen = play_all(part * PART, PART, Design(host=TwinHost))
+
+    assert seen["committed"] > PART // 4
+    assert seen["filled"] > PART // 2
+    assert seen["lost disks"] > PART // 5
+
+
+@pytest.mark.soak
+def test_many_schedules() -> None:
+    """The same for many more."""
+    play_all(PART * PARTS, SOAKED, Design(host=TwinHost))
+
+
+# --- mutants ---------------------------------------------------------------------------------------------------------
+
+
+class CommitsWithoutTheTwin(Coordinator):
+    """A vote counts for both hosts of a shard."""
+
+    def _agreed(self, votes: Mapping[int, Vote]) -> Proposal | None:
+        found = {vote.ticket: vote.proposal for vote in votes.values()}
+        shards = {shard % (self._shards // 2) for shard in votes}
+        return next(iter(found.values())) if len(shards) == self._shards // 2 and len(found) == 1 else None
+
+
+class TakesBackWhoIsBehind(Coordinator):
+    """A host that lacks what the others have, or lost it, is waited for."""
+
+    def _unfit(self, _: Record, __: Mapping[int, Report]) -> set[int]:
+        return set()
+
+
+class LeavesTheLast(Coordinator):
+    """The others go on without a host whose twin is left behind already."""
+
+    def _can_leave(self, missing: Any) -> bool:
+        return len(missing) == 1 and self._silent.issuperset(missing)
+
+
+class ReturnsWithoutATurn(Coordinator):
+    """A host counts again once the others have voted for that, whatever it has."""
+
+    def _count_return(self, votes: Mapping[int, Vote], _: Proposal, seating: Seating) -> list[Output]:
+        return [*self._resolve(votes, committed=seating > self.seating)]
+
+
+class KnowsTheSeatingInMemory(TwinHost):
+    """Who counts is written with a host's next vote, and not before the host says that it knows."""
+
+    def persist(self) -> None:
+        if self.shard and self.shard.record.edition > self.disk.edition:
+            super().persist()
+
+
+class StartsAsNew(TwinHost):
+    """A host whose disk is empty begins as one that never had any."""
+
+    def emptied(self) -> Record:
+        return Record()
+
+
+class CountsEditionsAnew(TwinHost):
+    """A host whose disk is empty gives editions that were given before."""
+
+    def emptied(self) -> Record:
+        return emptied(1)
+
+
+MUTANTS = (
+    Mutant(Design(coordinator=CommitsWithoutTheTwin, host=TwinHost), Torn, 100),
+    Mutant(Design(coordinator=TakesBackWhoIsBehind, host=TwinHost), Stuck, 100),
+    Mutant(Design(coordinator=LeavesTheLast, host=TwinHost), Torn, 500),
+    Mutant(Design(coordinator=ReturnsWithoutATurn, host=TwinHost), Torn, 100),
+    Mutant(Design(host=KnowsTheSeatingInMemory), Broken, 1500),
+    Mutant(Design(host=StartsAsNew), Broken, 300),
+    Mutant(Design(host=CountsEditionsAnew), Broken, 300),
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants_are_caught(mutant: Mutant) -> None:
+    """Each rule that is left out breaks the promise that it is there for, within the stated number of schedules."""
+    with pytest.raises(mutant.breaks):
+        play_all(0, mutant.within, mutant.design)
+
+
+# --- examples, two shards with two hosts each ------------------------------------------------------------------------
+
+UPDATE = Proposal(Ticket(0, 5, "u"))
+
+
+def begun(*records: Record) -> tuple[Coordinator, list[Shard]]:
+    """A coordinator that has claimed a term and heard all hosts."""
+    coordinator = Coordinator("c", 4, twins=True)
+    shards = [Shard(place, record) for place, record in enumerate(records)]
+    for _ in range(3):  # the question, the claim, and a seating
+        for ask in coordinator.ask():
+            for report in shards[ask.shard].receive(ask):
+                assert isinstance(report, Report)
+                coordinator.receive(report)
+    return coordinator, shards
+
+
+def test_the_others_go_on_without_a_silent_host() -> None:
+    """Once each of them knows it, and not before."""
+    coordinator, shards = begun(*[Record()] * 4)
+    for shard in (0, 1, 3):
+        for report in shards[shard].prepare(Vote(UPDATE, "o")):
+            assert coordinator.receive(report) == []  # type: ignore[arg-type]
+
+    asked = [ask for ask in coordinator.note_silence(2) if isinstance(ask, Ask) and ask.shard != 2]
+    reports = [report for ask in asked for report in shards[ask.shard].receive(ask)]
+    verdicts = [coordinator.receive(report) for report in reports if isinstance(report, Report)]
+
+    assert [[type(each) for each in said] for said in verdicts] == [[], [], [Resolve] * 3]
+    assert coordinator.seating.absent == {2}
+
+
+def test_a_return_is_given_up_with_a_later_seating() -> None:
+    """The host may have been told that it counts again, by a coordinator that is gone; so its word counts for nothing
+    before the others give up their votes."""
+    absent = Seating(Term(1, "b"), 1, "2")
+    back = Proposal(Ticket(0, None, "return"), "", seating=Seating(Term(1, "b"), 2, ""))
+    voted = Record(Term(1, "b"), 1, 0, None, Vote(back, "o"), seating=absent)
+
+    coordinator, shards = begun(voted, voted, Record(Term(1, "b"), 0, 0, None, None, seating=absent), voted)
+
+    assert coordinator.seating > Seating(Term(1, "b"), 2, "")
+    assert coordinator.seating.absent == {2}
+    assert all(shards[place].record.seating == coordinator.seating for place in (0, 1, 3))
+
+
+def test_nobody_goes_on_without_both_hosts_of_a_shard() -> None:
+    """A host is waited for whose twin was left behind."""
+    coordinator, shards = begun(*[Record()] * 4)
+    for ask in coordinator.note_silence(2):
+        for report in shards[ask.shard].receive(ask):  # type: ignore[union-attr,arg-type]
+            coordinator.receive(report)  # type: ignore[arg-type]
+
+    assert coordinator.note_silence(0) == []
+    assert coordinator.seating.absent == {2}
+
+
+def test_an_empty_disk_is_left_behind() -> None:
+    """Also where nobody was silent: its host came back before that was noticed."""
+    made = Record(Term(1, "c"), 2, 1, Vote(UPDATE, "o"), None)
+
+    coordinator, shards = begun(made, made, emptied(7), made)
+
+    assert coordinator.seating.absent == {2}
+    assert 2 in shards[0].record.seating.absent
+    assert coordinator.fault is None
+
+
+def test_all_empty_disks_begin_together() -> None:
+    """A new cluster's hosts have lost nothing, and cannot know that."""
+    coordinator, _ = begun(*[emptied(7)] * 4)
+
+    assert coordinator.seating.absent == frozenset()
+    assert coordinator.fault is None
