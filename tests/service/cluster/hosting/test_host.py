@@ -60,7 +60,10 @@ def test_checkpoints_are_asked_for_at_once() -> None:
 
     ended = list[int]()
     shards = {f"r{number}": shard(moved=number < 9) for number in range(12)}
-    host.__dict__.update(_shards=shards, _membership=SimpleNamespace(place=0), _take_checkpoint=take)
+    record = SimpleNamespace(seating=SimpleNamespace(absent=frozenset[int]()))
+    directory = SimpleNamespace(reporting=SimpleNamespace(record=record))
+    member = SimpleNamespace(place=0, of=1)
+    host.__dict__.update(_shards=shards, _membership=member, _directory=directory, _take_checkpoint=take)
     asyncio.run(asyncio.wait_for(host.checkpoint(), 10))
     assert len(begun) == len(ended) == 9
     assert max(at_once) == _CHECKPOINTS_AT_ONCE
