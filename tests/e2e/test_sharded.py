@@ -112,7 +112,7 @@ def test_parts_in_stretches(how: str, four: dict[str, list[Any]], servers: tuple
     """Ranks with lanes make the same, sharded any way."""
     assert four
     with EmaClient(servers[0].url) as client, servers[0].http() as http:
-        assert_same(client, f"lanes-{how}", unsharded(client, how, WIDTHS.get(how, 13), [1, 2, 3]))
+        assert_same(client, f"lanes-{how}", unsharded(client, f"lanes-{how}", WIDTHS.get(how, 13), [1, 2, 3]))
         assert client.run(f"lanes-{how}").num_updates == 3
         stretches = re.findall(
             r'^ema_stretches_total{result="(?:staged|applied)"} (\S+)$', http.get("/metrics").text, re.M
