@@ -5,13 +5,15 @@ Knows answers and errors. Does not know processes (tests/service/cluster/test_di
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from ema_client.errors import ConnectionLost, EmaError, NonFinite
-from ema_client.hosts.finding import GivenUp, Host, at_all
+from ema_client.hosts.finding import GivenUp, Host, Hosts, at_all
 from ema_client.hosts.pushing import together
 from ema_client.http.transport import Reply, Transport
-from ema_client.protocol import HostedShard
+from ema_client.protocol import HostedShard, RunShards
 
 
 def reply(applied: bool, durable_step: int | None) -> Reply:
@@ -53,3 +55,12 @@ def test_of_several_errors_the_one_that_says_most(
     with pytest.raises(told):
         at_all(hosts, fail)
     transport.close()
+
+
+def test_a_gateway_that_names_no_host() -> None:
+    """All weights go through the gateway, which sends each slice to two hosts; it is asked again later."""
+    said = SimpleNamespace(parsed=lambda _: RunShards("r", ()))
+    hosts = Hosts(SimpleNamespace(json=lambda *_: said))  # type: ignore[arg-type]
+
+    assert hosts.of("r") is None
+    assert hosts.known("r") is None
