@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,3 +79,12 @@ def test_no_token_in_plain_text(scheme: str, asked: bool, monkeypatch: pytest.Mo
         assert connected is asked
         hosts.close()
         transport.close()
+
+
+def test_a_gateway_that_names_no_host() -> None:
+    """All weights go through the gateway, which sends each slice to two hosts; it is asked again later."""
+    said = SimpleNamespace(parsed=lambda _: RunShards("r", ()))
+    hosts = Hosts(SimpleNamespace(json=lambda *_: said))  # type: ignore[arg-type]
+
+    assert hosts.of("r") is None
+    assert hosts.known("r") is None
