@@ -547,8 +547,9 @@ class RemoteEma:
         if isinstance(self._plan, WholePlan):
             self._plan = plan_whole(self._plan.layout)
         setup, tensors = self._setup, waiting.tensors
+        slices = self._plan.slices if self._plan.in_parts else None
         self._buffers = UpdateBuffers(
-            self._selection.specs, pinned=setup.on_device, slices=self._plan.slices, shared=self._client.same_host
+            self._selection.specs, pinned=setup.on_device, slices=slices, shared=self._client.same_host
         )
         borrows = self._borrows and (tensors is None or self._buffers.can_borrow(tensors))
         if self._plan.part is not None and not borrows:

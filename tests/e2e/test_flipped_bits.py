@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ema_client import EmaClient
+from ema_client import EmaClient, RemoteEma
 from ema_client.errors import DigestMismatch
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Transport
 from ema_client.reading.asked import Asked
 from ema_client.reading.pulls import Pulls
+from tests.conftest import LitEmaOracle
 from tests.relays import Relay
 
 ONCE = RetryPolicy(attempts=1)
@@ -86,6 +87,23 @@ def test_flipped_bits_of_a_push_are_not_averaged(way: Flipping, run_name: str) -
             assert patient.push(run_name, state_of(3.0), step=1).applied
         assert way.flipped == 9
         assert torch.equal(client.pull(run_name)["w"], torch.full((ELEMENTS,), 2.0))
+
+
+def test_flipped_bits_of_a_trainer_are_not_averaged(way: Flipping, run_name: str, litema: type[LitEmaOracle]) -> None:
+    """An update of RemoteEma in which a bit flips is sent again. Too small to be handed over in shared memory."""
+    model = nn.Linear(200, 200, bias=False)
+    oracle = litema(dict(model.named_parameters()), decay=0.9)
+    with RemoteEma(model, 0.9, run=run_name, url=way.url) as ema:
+        for flip in (100_000, 30_000):
+            with torch.no_grad():
+                model.weight.add_(1.0)
+            way.flip["up"] = flip
+            ema(model)
+            ema.flush()
+            oracle.update(dict(model.named_parameters()))
+        with ema.scope(model):
+            assert torch.equal(model.weight, oracle.shadow["weight"])
+    assert way.flipped == 2
 
 
 def test_initial_weights(way: Flipping, run_name: str, client_of: Callable[[str], EmaClient]) -> None:

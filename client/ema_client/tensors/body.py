@@ -29,6 +29,7 @@ from ema_client.tensors.writing import noticed, write
 
 __all__ = [
     "Landing",
+    "digesting",
     "encode",
     "is_plain",
     "memory",
@@ -60,19 +61,27 @@ def encode(state: Mapping[str, Tensor], slices: Mapping[str, Sequence[wire.Box]]
         for name in (entry.name for entry in entries):
             yield views[name] if name in views else memory(on_host(state[name]))
 
-    def digest() -> Digest:
-        sizes = (entry.end - entry.begin for entry in entries)
-        # The service has no hash of a tensor without bytes.
-        stretches = blocks() if slices is None else (size for size in sizes if size)
-        return Digest(stretches, skip=len(header))
-
     plain = len(views) == len(entries)
     return Body(
         len(header) + (entries[-1].end if entries else 0),
         pieces,
-        digest=digest if can_digest() else None,
+        digest=digesting(header, entries, part=slices is not None),
         data=(lambda: tuple(views[entry.name] for entry in entries)) if plain else None,
     )
+
+
+def digesting(header: bytes, entries: Sequence[wire.Entry], *, part: bool) -> Callable[[], Digest] | None:
+    """What digests a body of this header and these tensors, as the service does; None without xxhash. part: whether the
+    body is a part of an update."""
+    if not can_digest():
+        return None
+
+    def digest() -> Digest:
+        sizes = (entry.end - entry.begin for entry in entries)
+        # The service has no hash of a tensor without bytes.
+        return Digest((size for size in sizes if size) if part else blocks(), skip=len(header))
+
+    return digest
 
 
 @functools.lru_cache(maxsize=2)

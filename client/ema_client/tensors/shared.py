@@ -15,7 +15,7 @@ from ema_client import wire
 from ema_client.errors import UsageError
 from ema_client.http.body import Body
 from ema_client.http.memfd import SharedBody
-from ema_client.tensors.body import memory
+from ema_client.tensors.body import digesting, memory
 from ema_client.tensors.layout import specs_of, state_of
 from ema_client.tensors.pages import views_of
 from ema_client.tensors.writing import write
@@ -58,8 +58,8 @@ class SharedState(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def shared_body(header: bytes, entries: Sequence[wire.Entry]) -> tuple[Body, Tensor]:
-    """A body of ``header`` and tensors, and the memory of its data as a uint8 tensor.
+def shared_body(header: bytes, entries: Sequence[wire.Entry], *, part: bool = False) -> tuple[Body, Tensor]:
+    """A body of ``header`` and tensors, and the memory of its data as a uint8 tensor. part: of a part of an update.
 
     The memory is shared if the system has memory to share; if not, that is logged and the memory is ordinary.
     """
@@ -72,7 +72,11 @@ def shared_body(header: bytes, entries: Sequence[wire.Entry]) -> tuple[Body, Ten
             # torch.frombuffer() refuses a buffer of no bytes.
             flat = torch.zeros(size, dtype=torch.uint8, device="cpu")
     return Body(
-        len(header) + size, lambda: (memoryview(header), memory(flat)), shared, data=lambda: (memory(flat),)
+        len(header) + size,
+        lambda: (memoryview(header), memory(flat)),
+        shared,
+        digest=digesting(header, entries, part=part),
+        data=lambda: (memory(flat),),
     ), flat
 
 

@@ -28,7 +28,7 @@ from ema_client.forks import Home
 from ema_client.http.body import Body
 from ema_client.http.uploads import SHARE_ABOVE
 from ema_client.protocol import TensorSpec
-from ema_client.tensors.body import is_plain, memory, on_host
+from ema_client.tensors.body import digesting, is_plain, memory, on_host
 from ema_client.tensors.layout import dtype_of
 from ema_client.tensors.pages import pages, use_pages, views_of
 from ema_client.tensors.shared import shared_body
@@ -49,7 +49,8 @@ class UpdateBuffers:
     Args:
         specs: of the tensors of every update, in canonical order and with the dtypes that are sent.
         pinned: whether the tensors lie on a CUDA device.
-        slices: for a rank of a sharded model, which slices of the run's tensors are sent; other tensors are whole.
+        slices: for a rank of a sharded model, which slices of the run's tensors are sent; other tensors are whole. None
+            where updates are no parts.
         shared: whether buffers are to lie in memory shared with a service on the same host.
         devices: copies from devices.
     """
@@ -65,6 +66,8 @@ class UpdateBuffers:
     ) -> None:
         self._entries = wire.place(specs)
         self._header = wire.build_header(self._entries, wire.write_slices(slices or {}))
+        self._part = slices is not None
+        self._digest = digesting(self._header, self._entries, part=self._part)
         self._pinned = pinned
         self._shared = shared
         self._free: deque[_Buffer] = deque()
@@ -114,7 +117,7 @@ class UpdateBuffers:
 
         length = len(self._header) + (self._entries[-1].end if self._entries else 0)
         data = (lambda: tuple(map(memory, live))) if all(map(is_plain, live)) else None
-        return Update(step, Body(length, pieces, data=data), _nothing, _nothing, borrowed=True)
+        return Update(step, Body(length, pieces, digest=self._digest, data=data), _nothing, _nothing, borrowed=True)
 
     def initial(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as they are sent: the tensors themselves where their memory holds that, else a copy.
@@ -193,9 +196,13 @@ class UpdateBuffers:
         """A body of new memory, and the memory of its data as a uint8 tensor."""
         size = self._entries[-1].end if self._entries else 0
         if self._shared and size > SHARE_ABOVE:
-            return shared_body(self._header, self._entries)
+            return shared_body(self._header, self._entries, part=self._part)
         header, flat = self._header, pages(size)
-        return Body(len(header) + size, lambda: (memoryview(header), memory(flat)), data=lambda: (memory(flat),)), flat
+
+        def pieces() -> Iterator[memoryview]:
+            return iter((memoryview(header), memory(flat)))
+
+        return Body(len(header) + size, pieces, digest=self._digest, data=lambda: (memory(flat),)), flat
 
 
 class _Buffer:

@@ -10,12 +10,15 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ema_client.http.body import Body
+from ema_client.tensors.body import encode
 from ema_client.tensors.layout import specs_of
 from ema_client.training import buffers as module
 from ema_client.training.buffers import UpdateBuffers
@@ -61,6 +64,28 @@ def test_the_bytes_are_those_of_safetensors(borrow: bool) -> None:
 
     assert sent(update) == sent(update) == reference(state)
     assert (update.step, update.borrowed) == (7, borrow)
+
+
+@pytest.mark.parametrize("slices", [None, {}, {"c": (((0, 7), (0, 5)),)}], ids=["whole", "part", "slices"])
+@pytest.mark.parametrize("how", ["borrowed", "copied", "shared"])
+def test_a_digest_goes_with_an_update(how: str, slices: Any) -> None:
+    """As with a push of EmaClient's: a trainer's bytes cross the same wires."""
+    small = tensors()
+    state = {name: small[name] for name in ("wide", "a", "b", "c")} | {"large": torch.randn(400_000)} | small
+    maker = UpdateBuffers(specs_of(state), pinned=False, slices=slices, shared=how == "shared")
+    update = maker.borrowed(1, values(state)) if how == "borrowed" else maker.copied(1, values(state), hooked=False)
+    expected = encode(state, slices)
+
+    def digest_of(body: Body) -> bytes:
+        assert body.digest is not None
+        digest = body.digest()
+        for piece in body.pieces():
+            digest.update(piece)
+        return digest.digest()
+
+    assert sent(update) == b"".join(expected.pieces())
+    assert digest_of(update.body) == digest_of(expected)
+    assert (update.body.shared is not None) == (how == "shared")
 
 
 def test_a_copy_keeps_its_values() -> None:
