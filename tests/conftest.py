@@ -5,7 +5,10 @@ Knows how to start, stop and kill ``ema-service serve``. Does not know what a te
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
+import json
 import os
 import re
 import shutil
@@ -49,7 +52,10 @@ _RAM_DIR = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir
 def pytest_configure() -> None:
     # The workers of xdist are started with Ctrl-C ignored, and every process that a test starts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.setdefault("EMA_SERVICE_RAM_DIR", str(_RAM_DIR))
+    base = os.environ.setdefault("EMA_SERVICE_RAM_DIR", str(_RAM_DIR))
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        Path(base).mkdir(mode=0o700, exist_ok=True)
+        os.environ["EMA_SERVICE_RAM_DIR"] = str(Path(base) / worker)
 
 
 #: Tests that wait longest for processes come first: one that is left for last has a worker alone at the end.
@@ -70,6 +76,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_RAM_DIR, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_servers_leave(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After the last test of a module: the memory and the data dirs of servers that are no more, which were killed as a
+    rule. All modules together leave more than a machine has."""
+    yield
+    for owner in Path(os.environ["EMA_SERVICE_RAM_DIR"]).glob("*/owner"):
+        with contextlib.suppress(OSError), owner.open("r+") as claimed:
+            fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while a server has it
+            data_dir = Path(json.loads(claimed.read())["data_dir"])
+            if data_dir.is_relative_to(tmp_path_factory.getbasetemp()):
+                shutil.rmtree(data_dir, ignore_errors=True)
+                shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def assert_is_litema(server: ServerProcess, run: str, litema: type[LitEmaOracle]
     assert (pulled.info.step, pulled.info.num_updates, pulled.info.version) == (steps, steps, f"1.{steps}")
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("lanes", [*(pytest.param(lanes, marks=pytest.mark.soak) for lanes in (1, 2)), 4])
 @pytest.mark.parametrize(
     ("cut", "of"), [(fsdp2, 2), (tensor_parallel, 2), (zero3, 3), (mesh, 4)], ids=["fsdp2", "tp", "zero3", "mesh"]
 )
@@ -222,7 +222,7 @@ def test_bit_for_bit(
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
-@pytest.mark.parametrize("at", ["first", "second", "last"])
+@pytest.mark.parametrize("at", ["first", pytest.param("second", marks=pytest.mark.soak), "last"])
 def test_a_lane_that_breaks_off(
     at: str, lost: str, ranks: Ranks, server: ServerProcess, run_name: str, litema: type[LitEmaOracle]
 ) -> None:
@@ -275,8 +275,8 @@ def test_more_lanes_than_the_server_takes(
     assert_is_litema(server, run_name, litema, 2)
 
 
-@pytest.mark.parametrize("durability", ["process", "disk"])
-@pytest.mark.parametrize("after", [0.005, 0.02, 0.05, 0.1])
+@pytest.mark.parametrize("durability", ["process", pytest.param("disk", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("after", [0.02, *(pytest.param(each, marks=pytest.mark.soak) for each in (0.005, 0.05, 0.1))])
 def test_server_is_killed(
     after: float, durability: Any, ranks: Ranks, server: ServerProcess, run_name: str, litema: type[LitEmaOracle]
 ) -> None:

@@ -72,6 +72,8 @@ class Hosts:
 
     Requests raise the host's error as it stands, with the host's name where the error is the host's own; Overloaded
     where a host does not answer. metrics: of the gateway.
+
+    More than twenty methods, the steps of one way: a map that is asked for, a request, and what its answer means.
     """
 
     def __init__(self, coordinators: Sequence[str], token: ClusterToken, *, guarded: bool = False) -> None:

@@ -62,6 +62,7 @@ def test_create_answers_the_run(server: ServerProcess, plain_run: MakeRun) -> No
         "refused": None,
         "ended_at": None,
         "shard": None,
+        "replica": None,
         "non_finite": "refuse",
         "averages": [LITEMA],
         "tensors": 3,

@@ -286,7 +286,7 @@ def test_defect_is_answered(host: Host, config: RunConfig, monkeypatch: pytest.M
 
 def test_runs_that_hosts_cannot_have(config: RunConfig) -> None:
     """A run that cannot be cut is refused before anyone is asked, and so is one with a ring."""
-    with pytest.raises(EmaError, match="rows"):
-        whole_config(RunConfig("r", (TensorSpec("w", (1, 9), "F32"),)), 2)
+    with pytest.raises(EmaError, match="scalars"):
+        whole_config(RunConfig("r", (TensorSpec("w", (), "F32"),)), 2)
     with pytest.raises(EmaError, match="posthoc"):
         whole_config(replace(config, posthoc=Posthoc()), 2)

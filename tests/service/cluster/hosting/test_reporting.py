@@ -260,9 +260,7 @@ def test_move_is_told(talk: Reporting[str]) -> None:
     assert spoken(talk).said == [Arrival(0, 2, "a", 0, 64)]
 
 
-@pytest.mark.parametrize(
-    "url", ["https://c:1", "ftp://c", "c:8471", "http://", "http://u:p@c", "http://c?x=1", "http://c/v1"]
-)
+@pytest.mark.parametrize("url", ["ftp://c", "c:8471", "http://", "http://u:p@c", "http://c?x=1", "http://c/v1"])
 def test_url_of_no_coordinator(store: Store, url: str) -> None:
     """What cannot be a coordinator's URL is an error before anything begins."""
     with pytest.raises(ValueError, match="expected http://HOST:PORT"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import ema_service.cluster
+import ema_service.cluster.launching
 from ema_client import EmaClient
 from ema_client.errors import UsageError
 from ema_service.cluster_cli import cluster
@@ -32,7 +32,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("ray", "ema_service.cluster.launching.ray_launcher"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(ema_service.cluster, "ray_launcher", raising=False)
+    monkeypatch.delattr(ema_service.cluster.launching, "ray_launcher", raising=False)
     monkeypatch.setattr(builtins, "__import__", importing)
 
 
