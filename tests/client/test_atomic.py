@@ -211,6 +211,14 @@ def half_a_body(peer: Any, size: int = SIZE) -> None:
     peer.sock.recv(1)
 
 
+def _size(part: Path) -> int:
+    """Bytes of a file; -1 where it has just got another name."""
+    try:
+        return part.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
 def killed(program: str, url: str, path: Path, how: signal.Signals, *, after: int = 0) -> int:
     """Run a program that downloads to ``path``, kill it in the midst, and give its exit code.
 
@@ -220,7 +228,7 @@ def killed(program: str, url: str, path: Path, how: signal.Signals, *, after: in
     process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + PATIENCE
-        while not any(part.stat().st_size >= after for part in path.parent.glob(".*.part")) and (
+        while not any(_size(part) >= after for part in path.parent.glob(".*.part")) and (
             after or not _writes_below(process.pid, path.parent)
         ):
             assert process.poll() is None

@@ -198,7 +198,7 @@ def test_members_that_cannot_be(tmp_path: Path, token_file: Path) -> None:
     """A token file that is not there, or whose token is none and is not told, and a coordinator's address that is none
     are refused in one line."""
     assert_one_line(serve(*MEMBER[:2], f"{MEMBER[2]}={tmp_path / 'nothing'}"), "nothing")
-    assert_one_line(serve(MEMBER[0], "--coordinator=https://h:1", f"{MEMBER[2]}={token_file}"), "http://HOST:PORT")
+    assert_one_line(serve(MEMBER[0], "--coordinator=ftp://h:1", f"{MEMBER[2]}={token_file}"), "http://HOST:PORT")
     for content in (b"too short", b"a token that has spaces in it", b"\xff" * 20):
         token_file.write_bytes(content)
         ended = serve(*MEMBER[:2], f"{MEMBER[2]}={token_file}")

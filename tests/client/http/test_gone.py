@@ -52,23 +52,24 @@ class Service:
                 threading.Thread(target=self._serve, args=self._listener.accept()[:1], daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        head = connection.recv(1 << 16)
-        if b"100-continue" in head:
-            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if head.startswith(b"GET /body"):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % LENGTH + bytes(1 << 20))
-        self._connections.append(connection)
-        self._reached.release()
-        left = self._reads
-        while left > 0:
-            left -= len(connection.recv(1 << 16))
-        self._ended.wait(PATIENCE)
+        with connection, contextlib.suppress(OSError):
+            head = connection.recv(1 << 16)
+            if b"100-continue" in head:
+                connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if head.startswith(b"GET /body"):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % LENGTH + bytes(1 << 20))
+            self._connections.append(connection)
+            self._reached.release()
+            left = self._reads
+            while left > 0:
+                left -= len(connection.recv(1 << 16)) or left
+            self._ended.wait(PATIENCE)
 
     def end(self) -> None:
         """Break all connections."""
         for each in self._connections:
-            each.shutdown(socket.SHUT_RDWR)
-            each.close()
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
         self._ended.set()
 
     def close(self) -> None:
