@@ -304,4 +304,4 @@ def test_memory_goes_back(held: Held, transfer: str) -> None:
         held.push()
         return held.in_use <= before
 
-    wait_until(is_back, "memory that is in use to be as much as before", 30)
+    wait_until(is_back, "memory that is in use to be as much as before", 75)
