@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,6 +129,34 @@ def test_a_cluster_that_speaks_tls_alone(
     assert len(re.findall(r"listens on https://", found.log)) == 5  # four programs, and the cluster
     assert "listens on http://" not in found.log
     assert "listens to the coordinator https://" in found.log
+
+
+@pytest.mark.usefixtures("trusted")
+def test_replicas_speak_tls(certificate: Certificate, launched: Callable[..., Launched], model: Model) -> None:
+    """To the coordinator, to their hosts, and to whoever reads them: they are listed once they are filled."""
+    cluster = launched("--local", "2", "--replicas", "1", *certificate.flags)
+    with EmaClient(cluster.url) as client:
+        client.create_run("r", model(0))
+        context = ssl.create_default_context(cafile=certificate.authority)
+
+        def replicas() -> list[str]:
+            with urllib.request.urlopen(f"{cluster.url}/v1/runs/r/shards", context=context) as answer:
+                return [url for shard in json.load(answer)["shards"] for url in shard["replicas"]]
+
+        wait_until(lambda: len(replicas()) == 2, "both replicas")
+        assert all(url.startswith("https://") for url in replicas())
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_twin_is_filled_over_tls(certificate: Certificate, launched: Callable[..., Launched], model: Model) -> None:
+    """A host whose disk is lost copies what its twin has."""
+    cluster = launched("--local", "2", "--twins", *certificate.flags)
+    with EmaClient(cluster.url) as client:
+        client.create_run("r", model(0))
+        cluster.kill("host 1", wait=False)
+        shutil.rmtree(cluster.folder / "host-1", ignore_errors=True)
+        wait_until(lambda: "run r is filled from its twin" in cluster.log, "the filled host", 60)
+        client.push("r", model(1), step=1)
 
 
 @pytest.mark.timeout(180)
