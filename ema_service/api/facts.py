@@ -17,7 +17,7 @@ from ema_client.protocol import ServerInfo
 from ema_service.api.auth import Access
 from ema_service.metrics import Metrics
 from ema_service.runs import Registry
-from ema_service.runs.registry import MAX_RUNS
+from ema_service.runs.claims import MAX_RUNS
 from ema_service.storage import DiskSpace
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
 """All runs of a server: creating, finding and deleting runs, and keeping them on disk.
 
-Knows the names of the runs, and which objects make a run: Run, Parts, and on disk its versions, snapshots, timeline and
-sweeps.
-Does not know HTTP, the event loop, how an update is decided (ledger) or kept (persistence). Methods may block: call
-them off the event loop.
+Knows the names of the runs, and what is done to a run as a whole. Does not know HTTP, the event loop, which objects
+make a run (making), how an update is decided (ledger) or kept (persistence). Methods may block: call them off the event
+loop.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 from ema_client.errors import (
     BodyTooLarge,
@@ -32,7 +30,6 @@ from ema_client.errors import (
     StorageFailed,
     Superseded,
     SynthesisRefused,
-    TooManyRuns,
     listed,
 )
 from ema_client.protocol import (
@@ -44,34 +41,29 @@ from ema_client.protocol import (
     SnapshotInfo,
     SweepInfo,
     SweepReport,
-    TimelineKind,
     Writer,
     from_json,
-    to_json,
 )
 from ema_service.averaging import prepare, prepare_measuring
-from ema_service.memory import FilePool, FrozenWeights, Layout, Memory, Staging
-from ema_service.memory.arena import buffer_bytes
+from ema_service.memory import FrozenWeights, Layout, Memory, Staging
 from ema_service.persistence import (
     MemoryVersions,
     Offload,
-    Restored,
     ShardMemoryVersions,
     ShardVersions,
     Snapshots,
-    StoredRing,
     Sweeps,
     Timeline,
     Versions,
 )
-from ema_service.persistence.measured import StoredMeasurements
-from ema_service.persistence.rows import read_setup, revision_of
+from ema_service.persistence.rows import revision_of
 from ema_service.runs.branching import check_averages, check_branch
+from ema_service.runs.claims import Claim, Claims
 from ema_service.runs.ledger import Ledger
+from ema_service.runs.making import MORE_ROOM, Disk, Maker, Registered
 from ema_service.runs.measurements import Measurements
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.posthoc import Synthesiser
-from ema_service.runs.room import Needs, check_room
 from ema_service.runs.run import Run
 from ema_service.shadows import Average, Descent, Member, Setup
 from ema_service.storage import (
@@ -82,25 +74,11 @@ from ema_service.storage import (
     ShardRow,
     SnapshotRow,
     Store,
-    memory_prefix,
 )
-from ema_service.threads import Threads
 
-__all__ = ["MAX_RUNS", "Candidate", "Registry"]
+__all__ = ["Candidate", "Registry"]
 
 _log = logging.getLogger(__name__)
-
-#: Most runs of a server. Each costs a row, its layout in memory and a line of every list, with weights or without.
-MAX_RUNS = 10_000
-
-#: What to do where memory files have no room.
-MORE_ROOM = (
-    "give shared memory more room (docker run --shm-size=…, Kubernetes: an emptyDir of medium Memory at /dev/shm), or "
-    "another folder in memory with --ram-dir"
-)
-
-#: Retry-After for a creation while another trainer's initial weights are being received.
-_RECEIVING_SECONDS = 1.0
 
 #: Retry-After where there is no room for another average: somebody has to remove one first, or delete a run.
 _FULL_SECONDS = 5.0
@@ -109,83 +87,13 @@ _FULL_SECONDS = 5.0
 _LONG = ("layout", "copied")
 
 
-@dataclass(frozen=True, slots=True)
-class _Disk:
-    """The objects that keep one run on disk."""
-
-    row: RunRow
-    store: Store
-    versions: Versions | MemoryVersions
-    snapshots: Snapshots
-    ring: StoredRing | None
-
-    def keep_writer(self, writer: int) -> None:
-        """Remember the number of the writer that attached last, beyond the server's end. Raises StorageFailed."""
-        try:
-            self.store.set_writer(self.row, writer)
-        except sqlite3.Error as fault:
-            raise StorageFailed(
-                f"the writer of run {self.row.name!r} could not be kept: {fault}", retry_after=1.0
-            ) from fault
-
-    def forget(self, _: RunRow | None = None) -> None:
-        """Take the run out of what a restart brings back. Raises StorageFailed, and then the run is as it was."""
-        try:
-            self.store.forget_run(self.row)
-        except sqlite3.Error as fault:
-            raise StorageFailed(f"run {self.row.name!r} was not deleted: {fault}", retry_after=1.0) from fault
-
-    def free(self) -> None:
-        """Give files and memory of a forgotten run back."""
-        self.store.remove_files(self.row)
-        self.versions.free()
-
-
-@dataclass(frozen=True, slots=True)
-class _Registered:
-    """A run with its parts. disk: None where nothing is kept on disk."""
-
-    run: Run
-    parts: Parts
-    timeline: Timeline
-    sweeps: Sweeps
-    measurements: Measurements
-    disk: _Disk | None
-    synthesiser: Synthesiser | None = None
-
-    def steady(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block no checkpoint is taken, and the run is not deleted."""
-        return self.disk.versions.steady() if self.disk else contextlib.nullcontext()
-
-    def keep_setup(self, setup: Setup) -> None:
-        """Have a restart bring the run back with these averages. Raises StorageFailed."""
-        if self.disk:
-            self.disk.versions.keep_setup(setup)
-
-    def record(self, kind: TimelineKind, text: str) -> None:
-        """Add a line to the run's timeline."""
-        self.timeline.record(kind, text, self.run.ledger.version)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Claim:
-    """Memory that a run is promised while it is made, or gets one more average.
-
-    instead: the run of this name that there is by now, which the claim counts in place of; None for a new name.
-    """
-
-    name: str
-    needs: Needs
-    instead: _Registered | None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
     """A run of a cluster that is made here, with its memory and its disk space, and that nobody finds yet: other hosts
     have to agree. Then Registry.enter() or drop()."""
 
-    _made: _Registered
-    _claim: _Claim
+    _made: Registered
+    _claim: Claim
 
     @property
     def run(self) -> Run:
@@ -232,24 +140,21 @@ class Registry:
         self.staging = Staging(memory, staging_bytes)
         self.frozen = FrozenWeights(memory, frozen_bytes)
         self._store = store
-        self._max_snapshots = max_snapshots
-        self._measure = measure
         #: What moves snapshots to an object store; None where they stay in the data dir.
         self.offload = Offload(store, objects) if store and objects else None
-        #: Writes snapshots of rings, one after the other: the disk is shared with versions and checkpoints.
-        self._followers = Threads(1, "ema-ring")
+        self._maker = Maker(memory, store, self.offload, max_snapshots=max_snapshots, measure=measure)
+        in_files = store is not None and store.memory_files is not None
         #: Guards which runs there are, which are being made, and what they claim. Told when a run is made, or is not.
         self._lock = threading.Condition(threading.Lock())
-        self._runs: dict[str, _Registered] = {}
+        self._runs: dict[str, Registered] = {}
         #: Names that somebody makes a run of, one at a time.
         self._making: set[str] = set()
-        self._claims: set[_Claim] = set()
+        self._claims = Claims(memory, in_files=in_files, measured=measure)
         #: By name: made, and not agreed on by the hosts of a cluster.
         self._candidates: dict[str, Candidate] = {}
         agreed = _agreed(store)
         for row in store.runs() if store else []:
-            setup = _setup_of(row)
-            made = self._restored(setup, Layout(setup.config.layout, setup.config.copied), row)
+            made = self._maker.restored(row)
             shard = store.shard(row) if store else None
             if shard and shard.birth > agreed:
                 self._candidates[row.name] = self._candidate(made)
@@ -265,7 +170,7 @@ class Registry:
         """
         for each in self._all():
             if each.disk and isinstance(each.disk.versions, MemoryVersions):
-                each.disk.versions.verify(partial(_take_up, each))
+                each.disk.versions.verify(each.take_up)
 
     # --- the server as a whole --------------------------------------------------------------------------------------
 
@@ -273,7 +178,7 @@ class Registry:
         """Take a last checkpoint of every run that moved, and close the store."""
         if self.offload:
             self.offload.close()
-        self._followers.shutdown(cancel_futures=True)
+        self._maker.close()
         self.checkpoint(final=True)
         if self._store:
             self._store.close()
@@ -295,8 +200,7 @@ class Registry:
             if each.disk and state and not each.run.ledger.fault:
                 with contextlib.suppress(StorageFailed):
                     each.disk.versions.save(state, final=final)
-            if each.disk:
-                self._keep_measurements(each, each.disk)
+            each.keep_measurements()
 
     def unsynced(self) -> list[Versions]:
         """The versions of runs whose newest version a power loss would take: call sync() of each."""
@@ -402,7 +306,7 @@ class Registry:
             if created == same:
                 return found.run, False
             refusal = f"run {config.run!r} exists with another {_difference(created, same)}"
-            _check_gives_way(found, refusal)
+            found.check_gives_way(refusal)
             config = replace(config, durability=self._durability(config))
             with self._claimed(config, layout, found) as claim:
                 return self._replaced(found, config, layout, refusal, claim).run, True
@@ -420,10 +324,11 @@ class Registry:
             if config.run in self._runs:
                 raise RunExists(f"run {config.run!r} exists")
             with self._claimed(config, layout) as claim:
-                made = self._built(config, layout, shard=shard, created_at=created_at)
+                made = self._maker.built(config, layout, shard=shard, created_at=created_at)
                 kept = replace(claim)
                 with self._lock:  # one goes as the other comes: memory is counted once
-                    self._claims ^= {claim, kept}
+                    self._claims.discard(claim)
+                    self._claims.keep(kept)
                     candidate = self._candidates[config.run] = Candidate(made, kept)
         return candidate
 
@@ -447,10 +352,10 @@ class Registry:
         """What was proposed, here or by the server before, and neither entered nor dropped."""
         return list(self._candidates.values())
 
-    def _candidate(self, made: _Registered) -> Candidate:
+    def _candidate(self, made: Registered) -> Candidate:
         """A run that the hosts of a cluster had not agreed on when the server ended."""
-        claim = _Claim(made.run.config.run, self._needs(made.run.config, made.run.layout), None)
-        self._claims.add(claim)
+        claim = self._claims.claim_for(made.run.config, made.run.layout)
+        self._claims.keep(claim)
         return Candidate(made, claim)
 
     def follow(self, setup: Setup, created_at: float, shard: ShardInfo | None) -> Run:
@@ -467,7 +372,7 @@ class Registry:
                     self.delete(config.run)
                 run = Run(setup.created, layout, self.memory, created_at=created_at, setup=setup, shard=shard)
                 parts = Timeline(config.run, None, None), Sweeps(config.run, None, None)
-                made = _Registered(run, Parts(run), *parts, Measurements(config.run, layout), None)
+                made = Registered(run, Parts(run), *parts, Measurements(config.run, layout), None)
                 return self._entered(made, claim).run
 
     # key, wherever a method takes it: of the write, which is applied once however often it comes.
@@ -630,29 +535,28 @@ class Registry:
             with self._lock:
                 del self._runs[name]
 
-        _retire(found, forget)
+        found.retire(forget)
         if self.offload:
             self.offload.wake()
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _replaced(
-        self, found: _Registered, config: RunConfig, layout: Layout, refusal: str, claim: _Claim
-    ) -> _Registered:
+    def _replaced(self, found: Registered, config: RunConfig, layout: Layout, refusal: str, claim: Claim) -> Registered:
         """A new run in the place of ``found``, which is forgotten first: there may be no room for both.
 
         Until the new run is there requests for the name are Superseded; where it cannot be made there is neither.
-        refusal: what RunExists says. Raises as _check_gives_way() and _add(); InvalidRequest where the run is a shard.
+        refusal: what RunExists says. Raises as Registered.check_gives_way() and _add(); InvalidRequest where the run is
+        a shard.
         """
         found.run.check_alone()
 
         def forget() -> None:
-            _check_gives_way(found, refusal)
+            found.check_gives_way(refusal)
             if found.disk:
                 found.disk.forget()
 
         with contextlib.suppress(RunNotFound):  # deleted meanwhile
-            _retire(found, forget, replaced=True)
+            found.retire(forget, replaced=True)
         try:
             made = self._add(config, layout, claim, found.run)
         finally:
@@ -677,36 +581,22 @@ class Registry:
                 self._lock.notify_all()
 
     @contextlib.contextmanager
-    def _claimed(self, config: RunConfig, layout: Layout, instead: _Registered | None = None) -> Iterator[_Claim]:
+    def _claimed(self, config: RunConfig, layout: Layout, instead: Registered | None = None) -> Iterator[Claim]:
         """Within the block memory is promised to a run of this configuration, in place of that of ``instead``.
 
         Raises Overloaded where there is no room beside all other runs and claims; TooManyRuns.
         """
-        claim = _Claim(config.run, self._needs(config, layout), instead)
+        claim = self._claims.claim_for(config, layout, instead)
         with self._lock:
-            self._check_count(claim)
-            self._check_room(claim)
-            self._claims.add(claim)
+            self._claims.add(claim, self._runs)
         try:
             yield claim
         finally:
             with self._lock:
                 self._claims.discard(claim)
 
-    def _check_count(self, claim: _Claim) -> None:
-        """Raises TooManyRuns where a new run would be one too many. Under the lock."""
-        coming = sum(each.name not in self._runs for each in self._claims)
-        if claim.instead is None and len(self._runs) + coming >= MAX_RUNS:
-            raise TooManyRuns(f"this server holds {len(self._runs) + coming} runs; {MAX_RUNS} are possible")
-
-    def _check_room(self, claim: _Claim) -> None:
-        """Raises Overloaded where memory has no room for a claim beside runs and other claims. Under the lock."""
-        counted = {id(each.instead) for each in (claim, *self._claims)}
-        runs = [self._needs(each.run.config, each.run.layout) for each in self._all() if id(each) not in counted]
-        check_room([*runs, *(each.needs for each in self._claims)], claim.needs, self.memory.budget.limit)
-
     @contextlib.contextmanager
-    def _room_for(self, found: _Registered, member: Member) -> Iterator[None]:
+    def _room_for(self, found: Registered, member: Member) -> Iterator[None]:
         """Take memory and disk space for one more average of a run; give them back where the block raises.
 
         Raises Overloaded, StorageFailed.
@@ -728,19 +618,6 @@ class Registry:
                 undo.callback(found.disk.versions.give_back)
             yield
             undo.pop_all()
-
-    def _needs(self, config: RunConfig, layout: Layout) -> Needs:
-        files = self._store.memory_files if self._store else None
-        in_files = files is not None and config.durability == "process"
-        ring = len(config.posthoc.sigma_rel) if config.posthoc else 0
-        return Needs.of(
-            layout,
-            len(config.averages),
-            on_host=self.memory.on_host,
-            in_files=in_files,
-            ring=ring,
-            measured=self._measure,
-        )
 
     def _with_posthoc(self, config: RunConfig) -> RunConfig:
         """The configuration with the averages that post-hoc averages are made of, behind its own.
@@ -779,10 +656,10 @@ class Registry:
         self,
         config: RunConfig,
         layout: Layout,
-        claim: _Claim,
+        claim: Claim,
         before: Run | None = None,
         shard: ShardRow | None = None,
-    ) -> _Registered:
+    ) -> Registered:
         """Add a new run, first to the disk, then to the registry. Raises StorageFailed, Overloaded.
 
         claim: of the run's memory, which the run itself counts for once it is there. before: the run that gave way. The
@@ -792,28 +669,11 @@ class Registry:
         created_at, writer = time.time(), 0
         if before:
             created_at, writer = max(created_at, math.nextafter(before.created_at, math.inf)), before.ledger.writer
-        return self._entered(self._built(config, layout, writer=writer, shard=shard, created_at=created_at), claim)
+        return self._entered(
+            self._maker.built(config, layout, writer=writer, shard=shard, created_at=created_at), claim
+        )
 
-    def _built(
-        self, config: RunConfig, layout: Layout, *, writer: int = 0, shard: ShardRow | None, created_at: float
-    ) -> _Registered:
-        """A new run with all that it needs, on the disk as well. Raises StorageFailed, Overloaded."""
-        if self._store is None:
-            return self._make(config, layout, None, created_at, writer=writer)
-        try:
-            self._store.check_room(0)
-            row = self._store.add_run(config.run, json.dumps(to_json(config)), created_at, writer, shard)
-            with contextlib.ExitStack() as undo:
-                undo.callback(self._store.remove_run, row)
-                made = self._allocated(config, layout, row, created_at)
-                if made.disk and made.disk.ring:
-                    self._store.check_room(made.disk.ring.most_bytes)
-                undo.pop_all()
-        except (OSError, sqlite3.Error) as fault:
-            raise StorageFailed(f"run {config.run!r} was not created: {fault}", retry_after=1.0) from fault
-        return made
-
-    def _entered(self, made: _Registered, claim: _Claim) -> _Registered:
+    def _entered(self, made: Registered, claim: Claim) -> Registered:
         """A run that is made, which can be found from now on, in place of its claim."""
         with self._lock:
             self._runs[claim.name] = made
@@ -821,124 +681,8 @@ class Registry:
         made.record("created", _created(made.run.config))
         return made
 
-    def _restored(self, setup: Setup, layout: Layout, row: RunRow) -> _Registered:
-        """The run with what storage has of it."""
-        config = setup.created
-        made = self._make(config, layout, row, row.created_at, setup=setup)
-        if made.disk is None:
-            return made
-        try:
-            found = _read_back(made.disk.versions)
-        except Overloaded as fault:
-            _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault.detail, MORE_ROOM)
-            made.disk.versions.free()
-            made = self._make(config, layout, row, row.created_at, refusal=fault.detail, setup=setup)
-            found = _read_back(made.disk.versions) if made.disk else Restored()
-        _take_up(made, found)
-        self._restore_measurements(made.measurements, row)
-        self._restore_end(made)
-        return made
-
-    def _allocated(self, config: RunConfig, layout: Layout, row: RunRow, created_at: float) -> _Registered:
-        """The run with all the memory and disk space that its versions take. Raises OSError, Overloaded."""
-        made = self._make(config, layout, row, created_at)
-        if made.disk is None:
-            return made
-        try:
-            made.disk.versions.allocate()
-        except MemoryFilesUnusable as fault:
-            _log.warning("run %s: each version is written to disk: %s; %s", config.run, fault, MORE_ROOM)
-            made.disk.versions.free()
-            made = self._make(config, layout, row, created_at, refusal=str(fault))
-            if made.disk:
-                made.disk.versions.allocate()
-        return made
-
-    def _make(
-        self,
-        config: RunConfig,
-        layout: Layout,
-        row: RunRow | None,
-        created_at: float,
-        *,
-        refusal: str | None = None,
-        writer: int = 0,
-        setup: Setup | None = None,
-    ) -> _Registered:
-        """config: of the run as it was created. setup: its averages by now; None: those of ``config``. refusal: why the
-        run's versions can't lie in memory files. writer: of a run without a row."""
-        measurements = Measurements(config.run, layout)
-        noted = measurements if self._measure else None
-        if self._store is None or row is None:
-            run = Run(config, layout, self.memory, created_at=created_at, writer=writer, measurements=noted)
-            timeline, sweeps = Timeline(config.run, None, None), Sweeps(config.run, None, None)
-            return _Registered(run, Parts(run), timeline, sweeps, measurements, None)
-        store, memory, files = self._store, self.memory, self._store.memory_files
-        versions: Versions | MemoryVersions
-        shard = store.shard(row)
-        if files and not refusal and config.durability == "process":
-            pool = FilePool(files, buffer_bytes(layout), memory_prefix(row), self.memory.pool)
-            memory = self.memory.of_run(pool)
-            given = config, row, store, layout, memory, pool, files.nonce
-            versions = ShardMemoryVersions(shard, *given, setup=setup) if shard else MemoryVersions(*given, setup=setup)
-        else:
-            why = (refusal or store.memory_fault) if config.durability == "process" else None
-            on_disk = partial(ShardVersions, shard) if shard else Versions
-            versions = on_disk(config, row, store, layout, memory, reason=why, setup=setup)
-        run = Run(
-            config,
-            layout,
-            memory,
-            versions,
-            created_at=created_at,
-            writer=row.writer,
-            setup=setup,
-            measurements=noted,
-            shard=ShardInfo(shard.place, shard.of, shard.birth) if shard else None,
-        )
-        tell, most = run.changes.tell, self._max_snapshots
-        snapshots = Snapshots(config, row, store, layout, memory, tell, most=most, offload=self.offload)
-        ring = synthesiser = None
-        if config.posthoc:
-            current, tell = (lambda: run.state), run.changes.tell
-            ring = StoredRing(config, config.posthoc, row, store, layout, memory, self._followers, current, tell)
-            run.ring = ring.told
-            run.changes.tell_always(ring.moved)
-            synthesiser = Synthesiser(run, config.posthoc, ring, snapshots)
-        disk = _Disk(row, store, versions, snapshots, ring)
-        timeline, sweeps = Timeline(config.run, row, store), Sweeps(config.run, row, store)
-        return _Registered(run, Parts(run), timeline, sweeps, measurements, disk, synthesiser)
-
-    def _keep_measurements(self, found: _Registered, disk: _Disk) -> None:
-        """Have a restart bring back what was measured of a run. A failure is only logged: no weights depend on it."""
-        with found.steady():
-            if found.run.ledger.retired:
-                return
-            try:
-                found.measurements.save(partial(disk.store.put_measurements, disk.row))
-            except OSError as fault:
-                _log.warning("run %s: its measurements were not kept: %s", disk.row.name, fault)
-
-    def _restore_measurements(self, measurements: Measurements, row: RunRow) -> None:
-        """Take up what was measured of a run. A file that is damaged is left out, and logged."""
-        try:
-            raw = self._store.measurements(row) if self._store else b""
-            if raw:
-                measurements.restore(StoredMeasurements.load(raw))
-        except (OSError, ValueError) as fault:
-            _log.warning("run %s: its measurements are gone: %s", row.name, fault)
-
     @staticmethod
-    def _restore_end(made: _Registered) -> None:
-        """Take up whether the training was said to be over, for people to read; a timeline that cannot be read, such as
-        that of a damaged catalog, does not tell."""
-        try:
-            made.run.ledger.ended_at = made.timeline.ended_at()
-        except sqlite3.Error as fault:
-            _log.warning("run %s: its timeline cannot be read: %s", made.run.config.run, fault)
-
-    @staticmethod
-    def _descent(disk: _Disk, info: SnapshotInfo, averages: tuple[Average, ...], *, branches: bool) -> Descent:
+    def _descent(disk: Disk, info: SnapshotInfo, averages: tuple[Average, ...], *, branches: bool) -> Descent:
         """Of the version that follows a snapshot. branches: whether the snapshot is another run's."""
         if branches:
             counter = max(0, *(average.num_updates for average in averages))
@@ -950,17 +694,17 @@ class Registry:
         with contextlib.suppress(RunNotFound):
             self._disk(run).snapshots.place(snapshot, folder, files)
 
-    def _settle(self, run: Run, disk: _Disk) -> None:
+    def _settle(self, run: Run, disk: Disk) -> None:
         """Bring to the medium what was decided, whatever the run's durability. Raises StorageFailed."""
         if run.state:
             disk.versions.settle(run.state)
 
-    def _all(self) -> list[_Registered]:
+    def _all(self) -> list[Registered]:
         # Without the lock, which may be held for a disk, since the event loop calls this too. (Copying a dict's values
         # is atomic.)
         return list(self._runs.values())
 
-    def _find(self, name: str, created_at: float | None = None) -> _Registered:
+    def _find(self, name: str, created_at: float | None = None) -> Registered:
         found = self._runs.get(name)
         if found is None and name in self._candidates:
             raise Superseded(f"run {name!r} is being made on several hosts", retry_after=0.1)
@@ -970,11 +714,11 @@ class Registry:
             raise RunNotFound(f"there is no run {name!r} of that time any more")
         return found
 
-    def _disk(self, name: str) -> _Disk:
+    def _disk(self, name: str) -> Disk:
         return self._disk_of(self._find(name))
 
     @staticmethod
-    def _disk_of(found: _Registered) -> _Disk:
+    def _disk_of(found: Registered) -> Disk:
         if found.disk is None:
             raise StorageDisabled("snapshots are files, and this server was started with --memory")
         return found.disk
@@ -990,7 +734,7 @@ def _check_state(info: SnapshotInfo) -> None:
         )
 
 
-def _check_shard(shard: ShardRow | None, found: _Registered | None) -> None:
+def _check_shard(shard: ShardRow | None, found: Registered | None) -> None:
     """Raises InvalidRequest for a shard that cannot be; RunExists where the run that is there is another shard, or none
     where a shard is asked for."""
     if shard and not 0 <= shard.place < shard.of:
@@ -1002,60 +746,6 @@ def _check_shard(shard: ShardRow | None, found: _Registered | None) -> None:
     if here != ((shard.place, shard.of) if shard else None):
         told = "no shard" if here is None else f"shard {here[0]} of {here[1]}"
         raise RunExists(f"run {found.run.config.run!r} exists, as {told}")
-
-
-def _check_gives_way(found: _Registered, refusal: str) -> None:
-    """Raises RunExists, with ``refusal``, unless nothing but a configuration would be lost with the run; Superseded
-    while its initial weights are being received."""
-    run, disk = found.run, found.disk
-    if run.state or run.ledger.fault or (disk and disk.snapshots.all()):
-        raise RunExists(refusal)
-    if run.links.beginning:
-        raise Superseded(
-            f"{refusal}, and its initial weights are being received",
-            hint="another trainer makes the run at the moment: choose another name, or come again",
-            retry_after=_RECEIVING_SECONDS,
-        )
-
-
-def _retire(found: _Registered, forget: Callable[[], None], *, replaced: bool = False) -> None:
-    """Take a run out of use once what is being written of it is written, then give its files and memory back.
-
-    forget, replaced: as for Run.retire(). Raises as Run.retire().
-    """
-    disk = found.disk
-    with contextlib.ExitStack() as quiet:
-        if disk:
-            quiet.enter_context(disk.snapshots.closing())
-            quiet.enter_context(disk.versions.closing())
-            if disk.ring:
-                quiet.enter_context(disk.ring.closing())
-        found.run.retire(forget, replaced=replaced)
-    if gone := found.run.ledger.gone:
-        found.parts.close(gone)
-    if disk:
-        disk.free()
-
-
-def _read_back(versions: Versions | MemoryVersions) -> Restored:
-    """What storage has of a run. Where memory has no room for it: a fault that says so, with everything as it was.
-
-    Raises Overloaded where there is no room in memory files.
-    """
-    try:
-        return versions.restore()
-    except Overloaded as fault:
-        if isinstance(versions, MemoryVersions):
-            raise
-        return versions.leave(f"{fault.detail}; start the server with more memory, and --memory-limit")
-
-
-def _take_up(registered: _Registered, found: Restored) -> None:
-    last_epoch = max(found.last_epoch, registered.disk.snapshots.last_epoch if registered.disk else 0)
-    registered.run.restore(found.state, found.steps, last_epoch, found.fault)
-    if found.fault:
-        # A server that is started again finds the same damage.
-        registered.timeline.record("damaged", found.fault, registered.run.ledger.version, once=True)
 
 
 def _told(report: SweepReport) -> str:
@@ -1081,16 +771,6 @@ def _agreed(store: Store | None) -> int:
         return revision_of(directory.record) if directory else 0
     except (ValueError, LookupError, TypeError) as fault:
         raise CatalogUnusable(f"the catalog's directory is damaged: {fault}; restore the data dir") from None
-
-
-def _setup_of(row: RunRow) -> Setup:
-    """The configuration in a run's row, with its averages by now. Raises CatalogUnusable where the row is damaged."""
-    try:
-        return read_setup(from_json(RunConfig, json.loads(row.config)), row.averages)
-    except ValueError as fault:
-        raise CatalogUnusable(
-            f"the catalog's row of run {row.name!r} is damaged: {fault}; restore the data dir from a backup"
-        ) from None
 
 
 def _check_averages(config: RunConfig, *, folds_case: bool) -> None:

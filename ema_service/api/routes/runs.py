@@ -61,7 +61,7 @@ from ema_service.api.schemas import (
 from ema_service.averaging import BLOCK_BYTES
 from ema_service.cluster.messages import Adjustment
 from ema_service.runs import Run
-from ema_service.runs.registry import MAX_RUNS
+from ema_service.runs.claims import MAX_RUNS
 
 __all__ = ["router"]
 

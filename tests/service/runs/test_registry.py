@@ -94,7 +94,7 @@ def test_run_without_weights_gives_way(server: LocalServer, model: Model) -> Non
 def test_run_that_gives_way_makes_room(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the number of runs nor their memory counts a run twice that is replaced; where the new run has no room
     the old one stays."""
-    monkeypatch.setattr("ema_service.runs.registry.MAX_RUNS", 1)
+    monkeypatch.setattr("ema_service.runs.claims.MAX_RUNS", 1)
     server.create("r", {"w": torch.zeros(1 << 20)})
     monkeypatch.setattr(server.registry.memory.budget, "limit", 40 << 20)
     assert server.create("r", {"w": torch.zeros(1 << 20)}, decay=0.5).info.decay == 0.5
@@ -143,7 +143,7 @@ def test_locked_catalog_leaves_the_run(
 
 def test_runs_are_counted(server: LocalServer, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the most runs a server holds another is refused; those that exist are found, a deleted one makes room."""
-    monkeypatch.setattr("ema_service.runs.registry.MAX_RUNS", 2)
+    monkeypatch.setattr("ema_service.runs.claims.MAX_RUNS", 2)
     for name in ("a", "b", "a"):
         server.create(name, model(0))
 
