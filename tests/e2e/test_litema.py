@@ -91,7 +91,7 @@ def test_500_updates_equal_litema_bit_for_bit(server, client, run_name, use_num_
     assert_same(client.pull(run_name), oracle.shadow)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.soak)])
 def test_half_precision_models_have_a_float32_shadow(server, client, run_name, dtype, litema):
     """100 updates of a bf16 or fp16 model equal the oracle that casts the parameter, never the shadow."""
     torch.manual_seed(0)

@@ -286,13 +286,21 @@ TRANSFERS: dict[str, Callable[[Held], object]] = {
 }
 
 
-@pytest.fixture(scope="module", params=DURABILITIES)
+#: Each kind of transfer in one durability, by turns; in all of them in the long form.
+CASES = [
+    pytest.param(durability, transfer, marks=[] if number % len(DURABILITIES) == at else [pytest.mark.soak])
+    for at, durability in enumerate(DURABILITIES)
+    for number, transfer in enumerate(TRANSFERS)
+]
+
+
+@pytest.fixture(scope="module")
 def held(server: ServerProcess, request: pytest.FixtureRequest) -> Iterator[Held]:
     with contextlib.closing(Held(server, f"held-{request.param}", request.param)) as found:
         yield found
 
 
-@pytest.mark.parametrize("transfer", TRANSFERS)
+@pytest.mark.parametrize(("held", "transfer"), CASES, indirect=["held"])
 def test_memory_goes_back(held: Held, transfer: str) -> None:
     """After each kind of transfer, done twice beside updates, as much memory is in use as before, or is so soon."""
     before = held.in_use

@@ -221,8 +221,17 @@ def test_bit_for_bit(
         assert len(rank.transport.sent) == len(set(rank.transport.sent))
 
 
-@pytest.mark.parametrize("lost", ["request", "answer"])
-@pytest.mark.parametrize("at", ["first", pytest.param("second", marks=pytest.mark.soak), "last"])
+@pytest.mark.parametrize(
+    ("at", "lost"),
+    [
+        ("first", "request"),
+        ("last", "answer"),
+        *(
+            pytest.param(at, lost, marks=pytest.mark.soak)
+            for at, lost in (("first", "answer"), ("second", "request"), ("second", "answer"), ("last", "request"))
+        ),
+    ],
+)
 def test_a_lane_that_breaks_off(
     at: str, lost: str, ranks: Ranks, server: ServerProcess, run_name: str, litema: type[LitEmaOracle]
 ) -> None:

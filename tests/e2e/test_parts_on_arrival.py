@@ -113,7 +113,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, server_class: type[ServerPr
     running.kill()
 
 
-@pytest.mark.parametrize("durability", ["process", "disk"])
+@pytest.mark.parametrize("durability", ["process", pytest.param("disk", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_raced_parts(dtype: str, durability: str, server: ServerProcess, run_name: str) -> None:
     """Parts raced, some broken off before and sent twice, make each step once; and so it is found after a kill."""
@@ -277,7 +277,7 @@ def test_ranks_send_again_what_was_given_up(server: ServerProcess, ranks: list[R
     assert_as_whole(server, run_name, [1], decay=0.25)
 
 
-@pytest.mark.parametrize("end", ["kill", "stop"])
+@pytest.mark.parametrize("end", ["kill", pytest.param("stop", marks=pytest.mark.soak)])
 def test_server_ends_between_parts(end: str, server: ServerProcess, ranks: list[Rank], run_name: str) -> None:
     """Parts that were averaged in a server that ended come again to the next one, and each step is applied once."""
     ranks[0].client.create_run(run_name, whole(0))
@@ -295,7 +295,7 @@ def test_server_ends_between_parts(end: str, server: ServerProcess, ranks: list[
     assert_as_whole(server, run_name, [1, 2])
 
 
-@pytest.mark.parametrize("after", [0.02, 0.1])
+@pytest.mark.parametrize("after", [pytest.param(0.02, marks=pytest.mark.soak), 0.1])
 def test_server_is_killed_at_any_time(after: float, server: ServerProcess, ranks: list[Rank], run_name: str) -> None:
     """While parts arrive and are averaged, and while the step is applied: each step is applied once."""
     ranks[0].client.create_run(run_name, whole(0))

@@ -179,7 +179,7 @@ def assert_same(one: Sender, other: Sender) -> None:
                 "averages": [AverageConfig("fast", decay=0.9), AverageConfig("slow", decay=0.99)],
             },
         ),
-        ("bf16", {"durability": "disk"}),
+        pytest.param("bf16", {"durability": "disk"}, marks=pytest.mark.soak),
         ("fp16", {"durability": "memory"}),
         ("mixed", {"durability": "disk", "copied": ["torch.float32.a", "torch.bfloat16.b"]}),
     ],

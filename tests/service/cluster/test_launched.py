@@ -346,7 +346,7 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seconds", [12, pytest.param(120, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", [6, pytest.param(120, marks=pytest.mark.soak)])
 def test_random_kills(own: Callable[..., Launched], seconds: float, model: Model, litema: type[LitEmaOracle]) -> None:
     """Hosts, coordinator and gateway are killed while a trainer pushes and a reader reads: every update counts once,
     and whatever is read is a version that there was."""

@@ -224,7 +224,7 @@ def test_the_coordinator_is_killed(cluster: MakeCluster, model: Model, litema: t
     assert_same(servers, oracle, model(0))
 
 
-@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("attached", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_trainer_that_is_started_again(
     attached: bool, cluster: MakeCluster, model: Model, litema: type[LitEmaOracle]
 ) -> None:

@@ -61,7 +61,8 @@ def assert_litema(cluster: Launched, run: str, litema: type[LitEmaOracle], steps
 
 
 @pytest.mark.parametrize(
-    ("hosts", "straight"), [(1, False), (2, True), (3, True), pytest.param(2, False, marks=pytest.mark.soak)]
+    ("hosts", "straight"),
+    [(1, False), (3, True), *(pytest.param(2, straight, marks=pytest.mark.soak) for straight in (True, False))],
 )
 def test_two_ranks(hosts: int, straight: bool, launch: Launch, tmp_path: Path, litema: type[LitEmaOracle]) -> None:
     """FSDP2's ranks, and rank 0 of DDP, give the unsharded EMA past the gateway and through it; copy_to() and scope()
@@ -90,7 +91,8 @@ def test_four_ranks(launch: Launch, tmp_path: Path, litema: type[LitEmaOracle]) 
 
 
 @pytest.mark.parametrize(
-    "victim", ["host 1", "coordinator", *(pytest.param(each, marks=pytest.mark.soak) for each in ("host 0", "gateway"))]
+    "victim",
+    ["host 1", *(pytest.param(each, marks=pytest.mark.soak) for each in ("host 0", "coordinator", "gateway"))],
 )
 def test_killed_while_ranks_train(victim: str, launch: Launch, tmp_path: Path, litema: type[LitEmaOracle]) -> None:
     """SIGKILL of a process of the cluster, twice in a training of two ranks: each update counts on all hosts, once; or,
