@@ -440,9 +440,6 @@ class ShardRun:
         with self._run.deciding():
             return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
 
-    def _fill_later(self) -> None:
-        self._fills_from = time.monotonic() + _FILL_PAUSE
-
     def _others_return(self, proposal: Proposal) -> _Held | None:
         """What the return of another host holds; None for any other proposal."""
         if proposal.seating is None:
@@ -459,11 +456,11 @@ class ShardRun:
         """What the twin has, to be put in place of what is here. Raises Overloaded, StorageFailed."""
         if self._twin is None:
             raise InvalidRequest("this host has no twin")
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._fill_later)
+        try:
             self.snapshots.copy(self._twin)
             copied = self._twin.copy(self._run, proposal.ticket.key)
-            undo.pop_all()
+        finally:  # also of a copy that was made: the others may not agree on what it makes of the run
+            self._fills_from = time.monotonic() + _FILL_PAUSE
         with self._run.deciding():
             write = self.checkpoints.back_at(copied.state, copied.outcome)
             return self._held.setdefault(proposal.ticket, _Held(write, copied.outcome, filled=True))
