@@ -94,6 +94,7 @@ from ema_service.cluster.gateway.whole import (
     layout_of,
     map_of,
     shards_of,
+    slice_digests,
     whole_info,
     whole_part,
     whole_result,
@@ -416,7 +417,11 @@ class _Gateway:
         """What is known of a step."""
         query = dict(request.query_params)
         ask = partial(self._ask, request, update_path(run, step), UpdateStatus, params=query)
-        return _json(whole_status(await all_of([ask(host) for each in await self.hosts.both(run) for host in each])))
+        told = await all_of([all_of([ask(host) for host in each]) for each in await self.hosts.both(run)])
+        firsts = [each[0] for each in told]
+        known = all(each.digest for each in firsts)
+        digests = slice_digests(firsts, await self._map(request, run)) if known else ()
+        return _json(whole_status([status for each in told for status in each], digests))
 
     async def _push(
         self, run: str, request: Request, path: str, splitting: type[Splitting]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -190,6 +191,21 @@ def test_a_run_of_fewer_rows_than_hosts(
         assert_is(client, run_name, oracle)
         sent = load(http.get(f"/v1/runs/{run_name}/weights").content)
         assert all(torch.equal(sent[name], tensor) for name, tensor in oracle.shadow.items())
+
+
+def test_a_trainer_behind_its_run_is_warned(cluster: Launched, run_name: str) -> None:
+    """By the digests of all hosts' slices; one that is where the run is goes on in silence."""
+    torch.manual_seed(0)
+    there, older = nn.Linear(4, 6), nn.Linear(4, 6)
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, older.state_dict(), decay=DECAY)
+        client.push(run_name, there.state_dict(), step=1)
+    for model, expected in ((there, 0), (older, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with RemoteEma(model, run=run_name, url=cluster.url, resume=True) as ema:
+                ema(model)
+        assert len([each for each in said if "count twice" in str(each.message)]) == expected
 
 
 def test_remote_ema(cluster: Launched, run_name: str, litema: type[LitEmaOracle]) -> None:
