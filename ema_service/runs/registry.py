@@ -63,6 +63,10 @@ from ema_service.persistence import (
     Sweeps,
     Timeline,
     Versions,
+    told_decay,
+    told_reset,
+    told_rewind,
+    told_writer,
 )
 from ema_service.persistence.measured import StoredMeasurements
 from ema_service.persistence.rows import read_setup, revision_of
@@ -477,7 +481,7 @@ class Registry:
         found = self._find(name)
         applied = found.run.amend(lambda succession, version: succession.with_decay(version, decay, average), key)
         if applied:
-            found.record("decay_changed", f"decay of {average or found.run.config.averages[0].name} set to {decay}")
+            found.record(*told_decay(average or found.run.config.averages[0].name, decay))
         return found.run
 
     def add_average(self, name: str, average: AverageConfig, key: str | None = None) -> tuple[Run, bool]:
@@ -537,7 +541,7 @@ class Registry:
         """Begin the warm-up anew; a counter that is off stays off. Raises as Run.amend()."""
         found = self._find(name)
         if found.run.amend(lambda succession, version: succession.with_counter_reset(version), key):
-            found.record("reset", "the warm-up begins anew")
+            found.record(*told_reset())
         return found.run
 
     def attach(self, name: str, key: str | None = None) -> Writer:
@@ -546,7 +550,7 @@ class Registry:
         before = found.run.ledger.writer
         number = found.run.attach(found.disk.keep_writer if found.disk else _nothing, key)
         if number > before:
-            found.record("writer", f"trainer {number} took over")
+            found.record(*told_writer(number))
         return Writer(name, number)
 
     def add_sweep(self, name: str, report: SweepReport, key: str | None = None) -> SweepInfo:
@@ -595,8 +599,7 @@ class Registry:
         info, averages, arenas = disk.snapshots.read(snapshot, wanted, of=of)
         run.rewind(info, averages, arenas, self._descent(disk, info, averages, branches=of is not None), key)
         self._settle(run, disk)
-        where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
-        found.record("rewound", f"rewound to {where} (version {info.version}, step {info.step})")
+        found.record(*told_rewind(info, source))
         return run
 
     def accept(self, name: str, key: str | None = None, *, created_at: float | None = None) -> Run:

@@ -57,7 +57,16 @@ from ema_service.cluster.messages import (
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
 from ema_service.cluster.token import ClusterToken
-from ema_service.persistence import ShardMemoryVersions, ShardVersions, Snapshots
+from ema_service.persistence import (
+    ShardMemoryVersions,
+    ShardVersions,
+    Snapshots,
+    Told,
+    told_decay,
+    told_reset,
+    told_rewind,
+    told_writer,
+)
 from ema_service.persistence.rows import dump
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, State, Update, Write
@@ -287,7 +296,8 @@ class ShardRun:
                 base = record.vote.ticket.base if record.vote else self._revision
                 self._versions.vote(slot, prepared.write.state, encode(record), base + 1)
             else:
-                self._versions.discard(encode(record), durable=prepared is not None and prepared.rows is not None)
+                rows = prepared.rows if prepared else None
+                self._versions.discard(encode(record), durable=rows is not None and rows.lasts)
 
     def abort(self, record: Record, prepared: _Held | None) -> None:
         """Keep a record without the vote, or with that for what has waited."""
@@ -367,15 +377,34 @@ class ShardRun:
         rows = None if isinstance(change, Checkpoint) else self.snapshots.rows(change)
         return _Held(Write(_nothing, _nothing), outcome, change, rows)
 
-    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None) -> _Held:
-        """Hold a write until the verdict; of one that comes again the first. Raises StepConflict for other bytes."""
+    def _hold(
+        self, ticket: Ticket, write: Write, writer: int | None = None, change: Adjustment | Rewind | None = None
+    ) -> _Held:
+        """Hold a write until the verdict; of one that comes again the first. change: that the write is, if any. Raises
+        StepConflict for other bytes."""
         version = write.state.version if write.state else None
         outcome = self._run.ledger.outcome(version, writer)
-        held = self._held.setdefault(ticket, _Held(write, outcome))
+        held = self._held.setdefault(ticket, _Held(write, outcome, rows=self._rows(write, outcome, change)))
         first = held.write.state
         if version and first and first.version.digest != version.digest:
             raise StepConflict(f"step {ticket.step} of run {self._run.config.run!r} came before with other bytes")
         return held
+
+    def _rows(self, write: Write, outcome: str, change: Adjustment | Rewind | None) -> RowChange | None:
+        """What else changes on the disk with the verdict on a change: a line of the run's timeline. None of a write
+        that is no change."""
+        if change is None:
+            return None
+        version = write.state.version if write.state else self._run.ledger.version
+        return RowChange(line=self._told(change, outcome).line(version))
+
+    def _told(self, change: Adjustment | Rewind, outcome: str) -> Told:
+        """What the timeline says of a change. Raises SnapshotNotFound."""
+        if isinstance(change, Rewind):
+            return told_rewind(self.snapshots.find(change))
+        if change.kind == "decay" and change.decay is not None:
+            return told_decay(change.average or self._run.config.averages[0].name, change.decay)
+        return told_writer(writer_in(outcome)) if change.kind == "writer" else told_reset()
 
     def _judge(self, proposal: Proposal) -> None:
         """Vote for a change that a coordinator brings, or refuse it; one for an older revision comes again."""
@@ -433,7 +462,7 @@ class ShardRun:
             return None
         rewound = self.snapshots.read(change, _lineage_of(ticket.key), ticket.key)
         with self._run.deciding():
-            return self._hold(ticket, self._run.prepare_rewound(rewound))
+            return self._hold(ticket, self._run.prepare_rewound(rewound), change=change)
 
     def _hold_way_back(self, proposal: Proposal, state: State | None) -> _Held:
         """Hold the write that a way back is; of one that comes again the first."""
@@ -501,7 +530,7 @@ class ShardRun:
             write = run.prepare_amended(lambda after, version: after.with_counter_reset(version), ticket.key)
         else:
             raise InvalidRequest(f"{change.kind!r} is no change that shards can make together")
-        return self._hold(ticket, write, writer) if write else None
+        return self._hold(ticket, write, writer, change) if write else None
 
     def _attaching(self, writer: int, key: str) -> Write:
         return Write(_nothing, partial(self._run.ledger.attach, writer, key))
@@ -533,13 +562,18 @@ class ShardRun:
             own = self._place in record.seating.absent
             write = self.checkpoints.back_at(voted, outcome) if own else Write(_nothing, _nothing)
             held = _Held(write, outcome, filled=own)
-        elif voted:
-            held = _Held(self._run.moving_to(voted, None), outcome)
-        elif proposal.change and not isinstance(change := _change_in(proposal.change), Adjustment | Rewind):
-            held = self._held_beside(change, outcome)
         else:
-            held = _Held(self._attaching(writer_in(outcome), proposal.ticket.key), outcome)
+            held = self._taken_up(proposal, outcome, voted)
         return {proposal.ticket: held}
+
+    def _taken_up(self, proposal: Proposal, outcome: str, voted: State | None) -> _Held:
+        """What a vote for an update or a change holds. voted: the version that was voted for, if any."""
+        change = _change_in(proposal.change) if proposal.change else None
+        if change is not None and not isinstance(change, Adjustment | Rewind):
+            return self._held_beside(change, outcome)
+        attaching = self._attaching(writer_in(outcome), proposal.ticket.key)
+        write = self._run.moving_to(voted, None) if voted else attaching
+        return _Held(write, outcome, rows=self._rows(write, outcome, change))
 
 
 def check_held(record: Record, key: str | None) -> Vote | None:

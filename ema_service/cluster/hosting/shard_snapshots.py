@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_client.errors import EmaError, Overloaded
+from ema_client.protocol import SnapshotInfo
 from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.messages import Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
 from ema_service.persistence import Snapshots
@@ -47,9 +48,13 @@ class ShardSnapshots:
 
         Raises as Snapshots.read(), SnapshotNotFound, and as Run.finish_rewind().
         """
-        self._snapshots.find(change.snapshot, change.created_at)
+        self.find(change)
         read = self._snapshots.read(change.snapshot, self._run.ledger.setup.members)
         return self._run.finish_rewind(*read, self._snapshots.following(read[0]), lineage, key)
+
+    def find(self, change: Rewind) -> SnapshotInfo:
+        """The snapshot that a rewind goes back to. Raises SnapshotNotFound."""
+        return self._snapshots.find(change.snapshot, change.created_at)
 
     def check(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Whether a change may be made. Under deciding().
@@ -73,9 +78,8 @@ class ShardSnapshots:
         if isinstance(change, SnapshotBegun):
             return None
         if isinstance(change, SnapshotGone):
-            return RowChange(gone=(change.name,))
-        text = self._snapshots.prepared(change.name, change.created_at)
-        return RowChange(shown=(change.name, text), gone=tuple(change.gone.split()))
+            return self._snapshots.without(change.name, told=not change.begun)
+        return self._snapshots.prepared(change.name, change.created_at, change.gone.split())
 
     def follow(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Do what follows from a change, once it is committed. Under deciding()."""
@@ -84,9 +88,9 @@ class ShardSnapshots:
                 self._writing.add(change.name)
             self._saving.submit(self._write, change, self._run.ready_state())
         elif isinstance(change, SnapshotTaken):
-            self._saving.submit(self._snapshots.shown, change.name, tuple(change.gone.split()))
+            self._saving.submit(self._snapshots.shown, change.gone.split())
         else:
-            self._saving.submit(self._snapshots.gone, change.name, told=not change.begun)
+            self._saving.submit(self._snapshots.gone, change.name)
 
     def lent(self) -> list[dict[str, Any]]:
         """As Snapshots.lent()."""

@@ -134,6 +134,15 @@ def test_snapshots(cluster: Launched, run_name: str, model: Model, litema: type[
         assert list(client.snapshots(run_name)) == []
         with pytest.raises(SnapshotNotFound):
             client.pull(run_name, snapshot="s-2")
+        told = client.timeline(run_name).entries
+        assert [(each.kind, each.step, each.text) for each in told] == [
+            ("created", None, "created on 3 hosts"),
+            ("snapshot", 1, "snapshot s-1 taken of version 1.1"),
+            ("rewound", 1, "rewound to snapshot s-1 (version 1.1, step 1)"),
+            ("snapshot", 2, "snapshot s-2 taken of version 2.1"),
+            ("snapshot_deleted", None, "snapshot s-2 deleted"),
+        ]
+        assert client.timeline(run_name, since=told[-2].time).entries == told[-1:]
 
 
 def test_a_name_is_used_again(cluster: Launched, run_name: str) -> None:

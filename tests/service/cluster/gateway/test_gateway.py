@@ -399,7 +399,7 @@ def test_parts(
         )
         assert (first.status_code, first.json()) == (
             202,
-            {"step": step, "state": "staged", "parts": [0], "digest": None},
+            {"step": step, "state": "staged", "parts": [0], "digest": None, "digests": []},
         )
         told = run.http.get(f"{run.path}/updates/{step}", params={} if step else {"first": "g"}).json()
         assert (told["state"], told["parts"]) == ("staged", [0])

@@ -308,6 +308,11 @@ def test_changes(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> No
             assert host.local.run.ledger.next_writer("k3") == 1, "the call that comes again gives the same number"
             with pytest.raises(Fenced):
                 here.send(3, "old", host.place)
+            assert host.lines() == [
+                ("decay_changed", 1, 1, "decay of ema set to 0.25"),
+                ("reset", 1, 0, "the warm-up begins anew"),
+                ("writer", 2, 1, "trainer 1 took over"),
+            ]
     agree(here)
 
 
@@ -463,6 +468,7 @@ def test_host_is_killed(
     life(here, place, arm)
     assert here.hosts[place].kills == 1
     assert_same(here, lived(litema(model(0), decay=0.9), model))
+    assert [host.lines() for host in here.hosts] == [[("decay_changed", 1, 1, "decay of ema set to 0.25")]] * hosts
 
 
 @pytest.mark.parametrize("message", range(20))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ema_client.errors import SnapshotNotFound
-from ema_service.cluster import Checkpoint, Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
+from ema_service.cluster import Adjustment, Checkpoint, Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
 from ema_service.cluster.reasons import error_of
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.store import Store
@@ -22,6 +22,7 @@ from tests.service.cluster.town import POINTS, Town
 
 if TYPE_CHECKING:
     from tests.conftest import LitEmaOracle
+    from tests.service.conftest import LocalServer
 
 Model = Callable[[int], dict[str, Tensor]]
 
@@ -148,6 +149,7 @@ def test_host_is_killed(place: int, point: str, change: str, town: Callable[...,
             return
         assert names(here) == [["s"] if name == "taken" else []] * 2
     assert here.hosts[place].kills == 1
+    assert [[line[0] for line in host.lines()] for host in here.hosts] == [["snapshot", "snapshot_deleted"]] * 2
     assert [data(host, "s") for host in here.hosts] == [[], []]
 
 
@@ -215,8 +217,41 @@ def test_host_is_killed_over_a_rewind(
     here.say_again()
     assert here.hosts[place].kills == 1
     assert here.versions() == ["2.0", "2.0"]
+    assert [[line[0] for line in host.lines()] for host in here.hosts] == [["snapshot", "rewound"]] * 2
     found = here.shadows()
     assert all(torch.equal(found[name], shadow) for name, shadow in oracle.shadow.items())
+
+
+def test_the_timeline_says_what_one_server_says(
+    town: Callable[..., Town], local_server: Callable[..., LocalServer], model: Model
+) -> None:
+    """Word for word, of all that hosts do together, with step and counter of then; once, after a restart too."""
+    here, alone = town(2), local_server()
+    alone.create("r", model(0)).begin(model(0))
+    alone.run("r").push(1, model(1))
+    registry = alone.registry
+    registry.snapshots("r").take("s", registry.get("r").ready_state)
+    registry.set_decay("r", 0.5, None)
+    registry.reset_num_updates("r")
+    registry.attach("r")
+    registry.rewind("r", "s")
+    registry.snapshots("r").delete("s")
+    for key, change in {
+        "b": BEGUN,
+        "t": TAKEN,
+        "d": Adjustment("decay", 0.5),
+        "n": Adjustment("reset"),
+        "w": Adjustment("writer"),
+        "r": Rewind("s", 5.0),
+        "g": SnapshotGone("s", 5.0),
+    }.items():
+        assert here.change(key, change).committed
+    said = [(line.kind, line.step, line.num_updates, line.text) for line in registry.timeline("r").lines(0.0, 99)]
+    assert len(said) == 7
+    for host in here.hosts:
+        assert host.lines() == said[1:]
+        host.restart()
+        assert host.lines() == said[1:]
 
 
 def test_damaged_snapshot_keeps_all_where_they_are(town: Callable[..., Town]) -> None:
