@@ -73,10 +73,11 @@ def told_snapshot_gone(name: str) -> Told:
     return Told("snapshot_deleted", f"snapshot {name} deleted")
 
 
-def told_rewind(snapshot: SnapshotInfo, source: str | None = None) -> Told:
-    """The run went back to a snapshot. source: the run of the snapshot, where it is another one."""
-    where = f"snapshot {snapshot.name}" if source is None else f"snapshot {snapshot.name} of run {source}"
-    return Told("rewound", f"rewound to {where} (version {snapshot.version}, step {snapshot.step})")
+def told_rewind(snapshot: str, version: str, step: int | None, source: str | None = None) -> Told:
+    """The run went back to a snapshot. version, step: of the snapshot. source: the snapshot's run, where it is another
+    one."""
+    where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
+    return Told("rewound", f"rewound to {where} (version {version}, step {step})")
 
 
 class Timeline:

@@ -70,14 +70,14 @@ from ema_service.persistence import (
 )
 from ema_service.persistence.measured import StoredMeasurements
 from ema_service.persistence.rows import read_setup, revision_of
-from ema_service.runs.branching import check_averages, check_branch
+from ema_service.runs.branching import check_averages, check_branch, descent_of_branch
 from ema_service.runs.ledger import Ledger
 from ema_service.runs.measurements import Measurements
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.posthoc import Synthesiser
 from ema_service.runs.room import Needs, check_room
 from ema_service.runs.run import Run
-from ema_service.shadows import Average, Descent, Member, Setup
+from ema_service.shadows import Member, Setup
 from ema_service.storage import (
     CatalogUnusable,
     MemoryFilesUnusable,
@@ -592,15 +592,21 @@ class Registry:
             return run
         of, wanted = None, run.ledger.setup.members
         if source is not None:
-            check_branch(run, self.get(source))
-            of = self._disk(source).snapshots
-            check_averages(run.config, of.find(snapshot))
+            of = self.source_of(run, source, snapshot)
         _check_state((disk.snapshots if of is None else of).find(snapshot))
         info, averages, arenas = disk.snapshots.read(snapshot, wanted, of=of)
-        run.rewind(info, averages, arenas, self._descent(disk, info, averages, branches=of is not None), key)
+        descent = disk.snapshots.following(info) if of is None else descent_of_branch(averages)
+        run.rewind(info, averages, arenas, descent, key)
         self._settle(run, disk)
-        found.record(*told_rewind(info, source))
+        found.record(*told_rewind(snapshot, info.version, info.step, source))
         return run
+
+    def source_of(self, run: Run, source: str, snapshot: str) -> Snapshots:
+        """The snapshots of another run, from one of which ``run`` is to branch. Raises as rewind()."""
+        check_branch(run, self.get(source))
+        found = self._disk(source).snapshots
+        check_averages(run.config, found.find(snapshot))
+        return found
 
     def accept(self, name: str, key: str | None = None, *, created_at: float | None = None) -> Run:
         """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
@@ -939,14 +945,6 @@ class Registry:
             made.run.ledger.ended_at = made.timeline.ended_at()
         except sqlite3.Error as fault:
             _log.warning("run %s: its timeline cannot be read: %s", made.run.config.run, fault)
-
-    @staticmethod
-    def _descent(disk: _Disk, info: SnapshotInfo, averages: tuple[Average, ...], *, branches: bool) -> Descent:
-        """Of the version that follows a snapshot. branches: whether the snapshot is another run's."""
-        if branches:
-            counter = max(0, *(average.num_updates for average in averages))
-            return Descent(counter, before=max(counter, 1))
-        return disk.snapshots.following(info)
 
     def _place_snapshot(self, run: str, snapshot: SnapshotRow, folder: str, files: str) -> None:
         """A snapshot lies in the object store now. Raises sqlite3.Error."""

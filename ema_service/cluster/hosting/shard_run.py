@@ -38,7 +38,7 @@ from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.hosting.checkpoints import Checkpoints
 from ema_service.cluster.hosting.reporting import Reporting
-from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots
+from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots, SourceOf
 from ema_service.cluster.messages import (
     Adjustment,
     Answer,
@@ -131,6 +131,7 @@ class ShardRun:
         run: Run,
         versions: ShardVersions | ShardMemoryVersions,
         snapshots: Snapshots,
+        source_of: SourceOf,
         arrival: Arrival,
         coordinators: Sequence[str],
         token: ClusterToken,
@@ -139,9 +140,9 @@ class ShardRun:
         twin: Twin | None = None,
     ) -> None:
         """run, versions, snapshots: as Registry.get(), shard() and snapshots() have them, for which there is no other
-        ShardRun. arrival, coordinators, token: as for Reporting. changes: judges what coordinators bring, and works
-        until the talk is closed; saving: does the same where files are read or written. twin: the other host of the
-        shard, None where there is none.
+        ShardRun. source_of: Registry.source_of(). arrival, coordinators, token: as for Reporting. changes: judges
+        what coordinators bring, and works until the talk is closed; saving: does the same where files are read or
+        written. twin: the other host of the shard, None where there is none.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
@@ -155,7 +156,7 @@ class ShardRun:
         self._versions = versions
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
-        self.snapshots = ShardSnapshots(run, snapshots, saving)
+        self.snapshots = ShardSnapshots(run, snapshots, saving, source_of)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
         self._revision = record.revision
@@ -399,9 +400,9 @@ class ShardRun:
         return RowChange(line=self._told(change, outcome).line(version))
 
     def _told(self, change: Adjustment | Rewind, outcome: str) -> Told:
-        """What the timeline says of a change. Raises SnapshotNotFound."""
+        """What the timeline says of a change."""
         if isinstance(change, Rewind):
-            return told_rewind(self.snapshots.find(change))
+            return told_rewind(change.snapshot, change.version, change.step, change.source)
         if change.kind == "decay" and change.decay is not None:
             return told_decay(change.average or self._run.config.averages[0].name, change.decay)
         return told_writer(writer_in(outcome)) if change.kind == "writer" else told_reset()

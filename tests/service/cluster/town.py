@@ -122,6 +122,7 @@ class Host:
                 self.server.registry.get("r"),
                 versions,
                 self.server.registry.snapshots("r"),
+                self.server.registry.source_of,
                 arrival,
                 ["http://coordinator"],
                 _TOKEN,
