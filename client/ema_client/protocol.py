@@ -733,16 +733,26 @@ class UpdateResult:
 
 
 @dataclass(frozen=True, slots=True)
+class SliceDigest:
+    """The digest of what one host has of an update's parameters: of so many bytes of their data, as one body's."""
+
+    bytes: Count
+    digest: Text
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateStatus:
     """What the server knows of a step. ``parts`` lists the parts of a staged update that have come.
 
     digest: of the parameters, as ``Ema-Digest`` has it, 32 hexadecimal digits; of the run's latest update only.
+    digests: in its place, of a run on several hosts: of each host's slice of the data, in the data's order.
     """
 
     step: Step
     state: UpdateState
     parts: tuple[Count, ...] = ()
     digest: Text | None = None
+    digests: tuple[SliceDigest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ from ema_client.training.sharding import reshard
 from ema_client.training.state import MOST_STATES, check_state_is_of, rewind_to, saved_state
 from ema_client.training.step_hook import StepHook
 from ema_client.training.tally import Stats
-from ema_client.training.whereabouts import Whereabouts, latest_digest
+from ema_client.training.whereabouts import Whereabouts, latest_digests
 
 __all__ = ["BusyPolicy", "RemoteEma"]
 
@@ -601,9 +601,9 @@ class RemoteEma:
         """What tells whether the training is where the run is; None where the run had no update that counts twice."""
         if run.version is None or run.version.endswith(".0"):
             return None
-        digest = None if self._plan.in_parts else latest_digest(self._client, run)
+        digests = () if self._plan.in_parts else latest_digests(self._client, run)
         every = self._setup.update_every
-        return Whereabouts(run, digest, model=model, selection=self._selection, tensors=tensors, update_every=every)
+        return Whereabouts(run, digests, model=model, selection=self._selection, tensors=tensors, update_every=every)
 
     def _look_again(self, *, waits: bool = True) -> None:
         """Ahead of a read: the same, where every rank can tell by itself whether the model has other weights.

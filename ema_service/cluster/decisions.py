@@ -10,10 +10,11 @@ keeps nothing: one that starts claims a larger term and asks all shards. A ticke
 one revision behind holds the vote that the others have committed. So there is no log and nothing to replicate, and
 while a shard is missing nothing is decided: without all k no version can be read anyway.
 
-**A vote is aborted for three reasons**: a shard refuses the proposal; the shards disagree about its outcome; a
-proposal that ranks higher waits. A trainer's newer step ranks higher than an older one, whose trainer may be gone; a
-proposal that has waited too long ranks higher than one of any step; what a coordinator brings to all shards ranks
-highest. Nothing is aborted because a shard crashed: its neighbours keep what they prepared.
+**A vote is aborted for three reasons**: a shard refuses the proposal; the shards disagree about its outcome, when it is
+given up as one that was refused; a proposal that ranks higher waits. A trainer's newer step ranks higher than an older
+one, whose trainer may be gone; a proposal that has waited too long ranks higher than one of any step; what a
+coordinator brings to all shards ranks highest. Nothing is aborted because a shard crashed: its neighbours keep what
+they prepared.
 
 **Where a machine took with it what a shard had promised to keep**, the shard comes back *lost*: an older record, which
 says so, and checkpoints. Then the coordinator has all shards go back to the newest checkpoint that all of them have, by
@@ -49,6 +50,7 @@ from ema_service.cluster.messages import (
     Ticket,
     Vote,
 )
+from ema_service.cluster.reasons import disagreement
 
 __all__ = ["Coordinator", "Shard", "after_loss", "emptied"]
 
@@ -363,13 +365,16 @@ class Coordinator:
     def _drop(self, refusal: Refusal) -> list[Output]:
         """Remember what a shard refused, until the run moves on; but for what a shard judged that was left behind, by
         an older version. Such a shard's word counts of its own return alone."""
-        key = refusal.ticket.key
         is_return = self._returning is not None and refusal.ticket == self._returning[1].ticket
         if refusal.shard not in self._members() and not is_return:
             return []
-        self._refused[refusal.ticket] = refusal.reason
-        asked = self._changes.pop(key, None) is not None
-        return [*([Answer(key, committed=False, reason=refusal.reason)] if asked else []), *self._decide()]
+        return [*self._give_up(refusal.ticket, refusal.reason), *self._decide()]
+
+    def _give_up(self, ticket: Ticket, reason: str) -> list[Answer]:
+        """Propose a ticket no more; the answer to whoever asked for the change."""
+        self._refused[ticket] = reason
+        asked = self._changes.pop(ticket.key, None) is not None
+        return [Answer(ticket.key, committed=False, reason=reason)] if asked else []
 
     def _decide(self) -> list[Output]:
         """What follows from the newest reports of all shards that count, as far as it was not said yet."""
@@ -415,7 +420,19 @@ class Coordinator:
             return [*refused, *self._weigh(votes, revision)]
         if proposal.seating:
             return [*refused, *self._count_return(votes, proposal, proposal.seating)]
-        return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
+        return self._close(votes)
+
+    def _close(self, votes: Mapping[int, Vote]) -> list[Output]:
+        """The verdict on a ticket that all have voted for. A proposal whose outcomes differ is given up: they would
+        differ again. Where two proposals have the ticket, for what was known changed in between, one comes again."""
+        shards: dict[Vote, list[int]] = {}
+        for shard, vote in votes.items():
+            shards.setdefault(vote, []).append(shard)
+        proposal, *others = {vote.proposal for vote in shards}
+        if len(shards) == 1 or others:
+            return [*self._resolve(votes, committed=len(shards) == 1)]
+        reason = disagreement(shards.values())
+        return [*self._give_up(proposal.ticket, reason), *self._resolve(votes, reason=reason)]
 
     def _agreed(self, votes: Mapping[int, Vote]) -> Proposal | None:
         """The one proposal that all have voted for; None where there is none."""
@@ -433,7 +450,7 @@ class Coordinator:
             return [*self._resolve(votes)]
         vote = self._vote_of(place)
         if vote and vote.ticket == proposal.ticket:
-            return [*self._resolve([*votes, place], committed={*votes.values()} == {vote})]
+            return self._close({**votes, place: vote})
         report = self._reports.get(place)
         if place in self._silent or report is None or not report.returns:
             return self._seat(self.seating.absent)
@@ -521,16 +538,16 @@ class Coordinator:
         report = self._reports.get(shard)
         return report is not None and report.record.lost
 
-    def _go_back(self, newest: Record) -> list[Propose | Resolve]:
+    def _go_back(self, newest: Record) -> list[Output]:
         """Have all shards go back to one checkpoint. newest: the record of the largest revision that any knows."""
         refused = self._abort_refused(newest.revision)
         votes = self._votes()
         if self._agreed(votes):
             # The way back; or what a lost shard has voted for, on its medium, and others may have committed by now.
-            return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
+            return self._close(votes)
         way = self._way_back(newest)
         if way is None:
-            self.fault = "a shard lost its newest versions, and no checkpoint can be read on all shards"
+            self.fault = "a shard lost its newest versions, and there is no checkpoint that all can go back to"
             return [*refused]
         self.fault = None
         other = [shard for shard, vote in votes.items() if vote.ticket != way.ticket]

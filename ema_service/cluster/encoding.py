@@ -16,7 +16,7 @@ import math
 from functools import cache
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from ema_service.cluster.messages import Message, Proposal, Record
+from ema_service.cluster.messages import Message, Proposal, Record, Rewind
 
 __all__ = ["MalformedMessage", "decode", "encode"]
 
@@ -27,8 +27,12 @@ _END = 1 << 63
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
 
 
-#: What records of earlier servers lack, and then is as by default.
-_LATER: dict[type, set[str]] = {Proposal: {"seating"}, Record: {"seating"}}
+#: What records of earlier servers, and changes in these, lack, and then is as by default.
+_LATER: dict[type, set[str]] = {
+    Proposal: {"seating"},
+    Record: {"seating"},
+    Rewind: {"version", "step", "source"},
+}
 
 
 class MalformedMessage(ValueError):

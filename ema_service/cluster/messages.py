@@ -286,10 +286,16 @@ class SnapshotGone(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """A change by which the run goes back to a snapshot, in a new epoch. created_at: of the snapshot."""
+    """A change by which the run goes back to a snapshot, in a new epoch.
+
+    created_at, version, step: of the snapshot. source: the run of the snapshot, where the run branches from another.
+    """
 
     snapshot: str
     created_at: float
+    version: str = ""
+    step: int | None = None
+    source: str | None = None
 
 
 class Creation(NamedTuple):

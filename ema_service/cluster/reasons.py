@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable, Sequence
 
-from ema_client.errors import EmaError, Superseded, error_from_problem, printable
+from ema_client.errors import Conflict, EmaError, Superseded, error_from_problem, printable
 
-__all__ = ["MADE_BEFORE", "code_in", "detail_in", "error_of", "reason_of"]
+__all__ = ["MADE_BEFORE", "code_in", "detail_in", "disagreement", "error_of", "reason_of"]
 
 #: Why a change is refused that was made already: whoever asked looks at the run.
 MADE_BEFORE = "applied before"
@@ -19,6 +20,17 @@ MADE_BEFORE = "applied before"
 def reason_of(fault: EmaError) -> str:
     """Why a proposal is refused, for every shard's sender."""
     return json.dumps(fault.to_problem())
+
+
+def disagreement(shards: Iterable[Sequence[int]]) -> str:
+    """Why a proposal is made on no shard that all have voted for. shards: each with those of the same outcome."""
+    sides = " against ".join(", ".join(map(str, each)) for each in shards)
+    fault = Conflict(
+        f"it was made on no host, for the hosts do not agree on what it makes of the run: shards {sides}",
+        hint="initial weights come with the same num_updates and step to every host; where it was another write "
+        "compare what GET /v1/runs/{run} says at each host",
+    )
+    return reason_of(fault)
 
 
 def error_of(reason: str) -> EmaError:

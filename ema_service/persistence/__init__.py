@@ -15,7 +15,7 @@ from ema_service.persistence.ring_shelf import RingSnapshot
 from ema_service.persistence.shard_versions import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.snapshots import Snapshots
 from ema_service.persistence.sweeps import Sweeps
-from ema_service.persistence.timeline import Timeline
+from ema_service.persistence.timeline import Timeline, Told, told_decay, told_reset, told_rewind, told_writer
 from ema_service.persistence.versions import Versions
 
 __all__ = [
@@ -29,5 +29,10 @@ __all__ = [
     "StoredRing",
     "Sweeps",
     "Timeline",
+    "Told",
     "Versions",
+    "told_decay",
+    "told_reset",
+    "told_rewind",
+    "told_writer",
 ]

@@ -77,8 +77,9 @@ class ShardRecord:
         self, text: str, upto: int, since: int = 0, change: RowChange | None = None, *, durable: bool = False
     ) -> None:
         """Replace the record; rows beyond revision ``upto`` go, and those before ``since``. change: of other rows, in
-        the same transaction. durable: the record outlives the machine at once, as it does with a change."""
-        durable = durable or change is not None or self.durable or self.lost or is_lost(text)
+        the same transaction. durable: the record outlives the machine at once, as it does with a change that lasts."""
+        lasts = change is not None and change.lasts
+        durable = durable or lasts or self.durable or self.lost or is_lost(text)
         self._store.keep_record(self._row, text, upto, since=since, durable=durable, change=change)
         self.text = text
 

@@ -38,9 +38,9 @@ from ema_service.memory import Arena, Layout, Memory
 from ema_service.persistence.offload import Offload
 from ema_service.persistence.restoring import read_arena
 from ema_service.persistence.rows import descent_of
-from ema_service.persistence.timeline import Timeline
+from ema_service.persistence.timeline import Timeline, told_snapshot, told_snapshot_gone
 from ema_service.shadows.state import Average, Descent, Member, State, schedule_told
-from ema_service.storage import ObjectGone, ObjectStoreFailed, RunRow, SnapshotRow, Store, TensorFile
+from ema_service.storage import ObjectGone, ObjectStoreFailed, RowChange, RunRow, SnapshotRow, Store, TensorFile
 from ema_service.storage.store import Files
 
 __all__ = ["Snapshots"]
@@ -211,28 +211,30 @@ class Snapshots:
             info = replace(self._info(name, state), created_at=created_at)
             self._write(state, info, key, begun=True)
 
-    def prepared(self, name: str, created_at: float) -> str:
-        """The text of its row, with which a snapshot is there that was written before. Raises SnapshotNotFound."""
+    def prepared(self, name: str, created_at: float, gone: Sequence[str]) -> RowChange:
+        """The rows with which a snapshot is there that was written before, and ``gone`` are there no more. Raises
+        SnapshotNotFound."""
         for row in self._store.snapshots(self._row):
-            said = json.loads(row.info)
-            if row.name == name and said.get("begun") and said["created_at"] == created_at:
-                return json.dumps({**said, "begun": False})
+            kept = _read_row(row)
+            if row.name == name and kept.begun and kept.info.created_at == created_at:
+                text = json.dumps({**json.loads(row.info), "begun": False})
+                line = told_snapshot(name, kept.info.version).line(kept.info)
+                return RowChange(shown=(name, text), gone=tuple(gone), line=line)
         raise _missing(self._row.name, name)
 
-    def shown(self, name: str, gone: Collection[str]) -> None:
+    def without(self, name: str, *, told: bool) -> RowChange:
+        """The rows with which a snapshot is there no more. told: whether anybody found it before."""
+        return RowChange(gone=(name,), line=told_snapshot_gone(name).line() if told else None)
+
+    def shown(self, gone: Collection[str]) -> None:
         """A snapshot is there by its row; ``gone`` are there no more."""
-        kept = self._kept().get(name)
-        version = kept.info.version if kept else ""
-        self._timeline.record("snapshot", f"snapshot {name} taken of version {version}")
         for old in gone:
             self._store.remove_snapshot_files(self._row, old)
         self._changed()
 
-    def gone(self, name: str, *, told: bool) -> None:
-        """A snapshot is there no more, by its row. told: whether anybody found it before."""
+    def gone(self, name: str) -> None:
+        """A snapshot is there no more, by its row."""
         self._store.remove_snapshot_files(self._row, name)
-        if told:
-            self._timeline.record("snapshot_deleted", f"snapshot {name} deleted")
         self._changed()
 
     def lent(self) -> list[dict[str, Any]]:
@@ -338,7 +340,7 @@ class Snapshots:
         with self._lock:
             self.find(name, created_at)
             self._store.remove_snapshot(self._row, name)
-            self._timeline.record("snapshot_deleted", f"snapshot {name} deleted")
+            self._timeline.record(*told_snapshot_gone(name))
             self._changed()
 
     def place(self, snapshot: SnapshotRow, folder: str, files: str) -> None:
@@ -369,7 +371,7 @@ class Snapshots:
         """Write a new snapshot and drop old ones of its series. Raises StorageFailed."""
         info = self._info(name, state)
         self._write(state, info, key)
-        self._timeline.record("snapshot", f"snapshot {name} taken of version {state.version}", state.version)
+        self._timeline.record(*told_snapshot(name, str(state.version)), state.version)
         self._drop_oldest(name, keep)
         self._changed()
         return info

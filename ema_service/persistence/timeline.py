@@ -1,4 +1,4 @@
-"""The timeline of one run: a line for each thing that somebody, or the service, did to the run.
+"""The timeline of one run: a line for each thing that somebody, or the service, did to the run, and what lines say.
 
 Knows that a line is worth less than what the line tells of. Does not know what happened, or how a run is measured
 (runs/measurements).
@@ -11,12 +11,22 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from ema_client.protocol import TimelineKind
+from ema_client.protocol import SnapshotInfo, TimelineKind
 from ema_service.shadows.state import Version
 from ema_service.storage import TIMELINE_LINES, RunRow, Store, TimelineRow
 
-__all__ = ["Timeline"]
+__all__ = [
+    "Timeline",
+    "Told",
+    "told_decay",
+    "told_reset",
+    "told_rewind",
+    "told_snapshot",
+    "told_snapshot_gone",
+    "told_writer",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +34,50 @@ _log = logging.getLogger(__name__)
 _LOOKED_AT = 8
 #: Lines among which the end of a training is looked for.
 _SEARCHED = 64
+
+
+class Told(NamedTuple):
+    """What a line says, the same wherever the run lies."""
+
+    kind: TimelineKind
+    text: str
+
+    def line(self, at: Version | SnapshotInfo | None = None) -> TimelineRow:
+        """The line, of now. at: the version that the run was at."""
+        step, num_updates = (at.step, at.num_updates) if at else (None, None)
+        return TimelineRow(time.time(), self.kind, step, num_updates, self.text)
+
+
+def told_decay(average: str, decay: float) -> Told:
+    """An average has another decay."""
+    return Told("decay_changed", f"decay of {average} set to {decay}")
+
+
+def told_reset() -> Told:
+    """The counter was reset."""
+    return Told("reset", "the warm-up begins anew")
+
+
+def told_writer(number: int) -> Told:
+    """A trainer attached."""
+    return Told("writer", f"trainer {number} took over")
+
+
+def told_snapshot(name: str, version: str) -> Told:
+    """A snapshot was taken."""
+    return Told("snapshot", f"snapshot {name} taken of version {version}")
+
+
+def told_snapshot_gone(name: str) -> Told:
+    """A snapshot was deleted."""
+    return Told("snapshot_deleted", f"snapshot {name} deleted")
+
+
+def told_rewind(snapshot: str, version: str, step: int | None, source: str | None = None) -> Told:
+    """The run went back to a snapshot. version, step: of the snapshot. source: the snapshot's run, where it is another
+    one."""
+    where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
+    return Told("rewound", f"rewound to {where} (version {version}, step {step})")
 
 
 class Timeline:
@@ -42,8 +96,7 @@ class Timeline:
         A failure is only logged: what the line tells of has happened all the same. Of a run that was deleted meanwhile
         nothing is noted: its timeline went with it.
         """
-        step, num_updates = (version.step, version.num_updates) if version else (None, None)
-        line = TimelineRow(time.time(), kind, step, num_updates, text)
+        line = Told(kind, text).line(version)
         if self._store is None or self._row is None:
             self._lines.append(line)
             return

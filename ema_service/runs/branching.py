@@ -5,11 +5,14 @@ Knows layouts, averages and counters of two runs. Does not know how a snapshot i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ema_client.errors import AverageNotFound, InvalidRequest, LayoutMismatch, listed
 from ema_client.protocol import RunConfig, SnapshotInfo
 from ema_service.runs.run import Run
+from ema_service.shadows import Average, Descent
 
-__all__ = ["check_averages", "check_branch"]
+__all__ = ["check_averages", "check_branch", "descent_of_branch"]
 
 
 def check_branch(run: Run, source: Run) -> None:
@@ -38,3 +41,9 @@ def check_averages(config: RunConfig, snapshot: SnapshotInfo) -> None:
             f"snapshot {snapshot.name!r} of run {snapshot.run!r} has no average {missing[0]!r}; it has "
             f"{', '.join(snapshot.averages)}"
         )
+
+
+def descent_of_branch(averages: Sequence[Average]) -> Descent:
+    """Of the version that follows another run's snapshot. averages: of the snapshot."""
+    counter = max(0, *(average.num_updates for average in averages))
+    return Descent(counter, before=max(counter, 1))

@@ -55,9 +55,13 @@ from ema_service.persistence import (
     Sweeps,
     Timeline,
     Versions,
+    told_decay,
+    told_reset,
+    told_rewind,
+    told_writer,
 )
 from ema_service.persistence.rows import revision_of
-from ema_service.runs.branching import check_averages, check_branch
+from ema_service.runs.branching import check_averages, check_branch, descent_of_branch
 from ema_service.runs.claims import Claim, Claims
 from ema_service.runs.ledger import Ledger
 from ema_service.runs.making import MORE_ROOM, Disk, Maker, Registered
@@ -65,7 +69,7 @@ from ema_service.runs.measurements import Measurements
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.posthoc import Synthesiser
 from ema_service.runs.run import Run
-from ema_service.shadows import Average, Descent, Member, Setup
+from ema_service.shadows import Member, Setup
 from ema_service.storage import (
     CatalogUnusable,
     MemoryFilesUnusable,
@@ -382,7 +386,7 @@ class Registry:
         found = self._find(name)
         applied = found.run.amend(lambda succession, version: succession.with_decay(version, decay, average), key)
         if applied:
-            found.record("decay_changed", f"decay of {average or found.run.config.averages[0].name} set to {decay}")
+            found.record(*told_decay(average or found.run.config.averages[0].name, decay))
         return found.run
 
     def add_average(self, name: str, average: AverageConfig, key: str | None = None) -> tuple[Run, bool]:
@@ -442,7 +446,7 @@ class Registry:
         """Begin the warm-up anew; a counter that is off stays off. Raises as Run.amend()."""
         found = self._find(name)
         if found.run.amend(lambda succession, version: succession.with_counter_reset(version), key):
-            found.record("reset", "the warm-up begins anew")
+            found.record(*told_reset())
         return found.run
 
     def attach(self, name: str, key: str | None = None) -> Writer:
@@ -451,7 +455,7 @@ class Registry:
         before = found.run.ledger.writer
         number = found.run.attach(found.disk.keep_writer if found.disk else _nothing, key)
         if number > before:
-            found.record("writer", f"trainer {number} took over")
+            found.record(*told_writer(number))
         return Writer(name, number)
 
     def add_sweep(self, name: str, report: SweepReport, key: str | None = None) -> SweepInfo:
@@ -493,16 +497,21 @@ class Registry:
             return run
         of, wanted = None, run.ledger.setup.members
         if source is not None:
-            check_branch(run, self.get(source))
-            of = self._disk(source).snapshots
-            check_averages(run.config, of.find(snapshot))
+            of = self.source_of(run, source, snapshot)
         _check_state((disk.snapshots if of is None else of).find(snapshot))
         info, averages, arenas = disk.snapshots.read(snapshot, wanted, of=of)
-        run.rewind(info, averages, arenas, self._descent(disk, info, averages, branches=of is not None), key)
+        descent = disk.snapshots.following(info) if of is None else descent_of_branch(averages)
+        run.rewind(info, averages, arenas, descent, key)
         self._settle(run, disk)
-        where = f"snapshot {snapshot}" if source is None else f"snapshot {snapshot} of run {source}"
-        found.record("rewound", f"rewound to {where} (version {info.version}, step {info.step})")
+        found.record(*told_rewind(snapshot, info.version, info.step, source))
         return run
+
+    def source_of(self, run: Run, source: str, snapshot: str) -> Snapshots:
+        """The snapshots of another run, from one of which ``run`` is to branch. Raises as rewind()."""
+        check_branch(run, self.get(source))
+        found = self._disk(source).snapshots
+        check_averages(run.config, found.find(snapshot))
+        return found
 
     def accept(self, name: str, key: str | None = None, *, created_at: float | None = None) -> Run:
         """Let a degraded run go on with the version that is there. Raises as Run.accept(), and StorageFailed."""
@@ -680,14 +689,6 @@ class Registry:
             self._claims.discard(claim)
         made.record("created", _created(made.run.config))
         return made
-
-    @staticmethod
-    def _descent(disk: Disk, info: SnapshotInfo, averages: tuple[Average, ...], *, branches: bool) -> Descent:
-        """Of the version that follows a snapshot. branches: whether the snapshot is another run's."""
-        if branches:
-            counter = max(0, *(average.num_updates for average in averages))
-            return Descent(counter, before=max(counter, 1))
-        return disk.snapshots.following(info)
 
     def _place_snapshot(self, run: str, snapshot: SnapshotRow, folder: str, files: str) -> None:
         """A snapshot lies in the object store now. Raises sqlite3.Error."""

@@ -234,10 +234,17 @@ class RowChange:
     """What a revision of a run on several hosts changes of the run's rows, in the transaction of its record.
 
     shown: a snapshot's name, and the text of its row from now on. gone: names of snapshots that are there no more.
+    line: of the run's timeline.
     """
 
     shown: tuple[str, str] | None = None
     gone: tuple[str, ...] = ()
+    line: TimelineRow | None = None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the change outlives the machine at once: a snapshot does, whatever the run's durability."""
+        return self.shown is not None or bool(self.gone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,6 +468,8 @@ class Catalog:
                 db.execute("UPDATE snapshots SET info = ? WHERE run_id = ? AND name = ?", (text, run_id, name))
             for gone in change.gone if change else ():
                 db.execute("DELETE FROM snapshots WHERE run_id = ? AND name = ?", (run_id, gone))
+            if change and change.line:
+                _add_line(db, run_id, change.line)
 
     def put_vote(
         self, run_id: int, record: str, vote: CheckpointRow, current: int | None, *, durable: bool
@@ -544,11 +553,8 @@ class Catalog:
 
     def add_line(self, run_id: int, line: TimelineRow) -> None:
         """Add a line to a run's timeline, which a power loss may take again; the oldest of too many lines goes."""
-        values = run_id, line.at, line.kind, line.step, line.num_updates, line.text
-        self._write("INSERT INTO timeline VALUES (?, ?, ?, ?, ?, ?)", *values, durable=False)
-        query = "SELECT rowid FROM timeline WHERE run_id = ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
-        for (oldest,) in self._read(query, run_id, TIMELINE_LINES):
-            self._write("DELETE FROM timeline WHERE run_id = ? AND rowid <= ?", run_id, oldest, durable=False)
+        with self._transaction(durable=False) as db:
+            _add_line(db, run_id, line)
 
     def timeline(self, run_id: int, since: float, most: int) -> list[TimelineRow]:
         """The newest lines of a run's timeline that are later than ``since``, at most so many, in order."""
@@ -626,6 +632,15 @@ class Catalog:
             return
         for each in range(found, FORMAT):
             self._db.executescript(f"BEGIN; {_MIGRATIONS[each]} PRAGMA user_version = {each + 1}; COMMIT;")
+
+
+def _add_line(db: sqlite3.Connection, run_id: int, line: TimelineRow) -> None:
+    """Add a line to a run's timeline; the oldest of too many goes."""
+    values = run_id, line.at, line.kind, line.step, line.num_updates, line.text
+    db.execute("INSERT INTO timeline VALUES (?, ?, ?, ?, ?, ?)", values)
+    query = "SELECT rowid FROM timeline WHERE run_id = ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
+    for (oldest,) in db.execute(query, (run_id, TIMELINE_LINES)).fetchall():
+        db.execute("DELETE FROM timeline WHERE run_id = ? AND rowid <= ?", (run_id, oldest))
 
 
 def _reserve(path: Path, nbytes: int) -> None:

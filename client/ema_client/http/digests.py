@@ -8,14 +8,14 @@ Knows bytes and xxhash. Does not know bodies, sockets, or what follows from a di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise, repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import xxhash
 
-__all__ = ["BLOCK_BYTES", "HASHED_AT_ONCE", "Digest", "Rest", "blocks", "can_digest"]
+__all__ = ["BLOCK_BYTES", "HASHED_AT_ONCE", "Digest", "Rest", "blocks", "can_digest", "digests_of"]
 
 #: Bytes of each stretch of a body that holds whole tensors; its last one is shorter. The service hashes so, as it
 #: averages.
@@ -36,6 +36,17 @@ def can_digest() -> bool:
 def blocks() -> Iterator[int]:
     """The stretches of a body of whole tensors."""
     return repeat(BLOCK_BYTES)
+
+
+def digests_of(data: Iterable[memoryview], sizes: Sequence[int]) -> list[bytes]:
+    """The digest of each of several stretches of a stream, as of a body of whole tensors. sizes: the stretches' bytes,
+    in order; what the stream has beyond them is in no digest."""
+    digests, bounds, at = [Digest(blocks()) for _ in sizes], [0, *accumulate(sizes)], 0
+    for piece in data:
+        for digest, (start, stop) in zip(digests, pairwise(bounds), strict=True):
+            digest.update(piece[max(start - at, 0) : max(stop - at, 0)])
+        at += len(piece)
+    return [each.digest() for each in digests]
 
 
 class Digest:

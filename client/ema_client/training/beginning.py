@@ -11,7 +11,7 @@ Knows: the tensors of a model, and the moment before the first step. Does not kn
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ema_client.tensors.layout import dtype_of
 from ema_client.training.first_step import FirstStep
 from ema_client.training.kinds import AnySelection
 
-__all__ = ["Beginning", "parameters_hash"]
+__all__ = ["Beginning", "parameters_data", "parameters_hash"]
 
 
 class Beginning(FirstStep):
@@ -60,15 +60,21 @@ class Beginning(FirstStep):
         return tensors
 
 
-def parameters_hash(tensors: Sequence[Tensor], specs: Sequence[TensorSpec], *, buffers: bool = False) -> bytes:
-    """Of the parameters among the tensors, as they are sent: one tensor at a time is copied or cast, if need be.
-
-    buffers: of all tensors. The hash is then the digest that the service has of an update with these tensors, where
-    xxhash is installed.
-    """
+def parameters_hash(tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> bytes:
+    """Of the parameters among the tensors, as they are sent."""
     whole = Digest(blocks()) if can_digest() else hashlib.blake2b(digest_size=16)
-    with torch.no_grad():
-        for tensor, entry in zip(tensors, wire.place(specs), strict=True):
-            if buffers or isinstance(tensor, nn.Parameter):
-                whole.update(memory(on_host(tensor.detach().to(dtype_of(entry)))))
+    for data in parameters_data(tensors, specs):
+        whole.update(data)
     return whole.digest()
+
+
+def parameters_data(
+    tensors: Sequence[Tensor], specs: Sequence[TensorSpec], *, buffers: bool = False
+) -> Iterator[memoryview]:
+    """The data of the parameters among the tensors, as they are sent: one tensor at a time is copied or cast, if need
+    be. buffers: of all tensors, which is the data of an update."""
+    for tensor, entry in zip(tensors, wire.place(specs), strict=True):
+        if buffers or isinstance(tensor, nn.Parameter):
+            with torch.no_grad():
+                on_cpu = on_host(tensor.detach().to(dtype_of(entry)))
+            yield memory(on_cpu)

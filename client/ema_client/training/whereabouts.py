@@ -1,8 +1,9 @@
 """Whether a training that goes on with a run, and does not say its step, is where the run is.
 
 A training that comes back from an older checkpoint counts the steps since that checkpoint twice. Two things tell of it.
-The service has the digest of the parameters of a run's latest update: a model with these very parameters is where the
-run is. And torch's optimizers count their steps, and have the count of the checkpoint again.
+The service has the digest of the parameters of a run's latest update, or of each host's slice of them: a model with
+these very parameters is where the run is. And torch's optimizers count their steps, and have the count of the
+checkpoint again.
 
 Weights and optimizers may be loaded until the first step: a model is judged ahead of that step, or with the first
 update of a training without a torch optimizer, by the weights that it had in the constructor.
@@ -13,20 +14,23 @@ Knows: the parameters of now, their digest, an optimizer's count. Does not know:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ema_client.client import EmaClient
-from ema_client.http.digests import can_digest
-from ema_client.protocol import RunInfo
-from ema_client.training.beginning import parameters_hash
+from ema_client.http.digests import can_digest, digests_of
+from ema_client.protocol import RunInfo, SliceDigest
+from ema_client.training.beginning import parameters_data, parameters_hash
 from ema_client.training.first_step import FirstStep
 from ema_client.training.kinds import AnySelection
 
-__all__ = ["Whereabouts", "latest_digest", "steps_of"]
+__all__ = ["Whereabouts", "latest_digests", "steps_of"]
+
+#: More bytes than any update has.
+_ALL = 1 << 62
 
 
 class Whereabouts:
@@ -34,7 +38,8 @@ class Whereabouts:
 
     Args:
         run: the run as it was found, with at least one update.
-        digest: of the parameters of the run's latest update, in hexadecimal; None where nobody knows it.
+        digests: of the data of the run's latest update, in its order: of all of it, or of each host's slice; none where
+            nobody knows them.
         model, selection, tensors: the model of now, and its tensors in the selection's order.
         update_every: as for RemoteEma: a training may be so many steps ahead of its latest update.
     """
@@ -42,7 +47,7 @@ class Whereabouts:
     def __init__(
         self,
         run: RunInfo,
-        digest: str | None,
+        digests: Sequence[SliceDigest],
         *,
         model: nn.Module,
         selection: AnySelection,
@@ -52,11 +57,11 @@ class Whereabouts:
         self._run = run.run
         self._step = run.step or 0
         self._update_every = update_every
-        self._digest = digest
+        self._digests = digests
         self._specs = selection.specs
         #: Whether the model had other weights in the constructor; None where that cannot be told.
-        self._was_elsewhere = None if digest is None else self._hash(tensors, buffers=True) != digest
-        self._was = "" if digest is None else self._hash(tensors)
+        self._was_elsewhere = self._differs(parameters_data(tensors, self._specs, buffers=True)) if digests else None
+        self._was = parameters_hash(tensors, self._specs) if digests else b""
         #: Whether everything was found out and, where need be, said.
         self.over = False
         self._first = FirstStep(model, selection, self._ahead)
@@ -73,11 +78,12 @@ class Whereabouts:
 
     def _is_elsewhere(self) -> bool | None:
         """Whether the model of now has other weights than the run's latest update; None where that cannot be told."""
-        tensors = None if self._digest is None else self._first.tensors()
-        if tensors is None or (now := self._hash(tensors)) == self._was:
+        tensors = self._first.tensors() if self._digests else None
+        if tensors is None or parameters_hash(tensors, self._specs) == self._was:
             return self._was_elsewhere
         # Loaded since the constructor. Buffers, which a forward pass changes, are no longer those of the update.
-        return now != self._digest if all(isinstance(each, nn.Parameter) for each in tensors) else None
+        known = all(isinstance(each, nn.Parameter) for each in tensors)
+        return self._differs(parameters_data(tensors, self._specs)) if known else None
 
     def _judge(self, elsewhere: bool | None, steps: int | None) -> None:
         """steps: that the training's optimizer has made, None where nobody knows."""
@@ -109,13 +115,19 @@ class Whereabouts:
             stacklevel=2,
         )
 
-    def _hash(self, tensors: Sequence[Tensor], *, buffers: bool = False) -> str:
-        return parameters_hash(tensors, self._specs, buffers=buffers).hex()
+    def _differs(self, data: Iterable[memoryview]) -> bool:
+        """Whether an update's data is another than that of the run's latest: as a whole, or on any of its hosts."""
+        found = digests_of(data, [each.bytes for each in self._digests])
+        return [each.hex() for each in found] != [each.digest for each in self._digests]
 
 
-def latest_digest(client: EmaClient, run: RunInfo) -> str | None:
-    """Of the parameters of a run's latest update; None where the service does not know it, or nothing can compare."""
-    return client.update_status(run.run, run.step).digest if run.step is not None and can_digest() else None
+def latest_digests(client: EmaClient, run: RunInfo) -> tuple[SliceDigest, ...]:
+    """Of the data of a run's latest update: of all of it, or of each host's slice. None where the service does not know
+    them, or nothing can compare."""
+    if run.step is None or not can_digest():
+        return ()
+    status = client.update_status(run.run, run.step)
+    return status.digests if status.digest is None else (SliceDigest(_ALL, status.digest),)
 
 
 def steps_of(optimizer: Optimizer) -> int | None:

@@ -305,17 +305,17 @@ async def rewind_run(
     have no weights yet. Without a snapshot: let a degraded run go on with the version that is there.
     """
     registry, snapshot, source = server.registry, body.snapshot, body.run
-    if server.host:
-        if snapshot is None or source is not None:
-            raise InvalidRequest(
-                "this server is one host of a cluster, whose runs go back to their own snapshots alone",
-                hint="name a snapshot of the run, and leave run out",
-            )
-        return await server.host.rewind(run, snapshot, key, created_at=created_at)
     if source is not None:
         if snapshot is None:
             raise InvalidRequest(f"run: {source!r} was given without a snapshot of it")
         access_of(request).check("pull", source)
+    if server.host:
+        if snapshot is None:
+            raise InvalidRequest(
+                "this server is one host of a cluster, whose runs cannot go on after damage without a snapshot",
+                hint="name a snapshot to go back to",
+            )
+        return await server.host.rewind(run, snapshot, key, source=source, created_at=created_at)
     go = (
         partial(registry.accept, run, key, created_at=created_at)
         if snapshot is None

@@ -22,7 +22,7 @@ import hashlib
 import json
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, TypeVar, cast
@@ -45,7 +45,6 @@ from ema_client.errors import (
 )
 from ema_client.protocol import (
     API,
-    DEFAULT_ENTRIES,
     DIGEST_FOLLOWS,
     HEADER_DIGEST,
     HEADER_PUSH,
@@ -84,7 +83,7 @@ from ema_client.protocol import (
 from ema_service.cluster.gateway.counted import Counted
 from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_of, parsed, passed_on
 from ema_service.cluster.gateway.overview import overview_of, run_overview_of
-from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
+from ema_service.cluster.gateway.past import asked_of_hosts, whole_distances, whole_history, whole_timeline
 from ema_service.cluster.gateway.pulls import is_known, send_weights
 from ema_service.cluster.gateway.pushes import PartSplitting, Slice, Splitting
 from ema_service.cluster.gateway.waiting import once_reached, send_events
@@ -94,6 +93,7 @@ from ema_service.cluster.gateway.whole import (
     layout_of,
     map_of,
     shards_of,
+    slice_digests,
     whole_info,
     whole_part,
     whole_result,
@@ -416,7 +416,11 @@ class _Gateway:
         """What is known of a step."""
         query = dict(request.query_params)
         ask = partial(self._ask, request, update_path(run, step), UpdateStatus, params=query)
-        return _json(whole_status(await all_of([ask(host) for each in await self.hosts.both(run) for host in each])))
+        told = await all_of([all_of([ask(host) for host in each]) for each in await self.hosts.both(run)])
+        firsts = [each[0] for each in told]
+        known = all(each.digest for each in firsts)
+        digests = slice_digests(firsts, await self._map(request, run)) if known else ()
+        return _json(whole_status([status for each in told for status in each], digests))
 
     async def _push(
         self, run: str, request: Request, path: str, splitting: type[Splitting]
@@ -467,14 +471,21 @@ class _Gateway:
 
     async def timeline(self, run: RunName, request: Request) -> Response:
         """What was done to the run."""
-        query = request.query_params
-        asked = query.get("limit", "")
-        most = int(asked) if asked.isascii() and asked.isdecimal() else DEFAULT_ENTRIES  # else hosts refuse it
-        return await self._past(request, timeline_path(run), Timeline, partial(whole_timeline, most=most))
+        most, since, query = asked_of_hosts(request.query_params)
+        merge = partial(whole_timeline, most=most, since=since)
+        return await self._past(request, timeline_path(run), Timeline, merge, query)
 
-    async def _past(self, request: Request, path: str, kind: type[T], merge: Callable[[Sequence[T]], T]) -> Response:
-        """What each host noted, as of one run; on a thread, for a history has thousands of numbers."""
-        headers, query = passed_on(request.headers), dict(request.query_params)
+    async def _past(
+        self,
+        request: Request,
+        path: str,
+        kind: type[T],
+        merge: Callable[[Sequence[T]], T],
+        query: Mapping[str, str] | None = None,
+    ) -> Response:
+        """What each host noted, as of one run; on a thread, for a history has thousands of numbers. query: for the
+        hosts, by default the request's."""
+        headers, query = passed_on(request.headers), query or dict(request.query_params)
 
         async def ask(host: HostAddress) -> tuple[HostAddress, httpx2.Response]:
             return host, await self.hosts.send(host, "GET", path, headers, params=query)

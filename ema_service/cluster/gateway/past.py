@@ -9,18 +9,41 @@ Pure. Knows the dataclasses of the protocol, and which facts add up. Does not kn
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ema_client.protocol import Distances, History, HistoryColumns, Timeline, TimelineEntry
+from ema_client.protocol import (
+    DEFAULT_ENTRIES,
+    TIMELINE_ENTRIES,
+    Distances,
+    History,
+    HistoryColumns,
+    Timeline,
+    TimelineEntry,
+)
 
-__all__ = ["whole_distances", "whole_history", "whole_timeline"]
+__all__ = ["asked_of_hosts", "whole_distances", "whole_history", "whole_timeline"]
 
 #: Significant digits of what is told, as a server has them.
 _DIGITS = 7
+#: Numbers in a request for a timeline, as our client writes them.
+_LIMIT, _TIME = re.compile(r"[1-9][0-9]{0,3}", re.ASCII), re.compile(r"[0-9]{1,11}(\.[0-9]{0,24})?", re.ASCII)
+#: What is done on all hosts or on none, and so told by each of them.
+_TOGETHER = (
+    "created",
+    "decay_changed",
+    "reset",
+    "average_added",
+    "average_removed",
+    "writer",
+    "snapshot",
+    "snapshot_deleted",
+    "rewound",
+)
 #: Columns of which the whole run has what its slowest host has.
 _WORST = ("durable_lag", "seconds_receive", "seconds_average", "seconds_commit")
 
@@ -59,9 +82,24 @@ def whole_distances(found: Sequence[Distances]) -> Distances:
     return replace(found[0], version=_oldest([each.version for each in found]), step=step, tensors=tensors)
 
 
-def whole_timeline(timelines: Sequence[Timeline], most: int) -> Timeline:
-    """What was done to the whole run, ``most`` of it: once what all hosts noted, and with the host's name what some of
-    them did."""
+def asked_of_hosts(query: Mapping[str, str]) -> tuple[int, float, dict[str, str]]:
+    """How many entries of a timeline, and later than when, a request asks for, and the query for the hosts: for all
+    that they have, as of one thing their entries have different times. What is written otherwise than our client does
+    is left to the hosts, which refuse what is wrong."""
+    most, since = query.get("limit", str(DEFAULT_ENTRIES)), query.get("since", "0")
+    plain = _LIMIT.fullmatch(most) and _TIME.fullmatch(since)
+    if not plain or not TIMELINE_ENTRIES[0] <= int(most) <= TIMELINE_ENTRIES[1]:
+        return TIMELINE_ENTRIES[1], 0.0, dict(query)
+    return int(most), float(since), {"limit": str(TIMELINE_ENTRIES[1])}
+
+
+def whole_timeline(timelines: Sequence[Timeline], most: int, since: float = 0.0) -> Timeline:
+    """What was done to the whole run: the newest ``most`` that is later than ``since``. timelines: all that hosts have.
+
+    What hosts make together is told once, as soon as one of them has noted it: the verdict is on its way to the others,
+    or they were filled from their twins, which lend no timeline. Of anything else what all hosts noted is told once,
+    and with the host's name what some of them did.
+    """
     noted: dict[tuple[object, ...], dict[int, TimelineEntry]] = {}
     for place, timeline in enumerate(timelines):
         times: Counter[tuple[object, ...]] = Counter()
@@ -70,7 +108,8 @@ def whole_timeline(timelines: Sequence[Timeline], most: int) -> Timeline:
             times[about] += 1
             noted.setdefault((*about, times[about]), {})[place] = entry
     entries = [each for places in noted.values() for each in _told(places, len(timelines))]
-    return Timeline(timelines[0].run, tuple(sorted(entries, key=lambda entry: entry.time)[-most:]))
+    later = [entry for entry in entries if entry.time > since]
+    return Timeline(timelines[0].run, tuple(sorted(later, key=lambda entry: entry.time)[-most:]))
 
 
 # --- measurements ----------------------------------------------------------------------------------------------------
@@ -163,9 +202,9 @@ def _about(entry: TimelineEntry) -> tuple[object, ...]:
 
 
 def _told(places: Mapping[int, TimelineEntry], hosts: int) -> Iterator[TimelineEntry]:
-    """The entries of one thing, which these hosts noted."""
-    if len(places) < hosts:
+    """The entries of one thing, which these hosts noted: at the earliest time, which stays when others note it."""
+    first = min(places.values(), key=lambda entry: entry.time)
+    if len(places) < hosts and first.kind not in _TOGETHER:
         yield from (replace(entry, text=f"host {place}: {entry.text}") for place, entry in places.items())
         return
-    latest = max(places.values(), key=lambda entry: entry.time)
-    yield replace(latest, text=f"created on {hosts} hosts") if latest.kind == "created" else latest
+    yield replace(first, text=f"created on {hosts} hosts") if first.kind == "created" else first

@@ -18,6 +18,7 @@ from ema_client.protocol import (
     RunLayout,
     RunShards,
     ServerInfo,
+    SliceDigest,
     SnapshotInfo,
     SnapshotList,
     TensorSpec,
@@ -33,6 +34,7 @@ __all__ = [
     "layout_of",
     "map_of",
     "shards_of",
+    "slice_digests",
     "whole_info",
     "whole_part",
     "whole_result",
@@ -133,15 +135,22 @@ def whole_result(results: Sequence[UpdateResult]) -> UpdateResult:
     return replace(first, applied=applied, durable_step=_least(each.durable_step for each in results))
 
 
-def whole_status(statuses: Sequence[UpdateStatus]) -> UpdateStatus:
-    """What is known of a step. Its digest is each slice's, so none is told.
+def slice_digests(statuses: Sequence[UpdateStatus], shards: LayoutMap) -> tuple[SliceDigest, ...]:
+    """The digests of all hosts' slices of an update, by place; none where a host does not know its own."""
+    found = [each.digest for each in statuses if each.digest is not None]
+    sizes = [each.params.stop - each.params.start for each in shards.shards]
+    return tuple(map(SliceDigest, sizes, found)) if len(found) == len(sizes) else ()
+
+
+def whole_status(statuses: Sequence[UpdateStatus], digests: tuple[SliceDigest, ...] = ()) -> UpdateStatus:
+    """What is known of a step. digests: of the slices, where all have applied the step.
 
     Of parts those are told that all hosts have. A host that has applied the step needs none: the others are about to.
     """
     step = statuses[0].step
     waiting = [each for each in statuses if each.state != "applied"]
     if not waiting:
-        return UpdateStatus(step, "applied")
+        return UpdateStatus(step, "applied", digests=digests)
     if any(each.state == "unknown" for each in waiting):
         return UpdateStatus(step, "unknown")
     return UpdateStatus(step, "staged", tuple(sorted(set[int].intersection(*(set(each.parts) for each in waiting)))))

@@ -311,13 +311,19 @@ class Host:
         await self._ask(self.shard(run).talk, secrets.token_hex(16), change)
 
     async def rewind(
-        self, name: str, snapshot: str, key: str | None = None, *, created_at: float | None = None
+        self,
+        name: str,
+        snapshot: str,
+        key: str | None = None,
+        *,
+        source: str | None = None,
+        created_at: float | None = None,
     ) -> RunInfo:
-        """As Registry.rewind(), to a snapshot of the run itself, on all hosts. Raises as that, and as _ask().
+        """As Registry.rewind(), on all hosts. Raises as that, and as _ask().
 
         When this returns, no loss of a machine takes the run back to where it was before. created_at: of the run.
         """
-        run, snapshots = self._registry.get(name, created_at), self._registry.snapshots(name)
+        run, snapshots = self._registry.get(name, created_at), self._registry.snapshots(source or name)
         key, shard = key or secrets.token_hex(16), self.shard(run)
 
         def told() -> RunInfo | None:
@@ -327,7 +333,8 @@ class Host:
         answer = told()
         if answer is None:  # else nothing is needed any more of what the rewind was made with
             info = await asyncio.to_thread(snapshots.find, snapshot)
-            answer = await self._made(run, Rewind(snapshot, info.created_at), key, told)
+            change = Rewind(snapshot, info.created_at, info.version, info.step, source)
+            answer = await self._made(run, change, key, told)
         await self._settle(shard)
         return answer
 
@@ -455,6 +462,7 @@ class Host:
             run,
             versions,
             snapshots,
+            self._registry.source_of,
             arrival,
             member.coordinators,
             member.token,

@@ -38,7 +38,7 @@ from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.hosting.checkpoints import Checkpoints
 from ema_service.cluster.hosting.reporting import Reporting
-from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots
+from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots, SourceOf
 from ema_service.cluster.messages import (
     Adjustment,
     Answer,
@@ -57,7 +57,16 @@ from ema_service.cluster.messages import (
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
 from ema_service.cluster.token import ClusterToken
-from ema_service.persistence import ShardMemoryVersions, ShardVersions, Snapshots
+from ema_service.persistence import (
+    ShardMemoryVersions,
+    ShardVersions,
+    Snapshots,
+    Told,
+    told_decay,
+    told_reset,
+    told_rewind,
+    told_writer,
+)
 from ema_service.persistence.rows import dump
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, State, Update, Write
@@ -122,6 +131,7 @@ class ShardRun:
         run: Run,
         versions: ShardVersions | ShardMemoryVersions,
         snapshots: Snapshots,
+        source_of: SourceOf,
         arrival: Arrival,
         coordinators: Sequence[str],
         token: ClusterToken,
@@ -130,9 +140,9 @@ class ShardRun:
         twin: Twin | None = None,
     ) -> None:
         """run, versions, snapshots: as Registry.get(), shard() and snapshots() have them, for which there is no other
-        ShardRun. arrival, coordinators, token: as for Reporting. changes: judges what coordinators bring, and works
-        until the talk is closed; saving: does the same where files are read or written. twin: the other host of the
-        shard, None where there is none.
+        ShardRun. source_of: Registry.source_of(). arrival, coordinators, token: as for Reporting. changes: judges
+        what coordinators bring, and works until the talk is closed; saving: does the same where files are read or
+        written. twin: the other host of the shard, None where there is none.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
@@ -146,7 +156,7 @@ class ShardRun:
         self._versions = versions
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
-        self.snapshots = ShardSnapshots(run, snapshots, saving)
+        self.snapshots = ShardSnapshots(run, snapshots, saving, source_of)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
         self._revision = record.revision
@@ -287,7 +297,8 @@ class ShardRun:
                 base = record.vote.ticket.base if record.vote else self._revision
                 self._versions.vote(slot, prepared.write.state, encode(record), base + 1)
             else:
-                self._versions.discard(encode(record), durable=prepared is not None and prepared.rows is not None)
+                rows = prepared.rows if prepared else None
+                self._versions.discard(encode(record), durable=rows is not None and rows.lasts)
 
     def abort(self, record: Record, prepared: _Held | None) -> None:
         """Keep a record without the vote, or with that for what has waited."""
@@ -367,15 +378,34 @@ class ShardRun:
         rows = None if isinstance(change, Checkpoint) else self.snapshots.rows(change)
         return _Held(Write(_nothing, _nothing), outcome, change, rows)
 
-    def _hold(self, ticket: Ticket, write: Write, writer: int | None = None) -> _Held:
-        """Hold a write until the verdict; of one that comes again the first. Raises StepConflict for other bytes."""
+    def _hold(
+        self, ticket: Ticket, write: Write, writer: int | None = None, change: Adjustment | Rewind | None = None
+    ) -> _Held:
+        """Hold a write until the verdict; of one that comes again the first. change: that the write is, if any. Raises
+        StepConflict for other bytes."""
         version = write.state.version if write.state else None
         outcome = self._run.ledger.outcome(version, writer)
-        held = self._held.setdefault(ticket, _Held(write, outcome))
+        held = self._held.setdefault(ticket, _Held(write, outcome, rows=self._rows(write, outcome, change)))
         first = held.write.state
         if version and first and first.version.digest != version.digest:
             raise StepConflict(f"step {ticket.step} of run {self._run.config.run!r} came before with other bytes")
         return held
+
+    def _rows(self, write: Write, outcome: str, change: Adjustment | Rewind | None) -> RowChange | None:
+        """What else changes on the disk with the verdict on a change: a line of the run's timeline. None of a write
+        that is no change."""
+        if change is None:
+            return None
+        version = write.state.version if write.state else self._run.ledger.version
+        return RowChange(line=self._told(change, outcome).line(version))
+
+    def _told(self, change: Adjustment | Rewind, outcome: str) -> Told:
+        """What the timeline says of a change."""
+        if isinstance(change, Rewind):
+            return told_rewind(change.snapshot, change.version, change.step, change.source)
+        if change.kind == "decay" and change.decay is not None:
+            return told_decay(change.average or self._run.config.averages[0].name, change.decay)
+        return told_writer(writer_in(outcome)) if change.kind == "writer" else told_reset()
 
     def _judge(self, proposal: Proposal) -> None:
         """Vote for a change that a coordinator brings, or refuse it; one for an older revision comes again."""
@@ -433,15 +463,12 @@ class ShardRun:
             return None
         rewound = self.snapshots.read(change, _lineage_of(ticket.key), ticket.key)
         with self._run.deciding():
-            return self._hold(ticket, self._run.prepare_rewound(rewound))
+            return self._hold(ticket, self._run.prepare_rewound(rewound), change=change)
 
     def _hold_way_back(self, proposal: Proposal, state: State | None) -> _Held:
         """Hold the write that a way back is; of one that comes again the first."""
         with self._run.deciding():
             return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
-
-    def _fill_later(self) -> None:
-        self._fills_from = time.monotonic() + _FILL_PAUSE
 
     def _others_return(self, proposal: Proposal) -> _Held | None:
         """What the return of another host holds; None for any other proposal."""
@@ -459,11 +486,11 @@ class ShardRun:
         """What the twin has, to be put in place of what is here. Raises Overloaded, StorageFailed."""
         if self._twin is None:
             raise InvalidRequest("this host has no twin")
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._fill_later)
+        try:
             self.snapshots.copy(self._twin)
             copied = self._twin.copy(self._run, proposal.ticket.key)
-            undo.pop_all()
+        finally:  # also of a copy that was made: the others may not agree on what it makes of the run
+            self._fills_from = time.monotonic() + _FILL_PAUSE
         with self._run.deciding():
             write = self.checkpoints.back_at(copied.state, copied.outcome)
             return self._held.setdefault(proposal.ticket, _Held(write, copied.outcome, filled=True))
@@ -504,7 +531,7 @@ class ShardRun:
             write = run.prepare_amended(lambda after, version: after.with_counter_reset(version), ticket.key)
         else:
             raise InvalidRequest(f"{change.kind!r} is no change that shards can make together")
-        return self._hold(ticket, write, writer) if write else None
+        return self._hold(ticket, write, writer, change) if write else None
 
     def _attaching(self, writer: int, key: str) -> Write:
         return Write(_nothing, partial(self._run.ledger.attach, writer, key))
@@ -536,13 +563,18 @@ class ShardRun:
             own = self._place in record.seating.absent
             write = self.checkpoints.back_at(voted, outcome) if own else Write(_nothing, _nothing)
             held = _Held(write, outcome, filled=own)
-        elif voted:
-            held = _Held(self._run.moving_to(voted, None), outcome)
-        elif proposal.change and not isinstance(change := _change_in(proposal.change), Adjustment | Rewind):
-            held = self._held_beside(change, outcome)
         else:
-            held = _Held(self._attaching(writer_in(outcome), proposal.ticket.key), outcome)
+            held = self._taken_up(proposal, outcome, voted)
         return {proposal.ticket: held}
+
+    def _taken_up(self, proposal: Proposal, outcome: str, voted: State | None) -> _Held:
+        """What a vote for an update or a change holds. voted: the version that was voted for, if any."""
+        change = _change_in(proposal.change) if proposal.change else None
+        if change is not None and not isinstance(change, Adjustment | Rewind):
+            return self._held_beside(change, outcome)
+        attaching = self._attaching(writer_in(outcome), proposal.ticket.key)
+        write = self._run.moving_to(voted, None) if voted else attaching
+        return _Held(write, outcome, rows=self._rows(write, outcome, change))
 
 
 def check_held(record: Record, key: str | None) -> Vote | None:

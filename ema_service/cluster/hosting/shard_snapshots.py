@@ -14,28 +14,34 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ema_client.errors import EmaError, Overloaded
 from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.messages import Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
 from ema_service.persistence import Snapshots
 from ema_service.runs import Rewound, Run, State
+from ema_service.runs.branching import descent_of_branch
 from ema_service.storage import RowChange
 
-__all__ = ["ShardSnapshots"]
+__all__ = ["ShardSnapshots", "SourceOf"]
 
 _log = logging.getLogger(__name__)
+
+#: A run, another one, and the name of a snapshot of the latter -> the snapshots of the latter (Registry.source_of).
+SourceOf: TypeAlias = Callable[[Run, str, str], Snapshots]
 
 
 class ShardSnapshots:
     """The snapshots of one shard. Thread-safe."""
 
-    def __init__(self, run: Run, snapshots: Snapshots, saving: Executor) -> None:
-        """snapshots: the run's. saving: writes them, one after the other."""
+    def __init__(self, run: Run, snapshots: Snapshots, saving: Executor, source_of: SourceOf) -> None:
+        """snapshots: the run's. saving: writes them, one after the other. source_of: as Registry.source_of()."""
         self._run = run
+        self._source_of = source_of
         self._snapshots = snapshots
         self._saving = saving
         self._lock = threading.Lock()
@@ -45,11 +51,14 @@ class ShardSnapshots:
     def read(self, change: Rewind, lineage: str, key: str) -> Rewound:
         """The version at a snapshot, written to its place. lineage: for a run that has no version. key: of the write.
 
-        Raises as Snapshots.read(), SnapshotNotFound, and as Run.finish_rewind().
+        Raises as Snapshots.read(), SnapshotNotFound, as Run.finish_rewind(), and as Registry.source_of().
         """
-        self._snapshots.find(change.snapshot, change.created_at)
-        read = self._snapshots.read(change.snapshot, self._run.ledger.setup.members)
-        return self._run.finish_rewind(*read, self._snapshots.following(read[0]), lineage, key)
+        own, run = self._snapshots, self._run
+        of = None if change.source is None else self._source_of(run, change.source, change.snapshot)
+        (own if of is None else of).find(change.snapshot, change.created_at)
+        info, averages, arenas = own.read(change.snapshot, run.ledger.setup.members, of=of)
+        descent = own.following(info) if of is None else descent_of_branch(averages)
+        return run.finish_rewind(info, averages, arenas, descent, lineage, key)
 
     def check(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Whether a change may be made. Under deciding().
@@ -73,9 +82,8 @@ class ShardSnapshots:
         if isinstance(change, SnapshotBegun):
             return None
         if isinstance(change, SnapshotGone):
-            return RowChange(gone=(change.name,))
-        text = self._snapshots.prepared(change.name, change.created_at)
-        return RowChange(shown=(change.name, text), gone=tuple(change.gone.split()))
+            return self._snapshots.without(change.name, told=not change.begun)
+        return self._snapshots.prepared(change.name, change.created_at, change.gone.split())
 
     def follow(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Do what follows from a change, once it is committed. Under deciding()."""
@@ -84,9 +92,9 @@ class ShardSnapshots:
                 self._writing.add(change.name)
             self._saving.submit(self._write, change, self._run.ready_state())
         elif isinstance(change, SnapshotTaken):
-            self._saving.submit(self._snapshots.shown, change.name, tuple(change.gone.split()))
+            self._saving.submit(self._snapshots.shown, change.gone.split())
         else:
-            self._saving.submit(self._snapshots.gone, change.name, told=not change.begun)
+            self._saving.submit(self._snapshots.gone, change.name)
 
     def lent(self) -> list[dict[str, Any]]:
         """As Snapshots.lent()."""

@@ -7,7 +7,7 @@ import random
 import pytest
 import xxhash
 
-from ema_client.http.digests import BLOCK_BYTES, Digest, Rest, blocks
+from ema_client.http.digests import BLOCK_BYTES, Digest, Rest, blocks, digests_of
 from ema_service.averaging import Digest as ServiceDigest
 
 
@@ -52,3 +52,17 @@ def test_stretches_may_be_empty() -> None:
         whole.update(xxhash.xxh3_128_digest(stretch))
 
     assert digest.digest() == whole.digest()
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [10], [3, 0, 4, 3], [2, 2], [9, 5, 0]])
+@pytest.mark.parametrize("pieces", [1, 4, 10])
+def test_stretches_are_digested_each_by_itself(sizes: list[int], pieces: int) -> None:
+    """However the stream comes, and whether it is longer than the stretches, or ends before they do."""
+    raw = memoryview(b"0123456789")
+    found = digests_of((raw[at : at + pieces] for at in range(0, len(raw), pieces)), sizes)
+
+    bounds = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
+    for each, start, stop in zip(found, bounds[:-1], bounds[1:], strict=True):
+        alone = Digest(blocks())
+        alone.update(raw[start:stop])
+        assert each == alone.digest()

@@ -73,7 +73,6 @@ class Training:
             self.optimizer.load_state_dict(checkpoint[1])
 
 
-@pytest.mark.one_server("the digest of a whole update")
 @pytest.mark.parametrize("loaded", ["before the RemoteEma", "after it"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_that_does_not_say_its_step(
@@ -106,7 +105,6 @@ def test_a_training_that_does_not_say_its_step(
     assert case.expected is None or case.expected in said[0]
 
 
-@pytest.mark.one_server("the digest of a whole update")
 def test_without_an_optimizer(make_ema: Callable[..., RemoteEma], recwarn: pytest.WarningsRecorder) -> None:
     """A loop that moves the weights itself is judged by the weights that the constructor finds, at the first update."""
     model = nn.Linear(2, 2)
@@ -159,7 +157,6 @@ def test_a_training_that_says_where_it_is(
     assert not recwarn.list
 
 
-@pytest.mark.one_server("the digest of a whole update")
 def test_a_training_whose_run_was_taken_back(
     make_ema: Callable[..., RemoteEma], recwarn: pytest.WarningsRecorder
 ) -> None:

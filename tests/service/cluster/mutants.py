@@ -171,6 +171,13 @@ class IgnoresOutcomes(Coordinator):
         return super()._count(revision)
 
 
+class TriesAgainWhatDiffers(Coordinator):
+    """A change that shards disagree about is proposed to them again."""
+
+    def _close(self, votes: Mapping[int, Vote]) -> list[Output]:
+        return [*self._resolve(votes, committed=len(set(votes.values())) == 1)]
+
+
 class AbortsWhatIsHalfDone(Coordinator):
     """A coordinator that finds a shard behind the others has it drop its vote and start over."""
 
@@ -332,6 +339,7 @@ MUTANTS = (
     Mutant(Design(coordinator=DecidesByTheMajority), Torn, 50),
     Mutant(Design(coordinator=CountsSteps), Broken, 200),
     Mutant(Design(coordinator=IgnoresOutcomes), Torn, 500),
+    Mutant(Design(coordinator=TriesAgainWhatDiffers), Stuck, 200),
     Mutant(Design(coordinator=AbortsWhatIsHalfDone), Broken, 500),
     Mutant(Design(coordinator=DecidesOnEarlierAnswers), Torn, 1000),
     Mutant(Design(coordinator=ForgetsItsVerdicts), Torn, 2000),

@@ -8,6 +8,7 @@ Knows what a proposal may lead to. Does not know files, servers or time.
 from __future__ import annotations
 
 from collections import Counter
+from unittest.mock import ANY
 
 import pytest
 
@@ -197,6 +198,48 @@ def test_change_is_refused_with_its_reason() -> None:
 
     assert Answer("k", committed=False, reason="damaged") in answers
     assert [shard.record.vote for shard in shards] == [None, None]
+
+
+def differ(coordinator: Coordinator, shards: list[Shard], proposal: Proposal) -> list[Answer]:
+    """Have each shard vote for another outcome of a proposal."""
+    reports = [each for place, shard in enumerate(shards) for each in shard.prepare(Vote(proposal, f"by {place}"))]
+    return carry(coordinator, shards, [*reports])
+
+
+def test_change_that_shards_disagree_about_is_proposed_once() -> None:
+    """Outcomes that differ would differ again: whoever asked is told so, and may ask again."""
+    coordinator, shards = begun()
+    change = Proposal(Ticket(0, None, "k"), "decay 0.5")
+    coordinator.propose("k", "decay 0.5")
+
+    answers = differ(coordinator, shards, change)
+
+    assert [each.committed for each in answers] == [False] * 3
+    assert all("shards 0 against 1" in each.reason for each in answers)
+    assert [shard.record.vote for shard in shards] == [None, None]
+    assert coordinator.propose("k", "decay 0.5") == [Propose(place, coordinator.term, change) for place in (0, 1)]
+
+
+def test_update_that_shards_disagree_about_is_refused() -> None:
+    """Its sender would send the update for ever: it is told that the update is not to be sent again."""
+    coordinator, shards = begun()
+
+    answers = differ(coordinator, shards, UPDATE)
+    again = carry(coordinator, shards, [*shards[0].prepare(vote(UPDATE))])
+
+    assert {(each.key, each.committed) for each in [*answers, *again]} == {("u", False)}
+    assert all("shards 0 against 1" in each.reason for each in [*answers, *again])
+    assert carry(coordinator, shards, [*shards[0].prepare(vote(NEWER)), *shards[1].prepare(vote(NEWER))])[-1].committed
+
+
+def test_way_back_that_shards_disagree_about_is_not_taken() -> None:
+    """Nobody goes anywhere, and the fault is told."""
+    lost = after_loss(Record(TERM, 4, 0, None, None))
+    coordinator, shards = begun(lost, lost._replace(edition=lost.edition + 1))
+    way = Proposal(Ticket(0, None, "back-0"), "", 0)
+
+    assert differ(coordinator, shards, way) == [Answer("back-0", committed=False, reason=ANY)] * 2
+    assert coordinator.fault == "a shard lost its newest versions, and there is no checkpoint that all can go back to"
 
 
 def test_lost_shard_votes_for_the_way_back_alone() -> None:

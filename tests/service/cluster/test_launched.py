@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma, Weights
-from ema_client.errors import EmaError, RunExists, RunNotFound, SnapshotExists, SnapshotNotFound
+from ema_client.errors import EmaError, LayoutMismatch, RunExists, RunNotFound, SnapshotExists, SnapshotNotFound
 from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_PUSH
 from ema_service.averaging.digest import Digest
 from tests.conftest import LitEmaOracle
@@ -133,6 +134,45 @@ def test_snapshots(cluster: Launched, run_name: str, model: Model, litema: type[
         assert list(client.snapshots(run_name)) == []
         with pytest.raises(SnapshotNotFound):
             client.pull(run_name, snapshot="s-2")
+        told = client.timeline(run_name).entries
+        assert [(each.kind, each.step, each.text) for each in told] == [
+            ("created", None, "created on 3 hosts"),
+            ("snapshot", 1, "snapshot s-1 taken of version 1.1"),
+            ("rewound", 1, "rewound to snapshot s-1 (version 1.1, step 1)"),
+            ("snapshot", 2, "snapshot s-2 taken of version 2.1"),
+            ("snapshot_deleted", None, "snapshot s-2 deleted"),
+        ]
+        assert client.timeline(run_name, since=told[-2].time).entries == told[-1:]
+
+
+def test_a_run_branches_from_another(
+    cluster: Launched, run_name: str, model: Model, litema: type[LitEmaOracle]
+) -> None:
+    """A new run begins with another's snapshot, and one with weights goes there, on all hosts; each goes on alone."""
+    oracle, other = litema(model(0), decay=DECAY), f"{run_name}-b"
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, model(0), decay=DECAY)
+        client.push(run_name, model(1), step=1)
+        oracle.update(model(1))
+        client.snapshot(run_name, "s")
+        client.push(run_name, model(2), step=2)
+        made = client.create_run(other, model(9), decay=DECAY, from_snapshot=(run_name, "s"))
+        assert (made.status, made.step, made.num_updates, made.checkpoint_step) == ("ready", 1, 1, 1)
+        assert_is(client, other, oracle)
+        client.push(other, model(3), step=2)
+        assert client.run(run_name).version == "1.2"
+        assert client.rewind(other, "s", from_run=run_name).step == 1
+        assert_is(client, other, oracle)
+        client.push(other, model(4), step=2)
+        oracle.update(model(4))
+        assert_is(client, other, oracle)
+        with pytest.raises(RunNotFound):
+            client.rewind(other, "s", from_run="never")
+        client.create_run(f"{run_name}-c", {"w": torch.zeros(9, 2)})
+        with pytest.raises(LayoutMismatch):
+            client.rewind(f"{run_name}-c", "s", from_run=run_name)
+        texts = [each.text for each in client.timeline(other).entries]
+        assert texts[1:] == [f"rewound to snapshot s of run {run_name} (version 1.1, step 1)"] * 2
 
 
 def test_a_name_is_used_again(cluster: Launched, run_name: str) -> None:
@@ -190,6 +230,21 @@ def test_a_run_of_fewer_rows_than_hosts(
         assert_is(client, run_name, oracle)
         sent = load(http.get(f"/v1/runs/{run_name}/weights").content)
         assert all(torch.equal(sent[name], tensor) for name, tensor in oracle.shadow.items())
+
+
+def test_a_trainer_behind_its_run_is_warned(cluster: Launched, run_name: str) -> None:
+    """By the digests of all hosts' slices; one that is where the run is goes on in silence."""
+    torch.manual_seed(0)
+    there, older = nn.Linear(4, 6), nn.Linear(4, 6)
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, older.state_dict(), decay=DECAY)
+        client.push(run_name, there.state_dict(), step=1)
+    for model, expected in ((there, 0), (older, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with RemoteEma(model, run=run_name, url=cluster.url, resume=True) as ema:
+                ema(model)
+        assert len([each for each in said if "count twice" in str(each.message)]) == expected
 
 
 def test_remote_ema(cluster: Launched, run_name: str, litema: type[LitEmaOracle]) -> None:

@@ -110,7 +110,7 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
 REFUSED = {
     ("POST", "/averages"): {"name": "long", "decay": 0.9},
     ("DELETE", "/averages/ema"): None,
-    ("POST", "/rewind"): {"snapshot": "s", "run": "other"},
+    ("POST", "/rewind"): {"snapshot": None},
     ("PUT", "/snapshots/s?decay=0.5"): None,
     ("POST", "/sweeps"): {"kind": "decay", "points": []},
     ("PUT", "/weights/parts/0?of=2"): None,

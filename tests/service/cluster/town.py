@@ -122,6 +122,7 @@ class Host:
                 self.server.registry.get("r"),
                 versions,
                 self.server.registry.snapshots("r"),
+                self.server.registry.source_of,
                 arrival,
                 ["http://coordinator"],
                 _TOKEN,
@@ -134,6 +135,11 @@ class Host:
         self.server.registry.get("r").changes.tell_always(lambda: self._reached("put", after=True))
         self.town.ask_one(self.place)
         self.server.registry.verify()
+
+    def lines(self) -> list[tuple[str, int | None, int | None, str]]:
+        """What the run's timeline has here, after its creation: kind, step, counter, and what is said."""
+        lines = self.server.registry.timeline("r").lines(0.0, 99)
+        return [(line.kind, line.step, line.num_updates, line.text) for line in lines[1:]]
 
     def medium(self) -> dict[str, bytes]:
         """The files of the catalog as they are: where nothing was synced since, what the machine's end may leave."""

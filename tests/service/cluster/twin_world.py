@@ -41,11 +41,11 @@ class Copy(NamedTuple):
 
 
 class TwinHost(Host):
-    """A host with a twin. copies: by ticket, what was prepared for its return, as durable as the vote. refused: whether
-    it has refused to return, and has not said since that it cannot."""
+    """A host with a twin. copies: by ticket, what was prepared for its return, as durable as the vote. pauses: whether
+    it has just copied, or could not, and has not said since that it cannot return now."""
 
     world: TwinWorld
-    refused: bool = False
+    pauses: bool = False
 
     def __init__(self, world: World, place: int) -> None:
         self.copies: dict[Ticket, Copy] = {}
@@ -68,8 +68,8 @@ class TwinHost(Host):
         return self.world.twin_of(self)
 
     def dressed(self, report: Report) -> Report:
-        returns = self.place in report.record.seating.absent and not self.refused
-        self.refused = False
+        returns = self.place in report.record.seating.absent and not self.pauses
+        self.pauses = False
         return super().dressed(report)._replace(returns=returns)
 
     def prepare(self, proposal: Proposal) -> None:
@@ -84,7 +84,7 @@ class TwinHost(Host):
         twin = self.twin
         held = twin.disk.vote
         if self.shard and self.world.happens(_UNFILLED):
-            self.refused = True
+            self.pauses = True
             self.carry_out(self.shard.refuse(proposal.ticket, "not filled"))
         elif twin.shard and self.is_held(proposal, held) and twin.disk.revision == proposal.ticket.base:
             copied = Copy(proposal, twin.disk, twin.log, dict(twin.checkpoints), set(twin.lasting))
@@ -99,7 +99,7 @@ class TwinHost(Host):
             super().receive(message, source)
         elif self.shard:
             base = message.log[-1].ticket.key if message.log else "nothing"
-            self.copies[message.proposal.ticket] = message
+            self.copies[message.proposal.ticket], self.pauses = message, True
             self.carry_out(self.shard.prepare(Vote(message.proposal, f"{message.proposal.ticket.key} after {base}")))
 
     def follow(self, made: Vote) -> None:

@@ -45,7 +45,7 @@ _EVENTS = 55
 _ROUNDS, _PATIENCE = 12, 0
 #: A shard refuses so many of the proposals that come to it, for parameters that are not finite, say.
 _REFUSED = 0.03
-#: So many outcomes differ from those of the other shards.
+#: Of so many proposals a shard's outcome differs from those of the others, also when they come again.
 _DIFFERENT = 0.02
 
 
@@ -91,7 +91,7 @@ class Host:
     those that the shards went back over; durable with the record, as the facts of a version are. medium: records with
     their logs, oldest first, the first of which outlives the machine. checkpoints: by revision, the log then; on the
     medium. writing: the checkpoint that is being written. lasting: changes that stay, also when shards go back.
-    refuses: what this host can never prepare.
+    refuses: what this host can never prepare. differs: what this host makes something else of than others.
     """
 
     def __init__(self, world: World, place: int) -> None:
@@ -104,6 +104,7 @@ class Host:
         self.writing: tuple[int, tuple[Vote, ...]] | None = None
         self.lasting: set[str] = set()
         self.refuses: set[str] = set()
+        self.differs: set[str] = set()
         self.shard: Shard | None = None
         self.start()
 
@@ -203,7 +204,9 @@ class Host:
             self.carry_out(shard.refuse(ticket, "not finite"))
         else:
             base = self.log[-1].ticket.key if self.log else "nothing"
-            other = " otherwise" if world.happens(world.different) else ""
+            if world.happens(world.different):
+                self.differs.add(ticket.key)
+            other = " otherwise" if ticket.key in self.differs else ""
             self.carry_out(shard.prepare(Vote(proposal, f"{ticket.key} after {base}{other}")))
 
     def prepare_way_back(self, shard: Shard, proposal: Proposal, to: int) -> None:

@@ -162,9 +162,9 @@ def test_in_parts(server: ServerProcess, plain_run: MakeRun, model: Model, litem
         answer: dict[str, Any] = run.http.get(f"{run.path}/updates/0", params={"first": "g"}).json()
         return answer
 
-    assert status() == {"step": 0, "state": "unknown", "parts": [], "digest": None}
+    assert status() == {"step": 0, "state": "unknown", "parts": [], "digest": None, "digests": []}
     assert part(run, model(1), 1).status_code == 202
-    assert status() == {"step": 0, "state": "staged", "parts": [1], "digest": None}
+    assert status() == {"step": 0, "state": "staged", "parts": [1], "digest": None, "digests": []}
     assert run.info()["version"] == "1.0"
     assert part(run, model(1), 0).json()["version"] == "2.0"
     assert status()["state"] == "applied"

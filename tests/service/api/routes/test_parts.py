@@ -53,24 +53,30 @@ def test_initial_weights_and_update_in_parts(server: ServerProcess, plain_run: M
     whole, parts = plain_run(server, model(0)), plain_run(server, name=f"parts-{random.getrandbits(32)}")
     parts.create(model(0))
     waiting = put(parts, "weights", 1, 2, rows(model(0), 1, 2), num_updates=7)
-    assert (waiting.status_code, waiting.json()) == (202, {"step": 0, "state": "staged", "parts": [1], "digest": None})
+    assert (waiting.status_code, waiting.json()) == (
+        202,
+        {"step": 0, "state": "staged", "parts": [1], "digest": None, "digests": []},
+    )
     ready = put(parts, "weights", 0, 2, rows(model(0), 0, 2), num_updates=7)
     assert (ready.status_code, ready.json()["num_updates"], ready.json()["version"]) == (200, 7, "1.0")
     assert put(parts, "weights", 1, 2, rows(model(0), 1, 2), num_updates=7).json() == ready.json()
     whole.push(1, model(1))
 
     waiting = put(parts, "updates/1", 2, 3, rows(model(1), 2, 3))
-    assert (waiting.status_code, waiting.json()) == (202, {"step": 1, "state": "staged", "parts": [2], "digest": None})
+    assert (waiting.status_code, waiting.json()) == (
+        202,
+        {"step": 1, "state": "staged", "parts": [2], "digest": None, "digests": []},
+    )
     put(parts, "updates/1", 0, 3, rows(model(1), 0, 3))
     status = parts.http.get(f"{parts.path}/updates/1").json()
-    assert status == {"step": 1, "state": "staged", "parts": [0, 2], "digest": None}
+    assert status == {"step": 1, "state": "staged", "parts": [0, 2], "digest": None, "digests": []}
     result = put(parts, "updates/1", 1, 3, rows(model(1), 1, 3))
     assert (result.status_code, result.json()["applied"], result.json()["num_updates"]) == (200, True, 8)
     again = put(parts, "updates/1", 0, 3, rows(model(1), 0, 3))
     assert again.json() == {**result.json(), "applied": False}
     told = parts.http.get(f"{parts.path}/updates/1").json()
     assert len(told.pop("digest")) == 32
-    assert told == {"step": 1, "state": "applied", "parts": []}
+    assert told == {"step": 1, "state": "applied", "parts": [], "digests": []}
     assert parts.push(1, model(1)).json()["applied"] is False  # the same bytes, unsharded
 
 

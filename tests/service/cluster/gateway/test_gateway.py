@@ -23,7 +23,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ema_client import EmaClient
-from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_SEGMENT
+from ema_client.http.digests import digests_of
+from ema_client.protocol import (
+    DIGEST_FOLLOWS,
+    HEADER_DIGEST,
+    HEADER_SEGMENT,
+    RunLayout,
+    UpdateStatus,
+    from_json,
+)
+from ema_client.training.beginning import parameters_data
 from ema_service.tokens import create_token
 from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
 from tests.service.cluster.plain_hosts import PlainHosts, pushed
@@ -105,6 +114,27 @@ def test_a_body_is_that_of_one_server(run: PlainRun, whole: PlainRun, query: dic
         part = run.http.get(f"{run.path}/weights", params=query, headers={"Range": f"bytes={start}-{stop - 1}"})
         assert (part.status_code, part.content) == (206, body[start:stop])
         assert part.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(body)}"
+
+
+def test_each_hosts_digest_of_an_update(
+    run: PlainRun, shards: list[PlainRun], model: Callable[[int], dict[str, Tensor]]
+) -> None:
+    """Whoever has the update's data finds the digest of each host's slice of it; a change of one row is one host's."""
+    pushed(shards, model(1), 1)
+    layout = from_json(RunLayout, run.http.get(f"{run.path}/layout").json()).layout
+    told = from_json(UpdateStatus, run.http.get(f"{run.path}/updates/1").json())
+
+    def differing(tensors: dict[str, Tensor]) -> list[int]:
+        data = parameters_data([tensors[spec.name] for spec in layout], layout, buffers=True)
+        found = digests_of(data, [each.bytes for each in told.digests])
+        return [at for at, (a, b) in enumerate(zip(found, told.digests, strict=True)) if a.hex() != b.digest]
+
+    assert len(told.digests) == 3
+    assert differing(model(1)) == []
+    other = model(1)
+    other["conv.weight"][-1] += 1
+    assert len(differing(other)) == 1
+    assert from_json(UpdateStatus, run.http.get(f"{run.path}/updates/2").json()).digests == ()
 
 
 def test_a_range_beyond_the_end_is_refused(run: PlainRun) -> None:
@@ -369,7 +399,7 @@ def test_parts(
         )
         assert (first.status_code, first.json()) == (
             202,
-            {"step": step, "state": "staged", "parts": [0], "digest": None},
+            {"step": step, "state": "staged", "parts": [0], "digest": None, "digests": []},
         )
         told = run.http.get(f"{run.path}/updates/{step}", params={} if step else {"first": "g"}).json()
         assert (told["state"], told["parts"]) == ("staged", [0])

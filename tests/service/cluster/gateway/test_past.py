@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ema_client.protocol import Distances, History, HistoryColumns, Timeline, TimelineEntry
-from ema_service.cluster.gateway.past import whole_distances, whole_history, whole_timeline
+from ema_service.cluster.gateway.past import asked_of_hosts, whole_distances, whole_history, whole_timeline
 
 COLUMNS = HistoryColumns.__dataclass_fields__
 
@@ -96,3 +96,22 @@ def test_what_all_hosts_noted_is_told_once() -> None:
         ("reset", "anew"),
     ]
     assert len(whole_timeline([Timeline("r", tuple(mine)), Timeline("r", tuple(theirs))], 2).entries) == 2
+
+
+def test_what_hosts_made_together_is_told_once() -> None:
+    """Though one has not noted it yet, or never will; and a reader who asks for what is later has it once."""
+    mine = Timeline("r", (entry(5, "rewound", "back", 5), entry(9, "decay_changed", "0.5", 5)))
+    theirs = Timeline("r", (entry(5.5, "rewound", "back", 5),))
+    for told in (theirs, Timeline("r", (*theirs.entries, entry(9.5, "decay_changed", "0.5", 5)))):
+        found = whole_timeline([mine, told], 100).entries
+        assert [(each.time, each.text) for each in found] == [(5, "back"), (9, "0.5")]
+        assert whole_timeline([mine, told], 100, since=5.2).entries == found[1:]
+        assert whole_timeline([mine, told], 100, since=9.0).entries == ()
+
+
+def test_hosts_are_asked_for_all_they_have() -> None:
+    """What is wrong in a request is left for them to refuse."""
+    assert asked_of_hosts({}) == (100, 0.0, {"limit": "1000"})
+    assert asked_of_hosts({"limit": "7", "since": "12.5"}) == (7, 12.5, {"limit": "1000"})
+    for wrong in ({"limit": "0"}, {"limit": "1001"}, {"limit": "+1"}, {"since": "nan"}, {"since": "-1"}):
+        assert asked_of_hosts(wrong) == (1000, 0.0, wrong)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ema_client.errors import (
     AverageNotFound,
+    Conflict,
     Fenced,
     InvalidRequest,
     NonFinite,
@@ -41,7 +43,7 @@ from ema_service.cluster.hosting import ShardRun
 from ema_service.cluster.reasons import error_of
 from ema_service.persistence import ShardMemoryVersions
 from ema_service.persistence.releasing import release
-from ema_service.runs import Parameters, Run, Write
+from ema_service.runs import Parameters, Run, State, Write
 from ema_service.storage import ShardRow, open_store
 from ema_service.storage.catalog import Catalog
 from tests.service.cluster.town import POINTS, Town, result, slices
@@ -306,6 +308,11 @@ def test_changes(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> No
             assert host.local.run.ledger.next_writer("k3") == 1, "the call that comes again gives the same number"
             with pytest.raises(Fenced):
                 here.send(3, "old", host.place)
+            assert host.lines() == [
+                ("decay_changed", 1, 1, "decay of ema set to 0.25"),
+                ("reset", 1, 0, "the warm-up begins anew"),
+                ("writer", 2, 1, "trainer 1 took over"),
+            ]
     agree(here)
 
 
@@ -327,6 +334,24 @@ def test_change_that_is_refused(town: MakeTown) -> None:
     here.push(1)
     assert here.versions() == ["1.1", "1.1"]
     agree(here)
+
+
+def test_hosts_that_differ_decide_nothing(town: MakeTown) -> None:
+    """Where a host's run is another than the others', by a defect or a mistaken copy, every write ends with an error
+    that says so, and nothing is proposed without end."""
+    here = town(2, decay=0.9)
+    here.push(1)
+    run = here.hosts[1].local.run
+    state = run.ready_state()
+    run.moving_to(State(replace(state.version, num_updates=7), state.arenas), None).put()
+    sent = here.hosts[0].sent
+    answer = here.change("k", Adjustment("decay", 0.5))
+    faults = [error_of(answer.reason), *here.push(2)]
+    assert [type(each) for each in faults] == [Conflict] * 3
+    assert all("shards 0 against 1" in str(each) for each in faults)
+    assert here.versions() == ["1.1", "1.1"]
+    assert [host.shard.record.vote for host in here.hosts if host.shard] == [None, None]
+    assert here.hosts[0].sent - sent < 20
 
 
 def test_change_that_is_judged_late(town: MakeTown) -> None:
@@ -443,6 +468,7 @@ def test_host_is_killed(
     life(here, place, arm)
     assert here.hosts[place].kills == 1
     assert_same(here, lived(litema(model(0), decay=0.9), model))
+    assert [host.lines() for host in here.hosts] == [[("decay_changed", 1, 1, "decay of ema set to 0.25")]] * hosts
 
 
 @pytest.mark.parametrize("message", range(20))

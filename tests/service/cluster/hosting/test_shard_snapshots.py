@@ -5,23 +5,29 @@ Knows hosts in one process (town.py), and what their catalogs and folders have. 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from ema_client.errors import SnapshotNotFound
-from ema_service.cluster import Checkpoint, Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
+from ema_client.protocol import RunConfig
+from ema_service.cluster import Adjustment, Checkpoint, Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken, decode
 from ema_service.cluster.reasons import error_of
+from ema_service.storage import ShardRow
 from ema_service.storage.catalog import Catalog
 from ema_service.storage.store import Store
 from tests.service.cluster.town import POINTS, Town
+from tests.service.conftest import specs_of
 
 if TYPE_CHECKING:
     from tests.conftest import LitEmaOracle
+    from tests.service.conftest import LocalServer
 
 Model = Callable[[int], dict[str, Tensor]]
 
@@ -148,6 +154,7 @@ def test_host_is_killed(place: int, point: str, change: str, town: Callable[...,
             return
         assert names(here) == [["s"] if name == "taken" else []] * 2
     assert here.hosts[place].kills == 1
+    assert [[line[0] for line in host.lines()] for host in here.hosts] == [["snapshot", "snapshot_deleted"]] * 2
     assert [data(host, "s") for host in here.hosts] == [[], []]
 
 
@@ -215,8 +222,99 @@ def test_host_is_killed_over_a_rewind(
     here.say_again()
     assert here.hosts[place].kills == 1
     assert here.versions() == ["2.0", "2.0"]
+    assert [[line[0] for line in host.lines()] for host in here.hosts] == [["snapshot", "rewound"]] * 2
     found = here.shadows()
     assert all(torch.equal(found[name], shadow) for name, shadow in oracle.shadow.items())
+
+
+def branch_off(here: Town, name: str = "base", **config: Any) -> None:
+    """Give every host another run, with a snapshot "s" of what the run has by now."""
+    for host, part in zip(here.hosts, here.parts(0), strict=True):
+        registry = host.server.registry
+        registry.create(RunConfig(name, specs_of(part), **config), ShardRow(host.place, here.hosts_count))
+        with patch.object(time, "time", lambda: 5.0):
+            registry.snapshots(name).take("s", host.local.run.ready_state)
+
+
+BRANCH = Rewind("s", 5.0, "1.1", 1, "base")
+
+
+@pytest.mark.parametrize("point", [None, *(each for each in POINTS if POINTS[each][0] != "discard")])
+@pytest.mark.parametrize("place", [0, 1])
+def test_host_is_killed_over_a_branch(
+    place: int, point: str | None, town: Callable[..., Town], litema: type[LitEmaOracle], model: Model
+) -> None:
+    """All go on from another run's snapshot, once and in a new epoch, whoever is killed; and tell so."""
+    here, oracle = town(2), litema(model(0))
+    oracle.update(model(1))
+    branch_off(here)
+    here.push(2)
+    here.hosts[place].kill_at = point
+    if point and point.startswith("term"):
+        here.replace_coordinator()
+    assert here.change("r", BRANCH).committed or point
+    here.say_again()
+    assert here.hosts[place].kills == (1 if point else 0)
+    assert here.versions() == ["2.0", "2.0"]
+    said = ("rewound", 1, 1, "rewound to snapshot s of run base (version 1.1, step 1)")
+    assert [host.lines() for host in here.hosts] == [[said]] * 2
+    here.push(2, "again")
+    oracle.update(model(2))
+    found = here.shadows()
+    assert all(torch.equal(found[name], shadow) for name, shadow in oracle.shadow.items())
+
+
+def test_what_no_host_can_branch_from(town: Callable[..., Town]) -> None:
+    """Whoever asks gets the reason of one server, and the run is as it was; so where one host alone has it not."""
+    here = town(2)
+    assert error_of(here.change("r1", BRANCH).reason).code == "run_not_found"
+    branch_off(here)
+    branch_off(here, "uncounted", use_num_updates=False)
+    assert error_of(here.change("r2", BRANCH._replace(source="uncounted")).reason).code == "invalid_request"
+    assert error_of(here.change("r3", BRANCH._replace(snapshot="t")).reason).code == "snapshot_not_found"
+    here.hosts[1].server.registry.snapshots("base").delete("s")
+    assert error_of(here.change("r4", BRANCH).reason).code == "snapshot_not_found"
+    assert here.versions() == ["1.1", "1.1"]
+    assert [host.lines() for host in here.hosts] == [[], []]
+    here.push(2)
+    assert here.versions() == ["1.2", "1.2"]
+
+
+def test_a_rewind_of_an_earlier_server_is_read() -> None:
+    """It stands in records, and said no more than the snapshot."""
+    assert decode('{"rewind":{"snapshot":"s","created_at":5.0}}', Rewind) == Rewind("s", 5.0)
+
+
+def test_the_timeline_says_what_one_server_says(
+    town: Callable[..., Town], local_server: Callable[..., LocalServer], model: Model
+) -> None:
+    """Word for word, of all that hosts do together, with step and counter of then; once, after a restart too."""
+    here, alone = town(2), local_server()
+    alone.create("r", model(0)).begin(model(0))
+    alone.run("r").push(1, model(1))
+    registry = alone.registry
+    registry.snapshots("r").take("s", registry.get("r").ready_state)
+    registry.set_decay("r", 0.5, None)
+    registry.reset_num_updates("r")
+    registry.attach("r")
+    registry.rewind("r", "s")
+    registry.snapshots("r").delete("s")
+    for key, change in {
+        "b": BEGUN,
+        "t": TAKEN,
+        "d": Adjustment("decay", 0.5),
+        "n": Adjustment("reset"),
+        "w": Adjustment("writer"),
+        "r": Rewind("s", 5.0, "1.1", 1),
+        "g": SnapshotGone("s", 5.0),
+    }.items():
+        assert here.change(key, change).committed
+    said = [(line.kind, line.step, line.num_updates, line.text) for line in registry.timeline("r").lines(0.0, 99)]
+    assert len(said) == 7
+    for host in here.hosts:
+        assert host.lines() == said[1:]
+        host.restart()
+        assert host.lines() == said[1:]
 
 
 def test_damaged_snapshot_keeps_all_where_they_are(town: Callable[..., Town]) -> None:

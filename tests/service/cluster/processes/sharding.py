@@ -40,6 +40,7 @@ class Sharded:
             server.registry.get(RUN),
             server.registry.shard(RUN),
             server.registry.snapshots(RUN),
+            server.registry.source_of,
             Arrival(place, shards, f"http://host-{place}"),
             coordinators,
             ClusterToken(TOKEN),
