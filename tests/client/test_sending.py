@@ -157,6 +157,20 @@ def test_a_host_that_is_elsewhere_is_sent_it_there(cluster: Cluster) -> None:
         assert cluster.sent == {"A": [2], "C": [2], "B": [1], "D": [2]}
 
 
+def test_a_host_that_has_answered_is_done_wherever_it_is(cluster: Cluster) -> None:
+    """Its bytes do not go again to where it was started anew meanwhile."""
+
+    def answer(name: str, target: Target) -> Reply:
+        if name == "A" and not target.number:
+            wait_until(lambda: "B" in cluster.sent)
+            cluster.map = "AC E"
+            raise ConnectionLost("broke off")
+        return taken(name)
+
+    assert cluster.send("AC B", answer) == {"A", "B", "C"}
+    assert cluster.sent == {"A": [2, 2], "C": [2], "B": [1]}
+
+
 def test_whose_host_moves_while_it_is_sent_to_is_told(cluster: Cluster) -> None:
     """A machine that is gone ends no connection."""
     cluster.map = "DC B"
