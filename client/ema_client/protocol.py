@@ -63,6 +63,8 @@ HEADER_WRITER = "Ema-Writer"
 #: Of a push to one shard of a run on several hosts: any word, as of HEADER_KEY, the same for all shards' slices of one
 #: update and in all tries.
 HEADER_PUSH = "Ema-Push"
+#: Of a slice, or a part of one, to a host with a twin: to how many of the two hosts it is sent.
+HEADER_COPIES = "Ema-Copies"
 #: Of weights that a gateway sends: on how many hosts the run lies.
 HEADER_SHARDS = "Ema-Shards"
 #: Of a body that is sent: what its digest is, and where. A service's answer has the digest itself, in hexadecimal.
@@ -521,7 +523,9 @@ class HostedShard:
 
     place, birth: as in ShardInfo. address: the URL of its host. layout: the shard's tensors, as that host's own layout
     has them. first_rows: of each of these, the row (index in the first dimension) of the run's tensor at which it
-    begins. replicas: URLs of servers that may hold the host's versions as well, under the same ETags.
+    begins. replicas: URLs of servers that may hold the host's versions as well, under the same ETags. twin: the URL of
+    the shard's other host, which has the same and is sent the same; None where there is none, or the others go on
+    without that host.
     """
 
     place: Count
@@ -530,15 +534,17 @@ class HostedShard:
     layout: tuple[TensorSpec, ...]
     first_rows: tuple[Count, ...]
     replicas: tuple[Text, ...] = ()
+    twin: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunShards:
     """The answer to ``GET /v1/runs/{run}/shards``: of a run on several hosts, its shards by place; none where all
-    weights go through the gateway."""
+    weights go through the gateway. twins: whether a shard may have two hosts."""
 
     run: Name
     shards: tuple[HostedShard, ...]
+    twins: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,10 @@ import hmac
 import re
 from pathlib import Path
 
-__all__ = ["HEADER_COPIES", "HEADER_NUMBER", "ClusterToken", "read_cluster_token"]
+__all__ = ["HEADER_NUMBER", "ClusterToken", "read_cluster_token"]
 
 #: Of a host's requests to a coordinator: which number the host's process has.
 HEADER_NUMBER = "Ema-Host-Number"
-#: Of a gateway's requests that bring a slice to a host with a twin: to how many hosts the slice is sent.
-HEADER_COPIES = "Ema-Copies"
 
 #: Characters that a bearer token may have (RFC 6750), and so many that nobody guesses it.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,}=*\Z")

@@ -1,5 +1,5 @@
 """Group hosts: pushes and pulls of a run on several hosts, each of which has a link of 200 MB/s (1600 Mbit/s), beside
-one server that has such a link.
+one server that has such a link; and of two shards that have two hosts each, past the gateway and by it.
 
 Linux paces single sockets (SO_MAX_PACING_RATE), over loopback too; each client has one connection to each host, and so
 200 MB/s to it. Knows how a cluster is started. Does not know how a round is timed or shown.
@@ -29,6 +29,7 @@ __all__ = ["measure"]
 NBYTES = 128 << 20
 RATE = "200"
 ONE = {"push": "push, one server", "pull": "pull, one server"}
+TWINS, BY_GATEWAY = "twins of 2 shards", "twins, by the gateway"
 #: Of k times what one server reaches.
 PUSHED, PULLED = 0.95, 0.9
 COUNTS = 2, 3
@@ -44,21 +45,25 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-bench-")))
         on_step("starting a server and two clusters")
-        urls = {1: stack.enter_context(Service(RATE, data_dir=folder / "one", program="paced", path=PROCESSES)).url}
+        one = stack.enter_context(Service(RATE, data_dir=folder / "one", program="paced", path=PROCESSES))
+        urls: dict[int | str, str] = {1: one.url}
         urls |= {count: stack.enter_context(_cluster(folder / str(count), count)) for count in COUNTS}
+        urls |= dict.fromkeys((TWINS, BY_GATEWAY), stack.enter_context(_cluster(folder / "twins", 4, "--twins")))
         stack.enter_context(paced(RATE))
-        for count, url in urls.items():
-            client, traffic = stack.enter_context(EmaClient(url, lanes=1)), Traffic("hosts", nbytes)
+        for of, url in urls.items():
+            client, traffic = stack.enter_context(EmaClient(url, lanes=1)), Traffic(f"hosts-{len(operations)}", nbytes)
+            if of == BY_GATEWAY:
+                _keep_to_gateway(client)
             traffic.create(client)
             for _ in range(FINDING):
                 traffic.push(client)
                 traffic.pull_into(client)
             traffic.check(client)
             for way, what, share in (("push", traffic.push, PUSHED), ("pull", traffic.pull_into, PULLED)):
-                name = ONE[way] if count == 1 else f"{way}, {count} hosts"
+                name = ONE[way] if of == 1 else f"{way}, {f'{of} hosts' if isinstance(of, int) else of}"
                 operations[name] = timed(partial(what, client))
-                if count > 1:
-                    needs[name] = (Need(share * count, ONE[way]),)
+                if of not in (1, BY_GATEWAY):
+                    needs[name] = (Need(share * (of if isinstance(of, int) else 2), ONE[way]),)
         seconds = interleave(operations, scale.rounds, on_step=on_step)
     rows = tuple(rate_row(name, nbytes, seconds, needs[name]) for name in operations)
     facts = ("each host, and the one server, sends and is sent 200 MB/s; a client's weights go past the gateway",)
@@ -66,8 +71,9 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
 
 
 @contextlib.contextmanager
-def _cluster(folder: Path, count: int) -> Iterator[str]:
-    """A coordinator, hosts whose connections are paced, and a gateway, within the block; the gateway's URL."""
+def _cluster(folder: Path, count: int, *more: str) -> Iterator[str]:
+    """A coordinator, hosts whose connections are paced, and a gateway, within the block; the gateway's URL. more: flags
+    of hosts."""
     folder.mkdir()
     token = folder / "token"
     token.write_text(f"{secrets.token_hex(16)}\n")
@@ -77,8 +83,14 @@ def _cluster(folder: Path, count: int) -> Iterator[str]:
         coordinator = stack.enter_context(Child("ema_service", ["cluster", "coordinator", "--port", "0", *secret]))
         known = ["--coordinator", coordinator.said, *secret]
         for place in range(count):
-            flags = ["--shard", f"{place}/{count}", *known, RATE]
+            flags = ["--shard", f"{place}/{count}", *more, *known, RATE]
             host = Service(*flags, data_dir=folder / f"host-{place}", program="paced", path=PROCESSES)
             stack.enter_context(host)
         gateway = stack.enter_context(Child("ema_service", ["cluster", "gateway", "--port", "0", *known]))
         yield gateway.said
+
+
+def _keep_to_gateway(client: EmaClient) -> None:
+    """Have a client that goes past the gateway send and read all by it."""
+    client._pushes._hosts.of = lambda _: None  # type: ignore[method-assign]
+    client._pulls = client._pulls._pulls  # type: ignore[assignment]

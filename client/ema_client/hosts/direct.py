@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from ema_client.errors import ProtocolError, RunNotFound, TransportError
+from ema_client.errors import EmaError, ProtocolError, RunNotFound, StepNotReached, TransportError
 from ema_client.hosts.finding import HostedRun, Hosts
 from ema_client.hosts.pulling import pull
 from ema_client.http.transport import Transport
@@ -100,7 +100,11 @@ class DirectPulls:
             hosted = self._hosts.of(asked.run)
         try:
             found = straight(hosted, entries) if hosted else None
-        except (TransportError, RunNotFound, ProtocolError):
+        except EmaError as fault:
+            # Of a host that was left behind by its twin no word counts.
+            alone = hosted is not None and hosted.twins and not isinstance(fault, StepNotReached)
+            if not (alone or isinstance(fault, TransportError | RunNotFound | ProtocolError)):
+                raise
             # A host that was started anew has another address, or the run is another one: the gateway knows.
             self._hosts.forget(asked.run)
             self._entries.pop(asked.without_step, None)

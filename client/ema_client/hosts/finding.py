@@ -24,7 +24,7 @@ from ema_client.protocol import HostedShard, RunInfo, RunShards
 from ema_client.reading.pulls import Pulls
 from ema_client.wire import build_header, place
 
-__all__ = ["GivenUp", "Host", "HostedRun", "Hosts", "at_all"]
+__all__ = ["GivenUp", "Host", "HostedRun", "Hosts", "at_all", "raise_foremost"]
 
 T = TypeVar("T")
 
@@ -40,12 +40,19 @@ _MOST_RUNS = 1000
 
 @dataclass(frozen=True)
 class Host:
-    """One host of a run. transport: to it. replicas: to those that may hold its versions as well. rows: by tensor, the
-    rows [start, stop) of the run's tensor that are here; None: a tensor without dimensions."""
+    """One host of a run. transport: to it. replicas: to those that may hold its versions as well. twin: to the other
+    host of the shard, which is sent the same; None where there is none that counts. rows: by tensor, the rows [start,
+    stop) of the run's tensor that are here; None: a tensor without dimensions."""
 
     shard: HostedShard
     transport: Transport
     replicas: tuple[Transport, ...] = ()
+    twin: Transport | None = None
+
+    @property
+    def both(self) -> tuple[Transport, ...]:
+        """To all who are sent what is written: the host, and its twin."""
+        return (self.transport, self.twin) if self.twin else (self.transport,)
 
     @cached_property
     def header(self) -> bytes:
@@ -64,16 +71,17 @@ class Host:
 
     @cached_property
     def pulls(self) -> Pulls:
-        """What is read of the host's rows, from the host and its replicas."""
-        return Pulls(self.transport, self.replicas)
+        """What is read of the host's rows, from the host, its twin and its replicas."""
+        return Pulls(self.transport, self.replicas, twin=self.twin)
 
 
 @dataclass(frozen=True)
 class HostedRun:
-    """A run on several hosts, by place."""
+    """A run on several hosts, by place. twins: whether each shard has two, of which one may be left behind."""
 
     run: str
     hosts: tuple[Host, ...]
+    twins: bool = False
 
     @cached_property
     def nbytes(self) -> int:
@@ -97,21 +105,28 @@ class Hosts:
         self._lock = Lock()
 
     def known(self, run: str) -> HostedRun | None:
-        """The hosts of a run that were found before."""
+        """The hosts of a run that were found before. Of twins they are asked after now and then: one that was left
+        behind, and is still reached, would be read for ever."""
         with self._lock:
-            return self._runs.get(run, (None, 0.0))[0]
+            found, until = self._runs.get(run, (None, 0.0))
+        if found is None or not found.twins or time.monotonic() < until:
+            return found
+        self._remember(run, found)  # where nobody tells, those of before are asked
+        return self.again(found) or found
 
     def of(self, run: str) -> HostedRun | None:
         """The hosts of a run of which the service says that it lies on several; None where they are not reached.
 
         Raises what the service answers of the run, RunNotFound say.
         """
-        with self._lock:
-            found, until = self._runs.get(run, (None, 0.0))
-        if found or time.monotonic() < until:
+        if found := self.known(run):
             return found
+        with self._lock:
+            _, until = self._runs.get(run, (None, 0.0))
+        if time.monotonic() < until:
+            return None
         found = self._hosted(self._transport.json("GET", protocol.shards_path(run)).parsed(RunShards))
-        # A gateway that sends each slice to two hosts names none.
+        # A gateway names none while a host is yet to come.
         named = bool(found.hosts) and self._may_go_to(found)
         reached = found if named and all(at_all(found.hosts, partial(_has, run))) else None
         self._remember(run, reached)
@@ -154,14 +169,15 @@ class Hosts:
                 raise ProtocolError(
                     f"the map of run {said.run!r} does not say where tensors of shard {shard.place} begin"
                 )
-        return HostedRun(said.run, tuple(map(self._host, said.shards)))
+        return HostedRun(said.run, tuple(map(self._host, said.shards)), said.twins)
 
     def _host(self, shard: HostedShard) -> Host:
-        return Host(shard, self._to(shard.address), tuple(map(self._to, shard.replicas)))
+        twin = self._to(shard.twin) if shard.twin else None
+        return Host(shard, self._to(shard.address), tuple(map(self._to, shard.replicas)), twin)
 
     def _may_go_to(self, found: HostedRun) -> bool:
         """Whether token and weights may go to the hosts: not in plain text where they come over TLS to the service."""
-        return not self._transport.secure or all(host.transport.secure for host in found.hosts)
+        return not self._transport.secure or all(each.secure for host in found.hosts for each in host.both)
 
     def _remember(self, run: str, found: HostedRun | None) -> None:
         with self._lock:
@@ -184,13 +200,21 @@ def at_all(hosts: Sequence[Host], do: Callable[[Host], T]) -> list[T]:
     """
     with ThreadPoolExecutor(len(hosts), "ema host") as threads:
         doing = [threads.submit(do, host) for host in hosts]
-    faults = [fault for each in doing if (fault := each.exception())]
-    if faults:
-        try:
+    try:
+        raise_foremost([fault for each in doing if (fault := each.exception())])
+        return [each.result() for each in doing]
+    finally:
+        del doing  # an error that knows its own frame is a cycle
+
+
+def raise_foremost(faults: Sequence[BaseException]) -> None:
+    """Raise, of several faults, the first that another try would not mend, else the first; nothing where there is
+    none."""
+    try:
+        if faults:
             raise min(faults, key=_rank)
-        finally:
-            del faults, doing
-    return [each.result() for each in doing]
+    finally:
+        del faults  # an error that knows its own frame is a cycle
 
 
 def _rank(fault: BaseException) -> int:
@@ -201,13 +225,13 @@ def _rank(fault: BaseException) -> int:
 
 
 def _has(run: str, host: Host) -> bool:
-    """Whether a host is reached at once, and has the shard that the map says."""
+    """Whether a host, and its twin, is reached at once, and has the shard that the map says."""
     try:
-        info = host.transport.json_once("GET", protocol.run_path(run)).parsed(RunInfo)
+        infos = [to.json_once("GET", protocol.run_path(run)).parsed(RunInfo) for to in host.both]
     except EmaError:
         return False
-    here = info.shard
-    return here is not None and (here.place, here.birth) == (host.shard.place, host.shard.birth)
+    have = {(info.shard.place, info.shard.birth) for info in infos if info.shard}
+    return have == {(host.shard.place, host.shard.birth)} and all(info.shard for info in infos)
 
 
 def _identity(host: Host) -> tuple[object, ...]:

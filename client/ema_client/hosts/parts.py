@@ -9,19 +9,18 @@ Knows: which host has what of a part. Does not know: sockets, whose memory is se
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
 from ema_client import protocol
-from ema_client.errors import ConnectionLost, TransportError
+from ema_client.errors import ConnectionLost
 from ema_client.forks import Lock
-from ema_client.hosts.finding import GivenUp, Host, HostedRun, Hosts, at_all
+from ema_client.hosts.finding import GivenUp, HostedRun, Hosts
+from ema_client.hosts.sending import Target, send_to_all
 from ema_client.hosts.slicing import Slices
 from ema_client.http.body import Body
-from ema_client.http.transport import Query, Reply
+from ema_client.http.transport import Query, Reply, Transport
 from ema_client.protocol import UpdateStatus
 from ema_client.wire import LENGTH_BYTES, PartCut, cut_part, parse_header
 
@@ -31,6 +30,8 @@ __all__ = ["HostedParts", "PartName", "is_staged"]
 _MOST_AWAITED, _MOST_SENT = 3, 64
 #: So many runs are remembered with how a part of them is cut.
 _MOST_CUTS = 16
+#: Of a run so many addresses are remembered: more than it has hosts.
+_MOST_REACHED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class HostedParts:
         self._sent: dict[tuple[str, PartName, str], None] = {}
         #: By run: its hosts, the header of a part, and how such a part is cut.
         self._cuts: dict[str, tuple[HostedRun, bytes, tuple[PartCut, ...]]] = {}
+        #: By run and part: the addresses of hosts that were sent it at any step, the oldest first.
+        self._reached: dict[tuple[str, int], dict[str, None]] = {}
         self._lock = Lock()
 
     def put(self, run: HostedRun, name: PartName, body: Body, query: Query, headers: Mapping[str, str]) -> Reply:
@@ -73,35 +76,21 @@ class HostedParts:
         """
         slices = Slices(body, self._cut(run, bytes(next(iter(body.pieces())))))
         earlier, again = self._earlier(run.run, name), self._was_sent((run.run, name, body.key))
-        given_up = threading.Event()
 
-        def send(host: Host) -> Reply:
-            place, there = host.shard.place, [host]
-
-            def attempt(number: int) -> Reply:
-                if given_up.is_set():
-                    raise GivenUp
-                try:
-                    if (again or number) and (known := _known(there[0], run.run, name)):
-                        return known
-                    if number:
-                        _check_earlier(there[0], run.run, earlier)
-                    upload = there[0].transport.upload_once
-                    return upload(name.path(run.run), slices.of(place), query=query, headers=headers)
-                except TransportError:
-                    # A host that was started anew has another address.
-                    if found := self._hosts.again(run):
-                        there[0] = found.hosts[place]
-                    raise
-
-            with ExitStack() as undo:
-                undo.callback(given_up.set)
-                reply = host.transport.retrying(attempt, policy=self._hosts.patient)
-                undo.pop_all()
+        def send(target: Target) -> Reply:
+            to = target.transport
+            if (again or target.number) and (known := _known(to, run.run, name)):
+                return known
+            if target.number or self._is_new(run.run, name.part, to.url):
+                _check_earlier(to, run.run, earlier)
+            said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
+            body = slices.of(target.place, to.url, target.look)
+            reply = to.upload_once(name.path(run.run), body, query=query, headers=said)
+            self._remember_sent(run.run, name.part, to.url)
             return reply
 
         try:
-            replies = at_all(run.hosts, send)
+            replies = send_to_all(self._hosts, run, send)
         except _Behind as behind:
             raise ConnectionLost(str(behind)) from None
         return next((reply for reply in replies if not is_staged(reply)), replies[0])
@@ -109,7 +98,8 @@ class HostedParts:
     def _earlier(self, run: str, name: PartName) -> list[PartName]:
         """The parts of the latest earlier steps that were sent, and may have been applied since."""
         with self._lock:
-            found = {each.step: each for of, each, _ in self._sent if of == run and each.group == name.group}
+            of_rank = [each for of, each, _ in self._sent if (of, each.group) == (run, name.group)]
+        found = {each.step: each for each in of_rank if each.part == name.part}
         steps = sorted(step for step in found if step is not None and step < (name.step or 0))
         return [found[step] for step in steps[-_MOST_AWAITED:]]
 
@@ -125,6 +115,20 @@ class HostedParts:
                 self._cuts.clear()
             self._cuts[run.run] = run, header, found
         return found
+
+    def _is_new(self, run: str, part: int, address: str) -> bool:
+        """Whether a host was never sent this part at any step: one that comes back has lost those of earlier steps."""
+        with self._lock:
+            return address not in self._reached.get((run, part), ())
+
+    def _remember_sent(self, run: str, part: int, address: str) -> None:
+        with self._lock:
+            if len(self._reached) >= _MOST_CUTS:
+                self._reached = {key: each for key, each in self._reached.items() if key == (run, part)}
+            reached = self._reached.setdefault((run, part), {})
+            reached[address] = None
+            if len(reached) > _MOST_REACHED:
+                del reached[next(iter(reached))]
 
     def _was_sent(self, which: tuple[str, PartName, str]) -> bool:
         """Whether a part was sent before, perhaps not to all hosts; from here on it was."""
@@ -145,15 +149,15 @@ def is_staged(reply: Reply) -> bool:
     return reply.data.get("state") == "staged"
 
 
-def _known(host: Host, run: str, name: PartName) -> Reply | None:
+def _known(to: Transport, run: str, name: PartName) -> Reply | None:
     """What a host would say to a part that it has; None where it lacks the part."""
-    reply = host.transport.json_once("GET", name.status_path(run))
+    reply = to.json_once("GET", name.status_path(run))
     status = reply.parsed(UpdateStatus)
     return reply if status.state == "applied" or name.part in status.parts else None
 
 
-def _check_earlier(host: Host, run: str, earlier: Sequence[PartName]) -> None:
+def _check_earlier(to: Transport, run: str, earlier: Sequence[PartName]) -> None:
     """Raises _Behind where a host lacks an earlier part: a later one would go past it."""
     for name in earlier:
-        if _known(host, run, name) is None:
-            raise _Behind(f"{host.transport.url} was started anew, and lacks parts of step {name.step}")
+        if _known(to, run, name) is None:
+            raise _Behind(f"{to.url} was started anew, and lacks parts of step {name.step}")

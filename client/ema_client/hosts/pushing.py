@@ -1,22 +1,21 @@
 """A push to all hosts of a run at once: each is sent the rows that it has, under one key.
 
 The hosts decide together, so each answers once the update is applied on all, or on none. A slice that broke off is sent
-again alone, to wherever its host is by then: the others keep what they have, and wait.
+again alone (sending): the others keep what they have, and wait.
 
-Knows: which bytes of a whole body are whose, and when to try again. Does not know: sockets, or how a host is found.
+Knows: which bytes of a whole body are whose. Does not know: sockets, where a host is, or when to try again.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from ema_client import protocol
-from ema_client.errors import LayoutMismatch, TransportError
-from ema_client.hosts.finding import GivenUp, Host, HostedRun, Hosts, at_all
+from ema_client.errors import LayoutMismatch
+from ema_client.hosts.finding import HostedRun, Hosts
+from ema_client.hosts.sending import Target, send_to_all
 from ema_client.hosts.slicing import Slices
 from ema_client.http.body import Body
 from ema_client.http.transport import Reply
@@ -36,29 +35,13 @@ def push(hosts: Hosts, run: HostedRun, step: int, body: Body, headers: Mapping[s
     """
     slices = Slices(body, _cuts(body, run), waits=_DECISION_SECONDS)
     path = protocol.update_path(run.run, step)
-    given_up = threading.Event()
 
-    def send(host: Host) -> Reply:
-        place = host.shard.place
-        there = [host]
+    def send(target: Target) -> Reply:
+        said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
+        body = slices.of(target.place, target.transport.url, target.look)
+        return target.transport.upload_once(path, body, headers=said)
 
-        def attempt(_: int) -> Reply:
-            if given_up.is_set():
-                raise GivenUp
-            try:
-                return there[0].transport.upload_once(path, slices.of(place), headers=headers)
-            except TransportError:
-                if found := hosts.again(run):
-                    there[0] = found.hosts[place]
-                raise
-
-        with ExitStack() as undo:
-            undo.callback(given_up.set)
-            reply = host.transport.retrying(attempt, policy=hosts.patient)
-            undo.pop_all()
-        return reply
-
-    return together(at_all(run.hosts, send))
+    return together(send_to_all(hosts, run, send))
 
 
 def together(replies: Sequence[Reply]) -> Reply:

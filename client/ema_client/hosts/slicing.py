@@ -7,7 +7,7 @@ Knows: where a body's bytes lie, and which are whose. Does not know: sockets, te
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ema_client.http.body import Body, cut
 from ema_client.http.digests import Digest, blocks
@@ -31,11 +31,13 @@ class Slices:
         self._views = () if body.data is None else body.data()
         #: The bytes of the body's own header, which goes to nobody.
         self._head = body.length - sum(map(len, self._views))
-        self._sent: dict[int, int] = {}
+        #: By place, and by whom: the bytes that went out.
+        self._sent: dict[int, dict[str, int]] = {}
         self._lock = threading.Lock()
 
-    def of(self, place: int) -> Body:
-        """The body at one place; again for each try."""
+    def of(self, place: int, to: str = "", look: Callable[[], None] | None = None) -> Body:
+        """The body at one place; again for each try. to: whom it is sent, where a place has several who are: of these
+        the listener is told of the fastest. look: as Body.look."""
         mine = self._cuts[place]
         skip = len(mine.header)
 
@@ -48,12 +50,13 @@ class Slices:
             skip + mine.nbytes,
             pieces,
             digest=None if self._body.digest is None else lambda: Digest(mine.sizes or blocks(), skip=skip),
-            moved=lambda sent: self._moved(place, sent - skip),
+            moved=lambda sent: self._moved(place, to, sent - skip),
+            look=look or self._body.look,
             waits=self._waits,
             key=self._body.key,
         )
 
-    def _moved(self, place: int, sent: int) -> None:
+    def _moved(self, place: int, to: str, sent: int) -> None:
         with self._lock:
-            self._sent[place] = max(0, sent)
-            self._body.moved(self._head + sum(self._sent.values()))
+            self._sent.setdefault(place, {})[to] = max(0, sent)
+            self._body.moved(self._head + sum(max(each.values()) for each in self._sent.values()))

@@ -32,6 +32,10 @@ def _nothing(_: int) -> None:
     pass
 
 
+def _look() -> None:
+    pass
+
+
 def _drawn() -> str:
     return secrets.token_hex(16)
 
@@ -48,6 +52,8 @@ class Body:
     canonical order: such a body may go in stretches, or to several hosts. None for any other body.
     moved: called by the sending thread, or by one of several at a time, whenever bytes of the body went out, with their
     number since its beginning.
+    look: called by the sending thread with each portion, and each second in which nobody takes any or answers. What the
+    call raises ends the sending.
     waits: seconds that the service may wait for others before it answers.
     key: the same in all tries of one push, and in no other: hosts that have some of the body from an earlier try know
     the rest by it.
@@ -59,6 +65,7 @@ class Body:
     digest: Callable[[], Digest] | None = None
     data: Callable[[], Sequence[memoryview]] | None = None
     moved: Callable[[int], None] = _nothing
+    look: Callable[[], None] = _look
     waits: float = 0.0
     key: str = field(default_factory=_drawn)
 

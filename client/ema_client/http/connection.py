@@ -19,7 +19,7 @@ import selectors
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ema_client.errors import ConnectionLost, ProtocolError, printable
@@ -200,9 +200,9 @@ class Connection:
         self._opened = self._socket
         look_after(self._opened)
 
-    def _response(self, patience: float) -> http.client.HTTPResponse:
+    def _response(self, patience: float, look: Callable[[], None] | None = None) -> http.client.HTTPResponse:
         sock = self._socket
-        self._await(sock, self._limit + patience)
+        self._await(sock, self._limit + patience, look)
         sock.settimeout(self._limit + patience)
         response = self._http.getresponse()
         self._limit = self._timeouts.transfer
@@ -211,19 +211,24 @@ class Connection:
         self.heard = time.monotonic()
         return response
 
-    def _await(self, sock: socket.socket, seconds: float) -> None:
-        """Return once there is something to read. Raises TimeoutError."""
+    def _await(self, sock: socket.socket, seconds: float, look: Callable[[], None] | None) -> None:
+        """Return once there is something to read. look: called meanwhile, as Body.look. Raises TimeoutError, and what
+        ``look`` raises."""
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             return
         began = time.monotonic()
         while not readable(sock, min(_LOOK_SECONDS, seconds)):
+            if look:
+                look()
             _check_heard(sock, time.monotonic() - began, seconds)
 
-    def _send_some(self, portion: memoryview, seconds: float) -> int:
-        """Send some bytes, and return how many. Raises TimeoutError where nobody takes any for so long."""
+    def _send_some(self, portion: memoryview, seconds: float, look: Callable[[], None]) -> int:
+        """Send some bytes, and return how many. look: as Body.look. Raises TimeoutError where nobody takes any for so
+        long, and what ``look`` raises."""
         sock, began = self._socket, time.monotonic()
         sock.settimeout(min(_LOOK_SECONDS, seconds))
         while True:
+            look()
             # Not sendall(), whose timeout is for the whole: a slow way is no silent one.
             try:
                 return sock.send(portion)
@@ -241,7 +246,7 @@ class Connection:
                     if sent and arrival.select(0.0) and (early := self._early_answer(0.0)):
                         return self._refused(early)
                     while portion:
-                        count = self._send_some(portion, self._limit + patience)
+                        count = self._send_some(portion, self._limit + patience, body.look)
                         portion = portion[count:]
                         sent += count
                         body.moved(sent)
@@ -250,7 +255,7 @@ class Connection:
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     return self._last_words()
             raise
-        return self.read(self._response(patience))
+        return self.read(self._response(patience, body.look))
 
     def _early_answer(self, timeout: float) -> bytes:
         """The head of a final answer that came early; empty where 100 Continue came, or nothing in ``timeout`` s.

@@ -56,6 +56,7 @@ class Pulls:
     Args:
         transport: opens bodies and repeats requests.
         replicas: to servers that may hold the same versions: of large weights they are asked for stretches.
+        twin: to a server that has the same versions, and is asked where the first one is away.
         split_above: weights of more bytes than this are pulled over several connections.
         check_large: whether large weights are compared with the service's digest; by default where the service is on
             another host, as several connections on one host use all of its cores already.
@@ -67,12 +68,13 @@ class Pulls:
         transport: Transport,
         replicas: Sequence[Transport] = (),
         *,
+        twin: Transport | None = None,
         split_above: int = SPLIT_ABOVE,
         longest_wait: float = MAX_WAIT,
         check_large: bool | None = None,
     ) -> None:
         self._transport = transport
-        self._holders = Holders(transport, replicas)
+        self._holders = Holders(transport, replicas, twin)
         self._split_above = split_above
         self._longest_wait = longest_wait
         self._check_large = not transport.same_host if check_large is None else check_large

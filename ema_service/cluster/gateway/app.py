@@ -46,6 +46,7 @@ from ema_client.errors import (
 from ema_client.protocol import (
     API,
     DIGEST_FOLLOWS,
+    HEADER_COPIES,
     HEADER_DIGEST,
     HEADER_PUSH,
     HEADER_SEGMENT,
@@ -105,7 +106,6 @@ from ema_service.cluster.gateway.whole import (
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.problems import answer_with_problems
 from ema_service.cluster.serving import serving_config
-from ema_service.cluster.token import HEADER_COPIES
 from ema_service.descriptors import connections_within, raise_limit
 from ema_service.tls import Certificate
 
@@ -287,10 +287,8 @@ class _Gateway:
 
         async def ask() -> RunShards:
             infos = await self._each(request, run_path(run), RunInfo)
-            hosts = await self.hosts.all()
-            if self.hosts.has_twins:
-                return RunShards(run, ())  # here each slice is sent to both hosts of its shard
-            return shards_of(infos, await self._map_of(infos[0], request), hosts)
+            shards, hosts = await self._map_of(infos[0], request), await self.hosts.both(run)
+            return shards_of(infos, shards, hosts, twins=self.hosts.has_twins)
 
         return _json(await self._agreed(ask))
 

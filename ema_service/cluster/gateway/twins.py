@@ -74,15 +74,15 @@ class Twins:
         return any(host.address == address for place, address in enumerate(self._addresses) if place not in absent)
 
     def both(self, run: str) -> tuple[tuple[HostAddress, ...], ...]:
-        """By shard, the hosts that count for a run."""
+        """By shard, the hosts that count for a run, those that are there before others."""
         absent = self._absent_of(run)
         return tuple(
             tuple(self._chosen(shard, place) for place in self._places(shard) if place not in absent)
             for shard in range(self._shards)
         )
 
-    def _places(self, shard: int) -> tuple[int, int]:
-        return shard, shard + self._shards
+    def _places(self, shard: int) -> list[int]:
+        return sorted((shard, shard + self._shards), key=lambda place: place not in self._there)
 
     def _chosen(self, shard: int, place: int) -> HostAddress:
         return HostAddress(shard, self._addresses[place], chosen=True)
@@ -93,8 +93,7 @@ class Twins:
         if not known:
             raise Overloaded(f"no host of shard {shard} has come to the coordinator yet")
         whole = [place for place in known if place not in absent] or known
-        place = next((each for each in whole if each in self._there), whole[0])
-        return HostAddress(shard, self._addresses[place])
+        return HostAddress(shard, self._addresses[whole[0]])
 
     def _absent_of(self, run: str | None) -> frozenset[int]:
         """The places that the others go on without: of a run, of the latest of its name; None: of the directory."""

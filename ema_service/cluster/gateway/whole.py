@@ -86,17 +86,24 @@ def layout_of(run: str, shards: LayoutMap) -> RunLayout:
     return RunLayout(run, specs, layout.copied, layout.digest, shards=len(shards.shards))
 
 
-def shards_of(infos: Sequence[RunInfo], shards: LayoutMap, hosts: Sequence[HostAddress]) -> RunShards:
-    """Where each shard is. infos, hosts: by place. Raises Apart."""
+def shards_of(
+    infos: Sequence[RunInfo], shards: LayoutMap, hosts: Sequence[Sequence[HostAddress]], *, twins: bool
+) -> RunShards:
+    """Where each shard is. infos: by place; hosts: those that count, by place; twins: whether there may be two. No
+    shard where a host that counts has never come. Raises Apart."""
+    if not all(host.address for each in hosts for host in each):
+        return RunShards(infos[0].run, (), twins)
     found = [each.shard.birth if each.shard else 0 for each in infos]
     _check_same(found, infos[0].run)
-    return RunShards(infos[0].run, tuple(map(_hosted, shards.shards, found, hosts)))
+    return RunShards(infos[0].run, tuple(map(_hosted, shards.shards, found, hosts)), twins)
 
 
-def _hosted(shard: ShardLayout, birth: int, host: HostAddress) -> HostedShard:
+def _hosted(shard: ShardLayout, birth: int, hosts: Sequence[HostAddress]) -> HostedShard:
+    host, *others = hosts
     specs = tuple(entry.spec for entry in shard.layout.params)
     firsts = tuple(box[0][0] if (box := shard.boxes[spec.name]) else 0 for spec in specs)
-    return HostedShard(shard.place, birth, host.address, specs, firsts, host.replicas)
+    twin = others[0].address if others else None
+    return HostedShard(shard.place, birth, host.address, specs, firsts, host.replicas, twin)
 
 
 def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:

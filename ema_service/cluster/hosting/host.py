@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping, StorageFailed
-from ema_client.protocol import RunConfig, RunInfo, SnapshotInfo, Writer
+from ema_client.protocol import HEADER_COPIES, RunConfig, RunInfo, SnapshotInfo, Writer
 from ema_service import tether
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.hosting.asking import Asking
@@ -48,7 +48,7 @@ from ema_service.cluster.messages import (
     SnapshotTaken,
 )
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
-from ema_service.cluster.token import HEADER_COPIES, ClusterToken
+from ema_service.cluster.token import ClusterToken
 from ema_service.memory import Layout
 from ema_service.runs import Registry, Run
 from ema_service.storage import Store
@@ -192,10 +192,11 @@ class Host:
 
     def check_copies(self, shard: ShardRun, headers: Mapping[str, str]) -> None:
         """Whether a slice is sent to both hosts of its shard, where both count. headers: of the request, which says to
-        how many (HEADER_COPIES). Raises Overloaded where a host has come back that the sender does not know of yet."""
+        how many (HEADER_COPIES), or means one. Raises Overloaded where a host has come back that the sender does not
+        know of yet."""
         member = self._membership
         pair = {member.place, (member.place + member.shards) % member.of}
-        if member.twins and headers.get(HEADER_COPIES) == "1" and not pair & shard.record.seating.absent:
+        if member.twins and headers.get(HEADER_COPIES, "1") == "1" and not pair & shard.record.seating.absent:
             raise Overloaded("the twin of this host has come back: a slice is sent to both", retry_after=0.1)
 
     async def decided(self, answer: Future[T]) -> T:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,3 +216,33 @@ def test_all_tries_of_a_push_have_one_key(scripted: Scripted, transport: Callabl
     one.upload_once("/x", body)
     one.upload_once("/x", body_of(b"x"))
     assert seen[0] == seen[1] != seen[2]
+
+
+class Unwanted(Exception):
+    """What ends the sending of a body in the tests below."""
+
+
+@pytest.mark.parametrize("taken", [0, 64 << 20])
+def test_a_body_that_is_not_wanted_any_more_ends(
+    scripted: Scripted, transport: Callable[..., Transport], taken: int
+) -> None:
+    """Whoever looks ends it, although the service takes no byte, or has all of them and says nothing."""
+    reached, ended = threading.Event(), threading.Event()
+    moved = [time.monotonic()]
+
+    def script(peer: Any) -> None:
+        peer.request()
+        peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        peer.body(taken)
+        reached.set()
+        ended.wait(60)
+
+    def look() -> None:
+        if reached.is_set() and time.monotonic() > moved[-1] + 0.5:
+            raise Unwanted
+
+    body = replace(body_of(bytes(64 << 20)), moved=lambda _: moved.append(time.monotonic()), look=look)
+    one = transport(scripted(script).url, timeouts=Timeouts(transfer=50.0))
+    with pytest.raises(Unwanted):
+        one.upload_once("/x", body)
+    ended.set()

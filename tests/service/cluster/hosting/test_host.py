@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from ema_client.errors import Overloaded
+from ema_client.protocol import HEADER_COPIES
 from ema_service.cluster import Record, Seating, Term
 from ema_service.cluster.hosting.host import _CHECKPOINTS_AT_ONCE, Host, Membership
-from ema_service.cluster.token import HEADER_COPIES, ClusterToken, read_cluster_token
+from ema_service.cluster.token import ClusterToken, read_cluster_token
 
 
 def test_the_directory_begins_last() -> None:
@@ -85,7 +86,8 @@ def test_a_slice_for_one_of_two_hosts_is_sent_again() -> None:
         check("1", without="3")  # of the other shard
     check("1", without="2")
     check("2", without="")
-    check(None, without="")
+    with pytest.raises(Overloaded, match="has come back"):
+        check(None, without="")  # who says nothing sends to one
 
 
 def test_what_a_host_says_that_was_left_behind() -> None:
