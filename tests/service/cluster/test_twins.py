@@ -83,9 +83,15 @@ class Twins:
         return Path(lines[-1].split("memory", 1)[1].split(",")[0].strip()).name
 
     def hosts(self) -> list[dict[str, Any]]:
-        """What the page of hosts says."""
-        with self.cluster.http() as http:
-            return http.get("/v1/hosts").raise_for_status().json()["hosts"]
+        """What the page of hosts says, once its gateway is there, which may just have been killed."""
+        until = time.monotonic() + BOUND
+        while True:
+            try:
+                with self.cluster.http() as http:
+                    return http.get("/v1/hosts").raise_for_status().json()["hosts"]
+            except httpx.TransportError:
+                assert time.monotonic() < until, self.cluster.log
+                time.sleep(0.1)
 
     def left_behind(self) -> set[int]:
         """The hosts that are said to be left behind."""
