@@ -125,7 +125,7 @@ class EmaClient:
         self._pulls = DirectPulls(self._transport, self._hosts)
         self._pushes = Pushes(self._transport, self._hosts)
         self._steps = Steps()
-        self._lifecycle = Lifecycle(self._transport, self._steps)
+        self._lifecycle = Lifecycle(self._transport, self._pushes.initialise, self._steps)
 
     @property
     def url(self) -> str:
@@ -272,8 +272,8 @@ class EmaClient:
         if info.version is None:
             raise AwaitingWeights(f"run {run!r} has no initial weights yet")
         query: Query = {"replaces": info.version, "created_at": info.created_at}
-        reply = self._transport.upload(protocol.weights_path(run), body, query=query, headers=_writer_header(writer))
-        return self._steps.seen(run_of(run, reply))
+        reply = self._pushes.initialise(run, body, query, _writer_header(writer))
+        return self._steps.seen(run_of(run, reply)) if reply else self.run(run)
 
     def begin_anew_once(
         self,
@@ -296,7 +296,7 @@ class EmaClient:
         if part is not None:
             name = PartName(None, part, group or "")
             return not is_staged(self._pushes.push_part(run, name, body, query, headers, once=True))
-        self._transport.upload_once(protocol.weights_path(run), body, query=query, headers=headers)
+        self._pushes.initialise(run, body, query, headers, once=True)
         return True
 
     def push(

@@ -7,7 +7,7 @@ of which time the run is that it means. Does not know: a user's arguments, how t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ema_client import protocol
 from ema_client.arguments import named
@@ -19,6 +19,10 @@ from ema_client.steps import Steps
 
 __all__ = ["WORK_SECONDS", "Lifecycle", "run_of", "told_if_replaced"]
 
+#: Sends the initial weights of a run: a body, with a query and headers. The answer is None where several hosts took
+#: them.
+Initialising = Callable[[str, Body, Query, Mapping[str, str]], Reply | None]
+
 #: Seconds that the service may write to its disk, or make room in its memory, before it answers.
 WORK_SECONDS = 50.0
 
@@ -26,11 +30,12 @@ WORK_SECONDS = 50.0
 class Lifecycle:
     """The runs that one client makes, brings back and deletes. Thread-safe.
 
-    steps: told of each run as it then stands.
+    initialise: sends initial weights (Pushes.initialise). steps: told of each run as it then stands.
     """
 
-    def __init__(self, transport: Transport, steps: Steps) -> None:
+    def __init__(self, transport: Transport, initialise: Initialising, steps: Steps) -> None:
         self._transport = transport
+        self._initialise = initialise
         self._steps = steps
 
     def create(
@@ -59,8 +64,8 @@ class Lifecycle:
                     return self.rewind(run, snapshot, source, info.created_at)
                 try:
                     query = {**query, "created_at": info.created_at}
-                    reply = self._transport.upload(protocol.weights_path(run), body(), query=query)
-                    return self._steps.seen(run_of(run, reply))
+                    reply = self._initialise(run, body(), query, {})
+                    return self._steps.seen(run_of(run, reply) if reply else self._declare(config))
                 except WeightsExist:
                     # Another trainer sent the weights between our two requests. Asked so as a trainer may, who need
                     # not have the right to read.

@@ -30,6 +30,7 @@ from ema_client.errors import (
 from ema_client.forks import Lock
 from ema_client.hosts.finding import HostedRun, Hosts
 from ema_client.hosts.parts import HostedParts, PartName, is_staged
+from ema_client.hosts.pushing import initialise as initialise_hosts
 from ema_client.hosts.pushing import push as push_to_hosts
 from ema_client.hosts.slicing import Slices
 from ema_client.http.body import Body, cut
@@ -94,6 +95,21 @@ class Pushes:
         except LayoutMismatch:
             self._forget(run)
             raise
+
+    def initialise(
+        self, run: str, body: Body, query: Query, headers: Mapping[str, str], *, once: bool = False
+    ) -> Reply | None:
+        """Send initial weights; ``once``: tried once. The answer is None where several hosts took them. Raises as
+        push()."""
+        self._doubt(run)  # what is known of the name may be of a run before
+        if hosted := self._hosted(run, body):
+            try:
+                initialise_hosts(self._hosts, hosted, body, query, headers)
+                return None
+            except (RunNotFound, LayoutMismatch):
+                self._doubt(run)
+        upload = self._transport.upload_once if once else self._transport.upload
+        return upload(protocol.weights_path(run), body, query=query, headers=headers)
 
     def push_part(
         self, run: str, name: PartName, body: Body, query: Query, headers: Mapping[str, str], *, once: bool
@@ -160,8 +176,9 @@ class Pushes:
         return self._transport.pace(PUSHES)
 
     def _hosted(self, run: str, body: Body) -> HostedRun | None:
-        """The hosts that a body goes to past the gateway; None for any other body."""
-        if body.data is None or body.length <= self._stretched_above or self._transport.shares(body):
+        """The hosts that a body goes to past the gateway, which has no shared memory with anybody; None for any other
+        body."""
+        if body.data is None or body.length <= self._stretched_above:
             return None
         return self._hosts.of(run) if self._layout(run).shards > 1 else None
 

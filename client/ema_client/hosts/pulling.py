@@ -44,8 +44,10 @@ def pull(
     """The current weights of one version, in the tensors that ``into`` gives for ``entries``, those of the whole run.
 
     None where a host had left the version before all of it was read; the tensors are then part old, part new. wait: as
-    for Pulls.pull(). Raises what ``into`` raises, what hosts answer, and what their transports raise.
+    for Pulls.pull(). Raises ProtocolError where the map is of another run than ``entries``, what ``into`` raises, what
+    hosts answer, and what their transports raise.
     """
+    _check_whole(run, entries)
     whole = into(entries)
     agreement, told = _Agreement(len(run.hosts), wait or 0.0), _Told(progress)
 
@@ -57,6 +59,14 @@ def pull(
 
     infos = at_all(run.hosts, read)
     return Weights(whole, infos[0]) if len(set(map(_version, infos))) == 1 else None
+
+
+def _check_whole(run: HostedRun, entries: Iterable[wire.Entry]) -> None:
+    """Raises ProtocolError unless the hosts have these tensors, all of their rows, and no others: what another run of
+    this name has would stay as it is in the tensors."""
+    have = {name: rows and rows[1] for host in run.hosts for name, rows in host.rows.items()}
+    if {entry.name: entry.shape[0] if entry.shape else None for entry in entries} != have:
+        raise ProtocolError(f"the map of run {run.run!r} is of other tensors than the service has")
 
 
 def _rows(whole: Mapping[str, Tensor], host: Host, entries: Iterable[wire.Entry]) -> Mapping[str, Tensor]:

@@ -18,10 +18,10 @@ from ema_client.hosts.finding import HostedRun, Hosts
 from ema_client.hosts.sending import Target, send_to_all
 from ema_client.hosts.slicing import Slices
 from ema_client.http.body import Body
-from ema_client.http.transport import Reply
+from ema_client.http.transport import Query, Reply
 from ema_client.wire import PartCut
 
-__all__ = ["push", "together"]
+__all__ = ["initialise", "push", "together"]
 
 #: Seconds in which hosts answer that wait for another one; then they say so themselves.
 _DECISION_SECONDS = 30.0
@@ -33,15 +33,12 @@ def push(hosts: Hosts, run: HostedRun, step: int, body: Body, headers: Mapping[s
     Returns what the hosts answer together. Raises what hosts answer, or what their transports raise, once nothing is
     sent any more; LayoutMismatch before anything is sent.
     """
-    slices = Slices(body, _cuts(body, run), waits=_DECISION_SECONDS)
-    path = protocol.update_path(run.run, step)
+    return together(_send(hosts, run, protocol.update_path(run.run, step), body, {}, headers))
 
-    def send(target: Target) -> Reply:
-        said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
-        body = slices.of(target.place, target.transport.url, target.look)
-        return target.transport.upload_once(path, body, headers=said)
 
-    return together(send_to_all(hosts, run, send))
+def initialise(hosts: Hosts, run: HostedRun, body: Body, query: Query, headers: Mapping[str, str]) -> None:
+    """Send initial weights, as push()."""
+    _send(hosts, run, protocol.weights_path(run.run), body, query, headers)
 
 
 def together(replies: Sequence[Reply]) -> Reply:
@@ -53,10 +50,21 @@ def together(replies: Sequence[Reply]) -> Reply:
     return replace(told, data={**told.data, "durable_step": least})
 
 
+def _send(hosts: Hosts, run: HostedRun, path: str, body: Body, query: Query, headers: Mapping[str, str]) -> list[Reply]:
+    slices = Slices(body, _cuts(body, run), waits=_DECISION_SECONDS)
+
+    def send(target: Target) -> Reply:
+        said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
+        body = slices.of(target.place, target.transport.url, target.look)
+        return target.transport.upload_once(path, body, query=query, headers=said)
+
+    return send_to_all(hosts, run, send)
+
+
 def _cuts(body: Body, run: HostedRun) -> tuple[PartCut, ...]:
     """What each host is sent of a whole body. Raises LayoutMismatch for a body of another length."""
     have = 0 if body.data is None else sum(map(len, body.data()))
     if have != run.nbytes:
-        raise LayoutMismatch(f"an update of run {run.run!r} has {run.nbytes} bytes of tensors, this one {have}")
+        raise LayoutMismatch(f"a body of run {run.run!r} has {run.nbytes} bytes of tensors, this one {have}")
     bounds = [0, *accumulate(host.nbytes for host in run.hosts)]
     return tuple(PartCut(host.header, (span,), ()) for host, span in zip(run.hosts, pairwise(bounds), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma
-from ema_client.errors import ConnectionLost, EmaError, LayoutMismatch
+from ema_client.errors import ConnectionLost, EmaError, LayoutMismatch, RunExists
 from ema_client.hosts.finding import HostedRun
 from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
@@ -80,6 +81,14 @@ def hosted(client: EmaClient, run: str) -> HostedRun:
     found = client._hosts.of(run)
     assert found is not None
     return found
+
+
+def received(cluster: Launched) -> float:
+    """Bytes of bodies that the gateway has received."""
+    with cluster.http() as http:
+        found = re.search(r"^ema_gateway_received_bytes_total (\S+)$", http.get("/metrics").text, re.MULTILINE)
+    assert found
+    return float(found[1])
 
 
 def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
@@ -256,7 +265,7 @@ def test_a_trainer_changes_one_line(cluster: Launched, run_name: str, litema: ty
     torch.manual_seed(0)
     net = nn.Linear(4000, 4500)
     state = {name: each.detach().clone() for name, each in net.named_parameters()}
-    oracle = litema(state, decay=DECAY)
+    oracle, before = litema(state, decay=DECAY), received(cluster)
     with RemoteEma(net, DECAY, run=run_name, url=cluster.url) as ema:
         for step in range(1, 4):
             if step == 3:
@@ -269,9 +278,34 @@ def test_a_trainer_changes_one_line(cluster: Launched, run_name: str, litema: ty
             oracle.update({name: each.detach() for name, each in net.named_parameters()})
             ema.flush()
         os.kill(cluster.processes()["gateway"], signal.SIGCONT)
+    assert received(cluster) - before < 1 << 20, "the initial weights, or an update, went through the gateway"
     with EmaClient(cluster.url) as client:
         assert same(client.pull(run_name), oracle.shadow)
         client.delete_run(run_name)
+
+
+def test_initial_weights_go_past_the_gateway(cluster: Launched, client: EmaClient, run_name: str) -> None:
+    """Those that a run is made with, also where a host is killed in the middle; and those that a model was loaded with
+    since. A run that is made again under its name has hosts of its own."""
+    before, halves = received(cluster), list[int]()
+
+    def kill_once(sent: int, size: int) -> None:
+        if sent > size // 2 and not halves:
+            halves.append(sent)
+            cluster.kill("host 1", wait=False)
+
+    info = client.create_run(run_name, model(0), decay=DECAY, progress=kill_once)
+    assert (info.status, len(halves)) == ("ready", 1)
+    assert same(client.pull(run_name), model(0))
+    assert client.begin_anew(run_name, model(1)).num_updates == 0
+    assert same(client.pull(run_name), model(1))
+    client.delete_run(run_name)
+    client.create_run(run_name, {"w": model(2)["w"]}, decay=DECAY)
+    assert same(client.pull(run_name), {"w": model(2)["w"]})  # and nothing of what the name had before
+    with pytest.raises(RunExists):
+        client.create_run(run_name, {"w": model(2)["w"]}, decay=DECAY)
+    client.delete_run(run_name)
+    assert received(cluster) - before < 1 << 20
 
 
 def test_other_bytes_than_the_run_has(client: EmaClient, run_name: str) -> None:
