@@ -14,6 +14,8 @@ __all__ = [
     "Answer",
     "Arrival",
     "Ask",
+    "AverageAdded",
+    "AverageRemoved",
     "Change",
     "Checkpoint",
     "Creation",
@@ -298,6 +300,20 @@ class Rewind(NamedTuple):
     source: str | None = None
 
 
+class AverageAdded(NamedTuple):
+    """A change by which the run has one more average. config: of the average, JSON. lineage: tells the average apart
+    from others of its name, the same on all hosts."""
+
+    config: str
+    lineage: str
+
+
+class AverageRemoved(NamedTuple):
+    """A change by which the run has one average less."""
+
+    name: str
+
+
 class Creation(NamedTuple):
     """A change of the directory: one run more. config: of the whole run, packed. created_at: the same on all hosts."""
 
@@ -331,6 +347,8 @@ Message: TypeAlias = (
     | Answer
     | Arrival
     | Ask
+    | AverageAdded
+    | AverageRemoved
     | Change
     | Checkpoint
     | Creation

@@ -15,7 +15,16 @@ from ema_service.persistence.ring_shelf import RingSnapshot
 from ema_service.persistence.shard_versions import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.snapshots import Snapshots
 from ema_service.persistence.sweeps import Sweeps
-from ema_service.persistence.timeline import Timeline, Told, told_decay, told_reset, told_rewind, told_writer
+from ema_service.persistence.timeline import (
+    Timeline,
+    Told,
+    told_average_added,
+    told_average_removed,
+    told_decay,
+    told_reset,
+    told_rewind,
+    told_writer,
+)
 from ema_service.persistence.versions import Versions
 
 __all__ = [
@@ -31,6 +40,8 @@ __all__ = [
     "Timeline",
     "Told",
     "Versions",
+    "told_average_added",
+    "told_average_removed",
     "told_decay",
     "told_reset",
     "told_rewind",

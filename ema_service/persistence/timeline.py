@@ -13,13 +13,15 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ema_client.protocol import SnapshotInfo, TimelineKind
+from ema_client.protocol import AverageConfig, SnapshotInfo, TimelineKind
 from ema_service.shadows.state import Version
 from ema_service.storage import TIMELINE_LINES, RunRow, Store, TimelineRow
 
 __all__ = [
     "Timeline",
     "Told",
+    "told_average_added",
+    "told_average_removed",
     "told_decay",
     "told_reset",
     "told_rewind",
@@ -51,6 +53,18 @@ class Told(NamedTuple):
 def told_decay(average: str, decay: float) -> Told:
     """An average has another decay."""
     return Told("decay_changed", f"decay of {average} set to {decay}")
+
+
+def told_average_added(average: AverageConfig) -> Told:
+    """The run has one more average, with this schedule and its fields."""
+    fields = {"decay": average.decay, **average.schedule_fields()}
+    said = [f"{name} {value:g}" for name, value in fields.items() if value is not None]
+    return Told("average_added", f"average {average.name} added ({', '.join([average.schedule, *said])})")
+
+
+def told_average_removed(average: str) -> Told:
+    """The run has one average less."""
+    return Told("average_removed", f"average {average} removed")
 
 
 def told_reset() -> Told:

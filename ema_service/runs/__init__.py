@@ -10,7 +10,7 @@ from ema_service.runs.gathering import Part, Terms
 from ema_service.runs.parts import Parts
 from ema_service.runs.registry import Candidate, Registry
 from ema_service.runs.run import Parameters, Rewound, Run, Update, Write
-from ema_service.shadows import State, Version
+from ema_service.shadows import Setup, State, Version
 
 __all__ = [
     "Candidate",
@@ -20,6 +20,7 @@ __all__ = [
     "Registry",
     "Rewound",
     "Run",
+    "Setup",
     "State",
     "Terms",
     "Update",

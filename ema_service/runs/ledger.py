@@ -181,7 +181,7 @@ class Succession:
             raise AverageExists(f"average {average.name!r} of run {run!r} exists with another configuration")
         if len(self.setup.members) >= MAX_AVERAGES:
             raise TooManyAverages(f"run {run!r} has {MAX_AVERAGES} averages, and may have no more")
-        return self.setup.followed_by((*self.setup.members, Member(average, lineage)), key)
+        return self.setup.with_one_more(average, lineage, key)
 
     def without_average(self, version: Version | None, name: str, key: str | None) -> Setup:
         """The setup without one of its averages.

@@ -55,6 +55,8 @@ from ema_service.persistence import (
     Sweeps,
     Timeline,
     Versions,
+    told_average_added,
+    told_average_removed,
     told_decay,
     told_reset,
     told_rewind,
@@ -411,7 +413,7 @@ class Registry:
             _check_averages(setup.config, folds_case=self._store is not None and self._store.folds_case)
             with self._claimed(setup.config, run.layout, found), self._room_for(found, setup.members[-1]):
                 run.change_averages(change, found.keep_setup)
-        found.record("average_added", f"average {average.name} added ({_said(average)})")
+        found.record(*told_average_added(average))
         return run, True
 
     def remove_average(self, name: str, average: str, key: str | None = None) -> None:
@@ -440,7 +442,30 @@ class Registry:
             if found.disk:
                 found.disk.versions.give_back()
         if removed:
-            found.record("average_removed", f"average {average} removed")
+            found.record(*told_average_removed(average))
+
+    def room_for_average(self, run: Run, setup: Setup) -> Callable[[bool], None]:
+        """Take memory and disk space for the last average of ``setup``, which the run is to have if others say so. The
+        result is called once that is known: where the run does not have the average the room is given back.
+
+        Raises InvalidRequest, Overloaded, StorageFailed, RunNotFound, and then took nothing.
+        """
+        found = self._find(run.config.run)
+        _check_averages(setup.config, folds_case=self._store is not None and self._store.folds_case)
+        with found.steady(), contextlib.ExitStack() as undo:
+            run.ledger.check_exists()
+            claim = self._claim(setup.config, run.layout, found)
+            undo.callback(self._disclaim, claim)
+            self._take_room(found, setup.members[-1])
+            undo.pop_all()
+
+        def end(made: bool) -> None:
+            if not made and found.disk:
+                with found.steady():
+                    found.disk.versions.give_back()
+            self._disclaim(claim)
+
+        return end
 
     def reset_num_updates(self, name: str, key: str | None = None) -> Run:
         """Begin the warm-up anew; a counter that is off stays off. Raises as Run.amend()."""
@@ -591,25 +616,42 @@ class Registry:
 
     @contextlib.contextmanager
     def _claimed(self, config: RunConfig, layout: Layout, instead: Registered | None = None) -> Iterator[Claim]:
-        """Within the block memory is promised to a run of this configuration, in place of that of ``instead``.
+        """Within the block memory is promised as by _claim()."""
+        claim = self._claim(config, layout, instead)
+        try:
+            yield claim
+        finally:
+            self._disclaim(claim)
+
+    def _claim(self, config: RunConfig, layout: Layout, instead: Registered | None) -> Claim:
+        """Promise memory to a run of this configuration, in place of that of ``instead``.
 
         Raises Overloaded where there is no room beside all other runs and claims; TooManyRuns.
         """
         claim = self._claims.claim_for(config, layout, instead)
         with self._lock:
             self._claims.add(claim, self._runs)
-        try:
-            yield claim
-        finally:
-            with self._lock:
-                self._claims.discard(claim)
+        return claim
+
+    def _disclaim(self, claim: Claim) -> None:
+        with self._lock:
+            self._claims.discard(claim)
 
     @contextlib.contextmanager
     def _room_for(self, found: Registered, member: Member) -> Iterator[None]:
         """Take memory and disk space for one more average of a run; give them back where the block raises.
 
-        Raises Overloaded, StorageFailed.
+        Raises as _take_room().
         """
+        self._take_room(found, member)
+        with contextlib.ExitStack() as undo:
+            if found.disk:
+                undo.callback(found.disk.versions.give_back)
+            yield
+            undo.pop_all()
+
+    def _take_room(self, found: Registered, member: Member) -> None:
+        """Take memory and disk space for one more average of a run. Raises Overloaded, StorageFailed."""
         try:
             self.staging.needed(found.run.layout, len(found.run.config.averages) + 1)
             if found.disk:
@@ -622,11 +664,6 @@ class Registry:
             ) from fault
         except OSError as fault:
             raise StorageFailed(f"average {member.name!r} was not added: {fault}", retry_after=1.0) from fault
-        with contextlib.ExitStack() as undo:
-            if found.disk:
-                undo.callback(found.disk.versions.give_back)
-            yield
-            undo.pop_all()
 
     def _with_posthoc(self, config: RunConfig) -> RunConfig:
         """The configuration with the averages that post-hoc averages are made of, behind its own.
@@ -794,13 +831,6 @@ def _created(config: RunConfig) -> str:
     """What a new run is, for people."""
     averages = ", ".join(average.name for average in config.averages)
     return f"created with {len(config.layout)} tensors and the averages {averages}"
-
-
-def _said(average: AverageConfig) -> str:
-    """The schedule of an average with its fields, for people."""
-    fields = {"decay": average.decay, **average.schedule_fields()}
-    said = [f"{name} {value:g}" for name, value in fields.items() if value is not None]
-    return ", ".join([average.schedule, *said])
 
 
 def _difference(old: RunConfig, new: RunConfig) -> str:

@@ -546,6 +546,15 @@ class Run:
         self.changes.tell()
         return True
 
+    def moving_to_averages(self, setup: Setup) -> Write:
+        """The write that other averages are, which were judged. An update under way is superseded."""
+
+        def put() -> None:
+            self._put_averages(setup)
+            self.changes.tell()
+
+        return Write(_nothing, put)
+
     def _put_averages(self, setup: Setup) -> None:
         # In this order: who reads a state first, and the averages to come then, never begins an average anew that was
         # removed.

@@ -79,6 +79,14 @@ class Setup:
         """Whether the write of this key led to the setup."""
         return key is not None and key in self.keys
 
+    def with_one_more(self, average: AverageConfig, lineage: str, key: str | None) -> Setup:
+        """The setup with one more average, the last."""
+        return self.followed_by((*self.members, Member(average, lineage)), key)
+
+    def without(self, name: str, key: str | None) -> Setup:
+        """The setup without the average of this name."""
+        return self.followed_by(tuple(each for each in self.members if each.name != name), key)
+
     def followed_by(self, members: tuple[Member, ...], key: str | None) -> Setup:
         """The setup with other averages, as the write of this key makes it."""
         return Setup(self.created, members, _remembered(self.keys, key))

@@ -234,17 +234,19 @@ class RowChange:
     """What a revision of a run on several hosts changes of the run's rows, in the transaction of its record.
 
     shown: a snapshot's name, and the text of its row from now on. gone: names of snapshots that are there no more.
-    line: of the run's timeline.
+    averages: the text of the run's row, of which averages it has from now on. line: of the run's timeline.
     """
 
     shown: tuple[str, str] | None = None
     gone: tuple[str, ...] = ()
+    averages: str | None = None
     line: TimelineRow | None = None
 
     @property
     def lasts(self) -> bool:
-        """Whether the change outlives the machine at once: a snapshot does, whatever the run's durability."""
-        return self.shown is not None or bool(self.gone)
+        """Whether the change outlives the machine at once, whatever the run's durability: snapshots do, and which
+        averages there are."""
+        return self.shown is not None or bool(self.gone) or self.averages is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,6 +470,8 @@ class Catalog:
                 db.execute("UPDATE snapshots SET info = ? WHERE run_id = ? AND name = ?", (text, run_id, name))
             for gone in change.gone if change else ():
                 db.execute("DELETE FROM snapshots WHERE run_id = ? AND name = ?", (run_id, gone))
+            if change and change.averages is not None:
+                db.execute("UPDATE runs SET averages = ? WHERE id = ?", (change.averages, run_id))
             if change and change.line:
                 _add_line(db, run_id, change.line)
 

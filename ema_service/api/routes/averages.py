@@ -25,7 +25,7 @@ from ema_client.errors import (
 from ema_client.protocol import NAME_PATTERN, RunInfo
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS, takes_json
-from ema_service.api.routes.parameters import ALONE, Key, RunName, Server
+from ema_service.api.routes.parameters import Key, RunName, Server
 from ema_service.api.schemas import CHANGE_BYTES, AverageConfigBody
 
 __all__ = ["router"]
@@ -39,7 +39,6 @@ _ERRORS = (RunNotFound, RunDegraded, InvalidRequest, StorageFailed, Superseded)
 
 @router.post(
     "",
-    dependencies=[ALONE],
     status_code=201,
     summary="Add an average",
     openapi_extra=takes_json(CHANGE_BYTES),
@@ -55,6 +54,10 @@ async def add_average(
 
     Until then it has no weights to read. The same average again changes nothing.
     """
+    if server.host:
+        info, added = await server.host.add_average(run, body.to_config(), key)
+        response.status_code = 201 if added else 200
+        return info
     # In the turn of files, as a removal.
     changed, added = await server.file(run, partial(server.registry.add_average, run, body.to_config(), key))
     response.status_code = 201 if added else 200
@@ -63,12 +66,14 @@ async def add_average(
 
 @router.delete(
     "/{name}",
-    dependencies=[ALONE],
     status_code=204,
     summary="Remove an average",
     responses=problem_responses(*_ERRORS, AverageNotFound, LastAverage),
 )
 async def remove_average(run: RunName, name: AverageName, server: Server, key: Key = None) -> None:
     """Remove an average with its weights; a reader that has them reads on, and snapshots keep theirs."""
+    if server.host:
+        await server.host.remove_average(run, name, key)
+        return
     # In the turn of files, and not of updates, which go on while a version is brought to the medium.
     await server.file(run, partial(server.registry.remove_average, run, name, key))

@@ -48,7 +48,8 @@ async def _decides_alone(request: Request) -> None:
         raise InvalidRequest(
             "this server is one host of a cluster, whose hosts cannot do this together yet",
             hint="of runs on several hosts there are creation, initial weights, updates, whole and in parts, decay, "
-            "reset of the counter, trainers that attach, snapshots, rewinds, reads, and deletion",
+            "reset of the counter, averages added and removed, trainers that attach, snapshots, rewinds, reads, and "
+            "deletion",
         )
 
 

@@ -63,6 +63,8 @@ from ema_client.protocol import (
     Timeline,
     UpdateResult,
     UpdateStatus,
+    average_path,
+    averages_path,
     distances_path,
     history_path,
     layout_path,
@@ -113,6 +115,7 @@ __all__ = ["create_gateway", "serve"]
 
 T = TypeVar("T")
 RunName = Annotated[str, Path(pattern=NAME_PATTERN)]
+AverageName = Annotated[str, Path(pattern=NAME_PATTERN)]
 SnapshotName = Annotated[str, Path(pattern=NAME_PATTERN)]
 
 #: Most bytes of a request that is no push: a layout of 200,000 tensors takes about 20 MB.
@@ -132,7 +135,6 @@ _MOST_LAYOUTS = 256
 _MOST_WAITING = 10_000
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
-    "averages": "averages are those that the run was made with",
     "profiles": "no averages of other lengths yet",
     "sweep": "no averages of other lengths yet",
     "sweeps": "no averages of other lengths yet",
@@ -175,6 +177,8 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("GET", f"{run}/hosts", gateway.run_overview),
         ("POST", f"{run}/rewind", gateway.rewind),
         ("POST", f"{run}/reset-num-updates", gateway.reset),
+        ("POST", f"{run}/averages", gateway.add_average),
+        ("DELETE", f"{run}/averages/{{average}}", gateway.remove_average),
         ("GET", f"{run}/config", gateway.config),
         ("POST", f"{run}/writers", gateway.attach),
         ("DELETE", f"{run}/writers/{{writer:int}}", gateway.detach),
@@ -316,6 +320,16 @@ class _Gateway:
         """Back to a snapshot on all hosts, or none."""
         await self._hand_over(request, rewind_path(run), seconds=_SNAPSHOT_SECONDS)
         return _json(await self._info(request, run))
+
+    async def add_average(self, run: RunName, request: Request) -> Response:
+        """One more average on all hosts, or none."""
+        told = await self._hand_over(request, averages_path(run))
+        return _json(await self._info(request, run), told.status_code)
+
+    async def remove_average(self, run: RunName, average: AverageName, request: Request) -> Response:
+        """One average less on all hosts, or none."""
+        await self._hand_over(request, average_path(run, average), seconds=_SNAPSHOT_SECONDS)
+        return Response(status_code=204)
 
     async def attach(self, run: RunName, request: Request) -> Response:
         """A trainer's number, the same on all hosts."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import time
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping, StorageFailed
-from ema_client.protocol import HEADER_COPIES, RunConfig, RunInfo, SnapshotInfo, Writer
+from ema_client.protocol import HEADER_COPIES, AverageConfig, RunConfig, RunInfo, SnapshotInfo, Writer, to_json
 from ema_service import tether
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.hosting.asking import Asking
@@ -39,6 +40,8 @@ from ema_service.cluster.messages import (
     Adjustment,
     Answer,
     Arrival,
+    AverageAdded,
+    AverageRemoved,
     Change,
     Checkpoint,
     Deletion,
@@ -267,6 +270,47 @@ class Host:
         found = await self._made(run, Adjustment("writer"), key, number)
         return Writer(name, found)
 
+    async def add_average(self, name: str, average: AverageConfig, key: str | None) -> tuple[RunInfo, bool]:
+        """As Registry.add_average(), on all hosts. Raises as that, and as _ask()."""
+        run = self._averaged(name)
+        key = key or secrets.token_hex(16)
+
+        def info() -> RunInfo | None:
+            succession = run.ledger.succession
+            has = run.ledger.setup.made_by(key) or succession.with_average(average, "", None) is None
+            return run.info() if has else None
+
+        run.ledger.check_writable()
+        if found := info():
+            return found, False
+        change = AverageAdded(json.dumps(to_json(average)), secrets.token_hex(4))
+        return await self._made(run, change, key, info), True
+
+    async def remove_average(self, name: str, average: str, key: str | None) -> None:
+        """As Registry.remove_average(), on all hosts. Raises as that, and as _ask()."""
+        run = self._averaged(name)
+        key = key or secrets.token_hex(16)
+
+        def told() -> bool | None:
+            return run.ledger.setup.made_by(key) or None
+
+        run.ledger.check_writable()
+        if told():
+            return
+        run.ledger.succession.without_average(run.ledger.version, average, key)
+        if run.state:  # what a loss of the machine leaves has another average then
+            await self._settle(self.shard(run))
+        await self._made(run, AverageRemoved(average), key, told)
+
+    def _averaged(self, name: str) -> Run:
+        """A run whose averages are to be others. Raises RunNotFound; InvalidRequest where hosts have twins."""
+        if self._membership.twins:
+            raise InvalidRequest(
+                "a cluster with twins cannot change a run's averages yet: a host that was filled would not have them",
+                hint="create the run with all averages that it is to have",
+            )
+        return self._registry.get(name)
+
     # --- snapshots --------------------------------------------------------------------------------------------------
 
     async def take_snapshot(
@@ -391,7 +435,13 @@ class Host:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def _made(self, run: Run, change: Adjustment | Rewind, key: str, answer: Callable[[], T | None]) -> T:
+    async def _made(
+        self,
+        run: Run,
+        change: Adjustment | AverageAdded | AverageRemoved | Rewind,
+        key: str,
+        answer: Callable[[], T | None],
+    ) -> T:
         """What ``answer`` gives once a change is made here: None before. Raises as _ask()."""
         if (found := answer()) is not None:
             return found
@@ -464,6 +514,7 @@ class Host:
             versions,
             snapshots,
             self._registry.source_of,
+            self._registry.room_for_average,
             arrival,
             member.coordinators,
             member.token,

@@ -38,11 +38,14 @@ from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.hosting.checkpoints import Checkpoints
 from ema_service.cluster.hosting.reporting import Reporting
+from ema_service.cluster.hosting.shard_averages import RoomFor, ShardAverages
 from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots, SourceOf
 from ema_service.cluster.messages import (
     Adjustment,
     Answer,
     Arrival,
+    AverageAdded,
+    AverageRemoved,
     Checkpoint,
     Kept,
     Proposal,
@@ -69,7 +72,7 @@ from ema_service.persistence import (
 )
 from ema_service.persistence.rows import dump
 from ema_service.persistence.versions import SlotPlace
-from ema_service.runs import Parameters, Run, State, Update, Write
+from ema_service.runs import Parameters, Run, Setup, State, Update, Write
 from ema_service.runs.ledger import writer_in
 from ema_service.storage import RowChange
 
@@ -100,6 +103,9 @@ class _Sender(Generic[T]):
 
 #: Changes that leave the version as it is, and what a run has beside it.
 _Beside = Checkpoint | SnapshotBegun | SnapshotTaken | SnapshotGone
+#: Changes after which a run has other averages.
+_Averages = AverageAdded | AverageRemoved
+_Any = Adjustment | Rewind | _Averages | _Beside
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -132,6 +138,7 @@ class ShardRun:
         versions: ShardVersions | ShardMemoryVersions,
         snapshots: Snapshots,
         source_of: SourceOf,
+        room_for: RoomFor,
         arrival: Arrival,
         coordinators: Sequence[str],
         token: ClusterToken,
@@ -140,9 +147,9 @@ class ShardRun:
         twin: Twin | None = None,
     ) -> None:
         """run, versions, snapshots: as Registry.get(), shard() and snapshots() have them, for which there is no other
-        ShardRun. source_of: Registry.source_of(). arrival, coordinators, token: as for Reporting. changes: judges
-        what coordinators bring, and works until the talk is closed; saving: does the same where files are read or
-        written. twin: the other host of the shard, None where there is none.
+        ShardRun. source_of, room_for: Registry.source_of() and room_for_average(). arrival, coordinators, token: as for
+        Reporting. changes: judges what coordinators bring, and works until the talk is closed; saving: does the same
+        where files are read or written. twin: the other host of the shard, None where there is none.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
@@ -157,6 +164,7 @@ class ShardRun:
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
         self.snapshots = ShardSnapshots(run, snapshots, saving, source_of)
+        self._averages = ShardAverages(run, versions, saving, room_for)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
         self._revision = record.revision
@@ -260,6 +268,7 @@ class ShardRun:
             keys = list(self._senders)
         for key in keys:
             self._fail(key, fault)
+        self._averages.close()
 
     # --- as the coordinator decides: RecordStore --------------------------------------------------------------------
 
@@ -322,6 +331,9 @@ class ShardRun:
             if record.made:
                 self.checkpoints.follow(record.made.proposal, record)
                 key = record.made.ticket.key
+                self._averages.settle(key, made=True)
+                if prepared.rows and prepared.rows.averages:
+                    self._averages.give_back()
                 # Now: the next verdict makes another version the run's.
                 with self._expecting:
                     expected = self._expected.pop(key, [])
@@ -341,6 +353,7 @@ class ShardRun:
         for act in acts:
             act()
         if not answer.committed:
+            self._averages.settle(answer.key, made=False)
             superseded = f"another write to run {self._run.config.run!r} came in place of this one"
             fault = error_of(answer.reason) if answer.reason else Superseded(superseded, retry_after=0.0)
             self._fail(answer.key, fault)
@@ -418,7 +431,7 @@ class ShardRun:
             elif self._reads(proposal):
                 if ticket.base != self._revision:
                     return
-                held = self._rewound(ticket, cast("Rewind", _change_in(proposal.change or "")))
+                held = self._read_for(ticket, cast("Rewind | _Averages", _change_in(proposal.change or "")))
             else:
                 with self._run.deciding():
                     if ticket.base != self._revision:
@@ -449,11 +462,25 @@ class ShardRun:
 
     @staticmethod
     def _reads(proposal: Proposal) -> bool:
-        """Whether a change reads files before it can be voted for."""
+        """Whether a change reads files, or takes their room, before it can be voted for."""
         try:
-            return isinstance(_change_in(proposal.change or ""), Rewind)
+            return isinstance(_change_in(proposal.change or ""), Rewind | _Averages)
         except MalformedMessage:
             return False  # to be refused
+
+    def _read_for(self, ticket: Ticket, change: Rewind | _Averages) -> _Held | None:
+        """What a change holds that touches files; None where it was made before. Raises as _rewound() and
+        ShardAverages.prepare()."""
+        if isinstance(change, Rewind):
+            return self._rewound(ticket, change)
+        setup = self._averages.prepare(change, ticket.key)
+        with self._run.deciding():
+            outcome = self._run.ledger.outcome()
+            return None if setup is None else self._held.setdefault(ticket, self._held_averages(change, setup, outcome))
+
+    def _held_averages(self, change: _Averages, setup: Setup, outcome: str) -> _Held:
+        rows = self._averages.rows(change, setup)
+        return _Held(self._run.moving_to_averages(setup), outcome, rows=rows)
 
     def _rewound(self, ticket: Ticket, change: Rewind) -> _Held | None:
         """What a rewind holds; None where it was made before. Raises as ShardSnapshots.read() and
@@ -509,18 +536,18 @@ class ShardRun:
         memory = self._run.memory
         return head, [memoryview(memory.to_host(arena.data).data) for arena in (state.arenas if state else ())]
 
-    def _changed(self, proposal: Proposal, change: Adjustment | Rewind | _Beside) -> _Held | None:
+    def _changed(self, proposal: Proposal, change: _Any) -> _Held | None:
         """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), as
         Checkpoints.check(), and as ShardSnapshots.check()."""
         run, writer, ticket = self._run, None, proposal.ticket
-        if not isinstance(change, Adjustment | Rewind):
+        if isinstance(change, Rewind | _Averages):
+            raise InvalidRequest("a change that touches files is judged where files are read")
+        if not isinstance(change, Adjustment):
             if isinstance(change, Checkpoint):
                 self.checkpoints.check(proposal.settles)
             else:
                 self.snapshots.check(change)
             return self._held.setdefault(ticket, self._held_beside(change, run.ledger.outcome()))
-        if isinstance(change, Rewind):
-            raise InvalidRequest("a rewind is judged where files are read")
         if change.kind == "writer":
             writer = run.ledger.next_writer(ticket.key)
             write = self._attaching(writer, ticket.key) if writer > run.ledger.writer else None
@@ -570,6 +597,8 @@ class ShardRun:
     def _taken_up(self, proposal: Proposal, outcome: str, voted: State | None) -> _Held:
         """What a vote for an update or a change holds. voted: the version that was voted for, if any."""
         change = _change_in(proposal.change) if proposal.change else None
+        if isinstance(change, _Averages):
+            return self._held_averages(change, self._averages.again(change, proposal.ticket.key), outcome)
         if change is not None and not isinstance(change, Adjustment | Rewind):
             return self._held_beside(change, outcome)
         attaching = self._attaching(writer_in(outcome), proposal.ticket.key)
@@ -600,10 +629,10 @@ def _attached_by(made: Vote) -> str | None:
     return made.ticket.key if isinstance(change, Adjustment) and change.kind == "writer" else None
 
 
-def _change_in(text: str) -> Adjustment | Rewind | _Beside:
+def _change_in(text: str) -> _Any:
     """Raises MalformedMessage."""
-    kinds = (Adjustment, Checkpoint, Rewind, SnapshotBegun, SnapshotTaken, SnapshotGone)
-    return cast("Adjustment | Rewind | _Beside", decode(text, *kinds))
+    kinds = (Adjustment, AverageAdded, AverageRemoved, Checkpoint, Rewind, SnapshotBegun, SnapshotTaken, SnapshotGone)
+    return cast("_Any", decode(text, *kinds))
 
 
 def _outlives(vote: Vote) -> bool:
@@ -611,7 +640,7 @@ def _outlives(vote: Vote) -> bool:
     text = vote.proposal.change
     if not text or vote.proposal.back is not None:
         return False
-    return isinstance(_change_in(text), SnapshotTaken | SnapshotGone)
+    return isinstance(_change_in(text), SnapshotTaken | SnapshotGone | _Averages)
 
 
 def _nothing() -> None:

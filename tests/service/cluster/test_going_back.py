@@ -307,7 +307,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     here.deliver()
     here.say_again()
     assert str(host.local.version) == "2.1"
-    assert "no checkpoint can be read" in str(here.coordinator.fault)
+    assert "no checkpoint that all can go back to" in str(here.coordinator.fault)
 
 
 def test_clean_stop_is_a_checkpoint(

@@ -26,7 +26,18 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from ema_client import EmaClient, RemoteEma, Weights
-from ema_client.errors import EmaError, LayoutMismatch, RunExists, RunNotFound, SnapshotExists, SnapshotNotFound
+from ema_client.errors import (
+    AverageExists,
+    AverageNotFound,
+    AwaitingWeights,
+    EmaError,
+    LastAverage,
+    LayoutMismatch,
+    RunExists,
+    RunNotFound,
+    SnapshotExists,
+    SnapshotNotFound,
+)
 from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_PUSH
 from ema_service.averaging.digest import Digest
 from tests.conftest import LitEmaOracle
@@ -143,6 +154,40 @@ def test_snapshots(cluster: Launched, run_name: str, model: Model, litema: type[
             ("snapshot_deleted", None, "snapshot s-2 deleted"),
         ]
         assert client.timeline(run_name, since=told[-2].time).entries == told[-1:]
+
+
+def test_averages_come_and_go(cluster: Launched, run_name: str, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Through EmaClient as it is: added, read once it has weights, in a snapshot, and removed."""
+    oracle = litema(model(0), decay=DECAY)
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, model(0), decay=DECAY)
+        added = client.add_average(run_name, "long", decay=0.5)
+        assert [each.name for each in added.averages] == ["ema", "long"]
+        assert client.add_average(run_name, "long", decay=0.5).averages == added.averages
+        with pytest.raises(AverageExists):
+            client.add_average(run_name, "long", decay=0.25)
+        with pytest.raises(AwaitingWeights):
+            client.pull(run_name, average="long")
+        client.push(run_name, model(1), step=1)
+        oracle.update(model(1))
+        long = litema(model(1), decay=0.5)
+        client.push(run_name, model(2), step=2)
+        for each in (oracle, long):
+            each.update(model(2))
+        assert_is(client, run_name, oracle)
+        found = client.pull(run_name, average="long")
+        assert all(torch.equal(found[name], tensor) for name, tensor in long.shadow.items())
+        assert client.snapshot(run_name, "s").averages == ("ema", "long")
+        client.remove_average(run_name, "long")
+        with pytest.raises(AverageNotFound):
+            client.pull(run_name, average="long")
+        client.push(run_name, model(3), step=3)
+        oracle.update(model(3))
+        assert_is(client, run_name, oracle)
+        with pytest.raises(LastAverage):
+            client.remove_average(run_name, "ema")
+        kinds = [each.kind for each in client.timeline(run_name).entries]
+        assert kinds == ["created", "average_added", "snapshot", "average_removed"]
 
 
 def test_a_run_branches_from_another(

@@ -108,8 +108,6 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
 
 #: What hosts cannot do together yet, and slices and parts that do not say of which push they are.
 REFUSED = {
-    ("POST", "/averages"): {"name": "long", "decay": 0.9},
-    ("DELETE", "/averages/ema"): None,
     ("POST", "/rewind"): {"snapshot": None},
     ("PUT", "/snapshots/s?decay=0.5"): None,
     ("POST", "/sweeps"): {"kind": "decay", "points": []},
@@ -143,6 +141,8 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
 
     offered = {("POST", ""), ("PATCH", "/{run}"), ("DELETE", "/{run}"), ("POST", "/{run}/reset-num-updates")}
     offered |= {
+        ("POST", "/{run}/averages"),
+        ("DELETE", "/{run}/averages/{name}"),
         ("POST", "/{run}/writers"),
         ("DELETE", "/{run}/writers/{writer}"),
         ("PUT", "/{run}/weights"),

@@ -123,6 +123,7 @@ class Host:
                 versions,
                 self.server.registry.snapshots("r"),
                 self.server.registry.source_of,
+                self.server.registry.room_for_average,
                 arrival,
                 ["http://coordinator"],
                 _TOKEN,

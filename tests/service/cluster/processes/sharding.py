@@ -41,6 +41,7 @@ class Sharded:
             server.registry.shard(RUN),
             server.registry.snapshots(RUN),
             server.registry.source_of,
+            server.registry.room_for_average,
             Arrival(place, shards, f"http://host-{place}"),
             coordinators,
             ClusterToken(TOKEN),
