@@ -119,6 +119,12 @@ def disks(plan: RayPlan, addresses: list[str]) -> dict[str, set[int]]:
     return {address: {place for place, node in enumerate(found) if node == address} for address in addresses}
 
 
+def groups() -> dict[str, str]:
+    """Ray's placement groups by name, and how each is placed."""
+    found = ray.util.placement_group_table().values()
+    return {each["name"]: each["strategy"] for each in found if each["state"] != "REMOVED"}
+
+
 def apart(plan: RayPlan) -> bool:
     """Whether all hosts are started, and those of a shard on two nodes."""
     found = nodes_of(plan)
@@ -136,7 +142,11 @@ def test_twins_are_on_two_nodes(tmp_path: Path, model: Model, litema: type[LitEm
     assert apart(plan)
     shared = [line for line in said if "on one node, and lost with it: updates wait" in line]
     assert bool(shared) == (len(set(nodes_of(plan))) < 4)
+    names = [f"{NAME}-shard-0", f"{NAME}-shard-1"] if shared else [f"{NAME}-hosts"]
+    assert groups() == dict.fromkeys(names, "STRICT_SPREAD")
     _lose_a_node(plan, model, litema, lambda: None)
+    ray_launcher.down(NAME, lambda _: None)
+    assert groups() == {}
 
 
 @pytest.mark.usefixtures("nodes")
