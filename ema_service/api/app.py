@@ -127,7 +127,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.metrics = metrics
-    errors.install(app, metrics)
+    errors.install(app, metrics, partial(_check_whole, app))
     openapi.install(app, tokens=settings.token_file is not None)
     app.add_middleware(
         BodyLimits,
@@ -229,6 +229,13 @@ def _original_of(app: FastAPI) -> str | None:
     """Where writes go that come to a replica, empty while that is not known; None where the server is none."""
     context: Context = app.state.context
     return context.replica.original_url if context.replica else None
+
+
+def _check_whole(app: FastAPI) -> None:
+    """Raises Overloaded at a host that may lack runs that there are."""
+    context: Context = app.state.context
+    if context.host:
+        context.host.check_whole()
 
 
 def _serve_twin(app: FastAPI, host: Host) -> None:

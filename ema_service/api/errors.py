@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +26,7 @@ from ema_client.errors import (
     MethodNotAllowed,
     Overloaded,
     RouteNotFound,
+    RunNotFound,
     StorageFailed,
     listed,
 )
@@ -83,15 +84,18 @@ def problem_responses(*errors: type[EmaError]) -> dict[int | str, dict[str, Any]
     return found
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
-    """Make every error of the app a problem, and count each by its code."""
+def install(app: FastAPI, metrics: Metrics, check_whole: Callable[[], None]) -> None:
+    """Make every error of the app a problem, and count each by its code.
+
+    check_whole: raises what is to be said where a run is not found and may be there all the same.
+    """
 
     def answer(error: EmaError, headers: dict[str, str] | None = None) -> JSONResponse:
         metrics.refused(error.code)
         return problem_response(error, headers)
 
     async def ours(_: Request, fault: Exception) -> Response:
-        return answer(fault if isinstance(fault, EmaError) else InternalError(str(fault)))
+        return answer(_certain(fault, check_whole) if isinstance(fault, EmaError) else InternalError(str(fault)))
 
     async def invalid(_: Request, fault: Exception) -> Response:
         errors = fault.errors() if isinstance(fault, RequestValidationError) else []
@@ -131,6 +135,16 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, defect)
+
+
+def _certain(error: EmaError, check_whole: Callable[[], None]) -> EmaError:
+    """The error, or that a run which is not found may be there all the same."""
+    if isinstance(error, RunNotFound):
+        try:
+            check_whole()
+        except EmaError as doubt:
+            return doubt
+    return error
 
 
 def _unavailable(fault: Exception) -> EmaError:

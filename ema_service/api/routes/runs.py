@@ -128,7 +128,7 @@ def _read_config(raw: bytes) -> RunConfig:
     summary="List runs",
     response_class=Response,
     openapi_extra={"parameters": [CONDITION]},
-    responses={**tagged(RunList), **problem_responses(InvalidRequest)},
+    responses={**tagged(RunList), **problem_responses(InvalidRequest, Overloaded)},
 )
 async def list_runs(
     request: Request,
@@ -140,6 +140,8 @@ async def list_runs(
 
     Packed where the reader takes gzip, and 304 without a body where nothing moved since the answer of If-None-Match.
     """
+    if server.host:
+        server.host.check_whole()
     access = access_of(request)
     found = [run for run in server.registry.runs() if access.may("pull", run.config.run)]
     if limit is not None or after is not None:

@@ -324,6 +324,13 @@ class Directory:
 
     # --- with a twin ------------------------------------------------------------------------------------------------
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the runs here are those that there are. Not, of twins, where a host has come with an empty data dir,
+        or was left behind: until it is filled it may lack some."""
+        record = self.reporting.record
+        return self._twin is None or not (record.lost or self._place in record.seating.absent)
+
     def lent(self) -> list[dict[str, Any]]:
         """The runs here, as a twin makes them."""
         return [

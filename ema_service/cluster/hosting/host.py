@@ -180,6 +180,12 @@ class Host:
             raise Overloaded(f"run {run.config.run!r} is only just there, or just gone", retry_after=0.1)
         return found
 
+    def check_whole(self) -> None:
+        """Raises Overloaded where this host may lack runs that there are: nobody is to hear from it that one is not
+        there."""
+        if not self._directory.is_whole:
+            raise Overloaded("this host is yet to be told, or given, the runs that there are", retry_after=1.0)
+
     def check_copies(self, shard: ShardRun, headers: Mapping[str, str]) -> None:
         """Whether a slice is sent to both hosts of its shard, where both count. headers: of the request, which says to
         how many (HEADER_COPIES). Raises Overloaded where a host has come back that the sender does not know of yet."""
