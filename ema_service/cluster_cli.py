@@ -171,8 +171,8 @@ def up(
         bool,
         typer.Option(
             "--twins",
-            help="Two hosts for each shard, so that nothing is lost with any one of them: twice --local, or the later "
-            "half of --hosts.",
+            help="Two hosts for each shard, so that nothing is lost with any one of them: twice --local or --shards; "
+            "of --hosts the later half.",
         ),
     ] = False,
     folder: Annotated[
@@ -193,18 +193,29 @@ def up(
         str | None, typer.Option(help="Name by which the machines reach this one.  [default: found out]")
     ] = None,
     replicas: Annotated[
-        int, typer.Option(help="With --local: so many replicas of each host, which are read in its place.", min=0)
+        int,
+        typer.Option(
+            help="So many replicas of each host, which are read in its place; of --hosts on the machines of the next.",
+            min=0,
+        ),
     ] = 0,
     replica_token_file: Annotated[
         Path | None,
-        typer.Option(help="A token that the replicas read with, on one line, where hosts ask for one.", dir_okay=False),
+        typer.Option(
+            help="A token that the replicas read with, on one line, where hosts ask for one; a file of each machine.",
+            dir_okay=False,
+        ),
     ] = None,
     ssl_certfile: CertFile = None,
     ssl_keyfile: KeyFile = None,
     ray: OnRay = None,
-    shards: Annotated[int | None, typer.Option(help="With --ray: so many hosts.", min=1)] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="With --ray: so many hosts; with --twins twice as many.", min=1)
+    ] = None,
     name: Name = "ema",
-    num_cpus: Annotated[float, typer.Option(help="With --ray: CPUs that each host takes.", min=0)] = 1.0,
+    num_cpus: Annotated[
+        float, typer.Option(help="With --ray: CPUs that each host takes, and each replica.", min=0)
+    ] = 1.0,
     num_gpus: Annotated[float, typer.Option(help="With --ray: GPUs that each host takes.", min=0)] = 0.0,
     memory: Annotated[
         str | None, typer.Option(help="With --ray: memory that each host takes, as in 64GiB.", metavar="SIZE")
@@ -235,20 +246,19 @@ def up(
             "say how many hosts here (--local 3), on which machines (--hosts a,b,c), or how many in a Ray cluster "
             "(--ray auto --shards 3)"
         )
-    if replicas and (local is None or twins):
+    if replicas and twins:
         raise typer.BadParameter(
-            "replicas are started here beside --local hosts without twins; elsewhere, `ema-service serve --replica-of "
-            "0/3 ...` on each machine",
+            "readers go to hosts with twins by way of the gateway, and past replicas: leave --twins or --replicas out",
             param_hint="--replicas",
         )
-    if ray is not None and twins:
-        raise typer.BadParameter("a cluster on Ray has one host for each shard", param_hint="--twins")
     found = _together(ssl_certfile, ssl_keyfile)
     tls = Tls(*found, os.environ.get("SSL_CERT_FILE")) if found else None
     if ray is not None:
         takes = _takes(num_cpus, num_gpus, memory, resource or [])
-        task = replace(_task(shards or 1, folder, host or "0.0.0.0", port or 0, context.args), tls=tls)
-        _up_on_ray(ray, name, task, takes, shared=shared_dir)
+        of = len(_with_twins([None] * (shards or 1), given=False)) if twins else shards or 1
+        task = _task(of, folder, host or "0.0.0.0", port or 0, context.args)
+        task = replace(task, tls=tls, twins=twins, replica_token=replica_token_file and replica_token_file.absolute())
+        _up_on_ray(ray, name, task, takes, shared=shared_dir, replicas=replicas)
         return
     named = [None] * (local or 0) if hosts is None else [name.strip() for name in hosts.split(",")]
     machines: list[str | None] = [*named]
@@ -319,14 +329,15 @@ def _task(shards: int, folder: Path, listen: str, port: int, flags: list[str]) -
     return Task(None, shards, folder.absolute(), "", listen, port, tuple(flags))
 
 
-def _up_on_ray(address: str, name: str, task: Task, takes: dict[str, Any], *, shared: bool) -> None:
+def _up_on_ray(address: str, name: str, task: Task, takes: dict[str, Any], *, shared: bool, replicas: int) -> None:
     """Start a cluster of Ray's actors, and say where it is."""
     from ema_service.cluster.launching.launcher import LaunchFailed
 
     launcher = _ray_launcher()
     try:
         with launcher.on_ray(address):
-            url = launcher.up(launcher.RayPlan(name, task, shared, takes), lambda line: typer.echo(line, err=True))
+            plan = launcher.RayPlan(name, task, shared, takes, replicas)
+            url = launcher.up(plan, lambda line: typer.echo(line, err=True))
     except LaunchFailed as fault:
         _refuse(str(fault))
     typer.echo(f"ema-service {version('ema-service')}, cluster of {_many(task.of)}, listens on {url}")

@@ -24,6 +24,7 @@ import yaml
 from ema_client import EmaClient, __version__
 from ema_service.sizes import parse_size
 from ema_service.tokens import create_token
+from tests.contract.pods import objects_in, with_component
 from tests.forked import Forked
 from tests.waiting import wait_until
 
@@ -34,12 +35,16 @@ README = (ROOT / "docker" / "README.md").read_text()
 
 MANIFESTS = {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))}
 OBJECTS = [each for name, docs in MANIFESTS.items() for each in docs if name != "kustomization.yaml"]
-#: Those of a cluster, which test_kubernetes_cluster.py is about.
+CLUSTER = ROOT / "docker" / "kubernetes-cluster"
+#: Those of a cluster, which test_kubernetes_cluster.py is about, and what its components make of them.
 OF_CLUSTER = [
+    each for path in sorted(CLUSTER.glob("*.yaml")) for each in objects_in(path) if path.name != "kustomization.yaml"
+]
+OF_COMPONENTS = [
     each
-    for path in sorted((ROOT / "docker" / "kubernetes-cluster").glob("*.yaml"))
-    for each in yaml.safe_load_all(path.read_text())
-    if path.name != "kustomization.yaml"
+    for path in sorted(CLUSTER.glob("*/kustomization.yaml"))
+    for each in with_component(OF_CLUSTER, path.parent)
+    if each not in OF_CLUSTER
 ]
 POD_MONITOR = MANIFESTS["pod-monitor.yaml"][0]
 STATEFUL_SET = MANIFESTS["stateful-set.yaml"][0]
@@ -88,7 +93,7 @@ _POD_MONITOR: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     "each",
-    [each for each in (*OBJECTS, *OF_CLUSTER) if each["kind"] != "PodMonitor"],
+    [each for each in (*OBJECTS, *OF_CLUSTER, *OF_COMPONENTS) if each["kind"] != "PodMonitor"],
     ids=lambda each: f"{each['kind']}-{each['metadata']['name']}",
 )
 def test_manifests_fit_their_schemas(each: dict[str, Any]) -> None:

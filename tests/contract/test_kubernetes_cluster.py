@@ -1,16 +1,16 @@
-"""docker/kubernetes-cluster/ is true without a cluster: its names, and its programs started as their pods would be.
+"""docker/kubernetes-cluster/ is true without a cluster: its names, its components, and its programs started as their
+pods would be.
 
-Knows what of a manifest a container gets: command, environment, volumes, probes. Does not know schemas
-(test_kubernetes.py), or who schedules, mounts and kills.
+Knows what of a manifest a container gets (pods.py). Does not know schemas (test_kubernetes.py), or who schedules,
+mounts and kills.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import socket
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +20,26 @@ import torch
 import yaml
 
 from ema_client import EmaClient, __version__
+from ema_client.errors import EmaError
+from ema_client.protocol import RunShards
 from ema_service.sizes import parse_size
-from ema_service.tokens import create_token
-from tests.forked import Forked
+from tests.contract.pods import DOCKERFILE, Manifests, Pods, objects_in, with_component
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "kubernetes-cluster"
-DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 README = (ROOT / "docker" / "README.md").read_text()
-MANIFESTS = {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))}
+MANIFESTS = {path.name: objects_in(path) for path in sorted(FOLDER.glob("*.yaml"))}
 OBJECTS = [each for name, docs in MANIFESTS.items() for each in docs if name != "kustomization.yaml"]
+#: The folder of each component.
+COMPONENTS = {path.parent.name: path.parent for path in sorted(FOLDER.glob("*/kustomization.yaml"))}
 
-
-def named(kind: str) -> dict[str, Any]:
-    """The objects of a kind, by name."""
-    return {each["metadata"]["name"]: each for each in OBJECTS if each["kind"] == kind}
-
-
-WORKLOADS = {**named("StatefulSet"), **named("Deployment")}
-PODS = {name: each["spec"]["template"]["spec"] for name, each in WORKLOADS.items()}
-CONTAINERS = {name: pod["containers"][0] for name, pod in PODS.items()}
+PLAIN = Manifests(OBJECTS)
+WITH = {name: Manifests(with_component(OBJECTS, folder)) for name, folder in COMPONENTS.items()}
+WORKLOADS, PODS, CONTAINERS = PLAIN.workloads, PLAIN.pods, PLAIN.containers
+named, environment = PLAIN.named, PLAIN.environment
 HOSTS = WORKLOADS["ema-host"]["spec"]
-PLACES = range(HOSTS["replicas"])
-#: A pod's own number, as Kubernetes writes it since 1.28.
-POD_INDEX = "metadata.labels['apps.kubernetes.io/pod-index']"
-
-
-def environment(name: str, place: int = 0) -> dict[str, str]:
-    """A container's variables, each with what it names of those before."""
-    fields = {"metadata.name": f"{name}-{place}", POD_INDEX: str(place)}
-    found: dict[str, str] = {}
-    for each in CONTAINERS[name].get("env", ()):
-        value = each["value"] if "value" in each else fields[each["valueFrom"]["fieldRef"]["fieldPath"]]
-        found[each["name"]] = re.sub(r"\$\((\w+)\)", lambda match: found[match[1]], value)
-    return found
+PLACES = PLAIN.places("ema-host")
 
 
 def test_kustomization_has_every_file() -> None:
@@ -92,28 +77,13 @@ def test_selectors_find_their_pods_and_ports_agree() -> None:
 def test_who_reaches_whom() -> None:
     """Every connection that the programs open is let out on one side and in on the other, and the coordinator's port is
     for hosts, gateways and Prometheus alone."""
-    policies = named("NetworkPolicy")
     ports = {name: CONTAINERS[name]["ports"][0]["containerPort"] for name in CONTAINERS}
-
-    def lets_out(name: str) -> set[tuple[str, int]]:
-        return {
-            (to["podSelector"]["matchLabels"]["app.kubernetes.io/name"], port["port"])
-            for rule in policies[name]["spec"]["egress"]
-            for to in rule["to"]
-            for port in rule["ports"]
-            if "podSelector" in to
-        }
-
     coordinator = ("ema-coordinator", ports["ema-coordinator"])
-    assert lets_out("ema-host") == {coordinator}
-    assert lets_out("ema-gateway") == {coordinator, ("ema-host", ports["ema-host"])}
-    assert lets_out("ema-coordinator") == set()
-    (rule,) = policies["ema-coordinator"]["spec"]["ingress"]
-    assert [each.get("podSelector", {}).get("matchLabels") for each in rule["from"]] == [
-        {"app.kubernetes.io/name": "ema-host"},
-        {"app.kubernetes.io/name": "ema-gateway"},
-        None,
-    ]
+    assert PLAIN.lets_out("ema-host") == {coordinator}
+    assert PLAIN.lets_out("ema-gateway") == {coordinator, ("ema-host", ports["ema-host"])}
+    assert PLAIN.lets_out("ema-coordinator") == set()
+    assert PLAIN.lets_in("ema-coordinator") == {"ema-host", "ema-gateway"}
+    assert PLAIN.lets_in("ema-host") == {None}
 
 
 def test_hosts_find_each_other_before_they_are_ready() -> None:
@@ -163,123 +133,142 @@ def test_secrets_are_made_by_the_readme_and_not_in_git() -> None:
             assert f"create secret generic {secrets[str(file.parent)]} --from-file={file.name}\n" in README
 
 
+# --- components ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_components_are_as_kubectl_makes_them(name: str, tmp_path: Path) -> None:
+    """What these tests take for the manifests with a component is what is applied."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed: https://kubernetes.io/docs/tasks/tools")
+    folder = shutil.copytree(FOLDER, tmp_path / "cluster")
+    kustomization = folder / "kustomization.yaml"
+    text = kustomization.read_text()
+    assert f"\n#   - {name}\n" in text
+    kustomization.write_text(f"{text}components:\n  - {name}\n")
+    built = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+
+    def by_name(objects: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
+        """Objects with the label that the kustomization gives to all."""
+        labels = {"app.kubernetes.io/part-of": "ema"}
+        return {
+            (each["kind"], each["metadata"]["name"]): {
+                **each,
+                "metadata": {**each["metadata"], "labels": {**each["metadata"].get("labels", {}), **labels}},
+            }
+            for each in objects
+            if each["kind"] != "PodMonitor"
+        }
+
+    assert by_name(list(yaml.safe_load_all(built.stdout))) == by_name(WITH[name].objects)
+
+
 def test_the_component_of_tls() -> None:
     """With it every address is https, every probe asks so, and each program is given what the Secret has."""
-    (component,) = yaml.safe_load_all((FOLDER / "tls" / "kustomization.yaml").read_text())
-    patched = {
-        each["metadata"]["name"]: each for each in (yaml.safe_load(one["patch"]) for one in component["patches"])
-    }
-    assert {name: each["kind"] for name, each in patched.items()} == {name: WORKLOADS[name]["kind"] for name in PODS}
-    for name, each in patched.items():
-        pod = each["spec"]["template"]["spec"]
-        (container,), (volume,) = pod["containers"], pod["volumes"]
-        assert container["name"] == CONTAINERS[name]["name"]
-        added = {one["name"]: one["value"] for one in container["env"]}
-        plain = {one["name"]: one.get("value", "") for one in CONTAINERS[name].get("env", ())}
-        for variable, value in plain.items():
-            if value.startswith("http://"):
-                assert added.pop(variable) == value.replace("http://", "https://")
-        (mount,) = container["volumeMounts"]
-        assert volume["name"] == mount["name"] not in {one["name"] for one in PODS[name]["volumes"]}
+    secured = WITH["tls"]
+    for name, container in secured.containers.items():
+        plain = {variable: value.replace("http://", "https://") for variable, value in environment(name).items()}
+        added = {variable: value for variable, value in secured.environment(name).items() if variable not in plain}
+        assert secured.environment(name) == {**plain, **added}
+        volumes = [each for each in secured.pods[name]["volumes"] if each not in PODS[name]["volumes"]]
+        mounts = [each for each in container["volumeMounts"] if each not in CONTAINERS[name]["volumeMounts"]]
+        (volume,), (mount,) = volumes, mounts
+        assert volume["name"] == mount["name"]
         wanted = {"EMA_SERVICE_SSL_CERTFILE": "tls.crt", "EMA_SERVICE_SSL_KEYFILE": "tls.key"}
         wanted |= {} if name == "ema-coordinator" else {"SSL_CERT_FILE": "ca.crt"}
         assert added == {variable: f"{mount['mountPath']}/{file}" for variable, file in wanted.items()}
-        probes = {key: value for key, value in container.items() if key.endswith("Probe")}
-        assert probes == {key: {"httpGet": {"scheme": "HTTPS"}} for key in CONTAINERS[name] if key.endswith("Probe")}
+        for probe in (key for key in container if key.endswith("Probe")):
+            asked = CONTAINERS[name][probe]
+            assert container[probe] == {**asked, "httpGet": {**asked["httpGet"], "scheme": "HTTPS"}}
         secret = volume["secret"]["secretName"]
         assert f"create secret generic {secret} --from-file=tls.crt --from-file=tls.key --from-file=ca.crt\n" in README
+
+
+def test_the_component_of_twins() -> None:
+    """An even number of hosts, each told so and on a node of its own; one may go, and is filled by its twin."""
+    twins = WITH["twins"]
+    places = twins.places("ema-host")
+    assert len(places) % 2 == 0
+    assert len(places) >= 4
+    for place in places:
+        plain, found = environment("ema-host", place), twins.environment("ema-host", place)
+        assert found == {**plain, "EMA_SERVICE_SHARD": f"{place}/{len(places)}", "EMA_SERVICE_TWINS": "1"}
+    (apart,) = twins.pods["ema-host"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert apart["topologyKey"] == "kubernetes.io/hostname"
+    assert apart["labelSelector"]["matchLabels"] == HOSTS["template"]["metadata"]["labels"]
+    port = CONTAINERS["ema-host"]["ports"][0]["containerPort"]
+    assert twins.lets_out("ema-host") == PLAIN.lets_out("ema-host") | {("ema-host", port)}
+    assert twins.named("PodDisruptionBudget")["ema-host"]["spec"]["maxUnavailable"] == 1
+
+
+def test_the_component_of_replicas() -> None:
+    """One for each host, found by a stable name, and let through wherever replicas talk and are read."""
+    found = WITH["replicas"]
+    spec, container = found.workloads["ema-replica"]["spec"], found.containers["ema-replica"]
+    port, service = container["ports"][0], found.named("Service")["ema-replica"]["spec"]
+    assert found.places("ema-replica") == PLACES
+    for place in PLACES:
+        seen = found.environment("ema-replica", place)
+        assert seen["EMA_SERVICE_REPLICA_OF"] == f"{place}/{len(PLACES)}"
+        address = f"http://ema-replica-{place}.{spec['serviceName']}:{port['containerPort']}"
+        assert seen["EMA_SERVICE_CLUSTER_ADDRESS"] == address
+        assert seen["EMA_SERVICE_COORDINATOR"] == environment("ema-host")["EMA_SERVICE_COORDINATOR"]
+    assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"] == service["selector"]
+    assert service["clusterIP"] == "None"
+    at = port["containerPort"]
+    assert found.lets_out("ema-replica") == PLAIN.lets_out("ema-host") | {("ema-host", at)}
+    assert found.lets_out("ema-gateway") == PLAIN.lets_out("ema-gateway") | {("ema-replica", at)}
+    assert found.lets_in("ema-coordinator") == PLAIN.lets_in("ema-coordinator") | {"ema-replica"}
+    assert found.lets_in("ema-replica") == PLAIN.lets_in("ema-host")
+    same = ("runAsUser", "runAsGroup", "runAsNonRoot")
+    plain = PODS["ema-host"]["securityContext"]
+    assert [found.pods["ema-replica"]["securityContext"][key] for key in same] == [plain[key] for key in same]
+    assert container["securityContext"] == CONTAINERS["ema-host"]["securityContext"]
+    assert container["image"] == CONTAINERS["ema-host"]["image"]
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    secrets = {
+        each["name"]: each["secret"]["secretName"] for each in found.pods["ema-replica"]["volumes"] if "secret" in each
+    }
+    assert set(mounts) == {each["name"] for each in found.pods["ema-replica"]["volumes"]}
+    file = Path(seen["EMA_SERVICE_REPLICA_TOKEN_FILE"])
+    (volume,) = (name for name, path in mounts.items() if path == str(file.parent))
+    assert f"create secret generic {secrets[volume]} --from-file={file.name}\n" in README
 
 
 # --- the programs, as their pods would run them -----------------------------------------------------------------------
 
 
-class Pods:
-    """The containers' commands, environments and volumes on this machine, each program at a port of its own."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._folder, self._monkeypatch = folder, monkeypatch
-        self._started: list[Forked] = []
-        self.urls = {name: self._free() for name in ("ema-coordinator", "ema-gateway", *map(self.host, PLACES))}
-        self.token = create_token(folder / "tokens", ["train"], "*")
-        (folder / "cluster-token").write_text("0123456789abcdef\n")
-
-    @staticmethod
-    def host(place: int) -> str:
-        return f"ema-host-{place}"
-
-    @staticmethod
-    def _free() -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-    def _here(self, text: str, folder: Path) -> str:
-        """A word of a manifest with this machine's paths and addresses."""
-        for name, url in self.urls.items():
-            text = re.sub(rf"^http://{name}(\.ema-host)?:\d+$", url, text)
-        moved = {"/etc/ema-service/tokens": self._folder / "tokens"}
-        moved["/etc/ema-cluster/cluster-token"] = self._folder / "cluster-token"
-        moved |= {path: folder / path.strip("/") for path in ("/data", "/ram/versions")}
-        return str(moved.get(text, text))
-
-    def start(self, name: str, place: int = 0) -> str:
-        """Start a pod's program as its image and its manifest say; its URL."""
-        url = self.urls[self.host(place) if name == "ema-host" else name]
-        folder = self._folder / f"{name}-{place}"
-        (folder / "ram").mkdir(parents=True)
-        container = CONTAINERS[name]
-        (entrypoint,) = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)
-        program, *words = [*container.get("command", json.loads(entrypoint)), *container["args"]]
-        assert program == "ema-service"
-        words[words.index("--port") + 1] = url.rpartition(":")[2]
-        for variable in [variable for variable in os.environ if variable.startswith("EMA_")]:
-            self._monkeypatch.delenv(variable)
-        for variable, value in environment(name, place).items():
-            self._monkeypatch.setenv(variable, self._here(value, folder))
-        log = folder / "log"
-        log.touch()
-        self._started.append(Forked(["-m", "ema_service", *(self._here(word, folder) for word in words)], log))
-        ended = self._started[-1].poll
-        wait_until(lambda: ended() is not None or probe(url, name, "livenessProbe"), f"{name} to live")
-        assert ended() is None, log.read_text()
-        return url
-
-    def end(self) -> None:
-        for process in self._started:
-            process.kill()
-            process.wait(30)
-
-
-def probe(url: str, name: str, kind: str) -> bool:
-    """Whether the kubelet would find the container well: it asks by the pod's address, without a token."""
-    try:
-        return httpx.get(f"{url}{CONTAINERS[name][kind]['httpGet']['path']}", timeout=5).is_success
-    except httpx.TransportError:
-        return False
-
-
 @pytest.fixture
-def pods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pods]:
-    made = Pods(tmp_path, monkeypatch)
-    yield made
-    made.end()
+def pods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Manifests], Pods]]:
+    """Makes the pods of manifests, which end with the test."""
+    made: list[Pods] = []
+
+    def make(manifests: Manifests) -> Pods:
+        made.append(Pods(manifests, tmp_path, monkeypatch))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
 
 
-def test_pods_form_a_cluster(pods: Pods) -> None:
+def test_pods_form_a_cluster(pods: Callable[[Manifests], Pods]) -> None:
     """Whoever comes first is live and waits: hosts without a coordinator are not ready, and are not killed for it. With
     all of them there trainers are served, and with a token alone."""
-    hosts = [pods.start("ema-host", place) for place in PLACES]
-    gateway = pods.start("ema-gateway")
-    assert not any(probe(url, "ema-host", "readinessProbe") for url in hosts)
-    assert probe(gateway, "ema-gateway", "readinessProbe")
+    started = pods(PLAIN)
+    hosts = started.start_all("ema-host")
+    gateway = started.start("ema-gateway")
+    assert not any(started.ready([url], "ema-host") for url in hosts)
+    assert started.ready([gateway], "ema-gateway")
     assert httpx.get(f"{gateway}/readyz").status_code == 503
 
-    coordinator = pods.start("ema-coordinator")
-    assert probe(coordinator, "ema-coordinator", "readinessProbe")
-    wait_until(lambda: all(probe(url, "ema-host", "readinessProbe") for url in hosts), "hosts that are ready")
+    coordinator = started.start("ema-coordinator")
+    assert started.ready([coordinator], "ema-coordinator")
+    wait_until(lambda: started.ready(hosts, "ema-host"), "hosts that are ready")
     wait_until(lambda: httpx.get(f"{gateway}/readyz").status_code == 200, "all of the cluster")
     assert httpx.get(f"{gateway}/v1/runs").status_code == 401
-    with EmaClient(gateway, token=pods.token) as client:
+    with EmaClient(gateway, token=started.token) as client:
         client.create_run("r", {"w": torch.arange(60.0).reshape(20, 3)}, decay=0.5)
         assert client.push("r", {"w": torch.ones(20, 3)}, step=1).applied
         assert client.pull("r").info.step == 1
@@ -287,3 +276,35 @@ def test_pods_form_a_cluster(pods: Pods) -> None:
     for url in (*hosts, gateway, coordinator):
         wanted = 401 if url in hosts else 200
         assert httpx.get(f"{url}/metrics").status_code == wanted
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("component", ["twins", "replicas"])
+def test_pods_of_a_component_form_a_cluster(component: str, pods: Callable[[Manifests], Pods]) -> None:
+    """All of them are ready; twins do without a host, and replicas are listed for their hosts."""
+    started = pods(WITH[component])
+    started.start("ema-coordinator")
+    hosts, gateway = started.start_all("ema-host"), started.start("ema-gateway")
+    wait_until(lambda: started.ready(hosts, "ema-host"), "hosts that are ready")
+    wait_until(lambda: httpx.get(f"{gateway}/readyz").status_code == 200, "all of the cluster")
+    with EmaClient(gateway, token=started.token) as client:
+        client.create_run("r", {"w": torch.arange(60.0).reshape(20, 3)}, decay=0.5)
+        if component == "twins":
+            started.kill("ema-host", 0)
+            wait_until(lambda: _applied(client), "an update without host 0")
+            return
+        replicas = started.start_all("ema-replica")
+        wait_until(lambda: started.ready(replicas, "ema-replica"), "replicas that are ready")
+
+        def listed() -> list[str]:
+            shards = client._transport.json("GET", "/v1/runs/r/shards").parsed(RunShards).shards
+            return [address for shard in shards for address in shard.replicas]
+
+        wait_until(lambda: listed() == replicas, "replicas in the map")
+
+
+def _applied(client: EmaClient) -> bool:
+    try:
+        return client.push("r", {"w": torch.ones(20, 3)}, step=1).step == 1
+    except EmaError:
+        return False

@@ -134,7 +134,8 @@ class Hosts:
         else:
             self._log_once("")
             if self._guarded and found != self._map:
-                await all_of([self._check_guarded(host) for host in found])
+                # These very hosts: by the map that is about to go, another one of twins may have the shard.
+                await all_of([self._check_guarded(host._replace(chosen=True)) for host in found])
             self._map = found
             self._twins = twins
             self.metrics.hosts.set(len(found))

@@ -137,9 +137,9 @@ class Reporting(Generic[T]):
 
     @property
     def counts(self) -> bool:
-        """Whether the shard counts, as a coordinator has told since the talk began: before, others may have gone on
-        without it."""
-        return self._asked and self._place not in self._kept.seating.absent
+        """Whether the shard counts, and lost nothing, as a coordinator has told since the talk began: before, others
+        may have gone on without it."""
+        return self._asked and not self._kept.lost and self._place not in self._kept.seating.absent
 
     @property
     def heard(self) -> float:

@@ -2,7 +2,7 @@
 
     engine's process (an actor)                         programs, its children
       Agent.word(), once a second --- a byte --------->  host          ends with the agent, or once its lease is over
-      Agent.address(), state()    <-- what they print -  gateway
+      Agent.url, state()          <-- what they print -  gateway       or, in the place of both, a replica
 
 The engine says a word whenever it was heard, and where the coordinator is by now; the word goes on to the host as a
 sign of life (ema_service.tether), the coordinator's URL into a file that host and gateway read (whereabouts). While the
@@ -45,6 +45,7 @@ _LOOK_SECONDS, _HEARD_SECONDS = 0.2, 5.0
 #: Seconds before a start is tried again that failed at the data dir, say.
 _AGAIN_SECONDS = 1.0
 _PROBE_SECONDS = 2.0
+_TETHERED = [sys.executable, "-m", "ema_service.tether", "ema_service", "cluster"]
 _LISTENS = re.compile(r"listens on (https?://\S+)")
 
 
@@ -54,7 +55,9 @@ class Task:
 
     place: of a host, among ``of``; None for the coordinator. folder: of the host's data. token: of the cluster. listen:
     the address that all programs listen on. port: of the gateway, 0 for any. flags: of ``ema-service serve``. lease:
-    seconds, as in Lease(). tls: of all programs; None for plain HTTP.
+    seconds, as in Lease(). tls: of all programs; None for plain HTTP. twins: whether the later half of the hosts are
+    twins of the earlier half. replica: the number of a replica of the host, which runs here in the host's place;
+    replica_token: a file of the node with the token that it reads with.
     """
 
     place: int | None
@@ -66,13 +69,23 @@ class Task:
     flags: tuple[str, ...] = ()
     lease: float = 10.0
     tls: Tls | None = None
+    twins: bool = False
+    replica: int | None = None
+    replica_token: Path | None = None
+
+    @property
+    def program(self) -> str:
+        """The name of the program whose address is the place's: of a host the gateway beside it."""
+        if self.place is None:
+            return "coordinator"
+        return "gateway" if self.replica is None else f"replica {self.replica} of host {self.place}"
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How a place stands. ready: whether it takes all requests. url: of the coordinator, or of a host's gateway; empty
-    while it is not known. said: the latest line of each program, for whoever waits. pids: of the agent's own process,
-    and of those that run here."""
+    """How a place stands. ready: whether it takes all requests. url: of the coordinator, of a host's gateway, or of a
+    replica; empty while it is not known. said: the latest line of each program, for whoever waits. pids: of the agent's
+    own process, and of those that run here."""
 
     place: int | None
     of: int
@@ -115,8 +128,8 @@ class Agent:
 
     @property
     def url(self) -> str:
-        """Of the coordinator, or of a host's gateway; empty while it is not known."""
-        return self._urls.get("coordinator" if self._task.place is None else "gateway", "")
+        """Of the coordinator, of a host's gateway, or of a replica; empty while it is not known."""
+        return self._urls.get(self._task.program, "")
 
     def state(self) -> State:
         """How this place stands; asks the gateway."""
@@ -147,12 +160,13 @@ class Agent:
     def _run(self, supervisor: Supervisor, secrets: Path) -> None:
         """Start all once the engine was heard, and keep them until the end. Raises OSError, ValueError."""
         programs, told, where = None, float("-inf"), ""
+        data = self._task.folder / f"host-{self._task.place}" if self._task.replica is None else secrets
         while not self._ending.is_set():
             at, coordinator = self._word
             if coordinator and coordinator != where and self._task.place is not None:
-                _write_line(self._where, where := coordinator)
+                _write_line(data / "coordinator", where := coordinator)
             if programs is None and self._is_heard() and (where or self._task.place is None):
-                programs = self._programs(secrets)
+                programs = self._coordinator(secrets) if self._task.place is None else self._member(data)
                 for program in programs:
                     supervisor.keep(program)
             if at > told and programs:
@@ -165,38 +179,38 @@ class Agent:
         return time.monotonic() - self._word[0] < _HEARD_SECONDS
 
     @property
-    def _data(self) -> Path:
-        return self._task.folder / f"host-{self._task.place}"
+    def _listening(self) -> list[str]:
+        """The flags that all programs have."""
+        return ["--host", self._task.listen, *(self._task.tls.flags if self._task.tls else ())]
 
-    @property
-    def _where(self) -> Path:
-        """The file that says where the coordinator is."""
-        return self._data / "coordinator"
+    def _coordinator(self, secrets: Path) -> list[Program]:
+        """The coordinator. secrets: a folder that ends with the agent."""
+        file = secrets / "cluster-token"
+        write_secret(file, self._task.token)
+        # The port stays as long as this agent, so hosts go on without being told.
+        port = ["--port", str(free_port(self._task.listen))]
+        flags = [*self._listening, *port, "--cluster-token-file", str(file)]
+        return [Program("coordinator", [*_TETHERED, "coordinator", *flags])]
 
-    def _programs(self, secrets: Path) -> list[Program]:
-        """The programs of this place, the one that a word is for first. secrets: a folder that ends with the agent."""
-        task, token = self._task, ClusterToken(self._task.token)
-        listen = ["--host", task.listen, *(task.tls.flags if task.tls else ())]
-        tethered = [sys.executable, "-m", "ema_service.tether", "ema_service", "cluster"]
-        if task.place is None:
-            file = secrets / "cluster-token"
-            write_secret(file, task.token)
-            # The port stays as long as this agent, so hosts go on without being told.
-            port = ["--port", str(free_port(task.listen))]
-            return [
-                Program("coordinator", [*tethered, "coordinator", *listen, *port, "--cluster-token-file", str(file)])
-            ]
-        found = ["--coordinator", self._where.as_uri()]
-        member = ["--shard", f"{task.place}/{task.of}", *found, "--port", "0", "--lease", f"{task.lease:g}"]
+    def _member(self, data: Path) -> list[Program]:
+        """A replica; or a host and its gateway, the host first, for which a word is. data: the folder with the file
+        that says where the coordinator is."""
+        task, of = self._task, f"{self._task.place}/{self._task.of}"
+        found = ["--coordinator", (data / "coordinator").as_uri()]
+        if task.replica is None:
+            member = ["--shard", of, "--lease", f"{task.lease:g}", *(["--twins"] if task.twins else [])]
+        else:
+            member = ["--replica-of", of]
+            member += ["--replica-token-file", str(task.replica_token)] if task.replica_token else []
         # Later flags win: those of the user stand last.
-        serve = host_command(self._data, token, [*member, *listen, "--announce", self._machine, *task.flags])
-        file = self._data / "cluster-token"
-        gateway = ["gateway", *listen, "--port", str(task.port or free_port(task.listen)), *found]
+        announcing = [*self._listening, "--port", "0", "--announce", self._machine, *task.flags]
+        serve = host_command(data, ClusterToken(task.token), [*member, *found, *announcing])
+        if task.replica is not None:
+            return [Program(task.program, serve)]
+        gateway = [*self._listening, "--port", str(task.port or free_port(task.listen)), *found]
         gateway += ["--insecure-no-auth"] if "--insecure-no-auth" in task.flags else []
-        return [
-            Program(f"host {task.place}", serve),
-            Program("gateway", [*tethered, *gateway, "--cluster-token-file", str(file)]),
-        ]
+        gateway += ["--cluster-token-file", str(data / "cluster-token")]
+        return [Program(f"host {task.place}", serve), Program("gateway", [*_TETHERED, "gateway", *gateway])]
 
     def _hear(self, name: str, line: str) -> None:
         """A line that one of the programs has printed."""

@@ -5,10 +5,11 @@ of others.
       |-- coordinator     here
       |-- gateway         here: the address that is told
       |-- host 0 ... k-1  here, or through ``ssh MACHINE ema-service cluster host ...``
-      |-- replicas        here, of hosts that are here
+      |-- replicas        so, too: of a host the first on the machine of the next host, and so on
 
-Everything that is kept is in one folder: each host's data dir, and the cluster's token, which no command line shows: a
-host reads it from its standard input. All end with the launcher, those elsewhere with the connection to them.
+Everything that is kept is in one folder: each host's data dir, and the cluster's token, which no command line shows:
+hosts and replicas read it from their standard input. All end with the launcher, those elsewhere with the connection to
+them.
 
 Knows the command line of each program, and what a started one prints. Does not know how processes are kept running
 (supervising), or what they do.
@@ -85,8 +86,8 @@ class Plan:
     folder: of what is kept. machines: where each host is to be, None for here. host, port: of the gateway. through:
     the command before a machine's name. flags: of ``ema-service serve``, for each host. twins: whether the later half
     of the hosts have the shards of the earlier half once more. name: by which other machines reach this one, None to
-    find out. replicas: so many of each host, which are read in its place; replica_token: a file with the token that
-    they read with. tls: None for plain HTTP.
+    find out. replicas: so many of each host, which are read in its place; replica_token: a file of their machine with
+    the token that they read with. tls: None for plain HTTP.
     """
 
     folder: Path
@@ -180,31 +181,43 @@ class _Launch:
 
     def _host(self, place: int, coordinator: str) -> Program:
         """One host, here or elsewhere."""
-        plan, machine = self._plan, self._plan.machines[place]
-        flags = ["--data-dir", str(plan.folder / f"host-{place}"), "--", "--shard", f"{place}/{len(plan.machines)}"]
-        flags += ["--twins"] if plan.twins else []
-        # Later flags win: those of the user stand last.
-        flags += ["--coordinator", coordinator, "--port", "0", *(plan.tls.flags if plan.tls else ())]
-        said = f"{self._token.header.partition(' ')[2]}\n".encode()
-        if machine is None:
-            return Program(self._hosts[place], _here("ema_service", "cluster", "host", *flags, *plan.flags), said)
-        flags += ["--host", "0.0.0.0"]
-        words = ["ema-service", "cluster", "host"]
-        if plan.tls:  # a certificate is for names, as a rule, and not for addresses
-            flags += ["--announce", machine.rpartition("@")[2]]
-            words = ["env", *(f"{key}={value}" for key, value in plan.tls.environment.items()), *words]
-        words += [*flags, *plan.flags]
-        return Program(self._hosts[place], [*shlex.split(plan.through), machine, shlex.join(words)], said)
+        plan = self._plan
+        flags = ["--shard", f"{place}/{len(plan.machines)}", *(["--twins"] if plan.twins else [])]
+        flags += ["--coordinator", coordinator]
+        return self._server(self._hosts[place], plan.machines[place], f"host-{place}", flags)
 
     def _replica(self, number: int, coordinator: str) -> Program:
-        """One replica, here. It finds its host by the coordinator, and is found so."""
+        """One replica. It finds its host by the coordinator, and is found so. It is not on its host's machine, whose
+        link it is to spare, where there are several."""
         plan = self._plan
-        flags = ["--replica-of", f"{number // plan.replicas}/{len(plan.machines)}", "--coordinator", coordinator]
-        flags += ["--cluster-token-file", str(self._token_file), "--port", "0"]
+        place, nth = divmod(number, plan.replicas)
+        flags = ["--replica-of", f"{place}/{len(plan.machines)}", "--coordinator", coordinator]
         flags += ["--replica-token-file", str(plan.replica_token)] if plan.replica_token else []
-        flags += plan.tls.flags if plan.tls else []
-        serve = _here("ema_service.tether", "ema_service", "serve", *flags, *plan.flags)
-        return Program(self._replicas[number], serve)
+        machine = plan.machines[(place + 1 + nth) % len(plan.machines)]
+        return self._server(self._replicas[number], machine, f"replica-{place}-{nth}", flags)
+
+    def _server(self, name: str, machine: str | None, folder: str, flags: list[str]) -> Program:
+        """`ema-service serve`, here or on another machine, with a folder of its own beside the others'."""
+        plan = self._plan
+        said = f"{self._token.header.partition(' ')[2]}\n".encode()
+        # Later flags win: those of the user stand last.
+        words = [
+            "--data-dir",
+            str(plan.folder / folder),
+            "--",
+            *flags,
+            "--port",
+            "0",
+            *(plan.tls.flags if plan.tls else ()),
+        ]
+        if machine is None:
+            return Program(name, _here("ema_service", "cluster", "host", *words, *plan.flags), said)
+        words += ["--host", "0.0.0.0"]
+        command = ["ema-service", "cluster", "host"]
+        if plan.tls:  # a certificate is for names, as a rule, and not for addresses
+            words += ["--announce", machine.rpartition("@")[2]]
+            command = ["env", *(f"{key}={value}" for key, value in plan.tls.environment.items()), *command]
+        return Program(name, [*shlex.split(plan.through), machine, shlex.join([*command, *words, *plan.flags])], said)
 
     def _come_up(self, supervisor: Supervisor) -> bool:
         """Whether all are ready, and nobody has asked to stop meanwhile. Raises LaunchFailed."""

@@ -3,6 +3,7 @@
     named, detached actors                       their children, which do the work (cluster/launching/agent.py)
       NAME-coordinator    0 CPUs                   coordinator
       NAME-host-0 ...     what is asked for        host 0, and a gateway beside it
+      NAME-replica-0-0 ...    the same             a replica of host 0
 
 Ray places actors, starts them again, and knows them by name. It carries no bytes and decides nothing: what it believes
 of a host may be wrong, and costs time alone (cluster/hosting/lease.py).
@@ -10,30 +11,36 @@ of a host may be wrong, and costs time alone (cluster/hosting/lease.py).
 Whoever calls up() makes the actors, so that no actor owns them, with which they would end. An actor's constructor
 raises nothing: one that raises at a restart ends the actor for good.
 
-Knows Ray. Does not know what the programs do, or how they are kept running.
+Knows Ray. Does not know what the programs do, how they are kept running, or which node is best (placing).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import urllib.request
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ema_client.protocol import RAY_NAMESPACE, ray_host
 from ema_service.cluster.launching.agent import Agent, State, Task
 from ema_service.cluster.launching.launcher import LaunchFailed
+from ema_service.cluster.launching.placing import chosen, places_in, twin_of
+from ema_service.cluster.messages import DIRECTORY
+from ema_service.cluster.token import ClusterToken
 from ema_service.tether import GRACE
 
 __all__ = ["Place", "RayPlan", "down", "local_ray", "on_ray", "processes_of", "up"]
@@ -58,14 +65,16 @@ class RayPlan:
     """What is to be started.
 
     name: of the cluster, by which trainers find it. task: what each host has in common. shared: whether the folder is
-    on storage that every node reaches, so that a host may be started on any. options: of each host's actor, as Ray has
-    them: num_cpus, num_gpus, memory, resources.
+    on storage that every node reaches, so that a host may be started on any. options: of each host's actor, and each
+    replica's, as Ray has them: num_cpus, num_gpus, memory, resources. replicas: so many of each host, which are read in
+    its place.
     """
 
     name: str
     task: Task
     shared: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 0
 
     @property
     def coordinator(self) -> str:
@@ -76,6 +85,19 @@ class RayPlan:
     def hosts(self) -> list[str]:
         """The names of the hosts' actors, by place."""
         return [ray_host(self.name, place) for place in range(self.task.of)]
+
+    @property
+    def followers(self) -> dict[str, tuple[int, int]]:
+        """The names of the replicas' actors; of each its host's place, and its number among the host's replicas."""
+        pairs = product(range(self.task.of), range(self.replicas))
+        return {f"{self.name}-replica-{place}-{number}": (place, number) for place, number in pairs}
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """What each host's actor takes, by Ray's names of resources."""
+        takes = {"CPU": self.options.get("num_cpus", 0), "GPU": self.options.get("num_gpus", 0)}
+        takes |= {"memory": self.options.get("memory", 0), **self.options.get("resources", {})}
+        return {name: number for name, number in takes.items() if number}
 
 
 def _coordinator(name: str) -> str:
@@ -102,8 +124,12 @@ class Place:
         return self._agent.state()
 
     def url(self) -> str:
-        """The coordinator's, or that of a host's gateway; empty while it is not known."""
+        """The coordinator's, that of a host's gateway, or a replica's; empty while it is not known."""
         return self._agent.url
+
+    def node(self) -> str:
+        """The id of the node that this actor is on."""
+        return str(self._node)
 
     def task(self) -> Task:
         """What runs here, with the cluster's token, for whoever starts what is missing."""
@@ -159,21 +185,47 @@ def up(plan: RayPlan, say: Callable[[str], None], seconds: float = _READY_SECOND
     Raises LaunchFailed where a cluster of the name is there and is another one, where no node has what a host asks for,
     or where not all are ready in so many seconds.
     """
-    found = _found([plan.coordinator, *plan.hosts])
+    found = _found([plan.coordinator, *plan.hosts, *plan.followers])
     token = _token(plan, found) or secrets.token_hex(32)
     if plan.coordinator not in found:
-        found[plan.coordinator] = _make(plan, plan.coordinator, replace(plan.task, place=None, token=token), {})
+        task = replace(plan.task, place=None, token=token)
+        found[plan.coordinator] = _make(plan, plan.coordinator, task, {})
         say(f"{plan.coordinator} | made")
     # The coordinator's, whoever made it: of two that draw a token at once one is used.
     token = _ask(found[plan.coordinator].task.remote, plan.coordinator, seconds).token
+    plan = replace(plan, task=replace(plan.task, token=token))
+    if plan.task.twins and not plan.shared and len(found) > 1:
+        _wait({plan.coordinator: found[plan.coordinator]}, say, seconds)
+        found = _without_lost(plan, found, say)
+    found |= _hosts_made(plan, found, say) | _replicas_made(plan, found, say)
+    _wait(found, say, seconds)
+    if plan.task.twins:
+        _tell_of_shared_nodes(plan, found, say)
+    return str(_ask(found[plan.hosts[0]].url.remote, plan.hosts[0], _LOOK_SECONDS))
+
+
+def _hosts_made(plan: RayPlan, found: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The actors of hosts that were missing, by name. Raises LaunchFailed."""
     missing = [place for place, name in enumerate(plan.hosts) if name not in found]
     homes = _homes(plan, missing) if missing and not plan.shared else {}
+    made = {}
     for place in missing:
         name = plan.hosts[place]
-        found[name] = _make(plan, name, replace(plan.task, place=place, token=token), _options(plan, homes.get(place)))
+        options = _pinned(plan, homes[place]) if homes else _free(plan, place)
+        made[name] = _make(plan, name, replace(plan.task, place=place), options)
         say(f"{name} | made{f', for node {homes[place]}' if homes else ''}")
-    _wait(found, say, seconds)
-    return str(_ask(found[plan.hosts[0]].url.remote, plan.hosts[0], _LOOK_SECONDS))
+    return made
+
+
+def _replicas_made(plan: RayPlan, found: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The actors of replicas that were missing, by name: they keep nothing, so Ray may have them anywhere."""
+    made = {}
+    for name, (place, number) in plan.followers.items():
+        if name not in found:
+            task = replace(plan.task, place=place, replica=number)
+            made[name] = _make(plan, name, task, {**plan.options, "scheduling_strategy": "SPREAD"})
+            say(f"{name} | made")
+    return made
 
 
 def down(name: str, say: Callable[[str], None]) -> int:
@@ -187,6 +239,9 @@ def down(name: str, say: Callable[[str], None]) -> int:
         for each, actor in actors.items():
             ray.kill(actor, no_restart=True)
             say(f"{each} | ended")
+    for group in (f"{name}-hosts", *(f"{name}-shard-{shard}" for shard in range(len(hosts)))):
+        with suppress(ValueError):  # there is none, as where no host has a twin
+            remove_placement_group(ray.util.get_placement_group(group))
     return len(hosts) + len(coordinator)
 
 
@@ -200,9 +255,10 @@ def processes_of(name: str, place: int) -> tuple[int, ...]:
 
 
 def _named(name: str) -> list[str]:
-    """The names of all hosts of a cluster that Ray knows; not those of a cluster whose name begins alike."""
+    """The names of all hosts and replicas of a cluster that Ray knows; not those of a cluster whose name begins
+    alike."""
     known = (each["name"] for each in ray.util.list_named_actors(True) if each["namespace"] == RAY_NAMESPACE)
-    return sorted(each for each in known if re.fullmatch(rf"{re.escape(name)}-host-\d+", each))
+    return sorted(each for each in known if re.fullmatch(rf"{re.escape(name)}-(host-\d+|replica-\d+-\d+)", each))
 
 
 def _found(names: Iterable[str]) -> dict[str, Any]:
@@ -218,10 +274,11 @@ def _token(plan: RayPlan, found: Mapping[str, Any]) -> str:
     """The token of the actors that are there, empty where there are none. Raises LaunchFailed."""
     for name, actor in found.items():
         task = _ask(actor.task.remote, name, _LOOK_SECONDS)
-        if (task.of, task.folder) != (plan.task.of, plan.task.folder):
+        if (task.of, task.folder, task.twins) != (plan.task.of, plan.task.folder, plan.task.twins):
+            twins = ", twins among them," if task.twins else ""
             raise LaunchFailed(
-                f"cluster {plan.name!r} is there, of {task.of} hosts with data in {task.folder}: ask for that one, or "
-                "give another --name"
+                f"cluster {plan.name!r} is there, of {task.of} hosts{twins} with data in {task.folder}: ask for that "
+                "one, or give another --name"
             )
         return str(task.token)
     return ""
@@ -235,11 +292,122 @@ def _make(plan: RayPlan, name: str, task: Task, options: Mapping[str, Any]) -> A
     return ray.remote(Place).options(**{"num_cpus": 0, **lasting, **named, **found, **options}).remote(plan.name, task)
 
 
-def _options(plan: RayPlan, home: str | None) -> dict[str, Any]:
-    """What a host's actor takes. home: the node that has its data."""
-    if home is None:
-        return {**plan.options, "scheduling_strategy": "SPREAD"}
+def _pinned(plan: RayPlan, home: str) -> dict[str, Any]:
+    """What a host's actor takes that has its data on a node."""
     return {**plan.options, "resources": {**plan.options.get("resources", {}), **_at(home)}}
+
+
+def _free(plan: RayPlan, place: int) -> dict[str, Any]:
+    """What a host's actor takes that may be on any node, that of its twin excepted."""
+    if not plan.task.twins:
+        return {**plan.options, "scheduling_strategy": "SPREAD"}
+    group, bundle = _group(plan.name, place, plan.task.of) or _made_group(plan, place)
+    return {**plan.options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle)}
+
+
+def _groups_of(name: str, place: int, of: int) -> dict[str, int]:
+    """The groups that a host of those with twins may be in, and its bundle there: that of all hosts, that of its
+    shard."""
+    return {f"{name}-hosts": place, f"{name}-shard-{place % (of // 2)}": place // (of // 2)}
+
+
+def _group(name: str, place: int, of: int) -> tuple[PlacementGroup, int] | None:
+    """What keeps a host on another node than its twin wherever Ray starts it; None where that is yet to be made."""
+    for group, bundle in _groups_of(name, place, of).items():
+        with suppress(ValueError):
+            return ray.util.get_placement_group(group), bundle
+    return None
+
+
+def _made_group(plan: RayPlan, place: int) -> tuple[PlacementGroup, int]:
+    """A placement group: of all hosts, each on a node of its own, where there are as many nodes; else of a shard's two,
+    on two nodes. On a Ray of one node both are there: they would wait for a node that nobody brings."""
+    nodes = len(_nodes(plan.wanted))
+    whole, shard = _groups_of(plan.name, place, plan.task.of).items()
+    (name, bundle), bundles = (whole, plan.task.of) if nodes >= plan.task.of else (shard, 2)
+    strategy = "STRICT_SPREAD" if nodes >= bundles else "SPREAD"
+    takes = [plan.wanted or {"CPU": _NEXT_TO_NOTHING}] * bundles
+    return placement_group(takes, strategy, name=name, lifetime="detached"), bundle
+
+
+def _tell_of_shared_nodes(plan: RayPlan, found: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Say which hosts are lost with one node, and with it more than twins make up for."""
+    on: dict[str, list[int]] = {}
+    for place, name in enumerate(plan.hosts):
+        on.setdefault(_ask(found[name].node.remote, name, _LOOK_SECONDS), []).append(place)
+    for places in on.values():
+        if len(places) > 1:
+            names = ", ".join(plan.hosts[place] for place in places)
+            twins = [plan.hosts[place] for place in places if twin_of(place, plan.task.of) in places]
+            say(
+                f"{names} | on one node, and lost with it: "
+                + (f"no other has what {twins[0]} has" if twins else "updates wait until all but one of them are back")
+            )
+
+
+def _without_lost(plan: RayPlan, found: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The actors that are there, but for those of hosts that wait for a node that is gone: they are ended, to be made
+    on another node, empty, and filled from their twins.
+
+    Ended are only hosts whose twin is known to have everything, and of whose data no node that is there has any; and
+    none for which there is no node but its twin's. Raises LaunchFailed.
+    """
+    hosts = {place: found[name] for place, name in enumerate(plan.hosts) if name in found}
+    there = {place for place, actor in hosts.items() if _answers(actor)}
+    if not (silent := hosts.keys() - there):
+        return dict(found)
+    whole = _whole(plan, found, there)
+    has = _data_at(plan, sorted({node["NodeManagerAddress"] for node in _nodes({})}))
+    fitting = {node["NodeManagerAddress"] for node in _nodes(plan.wanted)}
+    kept = dict(found)
+    for place in sorted(silent - set().union(*has.values())):
+        name, twin = plan.hosts[place], twin_of(place, plan.task.of)
+        if twin not in whole:
+            say(f"{name} | its node is gone, and waited for: its twin is not known to have everything")
+        elif not any(twin not in has[node] for node in fitting):
+            say(f"{name} | its node is gone, and waited for: there is no other for it but its twin's")
+        else:
+            say(f"{name} | its node is gone: made anew on another, and filled from its twin")
+            ray.kill(kept.pop(name), no_restart=True)
+            _wait_for_name(name)
+    return kept
+
+
+def _whole(plan: RayPlan, found: Mapping[str, Any], there: Collection[int]) -> set[int]:
+    """The places whose hosts are known to have everything; none while the coordinator is yet to hear one that is there,
+    who may know better."""
+    told = _told(plan, found)
+    seats = [seat for seat in told.get("shards", ()) if seat["listens"] and seat["revision"] is not None]
+    heard = {int(seat["place"]) for seat in seats}
+    return heard.difference(*told.get("absent", {}).values()) if heard.issuperset(there) else set()
+
+
+def _told(plan: RayPlan, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the coordinator says of the hosts, and which of those with twins the others go on without; empty where it
+    says nothing."""
+    url = _ask(found[plan.coordinator].url.remote, plan.coordinator, _LOOK_SECONDS)
+    asked = urllib.request.Request(f"{url}/v1/runs/{DIRECTORY}/shards", headers=ClusterToken(plan.task.token).headers)
+    try:
+        with urllib.request.urlopen(asked, timeout=_ANSWER_SECONDS) as answer:
+            return dict(json.load(answer))
+    except (OSError, ValueError):  # no host has come to it yet, say
+        return {}
+
+
+def _answers(actor: Any) -> bool:
+    try:
+        return bool(ray.get(actor.node.remote(), timeout=_ANSWER_SECONDS))
+    except RayError:
+        return False
+
+
+def _wait_for_name(name: str) -> None:
+    """Return once Ray knows no actor of this name. Raises LaunchFailed."""
+    until = time.monotonic() + _LOOK_SECONDS
+    while _found([name]):
+        if time.monotonic() > until:
+            raise LaunchFailed(f"{name} was ended, and is still there after {_LOOK_SECONDS:g} seconds")
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _at(node: str) -> dict[str, float]:
@@ -247,44 +415,35 @@ def _at(node: str) -> dict[str, float]:
     return {f"{_NODE}{node}": _NEXT_TO_NOTHING}
 
 
+def _nodes(wanted: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The nodes that are there and have so much, taken or not."""
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= number for name, number in wanted.items())
+    ]
+
+
 def _homes(plan: RayPlan, places: list[int]) -> dict[int, str]:
     """The node of each of these places: the one that has its data dir, else one that has few. Raises LaunchFailed."""
-    wanted = {"CPU": plan.options.get("num_cpus", 0), "GPU": plan.options.get("num_gpus", 0)}
-    wanted |= {"memory": plan.options.get("memory", 0), **plan.options.get("resources", {})}
-    nodes = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"] and _fits(node, wanted)})
+    nodes = sorted({node["NodeManagerAddress"] for node in _nodes(plan.wanted)})
     if not nodes:
-        asked = ", ".join(f"{name} {number:g}" for name, number in wanted.items() if number)
+        asked = ", ".join(f"{name} {number:g}" for name, number in plan.wanted.items())
         raise LaunchFailed(
             f"no node has {asked}: start one, or give --shared-dir where every node reaches the data; then hosts wait "
             "for nodes to come"
         )
-    look = ray.remote(_places_at)
+    return chosen(places, _data_at(plan, nodes), plan.task.of if plan.task.twins else None)
+
+
+def _data_at(plan: RayPlan, nodes: list[str]) -> dict[str, set[int]]:
+    """The places whose data each of these nodes has. Raises LaunchFailed."""
+    look = ray.remote(places_in)
     has = {}
     for node in nodes:
         at_node = look.options(num_cpus=0, resources=_at(node))
         has[node] = _ask(partial(at_node.remote, plan.task.folder), f"node {node}", _LOOK_SECONDS)
-    return _chosen(places, has)
-
-
-def _chosen(places: list[int], has: Mapping[str, set[int]]) -> dict[int, str]:
-    """A node for each place. has: the nodes that may be chosen, and the places whose data each of them has."""
-    homes: dict[int, str] = {}
-    taken: Counter[str] = Counter({node: len(found) for node, found in has.items()})
-    for place in places:
-        having = [node for node, found in has.items() if place in found]
-        homes[place] = having[0] if having else min(has, key=lambda node: (taken[node], node))
-        taken[homes[place]] += not having
-    return homes
-
-
-def _fits(node: Mapping[str, Any], wanted: Mapping[str, float]) -> bool:
-    return all(node["Resources"].get(name, 0) >= number for name, number in wanted.items())
-
-
-def _places_at(folder: Path) -> set[int]:
-    """Which places have a data dir in a folder of this node."""
-    found = (each.parent.name.removeprefix("host-") for each in folder.glob("host-*/catalog.db"))
-    return {int(each) for each in found if each.isdigit()}
+    return has
 
 
 def _ask(call: Callable[[], Any], name: str, seconds: float) -> Any:

@@ -38,7 +38,7 @@ from ema_client.errors import (
     SnapshotExists,
     SnapshotNotFound,
 )
-from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_PUSH
+from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_PUSH, RunShards
 from ema_service.averaging.digest import Digest
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched, gone
@@ -532,23 +532,28 @@ def _command_line(pid: int) -> list[str]:
 
 @pytest.mark.timeout(240)
 def test_hosts_of_other_machines(tmp_path: Path, model: Model) -> None:
-    """Started through whatever reaches them, here a shell; they end with it."""
+    """Started through whatever reaches them, here a shell; they end with it. A host's replica is on the other one's
+    machine, and is found by clients."""
     reach, command = tmp_path / "reach", tmp_path / "bin" / "ema-service"
     command.parent.mkdir()
     reach.write_text('#!/bin/sh\necho "reached $1"\nshift\nexec sh -c "$*"\n')
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m ema_service "$@"\n')
     for each in (reach, command):
         each.chmod(0o700)
-    flags = ["--hosts", "left,right", "--through", str(reach), "--announce", "127.0.0.1"]
+    flags = ["--hosts", "left,right", "--replicas", "1", "--through", str(reach), "--announce", "127.0.0.1"]
     cluster = Launched(tmp_path / "c", *flags, "--", "--host", "127.0.0.1", programs=command.parent)
     cluster.start()
     try:
         assert "host 0 | reached left" in cluster.log
         assert "host 1 | reached right" in cluster.log
+        assert "replica 0 of host 0 | reached right" in cluster.log
+        assert "replica 0 of host 1 | reached left" in cluster.log
         pids = list(cluster.processes().values())
         with EmaClient(cluster.url) as client:
             client.create_run("r", model(0))
             assert client.push("r", model(1), step=1).applied
+            shards = partial(client._transport.json, "GET", "/v1/runs/r/shards")
+            wait_until(lambda: all(each.replicas for each in shards().parsed(RunShards).shards), "replicas", 60)
         assert cluster.stop() == 0
         assert all(gone(pid) for pid in pids)
     finally:

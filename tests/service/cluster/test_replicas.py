@@ -18,12 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load
 from torch import Tensor
-from typer.testing import CliRunner
 
 from ema_client import EmaClient
 from ema_client.errors import EmaError
 from ema_client.protocol import RunShards
-from ema_service.cli import app
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.messages import Arrival
 from ema_service.cluster.replicas import Replicas
@@ -240,9 +238,3 @@ def test_hosts_that_ask_for_tokens(tmp_path: Path, run_name: str) -> None:
                 assert torch.equal(reader.pull(run_name)["w"], torch.ones(3))
     finally:
         cluster.end()
-
-
-def test_replicas_are_started_beside_local_hosts_alone(tmp_path: Path) -> None:
-    """Of hosts elsewhere none is started, and it is said how to."""
-    ended = CliRunner().invoke(app, ["cluster", "up", "--hosts", "a,b", "--replicas", "1", "--dir", str(tmp_path)])
-    assert (ended.exit_code, "--replica-of" in ended.stderr) == (2, True), ended.stderr

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import EmaError
-from tests.conftest import LitEmaOracle
+from tests.conftest import LitEmaOracle, ServerProcess
 from tests.service.cluster.launched import Launched
 from tests.waiting import wait_until
 
@@ -221,3 +221,19 @@ def test_parts_go_to_both_hosts(twins: Twins) -> None:
     twins.lose(3)
     wait_until(lambda: {3} == twins.left_behind(), "the loss of the twin")
     assert twins.client.pull("parts").info.step == 1
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_an_empty_host_does_not_say_that_there_is_no_run(
+    twin: bool, tmp_path: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    """Of twins a host may have lost what it had: before it was told which runs there are it says so, for a trainer that
+    hears of no run ends. A host without a twin has its runs, or they are nowhere."""
+    token = tmp_path / "token"
+    token.write_text("a-token-of-the-tests\n")
+    nowhere = ["--coordinator", "http://127.0.0.1:1", "--cluster-token-file", str(token)]
+    server = start_server("--shard", "0/4", *(["--twins"] if twin else []), *nowhere)
+    with server.http() as http:
+        found = [http.get(path) for path in ("/v1/runs/r", "/v1/runs/r/weights", "/v1/runs")]
+    assert [each.status_code for each in found] == ([503, 503, 503] if twin else [404, 404, 200])
+    assert all(each.json()["code"] == "overloaded" for each in found if twin)

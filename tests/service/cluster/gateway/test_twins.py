@@ -1,15 +1,19 @@
 """Which of two hosts of a shard a gateway reads from, and which it sends slices to.
 
-Knows the coordinator's map. Does not know requests.
+Knows the coordinator's map. Does not know what is asked for.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import httpx2
 import pytest
 
-from ema_client.errors import Overloaded
+from ema_client.errors import Overloaded, Unauthorized
+from ema_service.cluster import ClusterToken
+from ema_service.cluster.gateway.hosts import Hosts
 from ema_service.cluster.gateway.twins import HostAddress, Twins
 
 
@@ -51,3 +55,30 @@ def test_a_map_that_is_none() -> None:
         Twins({"shards": seats, "absent": {}})
     with pytest.raises(ValueError, match="no map"):
         Twins({"shards": [{"place": 0}]})
+
+
+def test_a_gateway_beyond_loopback_goes_on_with_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a host that is gone it does not ask first whether that one asks for tokens, but of the twin in its place."""
+    maps, asked = [told(), told(away=(0,), absent={"-directory": [0]})], list[str]()
+    hosts = Hosts(["http://coordinator"], ClusterToken("x" * 16), guarded=True)
+
+    async def map_of(*_: object) -> Any:
+        return maps[0]
+
+    async def answered(host: HostAddress, request: httpx2.Request) -> httpx2.Response:
+        asked.append(host.address)
+        gone = host.address == "http://h0" and len(maps) == 1
+        raise httpx2.ConnectError("gone", request=request) if gone else Unauthorized("a token is asked for")
+
+    monkeypatch.setattr(hosts, "_ask_coordinator", map_of)
+    monkeypatch.setattr(hosts, "_answer", answered)
+    monkeypatch.setattr("ema_service.cluster.gateway.hosts._MAP_AGE", -1.0)
+
+    async def whole() -> None:
+        assert places(await hosts.all()) == ["0", "1"]
+        maps.pop(0)
+        assert places(await hosts.all()) == ["2", "1"]
+        await hosts.close()
+
+    asyncio.run(whole())
+    assert sorted(asked) == ["http://h0", "http://h1", "http://h1", "http://h2"]

@@ -17,6 +17,7 @@ import pytest
 from torch import Tensor
 
 from ema_client import EmaClient
+from ema_client.errors import ReadOnlyReplica
 from ema_service.cluster.launching.agent import Agent, Task
 from ema_service.cluster.launching.launcher import Tls
 from tests.conftest import Certificate, LitEmaOracle
@@ -113,6 +114,30 @@ def test_a_coordinator_elsewhere_is_found(engine: Engine, model: Model, litema: 
         oracle.update(model(3))
         assert_is(client, "r", oracle)
     assert [engine.pid(place) for place in range(2)] == pids
+
+
+def test_a_replica_in_a_hosts_place(engine: Engine, model: Model) -> None:
+    """An agent may run a replica of a host, whose address is then the place's; it leaves nothing in the folder, and is
+    started again as a host is."""
+    engine.start(None), engine.start(0, 1)
+    ready(engine)
+    task = Task(0, 1, engine.folder, TOKEN, "127.0.0.1", replica=0)
+    agent = engine.hosts[-1] = Agent(task, "127.0.0.1", engine.lines.append)  # heard as hosts are
+    agent.start()
+    ready(engine)
+    before = {path.name for path in engine.folder.iterdir()}
+    with EmaClient(engine.hosts[0].url) as client:
+        client.create_run("r", model(0))
+        client.push("r", model(1), step=1)
+    _, first = agent.state().pids
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: first not in agent.state().pids and agent.state().ready, "a replica that is ready again")
+    with EmaClient(agent.url) as reader:
+        wait_until(lambda: [each.step for each in reader.runs()] == [1], "the newest version")
+        with pytest.raises(ReadOnlyReplica):
+            reader.push("r", model(2), step=2)
+    assert {path.name for path in engine.folder.iterdir()} == before == {"gateway", "host-0"}
+    assert (engine.folder / "gateway").read_text().strip() == engine.hosts[0].url
 
 
 def test_places_that_speak_tls(

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import ServiceUnreachable
 from ema_client.http.place import Place
+from ema_client.protocol import RunShards
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.test_launched import assert_is, patient
 from tests.waiting import wait_until
@@ -59,8 +63,8 @@ def command(what: str, address: str, *words: str) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
 
 
-def plan(folder: Path, hosts: int = 2, **more: Any) -> ray_launcher.RayPlan:
-    return ray_launcher.RayPlan(NAME, Task(None, hosts, folder, "", "127.0.0.1"), **more)
+def plan(folder: Path, hosts: int = 2, *, twins: bool = False, **more: Any) -> ray_launcher.RayPlan:
+    return ray_launcher.RayPlan(NAME, Task(None, hosts, folder, "", "127.0.0.1", twins=twins), **more)
 
 
 @pytest.fixture
@@ -158,34 +162,119 @@ def test_a_constructor_raises_nothing(folder: Path, model: Model) -> None:
         client.create_run("r", model(0))
 
 
-def _is_back(before: int) -> bool:
+@pytest.mark.soak
+def test_replicas_on_ray(address: str, folder: Path, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Made beside hosts that are there, listed for the clients, bit for bit as their hosts, and back after SIGKILL."""
+    ray_launcher.up(plan(folder), lambda _: None)
+    done = command("up", address, "--shards", "2", "--replicas", "1", "--host", "127.0.0.1", "--dir", str(folder))
+    assert done.returncode == 0, done.stderr
+    names = [f"{NAME}-replica-{place}-0" for place in range(2)]
+    assert [line for line in done.stderr.splitlines() if line.endswith(" | made")] == [
+        f"{name} | made" for name in names
+    ]
+    oracle = litema(model(0), decay=DECAY)
+    with EmaClient(f"ray://{NAME}") as client:
+        client.create_run("r", model(0), decay=DECAY)
+        client.push("r", model(1), step=1)
+        oracle.update(model(1))
+        for place, name in enumerate(names):
+            replica = ray.get_actor(name, RAY_NAMESPACE)
+            wait_until(lambda place=place, replica=replica: _listed(client, place) == [_url(replica)], "a replica")
+            assert _holds(_url(replica), oracle)
+            before = ray.get(replica.state.remote()).pids
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda replica=replica, before=before: _ready(replica, before), "the replica's restart")
+            wait_until(lambda place=place, replica=replica: _listed(client, place) == [_url(replica)], "the replica")
+    ray_launcher.down(NAME, lambda _: None)
+    assert not ray_launcher._found(names)
+
+
+def _listed(client: EmaClient, place: int) -> list[str]:
+    """Where a host's replicas are, as clients are told."""
+    told = client._transport.json("GET", "/v1/runs/r/shards").parsed(RunShards)
+    return list(told.shards[place].replicas)
+
+
+def _url(actor: Any) -> str:
     try:
-        return actor_pid(0) != before
+        return str(ray.get(actor.url.remote(), timeout=5.0))
+    except ray.exceptions.RayError:
+        return "being started again"
+
+
+def _ready(actor: Any, before: tuple[int, ...]) -> bool:
+    try:
+        state = ray.get(actor.state.remote(), timeout=5.0)
+    except ray.exceptions.RayError:
+        return False
+    return bool(state.ready) and state.pids != before
+
+
+def _holds(url: str, oracle: LitEmaOracle) -> bool:
+    """Whether a replica's slices are those of LitEma's tensors, once it has the newest version."""
+    with EmaClient(url) as reader:
+        wait_until(lambda: [each.step for each in reader.runs()] == [1], "the newest version")
+        found = reader.pull("r")
+        rows = {name: oracle.shadow[name] for name in found}
+        return bool(found) and all(_is_slice(found[name], rows[name]) for name in found)
+
+
+def _is_slice(part: Tensor, whole: Tensor) -> bool:
+    if part.shape == whole.shape:
+        return torch.equal(part, whole)
+    starts = range(whole.shape[0] - part.shape[0] + 1)
+    return any(torch.equal(part, whole[start : start + part.shape[0]]) for start in starts)
+
+
+@pytest.mark.soak
+def test_twins_on_ray(folder: Path, model: Model, litema: type[LitEmaOracle]) -> None:
+    """Two hosts for each shard, said to be on one node where there is one; a host that loses all it had is back with
+    its shard, and updates go on meanwhile, bit for bit."""
+    said: list[str] = []
+    ray_launcher.up(plan(folder, 4, twins=True), said.append)
+    names = ", ".join(f"{NAME}-host-{place}" for place in range(4))
+    assert f"{names} | on one node, and lost with it: no other has what {NAME}-host-0 has" in said
+    oracle = litema(model(0), decay=DECAY)
+    with EmaClient(f"ray://{NAME}") as client:
+        client.create_run("r", model(0), decay=DECAY)
+        for step, place in ((1, 0), (2, 2)):  # a host, then its twin
+            before = ray_launcher.processes_of(NAME, place)
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(folder / f"host-{place}")
+            patient(partial(client.push, "r", model(step), step=step))
+            oracle.update(model(step))
+            wait_until(partial(_is_back, before[0], place), "the actor's restart")
+            wait_until(partial(_counts, plan(folder, 4, twins=True), place), f"host {place} to be filled", 90)
+        patient(partial(assert_is, client, "r", oracle))
+    with pytest.raises(LaunchFailed, match="is there, of 4 hosts, twins among them"):
+        ray_launcher.up(plan(folder, 4), said.append)
+
+
+def _counts(asked: ray_launcher.RayPlan, place: int) -> bool:
+    """Whether no talk goes on without a host."""
+    found = ray_launcher._found([asked.coordinator, *asked.hosts])
+    token = ray_launcher._token(asked, found)
+    asked = replace(asked, task=replace(asked.task, token=token))
+    absent = ray_launcher._told(asked, found).get("absent", {})
+    return not any(place in places for places in absent.values())
+
+
+def _is_back(before: int, place: int = 0) -> bool:
+    try:
+        return actor_pid(place) != before
     except LaunchFailed:
         return False
 
 
-@pytest.mark.parametrize(
-    ("places", "has", "chosen"),
-    [
-        ([0, 1, 2], {"a": set(), "b": set()}, {0: "a", 1: "b", 2: "a"}),
-        ([0, 1], {"a": {1}, "b": {0}}, {0: "b", 1: "a"}),
-        ([2], {"a": {0, 1}, "b": set()}, {2: "b"}),
-        ([0, 1, 2], {"a": {0, 1, 2}, "b": set()}, {0: "a", 1: "a", 2: "a"}),
-    ],
-)
-def test_a_host_is_where_its_data_is(places: list[int], has: dict[str, set[int]], chosen: dict[int, str]) -> None:
-    """And a new one where there are few."""
-    assert ray_launcher._chosen(places, has) == chosen
-
-
 def test_no_other_cluster_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose name begins alike, or that another program has made."""
+    """One whose name begins alike, or that another program has made; replicas are."""
     ours, theirs = {"namespace": RAY_NAMESPACE}, {"namespace": "theirs"}
-    names = ["ema-host-0", "ema-host-11", "ema-host-host-0", "ema-2-host-0", "ema-coordinator"]
+    names = ["ema-host-0", "ema-host-11", "ema-host-host-0", "ema-2-host-0", "ema-coordinator", "ema-replica-0-1"]
     known = [{"name": name, **ours} for name in names] + [{"name": "ema-host-1", **theirs}]
     monkeypatch.setattr("ray.util.list_named_actors", lambda _: known)
-    assert ray_launcher._named("ema") == ["ema-host-0", "ema-host-11"]
+    assert ray_launcher._named("ema") == ["ema-host-0", "ema-host-11", "ema-replica-0-1"]
 
 
 @pytest.mark.soak

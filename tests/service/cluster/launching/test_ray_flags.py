@@ -48,6 +48,8 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*LOOPBACK, "--resource", "ema_host"], 2, "ema_host=1"),
         ([*LOOPBACK, "--memory", "much"], 2, "--memory"),
         (LOOPBACK, 1, "pip install 'ray>=2.50'"),
+        ([*LOOPBACK, "--twins"], 1, "pip install 'ray>=2.50'"),
+        ([*LOOPBACK, "--replicas", "2"], 1, "pip install 'ray>=2.50'"),
         (["up", "--ray", "auto", "--shards", "2", "--", "--insecure-no-auth"], 1, "pip install 'ray>=2.50'"),
         (["down"], 1, "pip install 'ray>=2.50'"),
     ],

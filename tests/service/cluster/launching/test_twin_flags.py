@@ -23,11 +23,13 @@ REASON = "no third host would know"
         (["up", "--local", "1", "--twins"], REASON),
         (["up", "--hosts", "a,b,c", "--twins"], REASON),
         (["up", "--hosts", "a,b", "--twins"], REASON),
-        (["up", "--ray", "auto", "--shards", "2", "--twins"], "one host for each shard"),
+        (["up", "--ray", "auto", "--shards", "1", "--twins"], REASON),
+        (["up", "--local", "2", "--twins", "--replicas", "1"], "past replicas"),
+        (["up", "--ray", "auto", "--shards", "2", "--twins", "--replicas", "1"], "past replicas"),
     ],
 )
 def test_up_refuses(words: list[str], said: str) -> None:
-    """Too few hosts, or where there are no twins yet; before anything is started."""
+    """Too few hosts, or replicas that nobody would read; before anything is started."""
     result = CliRunner().invoke(cluster, words, env={"COLUMNS": "400"})
 
     assert (result.exit_code, said in result.output) == (2, True), result.output
