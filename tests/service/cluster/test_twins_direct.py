@@ -6,6 +6,7 @@ Knows the cluster's processes, and which of them is stopped or killed. Does not 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -15,7 +16,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +45,18 @@ class DirectTwins(Twins):
         self.client.close()
         self.client = direct(self.cluster.url)
         self.runs = 0
+
+    def hosts(self) -> list[dict[str, Any]]:
+        """As Twins.hosts(), of a gateway that may have been killed just now."""
+        found = list[dict[str, Any]]()
+
+        def asked() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                found[:] = super(DirectTwins, self).hosts()
+            return bool(found)
+
+        wait_until(asked, "the gateway")
+        return found
 
     def received(self) -> int:
         """Bytes of requests that the gateway has received."""
