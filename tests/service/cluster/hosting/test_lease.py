@@ -204,7 +204,7 @@ def test_a_later_server_of_the_data_dir_ends_the_earlier(
         dead.kill()
 
 
-@pytest.mark.parametrize("program", [(_UNLOCKED,), (_UNLOCKED, "starved")])
+@pytest.mark.parametrize("program", [pytest.param((_UNLOCKED,), marks=pytest.mark.soak), (_UNLOCKED, "starved")])
 def test_who_wakes_up_writes_nothing(
     cluster: Servers, training: Callable[[Servers], Training], program: tuple[str, ...]
 ) -> None:
