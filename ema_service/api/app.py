@@ -24,6 +24,7 @@ from ema_service.api import errors, openapi
 from ema_service.api.auth import Auth
 from ema_service.api.context import Context
 from ema_service.api.facts import gauge
+from ema_service.api.left_behind import LeftBehind
 from ema_service.api.limits import BodyLimits, JsonBudget
 from ema_service.api.origins import Origins
 from ema_service.api.reads_alone import ReadsAlone
@@ -137,6 +138,7 @@ def create_app(settings: Settings, registry: Registry | None = None) -> FastAPI:
         refused=metrics.refused,
     )
     app.add_middleware(ReadsAlone, original=partial(_original_of, app), refused=metrics.refused)
+    app.add_middleware(LeftBehind, check=partial(_check_counts, app), refused=metrics.refused)
     app.state.writes = Writes()
     app.add_middleware(WriteGate, writes=app.state.writes, refused=metrics.refused)
     app.state.tokens = Tokens(settings.token_file) if settings.token_file else None
@@ -229,6 +231,13 @@ def _original_of(app: FastAPI) -> str | None:
     """Where writes go that come to a replica, empty while that is not known; None where the server is none."""
     context: Context = app.state.context
     return context.replica.original_url if context.replica else None
+
+
+def _check_counts(app: FastAPI, run: str | None) -> None:
+    """Raises Overloaded where the server is a host that was left behind: of a run, or of which runs there are."""
+    context: Context = app.state.context
+    if context.host:
+        context.host.check_counts(run)
 
 
 def _serve_twin(app: FastAPI, host: Host) -> None:

@@ -361,8 +361,12 @@ class Coordinator:
         return [*behind, *self._decide()]
 
     def _drop(self, refusal: Refusal) -> list[Output]:
-        """Remember what a shard refused, until the run moves on."""
+        """Remember what a shard refused, until the run moves on; but for what a shard judged that was left behind, by
+        an older version. Such a shard's word counts of its own return alone."""
         key = refusal.ticket.key
+        is_return = self._returning is not None and refusal.ticket == self._returning[1].ticket
+        if refusal.shard not in self._members() and not is_return:
+            return []
         self._refused[refusal.ticket] = refusal.reason
         asked = self._changes.pop(key, None) is not None
         return [*([Answer(key, committed=False, reason=refusal.reason)] if asked else []), *self._decide()]

@@ -188,14 +188,26 @@ class Hosts:
         if not host.is_replica:
             self.metrics.away.labels(str(host.place)).set(0)
         try:
-            if answer.status_code == 503 and host.chosen:
-                self._told = float("-inf")  # its twin may have come back
             if answer.status_code >= 400:
                 with self._faults(host):
-                    raise _error_of(host, answer, await answer.aread())
+                    fault = _error_of(host, answer, await answer.aread())
+                raise await self._told_by_twins(fault, host, path)
             yield answer
         finally:
             await answer.aclose()
+
+    async def _told_by_twins(self, fault: EmaError, host: HostAddress, path: str) -> EmaError:
+        """A host's error, of twins Overloaded where the host does not count by a map that is asked for now: what it
+        says follows from an older version then."""
+        if self._twins is None or host.is_replica:
+            return fault
+        self._told = float("-inf")  # the twin may have come back, or the host been left behind
+        if not fault.retryable:
+            with contextlib.suppress(Overloaded):
+                _, twins = await self._asked_map()
+                if twins and not twins.counts(host, path):
+                    return Overloaded(f"{host} was left behind, and answers with what it had", retry_after=0.1)
+        return fault
 
     async def _answer(self, host: HostAddress, request: httpx2.Request) -> httpx2.Response:
         """The head of a host's answer. Given up where the host is elsewhere by now: its former machine may be gone, and

@@ -67,6 +67,12 @@ class Twins:
         found = _RUN.match(path)
         return self._best(host.place, self._absent_of(None) | self._absent_of(found[1] if found else None))
 
+    def counts(self, host: HostAddress, path: str) -> bool:
+        """Whether the host of an address counts for what a request with this path is about."""
+        found = _RUN.match(path)
+        absent = self._absent_of(None) | self._absent_of(found[1] if found else None)
+        return any(host.address == address for place, address in enumerate(self._addresses) if place not in absent)
+
     def both(self, run: str) -> tuple[tuple[HostAddress, ...], ...]:
         """By shard, the hosts that count for a run, those that are there before others."""
         absent = self._absent_of(run)

@@ -180,6 +180,16 @@ class Host:
             raise Overloaded(f"run {run.config.run!r} is only just there, or just gone", retry_after=0.1)
         return found
 
+    def check_counts(self, name: str | None) -> None:
+        """Whether what this host has is what the cluster has: of a run, or of which runs there are (None). Raises
+        Overloaded where the twin of this host went on without it, or may have."""
+        shard = self._shards.get(name) if name else None
+        talk = shard.reporting if shard else self._directory.reporting
+        if self._membership.twins and not talk.counts and (shard is None or shard.takes_part()):
+            raise Overloaded(
+                "this host was left behind, and is filled from its twin, which answers meanwhile", retry_after=0.1
+            )
+
     def check_copies(self, shard: ShardRun, headers: Mapping[str, str]) -> None:
         """Whether a slice is sent to both hosts of its shard, where both count. headers: of the request, which says to
         how many (HEADER_COPIES), or means one. Raises Overloaded where a host has come back that the sender does not

@@ -90,7 +90,8 @@ class RecordStore(Protocol[T_contra]):
 class Reporting(Generic[T]):
     """One shard of one run, and its talk with the run's coordinators.
 
-    Thread-safe; its calls may be made under no lock that the store takes in its own.
+    Thread-safe; its calls may be made under no lock that the store takes in its own. More than twenty methods:
+    what those who vote, the coordinators and whoever asks how the talk stands call, and the keeping of the record.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Reporting(Generic[T]):
         #: What waits for the verdict on another proposal, and since when.
         self._waiting: tuple[Proposal | None, float] = (None, 0.0)
         self._links = [Link(url, run, lambda: self._arrival, token, self.hear) for url in coordinators]
+        self._asked = False
 
     @property
     def record(self) -> Record:
@@ -132,6 +134,12 @@ class Reporting(Generic[T]):
     def linked(self) -> bool:
         """Whether any coordinator is heard."""
         return any(link.linked for link in self._links)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the shard counts, as a coordinator has told since the talk began: before, others may have gone on
+        without it."""
+        return self._asked and self._place not in self._kept.seating.absent
 
     @property
     def heard(self) -> float:
@@ -189,6 +197,7 @@ class Reporting(Generic[T]):
             return
         try:
             self._act(lambda core: core.receive(message))
+            self._asked = self._asked or isinstance(message, Ask)
             if self._has_waited_long():
                 self.insist()
         except StorageFailed as fault:

@@ -212,3 +212,20 @@ def test_all_empty_disks_begin_together() -> None:
 
     assert coordinator.seating.absent == frozenset()
     assert coordinator.fault is None
+
+
+def test_a_host_that_was_left_behind_refuses_nothing() -> None:
+    """It judges by an older version: what the others voted for takes effect. Its own return it can refuse."""
+    behind = Seating(Term(1, "b"), 1, "2")
+    record = Record(Term(1, "b"), 1, 0, None, None, seating=behind)
+    coordinator, shards = begun(record, record, record, record)
+    for shard in (0, 1):
+        for report in shards[shard].prepare(Vote(UPDATE, "o")):
+            coordinator.receive(report)  # type: ignore[arg-type]
+
+    for refusal in shards[2].refuse(UPDATE.ticket, "an older step"):
+        assert coordinator.receive(refusal) == []
+    (report,) = shards[3].prepare(Vote(UPDATE, "o"))
+    said = coordinator.receive(report)  # type: ignore[arg-type]
+
+    assert [each.committed for each in said if isinstance(each, Resolve)] == [True] * 3

@@ -8,6 +8,7 @@ Knows the command, and what is printed. Does not know what hosts and coordinator
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +90,18 @@ class Twins:
     def left_behind(self) -> set[int]:
         """The hosts that are said to be left behind."""
         return {each["place"] for each in self.hosts() if "left behind" in (each["fault"] or "")}
+
+    def first_answer(self, place: int, run: str) -> dict[str, Any]:
+        """What a host says of a run, asked by itself, once it says anything: it has to be filled first."""
+        until = time.monotonic() + 3 * BOUND
+        while time.monotonic() < until:
+            with contextlib.suppress(httpx.TransportError):
+                found = httpx.get(f"{self.hosts()[place]['address']}/v1/runs/{run}")
+                assert found.status_code in (200, 503), found.text
+                if found.status_code == 200:
+                    return found.json()
+            time.sleep(0.02)
+        pytest.fail(self.cluster.log)
 
     def wait_whole(self) -> None:
         """Wait until each shard lies on two hosts again."""
@@ -184,6 +198,7 @@ def test_random_losses(twins: Twins) -> None:
 def test_parts_go_to_both_hosts(twins: Twins) -> None:
     """Of two ranks, each with half of the tensors; and an update of a run that was made while a host was away."""
     twins.lose(1)
+    assert twins.first_answer(1, "r")["step"] == twins.step
     tensors = {name: torch.randn(9, 3) for name in "abcd"}
     halves = [{name: tensors[name] for name in names} for names in ("ab", "cd")]
     until = time.monotonic() + 3 * BOUND  # of a try of the client's alone half a minute, where others are busy

@@ -88,3 +88,25 @@ def test_a_slice_for_one_of_two_hosts_is_sent_again() -> None:
     check("2", without="")
     with pytest.raises(Overloaded, match="has come back"):
         check(None, without="")  # who says nothing sends to one
+
+
+def test_what_a_host_says_that_was_left_behind() -> None:
+    """Nothing of the run, before a coordinator has told that the host counts; of a run that is not here, whether the
+    host knows which runs there are. A host without a twin always counts, and a damaged run says so itself."""
+    host = Host.__new__(Host)
+
+    def check(name: str | None, *, run: bool, directory: bool, whole: bool = True, twins: bool = True) -> None:
+        shard = SimpleNamespace(reporting=SimpleNamespace(counts=run), takes_part=lambda: whole)
+        host.__dict__.update(
+            _membership=Membership(0, 4, "http://h", ("http://c:1",), ClusterToken("x" * 16), twins=twins),
+            _shards={"r": shard},
+            _directory=SimpleNamespace(reporting=SimpleNamespace(counts=directory)),
+        )
+        host.check_counts(name)
+
+    for name, run, directory in (("r", False, True), ("other", True, False), (None, True, False)):
+        with pytest.raises(Overloaded, match="left behind"):
+            check(name, run=run, directory=directory)
+        check(name, run=run, directory=directory, twins=False)
+        check(name, run=not run, directory=not directory)
+    check("r", run=False, directory=True, whole=False)
