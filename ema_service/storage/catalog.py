@@ -9,10 +9,11 @@ Knows rows and SQL. Does not know files, JSON, torch, or what a run does.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -302,8 +303,10 @@ class Catalog:
     More than twenty methods: one for each question and each change.
     """
 
-    def __init__(self, path: Path, *, alone: bool = False) -> None:
-        """Opens or makes the database, and migrates an older format. Raises CatalogUnusable."""
+    def __init__(self, path: Path, *, alone: bool = False, hold: Callable[[], None] | None = None) -> None:
+        """Opens or makes the database, and migrates an older format. hold: called before each write, as
+        FolderLock.hold(). Raises CatalogUnusable."""
+        self._hold = hold
         self._lock = threading.Lock()
         self._synchronous = "FULL"
         # Before SQLite opens the file: whoever closes a descriptor of it later drops the locks that SQLite has there.
@@ -337,8 +340,15 @@ class Catalog:
         _reserve(path.with_name(path.name + "-wal"), _LOG_BYTES)
 
     def close(self) -> None:
+        """Close the database, whose log goes into it by that; of one that another process may have, nothing is done."""
         with self._lock:
-            self._db.close()
+            try:
+                self._check_held()
+            except sqlite3.OperationalError:
+                # Its memory is given back by the end of the process: Python would close the database with the object.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._db))
+            else:
+                self._db.close()
 
     def add_run(
         self, name: str, config: str, created_at: float, writer: int = 0, shard: ShardRow | None = None
@@ -604,7 +614,9 @@ class Catalog:
             self._synchronous = wanted
 
     def _check_files(self) -> None:
-        """Raises sqlite3.OperationalError where the database is not what the next start will find."""
+        """Raises sqlite3.OperationalError where the database is not what the next start will find, or another process
+        may have it by now."""
+        self._check_held()
         for path, number in self._files.items():
             try:
                 found = path.stat().st_ino
@@ -615,6 +627,14 @@ class Catalog:
                     f"{path} was removed or replaced while the server runs: what is written would be lost; put it back "
                     "and start the server again"
                 )
+
+    def _check_held(self) -> None:
+        """Raises sqlite3.OperationalError where another process may have the database by now."""
+        if self._hold:
+            try:
+                self._hold()
+            except OSError as fault:
+                raise sqlite3.OperationalError(str(fault)) from None
 
     def _read(self, sql: str, *values: object) -> list[Any]:
         with self._lock:

@@ -11,9 +11,11 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +27,7 @@ __all__ = [
     "CannotLock",
     "FolderLock",
     "FolderLocked",
+    "TakenOver",
     "TensorFile",
     "file_name",
     "refuse_link",
@@ -52,19 +55,24 @@ def file_name(average: str) -> str:
     return f"{average}.safetensors"
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+def _anybody() -> None:
+    pass
+
+
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview], hold: Callable[[], None] = _anybody) -> int:
     """Write a file that appears under its name only when every byte is on disk. Returns the file's size.
 
-    Raises OSError (no space, no permission), and whatever ``chunks`` raise; then the temporary file is gone and
-    ``path`` is as it was.
+    hold: called before each chunk, as FolderLock.hold(). Raises OSError (no space, no permission), and whatever
+    ``chunks`` and ``hold`` raise; then the temporary file is gone and ``path`` is as it was.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
     with contextlib.ExitStack() as undo:
         undo.callback(temporary.unlink, missing_ok=True)
         temporary.unlink(missing_ok=True)
         with temporary.open("xb", buffering=0) as file:  # x: a new file; a link planted there is not followed
-            written = sum(_write_all(file.fileno(), chunk) for chunk in chunks)
+            written = sum(_write_all(file.fileno(), chunk, hold) for chunk in chunks)
             os.fsync(file.fileno())
+        hold()
         temporary.replace(path)
         undo.pop_all()
     sync_folder(path.parent)
@@ -128,9 +136,10 @@ def remove_tree(folder: Path) -> None:
         _log.warning("cannot remove %s: %s", folder, fault)
 
 
-def _write_all(descriptor: int, chunk: bytes | memoryview) -> int:
+def _write_all(descriptor: int, chunk: bytes | memoryview, hold: Callable[[], None]) -> int:
     rest = memoryview(chunk)
     while rest:
+        hold()
         rest = rest[os.write(descriptor, rest[:_WRITTEN_AT_ONCE]) :]
     return len(chunk)
 
@@ -236,9 +245,19 @@ class FolderLocked(OSError):
     """Another process has locked the data folder."""
 
 
+class TakenOver(OSError):
+    """A later process has the data folder: this one must not write there."""
+
+
 class CannotLock(OSError):
     """The file system of the data folder has no locks."""
 
+
+#: Bytes that a number takes at most; how far the numbers of two may be apart that begin at once; and leases for which
+#: somebody is waited for who goes on: one that is cut off ends within one.
+_NUMBER_BYTES, _APART, _PATIENCE = 64, 1 << 16, 2.0
+#: How often in a lease the file is touched.
+_TOUCHES = 10
 
 #: A server that ends, however, lets go of its lock; a machine that is lost cannot.
 _LOCK_OF_THE_DEAD = (
@@ -251,18 +270,29 @@ class FolderLock:
 
     Both the folder and a file in it are locked: somebody may remove the file, and some network file systems lock no
     folder. path: the file. number: of this holder, larger than that of every earlier one; the file holds the number.
+
+    Where a lock keeps nobody out the file does so, for holders with a lease. One that goes on touches the file now and
+    then, writes its number there at its start alone, and writes elsewhere only while a look of the last half of its
+    lease found that number (hold()). Another one watches until nobody has touched the file for half a lease, puts its
+    own number there, and waits for a lease before it reads anything: by then an earlier one that was stopped, or cut
+    off, has found the number or may not write. Of two that begin at once the last to write its number goes on.
     """
 
     def __init__(self, folder: Path, mounted: FileSystem | None = None, *, lease: float = 0.0, first: int = 1) -> None:
         """first: the number of a folder's first holder, or more. mounted: what the folder lies on. lease: seconds
         within which an earlier holder that was cut off, or that sees that it was taken over from, has ended itself;
-        they are waited for where a lock does not keep that holder out.
+        they are waited for where a lock does not keep that holder out. 0: no lease.
 
-        Raises FolderLocked where another process holds the lock, CannotLock.
+        Raises FolderLocked where another process holds the lock, or goes on with the folder, CannotLock.
         """
         mounted = mounted or file_system(folder)
         self.path = folder / "lock"
         self._folder = -1
+        self._lease = lease
+        #: What the file is to say, and when it was seen to, by time.monotonic().
+        self._claimed, self._seen = 0, float("-inf")
+        self._touches = bool(mounted.locks_are_local and lease)
+        self._released = threading.Event()
         # Not truncated, and not for appending alone: the number of the earlier holder stands in it.
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
         try:
@@ -289,29 +319,80 @@ class FolderLock:
                 "this data dir on another machine meanwhile",
                 folder,
             )
-        self.number = self._take_number(first)
-        if mounted.locks_are_local and lease:
-            time.sleep(lease)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.release)
+            if self._touches:
+                self._await_silence(folder)
+            self.number = self._take_number(first)
+            if self._touches:
+                threading.Thread(target=self._touch, name="ema-lock", daemon=True).start()
+                time.sleep(lease)
+                if self.taken_over():
+                    raise FolderLocked(f"another server was started with the data dir {folder} at the same time")
+            undo.pop_all()
 
     def _take_number(self, first: int) -> int:
-        number = max(_number_in(self._file.read()) + 1, first)
+        before = _number_in(os.pread(self._file.fileno(), _NUMBER_BYTES, 0))
+        # Of two that begin at once, unseen by each other, each has another number.
+        number = max(before + 1, first) + (secrets.randbelow(_APART) if self._touches else 0)
+        self._claimed = before
         try:
             os.pwrite(self._file.fileno(), b"%d\n" % number, 0)
             os.fsync(self._file.fileno())
+            self._claimed = number
         except OSError as fault:  # a full disk keeps no server from being read
             _log.warning(
                 "a later server may have this one's number: %s cannot be written: %s", self.path, fault.strerror
             )
         return number
 
+    def _await_silence(self, folder: Path) -> None:
+        """Return once nobody has touched the file for half a lease. Raises FolderLocked where somebody goes on."""
+        began = silent = time.monotonic()
+        touched = self._touched()
+        while time.monotonic() - silent < self._lease / 2:
+            if time.monotonic() - began > _PATIENCE * self._lease:
+                raise FolderLocked(f"another server uses the data dir {folder}, by what is written to {self.path}")
+            time.sleep(self._lease / 20)
+            if (now := self._touched()) != touched:
+                touched, silent = now, time.monotonic()
+
+    def _touch(self) -> None:
+        """Touch the file until the lock is released, or another holder is there."""
+        while not (self._released.wait(self._lease / _TOUCHES) or self.taken_over()):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def _touched(self) -> int:
+        """When the file was touched last. Opened for it: network file systems look at the server then."""
+        with self.path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+
     def taken_over(self) -> bool:
         """Whether a later holder has the folder: the file is read anew, as another machine may have written it."""
+        began = time.monotonic()
         try:
-            return _number_in(self.path.read_bytes()) > self.number
+            found = _number_in(self.path.read_bytes())
+            later = found not in (0, self._claimed) if self._touches else found > self._claimed
+        except FileNotFoundError:  # nobody came: whoever does makes the file
+            later = False
         except OSError:
             return False
+        self._seen = self._seen if later else began
+        return later
+
+    def hold(self) -> None:
+        """Return while this process may write to the folder: whoever comes later waits until it may not. To be called
+        before each write. Raises TakenOver, OSError; nothing of a holder without a lease."""
+        if not self._lease or time.monotonic() - self._seen < self._lease / 2:
+            return
+        if self.taken_over():
+            raise TakenOver(errno.EBUSY, "a later server has the data dir")
+        if time.monotonic() - self._seen >= self._lease / 2:
+            raise OSError(errno.EIO, f"{self.path}, which tells whether a later server has the data dir, is not read")
 
     def release(self) -> None:
+        self._released.set()
         self._file.close()
         if self._folder >= 0:
             os.close(self._folder)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +50,19 @@ class SlotFiles:
     """The files of one slot, one for each average. Not thread-safe, but for write() once the files are open.
 
     folder: where the files lie. direct: whether data may be written past the page cache; not worth it for small files.
+    hold: called before anything is written, as FolderLock.hold(), whose errors any method raises.
     """
 
-    def __init__(self, run_folder: Path, name: str, extents: Mapping[str, Extent], *, direct: bool) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        name: str,
+        extents: Mapping[str, Extent],
+        *,
+        direct: bool,
+        hold: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._hold = hold
         self.folder = run_folder / name
         self._run_folder = run_folder
         self._name = name
@@ -75,6 +85,7 @@ class SlotFiles:
         """Open the files; those that are missing are made, with all the space they take. Raises OSError."""
         if self._descriptors:
             return
+        self._hold()
         refuse_link(self._run_folder, self._name)
         new = not self.folder.exists()
         with ExitStack() as undo:
@@ -99,6 +110,7 @@ class SlotFiles:
         cached: write through the page cache. Else whole pages of memory that become whole pages of the file go past the
         cache.
         """
+        self._hold()
         position = self._extents[average].header + start
         through = self._descriptors[average, False]
         past = None if cached or not self._direct else self._descriptors.get((average, True))
@@ -122,6 +134,7 @@ class SlotFiles:
 
     def write_header(self, average: str, header: bytes) -> None:
         """Write the header in front of an average's data. Raises OSError."""
+        self._hold()
         padded = _padded(header, self._extents[average].header)
         _write_all(self._descriptors[average, False], memoryview(padded), 0)
 

@@ -21,7 +21,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -53,14 +53,17 @@ class Slots:
         threads: Executor | None,
         *,
         patient: bool = False,
+        hold: Callable[[], None] = lambda: None,
     ) -> None:
-        """known: slots that rows speak of, relative to ``folder``; the first are overwritten last.
+        """hold: as for SlotFiles. known: slots that rows speak of, relative to ``folder``; the first are overwritten
+        last.
 
         threads: to write on; they must drop finished work at once (Threads), for the work refers to a slot. None: on
         the caller's thread. patient: write everything to the disk; else what the disk has not taken by finish() is left
         in the page cache.
         """
         self._folder = folder
+        self._hold = hold
         #: By name of the average; another mapping at each change, never changed itself.
         self._extents = dict(extents)
         self._threads = threads
@@ -104,7 +107,7 @@ class Slots:
         """
         with ExitStack() as made, ExitStack() as undo:
             for name in self._on_disk():
-                files = SlotFiles(self._folder, name, {average: extent}, direct=False)
+                files = SlotFiles(self._folder, name, {average: extent}, direct=False, hold=self._hold)
                 made.callback(files.close)
                 undo.callback(files.remove, average)
                 files.open()
@@ -136,7 +139,7 @@ class Slots:
     def _lend(self, name: str, extents: Mapping[str, Extent]) -> Slot:
         """The Slot object of a slot; when it dies, its files are closed and the slot is free."""
         small = sum(extent.data for extent in extents.values()) < _BEHIND_BYTES
-        files = SlotFiles(self._folder, name, extents, direct=not small)
+        files = SlotFiles(self._folder, name, extents, direct=not small, hold=self._hold)
         slot = Slot(name, files, extents, None if small else self._threads, patient=self._patient)
         weakref.finalize(slot, self._take_back, name, files).atexit = False
         return slot

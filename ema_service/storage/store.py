@@ -311,7 +311,7 @@ class Store:
         """Keep a run's measurements, in place of those before. Raises OSError, also where updates may need the room."""
         refuse_link(self._run_folder(row), _MEASUREMENTS)
         self.check_room(len(data))
-        write_whole(self._run_folder(row) / _MEASUREMENTS, [data])
+        write_whole(self._run_folder(row) / _MEASUREMENTS, [data], self._lock.hold)
 
     def measurements(self, row: RunRow) -> bytes:
         """A run's measurements as they were kept last; empty where none were. Raises OSError."""
@@ -335,7 +335,7 @@ class Store:
             for name in _OLD_FOLDERS:
                 if name not in known:
                     remove_tree(folder / name)
-        return Slots(folder, extents, known, self._writers if behind else None, patient=patient)
+        return Slots(folder, extents, known, self._writers if behind else None, patient=patient, hold=self._lock.hold)
 
     def checkpoints(self, row: RunRow) -> list[CheckpointRow]:
         """The versions that the run's slots hold, newest first. All but the newest may have been overwritten since."""
@@ -508,7 +508,7 @@ class Store:
             )
         if mounted.shared:
             _log.info("%s is on a network's file system (%s): nobody else may open it", path, mounted.kind)
-        return Catalog(path, alone=mounted.shared)
+        return Catalog(path, alone=mounted.shared, hold=self._lock.hold)
 
     def _sweep(self) -> None:
         """Remove the folders of deleted runs, where a crash left them.
@@ -554,6 +554,6 @@ class Store:
         folder.parent.mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
         for average, chunks in files.items():
-            write_whole(folder / file_name(average), chunks)
+            write_whole(folder / file_name(average), chunks, self._lock.hold)
         for parent in (folder.parent, folder.parent.parent):  # each of these folders may have a new entry
             sync_folder(parent)

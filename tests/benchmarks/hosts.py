@@ -65,7 +65,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
                 if of not in (1, BY_GATEWAY):
                     needs[name] = (Need(share * (of if isinstance(of, int) else 2), ONE[way]),)
         seconds = interleave(operations, scale.rounds, on_step=on_step)
-    rows = tuple(rate_row(name, nbytes, seconds, needs[name]) for name in operations)
+    rows = tuple(rate_row(name, nbytes, seconds, needs.get(name, ())) for name in operations)
     facts = ("each host, and the one server, sends and is sent 200 MB/s; a client's weights go past the gateway",)
     return Group("hosts", f"hosts: {show_size(nbytes)} of float32, TCP", rows, facts)
 

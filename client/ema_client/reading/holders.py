@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 
-from ema_client.errors import ConnectionLost, EmaError, TransportError
+from ema_client.errors import ConnectionLost, EmaError, Overloaded, TransportError
 from ema_client.http.downloads import Download
 from ema_client.http.transport import Query, Transport
 
@@ -53,16 +53,18 @@ class Holders:
     ) -> Download:
         """As Transport.download(), from one of those that hold the version of ``etag``. Raises as that."""
         turn = self._in_turn() if etag else self._newest()
-        fault: TransportError | None = None
+        fault: EmaError | None = None
         for holder in turn:
             own = holder is self._transport
             try:
                 part = holder.download(path, query=query, start=start, stop=stop, etag=etag, patience=patience)
             except TransportError as error:
                 fault = error if own else fault
-            except EmaError:
-                if own:
+            except EmaError as error:
+                # A server that was left behind by its twin answers "later" until it has everything again.
+                if own and not (self._first[1:] and isinstance(error, Overloaded)):
                     raise
+                fault = error if own else fault
             else:
                 if own or part.status == 206 or not etag:
                     return part

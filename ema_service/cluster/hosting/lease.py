@@ -8,7 +8,9 @@ that is being restarted ends no host, nor does a head node that is away.
 It ends at once, without a word to its readers and without checkpoints: by then its data dir may be another process's,
 and what it answered is kept. So it ends as by SIGKILL, which every run but those of durability ``memory`` outlives.
 
-Knows a clock and a thread. Does not know who says a word, or how a host learns that it was replaced.
+Who replaced it is looked for on a thread of its own: where the host's storage is away as well, the look never ends.
+
+Knows a clock and two threads. Does not know who says a word, or how a host learns that it was replaced.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ _log = logging.getLogger(__name__)
 ENDED = 75
 #: Most seconds between two looks.
 _LOOK_SECONDS = 0.5
+#: Seconds for a look that is under way to end: one at storage that is away does not.
+_JOIN_SECONDS = 5.0
 
 
 class Lease:
-    """Looks, on a thread, whether this process may go on; from start() to close()."""
+    """Looks, on two threads, whether this process may go on; from start() to close()."""
 
     def __init__(
         self,
@@ -44,26 +48,31 @@ class Lease:
         where the process may not go on."""
         self._seconds = seconds
         self._heard = heard
-        self._replaced = replaced
         self._end = end
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="ema-lease", daemon=True)
+        looks = {"ema-lease": self._unheard, "ema-replaced": replaced}
+        self._threads = [
+            threading.Thread(target=self._look, args=(look,), name=name, daemon=True) for name, look in looks.items()
+        ]
 
     def start(self) -> None:
         """Begin to look. The lease counts from now on, whoever was heard before."""
         self._began = time.monotonic()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Look no more."""
         self._closed.set()
-        if self._thread.ident:
-            self._thread.join()
+        for thread in self._threads:
+            if thread.ident:
+                thread.join(_JOIN_SECONDS)
 
-    def _look(self) -> None:
+    def _look(self, look: Callable[[], str]) -> None:
+        """Look until there is a reason to end the process."""
         pause = min(_LOOK_SECONDS, self._seconds / 4) if self._seconds else _LOOK_SECONDS
         while not self._closed.wait(pause):
-            if why := self._replaced() or self._unheard():
+            if why := look():
                 _log.critical("this host ends at once: %s", why)
                 self._end(ENDED)
                 return

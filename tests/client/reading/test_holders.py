@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from ema_client.errors import NotFound, ServiceUnreachable
+from ema_client.errors import NotFound, Overloaded, ServiceUnreachable
 from ema_client.http.downloads import Download
 from ema_client.http.transport import Transport
 from ema_client.reading.holders import Holders
@@ -64,7 +64,10 @@ def test_weights_are_opened_at_the_server_or_its_twin() -> None:
 
 
 def test_what_the_server_says_is_said() -> None:
-    """The twin would say it as well."""
+    """The twin would say it as well; but for "later", which one says that was left behind."""
+    server, twin, _, holders = three()
+    server.fault = Overloaded("left behind")
+    assert opened(holders) is twin
     server, twin, _, holders = three()
     server.fault = NotFound("no such run")
     with pytest.raises(NotFound):

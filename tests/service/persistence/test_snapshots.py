@@ -178,7 +178,7 @@ def test_snapshot_on_a_full_disk(server: LocalServer, monkeypatch: pytest.Monkey
     """A snapshot that could not be written is not there, and can be taken once there is room."""
     snapshots = server.registry.snapshots("r")
 
-    def full(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    def full(path: Path, chunks: Iterable[bytes | memoryview], _: object) -> int:
         for _ in chunks:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return 0

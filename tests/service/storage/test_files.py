@@ -5,14 +5,21 @@ Knows paths and bytes. Does not know runs or rows.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import gc
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +27,12 @@ from safetensors.torch import save
 
 from ema_client.errors import MalformedBody
 from ema_service.storage import TensorFile
-from ema_service.storage.files import FolderLock, FolderLocked, write_whole
+from ema_service.storage.catalog import Catalog
+from ema_service.storage.files import FolderLock, FolderLocked, TakenOver, write_whole
+from ema_service.storage.mounts import FileSystem
+from ema_service.storage.slot_files import Extent
+from ema_service.storage.slots import Slots
+from tests.waiting import wait_until
 
 BODY = save({"b": torch.arange(6.0), "a": torch.arange(3, dtype=torch.float64)})
 DATA = BODY[8 + int.from_bytes(BODY[:8], "little") :]
@@ -250,3 +262,128 @@ def test_lock_dies_with_its_process(tmp_path: Path) -> None:
         other.wait(30)
 
     FolderLock(tmp_path).release()
+
+
+# --- where locks keep nobody out -------------------------------------------------------------------------------------
+
+LOCAL = FileSystem("nfs", frozenset({"nolock"}))
+LEASE = 1.0
+
+
+@pytest.fixture
+def unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lock is had, as by processes of two machines."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+
+
+def shared_lock(folder: Path) -> FolderLock:
+    return FolderLock(folder, LOCAL, lease=LEASE)
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_who_goes_on_is_left_alone(tmp_path: Path) -> None:
+    """Another one is told that the folder is used, and the holder does not notice."""
+    first = shared_lock(tmp_path)
+    with pytest.raises(FolderLocked, match="another server uses the data dir"):
+        shared_lock(tmp_path)
+    assert not first.taken_over()
+    first.hold()
+    first.release()
+    shared_lock(tmp_path).release()
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_of_two_that_begin_at_once_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither sees the other one before both have chosen a number."""
+    chosen, pwrite = threading.Barrier(2), os.pwrite
+
+    def write(*what: Any) -> int:
+        chosen.wait(30)
+        return pwrite(*what)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    with ThreadPoolExecutor(2) as threads:
+        begun = [threads.submit(shared_lock, tmp_path) for _ in range(2)]
+        faults = [each.exception() for each in begun]
+    assert [type(fault) for fault in faults if fault] == [FolderLocked]
+    (lock,) = [each.result() for each, fault in zip(begun, faults, strict=True) if not fault]
+    lock.hold()
+    assert not lock.taken_over()
+    lock.release()
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_who_stood_still_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where it comes back just as a later one has begun, and was seen to be the holder before."""
+    monkeypatch.setattr(FolderLock, "_touch", lambda _: None)  # as of a process that is stopped
+    first = shared_lock(tmp_path)
+    first.hold()
+    began = time.monotonic()
+    second = shared_lock(tmp_path)
+    assert time.monotonic() - began >= 1.5 * LEASE
+    with pytest.raises(TakenOver):
+        first.hold()
+    second.hold()
+    second.release()
+    first.release()
+
+
+@pytest.mark.usefixtures("unlocked")
+def test_who_cannot_tell_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever does not reach the file that says who has the folder; until it does."""
+    lock = shared_lock(tmp_path)
+
+    def away(_: Path) -> bytes:
+        raise OSError(errno.EIO, "no answer of the file server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", away)
+        wait_until(lambda: lock._seen < time.monotonic() - LEASE)
+        with pytest.raises(OSError, match="is not read"):
+            lock.hold()
+    lock.hold()
+    lock.release()
+
+
+def test_without_a_lease_nobody_looks(tmp_path: Path) -> None:
+    """Who is started after the one before has ended needs to ask nobody."""
+    lock = FolderLock(tmp_path)
+    lock.path.write_bytes(b"99\n")
+    assert lock.taken_over()
+    lock.hold()
+    lock.release()
+
+
+@pytest.mark.parametrize("what", ["a slot", "a row", "a file", "the log"])
+def test_nothing_is_written_by_who_was_taken_over(tmp_path: Path, what: str) -> None:
+    """Whichever way bytes take to the data dir."""
+
+    def hold() -> None:
+        if taken:
+            raise TakenOver(errno.EBUSY, "a later server has the data dir")
+
+    taken = list[bool]()
+    catalog = Catalog(tmp_path / "catalog.db", hold=hold)
+    slot = Slots(tmp_path, {"ema": Extent(4096, 8)}, [], None, hold=hold).take()
+    slot.files.open()
+    catalog.add_run("before", "{}", 0.0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    taken.append(True)
+    if what == "a slot":
+        slot.write("ema", memoryview(b"87654321"), 8)
+        with pytest.raises(OSError, match="a later server"):
+            slot.finish({"ema": b"8 bytes.{}"})
+    elif what == "a row":
+        with pytest.raises(sqlite3.OperationalError, match="a later server"):
+            catalog.add_run("r", "{}", 0.0)
+    elif what == "the log":
+        catalog.close()
+        del catalog
+        gc.collect()
+    else:
+        with pytest.raises(TakenOver):
+            write_whole(tmp_path / "file", [b"x"], hold)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    taken.clear()
+    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as later:
+        assert [row.name for row in later.runs()] == ["before"]

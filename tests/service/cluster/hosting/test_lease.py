@@ -15,15 +15,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
+from safetensors.torch import save
 from torch import Tensor
 
 from ema_service.cluster.hosting.lease import ENDED, Lease
 from tests.conftest import ServerProcess
-from tests.service.cluster.servers import Servers
+from tests.service.cluster.servers import Servers, cut
 from tests.service.cluster.test_servers import assert_same
 from tests.waiting import wait_until
 
@@ -99,6 +102,18 @@ def test_a_word_now_and_then_keeps_a_host() -> None:
 def test_who_was_replaced_ends() -> None:
     """Although the host is heard, and without a lease too."""
     assert ended(lambda end: Lease(None, time.monotonic, lambda: "by another", end), 10) == [ENDED]
+
+
+def test_storage_that_is_away_keeps_no_host() -> None:
+    """A look at it never ends, and the host, which nobody hears either, ends all the same."""
+    over = threading.Event()
+
+    def look() -> str:
+        over.wait(60)
+        return ""
+
+    assert ended(lambda end: Lease(0.3, lambda: 0.0, look, end), 10) == [ENDED]
+    over.set()
 
 
 # --- hosts that are cut off ------------------------------------------------------------------------------------------
@@ -189,11 +204,70 @@ def test_a_later_server_of_the_data_dir_ends_the_earlier(
         dead.kill()
 
 
-def _server(cluster: Servers, data: Path, program: str = "") -> ServerProcess:
+@pytest.mark.parametrize("program", [pytest.param((_UNLOCKED,), marks=pytest.mark.soak), (_UNLOCKED, "starved")])
+def test_who_wakes_up_writes_nothing(
+    cluster: Servers, training: Callable[[Servers], Training], program: tuple[str, ...]
+) -> None:
+    """A host that stood still while another one was started on its data dir finds slices that came meanwhile: none of
+    their bytes is written, nor a row, although no lock keeps the host out and no coordinator tells it; also where its
+    own end is late."""
+    cluster.start()
+    cluster.kill(0)
+    data = cluster.folder / "host-0" / "data"
+    cluster.hosts[0] = dead = _server(cluster, data, *program)
+    run = training(cluster)
+    run.go_on()
+    dead.process.send_signal(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            body = save(cut(run.model(2), 2)[0])
+            key = {"headers": {"Ema-Push": "late"}, "timeout": 60}
+            late = [threads.submit(httpx.put, f"{dead.url}/v1/runs/r/updates/2", content=body, **key) for _ in range(4)]
+            cluster.hosts[0] = _server(cluster, data, _UNLOCKED)
+            cluster.coordinators.kill_coordinator()
+            before = _written(data)
+            dead.process.send_signal(signal.SIGCONT)
+            if len(program) > 1:
+                assert all("a later server has the data dir" in each.result(60).text for each in late)
+                dead.kill()
+            wait_until(lambda: dead.process.poll() is not None, "the end of who was replaced")
+            assert _written(data) == before
+        cluster.coordinate()
+        if cluster.hosts[0].process.poll() is not None:  # a busy machine took longer than the lease
+            cluster.hosts[0] = _server(cluster, data, _UNLOCKED)
+        if cluster.hosts[1].process.poll() is not None:
+            cluster.host(1)
+        run.go_on()
+    finally:
+        dead.kill()
+
+
+def test_who_goes_on_is_left_alone(cluster: Servers, training: Callable[[Servers], Training]) -> None:
+    """Two launchers, on machines whose locks do not see each other, start one host: the second is told so, again and
+    again, and updates go on at the first."""
+    cluster.start()
+    cluster.kill(0)
+    data = cluster.folder / "host-0" / "data"
+    cluster.hosts[0] = first = _server(cluster, data, _UNLOCKED)
+    run = training(cluster)
+    run.go_on()
+    with pytest.raises(RuntimeError, match="another server uses the data dir"):
+        _server(cluster, data, _UNLOCKED)
+    run.go_on()
+    assert first.process.poll() is None
+
+
+def _written(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """All files under a folder but the lock, with when each was written last, and what is in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size, path.read_bytes()) for path in files}
+
+
+def _server(cluster: Servers, data: Path, *program: str) -> ServerProcess:
     """Host 0 with a data dir, as another process."""
     folder = cluster.folder / f"again-{len(list(cluster.folder.iterdir()))}"
     folder.mkdir()
     port = cluster.coordinators.ports[0]
     flags = ("--shard=0/2", f"--cluster-token-file={cluster.token_file}", f"--coordinator=http://127.0.0.1:{port}")
-    made = ServerProcess(folder, (*flags, "--lease=2"), data, (program,) if program else ("-m", "ema_service"))
+    made = ServerProcess(folder, (*flags, "--lease=2"), data, program or ("-m", "ema_service"))
     return made.start()
