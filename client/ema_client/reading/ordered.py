@@ -163,7 +163,7 @@ class Ordered:
                 self._change.notify_all()
 
         try:
-            carry_all(stretches, carry, pace, alone=lambda _: False)
+            carry_all(stretches, carry, pace, alone=lambda _: False, helped=False)
         except LanesEnded:
             pass
         except Exception as fault:  # noqa: BLE001 - raised by read_some(), on the thread of the reader
