@@ -11,9 +11,11 @@ import pytest
 
 from ema_client.errors import ConnectionLost, EmaError, NonFinite, Overloaded, Superseded
 from ema_client.forks import Lock
+from ema_client.http import cancelling
 from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import Pace
 from ema_client.http.stretches import Stretch, Stretches
+from tests.waiting import wait_until
 
 KIB = 1 << 10
 SIZE = 300 * KIB + 7
@@ -180,17 +182,31 @@ def test_bodies_that_are_not_helped() -> None:
     assert len(still.tried) == len(set(still.tried))
 
 
+class Silent:
+    """A connection that brings nothing until it is interrupted."""
+
+    def __init__(self) -> None:
+        self.interrupted = threading.Event()
+        self.interrupt = self.interrupted.set
+
+    def read(self) -> None:
+        cancelling.hold(self)
+        self.interrupted.wait(10)
+        raise ConnectionLost("interrupted")
+
+
 def test_a_fault_ends_a_lane_that_stands_still() -> None:
     """Nothing is waited for that nobody wants."""
+    silent: list[Silent] = []
 
-    def carry(stretch: Stretch, moved: Moved) -> None:
+    def carry(stretch: Stretch, _: Moved) -> None:
         if stretch.start == 0:
-            threading.Event().wait(0.2)
+            wait_until(lambda: silent)
             raise NonFinite("NaN")
-        while True:
-            moved(0)
-            threading.Event().wait(0.01)
+        silent.append(Silent())
+        silent[-1].read()
 
     with pytest.raises(NonFinite):
         carry_all(queue(), carry, Pace.fixed(4))
     assert_no_lane()
+    assert all(each.interrupted.is_set() for each in silent)
