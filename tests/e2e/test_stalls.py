@@ -24,6 +24,7 @@ from ema_client.http.connection import Timeouts
 from ema_client.http.transport import Transport
 from ema_client.pushing import Pushes
 from ema_client.reading.asked import Asked
+from ema_client.reading.ordered import open_ordered
 from ema_client.reading.pulls import Pulls
 from ema_client.tensors.body import encode
 from tests.relays import Stalling
@@ -172,7 +173,7 @@ def test_an_answer(kind: str, way: Stalling, twins: Twins) -> None:
     twins.assert_alike()
 
 
-@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("times", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_several_lanes(times: int, way: Stalling, twins: Twins) -> None:
     """While one lane moves the body goes on."""
     twins.push(1)
@@ -223,3 +224,35 @@ def test_a_pull(after: int, way: Stalling, twins: Twins) -> None:
     way.wake()
     twins.await_no_lane()
     assert not any(tensor.any() for tensor in out.values())
+
+
+@pytest.mark.parametrize("after", [4 << 20, *(pytest.param(each << 20, marks=pytest.mark.soak) for each in (1, 9))])
+def test_a_body_in_order(
+    after: int, way: Stalling, twins: Twins, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's reader has all in order, soon, though the lane that it waits for stands still."""
+    monkeypatch.setattr("ema_client.reading.ordered._LEAD_BYTES", 1 << 20)
+    asked = Asked(twins.run)
+    with open_ordered(transport, asked, 0, None) as body:
+        expected = bytearray(body.length)
+        body.readinto(memoryview(expected))
+    way.stall(after, "down")
+    began, found = time.monotonic(), bytearray(len(expected))
+    with open_ordered(transport, asked, 0, None) as body:
+        body.readinto(memoryview(found))
+    assert time.monotonic() - began < SOON
+    assert way.silenced == 1
+    assert found == expected
+
+
+def test_a_body_that_nobody_reads_on(
+    way: Stalling, twins: Twins, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that leaves does not wait for a lane that stands still."""
+    monkeypatch.setattr("ema_client.reading.ordered._LEAD_BYTES", 1 << 20)
+    way.stall(2 << 20, "down", times=LANES)
+    began = time.monotonic()
+    with open_ordered(transport, Asked(twins.run), 0, None) as body:
+        body.readinto(memoryview(bytearray(1 << 20)))
+        assert way.stalled.wait(SOON)
+    assert time.monotonic() - began < SOON

@@ -14,7 +14,7 @@ from typing import Protocol, Self
 
 from ema_client.errors import ConnectionLost
 
-__all__ = ["Cancellation", "hold", "is_cancelled", "release"]
+__all__ = ["Cancellation", "current", "hold", "is_cancelled", "release"]
 
 
 class _Interrupted(Protocol):
@@ -74,19 +74,24 @@ class Cancellation:
 _current: ContextVar[Cancellation | None] = ContextVar("ema cancellation", default=None)
 
 
+def current() -> Cancellation | None:
+    """What ends the requests of the calling thread."""
+    return _current.get()
+
+
 def hold(connection: _Interrupted) -> None:
     """The calling thread uses ``connection``. Raises ConnectionLost where it was cancelled."""
-    if current := _current.get():
-        current.hold(connection)
+    if (cancellation := current()) is not None:
+        cancellation.hold(connection)
 
 
 def release(connection: _Interrupted) -> None:
     """The calling thread gives ``connection`` back."""
-    if current := _current.get():
-        current.release(connection)
+    if (cancellation := current()) is not None:
+        cancellation.release(connection)
 
 
 def is_cancelled() -> bool:
     """Whether what the calling thread does was cancelled."""
-    current = _current.get()
-    return current is not None and current.cancelled
+    cancellation = current()
+    return cancellation is not None and cancellation.cancelled

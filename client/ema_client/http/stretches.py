@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ema_client.forks import Lock
 
-__all__ = ["SMALLEST_BYTES", "Stretch", "Stretches"]
+__all__ = ["SMALLEST_BYTES", "STILL_SECONDS", "Stretch", "Stretches"]
 
 #: Stretches get no smaller than this, but for the last: a request for each costs a round trip, and so does its answer.
 SMALLEST_BYTES = 8 << 20
@@ -31,7 +31,7 @@ _ALIKE = 3 / 4
 #: A lane of known rate takes this share of what the lane would bring until the end.
 _SHARE = 1 / 2
 #: A lane that brings nothing for so long stands still: a lost packet costs a flow a fifth of that (TCP's timeout).
-_STILL_SECONDS = 1.0
+STILL_SECONDS = 1.0
 #: A service answers once it has averaged a stretch, so many bytes per second at the least.
 _ANSWERED_RATE = 200e6
 #: A lane that moves is late where the rest takes so many times longer than all of it would by another lane.
@@ -93,11 +93,11 @@ class _Lane:
             return False
         left, quiet, moving = self.has.size - self.carried, now - self.last, now - self.first
         if left <= 0:
-            return quiet >= _STILL_SECONDS + self.has.size / _ANSWERED_RATE
-        if quiet >= _STILL_SECONDS:
+            return quiet >= STILL_SECONDS + self.has.size / _ANSWERED_RATE
+        if quiet >= STILL_SECONDS:
             return True
         rest = left * moving / max(self.carried, 1)
-        return moving >= _STILL_SECONDS and rest > _LATE * self.has.size / rate + _STILL_SECONDS
+        return moving >= STILL_SECONDS and rest > _LATE * self.has.size / rate + STILL_SECONDS
 
 
 class Stretches:
