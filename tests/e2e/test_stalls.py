@@ -26,6 +26,7 @@ from ema_client.pushing import Pushes
 from ema_client.reading.asked import Asked
 from ema_client.reading.ordered import open_ordered
 from ema_client.reading.pulls import Pulls
+from ema_client.reading.weights import Weights
 from ema_client.tensors.body import encode
 from tests.relays import Stalling
 from tests.waiting import wait_until
@@ -224,6 +225,24 @@ def test_a_pull(after: int, way: Stalling, twins: Twins) -> None:
     way.wake()
     twins.await_no_lane()
     assert not any(tensor.any() for tensor in out.values())
+
+
+def test_a_pull_while_updates_go_on(way: Stalling, twins: Twins) -> None:
+    """Is of one version: of the first, or of a later one where the service did not keep the first for so long."""
+    twins.push(1)
+    versions = [twins.client.pull(twins.run)]
+    twins.pulls.pull(Asked(twins.run))
+    way.stall(1 << 20, "down")
+    pulled: list[Weights] = []
+    pulling = threading.Thread(target=lambda: pulled.append(twins.pulls.pull(Asked(twins.run))))
+    pulling.start()
+    assert way.stalled.wait(SOON)
+    for step in range(2, 5):
+        twins.client.push(twins.run, state_of(step), step=step)
+        versions.append(twins.client.pull(twins.run))
+    pulling.join(SOON)
+    expected = {each.info.version: each for each in versions}[pulled[0].info.version]
+    assert all(torch.equal(pulled[0][name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("after", [4 << 20, *(pytest.param(each << 20, marks=pytest.mark.soak) for each in (1, 9))])
