@@ -13,20 +13,24 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["Breaking", "Relay"]
+__all__ = ["Breaking", "Relay", "Stalling"]
 
 
 class Relay:
     """Carries connections to the server at ``url``; subclasses say how. url: the relay's. opened: its connections."""
 
     def __init__(self, url: str) -> None:
-        address = urlsplit(url)
-        self._to = (address.hostname, address.port)
+        self.leads(url)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets = [self._listener]
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.opened = 0
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def leads(self, url: str) -> None:
+        """Carry new connections to another server."""
+        address = urlsplit(url)
+        self._to = (address.hostname, address.port)
 
     def begins(self) -> Any:
         """What carry() is told of a new connection, for both directions."""
@@ -96,3 +100,75 @@ class Breaking(Relay):
                 return
             target.sendall(buffer[:count])
         target.shutdown(socket.SHUT_WR)
+
+
+class Stalling(Relay):
+    """Each connection has ``rate`` bytes a second of each direction; after stall() one of them stands still, alive, and
+    goes on after wake().
+
+    holds: bytes that the kernel takes of a sender whom the relay does not read. stalled: set once a connection stands
+    still. silenced: how many did.
+    """
+
+    def __init__(self, url: str, rate: float = 100e6, *, holds: int = 64 << 10) -> None:
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._way, self._after, self._more = "", 0, 0
+        self._awake = threading.Event()
+        self.stalled = threading.Event()
+        self.silenced = 0
+        super().__init__(url)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, holds)
+
+    def stall(self, after: int, way: str = "up", times: int = 1) -> None:
+        """Have the next connection that carries more than ``after`` bytes that way, from now on, stand still; the next
+        ``times`` of them."""
+        with self._lock:
+            self._way, self._after, self._more = way, after, times
+            self._awake.clear()
+            self.stalled.clear()
+
+    def wake(self) -> None:
+        """Have what stands still go on, and nothing else stand still."""
+        with self._lock:
+            self._more = 0
+        self._awake.set()
+
+    def close(self) -> None:
+        self.wake()
+        super().close()
+
+    def begins(self) -> dict[str, int]:
+        """What a connection carried that way since the first stall(), -1 once it has stood still."""
+        return {"carried": 0}
+
+    def carry(self, source: socket.socket, target: socket.socket, way: str, told: dict[str, int]) -> None:
+        buffer, due = memoryview(bytearray(256 << 10)), time.monotonic()
+        try:
+            while count := source.recv_into(buffer):
+                if self._stands(way, told, count):
+                    self._awake.wait(120)
+                target.sendall(buffer[:count])
+                due = max(due, time.monotonic() - 0.01) + count / self._rate
+                time.sleep(max(0.0, due - time.monotonic()))
+        finally:
+            for sock in (source, target):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                # A socket that is open takes bytes until its memory is full, and its sender waits for ever.
+                sock.close()
+
+    def _stands(self, way: str, told: dict[str, int], count: int) -> bool:
+        with self._lock:
+            if told["carried"] < 0:
+                return not self._awake.is_set()
+            if not self._more or way != self._way:
+                return False
+            told["carried"] += count
+            if told["carried"] <= self._after:
+                return False
+            told["carried"] = -1
+            self._more -= 1
+            self.silenced += 1
+            self.stalled.set()
+            return True

@@ -9,6 +9,7 @@ stretch alone. Does not know: sockets, tensors, how many lanes pay.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ _MOST_RUNS = 1000
 _MOST_STRETCHES, _MOST_CUTS = 64, 16
 #: So many parts are remembered with how they were first sent: as one body, or in stretches.
 _MOST_SENT = 64
+#: Numbers for attempts at stretches, each higher than the one before.
+_attempts = itertools.count(1)
 
 
 class Pushes:
@@ -244,14 +247,15 @@ class _LanedPush:
         def carry(stretch: Stretch, moved: Moved) -> None:
             path = protocol.stretch_path(self._run, self._step, stretch.start, stretch.stop)
             body = self._stretch_body(stretch, moved)
-            reply = self._transport.upload_once(path, body, query={"group": group}, headers=self._headers)
+            query: Query = {"group": group, "attempt": next(_attempts)}
+            reply = self._transport.upload_once(path, body, query=query, headers=self._headers)
             if reply.data.get("state") != "staged":
                 results.append(reply)
 
         carry_all(stretches, carry, self._pace, moved=told.moved, alone=lambda fault: isinstance(fault, _ALONE))
         if not results:
             raise ConnectionLost(f"{self._transport.url} was started anew while step {self._step} was sent")
-        return results[-1]
+        return results[0]
 
     def _stretch_body(self, stretch: Stretch, moved: Moved) -> Body:
         return Body(
@@ -308,7 +312,8 @@ class _LanedPart:
         if self._transport.same_host:
             body = replace(body, digest=None)
         path = protocol.part_stretch_path(self._run, self._name.step, self._name.part, stretch.start, stretch.stop)
-        self._replies.append(self._transport.upload_once(path, body, query=self._query, headers=self._headers))
+        query = {**self._query, "attempt": next(_attempts)}
+        self._replies.append(self._transport.upload_once(path, body, query=query, headers=self._headers))
 
     def _is_alone(self, fault: EmaError) -> bool:
         """Whether a fault concerns one stretch alone.

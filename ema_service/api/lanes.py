@@ -2,8 +2,9 @@
 
 Lanes are bounded: each is a connection, and while its bytes come fast a thread. Those of one update are shared evenly
 by its senders, the ranks of a sharded trainer; one lane each of them has in any case, as it would have one connection
-for a part that is not cut. A stretch that comes once more, for its connection broke off unnoticed, ends the lane before
-it: two lanes never write one memory.
+for a part that is not cut. A stretch that comes once more, for its connection broke off unnoticed or stands still, ends
+the lane before it: two lanes never write one memory. An earlier attempt whose head a network held back ends no later
+one.
 
 Knows names of stretches and the tasks that receive them. Does not know bytes, or what becomes of a stretch (runs).
 """
@@ -27,10 +28,11 @@ _RETRY_SECONDS = 0.1
 class Lane:
     """The receiving of one stretch. On the event loop only.
 
-    gone: set once nothing of the lane writes to memory any more.
+    attempt: the sender's number. gone: set once nothing of the lane writes to memory any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
         self.gone = asyncio.Event()
         self._stopped = False
         self._receiving: asyncio.Task[None] | None = None
@@ -70,13 +72,16 @@ class Lanes:
         return len(self._lanes)
 
     @contextlib.asynccontextmanager
-    async def lane(self, push: object, stretch: object, senders: int = 1) -> AsyncIterator[Lane]:
-        """A lane for a stretch of a push, within the block. Waits until an earlier lane of the same stretch has ended.
+    async def lane(self, push: object, stretch: object, attempt: int, senders: int = 1) -> AsyncIterator[Lane]:
+        """A lane for a stretch of a push, within the block. Ends a lane of the same stretch, and waits for its end.
 
-        push: a whole update, or the part of one of ``senders``. Raises Overloaded beyond the bounds.
+        push: a whole update, or the part of one of ``senders``. attempt: of attempts at one stretch a later one has a
+        higher number. Raises Superseded where a later attempt is on its way, Overloaded beyond the bounds.
         """
         name, most = (push, stretch), max(1, self._most // senders)
         while before := self._lanes.get(name):
+            if before.attempt > attempt:
+                raise Superseded("a later attempt at the stretch is on its way", retry_after=0.0)
             before.stop()
             await before.gone.wait()
         if self._of[push] >= most:
@@ -89,7 +94,7 @@ class Lanes:
                 f"{self.in_all} stretches of updates are coming already (a quarter of max_connections)",
                 retry_after=_RETRY_SECONDS,
             )
-        lane = self._lanes[name] = Lane()
+        lane = self._lanes[name] = Lane(attempt)
         self._of[push] += 1
         try:
             yield lane

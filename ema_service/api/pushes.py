@@ -242,9 +242,15 @@ class PartialPush:
 class StretchPush(PartialPush):
     """One stretch of an update, or of a part of one, to be used with ``async with``: what one of several lanes brings.
 
-    As PartialPush. Entering waits for the lane of the same stretch before, if there is one, and raises Overloaded where
-    too many stretches are coming.
+    As PartialPush. Entering ends the lane of the same stretch before, if there is one, and waits for its end; raises
+    Overloaded where too many stretches are coming, Superseded where a later ``attempt`` at the stretch is on its way.
     """
+
+    def __init__(
+        self, request: Request, server: Context, run: Run, step: int, key: Key, terms: Terms, *, attempt: int
+    ) -> None:
+        super().__init__(request, server, run, step, key, terms)
+        self._attempt = attempt
 
     async def __aenter__(self) -> Self:
         step, key, terms = self._place
@@ -252,7 +258,9 @@ class StretchPush(PartialPush):
         part = key.part if isinstance(key, PartStretch) else None
         push = self._run.config.run, self._run.created_at, step, terms, part
         async with AsyncExitStack() as undo:
-            self._lane = await undo.enter_async_context(self._server.lanes.lane(push, key, terms.of or 1))
+            self._lane = await undo.enter_async_context(
+                self._server.lanes.lane(push, key, self._attempt, terms.of or 1)
+            )
             await super().__aenter__()
             self._undo = undo.pop_all()
         return self

@@ -106,7 +106,15 @@ class Sender:
         return body[8 + int.from_bytes(body[:8], "little") :]
 
     def send(
-        self, step: int, data: bytes, bounds: tuple[int, int], group: str, *, digest: bool = True, **headers: str
+        self,
+        step: int,
+        data: bytes,
+        bounds: tuple[int, int],
+        group: str,
+        *,
+        digest: bool = True,
+        attempt: int = 0,
+        **headers: str,
     ) -> httpx.Response:
         body = data[slice(*bounds)]
         if digest:
@@ -114,7 +122,8 @@ class Sender:
         path = stretch_path(self.run, step, *bounds)
         # A connection of its own: one on which a body was refused unread does not last.
         with httpx.Client(base_url=self.address, timeout=60) as http:
-            return http.put(path, params={"group": group}, content=body, headers={**self.headers, **headers})
+            params = {"group": group, "attempt": attempt}
+            return http.put(path, params=params, content=body, headers={**self.headers, **headers})
 
     def push(self, step: int, data: bytes, lanes: int = 3, group: str | None = None) -> httpx.Response:
         """The answer to the stretch that completed the step."""
@@ -128,14 +137,16 @@ class Sender:
         ]
         return next(answer for answer in answers if answer.status_code == 200)
 
-    def begin(self, step: int, data: bytes, bounds: tuple[int, int], group: str, share: float) -> socket.socket:
+    def begin(
+        self, step: int, data: bytes, bounds: tuple[int, int], group: str, share: float, attempt: int = 0
+    ) -> socket.socket:
         """A connection that has sent a share of a stretch, and sends no more."""
         sock = socket.create_connection((self.address.host, self.address.port), timeout=30)
         path = stretch_path(self.run, step, *bounds)
         size = bounds[1] - bounds[0]
         sock.sendall(
-            f"PUT {path}?group={group} HTTP/1.1\r\nHost: {self.address.host}\r\nContent-Length: {size}\r\n"
-            f"{HEADER_LAYOUT}: {self.layout.digest}\r\n\r\n".encode()
+            f"PUT {path}?group={group}&attempt={attempt} HTTP/1.1\r\nHost: {self.address.host}\r\n"
+            f"Content-Length: {size}\r\n{HEADER_LAYOUT}: {self.layout.digest}\r\n\r\n".encode()
         )
         sock.sendall(data[bounds[0] :][: int(size * share)])
         return sock
@@ -157,6 +168,14 @@ class Sender:
             for average in names
             for name, tensor in sorted(self.client.pull(self.run, average=average).items())
         ]
+
+
+def is_superseded(connection: socket.socket) -> bool:
+    """Whether the stretch on a connection was refused as one that came once more."""
+    answer = b""
+    while b"superseded" not in answer and (more := connection.recv(4096)):
+        answer += more
+    return answer.startswith(b"HTTP/1.1 503") and b"superseded" in answer
 
 
 def bounds_of(data: bytes) -> list[tuple[int, int]]:
@@ -226,7 +245,31 @@ def test_broken_off(sender: Make) -> None:
         wait_until(lambda: lanes.client.update_status(lanes.run, 1).state == "staged")
         answer = lanes.send(1, data, last, group)
         assert (answer.status_code, answer.json()["applied"]) == (200, True), answer.text
-        assert b"superseded" in stalled.recv(4096)
+        assert is_superseded(stalled)
+
+    whole.client.push(whole.run, tensors, step=1)
+    assert_same(lanes, whole)
+
+
+def test_attempts(sender: Make) -> None:
+    """A later attempt takes the place of the one on its way; an earlier one, which a network held back, does not."""
+    lanes, whole = sender(), sender(name="-whole")
+    tensors, group = tensors_of(1), next(GROUPS)
+    data = lanes.data(tensors)
+    first, second, last = bounds_of(data)
+    for each in (first, second):
+        assert lanes.send(1, data, each, group).status_code == 202
+    with lanes.begin(1, bytes(len(data)), last, group, 0.5, attempt=4) as given_up:
+        wait_until(lambda: lanes.metrics("ema_lanes") == {"": 1.0})
+        with lanes.begin(1, data, last, group, 0.5, attempt=5) as later:
+            assert is_superseded(given_up)
+            refused = lanes.send(1, bytes(len(data)), last, group, attempt=4)
+            assert (refused.status_code, refused.json()["code"]) == (503, "superseded"), refused.text
+            assert lanes.client.run(lanes.run).step is None
+            later.sendall(data[last[0] :][int((last[1] - last[0]) * 0.5) :])
+            assert later.recv(4096).startswith(b"HTTP/1.1 200")
+    late = lanes.send(1, bytes(len(data)), last, group, attempt=4)
+    assert (late.status_code, late.json()["code"]) == (409, "step_conflict"), late.text
 
     whole.client.push(whole.run, tensors, step=1)
     assert_same(lanes, whole)

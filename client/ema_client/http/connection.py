@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from ema_client.errors import ConnectionLost, ProtocolError, printable
 from ema_client.forks import tell_in_child
+from ema_client.http import cancelling
 from ema_client.http.address import Address
 from ema_client.http.answers import Answer
 from ema_client.http.body import Body, digested, portions
@@ -153,7 +154,7 @@ class Connection:
                 yield line
 
     def interrupt(self) -> None:
-        """End lines(), from another thread: the reading thread sees the end of the answer."""
+        """End what waits for the socket, from another thread, which sees a closed connection; lines() ends."""
         if self._opened is not None:
             with contextlib.suppress(OSError):
                 # shutdown() of the bare socket: a TLS socket's says goodbye first, and races with the reader.
@@ -181,6 +182,7 @@ class Connection:
 
     def _begin(self, method: str, path: str, headers: Mapping[str, str]) -> None:
         self.url = self.address.url + path
+        cancelling.hold(self)
         if self._http.sock is None:
             self._connect()
         self._http.putrequest(method, self.address.prefix + path)
@@ -199,6 +201,8 @@ class Connection:
             raise unreachable(self.address.url, fault) from None
         self._opened = self._socket
         look_after(self._opened)
+        # Once more: what there was to interrupt until now was another socket.
+        cancelling.hold(self)
 
     def _response(self, patience: float, look: Callable[[], None] | None = None) -> http.client.HTTPResponse:
         sock = self._socket

@@ -10,6 +10,7 @@ import http.client
 from collections.abc import Iterator, Mapping
 
 from ema_client.errors import ConnectionLost, ProtocolError
+from ema_client.http import cancelling
 from ema_client.http.answers import error_of
 from ema_client.http.connection import Connection, headers_of
 from ema_client.http.pool import Pool
@@ -53,6 +54,11 @@ class Download:
             raise ConnectionLost(f"{self.url} ended its answer before its Content-Length of {self.length}")
         return count
 
+    def hand_over(self) -> None:
+        """The calling thread reads from now on, and can be cancelled (cancelling). Raises ConnectionLost where it
+        was."""
+        cancelling.hold(self._connection)
+
     def drain(self) -> None:
         """Read what is left of the body, and drop it: for a few bytes, which are cheaper than another connection."""
         buffer = memoryview(bytearray(_DROP_BYTES))
@@ -63,11 +69,12 @@ class Download:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        if kind is not None and issubclass(kind, ConnectionLost):
+        if kind is not None and issubclass(kind, ConnectionLost) and not cancelling.is_cancelled():
             self._pool.doubt()
         if self._response.isclosed():
             self._pool.give_back(self._connection)
         else:
+            cancelling.release(self._connection)
             self._connection.close()
 
 

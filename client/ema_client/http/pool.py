@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from ema_client.errors import ConnectionLost
 from ema_client.forks import Lock, tell_in_child
+from ema_client.http import cancelling
 from ema_client.http.connection import Connection, Timeouts
 from ema_client.http.place import Place
 
@@ -51,13 +52,15 @@ class Pool:
         """Call ``request`` with a connection; returns both, and the caller gives the connection back.
 
         A request is made a second time where a kept connection broke, or stayed silent: every write of the protocol
-        may be repeated. All idle connections are then in doubt.
+        may be repeated. All idle connections are then in doubt, unless the calling thread was cancelled (cancelling).
         """
         connection = self._take()
         kept = connection.heard is not None
         try:
             return connection, request(connection)
         except ConnectionLost as lost:
+            if cancelling.is_cancelled():
+                raise
             self.doubt()
             if not kept or not isinstance(lost.__cause__, ConnectionError | TimeoutError):
                 raise
@@ -70,6 +73,7 @@ class Pool:
 
     def give_back(self, connection: Connection) -> None:
         """Take back a connection whose answer was read to the end: it is kept for the next request, or closed."""
+        cancelling.release(connection)
         with self._lock:
             stays = connection.reusable and len(self._idle) < MAX_IDLE
             if stays:

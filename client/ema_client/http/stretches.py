@@ -4,18 +4,22 @@ A lane is one of several connections that carry one body. Equal parts, one for e
 lane: of flows of 100 + 100 + 60 + 20 MB/s a quarter each reaches 80 MB/s of 280. From a queue a fast lane takes more.
 The sizes fall towards the end, and a lane leaves a stretch in the queue that another lane would bring sooner.
 
+A lane may stand still for good, while its connection is alive. So a lane for which nothing is left looks at the others
+(late()): what one of them has, and would bring later than the free lane could from the beginning, is carried again.
+
 Knows: sizes, rates and times. Does not know: connections, threads, what the bytes are.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ema_client.forks import Lock
 
-__all__ = ["SMALLEST_BYTES", "Stretch", "Stretches"]
+__all__ = ["SMALLEST_BYTES", "STILL_SECONDS", "Stretch", "Stretches"]
 
 #: Stretches get no smaller than this, but for the last: a request for each costs a round trip, and so does its answer.
 SMALLEST_BYTES = 8 << 20
@@ -26,6 +30,14 @@ _FIRST_SHARE, _FIRST_SHARE_ALIKE = 1 / 4, 3 / 4
 _ALIKE = 3 / 4
 #: A lane of known rate takes this share of what the lane would bring until the end.
 _SHARE = 1 / 2
+#: A lane that brings nothing for so long stands still: a lost packet costs a flow a fifth of that (TCP's timeout).
+STILL_SECONDS = 1.0
+#: A service answers once it has averaged a stretch, so many bytes per second at the least.
+_ANSWERED_RATE = 200e6
+#: A lane that moves is late where the rest takes so many times longer than all of it would by another lane.
+_LATE = 2.0
+#: So often a stretch is taken from a lane that is late: after that the timeouts of the connection count.
+_MOST_HELP = 3
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -44,12 +56,18 @@ class Stretch:
 class _Lane:
     """What is known of one lane. rate: bytes a second over its stretches so far, 0 before the first has come.
 
-    reached: bytes of the stretch that the lane has that are not carried again should the stretch break off.
+    reached: bytes of the stretch that the lane has that are not carried again should the stretch break off. carried:
+    bytes of the stretch that went over the lane, between the times ``first`` and ``last``, which are ``since`` before.
+    abandoned: whether the stretch is to be carried again, as the lane is late with it.
     """
 
     has: Stretch | None = None
     reached: int = 0
+    carried: int = 0
     since: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    abandoned: bool = False
     seconds: float = 0.0
     bytes: int = 0
 
@@ -60,6 +78,26 @@ class _Lane:
     def free_in(self, now: float) -> float:
         """Seconds until the lane has brought what the lane has."""
         return 0.0 if self.has is None else max(0.0, self.has.size / self.rate - (now - self.since))
+
+    def begin(self, stretch: Stretch, now: float) -> Stretch:
+        self.has, self.reached, self.carried, self.abandoned = stretch, 0, 0, False
+        self.since = self.first = self.last = now
+        return stretch
+
+    def lets_go(self) -> None:
+        self.has, self.reached = None, 0
+
+    def is_late(self, now: float, rate: float) -> bool:
+        """Whether a lane that brings ``rate`` bytes a second would bring the stretch sooner, from its beginning."""
+        if self.has is None:
+            return False
+        left, quiet, moving = self.has.size - self.carried, now - self.last, now - self.first
+        if left <= 0:
+            return quiet >= STILL_SECONDS + self.has.size / _ANSWERED_RATE
+        if quiet >= STILL_SECONDS:
+            return True
+        rest = left * moving / max(self.carried, 1)
+        return moving >= STILL_SECONDS and rest > _LATE * self.has.size / rate + STILL_SECONDS
 
 
 class Stretches:
@@ -93,8 +131,10 @@ class Stretches:
         #: What no lane has had, in order.
         self._queue = [Stretch(start, stop)] if stop > start else []
         self._lanes: dict[int, _Lane] = {}
-        #: The rates of lanes that have left.
-        self._rates: list[float] = []
+        #: Lanes that have left; some come back, where another lane is late.
+        self._left: dict[int, _Lane] = {}
+        #: How often the stretch that ends at a byte was taken from a lane that was late.
+        self._helped: Counter[int] = Counter()
         self._come = 0
         self._lock = Lock()
 
@@ -114,7 +154,8 @@ class Stretches:
     def alike(self) -> bool:
         """Whether several lanes have left, and all brought about as much in the same time."""
         with self._lock:
-            return len(self._rates) > 1 and min(self._rates) >= _ALIKE * max(self._rates)
+            rates = [lane.rate for lane in self._left.values() if lane.rate]
+            return len(rates) > 1 and min(rates) >= _ALIKE * max(rates)
 
     @property
     def queued(self) -> int:
@@ -128,10 +169,9 @@ class Stretches:
         None where nothing is left, or where another lane would bring what is left sooner.
         """
         with self._lock:
-            mine = self._lanes.setdefault(lane, _Lane())
+            mine = self._joined(lane)
             if self._again:
-                mine.has, mine.since = self._again.pop(0), self._clock()
-                return mine.has
+                return mine.begin(self._again.pop(0), self._clock())
             if not self._queue:
                 return None
             size = self._size(mine, lanes) if size is None else size
@@ -139,18 +179,70 @@ class Stretches:
                 return None
             taken, rest = self._cut(self._queue[0], size if self._largest is None else min(size, self._largest))
             self._queue[:1] = [rest] if rest.size else []
-            mine.has, mine.since = taken, self._clock()
-            return taken
+            return mine.begin(taken, self._clock())
 
-    def came(self, lane: int) -> None:
-        """The lane's stretch has come."""
+    def moved(self, lane: int, count: int) -> None:
+        """So many more bytes of the lane's stretch went over the lane; negative where they go again."""
+        if not count:
+            return
+        with self._lock:
+            mine, now = self._lanes[lane], self._clock()
+            if not mine.carried:
+                mine.first = now
+            mine.carried += count
+            mine.last = now
+
+    def late(self, lane: int) -> int | None:
+        """The number of a lane whose stretch lane number ``lane``, for which nothing is left, would bring sooner from
+        the beginning; None where there is none, or where no stretch has come yet. A stretch has one such lane at a
+        time, and a few in all."""
+        with self._lock:
+            mine, now = self._left.get(lane) or self._lanes.get(lane), self._clock()
+            # A lane of unknown rate is taken to be as fast as the fastest.
+            known = [each.rate for each in (*self._lanes.values(), *self._left.values()) if each.rate]
+            rate = (mine.rate if mine else 0.0) or max(known, default=0.0)
+            for number, other in self._lanes.items():
+                if other.has is None or other is mine or other.abandoned or not rate:
+                    continue
+                if self._helped[other.has.stop] < _MOST_HELP and other.is_late(now, rate):
+                    return number
+            return None
+
+    def abandon(self, late: int, helper: int) -> Stretch | None:
+        """The stretch of a lane that is late() is to be carried again.
+
+        Returned where the lane has carried all of it and waits for the answer, which may still come: lane number
+        ``helper`` then has the stretch as well, and whichever brings it first has brought it. None where the late lane
+        must end first.
+        """
+        with self._lock:
+            other = self._lanes[late]
+            if other.has is None:
+                return None
+            other.abandoned = True
+            self._helped[other.has.stop] += 1
+            return self._joined(helper).begin(other.has, self._clock()) if other.carried >= other.has.size else None
+
+    def came(self, lane: int) -> tuple[list[int], int]:
+        """The lane's stretch has come. Returns the lanes that have the stretch as well, for nothing; and how many bytes
+        of this lane were for nothing, as another one had brought them."""
         with self._lock:
             mine = self._lanes[lane]
-            if mine.has is not None:
-                self._come += mine.has.size
-                mine.bytes += mine.has.size
-                mine.seconds += max(self._clock() - mine.since, 1e-6)
-            mine.has, mine.reached = None, 0
+            if mine.has is None:
+                return [], mine.carried
+            stretch = mine.has
+            self._come += stretch.size
+            mine.bytes += stretch.size
+            mine.seconds += max(self._clock() - mine.since, 1e-6)
+            others = [number for number, other in self._sharers(lane)]
+            for each in (lane, *others):
+                self._lanes[each].lets_go()
+            return others, 0
+
+    def has(self, lane: int) -> bool:
+        """Whether the lane has a stretch, which no other lane has brought."""
+        with self._lock:
+            return self._lanes[lane].has is not None
 
     def reached(self, stretch: Stretch, stop: int) -> None:
         """Of a stretch that a lane has, the bytes before ``stop`` have come to stay, whatever becomes of the rest."""
@@ -159,24 +251,40 @@ class Stretches:
                 if lane.has is stretch:
                     lane.reached = stop - stretch.start
 
-    def broke(self, lane: int) -> int:
+    def broke(self, lane: int) -> tuple[bool, int]:
         """The lane's stretch did not come: another lane, or this one, takes the very stretch again, without the bytes
-        that stay. Returns their number."""
+        that stay; no lane does where another one has, or has brought, the stretch. Returns whether one has; and how
+        many bytes of this lane were for nothing."""
         with self._lock:
             mine = self._lanes[lane]
-            stays = mine.reached
-            if mine.has is not None and stays < mine.has.size:
+            stays, sharers = mine.reached, self._sharers(lane)
+            spare = mine.has is None or bool(sharers)
+            for _, other in sharers:
+                other.abandoned = False
+            if mine.has is not None and stays < mine.has.size and not spare:
                 self._again.append(Stretch(mine.has.start + stays, mine.has.stop))
             self._come += stays
-            mine.has, mine.reached = None, 0
-            return stays
+            mine.lets_go()
+            return spare, mine.carried - stays
 
     def leaves(self, lane: int) -> None:
-        """The lane takes no more."""
+        """The lane takes no more, or none until another one is late."""
         with self._lock:
-            left = self._lanes.pop(lane, None)
-            if left is not None and left.rate:
-                self._rates.append(left.rate)
+            if left := self._lanes.pop(lane, None):
+                self._left[lane] = left
+
+    def _joined(self, lane: int) -> _Lane:
+        """What is known of a lane, which takes a stretch."""
+        if lane not in self._lanes:
+            self._lanes[lane] = self._left.pop(lane, _Lane())
+        return self._lanes[lane]
+
+    def _sharers(self, lane: int) -> list[tuple[int, _Lane]]:
+        """The other lanes that have the very stretch that the lane has."""
+        mine = self._lanes[lane].has
+        if mine is None:
+            return []
+        return [(number, other) for number, other in self._lanes.items() if number != lane and other.has is mine]
 
     @property
     def _pending(self) -> int:

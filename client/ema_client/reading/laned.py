@@ -160,6 +160,7 @@ class LanedPull:
                 if stretch is taken and brings:
                     lead = brings.pop()
                     try:
+                        lead.hand_over()
                         _receive(begun, stretch, lead, moved)
                         lead.drain()
                     finally:
@@ -176,7 +177,9 @@ class LanedPull:
                 closed()
             try:
                 pace = self._pace(self.sizes[1])
-                carry_all(begun.stretches, carry, pace, first=taken, moved=begun.moved)
+                # Weights that are worked out come in silences of any length.
+                helped = self._asked.is_stored
+                carry_all(begun.stretches, carry, pace, first=taken, moved=begun.moved, helped=helped)
             except ConnectionLost:
                 if not begun.named:
                     self._begun = None

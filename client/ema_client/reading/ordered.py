@@ -3,6 +3,9 @@
 Lanes fetch stretches ahead of the reader, into memory of a few stretches; what is read is the body from its beginning,
 as over one connection. So a file on its way is as long as what has come, whoever ends the process.
 
+The reader waits for one lane at a time, and the lanes for the reader: a lane that stands still would hold all. So the
+reader cancels the lane that brings nothing of what is awaited, while others have brought what comes after.
+
 Knows: HTTP's ranges, stretches, threads. Does not know: sockets, files, retries of the whole, tensors.
 """
 
@@ -10,13 +13,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from ema_client.errors import ConnectionLost, Overloaded
+from ema_client.http import cancelling
+from ema_client.http.cancelling import Cancellation
 from ema_client.http.downloads import Download
 from ema_client.http.lanes import LanesEnded, Moved, carry_all
 from ema_client.http.pace import PULLS, Pace
-from ema_client.http.stretches import SMALLEST_BYTES, Stretch, Stretches
+from ema_client.http.stretches import SMALLEST_BYTES, STILL_SECONDS, Stretch, Stretches
 from ema_client.http.transport import Transport
 from ema_client.reading.asked import Asked
 from ema_client.reading.ranges import check_part, whole_length
@@ -31,6 +38,9 @@ _AHEAD = 2
 _TRIES = 3
 #: Bytes that a lane reads between two looks at whether anybody wants the rest.
 _SHARE_BYTES = 1 << 20
+#: Seconds between two looks of the reader at the lane that it waits for, and how often the lanes of one stretch are
+#: cancelled.
+_LOOK_SECONDS, _MOST_CANCELLED = 0.1, 3
 
 
 def open_ordered(transport: Transport, asked: Asked, start: int, etag: str | None) -> Download | Ordered:
@@ -49,6 +59,14 @@ def open_ordered(transport: Transport, asked: Asked, start: int, etag: str | Non
         with first:
             return transport.download(asked.path, query=asked.query)
     return Ordered(transport, asked, first, start, continues=etag is not None)
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The lane of a stretch. last: when its last bytes came, by time.monotonic(); or when it began."""
+
+    cancellation: Cancellation | None
+    last: float
 
 
 class Ordered:
@@ -74,6 +92,9 @@ class Ordered:
         #: The byte of the body that is read next.
         self._position = start
         self._fetched: dict[int, memoryview] = {}
+        #: The lanes by the first bytes of their stretches, and how often those of a stretch were cancelled.
+        self._lanes: dict[int, _Lane] = {}
+        self._cancelled: Counter[int] = Counter()
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
@@ -86,6 +107,9 @@ class Ordered:
     def __exit__(self, *_: object) -> None:
         with self._change:
             self._stopped = True
+            for lane in self._lanes.values():
+                if lane.cancellation is not None:
+                    lane.cancellation.cancel()
             self._change.notify_all()
         self._open.close()
         if self._thread is not None:
@@ -128,7 +152,8 @@ class Ordered:
             while self._position not in self._fetched:
                 if self._fault is not None:
                     raise self._fault
-                self._change.wait()
+                self._cancel_late()
+                self._change.wait(_LOOK_SECONDS)
             there = self._fetched.pop(self._position)
             count = min(len(there), len(view))
             if count < len(there):
@@ -136,16 +161,32 @@ class Ordered:
         view[:count] = there[:count]
         return count
 
+    def _cancel_late(self) -> None:
+        """Cancel the lane that the reader waits for where the lane stands still, and others do not. Another lane, or
+        that one, then brings the stretch over another connection. Under the lock."""
+        awaited = self._lanes.get(self._position)
+        if awaited is None or awaited.cancellation is None or not self._fetched:
+            return
+        still = time.monotonic() - awaited.last >= STILL_SECONDS
+        if still and self._cancelled[self._position] < _MOST_CANCELLED:
+            self._cancelled[self._position] += 1
+            del self._lanes[self._position]
+            awaited.cancellation.cancel()
+
     def _fetch(self, stretches: Stretches, pace: Pace) -> None:
         """On a thread of its own."""
 
         def carry(stretch: Stretch, moved: Moved) -> None:
             self._wait_for_room(stretch, pace)
             buffer, come, left = memoryview(bytearray(stretch.size)), 0, _TRIES
+            lane = _Lane(cancelling.current(), time.monotonic())
+            with self._change:
+                self._lanes[stretch.start] = lane
 
             def came(count: int) -> None:
                 nonlocal come
                 come += count
+                lane.last = time.monotonic()
                 moved(count)
 
             while come < stretch.size:
@@ -155,15 +196,16 @@ class Ordered:
                 except (ConnectionLost, Overloaded) as fault:
                     # By this lane: the reader waits for the stretch, and other lanes for the reader.
                     left = _TRIES if come > before else left - 1
-                    if not left:
+                    if not left or cancelling.is_cancelled():
                         raise
                     time.sleep(fault.retry_after or 0.0)
             with self._change:
+                self._lanes.pop(stretch.start, None)
                 self._fetched[stretch.start] = buffer
                 self._change.notify_all()
 
         try:
-            carry_all(stretches, carry, pace, alone=lambda _: False)
+            carry_all(stretches, carry, pace, alone=lambda _: False, helped=False)
         except LanesEnded:
             pass
         except Exception as fault:  # noqa: BLE001 - raised by read_some(), on the thread of the reader

@@ -139,6 +139,10 @@ PartGroup = Annotated[
 ]
 
 StretchStart = Annotated[Number, Path(ge=0, le=MAX_STEP, description="The stretch's first byte, of a whole block")]
+StretchAttempt = Annotated[
+    Number,
+    Query(ge=0, le=MAX_STEP, description="Higher at each attempt at a stretch: an earlier one ends no later one"),
+]
 PartSize = Annotated[Number, Query(ge=1, le=MAX_STEP, description="Bytes of the part's tensors in all its stretches")]
 StretchStop = Annotated[Number, Path(ge=1, le=MAX_STEP, description="The byte behind the stretch's last")]
 StretchGroup = Annotated[
@@ -327,6 +331,7 @@ async def put_update_stretch(
     request: Request,
     server: Server,
     group: StretchGroup,
+    attempt: StretchAttempt = 0,
     layout: StretchLayout = None,
     writer: WriterNumber = None,
 ) -> UpdateResult | Response:
@@ -340,7 +345,8 @@ async def put_update_stretch(
         found.ledger.admit(step, writer)
         _check_layout(found, layout)
         check_bounds(found.layout, start, stop)
-        push = await _push_stretch(request, server, found, step, (start, stop), Terms(None, group, writer=writer))
+        terms = Terms(None, group, writer=writer)
+        push = await _push_stretch(request, server, found, step, (start, stop), terms, attempt)
     return _answer(server, found, step, writer, push)
 
 
@@ -366,6 +372,7 @@ async def put_update_part_stretch(
     request: Request,
     server: Server,
     group: PartGroup = "",
+    attempt: StretchAttempt = 0,
     writer: WriterNumber = None,
 ) -> UpdateResult | Response:
     """Take bytes ``start`` to ``stop`` of a part of a step, one of several connections that bring the part; answered
@@ -377,7 +384,7 @@ async def put_update_part_stretch(
     with _counting_failures(server):
         found.ledger.admit(step, writer)
         check_part_bounds(found.layout, key)
-        push = await _push_stretch(request, server, found, step, key, Terms(of, group, writer=writer))
+        push = await _push_stretch(request, server, found, step, key, Terms(of, group, writer=writer), attempt)
     return _answer(server, found, step, writer, push)
 
 
@@ -492,12 +499,14 @@ def _counting_failures(server: Context) -> Iterator[None]:
         raise
 
 
-async def _push_stretch(request: Request, server: Context, run: Run, step: int, key: Key, terms: Terms) -> _Pushed:
+async def _push_stretch(
+    request: Request, server: Context, run: Run, step: int, key: Key, terms: Terms, attempt: int
+) -> _Pushed:
     """Receive a stretch; where it is the last one missing, have the run apply the update, and return the result as
     well."""
     if HEADER_SEGMENT in request.headers:
         raise InvalidRequest(f"a stretch comes as a body, not in shared memory ({HEADER_SEGMENT}): send the whole push")
-    async with StretchPush(request, server, run, step, key, terms) as push:
+    async with StretchPush(request, server, run, step, key, terms, attempt=attempt) as push:
         outcome = await push.receive()
         result = await push.decide() if outcome == "complete" else None
         push.tell()

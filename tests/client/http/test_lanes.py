@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import pytest
 
-from ema_client.errors import ConnectionLost, EmaError, NonFinite, Overloaded
+from ema_client.errors import ConnectionLost, EmaError, NonFinite, Overloaded, Superseded
 from ema_client.forks import Lock
+from ema_client.http import cancelling
 from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import Pace
 from ema_client.http.stretches import Stretch, Stretches
+from tests.waiting import wait_until
 
 KIB = 1 << 10
 SIZE = 300 * KIB + 7
@@ -100,7 +102,7 @@ def test_a_fault_of_the_whole() -> None:
     carried = Carried(lambda stretch: NonFinite("NaN") if stretch.start > SIZE // 2 else None)
     with pytest.raises(NonFinite):
         carry_all(queue(), carried.carry, Pace.fixed(4))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ema lane")]
+    assert_no_lane()
 
 
 def test_a_defect() -> None:
@@ -117,3 +119,94 @@ def test_a_defect() -> None:
 
     with pytest.raises(ZeroDivisionError):
         carry_all(queue(), slow, Pace.fixed(4))
+
+
+class Still(Carried):
+    """One stretch, the last to begin, stands still ``after`` so many bytes until its lane is cancelled; or, once
+    ``freed``, comes."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+        self.freed = threading.Event()
+        self.tried: list[int] = []
+        self.fault: EmaError | None = None
+
+    def carry(self, stretch: Stretch, moved: Moved) -> None:
+        with self._lock:
+            self.tried.append(stretch.start)
+            stands = stretch.stop == SIZE and self.tried.count(stretch.start) == 1
+        if not stands:
+            if self.fault is not None and stretch.stop == SIZE:
+                self.freed.set()
+                raise self.fault
+            super().carry(stretch, moved)
+            return
+        moved(self.after if self.after < KIB else stretch.size)
+        while not self.freed.wait(0.01):
+            moved(0)
+        moved(0)
+        with self._lock:
+            self.stretches.append(stretch)
+
+
+def assert_no_lane() -> None:
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ema lane")]
+
+
+@pytest.mark.parametrize("after", [0, 5, KIB], ids=["before the first byte", "in the middle", "before the answer"])
+def test_a_lane_that_stands_still(after: int) -> None:
+    """Another one carries its stretch; told are the bytes of one of them."""
+    still = Still(after)
+    carry_all(queue(), still.carry, Pace.fixed(4), moved=still.tell)
+    assert still.is_whole
+    assert len(still.tried) == len(set(still.tried)) + 1
+    assert_no_lane()
+
+
+@pytest.mark.parametrize("fault", [Superseded("by the other"), ConnectionLost("gone"), Overloaded("no more")])
+def test_an_answer_that_comes_after_all(fault: EmaError) -> None:
+    """A lane that waits for its answer is not given up before another one has brought the stretch, whatever that one
+    meets."""
+    still = Still(KIB)
+    still.fault = fault
+    carry_all(queue(), still.carry, Pace.fixed(4), moved=still.tell)
+    assert still.is_whole
+
+
+def test_bodies_that_are_not_helped() -> None:
+    """A lane that waits for something other than its connection is left alone."""
+    still = Still(5)
+    threading.Timer(3.0, still.freed.set).start()
+    carry_all(queue(), still.carry, Pace.fixed(4), helped=False)
+    assert len(still.tried) == len(set(still.tried))
+
+
+class Silent:
+    """A connection that brings nothing until it is interrupted."""
+
+    def __init__(self) -> None:
+        self.interrupted = threading.Event()
+        self.interrupt = self.interrupted.set
+
+    def read(self) -> None:
+        cancelling.hold(self)
+        self.interrupted.wait(10)
+        raise ConnectionLost("interrupted")
+
+
+def test_a_fault_ends_a_lane_that_stands_still() -> None:
+    """Nothing is waited for that nobody wants."""
+    silent: list[Silent] = []
+
+    def carry(stretch: Stretch, _: Moved) -> None:
+        if stretch.start == 0:
+            wait_until(lambda: silent)
+            raise NonFinite("NaN")
+        silent.append(Silent())
+        silent[-1].read()
+
+    with pytest.raises(NonFinite):
+        carry_all(queue(), carry, Pace.fixed(4))
+    assert_no_lane()
+    assert all(each.interrupted.is_set() for each in silent)

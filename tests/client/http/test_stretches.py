@@ -62,14 +62,16 @@ def test_a_stretch_that_came_in_part() -> None:
     queue = Stretches(0, 3 * MIB, grain=MIB, smallest=MIB)
     taken = queue.take(0, 1, size=2 * MIB)
     assert taken == Stretch(0, 2 * MIB)
+    queue.moved(0, MIB + 7)
     queue.reached(taken, MIB)
     assert queue.come == MIB
-    assert queue.broke(0) == MIB
+    assert queue.broke(0) == (False, 7)
     assert (queue.come, queue.queued) == (MIB, 2 * MIB)
     rest = queue.take(0, 1)
     assert rest == Stretch(MIB, 2 * MIB)
+    queue.moved(0, MIB)
     queue.reached(rest, 2 * MIB)
-    assert queue.broke(0) == MIB
+    assert queue.broke(0) == (False, 0)
     assert queue.take(0, 1) == Stretch(2 * MIB, 3 * MIB)
     queue.came(0)
     assert queue.whole
@@ -98,3 +100,115 @@ def test_lanes_that_were_alike() -> None:
     seconds, _, alike = simulate(256 * MIB, [100 * MB] * 7 + [50 * MB], expect_alike=True)
     assert not alike
     assert 256 * MIB / seconds >= 0.7 * 750 * MB
+
+
+class Clocked:
+    """A queue of 40 MiB by a clock that the test moves; lane 0 has brought 8 MiB in a tenth of a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.queue = Stretches(0, 40 * MIB, grain=MIB, clock=lambda: self.now)
+        self.queue.take(0, 2, size=8 * MIB)
+        self.now = 0.1
+        self.queue.came(0)
+
+    def taken(self, size: int, carried: int) -> Stretch:
+        """The rest, which lane 1 takes, but for what lane 0 brings of it; ``carried`` bytes go over lane 1 at once."""
+        late = self.queue.take(1, 2, size=size * MIB)
+        assert late is not None
+        while self.queue.take(0, 2):
+            self.queue.came(0)
+        self.queue.leaves(0)
+        self.queue.moved(1, carried * MIB)
+        return late
+
+
+@pytest.mark.parametrize(("carried", "seconds"), [(0, 1.0), (3, 1.0), (8, 1.05)])
+def test_a_lane_that_stands_still(carried: int, seconds: float) -> None:
+    """Is late after a second, in the middle and before its first byte; with the answer still to come, after the seconds
+    that the service may take for it as well."""
+    clock = Clocked()
+    clock.taken(8, carried)
+    clock.now += seconds - 0.1
+    assert clock.queue.late(0) is None
+    clock.now += 0.2
+    assert clock.queue.late(0) == 1
+
+
+def test_a_lane_that_crawls() -> None:
+    """Is late where another lane would bring all of its stretch in half the time that the rest takes, and a second."""
+    clock = Clocked()
+    clock.taken(32, 16)
+    for _ in range(20):
+        clock.now += 0.5
+        clock.queue.moved(1, MIB // 4)
+        if (late := clock.queue.late(0)) is not None:
+            break
+    assert late == 1
+    # Half of 32 MiB came at once; the lane would have brought the rest by its average in about as long again.
+    assert 1.5 <= clock.now <= 3.0
+
+    clock = Clocked()
+    clock.taken(32, 16)
+    for _ in range(8):
+        clock.now += 0.25
+        clock.queue.moved(1, 2 * MIB - 1)
+        assert clock.queue.late(0) is None
+
+
+def test_no_help_before_a_stretch_has_come() -> None:
+    """A service that has taken no stretch yet may take none of another lane either."""
+    now = 0.0
+    queue = Stretches(0, 8 * MIB, grain=MIB, clock=lambda: now)
+    assert queue.take(0, 2) is not None
+    assert queue.take(1, 2) is None
+    queue.leaves(1)
+    now = 60.0
+    assert queue.late(1) is None
+
+
+def test_a_late_lane_gives_up() -> None:
+    """Its stretch is in the queue once it has ended, at most so often."""
+    clock = Clocked()
+    late = clock.taken(8, 3)
+    clock.now += 60
+    tries = 0
+    while clock.queue.late(0) is not None:
+        tries += 1
+        assert clock.queue.abandon(1, 0) is None
+        assert clock.queue.late(0) is None
+        assert clock.queue.broke(1) == (False, 3 * MIB)
+        assert clock.queue.take(1, 2) == late
+        clock.queue.moved(1, 3 * MIB)
+        clock.now += 60
+    assert tries == 3
+
+
+def test_a_stretch_of_two_lanes() -> None:
+    """Where a lane waits for its answer both have the stretch: one brings it, the other carried for nothing."""
+    for first, second in ((0, 1), (1, 0)):
+        clock = Clocked()
+        late = clock.taken(8, 8)
+        clock.now += 60
+        assert clock.queue.abandon(1, 0) is late
+        assert clock.queue.late(0) is clock.queue.late(1) is None
+        clock.queue.moved(0, 8 * MIB)
+        assert clock.queue.came(first) == ([second], 0)
+        assert clock.queue.whole
+        assert not clock.queue.has(second)
+        assert clock.queue.came(second) == ([], 8 * MIB)
+        assert clock.queue.come == 40 * MIB
+
+
+def test_of_two_lanes_one_breaks_off() -> None:
+    """The other one still has the stretch, and may be late with it once more."""
+    clock = Clocked()
+    late = clock.taken(8, 8)
+    clock.now += 60
+    assert clock.queue.abandon(1, 0) is late
+    clock.queue.moved(0, 5 * MIB)
+    assert clock.queue.broke(0) == (True, 5 * MIB)
+    assert clock.queue.queued == 0
+    assert clock.queue.late(0) == 1
+    assert clock.queue.came(1) == ([], 0)
+    assert clock.queue.whole

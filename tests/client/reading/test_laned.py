@@ -194,6 +194,9 @@ class Broken:
     def drain(self) -> None:
         self._download.drain()
 
+    def hand_over(self) -> None:
+        self._download.hand_over()
+
     def __enter__(self) -> Broken:
         return self
 
