@@ -40,7 +40,7 @@ SIZES = {"a": 5_000_011, "b": 12_000_003}
 #: Seconds of silence that a connection may have, and seconds in which a body with help is there.
 SILENCE, SOON = 300.0, 60.0
 #: Bytes after which a connection stands still: in the head of a request, in its body, in a later request.
-AFTER = [0, 3 << 20, *(pytest.param(each << 20, marks=pytest.mark.soak) for each in (1, 7, 8, 9, 15, 17))]
+AFTER = [0, 3 << 20, *(pytest.param(each << 20, marks=pytest.mark.soak) for each in (1, 7, 8, 9))]
 
 
 def state_of(step: int) -> dict[str, Tensor]:
