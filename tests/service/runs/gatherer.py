@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -18,8 +19,9 @@ from ema_client.wire import Box
 from ema_service.bodies import UpdateBody
 from ema_service.memory import Memory, Staged, Staging
 from ema_service.runs import Parts, Run, Terms
+from tests.service.elsewhere import Elsewhere
 
-__all__ = ["LARGE", "Gatherer", "Slices", "cut", "large", "part_body", "rows", "shadow_bytes"]
+__all__ = ["WAYS", "Gatherer", "Slices", "cut", "large", "part_body", "rows", "shadow_bytes"]
 
 Slices = Mapping[str, Sequence[Box]]
 
@@ -115,6 +117,15 @@ LARGE = {
     },
     "undivided": {"a": (torch.float64, (501, 1301)), "b": (torch.bfloat16, (3, 701, 2003))},
 }
+
+#: What parts of these are tried with: kind, the axis that is cut, and where the memory lies. Half of the ways, in which
+#: each kind, axis and memory comes, are the short form.
+WAYS = [
+    pytest.param(kind, axis, memory, marks=[] if (axis == 0) == (memory is Memory) else [pytest.mark.soak])
+    for kind in LARGE
+    for axis in (0, -1)
+    for memory in (Memory, Elsewhere)
+]
 
 
 def large(kind: str, seed: int) -> dict[str, Tensor]:

@@ -27,8 +27,7 @@ from ema_service.memory import Layout, Memory
 from ema_service.runs import Run
 from ema_service.runs.measurements import Measured, Measurements
 from tests.service.conftest import specs_of
-from tests.service.elsewhere import Elsewhere
-from tests.service.runs.gatherer import LARGE, Gatherer, Slices, cut, large, part_body, shadow_bytes
+from tests.service.runs.gatherer import WAYS, Gatherer, Slices, cut, large, part_body, shadow_bytes
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun
@@ -73,9 +72,7 @@ def decay(run: Run, decay: float) -> None:
 # --- the same as whole ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("new_memory", [Memory, Elsewhere], ids=["host", "device"])
-@pytest.mark.parametrize("axis", [0, -1], ids=["rows", "columns"])
-@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize(("kind", "axis", "new_memory"), WAYS)
 def test_blocks_averaged_apart(kind: str, axis: int, new_memory: Callable[[], Memory]) -> None:
     """Parts of several blocks, of rows or of columns, give what the same update sent whole gives, in two averages."""
     specs = specs_of(large(kind, 0))

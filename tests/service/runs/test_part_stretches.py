@@ -31,8 +31,7 @@ from ema_service.runs import Run
 from ema_service.runs.gathering import PartGathering, PartStretch
 from ema_service.runs.stretches import check_part_bounds
 from tests.service.conftest import specs_of
-from tests.service.elsewhere import Elsewhere
-from tests.service.runs.gatherer import LARGE, Gatherer, cut, large, part_body, shadow_bytes
+from tests.service.runs.gatherer import WAYS, Gatherer, cut, large, part_body, shadow_bytes
 
 if TYPE_CHECKING:
     from tests.service.conftest import LocalRun
@@ -106,9 +105,7 @@ def decay(run: Run, decay: float) -> None:
     run.amend(lambda succession, version: succession.with_decay(version, decay, None))
 
 
-@pytest.mark.parametrize("new_memory", [Memory, Elsewhere], ids=["host", "device"])
-@pytest.mark.parametrize("axis", [0, -1], ids=["rows", "columns"])
-@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize(("kind", "axis", "new_memory"), WAYS)
 def test_bit_for_bit(kind: str, axis: int, new_memory: Callable[[], Memory]) -> None:
     """Stretches of rows and of columns, of any dtype, in any order, beside a part of one body."""
     specs = specs_of(large(kind, 0))

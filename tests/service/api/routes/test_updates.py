@@ -219,7 +219,7 @@ def test_status_of_an_update(server: ServerProcess, plain_run: MakeRun, model: M
         answer = run.http.get(f"{run.path}/updates/{step}")
         told = answer.json()
         assert (told.pop("digest") is not None) == (state == "applied")
-        assert (answer.status_code, told) == (200, {"step": step, "state": state, "parts": []})
+        assert (answer.status_code, told) == (200, {"step": step, "state": state, "parts": [], "digests": []})
 
 
 @pytest.mark.parametrize("parts", [False, True])
