@@ -49,7 +49,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
         seconds = interleave(many, scale.rounds, on_step=on_step)
     needs = {
         BARE: (Need(against=EMPTY),),
-        push: (Need(3, EMPTY, most=True), Need(against=BARE)),
+        push: (Need(2.2, EMPTY, most=True), Need(against=BARE)),
         push_unix: (Need(against=EMPTY),),
     }
     rows = tuple(Row(name, "ms", tuple(1000 * s for s in seconds[name]), needs.get(name, ())) for name in operations)

@@ -465,7 +465,7 @@ DEMANDED = {
     ("pull into tensors, Unix", "raw Unix socket", 0.85),
     ("pull, new tensors, TCP", "raw TCP loopback", 0.7),
     *((f"of that the event loop's, {what}, TLS", None, 0.25) for what in ("push", "two pushes at once")),
-    ("push of 100 KB, TCP", "empty PUT, the same server", 3),
+    ("push of 100 KB, TCP", "empty PUT, the same server", 2.2),
     ("kernel, float32", "lerp_", 0.65),
     ("kernel, float32", "LitEma as written", 3),
     ("kernel, bf16 into float32", "lerp_", 0.6),
