@@ -25,7 +25,7 @@ from ema_client.tensors.body import encode
 from ema_service.bench.children import BenchFailed, Child, Service
 from ema_service.bench.rounds import Operation, interleave, timed
 from ema_service.bench.rows import Group, Need, Row, rate_row
-from ema_service.bench.sink import LENGTH_BYTES
+from ema_service.bench.sink import LENGTH_BYTES, warm_buffer
 from ema_service.bench.sizes import show_size
 from ema_service.bench.traffic import Traffic
 
@@ -88,7 +88,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
         seconds |= _loopback("", raw, nbytes, scale, on_step, facts)
         seconds |= _loopback(" over TLS", {}, nbytes, scale, on_step, facts, stack.enter_context(certificate()))
     rows = [_row(name, nbytes, seconds, needs) for name, needs in NEEDS.items()]
-    facts.append("a raw flow: sendall of 1 MiB from one warm buffer, a thread for each; uneven flows end together")
+    facts.append("a raw flow: sendall of 1 MiB at a time from memory of the body's size; uneven flows end together")
     return Group("lanes", f"lanes: {show_size(nbytes)} of float32, TCP", tuple(rows), tuple(facts))
 
 
@@ -232,9 +232,10 @@ def paced(rates: str) -> Iterator[None]:
 
 
 def _raw(stack: contextlib.ExitStack, address: str, rates: Sequence[str], nbytes: int) -> Operation:
-    """All flows at once, each with as much of ``nbytes`` as its rate allows, from one buffer that stays warm."""
+    """All flows at once, each with as much of ``nbytes`` as its rate allows, from memory of so many bytes: as the raw
+    loops of the wire, and as a trainer, whose parameters lie in no cache."""
     host, _, port = address.rpartition(":")
-    buffer, whole = memoryview(bytearray(SENT_AT_ONCE)), sum(map(float, rates)) or 1.0
+    buffer, whole = warm_buffer(nbytes), sum(map(float, rates)) or 1.0
     threads = stack.enter_context(ThreadPoolExecutor(len(rates)))
     shares: list[tuple[socket.socket, int]] = []
     for rate, pace in zip(rates, dealt(",".join(rates)), strict=False):
@@ -247,7 +248,7 @@ def _raw(stack: contextlib.ExitStack, address: str, rates: Sequence[str], nbytes
         connection, size = share
         connection.sendall(size.to_bytes(LENGTH_BYTES, "little"))
         for start in range(0, size, SENT_AT_ONCE):
-            connection.sendall(buffer[: min(SENT_AT_ONCE, size - start)])
+            connection.sendall(buffer[start : min(start + SENT_AT_ONCE, size)])
         if connection.recv(1) != b"\1":
             raise BenchFailed("the receiving end of a raw flow has gone")
 

@@ -126,6 +126,7 @@ def _applied(client: EmaClient, steps: list[int], spared: int) -> list[int]:
         return [step for step in steps if host.update_status("r", step).state == "applied"]
 
 
+@pytest.mark.soak
 def test_a_rank_is_killed(launch: Launch, tmp_path: Path, litema: type[LitEmaOracle]) -> None:
     """A rank that dies half way leaves the EMA as it was, on all hosts; the training goes on with another number of
     ranks, which is started again."""

@@ -132,6 +132,7 @@ def test_a_cluster_that_speaks_tls_alone(
 
 
 @pytest.mark.usefixtures("trusted")
+@pytest.mark.soak
 def test_replicas_speak_tls(certificate: Certificate, launched: Callable[..., Launched], model: Model) -> None:
     """To the coordinator, to their hosts, and to whoever reads them: they are listed once they are filled."""
     cluster = launched("--local", "2", "--replicas", "1", *certificate.flags)
@@ -148,6 +149,7 @@ def test_replicas_speak_tls(certificate: Certificate, launched: Callable[..., La
 
 
 @pytest.mark.usefixtures("trusted")
+@pytest.mark.soak
 def test_a_twin_is_filled_over_tls(certificate: Certificate, launched: Callable[..., Launched], model: Model) -> None:
     """A host whose disk is lost copies what its twin has."""
     cluster = launched("--local", "2", "--twins", *certificate.flags)

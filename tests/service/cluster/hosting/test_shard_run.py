@@ -471,7 +471,9 @@ def test_host_is_killed(
     assert [host.lines() for host in here.hosts] == [[("decay_changed", 1, 1, "decay of ema set to 0.25")]] * hosts
 
 
-@pytest.mark.parametrize("message", range(20))
+@pytest.mark.parametrize(
+    "message", [pytest.param(each, marks=[pytest.mark.soak] if each % 2 else []) for each in range(20)]
+)
 def test_coordinator_is_killed(message: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """A coordinator that ends between any two messages is followed by one that goes on."""
     here = town(3, decay=0.9)
@@ -576,7 +578,7 @@ def orphans(here: Town, seed: int, model: Model, oracle: LitEmaOracle) -> None:
 
 
 @KEPT
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(each, marks=pytest.mark.soak) for each in range(4, 10))])
 def test_orphans_are_on_all_or_none(seed: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """An update whose trainer is gone is applied on all hosts or on none, and what follows goes on from there."""
     orphans(town(3), seed, model, litema(model(0)))

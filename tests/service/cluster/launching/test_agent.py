@@ -140,6 +140,7 @@ def test_a_replica_in_a_hosts_place(engine: Engine, model: Model) -> None:
     assert (engine.folder / "gateway").read_text().strip() == engine.hosts[0].url
 
 
+@pytest.mark.soak
 def test_places_that_speak_tls(
     engine: Engine, model: Model, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
