@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from ema_client.errors import ConnectionLost, EmaError, NonFinite
-from ema_client.hosts.finding import GivenUp, Host, Hosts, at_all
+from ema_client.errors import ConnectionLost, EmaError, NonFinite, ProtocolError
+from ema_client.hosts.finding import GivenUp, Host, HostedRun, Hosts, at_all
+from ema_client.hosts.pulling import pull
 from ema_client.hosts.pushing import together
 from ema_client.http.connection import Timeouts
 from ema_client.http.transport import Reply, Transport
-from ema_client.protocol import HostedShard, RunShards, to_json
+from ema_client.protocol import HostedShard, RunShards, TensorSpec, to_json
+from ema_client.reading.asked import Asked
+from ema_client.wire import place
 
 
 def reply(applied: bool, durable_step: int | None) -> Reply:
@@ -88,3 +91,19 @@ def test_a_gateway_that_names_no_host() -> None:
 
     assert hosts.of("r") is None
     assert hosts.known("r") is None
+
+
+@pytest.mark.parametrize("tensors", [[("w", (9, 3)), ("b", (4,))], [("w", (8, 3))], [("v", (9, 3))]])
+def test_a_map_of_another_run(tensors: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Weights are read from no hosts whose map has other tensors than the service said, or other rows: what the hosts
+    do not send would stay as it is."""
+    transport = Transport("http://127.0.0.1:1")
+    shards = [(TensorSpec("w", (5, 3), "F32"), 0), (TensorSpec("w", (4, 3), "F32"), 5)]
+    hosts = tuple(
+        Host(HostedShard(number, 1, transport.url, (spec,), (first,)), transport)
+        for number, (spec, first) in enumerate(shards)
+    )
+    entries = tuple(place([TensorSpec(*each, "F32") for each in tensors]))
+    with pytest.raises(ProtocolError, match="other tensors"):
+        pull(HostedRun("r", hosts), Asked("r"), entries, lambda _: pytest.fail("memory was asked for"))
+    transport.close()

@@ -41,8 +41,8 @@ class DirectPulls:
     def __init__(self, transport: Transport, hosts: Hosts) -> None:
         self._pulls = Pulls(transport)
         self._hosts = hosts
-        #: By request: which run of the name was asked about, and the tensors of the gateway's answer.
-        self._entries: dict[Asked, tuple[int, tuple[Entry, ...]]] = {}
+        #: By request: the tensors of the gateway's answer.
+        self._entries: dict[Asked, tuple[Entry, ...]] = {}
 
     def pull(
         self,
@@ -90,16 +90,14 @@ class DirectPulls:
     ) -> T:
         """Read weights. through: reads from the service; given whether large weights are left to several hosts.
         straight: reads from the hosts; None where they could not be read as one."""
-        hosted = self._hosts.known(asked.run)
-        birth, entries = self._entries.get(asked.without_step, (None, ()))
-        if hosted is None or hosted.birth != birth:
+        hosted, entries = self._hosts.known(asked.run), self._entries.get(asked.without_step)
+        if hosted is None or entries is None:
             try:
                 return through(asked.is_current)
             except OnSeveralHosts as begun:
                 entries = begun.entries
+            self._remember(asked, entries)
             hosted = self._hosts.of(asked.run)
-            if hosted:
-                self._remember(asked, hosted.birth, entries)
         try:
             found = straight(hosted, entries) if hosted else None
         except EmaError as fault:
@@ -113,7 +111,7 @@ class DirectPulls:
             found = None
         return through(False) if found is None else found
 
-    def _remember(self, asked: Asked, birth: int, entries: tuple[Entry, ...]) -> None:
+    def _remember(self, asked: Asked, entries: tuple[Entry, ...]) -> None:
         if len(self._entries) >= _MOST_REQUESTS:
             self._entries.clear()
-        self._entries[asked.without_step] = birth, entries
+        self._entries[asked.without_step] = entries

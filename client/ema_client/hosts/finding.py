@@ -83,11 +83,6 @@ class HostedRun:
     hosts: tuple[Host, ...]
     twins: bool = False
 
-    @property
-    def birth(self) -> int:
-        """Which run of this name it is."""
-        return self.hosts[0].shard.birth
-
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the run's parameters."""

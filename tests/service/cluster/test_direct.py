@@ -305,6 +305,14 @@ def test_initial_weights_go_past_the_gateway(cluster: Launched, client: EmaClien
     with pytest.raises(RunExists):
         client.create_run(run_name, {"w": model(2)["w"]}, decay=DECAY)
     client.delete_run(run_name)
+    wider = {"w": model(3)["w"], "b": model(3)["b"].double()}
+    client.create_run(run_name, wider, decay=DECAY)
+    for _ in range(2):  # the second one from the hosts, by what the first one was told
+        assert same(client.pull(run_name), wider)
+    client.delete_run(run_name)
+    client.create_run(run_name, model(4), decay=DECAY)
+    assert same(client.pull(run_name), model(4))
+    client.delete_run(run_name)
     assert received(cluster) - before < 1 << 20
 
 
