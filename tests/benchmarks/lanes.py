@@ -35,6 +35,8 @@ PROCESSES = Path(__file__).parent / "processes"
 NBYTES = 256 << 20
 #: Bodies of each kind in which the number of lanes is found, before any is counted.
 FINDING = 2
+#: The same on loopback, where one lane of a pull is tried once memory is warm, three times.
+FINDING_LOOPBACK = 20
 SENT_AT_ONCE = 1 << 20
 
 EVEN, UNEVEN = ("100",) * 8, ("100", "100", "60", "20")
@@ -59,12 +61,14 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     AVERAGED: (Need(against=RAW_FREE),),
     "push, one lane": (Need(0.9, RAW_FREE), Need(0.95, AVERAGED)),
     "push, lanes found": (Need(0.97, "push, one lane"),),
-    "pull, two lanes": (Need(0.95, RAW_FREE),),
-    "pull, lanes found": (Need(0.97, "pull, two lanes"),),
+    "pull, one lane": (),
+    "pull, two lanes": (),
+    "pull, lanes found": (Need(0.95, RAW_FREE), Need(0.97, "pull, one lane"), Need(0.97, "pull, two lanes")),
     "push over TLS, one lane": (),
     "push over TLS, lanes found": (Need(0.97, "push over TLS, one lane"),),
+    "pull over TLS, one lane": (),
     "pull over TLS, two lanes": (),
-    "pull over TLS, lanes found": (Need(0.97, "pull over TLS, two lanes"),),
+    "pull over TLS, lanes found": (Need(0.97, "pull over TLS, one lane"), Need(0.97, "pull over TLS, two lanes")),
 }
 
 
@@ -199,12 +203,13 @@ def _loopback(
         one, two, free = clients
         traffic = Traffic("lanes", nbytes)
         traffic.create(one)
-        for _ in range(FINDING):
+        for _ in range(FINDING_LOOPBACK):
             traffic.push(free)
             traffic.pull_into(free)
         ours = {
             f"push{how}, one lane": partial(traffic.push, one),
             f"push{how}, lanes found": partial(traffic.push, free),
+            f"pull{how}, one lane": partial(traffic.pull_into, one),
             f"pull{how}, two lanes": partial(traffic.pull_into, two),
             f"pull{how}, lanes found": partial(traffic.pull_into, free),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ema_client.forks import Lock
@@ -29,6 +30,33 @@ _ENDS = {PULLS: 2, PUSHES: 3}
 _WINDOW, _SETTLING = 0.25, 0.05
 #: A body in a shorter time says nothing of its lanes.
 _SHORTEST = 0.02
+#: A body is one measurement if its lanes had all joined by this share of the body, and none left before that share.
+_EARLY, _LATE = 1 / 8, 3 / 4
+
+
+@dataclass(slots=True)
+class _Window:
+    """A stretch of time, from ``since`` on. threads: of the lanes at work, by their native numbers.
+
+    wanted: processors that the lanes ran on or waited for, on the average; None before see(), and where the system does
+    not tell. before: seconds that each lane had wanted at the time ``since``.
+    """
+
+    since: float
+    bytes: int = 0
+    threads: frozenset[int] = frozenset()
+    before: Mapping[int, float] | None = None
+    wanted: float | None = None
+
+    def lanes_are(self, threads: frozenset[int]) -> None:
+        self.threads, self.before = threads, seconds_wanted(threads)
+
+    def see(self, now: float) -> None:
+        """Take what the lanes have wanted until ``now``, while the lanes' threads are alive."""
+        before, latest = self.before, seconds_wanted(self.threads)
+        if before is not None and latest is not None and now > self.since:
+            each = (wanted - before.get(thread, wanted) for thread, wanted in latest.items())
+            self.wanted = sum(each) / (now - self.since)
 
 
 class Pace:
@@ -44,11 +72,13 @@ class Pace:
         self._fixed = lanes
         self._guard = guard
         self._clock = clock
-        self._began = self._since = clock()
-        self._whole = self._bytes = 0
+        #: All of the body so far, and what has come of the measurement that goes on.
+        self._whole, self._latest = _Window(clock()), _Window(clock())
+        #: What of the body had come when the latest lane joined, and when the first one left.
+        self._joined = 0
+        self._left: int | None = None
         self._at_work: frozenset[int] = frozenset()
-        self._wanted: Mapping[int, float] | None = None
-        self._measured = self._steady = False
+        self._measured = False
 
     @classmethod
     def fixed(cls, lanes: int) -> Pace:
@@ -73,55 +103,65 @@ class Pace:
 
     def at_work(self, threads: frozenset[int]) -> None:
         """The lanes, by the native numbers of their threads, are these from now on."""
-        if self._width is not None:
-            with self._guard:
-                self._steady = not self._at_work or (self._steady and self._whole == 0)
-                self._at_work = threads
-                self._restart(_SETTLING if self._whole else 0.0)
+        if self._width is None:
+            return
+        with self._guard:
+            if threads > self._at_work:
+                self._joined, self._left = self._whole.bytes, None
+                self._whole.lanes_are(threads)
+            elif self._left is None:
+                self._left = self._whole.bytes
+                self._whole.see(self._clock())
+            self._at_work = threads
+            self._restart(_SETTLING if self._whole.bytes else 0.0)
 
     def moved(self, count: int) -> None:
         """The lanes carried so many more bytes."""
         if self._width is None:
             return
         with self._guard:
-            self._whole += count
+            self._whole.bytes += count
             now = self._clock()
-            if now < self._since:
+            if now < self._latest.since:
                 return
-            self._bytes += count
-            if now - self._since >= _WINDOW:
-                self._measure(now)
+            self._latest.bytes += count
+            if now - self._latest.since >= _WINDOW:
+                self._latest.see(now)
+                self._measure(self._latest, now)
+                self._restart(0.0)
 
     def ends(self, *, alike: bool = False) -> None:
         """The last byte of the body has come: a body that was shorter than a measurement is one.
 
         alike: whether the lanes brought about as much a second each.
         """
-        if self._width is not None:
-            with self._guard:
-                self._width.alike = alike
-                if not self._measured and self._steady:
-                    self._since, self._bytes = self._began, self._whole
-                    self._measure(self._clock())
+        if self._width is None:
+            return
+        with self._guard:
+            self._width.alike = alike
+            if not self._measured and self._together:
+                now = self._clock()
+                if self._left is None:
+                    self._whole.see(now)
+                self._measure(self._whole, now)
 
-    def _measure(self, now: float) -> None:
-        seconds = now - self._since
+    @property
+    def _together(self) -> bool:
+        """Whether the lanes were the same ones for about all of the body."""
+        whole = self._whole.bytes
+        left = whole if self._left is None else self._left
+        return self._joined <= whole * _EARLY and left >= whole * _LATE
+
+    def _measure(self, window: _Window, now: float) -> None:
+        seconds = now - window.since
         if self._width is None or seconds < _SHORTEST:
             return
         self._measured = True
-        self._width.saw(Seen(len(self._at_work), self._bytes / seconds, self._cores_wanted(seconds)))
-        self._restart(0.0)
-
-    def _cores_wanted(self, seconds: float) -> float | None:
-        before, now = self._wanted, seconds_wanted(self._at_work)
-        if before is None or now is None:
-            return None
-        return sum(wanted - before.get(thread, wanted) for thread, wanted in now.items()) / seconds
+        self._width.saw(Seen(len(window.threads), window.bytes / seconds, window.wanted))
 
     def _restart(self, settling: float) -> None:
-        self._since = self._clock() + settling
-        self._bytes = 0
-        self._wanted = seconds_wanted(self._at_work)
+        self._latest = _Window(self._clock() + settling)
+        self._latest.lanes_are(self._at_work)
 
 
 class Paces:
@@ -169,10 +209,10 @@ class Paces:
 
     @property
     def told(self) -> dict[str, str]:
-        """Of the directions in which more lanes pay than there are at the beginning, how many, and why not more."""
+        """Of the directions in which another number of lanes pays than there are at first, how many, and why."""
         with self._lock:
             return {
                 direction: f"{width.found} ({width.why})"
                 for direction, width in self._widths.items()
-                if width.found > _START[direction]
+                if width.found != _START[direction]
             }

@@ -63,7 +63,8 @@ class Width:
     and what is tried and when (trial, rest, next rest, check, bodies).
 
     Args:
-        start: lanes to begin with, and at the least.
+        start: lanes to begin with.
+            Fewer are tried where the processors are the limit, as soon as memory is no longer used for the first time.
         most: lanes at the most.
         cores: processors of this machine that lanes may use.
         ends: how often the processors that the lanes want here are wanted on this machine: once for a service on
@@ -79,7 +80,7 @@ class Width:
         self._trial: _Trial | None = None
         #: Bodies until the next trial of more lanes, and until that of fewer.
         self._rest, self._next_rest = 0, _FIRST_REST
-        self._check = _CHECK
+        self._check = _WARM
         self._bodies = 0
         #: Whether lanes wanted all processors when they were last measured: such lanes are alike.
         self.crowded = False
@@ -139,18 +140,23 @@ class Width:
     def _consider(self, seen: Seen) -> None:
         """Begin a trial where one is due, with ``seen`` as its first measurement."""
         usual = self._usual
-        if usual > self._start and self._check == 0:
+        if self._check == 0 and usual > self._fewest:
             self._check = _CHECK
-            self._trial = _Trial(usual, max(self._start, usual // 2), seen.rate)
+            self._trial = _Trial(usual, max(self._fewest, usual // 2), seen.rate)
         elif self._rest == 0 and self._may_grow(seen):
             self._trial = _Trial(usual, min(2 * usual, self._most), seen.rate)
+
+    @property
+    def _fewest(self) -> int:
+        """Lanes at the least: fewer than there are at the beginning save processors alone."""
+        return 1 if self.crowded else self._start
 
     def _may_grow(self, seen: Seen) -> bool:
         if self._usual >= self._most:
             self.why = "the most there may be"
         elif seen.wanted is None:
             self.why = "this system does not tell what more would cost"
-        elif self.crowded:
+        elif self.crowded and self._usual >= self._start:
             self.why = "the processors have no room for more"
         else:
             return True

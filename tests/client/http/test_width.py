@@ -128,3 +128,25 @@ def test_when_another_number_may_be_tried() -> None:
         width.begins()
         width.saw(Seen(width.lanes, 100e6 * rate, 0.05))
     assert (settled, width.settled, width.found) == ([False] * 4 + [True], True, 8)
+
+
+@pytest.mark.parametrize(("one", "wanted", "found"), [(1.3, 1.0, 1), (0.97, 1.0, 1), (0.8, 1.0, 2), (1.3, 0.2, 2)])
+def test_fewer_lanes_than_at_the_beginning(one: float, wanted: float, found: int) -> None:
+    """Where the processors are the limit, one lane is tried soon, and stays where it brings about what two do."""
+    width = Width(2, 8, cores=2, ends=2)
+    for _ in range(12):
+        width.begins()
+        width.saw(Seen(width.lanes, {1: one, 2: 1.0}.get(width.lanes, 1.0), wanted))
+    assert width.found == found, width.why
+
+
+def test_the_lanes_of_the_beginning_are_tried_again() -> None:
+    """A service that one lane was enough for may become one that two lanes bring more from, and nothing is too late."""
+    width = Width(2, 8, cores=2, ends=2)
+    for body in range(700):
+        width.begins()
+        one = 1.3 if body < 100 else 0.5
+        width.saw(Seen(width.lanes, {1: one, 2: 1.0}.get(width.lanes, 1.0), 1.0))
+        if body == 50:
+            assert width.found == 1
+    assert width.found == 2
