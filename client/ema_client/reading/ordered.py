@@ -88,7 +88,7 @@ class Ordered:
         self._asked = asked
         self._first = first
         self._open = ExitStack()
-        self._lead = first.length
+        self._lead, self._ends_lead = first.length, Cancellation()
         #: The byte of the body that is read next.
         self._position = start
         self._fetched: dict[int, memoryview] = {}
@@ -128,7 +128,7 @@ class Ordered:
         if self._thread is None:
             self._begin()
         if self._lead:
-            count = self._first.read_some(view[: self._lead])
+            count = self._read_lead(view[: self._lead])
             self._lead -= count
             if not self._lead:
                 self._open.close()
@@ -138,6 +138,26 @@ class Ordered:
             self._position += count
             self._change.notify_all()
         return count
+
+    def _read_lead(self, view: memoryview) -> int:
+        """The next bytes of the first answer; of another one where that answer stands still, and lanes do not."""
+        while True:
+            # The same one for all reads of an answer: a read that is ended may bring bytes, and the next one none.
+            with self._ends_lead as cancellation:
+                try:
+                    self._first.hand_over()
+                    with self._change:
+                        self._lanes[self._position] = _Lane(cancellation, time.monotonic())
+                    return self._first.read_some(view)
+                except ConnectionLost:
+                    if not cancellation.cancelled:
+                        raise
+                finally:
+                    with self._change:
+                        self._lanes.pop(self._position, None)
+            self._open.close()
+            self._ends_lead = Cancellation()
+            self._first = self._open.enter_context(self._part(self._position, self._position + self._lead))
 
     def _begin(self) -> None:
         """Have lanes fetch what the first answer does not bring."""
@@ -206,6 +226,7 @@ class Ordered:
 
         try:
             carry_all(stretches, carry, pace, alone=lambda _: False, helped=False)
+            self._watch_lead()
         except LanesEnded:
             pass
         except Exception as fault:  # noqa: BLE001 - raised by read_some(), on the thread of the reader
@@ -217,8 +238,17 @@ class Ordered:
         with self._change:
             while stretch.start - self._position > _AHEAD * pace.lanes * SMALLEST_BYTES + self._lead:
                 self._check_wanted()
-                self._change.wait()
+                # The reader of the first answer notices nothing else.
+                self._cancel_late()
+                self._change.wait(_LOOK_SECONDS)
             self._check_wanted()
+
+    def _watch_lead(self) -> None:
+        """With all else there, cancel the reader of the first answer where that answer stands still."""
+        with self._change:
+            while self._lead and self._fetched and not self._stopped:
+                self._cancel_late()
+                self._change.wait(_LOOK_SECONDS)
 
     def _check_wanted(self) -> None:
         if self._stopped or self._fault is not None:
@@ -226,14 +256,19 @@ class Ordered:
 
     def _read(self, at: int, buffer: memoryview, came: Moved) -> None:
         """Fill ``buffer`` with the body from byte ``at`` on, and call ``came`` with the bytes of each share."""
-        asked, etag = self._asked, self.headers["etag"]
-        part = self._transport.download(asked.path, query=asked.query, start=at, stop=at + len(buffer), etag=etag)
-        check_part(part, at, etag)
-        with part:
-            if part.status != 206:
-                raise ConnectionLost(f"{part.url} has another version by now")
+        with self._part(at, at + len(buffer)) as part:
             for start in range(0, len(buffer), _SHARE_BYTES):
                 self._check_wanted()
                 share = buffer[start : start + _SHARE_BYTES]
                 part.readinto(share)
                 came(len(share))
+
+    def _part(self, start: int, stop: int) -> Download:
+        """Bytes [start, stop) of the body. Raises ConnectionLost where the version has moved on."""
+        asked, etag = self._asked, self.headers["etag"]
+        part = self._transport.download(asked.path, query=asked.query, start=start, stop=stop, etag=etag)
+        check_part(part, start, etag)
+        if part.status != 206:
+            with part:
+                raise ConnectionLost(f"{part.url} has another version by now")
+        return part
