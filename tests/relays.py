@@ -146,9 +146,11 @@ class Stalling(Relay):
         buffer, due = memoryview(bytearray(256 << 10)), time.monotonic()
         try:
             while count := source.recv_into(buffer):
-                if self._stands(way, told, count):
+                passes = self._passes(way, told, count)
+                target.sendall(buffer[:passes])
+                if passes < count:
                     self._awake.wait(120)
-                target.sendall(buffer[:count])
+                    target.sendall(buffer[passes:count])
                 due = max(due, time.monotonic() - 0.01) + count / self._rate
                 time.sleep(max(0.0, due - time.monotonic()))
         finally:
@@ -158,17 +160,19 @@ class Stalling(Relay):
                 # A socket that is open takes bytes until its memory is full, and its sender waits for ever.
                 sock.close()
 
-    def _stands(self, way: str, told: dict[str, int], count: int) -> bool:
+    def _passes(self, way: str, told: dict[str, int], count: int) -> int:
+        """How many of the next ``count`` bytes go before the connection stands still."""
         with self._lock:
             if told["carried"] < 0:
-                return not self._awake.is_set()
+                return count if self._awake.is_set() else 0
             if not self._more or way != self._way:
-                return False
+                return count
             told["carried"] += count
-            if told["carried"] <= self._after:
-                return False
+            beyond = told["carried"] - self._after
+            if beyond <= 0:
+                return count
             told["carried"] = -1
             self._more -= 1
             self.silenced += 1
             self.stalled.set()
-            return True
+            return max(0, count - beyond)
