@@ -1,4 +1,4 @@
-"""Group replicas: one version pulled by 1, 4 and 8 evaluators at once, from one server and from one with 1 and 2
+"""Group replicas: one version pulled by 1, 4 and 8 evaluators at once, from one server and from one with 1, 2 and 4
 replicas, each behind a link of 100 MB/s of its own; and what a trainer's push takes meanwhile.
 
 The link is the limit, not the cores. Knows who reads where. Does not know how a round is timed or shown.
@@ -29,10 +29,12 @@ NBYTES = 32 << 20
 RATE = "100"
 RUN = "replicas"
 READERS = 1, 4, 8
-REPLICAS = 0, 1, 2
+REPLICAS = 0, 1, 2, 4
 #: Of what the links allow: the server with most evaluators has to send to all of them.
 SHARE = 0.8
-QUIET, READ, RELIEVED = "push, nobody reads", "push, 8 read at one server", "push, 8 read at two replicas"
+#: Of one server's rate, what 4 replicas bring to most evaluators: two of eight are at the busiest server.
+MOST_SHARE = 3.5
+QUIET, READ, RELIEVED = "push, nobody reads", "push, 8 read at one server", "push, 8 read at 4 replicas"
 #: Of the rate of a push that nobody reads beside.
 PUSHED = 0.5
 PATIENCE = 60.0
@@ -42,7 +44,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
     """Raises BenchFailed, and what the client raises."""
     nbytes = min(NBYTES, scale.wire_bytes)
     with contextlib.ExitStack() as stack:
-        on_step("starting a server and two replicas")
+        on_step(f"starting a server and {max(REPLICAS)} replicas")
         start = partial(_start, stack)
         urls = [first := start(), *(start("--replica-of", first) for _ in range(max(REPLICAS)))]
         trainer, traffic = stack.enter_context(EmaClient(first, lanes=1)), Traffic(RUN, nbytes)
@@ -57,10 +59,10 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
             for replicas in REPLICAS:
                 who = [readers[number % (1 + replicas)][number] for number in range(count)]
                 operations[_name(count, replicas)] = timed(partial(_pull_all, threads, who))
-                busiest = -(-count // (1 + replicas))
-                wanted = (Need(SHARE * count / busiest, _name(count, 0)),) if replicas and count > 1 else ()
+                wanted = (Need(_demanded(count, replicas), _name(count, 0)),) if replicas and count > 1 else ()
                 needs[_name(count, replicas)] = wanted
-        beside = {QUIET: [], READ: readers[0], RELIEVED: [readers[1 + i % 2][i] for i in range(max(READERS))]}
+        most = max(REPLICAS)
+        beside = {QUIET: [], READ: readers[0], RELIEVED: [readers[1 + i % most][i] for i in range(max(READERS))]}
         for name, who in beside.items():
             operations[name] = partial(_push_beside, threads, who, partial(traffic.push, trainer))
             needs[name] = (Need(PUSHED, QUIET),) if who else ()
@@ -83,8 +85,15 @@ def _start(stack: contextlib.ExitStack, *flags: str) -> str:
 
 
 def _name(readers: int, replicas: int) -> str:
-    where = ("one server", "with 1 replica", "with 2 replicas")[replicas]
+    where = f"with {replicas} replica{'s' if replicas > 1 else ''}" if replicas else "one server"
     return f"pull, {readers} evaluator{'s' if readers > 1 else ''}, {where}"
+
+
+def _demanded(readers: int, replicas: int) -> float:
+    """The rate with so many replicas, as a multiple of one server's."""
+    if (readers, replicas) == (max(READERS), max(REPLICAS)):
+        return MOST_SHARE
+    return SHARE * readers / -(-readers // (1 + replicas))
 
 
 def _meet(readers: Sequence[Sequence[EmaClient]]) -> None:

@@ -261,10 +261,12 @@ EXPECTED = {
         "one raw flow, averaged on arrival",
         "push, one lane",
         "push, lanes found",
+        "pull, one lane",
         "pull, two lanes",
         "pull, lanes found",
         "push over TLS, one lane",
         "push over TLS, lanes found",
+        "pull over TLS, one lane",
         "pull over TLS, two lanes",
         "pull over TLS, lanes found",
     ],
@@ -291,11 +293,11 @@ EXPECTED = {
         *(
             f"pull, {count}, {where}"
             for count in ("1 evaluator", "4 evaluators", "8 evaluators")
-            for where in ("one server", "with 1 replica", "with 2 replicas")
+            for where in ("one server", "with 1 replica", "with 2 replicas", "with 4 replicas")
         ),
         "push, nobody reads",
         "push, 8 read at one server",
-        "push, 8 read at two replicas",
+        "push, 8 read at 4 replicas",
     ],
     "connections": [
         "raw TCP loopback",
@@ -496,8 +498,12 @@ DEMANDED = {
     ("push, one lane", "one raw flow, not paced", 0.9),
     ("push, one lane", "one raw flow, averaged on arrival", 0.95),
     ("push, lanes found", "push, one lane", 0.97),
-    ("pull, two lanes", "one raw flow, not paced", 0.95),
-    ("pull, lanes found", "pull, two lanes", 0.97),
+    ("pull, lanes found", "one raw flow, not paced", 0.95),
+    *(
+        (f"{pull}, lanes found", f"{pull}, {lanes}", 0.97)
+        for pull in ("pull", "pull over TLS")
+        for lanes in ("one lane", "two lanes")
+    ),
     *((f"push, {k} hosts", "push, one server", 0.95 * k) for k in (2, 3)),
     *((f"pull, {k} hosts", "pull, one server", 0.9 * k) for k in (2, 3)),
     *((f"push, {k} linked hosts", "push, 1 linked host", 0.95 * k) for k in (2, 3)),
@@ -505,13 +511,13 @@ DEMANDED = {
     *(
         (f"pull, {count} evaluators, {where}", f"pull, {count} evaluators, one server", 0.8 * count / busiest)
         for count, busiest, where in (
-            *((4, 2, "with 1 replica"), (4, 2, "with 2 replicas")),
+            *((4, 2, "with 1 replica"), (4, 2, "with 2 replicas"), (4, 1, "with 4 replicas")),
             *((8, 4, "with 1 replica"), (8, 3, "with 2 replicas")),
         )
     ),
-    *((f"push, 8 read at {where}", "push, nobody reads", 0.5) for where in ("one server", "two replicas")),
+    ("pull, 8 evaluators, with 4 replicas", "pull, 8 evaluators, one server", 3.5),
+    *((f"push, 8 read at {where}", "push, nobody reads", 0.5) for where in ("one server", "4 replicas")),
     ("push over TLS, lanes found", "push over TLS, one lane", 0.97),
-    ("pull over TLS, lanes found", "pull over TLS, two lanes", 0.97),
     ("the same, measured as the server does: one of five", "averaging a push, nothing measured", 0.9),
     ("push, Unix socket", "push, Unix socket, --no-measurements", 0.97),
     ("history of a year, 500 points, packed", None, 50),
