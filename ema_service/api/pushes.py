@@ -222,6 +222,11 @@ class PartialPush:
         async with self._server.turn(self._run.config.run):
             return await self._server.workers.compute(vote)
 
+    @property
+    def verdict(self) -> Future[Any] | None:
+        """As Parts.verdict(), of the set that the piece is of."""
+        return self._parts.verdict(self._part)
+
     def tell(self) -> None:
         """Count the part, which arrived whole and right, by its link."""
         self._incoming.tell(self._part.received)

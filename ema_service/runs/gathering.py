@@ -81,6 +81,7 @@ class Terms:
     of: how many parts there are; None where the pieces are stretches. group: which start of which trainer the parts
     come from, which try of the step the stretches. num_updates, step: of initial weights, see Run.initialise(). writer:
     the number of the trainer, see Run.begin(). replaces: of initial weights given anew, see Run.initialise_anew().
+    push: of stretches at a host of a cluster, the key of the push.
     """
 
     of: int | None
@@ -89,15 +90,18 @@ class Terms:
     step: int | None = None
     writer: int | None = None
     replaces: str | None = None
+    push: str = ""
 
     def push_key(self, step: int | None) -> str:
-        """The key of the push that the parts of a step are: the same on all hosts of a run, and at each try."""
+        """The key of the push that the pieces of a step are: the same on all hosts of a run, and at each try."""
+        if self.push:
+            return self.push
         said = f"{self.of} {step} {self.replaces} {self.group}"
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
 
 class Voter(Protocol):
-    """What brings complete sets of parts before all hosts of a run (cluster.ShardRun). key: of the push.
+    """What brings complete sets of pieces before all hosts of a run (cluster.ShardRun). key: of the push.
 
     Futures have what all hosts decided. Raises as ShardRun's methods.
     """
@@ -119,7 +123,8 @@ class Gathering(ABC):
 
     step: None for the initial weights. touched: when bytes last arrived, by time.monotonic(). done: key of a piece ->
     its fingerprint. coming: key -> the piece being received. applying: whether the run is applying the complete set.
-    lasts: whether pieces that are whole stay what they are where a write fails or the run changes.
+    verdict: what all hosts decide of a complete set that was voted for. lasts: whether pieces that are whole stay what
+    they are where a write fails or the run changes.
     """
 
     lasts: ClassVar[bool] = True
@@ -131,6 +136,7 @@ class Gathering(ABC):
     done: dict[Key, bytes] = field(default_factory=dict)
     coming: dict[Key, Piece] = field(default_factory=dict)
     applying: bool = False
+    verdict: Future[UpdateResult] | Future[RunInfo] | None = None
 
     @property
     @abstractmethod
@@ -167,6 +173,14 @@ class Gathering(ABC):
         """Have the run apply the complete set. Blocks. helpers: threads to divide what is not averaged yet among.
 
         Raises what the run raises.
+        """
+
+    @abstractmethod
+    def vote(self, run: Run, helpers: Executor, shard: Voter) -> Future[UpdateResult] | Future[RunInfo]:
+        """Have the complete set voted for, whose hosts decide together. Blocks until there is a vote; helpers: as for
+        decide().
+
+        Raises what ``shard`` raises, and as Run.begin().
         """
 
     def replaced(self, what: str) -> EmaError:
@@ -372,11 +386,6 @@ class PartGathering(Gathering):
         return run.info()
 
     def vote(self, run: Run, helpers: Executor, shard: Voter) -> Future[UpdateResult] | Future[RunInfo]:
-        """Have the complete set voted for, whose hosts decide together. Blocks until there is a vote; helpers: as for
-        decide().
-
-        Raises what ``shard`` raises, and as Run.begin().
-        """
         self._close(helpers)
         terms, key = self.terms, self.terms.push_key(self.step)
         if terms.replaces is not None:

@@ -15,8 +15,9 @@ afterwards with the part that was applied.
 Where a complete set of parts cannot be written the set stays, and a part that is sent again has it written anew. A set
 of which something was averaged before the run changed is given up: each sender keeps its part and asks what became of
 it. A set that was refused for its content is remembered: each sender learns the reason by sending its part again.
-A set of a shard (cluster.ShardRun) is voted for, and stays until all hosts have decided; its parameters are averaged by
-then, so its staging is given back. What comes to nothing by another's doing is sent again by everyone.
+A set of a shard (cluster.ShardRun), of parts or of stretches, is voted for, and stays until all hosts have decided; its
+parameters are averaged by then, so its staging is given back. What comes to nothing by another's doing is sent again by
+everyone.
 
 Stretches whose set came to nothing are over, whatever the reason: what they were averaged upon, or into, is gone. Their
 sender has every byte, and sends the step anew, in another group.
@@ -263,7 +264,7 @@ class Parts:
                 raise bare(fault)
             gathering.take(piece)
             gathering.applying = gathering.whole
-            if gathering.applying and self._run.shard:
+            if gathering.applying and gathering.lasts and self._run.shard:
                 self._verdicts.begin(gathering.step, gathering.terms)
             return "complete" if gathering.applying else "staged"
 
@@ -311,22 +312,26 @@ class Parts:
     def vote(self, piece: Piece, helpers: Executor, shard: Voter) -> Future[UpdateResult] | Future[RunInfo]:
         """Have the complete set voted for; the future has what all hosts decide. In place of apply(), and as that.
 
-        Raises Superseded where the set was given up meanwhile, and as PartGathering.vote().
+        Raises Superseded where the set was given up meanwhile, and as Gathering.vote().
         """
         gathering = piece.gathering
-        if not isinstance(gathering, PartGathering):
-            raise TypeError("vote() is for a part that completed its set")
+        if gathering is None:
+            raise RuntimeError("vote() is for a piece that completed its set")
         try:
             with self._lock:
                 if gathering not in self._gatherings:
                     raise _given_up(gathering)
-            verdict = gathering.vote(self._run, helpers, shard)
+            verdict = gathering.verdict = gathering.vote(self._run, helpers, shard)
         except BaseException as fault:
             self._decided(gathering, fault)
             raise
         gathering.end()
         verdict.add_done_callback(partial(self._came, gathering))
         return verdict
+
+    def verdict(self, piece: Piece) -> Future[Any] | None:
+        """What all hosts decide of the set that a piece is of; None where there is no vote yet, or no set any more."""
+        return piece.gathering.verdict if piece.gathering else None
 
     def _came(self, gathering: Gathering, verdict: Future[Any]) -> None:
         fault = verdict.exception()
@@ -338,6 +343,7 @@ class Parts:
         """Forget a set of a shard. fault: why it was not applied; where that passes, its parts come again."""
         comes_again = isinstance(fault, EmaError) and fault.retryable
         self._end(gathering, fault)
+        gathering.verdict = None  # which knows the gathering: a cycle would hold the staging's memory
         if not comes_again:
             with self._lock:
                 self._verdicts.end(gathering.step, gathering.terms)

@@ -14,7 +14,7 @@ or how many connections there may be (api).
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ from ema_client.protocol import DIGEST_BYTES, UpdateResult
 from ema_service.averaging import BLOCK_BYTES, Digest
 from ema_service.memory.layout import Layout
 from ema_service.runs.bounds import Bounds
-from ema_service.runs.gathering import Claims, Gathering, Key, Lacking, PartStretch, Piece
+from ema_service.runs.gathering import Claims, Gathering, Key, Lacking, PartStretch, Piece, Voter
 from ema_service.runs.run import Run, Update
 from ema_service.shadows.passes import Stretch
 
@@ -82,6 +82,9 @@ class StretchGathering(Gathering):
 
     def decide(self, run: Run, helpers: Executor) -> UpdateResult:  # noqa: ARG002 - stretches are averaged by then
         return run.commit(self.begin(run))
+
+    def vote(self, run: Run, helpers: Executor, shard: Voter) -> Future[UpdateResult]:  # noqa: ARG002 - as of decide()
+        return shard.push(self.begin(run), self.terms.push_key(self.step))
 
     def end(self) -> None:
         if self.update:

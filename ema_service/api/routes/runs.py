@@ -177,8 +177,7 @@ async def show_layout(run: RunName, server: Server) -> Response:
     """Names, shapes and dtypes of the tensors of an update, and which of them are copied."""
     found = server.registry.get(run)
     # Not by FastAPI, on the event loop, as in create_run().
-    lanes = server.settings.max_lanes if server.host is None else 1
-    raw = await server.workers.block(partial(_layout_json, found, lanes))
+    raw = await server.workers.block(partial(_layout_json, found, server.settings.max_lanes))
     return Response(raw, media_type="application/json")
 
 

@@ -57,7 +57,6 @@ from ema_service.api.errors import problem_responses
 from ema_service.api.pushes import PartialPush, Push, StretchPush
 from ema_service.api.routes.direct import DirectUpdates
 from ema_service.api.routes.parameters import (
-    ALONE,
     CreatedAt,
     Number,
     PushKey,
@@ -314,7 +313,6 @@ async def put_update_part(
 
 @router.put(
     "/updates/{step}/stretches/{start}-{stop}",
-    dependencies=[ALONE],
     summary="Push one stretch of an update",
     response_model=UpdateResult,
     openapi_extra=_STRETCH_BODY,
@@ -334,6 +332,7 @@ async def put_update_stretch(
     attempt: StretchAttempt = 0,
     layout: StretchLayout = None,
     writer: WriterNumber = None,
+    push_key: PushKey = None,
 ) -> UpdateResult | Response:
     """Take bytes ``start`` to ``stop`` of a step's parameters, one of several connections that bring them; answered 202
     while others are missing.
@@ -342,17 +341,16 @@ async def put_update_stretch(
     """
     found = server.registry.get(run)
     with _counting_failures(server):
+        terms = Terms(None, group, writer=writer, push=_checked(push_key) if server.host else "")
         found.ledger.admit(step, writer)
         _check_layout(found, layout)
         check_bounds(found.layout, start, stop)
-        terms = Terms(None, group, writer=writer)
         push = await _push_stretch(request, server, found, step, (start, stop), terms, attempt)
     return _answer(server, found, step, writer, push)
 
 
 @router.put(
     "/updates/{step}/parts/{part}/stretches/{start}-{stop}",
-    dependencies=[ALONE],
     summary="Push one stretch of a part of an update",
     response_model=UpdateResult,
     openapi_extra=_PART_STRETCH_BODY,
@@ -382,6 +380,8 @@ async def put_update_part_stretch(
     """
     found, key = server.registry.get(run), PartStretch(part, start, stop, size)
     with _counting_failures(server):
+        if server.host:
+            _check_group(group)
         found.ledger.admit(step, writer)
         check_part_bounds(found.layout, key)
         push = await _push_stretch(request, server, found, step, key, Terms(of, group, writer=writer), attempt)
@@ -506,11 +506,30 @@ async def _push_stretch(
     well."""
     if HEADER_SEGMENT in request.headers:
         raise InvalidRequest(f"a stretch comes as a body, not in shared memory ({HEADER_SEGMENT}): send the whole push")
-    async with StretchPush(request, server, run, step, key, terms, attempt=attempt) as push:
+    pushing = StretchPush(request, server, run, step, key, terms, attempt=attempt)
+    if server.host:
+        to_shard = _push_part_of_shard if isinstance(key, PartStretch) else _push_stretch_of_shard
+        return await to_shard(request, server, server.host, run, step, terms, pushing)
+    async with pushing as push:
         outcome = await push.receive()
         result = await push.decide() if outcome == "complete" else None
         push.tell()
     return outcome, result
+
+
+async def _push_stretch_of_shard(
+    request: Request, server: Context, host: Host, run: Run, step: int, terms: Terms, pushing: PartialPush
+) -> _Pushed:
+    """As _push_stretch(), of this host's rows: the stretch that completes them has them voted for, and answers once all
+    hosts have decided; so does a stretch that comes again meanwhile, for the answer to the first may be lost."""
+    shard = host.shard(run)
+    host.check_copies(shard, request.headers)
+    async with _refusing(server, shard, step, terms.push_key(step)), pushing as push:
+        outcome = await push.receive()
+        push.tell()
+        vote = await push.vote(shard) if outcome == "complete" else push.verdict
+    # Without a lane, which the same stretch waits for where it comes again.
+    return (outcome, None) if vote is None else ("complete", await host.decided(vote))
 
 
 def _answer(server: Context, run: Run, step: int, writer: int | None, push: _Pushed) -> UpdateResult | Response:
@@ -527,9 +546,11 @@ async def _push_part(
     request: Request, server: Context, run: Run, step: int | None, index: int, terms: Terms
 ) -> _Pushed:
     """Receive a part; where it is the last one missing, have the run apply the set, and return the result as well."""
+    pushing = PartialPush(request, server, run, step, index, terms)
     if server.host:
-        return await _push_part_of_shard(request, server, server.host, run, step, index, terms)
-    async with PartialPush(request, server, run, step, index, terms) as push:
+        _check_group(terms.group)
+        return await _push_part_of_shard(request, server, server.host, run, step, terms, pushing)
+    async with pushing as push:
         outcome = await push.receive()
         result = await push.decide() if outcome == "complete" else None
         push.tell()
@@ -537,21 +558,17 @@ async def _push_part(
 
 
 async def _push_part_of_shard(
-    request: Request, server: Context, host: Host, run: Run, step: int | None, index: int, terms: Terms
+    request: Request, server: Context, host: Host, run: Run, step: int | None, terms: Terms, pushing: PartialPush
 ) -> _Pushed:
-    """As _push_part(), of this host's rows: the complete set is voted for, and applied on all hosts or on none. Staged
-    also where all hosts have not decided soon."""
-    _check_group(terms)
+    """As _push_part(), or as _push_stretch() of a part, of this host's rows: the complete set is voted for, and applied
+    on all hosts or on none. Staged also where all hosts have not decided soon."""
     if step is not None:
         run.ledger.admit(step, terms.writer)  # every host says the same, so none has to be told
     elif terms.replaces is not None:
         run.ledger.admit_anew(terms.writer)
     shard = host.shard(run)
     host.check_copies(shard, request.headers)
-    async with (
-        _refusing(server, shard, step, terms.push_key(step)),
-        PartialPush(request, server, run, step, index, terms) as push,
-    ):
+    async with _refusing(server, shard, step, terms.push_key(step)), pushing as push:
         outcome = await push.receive()
         push.tell()
         if outcome != "complete":
@@ -560,9 +577,9 @@ async def _push_part_of_shard(
     return ("complete" if result else "staged"), result
 
 
-def _check_group(terms: Terms) -> None:
+def _check_group(group: str) -> None:
     """Raises InvalidRequest for a part that this host, which has a slice of the run, cannot take."""
-    if not terms.group:
+    if not group:
         raise InvalidRequest(
             "group: this host has one shard of the run, and a part comes with the group of its trainer's start",
             hint="send all parts to all hosts under one group, drawn anew at each start of the trainer",
