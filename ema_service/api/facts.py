@@ -138,8 +138,8 @@ class Facts:
         return self._metrics.render(pulses, lambda run: access.may("pull", run))
 
     def check_ready(self) -> None:
-        """Raises StorageFailed where new runs and snapshots are refused, for the disk is full; Overloaded where a host
-        of a cluster hears no coordinator, and so nothing is written, and where a replica has not read its original."""
+        """Raises StorageFailed where new runs and snapshots are refused, for the disk is full; as Host.check_ready() of
+        a host of a cluster; Overloaded where a replica has not read its original."""
         if self._replica and not self._replica.filled:
             why = self._replica.info().fault
             raise Overloaded(
@@ -147,12 +147,8 @@ class Facts:
                 hint="readers are better sent to the original, or to another replica, until then",
                 retry_after=_RETRY_SECONDS,
             )
-        if self._host and not self._host.linked:
-            raise Overloaded(
-                "this host of a cluster hears no coordinator: its runs are read, and not written",
-                hint="is the coordinator up, and does its address lead there from here?",
-                retry_after=_RETRY_SECONDS,
-            )
+        if self._host:
+            self._host.check_ready()
         store = self._registry.store
         if store is None:
             return

@@ -35,7 +35,7 @@ async def healthz() -> dict[str, str]:
 )
 async def readyz(server: Server) -> dict[str, str]:
     """200 while the server takes whatever is asked for; 503 while its disk is full, or once it was told to stop; on a
-    host of a cluster also while it hears no coordinator.
+    host of a cluster also while it hears no coordinator, and on one of twins until it has all that its twin has.
 
     On a full disk new runs and snapshots are refused, and updates go on. Before every run of the data dir has been
     brought back the server accepts no connection.

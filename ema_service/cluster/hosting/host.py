@@ -75,6 +75,8 @@ _WRITTEN_PAUSE, _MOST_PAUSE = 0.02, 2.0
 #: Seconds for which the request that completes a set of parts waits for all hosts. Longer than a decision takes where
 #: no host is away; and its sender, who waits, may have to send another host a part again before anything is decided.
 _SOON_SECONDS = 1.0
+#: Retry-After of a host that is not ready: a coordinator has to come, or a shard to be copied.
+_READY_RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,30 @@ class Host:
             raise Overloaded(
                 "this host was left behind, and is filled from its twin, which answers meanwhile", retry_after=0.1
             )
+
+    def check_ready(self) -> None:
+        """Whether the host takes what is asked for and, of twins, whether its own twin may be taken down: that one has
+        nothing alone. Raises Overloaded, with the reason."""
+        if not self.linked:
+            raise Overloaded(
+                "this host of a cluster hears no coordinator: its runs are read, and not written",
+                hint="is the coordinator up, and does its address lead there from here?",
+                retry_after=_READY_RETRY_SECONDS,
+            )
+        if self._membership.twins and (why := self._behind_twin()):
+            raise Overloaded(
+                f"this host does not count yet: {why}",
+                hint="take its twin down only once this host is ready: what the twin has is nowhere else",
+                retry_after=_READY_RETRY_SECONDS,
+            )
+
+    def _behind_twin(self) -> str:
+        """Why the twin of this host cannot be done without, empty where it can. Names no run: a stranger may ask."""
+        if not self._directory.reporting.counts:
+            return "it was left behind, or no coordinator has said since its start that it was not"
+        talks = [(shard.reporting, shard) for shard in list(self._shards.values())]
+        behind = sum(not (talk.linked and talk.counts and shard.takes_part()) for talk, shard in talks)
+        return f"its twin alone has the latest version of {behind} of {len(talks)} runs" if behind else ""
 
     def check_copies(self, shard: ShardRun, headers: Mapping[str, str]) -> None:
         """Whether a slice is sent to both hosts of its shard, where both count. headers: of the request, which says to

@@ -43,8 +43,9 @@ __all__ = ["LaunchFailed", "Plan", "RunsAlready", "Tls", "free_port", "host_comm
 
 #: Reaches a machine: no questions, and an end 15 seconds after the machine's.
 THROUGH = "ssh -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-#: Seconds until all is ready: hosts bring large runs back before they answer.
-_READY_SECONDS = 600.0
+#: Seconds until all is ready: hosts bring large runs back before they answer, and one that comes back empty is filled
+#: from its twin, while the others are at work already.
+_READY_SECONDS = 3600.0
 _LOOK_SECONDS = 0.1
 _PROBE_SECONDS = 5.0
 _TOKEN, _LOCK = "cluster-token", "up.lock"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import shutil
 import signal
 import time
@@ -81,6 +82,10 @@ class Twins:
         """The name of the folder of a host's memory files."""
         lines = [line for line in self.cluster.log.splitlines() if line.startswith(f"host {place} |   memory")]
         return Path(lines[-1].split("memory", 1)[1].split(",")[0].strip()).name
+
+    def addresses(self, place: int) -> list[str]:
+        """Where a host has listened, the latest last."""
+        return re.findall(rf"host {place} \| .*listens on (\S+)", self.cluster.log)
 
     def hosts(self) -> list[dict[str, Any]]:
         """What the page of hosts says, once its gateway is there, which may just have been killed."""
@@ -159,6 +164,44 @@ def test_any_host_is_lost(twins: Twins) -> None:
     assert not all(torch.equal(found[name], tensor) for name, tensor in before.items())
     twins.client.rewind("r", "s-2")
     twins.oracle = then
+    twins.push()
+
+
+@pytest.mark.timeout(120)
+def test_a_host_is_ready_once_it_is_filled(twins: Twins) -> None:
+    """Not when it hears a coordinator: whoever goes by readiness would take down its twin next, which stands still here
+    and lends nothing meanwhile."""
+    twin = twins.cluster.processes()["host 3"]
+    os.kill(twin, signal.SIGSTOP)
+    try:
+        before = twins.addresses(1)
+        twins.lose(1)
+        wait_until(lambda: len(twins.addresses(1)) > len(before), "the host to listen", 60.0)
+        address = twins.addresses(1)[-1]
+        wait_until(lambda: "does not count yet" in httpx.get(f"{address}/readyz").text, "the reason", 60.0)
+        assert httpx.get(f"{address}/readyz").status_code == 503
+    finally:
+        os.kill(twin, signal.SIGCONT)
+    wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200, "the host to be filled", 60.0)
+    twins.push()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_all_hosts_are_ready_after_the_power_of_all(twins: Twins) -> None:
+    """Each of them lost its memory, and none has a twin to be filled from: they go back together, and none waits for
+    another one's readiness."""
+    twins.push()
+    pids = [twins.cluster.processes()[f"host {place}"] for place in range(4)]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(twins.ram)
+    wait_until(lambda: not set(pids) & set(twins.cluster.processes().values()), "the end of all hosts")
+    wait_until(lambda: httpx.get(f"{twins.cluster.url}/readyz", timeout=60).status_code == 200, "all hosts", 60.0)
+    assert twins.client.run("r").status in ("ready", "awaiting_weights")
+    twins.client.delete_run("r")
+    twins.client.create_run("r", model(0), decay=DECAY)
+    twins.oracle, twins.step = LitEmaOracle(model(0), decay=DECAY), 0
     twins.push()
 
 

@@ -112,6 +112,34 @@ def test_what_a_host_says_that_was_left_behind() -> None:
     check("r", run=False, directory=True, whole=False)
 
 
+def test_a_host_is_ready_once_its_twin_can_be_taken_down() -> None:
+    """Before that it has not heard that it counts, lacks a run's latest version, or has a damaged one. The reason names
+    no run, for strangers hear it; a host without a twin is ready as soon as it hears a coordinator."""
+    host = Host.__new__(Host)
+
+    def check(*, directory: bool = True, heard: bool = True, twins: bool = True, **run: bool) -> None:
+        facts = {"linked": True, "counts": True, "takes_part": True} | run
+        talk = SimpleNamespace(linked=facts["linked"], counts=facts["counts"])
+        shards = {"secret": SimpleNamespace(reporting=talk, takes_part=lambda: facts["takes_part"])}
+        host.__dict__.update(
+            _membership=Membership(0, 4, "http://h", ("http://c:1",), ClusterToken("x" * 16), twins=twins),
+            _shards=shards,
+            _directory=SimpleNamespace(reporting=SimpleNamespace(counts=directory, linked=heard)),
+        )
+        host.check_ready()
+
+    check()
+    with pytest.raises(Overloaded, match="hears no coordinator"):
+        check(heard=False, twins=False)
+    with pytest.raises(Overloaded, match="left behind"):
+        check(directory=False)
+    check(directory=False, counts=False, twins=False)
+    for fact in ("linked", "counts", "takes_part"):
+        with pytest.raises(Overloaded, match="1 of 1 runs") as told:
+            check(**{fact: False})
+        assert "secret" not in str(told.value)
+
+
 def test_averages_stay_where_hosts_have_twins() -> None:
     """What a twin lends says nothing of averages that came later: such a change is refused by name, before it is asked
     for."""
