@@ -29,6 +29,7 @@ __all__ = [
     "Report",
     "Resolve",
     "Rewind",
+    "RingKept",
     "Seating",
     "SnapshotBegun",
     "SnapshotGone",
@@ -300,6 +301,16 @@ class Rewind(NamedTuple):
     source: str | None = None
 
 
+class RingKept(NamedTuple):
+    """A change after which a run's ring has these snapshots, and no others.
+
+    epoch: of the run's versions, by which the snapshots were chosen. versions: their names, parted by spaces.
+    """
+
+    epoch: int
+    versions: str
+
+
 class AverageAdded(NamedTuple):
     """A change by which the run has one more average. config: of the average, JSON. lineage: tells the average apart
     from others of its name, the same on all hosts."""
@@ -359,6 +370,7 @@ Message: TypeAlias = (
     | Report
     | Resolve
     | Rewind
+    | RingKept
     | SnapshotBegun
     | SnapshotGone
     | SnapshotTaken

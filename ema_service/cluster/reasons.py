@@ -11,15 +11,27 @@ from collections.abc import Iterable, Sequence
 
 from ema_client.errors import Conflict, EmaError, Superseded, error_from_problem, printable
 
-__all__ = ["MADE_BEFORE", "code_in", "detail_in", "disagreement", "error_of", "reason_of"]
+__all__ = ["MADE_BEFORE", "code_in", "detail_in", "disagreement", "error_of", "lacked_in", "lacking", "reason_of"]
 
 #: Why a change is refused that was made already: whoever asked looks at the run.
 MADE_BEFORE = "applied before"
+#: What the reason of a host begins with that lacks snapshots of a ring.
+_LACKS = "lacks "
 
 
 def reason_of(fault: EmaError) -> str:
     """Why a proposal is refused, for every shard's sender."""
     return json.dumps(fault.to_problem())
+
+
+def lacking(versions: Iterable[str]) -> str:
+    """Why a ring is refused by a host that does not have these snapshots, by their versions."""
+    return _LACKS + " ".join(versions)
+
+
+def lacked_in(reason: str) -> tuple[str, ...]:
+    """The snapshots that a host lacks, for this reason; none for any other one."""
+    return tuple(reason.removeprefix(_LACKS).split()) if reason.startswith(_LACKS) else ()
 
 
 def disagreement(shards: Iterable[Sequence[int]]) -> str:

@@ -12,6 +12,7 @@ from ema_service.persistence.offload import Offload
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.ring import StoredRing
 from ema_service.persistence.ring_shelf import RingSnapshot
+from ema_service.persistence.shard_ring import ShardRing
 from ema_service.persistence.shard_versions import ShardMemoryVersions, ShardVersions
 from ema_service.persistence.snapshots import Snapshots
 from ema_service.persistence.sweeps import Sweeps
@@ -33,6 +34,7 @@ __all__ = [
     "Restored",
     "RingSnapshot",
     "ShardMemoryVersions",
+    "ShardRing",
     "ShardVersions",
     "Snapshots",
     "StoredRing",

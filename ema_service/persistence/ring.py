@@ -34,12 +34,12 @@ from ema_service.shadows.state import Average, Descent, State, Version
 from ema_service.storage import RunRow, Store
 from ema_service.threads import Threads
 
-__all__ = ["StoredRing"]
+__all__ = ["HELD_BYTES", "StoredRing"]
 
 _log = logging.getLogger(__name__)
 
 #: Of versions that wait to be written, of one run: small ones come faster than a disk syncs.
-_HELD_BYTES = 16 << 20
+HELD_BYTES = 16 << 20
 
 
 class StoredRing:
@@ -49,8 +49,12 @@ class StoredRing:
     something was to be written or dropped.
 
     More than a dozen attributes: what a snapshot is made of (config, posthoc, names, layout, memory), where it goes
-    (shelf, threads), the run's state and strides, and what waits.
+    (shelf, threads), the run's state and strides, and what waits. More than twenty methods: with those that ShardRing
+    replaces.
     """
+
+    #: Whether a snapshot is of the ring only once others say so.
+    _together = False
 
     def __init__(
         self,
@@ -99,7 +103,7 @@ class StoredRing:
         if self._has_room and self._is_due(version, leading):
             held = [(average, state.arenas[position]) for position, average in self._averages(version)]
             self._submit(version, time, held, self._log.noted())
-        elif not self._waiting and leading.has_stray:
+        elif not self._waiting and self._has_more(leading):
             self._submit(version, None, [], None)
 
     @property
@@ -141,16 +145,28 @@ class StoredRing:
             times=tuple(each.time for each in snapshots if not each.begin),
             begin=next((each.time for each in snapshots if each.begin), None),
             bytes=self.shelf.bytes,
-            waiting=len(self._waiting),
+            waiting=self.begun - self.ended,
             trouble=self.trouble,
         )
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _has_more(self, leading: Leading) -> bool:
+        """Whether there are snapshots to be dropped."""
+        return leading.has_stray or leading.has_surplus
+
+    def _more(self, leading: Leading) -> list[RingSnapshot]:
+        """The snapshots to be dropped."""
+        return [*leading.stray, *leading.surplus]
+
+    def _coming(self, version: Version) -> list[int]:
+        """The times of snapshots on the way to a version that are to be in the ring."""
+        # Copied, which is one step: a thread that has written a version takes it off meanwhile.
+        return [time for descent, time in tuple(self._waiting) if descent is version.descent and time is not None]
+
     def _is_due(self, version: Version, leading: Leading) -> bool:
         # Also what a run begins with that goes on from another run's snapshot.
-        # Copied, which is one step: a thread that has written a version takes it off meanwhile.
-        coming = [time for descent, time in tuple(self._waiting) if descent is version.descent and time is not None]
+        coming = self._coming(version)
         begins = version.n == 0 and not leading.snapshots and not coming
         ring = leading.ring.taken(max(coming)) if coming else leading.ring
         return begins or (version.n > 0 and ring.due(self._time(version)))
@@ -159,7 +175,7 @@ class StoredRing:
     def _has_room(self) -> bool:
         """Whether one more version may be held until it is written. One always may."""
         each = self._layout.shadow_bytes * len(self._names)
-        return (len(self._waiting) + 1) * each <= _HELD_BYTES or not self._waiting
+        return (len(self._waiting) + 1) * each <= HELD_BYTES or not self._waiting
 
     def _submit(
         self, version: Version, time: int | None, held: list[tuple[Average, Arena]], strides: Strides | None
@@ -198,8 +214,8 @@ class StoredRing:
 
         Raises sqlite3.Error.
         """
-        while (state := self._current()) and (stray := self.shelf.leading_to(state.version).stray):
-            self.shelf.drop(stray[0])
+        while (state := self._current()) and (more := self._more(self.shelf.leading_to(state.version))):
+            self.shelf.drop(more[0])
 
     def _write(self, version: Version, held: list[tuple[Average, Arena]], strides: Strides) -> None:
         """Write a snapshot. Raises OSError, sqlite3.Error, Overloaded."""
@@ -214,6 +230,7 @@ class StoredRing:
             tuple(streams),
             sum(stream.length for stream in streams.values()),
             begin,
+            self._together,
         )
         files = {average.name: self._chunks(streams[average.name], arena) for average, arena in chosen}
         self.shelf.add(snapshot, files, strides)

@@ -9,8 +9,8 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from ema_service.shadows.state import Descent, Version
 from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
 from ema_service.storage.store import Files
 
-__all__ = ["Leading", "RingShelf", "RingSnapshot"]
+__all__ = ["Leading", "RingShelf", "RingSnapshot", "text_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RingSnapshot:
     """A snapshot of the ring, of version epoch.n. time: the averages' counter. step: the trainer's, None if unknown.
 
     averages: those that are stored. begin: whether these are the weights that the run began with: one average, for all
-    are the same then.
+    are the same then. begun: whether the snapshot is none of the ring yet, for other hosts may lack it.
     """
 
     epoch: int
@@ -47,6 +47,7 @@ class RingSnapshot:
     averages: tuple[str, ...]
     bytes: int
     begin: bool = False
+    begun: bool = False
 
     @property
     def version(self) -> str:
@@ -56,35 +57,49 @@ class RingSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Leading:
-    """Of all snapshots those that led to the versions of one descent, the oldest first, and the ring of their times."""
+    """Of all snapshots those that led to the versions of one descent, the oldest first, and the ring of their times.
+
+    begun: of those that led there, the ones that are none of the ring yet.
+    """
 
     descent: Descent | None
     all: tuple[RingSnapshot, ...]
     snapshots: tuple[RingSnapshot, ...]
     ring: Ring
+    begun: tuple[RingSnapshot, ...] = ()
 
     @property
     def has_stray(self) -> bool:
-        """Whether there are stray ones."""
-        return len(self.snapshots) < len(self.all) or len(self.ring.times) > self.ring.capacity
+        """Whether there are snapshots that did not lead there."""
+        return len(self.snapshots) + len(self.begun) < len(self.all)
 
     @property
     def stray(self) -> list[RingSnapshot]:
-        """The snapshots that did not lead there, and those that the ring has too many."""
-        surplus = self.ring.surplus()
-        stray = [each for each in self.all if each not in self.snapshots]
-        return stray + [each for each in self.snapshots if each.time == surplus and not each.begin]
+        """The snapshots that did not lead there."""
+        return [each for each in self.all if each not in self.snapshots and each not in self.begun]
+
+    @property
+    def has_surplus(self) -> bool:
+        """Whether the ring has more snapshots than it is to have."""
+        return len(self.ring.times) > self.ring.capacity
+
+    @property
+    def surplus(self) -> list[RingSnapshot]:
+        """What the ring has too many."""
+        time = self.ring.surplus()
+        return [each for each in self.snapshots if each.time == time and not each.begin]
 
 
 class RingShelf:
     """The snapshots of one ring. Thread-safe; one thread at a time adds and drops.
 
-    entries: of the tensors in every average's file.
+    entries: of the tensors in every average's file. lost: the versions of snapshots that could not be read.
     """
 
     def __init__(self, row: RunRow, store: Store, empty: Ring, entries: Sequence[Entry]) -> None:
         """empty: the ring before any snapshot."""
         self.entries = entries
+        self.lost: frozenset[str] = frozenset()
         self._row = row
         self._store = store
         self._empty = empty
@@ -104,11 +119,22 @@ class RingShelf:
             return known
         placed = [(descent.updates(version, each.epoch, each.n, each.time), each) for each in snapshots]
         led = sorted((each for passed, each in placed if passed is not None), key=lambda each: (each.time, each.n))
-        ring = self._empty
-        for each in led:
-            ring = ring if each.begin else ring.taken(each.time)
-        self._leading = Leading(descent, snapshots, tuple(led), ring)
+        there = tuple(each for each in led if not each.begun)
+        begun = tuple(each for each in led if each.begun)
+        self._leading = Leading(descent, snapshots, there, self.ring_of(there), begun)
         return self._leading
+
+    def ring_of(self, snapshots: Iterable[RingSnapshot]) -> Ring:
+        """The ring of the times of snapshots, given the oldest first."""
+        ring = self._empty
+        for each in snapshots:
+            ring = ring if each.begin else ring.taken(each.time)
+        return ring
+
+    @property
+    def all(self) -> tuple[RingSnapshot, ...]:
+        """All snapshots, also those that are none of the ring yet, or any more."""
+        return self._all
 
     def has(self, version: Version) -> bool:
         """Whether there is a snapshot of a version."""
@@ -118,7 +144,7 @@ class RingShelf:
         """Write a file for each average and one for the strides, then the row. Raises OSError, sqlite3.Error."""
         self._store.check_room(snapshot.bytes)
         files = {_STRIDES: _strides_file(strides), **averages}
-        self._store.save_snapshot(self._row, snapshot.version, lambda: json.dumps(asdict(snapshot)), files, "ring")
+        self._store.save_snapshot(self._row, snapshot.version, lambda: text_of(snapshot), files, "ring")
         with self._lock:
             self._all = (*self._all, snapshot)
 
@@ -128,6 +154,17 @@ class RingShelf:
         with self._lock:
             self._all = tuple(each for each in self._all if each is not snapshot)
         self._store.remove_snapshot(self._row, snapshot.version, "ring")
+
+    def become(self, there: Collection[str], gone: Collection[str]) -> None:
+        """The rows say by now that these snapshots, by their versions, are the ring's, and others there no more."""
+        with self._lock:
+            self.lost -= set(gone)
+            left = (each for each in self._all if each.version not in gone)
+            self._all = tuple(replace(each, begun=each.begun and each.version not in there) for each in left)
+
+    def remove_files(self, version: str) -> None:
+        """Remove the files of a snapshot whose row is gone."""
+        self._store.remove_snapshot_files(self._row, version, "ring")
 
     def open(self, snapshot: RingSnapshot, average: str) -> TensorFile:
         """The file of one average of a snapshot, with ``entries``, open for the caller to close.
@@ -155,7 +192,14 @@ class RingShelf:
         return Strides()
 
     def _damaged(self, snapshot: RingSnapshot, fault: object) -> SnapshotDamaged:
+        self.lost |= {snapshot.version}
         return SnapshotDamaged(f"ring of run {self._row.name!r}: snapshot {snapshot.version} cannot be read: {fault}")
+
+
+def text_of(snapshot: RingSnapshot) -> str:
+    """The text of a snapshot's row, which earlier servers read too where the run lies on one server."""
+    said = asdict(snapshot)
+    return json.dumps(said if snapshot.begun else {name: value for name, value in said.items() if name != "begun"})
 
 
 def _strides_file(strides: Strides) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ema_service.runs.gathering import Part, Terms
 from ema_service.runs.parts import Parts
+from ema_service.runs.posthoc import with_posthoc
 from ema_service.runs.registry import Candidate, Registry
 from ema_service.runs.run import Parameters, Rewound, Run, Update, Write
 from ema_service.shadows import Setup, State, Version
@@ -26,4 +27,5 @@ __all__ = [
     "Update",
     "Version",
     "Write",
+    "with_posthoc",
 ]

@@ -23,6 +23,7 @@ from ema_service.persistence import (
     Offload,
     Restored,
     ShardMemoryVersions,
+    ShardRing,
     ShardVersions,
     Snapshots,
     StoredRing,
@@ -273,7 +274,8 @@ class Maker:
         ring = synthesiser = None
         if config.posthoc:
             current, tell = (lambda: run.state), run.changes.tell
-            ring = StoredRing(config, config.posthoc, *of[1:], self._followers, current, tell)
+            kind = ShardRing if shard else StoredRing
+            ring = kind(config, config.posthoc, *of[1:], self._followers, current, tell)
             run.ring = ring.told
             run.changes.tell_always(ring.moved)
             synthesiser = Synthesiser(run, config.posthoc, ring, snapshots)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ema_client.errors import SynthesisRefused, listed
-from ema_client.protocol import Posthoc, ProfileInfo, ProfileSource, SnapshotInfo, WeightsInfo
+from ema_client.errors import InvalidRequest, SynthesisRefused, listed
+from ema_client.protocol import Posthoc, ProfileInfo, ProfileSource, RunConfig, SnapshotInfo, WeightsInfo
 from ema_service.averaging import (
     ConstantDecay,
     ConstantHalfLife,
@@ -33,7 +33,7 @@ from ema_service.persistence import RingSnapshot, Snapshots, StoredRing
 from ema_service.runs.run import Run
 from ema_service.shadows import Descent, State, Version
 
-__all__ = ["Recipe", "Source", "Synthesiser"]
+__all__ = ["Recipe", "Source", "Synthesiser", "with_posthoc"]
 
 #: Most updates that are looked at one by one; of more, so many are spread as the updates were.
 _MOST_UPDATES = 1 << 21
@@ -93,6 +93,16 @@ class _Stock:
     descent: Descent
     version: str
     step: int | None
+
+
+def with_posthoc(config: RunConfig) -> RunConfig:
+    """The configuration with the averages that post-hoc averages are made of, behind its own. Raises InvalidRequest."""
+    if config.posthoc is None:
+        return config
+    if config.posthoc.fault:
+        raise InvalidRequest(f"posthoc: {config.posthoc.fault}")
+    more = tuple(average for average in config.posthoc.averages if average not in config.averages)
+    return replace(config, averages=(*config.averages, *more))
 
 
 class Synthesiser:

@@ -50,6 +50,7 @@ from ema_service.persistence import (
     MemoryVersions,
     Offload,
     ShardMemoryVersions,
+    ShardRing,
     ShardVersions,
     Snapshots,
     Sweeps,
@@ -69,7 +70,7 @@ from ema_service.runs.ledger import Ledger
 from ema_service.runs.making import MORE_ROOM, Disk, Maker, Registered
 from ema_service.runs.measurements import Measurements
 from ema_service.runs.parts import Expired, Parts
-from ema_service.runs.posthoc import Synthesiser
+from ema_service.runs.posthoc import Synthesiser, with_posthoc
 from ema_service.runs.run import Run
 from ema_service.shadows import Member, Setup
 from ema_service.storage import (
@@ -260,6 +261,11 @@ class Registry:
         if disk is None or not isinstance(disk.versions, ShardVersions | ShardMemoryVersions):
             raise InvalidRequest(f"run {name!r} is no shard: it decides alone")
         return disk.versions
+
+    def ring(self, name: str) -> ShardRing | None:
+        """The ring of a run that is a shard; None where it has none. Raises RunNotFound."""
+        disk = self._find(name).disk
+        return disk.ring if disk and isinstance(disk.ring, ShardRing) else None
 
     def whole(self, name: str) -> RunConfig:
         """The configuration with which a run was created: of a shard, that of the whole run. Raises RunNotFound,
@@ -677,10 +683,7 @@ class Registry:
                 "posthoc: snapshots are files, and this server was started with --memory",
                 hint="leave posthoc out, or start the server with --data-dir",
             )
-        if config.posthoc.fault:
-            raise InvalidRequest(f"posthoc: {config.posthoc.fault}")
-        more = tuple(average for average in config.posthoc.averages if average not in config.averages)
-        return replace(config, averages=(*config.averages, *more))
+        return with_posthoc(config)
 
     def _durability(self, config: RunConfig, shard: ShardRow | None = None) -> Durability:
         """The durability of a new run. Raises StorageDisabled where it needs a disk and there is none; InvalidRequest

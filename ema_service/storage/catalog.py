@@ -235,19 +235,22 @@ class RowChange:
     """What a revision of a run on several hosts changes of the run's rows, in the transaction of its record.
 
     shown: a snapshot's name, and the text of its row from now on. gone: names of snapshots that are there no more.
-    averages: the text of the run's row, of which averages it has from now on. line: of the run's timeline.
+    averages: the text of the run's row, of which averages it has from now on. line: of the run's timeline. ring_shown,
+    ring_gone: of snapshots of the ring, by name, the texts of their rows from now on, and those that are there no more.
     """
 
     shown: tuple[str, str] | None = None
     gone: tuple[str, ...] = ()
     averages: str | None = None
     line: TimelineRow | None = None
+    ring_shown: tuple[tuple[str, str], ...] = ()
+    ring_gone: tuple[str, ...] = ()
 
     @property
     def lasts(self) -> bool:
-        """Whether the change outlives the machine at once, whatever the run's durability: snapshots do, and which
-        averages there are."""
-        return self.shown is not None or bool(self.gone) or self.averages is not None
+        """Whether the change outlives the machine at once, whatever the run's durability: snapshots do, the ring, and
+        which averages there are."""
+        return bool(self.shown or self.gone or self.ring_shown or self.ring_gone) or self.averages is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,15 +478,8 @@ class Catalog:
                 "DELETE FROM checkpoints WHERE run_id = ? AND revision NOT BETWEEN ? AND ?", (run_id, since, upto)
             )
             db.execute("UPDATE shards SET record = ? WHERE run_id = ?", (record, run_id))
-            if change and change.shown:
-                name, text = change.shown
-                db.execute("UPDATE snapshots SET info = ? WHERE run_id = ? AND name = ?", (text, run_id, name))
-            for gone in change.gone if change else ():
-                db.execute("DELETE FROM snapshots WHERE run_id = ? AND name = ?", (run_id, gone))
-            if change and change.averages is not None:
-                db.execute("UPDATE runs SET averages = ? WHERE id = ?", (change.averages, run_id))
-            if change and change.line:
-                _add_line(db, run_id, change.line)
+            if change:
+                _change_rows(db, run_id, change)
 
     def put_vote(
         self, run_id: int, record: str, vote: CheckpointRow, current: int | None, *, durable: bool
@@ -656,6 +652,23 @@ class Catalog:
             return
         for each in range(found, FORMAT):
             self._db.executescript(f"BEGIN; {_MIGRATIONS[each]} PRAGMA user_version = {each + 1}; COMMIT;")
+
+
+def _change_rows(db: sqlite3.Connection, run_id: int, change: RowChange) -> None:
+    """Change the rows of a run, within a transaction."""
+    shelves: tuple[tuple[Shelf, tuple[tuple[str, str], ...], tuple[str, ...]], ...] = (
+        ("snapshots", (change.shown,) if change.shown else (), change.gone),
+        ("ring", change.ring_shown, change.ring_gone),
+    )
+    for shelf, shown, gone in shelves:
+        for name, text in shown:
+            db.execute(f"UPDATE {shelf} SET info = ? WHERE run_id = ? AND name = ?", (text, run_id, name))
+        for name in gone:
+            db.execute(f"DELETE FROM {shelf} WHERE run_id = ? AND name = ?", (run_id, name))
+    if change.averages is not None:
+        db.execute("UPDATE runs SET averages = ? WHERE id = ?", (change.averages, run_id))
+    if change.line:
+        _add_line(db, run_id, change.line)
 
 
 def _add_line(db: sqlite3.Connection, run_id: int, line: TimelineRow) -> None:

@@ -453,13 +453,10 @@ class Store:
     def remove_snapshot(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         """Remove a snapshot: its row, then its files. What it has in the object store is among removals() then."""
         self._catalog.remove_snapshot(row.id, name, shelf)
-        self._remove_snapshot_files(row, name, shelf)
+        self.remove_snapshot_files(row, name, shelf)
 
-    def remove_snapshot_files(self, row: RunRow, name: str) -> None:
+    def remove_snapshot_files(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         """Remove the files of a snapshot whose row is gone."""
-        self._remove_snapshot_files(row, name)
-
-    def _remove_snapshot_files(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:
         with contextlib.suppress(OSError):  # the files behind a symbolic link are not the server's
             refuse_link(self._run_folder(row), shelf)
             remove_tree(self._snapshot_folder(row, shelf, name))
@@ -479,7 +476,7 @@ class Store:
         Nobody may make or remove a snapshot of this run meanwhile.
         """
         if self._catalog.place_snapshot(snapshot, folder, files):
-            self._remove_snapshot_files(row, snapshot.name)
+            self.remove_snapshot_files(row, snapshot.name)
 
     def adopt_snapshot(self, snapshot: SnapshotRow) -> None:
         """Add a snapshot that lies in the object store. Raises sqlite3.Error."""

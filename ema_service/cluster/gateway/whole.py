@@ -14,6 +14,7 @@ from typing import TypeVar
 from ema_client.errors import EmaError
 from ema_client.protocol import (
     HostedShard,
+    RingInfo,
     RunInfo,
     RunLayout,
     RunShards,
@@ -129,7 +130,24 @@ def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:
         writer=max(each.writer for each in infos),
         refused=next((each.refused for each in infos if each.refused), None),
         shard=None,
+        ring=_whole_ring([each.ring for each in infos]),
         link=f"a gateway to {len(infos)} hosts",
+    )
+
+
+def _whole_ring(rings: Sequence[RingInfo | None]) -> RingInfo | None:
+    """The ring of the whole run: of the snapshots those that all hosts have."""
+    found = [each for each in rings if each is not None]
+    if len(found) < len(rings):
+        return None
+    first, trouble = found[0], [(place, each.trouble) for place, each in enumerate(found) if each.trouble]
+    return replace(
+        first,
+        times=tuple(time for time in first.times if all(time in each.times for each in found)),
+        begin=first.begin if all(each.begin == first.begin for each in found) else None,
+        bytes=sum(each.bytes for each in found),
+        waiting=max(each.waiting for each in found),
+        trouble=f"host {trouble[0][0]}: {trouble[0][1]}" if trouble else None,
     )
 
 

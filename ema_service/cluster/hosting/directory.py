@@ -61,7 +61,7 @@ from ema_service.cluster.messages import (
 from ema_service.cluster.reasons import MADE_BEFORE, reason_of
 from ema_service.cluster.token import ClusterToken
 from ema_service.memory import Layout
-from ema_service.runs import Candidate, Registry, Run
+from ema_service.runs import Candidate, Registry, Run, with_posthoc
 from ema_service.storage import RunRow, ShardRow, Store
 
 __all__ = ["Directory", "creation_of", "same_run", "whole_config"]
@@ -94,13 +94,9 @@ def _config_in(creation: Creation) -> RunConfig:
 def whole_config(config: RunConfig, shards: int) -> RunConfig:
     """The configuration as every host has it: in canonical order, with nothing left open.
 
-    Raises InvalidRequest for what runs on several hosts don't have.
+    Raises InvalidRequest for what runs on several hosts don't have, and as with_posthoc().
     """
-    if config.posthoc is not None:
-        raise InvalidRequest(
-            f"posthoc: run {config.run!r} would be on several hosts, which keep no snapshots of it",
-            hint="leave posthoc out",
-        )
+    config = with_posthoc(config)
     layout = Layout(config.layout, config.copied)
     LayoutMap(layout, shards)
     specs = tuple(entry.spec for entry in layout.params)

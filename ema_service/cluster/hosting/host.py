@@ -31,6 +31,7 @@ from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.hosting.directory import Directory, creation_of, same_run, whole_config
 from ema_service.cluster.hosting.lease import Lease
 from ema_service.cluster.hosting.reporting import Reporting
+from ema_service.cluster.hosting.rings import Rings
 from ema_service.cluster.hosting.shard_run import ShardRun, check_held
 from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots
 from ema_service.cluster.hosting.waiting import Waiting
@@ -132,6 +133,7 @@ class Host:
         self._saving = Threads(1, "ema-save")
         self._waiting = Waiting(lambda: self.linked)
         self._shards: dict[str, ShardRun] = {}
+        self._rings = Rings(lambda: self._shards, lambda: self._is_first, self._asking.change)
         self._directory = Directory(
             registry,
             store,
@@ -162,6 +164,7 @@ class Host:
         for shard in self._shards.values():
             shard.reporting.start()
         self._lease.start()
+        self._rings.start()
         # Last: from here on another thread begins and ends shards.
         self._directory.reporting.start()
 
@@ -172,6 +175,7 @@ class Host:
     async def close(self) -> None:
         """End all talks. What has no verdict keeps its vote."""
         self.stop_waiting()
+        await self._rings.close()
         await self._waiting.close()
         await self._asking.close()
         await asyncio.to_thread(self._close)
@@ -254,6 +258,11 @@ class Host:
 
         Raises RunExists, InvalidRequest, what a host refuses it for, and as _ask().
         """
+        if config.posthoc and self._membership.twins:
+            raise InvalidRequest(
+                "posthoc: a cluster with twins keeps no rings yet: a host that was filled would not have one",
+                hint="leave posthoc out, or start the cluster without --twins",
+            )
         if config.durability is None:
             with contextlib.suppress(RunNotFound):
                 config = replace(config, durability=self._registry.get(config.run).config.durability)
@@ -440,11 +449,15 @@ class Host:
                 except EmaError as fault:
                     _log.warning("run %s: no checkpoint was taken: %s", name, fault)
 
-        absent = self._directory.reporting.record.seating.absent
-        first = min(set(range(self._membership.of)) - absent, default=0)
-        shards = list(self._shards.items()) if self._membership.place == first else ()
+        shards = list(self._shards.items()) if self._is_first else ()
         due = [each for each in shards if each[1].checkpoints.due and each[1].takes_part()]
         await asyncio.gather(*(take(name, shard) for name, shard in due))
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this host is the first of those that count, which asks for what nobody else asks for."""
+        absent = self._directory.reporting.record.seating.absent
+        return self._membership.place == min(set(range(self._membership.of)) - absent, default=0)
 
     async def _take_checkpoint(self, shard: ShardRun) -> None:
         """Have all hosts take one checkpoint, which settles the one before where all have that. Raises as _ask()."""
@@ -534,7 +547,9 @@ class Host:
         part = LayoutMap(Layout(whole.layout, whole.copied), member.shards).shards[member.shard].shadows
         arrival = self._arrival(part.start, part.stop)
         versions = self._registry.shard(name)
-        snapshots = self._registry.snapshots(name)
+        snapshots, ring = self._registry.snapshots(name), self._registry.ring(name)
+        if ring:
+            run.changes.tell_always(lambda: self._rings.moved(ring))
         return ShardRun(
             run,
             versions,
@@ -547,6 +562,7 @@ class Host:
             self._judging,
             self._saving,
             member.twin,
+            ring,
         )
 
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:

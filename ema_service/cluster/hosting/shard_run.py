@@ -51,6 +51,7 @@ from ema_service.cluster.messages import (
     Proposal,
     Record,
     Rewind,
+    RingKept,
     SnapshotBegun,
     SnapshotGone,
     SnapshotTaken,
@@ -58,10 +59,11 @@ from ema_service.cluster.messages import (
     Vote,
     talk_of,
 )
-from ema_service.cluster.reasons import MADE_BEFORE, error_of, reason_of
+from ema_service.cluster.reasons import MADE_BEFORE, error_of, lacking, reason_of
 from ema_service.cluster.token import ClusterToken
 from ema_service.persistence import (
     ShardMemoryVersions,
+    ShardRing,
     ShardVersions,
     Snapshots,
     Told,
@@ -102,7 +104,7 @@ class _Sender(Generic[T]):
 
 
 #: Changes that leave the version as it is, and what a run has beside it.
-_Beside = Checkpoint | SnapshotBegun | SnapshotTaken | SnapshotGone
+_Beside = Checkpoint | RingKept | SnapshotBegun | SnapshotTaken | SnapshotGone
 #: Changes after which a run has other averages.
 _Averages = AverageAdded | AverageRemoved
 _Any = Adjustment | Rewind | _Averages | _Beside
@@ -121,6 +123,14 @@ class _Held:
     filled: bool = False
 
 
+class _Lacking(Exception):
+    """A ring is to have snapshots that are not here. versions: theirs."""
+
+    def __init__(self, versions: Sequence[str]) -> None:
+        super().__init__(*versions)
+        self.versions = versions
+
+
 class ShardRun:
     """One shard of a run. More than twenty methods: what senders, the coordinator's decisions and a restart ask.
     More than a dozen attributes: what these share, and who waits for what.
@@ -129,7 +139,7 @@ class ShardRun:
 
     reporting: the talk with coordinators, begun by ``reporting.start()``, whose name is ``talk``. While the run is
     degraded the shard says nothing: without it nothing is decided; unless all shards are to go back, for its machine
-    went down. checkpoints, snapshots: the shard's.
+    went down. checkpoints, snapshots, ring: the shard's; no ring where the run was made without.
     """
 
     def __init__(
@@ -145,11 +155,12 @@ class ShardRun:
         changes: Executor,
         saving: Executor,
         twin: Twin | None = None,
+        ring: ShardRing | None = None,
     ) -> None:
-        """run, versions, snapshots: as Registry.get(), shard() and snapshots() have them, for which there is no other
-        ShardRun. source_of, room_for: Registry.source_of() and room_for_average(). arrival, coordinators, token: as for
-        Reporting. changes: judges what coordinators bring, and works until the talk is closed; saving: does the same
-        where files are read or written. twin: the other host of the shard, None where there is none.
+        """run, versions, snapshots, ring: as Registry.get(), shard(), snapshots() and ring() have them, for which there
+        is no other ShardRun. source_of, room_for: Registry.source_of() and room_for_average(). arrival, coordinators,
+        token: as for Reporting. changes: judges what coordinators bring, and works until the talk is closed; saving:
+        does the same where files are read or written. twin: the other host of the shard, None where there is none.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
@@ -164,6 +175,7 @@ class ShardRun:
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
         self.snapshots = ShardSnapshots(run, snapshots, saving, source_of)
+        self.ring = ring
         self._averages = ShardAverages(run, versions, saving, room_for)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
@@ -323,6 +335,8 @@ class ShardRun:
             prepared.write.put()
             if isinstance(prepared.change, Checkpoint):
                 self.checkpoints.take(record)
+            elif isinstance(prepared.change, RingKept):
+                self._ring_of(prepared.change).settle(prepared.change.versions.split())
             elif prepared.change:
                 self.snapshots.follow(prepared.change)
             if prepared.filled:
@@ -388,8 +402,26 @@ class ShardRun:
 
     def _held_beside(self, change: _Beside, outcome: str) -> _Held:
         """What a change holds that leaves the version as it is. Raises as ShardSnapshots.rows()."""
-        rows = None if isinstance(change, Checkpoint) else self.snapshots.rows(change)
+        if isinstance(change, RingKept):
+            rows: RowChange | None = self._ring_of(change).rows(change.versions.split())
+        else:
+            rows = None if isinstance(change, Checkpoint) else self.snapshots.rows(change)
         return _Held(Write(_nothing, _nothing), outcome, change, rows)
+
+    def _ring_of(self, change: RingKept) -> ShardRing:
+        """The ring that a change is about. Raises InvalidRequest where the run has none."""
+        if self.ring is None:
+            raise InvalidRequest(f"run {self._run.config.run!r} has no ring, for {change.versions!r} or anything else")
+        return self.ring
+
+    def _check_ring(self, change: RingKept) -> None:
+        """Whether a ring may have the snapshots of a change. Raises _Lacking, Overloaded; InvalidRequest where the run
+        went back meanwhile, and as _ring_of()."""
+        ring, version = self._ring_of(change), self._run.ledger.writable()
+        if version.epoch != change.epoch:
+            raise InvalidRequest(f"the ring was of epoch {change.epoch}, and the run is at version {version}")
+        if lacked := ring.lacking(change.versions.split()):
+            raise _Lacking(lacked)
 
     def _hold(
         self, ticket: Ticket, write: Write, writer: int | None = None, change: Adjustment | Rewind | None = None
@@ -437,6 +469,8 @@ class ShardRun:
                     if ticket.base != self._revision:
                         return
                     held = self._others_return(proposal) or self._changed(proposal, _change_in(proposal.change or ""))
+        except _Lacking as lacked:
+            self.reporting.refuse(ticket, lacking(lacked.versions))
         except EmaError as fault:
             self.reporting.refuse(ticket, reason_of(fault))
         except MalformedMessage as fault:
@@ -538,13 +572,15 @@ class ShardRun:
 
     def _changed(self, proposal: Proposal, change: _Any) -> _Held | None:
         """What a change makes of the run; None where it was made before. Raises InvalidRequest, as Run.amend(), as
-        Checkpoints.check(), and as ShardSnapshots.check()."""
+        Checkpoints.check(), as ShardSnapshots.check(), and as _check_ring()."""
         run, writer, ticket = self._run, None, proposal.ticket
         if isinstance(change, Rewind | _Averages):
             raise InvalidRequest("a change that touches files is judged where files are read")
         if not isinstance(change, Adjustment):
             if isinstance(change, Checkpoint):
                 self.checkpoints.check(proposal.settles)
+            elif isinstance(change, RingKept):
+                self._check_ring(change)
             else:
                 self.snapshots.check(change)
             return self._held.setdefault(ticket, self._held_beside(change, run.ledger.outcome()))
@@ -631,8 +667,8 @@ def _attached_by(made: Vote) -> str | None:
 
 def _change_in(text: str) -> _Any:
     """Raises MalformedMessage."""
-    kinds = (Adjustment, AverageAdded, AverageRemoved, Checkpoint, Rewind, SnapshotBegun, SnapshotTaken, SnapshotGone)
-    return cast("_Any", decode(text, *kinds))
+    kinds = (Adjustment, AverageAdded, AverageRemoved, Checkpoint, Rewind, RingKept)
+    return cast("_Any", decode(text, *kinds, SnapshotBegun, SnapshotTaken, SnapshotGone))
 
 
 def _outlives(vote: Vote) -> bool:
@@ -640,7 +676,7 @@ def _outlives(vote: Vote) -> bool:
     text = vote.proposal.change
     if not text or vote.proposal.back is not None:
         return False
-    return isinstance(_change_in(text), SnapshotTaken | SnapshotGone | _Averages)
+    return isinstance(_change_in(text), RingKept | SnapshotTaken | SnapshotGone | _Averages)
 
 
 def _nothing() -> None:

@@ -135,8 +135,6 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         answer = servers.once(0, method, f"/v1/runs/r{path}", **({"json": body} if body else {"content": b""}))
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), f"{method} {path}"
         assert re.search("cluster|shard|Ema-Push", answer.text), f"{method} {path}: {answer.text}"
-    posthoc = servers.create(model(0), run="p", posthoc={})
-    assert (posthoc.status_code, "posthoc" in posthoc.json()["detail"]) == (422, True)
 
     offered = {("POST", ""), ("PATCH", "/{run}"), ("DELETE", "/{run}"), ("POST", "/{run}/reset-num-updates")}
     offered |= {

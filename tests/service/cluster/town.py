@@ -129,6 +129,7 @@ class Host:
                 _TOKEN,
                 AtOnce(),
                 AtOnce(),
+                ring=self.server.registry.ring("r"),
             )
         for name, after in set(POINTS.values()):
             if hasattr(versions, name):

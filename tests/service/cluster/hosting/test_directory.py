@@ -285,8 +285,10 @@ def test_defect_is_answered(host: Host, config: RunConfig, monkeypatch: pytest.M
 
 
 def test_runs_that_hosts_cannot_have(config: RunConfig) -> None:
-    """A run that cannot be cut is refused before anyone is asked, and so is one with a ring."""
+    """A run that cannot be cut is refused before anyone is asked, and so is one with a ring of nothing."""
     with pytest.raises(EmaError, match="scalars"):
         whole_config(RunConfig("r", (TensorSpec("w", (), "F32"),)), 2)
     with pytest.raises(EmaError, match="posthoc"):
-        whole_config(replace(config, posthoc=Posthoc()), 2)
+        whole_config(replace(config, posthoc=Posthoc(sigma_rel=())), 2)
+    found = whole_config(replace(config, posthoc=Posthoc(sigma_rel=(0.1,))), 2)
+    assert [average.name for average in found.averages] == ["ema", "posthoc-0.1"]

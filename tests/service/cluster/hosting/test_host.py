@@ -26,7 +26,10 @@ def test_the_directory_begins_last() -> None:
         return SimpleNamespace(reporting=SimpleNamespace(start=lambda: begun.append(name)))
 
     host.__dict__.update(
-        _shards={"a": talk("a"), "b": talk("b")}, _directory=talk("directory"), _lease=SimpleNamespace(start=list)
+        _shards={"a": talk("a"), "b": talk("b")},
+        _directory=talk("directory"),
+        _lease=SimpleNamespace(start=list),
+        _rings=SimpleNamespace(start=list),
     )
     host.start()
     assert begun == ["a", "b", "directory"]
