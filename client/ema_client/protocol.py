@@ -58,6 +58,8 @@ HEADER_PROFILE_ERROR = "Ema-Profile-Error"
 HEADER_AMPLIFICATION = "Ema-Amplification"
 #: Of a sweep: how many averages its body has.
 HEADER_TARGETS = "Ema-Targets"
+#: Of weights that one host of a cluster works out: how, for the other hosts.
+HEADER_RECIPE = "Ema-Recipe"
 #: Of a push: the writer's number, which attaching gave the trainer.
 HEADER_WRITER = "Ema-Writer"
 #: Of a push to one shard of a run on several hosts: any word, as of HEADER_KEY, the same for all shards' slices of one

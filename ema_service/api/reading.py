@@ -6,7 +6,7 @@ as a socket takes the end of a stretch long before the reader has it, a version 
 the stretches that were asked for are all of the body, nothing more will be: the memory goes back at once, for the next
 push of the run wants it.
 
-Knows bodies by their ETags, and who holds them. Does not know requests, ranges, or what a version is. On the event loop
+Knows bodies by their ETags, and who holds them. Does not know requests or ranges. On the event loop
 only.
 """
 
@@ -17,8 +17,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 
+from ema_client.errors import Superseded
 from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena
+from ema_service.runs import Run
+from ema_service.shadows import State
 
 __all__ = ["LINGER_SECONDS", "Reading", "Readings"]
 
@@ -29,10 +32,11 @@ LINGER_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The body ``stream``, whose data lies in ``arena``."""
+    """The body ``stream``, whose data lies in ``arena``. state: the version, where all weights of it are held."""
 
     stream: WeightsStream
     arena: Arena
+    state: State | None = None
 
 
 @dataclass(slots=True)
@@ -96,6 +100,17 @@ class Readings:
         """The body of that ETag, where it is being sent to somebody."""
         sent = self._sent.get((owner, etag)) if etag else None
         return sent.readings[0] if sent else None
+
+    def state(self, owner: Run, version: str) -> State:
+        """The version of this name, where it is the run's, or stays. Raises Superseded."""
+        for (of, _), sent in self._sent.items():
+            for each in sent.readings if of is owner else ():
+                if each.state and str(each.state.version) == version:
+                    return each.state
+        state = owner.ready_state()
+        if str(state.version) != version:
+            raise Superseded(f"version {version} of run {owner.config.run!r} is gone: ask for another", retry_after=0.0)
+        return state
 
     def begin(
         self, owner: Hashable, reading: Reading, release: Callable[[], None], stretch: tuple[int, int] | None

@@ -22,7 +22,7 @@ from ema_client.errors import InvalidRequest, Superseded, SynthesisRefused
 from ema_client.protocol import MAX_SWEPT, SnapshotInfo
 from ema_client.wire import Entry
 from ema_service.api.context import Context
-from ema_service.api.routes.parameters import DECIMAL, Decimal
+from ema_service.api.routes.parameters import DECIMAL, VERSION_PATTERN, Decimal
 from ema_service.averaging import ConstantDecay, ConstantHalfLife, SigmaRel, Target, TargetRefused, Window
 from ema_service.averaging.synthesis import MAX_ERROR
 from ema_service.bodies.mixing import Ingredient, Mixture
@@ -30,7 +30,8 @@ from ema_service.bodies.outgoing import ReadBytes
 from ema_service.memory import Arena
 from ema_service.persistence import RingSnapshot
 from ema_service.runs import Run
-from ema_service.runs.posthoc import Recipe, Source, Synthesiser
+from ema_service.runs.posthoc import Synthesiser
+from ema_service.runs.recipes import Recipe, Source
 from ema_service.storage import TensorFile
 
 __all__ = ["Asked", "AskedFor", "stored", "work_out"]
@@ -38,17 +39,25 @@ __all__ = ["Asked", "AskedFor", "stored", "work_out"]
 _WINDOW = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z", re.ASCII)
 #: A ring drops a snapshot now and then; that each try meets one is next to impossible.
 _TRIES = 3
+#: Characters of a recipe. A request's line has 64 KiB.
+_RECIPE_LENGTH = 48 << 10
 #: For so long a request waits for snapshots that are being stored.
 _STORING_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Targets that a query asks for, none for the run's own averages. at: as for Synthesiser.recipes()."""
+    """Targets that a query asks for, none for the run's own averages. at: as for Synthesiser.recipes().
+
+    recipe: how they are worked out, as another host of the run has said; None to find out. version: the run's, which
+    stays here, and is to be taken for the present one; None for the present one.
+    """
 
     targets: tuple[Target, ...]
     at: str | None
     max_error: float
+    recipe: str | None = None
+    version: str | None = None
 
     def one(self) -> Target:
         """The target. Raises InvalidRequest unless there is one."""
@@ -74,17 +83,27 @@ async def _asked(
     max_error: Annotated[
         Decimal | None, Query(gt=0.0, le=1.0, description="Of these: the largest relative error of the profile")
     ] = None,
+    recipe: Annotated[
+        str | None,
+        Query(max_length=_RECIPE_LENGTH, description="Of these, at one host of a cluster: the Ema-Recipe of another"),
+    ] = None,
+    version: Annotated[
+        str | None,
+        Query(pattern=VERSION_PATTERN, description="Of these, at one host of a cluster: of this version, which stays"),
+    ] = None,
 ) -> Asked:
     texts = {"sigma_rel": sigma_rel, "decay": decay, "half_life": half_life, "window": window}
     given = {name: text for name, text in texts.items() if text is not None}
     if len(given) > 1:
         raise InvalidRequest(f"{', '.join(given)}: one of these can be asked for at a time")
-    if not given and (at is not None or max_error is not None):
-        raise InvalidRequest("at, max_error: belong to sigma_rel, decay, half_life or window, of which none was given")
+    if not given and (at, max_error, recipe, version) != (None, None, None, None):
+        raise InvalidRequest(
+            "at, max_error, recipe, version: belong to sigma_rel, decay, half_life or window, of which none was given"
+        )
     targets = tuple(_target(name, part) for name, text in given.items() for part in text.split(","))
     if len(targets) > MAX_SWEPT:
         raise InvalidRequest(f"{next(iter(given))}: {len(targets)} were given; {MAX_SWEPT} are possible at a time")
-    return Asked(targets, at, MAX_ERROR if max_error is None else max_error)
+    return Asked(targets, at, MAX_ERROR if max_error is None else max_error, recipe, version)
 
 
 AskedFor = Annotated[Asked, Depends(_asked)]
@@ -150,8 +169,13 @@ async def stored(server: Context, run: Run) -> Synthesiser:
 
 
 async def _found(server: Context, run: Run, asked: Asked) -> list[Recipe]:
-    synthesiser = await stored(server, run)
-    return await server.workers.block(partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error))
+    state = None if asked.version is None else server.readings.state(run, asked.version)
+    if asked.recipe is None:
+        synthesiser = await stored(server, run)
+        find = partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error, state)
+    else:
+        find = partial(server.registry.synthesiser(run.config.run).given, asked.targets, asked.recipe, state)
+    return await server.workers.block(find)
 
 
 async def _opened(request: Request, server: Context, run: Run, recipes: list[Recipe], stack: ExitStack) -> Mixture:

@@ -48,9 +48,9 @@ class StoredRing:
     shelf: the snapshots. trouble: why the latest snapshot could not be written, or None. begun: how often
     something was to be written or dropped.
 
+    More than twenty methods: what a run asks of its ring, and the steps of a snapshot.
     More than a dozen attributes: what a snapshot is made of (config, posthoc, names, layout, memory), where it goes
-    (shelf, threads), the run's state and strides, and what waits. More than twenty methods: with those that ShardRing
-    replaces.
+    (shelf, threads), the run's state and strides, and what waits.
     """
 
     #: Whether a snapshot is of the ring only once others say so.

@@ -7,12 +7,12 @@ weights are found (averaging.synthesis), files, or HTTP.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ema_client.errors import InvalidRequest, SynthesisRefused, listed
+from ema_client.errors import InvalidRequest, Superseded, SynthesisRefused, listed
 from ema_client.protocol import Posthoc, ProfileInfo, ProfileSource, RunConfig, SnapshotInfo, WeightsInfo
 from ema_service.averaging import (
     ConstantDecay,
@@ -30,10 +30,11 @@ from ema_service.averaging.profiles import Counters, decays_of, gamma_of, power_
 from ema_service.averaging.strides import Strides
 from ema_service.averaging.synthesis import accepted
 from ema_service.persistence import RingSnapshot, Snapshots, StoredRing
+from ema_service.runs.recipes import GivenSource, Recipe, Source, read
 from ema_service.runs.run import Run
 from ema_service.shadows import Descent, State, Version
 
-__all__ = ["Recipe", "Source", "Synthesiser", "with_posthoc"]
+__all__ = ["Synthesiser", "with_posthoc"]
 
 #: Most updates that are looked at one by one; of more, so many are spread as the updates were.
 _MOST_UPDATES = 1 << 21
@@ -43,36 +44,6 @@ _NO_WEIGHT = 1e-12
 _SNAPSHOT, _COUNTER = "snapshot", "counter"
 #: Results that are remembered: of the parts of one download, and of a sweep.
 _REMEMBERED = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Stored weights: those of an average at a time, in the ring, in a snapshot, or (None) in the run's state."""
-
-    average: str
-    time: int
-    of: RingSnapshot | SnapshotInfo | None
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How an average is worked out: ``weights`` of ``sources``.
-
-    info: what is told of the result. state: the run's. newest: a source of the time that the average is of.
-    """
-
-    info: WeightsInfo
-    state: State
-    target: Target
-    synthesis: Synthesis
-    sources: tuple[Source, ...]
-    weights: tuple[float, ...]
-    newest: Source
-
-    @property
-    def identity(self) -> str:
-        """A text that differs for sums of other bytes, of one run and version."""
-        return f"{self.state.version.lineage} {self.target!r} {list(zip(self.sources, self.weights, strict=True))!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +90,45 @@ class Synthesiser:
     # at: a snapshot's name, or the counter of one of the ring, or of now, as a sweep asks in turns; None: now. Where
     # digits alone may be either, "snapshot:NAME" and "counter:N" say which.
 
-    def recipes(self, targets: Sequence[Target], at: str | None, max_error: float) -> list[Recipe]:
-        """How to work out averages, all of one state of the run.
+    def recipes(
+        self, targets: Sequence[Target], at: str | None, max_error: float, state: State | None = None
+    ) -> list[Recipe]:
+        """How to work out averages, all of one state of the run, by default of the present one.
 
         Raises SynthesisRefused, with numbers and the nearest that can be had; AwaitingWeights, RunNotFound,
         RunDegraded, SnapshotDamaged.
         """
-        state, recipes = self._run.ready_state(), []
+        state, recipes = state or self._run.ready_state(), []
         for target in targets:
             recipe, refused = self._recipe(state, target, at, max_error)
             if refused is not None:
                 raise SynthesisRefused(refused)
             recipes.append(recipe)
+        return recipes
+
+    def given(self, targets: Sequence[Target], text: str, state: State | None = None) -> list[Recipe]:
+        """The recipes of these targets as another host of the run has found them. state: as for recipes().
+
+        Raises InvalidRequest for a text that is no recipe of theirs, Superseded where this host is at another version,
+        or lacks one of the sources; SnapshotNotFound; as Run.ready_state().
+        """
+        found, state = read(text, len(targets)), state or self._run.ready_state()
+        if (found.lineage, found.version) != (state.version.lineage, str(state.version)):
+            raise Superseded(
+                f"the recipe is of version {found.version}, and this host at version {state.version}", retry_after=0.0
+            )
+        leading = {each.version: each for each in self.ring.shelf.leading_to(state.version).snapshots}
+        sources = [self._source(each, leading) for each in found.sources]
+        recipes = []
+        for target, weights, error, amplification in zip(
+            targets, found.weights, found.errors, found.amplifications, strict=True
+        ):
+            info = replace(self._told(target, found.of, found.step, found.time), profile_error=error)
+            info = replace(info, amplification=amplification)
+            kept = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
+            synthesis = Synthesis(np.array(weights), error, amplification)
+            ours, theirs = tuple(source for source, _ in kept), tuple(weight for _, weight in kept)
+            recipes.append(Recipe(info, state, target, synthesis, ours, theirs, sources[-1]))
         return recipes
 
     def dry_run(self, target: Target, at: str | None, max_error: float) -> ProfileInfo:
@@ -150,6 +148,21 @@ class Synthesiser:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _source(self, given: GivenSource, leading: Mapping[str, RingSnapshot]) -> Source:
+        """What this host has of a source. Raises Superseded, SnapshotNotFound, InvalidRequest."""
+        if given.average not in self._names:
+            raise InvalidRequest(f"recipe: {given.average!r} is none of the averages that the ring is made of")
+        if given.kind == _SNAPSHOT:
+            return Source(given.average, given.time, self.snapshots.find(given.name, given.created_at))
+        if given.kind == "now":
+            return Source(given.average, given.time, None)
+        if given.name not in leading:
+            raise Superseded(
+                f"this host's ring of run {self._run.config.run!r} has no snapshot of version {given.name}",
+                retry_after=0.1,
+            )
+        return Source(given.average, given.time, leading[given.name])
+
     def _recipe(self, state: State, target: Target, at: str | None, max_error: float) -> tuple[Recipe, str | None]:
         """A recipe, and why it is not exact enough, or None."""
         stock = self._stock(state, at)
@@ -161,7 +174,8 @@ class Synthesiser:
         found = self._solved(stock, target, state.version)
         sources, weights = self._sources(stock, found)
         newest = Source(self._names[0], last.time, last.of)
-        info = replace(self._info(target, stock), profile_error=found.error, amplification=found.amplification)
+        told = self._told(target, stock.version, stock.step, last.time)
+        info = replace(told, profile_error=found.error, amplification=found.amplification)
         return Recipe(info, state, target, found, sources, weights, newest), self._refusal(
             stock, target, found, max_error
         )
@@ -279,9 +293,9 @@ class Synthesiser:
                     weights[source] = weights.get(source, 0.0) + weight
         return tuple(weights), tuple(weights.values())
 
-    def _info(self, target: Target, stock: _Stock) -> WeightsInfo:
-        run, time = self._run.config.run, stock.nodes[-1].time
-        told = WeightsInfo(run, "posthoc", stock.version, stock.step, time, 1.0, target=str(target), schedule="window")
+    def _told(self, target: Target, version: str, step: int | None, time: int) -> WeightsInfo:
+        run = self._run.config.run
+        told = WeightsInfo(run, "posthoc", version, step, time, 1.0, target=str(target), schedule="window")
         if isinstance(target, SigmaRel):
             return replace(told, schedule="power", sigma_rel=target.sigma_rel, gamma=gamma_of(target.sigma_rel))
         if isinstance(target, ConstantDecay):

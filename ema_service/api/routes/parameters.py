@@ -18,6 +18,7 @@ from ema_service.api.context import Context
 __all__ = [
     "ALONE",
     "DECIMAL",
+    "VERSION_PATTERN",
     "CreatedAt",
     "Decimal",
     "Key",
@@ -99,11 +100,12 @@ PushKey = Annotated[
 CreatedAt = Annotated[
     Decimal | None, Query(description="Only the one that was created at that time, and none made since in its place")
 ]
-#: Decimal digits, as version names are made of.
+#: Of a version's name: decimal digits.
+VERSION_PATTERN = r"^[0-9]{1,19}\.[0-9]{1,19}$"
 Replaces = Annotated[
     str | None,
     Query(
-        pattern=r"^[0-9]{1,19}\.[0-9]{1,19}$",
+        pattern=VERSION_PATTERN,
         description="Initial weights given anew, before the first update: the run's version, in whose place they come",
         examples=["1.0"],
     ),

@@ -82,7 +82,9 @@ async def put_snapshot(
     found, snapshots = server.registry.get(run), server.registry.snapshots(run)
     if server.host:
         if asked.targets:
-            raise InvalidRequest("this server is one host of a cluster, whose runs have no averages of other lengths")
+            raise InvalidRequest(
+                "hosts of a cluster keep no averages of other lengths as snapshots yet: pull one instead"
+            )
         info, created = await server.host.take_snapshot(run, name, keep=keep, key=key)
         response.status_code = 201 if created else 200
         return info

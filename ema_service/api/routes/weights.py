@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -45,6 +46,7 @@ from ema_client.protocol import (
     HEADER_DIGEST,
     HEADER_NUM_UPDATES,
     HEADER_PROFILE_ERROR,
+    HEADER_RECIPE,
     HEADER_RUN,
     HEADER_STEP,
     HEADER_TARGETS,
@@ -71,6 +73,7 @@ from ema_service.bodies import WeightsStream
 from ema_service.bodies.mixing import Ingredient, Mixture, interleaved
 from ema_service.bodies.outgoing import ReadBytes
 from ema_service.runs import Run
+from ema_service.runs.recipes import Recipe, text_of
 
 __all__ = ["router"]
 
@@ -290,7 +293,13 @@ async def _get_synthesised(
         async def open_source(_: ExitStack) -> ReadBytes:
             return mixture.read
 
-        return await _answer(request, server, stream, source, open_source, on_disk=True)
+        more = _recipe_told(found, [recipe])
+        return await _answer(request, server, stream, source, open_source, on_disk=True, more=more)
+
+
+def _recipe_told(run: Run, recipes: Sequence[Recipe]) -> dict[str, str]:
+    """The header of an answer by which other hosts of the run work the same out."""
+    return {HEADER_RECIPE: text_of(recipes)} if run.shard else {}
 
 
 @router.get(
@@ -327,7 +336,7 @@ async def get_sweep(run: RunName, request: Request, server: Server, asked: Asked
             lambda: [WeightsStream(found.layout.shadows, each.info, dtype=dtype) for each in recipes]
         )
         length = sum(stream.length for stream in streams)
-        headers = {HEADER_TARGETS: str(len(streams)), "Content-Length": str(length)}
+        headers = {HEADER_TARGETS: str(len(streams)), "Content-Length": str(length), **_recipe_told(found, recipes)}
         body = _from_disk(server, interleaved(streams, mixture, SWEEP_PIECE_BYTES))
         return _Streaming(source.pop_all(), server, body, status_code=200, headers=headers)
 
@@ -467,15 +476,16 @@ async def _answer(
     *,
     on_disk: bool,
     digest: bytes | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Response:
     """The answer to a GET or HEAD.
 
     A body closes ``source`` at its end; an answer without a body leaves that to the caller.
 
     open_source: called only where there is a body; adds to ``source`` what is to be closed. digest: of the data, where
-    somebody knows it.
+    somebody knows it. more: headers.
     """
-    headers = {**stream.info.to_headers(), "ETag": stream.etag, "Accept-Ranges": "bytes"}
+    headers = {**stream.info.to_headers(), **more, "ETag": stream.etag, "Accept-Ranges": "bytes"}
     if digest:
         headers[HEADER_DIGEST] = digest.hex()
     if is_known(request, stream.etag):

@@ -53,6 +53,7 @@ from ema_client.protocol import (
     NAME_PATTERN,
     Distances,
     History,
+    ProfileInfo,
     RunInfo,
     RunLayout,
     RunList,
@@ -69,6 +70,7 @@ from ema_client.protocol import (
     history_path,
     layout_path,
     part_path,
+    profiles_path,
     reset_path,
     rewind_path,
     run_path,
@@ -105,6 +107,7 @@ from ema_service.cluster.gateway.whole import (
     whole_snapshots,
     whole_status,
 )
+from ema_service.cluster.gateway.worked_out import is_worked_out, send_worked_out
 from ema_service.cluster.layout_map import LayoutMap
 from ema_service.cluster.problems import answer_with_problems
 from ema_service.cluster.serving import serving_config
@@ -135,9 +138,8 @@ _MOST_LAYOUTS = 256
 _MOST_WAITING = 10_000
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
-    "profiles": "no averages of other lengths yet",
-    "sweep": "no averages of other lengths yet",
-    "sweeps": "no averages of other lengths yet",
+    "sweep": "one average of another length at a time, from its weights",
+    "sweeps": "no reports of sweeps yet",
     "stretches": "an update comes over one connection",
 }
 
@@ -185,6 +187,7 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("GET", f"{run}/weights", gateway.weights),
         ("HEAD", f"{run}/weights", gateway.weights),
         ("PUT", f"{run}/weights", gateway.initialise),
+        ("GET", f"{run}/profiles", gateway.profiles),
         ("GET", f"{run}/events", gateway.events),
         ("GET", f"{run}/history", gateway.history),
         ("GET", f"{run}/distances", gateway.distances),
@@ -357,8 +360,16 @@ class _Gateway:
 
     async def weights(self, run: RunName, request: Request) -> Response:
         """The current weights of the whole run, of one version; once every host has the step that is waited for."""
+        if is_worked_out(request.query_params):
+            return await send_worked_out(run, request, self.hosts)
         await once_reached(run, request, self.watches)
         return await send_weights(run, request, self.hosts)
+
+    async def profiles(self, run: RunName, request: Request) -> Response:
+        """How an average would be worked out: every host has the ring, and what follows from it."""
+        host, *_ = await self.hosts.all()
+        query, headers = dict(request.query_params), passed_on(request.headers)
+        return _json(await self.hosts.json(host, "GET", profiles_path(run), ProfileInfo, headers, params=query))
 
     async def events(self, run: RunName, request: Request) -> Response:
         """What happens to the whole run, as a stream."""

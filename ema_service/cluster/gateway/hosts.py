@@ -30,6 +30,7 @@ from ema_client.errors import (
     Overloaded,
     ProtocolError,
     RunDegraded,
+    SnapshotDamaged,
     Stopping,
     StorageFailed,
     Unauthorized,
@@ -59,7 +60,7 @@ _MAP_AGE = 2.0
 #: What of a request's head is a host's to judge.
 _PASSED = ("authorization", "host", "origin", "sec-fetch-site", HEADER_KEY, HEADER_PUSH, HEADER_WRITER)
 #: Errors that are about the host, not about the run or the request: the text then says which host.
-_OF_A_HOST = (InternalError, Overloaded, RunDegraded, Stopping, StorageFailed)
+_OF_A_HOST = (InternalError, Overloaded, RunDegraded, SnapshotDamaged, Stopping, StorageFailed)
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:

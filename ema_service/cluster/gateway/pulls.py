@@ -43,7 +43,19 @@ from ema_service.cluster.gateway.hosts import SILENCE, HostAddress, Hosts, all_o
 from ema_service.cluster.layout_map import MergedBody
 from ema_service.cluster.problems import problem
 
-__all__ = ["Streaming", "is_known", "send_weights"]
+__all__ = [
+    "HOLD_SECONDS",
+    "PAUSE",
+    "TRIES",
+    "Asked",
+    "Moved",
+    "ShardBody",
+    "Streaming",
+    "Whole",
+    "answer",
+    "is_known",
+    "send_weights",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -53,9 +65,9 @@ _LEAD_BYTES = 64 << 10
 _LONG_HEADER_BYTES = 256 << 10
 #: How often hosts are asked for one version, and the seconds between two times: a decision reaches the last host some
 #: milliseconds after the first.
-_TRIES, _PAUSE = 3, 0.02
+TRIES, PAUSE = 3, 0.02
 #: Seconds between two requests that have a version stay at a host: without one it stays for a second (LINGER_SECONDS).
-_HOLD_SECONDS = 0.3
+HOLD_SECONDS = 0.3
 _ETAG = re.compile(r'"([0-9]{1,19}\.[0-9]{1,19})-([0-9a-f]+)"\Z', re.ASCII)
 #: Digits of a host's ETag behind the version.
 _DIGITS = 16
@@ -69,12 +81,12 @@ _OF_A_SNAPSHOT = frozenset({"average", "dtype", "prefix"})
 _REPLICA_CONNECT = 1.0
 
 
-class _Moved(Exception):
+class Moved(Exception):
     """A host has another version by now than the one that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class ShardBody:
     """One host's part of a version. lead: the body's first bytes; head_bytes: of the header with its length."""
 
     host: HostAddress
@@ -95,12 +107,17 @@ async def send_weights(run: str, request: Request, hosts: Hosts, snapshot: str |
     if others := sorted(set(request.query_params) - (_OF_A_SNAPSHOT if snapshot else _QUERY)):
         raise InvalidRequest(
             f"{others[0]}: a run on several hosts has its current weights and its snapshots",
-            hint="no soups or averages of other lengths yet; ask without it",
+            hint="no soups yet; ask without it",
         )
     try:
         whole = await _open(run, request, hosts, snapshot)
     except RunNotFound:
         whole = await _open(run, request, hosts, snapshot)  # of the run that was made anew meanwhile, if there is one
+    return answer(request, whole)
+
+
+def answer(request: Request, whole: Whole) -> Response:
+    """The answer to GET or HEAD of weights."""
     if is_known(request, whole.etag):
         return Response(status_code=304, headers=whole.headers)
     try:
@@ -116,7 +133,7 @@ async def send_weights(run: str, request: Request, hosts: Hosts, snapshot: str |
     return Streaming(whole.chunks(start, stop), status_code=206 if part else 200, headers=headers)
 
 
-async def _open(run: str, request: Request, hosts: Hosts, snapshot: str | None) -> _Whole:
+async def _open(run: str, request: Request, hosts: Hosts, snapshot: str | None) -> Whole:
     """One version of the run that there is now. Raises RunNotFound, also where the run was deleted meanwhile."""
     headers, query = passed_on(request.headers), dict(request.query_params)
     host, *_ = await hosts.all()
@@ -125,15 +142,15 @@ async def _open(run: str, request: Request, hosts: Hosts, snapshot: str | None) 
         # Two runs of one name may have versions of one name.
         query["created_at"] = repr(told.created_at)
     path = weights_path(run) if snapshot is None else snapshot_weights_path(run, snapshot)
-    asked = _Asked(hosts, path, query, headers)
-    return _Whole(asked, await asked.one_version(request.headers.get("if-range") if _ranged(request) else None))
+    asked = Asked(hosts, path, query, headers)
+    return Whole(asked, await asked.one_version(request.headers.get("if-range") if _ranged(request) else None))
 
 
 # --- one version on all hosts ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """One reader's request for weights, as it goes to the hosts. headers: of the reader."""
 
     hosts: Hosts
@@ -141,20 +158,20 @@ class _Asked:
     query: dict[str, str]
     headers: Mapping[str, str]
 
-    async def one_version(self, etag: str | None) -> list[_Shard]:
+    async def one_version(self, etag: str | None) -> list[ShardBody]:
         """The hosts' shards of one version, by place, without hosts that have none of the tensors asked for.
 
         etag: of the version that is wished for, if it is still there. Raises Overloaded.
         """
         hosts = await self.hosts.all()
         if pins := _pins(etag, len(hosts)):
-            with contextlib.suppress(_Moved):
+            with contextlib.suppress(Moved):
                 found = await all_of([self._lead(host, pin) for host, pin in zip(hosts, pins, strict=True)])
                 return self._present(found)
-        there: dict[int, _Shard | EmaError] = {}
-        for number in range(_TRIES):
+        there: dict[int, ShardBody | EmaError] = {}
+        for number in range(TRIES):
             if number:
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(PAUSE)
             missing = [host for host in hosts if host.place not in there]
             there.update(zip([host.place for host in missing], await self._leads(missing), strict=True))
             shards = self._present([there[host.place] for host in hosts])
@@ -170,20 +187,20 @@ class _Asked:
             retry_after=0.0,
         )
 
-    async def _leads(self, hosts: Sequence[HostAddress]) -> list[_Shard | EmaError]:
+    async def _leads(self, hosts: Sequence[HostAddress]) -> list[ShardBody | EmaError]:
         """Each host's shard of its current version."""
         return await all_of([self._lead(host, None) for host in hosts])
 
-    def _present(self, found: Sequence[_Shard | EmaError]) -> list[_Shard]:
+    def _present(self, found: Sequence[ShardBody | EmaError]) -> list[ShardBody]:
         """The shards among what hosts have answered. Raises what all have answered where none has a shard."""
-        shards = [each for each in found if isinstance(each, _Shard)]
+        shards = [each for each in found if isinstance(each, ShardBody)]
         if not shards and isinstance(found[0], EmaError):
             raise found[0]
         return shards
 
-    async def _lead(self, host: HostAddress, etag: str | None) -> _Shard | EmaError:
+    async def _lead(self, host: HostAddress, etag: str | None) -> ShardBody | EmaError:
         """A host's shard. etag: of the version asked for. An InvalidRequest is returned where a prefix is asked for:
-        the tensors that begin so may be those of other hosts. Raises _Moved."""
+        the tensors that begin so may be those of other hosts. Raises Moved."""
         try:
             shard = await self._first(host, etag)
         except InvalidRequest as fault:
@@ -198,27 +215,27 @@ class _Asked:
         header = await asyncio.to_thread(parse_header, raw) if len(raw) > _LONG_HEADER_BYTES else parse_header(raw)
         return replace(shard, lead=lead, head_bytes=head_bytes, header=header)
 
-    async def _first(self, host: HostAddress, etag: str | None) -> _Shard:
-        """The first bytes of a host's body. Raises _Moved."""
+    async def _first(self, host: HostAddress, etag: str | None) -> ShardBody:
+        """The first bytes of a host's body. Raises Moved."""
         async with self._open(host, 0, _LEAD_BYTES, etag, self.query) as answer:
             lead = b"".join([chunk async for chunk in self.hosts.chunks(host, answer)])
             length = int(answer.headers["content-range"].rpartition("/")[2])
-            return _Shard(host, answer.headers["etag"], length, lead)
+            return ShardBody(host, answer.headers["etag"], length, lead)
 
-    async def _read(self, shard: _Shard, start: int, stop: int) -> bytes:
-        """Some bytes of a shard's body. Raises _Moved."""
+    async def _read(self, shard: ShardBody, start: int, stop: int) -> bytes:
+        """Some bytes of a shard's body. Raises Moved."""
         return b"".join([chunk async for chunk in self.chunks(shard, start, stop)])
 
-    async def chunks(self, shard: _Shard, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        """Bytes of a shard's body as they come. Raises _Moved."""
+    async def chunks(self, shard: ShardBody, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """Bytes of a shard's body as they come. Raises Moved."""
         # Without min_step: the version is there.
         query = {name: value for name, value in self.query.items() if name not in ("min_step", "wait")}
         async with self._open(shard.host, start, stop, shard.etag, query) as answer:
             async for chunk in self.hosts.chunks(shard.host, answer):
                 yield chunk
 
-    async def hold(self, shard: _Shard) -> None:
-        """Have a version stay at its host. Raises _Moved."""
+    async def hold(self, shard: ShardBody) -> None:
+        """Have a version stay at its host. Raises Moved."""
         async with contextlib.aclosing(self.chunks(shard, 0, 1)) as chunks:
             async for _ in chunks:
                 pass
@@ -227,23 +244,28 @@ class _Asked:
     async def _open(
         self, host: HostAddress, start: int, stop: int, etag: str | None, query: dict[str, str]
     ) -> AsyncIterator[httpx2.Response]:
-        """A host's answer with bytes [start, stop) of its body. Raises _Moved where etag names another version."""
+        """A host's answer with bytes [start, stop) of its body. Raises Moved where etag names another version."""
         headers = {**self.headers, "Range": f"bytes={start}-{stop - 1}"}
         if etag:
             headers["If-Range"] = etag
         # Who waits for a step waits in silence.
         patience = _REPLICA_CONNECT if host.is_replica else SILENCE
-        timeout = httpx2.Timeout(SILENCE + _seconds(query.get("wait")), connect=patience)
+        timeout = httpx2.Timeout(SILENCE + self.work_seconds + _seconds(query.get("wait")), connect=patience)
         async with self.hosts.open(host, "GET", self.path, headers, params=query, timeout=timeout) as answer:
             if answer.status_code != 206:
-                raise _Moved
+                raise Moved
             yield answer
 
+    @property
+    def work_seconds(self) -> float:
+        """Seconds that a host may work before it answers."""
+        return 0.0
 
-class _Whole:
+
+class Whole:
     """A version of the whole run. body: which of its bytes are whose; headers: of any answer about it."""
 
-    def __init__(self, asked: _Asked, shards: Sequence[_Shard]) -> None:
+    def __init__(self, asked: Asked, shards: Sequence[ShardBody]) -> None:
         self._asked = asked
         self._shards = shards
         metadata = shards[0].header.metadata
@@ -261,7 +283,7 @@ class _Whole:
         }
 
     async def chunks(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        """Bytes [start, stop) of the body. Raises _Moved, and a host's error, in the middle."""
+        """Bytes [start, stop) of the body. Raises Moved, and a host's error, in the middle."""
         spans = list(self.body.spans(start, stop))
         later = [self._shards[span.shard] for span in spans if span.shard is not None]
         holding = asyncio.create_task(self._hold(later))
@@ -281,7 +303,7 @@ class _Whole:
             holding.cancel()
             await asyncio.gather(holding, return_exceptions=True)
 
-    async def _data(self, shard: _Shard, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def _data(self, shard: ShardBody, start: int, stop: int) -> AsyncIterator[bytes]:
         """Bytes [start, stop) of a shard's data, from whoever holds the version: a replica that is chosen in turn may
         lack it, or break off, and the host has the rest."""
         start, stop = start + shard.head_bytes, stop + shard.head_bytes
@@ -296,19 +318,19 @@ class _Whole:
                     async for chunk in chunks:
                         at += len(chunk)
                         yield chunk
-            except (_Moved, EmaError):
+            except (Moved, EmaError):
                 if holder is shard.host:
                     raise
 
-    async def _hold(self, later: list[_Shard]) -> None:
+    async def _hold(self, later: list[ShardBody]) -> None:
         """Have the version stay at the hosts whose turn is not over. later: shortened as their turns end."""
         while True:
-            await asyncio.sleep(_HOLD_SECONDS)
+            await asyncio.sleep(HOLD_SECONDS)
             # A host that fails here is told of when its turn comes.
             await asyncio.gather(*(self._asked.hold(shard) for shard in tuple(later)), return_exceptions=True)
 
 
-def _specs(shards: Sequence[_Shard]) -> Iterator[TensorSpec]:
+def _specs(shards: Sequence[ShardBody]) -> Iterator[TensorSpec]:
     """The tensors of the whole run: one that was cut has rows at the end of one shard and the beginning of the next."""
     entries = (entry for each in shards for entry in each.header.entries)
     for name, group in groupby(entries, key=lambda entry: entry.name):
@@ -326,7 +348,7 @@ def _pins(etag: str | None, count: int) -> list[str] | None:
     return [f'"{found[1]}-{found[2][at : at + _DIGITS]}"' for at in range(0, count * _DIGITS, _DIGITS)]
 
 
-def _age(shard: _Shard) -> tuple[int, ...]:
+def _age(shard: ShardBody) -> tuple[int, ...]:
     return tuple(int(part) for part in shard.version.split("."))
 
 
@@ -350,7 +372,7 @@ def is_known(request: Request, tag: str) -> bool:
     return tag in tags or tags == ["*"]
 
 
-def _part(request: Request, whole: _Whole) -> tuple[int, int] | None:
+def _part(request: Request, whole: Whole) -> tuple[int, int] | None:
     """The bytes [start, stop) of the body that Range asks for; None for the whole body, as a server has it (several
     ranges, another unit, another version than If-Range's). Raises RangeNotSatisfiable."""
     asked = _RANGE.match(request.headers.get("range", "")) if request.method == "GET" else None
@@ -387,8 +409,8 @@ class Streaming(StreamingResponse):
         async with contextlib.aclosing(self._chunks):
             try:
                 await super().__call__(scope, receive, partial(_within_silence, send))
-            except (_Moved, _Stalled, EmaError) as fault:
-                said = {_Moved: "the version is gone", _Stalled: "the reader takes nothing"}
+            except (Moved, _Stalled, EmaError) as fault:
+                said = {Moved: "the version is gone", _Stalled: "the reader takes nothing"}
                 _log.warning("%s was broken off: %s", scope["path"], said.get(type(fault), fault))
 
 

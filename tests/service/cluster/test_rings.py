@@ -1,0 +1,213 @@
+"""Averages of any length of a run on several hosts, through the gateway: byte for byte what one server sends.
+
+Knows HTTP, and where hosts keep their files. Does not know how an average is worked out, or how hosts agree.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from ema_client import EmaClient
+from ema_client.protocol import HEADER_RECIPE
+from tests.service.cluster.launched import Launched
+from tests.service.posthoc import as_state, walk
+from tests.waiting import settled, wait_until
+
+if TYPE_CHECKING:
+    from tests.conftest import ServerProcess
+
+UPDATES = 18
+WALKED = walk(UPDATES + 60, size=200)
+WISHES = {
+    "a width": "sigma_rel=0.1",
+    "a decay": "decay=0.8",
+    "a half-life": "half_life=5",
+    "a window": f"window=12:{UPDATES}&max_error=0.5",
+    "cast": "sigma_rel=0.1&dtype=BF16",
+    "some tensors": "sigma_rel=0.1&prefix=b",
+    "a time of the ring": "sigma_rel=0.1&at=counter:12&max_error=0.5",
+    "a snapshot": "sigma_rel=0.1&at=snapshot:middle&max_error=0.5",
+}
+
+
+def train(client: EmaClient, run: str = "r", updates: int = UPDATES) -> None:
+    """Make a run with a ring, and a snapshot in the middle; each update comes once the ring has what is due."""
+    client.create_run(run, as_state(WALKED[0]), posthoc={"snapshots": 6})
+    for step in range(1, updates + 1):
+        client.push(run, as_state(WALKED[step]), step=step)
+        settled(client, run)
+        if step == 9:
+            client.snapshot(run, "middle")
+
+
+@pytest.fixture(scope="module")
+def both(
+    tmp_path_factory: pytest.TempPathFactory, server_class: type[ServerProcess]
+) -> Iterator[tuple[Launched, ServerProcess]]:
+    """Two hosts and one server, which were trained alike."""
+    folder = tmp_path_factory.mktemp("both")
+    cluster, server = Launched(folder / "all", "--local", "2").start(), server_class(folder, data_dir=folder / "data")
+    try:
+        with EmaClient(cluster.url) as ours, EmaClient(server.start().url) as theirs:
+            for client in (ours, theirs):
+                train(client)
+        yield cluster, server
+    finally:
+        cluster.end()
+        server.kill()
+
+
+def sent(url: str, query: str, **more: Any) -> httpx.Response:
+    return httpx.get(f"{url}/v1/runs/r/weights?{query}", timeout=60, **more)
+
+
+def facts(answer: httpx.Response) -> dict[str, str]:
+    return {name: value for name, value in answer.headers.items() if name.startswith("ema-") and name != "ema-shards"}
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_bytes_are_those_of_one_server(both: tuple[Launched, ServerProcess], wish: str) -> None:
+    """Header, metadata and every value; the same facts; and a part is had by Range, and known by its tag."""
+    cluster, server = both
+    ours, theirs = sent(cluster.url, WISHES[wish]), sent(server.url, WISHES[wish])
+    assert (ours.status_code, theirs.status_code) == (200, 200), ours.text
+    assert ours.content == theirs.content
+    assert facts(ours) == facts(theirs)
+    rest = sent(cluster.url, WISHES[wish], headers={"Range": "bytes=100-", "If-Range": ours.headers["etag"]})
+    assert (rest.status_code, rest.content) == (206, ours.content[100:])
+    known = sent(cluster.url, WISHES[wish], headers={"If-None-Match": ours.headers["etag"]})
+    assert known.status_code == 304
+
+
+def test_what_is_told_is_what_one_server_tells(both: tuple[Launched, ServerProcess]) -> None:
+    """The ring's times, how an average would be worked out, and why one is refused."""
+    cluster, server = both
+
+    def told(url: str, path: str) -> Any:
+        answer = httpx.get(f"{url}/v1/runs/r{path}", timeout=60)
+        return answer.status_code, {name: value for name, value in answer.json().items() if name != "request_id"}
+
+    late = "/weights?window=1:7777"
+    for path in ("/profiles?sigma_rel=0.1", "/profiles?sigma_rel=0.01", late):
+        assert told(cluster.url, path) == told(server.url, path)
+    assert told(cluster.url, late)[1]["code"] == "synthesis_refused"
+    ours, theirs = (told(url, "")[1]["ring"] for url in (cluster.url, server.url))
+    assert (ours["times"], ours["begin"], ours["trouble"]) == (theirs["times"], theirs["begin"], None)
+    assert ours["bytes"] > theirs["bytes"]  # each host has headers of its own
+    assert sent(cluster.url, "sigma_rel=0.1&average=ema").json()["code"] == "invalid_request"
+
+
+def test_hosts_follow_one_recipe(both: tuple[Launched, ServerProcess]) -> None:
+    """A host that lacks what the recipe names says so, and sends nothing; what is no recipe is refused."""
+    cluster, _ = both
+    with cluster.http() as http:
+        first, second = (each["address"] for each in http.get("/v1/runs/r/shards").json()["shards"])
+    text = sent(first, "sigma_rel=0.1").headers[HEADER_RECIPE]
+    assert sent(second, "sigma_rel=0.1", params={"sigma_rel": "0.1", "recipe": text}).status_code == 200
+
+    def changed(change: Callable[[list[Any]], object]) -> httpx.Response:
+        said = json.loads(zlib.decompress(base64.urlsafe_b64decode(text)))
+        change(said)
+        other = base64.urlsafe_b64encode(zlib.compress(json.dumps(said).encode())).decode()
+        return sent(second, "", params={"sigma_rel": "0.1", "recipe": other})
+
+    def rename(said: list[Any]) -> None:
+        said[5][0][1] = "1.7777"
+
+    gone = changed(rename)
+    assert (gone.status_code, gone.json()["code"]) == (503, "superseded")
+    assert "1.7777" in gone.json()["detail"]
+    assert changed(lambda said: said.__setitem__(1, "1.2")).json()["code"] == "superseded"
+    assert changed(lambda said: said[6][0].append(1.0)).json()["code"] == "invalid_request"
+    assert changed(lambda said: said[6][0].__setitem__(0, float("nan"))).json()["code"] == "invalid_request"
+    assert changed(lambda said: said[6].append(said[6][0])).json()["code"] == "invalid_request"
+    for wrong in ("x", "AAAA", base64.urlsafe_b64encode(zlib.compress(b"[]")).decode()):
+        answer = sent(second, "", params={"sigma_rel": "0.1", "recipe": wrong})
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert sent(second, "sigma_rel=0.1&version=1.2").json()["code"] == "superseded"
+    assert sent(second, "version=1.2").json()["code"] == "invalid_request"
+
+
+def test_a_killed_host_comes_back_with_its_ring(both: tuple[Launched, ServerProcess]) -> None:
+    """SIGKILL: what is read after is what was read before."""
+    cluster, server = both
+    for name in ("host 0", "host 1"):
+        cluster.kill(name)
+
+        def answered() -> httpx.Response | None:
+            found = sent(cluster.url, "sigma_rel=0.15")
+            return found if found.status_code == 200 else None
+
+        wait_until(answered, "the host to be back")
+        assert sent(cluster.url, "sigma_rel=0.15").content == sent(server.url, "sigma_rel=0.15").content
+
+
+def test_one_version_while_updates_go_on(both: tuple[Launched, ServerProcess]) -> None:
+    """Parameters that are all the same number at each step: so is every value of what is worked out, on all hosts."""
+    cluster, _ = both
+
+    def state(step: int) -> dict[str, Tensor]:
+        return {"a": torch.full((40, 3), 1.0 + step % 17), "b": torch.full((60,), 1.0 + step % 17)}
+
+    ended, seen = threading.Event(), set[int | None]()
+    with EmaClient(cluster.url) as client, EmaClient(cluster.url) as reader:
+        client.create_run("even", state(0), posthoc={"snapshots": 4})
+        client.push("even", state(1), step=1)
+
+        def push() -> None:
+            step = 2
+            while not ended.is_set():
+                client.push("even", state(step), step=step)
+                step += 1
+
+        thread = threading.Thread(target=push)
+        thread.start()
+        try:
+            while len(seen) < 6:  # each a step that the pull before did not see
+                found = reader.pull("even", sigma_rel=0.2, max_error=1.0)
+                values = torch.cat([tensor.flatten() for tensor in found.values()])
+                assert float(values.max() - values.min()) < 1e-5, found.info
+                seen.add(found.info.step)
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_a_host_without_a_file_is_named(both: tuple[Launched, ServerProcess], tmp_path: Path) -> None:
+    """Nothing is mixed of what the hosts have left; and once the hosts agree anew all go on without that snapshot."""
+    cluster, _ = both
+    with EmaClient(cluster.url) as client:
+        train(client, "damaged", 9)
+        ring = client.run("damaged").ring
+        assert ring
+        middle = ring.times[2]
+        for path in cluster.folder.glob(f"host-1/runs/damaged.*/ring/1.{middle}/posthoc*"):
+            path.rename(tmp_path / path.name)
+        assert list(tmp_path.iterdir())
+        with httpx.Client(base_url=cluster.url, timeout=60) as http:
+            told = http.get(f"/v1/runs/damaged/weights?sigma_rel=0.25&at=counter:{middle}&max_error=1").json()
+            assert (told["code"], "host 1" in told["detail"]) == ("snapshot_damaged", True), told
+
+            def goes_on() -> bool:
+                client.push("damaged", as_state(WALKED[step := next(steps)]), step=step)
+                settled(client, "damaged")
+                found = client.run("damaged").ring
+                return found is not None and middle not in found.times and found.times[-1] > 9
+
+            steps = iter(range(10, len(WALKED)))
+            wait_until(goes_on, "a ring without the snapshot")
+            body = http.get("/v1/runs/damaged/weights?sigma_rel=0.1&max_error=1")
+            assert body.status_code == 200
+            assert load(body.content).keys() == {"w", "b", "none"}
