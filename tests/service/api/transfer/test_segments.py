@@ -545,6 +545,30 @@ def test_memory_is_let_go_at_release(
     assert update_in_hand.preparation is not None
 
 
+@pytest.mark.parametrize(("dtype", "in_place"), [(torch.float32, True), (torch.float64, False)])
+def test_a_slice_is_mapped_alone_and_read_where_it_lies(
+    local_run: Callable[..., Any],
+    memory: Any,
+    offer: Callable[..., Offer],
+    helpers: ThreadPoolExecutor,
+    mappings: Mappings,
+    dtype: torch.dtype,
+    in_place: bool,
+) -> None:
+    """Behind gigabytes that are other hosts', from any element on; what a dtype's address may not be is copied."""
+    model = {"w": torch.ones(1000, dtype=dtype)}
+    run, body = local_run(model), save(model)
+    one = offer(body[-1000 * dtype.itemsize :], offset=(4 << 30) + 12)
+    staged = Staged(run.run.layout, memory)
+    whole = UpdateBody(staged, len(run.run.layout.header) + one.fields["length"])
+    whole.feed(run.run.layout.header)
+    take_over(Segment(secret=one.secret, **one.fields), whole, helpers, mappings)
+
+    assert sum(len(mapped.memory) for mapped in mappings._mapped.values()) < 4 * PAGE
+    assert (staged.adopted is not None) is in_place
+    assert bytes(staged.data) == body[-1000 * dtype.itemsize :]
+
+
 @pytest.mark.parametrize("order", ["canonical", "other"])
 @pytest.mark.parametrize("kept", [True, False])
 def test_pages_behind_the_reading_are_let_go(
