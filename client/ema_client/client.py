@@ -137,10 +137,10 @@ class EmaClient:
         """When calls try again."""
         return self._transport.retry
 
-    @property
-    def same_host(self) -> bool:
-        """Whether the service is on this host for sure (a Unix socket, or loopback), so that both can share memory."""
-        return self._transport.same_host
+    def shares_memory(self, run: str) -> bool:
+        """Whether the service, or a host of the run that was found, can be on this host, and so read memory of this
+        process. Asks nobody."""
+        return self._transport.may_be_here or self._hosts.near(run)
 
     @property
     def lanes(self) -> int | None:
@@ -156,9 +156,10 @@ class EmaClient:
         """How this client's weights travel: "TCP", "Unix socket" or "shared memory".
 
         Where the service refused shared memory, the reason follows; and where more connections at once pay than one for
-        a push and two for a pull, how many of them, and why not more.
+        a push and two for a pull, how many of them, and why not more. Of a cluster also how they travel to those of its
+        hosts that are on this machine.
         """
-        return self._transport.link
+        return "; ".join(filter(None, [self._transport.link, self._hosts.link]))
 
     def __repr__(self) -> str:
         return f"EmaClient({self.url!r})"

@@ -40,6 +40,7 @@ from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import PUSHES, Pace
 from ema_client.http.stretches import Stretch, Stretches
 from ema_client.http.transport import Query, Reply, Transport
+from ema_client.http.uploads import SHARE_ABOVE
 from ema_client.protocol import RunLayout, UpdateStatus
 from ema_client.wire import LENGTH_BYTES, PartCut, parse_header, stretches_of_part
 
@@ -88,6 +89,7 @@ class Pushes:
                 return push_to_hosts(self._hosts, hosted, step, body, headers)
             except (RunNotFound, LayoutMismatch):
                 self._doubt(run)
+        body = self._for_service(run, body)
         pace = self._pace(run, body)
         if pace is None or pace.lanes <= 1:
             upload = self._transport.upload_once if once else self._transport.upload
@@ -112,7 +114,7 @@ class Pushes:
             except (RunNotFound, LayoutMismatch):
                 self._doubt(run)
         upload = self._transport.upload_once if once else self._transport.upload
-        return upload(protocol.weights_path(run), body, query=query, headers=headers)
+        return upload(protocol.weights_path(run), self._for_service(run, body), query=query, headers=headers)
 
     def push_part(
         self, run: str, name: PartName, body: Body, query: Query, headers: Mapping[str, str], *, once: bool
@@ -125,7 +127,7 @@ class Pushes:
                     return self._parts.put(hosted, name, body, query, headers)
                 except (RunNotFound, LayoutMismatch):
                     self._doubt(run)
-            return self._put_part(run, name, body, query, headers)
+            return self._put_part(run, name, self._for_service(run, body), query, headers)
 
         return attempt(0) if once else self._transport.retrying(attempt)
 
@@ -179,11 +181,18 @@ class Pushes:
         return self._transport.pace(PUSHES)
 
     def _hosted(self, run: str, body: Body) -> HostedRun | None:
-        """The hosts that a body goes to past the gateway, which has no shared memory with anybody; None for any other
-        body."""
-        if body.data is None or body.length <= self._stretched_above:
+        """The hosts that a body goes to past the gateway; None for any other body."""
+        # To hosts on this machine 2 MiB of shared memory go in half the time that they take by the gateway, as 31 do.
+        least = self._stretched_above if body.shared is None else min(SHARE_ABOVE, self._stretched_above)
+        if body.data is None or body.length <= least:
             return None
         return self._hosts.of(run) if self._layout(run).shards > 1 else None
+
+    def _for_service(self, run: str, body: Body) -> Body:
+        """A body as the service is sent it: a gateway has no shared memory with anybody, and need not be offered
+        any."""
+        several = self._transport.shares(body) and self._layout(run).shards > 1
+        return replace(body, shared=None) if several else body
 
     def _layout(self, run: str) -> RunLayout:
         with self._lock:

@@ -548,9 +548,8 @@ class RemoteEma:
             self._plan = plan_whole(self._plan.layout)
         setup, tensors = self._setup, waiting.tensors
         slices = self._plan.slices if self._plan.in_parts else None
-        self._buffers = UpdateBuffers(
-            self._selection.specs, pinned=setup.on_device, slices=slices, shared=self._client.same_host
-        )
+        shared = partial(self._client.shares_memory, self._run)
+        self._buffers = UpdateBuffers(self._selection.specs, pinned=setup.on_device, slices=slices, shared=shared)
         borrows = self._borrows and (tensors is None or self._buffers.can_borrow(tensors))
         if self._plan.part is not None and not borrows:
             self._buffers.prepare()

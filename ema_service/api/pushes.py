@@ -25,7 +25,7 @@ from fastapi import Request
 from ema_client.errors import EmaError, InvalidRequest, SegmentUnusable
 from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_SEGMENT, RunInfo, Segment, UpdateResult
 from ema_service.api.context import Context
-from ema_service.api.transfer.filling import Work, content_length, receive
+from ema_service.api.transfer.filling import Work, content_length, receive, receive_head
 from ema_service.api.transfer.lending import link_of
 from ema_service.api.transfer.segments import named, take_over
 from ema_service.bodies import Body, UpdateBody
@@ -42,7 +42,8 @@ T = TypeVar("T")
 
 
 class _Incoming:
-    """How a push arrives: as the request's body, or as a segment of shared memory that the request names."""
+    """How a push arrives: as the request's body, or as a segment of shared memory that the request names. Of a segment
+    without a header that is the request's body."""
 
     def __init__(self, request: Request, server: Context, run: Run) -> None:
         self._request = request
@@ -63,8 +64,10 @@ class _Incoming:
             await receive(self._request, body, server.workers.receivers, silence=silence, work=work)
             return
         try:
-            segment = self._segment(self._named)
-            body, workers = body_of(segment.length), self._server.workers
+            segment, head = self._segment(self._named), content_length(self._request) or 0
+            body, workers = body_of(head + segment.length), self._server.workers
+            if head:
+                await receive_head(self._request, body, silence=self._server.settings.body_timeout)
             await workers.take_over(partial(take_over, segment, body, workers.helpers, self._server.mappings))
         except SegmentUnusable as fault:
             self._run.links.refused(fault.detail)
@@ -93,10 +96,10 @@ class _Incoming:
     def _segment(self, header: str) -> Segment:
         """The segment that the request names.
 
-        Raises SegmentUnusable; InvalidRequest where the request has a body as well.
+        Raises SegmentUnusable; InvalidRequest where the request has a body of unknown length as well.
         """
-        if content_length(self._request) or "transfer-encoding" in self._request.headers:
-            raise InvalidRequest(f"a request with {HEADER_SEGMENT} has a body as well; it is one or the other")
+        if "transfer-encoding" in self._request.headers:
+            raise InvalidRequest(f"a request with {HEADER_SEGMENT} has a body of a length that is not told")
         return named(header, same_host=link_of(self._request) != "TCP")
 
 

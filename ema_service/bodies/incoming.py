@@ -121,11 +121,21 @@ class Body(ABC):
             self.read_header()
             rest = rest[count:]
 
+    @property
+    def head_bytes(self) -> int | None:
+        """Bytes in front of the data, with the header's length; None before the header has arrived."""
+        return LENGTH_BYTES + len(self._header) if self._begun and self._header is not None else None
+
     def take_over(self, shared: Shared) -> None:
-        """Take a whole body that lies in a client's shared memory. Raises as feed(), finish() and shared.check()."""
-        self.feed(shared.body[:LENGTH_BYTES])
-        start = LENGTH_BYTES + len(self.window())
-        self.feed(shared.body[LENGTH_BYTES:start])
+        """Take what lies in a client's shared memory: the whole body, or the data of one whose header was fed.
+
+        Raises as feed(), finish() and shared.check().
+        """
+        start = 0
+        if self.head_bytes is None:
+            self.feed(shared.body[:LENGTH_BYTES])
+            start = LENGTH_BYTES + len(self.window())
+            self.feed(shared.body[LENGTH_BYTES:start])
         self._take_data(shared, start)
         self.finish()
 

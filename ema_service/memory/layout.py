@@ -56,7 +56,8 @@ class Layout:
     prefix. max_header_bytes: most bytes of a header that names the same tensors in another order, with white space or
     metadata. copied: names of the tensors whose shadow is the newest value, in canonical order. sections: one for each
     dtype, more where averaged and copied tensors alternate. shadow_dtype: the shadows' dtype; where there are two,
-    both, widest first: ``F64+F32``. elements: of all tensors.
+    both, widest first: ``F64+F32``. elements: of all tensors. alignment: bytes of the parameters' widest dtype, by
+    which their address has to be divisible wherever they are averaged.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], copied: Collection[str] = ()) -> None:
@@ -76,6 +77,7 @@ class Layout:
         self.sections = tuple(_sections(self.params, self.shadows, frozenset(self.copied)))
         self.shadow_dtype = "+".join(dict.fromkeys(section.shadow_dtype for section in self.sections))
         self.elements = sum((e.end - e.begin) // LAYOUT_DTYPES[e.dtype] for e in self.params)
+        self.alignment = max((LAYOUT_DTYPES[e.dtype] for e in self.params), default=1)
         self._by_name = {entry.name: entry for entry in self.params}
 
     def __len__(self) -> int:

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ema_client.errors import BodyTooLarge, Overloaded
-from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.memory.arena import Arena, Mark, Memory, buffer_bytes, param_offset
 from ema_service.memory.budget import Budget
 from ema_service.memory.layout import Layout
@@ -23,13 +22,10 @@ from ema_service.values import Array, Values, address, array_over, typed
 
 __all__ = ["Region", "Shared", "Staged", "Staging"]
 
-#: Bytes of the widest dtype.
-_WIDEST = max(LAYOUT_DTYPES.values())
-
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A whole body in memory that a client's process shares with this one.
+    """A body in memory that a client's process shares with this one: all of it, or the data without the header.
 
     body: the bytes; mapped as long as views of ``body`` live. check: raises SegmentUnusable if the client withdrew the
     body, and may have changed it. helpers: threads to divide the pass among, as there is no socket to leave cores to.
@@ -96,8 +92,8 @@ class Staged:
         on a device parameters narrower than their shadows, which are averaged in order.
         """
         data = shared.body[start : start + self.layout.param_bytes]
-        adopted = array_over(data)
-        if address(adopted) % _WIDEST or not (self.on_host or self.layout.param_bytes == self.layout.shadow_bytes):
+        adopted, as_wide = array_over(data), self.layout.param_bytes == self.layout.shadow_bytes
+        if address(adopted) % self.layout.alignment or not (self.on_host or as_wide):
             return False
         self.shared, self.data, self.adopted, self._adopted_at = shared, data, adopted, start
         self.helpers = shared.helpers

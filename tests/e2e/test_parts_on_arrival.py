@@ -146,7 +146,8 @@ def in_chunks(sender: Sender, number: int) -> None:
 
 def in_shared_memory(sender: Sender, number: int) -> None:
     tensors, slices = part(1, number)
-    buffers = UpdateBuffers((TensorSpec("w", tensors["w"].shape, "F32"),), pinned=False, slices=slices, shared=True)
+    specs = (TensorSpec("w", tensors["w"].shape, "F32"),)
+    buffers = UpdateBuffers(specs, pinned=False, slices=slices, shared=lambda: True)
     with EmaClient(sender.server.uds) as client:
         body = buffers.copied(1, [tensors["w"]], hooked=False).body
         assert not client.push_part_once(sender.run, body, step=1, part=number, of=len(ROWS), group="g")
@@ -237,7 +238,7 @@ class Rank:
     def __init__(self, url: str, run: str, number: int, *, shared: bool) -> None:
         self.client, self._number = EmaClient(url), number
         specs, slices = (TensorSpec("w", part(0, number)[0]["w"].shape, "F32"),), part(0, number)[1]
-        self._buffers = UpdateBuffers(specs, pinned=False, slices=slices, shared=shared)
+        self._buffers = UpdateBuffers(specs, pinned=False, slices=slices, shared=lambda: shared)
         plan = ShardedPlan((), number, len(ROWS), "one start")
         push, fate = partial(plan.push, self.client, run, None), partial(plan.fate, self.client, run)
         self.publisher = Publisher(push, SendPolicy(self.client.retry), name=f"rank {number}", fate=fate)

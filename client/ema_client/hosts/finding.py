@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import TypeVar
 from ema_client import protocol
 from ema_client.errors import EmaError, ProtocolError
 from ema_client.forks import Lock
+from ema_client.http.body import Body
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Transport
 from ema_client.protocol import HostedShard, RunInfo, RunShards
@@ -88,6 +90,10 @@ class HostedRun:
         """Bytes of the run's parameters."""
         return sum(host.nbytes for host in self.hosts)
 
+    def shares(self, body: Body) -> bool:
+        """Whether some host takes its slice of the body from shared memory, as far as is known now."""
+        return any(each.shares(body) for host in self.hosts for each in host.both)
+
 
 class GivenUp(Exception):
     """What is done at one host is given up, for the fault of another."""
@@ -143,6 +149,21 @@ class Hosts:
                 self._remember(found.run, found)
                 return found
         return None
+
+    def near(self, run: str) -> bool:
+        """Whether hosts of a run were found on this machine, which can share memory with them. Asks nobody."""
+        with self._lock:
+            found, _ = self._runs.get(run, (None, 0.0))
+        return found is not None and any(each.may_be_here for host in found.hosts for each in host.both)
+
+    @property
+    def link(self) -> str:
+        """How large bodies travel to hosts on this machine, in words; nothing where none were found there."""
+        with self._lock:
+            runs = [found for found, _ in self._runs.values() if found]
+        reached = {each for run in runs for host in run.hosts for each in host.both}
+        links = Counter(each.link for each in reached if each.may_be_here).items()
+        return ", ".join(f"{link} with {count} host{'s' * (count > 1)} on this machine" for link, count in links)
 
     @property
     def patient(self) -> RetryPolicy:

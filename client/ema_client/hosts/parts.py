@@ -18,7 +18,7 @@ from ema_client.errors import ConnectionLost
 from ema_client.forks import Lock
 from ema_client.hosts.finding import GivenUp, HostedRun, Hosts
 from ema_client.hosts.sending import Target, send_to_all
-from ema_client.hosts.slicing import Slices
+from ema_client.hosts.slicing import Slices, offered
 from ema_client.http.body import Body
 from ema_client.http.transport import Query, Reply, Transport
 from ema_client.protocol import UpdateStatus
@@ -74,8 +74,14 @@ class HostedParts:
         what hosts answer, or what their transports raise, once nothing is sent any more; ConnectionLost where a host
         has lost earlier parts; LayoutMismatch, MalformedBody before anything is sent.
         """
-        slices = Slices(body, self._cut(run, bytes(next(iter(body.pieces())))))
-        earlier, again = self._earlier(run.run, name), self._was_sent((run.run, name, body.key))
+        cuts = self._cut(run, bytes(next(iter(body.pieces()))))
+        with offered(body, wanted=run.shares(body)) as segment:
+            return self._put(run, name, Slices(body, cuts, segment=segment), body.key, query, headers)
+
+    def _put(
+        self, run: HostedRun, name: PartName, slices: Slices, key: str, query: Query, headers: Mapping[str, str]
+    ) -> Reply:
+        earlier, again = self._earlier(run.run, name), self._was_sent((run.run, name, key))
 
         def send(target: Target) -> Reply:
             to = target.transport

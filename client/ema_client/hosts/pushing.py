@@ -16,7 +16,7 @@ from ema_client import protocol
 from ema_client.errors import LayoutMismatch
 from ema_client.hosts.finding import HostedRun, Hosts
 from ema_client.hosts.sending import Target, send_to_all
-from ema_client.hosts.slicing import Slices
+from ema_client.hosts.slicing import Slices, offered
 from ema_client.http.body import Body
 from ema_client.http.transport import Query, Reply
 from ema_client.wire import PartCut
@@ -51,14 +51,16 @@ def together(replies: Sequence[Reply]) -> Reply:
 
 
 def _send(hosts: Hosts, run: HostedRun, path: str, body: Body, query: Query, headers: Mapping[str, str]) -> list[Reply]:
-    slices = Slices(body, _cuts(body, run), waits=_DECISION_SECONDS)
+    cuts = _cuts(body, run)
+    with offered(body, wanted=run.shares(body)) as segment:
+        slices = Slices(body, cuts, waits=_DECISION_SECONDS, segment=segment)
 
-    def send(target: Target) -> Reply:
-        said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
-        body = slices.of(target.place, target.transport.url, target.look)
-        return target.transport.upload_once(path, body, query=query, headers=said)
+        def send(target: Target) -> Reply:
+            said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
+            body = slices.of(target.place, target.transport.url, target.look)
+            return target.transport.upload_once(path, body, query=query, headers=said)
 
-    return send_to_all(hosts, run, send)
+        return send_to_all(hosts, run, send)
 
 
 def _cuts(body: Body, run: HostedRun) -> tuple[PartCut, ...]:

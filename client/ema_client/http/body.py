@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ema_client.http.digests import HASHED_AT_ONCE, Digest
 
 if TYPE_CHECKING:
-    from ema_client.http.memfd import SharedBody
+    from ema_client.http.memfd import SharedBody, SharedSlice
 
 __all__ = ["Body", "cut", "digested", "portions"]
 
@@ -61,7 +61,7 @@ class Body:
 
     length: int
     pieces: Callable[[], Iterable[memoryview]]
-    shared: SharedBody | None = None
+    shared: SharedBody | SharedSlice | None = None
     digest: Callable[[], Digest] | None = None
     data: Callable[[], Sequence[memoryview]] | None = None
     moved: Callable[[int], None] = _nothing
@@ -72,7 +72,7 @@ class Body:
     @property
     def patience(self) -> float:
         """Seconds beyond those of a short answer that the answer to this body may take."""
-        return self.waits + (self.length if self.shared is None else self.shared.length) / SLOWEST_BYTES_PER_SECOND
+        return self.waits + self.length / SLOWEST_BYTES_PER_SECOND
 
     def of_another_push(self) -> Body:
         """A body of the same memory with a key of its own: what the memory holds by now is another push."""

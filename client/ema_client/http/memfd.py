@@ -16,11 +16,12 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ema_client.forks import Home, Lock
 from ema_client.protocol import SECRET_BYTES, SEGMENT_NAME, Segment
 
-__all__ = ["SharedBody"]
+__all__ = ["SharedBody", "SharedSlice"]
 
 #: fcntl(2): no more seals, no shrinking, no growing. A service must not read memory that is gone.
 _SEALS = 0x0001 | 0x0002 | 0x0004
@@ -29,12 +30,14 @@ _SEALS = 0x0001 | 0x0002 | 0x0004
 class SharedBody:
     """A body in shared memory: ``header`` in front, then ``size`` bytes of data that begin at a page. Thread-safe.
 
-    data: the data's memory, writable; zeros at first. length: bytes of the whole body. home: the process that may offer
-    the body, and no fork of it. The memory lives until this object and every view of the data are gone; a forked
-    process holds the memory too, until the fork ends.
+    data: the data's memory, writable; zeros at first. length: bytes of the whole body. head: what is sent all the same:
+    nothing. home: the process that may offer the body, and no fork of it. The memory lives until this object and every
+    view of the data are gone; a forked process holds the memory too, until the fork ends.
 
     Raises OSError where the system has no memfds, or no more memory for one.
     """
+
+    head = b""
 
     def __init__(self, header: bytes, size: int) -> None:
         start = -(-(SECRET_BYTES + len(header)) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -64,6 +67,26 @@ class SharedBody:
                 yield Segment(os.getpid(), self._descriptor, self._offset, self.length, secret)
             finally:
                 self._memory[:SECRET_BYTES] = bytes(SECRET_BYTES)
+
+
+class SharedSlice:
+    """Some of a body that is offered to several servers under one secret: ``head``, which is sent, then bytes of the
+    segment.
+
+    whole: the body's memory, offered as ``segment`` until the last of the servers has answered, or was given up. start,
+    stop: bytes of the whole body. The rest as of SharedBody.
+    """
+
+    def __init__(self, whole: SharedBody, segment: Segment, head: bytes, start: int, stop: int) -> None:
+        self.head = head
+        self.home = whole.home
+        self.length = len(head) + stop - start
+        self._segment = replace(segment, offset=segment.offset + start, length=stop - start)
+
+    @contextlib.contextmanager
+    def offered(self) -> Iterator[Segment]:
+        """As SharedBody.offered(), for as long as the whole is offered."""
+        yield self._segment
 
 
 def _create(size: int) -> int:

@@ -17,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import ssl
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -29,6 +30,8 @@ from ema_client.http.ray_actors import cluster_named, gateway_of
 
 __all__ = ["Place"]
 
+#: Of a datagram socket that sends nothing.
+_ANY_PORT = 9
 #: A longer file holds no address.
 _MOST_BYTES = 4096
 #: What a network file system says of a file that another machine has just replaced.
@@ -64,6 +67,16 @@ class Place:
         return self._latest is not None and self._latest.same_host
 
     @property
+    def may_be_here(self) -> bool:
+        """Whether the service can be on this host, as far as is known now: for sure, or by an address that is this
+        host's own, where another one may answer for it all the same."""
+        if self.same_host or self._latest is None:
+            return self.same_host
+        with contextlib.suppress(OSError):
+            return _is_own(self._latest.host)
+        return False
+
+    @property
     def secure(self) -> bool:
         """Whether the service is reached over TLS, as far as is known now."""
         return self._latest is not None and self._latest.secure
@@ -77,6 +90,16 @@ class Place:
     def context(self) -> ssl.SSLContext:
         """What TLS needs; loading the certificates of the system takes 20 ms."""
         return ssl.create_default_context()
+
+
+@lru_cache(maxsize=1024)
+def _is_own(host: str) -> bool:
+    """Whether a host name or address is this machine's: packets to there come from there as well. Sends none. Raises
+    OSError for an unknown name, and where there is no way to the address."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return bool(probe.getsockname()[0] == address[0])
 
 
 def _look_of(url: str) -> Callable[[], Address]:

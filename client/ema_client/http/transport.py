@@ -105,6 +105,11 @@ class Transport:
         return self._place.same_host
 
     @property
+    def may_be_here(self) -> bool:
+        """Whether the service can be on this host, as far as is known now, and so read this process' memory."""
+        return self._place.may_be_here
+
+    @property
     def secure(self) -> bool:
         """Whether the service is reached over TLS, as far as is known now."""
         return self._place.secure

@@ -23,7 +23,7 @@ from ema_client.http.pool import Pool
 from ema_client.protocol import HEADER_PUSH, HEADER_SEGMENT
 
 if TYPE_CHECKING:
-    from ema_client.http.memfd import SharedBody
+    from ema_client.http.memfd import SharedBody, SharedSlice
 
 __all__ = ["SHARE_ABOVE", "Uploads"]
 
@@ -51,14 +51,14 @@ class Uploads:
         """How bodies travel, in words for people; says why shared memory was refused where it was."""
         if self._refused:
             return f"{self._place.link}; shared memory was refused: {self._refused}"
-        return "shared memory" if self._shared and self._place.same_host else self._place.link
+        return "shared memory" if self._shared and self._place.may_be_here else self._place.link
 
     def put(self, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         """PUT a body, by shared memory where that is possible. The answer may be a refusal."""
         headers = {**headers, HEADER_PUSH: body.key}
         shared = body.shared
         if shared is not None and self.shares(body):
-            answer = self._hand_over(path, headers, shared, body.patience)
+            answer = self._hand_over(path, headers, shared, body)
             fault = None if answer.status < 400 else error_of(answer)
             if not _wants_the_bytes(fault):
                 return answer
@@ -76,10 +76,13 @@ class Uploads:
         self._pool.give_back(connection)
         return answer
 
-    def _hand_over(self, path: str, headers: Mapping[str, str], shared: SharedBody, patience: float) -> Answer:
+    def _hand_over(self, path: str, headers: Mapping[str, str], shared: SharedBody | SharedSlice, body: Body) -> Answer:
+        sent = Body(len(shared.head), lambda: (memoryview(shared.head),), look=body.look)
         with shared.offered() as segment:
             named = {**headers, HEADER_SEGMENT: segment.to_header()}
-            answer = self._send(path, named, Body(0, lambda: ()), patience)
+            answer = self._send(path, named, sent, body.patience)
+        if answer.status < 400:
+            body.moved(body.length)
         self._shared = self._shared or answer.status < 400
         return answer
 
@@ -88,7 +91,7 @@ class Uploads:
         if body.shared is None or self._refused is not None or body.length <= SHARE_ABOVE:
             return False
         # A fork sends: the secret in front of the memory is the parent's, who may be handing the same memory over.
-        return self._place.same_host and body.shared.home.is_here
+        return self._place.may_be_here and body.shared.home.is_here
 
     def _stop_sharing(self, fault: EmaError) -> None:
         self._refused = fault.detail

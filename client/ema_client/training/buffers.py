@@ -51,7 +51,8 @@ class UpdateBuffers:
         pinned: whether the tensors lie on a CUDA device.
         slices: for a rank of a sharded model, which slices of the run's tensors are sent; other tensors are whole. None
             where updates are no parts.
-        shared: whether buffers are to lie in memory shared with a service on the same host.
+        shared: whether buffers are to lie in memory shared with a service on the same host. A run's hosts are found
+            with the first update: where that is known later, buffers are made anew.
         devices: copies from devices.
     """
 
@@ -61,7 +62,7 @@ class UpdateBuffers:
         *,
         pinned: bool,
         slices: Mapping[str, Sequence[wire.Box]] | None = None,
-        shared: bool = False,
+        shared: Callable[[], bool] = lambda: False,
         devices: DeviceCopies | None = None,
     ) -> None:
         self._entries = wire.place(specs)
@@ -115,7 +116,7 @@ class UpdateBuffers:
             for tensor in live:
                 yield memory(on_host(tensor))
 
-        length = len(self._header) + (self._entries[-1].end if self._entries else 0)
+        length = len(self._header) + self._size
         data = (lambda: tuple(map(memory, live))) if all(map(is_plain, live)) else None
         return Update(step, Body(length, pieces, digest=self._digest, data=data), _nothing, _nothing, borrowed=True)
 
@@ -164,8 +165,10 @@ class UpdateBuffers:
             return self._free.popleft()
 
     def _give(self, buffer: _Buffer) -> None:
+        outdated = not buffer.to_share and self._is_shared()
         with self._change:
-            self._free.append(buffer)
+            if not outdated:
+                self._free.append(buffer)
             self._change.notify_all()
 
     def _make(self) -> None:
@@ -188,15 +191,24 @@ class UpdateBuffers:
             self._change.notify_all()
 
     def _new_buffer(self) -> _Buffer:
-        body, flat = self._new_body()
+        to_share = self._is_shared()
+        body, flat = self._new_body(to_share=to_share)
         use_pages(flat)
-        return _Buffer(body, flat, views_of(self._entries, flat), pinned=self._pinned)
+        return _Buffer(body, flat, views_of(self._entries, flat), pinned=self._pinned, to_share=to_share)
 
-    def _new_body(self) -> tuple[Body, Tensor]:
+    @property
+    def _size(self) -> int:
+        """Bytes of an update's tensors."""
+        return self._entries[-1].end if self._entries else 0
+
+    def _is_shared(self) -> bool:
+        return self._size > SHARE_ABOVE and self._shared()
+
+    def _new_body(self, *, to_share: bool) -> tuple[Body, Tensor]:
         """A body of new memory, and the memory of its data as a uint8 tensor."""
-        size = self._entries[-1].end if self._entries else 0
-        if self._shared and size > SHARE_ABOVE:
+        if to_share:
             return shared_body(self._header, self._entries, part=self._part)
+        size = self._size
         header, flat = self._header, pages(size)
 
         def pieces() -> Iterator[memoryview]:
@@ -208,10 +220,12 @@ class UpdateBuffers:
 class _Buffer:
     """Host memory for an update. flat: the memory; targets: its tensors, in the order of the stream.
 
-    pinned: whether the memory is page-locked, for copies from CUDA devices.
+    pinned: whether the memory is page-locked, for copies from CUDA devices. to_share: whether the memory was made to be
+    shared, if the system has such memory.
     """
 
-    def __init__(self, body: Body, flat: Tensor, targets: list[Tensor], *, pinned: bool) -> None:
+    def __init__(self, body: Body, flat: Tensor, targets: list[Tensor], *, pinned: bool, to_share: bool) -> None:
+        self.to_share = to_share
         self.flat = flat
         self.targets = targets
         self.body = body

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from ema_client.errors import EmaError, InvalidRequest, RequestTimeout
+from ema_client.errors import EmaError, InvalidRequest, MalformedBody, RequestTimeout
 from ema_service.api.transfer.socket_threads import SocketThreads
 from ema_service.api.transfer.streams import Stream
 from ema_service.bodies import Body
@@ -32,7 +32,7 @@ from ema_service.bodies import Body
 if TYPE_CHECKING:
     from ema_service.api.transfer.lending import LendingProtocol
 
-__all__ = ["FILL", "Fill", "Filling", "Pace", "Work", "content_length", "receive"]
+__all__ = ["FILL", "Fill", "Filling", "Pace", "Work", "content_length", "receive", "receive_head"]
 
 #: Name of the ASGI extension: ``await fill(body, work, length, silence, receivers)``. False where the body has to be
 #: streamed.
@@ -90,6 +90,17 @@ async def receive(
     if fill is None or length is None or not await fill(body, work, length, silence, receivers):
         await _stream(request, body, work, silence)
     body.finish()
+
+
+async def receive_head(request: Request, body: Body, *, silence: float) -> None:
+    """Have a request's whole body as the header of ``body``, whose data come otherwise.
+
+    Raises as receive(); MalformedBody where the request's body is not the header, all of it and nothing else.
+    """
+    length = content_length(request)
+    await _stream(request, body, None, silence)
+    if body.head_bytes != length:
+        raise MalformedBody("a request whose tensors lie in shared memory has a body that is not their header alone")
 
 
 async def _stream(request: Request, body: Body, work: Work | None, silence: float) -> None:

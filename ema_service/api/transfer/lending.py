@@ -154,8 +154,9 @@ def _link(transport: asyncio.BaseTransport) -> Link:
     if sock is not None and sock.family == socket.AF_UNIX:
         return "Unix socket"
     try:
-        peer = ipaddress.ip_address(transport.get_extra_info("peername")[0])
+        peer, own = (ipaddress.ip_address(transport.get_extra_info(end)[0]) for end in ("peername", "sockname"))
     except (TypeError, IndexError, ValueError):  # closed already, or no internet address
         return "TCP"
     mapped = getattr(peer, "ipv4_mapped", None) or peer
-    return "TCP on this host" if mapped.is_loopback else "TCP"
+    # What comes in from elsewhere under an address of this machine the kernel drops.
+    return "TCP on this host" if mapped.is_loopback or peer == own else "TCP"

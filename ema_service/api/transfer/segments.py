@@ -97,28 +97,29 @@ class Mappings:
         self._most = most
         self._most_bytes = most_bytes
         self._sweep_ms = sweep_ms
-        self._mapped: dict[tuple[int, int], _Mapped] = {}
+        #: By device, file, and where in the file a mapping begins.
+        self._mapped: dict[tuple[int, int, int], _Mapped] = {}
         self._sweeper: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def map(self, descriptor: int, end: int, process: int) -> memoryview:
-        """The first ``end`` bytes of a memfd of the process ``process``; mapped as long as views of them live.
+    def map(self, descriptor: int, start: int, stop: int, process: int) -> memoryview:
+        """Bytes [start, stop) of a memfd of the process ``process``; mapped as long as views of them live.
 
-        Raises OSError.
+        start: of a page. Raises OSError.
         """
-        found = os.fstat(descriptor)
-        place = (found.st_dev, found.st_ino)
+        found, nbytes = os.fstat(descriptor), stop - start
+        place = (found.st_dev, found.st_ino, start)
         with self._lock:
             mapped = self._mapped.get(place)
-            if mapped is None or len(mapped.memory) < end:
+            if mapped is None or len(mapped.memory) < nbytes:
                 # ACCESS_COPY (copy on write), although nothing is written: torch takes no read-only memory.
-                memory = memoryview(mmap.mmap(descriptor, end, access=mmap.ACCESS_COPY))
-                if mapped is None and self._has_room(end) and (owner := _watched(process)) is not None:
+                memory = memoryview(mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY, offset=start))
+                if mapped is None and self._has_room(nbytes) and (owner := _watched(process)) is not None:
                     self._mapped[place] = _Mapped(memory, owner, time.monotonic())
                     self._begin_sweeping()
-                return memory[:end]
+                return memory
             mapped.used = time.monotonic()
-            return mapped.memory[:end]
+            return mapped.memory[:nbytes]
 
     def stays(self, memory: memoryview) -> bool:
         """Whether memory that was mapped is held for the next push."""
@@ -176,9 +177,12 @@ def take_over(segment: Segment, body: Body, helpers: Executor, mappings: Mapping
     with _opened(segment) as descriptor:
         secret = _Secret(os.dup(descriptor), segment.secret)
         secret.check()
-        memory = mappings.map(descriptor, segment.offset + segment.length, segment.pid)
-    passed = None if mappings.stays(memory) else _Behind(memory, segment.offset)
-    body.take_over(Shared(memory[segment.offset :], secret.check, helpers, passed))
+        # With the byte in front of the body: mmap() takes no bytes for all bytes.
+        start = (segment.offset - 1) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skip, stop = segment.offset - start, segment.offset + segment.length
+        memory = mappings.map(descriptor, start, stop, segment.pid)
+    passed = None if mappings.stays(memory) else _Behind(memory, skip)
+    body.take_over(Shared(memory[skip:], secret.check, helpers, passed))
 
 
 class _Behind:

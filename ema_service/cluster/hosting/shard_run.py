@@ -28,6 +28,7 @@ from ema_client.errors import (
     InternalError,
     InvalidRequest,
     Overloaded,
+    SegmentUnusable,
     StepConflict,
     StorageFailed,
     Superseded,
@@ -248,7 +249,10 @@ class ShardRun:
 
     def refuse(self, step: int | None, key: str, fault: EmaError) -> None:
         """Vote against a push whose slice here will never be right, so that no host waits for the slice. step: None of
-        initial weights."""
+        initial weights. Not for shared memory that cannot be read, or was withdrawn: the slice is right, and comes
+        otherwise."""
+        if isinstance(fault, SegmentUnusable):
+            return
         self.reporting.refuse(Ticket(self.record.revision, step, key), reason_of(fault))
 
     # --- changes, which come by a coordinator -----------------------------------------------------------------------

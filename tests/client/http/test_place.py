@@ -5,6 +5,7 @@ The file of a real server is in tests/e2e/test_address_file.py.
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
 import time
@@ -87,6 +88,31 @@ def test_what_is_known_of_the_place(file: Path) -> None:
     assert place.address().secure
     assert (place.same_host, place.link) == (False, "TCP")
     assert isinstance(place.context, ssl.SSLContext)
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:1", True),
+        ("unix:///run/ema.sock", True),
+        ("http://192.0.2.1:1", False),  # of documentation: no machine has it
+        ("http://no-such-host.invalid:1", False),
+    ],
+)
+def test_what_may_be_here(url: str, here: bool) -> None:
+    """Loopback, and nothing that is another machine's, or nobody's."""
+    assert Place(url).may_be_here is here
+
+
+def test_an_address_of_this_machine_may_be_here() -> None:
+    """As that of a host which others reach, too; but another one may answer for it, so that is not for sure."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        place = Place(f"http://{probe.getsockname()[0]}:8470")
+    assert (place.may_be_here, place.same_host) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import threading
@@ -18,6 +19,7 @@ from ema_client.errors import ConnectionLost, EmaError, LayoutMismatch
 from ema_client.http import connection, uploads
 from ema_client.http.body import Body
 from ema_client.http.connection import Timeouts
+from ema_client.http.memfd import SharedBody
 from ema_client.http.transport import Transport
 from ema_client.tensors.body import encode
 from tests.client.http.scripts import LARGE, Scripted, body_of, ok
@@ -245,4 +247,25 @@ def test_a_body_that_is_not_wanted_any_more_ends(
     one = transport(scripted(script).url, timeouts=Timeouts(transfer=50.0))
     with pytest.raises(Unwanted):
         one.upload_once("/x", body)
+    ended.set()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
+def test_a_hand_over_that_is_not_wanted_any_more_ends(scripted: Scripted, transport: Callable[..., Transport]) -> None:
+    """Of a body that the service was to read out of shared memory, and says nothing to."""
+    reached, ended = threading.Event(), threading.Event()
+
+    def script(peer: Any) -> None:
+        peer.request()
+        reached.set()
+        ended.wait(60)
+
+    def look() -> None:
+        if reached.is_set():
+            raise Unwanted
+
+    shared = SharedBody(b"", 2 << 20)
+    one = transport(scripted(script).url, timeouts=Timeouts(transfer=50.0))
+    with pytest.raises(Unwanted):
+        one.upload_once("/x", Body(shared.length, lambda: [shared.data], shared, look=look))
     ended.set()

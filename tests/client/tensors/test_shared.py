@@ -166,7 +166,8 @@ def test_parts_are_handed_over(client: EmaClient, run: str) -> None:
         tensors = [torch.full((half,), 2.0 + part)]
         if part == 0:
             specs, tensors = (*specs, TensorSpec("b", (3,), "BF16")), [*tensors, state(2.0)["b"]]
-        body = UpdateBuffers(specs, pinned=False, slices=slices, shared=True).copied(1, tensors, hooked=False).body
+        buffers = UpdateBuffers(specs, pinned=False, slices=slices, shared=lambda: True)
+        body = buffers.copied(1, tensors, hooked=False).body
         last = client.push_part_once(run, body, step=1, part=part, of=2)
         assert last is (part == 1)
 
@@ -230,6 +231,9 @@ def test_service_that_knows_nothing_of_it(scripted: Callable[..., Any]) -> None:
 
     def script(peer: Any) -> None:
         while request := peer.request():
+            if request.method == "GET":
+                peer.answer(200, {"run": "r", "layout": []})
+                continue
             requests.append(request)
             if request.length == 0:
                 peer.problem(422, "malformed_body")

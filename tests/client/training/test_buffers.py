@@ -72,7 +72,7 @@ def test_a_digest_goes_with_an_update(how: str, slices: Any) -> None:
     """As with a push of EmaClient's: a trainer's bytes cross the same wires."""
     small = tensors()
     state = {name: small[name] for name in ("wide", "a", "b", "c")} | {"large": torch.randn(400_000)} | small
-    maker = UpdateBuffers(specs_of(state), pinned=False, slices=slices, shared=how == "shared")
+    maker = UpdateBuffers(specs_of(state), pinned=False, slices=slices, shared=lambda: how == "shared")
     update = maker.borrowed(1, values(state)) if how == "borrowed" else maker.copied(1, values(state), hooked=False)
     expected = encode(state, slices)
 
@@ -135,12 +135,28 @@ def test_cast_initial_weights_warm_the_first_updates_memory() -> None:
 def test_new_memory_is_used_before_the_trainer_needs_it() -> None:
     """The copy of a first update finds its pages there: the system clears pages for another thread."""
     state = {"w": torch.ones(16 << 20)}
-    maker = UpdateBuffers(specs_of(state), pinned=False, shared=True)
+    maker = UpdateBuffers(specs_of(state), pinned=False, shared=lambda: True)
     maker.prepare()
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
     maker.copied(1, values(state), hooked=False)
 
     assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
+def test_memory_is_shared_once_somebody_is_near() -> None:
+    """Hosts are found with the first update: the memory that came before them is given up, and none after that."""
+    state, near = {"w": torch.ones(1 << 20)}, list[bool]()
+    maker = UpdateBuffers(specs_of(state), pinned=False, shared=lambda: bool(near))
+    first = maker.copied(1, values(state), hooked=False)
+    near.append(True)
+    first.done()
+    second = maker.copied(2, values(state), hooked=False)
+    second.done()
+    third = maker.copied(3, values(state), hooked=False)
+
+    assert first.body.shared is None
+    assert second.body.shared is third.body.shared is not None
 
 
 def test_whichever_memory_is_there_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +273,7 @@ def test_copies_from_a_device(hooked: bool, shared: bool) -> None:
     """The bytes are those of before the step, though the step follows at once on the device's stream, and the device's
     memory is as before."""
     state = {"w": torch.randn(64 << 20, device="cuda"), "x": torch.randn(3, 5, device="cuda")}
-    maker = UpdateBuffers(specs_of(state), pinned=True, shared=shared)
+    maker = UpdateBuffers(specs_of(state), pinned=True, shared=lambda: shared)
     maker.copied(1, values(state), hooked=False).done()
     expected = reference({name: tensor.cpu() for name, tensor in state.items()})
     torch.cuda.synchronize()

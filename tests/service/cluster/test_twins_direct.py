@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ema_client import EmaClient
 from ema_client.errors import ConnectionLost, EmaError
+from ema_client.http import uploads
 from ema_client.states import part_body_of
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.test_direct import part_of
@@ -68,15 +69,19 @@ class DirectTwins(Twins):
 
 
 class Trainer(threading.Thread):
-    """Pushes the updates of a run of its own one after another, each until it is applied, LitEma beside it."""
+    """Pushes the updates of a run of its own one after another, each until it is applied, LitEma beside it.
 
-    def __init__(self, twins: DirectTwins) -> None:
+    shared: from memory that the hosts read.
+    """
+
+    def __init__(self, twins: DirectTwins, *, shared: bool = False) -> None:
         super().__init__()
         twins.runs += 1
         self.run_name, self.step = f"trained-{twins.runs}", 0
         self.oracle = LitEmaOracle(model(0), decay=DECAY)
         self.client = direct(twins.cluster.url)
         self.client.create_run(self.run_name, model(0), decay=DECAY)
+        self._shared = self.client.shared_state(model(0)) if shared else None
         self.slowest = 0.0
         #: By step: what a reader finds.
         self.sums = {0: summed(self.oracle.shadow)}
@@ -87,6 +92,8 @@ class Trainer(threading.Thread):
             self.step += 1
             self.oracle.update(model(self.step))
             self.sums[self.step] = summed(self.oracle.shadow)
+            if self._shared:
+                self._shared.fill(model(self.step))
             began = time.monotonic()
             while not self._pushed():
                 pass
@@ -94,7 +101,8 @@ class Trainer(threading.Thread):
 
     def _pushed(self) -> bool:
         try:
-            return self.client.push(self.run_name, model(self.step), step=self.step).step == self.step
+            state = self._shared or model(self.step)
+            return self.client.push(self.run_name, state, step=self.step).step == self.step
         except EmaError as fault:
             if not fault.retryable:
                 raise
@@ -163,12 +171,14 @@ def test_nothing_large_goes_through_the_gateway(twins: DirectTwins, run_name: st
 
 
 @pytest.mark.timeout(180)
-def test_any_host_is_lost_under_load(twins: DirectTwins, soak_seconds: float) -> None:
-    """SIGKILL, data dir and memory removed, of a host and then its twin, while a trainer pushes and a reader pulls; the
-    latter alone without --soak."""
-    trainer = Trainer(twins)
+def test_any_host_is_lost_under_load(twins: DirectTwins, soak_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL, data dir and memory removed, of a host and then its twin, while a trainer pushes and a reader pulls, and
+    another trainer has the hosts read its memory; the latter of the hosts alone without --soak."""
+    monkeypatch.setattr(uploads, "SHARE_ABOVE", 1 << 16)
+    trainer, sharing = Trainer(twins), Trainer(twins, shared=True)
     before = twins.received()
     trainer.start()
+    sharing.start()
     try:
         for place in (0, 2) if soak_seconds else (2,):
             trainer.goes_on()
@@ -180,10 +190,14 @@ def test_any_host_is_lost_under_load(twins: DirectTwins, soak_seconds: float) ->
             assert f"goes on without host {place}" in twins.cluster.log
             twins.wait_whole()
         trainer.goes_on()
+        sharing.goes_on()
+        link = sharing.client.link
     finally:
         trainer.end()
-    assert trainer.slowest < BOUND
+        sharing.end()
+    assert max(trainer.slowest, sharing.slowest) < BOUND
     assert twins.received() - before < SIZE, "the bytes of no update went through the gateway"
+    assert "shared memory with 4 hosts on this machine" in link
     hosts = trainer.client._hosts.known(trainer.run_name)
     assert hosts is not None
     assert [len(host.both) for host in hosts.hosts] == [2, 2]
@@ -251,11 +265,12 @@ def test_a_host_stands_still_under_load(twins: DirectTwins) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(400)
-def test_random_losses_under_load(twins: DirectTwins) -> None:
+def test_random_losses_under_load(twins: DirectTwins, monkeypatch: pytest.MonkeyPatch) -> None:
     """For two minutes any host is lost, or the coordinator, the gateway or another host is killed, at any moment at
     which all hosts are in step, while two trainers push."""
+    monkeypatch.setattr(uploads, "SHARE_ABOVE", 1 << 16)
     random, until = Random(11), time.monotonic() + 120.0
-    trainers = [Trainer(twins), Trainer(twins)]
+    trainers = [Trainer(twins), Trainer(twins, shared=True)]
     for each in trainers:
         each.start()
     try:
