@@ -13,7 +13,7 @@ from ema_client.errors import InvalidRequest, RunNotFound, StorageFailed, Supers
 from ema_client.protocol import SweepInfo, SweepList
 from ema_service.api.errors import problem_responses
 from ema_service.api.limits import JSON_REFUSALS, takes_json
-from ema_service.api.routes.parameters import ALONE, Key, RunName, Server
+from ema_service.api.routes.parameters import Key, RunName, Server
 from ema_service.api.schemas import SWEEP_BYTES, SweepBody
 
 __all__ = ["router"]
@@ -23,7 +23,6 @@ router = APIRouter(prefix="/v1/runs/{run}/sweeps", tags=["history"])
 
 @router.post(
     "",
-    dependencies=[ALONE],
     status_code=201,
     summary="Report a sweep",
     openapi_extra=takes_json(SWEEP_BYTES),

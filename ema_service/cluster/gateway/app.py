@@ -48,6 +48,7 @@ from ema_client.protocol import (
     DIGEST_FOLLOWS,
     HEADER_COPIES,
     HEADER_DIGEST,
+    HEADER_KEY,
     HEADER_PUSH,
     HEADER_SEGMENT,
     NAME_PATTERN,
@@ -61,6 +62,7 @@ from ema_client.protocol import (
     ServerInfo,
     SnapshotInfo,
     SnapshotList,
+    SweepList,
     Timeline,
     UpdateResult,
     UpdateStatus,
@@ -78,6 +80,7 @@ from ema_client.protocol import (
     server_path,
     snapshot_path,
     snapshots_path,
+    sweeps_path,
     timeline_path,
     to_json,
     update_path,
@@ -91,6 +94,7 @@ from ema_service.cluster.gateway.overview import overview_of, run_overview_of
 from ema_service.cluster.gateway.past import asked_of_hosts, whole_distances, whole_history, whole_timeline
 from ema_service.cluster.gateway.pulls import is_known, send_weights
 from ema_service.cluster.gateway.pushes import PartSplitting, Slice, Splitting
+from ema_service.cluster.gateway.sweeping import send_sweep
 from ema_service.cluster.gateway.waiting import once_reached, send_events
 from ema_service.cluster.gateway.watching import Watches
 from ema_service.cluster.gateway.whole import (
@@ -138,8 +142,6 @@ _MOST_LAYOUTS = 256
 _MOST_WAITING = 10_000
 #: Every path of a run beside those served here, and what is said of it.
 _NOT_OFFERED = {
-    "sweep": "one average of another length at a time, from its weights",
-    "sweeps": "no reports of sweeps yet",
     "stretches": "an update comes over one connection",
 }
 
@@ -188,6 +190,9 @@ def create_gateway(hosts: Hosts, pages: Callable[[FastAPI], None] = lambda _: No
         ("HEAD", f"{run}/weights", gateway.weights),
         ("PUT", f"{run}/weights", gateway.initialise),
         ("GET", f"{run}/profiles", gateway.profiles),
+        ("GET", f"{run}/sweep", gateway.sweep),
+        ("POST", f"{run}/sweeps", gateway.add_sweep),
+        ("GET", f"{run}/sweeps", gateway.sweeps),
         ("GET", f"{run}/events", gateway.events),
         ("GET", f"{run}/history", gateway.history),
         ("GET", f"{run}/distances", gateway.distances),
@@ -364,6 +369,24 @@ class _Gateway:
             return await send_worked_out(run, request, self.hosts)
         await once_reached(run, request, self.watches)
         return await send_weights(run, request, self.hosts)
+
+    async def sweep(self, run: RunName, request: Request) -> Response:
+        """Averages of several lengths of the whole run, in one body."""
+        return await send_sweep(run, request, self.hosts, await self._map(request, run))
+
+    async def add_sweep(self, run: RunName, request: Request) -> Response:
+        """What a sweep found, which each host notes by itself: whoever looks asks any of them."""
+        content, path = await _body_of(request), sweeps_path(run)
+        headers = {HEADER_KEY: secrets.token_hex(16), **passed_on(request.headers)}
+        if kind := request.headers.get("content-type"):
+            headers["content-type"] = kind
+        first, *_ = await self.hosts.each(lambda host: self.hosts.send(host, "POST", path, headers, content=content))
+        return Response(first.content, first.status_code, media_type="application/json")
+
+    async def sweeps(self, run: RunName, request: Request) -> Response:
+        """What sweeps found."""
+        host, *_ = await self.hosts.all()
+        return _json(await self._ask(request, sweeps_path(run), SweepList, host))
 
     async def profiles(self, run: RunName, request: Request) -> Response:
         """How an average would be worked out: every host has the ring, and what follows from it."""

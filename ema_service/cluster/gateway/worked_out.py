@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -26,13 +27,15 @@ from ema_client.protocol import HEADER_RECIPE, RunVersion, version_path, weights
 from ema_service.cluster.gateway.hosts import HostAddress, Hosts, all_of, passed_on
 from ema_service.cluster.gateway.pulls import HOLD_SECONDS, PAUSE, TRIES, Asked, Moved, ShardBody, Whole, answer
 
-__all__ = ["is_worked_out", "send_worked_out"]
+__all__ = ["WORK_SECONDS", "Pinned", "agreed", "is_worked_out", "send_worked_out"]
+
+T = TypeVar("T")
 
 #: What of a query says which average is wished for, one of them, and what may come with it.
 _WISHES = frozenset({"sigma_rel", "decay", "half_life", "window"})
 _QUERY = _WISHES | {"at", "max_error", "dtype", "prefix"}
 #: Seconds for the first bytes of a host.
-_WORK_SECONDS = 60.0
+WORK_SECONDS = 60.0
 
 
 def is_worked_out(query: Mapping[str, str]) -> bool:
@@ -45,9 +48,15 @@ async def send_worked_out(run: str, request: Request, hosts: Hosts) -> Response:
     version, or do not have the same ring; InvalidRequest."""
     if others := sorted(set(request.query_params) - _QUERY):
         raise InvalidRequest(f"{others[0]}: does not go with sigma_rel, decay, half_life or window")
+    return answer(request, await agreed(hosts, lambda: _open(run, request, hosts)))
+
+
+async def agreed(hosts: Hosts, ask: Callable[[], Awaitable[T]]) -> T:
+    """What ``ask`` returns, which is called again where the hosts do not have the same. Raises Overloaded where that
+    goes on."""
     for left in reversed(range(TRIES)):
         try:
-            return answer(request, await _open(run, request, hosts))
+            return await ask()
         except (Moved, Superseded) as fault:
             hosts.metrics.apart.inc()
             if not left:
@@ -66,7 +75,7 @@ async def _open(run: str, request: Request, hosts: Hosts) -> Whole:
     """One average on all hosts. Raises Moved, Superseded, and the hosts' errors."""
     headers, query = passed_on(request.headers), dict(request.query_params)
     places = await hosts.all()
-    pinned = _Pinned(hosts, run, headers)
+    pinned = Pinned(hosts, run, headers)
     version = await pinned.one_version(places)
     async with pinned.staying(places, version):
         asked = _AskedWorkedOut(hosts, weights_path(run), {**query, "version": version}, headers, pinned)
@@ -76,7 +85,7 @@ async def _open(run: str, request: Request, hosts: Hosts) -> Whole:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pinned:
+class Pinned:
     """A version of a run that stays at its hosts. headers: of the reader."""
 
     hosts: Hosts
@@ -130,7 +139,7 @@ class _Pinned:
 class _AskedWorkedOut(Asked):
     """One reader's request for an average that is worked out, as it goes to the hosts."""
 
-    pinned: _Pinned
+    pinned: Pinned
 
     async def recipe(self, host: HostAddress) -> str:
         """How the average is worked out. Raises Moved."""
@@ -154,7 +163,7 @@ class _AskedWorkedOut(Asked):
     @property
     def work_seconds(self) -> float:
         """Seconds in which a host waits for its ring, and finds weights."""
-        return _WORK_SECONDS
+        return WORK_SECONDS
 
 
 def _age(version: str) -> tuple[int, ...]:

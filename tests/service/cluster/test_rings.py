@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ema_client import EmaClient
-from ema_client.protocol import HEADER_RECIPE
+from ema_client.protocol import HEADER_RECIPE, HEADER_TARGETS
 from tests.service.cluster.launched import Launched
 from tests.service.posthoc import as_state, walk
 from tests.waiting import settled, wait_until
@@ -211,3 +211,56 @@ def test_a_host_without_a_file_is_named(both: tuple[Launched, ServerProcess], tm
             body = http.get("/v1/runs/damaged/weights?sigma_rel=0.1&max_error=1")
             assert body.status_code == 200
             assert load(body.content).keys() == {"w", "b", "none"}
+
+
+@pytest.mark.parametrize("more", ["", "&dtype=F16", "&at=counter:12"])
+def test_a_sweep_is_that_of_one_server(both: tuple[Launched, ServerProcess], more: str) -> None:
+    """Heads and pieces, byte for byte; and where one of the averages is refused all are."""
+    cluster, server = both
+
+    def swept(url: str, lengths: str) -> httpx.Response:
+        return httpx.get(f"{url}/v1/runs/r/sweep?sigma_rel={lengths}{more}&max_error=0.9", timeout=60)
+
+    ours, theirs = (swept(url, "0.05,0.1,0.2") for url in (cluster.url, server.url))
+    assert (ours.status_code, ours.headers[HEADER_TARGETS]) == (200, "3"), ours.text
+    assert ours.content == theirs.content
+    refused = swept(cluster.url, "0.1,0.29").json()
+    assert refused["code"] == swept(server.url, "0.1,0.29").json()["code"] == "synthesis_refused"
+
+
+def test_pieces_go_over_the_bounds_of_hosts(both: tuple[Launched, ServerProcess]) -> None:
+    """Of averages of more than a piece a host, of lengths that are no pieces."""
+    cluster, server = both
+
+    def state(step: int) -> dict[str, Tensor]:
+        return {"w": torch.arange(700_000, dtype=torch.float32).reshape(-1, 1) * (1 + step), "b": torch.ones(3)}
+
+    bodies = []
+    for url in (cluster.url, server.url):
+        with EmaClient(url) as client:
+            client.create_run("wide", state(0), posthoc={"snapshots": 2, "sigma_rel": [0.1]})
+            for step in range(1, 4):
+                client.push("wide", state(step), step=step)
+                settled(client, "wide")
+            bodies.append(httpx.get(f"{url}/v1/runs/wide/sweep?sigma_rel=0.1,0.2&max_error=1", timeout=60).content)
+            client.delete_run("wide")
+    assert bodies[0] == bodies[1]
+    assert len(bodies[0]) > 2 * 2_800_000
+
+
+def test_what_sweeps_found_is_kept(both: tuple[Launched, ServerProcess]) -> None:
+    """By our client: averages from the gateway, results to it, and from it to whoever looks."""
+    cluster, server = both
+    found = []
+    for url in (cluster.url, server.url):
+        with EmaClient(url) as client:
+            swept = client.sweep("r", _size, sigma_rel=[0.1, 0.15, 0.2], max_error=0.9, name="bytes")
+            [kept] = client.sweeps("r")
+            assert [point.value for point in kept.points] == [0.1, 0.15, 0.2]
+            assert [entry.kind for entry in client.timeline("r").entries].count("sweep") == 1
+            found.append((swept, kept.points, kept.name, kept.version, kept.num_updates))
+    assert found[0] == found[1]
+
+
+def _size(path: Path, _: object) -> float:
+    return float(path.stat().st_size)

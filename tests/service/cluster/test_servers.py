@@ -110,7 +110,6 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
 REFUSED = {
     ("POST", "/rewind"): {"snapshot": None},
     ("PUT", "/snapshots/s?decay=0.5"): None,
-    ("POST", "/sweeps"): {"kind": "decay", "points": []},
     ("PUT", "/weights/parts/0?of=2"): None,
     ("PUT", "/updates/1/parts/0?of=2"): None,
     ("PUT", "/updates/1/stretches/0-1?group=g"): None,
@@ -146,6 +145,7 @@ def test_what_a_host_takes(cluster: Callable[..., Servers], model: Model) -> Non
         ("PUT", "/{run}/updates/{step}"),
         ("POST", "/{run}/rewind"),
         ("PUT", "/{run}/snapshots/{name}"),
+        ("POST", "/{run}/sweeps"),
         ("DELETE", "/{run}/snapshots/{name}"),
         ("PUT", "/{run}/weights/parts/{part}"),
         ("PUT", "/{run}/updates/{step}/parts/{part}"),

@@ -426,7 +426,6 @@ def test_memory_is_not_shared_with_a_gateway(run: PlainRun) -> None:
 def test_what_is_not_offered_is_refused(run: PlainRun) -> None:
     """By name, and what no server has as no route."""
     for method, path in [
-        ("POST", "/sweeps"),
         ("PUT", "/updates/1/stretches/0-8"),
         ("PUT", "/updates/1/parts/0/stretches/0-8"),
     ]:
