@@ -31,7 +31,7 @@ from ema_service.memory import Arena
 from ema_service.persistence import RingSnapshot
 from ema_service.runs import Run
 from ema_service.runs.posthoc import Synthesiser
-from ema_service.runs.recipes import Recipe, Source
+from ema_service.runs.recipes import Recipe, Source, read
 from ema_service.storage import TensorFile
 
 __all__ = ["Asked", "AskedFor", "stored", "work_out"]
@@ -50,7 +50,7 @@ class Asked:
     """Targets that a query asks for, none for the run's own averages. at: as for Synthesiser.recipes().
 
     recipe: how they are worked out, as another host of the run has said; None to find out. version: the run's, which
-    stays here, and is to be taken for the present one; None for the present one.
+    stays here, and is to be taken for the present one; None for the present one. A recipe has one of its own.
     """
 
     targets: tuple[Target, ...]
@@ -169,13 +169,13 @@ async def stored(server: Context, run: Run) -> Synthesiser:
 
 
 async def _found(server: Context, run: Run, asked: Asked) -> list[Recipe]:
-    state = None if asked.version is None else server.readings.state(run, asked.version)
-    if asked.recipe is None:
-        synthesiser = await stored(server, run)
-        find = partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error, state)
-    else:
-        find = partial(server.registry.synthesiser(run.config.run).given, asked.targets, asked.recipe, state)
-    return await server.workers.block(find)
+    if asked.recipe is not None:
+        given = read(asked.recipe)
+        follow, state = server.registry.synthesiser(run.config.run).given, server.readings.state(run, given.version)
+        return await server.workers.block(partial(follow, asked.targets, given, state))
+    there = None if asked.version is None else server.readings.state(run, asked.version)
+    synthesiser = await stored(server, run)
+    return await server.workers.block(partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error, there))
 
 
 async def _opened(request: Request, server: Context, run: Run, recipes: list[Recipe], stack: ExitStack) -> Mixture:

@@ -30,7 +30,7 @@ from ema_service.averaging.profiles import Counters, decays_of, gamma_of, power_
 from ema_service.averaging.strides import Strides
 from ema_service.averaging.synthesis import accepted
 from ema_service.persistence import RingSnapshot, Snapshots, StoredRing
-from ema_service.runs.recipes import GivenSource, Recipe, Source, read
+from ema_service.runs.recipes import GivenRecipes, GivenSource, Recipe, Source
 from ema_service.runs.run import Run
 from ema_service.shadows import Descent, State, Version
 
@@ -106,17 +106,16 @@ class Synthesiser:
             recipes.append(recipe)
         return recipes
 
-    def given(self, targets: Sequence[Target], text: str, state: State | None = None) -> list[Recipe]:
-        """The recipes of these targets as another host of the run has found them. state: as for recipes().
+    def given(self, targets: Sequence[Target], found: GivenRecipes, state: State) -> list[Recipe]:
+        """The recipes of these targets as another host of the run has found them. state: of their version.
 
-        Raises InvalidRequest for a text that is no recipe of theirs, Superseded where this host is at another version,
-        or lacks one of the sources; SnapshotNotFound; as Run.ready_state().
+        Raises InvalidRequest for recipes of others; Superseded where the state is another run's, or this host lacks one
+        of the sources; SnapshotNotFound.
         """
-        found, state = read(text, len(targets)), state or self._run.ready_state()
-        if (found.lineage, found.version) != (state.version.lineage, str(state.version)):
-            raise Superseded(
-                f"the recipe is of version {found.version}, and this host at version {state.version}", retry_after=0.0
-            )
+        if len(found.weights) != len(targets):
+            raise InvalidRequest(f"recipe: it is of {len(found.weights)} averages, and {len(targets)} are asked for")
+        if found.lineage != state.version.lineage:
+            raise Superseded(f"the recipe is of another run {self._run.config.run!r}", retry_after=0.0)
         leading = {each.version: each for each in self.ring.shelf.leading_to(state.version).snapshots}
         sources = [self._source(each, leading) for each in found.sources]
         recipes = []

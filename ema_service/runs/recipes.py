@@ -115,16 +115,14 @@ def _named(source: Source) -> GivenSource:
     return GivenSource("snapshot", source.of.name, source.of.created_at, source.average, source.time)
 
 
-def read(text: str, count: int) -> GivenRecipes:
-    """The recipes in a word, of so many targets. Raises InvalidRequest for any other word."""
+def read(text: str) -> GivenRecipes:
+    """The recipes in a word. Raises InvalidRequest for any other word."""
     try:
         unpacker = zlib.decompressobj()
         raw = unpacker.decompress(base64.b64decode(text, altchars=b"-_", validate=True), _MOST_BYTES)
         found = _checked(json.loads(raw) if unpacker.eof else None)
     except (ValueError, TypeError, zlib.error, binascii.Error, RecursionError) as fault:
         raise InvalidRequest(f"recipe: not what a host of the run has answered: {fault}") from None
-    if {len(found.weights), len(found.errors), len(found.amplifications)} != {count}:
-        raise InvalidRequest(f"recipe: it is of {len(found.weights)} averages, and {count} are asked for")
     return found
 
 
@@ -144,6 +142,8 @@ def _checked(said: Any) -> GivenRecipes:
     )
     if not found.sources or any(len(each) != len(found.sources) for each in found.weights):
         raise ValueError("each source has one weight in each average")
+    if not len(found.weights) == len(found.errors) == len(found.amplifications):
+        raise ValueError("each average has one error")
     if not all(map(math.isfinite, (*sum(found.weights, ()), *found.errors, *found.amplifications))):
         raise ValueError("a weight is no number")
     return found

@@ -21,6 +21,7 @@ from ema_client.protocol import WeightsInfo
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Progress
 from ema_client.reading.laned import Listener
+from ema_client.reading.pulls import Pulls
 from ema_client.reading.weights import Into, Weights
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def pull(
         place = host.shard.place
         listener = Listener(begins=told.of_host(place), wants=lambda info: agreement.settled(place, info))
         with agreement.party():
-            return host.pulls.pull_into(asked, partial(_rows, whole, host), listener, wait=wait).info
+            # Replicas have no ring.
+            pulls = host.pulls if asked.is_stored else Pulls(host.transport)
+            return pulls.pull_into(asked, partial(_rows, whole, host), listener, wait=wait).info
 
     infos = at_all(run.hosts, read)
     return Weights(whole, infos[0]) if len(set(map(_version, infos))) == 1 else None

@@ -29,7 +29,7 @@ class Asked:
     average: None for the run's first. snapshot: None for the current weights. soup: NAME:WEIGHT of snapshots, with
     commas in between, for the sum of these. target: an average that is worked out of the run's ring. dtype: as
     safetensors writes it, None for the shadow's own. prefix: of tensor names. min_step: not before the run has reached
-    this step.
+    this step. recipe: how one host has said that the target is worked out, for the other hosts.
     """
 
     run: str
@@ -40,6 +40,7 @@ class Asked:
     dtype: str | None = None
     prefix: str | None = None
     min_step: int | None = None
+    recipe: str | None = None
 
     @classmethod
     def of(
@@ -82,7 +83,8 @@ class Asked:
         """What says which of the weights on the route, without ``min_step``."""
         soup = {} if self.soup is None else {"soup": self.soup}
         target = {} if self.target is None else self.target.query
-        return {"average": self.average, "dtype": self.dtype, "prefix": self.prefix, **soup, **target}
+        recipe = {} if self.recipe is None else {"recipe": self.recipe}
+        return {"average": self.average, "dtype": self.dtype, "prefix": self.prefix, **soup, **target, **recipe}
 
     @property
     def work_seconds(self) -> float:
@@ -95,9 +97,10 @@ class Asked:
         return self.soup is None and self.target is None
 
     @property
-    def is_current(self) -> bool:
-        """Whether these are all of the run's current weights, as every host of the run has its rows of them."""
-        return self.is_stored and self.snapshot is None and self.prefix is None
+    def is_hosted(self) -> bool:
+        """Whether every host of the run has its rows of these weights: all of the current ones, or of what the hosts
+        work out of their rings."""
+        return self.soup is None and self.snapshot is None and self.prefix is None
 
     @property
     def without_step(self) -> Asked:

@@ -21,7 +21,7 @@ from ema_client.http.downloads import Download
 from ema_client.http.lanes import Moved, carry_all
 from ema_client.http.pace import Pace
 from ema_client.http.stretches import Stretch, Stretches
-from ema_client.protocol import HEADER_SHARDS, WeightsInfo
+from ema_client.protocol import HEADER_RECIPE, HEADER_SHARDS, WeightsInfo
 from ema_client.reading.asked import Asked
 from ema_client.reading.checking import Checked
 from ema_client.reading.ranges import OpenRange, whole_length
@@ -42,11 +42,12 @@ _ATTEMPTS = 4
 
 
 class OnSeveralHosts(Exception):
-    """A gateway began to answer, and the run's hosts have the weights themselves. entries: of the gateway's answer."""
+    """A gateway began to answer, and the run's hosts have the weights themselves. entries, recipe: of the gateway's
+    answer."""
 
-    def __init__(self, entries: tuple[Entry, ...]) -> None:
+    def __init__(self, entries: tuple[Entry, ...], recipe: str | None) -> None:
         super().__init__()
-        self.entries = entries
+        self.entries, self.recipe = entries, recipe
 
 
 class _Moved(Exception):
@@ -210,7 +211,7 @@ class LanedPull:
         size = header.data_bytes
         self.sizes = source.position, size
         if HEADER_SHARDS.lower() in first.headers and self._listener.leaves(size):
-            raise OnSeveralHosts(header.entries)
+            raise OnSeveralHosts(header.entries, first.headers.get(HEADER_RECIPE.lower()))
         if not self._listener.wants(info):
             raise _Moved
         # Before other threads begin: the C library would give a new thread memory that was never touched.

@@ -74,6 +74,7 @@ from ema_service.bodies.mixing import Ingredient, Mixture, interleaved
 from ema_service.bodies.outgoing import ReadBytes
 from ema_service.runs import Run
 from ema_service.runs.recipes import Recipe, text_of
+from ema_service.shadows import State
 
 __all__ = ["router"]
 
@@ -290,11 +291,28 @@ async def _get_synthesised(
             partial(WeightsStream, found.layout.shadows, info, lineage=lineage, dtype=dtype, prefix=prefix)
         )
 
-        async def open_source(_: ExitStack) -> ReadBytes:
+        async def open_source(stack: ExitStack) -> ReadBytes:
+            if found.shard:
+                await _stay(server, request, found, stream, recipe.state, stack)
             return mixture.read
 
         more = _recipe_told(found, [recipe])
         return await _answer(request, server, stream, source, open_source, on_disk=True, more=more)
+
+
+async def _stay(
+    server: Context, request: Request, run: Run, stream: WeightsStream, state: State, stack: ExitStack
+) -> None:
+    """Have a version stay that a body is worked out of, as long as some of the body is sent, and a moment more: its
+    other stretches name the version. Raises Overloaded, ClientDisconnect."""
+    await server.hold(request, *state.arenas)
+
+    def release() -> None:
+        for arena in state.arenas:
+            server.registry.frozen.release(arena)
+
+    reading = Reading(stream, state.arenas[0], state)
+    stack.callback(server.readings.begin(run, reading, release, _range(request, stream)))
 
 
 def _recipe_told(run: Run, recipes: Sequence[Recipe]) -> dict[str, str]:

@@ -81,7 +81,9 @@ async def _open(run: str, request: Request, hosts: Hosts) -> Whole:
         asked = _AskedWorkedOut(hosts, weights_path(run), {**query, "version": version}, headers, pinned)
         recipe = await asked.recipe(places[0])
         asked = replace(asked, query={**asked.query, "recipe": recipe})
-        return Whole(asked, await asked.bodies(places))
+        whole = Whole(asked, await asked.bodies(places))
+        whole.headers[HEADER_RECIPE] = recipe  # for who asks the hosts as well
+        return whole
 
 
 @dataclass(frozen=True, slots=True)
