@@ -74,16 +74,24 @@ class Breaking(Relay):
 
     def __init__(self, url: str, dice: random.Random, troubles: int) -> None:
         self._dice = dice
-        self._troubles = troubles
         self._lock = threading.Lock()
+        self.troubles = troubles
         super().__init__(url)
+
+    def begin(self, troubles: int) -> None:
+        """End what is there, and have so many of the connections that come have trouble."""
+        with self._lock:
+            self.troubles = troubles
+        for sock in self._sockets[1:]:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def begins(self) -> tuple[int, bool] | None:
         """After how many bytes a new connection has trouble, and whether it falls silent then."""
         with self._lock:
-            if self._troubles == 0 or self._dice.random() < 0.3:
+            if self.troubles == 0 or self._dice.random() < 0.3:
                 return None
-            self._troubles -= 1
+            self.troubles -= 1
             return self._dice.randrange(12 << 20), self._dice.random() < 0.2
 
     def carry(self, source: socket.socket, target: socket.socket, _: str, told: tuple[int, bool] | None) -> None:

@@ -1,69 +1,40 @@
-"""Large updates over several connections: stretches of one update, or of a rank's part of one, which the service puts
-together; and updates, whole or in parts, of runs that lie on several hosts.
+"""The updates of one client, whole or in a rank's parts: to its service or, of a run that lies on several hosts,
+straight to each of them.
 
-A push that goes over one connection is measured, too: whether two would bring more is tried with the next one.
-
-Knows: the routes of an update and of a run's layout, which bodies may go in stretches, and which refusals concern one
-stretch alone. Does not know: sockets, tensors, how many lanes pay.
+Knows: which bodies go past a gateway, and when what is known of a run is doubted. Does not know: how one server is sent
+a body (stretched), where hosts are (hosts), sockets, tensors.
 """
 
 from __future__ import annotations
 
-import itertools
-import secrets
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 from ema_client import protocol
-from ema_client.errors import (
-    ConnectionLost,
-    DigestMismatch,
-    EmaError,
-    Forbidden,
-    LayoutMismatch,
-    MalformedBody,
-    Overloaded,
-    RunNotFound,
-    TransportError,
-)
+from ema_client.errors import LayoutMismatch, RunNotFound
 from ema_client.forks import Lock
 from ema_client.hosts.finding import HostedRun, Hosts
-from ema_client.hosts.parts import HostedParts, PartName, is_staged
+from ema_client.hosts.parts import HostedParts, PartName
 from ema_client.hosts.pushing import initialise as initialise_hosts
 from ema_client.hosts.pushing import push as push_to_hosts
-from ema_client.hosts.slicing import Slices
-from ema_client.http.body import Body, cut
-from ema_client.http.digests import Digest, blocks
-from ema_client.http.lanes import Moved, carry_all
-from ema_client.http.pace import PUSHES, Pace
-from ema_client.http.stretches import Stretch, Stretches
+from ema_client.http.body import Body
 from ema_client.http.transport import Query, Reply, Transport
 from ema_client.http.uploads import SHARE_ABOVE
-from ema_client.protocol import RunLayout, UpdateStatus
-from ema_client.wire import LENGTH_BYTES, PartCut, parse_header, stretches_of_part
+from ema_client.stretched import Server
 
 __all__ = ["STRETCHED_ABOVE", "Pushes"]
 
 #: An update of at most so many bytes is there before a second connection would be worth its thread.
 STRETCHED_ABOVE = 32 << 20
-#: What concerns one stretch, or one connection, and not the update.
-_ALONE = (TransportError, Overloaded, DigestMismatch)
-#: So many runs are remembered with what their layouts say of stretches.
-_MOST_RUNS = 1000
-#: So many stretches a part is cut into at the most, and so many ways of cutting parts are remembered.
-_MOST_STRETCHES, _MOST_CUTS = 64, 16
-#: So many parts are remembered with how they were first sent: as one body, or in stretches.
-_MOST_SENT = 64
-#: Numbers for attempts at stretches, each higher than the one before.
-_attempts = itertools.count(1)
+#: So many servers are remembered: more than a run has hosts.
+_MOST_SERVERS = 4096
 
 
 class Pushes:
     """The updates that one client sends. Thread-safe.
 
-    stretched_above: updates of more bytes than this may go in stretches.
+    stretched_above: updates of more bytes than this may go in stretches, and past a gateway.
     """
 
     def __init__(
@@ -74,31 +45,23 @@ class Pushes:
         self._hosts = hosts or Hosts(transport)
         self._parts = HostedParts(self._hosts)
         self._stretched_above = stretched_above
-        #: run -> the run's layout.
-        self._layouts: dict[str, RunLayout] = {}
-        #: The header of a part -> its stretches; none where it cannot be cut.
-        self._cuts: dict[bytes, tuple[PartCut, ...]] = {}
-        #: Whether a part went in stretches at its first try, the oldest first.
-        self._sent: dict[tuple[str, PartName], bool] = {}
+        self._service = Server(transport)
+        #: By address: the hosts that were sent something.
+        self._servers: dict[str, Server] = {}
         self._lock = Lock()
 
     def push(self, run: str, step: int, body: Body, headers: Mapping[str, str], *, once: bool) -> Reply:
         """Send an update; ``once``: tried once. Raises what the transport raises, and what the service answers."""
         if hosted := self._hosted(run, body):
             try:
-                return push_to_hosts(self._hosts, hosted, step, body, headers)
+                return push_to_hosts(self._hosts, hosted, body, headers, partial(self._push_one, run, step))
             except (RunNotFound, LayoutMismatch):
                 self._doubt(run)
-        body = self._for_service(run, body)
-        pace = self._pace(run, body)
-        if pace is None or pace.lanes <= 1:
-            upload = self._transport.upload_once if once else self._transport.upload
-            return _measured(pace, body, partial(upload, protocol.update_path(run, step), headers=headers))
-        push = _LanedPush(self._transport, run, step, body, headers, self._layouts[run], pace)
+        attempt = self._service.update(run, step, self._for_service(run, body), headers, above=self._stretched_above)
         try:
-            return push.attempt() if once else self._transport.retrying(lambda _: push.attempt())
+            return attempt() if once else self._transport.retrying(lambda _: attempt())
         except LayoutMismatch:
-            self._forget(run)
+            self._service.forget(run)
             raise
 
     def initialise(
@@ -124,61 +87,33 @@ class Pushes:
         def attempt(_: int) -> Reply:
             if hosted := self._hosted(run, body):
                 try:
-                    return self._parts.put(hosted, name, body, query, headers)
+                    return self._parts.put(hosted, name, body, headers, partial(self._put_one, run, name, query))
                 except (RunNotFound, LayoutMismatch):
                     self._doubt(run)
-            return self._put_part(run, name, self._for_service(run, body), query, headers)
+            return self._service.part(
+                run, name, self._for_service(run, body), query, headers, above=self._stretched_above
+            )
 
         return attempt(0) if once else self._transport.retrying(attempt)
 
-    def _put_part(self, run: str, name: PartName, body: Body, query: Query, headers: Mapping[str, str]) -> Reply:
-        """Try to send a part to the service, in stretches where several lanes pay. A part goes as it first went, for
-        the service may have some of it."""
-        pace = None if name.step is None else self._pace(run, body, senders=int(query.get("of") or 1))
-        cuts = () if pace is None else self._cut(run, body)
-        laned = self._goes_in_stretches((run, name), wanted=bool(cuts) and pace is not None and pace.lanes > 1)
-        if pace is not None and cuts and laned:
-            return _LanedPart(self._transport, run, name, body, query, headers, cuts, pace).attempt()
-        upload = partial(self._transport.upload_once, name.path(run), query=query, headers=headers)
-        return _measured(pace, body, upload)
+    def _push_one(self, run: str, step: int, to: Transport, body: Body, headers: Mapping[str, str]) -> Reply:
+        """Try to send one host its slice of an update."""
+        return self._server(to).update(run, step, body, headers, above=self._stretched_above)()
 
-    def _goes_in_stretches(self, which: tuple[str, PartName], *, wanted: bool) -> bool:
-        """Whether a part goes in stretches: as at its first try, or, if this is the first, as is wanted."""
-        with self._lock:
-            laned = self._sent.setdefault(which, wanted)
-            if len(self._sent) > _MOST_SENT:
-                del self._sent[next(iter(self._sent))]
-            return laned
+    def _put_one(
+        self, run: str, name: PartName, query: Query, to: Transport, body: Body, headers: Mapping[str, str]
+    ) -> Reply:
+        """Try to send one host what is its of a part."""
+        return self._server(to).part(run, name, body, query, headers, above=self._stretched_above)
 
-    def _cut(self, run: str, body: Body) -> tuple[PartCut, ...]:
-        """The stretches of a part, the same at each step and in each try; none where the part cannot be cut."""
-        header = bytes(next(iter(body.pieces())))
+    def _server(self, to: Transport) -> Server:
         with self._lock:
-            known = self._cuts.get(header)
-        if known is not None:
-            return known
-        block, size = self._layout(run).block_bytes, body.length - len(header)
-        blocks = -(-size // block)
-        try:
-            found = stretches_of_part(parse_header(header[LENGTH_BYTES:]), block * -(-blocks // _MOST_STRETCHES))
-        except MalformedBody:
-            found = ()
-        with self._lock:
-            if len(self._cuts) >= _MOST_CUTS:
-                self._cuts.clear()
-            self._cuts[header] = found
-        return found
-
-    def _pace(self, run: str, body: Body, *, senders: int = 1) -> Pace | None:
-        """The pace of a body that may go in stretches, None for any other body. senders: of the update, which share the
-        lanes that there may be."""
-        if body.data is None or body.length <= self._stretched_above or self._transport.shares(body):
-            return None
-        layout = self._layout(run)
-        if layout.lanes <= 1 or not layout.block_bytes or not layout.digest:
-            return None
-        self._transport.bound(PUSHES, max(1, layout.lanes // senders))
-        return self._transport.pace(PUSHES)
+            found = self._servers.get(to.url)
+            if found is None:
+                if len(self._servers) >= _MOST_SERVERS:
+                    self._servers.clear()
+                found = self._servers[to.url] = Server(to)
+            return found
 
     def _hosted(self, run: str, body: Body) -> HostedRun | None:
         """The hosts that a body goes to past the gateway; None for any other body."""
@@ -186,210 +121,18 @@ class Pushes:
         least = self._stretched_above if body.shared is None else min(SHARE_ABOVE, self._stretched_above)
         if body.data is None or body.length <= least:
             return None
-        return self._hosts.of(run) if self._layout(run).shards > 1 else None
+        return self._hosts.of(run) if self._service.layout(run).shards > 1 else None
 
     def _for_service(self, run: str, body: Body) -> Body:
         """A body as the service is sent it: a gateway has no shared memory with anybody, and need not be offered
         any."""
-        several = self._transport.shares(body) and self._layout(run).shards > 1
+        several = self._transport.shares(body) and self._service.layout(run).shards > 1
         return replace(body, shared=None) if several else body
-
-    def _layout(self, run: str) -> RunLayout:
-        with self._lock:
-            known = self._layouts.get(run)
-        if known is not None:
-            return known
-        try:
-            found = self._transport.json("GET", protocol.layout_path(run)).parsed(RunLayout)
-        except Forbidden:
-            # A token that may push and not read: such a trainer has one connection.
-            found = RunLayout(run, ())
-        found = replace(found, layout=())
-        with self._lock:
-            if len(self._layouts) >= _MOST_RUNS:
-                self._layouts.clear()
-            self._layouts[run] = found
-        return found
 
     def _doubt(self, run: str) -> None:
         """The run may be another one by now: the service knows."""
         self._hosts.forget(run)
-        self._forget(run)
-
-    def _forget(self, run: str) -> None:
         with self._lock:
-            self._layouts.pop(run, None)
-
-
-class _LanedPush:
-    """One update in stretches. Each attempt is of a group of its own: the service takes no stretch of another one."""
-
-    def __init__(
-        self,
-        transport: Transport,
-        run: str,
-        step: int,
-        body: Body,
-        headers: Mapping[str, str],
-        layout: RunLayout,
-        pace: Pace,
-    ) -> None:
-        self._transport = transport
-        self._run = run
-        self._step = step
-        self._body = body
-        self._headers = {**headers, protocol.HEADER_LAYOUT: layout.digest}
-        self._layout = layout
-        self._pace = pace
-        self._views = () if body.data is None else body.data()
-
-    def attempt(self) -> Reply:
-        """Send all stretches, each again alone where it breaks off.
-
-        Raises what the service answers to any of them where that concerns the update; the fault of a stretch where no
-        lane can go on; ConnectionLost where the service forgot those that it had.
-        """
-        size, group = sum(map(len, self._views)), secrets.token_hex(16)
-        stretches = Stretches(0, size, grain=self._layout.block_bytes, expect_alike=self._pace.alike)
-        told, results = _Told(self._body), list[Reply]()
-
-        def carry(stretch: Stretch, moved: Moved) -> None:
-            path = protocol.stretch_path(self._run, self._step, stretch.start, stretch.stop)
-            body = self._stretch_body(stretch, moved)
-            query: Query = {"group": group, "attempt": next(_attempts)}
-            reply = self._transport.upload_once(path, body, query=query, headers=self._headers)
-            if reply.data.get("state") != "staged":
-                results.append(reply)
-
-        carry_all(stretches, carry, self._pace, moved=told.moved, alone=lambda fault: isinstance(fault, _ALONE))
-        if not results:
-            raise ConnectionLost(f"{self._transport.url} was started anew while step {self._step} was sent")
-        return results[0]
-
-    def _stretch_body(self, stretch: Stretch, moved: Moved) -> Body:
-        return Body(
-            stretch.size,
-            lambda: cut(self._views, stretch.start, stretch.stop),
-            # Between two processes of one host there is no wire that could flip a bit.
-            digest=None if self._body.digest is None or self._transport.same_host else lambda: Digest(blocks()),
-            moved=_Steps(moved),
-        )
-
-
-class _LanedPart:
-    """A rank's part in stretches, the same ones in each attempt: the service keeps those that it has, of any attempt,
-    and compares them with those that come again."""
-
-    def __init__(
-        self,
-        transport: Transport,
-        run: str,
-        name: PartName,
-        body: Body,
-        query: Query,
-        headers: Mapping[str, str],
-        cuts: tuple[PartCut, ...],
-        pace: Pace,
-    ) -> None:
-        self._transport = transport
-        self._run = run
-        self._name = name
-        self._body = body
-        self._size = sum(each.nbytes for each in cuts)
-        self._query = {**query, "size": self._size}
-        self._headers = headers
-        self._cuts = cuts
-        self._pace = pace
-        self._slices = Slices(body, cuts)
-        self._replies: list[Reply] = []
-
-    def attempt(self) -> Reply:
-        """Send all stretches, each again alone where it breaks off.
-
-        Raises what the service answers to any of them where that concerns the part or the update; the fault of a
-        stretch where no lane can go on; ConnectionLost where the service forgot those that it had.
-        """
-        size = self._cuts[0].nbytes
-        stretches = Stretches(0, self._size, grain=size, smallest=size, largest=size)
-        carry_all(stretches, self._carry, self._pace, moved=_Told(self._body).moved, alone=self._is_alone)
-        return self._answer()
-
-    def _carry(self, stretch: Stretch, moved: Moved) -> None:
-        if self._name.step is None:
-            raise TypeError("initial weights go as one body")
-        body = replace(self._slices.of(stretch.start // self._cuts[0].nbytes), moved=_Steps(moved))
-        if self._transport.same_host:
-            body = replace(body, digest=None)
-        path = protocol.part_stretch_path(self._run, self._name.step, self._name.part, stretch.start, stretch.stop)
-        query = {**self._query, "attempt": next(_attempts)}
-        self._replies.append(self._transport.upload_once(path, body, query=query, headers=self._headers))
-
-    def _is_alone(self, fault: EmaError) -> bool:
-        """Whether a fault concerns one stretch alone.
-
-        Not a broken connection before the first answer: a service that was started anew may have lost earlier parts,
-        and would take all stretches of this one. Whoever sends parts sees to the earlier ones before each attempt.
-        """
-        return isinstance(fault, _ALONE) and (bool(self._replies) or not isinstance(fault, TransportError))
-
-    def _answer(self) -> Reply:
-        """What the service says of the part once all stretches were answered: applied, or staged.
-
-        Raises ConnectionLost where the service has not all of them.
-        """
-        for reply in self._replies:
-            if not is_staged(reply) or self._name.part in reply.parsed(UpdateStatus).parts:
-                return reply
-        # Another rank's part may have completed the update, and every answer is of a time before.
-        reply = self._transport.json_once("GET", self._name.status_path(self._run))
-        status = reply.parsed(UpdateStatus)
-        if status.state == "applied" or self._name.part in status.parts:
-            return reply
-        raise ConnectionLost(f"{self._transport.url} was started anew while step {self._name.step} was sent")
-
-
-def _measured(pace: Pace | None, body: Body, upload: Callable[[Body], Reply]) -> Reply:
-    """Send a body over one connection, which its pace, if there is one, takes into account."""
-    reply = upload(body if pace is None else replace(body, moved=_Measured(body, pace)))
-    if pace is not None:
-        pace.ends()
-    return reply
-
-
-class _Steps:
-    """Tells of the bytes since the call before, where a body tells of those since its beginning."""
-
-    def __init__(self, moved: Moved) -> None:
-        self._moved = moved
-        self._sent = 0
-
-    def __call__(self, sent: int) -> None:
-        count, self._sent = sent - self._sent, sent
-        self._moved(count)
-
-
-class _Measured:
-    """Tells a body's own listener, and the pace of its only lane."""
-
-    def __init__(self, body: Body, pace: Pace) -> None:
-        self._told = body.moved
-        self._steps = _Steps(pace.moved)
-        pace.at_work(frozenset({threading.get_native_id()}))
-
-    def __call__(self, sent: int) -> None:
-        self._steps(sent)
-        self._told(sent)
-
-
-class _Told:
-    """Tells a body's listener of the bytes of all lanes, by one thread at a time."""
-
-    def __init__(self, body: Body) -> None:
-        self._told = body.moved
-        self._sent = body.length - sum(map(len, body.data())) if body.data is not None else 0
-        self._lock = threading.Lock()
-
-    def moved(self, count: int) -> None:
-        with self._lock:
-            self._sent += count
-            self._told(self._sent)
+            servers = [self._service, *self._servers.values()]
+        for each in servers:
+            each.forget(run)

@@ -1,8 +1,9 @@
 """Group hosts: pushes and pulls of a run on several hosts, each of which has a link of 200 MB/s (1600 Mbit/s), beside
-one server that has such a link; and of two shards that have two hosts each, past the gateway and by it.
+one server that has such a link; of two shards that have two hosts each, past the gateway and by it; and pushes to two
+hosts over flows of 100 MB/s, one to each host and as many as the client finds to pay.
 
-Linux paces single sockets (SO_MAX_PACING_RATE), over loopback too; each client has one connection to each host, and so
-200 MB/s to it. Knows how a cluster is started. Does not know how a round is timed or shown.
+Linux paces single sockets (SO_MAX_PACING_RATE), over loopback too; a client of one lane has one connection to each
+host, and so its rate to it. Knows how a cluster is started. Does not know how a round is timed or shown.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ TWINS, BY_GATEWAY = "twins of 2 shards", "twins, by the gateway"
 #: Of k times what one server reaches.
 PUSHED, PULLED = 0.95, 0.9
 COUNTS = 2, 3
+#: Of flows of FLOW MB/s to two hosts: one to each, and as many as are found, which bring WIDER times as much.
+FLOW = "100"
+LANES = "push, 2 hosts, a flow of 100 MB/s each", "push, 2 hosts, lanes found"
+WIDER = 2.0
 #: Bodies that go to and fro before any is counted: hosts are found with the first ones.
 FINDING = 2
 
@@ -65,15 +70,40 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
                 if of not in (1, BY_GATEWAY):
                     needs[name] = (Need(share * (of if isinstance(of, int) else 2), ONE[way]),)
         seconds = interleave(operations, scale.rounds, on_step=on_step)
-    rows = tuple(rate_row(name, nbytes, seconds, needs.get(name, ())) for name in operations)
-    facts = ("each host, and the one server, sends and is sent 200 MB/s; a client's weights go past the gateway",)
-    return Group("hosts", f"hosts: {show_size(nbytes)} of float32, TCP", rows, facts)
+    facts = ["each host, and the one server, sends and is sent 200 MB/s; a client's weights go past the gateway"]
+    seconds |= _lanes(nbytes, scale, on_step, facts)
+    needs[LANES[1]] = (Need(WIDER, LANES[0]),)
+    rows = tuple(rate_row(name, nbytes, seconds, needs.get(name, ())) for name in seconds)
+    return Group("hosts", f"hosts: {show_size(nbytes)} of float32, TCP", rows, tuple(facts))
+
+
+def _lanes(
+    nbytes: int, scale: Scale, on_step: Callable[[str], object], facts: list[str]
+) -> dict[str, tuple[float, ...]]:
+    """Two hosts that take whatever comes, of a trainer whose flows are paced. facts: is told what the client found."""
+    on_step("finding the lanes to two hosts")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ema-bench-")))
+        url = stack.enter_context(_cluster(folder / "lanes", 2, rate="0"))
+        stack.enter_context(paced(FLOW))
+        one, free = (stack.enter_context(EmaClient(url, lanes=lanes)) for lanes in (1, None))
+        traffic = Traffic("hosts-lanes", nbytes)
+        traffic.create(one)
+        for _ in range(FINDING):
+            traffic.push(free)
+        traffic.push(one)
+        ours = {name: timed(partial(traffic.push, each)) for name, each in zip(LANES, (one, free), strict=True)}
+        found = interleave(ours, scale.rounds, on_step=on_step)
+        traffic.check(free)
+        if hosted := free._hosts.of(traffic.run):
+            facts += [f"{LANES[1]}, host {host.shard.place}: {host.transport.link}" for host in hosted.hosts]
+    return found
 
 
 @contextlib.contextmanager
-def _cluster(folder: Path, count: int, *more: str) -> Iterator[str]:
-    """A coordinator, hosts whose connections are paced, and a gateway, within the block; the gateway's URL. more: flags
-    of hosts."""
+def _cluster(folder: Path, count: int, *more: str, rate: str = RATE) -> Iterator[str]:
+    """A coordinator, hosts, and a gateway, within the block; the gateway's URL. more: flags of hosts. rate: of a host's
+    connections; 0: not paced."""
     folder.mkdir()
     token = folder / "token"
     token.write_text(f"{secrets.token_hex(16)}\n")
@@ -83,7 +113,7 @@ def _cluster(folder: Path, count: int, *more: str) -> Iterator[str]:
         coordinator = stack.enter_context(Child("ema_service", ["cluster", "coordinator", "--port", "0", *secret]))
         known = ["--coordinator", coordinator.said, *secret]
         for place in range(count):
-            flags = ["--shard", f"{place}/{count}", *more, *known, RATE]
+            flags = ["--shard", f"{place}/{count}", *more, *known, rate]
             host = Service(*flags, data_dir=folder / f"host-{place}", program="paced", path=PROCESSES)
             stack.enter_context(host)
         gateway = stack.enter_context(Child("ema_service", ["cluster", "gateway", "--port", "0", *known]))

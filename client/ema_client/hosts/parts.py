@@ -17,10 +17,10 @@ from ema_client import protocol
 from ema_client.errors import ConnectionLost
 from ema_client.forks import Lock
 from ema_client.hosts.finding import GivenUp, HostedRun, Hosts
-from ema_client.hosts.sending import Target, send_to_all
+from ema_client.hosts.sending import Target, Upload, send_to_all
 from ema_client.hosts.slicing import Slices, offered
 from ema_client.http.body import Body
-from ema_client.http.transport import Query, Reply, Transport
+from ema_client.http.transport import Reply, Transport
 from ema_client.protocol import UpdateStatus
 from ema_client.wire import LENGTH_BYTES, PartCut, cut_part, parse_header
 
@@ -67,19 +67,19 @@ class HostedParts:
         self._reached: dict[tuple[str, int], dict[str, None]] = {}
         self._lock = Lock()
 
-    def put(self, run: HostedRun, name: PartName, body: Body, query: Query, headers: Mapping[str, str]) -> Reply:
-        """Send a part whose data lies in memory (Body.data).
+    def put(self, run: HostedRun, name: PartName, body: Body, headers: Mapping[str, str], upload: Upload) -> Reply:
+        """Send a part whose data lies in memory (Body.data). upload: tries to send one host what is its of the part.
 
         Returns an answer that says that the update is applied, where a host gives one; else that it is staged. Raises
-        what hosts answer, or what their transports raise, once nothing is sent any more; ConnectionLost where a host
-        has lost earlier parts; LayoutMismatch, MalformedBody before anything is sent.
+        what ``upload`` raises, once nothing is sent any more; ConnectionLost where a host has lost earlier parts;
+        LayoutMismatch, MalformedBody before anything is sent.
         """
         cuts = self._cut(run, bytes(next(iter(body.pieces()))))
         with offered(body, wanted=run.shares(body)) as segment:
-            return self._put(run, name, Slices(body, cuts, segment=segment), body.key, query, headers)
+            return self._put(run, name, Slices(body, cuts, segment=segment), body.key, headers, upload)
 
     def _put(
-        self, run: HostedRun, name: PartName, slices: Slices, key: str, query: Query, headers: Mapping[str, str]
+        self, run: HostedRun, name: PartName, slices: Slices, key: str, headers: Mapping[str, str], upload: Upload
     ) -> Reply:
         earlier, again = self._earlier(run.run, name), self._was_sent((run.run, name, key))
 
@@ -90,8 +90,7 @@ class HostedParts:
             if target.number or self._is_new(run.run, name.part, to.url):
                 _check_earlier(to, run.run, earlier)
             said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
-            body = slices.of(target.place, to.url, target.look)
-            reply = to.upload_once(name.path(run.run), body, query=query, headers=said)
+            reply = upload(to, slices.of(target.place, to.url, target.look), said)
             self._remember_sent(run.run, name.part, to.url)
             return reply
 

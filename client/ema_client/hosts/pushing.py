@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from ema_client import protocol
 from ema_client.errors import LayoutMismatch
 from ema_client.hosts.finding import HostedRun, Hosts
-from ema_client.hosts.sending import Target, send_to_all
+from ema_client.hosts.sending import Target, Upload, send_to_all
 from ema_client.hosts.slicing import Slices, offered
 from ema_client.http.body import Body
 from ema_client.http.transport import Query, Reply
@@ -27,18 +27,19 @@ __all__ = ["initialise", "push", "together"]
 _DECISION_SECONDS = 30.0
 
 
-def push(hosts: Hosts, run: HostedRun, step: int, body: Body, headers: Mapping[str, str]) -> Reply:
-    """Send an update whose data lies in memory in canonical order (Body.data).
+def push(hosts: Hosts, run: HostedRun, body: Body, headers: Mapping[str, str], upload: Upload) -> Reply:
+    """Send an update whose data lies in memory in canonical order (Body.data). upload: tries to send one host's slice.
 
-    Returns what the hosts answer together. Raises what hosts answer, or what their transports raise, once nothing is
-    sent any more; LayoutMismatch before anything is sent.
+    Returns what the hosts answer together. Raises what ``upload`` raises, once nothing is sent any more; LayoutMismatch
+    before anything is sent.
     """
-    return together(_send(hosts, run, protocol.update_path(run.run, step), body, {}, headers))
+    return together(_send(hosts, run, body, headers, upload))
 
 
 def initialise(hosts: Hosts, run: HostedRun, body: Body, query: Query, headers: Mapping[str, str]) -> None:
     """Send initial weights, as push()."""
-    _send(hosts, run, protocol.weights_path(run.run), body, query, headers)
+    path = protocol.weights_path(run.run)
+    _send(hosts, run, body, headers, lambda to, each, said: to.upload_once(path, each, query=query, headers=said))
 
 
 def together(replies: Sequence[Reply]) -> Reply:
@@ -50,15 +51,14 @@ def together(replies: Sequence[Reply]) -> Reply:
     return replace(told, data={**told.data, "durable_step": least})
 
 
-def _send(hosts: Hosts, run: HostedRun, path: str, body: Body, query: Query, headers: Mapping[str, str]) -> list[Reply]:
+def _send(hosts: Hosts, run: HostedRun, body: Body, headers: Mapping[str, str], upload: Upload) -> list[Reply]:
     cuts = _cuts(body, run)
     with offered(body, wanted=run.shares(body)) as segment:
         slices = Slices(body, cuts, waits=_DECISION_SECONDS, segment=segment)
 
         def send(target: Target) -> Reply:
             said = {**headers, protocol.HEADER_COPIES: str(target.copies)}
-            body = slices.of(target.place, target.transport.url, target.look)
-            return target.transport.upload_once(path, body, query=query, headers=said)
+            return upload(target.transport, slices.of(target.place, target.transport.url, target.look), said)
 
         return send_to_all(hosts, run, send)
 

@@ -11,15 +11,19 @@ Knows: which hosts count by the newest map, and when to try again. Does not know
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ema_client.errors import ConnectionLost, EmaError, Overloaded, TransportError
 from ema_client.hosts.finding import GivenUp, HostedRun, Hosts, raise_foremost
+from ema_client.http.body import Body
 from ema_client.http.transport import Reply, Transport
 
-__all__ = ["Target", "send_to_all"]
+__all__ = ["Target", "Upload", "send_to_all"]
+
+#: Tries to send a host its body, with these header fields, and returns the answer.
+Upload = Callable[[Transport, Body, Mapping[str, str]], Reply]
 
 #: Seconds between two looks at the map of twins once some hosts have answered: one that says nothing may be left
 #: behind, by the others' answers.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from ema_client.http.body import Body, cut
 from ema_client.http.digests import Digest, blocks
@@ -59,16 +60,16 @@ class Slices:
         mine = self._cuts[place]
         skip = len(mine.header)
 
-        def pieces() -> Iterator[memoryview]:
-            yield memoryview(mine.header)
+        def data() -> Iterator[memoryview]:
             for start, stop in mine.spans:
                 yield from cut(self._views, start, stop)
 
         return Body(
             skip + mine.nbytes,
-            pieces,
+            lambda: chain([memoryview(mine.header)], data()),
             self._shared(mine),
             digest=None if self._body.digest is None else lambda: Digest(mine.sizes or blocks(), skip=skip),
+            data=lambda: tuple(data()),
             moved=lambda sent: self._moved(place, to, sent - skip),
             look=look or self._body.look,
             waits=self._waits,

@@ -507,9 +507,10 @@ async def _push_stretch(
     if HEADER_SEGMENT in request.headers:
         raise InvalidRequest(f"a stretch comes as a body, not in shared memory ({HEADER_SEGMENT}): send the whole push")
     pushing = StretchPush(request, server, run, step, key, terms, attempt=attempt)
+    if server.host and isinstance(key, PartStretch):
+        return await _push_part_of_shard(request, server, server.host, run, step, terms, pushing)
     if server.host:
-        to_shard = _push_part_of_shard if isinstance(key, PartStretch) else _push_stretch_of_shard
-        return await to_shard(request, server, server.host, run, step, terms, pushing)
+        return await _push_stretch_of_shard(request, server.host, run, pushing)
     async with pushing as push:
         outcome = await push.receive()
         result = await push.decide() if outcome == "complete" else None
@@ -517,14 +518,14 @@ async def _push_stretch(
     return outcome, result
 
 
-async def _push_stretch_of_shard(
-    request: Request, server: Context, host: Host, run: Run, step: int, terms: Terms, pushing: PartialPush
-) -> _Pushed:
+async def _push_stretch_of_shard(request: Request, host: Host, run: Run, pushing: PartialPush) -> _Pushed:
     """As _push_stretch(), of this host's rows: the stretch that completes them has them voted for, and answers once all
     hosts have decided; so does a stretch that comes again meanwhile, for the answer to the first may be lost."""
     shard = host.shard(run)
     host.check_copies(shard, request.headers)
-    async with _refusing(server, shard, step, terms.push_key(step)), pushing as push:
+    # What is wrong with one stretch is no vote against the push: the stretch may be a late one of an earlier try, which
+    # was given up, and the next try may be right. What is wrong with all of them the shard refuses by itself.
+    async with pushing as push:
         outcome = await push.receive()
         push.tell()
         vote = await push.vote(shard) if outcome == "complete" else push.verdict

@@ -276,6 +276,27 @@ def test_a_host_is_killed(point: str, tmp_path: Path, litema: type[LitEmaOracle]
         servers.end()
 
 
+@pytest.mark.soak
+def test_a_late_stretch_of_a_try_that_was_given_up(tmp_path: Path, litema: type[LitEmaOracle]) -> None:
+    """It is told so, and is no vote against the push: the next try counts."""
+    servers, oracle = Servers(tmp_path, 2, "--body-timeout", "1").start(), litema(model(0), decay=DECAY)
+    try:
+        assert servers.create(model(0), decay=DECAY).status_code == 201
+        servers.push("weights", model(0), "first")
+        trainer = Stretched(servers, model, "r")
+        assert trainer.send(1, 0, trainer.bounds(0)[0], "earlier").status_code == 202
+        wait_until(lambda: state_of(trainer, 1, 0) == "unknown", "the try to be given up")
+        waiting = [trainer.begin(1, 1, each, "other") for each in trainer.bounds(1)]
+        wait_until(lambda: voted(trainer, 1), "the vote")
+        assert code(trainer.send(1, 0, trainer.bounds(0)[1], "earlier")) == "stale_step"
+        assert [each.status_code for each in trainer.send_all(1, 0, "next")].count(200) == 1
+        assert [each.result().status_code for each in waiting].count(200) == 1
+        oracle.update(model(1))
+        assert_same(trainer, oracle)
+    finally:
+        servers.end()
+
+
 @pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.soak)])
 def test_orphans(count: int, sender: Sender, servers: Servers, litema: type[LitEmaOracle]) -> None:
     """What trainers leave that are gone with some of their stretches sent is on both hosts or on none, also where a
