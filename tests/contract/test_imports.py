@@ -97,7 +97,8 @@ TORCH_MODULES = {"ema_service.tensors", "ema_service.averaging.by_torch"}
 NUMBA_MODULES = {"ema_service.averaging.loops*"}
 #: These play the trainer and the evaluator: they use the public client, and start the server as a process.
 PARTS_OUTSIDE = {"demo", "bench"}
-CLIENT_MODULES_OF_SERVICE = {"ema_client.protocol", "ema_client.wire", "ema_client.errors"}
+PROTOCOL = "ema_client.protocol"
+CLIENT_MODULES_OF_SERVICE = {PROTOCOL, "ema_client.wire", "ema_client.errors"}
 #: What the client may import beyond the standard library, and where. `pip install ./client` brings httpx2 alone.
 CLIENT_THIRD_PARTY = {
     "httpx2": {"ema_client.http.control"},
@@ -385,11 +386,23 @@ def ray_in_one_file(module: Module) -> Iterator[str]:
 
 def shared_words_are_stdlib_only(module: Module) -> Iterator[str]:
     """protocol, wire and errors are what both sides load: they cost nobody a dependency."""
-    if module.name not in CLIENT_MODULES_OF_SERVICE:
+    if not _is_of_protocol(module.name) and module.name not in CLIENT_MODULES_OF_SERVICE:
         return
     for imported in module.imports:
-        if imported.root not in sys.stdlib_module_names and imported.target not in CLIENT_MODULES_OF_SERVICE:
+        shared = _is_of_protocol(imported.target) or imported.target in CLIENT_MODULES_OF_SERVICE
+        if imported.root not in sys.stdlib_module_names and not shared:
             yield f"line {imported.line}: {module.name} must not import {imported.target}"
+
+
+def protocol_by_its_name(module: Module) -> Iterator[str]:
+    """What is of the protocol is asked of the package alone, wherever in the package it lies."""
+    for imported in module.imports:
+        if _is_of_protocol(imported.target) and not (_is_of_protocol(module.name) or module.name == PROTOCOL):
+            yield f"line {imported.line}: import {imported.target} from {PROTOCOL}"
+
+
+def _is_of_protocol(name: str) -> bool:
+    return name.startswith(f"{PROTOCOL}.")
 
 
 Rule = Callable[[Module], Iterator[str]]
@@ -409,6 +422,7 @@ RULES: list[Rule] = [
     coordinator_is_a_program,
     ray_in_one_file,
     shared_words_are_stdlib_only,
+    protocol_by_its_name,
 ]
 
 
@@ -457,6 +471,8 @@ def test_rule_holds_everywhere(rule: Rule, modules: list[Module]) -> None:
         (ray_in_one_file, "ema_service.cluster_cli", "from ema_service.cluster.launching.ray_launcher import up"),
         (ray_in_one_file, "ema_client.http.ray_actors", "import ray"),
         (shared_words_are_stdlib_only, "ema_client.wire", "import torch"),
+        (shared_words_are_stdlib_only, "ema_client.protocol.runs", "from ema_client import retry"),
+        (protocol_by_its_name, "ema_client.client", "from ema_client.protocol.runs import RunInfo"),
     ],
 )
 def test_rule_sees_a_breach(rule: Rule, name: str, source: str) -> None:
