@@ -47,6 +47,7 @@ OF_COMPONENTS = [
     if each not in OF_CLUSTER
 ]
 POD_MONITOR = MANIFESTS["pod-monitor.yaml"][0]
+POD_MONITORS = [POD_MONITOR, *(each for path in sorted(CLUSTER.rglob("pod-monitor.yaml")) for each in objects_in(path))]
 STATEFUL_SET = MANIFESTS["stateful-set.yaml"][0]
 TEMPLATE = STATEFUL_SET["spec"]["template"]
 POD = TEMPLATE["spec"]
@@ -134,7 +135,7 @@ def test_a_misspelt_field_is_refused() -> None:
 
 def test_pod_monitor_fits_its_schema() -> None:
     """The Prometheus operator's objects have the operator's fields, and ask the way that the server answers."""
-    for each in (POD_MONITOR, *(each for each in OF_CLUSTER if each["kind"] == "PodMonitor")):
+    for each in POD_MONITORS:
         jsonschema.validate(each["spec"], _POD_MONITOR)
     (endpoint,) = POD_MONITOR["spec"]["podMetricsEndpoints"]
 
@@ -147,7 +148,8 @@ def test_alerts_know_the_jobs_of_pods() -> None:
     rules = (ROOT / "docker" / "prometheus" / "ema-service.rules.yml").read_text()
     asked = re.findall(r'\{job(=~?)"([^"]+)"\}', rules)
     assert len(asked) == 2
-    for monitor in (POD_MONITOR, *(each for each in OF_CLUSTER if each["kind"] == "PodMonitor")):
+    assert len(POD_MONITORS) == 5
+    for monitor in POD_MONITORS:
         job = monitor["spec"]["selector"]["matchLabels"][monitor["spec"]["jobLabel"]]
         assert all(how == "=~" and re.fullmatch(pattern, job) for how, pattern in asked), job
 

@@ -216,6 +216,9 @@ def test_the_component_of_replicas() -> None:
         assert seen["EMA_SERVICE_COORDINATOR"] == environment("ema-host")["EMA_SERVICE_COORDINATOR"]
     assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"] == service["selector"]
     assert service["clusterIP"] == "None"
+    (monitor,) = objects_in(ROOT / "docker" / "kubernetes-cluster" / "replicas" / "pod-monitor.yaml")
+    hosts = named("PodMonitor")["ema-host"]["spec"]
+    assert monitor["spec"] == {**hosts, "selector": {"matchLabels": service["selector"]}}
     at = port["containerPort"]
     assert found.lets_out("ema-replica") == PLAIN.lets_out("ema-host") | {("ema-host", at)}
     assert found.lets_out("ema-gateway") == PLAIN.lets_out("ema-gateway") | {("ema-replica", at)}

@@ -72,7 +72,7 @@ def _findings(probe: Probe) -> Iterator[Finding]:
     except RouteNotFound:
         # A server of before this route: what other routes tell is there all the same.
         yield Finding("service", "warning", f"{probe.url} answers, and is older than this client", _same_version())
-        yield _sharing(probe)
+        yield _sharing(probe, None)
         yield from _runs(probe, started)
         return
     except EmaError as error:
@@ -85,7 +85,7 @@ def _findings(probe: Probe) -> Iterator[Finding]:
     if server.time is not None:
         yield _clock(server.time - (begun + ended) / 2, (ended - begun) / 2)
     yield _way(probe, ended - begun)
-    yield _sharing(probe)
+    yield _sharing(probe, server.hosts)
     yield from _room(server)
     yield from _replica(server)
     yield from _snapshot_store(server)
@@ -146,15 +146,18 @@ def _way(probe: Probe, first: float) -> Finding:
     return Finding("answers", "ok", f"in {1e3 * statistics.median(times):.1f} ms")
 
 
-def _sharing(probe: Probe) -> Finding:
-    """Whether pushes from here can be handed over instead of sent."""
-    if not probe.same_host:
-        return Finding("shared memory", "skipped", "the service is on another host, or behind a name: pushes are sent")
+def _sharing(probe: Probe, hosts: int | None) -> Finding:
+    """Whether pushes from here can be handed over instead of sent. hosts: of a cluster, None of a single server."""
+    if hosts is None and not probe.may_be_here:
+        return Finding("shared memory", "skipped", "the service is on another host: pushes are sent")
     try:
         check_can_share()
     except OSError as fault:
         return Finding("shared memory", "warning", f"none here: {fault}", "pushes are sent; Linux has shared memory")
-    return Finding("shared memory", "ok", "pushes from here are handed over, where service and trainer are of one user")
+    taker = "service" if hosts is None else "a host of the cluster on this machine"
+    return Finding(
+        "shared memory", "ok", f"pushes from here are handed over, where {taker} and trainer are of one user"
+    )
 
 
 def _room(server: ServerInfo) -> Iterator[Finding]:

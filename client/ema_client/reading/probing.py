@@ -44,9 +44,9 @@ class Probe:
         self.url = self._transport.url
 
     @property
-    def same_host(self) -> bool:
-        """Whether the service is on this host for sure."""
-        return self._transport.same_host
+    def may_be_here(self) -> bool:
+        """Whether the service can be on this host, by its address."""
+        return self._transport.may_be_here
 
     def close(self) -> None:
         """Close the connections."""

@@ -6,6 +6,7 @@ Knows answers of a real service, and of sick ones. Does not know how requests tr
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -83,6 +84,20 @@ def test_doctor_says_what_to_mend(
     found = checks(out)[check]
     assert (found["verdict"], code) == (verdict, int(verdict == "failed"))
     assert says in found["remedy"]
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system")
+@pytest.mark.parametrize(("hosts", "who"), [(None, "service"), (2, "a host of the cluster on this machine")])
+def test_doctor_says_who_shares_memory(ema: Ema, scripted: Callable[..., Any], hosts: int | None, who: str) -> None:
+    """A gateway has none, and hosts of its cluster have, where they are on this machine."""
+
+    def script(peer: Any) -> None:
+        while request := peer.request():
+            peer.answer(200, {"runs": []} if request.target == "/v1/runs" else healthy(hosts=hosts))
+
+    found = checks(ema("doctor", "--json", "--url", scripted(script).url)[1])["shared memory"]
+    assert found["verdict"] == "ok"
+    assert f"where {who} and trainer are of one user" in found["found"]
 
 
 def test_doctor_of_sick_runs(ema: Ema, scripted: Callable[..., Any], server: Any, run: str) -> None:
