@@ -1,5 +1,6 @@
 """Group hosts: pushes and pulls of a run on several hosts, each of which has a link of 200 MB/s (1600 Mbit/s), beside
-one server that has such a link; and of two shards that have two hosts each, past the gateway and by it.
+one server that has such a link; of two shards that have two hosts each, past the gateway and by it; and pushes to two
+hosts that read the memory of the client, which no link paces.
 
 Linux paces single sockets (SO_MAX_PACING_RATE), over loopback too; each client has one connection to each host, and so
 200 MB/s to it. Knows how a cluster is started. Does not know how a round is timed or shown.
@@ -30,8 +31,11 @@ NBYTES = 128 << 20
 RATE = "200"
 ONE = {"push": "push, one server", "pull": "pull, one server"}
 TWINS, BY_GATEWAY = "twins of 2 shards", "twins, by the gateway"
+SHARED = "push, 2 hosts, shared memory"
 #: Of k times what one server reaches.
 PUSHED, PULLED = 0.95, 0.9
+#: Of what two hosts reach that are sent their slices.
+READ = 2.5
 COUNTS = 2, 3
 #: Bodies that go to and fro before any is counted: hosts are found with the first ones.
 FINDING = 2
@@ -64,6 +68,9 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
                 operations[name] = timed(partial(what, client))
                 if of not in (1, BY_GATEWAY):
                     needs[name] = (Need(share * (of if isinstance(of, int) else 2), ONE[way]),)
+            if of == COUNTS[0]:
+                operations[SHARED] = timed(partial(traffic.push, client, client.shared_state(traffic.state)))
+                needs[SHARED] = (Need(READ, f"push, {of} hosts"),)
         seconds = interleave(operations, scale.rounds, on_step=on_step)
     rows = tuple(rate_row(name, nbytes, seconds, needs.get(name, ())) for name in operations)
     facts = ("each host, and the one server, sends and is sent 200 MB/s; a client's weights go past the gateway",)
