@@ -1,6 +1,7 @@
 """Group hosts: pushes and pulls of a run on several hosts, each of which has a link of 200 MB/s (1600 Mbit/s), beside
 one server that has such a link; of two shards that have two hosts each, past the gateway and by it; and pushes to two
-hosts over flows of 100 MB/s, one to each host and as many as the client finds to pay.
+hosts over flows of 100 MB/s, one to each host and as many as the client finds to pay, and to two hosts that read the
+memory of the client, which no link paces.
 
 Linux paces single sockets (SO_MAX_PACING_RATE), over loopback too; a client of one lane has one connection to each
 host, and so its rate to it. Knows how a cluster is started. Does not know how a round is timed or shown.
@@ -31,8 +32,11 @@ NBYTES = 128 << 20
 RATE = "200"
 ONE = {"push": "push, one server", "pull": "pull, one server"}
 TWINS, BY_GATEWAY = "twins of 2 shards", "twins, by the gateway"
+SHARED = "push, 2 hosts, shared memory"
 #: Of k times what one server reaches.
 PUSHED, PULLED = 0.95, 0.9
+#: Of what two hosts reach that are sent their slices.
+READ = 2.5
 COUNTS = 2, 3
 #: Of flows of FLOW MB/s to two hosts: one to each, and as many as are found, which bring WIDER times as much.
 FLOW = "100"
@@ -69,6 +73,9 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
                 operations[name] = timed(partial(what, client))
                 if of not in (1, BY_GATEWAY):
                     needs[name] = (Need(share * (of if isinstance(of, int) else 2), ONE[way]),)
+            if of == COUNTS[0]:
+                operations[SHARED] = timed(partial(traffic.push, client, client.shared_state(traffic.state)))
+                needs[SHARED] = (Need(READ, f"push, {of} hosts"),)
         seconds = interleave(operations, scale.rounds, on_step=on_step)
     facts = ["each host, and the one server, sends and is sent 200 MB/s; a client's weights go past the gateway"]
     seconds |= _lanes(nbytes, scale, on_step, facts)
