@@ -130,6 +130,13 @@ class Shard:
             return [*self._wait(vote), self.report()]
         return [self.report()]
 
+    def let_go(self, returning: Proposal) -> list[Report]:
+        """Have nothing any more, as a host whose disk is new: the shard is filled anew for its return, and what is here
+        counts for nothing. A proposal that is none of its return, or an older one, changes nothing."""
+        if self._is_absent and self._lacks(returning):
+            self.record = self.record._replace(edition=self.record.edition + 1, vote=None, lost=True)
+        return []
+
     def refuse(self, ticket: Ticket, reason: str) -> list[Refusal]:
         """Vote against a proposal that this shard has not voted for. Nothing is kept: whoever asks again is refused
         again."""
@@ -242,7 +249,10 @@ class Coordinator:
         self._changes: dict[str, tuple[str, int]] = {}
 
     def ask(self) -> list[Ask]:
-        """What to ask all shards: at the start, and again now and then."""
+        """What to ask all shards: at the start, and again now and then. A return that was refused is proposed again
+        after that."""
+        if self._returning and self._returning[1].ticket in self._refused:
+            self._returning = None  # under another name
         return [] if self.deposed else [self._question(shard) for shard in range(self._shards)]
 
     def propose(self, key: str, change: str, settles: int = 0) -> list[Output]:

@@ -28,7 +28,7 @@ from ema_service.memory import Arena, FilePool, Layout, Memory
 from ema_service.persistence.restoring import Restored
 from ema_service.persistence.rows import StoredVersion, dump
 from ema_service.persistence.versions import Versions
-from ema_service.shadows.state import Member, Setup, State
+from ema_service.shadows.state import Setup, State
 from ema_service.storage import MEMORY, CheckpointRow, RunRow, Store
 from ema_service.values import Array
 
@@ -215,15 +215,16 @@ class MemoryVersions:
         """As Versions.steady()."""
         return self.checkpoints.steady()
 
-    def make_room(self, member: Member) -> None:
-        """Take the memory that one more average will need, and the disk space of its checkpoints.
+    def make_room(self, setup: Setup) -> None:
+        """Take the memory that the averages of ``setup`` will need, and the disk space of their checkpoints, beside
+        what is there.
 
         Raises OSError, Overloaded, and then took nothing.
         """
         with ExitStack() as undo:
             undo.callback(self._pool.trim, self._needed)
-            self._reserve(self._needed + _FILES_EACH)
-            self.checkpoints.make_room(member)
+            self._reserve(_FILES_EACH * len(setup.members) + self._ringed)
+            self.checkpoints.make_room(setup)
             undo.pop_all()
 
     def keep_setup(self, setup: Setup) -> None:

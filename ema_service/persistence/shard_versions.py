@@ -33,9 +33,9 @@ from ema_client.protocol import RunConfig
 from ema_service.memory import Arena
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
-from ema_service.persistence.rows import StoredVersion, dump, is_lost, read_rows, revision_of, settled_in
+from ema_service.persistence.rows import StoredVersion, dump, dump_setup, is_lost, read_rows, revision_of, settled_in
 from ema_service.persistence.versions import Versions, Written
-from ema_service.shadows.state import State, Version
+from ema_service.shadows.state import Setup, State, Version
 from ema_service.storage import MEMORY, CheckpointRow, RowChange, RunRow, ShardRow, Slot, Store
 
 __all__ = ["ShardMemoryVersions", "ShardRecord", "ShardVersions"]
@@ -272,6 +272,18 @@ class ShardVersions(Versions):
         self._keep(record, self.kept.revision, durable=durable)
         self.end_vote(committed=False)
 
+    def empty(self, record: str, setup: Setup) -> None:
+        """Keep a record without any version, and other averages, as a host has whose disk is new. Raises StorageFailed,
+        and then all is as it was."""
+        self._keep(record, 0, 1, RowChange(averages=dump_setup(setup)))
+        self.forget()
+
+    def forget(self) -> None:
+        """There are no versions any more: their slots are free."""
+        self.end_vote(committed=False)
+        self._hold_none()
+        self._checkpoints = {}
+
     def end_vote(self, *, committed: bool) -> None:
         """The version voted for, if any, is the newest, or nobody's."""
         if committed and self._vote:
@@ -438,6 +450,13 @@ class ShardMemoryVersions(MemoryVersions):
     def discard(self, record: str, *, durable: bool = False) -> None:
         """As ShardVersions.discard()."""
         self._keep(record, self.kept.revision, durable=durable)
+        self._end_vote(committed=False)
+
+    def empty(self, record: str, setup: Setup) -> None:
+        """As ShardVersions.empty()."""
+        self._keep(record, 0, 1, RowChange(averages=dump_setup(setup)))
+        self._on_disk.forget()
+        self._newest = self.durable_step = None
         self._end_vote(committed=False)
 
     def _keep(

@@ -273,11 +273,14 @@ class Versions:
         with self._saving:
             yield
 
-    def make_room(self, member: Member) -> None:
-        """Take the disk space that one more average will need, in every slot. Raises OSError, and then took none."""
+    def make_room(self, setup: Setup) -> None:
+        """Take the disk space that the averages of ``setup`` will need, in every slot, beside those that are there.
+        Raises OSError, and then took none."""
+        more = self._slots.lacking({member.name: self._extent(member) for member in setup.members})
         count = (_SLOTS if self.every else _CHECKPOINT_SLOTS)[self._durability]
-        with self._store.taking(count * self._layout.shadow_bytes):
-            self._slots.add(member.name, self._extent(member))
+        if more:
+            with self._store.taking(count * len(more) * self._layout.shadow_bytes):
+                self._slots.add(more)
 
     def keep_setup(self, setup: Setup) -> None:
         """Make these averages those of the run, from the answer on, whatever becomes of the machine. Raises
@@ -393,6 +396,11 @@ class Versions:
         self._anchor = written.slot if anchor is row else self._slots.hold(anchor.row.folder) if anchor else None
         self._anchor_step = anchor.step if anchor else None
         return written
+
+    def _hold_none(self) -> None:
+        """There are no versions any more, and anybody may write to their slots."""
+        self._newest = self._anchor = None
+        self._anchor_step = self.durable_step = None
 
     def memory_row(self) -> StoredVersion | None:
         """The row of a version in memory files that is newer than every version on disk, or cannot be read."""

@@ -72,7 +72,7 @@ from ema_service.runs.measurements import Measurements
 from ema_service.runs.parts import Expired, Parts
 from ema_service.runs.posthoc import Synthesiser, with_posthoc
 from ema_service.runs.run import Run
-from ema_service.shadows import Member, Setup
+from ema_service.shadows import Setup
 from ema_service.storage import (
     CatalogUnusable,
     MemoryFilesUnusable,
@@ -417,7 +417,7 @@ class Registry:
             if (setup := change(run.ledger)) is None:
                 return run, False
             _check_averages(setup.config, folds_case=self._store is not None and self._store.folds_case)
-            with self._claimed(setup.config, run.layout, found), self._room_for(found, setup.members[-1]):
+            with self._claimed(setup.config, run.layout, found), self._room_for(found, setup):
                 run.change_averages(change, found.keep_setup)
         found.record(*told_average_added(average))
         return run, True
@@ -450,9 +450,9 @@ class Registry:
         if removed:
             found.record(*told_average_removed(average))
 
-    def room_for_average(self, run: Run, setup: Setup) -> Callable[[bool], None]:
-        """Take memory and disk space for the last average of ``setup``, which the run is to have if others say so. The
-        result is called once that is known: where the run does not have the average the room is given back.
+    def room_for_averages(self, run: Run, setup: Setup) -> Callable[[bool], None]:
+        """Take memory and disk space for the averages of ``setup``, which the run is to have if others say so. The
+        result is called once that is known: where the run does not have them their room is given back.
 
         Raises InvalidRequest, Overloaded, StorageFailed, RunNotFound, and then took nothing.
         """
@@ -462,7 +462,7 @@ class Registry:
             run.ledger.check_exists()
             claim = self._claim(setup.config, run.layout, found)
             undo.callback(self._disclaim, claim)
-            self._take_room(found, setup.members[-1])
+            self._take_room(found, setup)
             undo.pop_all()
 
         def end(made: bool) -> None:
@@ -644,32 +644,33 @@ class Registry:
             self._claims.discard(claim)
 
     @contextlib.contextmanager
-    def _room_for(self, found: Registered, member: Member) -> Iterator[None]:
-        """Take memory and disk space for one more average of a run; give them back where the block raises.
+    def _room_for(self, found: Registered, setup: Setup) -> Iterator[None]:
+        """Take memory and disk space for the averages that a run is to have; give back where the block raises.
 
         Raises as _take_room().
         """
-        self._take_room(found, member)
+        self._take_room(found, setup)
         with contextlib.ExitStack() as undo:
             if found.disk:
                 undo.callback(found.disk.versions.give_back)
             yield
             undo.pop_all()
 
-    def _take_room(self, found: Registered, member: Member) -> None:
-        """Take memory and disk space for one more average of a run. Raises Overloaded, StorageFailed."""
+    def _take_room(self, found: Registered, setup: Setup) -> None:
+        """Take memory and disk space for the averages that a run is to have. Raises Overloaded, StorageFailed."""
+        new = ", ".join(repr(each.name) for each in setup.members if each not in found.run.ledger.setup.members)
         try:
-            self.staging.needed(found.run.layout, len(found.run.config.averages) + 1)
+            self.staging.needed(found.run.layout, len(setup.members))
             if found.disk:
-                found.disk.versions.make_room(member)
+                found.disk.versions.make_room(setup)
         except BodyTooLarge as fault:
             raise Overloaded(fault.detail, hint=fault.hint, retry_after=_FULL_SECONDS) from None
         except MemoryFilesUnusable as fault:
             raise Overloaded(
-                f"no room for average {member.name!r}: {fault}", hint=MORE_ROOM, retry_after=_FULL_SECONDS
+                f"no room for average {new}: {fault}", hint=MORE_ROOM, retry_after=_FULL_SECONDS
             ) from fault
         except OSError as fault:
-            raise StorageFailed(f"average {member.name!r} was not added: {fault}", retry_after=1.0) from fault
+            raise StorageFailed(f"average {new} was not added: {fault}", retry_after=1.0) from fault
 
     def _with_posthoc(self, config: RunConfig) -> RunConfig:
         """The configuration with the averages that post-hoc averages are made of, behind its own.

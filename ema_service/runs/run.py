@@ -658,6 +658,11 @@ class Run:
                 self._put_in_place(state)
         self.changes.tell()
 
+    def write(self, state: State) -> Place | None:
+        """Where a state that was copied from another host is written, whole; None where not every version is kept. The
+        write that makes the state the run's is moving_to(). Raises StorageFailed, Superseded."""
+        return self._write(state)
+
     def retire(self, forget: Callable[[], None], *, replaced: bool = False) -> None:
         """Take no update from now on: the run is deleted, or replaced by another. Waits for the update in hand.
 

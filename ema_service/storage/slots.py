@@ -100,19 +100,24 @@ class Slots:
         for slot in [self.take() for _ in range(count)]:
             slot.files.open()
 
-    def add(self, average: str, extent: Extent) -> None:
-        """Give every slot that is there a file of one more average, with all the space it takes.
+    def lacking(self, extents: Mapping[str, Extent]) -> dict[str, Extent]:
+        """Those averages of which the slots have no file of this size."""
+        return {average: extent for average, extent in extents.items() if self._extents.get(average) != extent}
+
+    def add(self, extents: Mapping[str, Extent]) -> None:
+        """Give every slot that is there files of more averages, with all the space they take.
 
         Raises OSError (no space), and then gave none.
         """
         with ExitStack() as made, ExitStack() as undo:
             for name in self._on_disk():
-                files = SlotFiles(self._folder, name, {average: extent}, direct=False, hold=self._hold)
+                files = SlotFiles(self._folder, name, extents, direct=False, hold=self._hold)
                 made.callback(files.close)
-                undo.callback(files.remove, average)
+                for average in extents:
+                    undo.callback(files.remove, average)
                 files.open()
             undo.pop_all()
-        self._extents = {**self._extents, average: extent}
+        self._extents = {**self._extents, **extents}
 
     def keep_only(self, averages: Collection[str]) -> None:
         """Remove the files of all other averages from every slot; whoever has such a file open goes on with it."""

@@ -24,8 +24,8 @@ from ema_service.cluster.messages import DIRECTORY
 from ema_service.cluster.token import ClusterToken
 from ema_service.cluster.whereabouts import coordinator_url
 from ema_service.memory import Arena
-from ema_service.persistence.rows import version_of
-from ema_service.runs import Run, State
+from ema_service.persistence.rows import read_setup, version_of
+from ema_service.runs import Run, Setup, State
 from ema_service.tls import trusting
 
 __all__ = ["Copied", "Twin"]
@@ -59,15 +59,22 @@ class Twin:
             found: list[dict[str, Any]] = json.load(answer)["runs"]
             return found
 
+    def averages(self, run: Run, key: str) -> Setup:
+        """Which averages the twin's run is to have, while the twin holds its vote of this key. Raises Overloaded."""
+        with self._opened(f"/runs/{quote(run.config.run)}/averages?key={quote(key)}") as answer:
+            return read_setup(run.ledger.setup.created, json.load(answer)["averages"])
+
     def copy(self, run: Run, key: str) -> Copied:
-        """The version of a run, while the twin holds its vote of this key. Raises Overloaded, where the twin is away,
-        or its bytes are not those that it says."""
+        """The version of a run that has the twin's averages, while the twin holds its vote of this key. Raises
+        Overloaded, where the twin is away, or its bytes are not those that it says."""
         until = time.monotonic() + _MOST_SECONDS
         with self._opened(f"/runs/{quote(run.config.run)}?key={quote(key)}") as answer:
             head = json.loads(answer.readline(_LINE_BYTES))
             if head["state"] is None:
                 return Copied(head["outcome"], None)
             version = version_of(head["state"], run.ledger.setup)
+            if len(head["averages"]) != len(version.averages):
+                raise ValueError(f"{len(head['averages'])} averages, and this host has {len(version.averages)} of them")
             arenas = tuple(_arena(run, answer, count, until) for count in head["averages"])
             return Copied(head["outcome"], State(version, arenas))
 

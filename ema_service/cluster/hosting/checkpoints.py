@@ -20,6 +20,7 @@ from ema_service.cluster.messages import Kept, Proposal, Record
 from ema_service.persistence import ShardMemoryVersions, ShardVersions
 from ema_service.runs import Run, State, Version, Write
 from ema_service.runs.ledger import writer_in
+from ema_service.runs.run import Place
 
 __all__ = ["Checkpoints"]
 
@@ -93,10 +94,11 @@ class Checkpoints:
         version, outcome = self._run.ledger.gone_back(state.version if state else None, proposal.change or "")
         return self.back_at(replace(state, version=version) if state and version else None, outcome), outcome
 
-    def back_at(self, state: State | None, outcome: str) -> Write:
-        """The write that a way back is, of the state that was voted for; None where the run has no weights then."""
+    def back_at(self, state: State | None, outcome: str, place: Place | None = None) -> Write:
+        """The write that a way back is, of the state that was voted for; None where the run has no weights then. place:
+        where the state was written; None where its bytes are kept already."""
         then = partial(self._arrived, writer_in(outcome))
-        return self._run.moving_to(state, None, then) if state else self._run.moving_to_nothing(then)
+        return self._run.moving_to(state, place, then) if state else self._run.moving_to_nothing(then)
 
     def follow(self, proposal: Proposal, record: Record) -> None:
         """Tell people where the shards went back to, and give up checkpoints that they went back over, once a proposal

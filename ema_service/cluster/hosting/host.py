@@ -307,7 +307,7 @@ class Host:
 
     async def add_average(self, name: str, average: AverageConfig, key: str | None) -> tuple[RunInfo, bool]:
         """As Registry.add_average(), on all hosts. Raises as that, and as _ask()."""
-        run = self._averaged(name)
+        run = self._registry.get(name)
         key = key or secrets.token_hex(16)
 
         def info() -> RunInfo | None:
@@ -323,7 +323,7 @@ class Host:
 
     async def remove_average(self, name: str, average: str, key: str | None) -> None:
         """As Registry.remove_average(), on all hosts. Raises as that, and as _ask()."""
-        run = self._averaged(name)
+        run = self._registry.get(name)
         key = key or secrets.token_hex(16)
 
         def told() -> bool | None:
@@ -336,15 +336,6 @@ class Host:
         if run.state:  # what a loss of the machine leaves has another average then
             await self._settle(self.shard(run))
         await self._made(run, AverageRemoved(average), key, told)
-
-    def _averaged(self, name: str) -> Run:
-        """A run whose averages are to be others. Raises RunNotFound; InvalidRequest where hosts have twins."""
-        if self._membership.twins:
-            raise InvalidRequest(
-                "a cluster with twins cannot change a run's averages yet: a host that was filled would not have them",
-                hint="create the run with all averages that it is to have",
-            )
-        return self._registry.get(name)
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
@@ -526,6 +517,10 @@ class Host:
         """The version of a run, while its shard here holds a vote. key: of the vote. Raises RunNotFound, Overloaded."""
         return self.shard(self._registry.get(name)).lend(key)
 
+    def lend_averages(self, name: str, key: str) -> str:
+        """Which averages a run has, while its shard here holds a vote. key, raises: as for lend_version()."""
+        return self.shard(self._registry.get(name)).lend_averages(key)
+
     def lending(self, name: str) -> ShardSnapshots:
         """The snapshots of a run. Raises RunNotFound, Overloaded."""
         return self.shard(self._registry.get(name)).snapshots
@@ -555,7 +550,7 @@ class Host:
             versions,
             snapshots,
             self._registry.source_of,
-            self._registry.room_for_average,
+            self._registry.room_for_averages,
             arrival,
             member.coordinators,
             member.token,

@@ -2,6 +2,7 @@
 
     GET /v1/twin/directory?key=         the runs, as this host has them
     GET /v1/twin/runs/{run}?key=        a line of JSON, with the version's facts; then each average's bytes and digest
+    GET /v1/twin/runs/{run}/averages?key=   which averages the run has
     GET /v1/twin/runs/{run}/snapshots   which there are; and the file of each average, behind /{name}/{average}
 
 A run is lent while this host holds its vote for the return of its twin, which the key names: so nothing of the run
@@ -52,6 +53,10 @@ def lending_app(host: Host, token: ClusterToken) -> Starlette:
         head, arenas = await run_in_threadpool(host.lend_version, name, key)
         return StreamingResponse(_pieces(head, arenas), media_type="application/octet-stream")
 
+    async def averages(request: Request) -> Response:
+        key, name = request.query_params.get("key", ""), request.path_params["run"]
+        return JSONResponse({"averages": await run_in_threadpool(host.lend_averages, name, key)})
+
     async def snapshots(request: Request) -> Response:
         shard = host.lending(request.path_params["run"])
         return JSONResponse({"snapshots": await run_in_threadpool(shard.lent)})
@@ -72,6 +77,7 @@ def lending_app(host: Host, token: ClusterToken) -> Starlette:
     paths = {
         "/directory": directory,
         "/runs/{run}": run,
+        "/runs/{run}/averages": averages,
         "/runs/{run}/snapshots": snapshots,
         "/runs/{run}/snapshots/{name}/{average}": snapshot,
     }

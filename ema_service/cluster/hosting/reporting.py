@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from ema_client.errors import StorageFailed
@@ -181,6 +182,11 @@ class Reporting(Generic[T]):
 
         self._act(prepare, vote.ticket)
 
+    def let_go(self, returning: Proposal, keep: Callable[[Record], None]) -> None:
+        """Have the shard begin with nothing, for its return. keep: keeps the record of that, and gives up what is here;
+        raises StorageFailed where nothing was changed. Not called for what is no return of this shard any more."""
+        self._act(lambda core: core.let_go(returning), keep=keep)
+
     def refuse(self, ticket: Ticket, reason: str) -> None:
         """Vote against a proposal, which is then dropped on all shards."""
         if self._store.takes_part():
@@ -211,11 +217,15 @@ class Reporting(Generic[T]):
     # ----------------------------------------------------------------------------------------------------------------
 
     def _act(
-        self, act: Callable[[Shard], Sequence[Report | Refusal | Answer | Proposal]], prepared: Ticket | None = None
+        self,
+        act: Callable[[Shard], Sequence[Report | Refusal | Answer | Proposal]],
+        prepared: Ticket | None = None,
+        keep: Callable[[Record], None] | None = None,
     ) -> None:
         """Have the core act; keep the record, and only then send what follows. Raises StorageFailed.
 
-        prepared: what the store was told to prepare, if it is done with that.
+        prepared: what the store was told to prepare, if it is done with that. keep: keeps a record that is none of the
+        store's events.
         """
         waiting, kept = None, False
         try:
@@ -224,7 +234,7 @@ class Reporting(Generic[T]):
                     self._preparing.discard(prepared)
                 waiting = self._core.report().waiting
                 outputs = act(self._core)
-                self._keep()
+                self._keep(keep)
                 kept = True
                 proposals = self._to_prepare(outputs)
                 for output in outputs:
@@ -257,13 +267,13 @@ class Reporting(Generic[T]):
         self._preparing.update(proposal.ticket for proposal in found)
         return found
 
-    def _keep(self) -> None:
+    def _keep(self, keep: Callable[[Record], None] | None) -> None:
         """Make the core's record durable, or go on with a core from the last record that is. Then hold nothing that was
         prepared for a proposal which is neither voted for nor waits."""
         record, before = self._core.record, self._kept
         try:
             if record is not before:
-                self._store_record(before, record)
+                (keep or partial(self._store_record, before))(record)
                 self._kept = record
         finally:
             if self._kept is not record:

@@ -3,7 +3,8 @@
     AverageAdded      each host takes memory and disk space, and votes; with the verdict the setup's row says so
     AverageRemoved    with the verdict the setup's row is without; then memory and disk space are given back
 
-Room that is taken for an average waits for the verdict, and goes back where the change is made nowhere.
+Room that is taken for an average waits for the verdict, and goes back where the change is made nowhere. A host that is
+filled has the averages of its twin, whichever it had.
 
 Knows the averages of one shard. Does not know who asks for one (host), or who votes for what (shard_run).
 """
@@ -34,7 +35,7 @@ __all__ = ["RoomFor", "ShardAverages"]
 
 _log = logging.getLogger(__name__)
 
-#: Takes the room of a setup's last average; as Registry.room_for_average().
+#: Takes the room of a setup's averages; as Registry.room_for_averages().
 RoomFor: TypeAlias = Callable[[Run, Setup], Callable[[bool], None]]
 
 
@@ -44,7 +45,7 @@ class ShardAverages:
     def __init__(
         self, run: Run, versions: ShardVersions | ShardMemoryVersions, saving: Executor, room_for: RoomFor
     ) -> None:
-        """saving: gives room back. room_for: as Registry.room_for_average()."""
+        """saving: gives room back. room_for: as Registry.room_for_averages()."""
         self._run = run
         self._versions = versions
         self._saving = saving
@@ -52,12 +53,14 @@ class ShardAverages:
         self._lock = threading.Lock()
         #: By the key of a change that is not decided: what ends the room that it took.
         self._rooms: dict[str, Callable[[bool], None]] = {}
+        #: Whether the run has averages from its twin whose room is not taken yet.
+        self._lacks_room = False
 
     def prepare(self, change: AverageAdded | AverageRemoved, key: str) -> Setup | None:
         """The setup that a change makes, whose room is taken; None where the run has it. Touches the disk.
 
         Raises as Ledger.check_writable(), as Succession.with_average() or without_average(), and as
-        Registry.room_for_average().
+        Registry.room_for_averages().
         """
         ledger = self._run.ledger
         ledger.check_writable()
@@ -83,6 +86,26 @@ class ShardAverages:
             _log.error("run %s: %s", self._run.config.run, fault)
         return setup
 
+    def adopt(self, setup: Setup, let_go: Callable[[Setup], None]) -> None:
+        """Have the averages of ``setup``, which the twin has, in place of the run's own, and room for them. Touches the
+        disk. let_go: has the run begin with nothing but these averages; called where they are others.
+
+        Raises as Registry.room_for_averages(), and what ``let_go`` raises; then it is to be called again.
+        """
+        if dump_setup(setup) != dump_setup(self._run.ledger.setup):
+            self.forget()
+            let_go(setup)
+            self._lacks_room = True
+        if self._lacks_room:
+            self._room_for(self._run, setup)(True)
+            self._lacks_room = False
+            self._give_back()
+
+    def forget(self) -> None:
+        """Give back the room of changes that the other hosts decided without this one. Touches the disk."""
+        for end in self._ends():
+            end(False)
+
     def rows(self, change: AverageAdded | AverageRemoved, setup: Setup) -> RowChange:
         """What changes on the disk with the verdict on a change, which makes this setup."""
         if isinstance(change, AverageRemoved):
@@ -106,10 +129,14 @@ class ShardAverages:
 
     def close(self) -> None:
         """Wait for no verdict any more: what was voted for is there at the next start."""
+        for end in self._ends():
+            end(True)
+
+    def _ends(self) -> list[Callable[[bool], None]]:
+        """What ends the rooms that wait for a verdict, of which none waits from now on."""
         with self._lock:
             ends, self._rooms = list(self._rooms.values()), {}
-        for end in ends:
-            end(True)
+        return ends
 
     def _give_back(self) -> None:
         try:
@@ -119,7 +146,7 @@ class ShardAverages:
             _log.error("run %s: the room of a removed average: %s", self._run.config.run, fault)
 
     def _take_room(self, setup: Setup, key: str) -> None:
-        """Raises as Registry.room_for_average()."""
+        """Raises as Registry.room_for_averages()."""
         with self._lock:
             if key in self._rooms:
                 return

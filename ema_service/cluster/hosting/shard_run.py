@@ -73,7 +73,7 @@ from ema_service.persistence import (
     told_rewind,
     told_writer,
 )
-from ema_service.persistence.rows import dump
+from ema_service.persistence.rows import dump, dump_setup
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, Setup, State, Update, Write
 from ema_service.runs.ledger import writer_in
@@ -159,7 +159,7 @@ class ShardRun:
         ring: ShardRing | None = None,
     ) -> None:
         """run, versions, snapshots, ring: as Registry.get(), shard(), snapshots() and ring() have them, for which there
-        is no other ShardRun. source_of, room_for: Registry.source_of() and room_for_average(). arrival, coordinators,
+        is no other ShardRun. source_of, room_for: Registry.source_of(), room_for_averages(). arrival, coordinators,
         token: as for Reporting. changes: judges what coordinators bring, and works until the talk is closed; saving:
         does the same where files are read or written. twin: the other host of the shard, None where there is none.
 
@@ -346,6 +346,7 @@ class ShardRun:
             if prepared.filled:
                 self._copying = None
                 self._saving.submit(self._tell_filled)
+                self._saving.submit(self._averages.forget)
             if record.made:
                 self.checkpoints.follow(record.made.proposal, record)
                 key = record.made.ticket.key
@@ -551,19 +552,40 @@ class ShardRun:
         """What the twin has, to be put in place of what is here. Raises Overloaded, StorageFailed."""
         if self._twin is None:
             raise InvalidRequest("this host has no twin")
+        key = proposal.ticket.key
         try:
             self.snapshots.copy(self._twin)
-            copied = self._twin.copy(self._run, proposal.ticket.key)
+            self._averages.adopt(self._twin.averages(self._run, key), partial(self._begin_with, proposal))
+            copied = self._twin.copy(self._run, key)
         finally:  # also of a copy that was made: the others may not agree on what it makes of the run
             self._fills_from = time.monotonic() + _FILL_PAUSE
+        place = self._run.write(copied.state) if copied.state else None
         with self._run.deciding():
-            write = self.checkpoints.back_at(copied.state, copied.outcome)
+            write = self.checkpoints.back_at(copied.state, copied.outcome, place)
             return self._held.setdefault(proposal.ticket, _Held(write, copied.outcome, filled=True))
+
+    def _begin_with(self, proposal: Proposal, setup: Setup) -> None:
+        """Have nothing but these averages, for the return of this host: what it has here belongs to others. Raises
+        StorageFailed."""
+
+        def keep(record: Record) -> None:
+            with self._run.deciding():
+                self._versions.empty(encode(record), setup)
+                self._run.moving_to_nothing(_nothing).put()
+                self._run.moving_to_averages(setup).put()
+
+        self.reporting.let_go(proposal, keep)
 
     def _tell_filled(self) -> None:
         """Tell people that the shard is on both its hosts again."""
         on_disk = self._versions.on_disk if isinstance(self._versions, ShardMemoryVersions) else self._versions
         on_disk.remark("filled from its twin: the shard lies on two hosts again", self._run.ledger.version)
+
+    def lend_averages(self, key: str) -> str:
+        """Which averages the run is to have, for a twin that is to have them. key: as for lend(). Raises Overloaded."""
+        with self._run.deciding():
+            check_held(self.record, key)
+            return dump_setup(self._run.ledger.setup)
 
     def lend(self, key: str) -> tuple[dict[str, Any], list[memoryview]]:
         """The run's version, for a twin that is to have it: facts, and the bytes of each average. key: of the vote that

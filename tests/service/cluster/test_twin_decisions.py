@@ -18,6 +18,7 @@ from ema_service.cluster import (
     Ask,
     Coordinator,
     Proposal,
+    Propose,
     Record,
     Report,
     Resolve,
@@ -57,6 +58,7 @@ def test_schedules(part: int) -> None:
     assert seen["committed"] > PART // 4
     assert seen["filled"] > PART // 2
     assert seen["lost disks"] > PART // 5
+    assert seen["emptied"] > PART // 5
 
 
 @pytest.mark.soak
@@ -229,3 +231,23 @@ def test_a_host_that_was_left_behind_refuses_nothing() -> None:
     said = coordinator.receive(report)  # type: ignore[arg-type]
 
     assert [each.committed for each in said if isinstance(each, Resolve)] == [True] * 3
+
+
+def test_a_return_that_was_refused_is_proposed_again() -> None:
+    """Also where another host refused it, and the one that returns has nothing to add: with the next questions, under
+    another name, or it would wait for ever."""
+    behind = Seating(Term(1, "b"), 1, "2")
+    record = Record(Term(1, "b"), 1, 0, None, None, seating=behind)
+    coordinator, shards = begun(record, record, record, record)
+
+    def proposed() -> set[Ticket]:
+        said = coordinator.receive(shards[2].report()._replace(returns=True))
+        return {each.proposal.ticket for each in said if isinstance(each, Propose)}
+
+    (first,) = proposed()
+    for refusal in shards[0].refuse(first, "a defect"):
+        coordinator.receive(refusal)
+    assert proposed() == set()
+    coordinator.ask()
+    (second,) = proposed()
+    assert second != first

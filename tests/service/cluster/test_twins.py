@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -26,10 +27,13 @@ import torch
 from torch import Tensor
 
 from ema_client import EmaClient
-from ema_client.errors import EmaError
+from ema_client.errors import AverageNotFound, EmaError
+from ema_client.protocol import Durability
 from tests.conftest import LitEmaOracle, ServerProcess
 from tests.service.cluster.launched import Launched
 from tests.waiting import wait_until
+
+T = TypeVar("T")
 
 DECAY = 0.9
 #: Seconds within which an update is applied after a host is lost.
@@ -131,6 +135,61 @@ class Twins:
         self.wait_whole()
 
 
+class Averages:
+    """A run whose averages come and go, and LitEma beside each of them."""
+
+    def __init__(self, twins: Twins, run: str, durability: Durability) -> None:
+        self.twins, self.run, self.step = twins, run, 0
+        self.oracles: dict[str, LitEmaOracle | None] = {"ema": LitEmaOracle(model(0), decay=DECAY)}
+        self._again(lambda: twins.client.create_run(run, model(0), decay=DECAY, durability=durability, exist_ok=True))
+
+    def add(self, name: str) -> None:
+        """One more average, which begins with the next update."""
+        self._again(lambda: self.twins.client.add_average(self.run, name, decay=0.5))
+        self.oracles[name] = None
+
+    def remove(self, name: str) -> None:
+        """One average less."""
+
+        def remove() -> None:
+            with contextlib.suppress(AverageNotFound):  # a try before this one may have done it
+                self.twins.client.remove_average(self.run, name)
+
+        self._again(remove)
+        del self.oracles[name]
+
+    def push(self) -> None:
+        """An update, and a look at all averages."""
+        self.step += 1
+        self._again(lambda: self.twins.client.push(self.run, model(self.step), step=self.step))
+        for name, oracle in self.oracles.items():
+            if oracle:
+                oracle.update(model(self.step))
+            else:
+                self.oracles[name] = LitEmaOracle(model(self.step), decay=0.5)
+        self.check()
+
+    def check(self) -> None:
+        """Each average that the run is to have is what LitEma has, bit for bit."""
+        told = self._again(lambda: self.twins.client.run(self.run))
+        assert [each.name for each in told.averages] == list(self.oracles)
+        for name, oracle in self.oracles.items():
+            found = self._again(lambda name=name: self.twins.client.pull(self.run, average=name))
+            assert oracle
+            assert all(torch.equal(found[each], tensor) for each, tensor in oracle.shadow.items()), name
+
+    def _again(self, act: Callable[[], T]) -> T:
+        """What a call of the client returns, made again while hosts are away."""
+        until = time.monotonic() + 3 * BOUND
+        while True:
+            try:
+                return act()
+            except EmaError as fault:
+                if not fault.retryable or time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
+
 def model(seed: int) -> dict[str, Tensor]:
     """Parameters whose rows lie on both shards."""
     generator = torch.Generator().manual_seed(seed)
@@ -149,15 +208,24 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
 @pytest.mark.timeout(120)
 def test_any_host_is_lost(twins: Twins) -> None:
     """The first host, then its twin, which has everything from that one's successor by then; each loss is told, and
-    costs no update. Snapshots are there as well."""
+    costs no update. Snapshots are there as well, and of another run, each of whose versions is on disk, the averages
+    that came and went."""
     twins.push(2)
+    other = Averages(twins, "averages", "disk")
+    other.add("long")
+    other.push()
     twins.client.snapshot("r", "s-1")
     before = twins.client.pull("r", snapshot="s-1")
     twins.lose_and_go_on(0)
     twins.push(2)
     twins.client.snapshot("r", "s-2", keep=1)
     then = copy.deepcopy(twins.oracle)
+    other.remove("ema")
+    other.add("late")
+    other.push()
     twins.lose_and_go_on(2)
+    other.push()
+    twins.client.delete_run(other.run)
     twins.push(2)
     assert [each.name for each in twins.client.snapshots("r")] == ["s-2"]
     found = twins.client.pull("r", snapshot="s-2")
@@ -184,6 +252,34 @@ def test_a_host_is_ready_once_it_is_filled(twins: Twins) -> None:
         os.kill(twin, signal.SIGCONT)
     wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200, "the host to be filled", 60.0)
     twins.push()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_random_losses_while_averages_come_and_go(twins: Twins) -> None:
+    """For two minutes a host is killed, or lost, at any moment of a change, once all of them are in step."""
+    random, until = Random(11), time.monotonic() + 120.0
+    run = Averages(twins, "random", random.choice(["process", "disk"]))
+    names = (f"a{number}" for number in range(1 << 20))
+    run.push()
+    while time.monotonic() < until:
+        twins.wait_whole()
+        place = random.randrange(4)
+        hit = random.choice(
+            [lambda place=place: twins.lose(place), lambda place=place: twins.cluster.kill(f"host {place}", wait=False)]
+        )
+        timer = threading.Timer(random.uniform(0.0, 0.05), hit)
+        timer.start()
+        for _ in range(random.randrange(1, 4)):
+            if len(run.oracles) > 1 and random.random() < 0.5:
+                run.remove(random.choice(list(run.oracles)))
+            else:
+                run.add(next(names))
+            run.push()
+        timer.join()
+    twins.wait_whole()
+    run.push()
+    twins.client.delete_run(run.run)
 
 
 @pytest.mark.soak

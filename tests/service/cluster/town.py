@@ -105,6 +105,8 @@ class Host:
         specs = specs_of(town.parts(0)[place])
         self.server.registry.create(RunConfig("r", specs, **config), ShardRow(place, town.hosts_count))
         self.shard: ShardRun | None = None
+        #: From which the host is filled once it was left behind; from its next start on.
+        self.twin: Any = None
         self.kill_at: str | None = None
         self.kills = self.lives = 0
         self.sent = 0
@@ -123,12 +125,13 @@ class Host:
                 versions,
                 self.server.registry.snapshots("r"),
                 self.server.registry.source_of,
-                self.server.registry.room_for_average,
+                self.server.registry.room_for_averages,
                 arrival,
                 ["http://coordinator"],
                 _TOKEN,
                 AtOnce(),
                 AtOnce(),
+                self.twin,
                 ring=self.server.registry.ring("r"),
             )
         for name, after in set(POINTS.values()):

@@ -28,6 +28,8 @@ __all__ = ["TwinHost", "TwinWorld", "play_twins"]
 
 #: So many proposals that a host returns are refused at first, for its copy was not made, say.
 _UNFILLED = 0.1
+#: So many begin with nothing, for they have other averages than their twin.
+_EMPTIED = 0.4
 
 
 class Copy(NamedTuple):
@@ -87,8 +89,21 @@ class TwinHost(Host):
             self.pauses = True
             self.carry_out(self.shard.refuse(proposal.ticket, "not filled"))
         elif twin.shard and self.is_held(proposal, held) and twin.disk.revision == proposal.ticket.base:
+            if self.world.happens(_EMPTIED):
+                self.let_go(proposal)
             copied = Copy(proposal, twin.disk, twin.log, dict(twin.checkpoints), set(twin.lasting))
             self.world.send(self, copied)  # type: ignore[arg-type]
+
+    def let_go(self, proposal: Proposal) -> None:
+        """Begin with nothing, in one transaction."""
+        before = self.disk
+        if self.shard:
+            self.carry_out(self.shard.let_go(proposal))
+        if self.disk is not before:
+            self.log, self.checkpoints, self.lasting, self.copies = (), {}, set(), {}
+            self.writing = None
+            self.sync()
+            self.world.seen["emptied"] += 1
 
     def is_held(self, proposal: Proposal, vote: Vote | None) -> bool:
         """Whether the twin cannot move on from what it has."""

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ema_client.errors import InvalidRequest, Overloaded
-from ema_client.protocol import HEADER_COPIES, AverageConfig
+from ema_client.errors import Overloaded
+from ema_client.protocol import HEADER_COPIES
 from ema_service.cluster import Record, Seating, Term
 from ema_service.cluster.hosting.host import _CHECKPOINTS_AT_ONCE, Host, Membership
 from ema_service.cluster.token import ClusterToken, read_cluster_token
@@ -141,15 +141,3 @@ def test_a_host_is_ready_once_its_twin_can_be_taken_down() -> None:
         with pytest.raises(Overloaded, match="1 of 1 runs") as told:
             check(**{fact: False})
         assert "secret" not in str(told.value)
-
-
-def test_averages_stay_where_hosts_have_twins() -> None:
-    """What a twin lends says nothing of averages that came later: such a change is refused by name, before it is asked
-    for."""
-    host = Host.__new__(Host)
-    token = ClusterToken("t" * 32)
-    host.__dict__.update(_membership=Membership(0, 4, "http://h", ("http://c:1",), token, twins=True))
-    with pytest.raises(InvalidRequest, match="twins"):
-        asyncio.run(host.add_average("r", AverageConfig("long"), None))
-    with pytest.raises(InvalidRequest, match="twins"):
-        asyncio.run(host.remove_average("r", "long", None))

@@ -41,7 +41,7 @@ class Sharded:
             server.registry.shard(RUN),
             server.registry.snapshots(RUN),
             server.registry.source_of,
-            server.registry.room_for_average,
+            server.registry.room_for_averages,
             Arrival(place, shards, f"http://host-{place}"),
             coordinators,
             ClusterToken(TOKEN),
