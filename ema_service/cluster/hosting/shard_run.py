@@ -298,7 +298,7 @@ class ShardRun:
         if self._twin is None or time.monotonic() < self._fills_from:
             return False
         if self._copying is None:
-            self._copying = self._saving.submit(self.snapshots.copy, self._twin)
+            self._copying = self._saving.submit(self._copy_snapshots, self._twin)
         if self._copying.done() and (fault := self._copying.exception()):
             _log.warning("run %s: snapshots could not be copied: %s", self._run.config.run, fault)
             self._fills_from, self._copying = time.monotonic() + _FILL_PAUSE, None
@@ -548,13 +548,20 @@ class ShardRun:
         if self._twin is None:
             raise InvalidRequest("this host has no twin")
         try:
-            self.snapshots.copy(self._twin)
+            self._copy_snapshots(self._twin)
             copied = self._twin.copy(self._run, proposal.ticket.key)
         finally:  # also of a copy that was made: the others may not agree on what it makes of the run
             self._fills_from = time.monotonic() + _FILL_PAUSE
         with self._run.deciding():
             write = self.checkpoints.back_at(copied.state, copied.outcome)
             return self._held.setdefault(proposal.ticket, _Held(write, copied.outcome, filled=True))
+
+    def _copy_snapshots(self, twin: Twin) -> None:
+        """Have the snapshots that the twin has, the ring's too, and no others. Raises Overloaded, StorageFailed."""
+        self.snapshots.copy(twin)
+        if self.ring:
+            run = self._run.config.run
+            self.ring.copy(twin.ring(run), partial(twin.ring_file, run))
 
     def _tell_filled(self) -> None:
         """Tell people that the shard is on both its hosts again."""

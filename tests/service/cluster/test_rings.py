@@ -146,6 +146,48 @@ def test_hosts_follow_one_recipe(both: tuple[Launched, ServerProcess]) -> None:
     assert sent(second, "version=1.2").json()["code"] == "invalid_request"
 
 
+def test_a_version_that_is_held_stays(both: tuple[Launched, ServerProcess]) -> None:
+    """For those who follow a recipe of it, though the run goes on; and while it is asked for; else it is gone."""
+    cluster, _ = both
+    with EmaClient(cluster.url) as client, cluster.http() as http:
+        client.create_run("held", as_state(WALKED[0]), posthoc={"snapshots": 3})
+        client.push("held", as_state(WALKED[1]), step=1)
+        settled(client, "held")
+        host = http.get("/v1/runs/held/shards").json()["shards"][1]["address"]
+
+        def ask(path: str, **query: str) -> httpx.Response:
+            return httpx.get(f"{host}/v1/runs/held/{path}", params=query, timeout=60)
+
+        before = ask("weights", sigma_rel="0.1", max_error="1")
+        recipe = before.headers[HEADER_RECIPE]
+        ended = threading.Event()
+
+        def hold() -> None:
+            while not ended.is_set():
+                assert ask("version", hold="true", version="1.1").json()["version"] == "1.1"
+
+        assert ask("version", hold="true").json()["version"] == "1.1"
+        thread = threading.Thread(target=hold)
+        thread.start()
+        try:
+            for step in (2, 3):
+                client.push("held", as_state(WALKED[step]), step=step)
+            assert client.run("held").version == "1.3"
+            assert ask("weights", sigma_rel="0.1", max_error="1", recipe=recipe).content == before.content
+            again = ask("weights", sigma_rel="0.1", max_error="1", version="1.1")
+            assert again.headers["ema-version"] == "1.1"
+        finally:
+            ended.set()
+            thread.join()
+
+        def gone() -> bool:
+            answer = ask("weights", sigma_rel="0.1", max_error="1", recipe=recipe)
+            return answer.status_code == 503 and answer.json()["code"] == "superseded"
+
+        wait_until(gone, "the version to be gone")
+        assert ask("version", hold="true", version="1.1").json()["code"] == "superseded"
+
+
 def test_a_killed_host_follows_one_that_knows_more(both: tuple[Launched, ServerProcess]) -> None:
     """SIGKILL: of the steps between updates since the newest snapshot the host knows the number alone; what is read
     after is what one server sends that was never ended."""
@@ -163,7 +205,8 @@ def test_a_killed_host_follows_one_that_knows_more(both: tuple[Launched, ServerP
         if isinstance(each, Launched):
             each.kill("host 1")
             wait_until(lambda path=path: httpx.get(path, timeout=60).status_code == 200, "the host to be back")
-        bodies.append(httpx.get(path, timeout=60).content)
+        swept = httpx.get(f"{each.url}/v1/runs/uneven/sweep?sigma_rel=0.1,0.2&max_error=1", timeout=60)
+        bodies.append((httpx.get(path, timeout=60).content, swept.content))
     assert bodies[0] == bodies[1]
 
 
@@ -291,7 +334,7 @@ def test_large_averages_come_straight_from_the_hosts(
         if len(straight) == 2:
             raise Superseded("a host has another ring by now")
         found = pull(*args, **more)
-        straight.append(found is not None)
+        straight.append(found is not None and args[1].recipe is not None)
         return found
 
     def state(step: int) -> dict[str, Tensor]:
