@@ -223,6 +223,7 @@ def test_parts_go_to_both_hosts(twins: Twins) -> None:
     assert twins.client.pull("parts").info.step == 1
 
 
+@pytest.mark.timeout(240)
 def test_a_ring_is_on_both_hosts(twins: Twins) -> None:
     """A host is lost with its disk, and then its twin: what the ring gives is what it gave, of snapshots that the
     filled host has copied, and goes on."""
