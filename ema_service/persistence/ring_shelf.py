@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,12 @@ from ema_service.shadows.state import Descent, Version
 from ema_service.storage import RunRow, SnapshotRow, Store, TensorFile
 from ema_service.storage.store import Files
 
-__all__ = ["Leading", "RingShelf", "RingSnapshot", "text_of"]
+__all__ = ["STRIDES", "Leading", "RingShelf", "RingSnapshot", "text_of", "version_in"]
 
 _log = logging.getLogger(__name__)
 
 #: In place of an average's name: the file of the strides.
-_STRIDES = "-strides"
+STRIDES = "-strides"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,21 @@ class RingShelf:
     def add(self, snapshot: RingSnapshot, averages: Files, strides: Strides) -> None:
         """Write a file for each average and one for the strides, then the row. Raises OSError, sqlite3.Error."""
         self._store.check_room(snapshot.bytes)
-        files = {_STRIDES: _strides_file(strides), **averages}
+        files = {STRIDES: _strides_file(strides), **averages}
         self._store.save_snapshot(self._row, snapshot.version, lambda: text_of(snapshot), files, "ring")
+        with self._lock:
+            self._all = (*self._all, snapshot)
+
+    def file(self, version: str, name: str) -> Path:
+        """The file of one average of a snapshot, or of the strides (STRIDES). Raises OSError."""
+        return self._store.snapshot_file(self._row, version, name, "ring")
+
+    def adopt(self, text: str, files: Files) -> None:
+        """Keep a snapshot that another host has: its row's text, and its files. Raises OSError, sqlite3.Error, what
+        ``files`` raise, and ValueError for a text that is none."""
+        snapshot = _parsed(text)
+        self._store.check_room(snapshot.bytes)
+        self._store.save_snapshot(self._row, snapshot.version, lambda: text, files, "ring")
         with self._lock:
             self._all = (*self._all, snapshot)
 
@@ -153,6 +167,7 @@ class RingShelf:
         # First for readers: whoever finds the file gone finds the snapshot gone.
         with self._lock:
             self._all = tuple(each for each in self._all if each is not snapshot)
+            self.lost -= {snapshot.version}
         self._store.remove_snapshot(self._row, snapshot.version, "ring")
 
     def become(self, there: Collection[str], gone: Collection[str]) -> None:
@@ -171,7 +186,7 @@ class RingShelf:
 
         Raises FileNotFoundError where the snapshot was dropped meanwhile; SnapshotDamaged.
         """
-        data_bytes = None if average == _STRIDES else self.entries[-1].end
+        data_bytes = None if average == STRIDES else self.entries[-1].end
         try:
             return self._store.open_snapshot(self._row, snapshot.version, average, "ring", data_bytes)
         except FileNotFoundError:
@@ -186,7 +201,7 @@ class RingShelf:
         for snapshot in reversed(self.leading_to(version).snapshots):
             with (
                 contextlib.suppress(OSError, SnapshotDamaged),
-                contextlib.closing(self.open(snapshot, _STRIDES)) as file,
+                contextlib.closing(self.open(snapshot, STRIDES)) as file,
             ):
                 return Strides(np.frombuffer(file.read(0, file.header.data_bytes), np.int64).reshape(-1, 2))
         return Strides()
@@ -202,6 +217,11 @@ def text_of(snapshot: RingSnapshot) -> str:
     return json.dumps(said if snapshot.begun else {name: value for name, value in said.items() if name != "begun"})
 
 
+def version_in(text: str) -> str:
+    """The version of the snapshot of a row's text. Raises ValueError."""
+    return _parsed(text).version
+
+
 def _strides_file(strides: Strides) -> Iterator[bytes]:
     runs = strides.runs
     yield build_header(place([TensorSpec("runs", runs.shape, "I64")]))
@@ -212,7 +232,15 @@ def _read(rows: Iterable[SnapshotRow]) -> Iterator[RingSnapshot]:
     """The snapshots of rows; a damaged row is logged and left out."""
     for row in rows:
         try:
-            said: dict[str, Any] = json.loads(row.info)
-            yield RingSnapshot(**{**said, "averages": tuple(said["averages"])})
-        except (ValueError, TypeError, KeyError) as fault:
+            yield _parsed(row.info)
+        except ValueError as fault:
             _log.error("ring of run %d: the catalog's row of %s is damaged: %s", row.run_id, row.name, fault)
+
+
+def _parsed(text: str) -> RingSnapshot:
+    """The snapshot of a row's text. Raises ValueError."""
+    try:
+        said: dict[str, Any] = json.loads(text)
+        return RingSnapshot(**{**said, "averages": tuple(said["averages"])})
+    except (TypeError, KeyError) as fault:
+        raise ValueError(f"no snapshot of a ring: {fault}") from None

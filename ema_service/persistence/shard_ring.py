@@ -16,25 +16,32 @@ Knows what one host has. Does not know the other hosts, or how they agree (clust
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+import sqlite3
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
-from ema_client.errors import Overloaded
+from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import LAYOUT_DTYPES
 from ema_service.persistence.ring import HELD_BYTES, StoredRing
-from ema_service.persistence.ring_shelf import Leading, RingSnapshot, text_of
+from ema_service.persistence.ring_shelf import STRIDES, Leading, RingSnapshot, text_of, version_in
 from ema_service.shadows.state import Version
 from ema_service.storage import RowChange
 
 __all__ = ["ShardRing"]
+
+#: Version, name and size of a file -> its bytes.
+ReadFile: TypeAlias = Callable[[str, str, int], Iterator[bytes]]
 
 #: Snapshots that are begun, of large averages: one that hosts are asked for, and the next one.
 _LEAST_BEGUN = 2
 
 
 class ShardRing(StoredRing):
-    """The ring of one shard. Thread-safe."""
+    """The ring of one shard. Thread-safe.
+
+    More than twenty methods: what hosts agree on, what a host copies from another, and where a shard's ring differs.
+    """
 
     _together = True
 
@@ -96,6 +103,32 @@ class ShardRing(StoredRing):
         self.trouble = why
         self._tell()
 
+    def lent(self) -> list[dict[str, Any]]:
+        """The snapshots of the ring, for a host that is to have the same: the text of the row, and by name the file's
+        size. Raises StorageFailed where one cannot be read."""
+        state = self._current()
+        there = self.shelf.leading_to(state.version).snapshots if state else ()
+        try:
+            return [{"text": text_of(each), "files": self._sizes(each)} for each in there]
+        except OSError as fault:
+            raise StorageFailed(f"the ring of run {self._config.run!r} cannot be read: {fault}") from fault
+
+    def copy(self, lent: Sequence[Mapping[str, Any]], read: ReadFile) -> None:
+        """Have the snapshots that another host has lent, and no others. read: gives the bytes of a file, by version,
+        name and size. Raises StorageFailed, and what ``read`` raises."""
+        theirs = {str(each["text"]): each["files"] for each in lent}
+        try:
+            with self._writing:
+                own = {text_of(each): each for each in self.shelf.all if each.version not in self.shelf.lost}
+                for each in self.shelf.all:
+                    if text_of(each) not in theirs.keys() & own.keys():
+                        self.shelf.drop(each)
+                for text in theirs.keys() - own.keys():
+                    version = version_in(text)
+                    self.shelf.adopt(text, {name: read(version, name, size) for name, size in theirs[text].items()})
+        except (OSError, ValueError, sqlite3.Error) as fault:
+            raise StorageFailed(f"the ring of run {self._config.run!r} was not copied: {fault}") from fault
+
     @property
     def is_written(self) -> bool:
         """Whether nothing is being written."""
@@ -118,6 +151,10 @@ class ShardRing(StoredRing):
         return super().most_bytes + (self._most_begun - 1) * len(self._names) * self._layout.elements * width
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _sizes(self, snapshot: RingSnapshot) -> dict[str, int]:
+        names = (*snapshot.averages, STRIDES)
+        return {name: self.shelf.file(snapshot.version, name).stat().st_size for name in names}
 
     @property
     def _unsettled(self) -> int:

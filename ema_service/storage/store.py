@@ -444,10 +444,10 @@ class Store:
         refuse_link(self._run_folder(row), f"{shelf}/{name}/{path.name}")
         return TensorFile(path, data_bytes)
 
-    def snapshot_file(self, row: RunRow, name: str, average: str) -> Path:
+    def snapshot_file(self, row: RunRow, name: str, average: str, shelf: Shelf = "snapshots") -> Path:
         """The file of one average of a snapshot in the data dir. Raises OSError where a link leads elsewhere."""
-        path = self._snapshot_folder(row, "snapshots", name) / file_name(average)
-        refuse_link(self._run_folder(row), f"snapshots/{name}/{path.name}")
+        path = self._snapshot_folder(row, shelf, name) / file_name(average)
+        refuse_link(self._run_folder(row), f"{shelf}/{name}/{path.name}")
         return path
 
     def remove_snapshot(self, row: RunRow, name: str, shelf: Shelf = "snapshots") -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "whole_info",
     "whole_part",
     "whole_result",
+    "whole_ring",
     "whole_server",
     "whole_snapshot",
     "whole_snapshots",
@@ -130,12 +131,12 @@ def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:
         writer=max(each.writer for each in infos),
         refused=next((each.refused for each in infos if each.refused), None),
         shard=None,
-        ring=_whole_ring([each.ring for each in infos]),
+        ring=whole_ring([each.ring for each in infos]),
         link=f"a gateway to {len(infos)} hosts",
     )
 
 
-def _whole_ring(rings: Sequence[RingInfo | None]) -> RingInfo | None:
+def whole_ring(rings: Sequence[RingInfo | None]) -> RingInfo | None:
     """The ring of the whole run: of the snapshots those that all hosts have."""
     found = [each for each in rings if each is not None]
     if len(found) < len(rings):

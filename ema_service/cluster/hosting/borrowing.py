@@ -86,11 +86,24 @@ class Twin:
 
     def snapshot(self, run: str, name: str, average: str, size: int) -> Iterator[bytes]:
         """The file of one average of a snapshot, of so many bytes. Raises Overloaded."""
-        with self._opened(f"/runs/{quote(run)}/snapshots/{quote(name)}/{quote(average)}") as answer:
+        return self._file(f"/runs/{quote(run)}/snapshots/{quote(name)}/{quote(average)}", size)
+
+    def ring(self, run: str) -> list[dict[str, Any]]:
+        """The snapshots of a run's ring that the twin has, as ShardRing.lent() tells of them. Raises Overloaded."""
+        with self._opened(f"/runs/{quote(run)}/ring") as answer:
+            found: list[dict[str, Any]] = json.load(answer)["ring"]
+            return found
+
+    def ring_file(self, run: str, version: str, name: str, size: int) -> Iterator[bytes]:
+        """One file of a snapshot of a ring, of so many bytes. Raises Overloaded."""
+        return self._file(f"/runs/{quote(run)}/ring/{quote(version)}/{quote(name)}", size)
+
+    def _file(self, path: str, size: int) -> Iterator[bytes]:
+        with self._opened(path) as answer:
             while size:
                 piece = answer.read(min(size, _PIECE))
                 if not piece:
-                    raise OSError(f"snapshot {name!r} broke off")
+                    raise OSError(f"{path} broke off")
                 size -= len(piece)
                 yield piece
 

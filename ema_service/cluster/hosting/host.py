@@ -22,7 +22,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ema_client.errors import EmaError, InvalidRequest, Overloaded, RunNotFound, Stopping, StorageFailed
+from ema_client.errors import (
+    EmaError,
+    InvalidRequest,
+    Overloaded,
+    RunNotFound,
+    SnapshotNotFound,
+    Stopping,
+    StorageFailed,
+)
 from ema_client.protocol import HEADER_COPIES, AverageConfig, RunConfig, RunInfo, SnapshotInfo, Writer, to_json
 from ema_service import tether
 from ema_service.cluster.encoding import encode
@@ -54,6 +62,7 @@ from ema_service.cluster.messages import (
 from ema_service.cluster.reasons import MADE_BEFORE, error_of
 from ema_service.cluster.token import ClusterToken
 from ema_service.memory import Layout
+from ema_service.persistence import ShardRing
 from ema_service.runs import Registry, Run
 from ema_service.storage import Store
 from ema_service.threads import Threads
@@ -133,7 +142,7 @@ class Host:
         self._saving = Threads(1, "ema-save")
         self._waiting = Waiting(lambda: self.linked)
         self._shards: dict[str, ShardRun] = {}
-        self._rings = Rings(lambda: self._shards, lambda: self._is_first, self._asking.change)
+        self._rings = Rings(lambda: self._shards, self._is_first_of, self._asking.change)
         self._directory = Directory(
             registry,
             store,
@@ -258,11 +267,6 @@ class Host:
 
         Raises RunExists, InvalidRequest, what a host refuses it for, and as _ask().
         """
-        if config.posthoc and self._membership.twins:
-            raise InvalidRequest(
-                "posthoc: a cluster with twins keeps no rings yet: a host that was filled would not have one",
-                hint="leave posthoc out, or start the cluster without --twins",
-            )
         if config.durability is None:
             with contextlib.suppress(RunNotFound):
                 config = replace(config, durability=self._registry.get(config.run).config.durability)
@@ -450,6 +454,10 @@ class Host:
         absent = self._directory.reporting.record.seating.absent
         return self._membership.place == min(set(range(self._membership.of)) - absent, default=0)
 
+    def _is_first_of(self, shard: ShardRun) -> bool:
+        """The same of those that count for a run: one that was left behind would ask for what it had then."""
+        return self._membership.place == min(set(range(self._membership.of)) - shard.record.seating.absent, default=0)
+
     async def _take_checkpoint(self, shard: ShardRun) -> None:
         """Have all hosts take one checkpoint, which settles the one before where all have that. Raises as _ask()."""
         newest, settled = shard.kept().newer, shard.record.settled
@@ -524,6 +532,13 @@ class Host:
     def lending(self, name: str) -> ShardSnapshots:
         """The snapshots of a run. Raises RunNotFound, Overloaded."""
         return self.shard(self._registry.get(name)).snapshots
+
+    def lending_ring(self, name: str) -> ShardRing:
+        """The ring of a run. Raises RunNotFound, Overloaded; SnapshotNotFound where the run has none."""
+        ring = self.shard(self._registry.get(name)).ring
+        if ring is None:
+            raise SnapshotNotFound(f"run {name!r} has no ring")
+        return ring
 
     # --- runs come and go: called by the directory, on its threads --------------------------------------------------
 

@@ -4,6 +4,7 @@
     GET /v1/twin/runs/{run}?key=        a line of JSON, with the version's facts; then each average's bytes and digest
     GET /v1/twin/runs/{run}/averages?key=   which averages the run has
     GET /v1/twin/runs/{run}/snapshots   which there are; and the file of each average, behind /{name}/{average}
+    GET /v1/twin/runs/{run}/ring        the same of the ring's, by their versions
 
 A run is lent while this host holds its vote for the return of its twin, which the key names: so nothing of the run
 moves on meanwhile. Whoever asks shows the cluster's token.
@@ -65,6 +66,14 @@ def lending_app(host: Host, token: ClusterToken) -> Starlette:
         told = request.path_params
         return FileResponse(host.lending(told["run"]).file(told["name"], told["average"]))
 
+    async def ring(request: Request) -> Response:
+        there = host.lending_ring(request.path_params["run"])
+        return JSONResponse({"ring": await run_in_threadpool(there.lent)})
+
+    async def ring_file(request: Request) -> Response:
+        told = request.path_params
+        return FileResponse(host.lending_ring(told["run"]).shelf.file(told["version"], told["name"]))
+
     async def guarded(answer: Answering, request: Request) -> Response:
         values = request.headers.getlist("authorization")
         if len(values) != 1 or not token.fits(values[0].encode()):
@@ -80,6 +89,8 @@ def lending_app(host: Host, token: ClusterToken) -> Starlette:
         "/runs/{run}/averages": averages,
         "/runs/{run}/snapshots": snapshots,
         "/runs/{run}/snapshots/{name}/{average}": snapshot,
+        "/runs/{run}/ring": ring,
+        "/runs/{run}/ring/{version}/{name}": ring_file,
     }
     return Starlette(routes=[Route(path, partial(guarded, answer)) for path, answer in paths.items()])
 

@@ -39,10 +39,11 @@ class Rings:
     def __init__(
         self,
         shards: Callable[[], Mapping[str, ShardRun]],
-        asks: Callable[[], bool],
+        asks: Callable[[ShardRun], bool],
         ask: Callable[[str, Change], Awaitable[Answer]],
     ) -> None:
-        """shards: this host's, by run. asks: whether this host is the one that asks. ask: as Asking.change()."""
+        """shards: this host's, by run. asks: whether this host is the one that asks for a run. ask: as
+        Asking.change()."""
         self._shards = shards
         self._asks = asks
         self._ask = ask
@@ -75,9 +76,9 @@ class Rings:
                 async with asyncio.timeout(_LOOK_SECONDS):
                     await self._moved.wait()
             self._moved.clear()
-            for name, shard in list(self._shards().items()) if self._asks() else ():
+            for name, shard in list(self._shards().items()):
                 ring = shard.ring
-                if ring and ring.is_unsettled and name not in self._agreeing:
+                if ring and ring.is_unsettled and name not in self._agreeing and self._asks(shard):
                     self._agreeing[name] = task = asyncio.create_task(self._agree(shard.talk, ring))
                     task.add_done_callback(lambda _, name=name: self._agreeing.pop(name))  # type: ignore[misc]
 

@@ -302,7 +302,7 @@ class ShardRun:
         if self._twin is None or time.monotonic() < self._fills_from:
             return False
         if self._copying is None:
-            self._copying = self._saving.submit(self.snapshots.copy, self._twin)
+            self._copying = self._saving.submit(self._copy_snapshots, self._twin)
         if self._copying.done() and (fault := self._copying.exception()):
             _log.warning("run %s: snapshots could not be copied: %s", self._run.config.run, fault)
             self._fills_from, self._copying = time.monotonic() + _FILL_PAUSE, None
@@ -554,7 +554,7 @@ class ShardRun:
             raise InvalidRequest("this host has no twin")
         key = proposal.ticket.key
         try:
-            self.snapshots.copy(self._twin)
+            self._copy_snapshots(self._twin)
             self._averages.adopt(self._twin.averages(self._run, key), partial(self._begin_with, proposal))
             copied = self._twin.copy(self._run, key)
         finally:  # also of a copy that was made: the others may not agree on what it makes of the run
@@ -575,6 +575,13 @@ class ShardRun:
                 self._run.moving_to_averages(setup).put()
 
         self.reporting.let_go(proposal, keep)
+
+    def _copy_snapshots(self, twin: Twin) -> None:
+        """Have the snapshots that the twin has, the ring's too, and no others. Raises Overloaded, StorageFailed."""
+        self.snapshots.copy(twin)
+        if self.ring:
+            run = self._run.config.run
+            self.ring.copy(twin.ring(run), partial(twin.ring_file, run))
 
     def _tell_filled(self) -> None:
         """Tell people that the shard is on both its hosts again."""

@@ -31,6 +31,9 @@ from tests.waiting import settled, wait_until
 if TYPE_CHECKING:
     from tests.conftest import ServerProcess
 
+#: The first test waits for a cluster and a server, and both trainings.
+pytestmark = pytest.mark.timeout(300)
+
 UPDATES = 18
 WALKED = walk(UPDATES + 60, size=200)
 WISHES = {
@@ -146,6 +149,42 @@ def test_hosts_follow_one_recipe(both: tuple[Launched, ServerProcess]) -> None:
     assert sent(second, "version=1.2").json()["code"] == "invalid_request"
 
 
+def test_a_version_that_is_held_stays(both: tuple[Launched, ServerProcess]) -> None:
+    """For those who follow a recipe of it, though the run goes on, and for those who hold it again; else it is gone."""
+    cluster, _ = both
+    steps = iter(range(1, len(WALKED)))
+    with EmaClient(cluster.url) as client, cluster.http() as http:
+        client.create_run("held", as_state(WALKED[0]), posthoc={"snapshots": 3})
+        host = http.get("/v1/runs/held/shards").json()["shards"][1]["address"]
+
+        def push() -> str:
+            client.push("held", as_state(WALKED[step := next(steps)]), step=step)
+            return str(client.run("held").version)
+
+        def ask(path: str, **query: str) -> httpx.Response:
+            return httpx.get(f"{host}/v1/runs/held/{path}", params=query, timeout=60)
+
+        def worked_out(**query: str) -> httpx.Response:
+            return ask("weights", sigma_rel="0.1", max_error="1", **query)
+
+        def follows() -> bool:
+            """A machine that is busy for a second with something else takes another turn."""
+            version = push()
+            settled(client, "held")
+            before = worked_out()
+            recipes.append(before.headers[HEADER_RECIPE])
+            assert ask("version", hold="true").json()["version"] == version
+            assert push() != version
+            found = worked_out(recipe=recipes[-1]), worked_out(version=version), ask("version", version=version)
+            return [each.status_code for each in found] == [200] * 3 and found[0].content == before.content
+
+        recipes: list[str] = []
+        wait_until(follows, "a version to stay")
+        wait_until(lambda: worked_out(recipe=recipes[-1]).status_code == 503, "the version to be gone")
+        assert worked_out(recipe=recipes[-1]).json()["code"] == "superseded"
+        assert ask("version", hold="true", version="1.1").json()["code"] == "superseded"
+
+
 def test_a_killed_host_follows_one_that_knows_more(both: tuple[Launched, ServerProcess]) -> None:
     """SIGKILL: of the steps between updates since the newest snapshot the host knows the number alone; what is read
     after is what one server sends that was never ended."""
@@ -163,7 +202,8 @@ def test_a_killed_host_follows_one_that_knows_more(both: tuple[Launched, ServerP
         if isinstance(each, Launched):
             each.kill("host 1")
             wait_until(lambda path=path: httpx.get(path, timeout=60).status_code == 200, "the host to be back")
-        bodies.append(httpx.get(path, timeout=60).content)
+        swept = httpx.get(f"{each.url}/v1/runs/uneven/sweep?sigma_rel=0.1,0.2&max_error=1", timeout=60)
+        bodies.append((httpx.get(path, timeout=60).content, swept.content))
     assert bodies[0] == bodies[1]
 
 
@@ -291,7 +331,7 @@ def test_large_averages_come_straight_from_the_hosts(
         if len(straight) == 2:
             raise Superseded("a host has another ring by now")
         found = pull(*args, **more)
-        straight.append(found is not None)
+        straight.append(found is not None and args[1].recipe is not None)
         return found
 
     def state(step: int) -> dict[str, Tensor]:

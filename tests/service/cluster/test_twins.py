@@ -31,7 +31,7 @@ from ema_client.errors import AverageNotFound, EmaError
 from ema_client.protocol import Durability
 from tests.conftest import LitEmaOracle, ServerProcess
 from tests.service.cluster.launched import Launched
-from tests.waiting import wait_until
+from tests.waiting import settled, wait_until
 
 T = TypeVar("T")
 
@@ -360,6 +360,41 @@ def test_parts_go_to_both_hosts(twins: Twins) -> None:
     twins.lose(3)
     wait_until(lambda: {3} == twins.left_behind(), "the loss of the twin")
     assert twins.client.pull("parts").info.step == 1
+
+
+@pytest.mark.timeout(240)
+def test_a_ring_is_on_both_hosts(twins: Twins) -> None:
+    """A host is lost with its disk, and then its twin: what the ring gives is what it gave, of snapshots that the
+    filled host has copied, and goes on."""
+    twins.wait_whole()
+    client = twins.client
+    client.create_run("ring", model(0), posthoc={"snapshots": 4, "sigma_rel": [0.05, 0.25]})
+    for step in range(1, 10):
+        client.push("ring", model(step), step=step)
+    settled(client, "ring")
+
+    def worked_out() -> dict[str, Tensor]:
+        until = time.monotonic() + 3 * BOUND
+        while True:
+            try:
+                return dict(client.pull("ring", sigma_rel=0.1, max_error=1.0))
+            except EmaError:
+                assert time.monotonic() < until, twins.cluster.log
+
+    before, ring = worked_out(), client.run("ring").ring
+    for place in (1, 3):
+        twins.lose(place)
+        found = worked_out()
+        assert all(torch.equal(found[name], each) for name, each in before.items())
+        assert twins.first_answer(place, "ring")["step"] == 9
+        twins.wait_whole()
+    assert ring
+    assert client.run("ring").ring == ring
+    client.push("ring", model(10), step=12)
+    settled(client, "ring")
+    after = client.run("ring").ring
+    assert after
+    assert (after.times[-1], after.trouble) == (10, None)
 
 
 @pytest.mark.parametrize("twin", [True, False])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -120,13 +121,13 @@ def test_hosts_have_the_ring_of_one_server(
     run = alone.create("r", model(0), posthoc=SMALL)
     run.begin(model(0))
     agreed(here)
-    for step in range(1, 21):
+    for step in range(1, 14):
         run.push(step, model(step))
         wait_until(lambda: alone.registry.synthesiser("r").ring.idle)
         push(here, step, step)
         assert run.info.ring
         assert (times(here), told(here.hosts[0]).begin) == (run.info.ring.times, run.info.ring.begin)
-        if step % 10 == 0:
+        if step == 10:
             for host in here.hosts:
                 host.restart()
             here.deliver()
@@ -303,6 +304,39 @@ def test_a_rewind(town: Callable[..., Town]) -> None:
     here.push(3, "again")
     agreed(here)
     assert times(here)[-1] == 3
+
+
+def live(here: Town, seed: int) -> None:
+    """Updates, rewinds and rings, while messages are lost, late, twice and out of order, and hosts end anywhere: once
+    all is calm the hosts have one ring, of what led to the version."""
+    dice = Random(seed)
+    here.change("b", SnapshotBegun("s", 5.0, "k"))
+    here.change("t", SnapshotTaken("s", 5.0))
+    for step in range(1, 13):
+        for host in here.hosts:
+            host.kill_at = dice.choice(list(POINTS)) if dice.random() < 0.2 else None
+        here.dice = dice if dice.random() < 0.7 else None
+        here.push(step, f"u{step} {dice.random()}")
+        written(here)
+        if wanted := ring(here.hosts[0]).wanted():
+            here.change(f"r{step}", RingKept(wanted[0], " ".join(wanted[1])))
+        here.calm()
+        if step == 7:
+            here.change("back", Rewind("s", 5.0))
+        if dice.random() < 0.2:
+            here.hosts[dice.randrange(3)].restart()
+        here.calm()
+        agreed(here)
+        for host in here.hosts:
+            wait_until(lambda host=host: ring(host).idle)
+        assert len(times(here)) <= SMALL.snapshots
+        assert set(times(here)) <= set(range(1, here.hosts[0].local.version.num_updates + 1))
+
+
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(each, marks=pytest.mark.soak) for each in range(3, 60))])
+def test_lives(seed: int, town: Callable[..., Town]) -> None:
+    """Whatever happens, there is one ring."""
+    live(town(3), seed)
 
 
 def test_a_run_without_a_ring_gets_none(tmp_path: Path, model: Model) -> None:
