@@ -107,6 +107,7 @@ class Pushes:
         return self._server(to).part(run, name, body, query, headers, above=self._stretched_above)
 
     def _server(self, to: Transport) -> Server:
+        to.lanes = self._transport.lanes  # which may have been set since the host was found
         with self._lock:
             found = self._servers.get(to.url)
             if found is None:

@@ -50,9 +50,11 @@ def show_run(client: EmaClient, run: Run) -> Answer:
     table = Table()
     for field in dataclasses.fields(info):
         table.add(field.name, show.shown(field.name, getattr(info, field.name)))
-    lanes = client.layout(run).lanes
-    table.add("lanes", f"{lanes}, at most, of a push")
-    return Answer({**dataclasses.asdict(info), "lanes": lanes}, (table,))
+    layout = client.layout(run)
+    # Each host of a cluster tells its own, to whoever pushes past the gateway.
+    by = " by the gateway" if layout.shards > 1 else ""
+    table.add("lanes", f"{layout.lanes}, at most, of a push{by}")
+    return Answer({**dataclasses.asdict(info), "lanes": layout.lanes}, (table,))
 
 
 def set_decay(

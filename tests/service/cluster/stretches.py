@@ -6,6 +6,7 @@ Knows routes, and which bytes a host's stretches have. Does not know what is tri
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -33,6 +34,10 @@ class Stretched:
         self._groups = itertools.count(1)
         self._threads = ThreadPoolExecutor(8)
         self._layouts: dict[int, str] = {}
+        self._sizes = [sum(each.nbytes for each in slice_.values()) for slice_ in cut(model(0), servers.of)]
+        #: A step, and what each host's stretches have of it.
+        self._latest: tuple[int, list[bytes]] = -1, []
+        self._lock = threading.Lock()
         self._writer = {} if writer is None else {HEADER_WRITER: str(writer)}
 
     def group(self) -> str:
@@ -41,12 +46,16 @@ class Stretched:
 
     def data(self, step: int, place: int) -> bytes:
         """What a host's stretches have together."""
-        body = save(cut(self._model(step), self.servers.of)[place])
-        return body[LENGTH_BYTES + int.from_bytes(body[:LENGTH_BYTES], "little") :]
+        with self._lock:
+            if self._latest[0] != step:
+                bodies = map(save, cut(self._model(step), self.servers.of))
+                found = [body[LENGTH_BYTES + int.from_bytes(body[:LENGTH_BYTES], "little") :] for body in bodies]
+                self._latest = step, found
+            return self._latest[1][place]
 
     def bounds(self, place: int) -> list[tuple[int, int]]:
         """The stretches of a host's slice, of one block each."""
-        size = len(self.data(0, place))
+        size = self._sizes[place]
         return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
 
     def send(
