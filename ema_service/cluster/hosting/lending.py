@@ -74,15 +74,6 @@ def lending_app(host: Host, token: ClusterToken) -> Starlette:
         told = request.path_params
         return FileResponse(host.lending_ring(told["run"]).shelf.file(told["version"], told["name"]))
 
-    async def guarded(answer: Answering, request: Request) -> Response:
-        values = request.headers.getlist("authorization")
-        if len(values) != 1 or not token.fits(values[0].encode()):
-            return problem(Unauthorized("a host lends what it has to its twin, which has the cluster's token"))
-        try:
-            return await answer(request)
-        except EmaError as fault:
-            return problem(fault)
-
     paths = {
         "/directory": directory,
         "/runs/{run}": run,
@@ -92,7 +83,17 @@ def lending_app(host: Host, token: ClusterToken) -> Starlette:
         "/runs/{run}/ring": ring,
         "/runs/{run}/ring/{version}/{name}": ring_file,
     }
-    return Starlette(routes=[Route(path, partial(guarded, answer)) for path, answer in paths.items()])
+    return Starlette(routes=[Route(path, partial(_guarded, token, answer)) for path, answer in paths.items()])
+
+
+async def _guarded(token: ClusterToken, answer: Answering, request: Request) -> Response:
+    values = request.headers.getlist("authorization")
+    if len(values) != 1 or not token.fits(values[0].encode()):
+        return problem(Unauthorized("a host lends what it has to its twin, which has the cluster's token"))
+    try:
+        return await answer(request)
+    except EmaError as fault:
+        return problem(fault)
 
 
 def _pieces(head: dict[str, Any], arenas: list[memoryview]) -> Iterator[bytes | memoryview]:
