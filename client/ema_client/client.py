@@ -463,8 +463,9 @@ class EmaClient:
         """A copy of ``state`` in memory that a service on this host can read: a push of the copy sends no bytes.
 
         Fill its tensors, in place or by ``fill(state)``, and give it to ``push()``; do not change tensors during a
-        push. The memory, as much as the tensors take, is freed with the last tensor. Where there is no shared memory,
-        or the service is on another host, the copy is sent as any other state (``link`` says which).
+        push. The memory, as much as the tensors take, is freed with the last tensor. Of a cluster each host that is on
+        this host reads its slice. Where there is no shared memory, or the service is on another host, the copy is sent
+        as any other state (``link`` says which).
 
         Raises UsageError for a state that cannot be sent.
         """
