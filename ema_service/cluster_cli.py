@@ -195,7 +195,8 @@ def up(
     replicas: Annotated[
         int,
         typer.Option(
-            help="So many replicas of each host, which are read in its place; of --hosts on the machines of the next.",
+            help="So many replicas of each host, or with --twins of each shard, which are read in its place; of "
+            "--hosts on the machines of the next.",
             min=0,
         ),
     ] = 0,
@@ -246,10 +247,9 @@ def up(
             "say how many hosts here (--local 3), on which machines (--hosts a,b,c), or how many in a Ray cluster "
             "(--ray auto --shards 3)"
         )
-    if replicas and twins:
+    if ray is not None and replicas and twins:
         raise typer.BadParameter(
-            "readers go to hosts with twins by way of the gateway, and past replicas: leave --twins or --replicas out",
-            param_hint="--replicas",
+            "on Ray hosts with twins have no replicas yet: leave --twins or --replicas out", param_hint="--replicas"
         )
     found = _together(ssl_certfile, ssl_keyfile)
     tls = Tls(*found, os.environ.get("SSL_CERT_FILE")) if found else None

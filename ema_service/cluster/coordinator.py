@@ -40,7 +40,7 @@ from ema_service.cluster.counting import CoordinatorMetrics
 from ema_service.cluster.encoding import MalformedMessage, decode, encode
 from ema_service.cluster.messages import DIRECTORY, Arrival, Change, Message, Refusal, Report
 from ema_service.cluster.problems import answer_with_problems, problem
-from ema_service.cluster.replicas import Replicas
+from ema_service.cluster.replicas import Replicas, original_of
 from ema_service.cluster.serving import serving_config
 from ema_service.cluster.token import HEADER_NUMBER, ClusterToken
 from ema_service.tls import Certificate
@@ -164,7 +164,9 @@ async def _replica(talks: Conversations, replicas: Replicas, request: Request) -
             f"a replica of host {arrival.shard} of {arrival.shards}: there are {len(seats)} hosts, counted from 0"
         )
     replicas.hear(arrival, time.time())
-    return JSONResponse({"original": seats[arrival.shard].address})
+    twins = talks.find(DIRECTORY).twins
+    left = {place for places in talks.absent().values() for place in places}
+    return JSONResponse({"original": original_of(arrival.shard, seats, left, twins=twins)})
 
 
 async def _ask_again(talks: Conversations) -> None:

@@ -6,11 +6,16 @@ find out by ETag, or how one follows.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ema_service.cluster.messages import Arrival
 
-__all__ = ["Replica", "Replicas"]
+if TYPE_CHECKING:
+    from ema_service.cluster.conversation import Seat
+
+__all__ = ["Replica", "Replicas", "original_of"]
 
 #: Seconds without a word after which a replica counts as gone.
 _SILENCE = 5.0
@@ -44,3 +49,15 @@ class Replicas:
         """The replicas that are there, by place and address; those that fell silent are forgotten."""
         self._heard = {key: each for key, each in self._heard.items() if now - each[1] < _SILENCE}
         return tuple(self._heard[key][0] for key in sorted(self._heard))
+
+
+def original_of(place: int, seats: Mapping[int, Seat], left: Collection[int], *, twins: bool) -> str | None:
+    """The address of the host that a replica of this place follows, None while there is none. Of twins the other host,
+    where that one alone is there, or has everything.
+
+    left: the places that the others go on without, in any talk.
+    """
+    pair = [seats[place]]
+    if twins:
+        pair.append(seats[(place + len(seats) // 2) % len(seats)])
+    return min(pair, key=lambda seat: (not seat.listens, seat.place in left)).address

@@ -2,6 +2,7 @@
 
     shard 0    host 0  host 2        of k shards, host k + i has the same as host i
     shard 1    host 1  host 3        one of the two is left out while the others go on without it
+    replicas are those of the shard, whichever of its hosts they name
 
 Knows the coordinator's map. Does not know requests.
 """
@@ -50,19 +51,25 @@ class Twins:
             self._addresses = [str(seat["address"] or "").rstrip("/") for seat in seats]
             self._there = {int(seat["place"]) for seat in seats if seat["listens"]}
             self._absent = {str(talk): frozenset(map(int, places)) for talk, places in told["absent"].items()}
+            self._shards = len(seats) // 2
+            self._replicas: dict[int, tuple[str, ...]] = dict.fromkeys(range(self._shards), ())
+            for each in told.get("replicas", ()):
+                self._replicas[int(each["place"]) % self._shards] += (str(each["address"]).rstrip("/"),)
         except (AttributeError, KeyError, TypeError) as fault:
             raise ValueError(f"no map: {type(fault).__name__}") from None
-        self._shards = len(seats) // 2
         self.hosts = tuple(self._best(shard, self._absent_of(None)) for shard in range(self._shards))
 
     @property
     def every(self) -> tuple[HostAddress, ...]:
         """All hosts, by their own places."""
-        return tuple(HostAddress(place, address, chosen=True) for place, address in enumerate(self._addresses))
+        return tuple(
+            HostAddress(place, address, chosen=True, replicas=self._replicas[place % self._shards])
+            for place, address in enumerate(self._addresses)
+        )
 
     def serving(self, host: HostAddress, path: str) -> HostAddress:
         """The host that answers a request to a shard, of a path."""
-        if host.chosen:
+        if host.chosen or host.is_replica:
             return host
         found = _RUN.match(path)
         return self._best(host.place, self._absent_of(None) | self._absent_of(found[1] if found else None))
@@ -85,7 +92,7 @@ class Twins:
         return sorted((shard, shard + self._shards), key=lambda place: place not in self._there)
 
     def _chosen(self, shard: int, place: int) -> HostAddress:
-        return HostAddress(shard, self._addresses[place], chosen=True)
+        return HostAddress(shard, self._addresses[place], chosen=True, replicas=self._replicas[shard])
 
     def _best(self, shard: int, absent: frozenset[int]) -> HostAddress:
         """A shard's host that has everything, and is there; the first one where none is."""
@@ -93,7 +100,7 @@ class Twins:
         if not known:
             raise Overloaded(f"no host of shard {shard} has come to the coordinator yet")
         whole = [place for place in known if place not in absent] or known
-        return HostAddress(shard, self._addresses[whole[0]])
+        return HostAddress(shard, self._addresses[whole[0]], replicas=self._replicas[shard])
 
     def _absent_of(self, run: str | None) -> frozenset[int]:
         """The places that the others go on without: of a run, of the latest of its name; None: of the directory."""

@@ -87,8 +87,8 @@ class Plan:
     folder: of what is kept. machines: where each host is to be, None for here. host, port: of the gateway. through:
     the command before a machine's name. flags: of ``ema-service serve``, for each host. twins: whether the later half
     of the hosts have the shards of the earlier half once more. name: by which other machines reach this one, None to
-    find out. replicas: so many of each host, which are read in its place; replica_token: a file of their machine with
-    the token that they read with. tls: None for plain HTTP.
+    find out. replicas: so many of each host, or of each two that are twins, which are read in its place; replica_token:
+    a file of their machine with the token that they read with. tls: None for plain HTTP.
     """
 
     folder: Path
@@ -102,6 +102,12 @@ class Plan:
     replicas: int = 0
     replica_token: Path | None = None
     tls: Tls | None = None
+
+    @property
+    def followed(self) -> range:
+        """The places of the hosts that have replicas: of twins the earlier ones, of either of whom a replica has
+        everything."""
+        return range(len(self.machines) // 2 if self.twins else len(self.machines))
 
     @property
     def here(self) -> bool:
@@ -144,7 +150,9 @@ class _Launch:
         self._token = read_cluster_token(token_file)
         self._urls: dict[str, str] = {}
         self._hosts = [f"host {place}" for place in range(len(plan.machines))]
-        self._replicas = [f"replica {i} of {host}" for host in self._hosts for i in range(plan.replicas)]
+        self._replicas = [
+            f"replica {i} of {self._hosts[place]}" for place in plan.followed for i in range(plan.replicas)
+        ]
 
     def run(self, events: SimpleQueue[Ended | Signalled], ready: Callable[[str], None]) -> None:
         """Start all, and end all at a signal. Raises LaunchFailed."""

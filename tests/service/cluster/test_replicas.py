@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -22,9 +23,10 @@ from torch import Tensor
 from ema_client import EmaClient
 from ema_client.errors import EmaError
 from ema_client.protocol import RunShards
+from ema_service.cluster.conversation import Seat
 from ema_service.cluster.encoding import encode
 from ema_service.cluster.messages import Arrival
-from ema_service.cluster.replicas import Replicas
+from ema_service.cluster.replicas import Replicas, original_of
 from ema_service.tokens import create_token
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched
@@ -200,6 +202,25 @@ def test_a_replica_is_listed_while_it_is_heard() -> None:
         (1, "http://b", 14.0),
     ]
     assert [each.address for each in replicas.now(19.5)] == ["http://a"]
+
+
+def test_which_host_a_replica_follows() -> None:
+    """Its own; of twins the other one where its own is away, or lacks what the others have, and its own where both
+    are."""
+    seats = {
+        place: Seat(place, f"http://h{place}", 0, 0, listens=True, since=None, revision=None) for place in range(4)
+    }
+    away = seats | {0: replace(seats[0], listens=False)}
+
+    assert original_of(0, away, (), twins=False) == "http://h0"
+    assert [original_of(place, seats, (), twins=True) for place in range(4)] == [
+        f"http://h{place}" for place in range(4)
+    ]
+    assert original_of(0, away, (), twins=True) == "http://h2"
+    assert original_of(0, seats, (0,), twins=True) == "http://h2"
+    assert original_of(2, seats, (2,), twins=True) == "http://h0"
+    assert original_of(0, seats, (0, 2), twins=True) == "http://h0"
+    assert original_of(0, away, (2,), twins=True) == "http://h2"
 
 
 def test_places_that_there_are_not(cluster: Launched) -> None:

@@ -342,6 +342,7 @@ def test_random_losses(twins: Twins) -> None:
 
 def test_parts_go_to_both_hosts(twins: Twins) -> None:
     """Of two ranks, each with half of the tensors; and an update of a run that was made while a host was away."""
+    twins.push()
     twins.lose(1)
     assert twins.first_answer(1, "r")["step"] == twins.step
     tensors = {name: torch.randn(9, 3) for name in "abcd"}

@@ -48,6 +48,17 @@ def test_both_are_sent_what_is_written() -> None:
     assert all(twins.serving(host, "/v1/runs/r") is host for each in twins.both("r") for host in each)
 
 
+def test_replicas_are_those_of_the_shard() -> None:
+    """Whichever of its hosts is read from, or named by the replica; one that is meant is asked itself."""
+    replicas = [{"place": 0, "address": "http://r0/"}, {"place": 2, "address": "http://r2"}]
+    for away in ((), (0,)):
+        twins = Twins(told(away=away) | {"replicas": replicas})
+        assert [host.replicas for host in twins.hosts] == [("http://r0", "http://r2"), ()]
+        assert {host.replicas for host in twins.both("r")[0]} == {("http://r0", "http://r2")}
+        _, first, _ = twins.hosts[0].holders
+        assert twins.serving(first, "/v1/runs/r/weights") == first
+
+
 def test_a_map_that_is_none() -> None:
     """A shard of which no host came, and what no coordinator says."""
     seats = [{"place": place, "address": None if place % 2 else "http://h", "listens": True} for place in range(4)]

@@ -5,6 +5,7 @@ Knows flags. Does not know processes (test_twins).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,11 @@ REASON = "no third host would know"
         (["up", "--hosts", "a,b,c", "--twins"], REASON),
         (["up", "--hosts", "a,b", "--twins"], REASON),
         (["up", "--ray", "auto", "--shards", "1", "--twins"], REASON),
-        (["up", "--local", "2", "--twins", "--replicas", "1"], "past replicas"),
-        (["up", "--ray", "auto", "--shards", "2", "--twins", "--replicas", "1"], "past replicas"),
+        (["up", "--ray", "auto", "--shards", "2", "--twins", "--replicas", "1"], "no replicas yet"),
     ],
 )
 def test_up_refuses(words: list[str], said: str) -> None:
-    """Too few hosts, or replicas that nobody would read; before anything is started."""
+    """Too few hosts, or what there is not yet; before anything is started."""
     result = CliRunner().invoke(cluster, words, env={"COLUMNS": "400"})
 
     assert (result.exit_code, said in result.output) == (2, True), result.output
@@ -48,4 +48,6 @@ def test_the_later_half_are_twins() -> None:
     """Of machines that are named; here each host is started twice."""
     assert _with_twins(["a", "b", "c", "d"], given=True) == ["a", "b", "c", "d"]
     assert _with_twins([None, None], given=False) == [None] * 4
-    assert Plan(Path("f"), [None] * 4, "127.0.0.1", 0, twins=True).twins
+    plan = Plan(Path("f"), [None] * 4, "127.0.0.1", 0, twins=True, replicas=2)
+    assert [*plan.followed] == [0, 1]
+    assert [*replace(plan, twins=False).followed] == [0, 1, 2, 3]
