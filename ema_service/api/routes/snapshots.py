@@ -83,7 +83,8 @@ async def put_snapshot(
     if server.host:
         if asked.targets:
             raise InvalidRequest(
-                "hosts of a cluster keep no averages of other lengths as snapshots yet: pull one instead"
+                "a snapshot of an average of another length is not possible for a run on several hosts yet",
+                hint="pull the average, to a file, in its place",
             )
         info, created = await server.host.take_snapshot(run, name, keep=keep, key=key)
         response.status_code = 201 if created else 200
