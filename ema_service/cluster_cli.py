@@ -129,8 +129,8 @@ def gateway(
     token = _token(token_file)
     tls = _certificate(ssl_certfile, ssl_keyfile)
     from ema_service import dashboard
-    from ema_service.cluster.gateway.app import serve
     from ema_service.cluster.gateway.hosts import Hosts
+    from ema_service.cluster.gateway.serving import serve
     from ema_service.cluster.serving import listening_socket
 
     try:
