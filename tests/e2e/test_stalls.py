@@ -67,7 +67,7 @@ def way(server: ServerProcess) -> Iterator[Stalling]:
 @pytest.fixture
 def transport(way: Stalling) -> Iterator[Transport]:
     timeouts = Timeouts(transfer=SILENCE, kept=SILENCE, expect=SILENCE)
-    retry = RetryPolicy(base=0.01, cap=0.2)
+    retry = RetryPolicy(attempts=300, base=0.01, cap=0.2)  # for as long as a service takes to start
     with contextlib.closing(Transport(way.url, lanes=LANES, timeouts=timeouts, retry=retry)) as made:
         yield made
 
