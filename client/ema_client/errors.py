@@ -23,7 +23,7 @@
     |-- RequestTimeout            408
     |-- Conflict                  409
     |   |-- RunExists, AwaitingWeights, WeightsExist, StepConflict, StaleStep, Fenced,
-    |   |-- StepNotReached, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded,
+    |   |-- StepNotReached, VersionGone, SnapshotExists, SnapshotDamaged, StorageDisabled, RunDegraded,
     |   |-- SegmentUnusable, TooManyRuns, TooManySnapshots,
     |   +-- AverageExists, LastAverage, TooManyAverages
     |-- BodyTooLarge              413
@@ -119,6 +119,7 @@ __all__ = [
     "UnsupportedMediaType",
     "UpdatesPending",
     "UsageError",
+    "VersionGone",
     "WeightsExist",
     "error_from_problem",
     "listed",
@@ -394,6 +395,13 @@ class StepNotReached(Conflict):
     retryable = True
     title = "The run has not reached that step"
     default_hint = "wait longer, or ask for a smaller min_step"
+
+
+class VersionGone(Conflict):
+    code = "version_gone"
+    retryable = True
+    title = "Another version has taken its place"
+    default_hint = "ask for the run's version, and for that one"
 
 
 class SnapshotExists(Conflict):

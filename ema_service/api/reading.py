@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 
-from ema_client.errors import Superseded
+from ema_client.errors import VersionGone
 from ema_service.bodies import WeightsStream
 from ema_service.memory import Arena
 from ema_service.runs import Run
@@ -102,14 +102,14 @@ class Readings:
         return sent.readings[0] if sent else None
 
     def state(self, owner: Run, version: str) -> State:
-        """The version of this name, where it is the run's, or stays. Raises Superseded."""
+        """The version of this name, where it is the run's, or stays. Raises VersionGone."""
         for (of, _), sent in self._sent.items():
             for each in sent.readings if of is owner else ():
                 if each.state and str(each.state.version) == version:
                     return each.state
         state = owner.ready_state()
         if str(state.version) != version:
-            raise Superseded(f"version {version} of run {owner.config.run!r} is gone: ask for another", retry_after=0.0)
+            raise VersionGone(f"version {version} of run {owner.config.run!r} is not here, or no more", retry_after=0.0)
         return state
 
     def begin(

@@ -39,8 +39,6 @@ __all__ = ["Asked", "AskedFor", "stored", "work_out"]
 _WINDOW = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z", re.ASCII)
 #: A ring drops a snapshot now and then; that each try meets one is next to impossible.
 _TRIES = 3
-#: Characters of a recipe. A request's line has 64 KiB.
-_RECIPE_LENGTH = 48 << 10
 #: For so long a request waits for snapshots that are being stored.
 _STORING_SECONDS = 20.0
 
@@ -85,7 +83,7 @@ async def _asked(
     ] = None,
     recipe: Annotated[
         str | None,
-        Query(max_length=_RECIPE_LENGTH, description="Of these, at one host of a cluster: the Ema-Recipe of another"),
+        Query(description="Of these, at one host of a cluster: the Ema-Recipe of another"),
     ] = None,
     version: Annotated[
         str | None,

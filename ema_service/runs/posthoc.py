@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ema_client.errors import InvalidRequest, Superseded, SynthesisRefused, listed
+from ema_client.errors import InvalidRequest, SynthesisRefused, VersionGone, listed
 from ema_client.protocol import Posthoc, ProfileInfo, ProfileSource, RunConfig, SnapshotInfo, WeightsInfo
 from ema_service.averaging import (
     ConstantDecay,
@@ -109,13 +109,13 @@ class Synthesiser:
     def given(self, targets: Sequence[Target], found: GivenRecipes, state: State) -> list[Recipe]:
         """The recipes of these targets as another host of the run has found them. state: of their version.
 
-        Raises InvalidRequest for recipes of others; Superseded where the state is another run's, or this host lacks one
-        of the sources; SnapshotNotFound.
+        Raises InvalidRequest for recipes of others; VersionGone where the state is another run's, or this host lacks a
+        source; SnapshotNotFound.
         """
         if len(found.weights) != len(targets):
             raise InvalidRequest(f"recipe: it is of {len(found.weights)} averages, and {len(targets)} are asked for")
         if found.lineage != state.version.lineage:
-            raise Superseded(f"the recipe is of another run {self._run.config.run!r}", retry_after=0.0)
+            raise VersionGone(f"the recipe is of another run {self._run.config.run!r}", retry_after=0.0)
         leading = {each.version: each for each in self.ring.shelf.leading_to(state.version).snapshots}
         sources = [self._source(each, leading) for each in found.sources]
         recipes = []
@@ -148,7 +148,7 @@ class Synthesiser:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _source(self, given: GivenSource, leading: Mapping[str, RingSnapshot]) -> Source:
-        """What this host has of a source. Raises Superseded, SnapshotNotFound, InvalidRequest."""
+        """What this host has of a source. Raises VersionGone, SnapshotNotFound, InvalidRequest."""
         if given.average not in self._names:
             raise InvalidRequest(f"recipe: {given.average!r} is none of the averages that the ring is made of")
         if given.kind == _SNAPSHOT:
@@ -156,7 +156,7 @@ class Synthesiser:
         if given.kind == "now":
             return Source(given.average, given.time, None)
         if given.name not in leading:
-            raise Superseded(
+            raise VersionGone(
                 f"this host's ring of run {self._run.config.run!r} has no snapshot of version {given.name}",
                 retry_after=0.1,
             )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from ema_client.errors import AwaitingWeights, InvalidRequest, Overloaded, RunDegraded, RunNotFound, Superseded
+from ema_client.errors import AwaitingWeights, InvalidRequest, Overloaded, RunDegraded, RunNotFound, VersionGone
 from ema_client.protocol import RunVersion
 from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
@@ -31,7 +31,7 @@ _NOTHING = (1, 1)
 @router.get(
     "/version",
     summary="Show the facts of a version",
-    responses=problem_responses(RunNotFound, InvalidRequest, AwaitingWeights, RunDegraded, Superseded, Overloaded),
+    responses=problem_responses(RunNotFound, InvalidRequest, AwaitingWeights, RunDegraded, VersionGone, Overloaded),
 )
 async def show_version(
     run: RunName,

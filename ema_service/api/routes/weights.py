@@ -38,6 +38,7 @@ from ema_client.errors import (
     StorageFailed,
     Superseded,
     SynthesisRefused,
+    VersionGone,
 )
 from ema_client.protocol import (
     HEADER_AMPLIFICATION,
@@ -169,6 +170,7 @@ _CURRENT_ERRORS = (
     SynthesisRefused,
     Overloaded,
     Superseded,
+    VersionGone,
 )
 _SYNTHESIS_ERRORS = (
     RunNotFound,
@@ -180,6 +182,7 @@ _SYNTHESIS_ERRORS = (
     InvalidRequest,
     SynthesisRefused,
     Superseded,
+    VersionGone,
 )
 _SNAPSHOT_ERRORS = (
     RunNotFound,

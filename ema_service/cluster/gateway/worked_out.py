@@ -22,7 +22,7 @@ from typing import TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from ema_client.errors import InvalidRequest, Overloaded, Superseded
+from ema_client.errors import EmaError, InvalidRequest, Overloaded, Superseded, VersionGone
 from ema_client.protocol import HEADER_RECIPE, RunVersion, version_path, weights_path
 from ema_service.cluster.gateway.hosts import HostAddress, Hosts, all_of, passed_on
 from ema_service.cluster.gateway.pulls import HOLD_SECONDS, PAUSE, TRIES, Asked, Moved, ShardBody, Whole, answer
@@ -57,7 +57,7 @@ async def agreed(hosts: Hosts, ask: Callable[[], Awaitable[T]]) -> T:
     for left in reversed(range(TRIES)):
         try:
             return await ask()
-        except (Moved, Superseded) as fault:
+        except (Moved, Superseded, VersionGone) as fault:
             hosts.metrics.apart.inc()
             if not left:
                 hosts.metrics.disagreed.inc()
@@ -66,8 +66,8 @@ async def agreed(hosts: Hosts, ask: Callable[[], Awaitable[T]]) -> T:
     raise RuntimeError("the last try returns or raises")
 
 
-def _apart(fault: Moved | Superseded) -> Overloaded:
-    why = fault.detail if isinstance(fault, Superseded) else "updates come faster than they can be read"
+def _apart(fault: Moved | EmaError) -> Overloaded:
+    why = fault.detail if isinstance(fault, EmaError) else "updates come faster than they can be read"
     return Overloaded(f"the hosts do not have the same: {why}", hint="ask again", retry_after=0.5)
 
 
@@ -120,7 +120,7 @@ class Pinned:
             await asyncio.gather(holding, return_exceptions=True)
 
     async def hold(self, host: HostAddress, version: str) -> None:
-        """Have the version stay at one host. Raises Superseded where it is gone."""
+        """Have the version stay at one host. Raises VersionGone where it is gone."""
         await self._hold(host, version)
 
     async def _keep(self, places: tuple[HostAddress, ...], version: str) -> None:

@@ -136,16 +136,16 @@ def test_hosts_follow_one_recipe(both: tuple[Launched, ServerProcess]) -> None:
         said[5][0][1] = "1.7777"
 
     gone = changed(rename)
-    assert (gone.status_code, gone.json()["code"]) == (503, "superseded")
+    assert (gone.status_code, gone.json()["code"]) == (409, "version_gone")
     assert "1.7777" in gone.json()["detail"]
-    assert changed(lambda said: said.__setitem__(1, "1.2")).json()["code"] == "superseded"
+    assert changed(lambda said: said.__setitem__(1, "1.2")).json()["code"] == "version_gone"
     assert changed(lambda said: said[6][0].append(1.0)).json()["code"] == "invalid_request"
     assert changed(lambda said: said[6][0].__setitem__(0, float("nan"))).json()["code"] == "invalid_request"
     assert changed(lambda said: said[6].append(said[6][0])).json()["code"] == "invalid_request"
     for wrong in ("x", "AAAA", base64.urlsafe_b64encode(zlib.compress(b"[]")).decode()):
         answer = sent(second, "", params={"sigma_rel": "0.1", "recipe": wrong})
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-    assert sent(second, "sigma_rel=0.1&version=1.2").json()["code"] == "superseded"
+    assert sent(second, "sigma_rel=0.1&version=1.2").json()["code"] == "version_gone"
     assert sent(second, "version=1.2").json()["code"] == "invalid_request"
 
 
@@ -180,9 +180,9 @@ def test_a_version_that_is_held_stays(both: tuple[Launched, ServerProcess]) -> N
 
         recipes: list[str] = []
         wait_until(follows, "a version to stay")
-        wait_until(lambda: worked_out(recipe=recipes[-1]).status_code == 503, "the version to be gone")
-        assert worked_out(recipe=recipes[-1]).json()["code"] == "superseded"
-        assert ask("version", hold="true", version="1.1").json()["code"] == "superseded"
+        wait_until(lambda: worked_out(recipe=recipes[-1]).status_code == 409, "the version to be gone")
+        assert worked_out(recipe=recipes[-1]).json()["code"] == "version_gone"
+        assert ask("version", hold="true", version="1.1").json()["code"] == "version_gone"
 
 
 def test_a_killed_host_follows_one_that_knows_more(both: tuple[Launched, ServerProcess]) -> None:

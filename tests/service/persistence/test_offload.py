@@ -147,7 +147,7 @@ def test_crash_in_the_middle_of_a_move(server: LocalServer, objects: Failing, be
 
 def test_crash_after_the_row(server: LocalServer, objects: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the files in the data dir went: the start removes them. The commit alone decides."""
-    monkeypatch.setattr(Store, "_remove_snapshot_files", lambda *_: None)
+    monkeypatch.setattr(Store, "remove_snapshot_files", lambda *_: None)
     server.snapshot("s")
     moved(server)
     assert server.data_files("r.*/snapshots/s/*")
