@@ -446,7 +446,8 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seconds", [6, pytest.param(120, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("seconds", [6, 120])
 def test_random_kills(own: Callable[..., Launched], seconds: float, model: Model, litema: type[LitEmaOracle]) -> None:
     """Hosts, coordinator and gateway are killed while a trainer pushes and a reader reads: every update counts once,
     and whatever is read is a version that there was."""
@@ -598,6 +599,7 @@ def test_a_host_that_cannot_start_ends_all(tmp_path: Path) -> None:
     assert "ended with status" in found.stderr
 
 
+@pytest.mark.soak
 def test_a_watcher_outlasts_its_hosts(own: Callable[..., Launched], run_name: str, model: Model) -> None:
     """Who watches at the gateway is told of the next version although a host was killed meanwhile, and of the end."""
     cluster = own("--local", "2")

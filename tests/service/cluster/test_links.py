@@ -112,7 +112,9 @@ def told(what: str, seconds: float) -> None:
     print(f"{what}: the update was applied after {seconds:.1f} s")  # noqa: T201  # for whoever looks with -s
 
 
-@pytest.mark.parametrize("machine", ["host-1", CORE, TRAINER])
+@pytest.mark.parametrize(
+    "machine", ["host-1", *(pytest.param(each, marks=pytest.mark.soak) for each in (CORE, TRAINER))]
+)
 @pytest.mark.parametrize("gone", [1.0, pytest.param(7.0, marks=pytest.mark.soak)])
 def test_a_link_goes_down_and_comes_back(
     started: Started, litema: type[LitEmaOracle], machine: str, gone: float
@@ -173,6 +175,7 @@ def test_a_host_is_replaced_while_its_link_is_down(
         training.check()
 
 
+@pytest.mark.soak
 def test_a_pull_in_the_middle(started: Started, litema: type[LitEmaOracle]) -> None:
     """A reader whose host is replaced meanwhile reads one version whole, and does not wait at the earlier one."""
     linked = started(lease=4.0)

@@ -161,6 +161,7 @@ def test_a_twin_is_filled_over_tls(certificate: Certificate, launched: Callable[
         client.push("r", model(1), step=1)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 @pytest.mark.usefixtures("trusted")
 def test_hosts_of_other_machines(

@@ -156,6 +156,7 @@ def test_places_that_speak_tls(
     assert not [line for line in engine.lines if "listens on http://" in line]
 
 
+@pytest.mark.soak
 def test_nothing_is_started_while_the_engine_is_not_heard(engine: Engine, model: Model) -> None:
     """An agent that is cut off may have been replaced: its host, once ended, stays so until the engine is heard."""
     engine.start(None), engine.start(0), engine.start(1)
