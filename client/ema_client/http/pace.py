@@ -36,7 +36,7 @@ _EARLY, _LATE = 1 / 8, 3 / 4
 
 @dataclass(slots=True)
 class _Window:
-    """A stretch of time, from ``since`` on. threads: of the lanes at work, by their native numbers.
+    """What lanes did from the time ``since`` on. threads: of the lanes at work, by their native numbers.
 
     wanted: processors that the lanes ran on or waited for, on the average; None before see(), and where the system does
     not tell. before: seconds that each lane had wanted at the time ``since``.

@@ -72,8 +72,6 @@ class _Lane:
 class Ordered:
     """A body on its way, as a Download is. Not thread-safe.
 
-    More than a dozen attributes: those of a Download, and what the reader and the lanes tell each other.
-
     status: 200 for a body from its beginning, 206 for one that ``continues``; length: bytes from ``start`` on.
 
     More than a dozen attributes: the body as its reader sees it, and how far lanes are ahead of the reader.
@@ -142,7 +140,7 @@ class Ordered:
     def _read_lead(self, view: memoryview) -> int:
         """The next bytes of the first answer; of another one where that answer stands still, and lanes do not."""
         while True:
-            # The same one for all reads of an answer: a read that is ended may bring bytes, and the next one none.
+            # One cancellation for all reads of an answer: a read that is ended may bring bytes, and the next one none.
             with self._ends_lead as cancellation:
                 try:
                     self._first.hand_over()

@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ema_client import EmaClient
-from ema_client.errors import Superseded
+from ema_client.errors import VersionGone
 from ema_client.hosts import direct
 from ema_client.hosts.pulling import pull
 from ema_client.protocol import HEADER_RECIPE, HEADER_TARGETS
@@ -329,7 +329,7 @@ def test_large_averages_come_straight_from_the_hosts(
 
     def noted(*args: Any, **more: Any) -> Any:
         if len(straight) == 2:
-            raise Superseded("a host has another ring by now")
+            raise VersionGone("a host has another ring by now")
         found = pull(*args, **more)
         straight.append(found is not None and args[1].recipe is not None)
         return found
