@@ -325,8 +325,8 @@ class Coordinator:
         return twin is not None and not twin.record.lost
 
     def _leave(self, missing: Collection[int]) -> list[Output]:
-        """Have the others know that they go on without a place."""
-        return self._seat(self.seating.absent.union(missing))
+        """Have the others know that they go on without a place; with its twin, if that was left behind."""
+        return self._seat(self.seating.absent.union(missing) - {self._twin(each) for each in missing})
 
     def _seat(self, absent: Collection[int]) -> list[Output]:
         """Have all know of the next seating."""
@@ -340,14 +340,17 @@ class Coordinator:
 
     def _unfit(self, newest: Record, present: Mapping[int, Report]) -> set[int]:
         """A place whose host lost what it had, or has an older copy, and whose twin has more: all, or at least the
-        checkpoint that all are to go back to. Empty where there is none."""
+        checkpoint that all are to go back to. Empty where there is none.
+
+        The twin may be one that was left behind, while its own twin's loss was not known yet.
+        """
         if not self._twins:
             return set()
         settled = max(each.record.settled for each in present.values())
 
         def has(shard: int) -> int:
-            report = present.get(shard)
-            if report is None:
+            report = self._reports.get(shard)
+            if report is None or shard in self._silent:
                 return -1
             return 2 if not _is_unfit(report.record, newest) else settled in (0, *report.kept)
 

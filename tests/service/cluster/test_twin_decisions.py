@@ -92,6 +92,9 @@ class LeavesTheLast(Coordinator):
     def _can_leave(self, missing: Any) -> bool:
         return len(missing) == 1 and self._silent.issuperset(missing)
 
+    def _leave(self, missing: Any) -> list[Output]:
+        return self._seat(self.seating.absent.union(missing))
+
 
 class ReturnsWithoutATurn(Coordinator):
     """A host counts again once the others have voted for that, whatever it has."""
@@ -206,6 +209,35 @@ def test_an_empty_disk_is_left_behind() -> None:
     assert coordinator.seating.absent == {2}
     assert 2 in shards[0].record.seating.absent
     assert coordinator.fault is None
+
+
+LEFT_BEHIND = Record(Term(1, "b"), 1, 0, None, None, seating=Seating(Term(1, "b"), 1, "2"))
+
+
+def test_a_host_that_was_left_behind_counts_again_where_its_twin_has_less() -> None:
+    """A host was left behind while nobody knew that its twin had lost its disk. It has all that was committed since,
+    and counts at once, in place of its twin."""
+    coordinator, shards = begun(emptied(7), *[LEFT_BEHIND] * 3)
+
+    assert coordinator.seating.absent == {0}
+    assert coordinator.fault is None
+    said = [
+        verdict
+        for shard in (1, 2, 3)
+        for report in shards[shard].prepare(Vote(UPDATE, "o"))
+        for verdict in coordinator.receive(report)  # type: ignore[arg-type]
+    ]
+    assert [each.committed for each in said if isinstance(each, Resolve)] == [True] * 3
+
+
+def test_a_host_that_was_left_behind_stays_so_where_it_lacks_an_update() -> None:
+    """Nothing is decided where its twin has lost that, and why is told."""
+    made = LEFT_BEHIND._replace(edition=2, revision=1, made=Vote(UPDATE, "o"))
+
+    coordinator, _ = begun(emptied(7), made, LEFT_BEHIND, made)
+
+    assert coordinator.seating.absent == {2}
+    assert coordinator.fault == "shard 0 lost its versions, and its twin was left behind"
 
 
 def test_all_empty_disks_begin_together() -> None:
