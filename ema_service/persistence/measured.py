@@ -24,7 +24,7 @@ class StoredMeasurements:
 
     columns: names of the columns of ``rows``, which is (rows, columns), oldest first. seen: how many measurements there
     were. begin: the time of the first. version: of the newest. distances: of each tensor, at ``distances_version`` and
-    ``distances_step``.
+    ``distances_step``; norms: of each tensor's parameters then, empty where they are not kept.
     """
 
     columns: tuple[str, ...]
@@ -33,6 +33,7 @@ class StoredMeasurements:
     begin: float | None
     version: str | None
     distances: Floats
+    norms: Floats
     distances_version: str | None
     distances_step: int | None
 
@@ -43,11 +44,13 @@ class StoredMeasurements:
             "rows": len(self.rows),
             "seen": self.seen,
             "begin": self.begin,
+            "norms": len(self.norms),
             "version": self.version,
             "distances_version": self.distances_version,
             "distances_step": self.distances_step,
         }
-        data = json.dumps(head).encode() + b"\n" + self.rows.tobytes() + self.distances.tobytes()
+        arrays = b"".join(each.tobytes() for each in (self.rows, self.distances, self.norms))
+        data = json.dumps(head).encode() + b"\n" + arrays
         return xxhash.xxh3_128_digest(data) + data
 
     @classmethod
@@ -60,7 +63,7 @@ class StoredMeasurements:
         head = json.loads(line)
         columns, count = tuple(head["columns"]), head["rows"]
         values = np.frombuffer(arrays, np.float64)
-        rows, distances = np.split(values, [count * len(columns)])
+        rows, distances, norms = np.split(values, [count * len(columns), len(values) - head.get("norms", 0)])
         return cls(
             columns,
             rows.reshape(count, len(columns)),
@@ -68,6 +71,7 @@ class StoredMeasurements:
             head["begin"],
             head["version"],
             distances,
+            norms,
             head["distances_version"],
             head["distances_step"],
         )

@@ -250,13 +250,14 @@ class Maker:
     ) -> Registered:
         """config: of the run as it was created. setup: its averages by now; None: those of ``config``. refusal: why the
         run's versions can't lie in memory files. writer: of a run without a row."""
-        measurements = Measurements(config.run, layout)
+        shard = self._store.shard(row) if self._store and row else None
+        whole = _averaged(row, self._store.whole(row)) if self._store and row and shard else None
+        measurements = Measurements(config.run, layout, whole)
         noted = measurements if self._measure else None
         if self._store is None or row is None:
             run = Run(config, layout, self._memory, created_at=created_at, writer=writer, measurements=noted)
             timeline, sweeps = Timeline(config.run, None, None), Sweeps(config.run, None, None)
             return Registered(run, Parts(run), timeline, sweeps, measurements, None)
-        shard = self._store.shard(row)
         versions, memory = self._versions(self._store, config, row, layout, shard, refusal=refusal, setup=setup)
         run = Run(
             config,
@@ -342,6 +343,21 @@ def _setup_of(row: RunRow) -> Setup:
     try:
         return read_setup(from_json(RunConfig, json.loads(row.config)), row.averages)
     except ValueError as fault:
-        raise CatalogUnusable(
-            f"the catalog's row of run {row.name!r} is damaged: {fault}; restore the data dir from a backup"
-        ) from None
+        raise _damaged(row, fault) from None
+
+
+def _averaged(row: RunRow, whole: str) -> list[str]:
+    """The names of the averaged tensors in the configuration of a whole run, of which a row has one shard. Raises
+    CatalogUnusable where the row is damaged."""
+    try:
+        config = from_json(RunConfig, json.loads(whole))
+    except ValueError as fault:
+        raise _damaged(row, fault) from None
+    copied = frozenset(config.copied)
+    return [spec.name for spec in config.layout if spec.name not in copied]
+
+
+def _damaged(row: RunRow, fault: ValueError) -> CatalogUnusable:
+    return CatalogUnusable(
+        f"the catalog's row of run {row.name!r} is damaged: {fault}; restore the data dir from a backup"
+    )

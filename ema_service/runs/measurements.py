@@ -44,8 +44,10 @@ _DIGITS = 7
 _COLUMNS = tuple(each.name for each in fields(HistoryColumns))
 #: Before the columns of a row: the measurement's number.
 _NUMBER = "number"
-#: What the table of a run takes once it is full.
-MOST_BYTES = MOST_ROWS * 8 * (1 + len(_COLUMNS) + _MOST_GROUPS)
+#: What the table of a run takes once it is full; of a shard with the norms of its groups.
+MOST_BYTES = MOST_ROWS * 8 * (1 + len(_COLUMNS) + 2 * _MOST_GROUPS)
+#: Columns of groups, before a group's name: distances of all, and norms of the parameters of a shard's.
+_DISTANCE_OF, _NORM_OF = "distance of ", "norm of "
 #: Columns that are told as they are, the first: time, step, num_updates, effective_decay.
 _EXACT = 4
 #: Columns of the run's first average alone.
@@ -85,9 +87,12 @@ class _Noted:
 class Measurements:
     """The measurements of one run. Thread-safe."""
 
-    def __init__(self, run: str, layout: Layout) -> None:
+    def __init__(self, run: str, layout: Layout, whole: Sequence[str] | None = None) -> None:
+        """whole: of a shard, the names of the whole run's averaged tensors, which make the groups; then norms are told,
+        for what the shards measured to be put together."""
         self._run = run
         self._layout = layout
+        self._whole = whole
         self._newest: _Noted | None = None
         #: The newest one with sums, and when distances are to be taken again, by time.monotonic().
         self._summed: Measured | None = None
@@ -152,20 +157,22 @@ class Measurements:
         rows[:, _EXACT:] = _rounded(rows[:, _EXACT:])
         if not measured:
             rows[:, [_COLUMNS.index(name) for name in _OF_AVERAGE]] = np.nan
-        columns: dict[str, Any] = {name: _told(rows[:, at], name) for at, name in enumerate(_COLUMNS)}
-        groups = {
-            name: _told(rows[:, at], name) for at, name in enumerate(self._groups.names, len(_COLUMNS)) if measured
-        }
-        return History(self._run, average, version, seen, begin, HistoryColumns(**columns), groups)
+        told: dict[str, Any] = {name: _told(rows[:, at], name) for at, name in enumerate(self._names[1:])}
+        columns = HistoryColumns(**{name: told[name] for name in _COLUMNS})
+        names = self._groups.names if measured else ()
+        groups = {name: told[_DISTANCE_OF + name] for name in names}
+        norms = {name: told[_NORM_OF + name] for name in names if self._whole is not None}
+        return History(self._run, average, version, seen, begin, columns, groups, norms)
 
     def distances(self, average: str) -> Distances:
         """The distances of all tensors, when they were taken last. average: the name of the run's first."""
         with self._lock:
             version, step = self._summed_at()
-            found = self._distances()
-        names = (entry.name for entry in self._layout.params)
+            found, norms = self._distances()
+        names = [entry.name for entry in self._layout.params]
         tensors = dict(zip(names, _told(_rounded(found), "distance"), strict=True))
-        return Distances(self._run, average, version, step, tensors)
+        told = dict(zip(names, _told(_rounded(norms), "norm"), strict=False)) if len(norms) else {}
+        return Distances(self._run, average, version, step, tensors, told)
 
     # --- beyond the server's end ------------------------------------------------------------------------------------
 
@@ -182,7 +189,7 @@ class Measurements:
                 seen,
                 self._begin,
                 self._version,
-                self._distances(),
+                *self._distances(),
                 *self._summed_at(),
             )
         write(stored.dump())
@@ -198,12 +205,14 @@ class Measurements:
 
     @cached_property
     def _groups(self) -> _Groups:
-        return _Groups.of(self._layout)
+        return _Groups.of(self._layout, self._whole)
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
         """Of the numbers in a row."""
-        return (_NUMBER, *_COLUMNS, *self._groups.names)
+        names = self._groups.names
+        norms = () if self._whole is None else names
+        return (_NUMBER, *_COLUMNS, *(_DISTANCE_OF + name for name in names), *(_NORM_OF + name for name in norms))
 
     @cached_property
     def _series(self) -> Series:
@@ -236,14 +245,17 @@ class Measurements:
             return str(self._summed.version), self._summed.version.step
         return (self._before.distances_version, self._before.distances_step) if self._before else (None, None)
 
-    def _distances(self) -> Floats:
-        """Of each tensor, when they were taken last; NaN where they were not."""
+    def _distances(self) -> tuple[Floats, Floats]:
+        """Of each tensor, when they were taken last, NaN where they were not; and the parameters' norms of a shard's
+        tensors."""
         sums = self._summed.sums if self._summed else None
+        nothing = np.full(0 if self._whole is None else len(self._layout), np.nan)
         if sums is not None:
-            return _ratio(sums[:, 0], sums[:, 1])
-        if self._before and len(self._before.distances) == len(self._layout):
-            return self._before.distances
-        return np.full(len(self._layout), np.nan)
+            return _ratio(sums[:, 0], sums[:, 1]), np.sqrt(sums[:, 1]) if len(nothing) else nothing
+        before = self._before
+        if before and len(before.distances) == len(self._layout):
+            return before.distances, before.norms if len(before.norms) == len(nothing) else nothing
+        return np.full(len(self._layout), np.nan), nothing
 
     def _row(self, noted: _Noted) -> list[float]:
         """The row of a measurement, as it follows the row before."""
@@ -251,7 +263,7 @@ class Measurements:
         rate = math.nan
         if self._kept and noted.time > self._kept[1]:
             rate = (noted.number - self._kept[0]) / (noted.time - self._kept[1])
-        distance, shadow, parameters, groups = self._groups.fold(measured.sums)
+        distance, shadow, parameters, groups, norms = self._groups.fold(measured.sums)
         return [
             noted.number,
             noted.time,
@@ -259,39 +271,44 @@ class Measurements:
             *(distance, shadow, parameters, rate, rate * measured.nbytes),
             *map(_number, (measured.durable_lag, measured.receive, measured.average, measured.commit)),
             *groups,
+            *(norms if self._whole is not None else ()),
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
     """The groups of a layout's averaged tensors. index: of the group of each tensor; copied ones have a group of their
-    own, the last. names: of the groups; none where they would be too many, and then all averaged tensors are one."""
+    own, the last. names: of the groups; none where they would be too many, and then all averaged tensors are one. Of a
+    shard they are those of the whole run's tensors that have a row here, perhaps one of no elements."""
 
     names: tuple[str, ...]
     index: npt.NDArray[np.intp]
     count: int
 
     @classmethod
-    def of(cls, layout: Layout) -> _Groups:
+    def of(cls, layout: Layout, whole: Sequence[str] | None = None) -> _Groups:
         copied = frozenset(layout.copied)
-        named = group_names([entry.name for entry in layout.params if entry.name not in copied])
-        names = tuple(dict.fromkeys(named.values()))
-        few = len(names) <= _MOST_GROUPS
-        places = {name: at if few else 0 for at, name in enumerate(names)}
+        averaged = [entry.name for entry in layout.params if entry.name not in copied]
+        named = group_names(averaged if whole is None else whole)
+        few = len(set(named.values())) <= _MOST_GROUPS
+        names = tuple(dict.fromkeys(named[name] for name in averaged)) if few else ()
+        places = {name: at for at, name in enumerate(names)}
         count = len(names) if few else 1
-        index = [places[named[e.name]] if e.name in named else count for e in layout.params]
-        return cls(names if few else (), np.array(index, np.intp), count)
+        index = [count if e.name in copied else places.get(named[e.name], 0) for e in layout.params]
+        return cls(names, np.array(index, np.intp), count)
 
-    def fold(self, sums: Floats | None) -> tuple[float, float, float, Sequence[float]]:
-        """Distance, |shadow| and |parameters| of all averaged tensors, and the distance of each group."""
+    def fold(self, sums: Floats | None) -> tuple[float, float, float, Sequence[float], Sequence[float]]:
+        """Distance, |shadow| and |parameters| of all averaged tensors, and of each group distance and |parameters|."""
         if sums is None:
-            return math.nan, math.nan, math.nan, [math.nan] * len(self.names)
+            unknown = [math.nan] * len(self.names)
+            return math.nan, math.nan, math.nan, unknown, unknown
         apart, parameters, shadow = (
             np.bincount(self.index, sums[:, at], self.count + 1)[: self.count] for at in range(3)
         )
         whole = _ratio(apart.sum(), parameters.sum())
-        groups = _ratio(apart, parameters)[: len(self.names)]
-        return float(whole), math.sqrt(shadow.sum()), math.sqrt(parameters.sum()), groups.tolist()
+        groups = _ratio(apart, parameters)[: len(self.names)].tolist()
+        norms = np.sqrt(parameters)[: len(self.names)].tolist()
+        return float(whole), math.sqrt(shadow.sum()), math.sqrt(parameters.sum()), groups, norms
 
 
 def group_names(names: Sequence[str]) -> dict[str, str]:

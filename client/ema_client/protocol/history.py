@@ -5,7 +5,7 @@ Knows: fields. Does not know: JSON (checked), how an event is streamed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ema_client.protocol.fields import Count, Counter, Decay, EventKind, Moment, Name, Step, Text, TimelineKind, Version
 from ema_client.protocol.weights import SnapshotInfo
@@ -79,7 +79,8 @@ class History:
     average: the run's first, of which distances and norms are. version: of the newest measurement, None without one.
     seen: how many measurements there were; older ones are thinned out. begin: when the first was, seconds since
     1970-01-01 UTC.
-    groups: by the common beginning of tensors' names, the distance of these tensors alone at each time.
+    groups: by the common beginning of tensors' names, the distance of these tensors alone at each time. group_norms: of
+    one host of a cluster, |parameters| of its rows of each group, for the distances of hosts to be put together.
     """
 
     run: Name
@@ -89,6 +90,7 @@ class History:
     begin: Moment | None
     columns: HistoryColumns
     groups: dict[str, tuple[float | None, ...]]
+    group_norms: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,8 @@ class Distances:
     """The answer to ``GET /v1/runs/{run}/distances``: how far each tensor's shadow was from its parameters.
 
     tensors: by name, |shadow - parameters| / |parameters| after the newest update that was measured; None where the
-    tensor is copied, or was not measured. average, version, step: of that update.
+    tensor is copied, or was not measured. average, version, step: of that update. norms: of one host of a cluster,
+    |parameters| of its rows of each tensor, for the distances of hosts to be put together.
     """
 
     run: Name
@@ -104,6 +107,7 @@ class Distances:
     version: Version | None
     step: Step | None
     tensors: dict[str, float | None]
+    norms: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

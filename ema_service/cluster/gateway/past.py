@@ -1,7 +1,8 @@
 """How a whole run went, of what its hosts noted each by itself: measurements, distances of tensors, the timeline.
 
 Hosts measure when it suits them, so a row of the whole run is one of host 0, with what each other host measured last up
-to that step. Norms add up as squares; a distance is the hosts' distances, weighed with their parameters' norms.
+to that step. Norms add up as squares; a distance, of all tensors, a group or a tensor, is the hosts' distances, weighed
+with their parameters' norms.
 
 Pure. Knows the dataclasses of the protocol, and which facts add up. Does not know HTTP, or how anything is measured.
 """
@@ -21,7 +22,6 @@ from ema_client.protocol import (
     TIMELINE_ENTRIES,
     Distances,
     History,
-    HistoryColumns,
     Timeline,
     TimelineEntry,
 )
@@ -49,10 +49,9 @@ _WORST = ("durable_lag", "seconds_receive", "seconds_average", "seconds_commit")
 
 
 def whole_history(histories: Sequence[History]) -> History:
-    """The history of the whole run. histories: the hosts', by place. Groups are left out: which tensors are one group
-    differs from host to host."""
+    """The history of the whole run. histories: the hosts', by place."""
     first = histories[0]
-    seen = [_Seen(each.columns) for each in histories]
+    seen = [_Seen(each) for each in histories]
     rows = [[each.at(key) for each in seen] for key in seen[0].keys]
     columns: dict[str, Any] = {
         "distance": [_distance(row) for row in rows],
@@ -68,18 +67,25 @@ def whole_history(histories: Sequence[History]) -> History:
         seen=min(each.seen for each in histories),
         begin=None if None in begins else max(begin for begin in begins if begin is not None),
         columns=replace(first.columns, **{name: tuple(values) for name, values in columns.items()}),
-        groups={},
+        groups={
+            name: tuple(_distance_of_group(row, [name in each.groups for each in histories], name) for row in rows)
+            for name in dict.fromkeys(name for each in histories for name in each.groups)
+        },
+        group_norms={},
     )
 
 
 def whole_distances(found: Sequence[Distances]) -> Distances:
-    """The distances of all tensors; None of a tensor of which several hosts have rows, for distances of rows do not add
-    up."""
-    times = Counter(name for each in found for name in each.tensors)
-    tensors = {name: value if times[name] == 1 else None for each in found for name, value in each.tensors.items()}
+    """The distances of all tensors. found: the hosts', by place; of a tensor that was cut several have rows."""
+    rows: dict[str, list[tuple[float | None, float | None]]] = {}
+    for each in found:
+        for name, value in each.tensors.items():
+            rows.setdefault(name, []).append((value, each.norms.get(name)))
+    tensors = {name: _put_together(each) if len(each) > 1 else each[0][0] for name, each in rows.items()}
     steps = [each.step for each in found]
     step = None if None in steps else min(step for step in steps if step is not None)
-    return replace(found[0], version=_oldest([each.version for each in found]), step=step, tensors=tensors)
+    version = _oldest([each.version for each in found])
+    return replace(found[0], version=version, step=step, tensors=tensors, norms={})
 
 
 def asked_of_hosts(query: Mapping[str, str]) -> tuple[int, float, dict[str, str]]:
@@ -114,26 +120,32 @@ def whole_timeline(timelines: Sequence[Timeline], most: int, since: float = 0.0)
 
 # --- measurements ----------------------------------------------------------------------------------------------------
 
+#: Of a column, or of a group and what was measured of it.
+_Name = str | tuple[str, str]
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     """What a host had measured up to one step. measured: the newest of the columns that are not measured each time."""
 
     values: Mapping[str, Any]
-    measured: Mapping[str, Any]
+    measured: Mapping[_Name, Any]
 
 
 class _Seen:
     """One host's rows. keys: of each row, by which rows of several hosts are in one order."""
 
-    def __init__(self, columns: HistoryColumns) -> None:
+    def __init__(self, history: History) -> None:
+        columns = history.columns
         self.keys = _keys(columns.step)
         names = ("bytes_per_second", *_WORST)
         self._rows: list[_Row] = []
-        measured: dict[str, Any] = {}
+        measured: dict[_Name, Any] = {}
         for at in range(len(self.keys)):
             if columns.parameter_norm[at] is not None:
                 measured = {name: getattr(columns, name)[at] for name in ("distance", "shadow_norm", "parameter_norm")}
+                measured |= {(name, "distance"): each[at] for name, each in history.groups.items()}
+                measured |= {(name, "norm"): each[at] for name, each in history.group_norms.items()}
             self._rows.append(_Row({name: getattr(columns, name)[at] for name in names}, measured))
 
     def at(self, key: tuple[int, int]) -> _Row | None:
@@ -153,18 +165,38 @@ def _keys(steps: Sequence[int | None]) -> list[tuple[int, int]]:
     return keys[::-1]
 
 
+def _of(row: _Row | None, name: _Name) -> float | None:
+    """What a host measured; None where it did not."""
+    if row is None:
+        return None
+    return row.values[name] if isinstance(name, str) and name in row.values else row.measured.get(name)
+
+
 def _all(row: Sequence[_Row | None], name: str) -> list[float] | None:
     """What all hosts measured; None where one did not."""
-    found = [None if each is None else {**each.values, **each.measured}.get(name) for each in row]
+    found = [_of(each, name) for each in row]
     return None if None in found else [float(value) for value in found if value is not None]
 
 
 def _distance(row: Sequence[_Row | None]) -> float | None:
-    apart, norms = _all(row, "distance"), _all(row, "parameter_norm")
-    whole = math.hypot(*norms) if norms else 0.0
-    if apart is None or norms is None or not whole:
-        return None
-    return _rounded(math.hypot(*(each * norm for each, norm in zip(apart, norms, strict=True))) / whole)
+    return _put_together([(_of(each, "distance"), _of(each, "parameter_norm")) for each in row])
+
+
+def _distance_of_group(row: Sequence[_Row | None], has: Sequence[bool], name: str) -> float | None:
+    """has: by place, whether a host has any of the group's tensors."""
+    having = [each for each, has_any in zip(row, has, strict=True) if has_any]
+    return _put_together([(_of(each, (name, "distance")), _of(each, (name, "norm"))) for each in having])
+
+
+def _put_together(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """The distance of tensors of which several hosts have parts. parts: each the distance, and the parameters' norm."""
+    apart = []
+    for distance, norm in parts:
+        if norm is None or (norm and distance is None):
+            return None
+        apart.append((distance or 0.0) * norm)
+    whole = math.hypot(*(norm for _, norm in parts if norm))
+    return _rounded(math.hypot(*apart) / whole) if whole else None
 
 
 def _norm(row: Sequence[_Row | None], name: str) -> float | None:

@@ -7,6 +7,7 @@ Knows what a server promises. Does not know messages between the processes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import stat
@@ -188,6 +189,37 @@ def test_averages_come_and_go(cluster: Launched, run_name: str, model: Model, li
             client.remove_average(run_name, "ema")
         kinds = [each.kind for each in client.timeline(run_name).entries]
         assert kinds == ["created", "average_added", "snapshot", "average_removed"]
+
+
+def test_distances_are_those_of_the_whole(cluster: Launched, run_name: str) -> None:
+    """Of tensors that were cut, and of groups that lie on several hosts, as of float64; a copied tensor has none."""
+    shapes = {f"block.{at}.w": (40 + at, 3) for at in range(30)} | {"head.w": (7, 5), "steps": (4,)}
+    drawn = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
+    with EmaClient(cluster.url) as client:
+        client.create_run(run_name, drawn[0], decay=DECAY, copied=["steps"])
+        steps = itertools.count(1)
+
+        def measured() -> bool:
+            step = next(steps)
+            client.push(run_name, drawn[step % 2], step=step)
+            return client.distances(run_name).step == step
+
+        wait_until(measured)
+        shadow, told, history = client.pull(run_name), client.distances(run_name), client.history(run_name)
+        given = drawn[history.columns.step[-1] % 2]
+
+    def distance(*names: str) -> float:
+        apart = torch.cat([(shadow[name] - given[name]).double().flatten() for name in names])
+        return float(apart.norm() / torch.cat([given[name].double().flatten() for name in names]).norm())
+
+    assert told.tensors.pop("steps") is None
+    assert told.tensors == {name: pytest.approx(distance(name), rel=2e-6) for name in told.tensors}
+    assert told.tensors.keys() == given.keys() - {"steps"}
+    blocks = [name for name in given if name.startswith("block")]
+    assert {name: each[-1] for name, each in history.groups.items()} == {
+        "block": pytest.approx(distance(*blocks), rel=2e-6),
+        "head": pytest.approx(distance("head.w"), rel=2e-6),
+    }
 
 
 def test_a_run_branches_from_another(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def history(steps: list[int], **columns: Any) -> History:
     """A host's: columns that are not given are not measured."""
     given: dict[str, Any] = {"time": [float(at) for at in range(len(steps))], "step": steps, **columns}
     filled = {name: tuple(given.get(name, [None] * len(steps))) for name in COLUMNS}
-    return History("r", "ema", f"1.{len(steps)}", len(steps), 1.0, HistoryColumns(**filled), {"group": ()})
+    return History("r", "ema", f"1.{len(steps)}", len(steps), 1.0, HistoryColumns(**filled), {})
 
 
 def measured(steps: list[int], apart: list[list[float]], parameters: list[list[float]]) -> History:
@@ -68,15 +69,28 @@ def test_the_slowest_host_counts() -> None:
     found = whole_history([first, other])
     assert (found.columns.durable_lag, found.columns.seconds_commit) == ((7.0,), (0.5,))
     assert found.columns.bytes_per_second == (150.0,)
-    assert found.groups == {}
 
 
-def test_a_tensor_on_two_hosts_has_no_distance() -> None:
-    """And the others theirs, as of what all hosts have measured."""
-    found = whole_distances(
-        [Distances("r", "ema", "1.10", 10, {"a": 0.1, "b": 0.2}), Distances("r", "ema", "1.9", 9, {"b": 0.3, "c": 0.4})]
-    )
-    assert found == Distances("r", "ema", "1.9", 9, {"a": 0.1, "b": None, "c": 0.4})
+def test_a_tensor_on_two_hosts_has_one_distance() -> None:
+    """That of all its rows, also where one host has none; unless one of the hosts has not measured. Of what all hosts
+    have measured."""
+    mine = {"a": 0.1, "b": 0.2, "none here": None, "late": 0.1}, {"a": 1.0, "b": 3.0, "none here": 0.0, "late": 1.0}
+    theirs = {"b": 0.3, "c": 0.4, "none here": 0.5, "late": None}, {"b": 4.0, "c": 1.0, "none here": 2.0, "late": None}
+    found = whole_distances([Distances("r", "ema", "1.10", 10, *mine), Distances("r", "ema", "1.9", 9, *theirs)])
+    both = pytest.approx(math.hypot(0.2 * 3, 0.3 * 4) / 5, rel=1e-6)
+    assert found.tensors == {"a": 0.1, "b": both, "none here": 0.5, "late": None, "c": 0.4}
+    assert (found.version, found.step, found.norms) == ("1.9", 9, {})
+
+
+def test_a_group_on_two_hosts_has_one_distance() -> None:
+    """At each time, of what each host measured last; a group of one host has that host's."""
+    first, other = history([10, 20], parameter_norm=[1.0, 1.0]), history([15], parameter_norm=[1.0])
+    first = replace(first, groups={"a": (0.1, 0.2), "b": (0.2, 0.1)}, group_norms={"a": (1.0, 1.0), "b": (3.0, 3.0)})
+    other = replace(other, groups={"b": (0.3,), "c": (0.4,)}, group_norms={"b": (4.0,), "c": (1.0,)})
+    found = whole_history([first, other])
+    both = pytest.approx(math.hypot(0.1 * 3, 0.3 * 4) / 5, rel=1e-6)
+    assert found.groups == {"a": (0.1, 0.2), "b": (None, both), "c": (None, 0.4)}
+    assert found.group_norms == {}
 
 
 def entry(time: float, kind: Any, text: str, step: int | None = None) -> TimelineEntry:
