@@ -29,8 +29,8 @@ __all__ = ["Ended", "Events", "Program", "Signalled", "Supervisor", "caught_sign
 
 #: Seconds before the first restart, and the most: doubled at each end that comes early.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0
-#: Seconds after which a process has lived: its next end is a first one.
-_LIVED = 30.0
+#: Seconds after which a process has lived, for one that cannot start has ended by then: its next end is a first one.
+_LIVED = 3.0
 
 
 @dataclass(frozen=True, slots=True)

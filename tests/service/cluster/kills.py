@@ -25,8 +25,9 @@ __all__ = ["BOUNDS", "seconds_after"]
 
 #: By program, the seconds until the update is answered: median and worst, on a machine that has little else to do.
 BOUNDS = {"host 1": (4.0, 8.0), "coordinator": (3.0, 6.0)}
-#: Seconds between two kills: a program that ends sooner after its start is started again later.
-_PAUSE = 1.5
+#: Seconds between two kills: a program that ends sooner after its start is held for one that cannot start, and is
+#: started again later.
+_PAUSE = 4.0
 
 
 def seconds_after(cluster: Launched, program: str, times: int) -> Iterator[float]:

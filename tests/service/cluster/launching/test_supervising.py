@@ -89,6 +89,19 @@ def test_pauses_grow(supervisor: Supervisor, heard: Heard) -> None:
     assert 2 <= len(heard.pids("a")) <= 4  # after 0.2, 0.4, 0.8 and 1.6 seconds, and the starts themselves
 
 
+def test_what_has_lived_is_started_again_at_once(
+    supervisor: Supervisor, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is killed: only what cannot start has to wait."""
+    monkeypatch.setattr("ema_service.cluster.launching.supervising._LIVED", 0.0)
+    monkeypatch.setattr("ema_service.cluster.launching.supervising._LONGEST_PAUSE", 3600.0)
+    supervisor.keep(Program("a", _python(_TALKER), b"\n"))
+    for times in range(1, 11):  # the pauses of what cannot start come to three minutes by then
+        wait_until(lambda times=times: supervisor.next(0.01) or len(heard.pids("a")) == times)
+        os.kill(heard.pids("a")[-1], signal.SIGKILL)
+        assert supervisor.next(10) == Ended("a", -signal.SIGKILL)
+
+
 def test_what_ends_for_good_stays_ended(supervisor: Supervisor, heard: Heard) -> None:
     """A coordinator that was deposed would depose its successor."""
     supervisor.keep(Program("a", _python("print('pid 1')"), for_good=0))
