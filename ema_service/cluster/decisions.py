@@ -297,8 +297,8 @@ class Coordinator:
         return self._claim()
 
     def _claim(self) -> list[Output]:
-        """Claim a term larger than any that a shard knows, once all that count have said theirs, or all but one whose
-        twin has."""
+        """Claim a term larger than any that a shard knows, once all that count have said theirs, or all but some whose
+        twins have."""
         missing = self._members() - self._reports.keys()
         if missing and not self._can_leave(missing):
             return []
@@ -318,11 +318,13 @@ class Coordinator:
         return (shard + self._shards // 2) % self._shards
 
     def _can_leave(self, missing: Collection[int]) -> bool:
-        """Whether the others may go on: one place is missing, for long, and its twin is there."""
-        if len(missing) != 1 or not self._silent.issuperset(missing):
+        """Whether the others may go on: fewer places than there are shards are missing, for long, and the twin of each
+        is there."""
+        if not missing or len(missing) >= self._shards // 2 or not self._silent.issuperset(missing):
             return False
-        twin = self._present().get(self._twin(*missing))
-        return twin is not None and not twin.record.lost
+        there = self._present().keys() - self._silent
+        twins = [self._twin(each) for each in missing]
+        return all(twin in there and not self._reports[twin].record.lost for twin in twins)
 
     def _leave(self, missing: Collection[int]) -> list[Output]:
         """Have the others know that they go on without a place; with its twin, if that was left behind."""
@@ -352,7 +354,7 @@ class Coordinator:
             report = self._reports.get(shard)
             if report is None or shard in self._silent:
                 return -1
-            return 2 if not _is_unfit(report.record, newest) else settled in (0, *report.kept)
+            return 2 if _has_all(report.record, newest, present.values()) else settled in (0, *report.kept)
 
         found = [shard for shard in present if has(shard) < min(has(self._twin(shard)), 2)]
         return set(found[:1])
@@ -624,10 +626,14 @@ def _lacks_newest(record: Record, newest: Record) -> bool:
     return record.vote is None or record.vote != newest.made
 
 
-def _is_unfit(record: Record, newest: Record) -> bool:
-    """Whether a shard has to be filled from its twin: it lacks the newest revision, or lost its bytes."""
+def _has_all(record: Record, newest: Record, present: Iterable[Report]) -> bool:
+    """Whether a shard has the newest revision and its bytes, or what led there; or, left behind by now, was the only
+    one to be told that what the others hold votes for is committed."""
+    if record.revision > newest.revision:
+        votes = [each.record.vote for each in present if not each.record.lost]
+        return not record.lost and all(vote == record.made for vote in votes)
     has_voted = record.vote is not None and record.vote == newest.made
-    return _lacks_newest(record, newest) or (record.lost and not has_voted)
+    return not _lacks_newest(record, newest) and (has_voted or not record.lost)
 
 
 def _fault(newest: Record, reports: Collection[Report]) -> str | None:

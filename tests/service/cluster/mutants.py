@@ -315,11 +315,13 @@ _AS_THEY_ARE = ("ema_service.cluster.decisions", "tests.service.cluster.world", 
 
 
 class Mutant(NamedTuple):
-    """What is built with one rule left out, which promise that breaks, and within how many schedules it shows."""
+    """What is built with one rule left out, which promise that breaks, and within how many schedules it shows, from the
+    first on that is worth the time."""
 
     design: Design
     breaks: type[Broken]
     within: int
+    first: int = 0
 
     @property
     def name(self) -> str:

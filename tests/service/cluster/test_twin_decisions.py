@@ -95,6 +95,22 @@ class LeavesTheLast(Coordinator):
     def _leave(self, missing: Any) -> list[Output]:
         return self._seat(self.seating.absent.union(missing))
 
+    def _unfit(self, newest: Record, present: Mapping[int, Report]) -> set[int]:
+        return {shard for shard in super()._unfit(newest, present) if self._twin(shard) in present}
+
+
+class LeavesAsManyAsThereAreShards(Coordinator):
+    """The others go on without one host of each shard, as those may without them."""
+
+    def _can_leave(self, missing: Any) -> bool:
+        there = self._present().keys() - self._silent
+        twins = {self._twin(each) for each in missing}
+        return (
+            self._silent.issuperset(missing)
+            and there >= twins
+            and not any(self._reports[twin].record.lost for twin in twins)
+        )
+
 
 class ReturnsWithoutATurn(Coordinator):
     """A host counts again once the others have voted for that, whatever it has."""
@@ -128,7 +144,8 @@ class CountsEditionsAnew(TwinHost):
 MUTANTS = (
     Mutant(Design(coordinator=CommitsWithoutTheTwin, host=TwinHost), Torn, 100),
     Mutant(Design(coordinator=TakesBackWhoIsBehind, host=TwinHost), Stuck, 100),
-    Mutant(Design(coordinator=LeavesTheLast, host=TwinHost), Torn, 500),
+    Mutant(Design(coordinator=LeavesTheLast, host=TwinHost), Broken, 500),
+    Mutant(Design(coordinator=LeavesAsManyAsThereAreShards, host=TwinHost), Torn, 100, 550),
     Mutant(Design(coordinator=ReturnsWithoutATurn, host=TwinHost), Torn, 100),
     Mutant(Design(host=KnowsTheSeatingInMemory), Broken, 1500),
     Mutant(Design(host=StartsAsNew), Broken, 300),
@@ -140,7 +157,7 @@ MUTANTS = (
 def test_mutants_are_caught(mutant: Mutant) -> None:
     """Each rule that is left out breaks the promise that it is there for, within the stated number of schedules."""
     with pytest.raises(mutant.breaks):
-        play_all(0, mutant.within, mutant.design)
+        play_all(mutant.first, mutant.within, mutant.design)
 
 
 # --- examples, two shards with two hosts each ------------------------------------------------------------------------
@@ -187,6 +204,28 @@ def test_a_return_is_given_up_with_a_later_seating() -> None:
     assert coordinator.seating > Seating(Term(1, "b"), 2, "")
     assert coordinator.seating.absent == {2}
     assert all(shards[place].record.seating == coordinator.seating for place in (0, 1, 3))
+
+
+@pytest.mark.parametrize(("of", "missing", "goes_on"), [(3, (0, 4), True), (2, (0, 3), False), (3, (0, 3), False)])
+def test_hosts_of_one_machine_are_missing(of: int, missing: tuple[int, ...], goes_on: bool) -> None:
+    """A coordinator that never heard them goes on if they are fewer than there are shards, and no two are of one."""
+    coordinator = Coordinator("c", 2 * of, twins=True)
+    shards = {place: Shard(place, Record()) for place in range(2 * of) if place not in missing}
+
+    def ask() -> None:
+        for asked in coordinator.ask():
+            if asked.shard in shards:
+                for report in shards[asked.shard].receive(asked):
+                    coordinator.receive(report)  # type: ignore[arg-type]
+
+    ask()
+    for place in missing:
+        coordinator.note_silence(place)
+    for _ in range(3):  # the question, the claim, and a seating
+        ask()
+
+    assert coordinator.seating.absent == (set(missing) if goes_on else set())
+    assert {each.record.seating for each in shards.values()} == {coordinator.seating}
 
 
 def test_nobody_goes_on_without_both_hosts_of_a_shard() -> None:

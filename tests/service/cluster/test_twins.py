@@ -41,15 +41,17 @@ BOUND = 20.0
 
 
 class Twins:
-    """A cluster of two shards on four hosts, with a run, and LitEma beside it."""
+    """A cluster of some shards, each on two hosts, with a run, and LitEma beside it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: int = 2) -> None:
         self.folder = folder / "all"
         self.ram = folder / "ram"
-        self.cluster = Launched(self.folder, "--local", "2", "--twins", "--", "--ram-dir", str(self.ram)).start()
+        flags = ["--local", str(shards), "--twins", "--", "--ram-dir", str(self.ram)]
+        self.cluster = Launched(self.folder, *flags).start()
         self.client = EmaClient(self.cluster.url)
         self.oracle = LitEmaOracle(model(0), decay=DECAY)
         self.step = 0
+        self.bound = BOUND
         self.client.create_run("r", model(0), decay=DECAY)
 
     def push(self, times: int = 1) -> None:
@@ -57,7 +59,7 @@ class Twins:
         for _ in range(times):
             self.step += 1
             self.oracle.update(model(self.step))
-            until = time.monotonic() + BOUND
+            until = time.monotonic() + self.bound
             while True:
                 try:
                     assert self.client.push("r", model(self.step), step=self.step).step == self.step
@@ -73,14 +75,15 @@ class Twins:
         for name, tensor in self.oracle.shadow.items():
             assert torch.equal(found[name], tensor), name
 
-    def lose(self, place: int) -> None:
-        """SIGKILL a host, and remove all that it had on disk and in memory."""
-        pid = self.cluster.processes()[f"host {place}"]
-        ram = self.ram / self.nonce(place)
-        os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(ram, ignore_errors=True)
-        shutil.rmtree(self.folder / f"host-{place}", ignore_errors=True)
-        wait_until(lambda: self.cluster.processes().get(f"host {place}") != pid, "the end of the host")
+    def lose(self, *places: int) -> None:
+        """SIGKILL a host, or some at once, and remove all that it had on disk and in memory."""
+        pids = {f"host {place}": self.cluster.processes()[f"host {place}"] for place in places}
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        for place in places:
+            shutil.rmtree(self.ram / self.nonce(place), ignore_errors=True)
+            shutil.rmtree(self.folder / f"host-{place}", ignore_errors=True)
+        wait_until(lambda: not pids.items() & self.cluster.processes().items(), "the end of the hosts")
 
     def nonce(self, place: int) -> str:
         """The name of the folder of a host's memory files."""
@@ -320,6 +323,35 @@ def test_a_host_that_stands_still_is_left_behind(twins: Twins) -> None:
         os.kill(stopped, signal.SIGCONT)
     twins.wait_whole()
     twins.lose_and_go_on(1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_two_hosts_of_one_machine_are_lost(tmp_path: Path) -> None:
+    """Of three shards, with all that they had; and then two others stand still, with the coordinator gone as well, so
+    that the next one hears neither."""
+    three = Twins(tmp_path, shards=3)
+    try:
+        three.push(2)
+        three.lose(0, 4)
+        three.push(2)
+        three.wait_whole()
+        stopped = [three.cluster.processes()[f"host {place}"] for place in (3, 1)]
+        for each in stopped:
+            os.kill(each, signal.SIGSTOP)
+        try:
+            three.cluster.kill("coordinator")
+            three.bound = 120.0  # a coordinator waits a minute for hosts that it never heard
+            three.push(2)
+            assert three.left_behind() == {3, 1}
+        finally:
+            for each in stopped:
+                os.kill(each, signal.SIGCONT)
+        three.wait_whole()
+        three.push()
+    finally:
+        three.client.close()
+        three.cluster.end()
 
 
 @pytest.mark.soak

@@ -191,14 +191,15 @@ class TwinWorld(World):
         return vote.proposal.seating is not None and vote.proposal.seating < self.seating()
 
     def look_at_all(self, vote: Vote) -> None:
-        """Every host that counts has what was voted for, and each shard has one that lost nothing."""
+        """Every host that counts has what was voted for, and each shard has one that lost nothing: perhaps one that was
+        left behind while nobody knew what its twin had lost."""
         half = len(self.hosts) // 2
         safe = set()
         for host in self.hosts:
             has = vote in (host.disk.vote, host.disk.made, *host.log)
             if self.is_member(host) and not has and not host.disk.lost:
                 raise Torn(f"{vote} was committed, and shard {host.place} is without: {host.disk}")
-            if self.is_member(host) and has and not host.disk.lost:
+            if has and not host.disk.lost:
                 safe.add(host.place % half)
         if len(safe) < half and not self.seen["losses of power"]:
             raise Torn(f"{vote} was committed, and only hosts of {safe} have it")
@@ -211,7 +212,8 @@ class TwinWorld(World):
 
     def faults(self) -> Sequence[tuple[Callable[[Any], None], float]]:
         others = [each for each in super().faults() if each[0] is not World.lose_power]
-        return (*others, (TwinWorld.lose_power, 0.4), (TwinWorld.suspect, 1.5), (TwinWorld.lose_disk, 0.7))
+        more = ((TwinWorld.lose_power, 0.4), (TwinWorld.suspect, 1.5), (TwinWorld.lose_disk, 0.7))
+        return (*others, *more, (TwinWorld.fall_apart, 0.3))
 
     def receive(self, message: Any, source: None) -> None:
         super().receive(message, source)
@@ -232,28 +234,51 @@ class TwinWorld(World):
             host.lose_power()
 
     def suspect(self) -> None:
-        """A host is held for silent, which mostly it is."""
-        host = self.random.choice(self.hosts)
-        assert isinstance(host, TwinHost)
-        if not self.is_in_step(host.twin):
-            return
-        if self.happens(0.7):
-            host.crash()
+        """A host is held for silent, or all of one machine are, which mostly they are."""
+        hosts = self.on_one_machine()
+        for host in hosts:
+            if self.happens(0.7):
+                host.crash()
         for seat in tuple(self.seats.values()):
-            if self.happens(0.8):
-                seat.send(seat.core.note_silence(host.place))
+            for host in hosts:
+                if self.happens(0.8):
+                    seat.send(seat.core.note_silence(host.place))
         for _ in range(self.random.randrange(4 * len(self.hosts))):
             if self.happens(0.1):
                 self.ask_again()
             self.deliver()
 
+    def fall_apart(self) -> None:
+        """The network does: of two coordinators one reaches some hosts, the other one the others, and holds those that
+        it does not reach for silent. The trainer reaches all."""
+        self.start_coordinator()
+        side = {host.place for host in self.hosts if self.happens(0.5)}
+        for at, seat in enumerate(tuple(self.seats.values())):
+            away = [host.place for host in self.hosts if (host.place in side) == (at == 0)]
+            self.broken |= {(seat.name, place) for place in away}
+            for place in away:
+                seat.send(seat.core.note_silence(place))
+            seat.send(seat.core.ask())
+        for _ in range(self.random.randrange(12 * len(self.hosts))):
+            if self.happens(0.1):
+                self.push()
+            self.deliver()
+
     def lose_disk(self) -> None:
-        """A host loses all it has, where its twin is in step, for all that anyone knows."""
-        host = self.random.choice(self.hosts)
-        assert isinstance(host, TwinHost)
-        if self.may_lose(host):
-            self.seen["lost disks"] += 1
-            host.lose_disk()
+        """A host loses all it has, or some do at once that are on one machine, where their twins are in step, for all
+        that anyone knows."""
+        hosts = self.on_one_machine()
+        if all(self.may_lose(host) for host in hosts):
+            for host in hosts:
+                self.seen["lost disks"] += 1
+                host.lose_disk()
+
+    def on_one_machine(self) -> list[TwinHost]:
+        """Some hosts, fewer than there are shards, and no two of one shard: one, mostly."""
+        half = len(self.hosts) // 2
+        shards = self.random.sample(range(half), 1 if self.happens(0.7) else half - 1)
+        hosts = [self.hosts[shard + self.random.choice((0, half))] for shard in shards]
+        return [host for host in hosts if isinstance(host, TwinHost)]
 
     def may_lose(self, host: TwinHost) -> bool:
         return self.is_in_step(host.twin) and not any(each.disk.lost for each in self.hosts)

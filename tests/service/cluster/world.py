@@ -40,6 +40,8 @@ __all__ = ["Broken", "Design", "Host", "Seat", "Stuck", "Torn", "World", "play"]
 
 #: Events of a schedule before the faults stop.
 _EVENTS = 55
+#: More messages are never under way at once, but for those that lead to ever more.
+_MOST_FLYING = 10_000
 #: How often everyone says again what has no answer, until all has to be resolved; from which round on what waits is
 #: overdue.
 _ROUNDS, _PATIENCE = 12, 0
@@ -673,8 +675,8 @@ class World:
         raise Stuck(f"update {self.key} on shards {self.unanswered}, or changes {list(self.changes)}, have no answer")
 
     def is_whole(self) -> bool:
-        """Whether all hosts are at one revision."""
-        return len({host.disk.revision for host in self.hosts}) == 1
+        """Whether all hosts are at one revision, and have it."""
+        return len({host.disk.revision for host in self.hosts}) == 1 and not any(host.disk.lost for host in self.hosts)
 
     def say_again(self, turn: int) -> None:
         """Hosts that are down start; the others, the coordinator, the trainer, and whoever asks for changes, say again
@@ -699,6 +701,8 @@ class World:
                 return
             for to, message, source in flying:
                 to.receive(message, source)
+                if len(self.flying) > _MOST_FLYING:
+                    raise Stuck("more and more messages follow from messages")
         raise Stuck("messages follow from messages without end")
 
     def look_at_end(self) -> None:
