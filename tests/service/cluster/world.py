@@ -731,7 +731,7 @@ class World:
 
     def drain(self) -> None:
         """Deliver all messages in turn, and what follows from them."""
-        for _ in range(100):
+        for _ in range(300):
             flying, self.flying = self.flying, []
             if not flying:
                 return
