@@ -488,7 +488,8 @@ def test_change_that_is_refused_costs_an_update_nothing(town: MakeTown, monkeypa
 
 
 def test_update_of_a_trainer_that_was_replaced(town: MakeTown) -> None:
-    """An update that gave way to a trainer who takes over is refused as that trainer's word wants: it is fenced."""
+    """An update of which a trainer that is gone sent one slice is fenced by the one that takes over, which waits for
+    nobody at the same step."""
     here = town(2)
     sent = here.send(1, "u1", 0)
     here.deliver()
@@ -497,6 +498,11 @@ def test_update_of_a_trainer_that_was_replaced(town: MakeTown) -> None:
     with pytest.raises(Fenced):
         sent.result(0)
     assert [host.shard and host.shard.record.vote for host in here.hosts] == [None, None]
+    for host, part in zip(here.hosts, here.parts(1), strict=True):
+        assert host.shard
+        host.shard.push(host.local.run.begin(1, host.local.staged(part), 1), "u2")
+    here.deliver()
+    assert here.versions() == ["1.1", "1.1"]
 
 
 # --- who is killed --------------------------------------------------------------------------------------------------
