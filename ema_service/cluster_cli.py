@@ -247,10 +247,6 @@ def up(
             "say how many hosts here (--local 3), on which machines (--hosts a,b,c), or how many in a Ray cluster "
             "(--ray auto --shards 3)"
         )
-    if ray is not None and replicas and twins:
-        raise typer.BadParameter(
-            "on Ray hosts with twins have no replicas yet: leave --twins or --replicas out", param_hint="--replicas"
-        )
     found = _together(ssl_certfile, ssl_keyfile)
     tls = Tls(*found, os.environ.get("SSL_CERT_FILE")) if found else None
     if ray is not None:

@@ -157,7 +157,7 @@ class EmaClient:
 
         Where the service refused shared memory, the reason follows; and where more connections at once pay than one for
         a push and two for a pull, how many of them, and why not more. Of a cluster also how they travel to those of its
-        hosts that are on this machine.
+        hosts that are on this machine, and by each host's URL over how many connections.
         """
         return "; ".join(filter(None, [self._transport.link, self._hosts.link]))
 

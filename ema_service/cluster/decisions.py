@@ -13,8 +13,9 @@ while a shard is missing nothing is decided: without all k no version can be rea
 **A vote is aborted for three reasons**: a shard refuses the proposal; the shards disagree about its outcome, when it is
 given up as one that was refused; a proposal that ranks higher waits. A trainer's newer step ranks higher than an older
 one, whose trainer may be gone; a proposal that has waited too long ranks higher than one of any step; what a
-coordinator brings to all shards ranks highest. Nothing is aborted because a shard crashed: its neighbours keep what
-they prepared.
+coordinator brings to all shards ranks highest. An update gives way to such a change on a shard that has the change in
+hand, and waits: its bytes are with its trainer, and another shard may refuse the change. Nothing is aborted because a
+shard crashed: its neighbours keep what they prepared.
 
 **Where a machine took with it what a shard had promised to keep**, the shard comes back *lost*: an older record, which
 says so, and checkpoints. Then the coordinator has all shards go back to the newest checkpoint that all of them have, by
@@ -186,8 +187,13 @@ class Shard:
         return [Answer(before.ticket.key, committed=False)] if before else []
 
     def _resolve(self, vote: Vote, verdict: Resolve) -> list[Answer]:
-        """Do as the verdict on the shard's vote says. After an abort the shard votes for what has waited."""
+        """Do as the verdict on the shard's vote says. After an abort the shard votes for what has waited; an update
+        that gave way to a change then waits in its turn, for the change may be refused elsewhere."""
         waiting = self._waiting
+        if waiting and not verdict.committed and not verdict.reason and _makes_wait(waiting.proposal, vote.proposal):
+            self._turn_to(waiting)
+            self._waiting = vote
+            return []
         answers = [Answer(vote.ticket.key, verdict.committed, verdict.reason)]
         if verdict.committed:
             self._turn_to(None, made=vote)
@@ -431,7 +437,7 @@ class Coordinator:
         refused = self._abort_refused(revision)
         votes = self._votes()
         proposal = self._agreed(votes)
-        if proposal is None:
+        if proposal is None or self._is_held_up(proposal, revision):
             return [*refused, *self._weigh(votes, revision)]
         if proposal.seating:
             return [*refused, *self._count_return(votes, proposal, proposal.seating)]
@@ -453,6 +459,11 @@ class Coordinator:
         """The one proposal that all have voted for; None where there is none."""
         found = {vote.ticket: vote.proposal for vote in votes.values()}
         return next(iter(found.values())) if len(votes) == len(self._members()) and len(found) == 1 else None
+
+    def _is_held_up(self, proposal: Proposal, revision: int) -> bool:
+        """Whether a proposal that all have voted for waits for a change: a change that takes long to judge would
+        otherwise follow a revision that is gone by then, each time."""
+        return proposal.change is None and bool(self._next_change(revision))
 
     def _count_return(self, votes: Mapping[int, Vote], proposal: Proposal, seating: Seating) -> list[Output]:
         """A place counts again once its host, too, has voted for that, and so has what the others have.
@@ -480,7 +491,8 @@ class Coordinator:
         return [each for shard, ticket in votes for each in self._resolve([shard], reason=refused[ticket])]
 
     def _weigh(self, votes: Mapping[int, Vote], revision: int) -> list[Propose | Resolve]:
-        """Abort what ranks lower than another proposal, and bring a change to all. No ticket is on all shards."""
+        """Abort what ranks lower than another proposal, and bring a change to all. No ticket is on all shards, or a
+        change is to come before."""
         reports = self._present().values()
         overdue = {each.waiting.ticket for each in reports if each.waiting and each.overdue}
         late: list[Propose | Resolve] = []
@@ -496,6 +508,8 @@ class Coordinator:
         best = max(rivals, key=lambda rival: _rank(rival, overdue))
         mark = _rank(best, overdue)
         lower = [shard for shard, vote in votes.items() if _rank(vote.proposal, overdue) < mark]
+        if best.change is not None:
+            lower = [shard for shard in lower if not _lets_in(self._reports[shard])]
         return [*late, *self._resolve(lower), *self._bring(best)]
 
     def _is_late(self, proposal: Proposal) -> bool:
@@ -526,10 +540,11 @@ class Coordinator:
         return self._returning[1]
 
     def _bring(self, proposal: Proposal) -> list[Propose]:
-        """Propose a change to the shards that are free. The bytes of an update only its trainer can send."""
+        """Propose a change to the shards that have not voted, or for an update, which the change makes wait. The bytes
+        of an update only its trainer can send."""
         if proposal.change is None or proposal.ticket in self._refused:
             return []
-        free = [shard for shard, report in self._present().items() if report.record.vote is None]
+        free = [shard for shard, report in self._present().items() if _lets_in(report)]
         if proposal.seating:
             free += [shard for shard in self.seating.absent - proposal.seating.absent if self._awaits(shard, proposal)]
         proposals = [Propose(shard, self.term, proposal) for shard in free]
@@ -616,6 +631,21 @@ def _rank(proposal: Proposal, overdue: Collection[Ticket] = ()) -> tuple[bool, b
     ticket, change, late = proposal.ticket, proposal.change is not None, proposal.ticket in overdue
     step = -1 if ticket.step is None else ticket.step
     return (proposal.back is not None, change, late, step, ticket.key if change or late else "")
+
+
+def _makes_wait(change: Proposal, update: Proposal) -> bool:
+    """Whether a proposal is a change and another an update: of these two the update waits on a shard, and is not
+    dropped."""
+    return change.change is not None and update.change is None
+
+
+def _lets_in(report: Report) -> bool:
+    """Whether a shard can be told of a change: it has not voted, or for an update, and no other change waits.
+
+    Until then the update does not give way: its bytes are with its trainer, and the change may be refused.
+    """
+    vote, waiting = report.record.vote, report.waiting
+    return vote is None or (vote.proposal.change is None and (waiting is None or waiting.change is None))
 
 
 def _lacks_newest(record: Record, newest: Record) -> bool:

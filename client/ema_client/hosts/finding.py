@@ -158,12 +158,15 @@ class Hosts:
 
     @property
     def link(self) -> str:
-        """How large bodies travel to hosts on this machine, in words; nothing where none were found there."""
+        """How large bodies travel to hosts on this machine, and by its URL to each host over how many connections, in
+        words; nothing where no hosts were found there, and as many connections pay as there are at first."""
         with self._lock:
             runs = [found for found, _ in self._runs.values() if found]
         reached = {each for run in runs for host in run.hosts for each in host.both}
-        links = Counter(each.link for each in reached if each.may_be_here).items()
-        return ", ".join(f"{link} with {count} host{'s' * (count > 1)} on this machine" for link, count in links)
+        ways = Counter(each.way for each in reached if each.may_be_here).items()
+        here = ", ".join(f"{way} with {count} host{'s' * (count > 1)} on this machine" for way, count in ways)
+        wide = sorted(f"{each.url}: {each.widths}" for each in reached if each.widths)
+        return "; ".join(filter(None, [here, *wide]))
 
     @property
     def patient(self) -> RetryPolicy:

@@ -55,7 +55,7 @@ class Reply:
 
 
 class Transport:
-    """Requests to the service at ``url``.
+    """Requests to the service at ``url``. More than twenty methods: each way in which one goes, and what is told.
 
     Args:
         url: ``http://``, ``https://``, ``unix:///path.sock``, or ``file:///path`` of a file that holds one of them.
@@ -136,11 +136,22 @@ class Transport:
     @property
     def link(self) -> str:
         """How large bodies travel to the service, in words."""
+        asked_for = "" if self.lanes is None else f"lanes: {self.lanes}, as was asked for"
+        return "; ".join(filter(None, [self.way, asked_for, self.widths]))
+
+    @property
+    def way(self) -> str:
+        """By what large bodies travel to the service, in words; not over how many connections."""
+        return self._uploads.link
+
+    @property
+    def widths(self) -> str:
+        """How many lanes large bodies were found to need, and why not more, in words; nothing where as many as there
+        are at first, or where somebody says how many."""
         if self.lanes is not None:
-            return f"{self._uploads.link}; lanes: {self.lanes}, as was asked for"
+            return ""
         told = Paces.of(self.url, same_host=self.same_host).told
-        found = {each: said for each, said in told.items() if each in self._laned}
-        return "; ".join([self._uploads.link, *(f"lanes of a {each}: {said}" for each, said in found.items())])
+        return "; ".join(f"lanes of a {each}: {said}" for each, said in told.items() if each in self._laned)
 
     def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, patience: float = 0.0) -> Reply:
         """A control request and its answer, with retries, of which the service applies one (Idempotency-Key).

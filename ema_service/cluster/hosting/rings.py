@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 
 #: Seconds between two looks at all rings, for what nobody was told of: the host that asked is gone, a file is.
 _LOOK_SECONDS = 2.0
-#: Seconds between two tries while a host is still writing, at first and at most: at each an update that is under way is
-#: sent again.
+#: Seconds between two tries while a host is still writing, at first and at most: at each an update that is under way
+#: waits for a refusal.
 _PAUSE, _MOST_PAUSE = 0.02, 2.0
 
 

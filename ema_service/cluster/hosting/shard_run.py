@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -124,6 +124,16 @@ class _Held:
     filled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """A vote for what a sender sent. absent: the places that did not count then. judge: judges what was sent again, as
+    it is."""
+
+    ticket: Ticket
+    absent: frozenset[int]
+    judge: Callable[[], Write | None]
+
+
 class _Lacking(Exception):
     """A ring is to have snapshots that are not here. versions: theirs."""
 
@@ -185,6 +195,8 @@ class ShardRun:
         self._held: WeakValueDictionary[Ticket, _Held] = WeakValueDictionary()
         #: By the key of the proposal: who waits, and what answers those whose proposal is committed.
         self._senders: dict[str, list[_Sender[Any]]] = {}
+        #: By the key of what such a sender sent: the vote for it.
+        self._cast: dict[str, _Cast] = {}
         #: By the key of a change: who waits until it is made here; and its lock, which the event loop takes.
         self._expecting = threading.Lock()
         self._expected: dict[str, list[_Sender[Any]]] = {}
@@ -357,6 +369,7 @@ class ShardRun:
                 with self._expecting:
                     expected = self._expected.pop(key, [])
                 waiting = [*self._senders.pop(key, []), *expected]
+                self._cast.pop(key, None)
                 self._answers[key] = [sender.answering() for sender in waiting]
 
     def propose(self, proposal: Proposal) -> None:
@@ -373,6 +386,8 @@ class ShardRun:
             act()
         if not answer.committed:
             self._averages.settle(answer.key, made=False)
+            if not answer.reason and self._votes_again(answer.key):
+                return
             superseded = f"another write to run {self._run.config.run!r} came in place of this one"
             fault = error_of(answer.reason) if answer.reason else Superseded(superseded, retry_after=0.0)
             self._fail(answer.key, fault)
@@ -392,16 +407,49 @@ class ShardRun:
             ticket = ticket._replace(base=self._revision)
             held = self._hold(ticket, write)
             self._senders.setdefault(ticket.key, []).append(_Sender(future, partial(answer, True)))
+            self._cast.setdefault(ticket.key, _Cast(ticket, self.record.seating.absent, prepare))
+        self._cast_vote(ticket, held)
+        return future
+
+    def _cast_vote(self, ticket: Ticket, held: _Held) -> None:
+        """Vote for what a sender sent, and tell the sender where the vote cannot be kept."""
         try:
             self.reporting.vote(Vote(Proposal(ticket), held.outcome), held)
         except StorageFailed as fault:
             self._fail(ticket.key, fault)
-        return future
+
+    def _votes_again(self, key: str) -> bool:
+        """Vote once more for what a sender sent, with the bytes that are here, where another write came before it and
+        left the version as it is; or tell the sender what it is refused for now.
+
+        False where nothing came before it, or where a host counts again that was sent nothing: then its sender sends it
+        to all.
+        """
+        with self._run.deciding():
+            cast = self._cast.pop(key, None)
+            if cast is None or cast.ticket.base == self._revision or cast.absent - self.record.seating.absent:
+                return False
+            try:
+                write = cast.judge()
+            except EmaError as fault:
+                refused: EmaError | None = fault
+            else:
+                if write is None:
+                    return False
+                refused, ticket = None, cast.ticket._replace(base=self._revision)
+                held = self._hold(ticket, write)
+                self._cast[key] = replace(cast, ticket=ticket)
+        if refused:
+            self._fail(key, refused)
+        else:
+            self._cast_vote(ticket, held)
+        return True
 
     def _fail(self, key: str, fault: EmaError) -> None:
         """Tell those who sent a proposal why it was not committed."""
         with self._run.deciding():
             senders = self._senders.pop(key, [])
+            self._cast.pop(key, None)
         for sender in senders:
             sender.future.set_exception(fault)
 

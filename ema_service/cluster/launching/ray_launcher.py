@@ -66,8 +66,8 @@ class RayPlan:
 
     name: of the cluster, by which trainers find it. task: what each host has in common. shared: whether the folder is
     on storage that every node reaches, so that a host may be started on any. options: of each host's actor, and each
-    replica's, as Ray has them: num_cpus, num_gpus, memory, resources. replicas: so many of each host, which are read in
-    its place.
+    replica's, as Ray has them: num_cpus, num_gpus, memory, resources. replicas: so many of each host, or of each two
+    that are twins, which are read in its place.
     """
 
     name: str
@@ -88,8 +88,10 @@ class RayPlan:
 
     @property
     def followers(self) -> dict[str, tuple[int, int]]:
-        """The names of the replicas' actors; of each its host's place, and its number among the host's replicas."""
-        pairs = product(range(self.task.of), range(self.replicas))
+        """The names of the replicas' actors; of each its host's place, and its number among the host's replicas. Of
+        twins the earlier ones have replicas, of either of whom a replica has everything."""
+        followed = self.task.of // 2 if self.task.twins else self.task.of
+        pairs = product(range(followed), range(self.replicas))
         return {f"{self.name}-replica-{place}-{number}": (place, number) for place, number in pairs}
 
     @property

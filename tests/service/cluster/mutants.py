@@ -310,13 +310,22 @@ class ForgetsThatItIsLost(Host):
             super().sync()
 
 
+class VotesAgainOnAnyVersion(Host):
+    """What another proposal came before is voted for once more, whatever that made of the version."""
+
+    def may_follow(self, version: str) -> bool:  # noqa: ARG002 - that is the fault
+        return True
+
+
 #: Where what is no mutant is written.
 _AS_THEY_ARE = ("ema_service.cluster.decisions", "tests.service.cluster.world", "tests.service.cluster.twin_world")
 
 
 class Mutant(NamedTuple):
-    """What is built with one rule left out, which promise that breaks, and within how many schedules it shows, from the
-    first on that is worth the time."""
+    """What is built with one rule left out, which promise that breaks, and within how many schedules it shows.
+
+    first: the schedule that these begin with, of a fault that shows once in thousands.
+    """
 
     design: Design
     breaks: type[Broken]
@@ -362,5 +371,6 @@ MUTANTS = (
     Mutant(Design(host=ForgetsThatItIsLost), Broken, 2500),
     Mutant(Design(host=SendsFirst), Broken, 500),
     Mutant(Design(host=ForgetsItsVote), Torn, 200),
-    Mutant(Design(host=PromisesInMemory), Torn, 1500),
+    Mutant(Design(host=PromisesInMemory), Torn, 200, first=7700),
+    Mutant(Design(host=VotesAgainOnAnyVersion), Torn, 200),
 )

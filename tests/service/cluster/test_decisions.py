@@ -75,7 +75,7 @@ def test_many_schedules() -> None:
 def test_mutants_are_caught(mutant: Mutant) -> None:
     """Each rule that is left out breaks the promise that it is there for, within the stated number of schedules."""
     with pytest.raises(mutant.breaks):
-        play_all(0, mutant.within, mutant.design)
+        play_all(mutant.first, mutant.within, mutant.design)
 
 
 def test_schedule_is_played_again() -> None:
@@ -198,6 +198,49 @@ def test_change_is_refused_with_its_reason() -> None:
 
     assert Answer("k", committed=False, reason="damaged") in answers
     assert [shard.record.vote for shard in shards] == [None, None]
+
+
+def test_update_waits_for_a_change_and_not_before() -> None:
+    """An update keeps its vote until the shard has the change in hand; then the update waits, and its sender is told
+    that the change came first."""
+    coordinator, shards = begun()
+    change = Proposal(Ticket(0, None, "k"), "snapshot s")
+    carry(coordinator, shards, shards[0].prepare(vote(UPDATE)))
+
+    assert coordinator.propose("k", "snapshot s") == [Propose(place, coordinator.term, change) for place in (0, 1)]
+    assert shards[0].record.vote == vote(UPDATE)
+    assert carry(coordinator, shards, shards[0].prepare(vote(change))) == []
+    assert (shards[0].record.vote, shards[0].report().waiting) == (vote(change), UPDATE)
+
+    answers = carry(coordinator, shards, shards[1].prepare(vote(change)))
+    assert sorted(answers) == [Answer("k", True), Answer("k", True), Answer("k", True), Answer("u", False)]
+
+
+def test_update_is_voted_for_again_where_a_change_is_refused() -> None:
+    """What gave way to a change that comes to nothing has its vote back, and its sender heard nothing."""
+    coordinator, shards = begun()
+    change = Proposal(Ticket(0, None, "k"), "snapshot s")
+    carry(coordinator, shards, shards[0].prepare(vote(UPDATE)))
+    coordinator.propose("k", "snapshot s")
+    carry(coordinator, shards, shards[0].prepare(vote(change)))
+
+    answers = carry(coordinator, shards, [*shards[1].refuse(change.ticket, "full")])
+
+    assert {answer.key for answer in answers} == {"k"}
+    assert shards[0].record.vote == vote(UPDATE)
+    assert carry(coordinator, shards, shards[1].prepare(vote(UPDATE))) == [Answer("u", committed=True)] * 2
+
+
+def test_update_on_all_shards_lets_a_change_pass() -> None:
+    """A change that a shard judges for long is for the revision that it was proposed for: no update goes before."""
+    coordinator, shards = begun()
+    change = Proposal(Ticket(0, None, "k"), "rewind to s")
+    coordinator.propose("k", "rewind to s")
+
+    answers = carry(coordinator, shards, [*shards[0].prepare(vote(UPDATE)), *shards[1].prepare(vote(UPDATE))])
+
+    assert Answer("k", committed=True) in answers
+    assert [shard.record.made for shard in shards] == [vote(change)] * 2
 
 
 def differ(coordinator: Coordinator, shards: list[Shard], proposal: Proposal) -> list[Answer]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ema_client import EmaClient
 from ema_client.cli.runs import show_run
 from ema_client.http.connection import Timeouts
-from ema_client.http.pace import Pace
+from ema_client.http.pace import Pace, Paces
 from ema_client.http.retry import RetryPolicy
 from ema_client.http.transport import Transport
 from ema_client.wire import Box
@@ -133,6 +133,21 @@ def test_bit_for_bit(lives: Lives) -> None:
     lives.push(4)
     assert lives.stretches() == parts
     lives.assert_alike()
+
+
+def test_lanes_of_each_host_are_told(cluster: Launched, run_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the host's URL, in the words for a server; not where no other number was found, or somebody says how many."""
+    with contextlib.closing(Lives(cluster, run_name, lanes=None)) as lives:
+        hosts = lives.client._hosts.of(run_name)
+        assert hosts is not None
+        first, second = (host.transport for host in hosts.hosts)
+        wide, found = Paces.of(first.url, same_host=first.same_host), {"push": "4 (more bring no more)"}
+        monkeypatch.setattr(Paces, "told", property(lambda paces: found if paces is wide else {}))
+        lives.push(1)
+        assert lives.client.link.endswith(f"; {first.url}: lanes of a push: 4 (more bring no more)")
+        assert second.url not in lives.client.link
+        lives.client.lanes = first.lanes = LANES
+        assert lives.client.link == "TCP; lanes: 3, as was asked for; TCP with 2 hosts on this machine"
 
 
 def test_each_host_has_lanes_of_its_own(cluster: Launched, run_name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -236,6 +237,40 @@ def test_one_version_while_updates_go_on(both: tuple[Launched, ServerProcess]) -
         finally:
             ended.set()
             thread.join()
+
+
+def test_no_agreement_has_an_update_sent_again(both: tuple[Launched, ServerProcess]) -> None:
+    """Hosts receive each update once, though they agree on a ring meanwhile, and take snapshots by name."""
+    cluster, _ = both
+
+    def state(step: int) -> dict[str, Tensor]:
+        return {"a": torch.full((40, 3), float(step)), "b": torch.full((60,), float(step))}
+
+    with EmaClient(cluster.url) as client, EmaClient(cluster.url) as other, cluster.http() as http:
+        client.create_run("sent", state(0), posthoc=True)
+        hosts = [each["address"] for each in http.get("/v1/runs/sent/shards").json()["shards"]]
+        before = [_counted(host) for host in hosts]
+        taker = threading.Thread(target=lambda: [other.snapshot("sent", f"s{number}") for number in range(4)])
+        taker.start()
+        for step in range(1, 41):
+            client.push("sent", state(step), step=step)
+        taker.join()
+        settled(client, "sent")
+        ring = client.run("sent").ring
+        assert ring
+        assert len(ring.times) > 10
+    added = [
+        {name: now[name] - then[name] for name in now} for then, now in zip(before, map(_counted, hosts), strict=True)
+    ]
+    assert added == [{"received": 40 * 4 * 90, "superseded": 0}] * 2
+
+
+def _counted(host: str) -> dict[str, int]:
+    """What a host has received, in bytes, and how many requests it had come again for another write."""
+    text = httpx.get(f"{host}/metrics", timeout=60).text
+    names = {"received": "ema_received_bytes_total ", "superseded": 'ema_errors_total{code="superseded"} '}
+    found = {key: re.search(f"^{re.escape(name)}(\\S+)", text, re.MULTILINE) for key, name in names.items()}
+    return {key: int(float(each[1])) if each else 0 for key, each in found.items()}
 
 
 def test_a_host_without_a_file_is_named(both: tuple[Launched, ServerProcess], tmp_path: Path) -> None:

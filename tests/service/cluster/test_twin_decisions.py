@@ -145,9 +145,9 @@ MUTANTS = (
     Mutant(Design(coordinator=CommitsWithoutTheTwin, host=TwinHost), Torn, 100),
     Mutant(Design(coordinator=TakesBackWhoIsBehind, host=TwinHost), Stuck, 100),
     Mutant(Design(coordinator=LeavesTheLast, host=TwinHost), Broken, 500),
-    Mutant(Design(coordinator=LeavesAsManyAsThereAreShards, host=TwinHost), Torn, 100, 550),
+    Mutant(Design(coordinator=LeavesAsManyAsThereAreShards, host=TwinHost), Torn, 100, first=550),
     Mutant(Design(coordinator=ReturnsWithoutATurn, host=TwinHost), Torn, 100),
-    Mutant(Design(host=KnowsTheSeatingInMemory), Broken, 1500),
+    Mutant(Design(host=KnowsTheSeatingInMemory), Broken, 200, first=1000),
     Mutant(Design(host=StartsAsNew), Broken, 300),
     Mutant(Design(host=CountsEditionsAnew), Broken, 300),
 )

@@ -92,8 +92,10 @@ class Host:
     disk: the record that outlives the process. log: the votes that led to the version which the record is at, without
     those that the shards went back over; durable with the record, as the facts of a version are. medium: records with
     their logs, oldest first, the first of which outlives the machine. checkpoints: by revision, the log then; on the
-    medium. writing: the checkpoint that is being written. lasting: changes that stay, also when shards go back.
-    refuses: what this host can never prepare. differs: what this host makes something else of than others.
+    medium. writing: the checkpoint that is being written. lasting: changes that stay, also when shards go back. slices:
+    by their keys, those that were averaged, each with the version that it was averaged on, and the revision that it was
+    voted for on; in memory. refuses: what this host can never prepare. differs: what this host makes something else of
+    than others.
     """
 
     def __init__(self, world: World, place: int) -> None:
@@ -105,6 +107,7 @@ class Host:
         self.checkpoints: dict[int, tuple[Vote, ...]] = {}
         self.writing: tuple[int, tuple[Vote, ...]] | None = None
         self.lasting: set[str] = set()
+        self.slices: dict[str, tuple[Slice, str, int]] = {}
         self.refuses: set[str] = set()
         self.differs: set[str] = set()
         self.shard: Shard | None = None
@@ -122,6 +125,7 @@ class Host:
     def crash(self) -> None:
         """End as by SIGKILL; what was in memory is gone."""
         self.shard = self.writing = None
+        self.slices = {}
 
     def lose_power(self) -> None:
         """The machine goes down, with some of the records that are not on the medium, and comes up."""
@@ -181,8 +185,18 @@ class Host:
         elif sent.step <= max((vote.ticket.step or 0 for vote in self.log), default=0):
             self.world.send(self.world, Said(self.place, sent.key, committed=False, over=True))
         else:
-            # The revision that the update is averaged on is the one at its first byte.
-            self.world.send(self, Proposal(Ticket(self.disk.revision, sent.step, sent.key)))
+            # The version that the update is averaged on is the one at its first byte.
+            self.vote_on(sent, self.version)
+
+    def vote_on(self, sent: Slice, version: str) -> None:
+        """Have a slice voted for that was averaged on a version; that takes time."""
+        self.slices[sent.key] = sent, version, self.disk.revision
+        self.world.send(self, Proposal(Ticket(self.disk.revision, sent.step, sent.key)))
+
+    @property
+    def version(self) -> str:
+        """The name of what updates are averaged on: of the latest vote that made another version."""
+        return next((vote.ticket.key for vote in reversed(self.log) if not is_beside(vote)), "nothing")
 
     def knows(self, key: str) -> bool:
         """Whether the proposal of this key led to the shard's revision."""
@@ -240,6 +254,9 @@ class Host:
         before, self.disk = self.disk, self.shard.record
         made = self.disk.made if self.disk.made != before.made else None
         if made:
+            sent, version, _ = self.slices.pop(made.ticket.key, (None, "", 0))
+            if sent and version != self.version:
+                raise Torn(f"{sent} was averaged on {version}, and follows {self.version}")
             self.follow(made)
         self.medium.append((self.disk, self.log))
         if made and is_lasting(made):
@@ -266,15 +283,36 @@ class Host:
             if isinstance(output, Answer):
                 if output.committed:
                     world.acknowledge(output.key)
+                elif not output.reason and self.votes_again(output.key):
+                    continue
                 world.send(world, Said(self.place, output.key, output.committed, bool(output.reason)))
             elif isinstance(output, Proposal):
                 world.send(self, output)  # preparing takes time, and the shard receives other messages meanwhile
             elif seat := source or world.seats.get(output.term.name):
                 world.send(seat, self.dressed(output) if isinstance(output, Report) else output)
 
+    def votes_again(self, key: str) -> bool:
+        """Whether a slice that another proposal came before is voted for once more: what came left the version as it
+        is."""
+        sent, version, base = self.slices.pop(key, (None, "", 0))
+        if self.shard is None or sent is None or base == self.disk.revision or not self.may_follow(version):
+            return False
+        self.world.seen["votes again"] += 1
+        self.vote_on(sent, version)
+        return True
+
+    def may_follow(self, version: str) -> bool:
+        """Whether what was averaged on a version can still be applied."""
+        return version == self.version
+
     def dressed(self, report: Report) -> Report:
         """A report with what the shard's holder says in it."""
         return report._replace(kept=self.kept)
+
+
+def is_beside(vote: Vote) -> bool:
+    """Whether a vote is for a change that leaves the version as it is: a snapshot, say."""
+    return vote.proposal.change == "checkpoint" or is_lasting(vote)
 
 
 def is_lasting(vote: Vote | None) -> bool:
@@ -695,7 +733,7 @@ class World:
 
     def drain(self) -> None:
         """Deliver all messages in turn, and what follows from them."""
-        for _ in range(100):
+        for _ in range(300):
             flying, self.flying = self.flying, []
             if not flying:
                 return

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from ema_client.errors import Overloaded
+from ema_client.errors import Overloaded, Superseded
 from ema_client.protocol import AverageConfig, to_json
 from ema_service.cluster import (
     Ask,
@@ -164,6 +164,21 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, model: Model, ram_dir: 
     yield made
     for town in made.towns:
         town.close()
+
+
+def test_an_update_that_a_return_came_before_is_sent_again(pair: Pair) -> None:
+    """Its slice has to come to the host that counts again, too: nobody but its sender has it."""
+    shard, town = pair.twin.shard, pair.towns[0]
+    assert shard
+    shard.reporting.hear(Ask(0, TERM, Seating(TERM, 1, "1")))
+    sent = town.send(2, "u2", 0)
+    returning = Proposal(Ticket(pair.twin_revision, None, "return-1"), "", seating=Seating(TERM, 2))
+    shard.reporting.hear(Propose(0, TERM, returning))
+    for committed in (False, True):
+        shard.reporting.hear(Resolve(0, TERM, shard.record.edition, committed=committed))
+    assert sent
+    with pytest.raises(Superseded):
+        sent.result(0)
 
 
 def files(host: Host, average: str) -> int:

@@ -38,7 +38,22 @@ from ema_client.errors import (
     Superseded,
 )
 from ema_client.protocol import AverageConfig, RunConfig
-from ema_service.cluster import Adjustment, Answer, Ask, Proposal, Record, Refusal, Report, Ticket, decode, encode
+from ema_service.cluster import (
+    Adjustment,
+    Answer,
+    Ask,
+    Checkpoint,
+    Proposal,
+    Record,
+    Refusal,
+    Report,
+    SnapshotBegun,
+    SnapshotGone,
+    SnapshotTaken,
+    Ticket,
+    decode,
+    encode,
+)
 from ema_service.cluster.hosting import ShardRun
 from ema_service.cluster.reasons import error_of
 from ema_service.persistence import ShardMemoryVersions
@@ -57,6 +72,8 @@ Model = Callable[[int], dict[str, Tensor]]
 MakeTown = Callable[..., Town]
 
 
+#: Changes that leave the version as it is, as they follow each other.
+BESIDE = (SnapshotBegun("s", 5.0, "k"), SnapshotTaken("s", 5.0), SnapshotGone("s", 5.0))
 #: Versions of durability ``process`` lie in memory files where there are such, else in slots.
 KEPT = pytest.mark.parametrize("kept", ["slots", "memory files"], indirect=True)
 
@@ -415,7 +432,7 @@ def test_waiting_for_a_change(town: MakeTown) -> None:
 
 @KEPT
 def test_change_comes_before_an_update_under_way(town: MakeTown) -> None:
-    """An update that is not on all hosts gives way to a change, and is sent again."""
+    """An update that is not on all hosts gives way to a change, and is sent again where its version is over."""
     here = town(2, decay=0.9)
     sent = here.send(1, "u1", 0)
     here.deliver()
@@ -428,15 +445,76 @@ def test_change_comes_before_an_update_under_way(town: MakeTown) -> None:
     agree(here)
 
 
+@KEPT
+def test_changes_beside_an_update_cost_the_update_nothing(
+    kept: Path | None, town: MakeTown, model: Model, litema: type[LitEmaOracle]
+) -> None:
+    """An update that is on some hosts when changes come which leave the version as it is is applied with the bytes that
+    were sent once."""
+    here, oracle = town(2), litema(model(0))
+    sent = [here.send(1, "u1", 0)]
+    here.deliver()
+    for number, change in enumerate([*BESIDE, *([Checkpoint()] if kept else [])]):
+        assert here.change(f"k{number}", change).committed
+    sent.append(here.send(1, "u1", 1))
+    here.deliver()
+    assert [future and future.result(0).version for future in sent] == ["1.1", "1.1"]
+    oracle.update(model(1))
+    assert_same(here, oracle)
+
+
+@KEPT
+def test_change_that_is_refused_costs_an_update_nothing(town: MakeTown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that gave way to a change on one host is voted for again once another host refuses the change."""
+
+    def refused(*_: object) -> None:
+        raise InvalidRequest("not here")
+
+    here = town(2)
+    sent = [here.send(1, "u1", 0)]
+    here.deliver()
+    first, second = (host.shard for host in here.hosts)
+    assert first
+    assert second
+    with monkeypatch.context() as patch:
+        patch.setattr(second.snapshots, "check", refused)
+        assert not here.change("k", SnapshotGone("s", 1.0)).committed
+    assert first.record.vote
+    assert first.record.vote.ticket.key == "u1"
+    sent.append(here.send(1, "u1", 1))
+    here.deliver()
+    assert [future and future.result(0).version for future in sent] == ["1.1", "1.1"]
+    agree(here)
+
+
+def test_update_of_a_trainer_that_was_replaced(town: MakeTown) -> None:
+    """An update of which a trainer that is gone sent one slice is fenced by the one that takes over, which waits for
+    nobody at the same step."""
+    here = town(2)
+    sent = here.send(1, "u1", 0)
+    here.deliver()
+    assert here.change("k", Adjustment("writer")).committed
+    assert sent
+    with pytest.raises(Fenced):
+        sent.result(0)
+    assert [host.shard and host.shard.record.vote for host in here.hosts] == [None, None]
+    for host, part in zip(here.hosts, here.parts(1), strict=True):
+        assert host.shard
+        host.shard.push(host.local.run.begin(1, host.local.staged(part), 1), "u2")
+    here.deliver()
+    assert here.versions() == ["1.1", "1.1"]
+
+
 # --- who is killed --------------------------------------------------------------------------------------------------
 
 
 def life(here: Town, place: int, arm: Callable[[], None]) -> None:
-    """What happens to a run while somebody is killed: updates, one of a trainer that is gone, a change, another
-    coordinator. arm: called once the run goes well."""
+    """What happens to a run while somebody is killed: updates, one of a trainer that is gone, which a newer one takes
+    the place of, a change that this one gives way to, another coordinator. arm: called once the run goes well."""
     here.push(1)
     arm()
     here.push(2, "orphan", only=[place])
+    here.push(3, "u3", only=[(place + 1) % here.hosts_count])
     here.change("k", Adjustment("decay", 0.25))
     here.replace_coordinator()
     here.say_again()
@@ -896,11 +974,12 @@ def test_what_gave_way_lets_go(town: MakeTown) -> None:
     here = town(2, durability="disk")
     for step in range(1, 12):
         here.push(step, f"o{step}", only=[0])
+        assert here.change(f"k{step}", SnapshotBegun(f"s{step}", float(step), "k")).committed
     for host in here.hosts:
         assert len(host.server.data_files("*/slots/*")) <= 4
     here.push(20)
     assert here.hosts[0].shard
-    assert list(here.hosts[0].shard._held.items()) == []
+    assert (list(here.hosts[0].shard._held.items()), here.hosts[0].shard._cast) == ([], {})
 
 
 @KEPT

@@ -190,6 +190,14 @@ def test_replicas_on_ray(address: str, folder: Path, model: Model, litema: type[
     assert not ray_launcher._found(names)
 
 
+def test_replicas_are_of_shards(tmp_path: Path) -> None:
+    """Of each host, or of each two that have one shard."""
+    hosts, twins = (plan(tmp_path, 4, twins=twins, replicas=1).followers for twins in (False, True))
+
+    assert [place for place, _ in hosts.values()] == [0, 1, 2, 3]
+    assert twins == {f"{NAME}-replica-0-0": (0, 0), f"{NAME}-replica-1-0": (1, 0)}
+
+
 def _listed(client: EmaClient, place: int) -> list[str]:
     """Where a host's replicas are, as clients are told."""
     told = client._transport.json("GET", "/v1/runs/r/shards").parsed(RunShards)
@@ -211,10 +219,10 @@ def _ready(actor: Any, before: tuple[int, ...]) -> bool:
     return bool(state.ready) and state.pids != before
 
 
-def _holds(url: str, oracle: LitEmaOracle) -> bool:
+def _holds(url: str, oracle: LitEmaOracle, step: int = 1) -> bool:
     """Whether a replica's slices are those of LitEma's tensors, once it has the newest version."""
     with EmaClient(url) as reader:
-        wait_until(lambda: [each.step for each in reader.runs()] == [1], "the newest version")
+        wait_until(lambda: [each.step for each in reader.runs()] == [step], "the newest version")
         found = reader.pull("r")
         rows = {name: oracle.shadow[name] for name in found}
         return bool(found) and all(_is_slice(found[name], rows[name]) for name in found)
@@ -230,9 +238,9 @@ def _is_slice(part: Tensor, whole: Tensor) -> bool:
 @pytest.mark.soak
 def test_twins_on_ray(folder: Path, model: Model, litema: type[LitEmaOracle]) -> None:
     """Two hosts for each shard, said to be on one node where there is one; a host that loses all it had is back with
-    its shard, and updates go on meanwhile, bit for bit."""
+    its shard, and updates go on meanwhile, bit for bit. A replica has what they have, whichever of them is lost."""
     said: list[str] = []
-    ray_launcher.up(plan(folder, 4, twins=True), said.append)
+    ray_launcher.up(plan(folder, 4, twins=True, replicas=1), said.append)
     names = ", ".join(f"{NAME}-host-{place}" for place in range(4))
     assert f"{names} | on one node, and lost with it: no other has what {NAME}-host-0 has" in said
     oracle = litema(model(0), decay=DECAY)
@@ -248,6 +256,10 @@ def test_twins_on_ray(folder: Path, model: Model, litema: type[LitEmaOracle]) ->
             wait_until(partial(_is_back, before[0], place), "the actor's restart")
             wait_until(partial(_counts, plan(folder, 4, twins=True), place), f"host {place} to be filled", 90)
         patient(partial(assert_is, client, "r", oracle))
+        for place in range(2):
+            url = _url(ray.get_actor(f"{NAME}-replica-{place}-0", RAY_NAMESPACE))
+            assert _listed(client, place) == [url]
+            assert _holds(url, oracle, step=2)
     with pytest.raises(LaunchFailed, match="is there, of 4 hosts, twins among them"):
         ray_launcher.up(plan(folder, 4), said.append)
 
