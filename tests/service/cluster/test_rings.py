@@ -49,6 +49,11 @@ WISHES = {
     "a time of the ring": "sigma_rel=0.1&at=counter:12&max_error=0.5",
     "a snapshot": "sigma_rel=0.1&at=snapshot:middle&max_error=0.5",
 }
+#: Sums of snapshots, whose weights the reader gives.
+SOUPS = {
+    "a soup": "soup=middle:0.25,late:0.75",
+    "a soup of some tensors, cast": "soup=middle:0.5,late:0.5&average=posthoc-0.03&dtype=BF16&prefix=b",
+}
 
 
 def train(client: EmaClient, run: str = "r", updates: int = UPDATES) -> None:
@@ -58,8 +63,8 @@ def train(client: EmaClient, run: str = "r", updates: int = UPDATES) -> None:
         client.push(run, as_state(WALKED[step]), step=step)
         if step % 6 == 0:
             settled(client, run)
-        if step == 9:
-            client.snapshot(run, "middle")
+        if step in (9, 15):
+            client.snapshot(run, "middle" if step == 9 else "late")
     settled(client, run)
 
 
@@ -89,18 +94,31 @@ def facts(answer: httpx.Response) -> dict[str, str]:
     return {name: value for name, value in answer.headers.items() if name.startswith("ema-") and name not in own}
 
 
-@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("wish", [*WISHES, *SOUPS])
 def test_bytes_are_those_of_one_server(both: tuple[Launched, ServerProcess], wish: str) -> None:
     """Header, metadata and every value; the same facts; and a part is had by Range, and known by its tag."""
     cluster, server = both
-    ours, theirs = sent(cluster.url, WISHES[wish]), sent(server.url, WISHES[wish])
+    query = {**WISHES, **SOUPS}[wish]
+    ours, theirs = sent(cluster.url, query), sent(server.url, query)
     assert (ours.status_code, theirs.status_code) == (200, 200), ours.text
     assert ours.content == theirs.content
     assert facts(ours) == facts(theirs)
-    rest = sent(cluster.url, WISHES[wish], headers={"Range": "bytes=100-", "If-Range": ours.headers["etag"]})
+    rest = sent(cluster.url, query, headers={"Range": "bytes=100-", "If-Range": ours.headers["etag"]})
     assert (rest.status_code, rest.content) == (206, ours.content[100:])
-    known = sent(cluster.url, WISHES[wish], headers={"If-None-Match": ours.headers["etag"]})
+    known = sent(cluster.url, query, headers={"If-None-Match": ours.headers["etag"]})
     assert known.status_code == 304
+
+
+def test_what_no_soup_is_made_of(both: tuple[Launched, ServerProcess]) -> None:
+    """Refused in the words of one server."""
+
+    def refused(url: str, query: str) -> tuple[int, str]:
+        answer = sent(url, query)
+        return answer.status_code, answer.json()["code"]
+
+    cluster, server = both
+    for query in ("soup=none:1", "soup=middle", "soup=middle:1,middle:2", "soup=", "soup=middle:1&min_step=3"):
+        assert refused(cluster.url, query) == refused(server.url, query), query
 
 
 def test_what_is_told_is_what_one_server_tells(both: tuple[Launched, ServerProcess]) -> None:
