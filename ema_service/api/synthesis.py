@@ -1,7 +1,7 @@
 """Averages after the fact, as a request asks for them, and the sum of stored weights that answers it.
 
-Knows the query's words for a target, and how what a recipe names is opened and held while it is read. Does not know how
-recipes are found (runs.posthoc), summed (bodies.mixing), or what an answer looks like.
+Knows the query's words for a target, and how the weights of a state are held while a sum of them is read. Does not know
+how recipes are found (runs.posthoc), how what they name is opened (runs.summing), or what an answer looks like.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,22 +18,18 @@ from typing import Annotated
 from fastapi import Depends, Query, Request
 
 from ema_client.errors import InvalidRequest, Superseded, SynthesisRefused
-from ema_client.protocol import MAX_SWEPT, SnapshotInfo
-from ema_client.wire import Entry
+from ema_client.protocol import MAX_SWEPT
 from ema_service.api.context import Context
 from ema_service.api.routes.parameters import DECIMAL, VERSION_PATTERN, Decimal
 from ema_service.averaging import ConstantDecay, ConstantHalfLife, SigmaRel, Target, TargetRefused, Window
 from ema_service.averaging.synthesis import MAX_ERROR
-from ema_service.bodies.mixing import Ingredient, Mixture
-from ema_service.bodies.outgoing import ReadBytes
-from ema_service.memory import Arena
-from ema_service.persistence import RingSnapshot
-from ema_service.runs import Run
+from ema_service.bodies.mixing import Mixture
+from ema_service.runs import Run, State
 from ema_service.runs.posthoc import Synthesiser
-from ema_service.runs.recipes import Recipe, Source, read
-from ema_service.storage import TensorFile
+from ema_service.runs.recipes import Recipe, read
+from ema_service.runs.summing import Summing, arenas_of
 
-__all__ = ["Asked", "AskedFor", "stored", "work_out"]
+__all__ = ["Asked", "AskedFor", "recipe_of", "stored", "work_out"]
 
 _WINDOW = re.compile(r"([0-9]{1,18}):([0-9]{1,18})\Z", re.ASCII)
 #: A ring drops a snapshot now and then; that each try meets one is next to impossible.
@@ -150,6 +145,13 @@ async def work_out(
     raise RuntimeError("the last try returns or raises")
 
 
+async def recipe_of(server: Context, run: Run, asked: Asked, state: State) -> Recipe:
+    """The recipe of what is asked for, of this state of the run. Raises as Synthesiser.recipes(); SynthesisRefused
+    where the run has no ring."""
+    [recipe] = await _recipes(server, run, asked, state)
+    return recipe
+
+
 async def stored(server: Context, run: Run) -> Synthesiser:
     """What works out averages for a run, once the snapshots that are due by now are stored, or it takes too long.
 
@@ -169,85 +171,26 @@ async def stored(server: Context, run: Run) -> Synthesiser:
 async def _found(server: Context, run: Run, asked: Asked) -> list[Recipe]:
     if asked.recipe is not None:
         given = read(asked.recipe)
+        if given.targets != asked.targets:
+            of, wished = (", ".join(map(str, each)) for each in (given.targets, asked.targets))
+            raise InvalidRequest(f"recipe: it is of {of}, and {wished} is asked for")
         follow, state = server.registry.synthesiser(run.config.run).given, server.readings.state(run, given.version)
-        return await server.workers.block(partial(follow, asked.targets, given, state))
+        return await server.workers.block(partial(follow, given, state))
     there = None if asked.version is None else server.readings.state(run, asked.version)
+    return await _recipes(server, run, asked, there)
+
+
+async def _recipes(server: Context, run: Run, asked: Asked, state: State | None) -> list[Recipe]:
     synthesiser = await stored(server, run)
-    return await server.workers.block(partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error, there))
+    return await server.workers.block(partial(synthesiser.recipes, asked.targets, asked.at, asked.max_error, state))
 
 
 async def _opened(request: Request, server: Context, run: Run, recipes: list[Recipe], stack: ExitStack) -> Mixture:
     """The sums of recipes. Raises FileNotFoundError where the ring dropped a snapshot meanwhile."""
-    synthesiser, state = server.registry.synthesiser(run.config.run), recipes[0].state
-    sources = _sources(recipes)
-    current = dict(zip((average.name for average in state.version.averages), state.arenas, strict=True))
-    arenas = {source: current[source.average] for source in sources if source.of is None}
+    arenas = tuple(arenas_of(recipes).values())
     if arenas:
-        await server.hold(request, *arenas.values())
-        for arena in arenas.values():
+        await server.hold(request, *arenas)
+        for arena in arenas:
             stack.callback(server.registry.frozen.release, arena)
-
-    scratch = _Scratch()
-
-    def opened(source: Source) -> tuple[ReadBytes, Sequence[Entry]]:
-        if source.of is None:
-            return _arena_reader(run, arenas[source]), run.layout.shadows
-        file = _file(synthesiser, source)
-        stack.callback(file.close)
-        ringed = isinstance(source.of, RingSnapshot)
-        return _file_reader(file, scratch), synthesiser.ring.shelf.entries if ringed else file.header.entries
-
-    def all_opened() -> list[Ingredient]:
-        return [Ingredient(*opened(source), tuple(_weight(each, source) for each in recipes)) for source in sources]
-
-    ingredients = await server.workers.block(all_opened)
-    return Mixture(run.layout.shadows, ingredients, server.workers.helpers, copied=run.layout.copied)
-
-
-def _sources(recipes: Sequence[Recipe]) -> list[Source]:
-    """What any of the recipes needs, once; last what copied tensors are taken from."""
-    newest = recipes[0].newest
-    return [*dict.fromkeys(each for recipe in recipes for each in recipe.sources if each != newest), newest]
-
-
-def _weight(recipe: Recipe, source: Source) -> float:
-    return dict(zip(recipe.sources, recipe.weights, strict=True)).get(source, 0.0)
-
-
-def _file(synthesiser: Synthesiser, source: Source) -> TensorFile:
-    if isinstance(source.of, RingSnapshot):
-        return synthesiser.ring.shelf.open(source.of, source.average)
-    if isinstance(source.of, SnapshotInfo):
-        return synthesiser.snapshots.open(source.of.name, source.average)[0]
-    raise TypeError("weights of the run's state lie in no file")
-
-
-class _Scratch(threading.local):
-    """Memory of each thread that pieces of all files are read into, one after the other: it stays in the core's
-    cache."""
-
-    memory = bytearray()
-
-    def take(self, nbytes: int) -> memoryview:
-        if len(self.memory) < nbytes:
-            self.memory = bytearray(nbytes)
-        return memoryview(self.memory)[:nbytes]
-
-
-def _file_reader(file: TensorFile, scratch: _Scratch) -> ReadBytes:
-    """What was read before, on the same thread, is not needed any more."""
-
-    def read(start: int, stop: int) -> memoryview:
-        piece = scratch.take(stop - start)
-        file.read_into(piece, start)
-        return piece
-
-    return read
-
-
-def _arena_reader(run: Run, arena: Arena) -> ReadBytes:
-    """Of a device, piece by piece: no copy of the whole is made."""
-    if run.memory.on_host or arena.twin is not None:
-        data = arena.host.data
-        return lambda start, stop: data[start:stop]
-    return lambda start, stop: run.memory.to_host(arena.data[start:stop]).data
+    summing = Summing(run, server.registry.synthesiser(run.config.run), server.workers.helpers)
+    return await server.workers.block(partial(summing.opened, recipes, stack))

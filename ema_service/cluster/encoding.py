@@ -16,7 +16,7 @@ import math
 from functools import cache
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from ema_service.cluster.messages import Message, Proposal, Record, Rewind
+from ema_service.cluster.messages import Message, Proposal, Record, Rewind, SnapshotBegun, SnapshotTaken
 
 __all__ = ["MalformedMessage", "decode", "encode"]
 
@@ -32,6 +32,8 @@ _LATER: dict[type, set[str]] = {
     Proposal: {"seating"},
     Record: {"seating"},
     Rewind: {"version", "step", "source"},
+    SnapshotBegun: {"held"},
+    SnapshotTaken: {"recipe"},
 }
 
 

@@ -264,20 +264,24 @@ class SnapshotBegun(NamedTuple):
     """A change after which each shard writes its version of that revision as a snapshot, which nobody finds yet.
 
     created_at: the same on all hosts. key: of the call that asked, by which the call is known when it comes again.
+    held: whether the shard keeps its version in memory instead, for an average that is to be worked out of it.
     """
 
     name: str
     created_at: float
     key: str
+    held: bool = False
 
 
 class SnapshotTaken(NamedTuple):
     """A change by which a snapshot that was begun is there. gone: names of older ones of its series that go, parted by
-    spaces."""
+    spaces. recipe: how the one average of a snapshot is worked out whose version was held, as one host has found it;
+    empty of any other snapshot."""
 
     name: str
     created_at: float
     gone: str = ""
+    recipe: str = ""
 
 
 class SnapshotGone(NamedTuple):

@@ -145,33 +145,29 @@ class Snapshots:
         source, read: its tensors, and what reads them. info: what is told of it. Raises SnapshotExists where the name
         stands for anything else, TooManySnapshots, StorageFailed.
         """
-        stream = WeightsStream(source, replace(info, snapshot=name))
-        made = SnapshotInfo(
-            run=self._row.name,
-            name=name,
-            version=info.version,
-            step=info.step,
-            num_updates=info.num_updates,
-            averages=(info.average,),
-            bytes=stream.length,
-            created_at=time.time(),
-            target=info.target,
-        )
         with self._lock:
             if self._closed:
                 raise RunNotFound(f"run {self._row.name!r} was deleted")
-            found = self._found()
-            if (existing := found.get(name)) is not None:
-                same = _key_of(name, self._store.snapshots(self._row)) == key is not None
-                if same or replace(existing, created_at=made.created_at, stored=made.stored) == made:
-                    return existing, False
-                raise SnapshotExists(f"snapshot {name!r} of run {self._row.name!r} is of something else")
-            self._check_free(name, found)
-            files = {info.average: stream.chunks(read)}
-            self._save(name, made.bytes, lambda: json.dumps({**to_json(made), "key": key}), files)
-            self._timeline.record("snapshot", f"snapshot {name} of {info.target} taken")
+            if existing := self.kept_before(name, source, info, key):
+                return existing, False
+            self._check_free(name, self._found())
+            made = replace(self._info_of(name, source, info), created_at=time.time())
+            self._write_average(made, source, info, read, key)
+            self._timeline.record(*told_snapshot(made))
             self._changed()
             return made, True
+
+    def kept_before(
+        self, name: str, source: Sequence[Entry], info: WeightsInfo, key: str | None
+    ) -> SnapshotInfo | None:
+        """The snapshot of this name, where the call of this key has taken it, or where it is of this very average; None
+        where there is none of the name. source, info: as for keep(). Raises SnapshotExists for another one."""
+        if (existing := self._found().get(name)) is None:
+            return None
+        same = replace(self._info_of(name, source, info), created_at=existing.created_at, stored=existing.stored)
+        if existing != same and (key is None or _key_of(name, self._store.snapshots(self._row)) != key):
+            raise SnapshotExists(f"snapshot {name!r} of run {self._row.name!r} is of something else")
+        return existing
 
     # --- of a shard: all hosts have a snapshot, or none ---------------------------------------------------------------
 
@@ -179,18 +175,23 @@ class Snapshots:
         """Whether a snapshot of this name may be taken. Raises SnapshotExists, TooManySnapshots."""
         found = self._found()
         if name in found:
-            raise SnapshotExists(
-                f"snapshot {name!r} of run {self._row.name!r} is of version {found[name].version} already"
-            )
+            of = found[name].target or f"version {found[name].version}"
+            raise SnapshotExists(f"snapshot {name!r} of run {self._row.name!r} is of {of} already")
         self._check_free(name, found)
 
+    def taken_by(self, name: str, key: str) -> SnapshotInfo | None:
+        """The snapshot of this name, where the call of this key has taken it; else None."""
+        kept = self._kept().get(name)
+        return kept.info if kept and _key_of(name, self._store.snapshots(self._row)) == key else None
+
     def taken(self, name: str, version: str, key: str) -> SnapshotInfo | None:
-        """The snapshot that the call of this key has taken, or that is of this very version; None where there is none
-        of the name. Raises SnapshotExists for another one."""
+        """The snapshot that the call of this key has taken, or that has the averages of this very version; None where
+        there is none of the name. Raises SnapshotExists for another one."""
         kept = self._kept().get(name)
         if kept is None:
             return None
-        if _key_of(name, self._store.snapshots(self._row)) != key and kept.info.version != version:
+        same = kept.info.version == version and kept.info.target is None and not kept.recovered
+        if not same and self.taken_by(name, key) is None:
             self.check_free(name)
         return kept.info
 
@@ -201,6 +202,22 @@ class Snapshots:
     def prepare(self, name: str, state: State, *, created_at: float, key: str) -> None:
         """Write a snapshot that nobody finds before its row says so (prepared()). In place of one of its name that was
         written before and never shown; one that was, too, an hour ago goes. Raises StorageFailed, RunNotFound."""
+        with self._preparing(name, created_at):
+            info = replace(self._info(name, state), created_at=created_at)
+            self._write(state, info, key, begun=True)
+
+    def prepare_average(
+        self, name: str, source: Sequence[Entry], info: WeightsInfo, read: ReadBytes, *, created_at: float, key: str
+    ) -> None:
+        """As prepare(), of one average that was worked out elsewhere. source, info, read: as for keep()."""
+        with self._preparing(name, created_at):
+            made = replace(self._info_of(name, source, info), created_at=created_at)
+            self._write_average(made, source, info, read, key, begun=True)
+
+    @contextlib.contextmanager
+    def _preparing(self, name: str, created_at: float) -> Iterator[None]:
+        """Within the block there is no snapshot of the name that was begun and never shown, nor another one of an hour
+        ago."""
         with self._lock:
             if self._closed:
                 raise RunNotFound(f"run {self._row.name!r} was deleted")
@@ -208,8 +225,7 @@ class Snapshots:
                 said = json.loads(row.info)
                 if said.get("begun") and (row.name == name or said["created_at"] < created_at - _FORGOTTEN_SECONDS):
                     self._store.remove_snapshot(self._row, row.name)
-            info = replace(self._info(name, state), created_at=created_at)
-            self._write(state, info, key, begun=True)
+            yield
 
     def prepared(self, name: str, created_at: float, gone: Sequence[str]) -> RowChange:
         """The rows with which a snapshot is there that was written before, and ``gone`` are there no more. Raises
@@ -218,7 +234,8 @@ class Snapshots:
             kept = _read_row(row)
             if row.name == name and kept.begun and kept.info.created_at == created_at:
                 text = json.dumps({**json.loads(row.info), "begun": False})
-                line = told_snapshot(name, kept.info.version).line(kept.info)
+                # The line of an average that was worked out names no step: it may be of a time long ago.
+                line = told_snapshot(kept.info).line(kept.info if kept.info.target is None else None)
                 return RowChange(shown=(name, text), gone=tuple(gone), line=line)
         raise _missing(self._row.name, name)
 
@@ -371,7 +388,7 @@ class Snapshots:
         """Write a new snapshot and drop old ones of its series. Raises StorageFailed."""
         info = self._info(name, state)
         self._write(state, info, key)
-        self._timeline.record(*told_snapshot(name, str(state.version)), state.version)
+        self._timeline.record(*told_snapshot(info), state.version)
         self._drop_oldest(name, keep)
         self._changed()
         return info
@@ -422,6 +439,35 @@ class Snapshots:
             **({"begun": True} if begun else {}),
         }
         self._save(info.name, info.bytes, lambda: json.dumps(said), files)
+
+    def _info_of(self, name: str, source: Sequence[Entry], info: WeightsInfo) -> SnapshotInfo:
+        """What is told of a snapshot of one average that was worked out elsewhere."""
+        return SnapshotInfo(
+            run=self._row.name,
+            name=name,
+            version=info.version,
+            step=info.step,
+            num_updates=info.num_updates,
+            averages=(info.average,),
+            bytes=WeightsStream(source, replace(info, snapshot=name)).length,
+            created_at=0.0,
+            target=info.target,
+        )
+
+    def _write_average(
+        self,
+        made: SnapshotInfo,
+        source: Sequence[Entry],
+        info: WeightsInfo,
+        read: ReadBytes,
+        key: str | None,
+        *,
+        begun: bool = False,
+    ) -> None:
+        """Write the file of one average that was worked out elsewhere, then the row. Raises StorageFailed."""
+        stream = WeightsStream(source, replace(info, snapshot=made.name))
+        said = {**to_json(made), "key": key, **({"begun": True} if begun else {})}
+        self._save(made.name, made.bytes, lambda: json.dumps(said), {info.average: stream.chunks(read)})
 
     def _save(self, name: str, nbytes: int, text: Callable[[], str], files: Files) -> None:
         """Write files and row of a snapshot. text: gives the row's, once the files are written. Raises

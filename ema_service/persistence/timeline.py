@@ -77,9 +77,10 @@ def told_writer(number: int) -> Told:
     return Told("writer", f"trainer {number} took over")
 
 
-def told_snapshot(name: str, version: str) -> Told:
-    """A snapshot was taken."""
-    return Told("snapshot", f"snapshot {name} taken of version {version}")
+def told_snapshot(taken: SnapshotInfo) -> Told:
+    """A snapshot was taken, of a version or of an average that was worked out."""
+    how = f"taken of version {taken.version}" if taken.target is None else f"of {taken.target} taken"
+    return Told("snapshot", f"snapshot {taken.name} {how}")
 
 
 def told_snapshot_gone(name: str) -> Told:

@@ -12,7 +12,7 @@ from ema_client.protocol import RunConfig, SnapshotInfo
 from ema_service.runs.run import Run
 from ema_service.shadows import Average, Descent
 
-__all__ = ["check_averages", "check_branch", "descent_of_branch"]
+__all__ = ["check_averages", "check_branch", "check_state", "descent_of_branch"]
 
 
 def check_branch(run: Run, source: Run) -> None:
@@ -40,6 +40,16 @@ def check_averages(config: RunConfig, snapshot: SnapshotInfo) -> None:
         raise AverageNotFound(
             f"snapshot {snapshot.name!r} of run {snapshot.run!r} has no average {missing[0]!r}; it has "
             f"{', '.join(snapshot.averages)}"
+        )
+
+
+def check_state(info: SnapshotInfo) -> None:
+    """Raises InvalidRequest for a snapshot that no run was ever at."""
+    if info.target is not None:
+        raise InvalidRequest(
+            f"snapshot {info.name!r} of run {info.run!r} is an average that was worked out afterwards ({info.target}): "
+            "no run was ever at it",
+            hint="rewind to a snapshot of the run; what was worked out can be pulled, and begin another run",
         )
 
 

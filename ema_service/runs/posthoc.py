@@ -106,21 +106,19 @@ class Synthesiser:
             recipes.append(recipe)
         return recipes
 
-    def given(self, targets: Sequence[Target], found: GivenRecipes, state: State) -> list[Recipe]:
-        """The recipes of these targets as another host of the run has found them. state: of their version.
+    def given(self, found: GivenRecipes, state: State) -> list[Recipe]:
+        """Recipes as another host of the run has found them. state: of their version.
 
-        Raises InvalidRequest for recipes of others; VersionGone where the state is another run's, or this host lacks a
-        source; SnapshotNotFound.
+        Raises VersionGone where the state is another run's, or this host lacks a source; SnapshotNotFound,
+        InvalidRequest.
         """
-        if len(found.weights) != len(targets):
-            raise InvalidRequest(f"recipe: it is of {len(found.weights)} averages, and {len(targets)} are asked for")
         if found.lineage != state.version.lineage:
             raise VersionGone(f"the recipe is of another run {self._run.config.run!r}", retry_after=0.0)
         leading = {each.version: each for each in self.ring.shelf.leading_to(state.version).snapshots}
         sources = [self._source(each, leading) for each in found.sources]
         recipes = []
         for target, weights, error, amplification in zip(
-            targets, found.weights, found.errors, found.amplifications, strict=True
+            found.targets, found.weights, found.errors, found.amplifications, strict=True
         ):
             info = replace(self._told(target, found.of, found.step, found.time), profile_error=error)
             info = replace(info, amplification=amplification)

@@ -9,17 +9,16 @@ Knows a recipe's text. Does not know how recipes are found, or what this host ha
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 from ema_client.errors import InvalidRequest
 from ema_client.protocol import SnapshotInfo, WeightsInfo
-from ema_service.averaging import Synthesis, Target
+from ema_service.averaging import ConstantDecay, ConstantHalfLife, SigmaRel, Synthesis, Target, Window
 from ema_service.persistence import RingSnapshot
 from ema_service.shadows import State
 
@@ -27,6 +26,13 @@ __all__ = ["GivenRecipes", "GivenSource", "Recipe", "Source", "read", "text_of"]
 
 #: Most bytes of a recipe: 8 targets of a ring of 64 times of 8 averages take 100 KB.
 _MOST_BYTES = 1 << 20
+#: By the name that stands in a recipe's text, the kinds of targets, and the numbers that each of them is made of.
+_TARGETS: dict[str, tuple[Callable[..., Target], Callable[[Any], float]]] = {
+    "SigmaRel": (SigmaRel, float),
+    "ConstantDecay": (ConstantDecay, float),
+    "ConstantHalfLife": (ConstantHalfLife, float),
+    "Window": (Window, int),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class GivenRecipes(NamedTuple):
     """Recipes of one time, as another host has found them.
 
     lineage, version: of the run's state. of, step, time: of the averages. sources: of all of them, the last one the
-    newest. weights: by recipe, one for each source.
+    newest. weights: by recipe, one for each source. targets: by recipe.
     """
 
     lineage: str
@@ -86,6 +92,7 @@ class GivenRecipes(NamedTuple):
     weights: tuple[tuple[float, ...], ...]
     errors: tuple[float, ...]
     amplifications: tuple[float, ...]
+    targets: tuple[Target, ...]
 
 
 def text_of(recipes: Sequence[Recipe]) -> str:
@@ -103,8 +110,10 @@ def text_of(recipes: Sequence[Recipe]) -> str:
         weights=tuple(tuple(share.get(each, 0.0) for each in sources) for share in shares),
         errors=tuple(one.synthesis.error for one in recipes),
         amplifications=tuple(one.synthesis.amplification for one in recipes),
+        targets=tuple(one.target for one in recipes),
     )
-    return base64.urlsafe_b64encode(zlib.compress(json.dumps(said).encode())).decode()
+    text = json.dumps(said, default=lambda target: [type(target).__name__, *astuple(target)])
+    return base64.urlsafe_b64encode(zlib.compress(text.encode())).decode()
 
 
 def _named(source: Source) -> GivenSource:
@@ -121,14 +130,14 @@ def read(text: str) -> GivenRecipes:
         unpacker = zlib.decompressobj()
         raw = unpacker.decompress(base64.b64decode(text, altchars=b"-_", validate=True), _MOST_BYTES)
         found = _checked(json.loads(raw) if unpacker.eof else None)
-    except (ValueError, TypeError, zlib.error, binascii.Error, RecursionError) as fault:
+    except (ValueError, TypeError, KeyError, OverflowError, zlib.error, RecursionError) as fault:
         raise InvalidRequest(f"recipe: not what a host of the run has answered: {fault}") from None
     return found
 
 
 def _checked(said: Any) -> GivenRecipes:
-    """Recipes from JSON. Raises ValueError, TypeError."""
-    lineage, version, of, step, time, sources, weights, errors, amplifications = said
+    """Recipes from JSON. Raises ValueError, TypeError, KeyError, OverflowError."""
+    lineage, version, of, step, time, sources, weights, errors, amplifications, targets = said
     found = GivenRecipes(
         str(lineage),
         str(version),
@@ -139,11 +148,18 @@ def _checked(said: Any) -> GivenRecipes:
         tuple(tuple(map(float, each)) for each in weights),
         tuple(map(float, errors)),
         tuple(map(float, amplifications)),
+        tuple(_target(*each) for each in targets),
     )
     if not found.sources or any(len(each) != len(found.sources) for each in found.weights):
         raise ValueError("each source has one weight in each average")
-    if not len(found.weights) == len(found.errors) == len(found.amplifications):
-        raise ValueError("each average has one error")
+    if not len(found.weights) == len(found.errors) == len(found.amplifications) == len(found.targets):
+        raise ValueError("each average has one target, and one error")
     if not all(map(math.isfinite, (*sum(found.weights, ()), *found.errors, *found.amplifications))):
         raise ValueError("a weight is no number")
     return found
+
+
+def _target(kind: str, *numbers: Any) -> Target:
+    """Raises TypeError, ValueError, KeyError, OverflowError; TargetRefused, a ValueError."""
+    make, number = _TARGETS[kind]
+    return make(*map(number, numbers))

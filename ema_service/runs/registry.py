@@ -38,7 +38,6 @@ from ema_client.protocol import (
     Durability,
     RunConfig,
     ShardInfo,
-    SnapshotInfo,
     SweepInfo,
     SweepReport,
     Writer,
@@ -64,7 +63,7 @@ from ema_service.persistence import (
     told_writer,
 )
 from ema_service.persistence.rows import revision_of
-from ema_service.runs.branching import check_averages, check_branch, descent_of_branch
+from ema_service.runs.branching import check_averages, check_branch, check_state, descent_of_branch
 from ema_service.runs.claims import Claim, Claims
 from ema_service.runs.ledger import Ledger
 from ema_service.runs.making import MORE_ROOM, Disk, Maker, Registered
@@ -529,7 +528,7 @@ class Registry:
         of, wanted = None, run.ledger.setup.members
         if source is not None:
             of = self.source_of(run, source, snapshot)
-        _check_state((disk.snapshots if of is None else of).find(snapshot))
+        check_state((disk.snapshots if of is None else of).find(snapshot))
         info, averages, arenas = disk.snapshots.read(snapshot, wanted, of=of)
         descent = disk.snapshots.following(info) if of is None else descent_of_branch(averages)
         run.rewind(info, averages, arenas, descent, key)
@@ -764,16 +763,6 @@ class Registry:
         if found.disk is None:
             raise StorageDisabled("snapshots are files, and this server was started with --memory")
         return found.disk
-
-
-def _check_state(info: SnapshotInfo) -> None:
-    """Raises InvalidRequest for a snapshot that no run was ever at."""
-    if info.target is not None:
-        raise InvalidRequest(
-            f"snapshot {info.name!r} of run {info.run!r} is an average that was worked out afterwards ({info.target}): "
-            "no run was ever at it",
-            hint="rewind to a snapshot of the run; what was worked out can be pulled, and begin another run",
-        )
 
 
 def _check_shard(shard: ShardRow | None, found: Registered | None) -> None:

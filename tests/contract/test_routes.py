@@ -1,4 +1,4 @@
-"""The server's routes, the design's list of them and client/PROTOCOL.md agree.
+"""The server's routes, the design's list of them, client/PROTOCOL.md, a host's routes and a gateway's agree.
 
 Knows the list of routes and OpenAPI. Does not know what a route does.
 """
@@ -8,18 +8,26 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 from urllib.request import urlopen
 
 import pytest
+from fastapi import FastAPI
+from starlette.routing import Match
 
 from ema_client.protocol import WeightsInfo
 from ema_service.api.app import create_app
 from ema_service.api.auth import needs_token
+from ema_service.cluster.counting import GatewayMetrics
+from ema_service.cluster.gateway.app import _refuse, create_gateway
+from ema_service.cluster.gateway.hosts import Hosts
+from ema_service.dashboard import install_at_gateway
 from ema_service.settings import Settings
 from ema_service.tokens import create_token
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = ROOT / "client" / "PROTOCOL.md"
+CLUSTER = ROOT / "ema_service" / "cluster" / "DESIGN.md"
 
 #: What the design names and the server has.
 BUILT = {
@@ -99,6 +107,33 @@ def test_server_has_the_routes_of_the_design() -> None:
 def test_protocol_document_names_every_route() -> None:
     """PROTOCOL.md has a heading for each route that exists, and for none that does not."""
     assert _documented() == set(OPERATIONS) | PAGES
+
+
+def test_a_host_has_every_route_of_a_server(tmp_path: Path) -> None:
+    """Whether a host alone may do what is asked for is the route's affair, and not whether there is one."""
+    (tmp_path / "token").write_text("a-token-of-the-tests\n")
+    hosted = {"coordinators": ("http://127.0.0.1:1",), "cluster_token_file": tmp_path / "token"}
+    host = create_app(Settings(data_dir=tmp_path, shard=(0, 2), **hosted))
+    assert host.openapi()["paths"].keys() == create_app(Settings(data_dir=None)).openapi()["paths"].keys()
+
+
+def _answered_by_a_gateway(gateway: FastAPI, route: str) -> bool:
+    method, _, path = route.partition(" ")
+    scope = {"type": "http", "method": method, "path": re.sub(r"{\w+}", "1", path), "headers": [], "app": gateway}
+    for each in gateway.router.routes:
+        match, child = each.matches(scope)
+        if match is Match.FULL:
+            return {**scope, **child}.get("endpoint") is not _refuse
+    return False
+
+
+def test_a_gateway_answers_every_route_of_a_server() -> None:
+    """But for those that the cluster's design names, with what there is in their place."""
+    gateway = create_gateway(MagicMock(spec=Hosts, metrics=GatewayMetrics()), install_at_gateway)
+    answered = {route for route in {*OPERATIONS, *PAGES} if _answered_by_a_gateway(gateway, route)}
+    told = CLUSTER.read_text().partition("## What hosts cannot do together")[2].partition("\n## ")[0]
+    assert {*OPERATIONS, *PAGES} - answered == set(re.findall(r"^\| `([A-Z]+ /[^`]*)`", told, re.MULTILINE))
+    assert not _answered_by_a_gateway(gateway, "GET /v1/runs/{run}/nothing")
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))

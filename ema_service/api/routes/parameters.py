@@ -11,12 +11,10 @@ from typing import Annotated
 from fastapi import Depends, Header, Path, Query, Request
 from pydantic import BeforeValidator
 
-from ema_client.errors import InvalidRequest
 from ema_client.protocol import HEADER_KEY, HEADER_PUSH, HEADER_WRITER, KEY_PATTERN, MAX_STEP, NAME_PATTERN
 from ema_service.api.context import Context
 
 __all__ = [
-    "ALONE",
     "DECIMAL",
     "VERSION_PATTERN",
     "CreatedAt",
@@ -43,17 +41,6 @@ async def _context(request: Request) -> Context:
     return context
 
 
-async def _decides_alone(request: Request) -> None:
-    """Raises InvalidRequest on a host of a cluster, for what the hosts cannot do together yet."""
-    if request.app.state.context.host:
-        raise InvalidRequest(
-            "this server is one host of a cluster, whose hosts cannot do this together yet",
-            hint="of runs on several hosts there are creation, initial weights, updates, whole and in parts, decay, "
-            "reset of the counter, averages added and removed, trainers that attach, snapshots, rewinds, reads, and "
-            "deletion",
-        )
-
-
 def _plain_number(value: object) -> object:
     """The value, if it is written as a plain number: a lenient parser would take ``1.0``, ``+5`` and ``007`` as well.
 
@@ -76,8 +63,6 @@ def _plain_decimal(value: object) -> object:
 Number = Annotated[int, BeforeValidator(_plain_number)]
 Decimal = Annotated[float, BeforeValidator(_plain_decimal)]
 
-#: Among the dependencies of a route: the server decides alone.
-ALONE = Depends(_decides_alone)
 Server = Annotated[Context, Depends(_context)]
 RunName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the run", examples=["cogview3-base"])]
 SnapshotName = Annotated[str, Path(pattern=NAME_PATTERN, description="Name of the snapshot", examples=["epoch-10"])]

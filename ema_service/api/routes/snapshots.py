@@ -25,12 +25,15 @@ from ema_client.errors import (
     Superseded,
     SynthesisRefused,
     TooManySnapshots,
+    VersionGone,
 )
 from ema_client.protocol import MAX_STEP, SnapshotInfo, SnapshotList
 from ema_service.api.auth import access_of
+from ema_service.api.context import Context
 from ema_service.api.errors import problem_responses
 from ema_service.api.routes.parameters import CreatedAt, Key, Number, RunName, Server, SnapshotName
-from ema_service.api.synthesis import AskedFor, work_out
+from ema_service.api.synthesis import Asked, AskedFor, recipe_of, work_out
+from ema_service.runs import Run
 
 __all__ = ["router"]
 
@@ -55,6 +58,7 @@ router = APIRouter(prefix="/v1/runs/{run}/snapshots", tags=["snapshots"])
             Superseded,
             SynthesisRefused,
             SnapshotDamaged,
+            VersionGone,
             Overloaded,
         ),
     },
@@ -80,28 +84,33 @@ async def put_snapshot(
         # The rest of the series is deleted: a reader may not.
         access_of(request).check("push", run)
     found, snapshots = server.registry.get(run), server.registry.snapshots(run)
-    if server.host:
-        if asked.targets:
-            raise InvalidRequest(
-                "a snapshot of an average of another length is not possible for a run on several hosts yet",
-                hint="pull the average, to a file, in its place",
-            )
-        info, created = await server.host.take_snapshot(run, name, keep=keep, key=key)
-        response.status_code = 201 if created else 200
-        return info
     if asked.targets:
         asked.one()
         if keep is not None:
             raise InvalidRequest("keep: does not go with sigma_rel, decay, half_life or window")
-        with ExitStack() as source:
-            [recipe], mixture = await work_out(request, server, found, asked, source)
-            work = partial(snapshots.keep, name, found.layout.shadows, recipe.info, mixture.read, key=key)
-            info, created = await server.file(run, work)
-        response.status_code = 201 if created else 200
-        return info
-    info, created = await server.file(run, partial(snapshots.take, name, found.ready_state, keep=keep, key=key))
+        if asked.recipe or asked.version:
+            raise InvalidRequest("recipe, version: are for weights that are read, and do not go with a snapshot")
+        info, created = await _keep_average(request, server, found, asked, name, key)
+    elif server.host:
+        info, created = await server.host.take_snapshot(run, name, keep=keep, key=key)
+    else:
+        info, created = await server.file(run, partial(snapshots.take, name, found.ready_state, keep=keep, key=key))
     response.status_code = 201 if created else 200
     return info
+
+
+async def _keep_average(
+    request: Request, server: Context, run: Run, asked: Asked, name: str, key: str | None
+) -> tuple[SnapshotInfo, bool]:
+    """Keep what is asked for as a snapshot, on all hosts where there are several, and say whether the snapshot is
+    new."""
+    if server.host:
+        return await server.host.keep_average(run.config.run, name, partial(recipe_of, server, run, asked), key)
+    snapshots = server.registry.snapshots(run.config.run)
+    with ExitStack() as source:
+        [recipe], mixture = await work_out(request, server, run, asked, source)
+        work = partial(snapshots.keep, name, run.layout.shadows, recipe.info, mixture.read, key=key)
+        return await server.file(run.config.run, work)
 
 
 @router.get(

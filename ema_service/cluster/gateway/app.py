@@ -43,6 +43,7 @@ _MOST_WAITING = 10_000
 #: Words in paths of a run that a server answers and a gateway does not, and what is said of them.
 _NOT_OFFERED = {
     "stretches": "an update comes over one connection",
+    "version": "each host tells that of its shard",
 }
 
 

@@ -73,7 +73,7 @@ _ETAG = re.compile(r'"([0-9]{1,19}\.[0-9]{1,19})-([0-9a-f]+)"\Z', re.ASCII)
 _DIGITS = 16
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z", re.ASCII)
 #: What of a query each host answers for its shard.
-_QUERY = frozenset({"average", "dtype", "prefix", "min_step", "wait"})
+_QUERY = frozenset({"average", "soup", "dtype", "prefix", "min_step", "wait"})
 _OF_A_SNAPSHOT = frozenset({"average", "dtype", "prefix"})
 
 
@@ -103,11 +103,11 @@ class ShardBody:
 
 async def send_weights(run: str, request: Request, hosts: Hosts, snapshot: str | None = None) -> Response:
     """The answer to GET or HEAD of the current weights, or of a snapshot's. Raises the hosts' errors; Overloaded where
-    they were never at one version; InvalidRequest for what only a server of whole runs has."""
+    they were never at one version; InvalidRequest for a query that no host knows."""
     if others := sorted(set(request.query_params) - (_OF_A_SNAPSHOT if snapshot else _QUERY)):
         raise InvalidRequest(
-            f"{others[0]}: a run on several hosts has its current weights and its snapshots",
-            hint="no soups yet; ask without it",
+            f"{others[0]}: is no part of a request for weights of a run on several hosts",
+            hint=f"there are {', '.join(sorted(_OF_A_SNAPSHOT if snapshot else _QUERY))}",
         )
     try:
         whole = await _open(run, request, hosts, snapshot)

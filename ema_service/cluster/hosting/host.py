@@ -63,9 +63,11 @@ from ema_service.cluster.reasons import MADE_BEFORE, error_of
 from ema_service.cluster.token import ClusterToken
 from ema_service.memory import Layout
 from ema_service.persistence import ShardRing
-from ema_service.runs import Registry, Run
+from ema_service.runs import Registry, Run, State
+from ema_service.runs.recipes import Recipe, text_of
+from ema_service.runs.summing import Summing
 from ema_service.storage import Store
-from ema_service.threads import Threads
+from ema_service.threads import Threads, cores, use_cores
 
 __all__ = ["Host", "Membership"]
 
@@ -140,6 +142,8 @@ class Host:
         self._making = Threads(1, "ema-make")
         #: Writes and reads files of runs, beside those of updates.
         self._saving = Threads(1, "ema-save")
+        #: Work out averages that are kept as snapshots.
+        self._summing = Threads(cores(), "ema-sum", use_cores, (1,))
         self._waiting = Waiting(lambda: self.linked)
         self._shards: dict[str, ShardRun] = {}
         self._rings = Rings(lambda: self._shards, self._is_first_of, self._asking.change)
@@ -346,23 +350,57 @@ class Host:
     async def take_snapshot(
         self, name: str, snapshot: str, *, keep: int | None = None, key: str | None = None
     ) -> tuple[SnapshotInfo, bool]:
-        """As Snapshots.take(), on all hosts. Raises as that, and as _ask()."""
+        """As Snapshots.take(), on all hosts. Raises as that, VersionGone where a host was started anew meanwhile, and
+        as _ask()."""
         run, snapshots = self._registry.get(name), self._registry.snapshots(name)
         key = key or secrets.token_hex(16)
         version = str(run.ready_state().version)
         if found := await asyncio.to_thread(snapshots.taken, snapshot, version, key):
             return found, False
-        shard, created_at = self.shard(run), time.time()
-        await self._ask(shard.talk, secrets.token_hex(16), encode(SnapshotBegun(snapshot, created_at, key)))
-        try:
+        begun = SnapshotBegun(snapshot, time.time(), key)
+
+        async def taken() -> SnapshotTaken:
             gone = await asyncio.to_thread(snapshots.series, snapshot, keep)
-            await self._ask_when_written(shard, encode(SnapshotTaken(snapshot, created_at, " ".join(gone))))
+            return SnapshotTaken(snapshot, begun.created_at, " ".join(gone))
+
+        await self._take(self.shard(run), begun, taken)
+        return await asyncio.to_thread(snapshots.find, snapshot), True
+
+    async def keep_average(
+        self, name: str, snapshot: str, recipe: Callable[[State], Awaitable[Recipe]], key: str | None = None
+    ) -> tuple[SnapshotInfo, bool]:
+        """As Snapshots.keep(), on all hosts, of an average that each works out of its ring. recipe: finds how, of a
+        version of the run.
+
+        Raises as Snapshots.keep(), VersionGone where a host lacks what the recipe names, as ``recipe``, and as _ask().
+        """
+        run, snapshots = self._registry.get(name), self._registry.snapshots(name)
+        key = key or secrets.token_hex(16)
+        if found := await asyncio.to_thread(snapshots.taken_by, snapshot, key):
+            return found, False
+        now = await recipe(run.ready_state())  # what cannot be had is refused before anything is begun
+        if found := await asyncio.to_thread(snapshots.kept_before, snapshot, run.layout.shadows, now.info, key):
+            return found, False
+        shard, begun = self.shard(run), SnapshotBegun(snapshot, time.time(), key, held=True)
+
+        async def taken() -> SnapshotTaken:
+            found = await recipe(shard.snapshots.held(snapshot, begun.created_at))
+            return SnapshotTaken(snapshot, begun.created_at, recipe=text_of([found]))
+
+        await self._take(shard, begun, taken)
+        return await asyncio.to_thread(snapshots.find, snapshot), True
+
+    async def _take(self, shard: ShardRun, begun: SnapshotBegun, taken: Callable[[], Awaitable[SnapshotTaken]]) -> None:
+        """Have all hosts take a snapshot, or none: nothing is left of one that a host could not write. taken: gives the
+        second change, once the first is made. Raises as _ask(), and as ``taken``."""
+        await self._ask(shard.talk, secrets.token_hex(16), encode(begun))
+        try:
+            await self._ask_when_written(shard, encode(await taken()))
         except EmaError:
             with contextlib.suppress(EmaError):  # nobody finds it, and it makes room for the next one
-                change = SnapshotGone(snapshot, created_at, begun=True)
-                await self._ask(shard.talk, secrets.token_hex(16), encode(change))
+                gone = SnapshotGone(begun.name, begun.created_at, begun=True)
+                await self._ask_when_written(shard, encode(gone))
             raise
-        return await asyncio.to_thread(snapshots.find, snapshot), True
 
     async def _ask_when_written(self, shard: ShardRun, change: str, settles: int = 0) -> None:
         """Ask for a change once no host is writing what it is about. settles: as in Change. Raises as _ask()."""
@@ -557,9 +595,10 @@ class Host:
         part = LayoutMap(Layout(whole.layout, whole.copied), member.shards).shards[member.shard].shadows
         arrival = self._arrival(part.start, part.stop)
         versions = self._registry.shard(name)
-        snapshots, ring = self._registry.snapshots(name), self._registry.ring(name)
+        snapshots, ring, summing = self._registry.snapshots(name), self._registry.ring(name), None
         if ring:
             run.changes.tell_always(lambda: self._rings.moved(ring))
+            summing = Summing(run, self._registry.synthesiser(name), self._summing)
         return ShardRun(
             run,
             versions,
@@ -573,6 +612,7 @@ class Host:
             self._saving,
             member.twin,
             ring,
+            summing,
         )
 
     def _arrival(self, start: int = 0, stop: int = 0) -> Arrival:
@@ -585,7 +625,7 @@ class Host:
         self._directory.reporting.close()
         for shard in list(self._shards.values()):
             shard.close(fault)
-        for threads in (self._making, self._judging, self._saving):
+        for threads in (self._making, self._judging, self._saving, self._summing):
             threads.shutdown()
 
 

@@ -77,6 +77,7 @@ from ema_service.persistence.rows import dump, dump_setup
 from ema_service.persistence.versions import SlotPlace
 from ema_service.runs import Parameters, Run, Setup, State, Update, Write
 from ema_service.runs.ledger import writer_in
+from ema_service.runs.summing import Summing
 from ema_service.storage import RowChange
 
 __all__ = ["ShardRun", "check_held"]
@@ -167,11 +168,13 @@ class ShardRun:
         saving: Executor,
         twin: Twin | None = None,
         ring: ShardRing | None = None,
+        summing: Summing | None = None,
     ) -> None:
         """run, versions, snapshots, ring: as Registry.get(), shard(), snapshots() and ring() have them, for which there
         is no other ShardRun. source_of, room_for: Registry.source_of(), room_for_averages(). arrival, coordinators,
         token: as for Reporting. changes: judges what coordinators bring, and works until the talk is closed; saving:
         does the same where files are read or written. twin: the other host of the shard, None where there is none.
+        summing: works averages out of the ring.
 
         Raises MalformedMessage for a damaged record, StorageFailed, and as Reporting().
         """
@@ -185,7 +188,7 @@ class ShardRun:
         self._versions = versions
         self._changes, self._saving = changes, saving
         self.checkpoints = Checkpoints(run, versions, saving)
-        self.snapshots = ShardSnapshots(run, snapshots, saving, source_of)
+        self.snapshots = ShardSnapshots(run, snapshots, saving, source_of, summing)
         self.ring = ring
         self._averages = ShardAverages(run, versions, saving, room_for)
         record = decode(versions.record, Record) if versions.record else Record()
@@ -296,6 +299,7 @@ class ShardRun:
             keys = list(self._senders)
         for key in keys:
             self._fail(key, fault)
+        self.snapshots.close()
         self._averages.close()
 
     # --- as the coordinator decides: RecordStore --------------------------------------------------------------------

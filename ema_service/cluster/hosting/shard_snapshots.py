@@ -4,6 +4,9 @@
     SnapshotTaken    each votes that its files and row are on the medium; with the verdict the snapshot is there
     SnapshotGone     the row goes with the verdict, of a snapshot that is there, or that was only begun
 
+A snapshot of an average that is worked out is begun by holding the version. The host that was asked finds the recipe,
+and each writes its sum when it is asked to vote that the snapshot is there, and votes once the sum is written.
+
 The row of a snapshot that was begun says so, and nobody finds the snapshot. Its row changes, or goes, in the
 transaction of the record that decides so (storage.RowChange).
 
@@ -16,15 +19,20 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ema_client.errors import EmaError, Overloaded
+from ema_client.errors import EmaError, InvalidRequest, Overloaded, SnapshotNotFound, StorageFailed, VersionGone
 from ema_service.cluster.hosting.borrowing import Twin
 from ema_service.cluster.messages import Rewind, SnapshotBegun, SnapshotGone, SnapshotTaken
 from ema_service.persistence import Snapshots
 from ema_service.runs import Rewound, Run, State
-from ema_service.runs.branching import descent_of_branch
+from ema_service.runs.branching import check_state, descent_of_branch
+from ema_service.runs.recipes import read
+from ema_service.runs.summing import Summing
 from ema_service.storage import RowChange
 
 __all__ = ["ShardSnapshots", "SourceOf"]
@@ -35,27 +43,60 @@ _log = logging.getLogger(__name__)
 SourceOf: TypeAlias = Callable[[Run, str, str], Snapshots]
 
 
+#: Seconds for which a version is held for a recipe: in these a ring that is being stored is waited for, and all decide.
+_HELD_SECONDS = 120.0
+
+
+@dataclass(slots=True)
+class _Making:
+    """A snapshot that was begun, on its way to the disk. begun: the change. state: the version that is held until a
+    recipe comes. ended: whether nothing is to be written any more. fault: why nothing was. timer: ends the holding."""
+
+    begun: SnapshotBegun
+    state: State | None = None
+    ended: bool = False
+    fault: EmaError | None = None
+    timer: threading.Timer | None = None
+
+    def take(self) -> State | None:
+        """The version that is held, which is held no longer."""
+        state, self.state = self.state, None
+        if self.timer:
+            self.timer.cancel()
+        return state
+
+    @property
+    def is_being_written(self) -> bool:
+        """Whether files of the snapshot are being written, or are about to be."""
+        return self.state is None and not self.ended
+
+
 class ShardSnapshots:
     """The snapshots of one shard. Thread-safe."""
 
-    def __init__(self, run: Run, snapshots: Snapshots, saving: Executor, source_of: SourceOf) -> None:
-        """snapshots: the run's. saving: writes them, one after the other. source_of: as Registry.source_of()."""
+    def __init__(
+        self, run: Run, snapshots: Snapshots, saving: Executor, source_of: SourceOf, summing: Summing | None = None
+    ) -> None:
+        """snapshots: the run's. saving: writes them, one after the other. source_of: as Registry.source_of(). summing:
+        works averages out of the run's ring; None where the run has none."""
         self._run = run
         self._source_of = source_of
         self._snapshots = snapshots
         self._saving = saving
+        self._summing = summing
         self._lock = threading.Lock()
-        #: Names of those that are being written.
-        self._writing: set[str] = set()
+        #: By name, those that were begun here since the start, until they are there or gone.
+        self._making: dict[str, _Making] = {}
 
     def read(self, change: Rewind, lineage: str, key: str) -> Rewound:
         """The version at a snapshot, written to its place. lineage: for a run that has no version. key: of the write.
 
-        Raises as Snapshots.read(), SnapshotNotFound, as Run.finish_rewind(), and as Registry.source_of().
+        Raises as Snapshots.read(), SnapshotNotFound, as check_state(), as Run.finish_rewind(), and as
+        Registry.source_of().
         """
         own, run = self._snapshots, self._run
         of = None if change.source is None else self._source_of(run, change.source, change.snapshot)
-        (own if of is None else of).find(change.snapshot, change.created_at)
+        check_state((own if of is None else of).find(change.snapshot, change.created_at))
         info, averages, arenas = own.read(change.snapshot, run.ledger.setup.members, of=of)
         descent = own.following(info) if of is None else descent_of_branch(averages)
         return run.finish_rewind(info, averages, arenas, descent, lineage, key)
@@ -64,37 +105,67 @@ class ShardSnapshots:
         """Whether a change may be made. Under deciding().
 
         Raises as Ledger.writable(), Snapshots.check_free() and Snapshots.find(); Overloaded while the snapshot is being
-        written.
+        written; of one to be there why its files were not written.
         """
         if isinstance(change, SnapshotBegun):
             self._run.ledger.writable()
             self._snapshots.check_free(change.name)
+            if change.held and self._summing is None:
+                raise InvalidRequest(f"run {self._run.config.run!r} has no ring that averages are worked out of")
             return
-        with self._lock:
-            if change.name in self._writing:
-                raise Overloaded(f"snapshot {change.name!r} is still being written", retry_after=0.2)
+        making = self._of(change)
+        if making and isinstance(change, SnapshotTaken):
+            if change.recipe:
+                self._begin_sum(making, change.recipe)
+            if making.fault:
+                raise making.fault
+        if making and making.is_being_written:
+            raise Overloaded(f"snapshot {change.name!r} is still being written", retry_after=0.2)
         if isinstance(change, SnapshotGone) and not change.begun:
             self._snapshots.find(change.name, change.created_at)
 
     def rows(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> RowChange | None:
-        """What of the rows changes with the verdict; None of a change that only begins. Raises as
-        Snapshots.prepared()."""
+        """What of the rows changes with the verdict; None of a change that only begins. Raises VersionGone where this
+        host was started anew before it had written what is to be there."""
         if isinstance(change, SnapshotBegun):
             return None
         if isinstance(change, SnapshotGone):
             return self._snapshots.without(change.name, told=not change.begun)
-        return self._snapshots.prepared(change.name, change.created_at, change.gone.split())
+        try:
+            return self._snapshots.prepared(change.name, change.created_at, change.gone.split())
+        except SnapshotNotFound:
+            raise VersionGone(
+                f"a host no longer has the version of which snapshot {change.name!r} was to be: it was started anew "
+                "meanwhile, or another snapshot was begun under the name",
+                hint="take the snapshot again; nothing is left of this one",
+                retry_after=0.0,
+            ) from None
 
     def follow(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Do what follows from a change, once it is committed. Under deciding()."""
         if isinstance(change, SnapshotBegun):
-            with self._lock:
-                self._writing.add(change.name)
-            self._saving.submit(self._write, change, self._run.ready_state())
-        elif isinstance(change, SnapshotTaken):
+            self._begin(change, self._run.ready_state())
+            return
+        self._forget(change.name, change.created_at)
+        if isinstance(change, SnapshotTaken):
             self._saving.submit(self._snapshots.shown, change.gone.split())
         else:
             self._saving.submit(self._snapshots.gone, change.name)
+
+    def held(self, name: str, created_at: float) -> State:
+        """The version that a snapshot was begun with, which an average is to be worked out of. Raises VersionGone."""
+        with self._lock:
+            making = self._making.get(name)
+        if making is None or making.begun.created_at != created_at or making.state is None:
+            raise VersionGone(f"the version of snapshot {name!r} is no longer held", retry_after=0.0)
+        return making.state
+
+    def close(self) -> None:
+        """Hold no version any more."""
+        with self._lock:
+            for making in self._making.values():
+                making.take()
+            self._making.clear()
 
     def lent(self) -> list[dict[str, Any]]:
         """As Snapshots.lent()."""
@@ -116,11 +187,72 @@ class ShardSnapshots:
                 files = {average: twin.snapshot(run, name, average, size) for average, size in each["files"].items()}
                 self._snapshots.adopt(name, each["text"], sum(each["files"].values()), files)
 
-    def _write(self, change: SnapshotBegun, state: State) -> None:
+    def _of(self, change: SnapshotTaken | SnapshotGone) -> _Making | None:
+        """What is known of the snapshot that a change is about."""
+        with self._lock:
+            making = self._making.get(change.name)
+        return making if making and making.begun.created_at == change.created_at else None
+
+    def _begin(self, begun: SnapshotBegun, state: State) -> None:
+        """Write a version as a snapshot, or hold it, in place of another of the name that was begun."""
+        making = _Making(begun, state if begun.held else None)
+        with self._lock:
+            if before := self._making.get(begun.name):
+                before.take()
+            self._making[begun.name] = making
+        if begun.held:
+            making.timer = threading.Timer(_HELD_SECONDS, self._let_go, (making,))
+            making.timer.daemon = True
+            making.timer.start()
+        else:
+            self._saving.submit(self._make, making, partial(self._write, begun, state))
+
+    def _begin_sum(self, making: _Making, recipe: str) -> None:
+        """Write what a recipe makes of the version that is held, if any is."""
+        with self._lock:
+            state = making.take()
+        if state:
+            self._saving.submit(self._make, making, partial(self._write_sum, making.begun, recipe, state))
+
+    def _let_go(self, making: _Making) -> None:
+        """Hold a version no longer: whoever was to bring the recipe is gone."""
+        with self._lock:
+            if making.take():
+                making.ended = True
+
+    def _make(self, making: _Making, write: Callable[[], None]) -> None:
+        """Write a snapshot, and note the end of that."""
         try:
-            self._snapshots.prepare(change.name, state, created_at=change.created_at, key=change.key)
+            write()
         except EmaError as fault:  # whoever asks for the vote is refused it
-            _log.error("run %s: snapshot %s: %s", self._run.config.run, change.name, fault)
+            # Overloaded stands for "still being written", and is asked again.
+            lasting = StorageFailed(fault.detail, retry_after=1.0) if isinstance(fault, Overloaded) else fault
+            making.fault = lasting
+            _log.error("run %s: snapshot %s: %s", self._run.config.run, making.begun.name, fault)
         finally:
-            with self._lock:
-                self._writing.discard(change.name)
+            making.ended = True
+
+    def _write(self, begun: SnapshotBegun, state: State) -> None:
+        self._snapshots.prepare(begun.name, state, created_at=begun.created_at, key=begun.key)
+
+    def _write_sum(self, begun: SnapshotBegun, recipe: str, state: State) -> None:
+        """Raises VersionGone where the ring has lost what the recipe names, and as Snapshots.prepare_average()."""
+        if self._summing is None:
+            raise InvalidRequest(f"run {self._run.config.run!r} has no ring that averages are worked out of")
+        [found] = self._summing.synthesiser.given(read(recipe), state)
+        with ExitStack() as opened:
+            try:
+                source = self._summing.opened([found], opened)
+            except FileNotFoundError as dropped:
+                raise VersionGone(
+                    f"the ring has dropped a snapshot of the recipe: {dropped}", retry_after=0.0
+                ) from None
+            entries = self._run.layout.shadows
+            self._snapshots.prepare_average(
+                begun.name, entries, found.info, source.read, created_at=begun.created_at, key=begun.key
+            )
+
+    def _forget(self, name: str, created_at: float) -> None:
+        with self._lock:
+            if name in self._making and self._making[name].begun.created_at == created_at:
+                self._making.pop(name).take()

@@ -71,7 +71,6 @@ def evaluate(tmp_path: Path) -> str:
     return f"{sys.executable} {shlex.quote(str(script))} {{path}} {{sigma_rel}}"
 
 
-@pytest.mark.one_server("snapshots of averages of other lengths")
 def test_sweep(ema: Ema, evaluate: str, tmp_path: Path, trained: EmaClient) -> None:
     """A table with the best marked, a plot, a picture, the best as a snapshot; the command's words are passed on."""
     words = ("--exec", evaluate, "--plot", tmp_path / "curve.png", "--keep", "best", "--name", "loss")
@@ -324,7 +323,6 @@ def test_plot() -> None:
 # --- averages of any length by the other commands -------------------------------------------------------------------
 
 
-@pytest.mark.one_server("snapshots of averages of other lengths")
 def test_pull_snapshot_show_profiles(ema: Ema, trained: EmaClient, tmp_path: Path) -> None:
     """The same average by every command; what it is, and how exact, is said."""
     path = tmp_path / "w.safetensors"

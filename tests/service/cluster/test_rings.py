@@ -6,12 +6,15 @@ Knows HTTP, and where hosts keep their files. Does not know how an average is wo
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import threading
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -21,7 +24,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ema_client import EmaClient
-from ema_client.errors import VersionGone
+from ema_client.errors import EmaError, SynthesisRefused, VersionGone
 from ema_client.hosts import direct
 from ema_client.hosts.pulling import pull
 from ema_client.protocol import HEADER_RECIPE, HEADER_TARGETS
@@ -47,6 +50,11 @@ WISHES = {
     "a time of the ring": "sigma_rel=0.1&at=counter:12&max_error=0.5",
     "a snapshot": "sigma_rel=0.1&at=snapshot:middle&max_error=0.5",
 }
+#: Sums of snapshots, whose weights the reader gives.
+SOUPS = {
+    "a soup": "soup=middle:0.25,late:0.75",
+    "a soup of some tensors, cast": "soup=middle:0.5,late:0.5&average=posthoc-0.03&dtype=BF16&prefix=b",
+}
 
 
 def train(client: EmaClient, run: str = "r", updates: int = UPDATES) -> None:
@@ -56,8 +64,8 @@ def train(client: EmaClient, run: str = "r", updates: int = UPDATES) -> None:
         client.push(run, as_state(WALKED[step]), step=step)
         if step % 6 == 0:
             settled(client, run)
-        if step == 9:
-            client.snapshot(run, "middle")
+        if step in (9, 15):
+            client.snapshot(run, "middle" if step == 9 else "late")
     settled(client, run)
 
 
@@ -87,18 +95,31 @@ def facts(answer: httpx.Response) -> dict[str, str]:
     return {name: value for name, value in answer.headers.items() if name.startswith("ema-") and name not in own}
 
 
-@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("wish", [*WISHES, *SOUPS])
 def test_bytes_are_those_of_one_server(both: tuple[Launched, ServerProcess], wish: str) -> None:
     """Header, metadata and every value; the same facts; and a part is had by Range, and known by its tag."""
     cluster, server = both
-    ours, theirs = sent(cluster.url, WISHES[wish]), sent(server.url, WISHES[wish])
+    query = {**WISHES, **SOUPS}[wish]
+    ours, theirs = sent(cluster.url, query), sent(server.url, query)
     assert (ours.status_code, theirs.status_code) == (200, 200), ours.text
     assert ours.content == theirs.content
     assert facts(ours) == facts(theirs)
-    rest = sent(cluster.url, WISHES[wish], headers={"Range": "bytes=100-", "If-Range": ours.headers["etag"]})
+    rest = sent(cluster.url, query, headers={"Range": "bytes=100-", "If-Range": ours.headers["etag"]})
     assert (rest.status_code, rest.content) == (206, ours.content[100:])
-    known = sent(cluster.url, WISHES[wish], headers={"If-None-Match": ours.headers["etag"]})
+    known = sent(cluster.url, query, headers={"If-None-Match": ours.headers["etag"]})
     assert known.status_code == 304
+
+
+def test_what_no_soup_is_made_of(both: tuple[Launched, ServerProcess]) -> None:
+    """Refused in the words of one server."""
+
+    def refused(url: str, query: str) -> tuple[int, str]:
+        answer = sent(url, query)
+        return answer.status_code, answer.json()["code"]
+
+    cluster, server = both
+    for query in ("soup=none:1", "soup=middle", "soup=middle:1,middle:2", "soup=", "soup=middle:1&min_step=3"):
+        assert refused(cluster.url, query) == refused(server.url, query), query
 
 
 def test_what_is_told_is_what_one_server_tells(both: tuple[Launched, ServerProcess]) -> None:
@@ -186,6 +207,29 @@ def test_a_version_that_is_held_stays(both: tuple[Launched, ServerProcess]) -> N
         assert ask("version", hold="true", version="1.1").json()["code"] == "version_gone"
 
 
+@pytest.mark.parametrize("wish", [name for name in WISHES if name not in ("cast", "some tensors")])
+def test_a_snapshot_is_that_of_one_server(both: tuple[Launched, ServerProcess], wish: str) -> None:
+    """Of an average that is worked out: byte for byte, once for a key and for an average, and for that alone."""
+    found, name = [], f"kept-{list(WISHES).index(wish)}"
+    path, key = f"/snapshots/{name}", {"Idempotency-Key": f"{name}-of-a-test"}
+    for each in both:
+        with httpx.Client(base_url=f"{each.url}/v1/runs/r", timeout=60) as http:
+            made = http.put(f"{path}?{WISHES[wish]}", headers=key)
+            assert made.status_code == 201, made.text
+            again = [http.put(f"{path}?{WISHES[wish]}", headers=more) for more in (key, {})]
+            assert [(one.status_code, one.json()) for one in again] == [(200, made.json())] * 2
+            for other in ("?sigma_rel=0.12", ""):
+                assert http.put(path + other).json()["code"] == "snapshot_exists"
+            weights, said = http.get(f"{path}/weights"), made.json()
+            back = http.post("/rewind", json={"snapshot": name}).json()
+            lines = [one for one in http.get("/timeline").json()["entries"] if name in one["text"]]
+            told = [(one["kind"], one["step"], one["num_updates"], one["text"]) for one in lines]
+            found.append((said.pop("bytes") > 0, said.pop("created_at") > 0, said, weights.content, facts(weights)))
+            found.append((back["code"], back["detail"], told))
+            assert http.delete(path).status_code == 204
+    assert found[:2] == found[2:]
+
+
 def test_a_killed_host_follows_one_that_knows_more(both: tuple[Launched, ServerProcess]) -> None:
     """SIGKILL: of the steps between updates since the newest snapshot the host knows the number alone; what is read
     after is what one server sends that was never ended."""
@@ -208,32 +252,35 @@ def test_a_killed_host_follows_one_that_knows_more(both: tuple[Launched, ServerP
     assert bodies[0] == bodies[1]
 
 
-def test_one_version_while_updates_go_on(both: tuple[Launched, ServerProcess]) -> None:
-    """Parameters that are all the same number at each step: so is every value of what is worked out, on all hosts."""
-    cluster, _ = both
+def even(step: int) -> dict[str, Tensor]:
+    """Parameters that are all the same number: so is every value of what is worked out, on all hosts."""
+    return {"a": torch.full((40, 3), 1.0 + step % 17), "b": torch.full((60,), 1.0 + step % 17)}
 
-    def state(step: int) -> dict[str, Tensor]:
-        return {"a": torch.full((40, 3), 1.0 + step % 17), "b": torch.full((60,), 1.0 + step % 17)}
 
-    ended, seen = threading.Event(), set[int | None]()
+def is_even(found: Mapping[str, Tensor]) -> bool:
+    values = torch.cat([tensor.flatten() for tensor in found.values()])
+    return float(values.max() - values.min()) < 1e-5
+
+
+@contextlib.contextmanager
+def updates_going_on(cluster: Launched, run: str) -> Iterator[EmaClient]:
+    """Within the block a run with a ring is trained with even(), whoever is killed; gives a client beside."""
+    ended = threading.Event()
     with EmaClient(cluster.url) as client, EmaClient(cluster.url) as reader:
-        client.create_run("even", state(0), posthoc={"snapshots": 4})
-        client.push("even", state(1), step=1)
+        client.create_run(run, even(0), posthoc={"snapshots": 4})
+        client.push(run, even(1), step=1)
 
         def push() -> None:
             step = 2
             while not ended.is_set():
-                client.push("even", state(step), step=step)
-                step += 1
+                with contextlib.suppress(EmaError):
+                    client.push(run, even(step), step=step)
+                    step += 1
 
         thread = threading.Thread(target=push)
         thread.start()
         try:
-            while len(seen) < 6:  # each a step that the pull before did not see
-                found = reader.pull("even", sigma_rel=0.2, max_error=1.0)
-                values = torch.cat([tensor.flatten() for tensor in found.values()])
-                assert float(values.max() - values.min()) < 1e-5, found.info
-                seen.add(found.info.step)
+            yield reader
         finally:
             ended.set()
             thread.join()
@@ -271,6 +318,80 @@ def _counted(host: str) -> dict[str, int]:
     names = {"received": "ema_received_bytes_total ", "superseded": 'ema_errors_total{code="superseded"} '}
     found = {key: re.search(f"^{re.escape(name)}(\\S+)", text, re.MULTILINE) for key, name in names.items()}
     return {key: int(float(each[1])) if each else 0 for key, each in found.items()}
+
+
+def test_one_version_while_updates_go_on(both: tuple[Launched, ServerProcess]) -> None:
+    """What is read is of one version, on all hosts."""
+    cluster, _ = both
+    seen = set[int | None]()
+    with updates_going_on(cluster, "even") as reader:
+        while len(seen) < 6:  # each a step that the pull before did not see
+            found = reader.pull("even", sigma_rel=0.2, max_error=1.0)
+            assert is_even(found), found.info
+            seen.add(found.info.step)
+
+
+def test_snapshots_while_updates_go_on(both: tuple[Launched, ServerProcess]) -> None:
+    """Each is of one version; nothing is left of one that is refused, on any host."""
+    cluster, _ = both
+    with updates_going_on(cluster, "even-kept") as reader:
+        for number in range(4):
+            taken = reader.snapshot("even-kept", f"s-{number}", sigma_rel=0.2, max_error=1.0)
+            found = reader.pull("even-kept", snapshot=taken.name)
+            assert is_even(found), found.info
+            assert (found.info.step, found.info.target) == (taken.step, "sigma_rel 0.2")
+        with pytest.raises(SynthesisRefused):
+            reader.snapshot("even-kept", "refused", window=(1, 1 << 40))
+    folders = [cluster.folder.glob(f"host-{place}/runs/even-kept.*/snapshots/*") for place in range(2)]
+    assert [sorted(path.name for path in each) for each in folders] == [[f"s-{number}" for number in range(4)]] * 2
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_snapshots_whoever_is_killed(both: tuple[Launched, ServerProcess]) -> None:
+    """Each is whole and of one version on all hosts, or nowhere: hosts, coordinator and gateway are killed all the
+    time."""
+    cluster, _ = both
+    random, ended, taken = Random(7), threading.Event(), 0
+
+    def kill() -> None:
+        while not ended.wait(8 * random.random()):
+            cluster.kill(random.choice(["host 0", "host 1", "coordinator", "gateway"]))
+
+    thread = threading.Thread(target=kill)
+    with updates_going_on(cluster, "killed") as reader:
+        thread.start()
+        try:
+            until = time.monotonic() + 120
+            while time.monotonic() < until:
+                with contextlib.suppress(EmaError):
+                    taken += bool(reader.snapshot("killed", f"s-{taken}", sigma_rel=0.2, max_error=1.0))
+        finally:
+            ended.set()
+            thread.join()
+        found: list[str] = []
+        wait_until(lambda: found.extend(_listed(reader, "killed")) or bool(found), "all to be back")
+        assert {f"s-{number}" for number in range(taken)} <= set(found)
+        assert taken > 3
+        for name in found:
+            wait_until(lambda name=name: _is_whole(reader, name), f"snapshot {name}")
+
+
+def _listed(client: EmaClient, run: str) -> list[str]:
+    with contextlib.suppress(EmaError):
+        return [each.name for each in client.snapshots(run)]
+    return []
+
+
+def _is_whole(client: EmaClient, name: str) -> bool:
+    try:
+        found = client.pull("killed", snapshot=name)
+    except EmaError as fault:
+        if not fault.retryable:
+            raise
+        return False
+    assert is_even(found), found.info
+    return True
 
 
 def test_a_host_without_a_file_is_named(both: tuple[Launched, ServerProcess], tmp_path: Path) -> None:

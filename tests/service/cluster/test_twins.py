@@ -398,7 +398,7 @@ def test_parts_go_to_both_hosts(twins: Twins) -> None:
 @pytest.mark.timeout(240)
 def test_a_ring_is_on_both_hosts(twins: Twins) -> None:
     """A host is lost with its disk, and then its twin: what the ring gives is what it gave, of snapshots that the
-    filled host has copied, and goes on."""
+    filled host has copied, and goes on; so of what was worked out and kept as a snapshot, by both hosts."""
     twins.wait_whole()
     client = twins.client
     client.create_run("ring", model(0), posthoc={"snapshots": 4, "sigma_rel": [0.05, 0.25]})
@@ -415,12 +415,15 @@ def test_a_ring_is_on_both_hosts(twins: Twins) -> None:
                 assert time.monotonic() < until, twins.cluster.log
 
     before, ring = worked_out(), client.run("ring").ring
+    client.snapshot("ring", "kept", sigma_rel=0.1, max_error=1.0)
     for place in (1, 3):
         twins.lose(place)
         found = worked_out()
         assert all(torch.equal(found[name], each) for name, each in before.items())
         assert twins.first_answer(place, "ring")["step"] == 9
         twins.wait_whole()
+        kept = client.pull("ring", snapshot="kept")
+        assert all(torch.equal(kept[name], each) for name, each in before.items())
     assert ring
     assert client.run("ring").ring == ring
     client.push("ring", model(10), step=12)

@@ -13,7 +13,7 @@ import itertools
 import shutil
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from random import Random
@@ -41,10 +41,11 @@ from ema_service.cluster import (
 )
 from ema_service.cluster.hosting import ShardRun, reporting
 from ema_service.runs import Parameters
+from ema_service.runs.summing import Summing
 from ema_service.storage import ShardRow
 from tests.service.conftest import LocalRun, LocalServer, specs_of
 
-__all__ = ["POINTS", "Host", "Killed", "Town", "result", "slices"]
+__all__ = ["POINTS", "AtOnce", "Host", "Killed", "Town", "result", "slices"]
 
 #: Points at which a shard's process may end: what is on disk by then, and what it was about to do. By name, the method
 #: and whether the process ends after it.
@@ -88,6 +89,9 @@ class AtOnce(Executor):
         fn(*args, **kwargs)
         return Future()
 
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], **_: Any) -> Iterator[Any]:
+        return map(fn, *iterables)
+
 
 class Wire:
     """In place of a shard's link: what is said goes to the town."""
@@ -117,29 +121,32 @@ class Host:
         return self.server.run("r")
 
     def start(self) -> None:
-        versions = self.server.registry.shard("r")
+        registry = self.server.registry
+        versions, run, ring = registry.shard("r"), registry.get("r"), registry.ring("r")
+        summing = Summing(run, registry.synthesiser("r"), AtOnce()) if ring else None
         arrival = Arrival(self.place, self.town.hosts_count, f"http://host-{self.place}")
         with patch.object(reporting, "Link", lambda *_: Wire(self)):
             self.shard = ShardRun(
-                self.server.registry.get("r"),
+                run,
                 versions,
-                self.server.registry.snapshots("r"),
-                self.server.registry.source_of,
-                self.server.registry.room_for_averages,
+                registry.snapshots("r"),
+                registry.source_of,
+                registry.room_for_averages,
                 arrival,
                 ["http://coordinator"],
                 _TOKEN,
                 AtOnce(),
                 AtOnce(),
                 self.twin,
-                ring=self.server.registry.ring("r"),
+                ring,
+                summing,
             )
         for name, after in set(POINTS.values()):
             if hasattr(versions, name):
                 self._wrap(versions, name, after=after)
-        self.server.registry.get("r").changes.tell_always(lambda: self._reached("put", after=True))
+        run.changes.tell_always(lambda: self._reached("put", after=True))
         self.town.ask_one(self.place)
-        self.server.registry.verify()
+        registry.verify()
 
     def lines(self) -> list[tuple[str, int | None, int | None, str]]:
         """What the run's timeline has here, after its creation: kind, step, counter, and what is said."""

@@ -1,4 +1,4 @@
-"""Weights that are read: of a version, of a snapshot, worked out, of a sweep; and when there are new ones.
+"""Weights that are read: of a version, of snapshots, worked out, of a sweep; and when there are new ones.
 
 Knows which of them is asked for. Does not know how a body is put together (pulls, worked_out, sweeping).
 """
@@ -6,12 +6,21 @@ Knows which of them is asked for. Does not know how a body is put together (pull
 from __future__ import annotations
 
 import secrets
+from collections.abc import Set
 from dataclasses import dataclass
 
 from fastapi import Request
 from fastapi.responses import Response
 
-from ema_client.protocol import HEADER_KEY, ProfileInfo, SweepList, profiles_path, sweeps_path
+from ema_client.protocol import (
+    HEADER_KEY,
+    ProfileInfo,
+    SnapshotList,
+    SweepList,
+    profiles_path,
+    snapshots_path,
+    sweeps_path,
+)
 from ema_service.cluster.gateway.asking import Asking, body_of, json_answer
 from ema_service.cluster.gateway.hosts import passed_on
 from ema_service.cluster.gateway.pulls import send_weights
@@ -19,6 +28,7 @@ from ema_service.cluster.gateway.routes.paths import RUN, Route, RunName, Snapsh
 from ema_service.cluster.gateway.sweeping import send_sweep
 from ema_service.cluster.gateway.waiting import once_reached, send_events
 from ema_service.cluster.gateway.watching import Watches
+from ema_service.cluster.gateway.whole import Apart, whole_snapshots
 from ema_service.cluster.gateway.worked_out import is_worked_out, send_worked_out
 
 __all__ = ["WeightsRoutes"]
@@ -50,8 +60,26 @@ class WeightsRoutes:
         """The current weights of the whole run, of one version; once every host has the step that is waited for."""
         if is_worked_out(request.query_params):
             return await send_worked_out(run, request, self.asking.hosts)
+        if soup := request.query_params.get("soup"):
+            return await self._soup(run, request, {part.partition(":")[0] for part in soup.split(",")})
         await once_reached(run, request, self.watches)
         return await send_weights(run, request, self.asking.hosts)
+
+    async def _soup(self, run: str, request: Request, names: Set[str]) -> Response:
+        """A sum of snapshots, which each host works out of its rows. names: of the snapshots."""
+
+        async def taken() -> dict[str, float]:
+            found = whole_snapshots(await self.asking.each(request, snapshots_path(run), SnapshotList))
+            return {each.name: each.created_at for each in found.snapshots if each.name in names}
+
+        async def ask() -> Response:
+            before = await taken()
+            answer = await send_weights(run, request, self.asking.hosts)
+            if await taken() != before:  # else one host may have opened another snapshot of a name than the next one
+                raise Apart("a snapshot of the soup was replaced, or deleted")
+            return answer
+
+        return await self.asking.agreed(ask)
 
     async def sweep(self, run: RunName, request: Request) -> Response:
         """Averages of several lengths of the whole run, in one body."""

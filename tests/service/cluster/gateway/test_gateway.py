@@ -432,7 +432,8 @@ def test_what_is_not_offered_is_refused(run: PlainRun) -> None:
         answer = run.http.request(method, run.path + path)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), path
         assert "on several hosts" in answer.json()["detail"]
-    assert run.pull(soup="a:1").status_code == 422
+    assert run.pull(soup="a:1").json()["code"] == "snapshot_not_found"
+    assert run.pull(created_at="1.0").json()["code"] == "invalid_request"
     assert run.http.get(f"{run.path}/nothing").json()["code"] == "route_not_found"
     assert run.http.get("/v1/runs/no%3Fname").json()["code"] == "invalid_request"
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ema_client.errors import Overloaded
+from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import HEADER_COPIES
-from ema_service.cluster import Record, Seating, Term
+from ema_service.cluster import Record, Seating, SnapshotBegun, SnapshotGone, SnapshotTaken, Term, decode
 from ema_service.cluster.hosting.host import _CHECKPOINTS_AT_ONCE, Host, Membership
 from ema_service.cluster.token import ClusterToken, read_cluster_token
 
@@ -141,3 +141,24 @@ def test_a_host_is_ready_once_its_twin_can_be_taken_down() -> None:
         with pytest.raises(Overloaded, match="1 of 1 runs") as told:
             check(**{fact: False})
         assert "secret" not in str(told.value)
+
+
+def test_what_a_host_could_not_write_goes_once_the_others_have_written() -> None:
+    """A host that is still writing refuses to give a snapshot up: it is asked again, or the files would stay there."""
+    host, asked = Host.__new__(Host), list[str]()
+    begun = SnapshotBegun("s", 5.0, "k")
+    refusals = {"taken": [StorageFailed("no room")], "gone": [Overloaded("still being written")]}
+
+    async def ask(_: str, __: str, change: str, ___: int = 0) -> bool:
+        asked.append(type(decode(change, SnapshotBegun, SnapshotTaken, SnapshotGone)).__name__)
+        if faults := refusals.get(asked[-1].removeprefix("Snapshot").lower()):
+            raise faults.pop()
+        return True
+
+    async def taken() -> SnapshotTaken:
+        return SnapshotTaken("s", 5.0)
+
+    host.__dict__.update(_ask=ask)
+    with pytest.raises(StorageFailed):
+        asyncio.run(host._take(SimpleNamespace(talk="r@1"), begun, taken))  # type: ignore[arg-type]
+    assert asked == ["SnapshotBegun", "SnapshotTaken", "SnapshotGone", "SnapshotGone"]

@@ -115,7 +115,8 @@ def test_what_one_host_could_not_write_is_nowhere(town: Callable[..., Town], mon
     with monkeypatch.context() as patch:
         patch.setattr(Store, "check_room", check_room)
         assert here.change("b", BEGUN).committed
-    assert error_of(here.change("t", TAKEN).reason).code == "snapshot_not_found"
+    fault = error_of(here.change("t", TAKEN).reason)
+    assert (fault.code, fault.retryable, "No space left" in fault.detail) == ("storage_failed", True, True)
     assert names(here) == [[], []]
     assert here.change("g", SnapshotGone("s", 5.0, begun=True)).committed
     assert [data(host, "s") for host in here.hosts] == [[], []]
@@ -130,7 +131,7 @@ def test_what_was_begun_makes_room(town: Callable[..., Town]) -> None:
     here.change("b", BEGUN)
     here.push(2)
     here.change("b2", SnapshotBegun("s", 6.0, "k2"))
-    assert error_of(here.change("t", TAKEN).reason).code == "snapshot_not_found"
+    assert error_of(here.change("t", TAKEN).reason).code == "version_gone"
     here.change("b3", SnapshotBegun("other", 4000.0, "k3"))
     assert [data(host, "s") for host in here.hosts] == [[], []]
 
@@ -150,6 +151,7 @@ def test_host_is_killed(place: int, point: str, change: str, town: Callable[...,
         here.say_again()
         if name == "taken" and not answer.committed:
             assert change == "begun"  # killed before it was written
+            assert error_of(answer.reason).code == "version_gone"  # so a client asks again
             assert names(here) == [[], []]
             return
         assert names(here) == [["s"] if name == "taken" else []] * 2
