@@ -625,7 +625,8 @@ def _opened(settings: Settings) -> Store | None:
     if settings.data_dir is None:
         return None
     try:
-        return open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0)
+        lease, first = settings.lease or 0.0, settings.first_number
+        return open_store(settings.data_dir, settings.ram_dir, lease=lease, first=first)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
         _refuse(fault)
 
