@@ -8,11 +8,14 @@ test_snapshot_store.py), or which snapshots are recovered where hosts had moved 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -22,7 +25,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ema_client import EmaClient
-from ema_client.errors import EmaError
+from ema_client.errors import EmaError, SnapshotExists
 from ema_client.protocol import AverageConfig
 from ema_service.cli import app as ema_service
 from tests.service.cluster.launched import Launched
@@ -46,6 +49,12 @@ class Stored:
         self.cluster = Launched(self.folder, *flags).start()
         self.client = EmaClient(self.cluster.url)
 
+    def start(self) -> None:
+        """Start the cluster again, which was stopped."""
+        self.client.close()
+        self.cluster.start()
+        self.client = EmaClient(self.cluster.url)
+
     def begin(self, run: str, rows: int = 100) -> dict[str, Tensor]:
         """Make a run with two averages, at step 1. Returns what the second has then."""
         averages = [AverageConfig("slow"), AverageConfig("fast", decay=0.5)]
@@ -60,6 +69,10 @@ class Stored:
     def files(self, run: str) -> list[dict[str, int]]:
         """By host, the files of a run in the store with their times of writing."""
         return [_files_below(self.place(place) / run) for place in range(HOSTS)]
+
+    def folders(self, run: str) -> list[set[str]]:
+        """By host, the snapshots of a run that have any file in the store."""
+        return [{Path(path).parent.name.partition(".")[0] for path in files} for files in self.files(run)]
 
     def moved(self, run: str) -> None:
         """Return once each host has all snapshots of a run in the store."""
@@ -98,12 +111,12 @@ class Stored:
         shutil.rmtree(self.folder / f"host-{place}", ignore_errors=True)
         wait_until(lambda: self.cluster.processes().get(f"host {place}") != pid, "the end of the host")
 
-    def push(self, run: str, step: int) -> None:
+    def push(self, run: str, step: int, rows: int = 100) -> None:
         """Push an update, until it is applied: a host may just have been lost."""
 
         def pushed() -> bool:
             try:
-                return self.client.push(run, model(step), step=step).step == step
+                return self.client.push(run, model(step, rows), step=step).step == step
             except EmaError:
                 return False
 
@@ -205,46 +218,78 @@ def test_an_empty_host_finds_what_it_had_moved(stored: Stored) -> None:
 
 def test_all_data_dirs_are_lost(stored: Stored) -> None:
     """Each host is recovered by itself, then all go on from a snapshot; what only some had moved is not there."""
-    if "lost" in {each.run for each in stored.client.runs()}:
-        stored.client.delete_run("lost")
     wanted = stored.begin("lost")
+    stored.begin("anew")
+    stored.client.snapshot("anew", "s")
+    stored.moved("anew")
     stored.client.snapshot("lost", "s")
     stored.client.add_average("lost", "late", decay=0.9)
     stored.client.push("lost", model(2), step=2)
     stored.client.snapshot("lost", "half")
     stored.moved("lost")
     assert stored.cluster.stop() == 0
-    shutil.rmtree(stored.folder)
-    shutil.rmtree(stored.ram)
     for place in (1, 3):
         for folder in (stored.place(place) / "lost").glob("half.*"):
             shutil.rmtree(folder)
-    said = [recovered(stored, place) for place in range(HOSTS)]
+    said = recovered(stored)
     assert [("lost/s: is there" in each, "lost/half: left out" in each) for each in said] == [
         (True, place in (0, 2)) for place in range(HOSTS)
     ]
-    stored.client.close()
-    stored.cluster.start()
-    stored.client = EmaClient(stored.cluster.url)
+    stored.start()
     assert stored.client.run("lost").status == "awaiting_weights"
     assert [each.name for each in stored.client.snapshots("lost")] == ["s"]
     assert stored.is_at("lost", wanted, snapshot="s")
-    assert stored.client.rewind("lost", "s").step == 1
+    told = stored.client.rewind("lost", "s")
+    assert (told.step, told.version) == (1, "2.0")
     assert stored.is_at("lost", wanted)
+    stored.begin("anew")
+    with pytest.raises(SnapshotExists):  # of a version of this name that there was before
+        stored.client.snapshot("anew", "s")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_random_kills(stored: Stored) -> None:
+    """For a minute, hosts are killed while snapshots are taken and deleted: in the end the store has what there is."""
+    wanted, random = stored.begin("random", rows=2000), Random(seed := secrets.randbits(32))
+    until, number = time.monotonic() + 60, 0
+    while time.monotonic() < until:
+        number += 1
+        with suppress(EmaError):
+            stored.client.snapshot("random", f"s-{number}", keep=4)
+        if random.random() < 0.3:
+            with suppress(EmaError):
+                stored.client.delete_snapshot("random", f"s-{number - random.randrange(3)}")
+        if random.random() < 0.2:
+            stored.cluster.kill(f"host {random.randrange(HOSTS)}", wait=False)
+    stored.push("random", 2, rows=2000)
+    names = {each.name for each in stored.client.snapshots("random")}
+    wait_until(lambda: all(set(each) == names for each in stored.told("random")), f"all hosts, seed {seed}")
+    stored.moved("random")
+    wait_until(lambda: stored.folders("random") == [names] * HOSTS, f"the removals, seed {seed}")
+    assert all(stored.is_at("random", wanted, snapshot=name) for name in names)
 
 
 @pytest.mark.soak
 def test_a_host_is_lost_after_a_recovery(stored: Stored) -> None:
     """It is heard by the coordinator, and filled, as any other."""
-    test_all_data_dirs_are_lost(stored)
+    stored.begin("again")
+    stored.client.snapshot("again", "s")
+    stored.moved("again")
+    assert stored.cluster.stop() == 0
+    recovered(stored)
+    stored.start()
+    stored.client.rewind("again", "s")
     stored.lose(3)
-    stored.push("lost", 3)
-    wait_until(lambda: set(stored.told("lost")[3]) == {"s"}, "the host to be filled")
-    stored.moved("lost")
+    stored.push("again", 3)
+    wait_until(lambda: set(stored.told("again")[3]) == {"s"}, "the host to be filled")
+    stored.moved("again")
 
 
-def recovered(stored: Stored, place: int) -> str:
-    """What `ema-service recover` prints for a host."""
-    data_dir = stored.folder / f"host-{place}"
-    flags = f"--snapshot-store={stored.store}", f"--data-dir={data_dir}", f"--shard={place}/{HOSTS}"
-    return CliRunner().invoke(ema_service, ["recover", *flags]).output
+def recovered(stored: Stored) -> list[str]:
+    """Remove all data dirs and memory. By host, what `ema-service recover` prints then."""
+    shutil.rmtree(stored.folder)
+    shutil.rmtree(stored.ram)
+    flags = [f"--data-dir={stored.folder / f'host-{place}'} --shard={place}/{HOSTS}" for place in range(HOSTS)]
+    words = ["recover", f"--snapshot-store={stored.store}"]
+    return [CliRunner().invoke(ema_service, [*words, *each.split()]).output for each in flags]

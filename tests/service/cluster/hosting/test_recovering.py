@@ -21,6 +21,7 @@ from ema_service.cluster.hosting.directory import shard_config, whole_config
 from ema_service.cluster.hosting.recovering import NotRecovered, recover_host
 from ema_service.persistence import Offload
 from ema_service.persistence.recovering import recover
+from ema_service.persistence.rows import dump_setup, read_setup
 from ema_service.storage import (
     CatalogUnusable,
     ObjectStore,
@@ -64,6 +65,12 @@ class HostDir:
         self.store.save_snapshot(self._runs[run], name, lambda: text, {"ema": [FILE]})
         self.offload.wake()
         return text
+
+    def remove(self, name: str, run: str = "r") -> None:
+        """Delete a snapshot, and return once it is removed in the store."""
+        self.store.remove_snapshot(self._runs[run], name)
+        self.offload.wake()
+        wait_until(lambda: not self.offload.removals, "the removal")
 
     def places(self, run: str = "r") -> dict[str, str | None]:
         """Where each snapshot lies in the store; None of one that does not."""
@@ -131,9 +138,8 @@ def test_hosts_of_one_prefix_leave_each_other_alone(make: Make, objects: ObjectS
         host.take("s", 2.5)
         host.moved()
     assert listed(objects) == ["_host-0-of-2/r/s", "_host-1-of-2/r/s"]
-    hosts[0].store.remove_snapshot(hosts[0].store.runs()[0], "s")
-    hosts[0].offload.wake()
-    wait_until(lambda: listed(objects) == ["_host-1-of-2/r/s"], "the removal")
+    hosts[0].remove("s")
+    assert listed(objects) == ["_host-1-of-2/r/s"]
 
 
 def test_a_snapshot_that_other_hosts_may_lack_stays(make: Make, objects: ObjectStore) -> None:
@@ -226,6 +232,47 @@ def test_all_hosts_have_the_same(make: Make, objects: ObjectStore, tmp_path: Pat
         assert [each["shape"] for each in whole["layout"]] == [[4, 2], [4]]
         assert json.loads(run.config)["layout"] != whole["layout"]
         store.close()
+
+
+def test_an_earlier_snapshot_of_the_name_is_left_out(make: Make, objects: ObjectStore, tmp_path: Path) -> None:
+    """It was deleted, and no host had removed it yet."""
+    for host in [make(place) for place in (0, 1)]:
+        host.run()
+        host.take("s", 2.5)
+        host.moved()
+        kept = shutil.copytree(objects.url, tmp_path / "kept")
+        host.remove("s")
+        host.take("s", 3.5)
+        host.moved()
+        host.close()
+        shutil.copytree(kept, objects.url, dirs_exist_ok=True)
+        shutil.rmtree(kept)
+    assert len(objects.find("snapshot.json")) == 4
+    for place in (0, 1):
+        recovered(tmp_path, objects, place)
+        found, store = rows(tmp_path, place)
+        assert [json.loads(row.info)["created_at"] for row in found["r"]] == [3.5]
+        store.close()
+
+
+def test_runs_have_the_same_averages_on_all_hosts(make: Make, objects: ObjectStore, tmp_path: Path) -> None:
+    """Of which there were others by the time that one of the hosts moved its slice."""
+    for place in (0, 1):
+        host = make(place)
+        row = host.run()
+        if place:
+            added = read_setup(whole_config(RunConfig("r", LAYOUT), 2), None)
+            host.store.set_averages(row, dump_setup(added))
+        host.take("s", 2.5)
+        host.moved()
+        host.close()
+    told = []
+    for place in (0, 1):
+        recovered(tmp_path, objects, place)
+        _, store = rows(tmp_path, place)
+        told += [row.averages for row in store.runs()]
+        store.close()
+    assert told == [None, None]
 
 
 def test_an_earlier_run_of_the_name_is_left_out(make: Make, objects: ObjectStore, tmp_path: Path) -> None:
