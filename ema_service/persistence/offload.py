@@ -226,7 +226,9 @@ class Offload:
                     self._move(run, row, placed)
             for folder in self._store.removals():
                 self._check_ending()
-                if folder not in self._read:
+                # Written once more, as only the process that has the data dir can: one that took over from this process
+                # may have moved a snapshot of a host to that folder meanwhile.
+                if folder not in self._read and self._store.add_removal(folder):
                     self._objects.remove(folder, CARD)
                     self._store.drop_removal(folder)
         except (ObjectStoreFailed, sqlite3.Error) as fault:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ema_service.storage import (
     Store,
     open_objects,
 )
+from ema_service.storage.files import FolderLock, TakenOver
 from tests.waiting import wait_until
 
 LAYOUT = (TensorSpec("a", (4, 2), "F32"), TensorSpec("b", (4,), "F32"))
@@ -171,6 +173,36 @@ def test_a_place_of_another_cluster_is_told(make: Make, objects: ObjectStore) ->
     other.close()
     shutil.rmtree(Path(objects.url) / "_host-0-of-3")
     host.moved()
+
+
+def test_a_host_that_was_taken_over_from_removes_nothing(
+    make: Make, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its list is old: whoever has the data dir by now may have moved a snapshot to a folder that is on it."""
+    lost = threading.Event()
+    removals = Store.removals
+
+    def hold(_: FolderLock) -> None:
+        if lost.is_set():
+            raise TakenOver("a later process has the data dir")
+
+    def removals_and_lose(store: Store) -> list[str]:
+        found = removals(store)
+        if found:
+            lost.set()
+        return found
+
+    monkeypatch.setattr(FolderLock, "hold", hold)
+    host = make(0)
+    row = host.run()
+    host.take("s", 2.5)
+    host.moved()
+    monkeypatch.setattr(Store, "removals", removals_and_lose)
+    host.store.remove_snapshot(row, "s")
+    host.offload.wake()
+    wait_until(lambda: host.offload.fault, "the fault")
+    assert "a later process" in (host.offload.fault or "")
+    assert listed(objects) == ["_host-0-of-2/r/s"]
 
 
 def test_a_new_data_dir_finds_what_the_host_had_moved(make: Make) -> None:
