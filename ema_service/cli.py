@@ -381,10 +381,8 @@ def serve(
     seat = replica_of if place else shard
     more = cluster_address or lease or twins or None
     _check_cluster(seat, coordinator, cluster_token_file, more, memory=memory and not place)
-    if shard and snapshot_store:
-        raise typer.BadParameter("snapshots of a cluster stay in its hosts' data dirs", param_hint="--snapshot-store")
     replica_token = _replica_token(replica_of, replica_token_file, place=place is not None)
-    if replica_of and (shard or snapshot_store):
+    if replica_of and (shard or (snapshot_store and not place)):  # one of a host is started with the flags of hosts
         raise typer.BadParameter(
             "a replica decides nothing and keeps nothing: leave --shard and --snapshot-store out",
             param_hint="--replica-of",
@@ -401,7 +399,7 @@ def serve(
         max_watchers=max_watchers,
         max_lanes=max_lanes,
         max_snapshots=max_snapshots,
-        snapshot_store=snapshot_store,
+        snapshot_store=None if replica_of else snapshot_store,
         measurements=measurements,
         token_file=token_file,
         allowed_hosts=(host, *(allowed_host or ()), *([host_of(announce)] if announce else [])),
@@ -592,12 +590,18 @@ def recover(
     data_dir: Annotated[
         Path, typer.Option(help="To have them from now on.", envvar="EMA_SERVICE_DATA_DIR", file_okay=False)
     ] = DEFAULT_DATA_DIR,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Of a host of a cluster, as its server has it: 0/3. For each host once.", metavar="I/K"),
+    ] = None,
 ) -> None:
     """Have the snapshots of an object store again, after the data dir was lost; nothing is served. From then on they
     are this data dir's, which also deletes them: never recover those of a server that still runs."""
+    from ema_service.cluster.hosting.recovering import NotRecovered, recover_host
     from ema_service.persistence.recovering import recover as recover_snapshots
     from ema_service.storage import CatalogUnusable, ObjectStoreUnusable, Store, open_objects
 
+    place = _shard(shard)
     try:
         objects = open_objects(snapshot_store)
         store = Store(data_dir)
@@ -605,16 +609,16 @@ def recover(
         _refuse(fault)
     found, left_out = 0, 0
     try:
-        for each in recover_snapshots(store, objects):
+        for each in recover_host(store, objects, *place) if place else recover_snapshots(store, objects):
             found, left_out = found + 1, left_out + (each.left_out is not None)
             named = f"{each.run}/{each.snapshot}" if each.run else each.folder
             typer.echo(f"{named}: {f'left out: {each.left_out}' if each.left_out else 'is there'}")
-    except (OSError, sqlite3.Error) as fault:
+    except (OSError, sqlite3.Error, CatalogUnusable, NotRecovered) as fault:
         _refuse(fault)
     finally:
         store.close()
     if not found:
-        typer.echo(f"{objects.url} has no snapshots")
+        typer.echo(f"{objects.url} has no snapshots{' of host {} of {}'.format(*place) if place else ''}")
     raise typer.Exit(1 if left_out or not found else 0)
 
 
@@ -625,7 +629,8 @@ def _opened(settings: Settings) -> Store | None:
     if settings.data_dir is None:
         return None
     try:
-        return open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0)
+        lease, first = settings.lease or 0.0, settings.first_number
+        return open_store(settings.data_dir, settings.ram_dir, lease=lease, first=first)
     except (OSError, sqlite3.Error, CatalogUnusable) as fault:
         _refuse(fault)
 

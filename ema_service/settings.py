@@ -6,6 +6,7 @@ see cli.py).
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,3 +91,9 @@ class Settings:
     replica_of: str | None = None
     replica_place: tuple[int, int] | None = None
     replica_token: str | None = field(default=None, repr=False)
+
+    @property
+    def first_number(self) -> int:
+        """The least number that this process has among those of the data dir (Store.number): of a host of a cluster the
+        time, so that a host whose data dir was lost, and with it the count, is heard as the latest."""
+        return int(time.time()) if self.shard else 1

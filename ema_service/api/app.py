@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import sys
-import time
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
@@ -167,9 +166,8 @@ def open_registry(settings: Settings, store: Store | None = None) -> Registry:
     """
     objects = open_objects(settings.snapshot_store) if settings.snapshot_store else None
     if store is None and settings.data_dir:
-        # A host that lost its data dir is filled from its twin, and has to be heard although its folder is new.
-        first = int(time.time()) if settings.twins else 1
-        store = open_store(settings.data_dir, settings.ram_dir, lease=settings.lease or 0.0, first=first)
+        lease, first = settings.lease or 0.0, settings.first_number
+        store = open_store(settings.data_dir, settings.ram_dir, lease=lease, first=first)
     if store:
         with contextlib.ExitStack() as undo:
             undo.callback(store.close)

@@ -3,11 +3,16 @@
     URL/
         <run>/<snapshot>.<digits>/<average>.safetensors     byte for byte the files that the data dir had
                                   snapshot.json             what the catalog says of run and snapshot; written last
+        _host-<i>-of-<n>/<run>/...                          the same of a host of a cluster, of its slices
 
 A snapshot is taken in the data dir first and moved then. The catalog says where each is: the row changes once every
 file was read back from the store and was what had been written, and the files in the data dir go after that. Before
 the first byte is sent the catalog has the folder among those to be removed, and the change of the row takes it out. So
 whatever is killed in between, each snapshot is whole in one place, and what is left over is removed.
+
+Each host of a cluster has a folder of its own, whose name no run can have, so no host removes what another one moved.
+The name of a snapshot's folder is made of what all hosts agreed on: a host whose data dir was lost finds there again
+what it had moved.
 
 Knows rows, files and the object store. Does not know how a snapshot is taken, runs, or HTTP.
 """
@@ -21,14 +26,24 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import xxhash
 
 from ema_client.errors import MalformedBody, Overloaded
 from ema_client.protocol import SnapshotInfo, from_json
+from ema_service.persistence.cards import (
+    CARD,
+    CARD_BYTES,
+    StoredFile,
+    card_of,
+    check_homes,
+    files_in,
+    folder_of,
+    read_files,
+)
+from ema_service.persistence.rows import is_begun
 from ema_service.storage import (
     ObjectFile,
     ObjectStore,
@@ -40,13 +55,10 @@ from ema_service.storage import (
 )
 from ema_service.storage.files import file_name
 
-__all__ = ["CARD", "CARD_FORMAT", "MOST_READERS", "Offload", "StoredFile", "read_files"]
+__all__ = ["MOST_READERS", "Offload"]
 
 _log = logging.getLogger(__name__)
 
-#: What a snapshot's folder has beside the files of its averages.
-CARD = "snapshot.json"
-CARD_FORMAT = 1
 #: Most files of the store that are read at one time: each reader holds up to 4 MiB, or twice that for a moment.
 MOST_READERS = 32
 #: Retry-After where all of them are taken.
@@ -60,16 +72,6 @@ _COMPARED_AT_ONCE = 8 << 20
 
 #: Says of a snapshot of a run that it lies in a folder now, with the text about its files.
 Placed = Callable[[str, SnapshotRow, str, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file in the object store. identity: of the file it was written from, for its ETag. xxh3: XXH3-128 of its bytes,
-    in hexadecimal digits."""
-
-    bytes: int
-    identity: str
-    xxh3: str
 
 
 class _Unreadable(Exception):
@@ -87,9 +89,13 @@ class Offload:
     """
 
     def __init__(self, store: Store, objects: ObjectStore) -> None:
+        """store: of a server that decides alone, or of a host of a cluster (Store.be_host). Raises sqlite3.Error."""
         self.url = objects.url
         self.fault: str | None = None
         self._store = store
+        directory = store.directory()
+        #: Which host of how many this is; None of a server that decides alone.
+        self._place = (directory.place, directory.of) if directory else None
         self._objects = objects
         self._changed = threading.Condition()
         self._asked = True
@@ -123,7 +129,7 @@ class Offload:
     @property
     def waiting(self) -> int:
         """How many snapshots are to be moved. Raises sqlite3.Error."""
-        return len(self._store.snapshots_here())
+        return len(self._here())
 
     @property
     def removals(self) -> int:
@@ -143,6 +149,24 @@ class Offload:
             file = _Lent(self._objects, f"{folder}/{file_name(average)}", about, partial(self._give_back, folder))
             undo.pop_all()
         return file
+
+    def find(self, run: RunRow, name: str, text: str) -> tuple[str, str] | None:
+        """In which folder a snapshot lies that another host of the cluster has, and the text about its files, where
+        this host had moved it there before it lost its data dir. None where it is not there, or the store fails.
+
+        text: of the snapshot's row at the other host.
+        """
+        if self.fault:
+            return None
+        try:
+            folder = folder_of(self._place, run, name, json.loads(text)["created_at"])
+            files = files_in(self._objects.read(f"{folder}/{CARD}", 0, CARD_BYTES), text)
+        except ObjectStoreFailed as fault:
+            _log.info("snapshot %s of run %s is copied from the twin: %s", name, run.name, fault)
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        return (folder, files) if files else None
 
     def _lend(self, folder: str) -> None:
         with self._changed:
@@ -193,16 +217,18 @@ class Offload:
         """Do what there is to do. Why it could not be done, None where it was."""
         try:
             if self.fault or not self._looked:
-                self._objects.check()
+                check_homes(self._objects.names(), self._place, self.url)
                 self._looked = True
-            here = [row for row in self._store.snapshots_here() if row not in self._left_out]
+            here = [row for row in self._here() if row not in self._left_out]
             runs = {row.id: row for row in self._store.runs()} if here else {}
             for row in here:
                 if run := runs.get(row.run_id):
                     self._move(run, row, placed)
             for folder in self._store.removals():
                 self._check_ending()
-                if folder not in self._read:
+                # Written once more, as only the process that has the data dir can: one that took over from this process
+                # may have moved a snapshot of a host to that folder meanwhile.
+                if folder not in self._read and self._store.add_removal(folder):
                     self._objects.remove(folder, CARD)
                     self._store.drop_removal(folder)
         except (ObjectStoreFailed, sqlite3.Error) as fault:
@@ -211,21 +237,24 @@ class Offload:
             return self.fault
         return None
 
+    def _here(self) -> list[SnapshotRow]:
+        """The snapshots that are to be moved. Raises sqlite3.Error."""
+        return [row for row in self._store.snapshots_here() if not is_begun(row.info)]
+
     def _move(self, run: RunRow, row: SnapshotRow, placed: Placed) -> None:
         """Move one snapshot. One that cannot be read is left out until the next start. Raises ObjectStoreFailed."""
-        # The same for each try, and for no other snapshot that the store may have.
-        digits = xxhash.xxh3_64_hexdigest(f"{run.id} {run.created_at!r} {row.created_at!r}".encode())[:12]
-        folder = f"{run.name}/{row.name}.{digits}"
-        self._store.add_removal(folder)
         try:
-            averages = from_json(SnapshotInfo, json.loads(row.info)).averages
-            files = {each: self._upload(run, row, each, folder) for each in averages}
+            info = from_json(SnapshotInfo, json.loads(row.info))
+            folder = folder_of(self._place, run, row.name, info.created_at if self._place else row.created_at)
+            if not self._store.add_removal(folder):
+                return  # found there meanwhile, in the place of this row
+            files = {each: self._upload(run, row, each, folder) for each in info.averages}
+            text = json.dumps({name: asdict(file) for name, file in files.items()})
+            card = json.dumps(card_of(self._store, self._place, run, row, text)).encode()
         except (_Unreadable, ValueError) as fault:
             _log.error("snapshot %s of run %s cannot be moved to %s: %s", row.name, run.name, self.url, fault)
             self._left_out.add(row)
             return
-        text = json.dumps({name: asdict(file) for name, file in files.items()})
-        card = json.dumps(_card(run, row, text)).encode()
         self._objects.write(f"{folder}/{CARD}", [card], len(card))
         placed(run.name, row, folder, text)
 
@@ -280,22 +309,3 @@ class _Lent(ObjectFile):
         super().close()
         while self._give_back:
             self._give_back.pop()()
-
-
-def read_files(text: str) -> dict[str, StoredFile]:
-    """The files of a snapshot in the store, by name of the average, as its row has them. Raises ValueError, TypeError,
-    KeyError on any other text."""
-    found: dict[str, Any] = json.loads(text)
-    return {name: StoredFile(int(e["bytes"]), str(e["identity"]), str(e["xxh3"])) for name, e in found.items()}
-
-
-def _card(run: RunRow, row: SnapshotRow, files: str) -> dict[str, Any]:
-    """All that a catalog which was lost needs for having the snapshot again."""
-    return {
-        "format": CARD_FORMAT,
-        "run": json.loads(run.config),
-        "averages": run.averages,
-        "snapshot": json.loads(row.info),
-        "created_at": row.created_at,
-        "files": json.loads(files),
-    }

@@ -2,7 +2,8 @@
 
 Each snapshot's folder has a card, written last, that says what the catalog said: so what is listed here is whole.
 
-Knows cards and rows. Does not know how a run is brought back, or how snapshots come to the store.
+Knows cards and rows. Does not know how a run is brought back, how snapshots come to the store, or which snapshots all
+hosts of a cluster have (cluster/hosting/recovering).
 """
 
 from __future__ import annotations
@@ -11,17 +12,12 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from ema_client.protocol import RunConfig, SnapshotInfo, from_json, to_json
-from ema_service.persistence.offload import CARD, CARD_FORMAT, read_files
-from ema_service.persistence.rows import read_setup
+from ema_client.protocol import RunConfig, from_json, to_json
+from ema_service.persistence.cards import CARD, CARD_BYTES, Card, read_card
 from ema_service.storage import ObjectStore, RunRow, SnapshotRow, Store
 
-__all__ = ["Recovered", "recover"]
-
-#: Most bytes of a card: a layout has 32 MiB at most, as JSON.
-_CARD_BYTES = 64 << 20
+__all__ = ["Recovered", "read_cards", "recover"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,69 +31,53 @@ class Recovered:
     left_out: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Card:
-    """A card that was read and checked."""
-
-    folder: str
-    config: RunConfig
-    averages: str | None
-    info: SnapshotInfo
-    text: str
-    created_at: float
-    files: str
+def read_cards(objects: ObjectStore) -> tuple[list[Card], list[Recovered]]:
+    """The cards of an object store, in the order in which their snapshots were made, and the folders of those that
+    cannot be read. Nothing is read but the cards. Raises ObjectStoreFailed."""
+    objects.names()  # a bucket that is not there has no files, and is not empty
+    cards: list[Card] = []
+    unread: list[Recovered] = []
+    for path in objects.find(CARD):
+        folder = path.rpartition("/")[0]
+        try:
+            cards.append(read_card(folder, objects.read(path, 0, CARD_BYTES)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
+            unread.append(Recovered(folder, left_out=f"its {CARD} cannot be read: {fault}"))
+    return sorted(cards, key=lambda card: card.created_at), unread
 
 
 def recover(store: Store, objects: ObjectStore) -> Iterator[Recovered]:
     """Add the snapshots of an object store to a data dir that does not know them, and runs that are not there: without
-    weights, until somebody rewinds them to a snapshot or a trainer gives some. What was there stays as it was.
+    weights, until somebody rewinds them to a snapshot or a trainer gives some. What was there stays as it was. Slices
+    of the hosts of a cluster are left out.
 
-    Each run's snapshots come in the order in which they were made. Nothing is read but the cards. Raises
-    ObjectStoreFailed, sqlite3.Error, OSError.
+    Each run's snapshots come in the order in which they were made. Raises ObjectStoreFailed, sqlite3.Error, OSError.
     """
-    objects.check()
-    cards: list[_Card] = []
-    for path in objects.find(CARD):
-        folder = path.rpartition("/")[0]
-        try:
-            cards.append(_read(folder, objects.read(path, 0, _CARD_BYTES)))
-        except (ValueError, TypeError, KeyError, RecursionError) as fault:
-            yield Recovered(folder, left_out=f"its {CARD} cannot be read: {fault}")
+    cards, unread = read_cards(objects)
+    yield from unread
     leaving = set(store.removals())
     runs = {row.name: row for row in store.runs()}
-    for card in sorted(cards, key=lambda card: card.created_at):
+    for card in cards:
         name = card.config.run
+        if card.host:
+            slice_of = f"it is the slice of host {card.host.place} of {card.host.of}"
+            told = f"{slice_of}: recover each host with --shard, as in --shard {card.host.place}/{card.host.of}"
+            yield Recovered(card.folder, name, card.info.name, told)
+            continue
         if name not in runs:
             runs[name] = _add_run(store, card)
         why = "it was deleted" if card.folder in leaving else _add_snapshot(store, runs[name], card)
         yield Recovered(card.folder, name, card.info.name, why)
 
 
-def _read(folder: str, raw: bytes) -> _Card:
-    """A card. Raises ValueError, TypeError, KeyError, RecursionError where it is none."""
-    said: dict[str, Any] = json.loads(raw)
-    if said["format"] != CARD_FORMAT:
-        raise ValueError(f"it has format {said['format']}, this version reads {CARD_FORMAT}: upgrade ema-service")
-    config, info = from_json(RunConfig, said["run"]), from_json(SnapshotInfo, said["snapshot"])
-    averages = None if said["averages"] is None else str(said["averages"])
-    read_setup(config, averages)
-    if info.run != config.run:
-        raise ValueError(f"it is of run {info.run!r} and of run {config.run!r}")
-    files = json.dumps(said["files"])
-    if read_files(files).keys() != set(info.averages):
-        raise ValueError("it names other files than averages")
-    text = json.dumps({**said["snapshot"], "recovered": True})
-    return _Card(folder, config, averages, info, text, float(said["created_at"]), files)
-
-
-def _add_run(store: Store, card: _Card) -> RunRow:
+def _add_run(store: Store, card: Card) -> RunRow:
     row = store.add_run(card.config.run, json.dumps(to_json(card.config)), time.time())
     if card.averages is not None:
         store.set_averages(row, card.averages)
     return row
 
 
-def _add_snapshot(store: Store, run: RunRow, card: _Card) -> str | None:
+def _add_snapshot(store: Store, run: RunRow, card: Card) -> str | None:
     """Add a snapshot to a run. Why not, None where it is there then."""
     there = {row.name: row for row in store.snapshots(run)}.get(card.info.name)
     if there is not None:

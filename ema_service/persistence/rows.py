@@ -20,6 +20,7 @@ __all__ = [
     "descent_of",
     "dump",
     "dump_setup",
+    "is_begun",
     "is_lost",
     "read_rows",
     "read_setup",
@@ -205,6 +206,14 @@ def revision_of(record: str) -> int:
     """The revision that a shard's record says the run has come to; 0 for an empty record."""
     revision: int = json.loads(record)["record"]["revision"] if record else 0
     return revision
+
+
+def is_begun(snapshot: str) -> bool:
+    """Whether the text of a snapshot's row says that the snapshot is not there yet, for other hosts may lack it."""
+    try:
+        return bool(json.loads(snapshot).get("begun"))
+    except (ValueError, AttributeError):  # damaged: whoever reads the row is told
+        return False
 
 
 def is_lost(record: str) -> bool:

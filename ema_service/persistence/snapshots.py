@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ema_client.errors import (
@@ -35,6 +34,7 @@ from ema_service.averaging import Digest
 from ema_service.bodies import WeightsStream
 from ema_service.bodies.outgoing import ReadBytes
 from ema_service.memory import Arena, Layout, Memory
+from ema_service.persistence.cards import read_files
 from ema_service.persistence.offload import Offload
 from ema_service.persistence.restoring import read_arena
 from ema_service.persistence.rows import descent_of
@@ -257,28 +257,41 @@ class Snapshots:
     def lent(self) -> list[dict[str, Any]]:
         """The snapshots, for a host that is to have the same: name, text of the row, and by average the file's size.
         Raises StorageFailed where one cannot be read."""
-        try:
-            return [
-                {
-                    "name": name,
-                    "text": kept.row.info,
-                    "files": {each: self.file(name, each).stat().st_size for each in kept.info.averages},
-                }
-                for name, kept in self._kept().items()
-            ]
-        except OSError as fault:
-            raise StorageFailed(f"a snapshot of run {self._row.name!r} cannot be read: {fault}") from fault
+        return [
+            {"name": name, "text": kept.row.info, "files": self._sizes(kept)} for name, kept in self._kept().items()
+        ]
 
-    def file(self, name: str, average: str) -> Path:
-        """The file of one average of a snapshot."""
-        return self._store.snapshot_file(self._row, name, average)
+    def _sizes(self, kept: _Kept) -> dict[str, int]:
+        """By average, the bytes of a snapshot's file, wherever it lies. Raises StorageFailed."""
+        try:
+            if kept.row.files is not None:
+                return {each: file.bytes for each, file in read_files(kept.row.files).items()}
+            named = {each: self._store.snapshot_file(self._row, kept.info.name, each) for each in kept.info.averages}
+            return {each: path.stat().st_size for each, path in named.items()}
+        except FileNotFoundError as fault:
+            now = self._kept().get(kept.info.name)
+            if now and now.row.folder != kept.row.folder:  # moved meanwhile
+                return self._sizes(now)
+            raise _lends_none(kept.info, fault) from fault
+        except OSError as fault:
+            raise _lends_none(kept.info, fault) from fault
 
     def adopt(self, name: str, text: str, nbytes: int, files: Files) -> None:
-        """Keep a snapshot that another host has lent, as lent() tells of it. nbytes: of its files. Raises
-        StorageFailed, and what ``files`` raise."""
+        """Keep a snapshot that another host has lent, as lent() tells of it. nbytes: of its files, which are read
+        unless this host's part of the object store has the snapshot. Raises StorageFailed, and what ``files`` raise."""
+        found = self._offload.find(self._row, name, text) if self._offload else None
         with self._lock:
-            self._save(name, nbytes, lambda: text, files)
+            if not (found and self._adopt_stored(name, text, *found)):
+                self._save(name, nbytes, lambda: text, files)
             self._changed()
+
+    def _adopt_stored(self, name: str, text: str, folder: str, files: str) -> bool:
+        """Keep a snapshot that lies in the object store. False where it is being removed there. Raises
+        StorageFailed."""
+        try:
+            return self._store.adopt_snapshot(SnapshotRow(self._row.id, name, text, time.time(), folder, files))
+        except sqlite3.Error as fault:
+            raise StorageFailed(f"snapshot {name!r} was not kept: {fault}", retry_after=1.0) from fault
 
     def drop(self, name: str) -> None:
         """Remove a snapshot that another host has no more. Raises StorageFailed."""
@@ -610,6 +623,10 @@ def _read_row(row: SnapshotRow) -> _Kept:
         said.get("recovered", False),
         said.get("begun", False),
     )
+
+
+def _lends_none(info: SnapshotInfo, fault: OSError) -> StorageFailed:
+    return StorageFailed(f"snapshot {info.name!r} of run {info.run!r} cannot be lent: {fault}")
 
 
 def _unread(info: SnapshotInfo, fault: Exception) -> StorageFailed | SnapshotDamaged:

@@ -358,15 +358,22 @@ class Ledger:
     # --- going back, going on, another trainer ----------------------------------------------------------------------
 
     def rewound(
-        self, info: SnapshotInfo, averages: Iterable[Average], descent: Descent, lineage: str, now: float
+        self,
+        info: SnapshotInfo,
+        averages: Iterable[Average],
+        descent: Descent,
+        lineage: str,
+        now: float,
+        after: int = 0,
     ) -> Version:
         """The version at a snapshot, in a new epoch: updates after the snapshot are as if they had never been.
 
         averages, info: of the snapshot. descent: of the version that follows the snapshot. lineage: for a run that has
-        no version. A rewind is also a way out of ``degraded``, so nothing is asked for.
+        no version. after: an epoch that the new one comes after. A rewind is also a way out of ``degraded``, so nothing
+        is asked for.
         """
         version = self.version
-        epoch = max(self._last_epoch, version.epoch if version else 0) + 1
+        epoch = max(self._last_epoch, version.epoch if version else 0, after) + 1
         lineage = version.lineage if version else lineage
         keys = version.keys if version else ()
         return Version(lineage, epoch, 0, info.step, info.num_updates, b"", tuple(averages), now, keys, descent)

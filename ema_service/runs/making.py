@@ -138,7 +138,9 @@ class Registered:
 
     def take_up(self, found: Restored) -> None:
         """Go on with what storage had of the run."""
-        last_epoch = max(found.last_epoch, self.disk.snapshots.last_epoch if self.disk else 0)
+        # Not of a shard: when its snapshots come to the store is another moment on each host.
+        stored = self.disk.snapshots.last_epoch if self.disk and not self.run.shard else 0
+        last_epoch = max(found.last_epoch, stored)
         self.run.restore(found.state, found.steps, last_epoch, found.fault)
         if found.fault:
             # A server that is started again finds the same damage.

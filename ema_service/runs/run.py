@@ -590,10 +590,11 @@ class Run:
         descent: Descent,
         lineage: str,
         key: str | None,
+        after: int = 0,
     ) -> Rewound:
-        """The version at a snapshot, written to its place. lineage: for a run that has no version. Others as for
+        """The version at a snapshot, written to its place. lineage, after: as for Ledger.rewound(). Others as for
         rewind(). Raises StorageFailed."""
-        version = self.ledger.rewound(info, averages, descent, lineage, time.time())
+        version = self.ledger.rewound(info, averages, descent, lineage, time.time(), after)
         state = State(version.keyed(key), arenas)
         return Rewound(state, self._write(state))
 

@@ -542,16 +542,25 @@ class Catalog:
         )
         return self._write(query, folder, files, row.run_id, row.name, row.created_at).rowcount == 1
 
-    def adopt_snapshot(self, row: SnapshotRow) -> None:
-        """Add a snapshot whose files lie in the object store. Raises sqlite3.IntegrityError where the name is taken."""
+    def adopt_snapshot(self, row: SnapshotRow) -> bool:
+        """Add a snapshot whose files lie in the object store. False where their folder is to be removed. Raises
+        sqlite3.IntegrityError where the name is taken."""
         with self._transaction() as db:
+            if db.execute("SELECT 1 FROM removals WHERE folder = ?", (row.folder,)).fetchone():
+                return False
             db.execute("INSERT INTO snapshots VALUES (?, ?, ?, ?)", astuple(row)[:4])
             placed = row.run_id, row.name, row.folder, row.files
             db.execute("INSERT INTO objects VALUES (?, ?, ?, ?)", placed)
+            return True
 
-    def add_removal(self, folder: str) -> None:
-        """Have a folder of the object store removed, unless a snapshot is placed there before."""
-        self._write("INSERT OR IGNORE INTO removals VALUES (?)", folder)
+    def add_removal(self, folder: str) -> bool:
+        """Have a folder of the object store removed, unless a snapshot is placed there before. False where one lies
+        there already: then the folder stays."""
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM objects WHERE folder = ?", (folder,)).fetchone():
+                return False
+            db.execute("INSERT OR IGNORE INTO removals VALUES (?)", (folder,))
+            return True
 
     def drop_removal(self, folder: str) -> None:
         """Forget a folder of the object store that was removed."""

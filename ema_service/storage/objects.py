@@ -88,8 +88,9 @@ class ObjectStore(Protocol):
 
     url: str
 
-    def check(self) -> None:
-        """Raises ObjectStoreFailed where the store does not answer, or lets nobody look."""
+    def names(self) -> list[str]:
+        """The names of the files and folders right below the URL. Raises ObjectStoreFailed where the store does not
+        answer, or lets nobody look."""
 
     def write(self, path: str, pieces: Iterable[bytes | memoryview], size: int) -> None:
         """Write a file of ``size`` bytes. What ``pieces`` raises is raised, and then there may be part of the file."""
@@ -191,13 +192,13 @@ class _Folder:
         self.url = str(root.absolute())
         self._root = root.absolute()
 
-    def check(self) -> None:
-        with self._told(), os.scandir(self._root) as found:
-            next(found, None)
+    def names(self) -> list[str]:
+        with self._told():
+            return [path.name for path in self._root.iterdir()]
 
     def write(self, path: str, pieces: Iterable[bytes | memoryview], size: int) -> None:
         del size
-        self.check()
+        self._check()
         place = self._root / path
         with self._told():
             for folder in reversed([each for each in place.parents if each.is_relative_to(self._root)]):
@@ -209,7 +210,7 @@ class _Folder:
             return os.pread(file.fileno(), stop - start, start)
 
     def remove(self, folder: str, first: str) -> None:
-        self.check()
+        self._check()
         place = self._root / folder
         with self._told():
             (place / first).unlink(missing_ok=True)
@@ -220,10 +221,14 @@ class _Folder:
             raise ObjectStoreFailed(f"{place} cannot be removed: look at its permissions")
 
     def find(self, name: str) -> list[str]:
-        self.check()
+        self._check()
         # os.walk: leaves out what another server removes meanwhile.
         folders = (Path(folder) for folder, _, names in os.walk(self._root) if name in names)
         return sorted(str((folder / name).relative_to(self._root)) for folder in folders)
+
+    def _check(self) -> None:
+        with self._told(), os.scandir(self._root) as found:
+            next(found, None)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -248,14 +253,16 @@ class _Bucket:
         self._files = files
         self._root = root
 
-    def check(self) -> None:
+    def names(self) -> list[str]:
         with self._told():
             try:
-                self._files.ls(self._root, detail=False)
+                found = cast(list[str], self._files.ls(self._root, detail=False))
             except FileNotFoundError as fault:
                 # Of s3fs both a bucket and a prefix that are not there; behind that of a bucket an answer stands.
                 if fault.__cause__ is not None:
                     raise ObjectStoreFailed(f"{self.url}: there is no such bucket: make it first") from None
+                found = []
+        return [path.rstrip("/").rpartition("/")[2] for path in found]
 
     def write(self, path: str, pieces: Iterable[bytes | memoryview], size: int) -> None:
         part = max(_PART_BYTES, -(-size // _MOST_PARTS))

@@ -478,13 +478,15 @@ class Store:
         if self._catalog.place_snapshot(snapshot, folder, files):
             self.remove_snapshot_files(row, snapshot.name)
 
-    def adopt_snapshot(self, snapshot: SnapshotRow) -> None:
-        """Add a snapshot that lies in the object store. Raises sqlite3.Error."""
-        self._catalog.adopt_snapshot(snapshot)
+    def adopt_snapshot(self, snapshot: SnapshotRow) -> bool:
+        """Add a snapshot that lies in the object store. False where its folder is to be removed. Raises
+        sqlite3.Error."""
+        return self._catalog.adopt_snapshot(snapshot)
 
-    def add_removal(self, folder: str) -> None:
-        """Have a folder of the object store removed, unless a snapshot is placed there before. Raises sqlite3.Error."""
-        self._catalog.add_removal(folder)
+    def add_removal(self, folder: str) -> bool:
+        """Have a folder of the object store removed, unless a snapshot is placed there before. False where one lies
+        there already: then the folder stays. Raises sqlite3.Error."""
+        return self._catalog.add_removal(folder)
 
     def drop_removal(self, folder: str) -> None:
         """Forget a folder of the object store that was removed. Raises sqlite3.Error."""

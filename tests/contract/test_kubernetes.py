@@ -105,6 +105,15 @@ def test_manifests_fit_their_schemas(each: dict[str, Any]) -> None:
         schemas.validate(each, version, strict=True)
 
 
+def test_hosts_reach_a_snapshot_store_by_the_commented_block() -> None:
+    """It stands where it belongs: the hosts may reach S3's port with it, beside what they reach without it."""
+    text = (FOLDER.parent / "kubernetes-cluster" / "network-policy.yaml").read_text()
+    plain, *_ = yaml.safe_load_all(text)
+    given, *_ = yaml.safe_load_all(re.sub(r"^    # ((?:-|  ).*)$", r"    \1", text, flags=re.MULTILINE))
+    assert given["metadata"]["name"] == "ema-host"
+    assert given["spec"]["egress"] == [*plain["spec"]["egress"], {"ports": [{"port": 443, "protocol": "TCP"}]}]
+
+
 def test_network_policy_with_a_snapshot_store_fits_its_schema() -> None:
     """With the commented block in place of the empty egress the pod may ask DNS and reach S3's port; nothing else is
     different."""

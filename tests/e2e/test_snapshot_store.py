@@ -20,10 +20,12 @@ from safetensors.torch import load
 from torch import Tensor
 from typer.testing import CliRunner
 
+from ema_client import EmaClient
 from ema_service.cli import app as ema_service
 from ema_service.storage.objects import ObjectStoreUnusable, open_objects
 from tests.emulators import EMULATED, emulator
 from tests.s3 import S3Server, named_by_the_environment, needs_s3
+from tests.service.cluster.launched import Launched
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -68,7 +70,12 @@ def aws(s3: S3Server) -> Any:
 
 def keys(s3: S3Server, run: PlainRun) -> list[str]:
     """The objects of a run."""
-    found = aws(s3).list_objects_v2(Bucket=BUCKET, Prefix=f"ema/{run.name}/").get("Contents", [])
+    return below(s3, f"ema/{run.name}/")
+
+
+def below(s3: S3Server, prefix: str) -> list[str]:
+    """The objects whose keys begin so."""
+    found = aws(s3).list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
     return [each["Key"] for each in found]
 
 
@@ -309,6 +316,36 @@ def test_lost_data_dir(
     found.push(8, model(2)).raise_for_status()
     refused = found.http.put(f"{found.path}/snapshots/last")
     assert refused.json()["code"] == "snapshot_exists"
+
+
+@pytest.mark.soak
+def test_hosts_of_a_cluster(s3: S3Server, tmp_path: Path) -> None:
+    """Each has its slices in the bucket; they are read, gone back to, recovered and deleted."""
+    url = f"s3://{BUCKET}/cluster"
+    cluster = Launched(tmp_path / "all", "--local", "2", "--", "--snapshot-store", url).start()
+    try:
+        with EmaClient(cluster.url) as client:
+            client.create_run("r", model(0))
+            client.push("r", model(1), step=1)
+            client.snapshot("r", "s")
+            wanted = dict(client.pull("r"))
+            wait_until(lambda: client.snapshots("r")[0].stored == "store", "the move")
+            assert len(below(s3, "cluster/")) == 4
+            client.push("r", model(2), step=2)
+            client.rewind("r", "s")
+            assert all(torch.equal(found, wanted[name]) for name, found in client.pull("r").items())
+        assert cluster.stop() == 0
+        for place in (0, 1):
+            flags = f"--snapshot-store={url}", f"--data-dir={tmp_path / 'new' / f'host-{place}'}", f"--shard={place}/2"
+            assert CliRunner().invoke(ema_service, ["recover", *flags]).output == "r/s: is there\n"
+        cluster = Launched(tmp_path / "new", "--local", "2", "--", "--snapshot-store", url).start()
+        with EmaClient(cluster.url) as client:
+            client.rewind("r", "s")
+            assert all(torch.equal(found, wanted[name]) for name, found in client.pull("r").items())
+            client.delete_run("r")
+            wait_until(lambda: not below(s3, "cluster/"), "the removal")
+    finally:
+        cluster.end()
 
 
 @pytest.mark.soak

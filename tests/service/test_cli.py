@@ -237,6 +237,12 @@ def test_flags_that_make_no_replica(flags: tuple[str, ...], says: str, token_fil
     assert (ended.exit_code, says in ended.stderr) == (2, True), ended.stderr
 
 
+def test_a_replica_of_a_host_takes_the_flags_of_hosts(tmp_path: Path, token_file: Path) -> None:
+    """Launchers give all of them: it keeps no snapshots, and the store of its host's is none of its business."""
+    flags = MEMBER[1], f"{MEMBER[2]}={token_file}", "--snapshot-store=nonsense://b", f"--token-file={tmp_path / 'none'}"
+    assert_one_line(serve("--replica-of=0/3", *flags), str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize("url", ["ftp://h", "http://", "http://h/path", "http://u:p@h"])
 def test_urls_that_lead_to_no_original(url: str) -> None:
     """They are refused at the start, in one line."""

@@ -193,7 +193,8 @@ def whole_snapshot(infos: Sequence[SnapshotInfo]) -> SnapshotInfo:
     """A snapshot of the whole run. Raises Apart."""
     first = infos[0]
     _check_same(((each.version, each.step, each.averages, each.created_at) for each in infos), first.name)
-    return replace(first, bytes=sum(each.bytes for each in infos))
+    here = next((each.stored for each in infos if each.stored == "local"), first.stored)
+    return replace(first, bytes=sum(each.bytes for each in infos), stored=here)
 
 
 def whole_snapshots(lists: Sequence[SnapshotList]) -> SnapshotList:
@@ -209,6 +210,7 @@ def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:
     first = replace(infos[0], hosts=len(infos))
     if not first.scopes:
         return first
+    faults = [(place, each.snapshot_store_fault) for place, each in enumerate(infos) if each.snapshot_store_fault]
     return replace(
         first,
         device=", ".join(dict.fromkeys(each.device or "" for each in infos)),
@@ -217,6 +219,8 @@ def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:
         disk_free_bytes=_sum(each.disk_free_bytes for each in infos),
         disk_total_bytes=_sum(each.disk_total_bytes for each in infos),
         data_dir_bytes=_sum(each.data_dir_bytes for each in infos),
+        snapshots_waiting=_sum(each.snapshots_waiting for each in infos),
+        snapshot_store_fault=f"host {faults[0][0]}: {faults[0][1]}" if faults else None,
     )
 
 

@@ -64,7 +64,7 @@ from ema_service.memory import Layout
 from ema_service.runs import Candidate, Registry, Run, with_posthoc
 from ema_service.storage import RunRow, ShardRow, Store
 
-__all__ = ["Directory", "creation_of", "same_run", "whole_config"]
+__all__ = ["Directory", "creation_of", "same_run", "shard_config", "whole_config"]
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +101,12 @@ def whole_config(config: RunConfig, shards: int) -> RunConfig:
     LayoutMap(layout, shards)
     specs = tuple(entry.spec for entry in layout.params)
     return replace(config, layout=specs, copied=layout.copied, durability=config.durability or "process")
+
+
+def shard_config(config: RunConfig, shard: int, shards: int) -> RunConfig:
+    """The configuration of one shard of a run. config: of the whole run, as whole_config() gives it."""
+    part = LayoutMap(Layout(config.layout, config.copied), shards).shards[shard].layout
+    return replace(config, layout=tuple(entry.spec for entry in part.params), copied=part.copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,10 +319,8 @@ class Directory:
     def _made(self, config: RunConfig, created_at: float, birth: int, record: str = "") -> Candidate:
         """This host's shard of a run. Raises as Registry.propose()."""
         here = self._place % self._shards
-        part = LayoutMap(Layout(config.layout, config.copied), self._shards).shards[here].layout
-        own = replace(config, layout=tuple(entry.spec for entry in part.params), copied=part.copied)
         shard = ShardRow(here, self._shards, record, birth=birth, whole=json.dumps(to_json(config)))
-        return self._registry.propose(own, shard, created_at)
+        return self._registry.propose(shard_config(config, here, self._shards), shard, created_at)
 
     # --- with a twin ------------------------------------------------------------------------------------------------
 

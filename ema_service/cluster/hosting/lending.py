@@ -14,9 +14,11 @@ Knows HTTP. Does not know what a run consists of (shard_run, directory), or when
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from starlette.applications import Starlette
@@ -31,7 +33,9 @@ from ema_service.cluster.problems import problem
 
 if TYPE_CHECKING:
     from ema_service.cluster.hosting.host import Host
+    from ema_service.cluster.hosting.shard_snapshots import ShardSnapshots
     from ema_service.cluster.token import ClusterToken
+    from ema_service.storage import TensorFile
 
 __all__ = ["LENDING", "lending_app"]
 
@@ -64,7 +68,8 @@ def lending_app(host: Host, token: ClusterToken) -> Starlette:
 
     async def snapshot(request: Request) -> Response:
         told = request.path_params
-        return FileResponse(host.lending(told["run"]).file(told["name"], told["average"]))
+        pieces = await run_in_threadpool(_begun, host.lending(told["run"]), told["name"], told["average"])
+        return StreamingResponse(pieces, media_type="application/octet-stream")
 
     async def ring(request: Request) -> Response:
         there = host.lending_ring(request.path_params["run"])
@@ -94,6 +99,20 @@ async def _guarded(token: ClusterToken, answer: Answering, request: Request) -> 
         return await answer(request)
     except EmaError as fault:
         return problem(fault)
+
+
+def _begun(snapshots: ShardSnapshots, name: str, average: str) -> Iterator[bytes]:
+    """All bytes of a snapshot's file, which may lie in the object store. The first are read already, so the file is
+    closed also where nobody asks for more. Raises as ShardSnapshots.open()."""
+    pieces = _whole(snapshots.open(name, average))
+    return chain([next(pieces)], pieces)
+
+
+def _whole(file: TensorFile) -> Iterator[bytes]:
+    """All bytes of a file; closed after the last one."""
+    with contextlib.closing(file):
+        for piece in file.pieces():
+            yield bytes(piece)
 
 
 def _pieces(head: dict[str, Any], arenas: list[memoryview]) -> Iterator[bytes | memoryview]:

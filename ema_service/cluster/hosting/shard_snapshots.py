@@ -22,7 +22,6 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, SnapshotNotFound, StorageFailed, VersionGone
@@ -33,7 +32,7 @@ from ema_service.runs import Rewound, Run, State
 from ema_service.runs.branching import check_state, descent_of_branch
 from ema_service.runs.recipes import read
 from ema_service.runs.summing import Summing
-from ema_service.storage import RowChange
+from ema_service.storage import RowChange, TensorFile
 
 __all__ = ["ShardSnapshots", "SourceOf"]
 
@@ -99,7 +98,9 @@ class ShardSnapshots:
         check_state((own if of is None else of).find(change.snapshot, change.created_at))
         info, averages, arenas = own.read(change.snapshot, run.ledger.setup.members, of=of)
         descent = own.following(info) if of is None else descent_of_branch(averages)
-        return run.finish_rewind(info, averages, arenas, descent, lineage, key)
+        # The same on all hosts, of which each has its own list of epochs that it gave: they have the same snapshots.
+        after = max((int(each.version.partition(".")[0]) for each in own.all()), default=0)
+        return run.finish_rewind(info, averages, arenas, descent, lineage, key, after)
 
     def check(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Whether a change may be made. Under deciding().
@@ -171,9 +172,9 @@ class ShardSnapshots:
         """As Snapshots.lent()."""
         return self._snapshots.lent()
 
-    def file(self, name: str, average: str) -> Path:
-        """As Snapshots.file()."""
-        return self._snapshots.file(name, average)
+    def open(self, name: str, average: str) -> TensorFile:
+        """The file of one average of a snapshot, for the caller to close. Raises as Snapshots.open()."""
+        return self._snapshots.open(name, average)[0]
 
     def copy(self, twin: Twin) -> None:
         """Have the snapshots that the twin has, and no others. Raises Overloaded, StorageFailed."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from ema_client.errors import Overloaded, SnapshotDamaged, SnapshotExists, StorageDisabled, StorageFailed
 from ema_client.protocol import AverageConfig
 from ema_service.persistence import offload
+from ema_service.persistence.cards import CARD
 from ema_service.persistence.recovering import recover
 from ema_service.storage import ObjectStore, ObjectStoreFailed, open_objects
 from ema_service.storage.store import Store
@@ -46,8 +47,8 @@ class Failing(ObjectStore):
         self.before = self.flips = "-"
         self.tried = threading.Event()
 
-    def check(self) -> None:
-        self._objects.check()
+    def names(self) -> list[str]:
+        return self._objects.names()
 
     def write(self, path: str, pieces: Iterable[bytes | memoryview], size: int) -> None:
         if path.endswith(self.before):
@@ -122,7 +123,7 @@ def moved(server: LocalServer) -> None:
 
 
 #: What is never written, so that a server ends before it.
-_BEFORE = ["slow.safetensors", "fast.safetensors", offload.CARD]
+_BEFORE = ["slow.safetensors", "fast.safetensors", CARD]
 
 
 @pytest.mark.parametrize("before", _BEFORE)
@@ -142,7 +143,7 @@ def test_crash_in_the_middle_of_a_move(server: LocalServer, objects: Failing, be
     objects.before = "-"
     moved(server)
     assert content(server) == expected
-    assert objects.files() == ["fast.safetensors", "slow.safetensors", offload.CARD]
+    assert objects.files() == ["fast.safetensors", "slow.safetensors", CARD]
 
 
 def test_crash_after_the_row(server: LocalServer, objects: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +187,7 @@ def test_removals_are_remembered(server: LocalServer, objects: Failing, model: M
     begun(server, model, "other")
     server.snapshot("of-another", run="other")
     moved(server)
-    wait_until(lambda: objects.files().count(offload.CARD) == 3, "all three in the store")
+    wait_until(lambda: objects.files().count(CARD) == 3, "all three in the store")
     away = objects.folder.with_name("away")
     objects.folder.rename(away)
     with pytest.raises(StorageFailed, match="is not there: make it, or mount its disk"):
@@ -197,11 +198,11 @@ def test_removals_are_remembered(server: LocalServer, objects: Failing, model: M
     server.crash()
     server.start()
     assert stored(server) == {"e-2": "local"}
-    assert sorted(path.parent.name.partition(".")[0] for path in away.rglob(offload.CARD)) == ["e-1", "of-another", "s"]
+    assert sorted(path.parent.name.partition(".")[0] for path in away.rglob(CARD)) == ["e-1", "of-another", "s"]
     away.rename(objects.folder)
     moved(server)
     wait_until(lambda: len(objects.files()) == 3, "the removals")
-    [card] = objects.folder.rglob(offload.CARD)
+    [card] = objects.folder.rglob(CARD)
     assert card.parent.name.startswith("e-2.")
 
 

@@ -543,6 +543,8 @@ def test_degraded_run_without_a_version() -> None:
             act()
     assert (v := ledger.rewound(snapshot_of(source), source.averages, Descent(), "new", 1.0)).lineage == "new"
     assert v.epoch == 4
+    after = ledger.rewound(snapshot_of(source), source.averages, Descent(), "new", 1.0, 5)
+    assert after.epoch == 6, "epochs up to 5 were of snapshots"
 
 
 def test_deleted_run_takes_nothing() -> None:
