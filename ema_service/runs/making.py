@@ -253,8 +253,8 @@ class Maker:
         """config: of the run as it was created. setup: its averages by now; None: those of ``config``. refusal: why the
         run's versions can't lie in memory files. writer: of a run without a row."""
         shard = self._store.shard(row) if self._store and row else None
-        whole = _averaged(row, self._store.whole(row)) if self._store and row and shard else None
-        measurements = Measurements(config.run, layout, whole)
+        whole = self._store.whole(row) if self._store and row and shard else ""
+        measurements = Measurements(config.run, layout, _averaged(row, whole) if row and whole else None)
         noted = measurements if self._measure else None
         if self._store is None or row is None:
             run = Run(config, layout, self._memory, created_at=created_at, writer=writer, measurements=noted)
