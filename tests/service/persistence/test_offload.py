@@ -160,6 +160,24 @@ def test_crash_after_the_row(server: LocalServer, objects: Failing, monkeypatch:
     assert len(objects.files()) == 3
 
 
+def test_lent_while_it_is_moved(server: LocalServer, objects: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes of the files are told, wherever these are by then."""
+    objects.before = CARD
+    server.snapshot("s")
+    snapshots = server.registry.snapshots("r")
+    before, path = snapshots.lent(), Store.snapshot_file
+
+    def found_late(*named: object) -> Path:
+        objects.before = "-"
+        moved(server)
+        wait_until(lambda: not server.data_files("r.*/snapshots/*"), "the room")
+        return path(*named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "snapshot_file", found_late)
+    assert snapshots.lent() == before
+    assert stored(server) == {"s": "store"}
+
+
 def test_store_with_other_bytes(server: LocalServer, objects: Failing) -> None:
     """What the store gives back is compared before the data dir's copy goes; what it damages later is told."""
     objects.flips = "fast.safetensors"
