@@ -109,11 +109,15 @@ class Synthesiser:
     def given(self, found: GivenRecipes, state: State) -> list[Recipe]:
         """Recipes as another host of the run has found them. state: of their version.
 
-        Raises VersionGone where the state is another run's, or this host lacks a source; SnapshotNotFound,
-        InvalidRequest.
+        Raises VersionGone where the state is another run's or of another version, or this host lacks a source;
+        SnapshotNotFound, InvalidRequest.
         """
-        if found.lineage != state.version.lineage:
-            raise VersionGone(f"the recipe is of another run {self._run.config.run!r}", retry_after=0.0)
+        if (found.lineage, found.version) != (state.version.lineage, str(state.version)):
+            raise VersionGone(
+                f"the recipe is of version {found.version} of run {self._run.config.run!r}, or of another run of the "
+                f"name, and not of version {state.version}",
+                retry_after=0.0,
+            )
         leading = {each.version: each for each in self.ring.shelf.leading_to(state.version).snapshots}
         sources = [self._source(each, leading) for each in found.sources]
         recipes = []

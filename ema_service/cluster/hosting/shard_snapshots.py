@@ -115,13 +115,12 @@ class ShardSnapshots:
                 raise InvalidRequest(f"run {self._run.config.run!r} has no ring that averages are worked out of")
             return
         making = self._of(change)
-        if making and isinstance(change, SnapshotTaken):
-            if change.recipe:
-                self._begin_sum(making, change.recipe)
-            if making.fault:
-                raise making.fault
+        if making and isinstance(change, SnapshotTaken) and change.recipe:
+            self._begin_sum(making, change.recipe)
         if making and making.is_being_written:
             raise Overloaded(f"snapshot {change.name!r} is still being written", retry_after=0.2)
+        if making and making.fault and isinstance(change, SnapshotTaken):
+            raise making.fault
         if isinstance(change, SnapshotGone) and not change.begun:
             self._snapshots.find(change.name, change.created_at)
 

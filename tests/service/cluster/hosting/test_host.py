@@ -6,6 +6,7 @@ Knows that the directory's talk adds and ends runs on a thread of its own. Does 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 from ema_client.errors import Overloaded, StorageFailed
 from ema_client.protocol import HEADER_COPIES
 from ema_service.cluster import Record, Seating, SnapshotBegun, SnapshotGone, SnapshotTaken, Term, decode
+from ema_service.cluster.hosting import host as hosting
 from ema_service.cluster.hosting.host import _CHECKPOINTS_AT_ONCE, Host, Membership
 from ema_service.cluster.token import ClusterToken, read_cluster_token
 
@@ -162,3 +164,34 @@ def test_what_a_host_could_not_write_goes_once_the_others_have_written() -> None
     with pytest.raises(StorageFailed):
         asyncio.run(host._take(SimpleNamespace(talk="r@1"), begun, taken))  # type: ignore[arg-type]
     assert asked == ["SnapshotBegun", "SnapshotTaken", "SnapshotGone", "SnapshotGone"]
+
+
+def test_an_average_is_worked_out_of_the_version_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the present one too, before anything is begun; and of none where the call has its snapshot already."""
+    host, asked, of = Host.__new__(Host), list[SnapshotTaken](), list[str]()
+    taken = dict[str, str]()
+
+    async def take(shard: object, begun: SnapshotBegun, make: Callable[[], Awaitable[SnapshotTaken]]) -> None:
+        assert (shard, begun.name, begun.held) == (made, "s", True)
+        assert of == ["now"]
+        asked.append(await make())
+        taken["s"] = begun.key
+
+    async def recipe(state: str) -> SimpleNamespace:
+        of.append(state)
+        return SimpleNamespace(info=state)
+
+    made = SimpleNamespace(snapshots=SimpleNamespace(held=lambda *_: "held"))
+    snapshots = SimpleNamespace(
+        taken_by=lambda name, key: name if taken.get(name) == key else None,
+        kept_before=lambda *_: None,
+        find=lambda name: name,
+    )
+    run = SimpleNamespace(ready_state=lambda: "now", layout=SimpleNamespace(shadows=()))
+    registry = SimpleNamespace(get=lambda _: run, snapshots=lambda _: snapshots)
+    host.__dict__.update(_registry=registry, _take=take, shard=lambda _: made)
+    monkeypatch.setattr(hosting, "text_of", lambda recipes: f"of {recipes[0].info}")
+    answers = [asyncio.run(host.keep_average("r", "s", recipe, "k")) for _ in range(2)]  # type: ignore[arg-type]
+    assert answers == [("s", True), ("s", False)]
+    assert of == ["now", "held"]
+    assert [each.recipe for each in asked] == ["of held"]

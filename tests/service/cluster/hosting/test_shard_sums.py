@@ -223,6 +223,16 @@ def test_a_ring_that_moved_on(town: Callable[..., Town]) -> None:
     assert files(here) == [[], []]
 
 
+def test_a_recipe_of_another_version(town: Callable[..., Town]) -> None:
+    """It is for other weights than those that are held, and nothing is written by it."""
+    here = town(2)
+    here.change("b", HELD)
+    here.push(UPDATES + 1)
+    [other] = here.hosts[0].server.registry.synthesiser("r").recipes([SigmaRel(0.1)], None, 0.9)
+    answer = ask(here, "t", SnapshotTaken("s", 5.0, recipe=text_of([other])))
+    assert (error_of(answer.reason).code, names(here)) == ("version_gone", [[], []])
+
+
 def test_a_full_disk(town: Callable[..., Town], monkeypatch: pytest.MonkeyPatch) -> None:
     """On one host: nobody finds the snapshot, and nothing is left of it once it is given up."""
     here = town(2)
