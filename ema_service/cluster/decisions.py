@@ -140,9 +140,11 @@ class Shard:
 
     def refuse(self, ticket: Ticket, reason: str) -> list[Refusal]:
         """Vote against a proposal that this shard has not voted for. Nothing is kept: whoever asks again is refused
-        again."""
+        again. Nothing is said of an earlier revision's proposal, which this shard may have committed: a shard that has
+        yet to do so, and lost what it had, would drop its vote."""
         held = self.record.vote and self.record.vote.ticket == ticket
-        return [] if held else [Refusal(self._place, self.record.term, ticket, reason)]
+        over = ticket.base < self.record.revision and not self._is_absent
+        return [] if held or over else [Refusal(self._place, self.record.term, ticket, reason)]
 
     def insist(self) -> list[Report]:
         """What waits has waited as long as a proposal should: whoever sent what the shard voted for may be gone."""
@@ -462,8 +464,9 @@ class Coordinator:
 
     def _is_held_up(self, proposal: Proposal, revision: int) -> bool:
         """Whether a proposal that all have voted for waits for a change: a change that takes long to judge would
-        otherwise follow a revision that is gone by then, each time."""
-        return proposal.change is None and bool(self._next_change(revision))
+        otherwise follow a revision that is gone by then, each time. Not where a place is left out, whose host may have
+        committed the proposal."""
+        return proposal.change is None and not self.seating.absent and bool(self._next_change(revision))
 
     def _count_return(self, votes: Mapping[int, Vote], proposal: Proposal, seating: Seating) -> list[Output]:
         """A place counts again once its host, too, has voted for that, and so has what the others have.
@@ -508,7 +511,7 @@ class Coordinator:
         best = max(rivals, key=lambda rival: _rank(rival, overdue))
         mark = _rank(best, overdue)
         lower = [shard for shard, vote in votes.items() if _rank(vote.proposal, overdue) < mark]
-        if best.change is not None:
+        if best.change is not None and not self.seating.absent:  # else no update may become complete before the change
             lower = [shard for shard in lower if not _lets_in(self._reports[shard])]
         return [*late, *self._resolve(lower), *self._bring(best)]
 

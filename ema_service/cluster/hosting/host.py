@@ -207,7 +207,7 @@ class Host:
         Overloaded where the twin of this host went on without it, or may have."""
         shard = self._shards.get(name) if name else None
         talk = shard.reporting if shard else self._directory.reporting
-        if self._membership.twins and not talk.counts and (shard is None or shard.takes_part()):
+        if self._membership.twins and not talk.counts and (shard is None or shard.takes_part() or talk.absent):
             raise Overloaded(
                 "this host was left behind, and is filled from its twin, which answers meanwhile", retry_after=0.1
             )

@@ -59,7 +59,8 @@ class RecordStore(Protocol[T_contra]):
     """
 
     def takes_part(self) -> bool:
-        """Whether the run is whole. While it is not the shard says nothing, and so nothing is decided."""
+        """Whether the run is whole. While it is not the shard says nothing, and so nothing is decided, before its twin
+        is gone on with."""
 
     def kept(self) -> Kept:
         """Of which revisions there are checkpoints."""
@@ -140,7 +141,12 @@ class Reporting(Generic[T]):
     def counts(self) -> bool:
         """Whether the shard counts, and lost nothing, as a coordinator has told since the talk began: before, others
         may have gone on without it."""
-        return self._asked and not self._kept.lost and self._place not in self._kept.seating.absent
+        return self._asked and not self._kept.lost and not self.absent
+
+    @property
+    def absent(self) -> bool:
+        """Whether the others go on without the shard, for all that it knows."""
+        return self._place in self._kept.seating.absent
 
     @property
     def heard(self) -> float:
@@ -189,7 +195,7 @@ class Reporting(Generic[T]):
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         """Vote against a proposal, which is then dropped on all shards."""
-        if self._store.takes_part():
+        if self._takes_part():
             self._act(lambda core: core.refuse(ticket, reason), ticket)
 
     def postpone(self, ticket: Ticket) -> None:
@@ -199,7 +205,7 @@ class Reporting(Generic[T]):
 
     def hear(self, message: Ask | Propose | Resolve) -> None:
         """Do as a coordinator says. What could not be kept is heard again, for it will be said again."""
-        if not self._store.takes_part():
+        if not self._takes_part(message):
             return
         try:
             self._act(lambda core: core.receive(message))
@@ -211,8 +217,14 @@ class Reporting(Generic[T]):
 
     def insist(self) -> None:
         """Say that what waits has waited as long as a proposal should: whoever sent the shard's vote may be gone."""
-        if self._store.takes_part():
+        if self._takes_part():
             self._act(lambda core: core.insist())
+
+    def _takes_part(self, message: Ask | Propose | Resolve | None = None) -> bool:
+        """Whether the shard says anything: its run is whole, or the others go on without it, as a question may say
+        first. Then it counts for nothing, and is filled."""
+        told = isinstance(message, Ask) and self._place in message.seating.absent
+        return told or self.absent or self._store.takes_part()
 
     # ----------------------------------------------------------------------------------------------------------------
 

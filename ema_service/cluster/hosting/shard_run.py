@@ -150,8 +150,9 @@ class ShardRun:
     Thread-safe; methods that vote may block for a row, as those of Run do, and not longer.
 
     reporting: the talk with coordinators, begun by ``reporting.start()``, whose name is ``talk``. While the run is
-    degraded the shard says nothing: without it nothing is decided; unless all shards are to go back, for its machine
-    went down. checkpoints, snapshots, ring: the shard's; no ring where the run was made without.
+    degraded the shard says nothing, and so nothing is decided; unless all shards are to go back, for its machine went
+    down, or the others go on with its twin, which it is filled from. checkpoints, snapshots, ring: the shard's; no ring
+    where the run was made without.
     """
 
     def __init__(

@@ -200,6 +200,16 @@ def test_change_is_refused_with_its_reason() -> None:
     assert [shard.record.vote for shard in shards] == [None, None]
 
 
+def test_nobody_refuses_what_it_has_committed() -> None:
+    """A proposal that comes once more, and late, is of a revision that is over."""
+    change = Proposal(Ticket(0, None, "k"), "snapshot s")
+    shard = Shard(0, Record(TERM, 2, 1, vote(change), None))
+
+    assert shard.refuse(change.ticket, "made before") == []
+    again = Ticket(1, None, "k")
+    assert shard.refuse(again, "made before") == [Refusal(0, TERM, again, "made before")]
+
+
 def test_update_waits_for_a_change_and_not_before() -> None:
     """An update keeps its vote until the shard has the change in hand; then the update waits, and its sender is told
     that the change came first."""

@@ -127,6 +127,13 @@ class KnowsTheSeatingInMemory(TwinHost):
             super().persist()
 
 
+class HoldsUpWhatTheAbsentMayHave(Coordinator):
+    """A change comes before a ticket that all others hold, and a host that was left out may have committed."""
+
+    def _is_held_up(self, proposal: Proposal, revision: int) -> bool:
+        return proposal.change is None and bool(self._next_change(revision))
+
+
 class StartsAsNew(TwinHost):
     """A host whose disk is empty begins as one that never had any."""
 
@@ -148,6 +155,7 @@ MUTANTS = (
     Mutant(Design(coordinator=LeavesAsManyAsThereAreShards, host=TwinHost), Torn, 100, first=550),
     Mutant(Design(coordinator=ReturnsWithoutATurn, host=TwinHost), Torn, 100),
     Mutant(Design(host=KnowsTheSeatingInMemory), Broken, 200, first=1000),
+    Mutant(Design(coordinator=HoldsUpWhatTheAbsentMayHave, host=TwinHost), Torn, 50, first=3260),
     Mutant(Design(host=StartsAsNew), Broken, 300),
     Mutant(Design(host=CountsEditionsAnew), Broken, 300),
 )
@@ -190,6 +198,22 @@ def test_the_others_go_on_without_a_silent_host() -> None:
 
     assert [[type(each) for each in said] for said in verdicts] == [[], [], [Resolve] * 3]
     assert coordinator.seating.absent == {2}
+
+
+def test_what_an_absent_host_may_have_is_committed_before_its_return() -> None:
+    """A ticket that all others hold, though a change is next: the host that is left out may have had the verdict."""
+    absent = Seating(Term(1, "b"), 1, "2")
+    update = Vote(UPDATE, "o")
+    held, ahead = (
+        Record(Term(1, "b"), e, r, m, v, seating=absent) for e, r, m, v in ((1, 0, None, update), (2, 1, update, None))
+    )
+    coordinator, shards = begun(held, held, ahead, held)
+
+    assert coordinator._reports[2].returns is False
+    said = coordinator.receive(shards[2].report()._replace(returns=True))
+
+    assert said == []
+    assert [coordinator._said[place].committed for place in (0, 1, 3)] == [True] * 3  # type: ignore[union-attr]
 
 
 def test_a_return_is_given_up_with_a_later_seating() -> None:

@@ -97,11 +97,14 @@ def test_a_slice_for_one_of_two_hosts_is_sent_again() -> None:
 
 def test_what_a_host_says_that_was_left_behind() -> None:
     """Nothing of the run, before a coordinator has told that the host counts; of a run that is not here, whether the
-    host knows which runs there are. A host without a twin always counts, and a damaged run says so itself."""
+    host knows which runs there are. A host without a twin always counts, and a damaged run says so itself, before it is
+    filled."""
     host = Host.__new__(Host)
 
-    def check(name: str | None, *, run: bool, directory: bool, whole: bool = True, twins: bool = True) -> None:
-        shard = SimpleNamespace(reporting=SimpleNamespace(counts=run), takes_part=lambda: whole)
+    def check(
+        name: str | None, *, run: bool, directory: bool, whole: bool = True, twins: bool = True, absent: bool = False
+    ) -> None:
+        shard = SimpleNamespace(reporting=SimpleNamespace(counts=run, absent=absent), takes_part=lambda: whole)
         host.__dict__.update(
             _membership=Membership(0, 4, "http://h", ("http://c:1",), ClusterToken("x" * 16), twins=twins),
             _shards={"r": shard},
@@ -115,6 +118,8 @@ def test_what_a_host_says_that_was_left_behind() -> None:
         check(name, run=run, directory=directory, twins=False)
         check(name, run=not run, directory=not directory)
     check("r", run=False, directory=True, whole=False)
+    with pytest.raises(Overloaded, match="left behind"):
+        check("r", run=False, directory=True, whole=False, absent=True)
 
 
 def test_a_host_is_ready_once_its_twin_can_be_taken_down() -> None:
