@@ -21,6 +21,7 @@ __all__ = [
     "dump",
     "dump_setup",
     "is_lost",
+    "latest_in",
     "read_rows",
     "read_setup",
     "revision_of",
@@ -205,6 +206,13 @@ def revision_of(record: str) -> int:
     """The revision that a shard's record says the run has come to; 0 for an empty record."""
     revision: int = json.loads(record)["record"]["revision"] if record else 0
     return revision
+
+
+def latest_in(record: str) -> int:
+    """The latest revision that a shard's record speaks of: that it votes for, or else has come to; 0 for an empty
+    record."""
+    vote = json.loads(record)["record"]["vote"] if record else None
+    return int(vote["proposal"]["ticket"]["base"]) + 1 if vote else revision_of(record)
 
 
 def is_lost(record: str) -> bool:

@@ -593,9 +593,20 @@ class Run:
     ) -> Rewound:
         """The version at a snapshot, written to its place. lineage: for a run that has no version. Others as for
         rewind(). Raises StorageFailed."""
-        version = self.ledger.rewound(info, averages, descent, lineage, time.time())
-        state = State(version.keyed(key), arenas)
+        found = self.at_snapshot(info, averages, arenas, descent, lineage)
+        state = replace(found, version=found.version.keyed(key))
         return Rewound(state, self._write(state))
+
+    def at_snapshot(
+        self,
+        info: SnapshotInfo,
+        averages: tuple[Average, ...],
+        arenas: tuple[Arena, ...],
+        descent: Descent,
+        lineage: str,
+    ) -> State:
+        """The version at a snapshot, written nowhere. Others as for finish_rewind()."""
+        return State(self.ledger.rewound(info, averages, descent, lineage, time.time()), arenas)
 
     def prepare_rewound(self, rewound: Rewound) -> Write:
         """The write that a rewind is. Under deciding(). Raises RunNotFound, Superseded."""

@@ -16,8 +16,9 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ema_client.errors import EmaError, Overloaded
 from ema_service.cluster.hosting.borrowing import Twin
@@ -30,6 +31,8 @@ from ema_service.storage import RowChange
 __all__ = ["ShardSnapshots", "SourceOf"]
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: A run, another one, and the name of a snapshot of the latter -> the snapshots of the latter (Registry.source_of).
 SourceOf: TypeAlias = Callable[[Run, str, str], Snapshots]
@@ -51,14 +54,25 @@ class ShardSnapshots:
     def read(self, change: Rewind, lineage: str, key: str) -> Rewound:
         """The version at a snapshot, written to its place. lineage: for a run that has no version. key: of the write.
 
-        Raises as Snapshots.read(), SnapshotNotFound, as Run.finish_rewind(), and as Registry.source_of().
+        Raises as state(), and as Run.finish_rewind().
         """
+        return self._at(change, partial(self._run.finish_rewind, lineage=lineage, key=key))
+
+    def state(self, change: Rewind, lineage: str) -> State:
+        """The version at a snapshot, written nowhere. lineage: as for read().
+
+        Raises as Snapshots.read(), SnapshotNotFound, and as Registry.source_of().
+        """
+        return self._at(change, partial(self._run.at_snapshot, lineage=lineage))
+
+    def _at(self, change: Rewind, make: Callable[..., T]) -> T:
+        """What is made of what a snapshot holds, and of the descent of the version that follows it."""
         own, run = self._snapshots, self._run
         of = None if change.source is None else self._source_of(run, change.source, change.snapshot)
         (own if of is None else of).find(change.snapshot, change.created_at)
         info, averages, arenas = own.read(change.snapshot, run.ledger.setup.members, of=of)
         descent = own.following(info) if of is None else descent_of_branch(averages)
-        return run.finish_rewind(info, averages, arenas, descent, lineage, key)
+        return make(info, averages, arenas, descent)
 
     def check(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Whether a change may be made. Under deciding().

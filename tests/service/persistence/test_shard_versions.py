@@ -35,7 +35,9 @@ LAYOUT = Layout(CONFIG.layout)
 
 
 def record(revision: int, more: str = "") -> str:
-    return json.dumps({"record": {"revision": revision, "more": more}})
+    """A record that has come to a revision, and votes for what follows if ``more`` says so."""
+    vote = {"proposal": {"ticket": {"base": revision}}} if more.startswith("vote") else None
+    return json.dumps({"record": {"revision": revision, "vote": vote, "more": more}})
 
 
 class Disk:

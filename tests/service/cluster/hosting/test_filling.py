@@ -166,6 +166,18 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, model: Model, ram_dir: 
         town.close()
 
 
+def test_a_damaged_host_is_filled(pair: Pair) -> None:
+    """What it cannot read its twin has, and it takes updates again."""
+    pair.behind.damage()
+    assert pair.behind.local.info.status == "degraded"
+    pair.fill()
+    assert pair.behind.local.info.status == "ready"
+    pair.assert_same()
+    pair.behind.restart()
+    pair.update(8)
+    pair.assert_same()
+
+
 def files(host: Host, average: str) -> int:
     """How many files of an average a host has."""
     return len([*host.server.folder.rglob(f"*{average}*")]) if host.server.folder else 0
