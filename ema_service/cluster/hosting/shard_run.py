@@ -334,7 +334,7 @@ class ShardRun:
     def commit(self, record: Record, prepared: _Held) -> None:
         """Keep a record of the next revision, and make the write that was voted for the run's."""
         with self._run.deciding():
-            emptied = record.made is not None and record.made.proposal.back == 0 and not record.made.proposal.to
+            emptied = record.made is not None and record.made.proposal.back == 0
             emptied = emptied or (prepared.filled and prepared.write.state is None)
             self._versions.confirm(encode(record), record.revision if emptied else 0, prepared.rows)
             self._revision = record.revision

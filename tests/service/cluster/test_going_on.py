@@ -165,7 +165,11 @@ def test_the_newest_version_that_all_have(town: Callable[..., Town], model: Mode
     here.push(3)
     damage(here.hosts[0])
 
-    told = word(here, "")
+    shard = here.hosts[1].shard
+    assert shard
+    with shard.expecting("w", lambda: "made here") as made:
+        told = word(here, "")
+    assert made.done() is told.committed
     if not here.ram_dir:
         assert error_of(told.reason).code == "run_degraded"
         assert "no version that all hosts can read" in error_of(told.reason).detail
