@@ -133,7 +133,7 @@ class Conversation:
         Raises Overloaded where nothing was decided in so many seconds; Stopping where the coordinator ended.
         """
         answer = self._asked.setdefault(asked.key, asyncio.get_running_loop().create_future())
-        self._say(self.core.propose(asked.key, asked.change, asked.settles))
+        self._say(self.core.propose(asked.key, asked.change, asked.settles, mends=asked.mends))
         try:
             return await asyncio.wait_for(asyncio.shield(answer), seconds)
         except TimeoutError:

@@ -21,6 +21,10 @@ shard crashed: its neighbours keep what they prepared.
 says so, and checkpoints. Then the coordinator has all shards go back to the newest checkpoint that all of them have, by
 a proposal like any other, which follows the largest revision that any shard knows, and is for every shard the next one.
 
+**Where no crash explains what a shard lacks**, for its bytes are damaged or its disk is an older copy, nothing is
+decided before an operator's word. By that all shards go back in the same way: to the newest checkpoint that all have,
+or to a snapshot that was named.
+
 **Nothing depends on the order of messages.** Each report carries a whole record with its edition, and each verdict
 names the edition it is about; an older report is ignored by the coordinator, a verdict on another edition by the shard.
 Sending anything again is always right, and enough to mend any loss: Shard.report() and Coordinator.ask(), now and then.
@@ -40,6 +44,7 @@ from collections.abc import Collection, Iterable, Mapping
 from ema_service.cluster.messages import (
     Answer,
     Ask,
+    Change,
     Proposal,
     Propose,
     Record,
@@ -51,7 +56,7 @@ from ema_service.cluster.messages import (
     Ticket,
     Vote,
 )
-from ema_service.cluster.reasons import disagreement
+from ema_service.cluster.reasons import disagreement, nothing_common, nothing_damaged
 
 __all__ = ["Coordinator", "Shard", "after_loss", "emptied"]
 
@@ -95,6 +100,12 @@ class Shard:
         self._place = place
         self._waiting: Vote | None = None
         self._overdue = False
+        self._damaged = False
+
+    def note_damage(self, damaged: bool) -> None:
+        """Know whether the bytes of the record's revision can be read; while they cannot, the shard votes for a way
+        back alone, or for its own return. To be said before each message, by who reads the bytes."""
+        self._damaged = damaged
 
     def report(self) -> Report:
         """How the shard stands, for the coordinator that it obeys: at a start, and again while no verdict comes."""
@@ -171,7 +182,7 @@ class Shard:
             return proposal.seating is not None and proposal.seating > self.record.seating
         if proposal.back is not None:
             return proposal.ticket.base >= self.record.revision
-        return proposal.ticket.base == self.record.revision and not self.record.lost
+        return proposal.ticket.base == self.record.revision and not self.record.lost and not self._damaged
 
     def _lacks(self, proposal: Proposal) -> bool:
         """Whether a proposal could be prepared here and has not been."""
@@ -253,8 +264,8 @@ class Coordinator:
         self._returning: tuple[tuple[int, int, Seating], Proposal] | None = None
         #: ticket -> reason.
         self._refused: dict[Ticket, str] = {}
-        #: key -> change and what it settles, in the order in which changes are to take effect.
-        self._changes: dict[str, tuple[str, int]] = {}
+        #: By key, in the order in which changes are to take effect.
+        self._changes: dict[str, Change] = {}
 
     def ask(self) -> list[Ask]:
         """What to ask all shards: at the start, and again now and then. A return that was refused is proposed again
@@ -263,9 +274,9 @@ class Coordinator:
             self._returning = None  # under another name
         return [] if self.deposed else [self._question(shard) for shard in range(self._shards)]
 
-    def propose(self, key: str, change: str, settles: int = 0) -> list[Output]:
-        """Bring a change to all shards. key: of the request, the same at each retry. settles: as in Proposal."""
-        self._changes.setdefault(key, (change, settles))
+    def propose(self, key: str, change: str, settles: int = 0, *, mends: bool = False) -> list[Output]:
+        """Bring a change to all shards. key: of the request, the same at each retry. settles, mends: as in Change."""
+        self._changes.setdefault(key, Change(key, change, settles, mends))
         self._refused = {ticket: reason for ticket, reason in self._refused.items() if ticket.key != key}
         return self._decide()
 
@@ -332,7 +343,7 @@ class Coordinator:
             return False
         there = self._present().keys() - self._silent
         twins = [self._twin(each) for each in missing]
-        return all(twin in there and not self._reports[twin].record.lost for twin in twins)
+        return all(twin in there and _has_bytes(self._reports[twin]) for twin in twins)
 
     def _leave(self, missing: Collection[int]) -> list[Output]:
         """Have the others know that they go on without a place; with its twin, if that was left behind."""
@@ -362,7 +373,7 @@ class Coordinator:
             report = self._reports.get(shard)
             if report is None or shard in self._silent:
                 return -1
-            return 2 if _has_all(report.record, newest, present.values()) else settled in (0, *report.kept)
+            return 2 if _has_all(report, newest, present.values()) else settled in (0, *report.kept)
 
         found = [shard for shard in present if has(shard) < min(has(self._twin(shard)), 2)]
         return set(found[:1])
@@ -396,8 +407,7 @@ class Coordinator:
     def _give_up(self, ticket: Ticket, reason: str) -> list[Answer]:
         """Propose a ticket no more; the answer to whoever asked for the change."""
         self._refused[ticket] = reason
-        asked = self._changes.pop(ticket.key, None) is not None
-        return [Answer(ticket.key, committed=False, reason=reason)] if asked else []
+        return [self._refuse(ticket.key, reason)] if ticket.key in self._changes else []
 
     def _decide(self) -> list[Output]:
         """What follows from the newest reports of all shards that count, as far as it was not said yet."""
@@ -414,25 +424,38 @@ class Coordinator:
         newest = max(reports, key=lambda each: each.record.revision).record
         if unfit := self._unfit(newest, present):
             return self._leave(unfit)
-        self.fault = _fault(newest, reports)
-        lost = any(each.record.lost for each in reports)
-        if self.fault and not lost:
+        self.fault = _fault(newest, reports) or _damage(reports)
+        lost, word = any(each.record.lost for each in reports), self._word()
+        if self.fault and not lost and word is None:
             return []
         behind = [each for each in reports if each.record.revision < newest.revision]
         if led := [each.shard for each in behind if each.record.vote == newest.made]:
             return [*self._resolve(led, committed=True)]
-        if lost:
-            return [*self._go_back(newest)] if self._may_go_back(present) else []
-        return [*self._made(newest.made), *self._count(newest.revision)]
+        if lost or self.fault:
+            return [*self._go_back(newest)] if word or self._may_go_back(present) else []
+        return [*self._made(newest.made), *self._needless(), *self._count(newest.revision)]
+
+    def _word(self) -> Change | None:
+        """What an operator said first of those who want the shards to go on after damage; None where nobody did."""
+        return next((change for change in self._changes.values() if change.mends), None)
+
+    def _needless(self) -> list[Answer]:
+        """The answer to who wants the shards to go on with what they have in common: they do."""
+        needless = [key for key, each in self._changes.items() if each.mends and not each.change]
+        return [self._refuse(key, nothing_damaged()) for key in needless]
+
+    def _refuse(self, key: str, reason: str) -> Answer:
+        """The answer to a change that is made on no shard."""
+        del self._changes[key]
+        return Answer(key, committed=False, reason=reason)
 
     def _made(self, vote: Vote | None) -> list[Answer]:
         """The answer to a change that every shard has committed, by the vote that led to their revision.
 
         Not before: whoever asked may turn to any shard next, and finds the change there.
         """
-        if vote is None or self._changes.pop(vote.ticket.key, None) is None:
-            return []
-        return [Answer(vote.ticket.key, committed=True)]
+        key = (vote.proposal.word or vote.ticket.key) if vote else ""
+        return [Answer(key, committed=True)] if self._changes.pop(key, None) else []
 
     def _count(self, revision: int) -> list[Output]:
         """Count the votes, all shards being at one revision."""
@@ -522,8 +545,8 @@ class Coordinator:
     def _next_change(self, revision: int) -> list[Proposal]:
         """The change that is to take effect next, if there is one: what somebody asked for, or a host's return."""
         if self._changes:
-            key, (change, settles) = next(iter(self._changes.items()))
-            return [Proposal(Ticket(revision, None, key), change, settles=settles)]
+            asked = next(iter(self._changes.values()))
+            return [Proposal(Ticket(revision, None, asked.key), asked.change, settles=asked.settles)]
         returning = [shard for shard in sorted(self.seating.absent) if self._can_return(shard)]
         proposals = [self._return_of(shard, revision) for shard in returning]
         return [each for each in proposals if each.ticket not in self._refused][:1]
@@ -578,7 +601,9 @@ class Coordinator:
         if self._agreed(votes):
             # The way back; or what a lost shard has voted for, on its medium, and others may have committed by now.
             return self._close(votes)
-        way = self._way_back(newest)
+        way, word = self._way_back(newest), self._word()
+        if way is None and word:
+            return [*refused, self._refuse(word.key, nothing_common(self._why_not(word)))]
         if way is None:
             self.fault = "a shard lost its newest versions, and there is no checkpoint that all can go back to"
             return [*refused]
@@ -588,15 +613,23 @@ class Coordinator:
 
     def _way_back(self, newest: Record) -> Proposal | None:
         """The proposal that all shards go back by: to the newest checkpoint that all have, or the next older one where
-        a shard could not read that. None where none is left."""
-        reports, outcome = self._present().values(), newest.made.outcome if newest.made else ""
+        a shard could not read that; or to what an operator named. None where none is left."""
+        reports, outcome, word = self._present().values(), newest.made.outcome if newest.made else "", self._word()
         settled = max(each.record.settled for each in reports)
+        if word and word.change:
+            # What is settled stays: a loss of the machine before the next checkpoint asks for another word.
+            return Proposal(Ticket(newest.revision, None, word.key), outcome, settled, word=word.key, to=word.change)
         common = set.intersection(*({each.kept.older, each.kept.newer} for each in reports))
+        name, key = (f"{word.key}-back", word.key) if word else ("back", "")
         for to in sorted({to for to in common if to > settled} | {settled}, reverse=True):
-            way = Proposal(Ticket(newest.revision, None, f"back-{to}"), outcome, to)
-            if way.ticket not in self._refused:
+            way = Proposal(Ticket(newest.revision, None, f"{name}-{to}"), outcome, to, word=key)
+            if way.ticket not in self._refused and (to or not word):
                 return way
         return None
+
+    def _why_not(self, word: Change) -> str:
+        """Why a shard could not go back on an operator's word, empty where none was asked."""
+        return next((why for ticket, why in self._refused.items() if ticket.key.startswith(f"{word.key}-back")), "")
 
     def _votes(self) -> dict[int, Vote]:
         """By shard, each vote that counts and was not aborted."""
@@ -638,8 +671,8 @@ def _rank(proposal: Proposal, overdue: Collection[Ticket] = ()) -> tuple[bool, b
 
 def _makes_wait(change: Proposal, update: Proposal) -> bool:
     """Whether a proposal is a change and another an update: of these two the update waits on a shard, and is not
-    dropped."""
-    return change.change is not None and update.change is None
+    dropped; but for a way back, which is taken where a shard may not have the bytes that an update follows."""
+    return change.change is not None and change.back is None and update.change is None
 
 
 def _lets_in(report: Report) -> bool:
@@ -659,14 +692,27 @@ def _lacks_newest(record: Record, newest: Record) -> bool:
     return record.vote is None or record.vote != newest.made
 
 
-def _has_all(record: Record, newest: Record, present: Iterable[Report]) -> bool:
+def _has_bytes(report: Report) -> bool:
+    return not (report.record.lost or report.damaged)
+
+
+def _has_all(report: Report, newest: Record, present: Iterable[Report]) -> bool:
     """Whether a shard has the newest revision and its bytes, or what led there; or, left behind by now, was the only
     one to be told that what the others hold votes for is committed."""
+    record = report.record
     if record.revision > newest.revision:
         votes = [each.record.vote for each in present if not each.record.lost]
-        return not record.lost and all(vote == record.made for vote in votes)
+        return _has_bytes(report) and all(vote == record.made for vote in votes)
     has_voted = record.vote is not None and record.vote == newest.made
-    return not _lacks_newest(record, newest) and (has_voted or not record.lost)
+    return not (_lacks_newest(record, newest) or (record.lost and not has_voted) or report.damaged)
+
+
+def _damage(reports: Collection[Report]) -> str | None:
+    """What an operator has to decide on, of shards whose records are as they should be; None if all is well."""
+    damaged = [report.shard for report in reports if report.damaged and not report.record.lost]
+    if not damaged:
+        return None
+    return f"the versions of shard {damaged[0]} are damaged: an operator says what all shards go back to"
 
 
 def _fault(newest: Record, reports: Collection[Report]) -> str | None:

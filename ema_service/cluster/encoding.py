@@ -29,7 +29,7 @@ _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "true or fal
 
 #: What records of earlier servers, and changes in these, lack, and then is as by default.
 _LATER: dict[type, set[str]] = {
-    Proposal: {"seating"},
+    Proposal: {"seating", "word", "to"},
     Record: {"seating"},
     Rewind: {"version", "step", "source"},
     SnapshotBegun: {"held"},

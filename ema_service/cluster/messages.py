@@ -100,7 +100,9 @@ class Proposal(NamedTuple):
     change of a way back is the outcome of the newest revision that any shard knows, empty where there is none. settles:
     the revision whose checkpoint a shard must have that votes for the proposal, 0 where there is none. seating: with
     which a host that was lost counts again, once the host has the revision that the proposal follows; None for any
-    other proposal.
+    other proposal. word: of a way back, the key of the operator's call that asked for it, empty where the shards go
+    back by themselves. to: of such a way back, the change that says what all shards go back to in the checkpoint's
+    place, a rewind; empty where that is the checkpoint.
     """
 
     ticket: Ticket
@@ -108,6 +110,8 @@ class Proposal(NamedTuple):
     back: int | None = None
     settles: int = 0
     seating: Seating | None = None
+    word: str = ""
+    to: str = ""
 
 
 class Vote(NamedTuple):
@@ -208,7 +212,8 @@ class Report(NamedTuple):
 
     waiting: a proposal that the shard has in hand and would prepare if its vote were aborted. overdue: whether that
     proposal has waited as long as a proposal should. kept: by the shard's holder, as the report is sent. returns: so
-    too, whether a shard that the seating is without can be filled from its twin.
+    too, whether a shard that the seating is without can be filled from its twin. damaged: so too, whether the bytes of
+    the record's revision cannot be read, while the record is as it was.
     """
 
     shard: int
@@ -217,6 +222,7 @@ class Report(NamedTuple):
     overdue: bool = False
     kept: Kept = Kept()
     returns: bool = False
+    damaged: bool = False
 
     @property
     def term(self) -> Term:
@@ -237,11 +243,16 @@ class Refusal(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a coordinator is asked to bring to all shards. key: as in Ticket. change, settles: as in Proposal."""
+    """What a coordinator is asked to bring to all shards. key: as in Ticket. change, settles: as in Proposal.
+
+    mends: whether it is an operator's word, by which shards may go on after damage: with ``change``, a rewind, or where
+    that is empty with the newest checkpoint that all have.
+    """
 
     key: str
     change: str
     settles: int = 0
+    mends: bool = False
 
 
 class Adjustment(NamedTuple):

@@ -9,9 +9,28 @@ import contextlib
 import json
 from collections.abc import Iterable, Sequence
 
-from ema_client.errors import Conflict, EmaError, Superseded, error_from_problem, printable
+from ema_client.errors import (
+    Conflict,
+    EmaError,
+    InvalidRequest,
+    RunDegraded,
+    Superseded,
+    error_from_problem,
+    printable,
+)
 
-__all__ = ["MADE_BEFORE", "code_in", "detail_in", "disagreement", "error_of", "lacked_in", "lacking", "reason_of"]
+__all__ = [
+    "MADE_BEFORE",
+    "code_in",
+    "detail_in",
+    "disagreement",
+    "error_of",
+    "lacked_in",
+    "lacking",
+    "nothing_common",
+    "nothing_damaged",
+    "reason_of",
+]
 
 #: Why a change is refused that was made already: whoever asked looks at the run.
 MADE_BEFORE = "applied before"
@@ -41,6 +60,23 @@ def disagreement(shards: Iterable[Sequence[int]]) -> str:
         f"it was made on no host, for the hosts do not agree on what it makes of the run: shards {sides}",
         hint="initial weights come with the same num_updates and step to every host; where it was another write "
         "compare what GET /v1/runs/{run} says at each host",
+    )
+    return reason_of(fault)
+
+
+def nothing_damaged() -> str:
+    """Why shards do not go on with what they have in common, which they have all of."""
+    return reason_of(InvalidRequest("the run is not degraded on any host: name the snapshot to go back to"))
+
+
+def nothing_common(why: str) -> str:
+    """Why shards cannot go on with a version that all have. why: the reason of a shard that could not read one, empty
+    where there was none to read."""
+    tried = f": {error_of(why).detail}" if why else ""
+    fault = RunDegraded(
+        f"there is no version that all hosts can read{tried}",
+        hint="go back to a snapshot that all hosts have (POST /v1/runs/{run}/rewind); where there is none delete the "
+        "run, and make it again from weights that were downloaded, or from the trainer's",
     )
     return reason_of(fault)
 

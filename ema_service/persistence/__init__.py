@@ -19,6 +19,7 @@ from ema_service.persistence.sweeps import Sweeps
 from ema_service.persistence.timeline import (
     Timeline,
     Told,
+    told_accepted,
     told_average_added,
     told_average_removed,
     told_decay,
@@ -42,6 +43,7 @@ __all__ = [
     "Timeline",
     "Told",
     "Versions",
+    "told_accepted",
     "told_average_added",
     "told_average_removed",
     "told_decay",

@@ -22,6 +22,7 @@ __all__ = [
     "dump_setup",
     "is_begun",
     "is_lost",
+    "latest_in",
     "read_rows",
     "read_setup",
     "revision_of",
@@ -214,6 +215,13 @@ def is_begun(snapshot: str) -> bool:
         return bool(json.loads(snapshot).get("begun"))
     except (ValueError, AttributeError):  # damaged: whoever reads the row is told
         return False
+
+
+def latest_in(record: str) -> int:
+    """The latest revision that a shard's record speaks of: that it votes for, or else has come to; 0 for an empty
+    record."""
+    vote = json.loads(record)["record"]["vote"] if record else None
+    return int(vote["proposal"]["ticket"]["base"]) + 1 if vote else revision_of(record)
 
 
 def is_lost(record: str) -> bool:

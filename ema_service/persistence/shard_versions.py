@@ -33,7 +33,16 @@ from ema_client.protocol import RunConfig
 from ema_service.memory import Arena
 from ema_service.persistence.memory_versions import MemoryVersions
 from ema_service.persistence.restoring import Restored
-from ema_service.persistence.rows import StoredVersion, dump, dump_setup, is_lost, read_rows, revision_of, settled_in
+from ema_service.persistence.rows import (
+    StoredVersion,
+    dump,
+    dump_setup,
+    is_lost,
+    latest_in,
+    read_rows,
+    revision_of,
+    settled_in,
+)
 from ema_service.persistence.versions import Versions, Written
 from ema_service.shadows.state import Setup, State, Version
 from ema_service.storage import MEMORY, CheckpointRow, RowChange, RunRow, ShardRow, Slot, Store
@@ -233,8 +242,9 @@ class ShardVersions(Versions):
     # --- what the shard does ----------------------------------------------------------------------------------------
 
     def promise(self, record: str) -> None:
-        """Keep a record that speaks of the same versions as the one before. Raises StorageFailed."""
-        self._keep(record, self.kept.revision + (1 if self._vote else 0))
+        """Keep a record that speaks of the same versions as the one before, also of those that cannot be read. Raises
+        StorageFailed."""
+        self._keep(record, latest_in(record))
 
     def vote(self, slot: Slot | None, state: State, record: str, revision: int | None = None) -> None:
         """Keep a record that votes for a version, which is written to ``slot``; None: its bytes are the newest's.
@@ -326,12 +336,13 @@ class ShardVersions(Versions):
         vote = self.kept.voted(in_memory=False)
         if self.every and self.kept.voted(in_memory=True) and not found.fault:
             return replace(found, fault=f"the memory that shard {self.place} has voted for is gone")
-        if vote is None or found.fault:
+        if vote is None:
             return found
         try:
             self._take_up(vote, found.state)
         except (OSError, MalformedBody) as damage:
-            return replace(found, fault=f"the version that shard {self.place} has voted for cannot be read: {damage}")
+            told = f"the version that shard {self.place} has voted for cannot be read: {damage}"
+            return replace(found, fault=found.fault or told)
         return found
 
     def _take_up(self, vote: StoredVersion, current: State | None) -> None:
@@ -404,7 +415,7 @@ class ShardMemoryVersions(MemoryVersions):
 
     def promise(self, record: str) -> None:
         """As ShardVersions.promise()."""
-        self._keep(record, self._last_revision)
+        self._keep(record, latest_in(record))
 
     def vote(
         self,
@@ -428,12 +439,6 @@ class ShardMemoryVersions(MemoryVersions):
             raise self._failed(f"the vote for version {state.version} could not be kept: {fault}") from fault
         self._on_disk.end_vote(committed=False)
         self._vote, self._held, self._trouble = ((row, text), state), [state], None
-
-    @property
-    def _last_revision(self) -> int:
-        """That the record speaks of: of what is voted for, or else what the run has come to."""
-        row = self._vote[0] if self._vote else None
-        return (row[0].revision if row else None) or self.kept.revision + (1 if self._vote else 0)
 
     def confirm(self, record: str, since: int = 0, change: RowChange | None = None) -> None:
         """As ShardVersions.confirm()."""

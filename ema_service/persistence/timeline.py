@@ -20,6 +20,7 @@ from ema_service.storage import TIMELINE_LINES, RunRow, Store, TimelineRow
 __all__ = [
     "Timeline",
     "Told",
+    "told_accepted",
     "told_average_added",
     "told_average_removed",
     "told_decay",
@@ -70,6 +71,11 @@ def told_average_removed(average: str) -> Told:
 def told_reset() -> Told:
     """The counter was reset."""
     return Told("reset", "the warm-up begins anew")
+
+
+def told_accepted() -> Told:
+    """An operator had a degraded run go on with what there is."""
+    return Told("accepted", "the version that is there was accepted")
 
 
 def told_writer(number: int) -> Told:

@@ -424,22 +424,28 @@ class Ledger:
         }
         return json.dumps(facts, sort_keys=True)
 
-    def gone_back(self, version: Version | None, newest: str) -> tuple[Version | None, str]:
+    def gone_back(self, version: Version | None, newest: str, word: str = "") -> tuple[Version | None, str]:
         """The version in a new epoch that all shards go back to, after one of them lost what came after, and the
         outcome.
 
         version: of a checkpoint that all have, the same but for each host's own facts; None where there is none, and
         the run has no weights then. newest: the outcome that led to the newest revision which any shard knows, empty
-        where none does.
+        where none does. word: the key of the operator's call that asked for it, empty where nobody did.
         """
-        known: dict[str, Any] = json.loads(newest) if newest else {"next": None, "writer": 0}
-        latest = int(known["next"]["version"].partition(".")[0]) if known["next"] else 0
+        known = _known(newest)
         to = version
         if version:
             descent = version.descent.followed(version.epoch, version.n, version.n)
-            to = replace(version, epoch=max(latest, version.epoch) + 1, descent=descent)
-        facts = {"base": None, "next": _facts(to) if to else None, "writer": known["writer"]}
-        return to, json.dumps(facts, sort_keys=True)
+            to = replace(version, epoch=max(known["epoch"], version.epoch) + 1, descent=descent).keyed(word or None)
+        return to, _outcome_of(to, known)
+
+    def gone_to(self, snapshot: Version, newest: str, word: str) -> tuple[Version, str]:
+        """As gone_back(), to a snapshot. snapshot: the version there, as rewound() has it; what follows of the run's
+        own version there is taken of the newest that any shard knows, for this one's may be another."""
+        known = _known(newest)
+        lineage = known["lineage"] or snapshot.lineage
+        to = replace(snapshot, epoch=known["epoch"] + 1, lineage=lineage, keys=known["keys"]).keyed(word)
+        return to, _outcome_of(to, known)
 
     # --- what takes effect ------------------------------------------------------------------------------------------
 
@@ -549,6 +555,20 @@ def writer_in(outcome: str) -> int:
     """The number of the latest trainer that attached, of what Ledger.outcome() gave."""
     number: int = json.loads(outcome)["writer"]
     return number
+
+
+def _known(newest: str) -> dict[str, Any]:
+    """Of the outcome that led to the newest revision, what a way back goes on from; empty: there is none."""
+    said: dict[str, Any] = json.loads(newest) if newest else {"next": None, "writer": 0}
+    last = said["next"] or {"version": "0.0", "lineage": "", "keys": ()}
+    epoch = int(last["version"].partition(".")[0])
+    return {"writer": said["writer"], "epoch": epoch, "lineage": last["lineage"], "keys": tuple(last["keys"])}
+
+
+def _outcome_of(to: Version | None, known: dict[str, Any]) -> str:
+    """The outcome of a way back to a version; None where the run has no weights then."""
+    facts = {"base": None, "next": _facts(to) if to else None, "writer": known["writer"]}
+    return json.dumps(facts, sort_keys=True)
 
 
 def _facts(version: Version) -> dict[str, object]:

@@ -55,6 +55,7 @@ from ema_service.persistence import (
     Sweeps,
     Timeline,
     Versions,
+    told_accepted,
     told_average_added,
     told_average_removed,
     told_decay,
@@ -552,7 +553,7 @@ class Registry:
             return run
         run.accept(key)
         self._settle(run, disk)
-        found.record("accepted", "the version that is there was accepted")
+        found.record(*told_accepted())
         return run
 
     def delete(

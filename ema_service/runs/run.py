@@ -594,9 +594,21 @@ class Run:
     ) -> Rewound:
         """The version at a snapshot, written to its place. lineage, after: as for Ledger.rewound(). Others as for
         rewind(). Raises StorageFailed."""
-        version = self.ledger.rewound(info, averages, descent, lineage, time.time(), after)
-        state = State(version.keyed(key), arenas)
+        found = self.at_snapshot(info, averages, arenas, descent, lineage, after)
+        state = replace(found, version=found.version.keyed(key))
         return Rewound(state, self._write(state))
+
+    def at_snapshot(
+        self,
+        info: SnapshotInfo,
+        averages: tuple[Average, ...],
+        arenas: tuple[Arena, ...],
+        descent: Descent,
+        lineage: str,
+        after: int = 0,
+    ) -> State:
+        """The version at a snapshot, written nowhere. Others as for finish_rewind()."""
+        return State(self.ledger.rewound(info, averages, descent, lineage, time.time(), after), arenas)
 
     def prepare_rewound(self, rewound: Rewound) -> Write:
         """The write that a rewind is. Under deciding(). Raises RunNotFound, Superseded."""

@@ -310,10 +310,7 @@ async def rewind_run(
         access_of(request).check("pull", source)
     if server.host:
         if snapshot is None:
-            raise InvalidRequest(
-                "this server is one host of a cluster, whose runs cannot go on after damage without a snapshot",
-                hint="name a snapshot to go back to",
-            )
+            return await server.host.accept(run, key, created_at=created_at)
         return await server.host.rewind(run, snapshot, key, source=source, created_at=created_at)
     go = (
         partial(registry.accept, run, key, created_at=created_at)

@@ -18,8 +18,9 @@ from fastapi.responses import JSONResponse
 from ema_client.errors import BodyTooLarge, Overloaded, Superseded
 from ema_client.protocol import RunInfo, RunLayout, layout_path, run_path, to_json
 from ema_service.cluster.gateway.hosts import HostAddress, Hosts, passed_on
-from ema_service.cluster.gateway.whole import Apart, map_of, whole_info
+from ema_service.cluster.gateway.whole import Apart, degraded_info, map_of, whole_info
 from ema_service.cluster.layout_map import LayoutMap
+from ema_service.cluster.messages import talk_of
 
 __all__ = ["LONG_SECONDS", "Asking", "body_of", "json_answer", "object_of", "together"]
 
@@ -80,8 +81,21 @@ class Asking:
         return await self.agreed(ask)
 
     async def whole(self, infos: Sequence[RunInfo], request: Request) -> RunInfo:
-        """The whole run of which the hosts tell so. Raises Apart."""
-        return whole_info(infos, await self.map_of(infos[0], request))
+        """The whole run of which the hosts tell so, degraded where nothing is decided for it. Raises Apart."""
+        shards = await self.map_of(infos[0], request)
+        try:
+            return whole_info(infos, shards)
+        except Apart:
+            fault = await self._fault_of(infos[0])
+            if not fault:
+                raise
+            return degraded_info(infos, shards, fault)
+
+    async def _fault_of(self, info: RunInfo) -> str:
+        """Why nothing is decided for a run, by the coordinator's word; empty where that is not known, or all is well.
+        info: of the run, at any host."""
+        told = await self.hosts.talk(talk_of(info.run, info.shard.birth)) if info.shard else None
+        return str((told or {}).get("fault") or "")
 
     async def map(self, request: Request, run: str) -> LayoutMap:
         """The hosts' shares of a run."""

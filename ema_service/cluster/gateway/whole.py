@@ -32,6 +32,7 @@ from ema_service.memory import Layout
 
 __all__ = [
     "Apart",
+    "degraded_info",
     "layout_of",
     "map_of",
     "shards_of",
@@ -48,6 +49,11 @@ __all__ = [
 
 T = TypeVar("T")
 
+#: What to do about a run of which a host has less than the others.
+_REMEDY = (
+    "go back to a snapshot that all hosts have, or to the newest version that all can read (ema rewind); or restore "
+    "the host's data dir"
+)
 #: Worst first.
 _STATUSES = ("degraded", "awaiting_weights", "ready")
 
@@ -112,10 +118,24 @@ def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:
     """The whole run as it stands. Raises Apart."""
     first = infos[0]
     _check_same(((each.version, each.step, each.num_updates, each.averages) for each in infos), first.run)
+    return _together(infos, shards, first)
+
+
+def degraded_info(infos: Sequence[RunInfo], shards: LayoutMap, fault: str) -> RunInfo:
+    """As whole_info(), of hosts that have come apart for good: as the one says that is furthest behind. fault: why
+    nothing is decided."""
+    least = min(infos, key=lambda each: (_STATUSES.index(each.status), each.step is not None, each.step or 0))
+    found = _together(infos, shards, least)
+    # Of a host that is an older copy, and knows nothing of it, the coordinator alone can say what is wrong.
+    return found if found.status == "degraded" else replace(found, status="degraded", reason=fault, remedy=_REMEDY)
+
+
+def _together(infos: Sequence[RunInfo], shards: LayoutMap, told: RunInfo) -> RunInfo:
+    """What one host tells of its version, with what all have together, and the worst that one of them says."""
     worst = min(infos, key=lambda each: _STATUSES.index(each.status))
     place = infos.index(worst)
     return replace(
-        first,
+        told,
         status=worst.status,
         reason=worst.reason and f"host {place}: {worst.reason}",
         remedy=worst.remedy,
@@ -198,11 +218,11 @@ def whole_snapshot(infos: Sequence[SnapshotInfo]) -> SnapshotInfo:
 
 
 def whole_snapshots(lists: Sequence[SnapshotList]) -> SnapshotList:
-    """The snapshots of the whole run, oldest first. Raises Apart."""
-    found = [{each.name: each for each in told.snapshots} for told in lists]
-    _check_same((each.keys() for each in found), "the snapshots")
-    names = sorted(found[0], key=lambda name: found[0][name].created_at)
-    return SnapshotList(tuple(whole_snapshot([each[name] for each in found]) for name in names))
+    """The snapshots of the whole run, oldest first: those that all hosts have. One that a host lacks is on its way, or
+    the host's data dir is an older copy. Raises Apart."""
+    found = [{(each.created_at, each.name): each for each in told.snapshots} for told in lists]
+    common = set(found[0]).intersection(*found)
+    return SnapshotList(tuple(whole_snapshot([each[key] for each in found]) for key in sorted(common)))
 
 
 def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:

@@ -89,10 +89,16 @@ class Checkpoints:
             raise InvalidRequest(f"run {self._run.config.run!r} has no checkpoints on this host")
         return self._disk.read_checkpoint(back)
 
-    def going_back(self, proposal: Proposal, state: State | None) -> tuple[Write, str]:
-        """The write that a way back is, and its outcome. state: as read() gave it. Under deciding()."""
-        version, outcome = self._run.ledger.gone_back(state.version if state else None, proposal.change or "")
-        return self.back_at(replace(state, version=version) if state and version else None, outcome), outcome
+    def going_back(self, proposal: Proposal, state: State | None) -> tuple[State | None, str]:
+        """The state that a way back leads to, in its new epoch, and the outcome. state: as read() gave it, or of the
+        snapshot that the proposal names."""
+        ledger, version = self._run.ledger, state.version if state else None
+        back: Version | None
+        if version and proposal.to:
+            back, outcome = ledger.gone_to(version, proposal.change or "", proposal.word)
+        else:
+            back, outcome = ledger.gone_back(version, proposal.change or "", proposal.word)
+        return replace(state, version=back) if state and back else None, outcome
 
     def back_at(self, state: State | None, outcome: str, place: Place | None = None) -> Write:
         """The write that a way back is, of the state that was voted for; None where the run has no weights then. place:
@@ -104,7 +110,8 @@ class Checkpoints:
         """Tell people where the shards went back to, and give up checkpoints that they went back over, once a proposal
         is committed. Under deciding()."""
         if proposal.back is not None and self._disk:
-            self._saving.submit(self._tell, self._run.ledger.version)
+            if not proposal.to:  # of a rewind the verdict's own line tells
+                self._saving.submit(self._tell, self._run.ledger.version)
             self._saving.submit(self._write, None, record)
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class Directory:
 
     # --- as the coordinator decides: RecordStore --------------------------------------------------------------------
 
-    def takes_part(self) -> bool:
+    def is_whole(self) -> bool:
         """Always: a row of the catalog is there, or the server is not."""
         return True
 

@@ -207,7 +207,7 @@ class Host:
         Overloaded where the twin of this host went on without it, or may have."""
         shard = self._shards.get(name) if name else None
         talk = shard.reporting if shard else self._directory.reporting
-        if self._membership.twins and not talk.counts and (shard is None or shard.takes_part() or talk.absent):
+        if self._membership.twins and not talk.counts and (shard is None or shard.is_whole() or talk.absent):
             raise Overloaded(
                 "this host was left behind, and is filled from its twin, which answers meanwhile", retry_after=0.1
             )
@@ -233,7 +233,7 @@ class Host:
         if not self._directory.reporting.counts:
             return "it was left behind, or no coordinator has said since its start that it was not"
         talks = [(shard.reporting, shard) for shard in list(self._shards.values())]
-        behind = sum(not (talk.linked and talk.counts and shard.takes_part()) for talk, shard in talks)
+        behind = sum(not (talk.linked and talk.counts and shard.is_whole()) for talk, shard in talks)
         return f"its twin alone has the latest version of {behind} of {len(talks)} runs" if behind else ""
 
     def check_copies(self, shard: ShardRun, headers: Mapping[str, str]) -> None:
@@ -299,7 +299,7 @@ class Host:
         def info() -> RunInfo | None:
             return run.info() if run.ledger.writable().made_by(key) else None
 
-        return await self._made(run, change, key, info)
+        return await self._made(run, encode(change), key, info)
 
     async def attach(self, name: str, key: str | None) -> Writer:
         """As Registry.attach(), on all hosts. Raises as that, and as _ask()."""
@@ -310,7 +310,7 @@ class Host:
             given = run.ledger.next_writer(key)
             return given if given <= run.ledger.writer else None
 
-        found = await self._made(run, Adjustment("writer"), key, number)
+        found = await self._made(run, encode(Adjustment("writer")), key, number)
         return Writer(name, found)
 
     async def add_average(self, name: str, average: AverageConfig, key: str | None) -> tuple[RunInfo, bool]:
@@ -327,7 +327,7 @@ class Host:
         if found := info():
             return found, False
         change = AverageAdded(json.dumps(to_json(average)), secrets.token_hex(4))
-        return await self._made(run, change, key, info), True
+        return await self._made(run, encode(change), key, info), True
 
     async def remove_average(self, name: str, average: str, key: str | None) -> None:
         """As Registry.remove_average(), on all hosts. Raises as that, and as _ask()."""
@@ -343,7 +343,7 @@ class Host:
         run.ledger.succession.without_average(run.ledger.version, average, key)
         if run.state:  # what a loss of the machine leaves has another average then
             await self._settle(self.shard(run))
-        await self._made(run, AverageRemoved(average), key, told)
+        await self._made(run, encode(AverageRemoved(average)), key, told)
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
@@ -447,7 +447,29 @@ class Host:
         if answer is None:  # else nothing is needed any more of what the rewind was made with
             info = await asyncio.to_thread(snapshots.find, snapshot)
             change = Rewind(snapshot, info.created_at, info.version, info.step, source)
-            answer = await self._made(run, change, key, told)
+            answer = await self._made(run, encode(change), key, told, mends=True)
+        await self._settle(shard)
+        return answer
+
+    async def accept(self, name: str, key: str | None = None, *, created_at: float | None = None) -> RunInfo:
+        """Have all hosts go on with the newest version that all can read, where one of them is degraded. created_at: of
+        the run.
+
+        Raises InvalidRequest where none is degraded, RunDegraded where they have nothing in common, and as _ask().
+        """
+        run = self._registry.get(name, created_at)
+        key, shard = key or secrets.token_hex(16), self.shard(run)
+
+        def told() -> RunInfo | None:
+            version = run.ledger.version
+            return run.info() if version and version.made_by(key) else None
+
+        try:
+            answer = await self._made(run, "", key, told, mends=True)
+        except InvalidRequest:  # none is degraded any more, maybe by a try before this one
+            if (found := told()) is None:
+                raise
+            answer = found
         await self._settle(shard)
         return answer
 
@@ -483,7 +505,7 @@ class Host:
                     _log.warning("run %s: no checkpoint was taken: %s", name, fault)
 
         shards = list(self._shards.items()) if self._is_first else ()
-        due = [each for each in shards if each[1].checkpoints.due and each[1].takes_part()]
+        due = [each for each in shards if each[1].checkpoints.due and each[1].is_whole()]
         await asyncio.gather(*(take(name, shard) for name, shard in due))
 
     @property
@@ -511,19 +533,14 @@ class Host:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def _made(
-        self,
-        run: Run,
-        change: Adjustment | AverageAdded | AverageRemoved | Rewind,
-        key: str,
-        answer: Callable[[], T | None],
-    ) -> T:
-        """What ``answer`` gives once a change is made here: None before. Raises as _ask()."""
+    async def _made(self, run: Run, change: str, key: str, answer: Callable[[], T | None], *, mends: bool = False) -> T:
+        """What ``answer`` gives once a change is made here: None before. change, mends: as in Change. Raises as
+        _ask()."""
         if (found := answer()) is not None:
             return found
         shard = self.shard(run)
         with shard.expecting(key, answer) as here:
-            if await self._ask(shard.talk, key, encode(change)):
+            if await self._ask(shard.talk, key, change, mends=mends):
                 found = await self._waiting.until(asyncio.wrap_future(here), "the change was made, and")
             else:
                 found = answer()
@@ -540,12 +557,13 @@ class Host:
                 await self._waiting.until(asyncio.wrap_future(here), "the change was made, and")
         return made
 
-    async def _ask(self, talk: str, key: str, change: str, settles: int = 0) -> bool:
-        """Whether a change was made now; False where it had been made. settles: as in Change.
+    async def _ask(self, talk: str, key: str, change: str, settles: int = 0, *, mends: bool = False) -> bool:
+        """Whether a change was made now; False where it had been made. settles, mends: as in Change.
 
         Raises what a host refused the change for; Overloaded where nothing was decided in time; Stopping.
         """
-        asked: asyncio.Future[Answer] = asyncio.ensure_future(self._asking.change(talk, Change(key, change, settles)))
+        whole = Change(key, change, settles, mends)
+        asked: asyncio.Future[Answer] = asyncio.ensure_future(self._asking.change(talk, whole))
         answer = await self._waiting.until(asked, "the change was", _CHANGE_SECONDS)
         if answer.committed or answer.reason == MADE_BEFORE:
             return answer.committed

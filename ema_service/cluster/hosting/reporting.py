@@ -58,9 +58,9 @@ class RecordStore(Protocol[T_contra]):
     prepared: what Reporting.vote() was called with for the proposal.
     """
 
-    def takes_part(self) -> bool:
-        """Whether the run is whole. While it is not the shard says nothing, and so nothing is decided, before its twin
-        is gone on with."""
+    def is_whole(self) -> bool:
+        """Whether the run's version can be read. While it cannot nothing is decided, unless an operator says how to go
+        on, or the shard is filled from its twin."""
 
     def kept(self) -> Kept:
         """Of which revisions there are checkpoints."""
@@ -195,8 +195,7 @@ class Reporting(Generic[T]):
 
     def refuse(self, ticket: Ticket, reason: str) -> None:
         """Vote against a proposal, which is then dropped on all shards."""
-        if self._takes_part():
-            self._act(lambda core: core.refuse(ticket, reason), ticket)
+        self._act(lambda core: core.refuse(ticket, reason), ticket)
 
     def postpone(self, ticket: Ticket) -> None:
         """Neither vote for a proposal nor refuse it: it cannot be judged now, and comes again."""
@@ -205,8 +204,6 @@ class Reporting(Generic[T]):
 
     def hear(self, message: Ask | Propose | Resolve) -> None:
         """Do as a coordinator says. What could not be kept is heard again, for it will be said again."""
-        if not self._takes_part(message):
-            return
         try:
             self._act(lambda core: core.receive(message))
             self._asked = self._asked or isinstance(message, Ask)
@@ -217,16 +214,7 @@ class Reporting(Generic[T]):
 
     def insist(self) -> None:
         """Say that what waits has waited as long as a proposal should: whoever sent the shard's vote may be gone."""
-        if self._takes_part():
-            self._act(lambda core: core.insist())
-
-    def _takes_part(self, message: Ask | Propose | Resolve | None = None) -> bool:
-        """Whether the shard says anything: its run is whole, or the others go on without it, as a question may say
-        first. Then it counts for nothing, and is filled."""
-        told = isinstance(message, Ask) and self._place in message.seating.absent
-        return told or self.absent or self._store.takes_part()
-
-    # ----------------------------------------------------------------------------------------------------------------
+        self._act(lambda core: core.insist())
 
     def _act(
         self,
@@ -245,13 +233,14 @@ class Reporting(Generic[T]):
                 if prepared:
                     self._preparing.discard(prepared)
                 waiting = self._core.report().waiting
+                self._core.note_damage(not self._store.is_whole())
                 outputs = act(self._core)
                 self._keep(keep)
                 kept = True
                 proposals = self._to_prepare(outputs)
                 for output in outputs:
                     if isinstance(output, Report):
-                        self._say(output._replace(kept=self._store.kept(), returns=self._returns()))
+                        self._say(self._dressed(output))
                     elif isinstance(output, Refusal):
                         self._say(output)
         finally:
@@ -262,6 +251,11 @@ class Reporting(Generic[T]):
                 self._store.answer(output)
         for proposal in proposals:
             self._store.propose(proposal)
+
+    def _dressed(self, report: Report) -> Report:
+        """A report with what the store says in it."""
+        store = self._store
+        return report._replace(kept=store.kept(), returns=self._returns(), damaged=not store.is_whole())
 
     def _returns(self) -> bool:
         """Whether the shard was left behind, and can be filled."""

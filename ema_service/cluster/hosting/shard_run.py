@@ -68,6 +68,7 @@ from ema_service.persistence import (
     ShardVersions,
     Snapshots,
     Told,
+    told_accepted,
     told_decay,
     told_reset,
     told_rewind,
@@ -150,8 +151,8 @@ class ShardRun:
     Thread-safe; methods that vote may block for a row, as those of Run do, and not longer.
 
     reporting: the talk with coordinators, begun by ``reporting.start()``, whose name is ``talk``. While the run is
-    degraded the shard says nothing, and so nothing is decided; unless all shards are to go back, for its machine went
-    down, or the others go on with its twin, which it is filled from. checkpoints, snapshots, ring: the shard's; no ring
+    degraded nothing is decided before an operator has said what all shards go back to; unless they do by themselves,
+    for its machine went down, or the shard is filled from its twin. checkpoints, snapshots, ring: the shard's; no ring
     where the run was made without.
     """
 
@@ -305,8 +306,8 @@ class ShardRun:
 
     # --- as the coordinator decides: RecordStore --------------------------------------------------------------------
 
-    def takes_part(self) -> bool:
-        """Whether the run is not degraded, or all shards are to go back."""
+    def is_whole(self) -> bool:
+        """Whether the run is not degraded, or all shards go back by themselves."""
         return not self._run.ledger.fault or self.checkpoints.lost
 
     def kept(self) -> Kept:
@@ -366,13 +367,13 @@ class ShardRun:
                 self._saving.submit(self._averages.forget)
             if record.made:
                 self.checkpoints.follow(record.made.proposal, record)
-                key = record.made.ticket.key
+                key, word = record.made.ticket.key, record.made.proposal.word
                 self._averages.settle(key, made=True)
                 if prepared.rows and prepared.rows.averages:
                     self._averages.give_back()
                 # Now: the next verdict makes another version the run's.
                 with self._expecting:
-                    expected = self._expected.pop(key, [])
+                    expected = self._expected.pop(word or key, [])
                 waiting = [*self._senders.pop(key, []), *expected]
                 self._cast.pop(key, None)
                 self._answers[key] = [sender.answering() for sender in waiting]
@@ -515,7 +516,7 @@ class ShardRun:
         ticket = proposal.ticket
         try:
             if proposal.back is not None:
-                held: _Held | None = self._hold_way_back(proposal, self.checkpoints.read(proposal.back))
+                held = self._way_back(proposal, proposal.back)
             elif self._is_own_return(proposal):
                 held = self._filled(proposal)
             elif self._reads(proposal):
@@ -584,10 +585,36 @@ class ShardRun:
         with self._run.deciding():
             return self._hold(ticket, self._run.prepare_rewound(rewound), change=change)
 
-    def _hold_way_back(self, proposal: Proposal, state: State | None) -> _Held:
-        """Hold the write that a way back is; of one that comes again the first."""
+    def _way_back(self, proposal: Proposal, back: int) -> _Held | None:
+        """What a way back holds, of one that comes again the first; None where an operator's word was obeyed before.
+
+        Raises as Checkpoints.read(), ShardSnapshots.state() and Run.write().
+        """
+        version = self._run.ledger.version
+        if proposal.word and version and version.made_by(proposal.word):
+            return None
+        state, outcome = self.checkpoints.going_back(proposal, self._back_at(proposal, back))
+        place = self._run.write(state) if state and proposal.to else None
         with self._run.deciding():
-            return self._held.setdefault(proposal.ticket, _Held(*self.checkpoints.going_back(proposal, state)))
+            held = _Held(self.checkpoints.back_at(state, outcome, place), outcome, rows=self._rows_of_word(proposal))
+            return self._held.setdefault(proposal.ticket, held)
+
+    def _back_at(self, proposal: Proposal, back: int) -> State | None:
+        """What a way back leads to, as it was kept: the checkpoint of a revision, or a snapshot."""
+        change = _change_in(proposal.to) if proposal.to else None
+        if change is None:
+            return self.checkpoints.read(back)
+        if not isinstance(change, Rewind):
+            raise InvalidRequest("shards go back to a snapshot, or to a checkpoint")
+        return self.snapshots.state(change, _lineage_of(proposal.word))
+
+    def _rows_of_word(self, proposal: Proposal) -> RowChange | None:
+        """What else changes on the disk with a way back that an operator asked for: a line of the run's timeline."""
+        if not proposal.word:
+            return None
+        change = _change_in(proposal.to) if proposal.to else None
+        told = self._told(change, "") if isinstance(change, Rewind) else told_accepted()
+        return RowChange(line=told.line(self._run.ledger.version))
 
     def _others_return(self, proposal: Proposal) -> _Held | None:
         """What the return of another host holds; None for any other proposal."""
@@ -707,7 +734,7 @@ class ShardRun:
             return {}
         proposal, outcome, voted = record.vote.proposal, record.vote.outcome, self._versions.voted
         if proposal.back is not None:
-            held = _Held(self.checkpoints.back_at(voted, outcome), outcome)
+            held = self._taken_up_way(record, proposal, outcome, voted)
         elif proposal.seating is not None:
             own = self._place in record.seating.absent
             write = self.checkpoints.back_at(voted, outcome) if own else Write(_nothing, _nothing)
@@ -715,6 +742,27 @@ class ShardRun:
         else:
             held = self._taken_up(proposal, outcome, voted)
         return {proposal.ticket: held}
+
+    def _taken_up_way(self, record: Record, proposal: Proposal, outcome: str, voted: State | None) -> _Held:
+        """What a vote for a way back holds. voted: None where all are to begin anew, or what was voted for went with
+        the machine, or is damaged: then the verdict is obeyed, and the run stays degraded."""
+        anew = not proposal.back and not proposal.to
+        if voted is None and not anew and self.checkpoints.lost:
+            voted = self._voted_again(record, proposal)
+        write = self.checkpoints.back_at(voted, outcome) if voted or anew else Write(_nothing, _nothing)
+        return _Held(write, outcome, rows=self._rows_of_word(proposal))
+
+    def _voted_again(self, record: Record, proposal: Proposal) -> State | None:
+        """What the record's vote for a way back leads to, read once more, and kept as voted for; None where that cannot
+        be."""
+        try:
+            state, _ = self.checkpoints.going_back(proposal, self._back_at(proposal, proposal.back or 0))
+            if state:
+                self._versions.vote(None, state, encode(record), proposal.ticket.base + 1)
+        except EmaError as fault:
+            _log.error("run %s: what this host has voted for is gone: %s", self._run.config.run, fault)
+            return None
+        return state
 
     def _taken_up(self, proposal: Proposal, outcome: str, voted: State | None) -> _Held:
         """What a vote for an update or a change holds. voted: the version that was voted for, if any."""

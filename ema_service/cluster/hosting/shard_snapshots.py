@@ -22,7 +22,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ema_client.errors import EmaError, InvalidRequest, Overloaded, SnapshotNotFound, StorageFailed, VersionGone
 from ema_service.cluster.hosting.borrowing import Twin
@@ -37,6 +37,8 @@ from ema_service.storage import RowChange, TensorFile
 __all__ = ["ShardSnapshots", "SourceOf"]
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: A run, another one, and the name of a snapshot of the latter -> the snapshots of the latter (Registry.source_of).
 SourceOf: TypeAlias = Callable[[Run, str, str], Snapshots]
@@ -90,9 +92,19 @@ class ShardSnapshots:
     def read(self, change: Rewind, lineage: str, key: str) -> Rewound:
         """The version at a snapshot, written to its place. lineage: for a run that has no version. key: of the write.
 
-        Raises as Snapshots.read(), SnapshotNotFound, as check_state(), as Run.finish_rewind(), and as
-        Registry.source_of().
+        Raises as state(), and as Run.finish_rewind().
         """
+        return self._at(change, partial(self._run.finish_rewind, lineage=lineage, key=key))
+
+    def state(self, change: Rewind, lineage: str) -> State:
+        """The version at a snapshot, written nowhere. lineage: as for read().
+
+        Raises as Snapshots.read(), SnapshotNotFound, as check_state(), and as Registry.source_of().
+        """
+        return self._at(change, partial(self._run.at_snapshot, lineage=lineage))
+
+    def _at(self, change: Rewind, make: Callable[..., T]) -> T:
+        """What is made of what a snapshot holds, and of the descent of the version that follows it."""
         own, run = self._snapshots, self._run
         of = None if change.source is None else self._source_of(run, change.source, change.snapshot)
         check_state((own if of is None else of).find(change.snapshot, change.created_at))
@@ -100,7 +112,7 @@ class ShardSnapshots:
         descent = own.following(info) if of is None else descent_of_branch(averages)
         # The same on all hosts, of which each has its own list of epochs that it gave: they have the same snapshots.
         after = max((int(each.version.partition(".")[0]) for each in own.all()), default=0)
-        return run.finish_rewind(info, averages, arenas, descent, lineage, key, after)
+        return make(info, averages, arenas, descent, after=after)
 
     def check(self, change: SnapshotBegun | SnapshotTaken | SnapshotGone) -> None:
         """Whether a change may be made. Under deciding().

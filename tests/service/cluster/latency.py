@@ -38,7 +38,7 @@ class Memory:
     def __init__(self) -> None:
         self.answers: SimpleQueue[Answer] = SimpleQueue()
 
-    def takes_part(self) -> bool:
+    def is_whole(self) -> bool:
         return True
 
     def returns(self) -> bool:

@@ -19,6 +19,7 @@ from ema_service.cluster import (
     Resolve,
     Shard,
     Term,
+    Ticket,
     Vote,
     after_loss,
 )
@@ -239,6 +240,57 @@ class LeavesBehindWhoVoted(Coordinator):
         return super()._decide()
 
 
+class GoesOnDamaged(Shard):
+    """A shard votes whose bytes are damaged."""
+
+    def note_damage(self, damaged: bool) -> None:
+        pass
+
+
+class NeedsNoWord(Coordinator):
+    """Where a shard is damaged, or its disk an older copy, all go back before an operator has said so."""
+
+    def _decide(self) -> list[Output]:
+        outputs = super()._decide()
+        newest = max((each.record for each in self._reports.values()), key=lambda each: each.revision, default=Record())
+        return [*outputs, *self._go_back(newest)] if self.fault and not outputs else outputs
+
+
+class GoesBackOnAnyWord(Coordinator):
+    """An operator's word counts also where no shard has less than the others."""
+
+    def _needless(self) -> list[Answer]:
+        if self._word():
+            self._go_back(max((each.record for each in self._reports.values()), key=lambda each: each.revision))
+        return []
+
+
+class HearsNoWord(Coordinator):
+    """Whatever an operator says, nothing is decided while a shard is damaged."""
+
+    def _word(self) -> None:
+        return None
+
+
+class BeginsAnewOnAWord(Coordinator):
+    """Where the shards have nothing in common they begin anew, on the word of who wanted them to go on."""
+
+    def _way_back(self, newest: Record) -> Proposal | None:
+        way, word = super()._way_back(newest), self._word()
+        if way or word is None or word.change:
+            return way
+        settled = max(each.record.settled for each in self._present().values())
+        return None if settled else Proposal(Ticket(newest.revision, None, word.key), "", 0, word=word.key)
+
+
+class UnsettlesOnAWord(Coordinator):
+    """Shards that go back to a snapshot have no checkpoint from then on that all have."""
+
+    def _way_back(self, newest: Record) -> Proposal | None:
+        way = super()._way_back(newest)
+        return way._replace(back=0) if way and way.to else way
+
+
 # --- their holders ---------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +415,12 @@ MUTANTS = (
     Mutant(Design(coordinator=LosesChanges), Stuck, 500),
     Mutant(Design(coordinator=GoesOnWithoutTheLost), Broken, 500),
     Mutant(Design(coordinator=LeavesBehindWhoVoted), Torn, 2500),
+    Mutant(Design(shard=GoesOnDamaged), Torn, 500),
+    Mutant(Design(coordinator=NeedsNoWord), Torn, 500),
+    Mutant(Design(coordinator=GoesBackOnAnyWord), Broken, 500),
+    Mutant(Design(coordinator=HearsNoWord), Stuck, 500),
+    Mutant(Design(coordinator=BeginsAnewOnAWord), Torn, 500),
+    Mutant(Design(coordinator=UnsettlesOnAWord), Torn, 2500),
     Mutant(Design(host=KeepsTheNewestCheckpoint), Broken, 2500),
     Mutant(Design(host=SettlesWhatItLacks), Broken, 2500),
     Mutant(Design(host=CountsEditionsAnew), Broken, 2500),

@@ -16,6 +16,7 @@ from ema_service.cluster import (
     Answer,
     Ask,
     Coordinator,
+    Kept,
     Proposal,
     Propose,
     Record,
@@ -63,6 +64,7 @@ def test_schedules(part: int) -> None:
     assert seen["aborted"] > PART // 4
     assert seen["refused"] > PART // 10
     assert seen["deposed"] > PART // 50
+    assert seen["went back on a word"] > PART // 20
 
 
 @pytest.mark.soak
@@ -314,6 +316,84 @@ def test_older_copy_of_a_disk_is_a_fault() -> None:
         "shard 1 is at revision 0 and lacks what led the others to revision 2: is its data dir an older copy?"
     )
     assert coordinator.propose("k", "decay 0.5") == []
+
+
+def hurt(*records: Record) -> tuple[Coordinator, list[Shard]]:
+    """As begun(), where the bytes of the last shard are damaged."""
+    coordinator, shards = begun(*records)
+    shards[-1].note_damage(True)
+    coordinator.receive(shards[-1].report()._replace(damaged=True))
+    return coordinator, shards
+
+
+AT_TWO = Record(TERM, 4, 2, vote(NEWER), None)
+
+
+def test_damage_waits_for_a_word() -> None:
+    """Nothing is decided while a shard cannot read what it has, nor does it vote; and that is told."""
+    coordinator, shards = hurt(AT_TWO, AT_TWO)
+
+    assert coordinator.fault == "the versions of shard 1 are damaged: an operator says what all shards go back to"
+    assert coordinator.propose("k", "decay 0.5") == []
+    following = Proposal(Ticket(2, 7, "x"))
+    assert shards[1].prepare(vote(following)) == [Answer("x", committed=False)]
+    shards[1].note_damage(False)
+    assert shards[1].prepare(vote(following)) == [shards[1].report()]
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["damaged", "older copy"])
+def test_all_go_back_on_a_word(older: bool) -> None:
+    """To the snapshot that it names: for each shard that is its next revision, also for an older copy of a disk."""
+    coordinator, shards = begun(AT_TWO, Record(TERM, 1, 1, vote(UPDATE), None)) if older else hurt(AT_TWO, AT_TWO)
+    way = Proposal(Ticket(2, None, "w"), "after v", 0, word="w", to="rewind to s")
+
+    assert coordinator.propose("w", "rewind to s", mends=True) == [Propose(p, coordinator.term, way) for p in (0, 1)]
+    answers = carry(coordinator, shards, [each for shard in shards for each in shard.prepare(vote(way))])
+
+    assert answers == [*[Answer("w", committed=True)] * 3]
+    assert [shard.record.made for shard in shards] == [vote(way)] * 2
+    assert [shard.record.revision for shard in shards] == [3, 3]
+
+
+def test_a_word_goes_back_to_the_newest_that_all_have() -> None:
+    """A checkpoint that one shard cannot read gives way to the one before; where none is left the word is refused, with
+    what that shard said."""
+    coordinator, shards = begun(*[AT_TWO._replace(settled=1)] * 2)
+    for shard in shards:
+        shard.note_damage(True)
+        coordinator.receive(shard.report()._replace(damaged=True, kept=Kept(1, 2)))
+
+    first = coordinator.propose("w", "", mends=True)
+    second = [
+        each
+        for refusal in shards[0].refuse(Ticket(2, None, "w-back-2"), "torn")
+        for each in coordinator.receive(refusal)
+    ]
+    third = [
+        each
+        for refusal in shards[0].refuse(Ticket(2, None, "w-back-1"), "torn")
+        for each in coordinator.receive(refusal)
+    ]
+
+    assert [each.proposal.back for each in first if isinstance(each, Propose)] == [2, 2]
+    assert [each.proposal.back for each in second if isinstance(each, Propose)] == [1, 1]
+    (answer,) = third
+    assert isinstance(answer, Answer)
+    assert not answer.committed
+    assert "there is no version that all hosts can read: torn" in answer.reason
+
+
+def test_a_word_without_need() -> None:
+    """Where no shard is damaged all have everything in common, and a rewind is a change like any other."""
+    coordinator, _ = begun()
+
+    (answer,) = coordinator.propose("w", "", mends=True)
+    assert isinstance(answer, Answer)
+    assert "not degraded" in answer.reason
+    said = coordinator.propose("v", "rewind to s", mends=True)
+    assert {each.proposal for each in said if isinstance(each, Propose)} == {
+        Proposal(Ticket(0, None, "v"), "rewind to s")
+    }
 
 
 def test_old_coordinator_learns_that_its_time_is_over() -> None:

@@ -201,7 +201,7 @@ def test_form_of_a_message() -> None:
     assert encode(Report(0, Record(vote=Vote(Proposal(Ticket(0, 5, "u")), "1.1")))) == (
         '{"report":{"shard":0,"record":{"term":{"number":0,"name":""},"edition":0,"revision":0,"made":null,'
         '"vote":{"proposal":{"ticket":{"base":0,"step":5,"key":"u"},"change":null,"back":null,"settles":0,'
-        '"seating":null},"outcome":"1.1"},"lost":false,"settled":0,'
+        '"seating":null,"word":"","to":""},"outcome":"1.1"},"lost":false,"settled":0,'
         '"seating":{"term":{"number":0,"name":""},"number":0,"without":""}},'
-        '"waiting":null,"overdue":false,"kept":{"older":0,"newer":0},"returns":false}}'
+        '"waiting":null,"overdue":false,"kept":{"older":0,"newer":0},"returns":false,"damaged":false}}'
     )

@@ -10,6 +10,7 @@ import contextlib
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,6 +279,40 @@ def test_checkpoint_is_refused_while_another_is_written(town: Callable[..., Town
     here.push(1)
     refused = here.checkpoint("c2")
     assert "still being written" in refused.reason
+
+
+class Stuck(Never):
+    """An executor that is still at it."""
+
+    def submit(self, *_: object) -> Future[None]:  # type: ignore[override]
+        return Future()
+
+
+def test_machine_goes_down_again_over_the_way_back(
+    town: Callable[..., Town], model: Model, litema: type[LitEmaOracle]
+) -> None:
+    """A host whose machine takes what the host has voted for on the way back reads it again: its vote stands, and the
+    others may have gone back by it."""
+    here, oracle = town(2, decay=0.9), litema(model(0), decay=0.9)
+    here.push(1)
+    oracle.update(model(1))
+    here.checkpoint("c")
+    here.push(2)
+    here.hosts[0].shard._saving = Stuck()  # type: ignore[union-attr]  # its checkpoint is being read
+    here.hosts[1].lose_power()
+    here.deliver()
+    assert here.hosts[1].shard
+    assert here.hosts[1].shard.record.vote
+    here.hosts[1].lose_power()
+    here.deliver()
+    here.hosts[0].restart()
+    here.deliver()
+    here.say_again()
+
+    assert_at(here, "2.1", oracle)
+    here.push(5)
+    oracle.update(model(5))
+    assert_at(here, "2.2", oracle)
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(

@@ -59,6 +59,7 @@ def test_schedules(part: int) -> None:
     assert seen["filled"] > PART // 2
     assert seen["lost disks"] > PART // 5
     assert seen["emptied"] > PART // 5
+    assert seen["filled after damage"] > PART // 20
 
 
 @pytest.mark.soak
@@ -86,11 +87,18 @@ class TakesBackWhoIsBehind(Coordinator):
         return set()
 
 
+class WaitsForTheDamaged(Coordinator):
+    """A host whose bytes are damaged is waited for, until an operator says something."""
+
+    def _unfit(self, newest: Record, present: Mapping[int, Report]) -> set[int]:
+        return {shard for shard in super()._unfit(newest, present) if not present[shard].damaged}
+
+
 class LeavesTheLast(Coordinator):
     """The others go on without a host whose twin is left behind already."""
 
     def _can_leave(self, missing: Any) -> bool:
-        return len(missing) == 1 and self._silent.issuperset(missing)
+        return len(missing) == 1 < len(self._members()) and self._silent.issuperset(missing)
 
     def _leave(self, missing: Any) -> list[Output]:
         return self._seat(self.seating.absent.union(missing))
@@ -151,6 +159,7 @@ class CountsEditionsAnew(TwinHost):
 MUTANTS = (
     Mutant(Design(coordinator=CommitsWithoutTheTwin, host=TwinHost), Torn, 100),
     Mutant(Design(coordinator=TakesBackWhoIsBehind, host=TwinHost), Stuck, 100),
+    Mutant(Design(coordinator=WaitsForTheDamaged, host=TwinHost), Stuck, 100),
     Mutant(Design(coordinator=LeavesTheLast, host=TwinHost), Broken, 500),
     Mutant(Design(coordinator=LeavesAsManyAsThereAreShards, host=TwinHost), Torn, 100, first=550),
     Mutant(Design(coordinator=ReturnsWithoutATurn, host=TwinHost), Torn, 100),
@@ -250,6 +259,31 @@ def test_hosts_of_one_machine_are_missing(of: int, missing: tuple[int, ...], goe
 
     assert coordinator.seating.absent == (set(missing) if goes_on else set())
     assert {each.record.seating for each in shards.values()} == {coordinator.seating}
+
+
+def test_a_damaged_host_is_filled_from_its_twin() -> None:
+    """No operator is asked: its twin has all that it cannot read."""
+    coordinator, shards = begun(*[Record()] * 4)
+
+    said = coordinator.receive(shards[2].report()._replace(damaged=True))
+
+    assert {ask.seating.absent for ask in said if isinstance(ask, Ask)} == {frozenset({2})}
+    assert coordinator.fault is None
+
+
+def test_nobody_goes_on_without_a_host_whose_twin_is_damaged() -> None:
+    """The host is waited for, to fill its twin: an operator's word would give up what it has."""
+    coordinator, shards = Coordinator("c", 4, twins=True), [Shard(place, Record()) for place in range(4)]
+
+    def hear(place: int, message: Ask) -> list[Output]:
+        (report,) = shards[place].receive(message)
+        assert isinstance(report, Report)
+        return coordinator.receive(report._replace(damaged=place == 2))
+
+    for place in (1, 2, 3):
+        hear(place, Ask(place, coordinator.term))
+    assert coordinator.note_silence(0) == []
+    assert coordinator.propose("w", "rewind to s", mends=True) == []
 
 
 def test_nobody_goes_on_without_both_hosts_of_a_shard() -> None:

@@ -179,6 +179,20 @@ class Host:
         self.server.start()
         self.start()
 
+    def damage(self) -> None:
+        """Bits of the newest version flip, and of all that is in memory, while the process is down."""
+        store = self.server.store
+        memory = store.memory_files.folder if store and store.memory_files and self.town.ram_dir else None
+        self.stop()
+        files = [path for path in memory.iterdir() if path.name != "owner"] if memory else []
+        in_slots = sorted(self.server.data_files("*/slots/*/*"), key=lambda each: each.stat().st_mtime_ns)
+        for path in files or in_slots[-1:]:
+            content = path.read_bytes()
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes(each ^ 1 for each in content[middle:]))
+        self.server.start()
+        self.start()
+
     def stop(self) -> None:
         self.server.crash()
         self.shard = None
@@ -395,11 +409,11 @@ class Town:
         """Have all hosts take a checkpoint of one revision."""
         return self.change(key, Checkpoint(), settles)
 
-    def change(self, key: str, change: Message | str, settles: int = 0) -> Answer:
+    def change(self, key: str, change: Message | str, settles: int = 0, *, mends: bool = False) -> Answer:
         """Ask the coordinator for a change, again until it has an answer."""
         for _ in range(100):
             text = change if isinstance(change, str) else encode(change)
-            self._say(self.coordinator.propose(key, text, settles))
+            self._say(self.coordinator.propose(key, text, settles, mends=mends))
             self.deliver()
             if found := [each for each in self.answers if each.key == key]:
                 return found[0]

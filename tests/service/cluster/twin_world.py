@@ -1,7 +1,8 @@
 """The world of the decision core with two hosts for each shard: disks are lost as a whole, and filled from their twins.
 
-Beside what happens in any world (world.py), a host loses its disk and memory, while its twin is in step; and hosts are
-held for silent, also those that are up. What was acknowledged has to outlast all of that.
+Beside what happens in any world (world.py), a host loses its disk and memory, or has them damaged, while its twin is in
+step; and hosts are held for silent, also those that are up. What was acknowledged has to outlast all of that, without
+an operator.
 
 Knows what is promised, and what may fail. Does not know how the core keeps its promises.
 """
@@ -58,6 +59,8 @@ class TwinHost(Host):
         self.crash()
         self.disk = self.emptied()
         self.log, self.checkpoints, self.lasting, self.copies = (), {}, set(), {}
+        self.damaged = False
+        self.world.needed.update(self.world.words)
         self.sync()
         self.start()
 
@@ -121,6 +124,8 @@ class TwinHost(Host):
         copied = self.copies.pop(made.ticket, None)
         if copied and made.proposal.seating:
             self.log, self.checkpoints, self.lasting = copied.log, dict(copied.checkpoints), set(copied.lasting)
+            self.world.seen["filled after damage"] += self.damaged
+            self.damaged = False
             self.world.seen["filled"] += 1
         super().follow(made)
 
@@ -199,7 +204,7 @@ class TwinWorld(World):
             has = vote in (host.disk.vote, host.disk.made, *host.log)
             if self.is_member(host) and not has and not host.disk.lost:
                 raise Torn(f"{vote} was committed, and shard {host.place} is without: {host.disk}")
-            if has and not host.disk.lost:
+            if has and not host.disk.lost and not host.damaged:
                 safe.add(host.place % half)
         if len(safe) < half and not self.seen["losses of power"]:
             raise Torn(f"{vote} was committed, and only hosts of {safe} have it")
@@ -211,9 +216,11 @@ class TwinWorld(World):
     # --- events -----------------------------------------------------------------------------------------------------
 
     def faults(self) -> Sequence[tuple[Callable[[Any], None], float]]:
-        others = [each for each in super().faults() if each[0] is not World.lose_power]
-        more = ((TwinWorld.lose_power, 0.4), (TwinWorld.suspect, 1.5), (TwinWorld.lose_disk, 0.7))
-        return (*others, *more, (TwinWorld.fall_apart, 0.3))
+        own = (World.lose_power, World.damage, World.replace_disk)
+        others = [each for each in super().faults() if each[0] not in own]
+        others += [(TwinWorld.damage, weight) for event, weight in super().faults() if event is World.damage]
+        others += [(TwinWorld.lose_power, 0.4), (TwinWorld.suspect, 1.5), (TwinWorld.lose_disk, 0.7)]
+        return (*others, (TwinWorld.fall_apart, 0.3))
 
     def receive(self, message: Any, source: None) -> None:
         super().receive(message, source)
@@ -280,8 +287,21 @@ class TwinWorld(World):
         hosts = [self.hosts[shard + self.random.choice((0, half))] for shard in shards]
         return [host for host in hosts if isinstance(host, TwinHost)]
 
+    def damage(self) -> None:
+        """A file of a version is damaged, where the host's twin is in step."""
+        host = self.random.choice(self.hosts)
+        assert isinstance(host, TwinHost)
+        if self.may_lose(host):
+            self.seen["damaged"] += 1
+            self.needed.update(self.words)
+            host.be_damaged()
+
+    def needs_word(self) -> bool:
+        """Never: what one host cannot read its twin has."""
+        return False
+
     def may_lose(self, host: TwinHost) -> bool:
-        return self.is_in_step(host.twin) and not any(each.disk.lost for each in self.hosts)
+        return self.is_in_step(host.twin) and not any(each.disk.lost or each.damaged for each in self.hosts)
 
     def is_in_step(self, host: TwinHost) -> bool:
         """Whether a host has everything, and nobody is about to say that it has not."""
@@ -291,7 +311,8 @@ class TwinWorld(World):
             vote.proposal.seating for each in self.hosts for vote in [each.disk.vote] if vote and self.is_return(vote)
         ]
         absent = {place for seating in said if seating for place in seating.absent}
-        return self.is_member(host) and host.place not in absent and not host.disk.lost
+        has_all = not host.disk.lost and not host.damaged
+        return self.is_member(host) and host.place not in absent and has_all
 
     def is_whole(self) -> bool:
         return super().is_whole() and not self.seating().absent

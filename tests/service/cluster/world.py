@@ -3,7 +3,8 @@
 One seed is one schedule. Messages are lost, come twice, late, or after newer ones; links break; hosts and coordinators
 end in the middle of what they do, before or after a record is durable, before or after messages are sent; two
 coordinators act at once; trainers die with some of their slices sent, and come back at the step before. Machines go
-down, and take all records since the last one on the medium with them. Then the faults stop, and everything has to be
+down, and take all records since the last one on the medium with them. Files are damaged, disks are replaced by older
+copies, and operators say how to go on, rightly or wrongly. Then the faults stop, and everything has to be
 resolved.
 
 The oracle looks whenever a record becomes durable, and whenever anyone is told that a proposal is committed. Hosts use
@@ -44,7 +45,7 @@ _EVENTS = 55
 _MOST_FLYING = 10_000
 #: How often everyone says again what has no answer, until all has to be resolved; from which round on what waits is
 #: overdue.
-_ROUNDS, _PATIENCE = 12, 0
+_ROUNDS, _PATIENCE = 14, 0
 #: A shard refuses so many of the proposals that come to it, for parameters that are not finite, say.
 _REFUSED = 0.03
 #: Of so many proposals a shard's outcome differs from those of the others, also when they come again.
@@ -95,7 +96,8 @@ class Host:
     medium. writing: the checkpoint that is being written. lasting: changes that stay, also when shards go back. slices:
     by their keys, those that were averaged, each with the version that it was averaged on, and the revision that it was
     voted for on; in memory. refuses: what this host can never prepare. differs: what this host makes something else of
-    than others.
+    than others. damaged: whether the bytes of its version cannot be read. is_copy: whether the disk is an older copy,
+    and the shards have not gone back since. copied: a copy of the disk, as it was once.
     """
 
     def __init__(self, world: World, place: int) -> None:
@@ -110,12 +112,15 @@ class Host:
         self.slices: dict[str, tuple[Slice, str, int]] = {}
         self.refuses: set[str] = set()
         self.differs: set[str] = set()
+        self.damaged = self.is_copy = False
+        self.copied: tuple[Record, tuple[Vote, ...], dict[int, tuple[Vote, ...]], set[str]] | None = None
         self.shard: Shard | None = None
         self.start()
 
     def start(self) -> None:
         """Come up with what the disk has, and report."""
         self.shard = self.world.design.shard(self.place, self.recovered())
+        self.shard.note_damage(self.damaged)
         self.report()
 
     def recovered(self) -> Record:
@@ -134,7 +139,32 @@ class Host:
         self.disk = self.after_loss(self.disk)
         self.sync()
         self.world.note_loss()
+        self.world.needed.update(self.world.words)
         self.start()
+
+    def be_damaged(self) -> None:
+        """A file of the version is damaged, which a start finds; checkpoints may be as well."""
+        self.crash()
+        self.damaged = True
+        if self.world.happens(0.3):
+            gone = self.world.random.choice(sorted(self.checkpoints) or [0])
+            gone = -1 if self.disk.vote and self.disk.vote.proposal.back == gone else gone  # written anew by then
+            self.checkpoints = {revision: log for revision, log in self.checkpoints.items() if revision != gone}
+        self.start()
+
+    def become(self, record: Record, log: tuple[Vote, ...], checkpoints: dict[int, Any], lasting: set[str]) -> None:
+        """The disk is replaced by an older copy; its host and all coordinators are started anew."""
+        self.crash()
+        self.disk, self.log, self.checkpoints, self.lasting = record, log, dict(checkpoints), set(lasting)
+        self.damaged, self.is_copy = False, True
+        self.sync()
+        self.world.note_copy(self)
+        self.start()
+
+    @property
+    def hurt(self) -> bool:
+        """Whether an operator may have a say."""
+        return self.damaged or self.is_copy or self.disk.lost
 
     def after_loss(self, record: Record) -> Record:
         return after_loss(record, has_voted=is_lasting(record.vote))
@@ -200,7 +230,7 @@ class Host:
 
     def knows(self, key: str) -> bool:
         """Whether the proposal of this key led to the shard's revision."""
-        return any(vote.ticket.key == key for vote in self.log)
+        return any(key_of(vote) == key for vote in self.log)
 
     def prepare(self, proposal: Proposal) -> None:
         """Judge a proposal, prepare it and vote; or refuse it."""
@@ -209,6 +239,8 @@ class Host:
             return
         if proposal.back is not None:
             self.prepare_way_back(shard, proposal, proposal.back)
+        elif not proposal.change and ticket.step is None and proposal.seating is None:
+            raise Torn(f"{ticket} is to go on with what all have, and was proposed as another change")
         elif self.knows(ticket.key):
             self.carry_out(shard.refuse(ticket, "committed before"))
         elif self.lacks_checkpoint(proposal):
@@ -227,10 +259,18 @@ class Host:
 
     def prepare_way_back(self, shard: Shard, proposal: Proposal, to: int) -> None:
         """Vote for the way back to a checkpoint, or refuse it where the checkpoint is not here."""
-        if to and to not in self.checkpoints:
+        if proposal.word and self.knows(proposal.word):
+            self.carry_out(shard.refuse(proposal.ticket, "committed before"))
+        elif not self.can_read(proposal, to):
             self.carry_out(shard.refuse(proposal.ticket, "no such checkpoint"))
         else:
-            self.carry_out(shard.prepare(Vote(proposal, f"back to {to}, {proposal.change}")))
+            self.carry_out(shard.prepare(Vote(proposal, f"back to {proposal.to or to}, {proposal.change}")))
+
+    def can_read(self, proposal: Proposal, to: int) -> bool:
+        """Whether what the shards are to go back to is here: a snapshot of any revision is, at most times."""
+        if proposal.to:
+            return proposal.to in self.world.snapshots and (self.world.calm or not self.world.happens(0.2))
+        return to == 0 or to in self.checkpoints
 
     def lacks_checkpoint(self, proposal: Proposal) -> bool:
         """Whether a proposal settles a checkpoint that is not here."""
@@ -258,6 +298,7 @@ class Host:
             if sent and version != self.version:
                 raise Torn(f"{sent} was averaged on {version}, and follows {self.version}")
             self.follow(made)
+            self.shard.note_damage(self.damaged)
         self.medium.append((self.disk, self.log))
         if made and is_lasting(made):
             self.lasting.add(made.ticket.key)
@@ -267,15 +308,24 @@ class Host:
 
     def follow(self, made: Vote) -> None:
         """Do what a revision that is committed says."""
+        self.is_copy = False
         if (to := made.proposal.back) is not None:
-            self.log = self.checkpoints[to] if to else ()
-            self.writing = None
+            self.log = self.log_back_at(made.proposal, to)
+            if made.proposal.word:
+                self.log = (*self.log, made)
+            self.writing, self.damaged = None, False
             self.keep_only(to)
             return
         self.log = (*self.log, made)
         if made.proposal.change == "checkpoint":
             self.keep_only(self.disk.settled)
             self.writing = self.disk.revision, self.log
+
+    def log_back_at(self, proposal: Proposal, to: int) -> tuple[Vote, ...]:
+        """Of the version that a way back leads to."""
+        if proposal.to:
+            return self.world.snapshots[proposal.to]
+        return self.checkpoints[to] if to else ()
 
     def send(self, outputs: Iterable[Any], source: Seat | None = None) -> None:
         world = self.world
@@ -307,7 +357,12 @@ class Host:
 
     def dressed(self, report: Report) -> Report:
         """A report with what the shard's holder says in it."""
-        return report._replace(kept=self.kept)
+        return report._replace(kept=self.kept, damaged=self.damaged)
+
+
+def key_of(vote: Vote) -> str:
+    """By which whoever asked for it knows a proposal."""
+    return vote.proposal.word or vote.ticket.key
 
 
 def is_beside(vote: Vote) -> bool:
@@ -346,6 +401,7 @@ class Seat:
                 if output.committed:
                     world.acknowledge(output.key)
                 world.changes.pop(output.key, None)
+                world.words.pop(output.key, None)
             else:
                 world.send(world.hosts[output.shard], output, self)
         if self.core.deposed and world.seats.pop(self.name, None):
@@ -367,7 +423,9 @@ class World:
     chosen: by revision, the vote that led to it on the shard that came there first. logs: by revision, the votes that
     led to its version; kept_logs: also of revisions that no machine knows any more. settled: the revision whose
     checkpoint all are to have. committed: keys of all proposals that ever were. acknowledged: those that somebody was
-    told of, and that were not gone back over. seen: how often what happened, to know that schedules are worth
+    told of, and that were not gone back over. words: of operators that have no answer, by key. snapshots: what they
+    name, of hosts that can read it. needed: the keys of words that were said while something was damaged, or before
+    something was. seen: how often what happened, to know that schedules are worth
     something.
 
     More than twenty methods, more than twelve attributes: each thing that may happen, and each that is known.
@@ -375,6 +433,7 @@ class World:
 
     def __init__(self, seed: int, design: Design) -> None:
         self.design = design
+        self.seed = seed
         self.random = random = Random(seed)
         self.crashes = random.choice((0.0, 0.0, 0.02, 0.05))
         self.losses = random.choice((0.0, 0.0, 0.05, 0.15))
@@ -393,6 +452,9 @@ class World:
         self.broken: set[tuple[str, int]] = set()
         self.seats: dict[str, Seat] = {}
         self.changes: dict[str, None] = {}
+        self.words: dict[str, str] = {}
+        self.snapshots: dict[str, tuple[Vote, ...]] = {}
+        self.needed: set[str] = set()
         self.names = 0
         self.step, self.key = 0, ""
         self.unanswered: set[int] = set()
@@ -430,10 +492,12 @@ class World:
             raise Torn(f"shard {host.place} went back from {before} to {record}")
         if record.revision > before.revision:
             self.look_at_revision(host, record, before)
-        elif before.vote and record.vote != before.vote:
+        if host.damaged and record.vote and record.vote != before.vote and not self.is_way(record.vote):
+            raise Torn(f"shard {host.place} votes for {record.vote.ticket}, and has not the bytes for that")
+        if record.revision == before.revision and before.vote and record.vote != before.vote:
             self.seen["aborted after the faults" if self.calm else "aborted"] += 1
-            # A lost shard may hear a late proposal that the others have long left behind.
-            late = before.lost and before.vote.ticket.base + 1 < max(self.chosen, default=0)
+            # A lost shard may hear a late proposal, an older copy have an early vote, that the others have long left.
+            late = (before.lost or host.is_copy) and before.vote.ticket.base + 1 < max(self.chosen, default=0)
             if self.gave_up(host, before.vote) and not late:
                 raise Torn(f"shard {host.place} gave up {before.vote.ticket}, which others have committed")
 
@@ -448,15 +512,19 @@ class World:
             raise Torn(f"shard {host.place} came to revision {record.revision} by nothing")
         if chosen is None:
             if made.proposal.back is not None:
-                self.look_at_way_back(host, made.proposal.back, before)
-            elif any(vote.ticket.key == made.ticket.key for vote in self.logs[record.revision - 1]):
+                self.look_at_way_back(host, made.proposal, made.proposal.back, before)
+            # Of a way back what came before may be known to nobody any more.
+            earlier = (
+                self.logs[record.revision - 1] if made.proposal.back is None else self.logs.get(made.ticket.base, ())
+            )
+            if any(key_of(vote) == key_of(made) for vote in earlier):
                 raise Torn(f"{made.ticket} was committed twice")
             if made.ticket.base != record.revision - 1:
                 raise Torn(f"{made.ticket} was prepared on another revision than it is committed to, {record.revision}")
             self.look_at_all(made)
             self.chosen[record.revision], self.logs[record.revision] = made, host.log
             self.kept_logs[record.revision] = host.log
-            self.committed.add(made.ticket.key)
+            self.committed.update((key_of(made), made.ticket.key))
             self.settled = record.settled
             self.seen["committed after the faults" if self.calm else "committed"] += 1
         elif chosen != made:
@@ -471,20 +539,44 @@ class World:
         self.chosen = {revision: vote for revision, vote in self.chosen.items() if revision <= last}
         self.logs = {revision: log for revision, log in self.logs.items() if revision <= last}
 
-    def look_at_way_back(self, host: Host, to: int, before: Record) -> None:
-        """The shards go back: after a loss alone, and no further than to what all were to keep."""
+    def is_way(self, vote: Vote) -> bool:
+        """Whether a shard may vote so that has not the bytes of its version."""
+        return vote.proposal.back is not None
+
+    def look_at_way_back(self, host: Host, way: Proposal, to: int, before: Record) -> None:
+        """The shards go back: after a loss, or on the word of an operator who had reason to say so, and no further than
+        to what all were to keep, or to what was named."""
         again = before.made is not None and before.made.proposal.back is not None
-        if not before.lost and not again and not any(each.disk.lost for each in self.hosts):
+        if way.word and way.word not in self.needed:
+            raise Torn(f"the shards went back to {way}, and nobody had reason to say so")
+        if way.word and not way.to and not to:
+            raise Torn(f"the shards were to go on with what all have, and went back to their beginning by {way}")
+        if not way.word and not before.lost and not again and not any(each.disk.lost for each in self.hosts):
             raise Torn(f"the shards went back to revision {to}, and nothing was lost")
-        if to < self.settled or host.log != self.kept_logs[to]:
+        log = host.log[:-1] if way.word else host.log
+        if to < self.settled or log != (self.snapshots[way.to] if way.to else self.kept_logs[to]):
             raise Torn(f"the shards went back to {host.log} of revision {to}, and all had {self.settled}")
-        self.seen["went back" if to else "went back to nothing"] += 1
-        self.acknowledged &= {vote.ticket.key for vote in host.log}
+        self.seen["went back on a word" if way.word else "went back" if to else "went back to nothing"] += 1
+        self.acknowledged &= {key_of(vote) for vote in host.log}
+
+    def note_copy(self, host: Host) -> None:
+        """A disk is an older copy. What it alone knew to be committed is as if it had not been; nobody who spoke with
+        the earlier one is there any more."""
+        self.seen["older copies"] += 1
+        last = max(each.disk.revision for each in self.hosts)
+        self.chosen = {revision: vote for revision, vote in self.chosen.items() if revision <= last}
+        self.logs = {revision: log for revision, log in self.logs.items() if revision <= last}
+        self.acknowledged &= {key_of(vote) for vote in self.logs[max(self.logs)]}
+        self.seats.clear()
+        self.flying = [each for each in self.flying if each[0] is not host]
+        self.needed.update(self.words)
 
     def look_at_all(self, vote: Vote) -> None:
-        """Every disk has what was voted for, committed or prepared, but for those that lost what they had."""
+        """Every disk has what was voted for, committed or prepared, but for those that lost what they had, and older
+        copies, in whose place another disk had it when a verdict was passed."""
         for host in self.hosts:
-            if vote not in (host.disk.vote, host.disk.made, *host.log) and not host.disk.lost:
+            excused = host.disk.lost or host.is_copy
+            if vote not in (host.disk.vote, host.disk.made, *host.log) and not excused:
                 raise Torn(f"{vote} was committed, and shard {host.place} is without: {host.disk}")
 
     def acknowledge(self, key: str) -> None:
@@ -493,11 +585,11 @@ class World:
             return
         if key not in self.committed:
             raise Torn(f"{key} was acknowledged, and no shard has it")
-        votes = [vote for vote in self.logs[max(self.logs)] if vote.ticket.key == key]
+        votes = [vote for vote in self.logs[max(self.logs)] if key_of(vote) == key]
         if votes:
             self.acknowledged.add(key)
             self.look_at_all(votes[0])
-        elif not self.seen["losses of power"]:
+        elif not any(self.seen[kind] for kind in ("losses of power", "older copies", "went back on a word")):
             raise Torn(f"{key} was acknowledged, and no shard has it any more")
 
     # --- the network ------------------------------------------------------------------------------------------------
@@ -581,6 +673,47 @@ class World:
             seat = self.random.choice(tuple(self.seats.values()))
             seat.send(seat.core.propose(key, change or f"change {key}", settles))
 
+    def say_word(self) -> None:
+        """An operator says how to go on after damage, whether there is any or not: with what all have, or with a
+        snapshot, which may be one that there is not."""
+        key = self.new_name("w")
+        self.words[key] = to = "" if self.happens(0.5) else f"rewind {key}"
+        if self.calm or self.happens(0.8):
+            self.snapshots[to] = self.kept_logs[self.random.choice(tuple(self.kept_logs))]
+        # A report that says so may be under way for long, and the files be back.
+        if self.seen["damaged"] or any(host.hurt for host in self.hosts):
+            self.needed.add(key)
+        self.say_words()
+
+    def say_words(self) -> None:
+        """Operators who have no answer say again what they said."""
+        for key, to in tuple(self.words.items()):
+            if self.seats:
+                seat = self.random.choice(tuple(self.seats.values()))
+                seat.send(seat.core.propose(key, to, mends=True))
+
+    def damage(self) -> None:
+        """A file of a version is damaged."""
+        self.random.choice(self.hosts).be_damaged()
+        self.seen["damaged"] += 1
+        self.needed.update(self.words)
+
+    def restore_file(self) -> None:
+        """Somebody puts damaged files back from a backup."""
+        host = self.random.choice(self.hosts)
+        if host.damaged:
+            host.crash()
+            host.damaged = False
+            host.start()
+
+    def replace_disk(self) -> None:
+        """A copy of a disk is made, or a disk replaced by the copy that was made before."""
+        host = self.random.choice(self.hosts)
+        if host.copied and not any(each.hurt for each in self.hosts):
+            host.become(*host.copied)
+        elif not host.hurt:
+            host.copied = host.disk, host.log, dict(host.checkpoints), set(host.lasting)
+
     def take_checkpoint(self) -> None:
         """A host asks all for another checkpoint, which mostly settles the one before; or some write the one in hand.
         Mostly that goes well: there would be few ways back to one."""
@@ -622,8 +755,8 @@ class World:
         return self.random.choices(kinds, [*(weight for _, weight in _WORK), *weights], k=_EVENTS)
 
     def faults(self) -> Sequence[tuple[Callable[[Any], None], float]]:
-        """What may go wrong, and how often."""
-        return _FAULTS
+        """What may go wrong, and how often: in most schedules without damage, which has others wait for a word."""
+        return (*_FAULTS, *_DAMAGE) if self.seed % 3 == 2 else _FAULTS
 
     def visit(self) -> None:
         """A host that is down starts; one that is up says again what has no answer, or that it has waited for long.
@@ -687,7 +820,8 @@ class World:
                 break
             # The update is stale, or was refused before; or a trainer that is gone left votes, which wait for a newer
             # step. So one more has to come through.
-            self.step = 1 + max(vote.ticket.step or 0 for vote in (*self.chosen.values(), Vote(_NONE, "")))
+            applied = (*self.chosen.values(), *self.hosts[0].log, Vote(_NONE, ""))
+            self.step = 1 + max(vote.ticket.step or 0 for vote in applied)
             self.key, self.unanswered = self.new_name("u"), set(range(len(self.hosts)))
             self.settle()
         self.look_at_end()
@@ -705,16 +839,27 @@ class World:
                 self.start_coordinator()
             self.say_again(turn)
             self.drain()
-            if not self.unanswered and not self.changes and self.is_whole():
+            if not self.unanswered and not self.changes and not self.words and self.is_whole():
                 return
-            if turn == _ROUNDS // 2 and self.unanswered and self.seen["losses of power"]:
+            if turn == _ROUNDS // 2 and self.unanswered and self.went_back():
                 # What one shard had applied and another had not was gone back over: the trainer gives its update up.
                 self.new_update()
         raise Stuck(f"update {self.key} on shards {self.unanswered}, or changes {list(self.changes)}, have no answer")
 
+    def needs_word(self) -> bool:
+        """Whether nobody but an operator can have the shards go on; after a loss of power alone they do by themselves,
+        unless a checkpoint was damaged."""
+        lost = any(host.disk.lost for host in self.hosts) and self.seen["damaged"] + self.seen["older copies"]
+        return bool(lost) or any(host.damaged or host.is_copy for host in self.hosts)
+
+    def went_back(self) -> bool:
+        """Whether what was applied may have been given up."""
+        return any(self.seen[kind] for kind in ("losses of power", "older copies", "damaged"))
+
     def is_whole(self) -> bool:
         """Whether all hosts are at one revision, and have it."""
-        return len({host.disk.revision for host in self.hosts}) == 1 and not any(host.disk.lost for host in self.hosts)
+        lacking = any(host.disk.lost or host.damaged for host in self.hosts)
+        return len({host.disk.revision for host in self.hosts}) == 1 and not lacking
 
     def say_again(self, turn: int) -> None:
         """Hosts that are down start; the others, the coordinator, the trainer, and whoever asks for changes, say again
@@ -730,6 +875,10 @@ class World:
             self.send(self.hosts[place], Slice(self.step, self.key))
         for key in tuple(self.changes):
             self.request(key)
+        if not self.words and turn > _PATIENCE and self.needs_word():
+            self.say_word()
+        else:
+            self.say_words()
 
     def drain(self) -> None:
         """Deliver all messages in turn, and what follows from them."""
@@ -748,9 +897,9 @@ class World:
         first = self.hosts[0].log
         if any(host.log != first or host.disk.vote or host.disk.lost for host in self.hosts):
             raise Stuck(f"at the end: {[host.disk for host in self.hosts]}")
-        if any(host.lasting != self.hosts[0].lasting for host in self.hosts):
+        if not self.seen["older copies"] and any(host.lasting != self.hosts[0].lasting for host in self.hosts):
             raise Torn(f"on some shards alone: {[host.lasting for host in self.hosts]}")
-        if lost := self.acknowledged - {vote.ticket.key for vote in first}:
+        if lost := self.acknowledged - {key_of(vote) for vote in first}:
             raise Torn(f"acknowledged and lost: {lost}")
         if not self.done():
             raise Stuck(f"update {self.key} is missing")
@@ -771,6 +920,7 @@ _FAULTS = (
     *((World.crash, 0.8), (World.lose_coordinators, 0.1), (World.lose_all, 0.1), (World.toggle_link, 0.4)),
     *((World.take_checkpoint, 3.0), (World.lose_power, 0.5)),
 )
+_DAMAGE = ((World.damage, 0.6), (World.restore_file, 0.3), (World.replace_disk, 0.6), (World.say_word, 0.8))
 
 
 def play(seed: int, design: Design | None = None) -> World:

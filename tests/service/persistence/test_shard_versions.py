@@ -35,7 +35,9 @@ LAYOUT = Layout(CONFIG.layout)
 
 
 def record(revision: int, more: str = "") -> str:
-    return json.dumps({"record": {"revision": revision, "more": more}})
+    """A record that has come to a revision, and votes for what follows if ``more`` says so."""
+    vote = {"proposal": {"ticket": {"base": revision}}} if more.startswith("vote") else None
+    return json.dumps({"record": {"revision": revision, "vote": vote, "more": more}})
 
 
 class Disk:
@@ -157,6 +159,42 @@ def test_promise_keeps_the_vote(disk: Disk, versions: list[Version]) -> None:
     assert disk.versions.record == record(0, "vote, and a term")
     disk.versions.promise(record(0, "vote, and another term"))
     disk.start()
+    assert same(disk.versions.voted, voted)
+
+
+def test_promise_keeps_a_vote_for_a_later_revision(disk: Disk, versions: list[Version]) -> None:
+    """A way back leads from the largest revision that any shard knows, which an older copy of a disk never came to."""
+    disk.make(disk.state(versions[0], 1), 1)
+    back = disk.state(versions[1], 2)
+    text = json.dumps({"record": {"revision": 1, "vote": {"proposal": {"ticket": {"base": 8}}}}})
+    place = disk.versions.take(["ema"])
+    assert place
+    place.finish(back)
+    disk.versions.vote(place.slot, back, text, 9)
+    disk.versions.promise(text)
+    disk.start()
+    assert same(disk.versions.voted, back)
+
+
+@pytest.mark.parametrize("damaged", ["current", "voted"])
+def test_a_vote_outlasts_damage(damaged: str, disk: Disk, versions: list[Version]) -> None:
+    """Where the current version is damaged the one that was voted for is taken up all the same; and where that one is,
+    its row stays, for the file may be put back."""
+    disk.make(disk.state(versions[0], 1), 1)
+    voted = disk.state(versions[1], 2)
+    disk.vote(voted, record(1, "vote"))
+    assert disk.store
+    slots = {row.revision: row.folder for row in disk.store.checkpoints(disk.row)}
+    disk.close()
+    [path] = disk.folder.glob(f"runs/*/{slots[1 if damaged == 'current' else 2]}/ema.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    assert disk.start().fault
+    assert same(disk.versions.voted, voted) is (damaged == "current")
+    disk.versions.promise(record(1, "vote, and a term"))
+    disk.close()
+    path.write_bytes(content)
+    assert not disk.start().fault
     assert same(disk.versions.voted, voted)
 
 

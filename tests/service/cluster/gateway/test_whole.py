@@ -1,4 +1,5 @@
-"""What hosts say of a ring, of snapshots and of themselves, as one server would say it of the whole run.
+"""What hosts say of a ring, of snapshots, of themselves, and of a run that is damaged, as one server would say it of
+the whole run.
 
 Knows the dataclasses of the protocol. Does not know HTTP.
 """
@@ -7,8 +8,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ema_client.protocol import RingInfo, ServerInfo, SnapshotInfo
-from ema_service.cluster.gateway.whole import whole_ring, whole_server, whole_snapshot
+import pytest
+
+from ema_client.protocol import RingInfo, RunConfig, ServerInfo, SnapshotInfo, SnapshotList, TensorSpec
+from ema_service.cluster import LayoutMap
+from ema_service.cluster.gateway.whole import (
+    Apart,
+    degraded_info,
+    whole_info,
+    whole_ring,
+    whole_server,
+    whole_snapshot,
+    whole_snapshots,
+)
+from ema_service.memory import Layout
+from tests.service.conftest import LocalServer
 
 
 def test_a_ring_is_what_all_hosts_have() -> None:
@@ -38,3 +52,33 @@ def test_a_store_that_fails_at_one_host_is_told() -> None:
     assert (whole.snapshots_waiting, whole.snapshot_store_fault) == (3, "host 1: no such bucket")
     assert whole_server([well, well]).snapshot_store_fault is None
     assert whole_server([replace(well, snapshots_waiting=None)]).snapshots_waiting is None
+
+
+def test_a_degraded_run_is_as_the_host_has_it_that_is_behind() -> None:
+    """With that host's reason, or else the coordinator's; hosts that are apart for a moment are no answer."""
+    specs = (TensorSpec("a.w", (4, 2), "F32"),)
+    server = LocalServer(None)
+    server.registry.create(RunConfig("r", specs))
+    info = server.run("r").info
+    ahead = replace(info, status="ready", version="1.4", step=4, parameters=8)
+    behind = replace(ahead, version="1.2", step=2)
+    damaged = replace(behind, status="degraded", reason="steps 3 and 4 are gone", remedy="ema rewind")
+    shards = LayoutMap(Layout(specs), 2)
+    with pytest.raises(Apart):
+        whole_info([ahead, behind], shards)
+    told = degraded_info([ahead, behind], shards, "an older copy?")
+    assert (told.status, told.version, told.step, told.reason) == ("degraded", "1.2", 2, "an older copy?")
+    assert "ema rewind" in str(told.remedy)
+    told = degraded_info([ahead, damaged], shards, "shard 1 is damaged")
+    assert (told.version, told.reason, told.remedy) == ("1.2", "host 1: steps 3 and 4 are gone", "ema rewind")
+    assert told.parameters == 16
+
+
+def test_snapshots_are_those_that_all_hosts_have() -> None:
+    """A host whose data dir is an older copy lacks some, and has others of the same name."""
+    first = SnapshotInfo("r", "s", "1.1", 1, 1, ("ema",), 10, 5.0)
+    later, other = replace(first, name="later", created_at=6.0), replace(first, name="t", created_at=7.0)
+    found = whole_snapshots(
+        [SnapshotList((first, later, other)), SnapshotList((replace(other, created_at=4.0), first))]
+    )
+    assert [(each.name, each.bytes) for each in found.snapshots] == [("s", 20)]

@@ -53,7 +53,7 @@ def test_checkpoints_are_asked_for_at_once() -> None:
     asked = asyncio.Event()
 
     def shard(moved: bool) -> SimpleNamespace:
-        return SimpleNamespace(checkpoints=SimpleNamespace(due=moved), takes_part=lambda: True)
+        return SimpleNamespace(checkpoints=SimpleNamespace(due=moved), is_whole=lambda: True)
 
     async def take(_: object) -> None:
         begun.append(1)
@@ -97,18 +97,18 @@ def test_a_slice_for_one_of_two_hosts_is_sent_again() -> None:
 
 def test_what_a_host_says_that_was_left_behind() -> None:
     """Nothing of the run, before a coordinator has told that the host counts; of a run that is not here, whether the
-    host knows which runs there are. A host without a twin always counts, and a damaged run says so itself, before it is
-    filled."""
+    host knows which runs there are. A host without a twin always counts, and a damaged run says so itself, unless it is
+    filled by then."""
     host = Host.__new__(Host)
 
     def check(
         name: str | None, *, run: bool, directory: bool, whole: bool = True, twins: bool = True, absent: bool = False
     ) -> None:
-        shard = SimpleNamespace(reporting=SimpleNamespace(counts=run, absent=absent), takes_part=lambda: whole)
+        shard = SimpleNamespace(reporting=SimpleNamespace(counts=run, absent=absent), is_whole=lambda: whole)
         host.__dict__.update(
             _membership=Membership(0, 4, "http://h", ("http://c:1",), ClusterToken("x" * 16), twins=twins),
             _shards={"r": shard},
-            _directory=SimpleNamespace(reporting=SimpleNamespace(counts=directory)),
+            _directory=SimpleNamespace(reporting=SimpleNamespace(counts=directory, absent=absent)),
         )
         host.check_counts(name)
 
@@ -128,9 +128,9 @@ def test_a_host_is_ready_once_its_twin_can_be_taken_down() -> None:
     host = Host.__new__(Host)
 
     def check(*, directory: bool = True, heard: bool = True, twins: bool = True, **run: bool) -> None:
-        facts = {"linked": True, "counts": True, "takes_part": True} | run
+        facts = {"linked": True, "counts": True, "is_whole": True} | run
         talk = SimpleNamespace(linked=facts["linked"], counts=facts["counts"])
-        shards = {"secret": SimpleNamespace(reporting=talk, takes_part=lambda: facts["takes_part"])}
+        shards = {"secret": SimpleNamespace(reporting=talk, is_whole=lambda: facts["is_whole"])}
         host.__dict__.update(
             _membership=Membership(0, 4, "http://h", ("http://c:1",), ClusterToken("x" * 16), twins=twins),
             _shards=shards,
@@ -144,7 +144,7 @@ def test_a_host_is_ready_once_its_twin_can_be_taken_down() -> None:
     with pytest.raises(Overloaded, match="left behind"):
         check(directory=False)
     check(directory=False, counts=False, twins=False)
-    for fact in ("linked", "counts", "takes_part"):
+    for fact in ("linked", "counts", "is_whole"):
         with pytest.raises(Overloaded, match="1 of 1 runs") as told:
             check(**{fact: False})
         assert "secret" not in str(told.value)

@@ -53,7 +53,7 @@ class Spoken:
 
 class Store:
     """A run that keeps its record in memory. fails: what the next write raises. prepared: what came with each record.
-    whole: whether the run takes part."""
+    whole: whether the version can be read."""
 
     def __init__(self) -> None:
         self.durable = Record(TERM)
@@ -65,7 +65,7 @@ class Store:
     def promise(self, record: Record) -> None:
         self.keep("promise", record)
 
-    def takes_part(self) -> bool:
+    def is_whole(self) -> bool:
         return self.whole
 
     def returns(self) -> bool:
@@ -170,17 +170,17 @@ def test_vote_of_an_earlier_life(store: Store) -> None:
     assert (store.events, store.prepared) == (["commit", Answer("u", committed=True)], ["bytes of u"])
 
 
-def test_damaged_run_says_nothing(store: Store, talk: Reporting[str]) -> None:
-    """A shard that cannot be read obeys nobody and refuses nothing, so nothing is decided."""
-    talk.vote(UPDATE, "bytes of u")
-    said = list(spoken(talk).said)
+def test_damaged_run_votes_for_no_update(store: Store, talk: Reporting[str]) -> None:
+    """A shard whose version cannot be read says so in each report, and votes for a way back alone."""
     store.whole = False
     talk.hear(Ask(0, Term(2, "d")))
-    talk.hear(verdict(talk, committed=True))
-    talk.refuse(NEWER.ticket, "no")
-    talk.insist()
+    talk.vote(UPDATE, "bytes of u")
 
-    assert (spoken(talk).said, store.events) == (said, ["vote"])
+    assert [each.damaged for each in spoken(talk).said] == [True]
+    assert store.events == ["promise", Answer("u", committed=False)]
+    way = Vote(Proposal(Ticket(4, None, "w"), "o", 0, word="w", to="a rewind"), "o")
+    talk.vote(way, "bytes of a snapshot")
+    assert (store.events[-1], store.durable.vote) == ("vote", way)
 
 
 def test_nothing_is_said_before_its_record_is_kept(talk: Reporting[str]) -> None:

@@ -73,7 +73,7 @@ class FileStore:
     def promise(self, record: Record) -> None:
         self._keep("promise", record, self.log)
 
-    def takes_part(self) -> bool:
+    def is_whole(self) -> bool:
         return True
 
     def vote(self, record: Record, _: None) -> None:
