@@ -260,8 +260,8 @@ class Coordinator:
         self._silent: set[int] = set()
         #: The number of the largest seating that this coordinator has spoken of.
         self._seatings = 0
-        #: The return of a host that was proposed last, and what the proposal followed from.
-        self._returning: tuple[tuple[int, int, Seating], Proposal] | None = None
+        #: By place, of a host that is to return: what its return follows from, and the proposal.
+        self._returning: dict[int, tuple[tuple[int, Seating], Proposal]] = {}
         #: ticket -> reason.
         self._refused: dict[Ticket, str] = {}
         #: By key, in the order in which changes are to take effect.
@@ -270,8 +270,9 @@ class Coordinator:
     def ask(self) -> list[Ask]:
         """What to ask all shards: at the start, and again now and then. A return that was refused is proposed again
         after that."""
-        if self._returning and self._returning[1].ticket in self._refused:
-            self._returning = None  # under another name
+        for shard, (_, proposal) in tuple(self._returning.items()):
+            if proposal.ticket in self._refused:
+                del self._returning[shard]  # it is proposed under another name
         return [] if self.deposed else [self._question(shard) for shard in range(self._shards)]
 
     def propose(self, key: str, change: str, settles: int = 0, *, mends: bool = False) -> list[Output]:
@@ -289,7 +290,7 @@ class Coordinator:
             return self._hear(message) if isinstance(message, Report) else []
         self.deposed = message.term > self.term
         if message.term != self.term:
-            return []
+            return self._doubt(message) if isinstance(message, Report) else []
         return self._drop(message) if isinstance(message, Refusal) else self._take(message)
 
     def note_silence(self, shard: int) -> list[Output]:
@@ -380,6 +381,16 @@ class Coordinator:
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
+    def _doubt(self, report: Report) -> list[Output]:
+        """Forget what a shard said that obeys an earlier term again, for its machine took its promise with it: the
+        shard is asked anew. A report that was sent before the promise, and comes late, says nothing."""
+        before = self._reports.get(report.shard)
+        if self.deposed or before is None or before.record.edition >= report.record.edition:
+            return []
+        del self._reports[report.shard]
+        self._said.pop(report.shard, None)
+        return [self._question(report.shard)]
+
     def _take(self, report: Report) -> list[Output]:
         """Take a report in, unless it is an older one that comes late, and decide."""
         before, said = self._reports.get(report.shard), self._said.get(report.shard)
@@ -387,8 +398,8 @@ class Coordinator:
             return []
         self._reports[report.shard] = report
         self.seating = max(self.seating, report.record.seating)
-        if self._returning and self._returning[0][0] == report.shard and not report.returns:
-            self._returning = None  # it comes again, under another name than the one that was refused
+        if not report.returns:
+            self._returning.pop(report.shard, None)  # it comes again, under another name than the one that was refused
         behind: list[Output] = [self._question(report.shard)] if report.record.seating < self.seating else []
         if before and before.record.edition == report.record.edition and isinstance(said, Resolve):
             # A verdict stands, whatever was learnt since: the shard may have obeyed by now.
@@ -399,7 +410,7 @@ class Coordinator:
     def _drop(self, refusal: Refusal) -> list[Output]:
         """Remember what a shard refused, until the run moves on; but for what a shard judged that was left behind, by
         an older version. Such a shard's word counts of its own return alone."""
-        is_return = self._returning is not None and refusal.ticket == self._returning[1].ticket
+        is_return = any(refusal.ticket == proposal.ticket for _, proposal in self._returning.values())
         if refusal.shard not in self._members() and not is_return:
             return []
         return [*self._give_up(refusal.ticket, refusal.reason), *self._decide()]
@@ -557,13 +568,13 @@ class Coordinator:
 
     def _return_of(self, shard: int, revision: int) -> Proposal:
         """The proposal that a host counts again, the same as long as nothing else is so."""
-        about = (shard, revision, self.seating)
-        if self._returning is None or self._returning[0] != about:
+        about = revision, self.seating
+        if shard not in self._returning or self._returning[shard][0] != about:
             seating = self._next_seating(self.seating.absent - {shard})
             key = f"return-{shard}-{seating.number}-{seating.term.number}-{seating.term.name}"
             ticket = Ticket(revision, None, key)
-            self._returning = about, Proposal(ticket, "", seating=seating)
-        return self._returning[1]
+            self._returning[shard] = about, Proposal(ticket, "", seating=seating)
+        return self._returning[shard][1]
 
     def _bring(self, proposal: Proposal) -> list[Propose]:
         """Propose a change to the shards that have not voted, or for an update, which the change makes wait. The bytes
@@ -603,7 +614,8 @@ class Coordinator:
             return self._close(votes)
         way, word = self._way_back(newest), self._word()
         if way is None and word:
-            return [*refused, self._refuse(word.key, nothing_common(self._why_not(word)))]
+            why = self._why_not(word)
+            return [*refused, self._refuse(word.key, why if word.change else nothing_common(why))]
         if way is None:
             self.fault = "a shard lost its newest versions, and there is no checkpoint that all can go back to"
             return [*refused]
@@ -616,12 +628,15 @@ class Coordinator:
         a shard could not read that; or to what an operator named. None where none is left."""
         reports, outcome, word = self._present().values(), newest.made.outcome if newest.made else "", self._word()
         settled = max(each.record.settled for each in reports)
-        if word and word.change:
-            # What is settled stays: a loss of the machine before the next checkpoint asks for another word.
-            return Proposal(Ticket(newest.revision, None, word.key), outcome, settled, word=word.key, to=word.change)
         common = set.intersection(*({each.kept.older, each.kept.newer} for each in reports))
+        kept = sorted({to for to in common if to > settled} | {settled}, reverse=True)
+        # Another ticket than that of the change itself, which some may have voted for before.
         name, key = (f"{word.key}-back", word.key) if word else ("back", "")
-        for to in sorted({to for to in common if to > settled} | {settled}, reverse=True):
+        if word and word.change:
+            # What all have stays: a loss of the machine before the next checkpoint asks for another word.
+            way = Proposal(Ticket(newest.revision, None, name), outcome, kept[0], word=key, to=word.change)
+            return None if way.ticket in self._refused else way
+        for to in kept:
             way = Proposal(Ticket(newest.revision, None, f"{name}-{to}"), outcome, to, word=key)
             if way.ticket not in self._refused and (to or not word):
                 return way

@@ -318,6 +318,16 @@ def test_older_copy_of_a_disk_is_a_fault() -> None:
     assert coordinator.propose("k", "decay 0.5") == []
 
 
+def test_a_promise_that_a_machine_took_with_it_is_asked_for_again() -> None:
+    """At once, and what the shard said before counts for nothing; a report from before the promise does no harm."""
+    coordinator, _ = begun(AT_TWO, AT_TWO)
+
+    assert coordinator.receive(Shard(1, Record()).report()) == []
+    assert coordinator.revision(1) == 2
+    assert coordinator.receive(Shard(1, after_loss(Record())).report()) == [Ask(1, coordinator.term)]
+    assert coordinator.revision(1) is None
+
+
 def hurt(*records: Record) -> tuple[Coordinator, list[Shard]]:
     """As begun(), where the bytes of the last shard are damaged."""
     coordinator, shards = begun(*records)
@@ -345,12 +355,12 @@ def test_damage_waits_for_a_word() -> None:
 def test_all_go_back_on_a_word(older: bool) -> None:
     """To the snapshot that it names: for each shard that is its next revision, also for an older copy of a disk."""
     coordinator, shards = begun(AT_TWO, Record(TERM, 1, 1, vote(UPDATE), None)) if older else hurt(AT_TWO, AT_TWO)
-    way = Proposal(Ticket(2, None, "w"), "after v", 0, word="w", to="rewind to s")
+    way = Proposal(Ticket(2, None, "w-back"), "after v", 0, word="w", to="rewind to s")
 
     assert coordinator.propose("w", "rewind to s", mends=True) == [Propose(p, coordinator.term, way) for p in (0, 1)]
     answers = carry(coordinator, shards, [each for shard in shards for each in shard.prepare(vote(way))])
 
-    assert answers == [*[Answer("w", committed=True)] * 3]
+    assert answers == [*[Answer("w-back", committed=True)] * 2, Answer("w", committed=True)]
     assert [shard.record.made for shard in shards] == [vote(way)] * 2
     assert [shard.record.revision for shard in shards] == [3, 3]
 

@@ -184,7 +184,7 @@ UPDATE = Proposal(Ticket(0, 5, "u"))
 
 def begun(*records: Record) -> tuple[Coordinator, list[Shard]]:
     """A coordinator that has claimed a term and heard all hosts."""
-    coordinator = Coordinator("c", 4, twins=True)
+    coordinator = Coordinator("c", len(records), twins=True)
     shards = [Shard(place, record) for place, record in enumerate(records)]
     for _ in range(3):  # the question, the claim, and a seating
         for ask in coordinator.ask():
@@ -360,6 +360,22 @@ def test_a_host_that_was_left_behind_refuses_nothing() -> None:
     said = coordinator.receive(report)  # type: ignore[arg-type]
 
     assert [each.committed for each in said if isinstance(each, Resolve)] == [True] * 3
+
+
+def test_two_hosts_return_one_after_the_other() -> None:
+    """Each return is proposed once, and not under another name whenever the other host says that it can return."""
+    record = Record(Term(1, "b"), 1, 0, None, None, seating=Seating(Term(1, "b"), 1, "0 4"))
+    coordinator, shards = begun(*[record] * 6)
+
+    def proposed(shard: int) -> list[Seating | None]:
+        said = coordinator.receive(shards[shard].report()._replace(returns=True))
+        return [each.proposal.seating for each in said if isinstance(each, Propose)]
+
+    (first,) = set(proposed(0))
+    assert first
+    assert first.absent == {4}
+    assert proposed(4) == []
+    assert set(proposed(0)) <= {first}
 
 
 def test_a_return_that_was_refused_is_proposed_again() -> None:
