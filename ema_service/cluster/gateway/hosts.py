@@ -30,6 +30,7 @@ from ema_client.errors import (
     Overloaded,
     ProtocolError,
     RunDegraded,
+    RunNotFound,
     SnapshotDamaged,
     Stopping,
     StorageFailed,
@@ -193,14 +194,31 @@ class Hosts:
             if answer.status_code >= 400:
                 with self._faults(host):
                     fault = _error_of(host, answer, await answer.aread())
-                raise await self._told_by_twins(fault, host, path)
+                raise await self._weighed(fault, host, path)
             yield answer
         finally:
             await answer.aclose()
 
-    async def _told_by_twins(self, fault: EmaError, host: HostAddress, path: str) -> EmaError:
-        """A host's error, of twins Overloaded where the host does not count by a map that is asked for now: what it
-        says follows from an older version then."""
+    async def check_directory(self) -> None:
+        """Raises Overloaded where a host's disk is an older copy, or empty, so that it knows other runs than there
+        are: what hosts say of runs that they do not have counts for nothing then."""
+        why = (await self.talk(DIRECTORY) or {}).get("fault")
+        if why:
+            raise Overloaded(
+                f"which runs there are is not known: {why}",
+                hint="put the data dir back that the host had: ema_service/OPERATIONS.md, A cluster",
+                retry_after=1.0,
+            )
+
+    async def _weighed(self, fault: EmaError, host: HostAddress, path: str) -> EmaError:
+        """A host's error, or Overloaded in its place: where there may well be the run that the host does not know; of
+        twins where the host does not count by a map that is asked for now, and says what follows from an older
+        version."""
+        if isinstance(fault, RunNotFound) and not host.is_replica:
+            try:
+                await self.check_directory()
+            except Overloaded as doubt:
+                return doubt
         if self._twins is None or host.is_replica:
             return fault
         self._told = float("-inf")  # the twin may have come back, or the host been left behind

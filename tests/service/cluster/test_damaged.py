@@ -81,7 +81,7 @@ def test_damage_and_an_older_copy(
 ) -> None:
     """A damaged file is told of the run, with the steps that are gone, and takes no other run along; then a host's data
     dir is put back from a backup of before. Each time the command of the runbook has all hosts go back to the snapshot,
-    once, and the run is LitEma's from there."""
+    once, and the run is LitEma's from there. In the end a host begins with an empty data dir, and is given its own."""
     first, second = litema(model(0), decay=DECAY), litema(model(0), decay=DECAY)
     damaged, copied = f"{run_name}-a", f"{run_name}-b"
     with EmaClient(cluster.url) as client:
@@ -123,3 +123,18 @@ def test_damage_and_an_older_copy(
             client.rewind(copied, "s-5")
         assert "version 2.0, step 2" in ema(cluster, "rewind", copied, "s-2", "--yes")
         assert_goes_on(client, copied, model, second)
+    assert cluster.stop() == 0
+    shutil.move(host, tmp_path / "kept")
+
+    cluster.start()
+    with cluster.http() as http:
+        for path in (f"/v1/runs/{copied}", "/v1/runs"):
+            told = [http.get(path)]
+            wait_until(lambda path=path, told=told: "older copy" in (told.append(http.get(path)) or told[-1].text))
+            assert {each.status_code for each in told} == {503}, "nobody is told that the runs are gone"
+    assert cluster.stop() == 0
+    shutil.rmtree(host)
+    shutil.move(tmp_path / "kept", host)
+    cluster.start()
+    with EmaClient(cluster.url) as client:
+        client.push(copied, model(8), step=8)

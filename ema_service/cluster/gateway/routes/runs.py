@@ -64,6 +64,7 @@ class RunRoutes:
     async def runs(self, request: Request) -> Response:
         """All runs that are on all hosts, with the query of one server."""
         query = dict(request.query_params)
+        await self.asking.hosts.check_directory()
         ask = partial(self.asking.ask, request, runs_path(), RunList, params=query)
         infos = [{each.run: each for each in told.runs} for told in await self.asking.hosts.each(ask)]
         names = [name for name in infos[0] if all(name in each for each in infos)]
