@@ -58,6 +58,8 @@ _CONNECT, _MAP, SILENCE = 5.0, 2.0, 60.0
 _UNREAD = 15.0
 #: Seconds after which the map is asked for again, although every host answered.
 _MAP_AGE = 2.0
+#: Seconds after a gateway's start in which it is no fault that hosts have not come yet.
+_STARTING = 20.0
 #: What of a request's head is a host's to judge.
 _PASSED = ("authorization", "host", "origin", "sec-fetch-site", HEADER_KEY, HEADER_PUSH, HEADER_WRITER)
 #: Errors that are about the host, not about the run or the request: the text then says which host.
@@ -87,7 +89,8 @@ class Hosts:
         self._map: tuple[HostAddress, ...] = ()
         self._twins: Twins | None = None
         self._told = float("-inf")
-        self._logged = ""
+        self._logged: tuple[int, str] | None = None
+        self._began = time.monotonic()
         self._asking = asyncio.Lock()
         #: By place: how often a holder was chosen.
         self._turns: Counter[int] = Counter()
@@ -144,10 +147,12 @@ class Hosts:
         self._told = time.monotonic()
 
     def _log_once(self, fault: str) -> None:
-        """Log why there is no map, where that is new; empty: there is one."""
-        if fault and fault != self._logged:
-            _log.warning("%s", fault)
-        self._logged = fault
+        """Log why there is no map, where that is new, or is a fault by now; empty: there is one."""
+        level = logging.INFO if time.monotonic() - self._began < _STARTING else logging.WARNING
+        said = (level, fault) if fault else None
+        if said and said != self._logged:
+            _log.log(level, "%s", fault)
+        self._logged = said
 
     async def _check_guarded(self, host: HostAddress) -> None:
         """Raises Forbidden where a host answers without a token."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 
 import pytest
 
@@ -49,6 +50,27 @@ def test_a_host_that_is_elsewhere_is_waited_for_no_longer(monkeypatch: pytest.Mo
 
     where, reached = list[str](), asyncio.Event()
     asyncio.run(asyncio.wait_for(whole(), 20))
+
+
+def test_hosts_that_have_not_come_yet_are_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cluster that is started has no hosts at first; the same is told as a fault where it goes on."""
+    caplog.set_level(logging.INFO, "ema_service.cluster.gateway.hosts")
+
+    async def look(hosts: Hosts) -> None:
+        with pytest.raises(Overloaded, match="where the hosts are is not known"):
+            await hosts.all()
+
+    async def whole() -> None:
+        hosts = Hosts(["http://127.0.0.1:1"], ClusterToken("x" * 16))
+        for seconds in (20.0, 20.0, 0.0, 0.0):
+            monkeypatch.setattr("ema_service.cluster.gateway.hosts._STARTING", seconds)
+            await look(hosts)
+        await hosts.close()
+
+    asyncio.run(whole())
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
 
 
 def test_what_a_host_says_that_was_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
