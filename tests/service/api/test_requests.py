@@ -117,7 +117,7 @@ def test_reader_that_leaves_costs_no_lines(logged: ServerProcess, plain_run: Cal
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves by a reset
     wait_until(lambda: len(lines(logged)) >= before + 2, "the readers' lines")
     run.http.get("/healthz")
-    later = lines(logged)[before:]
+    later = [each for each in lines(logged)[before:] if " took " not in each["message"]]  # on a busy machine
     assert [each["logger"] for each in later if each.get("path") != "/healthz"] == ["ema_service.access"] * 2
 
 

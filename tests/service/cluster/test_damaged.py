@@ -76,6 +76,7 @@ def assert_goes_on(client: EmaClient, run: str, model: Model, oracle: LitEmaOrac
         assert all(torch.equal(found[name], tensor) for name, tensor in oracle.shadow.items())
 
 
+@pytest.mark.soak
 def test_damage_and_an_older_copy(
     cluster: Launched, run_name: str, model: Model, litema: type[LitEmaOracle], tmp_path: Path
 ) -> None:

@@ -135,7 +135,8 @@ def test_a_link_goes_down_and_comes_back(
     assert all(process.poll() is None for process in linked.hosts.values()), "a host without a lease has ended"
 
 
-@pytest.mark.parametrize("straight", [True, pytest.param(False, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("straight", [True, False])
 def test_a_host_is_replaced_while_its_link_is_down(
     started: Started, litema: type[LitEmaOracle], straight: bool
 ) -> None:

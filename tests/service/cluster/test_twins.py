@@ -372,6 +372,7 @@ def test_random_losses(twins: Twins) -> None:
         twins.push()
 
 
+@pytest.mark.soak
 def test_parts_go_to_both_hosts(twins: Twins) -> None:
     """Of two ranks, each with half of the tensors; and an update of a run that was made while a host was away."""
     twins.push()
@@ -395,6 +396,7 @@ def test_parts_go_to_both_hosts(twins: Twins) -> None:
     assert twins.client.pull("parts").info.step == 1
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_a_ring_is_on_both_hosts(twins: Twins) -> None:
     """A host is lost with its disk, and then its twin: what the ring gives is what it gave, of snapshots that the

@@ -6,12 +6,13 @@ Coordinator and host are sockets of this process. Does not know runs (test_gatew
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 
 import pytest
 
-from ema_client.errors import Overloaded, StepConflict
+from ema_client.errors import Overloaded, RunNotFound, StepConflict
 from ema_service.cluster import ClusterToken
 from ema_service.cluster.gateway.hosts import HostAddress, Hosts
 
@@ -49,6 +50,39 @@ def test_a_host_that_is_elsewhere_is_waited_for_no_longer(monkeypatch: pytest.Mo
             await hosts.close()
 
     where, reached = list[str](), asyncio.Event()
+    asyncio.run(asyncio.wait_for(whole(), 20))
+
+
+@pytest.mark.parametrize("fault", [None, "shard 1 is at revision 0: is its data dir an older copy?"])
+def test_nobody_is_told_that_a_run_is_gone_by_an_empty_disk(fault: str | None) -> None:
+    """A host that knows no runs is not believed while the coordinator holds its directory for an older copy."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (head := await reader.readuntil(b"\r\n\r\n")).startswith(b"GET"):
+            mapped = b"/shards" in head
+            told = (
+                {"shards": [{"place": 0, "address": where}], "fault": fault}
+                if mapped
+                else RunNotFound("there is no run 'r'").to_problem()
+            )
+            kind = b"application/json" if mapped else b"application/problem+json"
+            body = json.dumps(told).encode()
+            lines = b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
+            writer.write(lines % (200 if mapped else 404, kind, len(body)) + body)
+
+    async def whole() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as both:
+            nonlocal where
+            where = f"http://127.0.0.1:{both.sockets[0].getsockname()[1]}"
+            hosts = Hosts([where], ClusterToken("x" * 16))
+            (host,) = await hosts.all()
+            with pytest.raises(Overloaded if fault else RunNotFound, match=fault and "an older copy"):
+                await hosts.send(host, "GET", "/v1/runs/r", {})
+            with pytest.raises(Overloaded) if fault else contextlib.nullcontext():
+                await hosts.check_directory()
+            await hosts.close()
+
+    where = ""
     asyncio.run(asyncio.wait_for(whole(), 20))
 
 

@@ -116,6 +116,7 @@ def test_a_coordinator_elsewhere_is_found(engine: Engine, model: Model, litema: 
     assert [engine.pid(place) for place in range(2)] == pids
 
 
+@pytest.mark.soak
 def test_a_replica_in_a_hosts_place(engine: Engine, model: Model) -> None:
     """An agent may run a replica of a host, whose address is then the place's; it leaves nothing in the folder, and is
     started again as a host is."""
