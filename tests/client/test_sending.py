@@ -200,6 +200,24 @@ def test_hosts_without_twins_are_asked_after_at_broken_connections_alone(cluster
     assert sorted(tries) == ["A", "A", "B"]
 
 
+def test_what_ended_the_sending_is_told_and_not_that_others_gave_up(cluster: Cluster) -> None:
+    """Of whatever kind it is: what one host said, for which all begin anew, say."""
+
+    class Lacks(GivenUp):
+        """What one host lacks."""
+
+    cluster.patient = RetryPolicy(attempts=10_000, base=0.001, cap=0.001)
+
+    def answer(name: str, _: Target) -> Reply:
+        if name == "A":
+            raise Overloaded("later")
+        wait_until(lambda: len(cluster.sent.get("A", ())) > 1)
+        raise Lacks
+
+    with pytest.raises(Lacks):
+        cluster.send("A B", answer)
+
+
 def test_nobody_is_begun_with_once_all_is_given_up(cluster: Cluster) -> None:
     """The error is told once nothing is sent any more."""
     cluster.map = ""

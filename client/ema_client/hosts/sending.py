@@ -52,8 +52,8 @@ def send_to_all(hosts: Hosts, run: HostedRun, send: Callable[[Target], Reply]) -
     return _Sending(hosts, run, send).answers()
 
 
-class _LeftBehind(GivenUp):
-    """The others go on without a host, whatever it answers."""
+class _Needless(GivenUp):
+    """Nobody waits for what a host answers: the others go on without it, or another's fault ends the whole."""
 
 
 @dataclass(eq=False, slots=True)
@@ -141,7 +141,7 @@ class _Sending:
         try:
             if transport:
                 copy.reply = transport.retrying(lambda number: self._try(copy, number), policy=policy)
-        except _LeftBehind:
+        except _Needless:
             pass
         except BaseException as fault:  # noqa: BLE001  # raised by answers(), on the thread of the caller
             copy.faults.append(fault)
@@ -159,18 +159,16 @@ class _Sending:
             raise
 
     def _target(self, copy: _Copy, number: int) -> Target:
-        """Where a host is sent its body by now. Raises GivenUp."""
+        """Where a host is sent its body by now. Raises _Needless."""
         with self._changed:
             to = copy.transport
-            if self._given_up:
-                raise GivenUp
-            if to is None:
-                raise _LeftBehind
+            if to is None or self._given_up:
+                raise _Needless
             copies = len(self._run.hosts[copy.place].both)
 
         def look() -> None:
             if copy.transport is None:
-                raise _LeftBehind
+                raise _Needless
             if copy.transport is not to:
                 raise ConnectionLost(f"the host at {to.url} is elsewhere by now")
 
@@ -178,7 +176,7 @@ class _Sending:
 
     def _doubt(self, copy: _Copy, target: Target, fault: EmaError) -> None:
         """Look at the map for what a host's fault may mean: the host is elsewhere, or was left behind, or its twin has
-        come back. Raises GivenUp for a host that does not count; ConnectionLost in place of what was said by another
+        come back. Raises _Needless for a host that does not count; ConnectionLost in place of what was said by another
         program, where the host was before."""
         silent = isinstance(fault, TransportError)
         if silent or (self._run.twins and (isinstance(fault, Overloaded) or not fault.retryable)):
