@@ -139,7 +139,6 @@ class Host:
         self.disk = self.after_loss(self.disk)
         self.sync()
         self.world.note_loss()
-        self.world.needed.update(self.world.words)
         self.start()
 
     def be_damaged(self) -> None:
@@ -547,17 +546,23 @@ class World:
         """The shards go back: after a loss, or on the word of an operator who had reason to say so, and no further than
         to what all were to keep, or to what was named."""
         again = before.made is not None and before.made.proposal.back is not None
-        if way.word and way.word not in self.needed:
-            raise Torn(f"the shards went back to {way}, and nobody had reason to say so")
         if way.word and not way.to and not to:
             raise Torn(f"the shards were to go on with what all have, and went back to their beginning by {way}")
-        if not way.word and not before.lost and not again and not any(each.disk.lost for each in self.hosts):
-            raise Torn(f"the shards went back to revision {to}, and nothing was lost")
+        lost = before.lost or again or any(each.disk.lost for each in self.hosts)
+        if not lost and way.word not in self.needed:
+            raise Torn(f"the shards went back to {way}, nothing was lost, and nobody had reason to say so")
         log = host.log[:-1] if way.word else host.log
-        if to < self.settled or log != (self.snapshots[way.to] if way.to else self.kept_logs[to]):
+        if to < self.settled_yet(host, before) or log != (self.snapshots[way.to] if way.to else self.kept_logs[to]):
             raise Torn(f"the shards went back to {host.log} of revision {to}, and all had {self.settled}")
         self.seen["went back on a word" if way.word else "went back" if to else "went back to nothing"] += 1
         self.acknowledged &= {key_of(vote) for vote in host.log}
+
+    def settled_yet(self, host: Host, before: Record) -> int:
+        """The revision whose checkpoint all are to have; where a disk was an older copy, as far as one still knows."""
+        if not self.seen["older copies"]:
+            return self.settled
+        known = [before if each is host else each.disk for each in self.hosts]
+        return min(self.settled, max(record.settled for record in known))
 
     def note_copy(self, host: Host) -> None:
         """A disk is an older copy. What it alone knew to be committed is as if it had not been; nobody who spoke with
@@ -673,11 +678,11 @@ class World:
             seat = self.random.choice(tuple(self.seats.values()))
             seat.send(seat.core.propose(key, change or f"change {key}", settles))
 
-    def say_word(self) -> None:
+    def say_word(self, *, named: bool = False) -> None:
         """An operator says how to go on after damage, whether there is any or not: with what all have, or with a
-        snapshot, which may be one that there is not."""
+        snapshot, which may be one that there is not. named: with a snapshot, for all may have nothing."""
         key = self.new_name("w")
-        self.words[key] = to = "" if self.happens(0.5) else f"rewind {key}"
+        self.words[key] = to = "" if self.happens(0.5) and not named else f"rewind {key}"
         if self.calm or self.happens(0.8):
             self.snapshots[to] = self.kept_logs[self.random.choice(tuple(self.kept_logs))]
         # A report that says so may be under way for long, and the files be back.
@@ -876,7 +881,7 @@ class World:
         for key in tuple(self.changes):
             self.request(key)
         if not self.words and turn > _PATIENCE and self.needs_word():
-            self.say_word()
+            self.say_word(named=turn > _ROUNDS // 2)
         else:
             self.say_words()
 
