@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from ema_client.errors import (
     Fenced,
     InvalidRequest,
     LastAverage,
+    Overloaded,
     RunDegraded,
     RunNotFound,
     StaleStep,
@@ -52,6 +53,8 @@ __all__ = ["Ledger", "Succession", "writer_in"]
 _REMEMBERED_STEPS = 1024
 #: How many trainers that attached a run tells apart by their keys.
 _REMEMBERED_WRITERS = 64
+#: Seconds after which to ask for a run again that is being mended.
+_MENDING_SECONDS = 0.5
 
 
 class Succession:
@@ -230,6 +233,7 @@ class Ledger:
         self.writer = writer
         self.ended_at: float | None = None
         self.fault: str | None = None
+        self._is_mending: Callable[[], bool] = lambda: False
         self.retired = False
         self.replaced = False
         self._run = config.run
@@ -247,8 +251,15 @@ class Ledger:
     # --- whether the run can be read and written --------------------------------------------------------------------
 
     def check_writable(self) -> None:
-        """Raises RunNotFound once the run is deleted, RunDegraded where it takes no updates."""
+        """Raises RunNotFound once the run is deleted, RunDegraded where it takes no updates; in its place Overloaded,
+        while nobody has to do anything about that."""
         self.check_exists()
+        if self.fault and self._is_mending():
+            raise Overloaded(
+                f"run {self._run!r}: {self.fault}",
+                hint="ask again: the hosts go on with what they have by themselves",
+                retry_after=_MENDING_SECONDS,
+            )
         if self.fault:
             readable = f"version {self.version} can be read; " if self.version else ""
             raise RunDegraded(f"run {self._run!r}: {self.fault}", hint=f"{readable}{RunDegraded.default_hint}")
@@ -487,6 +498,10 @@ class Ledger:
     def change_averages(self, setup: Setup) -> None:
         """The run is to have the averages of ``setup`` from now on."""
         self.succession = Succession(setup)
+
+    def expect_mending(self, is_mending: Callable[[], bool]) -> None:
+        """Have whoever finds the run degraded ask again while ``is_mending()``: its fault then goes by itself."""
+        self._is_mending = is_mending
 
     def recover(self) -> None:
         """The run takes updates again: someone decided which version it goes on with."""

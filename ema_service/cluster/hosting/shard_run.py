@@ -89,6 +89,8 @@ T = TypeVar("T")
 
 #: Seconds between two tries to fill a shard from its twin: all hosts hold their votes meanwhile.
 _FILL_PAUSE = 2.0
+#: Seconds after a start within which a damaged shard is left behind for its twin; else the twin has no more than it.
+_LEFT_BEHIND_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,7 @@ class ShardRun:
         self._run = run
         self._place = arrival.shard
         self._twin = twin
+        self._began = time.monotonic()
         #: When the shard may be filled from its twin again, by time.monotonic().
         self._fills_from = float("-inf")
         #: The copying of snapshots before that; None before it has begun.
@@ -192,6 +195,7 @@ class ShardRun:
         self.checkpoints = Checkpoints(run, versions, saving)
         self.snapshots = ShardSnapshots(run, snapshots, saving, source_of, summing)
         self.ring = ring
+        run.ledger.expect_mending(self._is_mending)
         self._averages = ShardAverages(run, versions, saving, room_for)
         record = decode(versions.record, Record) if versions.record else Record()
         #: Of the record on disk; changed under the run's lock.
@@ -309,6 +313,11 @@ class ShardRun:
     def is_whole(self) -> bool:
         """Whether the run is not degraded, or all shards go back by themselves."""
         return not self._run.ledger.fault or self.checkpoints.lost
+
+    def _is_mending(self) -> bool:
+        """Whether a degraded run waits for nobody's word: all shards go back, or this one is filled from its twin."""
+        is_new = time.monotonic() < self._began + _LEFT_BEHIND_SECONDS
+        return self.checkpoints.lost or (self._twin is not None and is_new)
 
     def kept(self) -> Kept:
         """Of which revisions there are checkpoints."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -23,6 +24,7 @@ from ema_client.errors import (
     Fenced,
     InvalidRequest,
     LastAverage,
+    Overloaded,
     RunDegraded,
     RunNotFound,
     StaleStep,
@@ -532,6 +534,21 @@ def test_degraded_run_takes_nothing_until_someone_decides() -> None:
     assert update(ledger, 1)
     with pytest.raises(InvalidRequest, match="not degraded"):
         ledger.acceptable()
+
+
+def test_degraded_run_that_mends_by_itself() -> None:
+    """Whoever comes before is to come again, with whatever they want; after that an operator is asked for."""
+    ledger, mending = Ledger(config()), [True]
+    ledger.restore(None, (), 3, "its files are gone")
+    ledger.expect_mending(lambda: mending[0])
+    asked: list[Callable[[], object]] = [ledger.readable, lambda: ledger.admit(1), lambda: ledger.judge_first(b"")]
+    for ask in asked:
+        with pytest.raises(Overloaded, match="its files are gone"):
+            ask()
+    mending[0] = False
+    for ask in asked:
+        with pytest.raises(RunDegraded):
+            ask()
 
 
 def test_degraded_run_without_a_version() -> None:

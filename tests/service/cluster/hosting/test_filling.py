@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from ema_client.errors import Overloaded, Superseded
+from ema_client.errors import Overloaded, RunDegraded, Superseded
 from ema_client.protocol import AverageConfig, to_json
 from ema_service.cluster import (
     Ask,
@@ -28,6 +28,7 @@ from ema_service.cluster import (
     Ticket,
     encode,
 )
+from ema_service.cluster.hosting import shard_run
 from ema_service.cluster.hosting.borrowing import Copied
 from ema_service.memory import Arena
 from ema_service.persistence.rows import dump, dump_setup, read_setup, version_of
@@ -166,10 +167,17 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, model: Model, ram_dir: 
         town.close()
 
 
-def test_a_damaged_host_is_filled(pair: Pair) -> None:
-    """What it cannot read its twin has, and it takes updates again."""
+def test_a_damaged_host_is_filled(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it cannot read its twin has, and it takes updates again. Before that it tells senders to come again, and
+    that an operator is needed only where it was not left behind for long."""
     pair.behind.damage()
     assert pair.behind.local.info.status == "degraded"
+    with pytest.raises(Overloaded, match="run 'r'"):
+        pair.towns[1].send(2, "u2", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_run, "_LEFT_BEHIND_SECONDS", 0.0)
+        with pytest.raises(RunDegraded):
+            pair.towns[1].send(2, "u2", 0)
     pair.fill()
     assert pair.behind.local.info.status == "ready"
     pair.assert_same()
