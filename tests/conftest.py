@@ -16,7 +16,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="a long form of other tests: make soak"))
     for item in items if config.getoption("--hosts") else ():
         if alone := item.get_closest_marker("one_server"):
-            item.add_marker(pytest.mark.skip(reason=f"hosts cannot do that together: {alone.args[0]}"))
+            item.add_marker(pytest.mark.skip(reason=f"of one server alone: {alone.args[0]}"))
     ranks = {path: rank for rank, path in enumerate(_FIRST)}
     items.sort(key=lambda item: next((ranks[path] for path in _FIRST if item.nodeid.startswith(path)), len(_FIRST)))
 
@@ -183,18 +183,6 @@ class SharedCluster(Launched):
         if name.startswith("__"):
             raise AttributeError(name)
         pytest.skip(f"a cluster has no {name}")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With --hosts: skip a test that asks for what hosts cannot do together, which they say in these words."""
-    report: pytest.TestReport = yield
-    if report.failed and item.config.getoption("--hosts"):
-        said = re.search(r"not possible for a run on several hosts", report.longreprtext)
-        if said:
-            report.outcome = "skipped"
-            report.longrepr = (str(item.path), 0, f"Skipped: what it asks for is refused: {said[0]}")
-    return report
 
 
 @pytest.fixture(scope="session")

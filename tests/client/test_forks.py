@@ -375,7 +375,7 @@ def test_a_fork_that_drops_a_trainer_keeps_its_own_memory(server: Any, run_name:
     trainers[0].close()
 
 
-@pytest.mark.one_server("memory shared with hosts")
+@pytest.mark.one_server("memory that is shared over one socket")
 def test_shared_memory_is_the_parents_to_offer(server: Any, run_name: str) -> None:
     """A fork that pushes a parent's shared_state() sends it, though the parent is handing the same memory over."""
     with EmaClient(server.uds) as client:

@@ -30,7 +30,7 @@ from ema_client.http.transport import Reply, Transport
 from ema_client.pushing import Pushes
 from ema_client.tensors.body import encode
 
-pytestmark = pytest.mark.one_server("lanes")
+pytestmark = pytest.mark.one_server("the stretches of one body, which gateways do not take")
 
 LANES = 4
 #: Of 48 MiB in two dtypes: no tensor ends where a stretch does.

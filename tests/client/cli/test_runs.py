@@ -49,7 +49,7 @@ def test_runs_as_json(ema: Ema, run: str, client: EmaClient) -> None:
     assert found[run]["averages"][0]["name"] == "ema"
 
 
-@pytest.mark.one_server("lanes")
+@pytest.mark.one_server("how many lanes there are, which each host tells")
 def test_show(ema: Ema, run: str) -> None:
     """One run, a line for each thing known of it; with --json as an object."""
     code, out, _ = ema("show", run)

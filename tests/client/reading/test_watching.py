@@ -73,7 +73,7 @@ def test_a_slow_loop_gets_the_newest(client: EmaClient, run: str) -> None:
     assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.one_server("the metric of a server's watchers")
+@pytest.mark.one_server("the metric of its watchers")
 def test_kinds_are_chosen(client: EmaClient, run: str) -> None:
     """Snapshots alone, or decays and resets: what was not asked for is not given, what was there before neither."""
     client.snapshot(run, "before")

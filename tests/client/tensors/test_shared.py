@@ -27,7 +27,7 @@ from ema_client.training.buffers import UpdateBuffers
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd_create on this system"),
-    pytest.mark.one_server("a server's own count of pushes"),
+    pytest.mark.one_server("its own count of pushes"),
 ]
 
 #: Above the size from which a state is handed over.

@@ -24,7 +24,8 @@ from ema_service.cluster import (
     after_loss,
 )
 from ema_service.cluster.decisions import Output
-from tests.service.cluster.world import Broken, Design, Host, Seat, Stuck, Torn
+from tests.service.cluster.world import Design, Seat
+from tests.service.cluster.world_hosts import Broken, Host, Stuck, Torn
 
 __all__ = ["MUTANTS", "Mutant"]
 

@@ -31,7 +31,8 @@ from ema_service.cluster import (
 )
 from tests.service.cluster.mutants import MUTANTS, Mutant
 from tests.service.cluster.scale import commit
-from tests.service.cluster.world import Broken, Design, play
+from tests.service.cluster.world import Design, play
+from tests.service.cluster.world_hosts import Broken
 
 #: Schedules of one test. Eight tests, so that a failure is told while the others are still played.
 PART = 2500

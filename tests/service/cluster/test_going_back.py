@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from ema_client.errors import AwaitingWeights, Overloaded
@@ -44,19 +43,6 @@ def town(tmp_path: Path, model: Model, ram_dir: Path) -> Iterator[Callable[..., 
         each.close()
 
 
-def assert_at(here: Town, version: str, oracle: LitEmaOracle) -> None:
-    """All hosts are at a version, which is LitEma's, and take updates; and so once all were killed."""
-    for _ in range(2):
-        assert here.versions() == [version] * here.hosts_count
-        assert {host.local.info.status for host in here.hosts} == {"ready"}
-        found = here.shadows()
-        for name, shadow in oracle.shadow.items():
-            assert torch.equal(found[name], shadow), name
-        for host in here.hosts:
-            host.restart()
-        here.deliver()
-
-
 def kept(here: Town) -> list[Kept]:
     return [host.shard.kept() for host in here.hosts if host.shard]
 
@@ -83,12 +69,12 @@ def test_all_go_back_with_the_host_that_lost(
     here.deliver()
     here.say_again()
 
-    assert_at(here, "2.1", oracle)
+    here.assert_at("2.1", oracle)
     assert {(host.local.info.durable_step, host.local.info.checkpoint_step) for host in here.hosts} == {(1, 1)}
     assert ["back at step 1" in _lines(host) for host in here.hosts] == [True] * 3
     here.push(5)
     oracle.update(model(5))
-    assert_at(here, "2.2", oracle)
+    here.assert_at("2.2", oracle)
 
 
 def _lines(host: Any) -> str:
@@ -135,10 +121,10 @@ def test_memory_that_is_gone(then: str, town: Callable[..., Town], model: Model,
     host.start()
     here.deliver()
     oracle = litema(model(0))
-    assert_at(here, "2.0", oracle)
+    here.assert_at("2.0", oracle)
     here.push(1)
     oracle.update(model(1))
-    assert_at(here, "2.1", oracle)
+    here.assert_at("2.1", oracle)
 
 
 def test_without_a_checkpoint_the_run_begins_anew(
@@ -162,7 +148,7 @@ def test_without_a_checkpoint_the_run_begins_anew(
     here.push(2)
     oracle = litema(model(0))
     oracle.update(model(2))
-    assert_at(here, "1.1", oracle)
+    here.assert_at("1.1", oracle)
 
 
 def test_loss_is_noticed_before_the_first_checkpoint(
@@ -214,7 +200,7 @@ def test_all_machines_go_down(
         host.lose_power(medium)
     here.deliver()
     here.say_again()
-    assert_at(here, "2.1", oracle)
+    here.assert_at("2.1", oracle)
     assert {each.older for each in kept(here)} == {each.newer for each in kept(here)}
 
 
@@ -258,7 +244,7 @@ def test_one_checkpoint_stays_until_all_have_the_next(
         oracle.update(model(step))
     here.hosts[0].lose_power()
     here.deliver()
-    assert_at(here, "2.3", oracle)
+    here.assert_at("2.3", oracle)
 
 
 def test_checkpoint_of_no_weights(tmp_path: Path, model: Model, ram_dir: Path) -> None:
@@ -309,10 +295,10 @@ def test_machine_goes_down_again_over_the_way_back(
     here.deliver()
     here.say_again()
 
-    assert_at(here, "2.1", oracle)
+    here.assert_at("2.1", oracle)
     here.push(5)
     oracle.update(model(5))
-    assert_at(here, "2.2", oracle)
+    here.assert_at("2.2", oracle)
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(
@@ -334,7 +320,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
         path.write_bytes(b"")
     here.hosts[1].lose_power()
     here.deliver()
-    assert_at(here, "2.1", oracle)
+    here.assert_at("2.1", oracle)
 
     for path in host.server.data_files("*/slots/*/*"):
         path.write_bytes(b"")
@@ -366,7 +352,7 @@ def test_clean_stop_is_a_checkpoint(
     here.push(3)
     here.hosts[1].lose_power()
     here.deliver()
-    assert_at(here, "2.2", oracle)
+    here.assert_at("2.2", oracle)
 
 
 def going_back(here: Town, arm: Callable[[], None]) -> None:
@@ -418,7 +404,7 @@ def test_host_is_killed_on_the_way_back(
     had_no_vote = (over, place) == ("way back", 1) and point.startswith("abort")
     assert here.hosts[place].kills == (0 if had_no_vote else 1)
     oracle.update(model(4))
-    assert_at(here, f"2.{back + 1}", oracle)
+    here.assert_at(f"2.{back + 1}", oracle)
 
 
 @pytest.mark.parametrize("message", range(19))
@@ -436,4 +422,4 @@ def test_coordinator_is_killed_on_the_way_back(
     for step in (*range(1, back + 1), 4):
         oracle.update(model(step))
     assert here.deaths == 1
-    assert_at(here, f"2.{back + 1}", oracle)
+    here.assert_at(f"2.{back + 1}", oracle)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from torch import Tensor
 
 from ema_client.errors import RunDegraded
@@ -84,24 +83,11 @@ def word(here: Town, change: Rewind | str = BACK, key: str = "w") -> Answer:
     return here.change(key, change, mends=True)
 
 
-def assert_at(here: Town, version: str, oracle: LitEmaOracle) -> None:
-    """All hosts are at a version, which is LitEma's, and take updates; and so once all were killed."""
-    for _ in range(2):
-        assert here.versions() == [version] * here.hosts_count
-        assert {host.local.info.status for host in here.hosts} == {"ready"}
-        found = here.shadows()
-        for name, shadow in oracle.shadow.items():
-            assert torch.equal(found[name], shadow), name
-        for host in here.hosts:
-            host.restart()
-        here.deliver()
-
-
 def goes_on(here: Town, version: str, model: Model, oracle: LitEmaOracle) -> None:
     """The next update is LitEma's too."""
     here.push(7)
     oracle.update(model(7))
-    assert_at(here, version, oracle)
+    here.assert_at(version, oracle)
 
 
 @pytest.mark.parametrize("place", [0, 2])
@@ -121,7 +107,7 @@ def test_all_go_back_to_a_snapshot(place: int, town: Callable[..., Town], model:
 
     assert word(here).committed
     assert here.coordinator.fault is None
-    assert_at(here, "2.0", oracle)
+    here.assert_at("2.0", oracle)
     assert ["rewound to snapshot s" in host.lines()[-1][3] for host in here.hosts] == [True] * 3
     here.answers.clear()
     word(here)
@@ -141,7 +127,7 @@ def test_an_older_copy_goes_back_with_the_others(town: Callable[..., Town], orac
     assert word(here).committed
     assert {host.shard.record.revision for host in here.hosts if host.shard} == {here.hosts[0].shard.record.revision}
     assert {host.local.run.ledger.writer for host in here.hosts} == {1}
-    assert_at(here, "2.0", oracle)
+    here.assert_at("2.0", oracle)
 
 
 def test_a_word_that_cannot_be_obeyed(town: Callable[..., Town]) -> None:
@@ -177,7 +163,7 @@ def test_the_newest_version_that_all_have(town: Callable[..., Town], model: Mode
     assert told.committed
     for step in (1, 2):
         oracle.update(model(step))
-    assert_at(here, "2.2", oracle)
+    here.assert_at("2.2", oracle)
     assert all("was accepted" in str(host.lines()) for host in here.hosts)
     assert all("back at step 2" in str(host.lines()) for host in here.hosts)
     goes_on(here, "2.3", model, oracle)
@@ -200,7 +186,7 @@ def test_a_host_is_killed_over_a_word(
     here.say_again()
 
     assert word(here, key="w").committed or "applied before" in word(here, key="w").reason
-    assert_at(here, "2.0", oracle)
+    here.assert_at("2.0", oracle)
     goes_on(here, "2.1", model, oracle)
 
 
@@ -216,7 +202,7 @@ def test_the_coordinator_is_killed_over_a_word(
     here.coordinator_dies = None
     here.say_again()
 
-    assert_at(here, "2.0", oracle)
+    here.assert_at("2.0", oracle)
     goes_on(here, "2.1", model, oracle)
 
 
@@ -230,4 +216,4 @@ def test_what_was_voted_for_is_damaged(town: Callable[..., Town], oracle: LitEma
     here.push(3, "orphan", only=[0])
 
     assert word(here).committed
-    assert_at(here, "2.0", oracle)
+    here.assert_at("2.0", oracle)

@@ -32,7 +32,8 @@ from ema_service.cluster import (
 from ema_service.cluster.decisions import Output
 from tests.service.cluster.mutants import Mutant
 from tests.service.cluster.twin_world import TwinHost, play_twins
-from tests.service.cluster.world import Broken, Design, Stuck, Torn
+from tests.service.cluster.world import Design
+from tests.service.cluster.world_hosts import Broken, Stuck, Torn
 
 PART, PARTS, SOAKED = 750, 4, 60_000
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -44,6 +44,9 @@ from ema_service.runs import Parameters
 from ema_service.runs.summing import Summing
 from ema_service.storage import ShardRow
 from tests.service.conftest import LocalRun, LocalServer, specs_of
+
+if TYPE_CHECKING:
+    from tests.conftest import LitEmaOracle
 
 __all__ = ["POINTS", "AtOnce", "Host", "Killed", "Town", "result", "slices"]
 
@@ -421,6 +424,18 @@ class Town:
         raise AssertionError(f"change {key} has no answer")
 
     # --- what there is ----------------------------------------------------------------------------------------------
+
+    def assert_at(self, version: str, oracle: LitEmaOracle) -> None:
+        """All hosts are at a version, which is LitEma's, and take updates; and so once all were killed."""
+        for _ in range(2):
+            assert self.versions() == [version] * self.hosts_count
+            assert {host.local.info.status for host in self.hosts} == {"ready"}
+            found = self.shadows()
+            for name, shadow in oracle.shadow.items():
+                assert torch.equal(found[name], shadow), name
+            for host in self.hosts:
+                host.restart()
+            self.deliver()
 
     def versions(self) -> list[str]:
         return [str(host.local.version) for host in self.hosts]

@@ -23,7 +23,8 @@ from ema_service.cluster import (
     Vote,
     emptied,
 )
-from tests.service.cluster.world import Design, Host, Seat, Torn, World
+from tests.service.cluster.world import Design, Seat, World
+from tests.service.cluster.world_hosts import Host, Torn
 
 __all__ = ["TwinHost", "TwinWorld", "play_twins"]
 
