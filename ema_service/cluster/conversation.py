@@ -21,7 +21,18 @@ from typing import TypeAlias
 from ema_client.errors import Conflict, Fenced, InvalidRequest, Overloaded, RunNotFound, Stopping, listed
 from ema_service.cluster.counting import CoordinatorMetrics, TalkCount
 from ema_service.cluster.decisions import Coordinator, Output
-from ema_service.cluster.messages import DIRECTORY, Answer, Arrival, Ask, Change, Propose, Refusal, Report, Resolve
+from ema_service.cluster.messages import (
+    DIRECTORY,
+    Answer,
+    Arrival,
+    Ask,
+    Change,
+    Propose,
+    Refusal,
+    Report,
+    Resolve,
+    run_of,
+)
 
 __all__ = ["Conversation", "Conversations", "Listening", "Seat"]
 
@@ -286,9 +297,14 @@ class Conversations:
         return self._by_run[run]
 
     def absent(self) -> dict[str, list[int]]:
-        """By talk, the places that the others go on without."""
-        found = {run: sorted(each.core.seating.absent) for run, each in self._by_run.items()}
-        return {run: places for run, places in found.items() if places}
+        """By talk, the places that the others go on without; of runs of one name of the latest alone: an earlier one is
+        deleted, and its talk yet to be forgotten."""
+        latest: dict[str, tuple[int, str]] = {}
+        for talk in self._by_run:
+            run, birth = run_of(talk)
+            latest[run] = max(latest.get(run, (0, "")), (birth, talk))
+        found = {talk: sorted(self._by_run[talk].core.seating.absent) for _, talk in latest.values()}
+        return {talk: places for talk, places in found.items() if places}
 
     def all(self) -> list[Conversation]:
         """The talks that there are."""

@@ -37,6 +37,7 @@ __all__ = [
     "Term",
     "Ticket",
     "Vote",
+    "run_of",
     "talk_of",
 ]
 
@@ -47,6 +48,13 @@ DIRECTORY = "-directory"
 def talk_of(run: str, birth: int) -> str:
     """The name of the talk about one run: another than that of a run that had its name before, or will."""
     return f"{run}@{birth}"
+
+
+def run_of(talk: str) -> tuple[str, int]:
+    """The run that a talk is about, and the run's birth, by which a later run of the name has a larger one; the talk
+    itself, and 0, where it is about no run."""
+    run, _, birth = talk.rpartition("@")
+    return (run, int(birth)) if run and birth.isdecimal() else (talk, 0)
 
 
 class Term(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ema_client.errors import Overloaded
-from ema_service.cluster.messages import DIRECTORY
+from ema_service.cluster.messages import DIRECTORY, run_of
 
 __all__ = ["HostAddress", "Twins"]
 
@@ -51,6 +51,7 @@ class Twins:
             self._addresses = [str(seat["address"] or "").rstrip("/") for seat in seats]
             self._there = {int(seat["place"]) for seat in seats if seat["listens"]}
             self._absent = {str(talk): frozenset(map(int, places)) for talk, places in told["absent"].items()}
+            self._talks = [(*run_of(talk), talk) for talk in self._absent]
             self._shards = len(seats) // 2
             self._replicas: dict[int, tuple[str, ...]] = dict.fromkeys(range(self._shards), ())
             for each in told.get("replicas", ()):
@@ -106,5 +107,5 @@ class Twins:
         """The places that the others go on without: of a run, of the latest of its name; None: of the directory."""
         if run is None:
             return self._absent.get(DIRECTORY, frozenset())
-        births = [int(talk.rpartition("@")[2]) for talk in self._absent if talk.rpartition("@")[0] == run]
-        return self._absent[f"{run}@{max(births)}"] if births else frozenset()
+        births = [(birth, talk) for name, birth, talk in self._talks if name == run]
+        return self._absent[max(births)[1]] if births else frozenset()

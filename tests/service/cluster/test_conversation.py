@@ -108,6 +108,21 @@ def test_a_run_that_is_made_while_a_host_is_away() -> None:
     run(test)
 
 
+def test_who_is_left_out_of_a_deleted_run_is_not_told_of_the_next_of_its_name() -> None:
+    """Its talk is there for some seconds more, and the next run's begins with everybody."""
+
+    async def test() -> None:
+        talks = Conversations(lambda: "c")
+        for name in ("r@9", "r@10", "s@9"):
+            seated = Record(Term(1, "b"), seating=Seating(Term(1, "b"), 1, "2" if name.endswith("@9") else ""))
+            for place in (0, 1, 3):
+                talk, _ = talks.arrive(name, arrival(place, 4)._replace(twins=True))
+                talk.hear(Report(place, seated))
+        assert talks.absent() == {"s@9": [2]}
+
+    run(test)
+
+
 def test_first_question_comes_at_once() -> None:
     """A shard that begins to listen is asked, and once all have said their term, asked to promise one."""
 
