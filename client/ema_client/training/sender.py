@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ema_client.errors import EmaError, StepNotReached
+from ema_client.errors import EmaError, StaleStep, StepNotReached
 from ema_client.http.body import Body
 from ema_client.training.queue import UpdateQueue
 from ema_client.training.rounds import Again, Refused, SendPolicy, Stuck
@@ -96,12 +96,16 @@ class Sender:
         finally:
             self._give_up_all()
 
-    def _deliver(self, update: Update) -> None:
-        """Try to send an update until the update is there, refused or given up."""
+    def _deliver(self, update: Update, *, again: bool = False) -> None:
+        """Try to send an update until the update is there, refused or given up. again: a part that was there before,
+        and may have been applied, and others after it, while nobody could say so."""
         attempt, began = 0, time.monotonic()
         body = replace(update.body, moved=_Progress(self._queue.moves))
         self._queue.moves()
         while isinstance(error := self._try(update.step, body), EmaError):
+            if again and isinstance(error, StaleStep) and self._ask(update.step):
+                self._applied(update)
+                return
             elapsed = time.monotonic() - began
             match self._policy.after(attempt, error, elapsed=elapsed, rounds=self._queue.rounds, random=random.random):
                 case Refused():
@@ -146,7 +150,7 @@ class Sender:
             if fate:
                 self._applied(each.update)
             elif None in fates:
-                self._deliver(each.update)
+                self._deliver(each.update, again=True)
             else:
                 self._wait_on(each)
 

@@ -17,6 +17,7 @@ import pytest
 from ema_client.errors import (
     EmaError,
     NonFinite,
+    Overloaded,
     ServiceUnreachable,
     StaleStep,
     StepNotReached,
@@ -316,6 +317,8 @@ class Gathering:
         self.applied: set[int | None] = set()
         self.stale: set[int | None] = set()
         self.asked = 0
+        #: So many questions are not answered.
+        self.unanswered = 0
 
     def send(self, step: int | None, _body: Body) -> bool:
         if step in self.stale:
@@ -326,6 +329,9 @@ class Gathering:
 
     def fate(self, step: int | None) -> bool | None:
         self.asked += 1
+        if self.unanswered:
+            self.unanswered -= 1
+            raise Overloaded("a host is away")
         return True if step in self.applied else False if step in self.there else None
 
 
@@ -369,6 +375,18 @@ def test_part_that_was_lost_is_sent_again(rank: Publisher, gathering: Gathering)
     rank.flush(PATIENCE)
 
     assert rank.stats == Stats(sent=1)
+
+
+def test_part_that_was_applied_while_nobody_could_say_so(rank: Publisher, gathering: Gathering) -> None:
+    """The part is sent again, and is stale by then: no failure, for its update was applied, as the next one was."""
+    push(rank, 1)
+    push(rank, 2)
+    wait_until(lambda: gathering.sent == [1, 2])
+    vars(gathering).update(unanswered=2, stale={1}, applied={1, 2})  # at once, for the sender asks meanwhile
+    rank.flush(PATIENCE)
+
+    assert gathering.unanswered == 0
+    assert rank.stats == Stats(sent=2)
 
 
 def test_update_that_went_on_without_a_part_is_told(rank: Publisher, gathering: Gathering) -> None:
