@@ -9,6 +9,7 @@ stretch alone. Does not know: other servers, sockets, tensors, how many lanes pa
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import threading
@@ -120,7 +121,8 @@ class Server:
             return laned
 
     def _cut(self, run: str, body: Body) -> tuple[PartCut, ...]:
-        """The stretches of a part, the same at each step and in each try; none where the part cannot be cut."""
+        """The stretches of a part, the same at each step and in each try; none where the part cannot be cut, or has no
+        data, as of a rank that has nothing for one host."""
         header = bytes(next(iter(body.pieces())))
         with self._lock:
             known = self._cuts.get(header)
@@ -128,10 +130,10 @@ class Server:
             return known
         block, size = self.layout(run).block_bytes, body.length - len(header)
         blocks = -(-size // block)
-        try:
-            found = stretches_of_part(parse_header(header[LENGTH_BYTES:]), block * -(-blocks // _MOST_STRETCHES))
-        except MalformedBody:
-            found = ()
+        found: tuple[PartCut, ...] = ()
+        with contextlib.suppress(MalformedBody):
+            if size:
+                found = stretches_of_part(parse_header(header[LENGTH_BYTES:]), block * -(-blocks // _MOST_STRETCHES))
         with self._lock:
             if len(self._cuts) >= _MOST_CUTS:
                 self._cuts.clear()

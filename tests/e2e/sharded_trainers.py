@@ -5,9 +5,11 @@ Knows how ranks are started (ranks.py has what a rank does), and how one dies. D
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -46,8 +48,8 @@ class Trainer:
 
     def end(self, killed: int | None = None) -> dict[str, list[Any]]:
         """Wait for all ranks, and return what each said of each run. killed: the rank that does not end by itself."""
-        codes = _wait(self.processes)
         folder, ranks = self._folder, range(self._world)
+        codes = _wait(self.processes)
         logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
         assert codes == [-signal.SIGKILL if rank == killed else 0 for rank in ranks], logs
         runs = [scene["run"] for scene in self._scenes]
@@ -60,15 +62,18 @@ def train(folder: Path, world: int, scenes: list[dict[str, Any]], killed: int | 
     return Trainer(folder, world, scenes).end(killed)
 
 
-def _wait(processes: list[Forked]) -> list[int]:
+def _wait(processes: list[Forked]) -> list[int | None]:
+    """How each rank ended; None for one that did not, and is killed."""
     deadline = time.monotonic() + _SECONDS
-    try:
-        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait(10)
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, deadline - time.monotonic()))
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait(10)
+    return codes
 
 
 def unsharded(

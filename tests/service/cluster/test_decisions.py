@@ -69,6 +69,7 @@ def test_schedules(part: int) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_many_schedules() -> None:
     """The same for ten times as many."""
     play_all(PART * PARTS, SOAKED, Design())

@@ -7,6 +7,7 @@ Needs root and iproute2; skipped where they are not. Knows links. Does not know 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -207,6 +208,7 @@ def test_a_pull_in_the_middle(started: Started, litema: type[LitEmaOracle]) -> N
 
 
 @pytest.mark.soak
+@pytest.mark.skipif(not shutil.which("iptables"), reason="iptables, which drops packets at random, is not installed")
 def test_packets_are_lost(started: Started, litema: type[LitEmaOracle]) -> None:
     """One in a hundred, at every machine: slower, and the same."""
     linked = started()

@@ -616,6 +616,7 @@ def test_lives(seed: int, town: MakeTown, model: Model, litema: type[LitEmaOracl
 
 @KEPT
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_many_lives(town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """The same for many more."""
     for seed in range(100, 400):
