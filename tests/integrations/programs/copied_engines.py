@@ -59,6 +59,8 @@ def _train(_: int, file: Path, steps: int) -> None:
 
 def _rank(rank: int, engine: Engine, folder: Path, steps: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    for parameter in engine.model.parameters():
+        parameter.data = parameter.detach().clone()  # torch sent all ranks one memory, which each would train
     before = engine.averaged()
     wrapped = DistributedDataParallel(engine.model)
     optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
