@@ -25,9 +25,9 @@ __all__ = ["Target", "Upload", "send_to_all"]
 #: Tries to send a host its body, with these header fields, and returns the answer.
 Upload = Callable[[Transport, Body, Mapping[str, str]], Reply]
 
-#: Seconds between two looks at the map of twins once some hosts have answered: one that says nothing may be left
-#: behind, by the others' answers.
-_LOOK_SECONDS = 2.0
+#: Seconds until the first look at the map of twins once some hosts have answered, and between two looks at most: one
+#: that says nothing may be left behind, by the others' answers.
+_FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.25, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ class _Sending:
         self._send = send
         self._copies: list[_Copy] = []
         self._given_up = False
+        self._looks = 0
         self._changed = threading.Condition()
 
     def answers(self) -> list[Reply]:
@@ -103,7 +104,9 @@ class _Sending:
         with self._changed:
             while any(copy.awaited for copy in self._copies) and not self._given_up:
                 watched = self._run.twins and any(copy.ended for copy in self._copies)
-                if not self._changed.wait(_LOOK_SECONDS if watched else None):
+                pause = min(_LOOK_SECONDS, _FIRST_LOOK_SECONDS * 2.0 ** min(self._looks, 10))
+                if not self._changed.wait(pause if watched else None):
+                    self._looks += 1
                     return True
         return False
 
