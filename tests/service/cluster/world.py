@@ -96,7 +96,7 @@ class World:
     checkpoint all are to have. committed: keys of all proposals that ever were. acknowledged: those that somebody was
     told of, and that were not gone back over. words: of operators that have no answer, by key. snapshots: what they
     name, of hosts that can read it. needed: the keys of words that were said while something was damaged, or before
-    something was. seen: how often what happened, to know that schedules are worth
+    something was. ways: those that were taken. seen: how often what happened, to know that schedules are worth
     something.
 
     More than twenty methods, more than twelve attributes: each thing that may happen, and each that is known.
@@ -126,6 +126,7 @@ class World:
         self.words: dict[str, str] = {}
         self.snapshots: dict[str, tuple[Vote, ...]] = {}
         self.needed: set[str] = set()
+        self.ways: set[Proposal] = set()
         self.names = 0
         self.step, self.key = 0, ""
         self.unanswered: set[int] = set()
@@ -220,12 +221,14 @@ class World:
         again = before.made is not None and before.made.proposal.back is not None
         if way.word and not way.to and not to:
             raise Torn(f"the shards were to go on with what all have, and went back to their beginning by {way}")
-        lost = before.lost or again or any(each.disk.lost for each in self.hosts)
+        # A disk that had gone back may have been replaced by an older copy since.
+        lost = before.lost or again or way in self.ways or any(each.disk.lost for each in self.hosts)
         if not lost and way.word not in self.needed:
             raise Torn(f"the shards went back to {way}, nothing was lost, and nobody had reason to say so")
         log = host.log[:-1] if way.word else host.log
         if to < self.settled_yet(host, before) or log != (self.snapshots[way.to] if way.to else self.kept_logs[to]):
             raise Torn(f"the shards went back to {host.log} of revision {to}, and all had {self.settled}")
+        self.ways.add(way)
         self.seen["went back on a word" if way.word else "went back" if to else "went back to nothing"] += 1
         self.acknowledged &= {key_of(vote) for vote in host.log}
 
