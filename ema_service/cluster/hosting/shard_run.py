@@ -301,6 +301,7 @@ class ShardRun:
     def close(self, fault: EmaError) -> None:
         """End the talk, and tell all who wait why."""
         self.reporting.close()
+        self._run.ledger.expect_mending(lambda: False)  # else run and shard hold each other's memory
         with self._run.deciding():
             keys = list(self._senders)
         for key in keys:
