@@ -1,7 +1,8 @@
 """HTTP from one program of a cluster to another: over TLS where an address says so, and not to machines that are gone.
 
 A machine whose link is down ends no connection. So the kernel probes one on which nothing moves, and gives bytes that
-nobody acknowledges some seconds: whoever waits hears of it then, and asks where the other program is by now.
+nobody acknowledges some seconds: whoever waits hears of it then, and asks where the other program is by now. A request
+that is given up leaves no connection behind, also in the middle of a TLS handshake, where httpx2 would leave one.
 
 Knows sockets' options and httpx2. Does not know requests, or where programs are.
 """
@@ -9,6 +10,7 @@ Knows sockets' options and httpx2. Does not know requests, or where programs are
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import httpx2
@@ -28,10 +30,30 @@ def client_of(*, unheard: float = _UNHEARD_SECONDS, **more: Any) -> httpx2.Async
     program that reads nothing for so long is held for gone, too. more: as httpx2.AsyncClient() has it, without
     transport."""
     limits = httpx2.Limits(max_connections=None)
-    transport = httpx2.AsyncHTTPTransport(
-        verify=trusting(), trust_env=False, limits=limits, socket_options=_options(unheard)
-    )
+    transport = _Transport(verify=trusting(), trust_env=False, limits=limits, socket_options=_options(unheard))
     return httpx2.AsyncClient(transport=transport, trust_env=False, follow_redirects=False, **more)
+
+
+class _Transport(httpx2.AsyncHTTPTransport):
+    """One that ends a connection whose TLS handshake was cancelled."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if request.url.scheme == "https":
+            request.extensions = {**request.extensions, "trace": _Handshake()}
+        return await super().handle_async_request(request)
+
+
+class _Handshake:
+    """The way of a request to its connection, as httpx2 tells it."""
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    async def __call__(self, event: str, told: Mapping[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            self._stream = told["return_value"]
+        elif event == "connection.start_tls.failed":
+            await self._stream.aclose()
 
 
 def _options(unheard: float) -> list[tuple[int, int, int]]:
