@@ -146,7 +146,7 @@ class Host:
         self._summing = Threads(cores(), "ema-sum", use_cores, (1,))
         self._waiting = Waiting(lambda: self.linked)
         self._shards: dict[str, ShardRun] = {}
-        self._rings = Rings(lambda: self._shards, self._is_first_of, self._asking.change)
+        self._rings = Rings(lambda: self._shards, self._turn_of, self._asking.change)
         self._directory = Directory(
             registry,
             store,
@@ -514,9 +514,12 @@ class Host:
         absent = self._directory.reporting.record.seating.absent
         return self._membership.place == min(set(range(self._membership.of)) - absent, default=0)
 
-    def _is_first_of(self, shard: ShardRun) -> bool:
-        """The same of those that count for a run: one that was left behind would ask for what it had then."""
-        return self._membership.place == min(set(range(self._membership.of)) - shard.record.seating.absent, default=0)
+    def _turn_of(self, shard: ShardRun) -> int | None:
+        """How many of the hosts that count for a run come before this one; None where this one does not: it was left
+        behind, and would ask for what it had then."""
+        counting = [place for place in range(self._membership.of) if place not in shard.record.seating.absent]
+        place = self._membership.place
+        return counting.index(place) if place in counting else None
 
     async def _take_checkpoint(self, shard: ShardRun) -> None:
         """Have all hosts take one checkpoint, which settles the one before where all have that. Raises as _ask()."""

@@ -3,6 +3,7 @@
     each host         writes a snapshot that is due, by itself (persistence.ShardRing)
     the first host    asks that the ring have it, and be without what is too many: a change, RingKept
     a host lacks one  its disk was full, it was killed, a file is gone: it says which, and all are asked without those
+    another host      asks where the first has none of what that one has begun or lost, and so asks for nothing
 
 Lives on the event loop. Knows when the hosts are to agree. Does not know what is due or too many, or who decides.
 """
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from ema_client.errors import EmaError, Overloaded, Superseded
@@ -31,6 +33,8 @@ _LOOK_SECONDS = 2.0
 #: Seconds between two tries while a host is still writing, at first and at most: at each an update that is under way
 #: waits for a refusal.
 _PAUSE, _MOST_PAUSE = 0.02, 2.0
+#: Seconds in which nothing comes of what a ring waits for, until the next host asks in place of the one before.
+_TURN_SECONDS = 5.0
 
 
 class Rings:
@@ -39,18 +43,22 @@ class Rings:
     def __init__(
         self,
         shards: Callable[[], Mapping[str, ShardRun]],
-        asks: Callable[[ShardRun], bool],
+        turn: Callable[[ShardRun], int | None],
         ask: Callable[[str, Change], Awaitable[Answer]],
     ) -> None:
-        """shards: this host's, by run. asks: whether this host is the one that asks for a run. ask: as
-        Asking.change()."""
+        """shards: this host's, by run. turn: how many hosts come before this one in asking for a run; None where this
+        one is not to ask. ask: as Asking.change()."""
         self._shards = shards
-        self._asks = asks
+        self._turn = turn
         self._ask = ask
         self._loop = asyncio.get_running_loop()
         self._moved = asyncio.Event()
         #: By run: what has its hosts agree at this moment.
         self._agreeing: dict[str, asyncio.Task[None]] = {}
+        #: Of those the ones whose ring has moved since.
+        self._moved_since: set[str] = set()
+        #: By run whose ring waits: how much had come of it, and since when nothing more has.
+        self._stood: dict[str, tuple[int, float]] = {}
         self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -76,11 +84,29 @@ class Rings:
                 async with asyncio.timeout(_LOOK_SECONDS):
                     await self._moved.wait()
             self._moved.clear()
-            for name, shard in list(self._shards().items()):
-                ring = shard.ring
-                if ring and ring.is_unsettled and name not in self._agreeing and self._asks(shard):
-                    self._agreeing[name] = task = asyncio.create_task(self._agree(shard.talk, ring))
-                    task.add_done_callback(lambda _, name=name: self._agreeing.pop(name))  # type: ignore[misc]
+            shards = {name: shard for name, shard in self._shards().items() if shard.ring and shard.ring.is_unsettled}
+            self._stood = {name: stood for name, stood in self._stood.items() if name in shards}
+            for name, shard in shards.items():
+                if name in self._agreeing:
+                    self._moved_since.add(name)
+                elif shard.ring and self._is_turn(name, shard, shard.ring):
+                    self._agreeing[name] = task = asyncio.create_task(self._agree(shard.talk, shard.ring))
+                    task.add_done_callback(lambda _, name=name: self._agreed(name))  # type: ignore[misc]
+
+    def _is_turn(self, name: str, shard: ShardRun, ring: ShardRing) -> bool:
+        """Whether this host is to ask now: at once if it is the first, else where nothing came of those before."""
+        turn, now = self._turn(shard), time.monotonic()
+        ended, since = self._stood.get(name, (None, now))
+        if ended != ring.ended:
+            since = now
+            self._stood[name] = ring.ended, since
+        return turn is not None and now - since >= turn * _TURN_SECONDS
+
+    def _agreed(self, name: str) -> None:
+        del self._agreeing[name]
+        if name in self._moved_since:  # it may have looked at its ring for the last time before that moved
+            self._moved_since.discard(name)
+            self._moved.set()
 
     async def _agree(self, talk: str, ring: ShardRing) -> None:
         """Have all hosts agree on what this one has written. A failure is logged: the next look tries again."""

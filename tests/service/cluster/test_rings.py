@@ -396,7 +396,7 @@ def _is_whole(client: EmaClient, name: str) -> bool:
 
 
 def test_a_host_without_a_file_is_named(both: tuple[Launched, ServerProcess], tmp_path: Path) -> None:
-    """Nothing is mixed of what the hosts have left; and once the hosts agree anew all go on without that snapshot."""
+    """Nothing is mixed of what the hosts have left; and by themselves the hosts go on without that snapshot."""
     cluster, _ = both
     with EmaClient(cluster.url) as client:
         train(client, "damaged", 9)
@@ -410,14 +410,12 @@ def test_a_host_without_a_file_is_named(both: tuple[Launched, ServerProcess], tm
             told = http.get(f"/v1/runs/damaged/weights?sigma_rel=0.25&at=counter:{middle}&max_error=1").json()
             assert (told["code"], "host 1" in told["detail"]) == ("snapshot_damaged", True), told
 
-            def goes_on() -> bool:
-                client.push("damaged", as_state(WALKED[step := next(steps)]), step=step)
-                settled(client, "damaged")
+            def goes_without() -> bool:
                 found = client.run("damaged").ring
-                return found is not None and middle not in found.times and found.times[-1] > 9
+                return found is not None and middle not in found.times
 
-            steps = iter(range(10, len(WALKED)))
-            wait_until(goes_on, "a ring without the snapshot")
+            wait_until(goes_without, "a ring without the snapshot, though no update comes")
+            client.push("damaged", as_state(WALKED[10]), step=10)
             body = http.get("/v1/runs/damaged/weights?sigma_rel=0.1&max_error=1")
             assert body.status_code == 200
             assert load(body.content).keys() == {"w", "b", "none"}
