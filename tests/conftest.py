@@ -76,13 +76,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    # Ten thousand collected tests are objects that every garbage collection would go through, a second each time.
+    _freeze()
+
+
+def _freeze() -> None:
+    """Have no garbage collection go through what there is by now: ten thousand tests, and the modules of a dozen
+    frameworks, which take a second each time."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_RAM_DIR, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_a_module_imported() -> Iterator[None]:
+    """After the last test of a module: the frameworks that its tests have imported stay."""
+    yield
+    _freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

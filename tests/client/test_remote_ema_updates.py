@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -417,24 +418,24 @@ def test_borrowing_waits_in_the_optimizers_step(make_ema: Callable[..., RemoteEm
 
 def test_dropped_without_close(server: Any, client: EmaClient, run_name: str) -> None:
     """What was sent is applied, and neither thread nor hook is left."""
-    model = nn.Linear(50, 50)
+    model, others = nn.Linear(50, 50), _hooks()
     ema = RemoteEma(model, run=run_name, url=server.url, borrow=True)
     ema(model)
     [thread] = [thread for thread in threading.enumerate() if run_name in thread.name]
-    hooks = _hooks()
+    [hook] = _hooks() - others
     del ema
     gc.collect()
     thread.join(20)
 
     assert not thread.is_alive()
     assert client.run(run_name).step == 1
-    assert _hooks() == hooks - 1
-
-
-def _hooks() -> int:
-    """How many of our optimizer hooks there are: torch holds each until it is removed."""
     gc.collect()
-    return sum(type(found) is StepHook for found in gc.get_objects())
+    assert hook() is None
+
+
+def _hooks() -> set[weakref.ref[StepHook]]:
+    """Our optimizer hooks, each of which torch holds until it is removed."""
+    return {weakref.ref(found) for found in gc.get_objects() if type(found) is StepHook}
 
 
 def test_close_reports_what_failed_and_closes(make_ema: Callable[..., RemoteEma], client: EmaClient) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def assert_same(servers: Servers, oracle: LitEmaOracle, run: str = "r") -> None:
     assert len({info["version"] for info in servers.infos(run)}) == 1
 
 
-@pytest.mark.parametrize("of", [1, 2, 3])
+@pytest.mark.parametrize("of", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)])
 def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, litema: type[LitEmaOracle]) -> None:
     """A run is created at any host, and is there on all; its updates, and a changed decay, a reset counter, and a
     trainer that attaches, count on all; deleted at any, it is nowhere."""
@@ -322,8 +323,9 @@ def train(servers: Servers, model: Model, oracle: LitEmaOracle) -> None:
 
 
 #: Where a host ends itself, and which: the one that is asked is host 0.
-DEATHS = {("before vote", 1), ("after vote", 0), ("made", 1), ("before commit", 0), ("after commit", 1), ("hear", 1)}
-LONG = {("answer", 0), *((point, 1 - victim) for point, victim in {("answer", 0), *DEATHS})}
+DEATHS = {("after vote", 0), ("made", 1), ("before commit", 0)}
+POINTS = ("before vote", "after vote", "made", "before commit", "after commit", "hear", "answer")
+LONG = {*product(POINTS, (0, 1))} - DEATHS
 
 
 @pytest.mark.parametrize(

@@ -170,17 +170,18 @@ def test_nothing_large_goes_through_the_gateway(twins: DirectTwins, run_name: st
     client.delete_run(run_name)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
-def test_any_host_is_lost_under_load(twins: DirectTwins, soak_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_host_is_lost_under_load(twins: DirectTwins, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL, data dir and memory removed, of a host and then its twin, while a trainer pushes and a reader pulls, and
-    another trainer has the hosts read its memory; the latter of the hosts alone without --soak."""
+    another trainer has the hosts read its memory."""
     monkeypatch.setattr(uploads, "SHARE_ABOVE", 1 << 16)
     trainer, sharing = Trainer(twins), Trainer(twins, shared=True)
     before = twins.received()
     trainer.start()
     sharing.start()
     try:
-        for place in (0, 2) if soak_seconds else (2,):
+        for place in (0, 2):
             trainer.goes_on()
             twins.lose(place)
             until = trainer.step + 4

@@ -608,7 +608,7 @@ def play(here: Town, dice: random.Random, model: Model, oracle: LitEmaOracle) ->
 
 
 @KEPT
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_lives(seed: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """Whatever is lost, comes late, twice or out of order, and whoever ends meanwhile: bit-identical to LitEma."""
     play(town(3, decay=0.9), random.Random(seed), model, litema(model(0), decay=0.9))
@@ -616,7 +616,7 @@ def test_lives(seed: int, town: MakeTown, model: Model, litema: type[LitEmaOracl
 
 @KEPT
 @pytest.mark.soak
-@pytest.mark.parametrize("first", range(100, 400, 60))
+@pytest.mark.parametrize("first", range(6, 306, 60))
 def test_many_lives(first: int, town: MakeTown, model: Model, litema: type[LitEmaOracle]) -> None:
     """The same for many more."""
     for seed in range(first, first + 60):
