@@ -84,7 +84,8 @@ class Rings:
                 async with asyncio.timeout(_LOOK_SECONDS):
                     await self._moved.wait()
             self._moved.clear()
-            shards = {name: shard for name, shard in self._shards().items() if shard.ring and shard.ring.is_unsettled}
+            there = list(self._shards().items())  # runs come and go on other threads
+            shards = {name: shard for name, shard in there if shard.ring and shard.ring.is_unsettled}
             self._stood = {name: stood for name, stood in self._stood.items() if name in shards}
             for name, shard in shards.items():
                 if name in self._agreeing:
