@@ -45,6 +45,9 @@ Listening: TypeAlias = "asyncio.Queue[Ask | Propose | Resolve | None]"
 #: connection ended, one that is connected and says nothing, and one that never came, whose host may have much to bring
 #: back.
 _AWAY, _SILENT, _NEVER_CAME = 5, 10, 60
+#: The same, of the twin with which the others are to go on: one that is silent itself has its shard alone no more than
+#: the place that would be left behind.
+_HEARD = 3
 #: Messages that a shard has not read: with more it is not listening any more.
 _UNREAD = 64
 #: Questions, one a second, after which a talk is forgotten: a host that is started again comes before.
@@ -131,10 +134,12 @@ class Conversation:
 
     def ask_again(self) -> None:
         """Ask all that listen to report: a sign of life for them, and what mends whatever was lost. Note who does not
-        listen for too long."""
-        for place in range(self.shards) if self.twins else ():
-            self._unheard[place] += 1
-            if self._unheard[place] > self._most_unheard(place):
+        listen for too long, while the twin does: where both are gone, as from the talk of a deleted run, nobody is left
+        behind."""
+        places = range(self.shards) if self.twins else ()
+        self._unheard.update(places)
+        for place in places:
+            if self._unheard[place] > self._most_unheard(place) and self._unheard[self.core.twin(place)] <= _HEARD:
                 self._say(self.core.note_silence(place))
         self._say(self.core.ask())
 

@@ -305,6 +305,10 @@ class Coordinator:
         report = self._reports.get(shard)
         return report.record.revision if report else None
 
+    def twin(self, shard: int) -> int:
+        """The place that has the same bytes."""
+        return (shard + self._shards // 2) % self._shards
+
     # --- terms and seatings -----------------------------------------------------------------------------------------
 
     def _question(self, shard: int) -> Ask:
@@ -334,21 +338,18 @@ class Coordinator:
         """By place, the newest reports of those that count."""
         return {shard: self._reports[shard] for shard in sorted(self._members() & self._reports.keys())}
 
-    def _twin(self, shard: int) -> int:
-        return (shard + self._shards // 2) % self._shards
-
     def _can_leave(self, missing: Collection[int]) -> bool:
         """Whether the others may go on: fewer places than there are shards are missing, for long, and the twin of each
         is there."""
         if not missing or len(missing) >= self._shards // 2 or not self._silent.issuperset(missing):
             return False
         there = self._present().keys() - self._silent
-        twins = [self._twin(each) for each in missing]
+        twins = [self.twin(each) for each in missing]
         return all(twin in there and _has_bytes(self._reports[twin]) for twin in twins)
 
     def _leave(self, missing: Collection[int]) -> list[Output]:
         """Have the others know that they go on without a place; with its twin, if that was left behind."""
-        return self._seat(self.seating.absent.union(missing) - {self._twin(each) for each in missing})
+        return self._seat(self.seating.absent.union(missing) - {self.twin(each) for each in missing})
 
     def _seat(self, absent: Collection[int]) -> list[Output]:
         """Have all know of the next seating."""
@@ -376,7 +377,7 @@ class Coordinator:
                 return -1
             return 2 if _has_all(report, newest, present.values()) else settled in (0, *report.kept)
 
-        found = [shard for shard in present if has(shard) < min(has(self._twin(shard)), 2)]
+        found = [shard for shard in present if has(shard) < min(has(self.twin(shard)), 2)]
         return set(found[:1])
 
     # --- deciding ---------------------------------------------------------------------------------------------------
@@ -595,7 +596,7 @@ class Coordinator:
     def _may_go_back(self, present: Mapping[int, Report]) -> bool:
         """Whether nobody who was left behind may have what its twin lost."""
         lost = [shard for shard, each in present.items() if each.record.lost]
-        better = [shard for shard in lost if self._twins and not self._has_nothing(self._twin(shard))]
+        better = [shard for shard in lost if self._twins and not self._has_nothing(self.twin(shard))]
         if better:
             self.fault = f"shard {better[0]} lost its versions, and its twin was left behind"
         return not better

@@ -91,6 +91,33 @@ def test_a_host_that_says_nothing_is_left_behind(connected: bool, questions: int
     run(test)
 
 
+@pytest.mark.parametrize("apart", [0, 1, 2])
+def test_nobody_is_left_behind_where_both_are_gone(apart: int) -> None:
+    """Of the talk of a deleted run all go, one a few questions before its twin; so do hosts whose power ends. Those
+    that come back count, and the one whose twin does not come is gone on without."""
+
+    async def test() -> None:
+        talk, listening, cores = twins()
+        for place in (0, 1):
+            talk.leave(place, listening.pop(place))
+        for _ in range(apart):
+            talk.ask_again()
+            answer(talk, listening, cores)
+        for place in (2, 3):
+            talk.leave(place, listening.pop(place))
+        for _ in range(60):
+            talk.ask_again()
+        assert talk.core.seating.absent == frozenset()
+        for place in (0, 1, 3):
+            listening[place] = talk.arrive(arrival(place, 4)._replace(twins=True))
+        for _ in range(3):
+            answer(talk, listening, cores)
+            talk.ask_again()
+        assert talk.core.seating.absent == {2}
+
+    run(test)
+
+
 def test_a_run_that_is_made_while_a_host_is_away() -> None:
     """Nobody waits for the host to come to the run's talk."""
 

@@ -106,7 +106,7 @@ class LeavesTheLast(Coordinator):
         return self._seat(self.seating.absent.union(missing))
 
     def _unfit(self, newest: Record, present: Mapping[int, Report]) -> set[int]:
-        return {shard for shard in super()._unfit(newest, present) if self._twin(shard) in present}
+        return {shard for shard in super()._unfit(newest, present) if self.twin(shard) in present}
 
 
 class LeavesAsManyAsThereAreShards(Coordinator):
@@ -114,7 +114,7 @@ class LeavesAsManyAsThereAreShards(Coordinator):
 
     def _can_leave(self, missing: Any) -> bool:
         there = self._present().keys() - self._silent
-        twins = {self._twin(each) for each in missing}
+        twins = {self.twin(each) for each in missing}
         return (
             self._silent.issuperset(missing)
             and there >= twins
