@@ -62,15 +62,15 @@ def written(here: Town) -> None:
 
 
 def agree(here: Town) -> Answer | None:
-    """Have all hosts agree on one more ring, as the first one wants it; None where it wants no other."""
+    """Have all hosts agree on one more ring, as the first one wants it that wants another; None where none does."""
     written(here)
-    wanted = ring(here.hosts[0]).wanted()
-    if wanted is None:
-        return None
-    answer = here.change(f"ring {next(_KEYS)}", RingKept(wanted[0], " ".join(wanted[1])))
-    if lacked := lacked_in(answer.reason):
-        ring(here.hosts[0]).give_up(lacked, "a host lacks them")
-    return answer
+    for host in here.hosts:
+        if wanted := ring(host).wanted():
+            answer = here.change(f"ring {next(_KEYS)}", RingKept(wanted[0], " ".join(wanted[1])))
+            if lacked := lacked_in(answer.reason):
+                ring(host).give_up(lacked, "a host lacks them")
+            return answer
+    return None
 
 
 def agreed(here: Town) -> None:
@@ -170,8 +170,8 @@ def test_host_is_killed(place: int, point: str, town: Callable[..., Town]) -> No
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_what_a_host_did_not_write_is_nowhere(place: int, town: Callable[..., Town]) -> None:
-    """A host whose disk is full, or that is killed before it has written: the others give that snapshot up, and what
-    comes next is in the ring of all."""
+    """A host whose disk is full, or that is killed before it has written: the others give that snapshot up, wait for
+    it no more, and what comes next is in the ring of all."""
     here = town(2)
     push(here, 1, 2)
     full = here.hosts[place].server.store
@@ -185,6 +185,7 @@ def test_what_a_host_did_not_write_is_nowhere(place: int, town: Callable[..., To
     with patch.object(Store, "check_room", checked):
         push(here, 3, 3)
     assert times(here) == (1, 2)
+    assert [(ring(host).idle, told(host).waiting) for host in here.hosts] == [(True, 0)] * 2
     push(here, 4, 4)
     assert times(here) == (1, 2, 4)
     with patch.object(ShardRing, "_write", lambda *_: None):
