@@ -102,14 +102,16 @@ def test_next_program_removes_what_a_killed_one_left(begin: Begin, tmp_path: Pat
 def test_in_a_thread() -> None:
     """In a thread, which signals do not come to, a folder is made and removed all the same."""
     seen: list[Path] = []
+    before = signal.getsignal(signal.SIGTERM)
 
     def use() -> None:
         with scratch_folder() as folder:
             assert folder.is_dir()
+            assert signal.getsignal(signal.SIGTERM) == before
             seen.append(folder)
 
     thread = threading.Thread(target=use)
     thread.start()
     thread.join(30)
     assert [folder.exists() for folder in seen] == [False]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
