@@ -45,8 +45,8 @@ Listening: TypeAlias = "asyncio.Queue[Ask | Propose | Resolve | None]"
 #: connection ended, one that is connected and says nothing, and one that never came, whose host may have much to bring
 #: back.
 _AWAY, _SILENT, _NEVER_CAME = 5, 10, 60
-#: The same, of the twin with which the others are to go on: one that is silent itself has its shard alone no more than
-#: the place that would be left behind.
+#: Questions that the twin of a silent shard may have left without an answer, for the others to go on with the twin: one
+#: that left more is as silent, and has the shard's bytes for nobody.
 _HEARD = 3
 #: Messages that a shard has not read: with more it is not listening any more.
 _UNREAD = 64

@@ -181,7 +181,7 @@ class StoredRing:
         self, version: Version, time: int | None, held: list[tuple[Average, Arena]], strides: Strides | None
     ) -> None:
         self._waiting.append((version.descent, time))
-        self._tried = version  # the latter last: for another thread, what was tried and waits no more was written
+        self._tried = version  # not before: a version that was tried and does not wait counts as written
         self.begun += 1
         with contextlib.suppress(RuntimeError):  # the server stops
             self._threads.submit(self._follow, version, held, strides)

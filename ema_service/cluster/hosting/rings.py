@@ -55,9 +55,9 @@ class Rings:
         self._moved = asyncio.Event()
         #: By run: what has its hosts agree at this moment.
         self._agreeing: dict[str, asyncio.Task[None]] = {}
-        #: Of those the ones whose ring has moved since.
+        #: Runs whose ring has moved while their hosts agree.
         self._moved_since: set[str] = set()
-        #: By run whose ring waits: how much had come of it, and since when nothing more has.
+        #: By run whose ring waits to be agreed on: ShardRing.ended, and since when it is that.
         self._stood: dict[str, tuple[int, float]] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -105,7 +105,7 @@ class Rings:
 
     def _agreed(self, name: str) -> None:
         del self._agreeing[name]
-        if name in self._moved_since:  # it may have looked at its ring for the last time before that moved
+        if name in self._moved_since:  # after the hosts' last look at it, maybe
             self._moved_since.discard(name)
             self._moved.set()
 
