@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import pytest
@@ -25,7 +24,8 @@ from tests.waiting import wait_until
 class Cluster:
     """Maps of two shards, and who was sent what. A host's name is one letter."""
 
-    patient = RetryPolicy(attempts=5, base=0.001, cap=0.001)
+    #: No host gives up before the others have begun.
+    patient = RetryPolicy(attempts=10_000, base=0.001, cap=0.001)
 
     def __init__(self) -> None:
         self._transports: dict[str, Transport] = {}
@@ -206,8 +206,6 @@ def test_what_ended_the_sending_is_told_and_not_that_others_gave_up(cluster: Clu
     class Lacks(GivenUp):
         """What one host lacks."""
 
-    cluster.patient = RetryPolicy(attempts=10_000, base=0.001, cap=0.001)
-
     def answer(name: str, _: Target) -> Reply:
         if name == "A":
             raise Overloaded("later")
@@ -218,20 +216,29 @@ def test_what_ended_the_sending_is_told_and_not_that_others_gave_up(cluster: Clu
         cluster.send("A B", answer)
 
 
-def test_nobody_is_begun_with_once_all_is_given_up(cluster: Cluster) -> None:
-    """The error is told once nothing is sent any more."""
-    cluster.map = ""
-    begun, ended = threading.Event(), list[str]()
+def test_nobody_is_begun_with_once_all_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even with a host that the map has since; and the error is told once nothing is sent any more."""
+    begun, given_up, ended = threading.Event(), threading.Event(), list[str]()
+    give_up = sending._Sending._give_up
+
+    def watched(of: sending._Sending) -> None:
+        give_up(of)
+        given_up.set()
+
+    monkeypatch.setattr(sending._Sending, "_give_up", watched)
 
     def answer(name: str, _: Target) -> Reply:
         if name == "A":
-            begun.wait(30)
+            assert begun.wait(30)
             raise NonFinite("NaN")
         begun.set()
+        assert given_up.wait(30)
+        cluster.map = "A BC"
         ended.append(name)
         raise Overloaded("the others are waited for")
 
-    with ThreadPoolExecutor(1) as threads, pytest.raises(NonFinite):
-        threads.submit(cluster.send, "A B", answer).result(30)
-    assert ended
+    with pytest.raises(NonFinite):
+        cluster.send("A B", answer)
+    assert ended == ["B"]
+    assert cluster.sent == {"A": [1], "B": [1]}
     assert not issubclass(GivenUp, EmaError)
