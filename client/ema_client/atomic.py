@@ -93,9 +93,12 @@ def open_kept(path: Path) -> Iterator[Kept]:
     Raises UsageError where ``path`` is no plain file, OSError where no file can be made there.
     """
     target = _plain(path)
-    new, kept = _hidden(target, secrets.token_hex(_CONTENT // 2)), None
+    new, kept = _new_part(target), None
     try:
-        part, file = _kept_before(target) or _locked(new)
+        found = _kept_before(target)
+        while not (found := found or _locked(new)):
+            new = _new_part(target)
+        part, file = found
         with file:
             file.seek(0, os.SEEK_END)
             kept = Kept(target, part, file)
@@ -134,12 +137,32 @@ def _written(part: Path) -> float:
         return 0.0
 
 
-def _locked(part: Path) -> tuple[Path, BinaryIO]:
+def _new_part(target: Path) -> Path:
+    return _hidden(target, secrets.token_hex(_CONTENT // 2))
+
+
+def _locked(part: Path) -> tuple[Path, BinaryIO] | None:
+    """The new file ``part``; None where another process has found the file before it was locked: that one goes on with
+    it, or has removed it."""
     _, file = _made(part)
-    # Without locks, as on some network's file systems, two processes at once may each find the other's part.
-    with contextlib.suppress(OSError):
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        return part, file  # without locks, as on some network's file systems, two may each find the other's part
+    if not _is_at(part, file):
+        file.close()
+        return None
     return part, file
+
+
+def _is_at(part: Path, file: BinaryIO) -> bool:
+    """Whether the open file is the one at this place."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), part.stat())
+    return False
 
 
 @contextlib.contextmanager
@@ -209,7 +232,7 @@ def _taken_over(part: Path, *, anew: bool = True) -> tuple[Path, BinaryIO] | Non
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The writer before may have put the file in its place since it was opened here.
-        ours = os.path.samestat(os.fstat(file.fileno()), part.stat())
+        ours = _is_at(part, file)
     except OSError:
         ours = False
     if not ours:

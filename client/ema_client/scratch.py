@@ -36,7 +36,7 @@ def scratch_folder() -> Iterator[Path]:
             _sweep(Path(tempfile.gettempdir()))
             folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
             stack.callback(_remove, folder)
-            descriptor = _held(folder, os.O_CREAT | os.O_EXCL)
+            descriptor = _held(folder, os.O_CREAT | os.O_EXCL, fcntl.LOCK_EX)
             stack.callback(os.close, descriptor)
             os.write(descriptor, _machine())
         yield folder
@@ -52,12 +52,13 @@ def _machine() -> bytes:
     return socket.gethostname().encode()
 
 
-def _held(folder: Path, flags: int = 0) -> int:
-    """A descriptor of the folder's lock file, with the lock. Raises OSError, BlockingIOError where another has it."""
+def _held(folder: Path, flags: int = 0, lock: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> int:
+    """A descriptor of the folder's lock file, with the lock. lock: how it is taken; a program that looks at all folders
+    has that of a new one for a moment. Raises OSError, BlockingIOError where another has it."""
     descriptor = os.open(folder / _HELD, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, lock)
         undo.pop_all()
     return descriptor
 

@@ -28,6 +28,7 @@ import os
 import secrets
 import stat
 import threading
+import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ _MOST_SUFFIXES = 8
 _OWNER = "owner"
 #: Left to the rest of the process and to the kernel when memory is taken for files.
 _SPARE_BYTES = 64 << 20
+#: For as long a folder is tried for: another server may be looking after it, or removing it, as one of a data dir that
+#: is gone.
+_PATIENCE_SECONDS = 3.0
 
 
 class MemoryFilesUnusable(OSError):
@@ -80,24 +84,17 @@ class MemoryFiles:
         self._data_dir = data_dir.resolve()
         #: Held while room is looked for and taken.
         self._creating = threading.Lock()
+        name = hashlib.sha256(os.fsencode(self._data_dir)).hexdigest()[:16]
         try:
             parent = _own_folder(ram_dir or DEFAULT_RAM_DIR)
             try:
                 _sweep(parent, ram_dir or DEFAULT_RAM_DIR)
-                name = hashlib.sha256(os.fsencode(self._data_dir)).hexdigest()[:16]
-                self._descriptor = _own_folder(name, at=parent)
+                self._take(name, parent)
+                self.folder = Path(f"/proc/self/fd/{self._descriptor}").readlink()
             finally:
                 os.close(parent)
         except OSError as fault:
-            raise MemoryFilesUnusable(f"no folder for memory files: {fault.strerror}: {fault.filename}") from fault
-        with contextlib.ExitStack() as undo:
-            undo.callback(os.close, self._descriptor)
-            try:
-                self._owner, self.nonce = self._claim()
-                self.folder = Path(f"/proc/self/fd/{self._descriptor}").readlink()
-            except OSError as fault:
-                raise MemoryFilesUnusable(f"no folder for memory files: {fault}") from fault
-            undo.pop_all()
+            raise MemoryFilesUnusable(f"no folder for memory files: {fault}") from fault
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             found = file_system(self.folder)
@@ -201,16 +198,36 @@ class MemoryFiles:
         os.close(self._owner)
         os.close(self._descriptor)
 
+    def _take(self, name: str, parent: int) -> None:
+        """Open and claim the folder of this name, made if it is not there. Raises OSError where another server has it,
+        and not for a moment only."""
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                self._descriptor = _own_folder(name, at=parent)
+                with contextlib.ExitStack() as undo:
+                    undo.callback(os.close, self._descriptor)
+                    self._owner, self.nonce = self._claim()
+                    undo.pop_all()
+            except (BlockingIOError, FileNotFoundError) as fault:
+                if time.monotonic() >= until:
+                    raise OSError(fault.errno, "another server has the folder of this data dir", name) from fault
+                time.sleep(0.01)
+            else:
+                return
+
     def _claim(self) -> tuple[int, str]:
         """Lock the folder's owner file, made if it is not there; the answer is its descriptor, and the nonce in it.
 
-        Raises OSError where another process has it.
+        Raises BlockingIOError where another process has it, FileNotFoundError where one has removed the folder.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         owner = os.open(_OWNER, flags, 0o600, dir_fd=self._descriptor)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, owner)
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(owner).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "the folder was removed meanwhile")
             said = _read_owner(owner)
             if said.get("data_dir") != str(self._data_dir) or not isinstance(said.get("nonce"), str):
                 said = {"data_dir": str(self._data_dir), "nonce": secrets.token_hex(16)}
@@ -266,9 +283,10 @@ def _remove_if_left_behind(folder: int, name: str, parent: int, shown: Path) -> 
     except FileNotFoundError:
         return  # being made just now
     try:
+        if not _gone_data_dir(owner):
+            return  # not locked: the lock would be in the way of a server that starts just now
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        data_dir = _read_owner(owner).get("data_dir")
-        if isinstance(data_dir, str) and not (Path(data_dir) / "catalog.db").exists():
+        if data_dir := _gone_data_dir(owner):
             for each in os.listdir(folder):
                 os.unlink(each, dir_fd=folder)
             os.rmdir(name, dir_fd=parent)
@@ -277,6 +295,12 @@ def _remove_if_left_behind(folder: int, name: str, parent: int, shown: Path) -> 
         return  # its server runs
     finally:
         os.close(owner)
+
+
+def _gone_data_dir(owner: int) -> str | None:
+    """The data dir that an owner file names, where it is gone."""
+    data_dir = _read_owner(owner).get("data_dir")
+    return data_dir if isinstance(data_dir, str) and not (Path(data_dir) / "catalog.db").exists() else None
 
 
 def _read_owner(descriptor: int) -> dict[str, object]:

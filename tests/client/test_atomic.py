@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from ema_client import EmaClient, wire
-from ema_client.atomic import move_whole, open_whole, whole_file
+from ema_client.atomic import move_whole, open_kept, open_whole, whole_file
 from ema_client.checkpoints import write
 from ema_client.errors import UsageError
 from ema_client.protocol import TensorSpec, WeightsInfo
@@ -341,6 +341,32 @@ def test_many_writers_of_one_named_file(tmp_path: Path, monkeypatch: pytest.Monk
                 write_whole(path, bytes([number]) * 4096)
                 data = path.read_bytes()
                 torn.append(len(data) != 4096 or len(set(data)) != 1)
+        except OSError as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=write_often, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert (faults, any(torn), names(tmp_path)) == ([], False, ["w"])
+
+
+def test_many_downloads_to_one_place(tmp_path: Path) -> None:
+    """As above: of several that begin at once none goes on with what another writes to."""
+    path, faults, torn = tmp_path / "w", [], []
+
+    def write_often(number: int) -> None:
+        try:
+            for _ in range(60):
+                with open_kept(path) as kept:
+                    kept.file.seek(0)
+                    for _ in range(4):
+                        kept.file.write(bytes([number]) * 1024)
+                        kept.file.flush()
+                    kept.file.seek(0)
+                    data = kept.file.read()
+                    torn.append(len(data) != 4096 or len(set(data)) != 1)
         except OSError as fault:
             faults.append(fault)
 

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,18 @@ def test_in_a_thread() -> None:
     thread.join(30)
     assert [folder.exists() for folder in seen] == [False]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that begin at once, as the tasks of a batch job do, look at each other's folders, and are in nobody's
+    way."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def use(_: int) -> None:
+        for _ in range(100):
+            with scratch_folder() as folder:
+                assert (folder / ".held").exists()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(4)))
+    assert not list(tmp_path.iterdir())

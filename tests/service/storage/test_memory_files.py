@@ -6,15 +6,18 @@ Knows folders in /dev/shm and processes that are killed. Does not know runs, row
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -158,9 +161,12 @@ def test_all_or_none(files: MemoryFiles, monkeypatch: pytest.MonkeyPatch) -> Non
     assert files.names() == set()
 
 
-def test_one_server_at_a_time(files: MemoryFiles, data_dir: Path, ram_dir: Path) -> None:
+def test_one_server_at_a_time(
+    files: MemoryFiles, data_dir: Path, ram_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second process finds the folder taken; a folder of another data dir is another one."""
-    with pytest.raises(MemoryFilesUnusable):
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(MemoryFilesUnusable, match="another server has"):
         MemoryFiles(data_dir, ram_dir)
     other = data_dir.parent / "other"
     other.mkdir()
@@ -275,6 +281,71 @@ def test_files_of_a_data_dir_that_is_gone_are_removed(data_dir: Path, ram_dir: P
         files.close()
         used.sweep(())
         used.close()
+
+
+def test_who_looks_after_folders_is_in_nobodys_way(
+    data_dir: Path, ram_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers of one machine that start at once, as after they were killed at once, have each its memory files: a
+    server without them would go on without the versions that lie there."""
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.0)
+    files = MemoryFiles(data_dir, ram_dir)
+    [kept] = files.create(SIZE)
+    files.close()
+    other = data_dir.parent / "other"
+    other.mkdir()
+    (other / "catalog.db").touch()
+    ended = threading.Event()
+
+    def start_others() -> None:
+        while not ended.is_set():
+            MemoryFiles(other, ram_dir).close()
+
+    with ThreadPoolExecutor(2) as threads:
+        # Of one process: the lock is that of an open file, and keeps out whoever opened the file once more.
+        others = threads.submit(start_others)
+        try:
+            for _ in range(300):
+                again = MemoryFiles(data_dir, ram_dir)
+                assert again.names() == {kept.name}
+                again.close()
+        finally:
+            ended.set()
+        others.result(30)
+    MemoryFiles(data_dir, ram_dir).sweep(())
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_folder_that_is_looked_after_is_waited_for(
+    data_dir: Path, ram_dir: Path, removed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the last of a data dir that was deleted and is made again; a folder that was removed under the hands of the
+    new server is made anew."""
+    files = MemoryFiles(data_dir, ram_dir)
+    files.create(SIZE)
+    files.close()
+    owner = os.open(files.folder / "owner", os.O_RDWR)
+    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    tried, claim = threading.Semaphore(0), MemoryFiles._claim
+
+    def watched(of: MemoryFiles) -> tuple[int, str]:
+        try:
+            return claim(of)
+        finally:
+            tried.release()
+
+    monkeypatch.setattr(MemoryFiles, "_claim", watched)
+    with ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(MemoryFiles, data_dir, ram_dir)
+        assert tried.acquire(timeout=30)
+        if removed:
+            shutil.rmtree(files.folder)
+        os.close(owner)
+        again = starting.result(30)
+    assert len(again.names()) == (0 if removed else 1)
+    again.create(SIZE)
+    again.sweep(())
+    again.close()
 
 
 def test_folder_made_for_another_data_dir_begins_anew(files: MemoryFiles, data_dir: Path, ram_dir: Path) -> None:
