@@ -149,13 +149,16 @@ class Shard:
             self.record = self.record._replace(edition=self.record.edition + 1, vote=None, lost=True)
         return []
 
-    def refuse(self, ticket: Ticket, reason: str) -> list[Refusal]:
+    def refuse(self, proposal: Proposal, reason: str) -> list[Refusal]:
         """Vote against a proposal that this shard has not voted for. Nothing is kept: whoever asks again is refused
-        again. Nothing is said of an earlier revision's proposal, which this shard may have committed: a shard that has
-        yet to do so, and lost what it had, would drop its vote."""
-        held = self.record.vote and self.record.vote.ticket == ticket
-        over = ticket.base < self.record.revision and not self._is_absent
-        return [] if held or over else [Refusal(self._place, self.record.term, ticket, reason)]
+        again. Nothing is said where the shard may have voted for the proposal before, or committed it, whatever it
+        knows by now, for others would drop a vote that may be committed: of an earlier revision's proposal; after a
+        loss, but for the way back; and, while the shard counts for nothing, but for its own return."""
+        ticket, record = proposal.ticket, self.record
+        held = record.vote is not None and record.vote.ticket == ticket
+        over = ticket.base < record.revision or (record.lost and proposal.back is None)
+        unsaid = proposal.seating is None if self._is_absent else over
+        return [] if held or unsaid else [Refusal(self._place, record.term, ticket, reason)]
 
     def insist(self) -> list[Report]:
         """What waits has waited as long as a proposal should: whoever sent what the shard voted for may be gone."""

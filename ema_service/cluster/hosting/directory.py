@@ -265,10 +265,10 @@ class Directory:
         try:
             held = self._prepared(proposal)
         except EmaError as fault:
-            self.reporting.refuse(ticket, self._told(fault))
+            self.reporting.refuse(proposal, self._told(fault))
             return
         if held is None:
-            self.reporting.refuse(ticket, MADE_BEFORE)
+            self.reporting.refuse(proposal, MADE_BEFORE)
             return
         try:
             self.reporting.vote(Vote(proposal, ""), held)  # all that hosts must agree on is the change itself
@@ -281,7 +281,7 @@ class Directory:
         if fault:
             _log.error("a change of the directory could not be judged", exc_info=fault)
             defect = InternalError(f"it failed at the change: {type(fault).__name__}")
-            self.reporting.refuse(proposal.ticket, self._told(defect))
+            self.reporting.refuse(proposal, self._told(defect))
 
     def _prepared(self, proposal: Proposal) -> _Held | None:
         """What a change takes, held until the verdict; None where it was made before. Raises as Registry.propose(),

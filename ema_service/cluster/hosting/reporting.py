@@ -193,9 +193,9 @@ class Reporting(Generic[T]):
         raises StorageFailed where nothing was changed. Not called for what is no return of this shard any more."""
         self._act(lambda core: core.let_go(returning), keep=keep)
 
-    def refuse(self, ticket: Ticket, reason: str) -> None:
+    def refuse(self, proposal: Proposal, reason: str) -> None:
         """Vote against a proposal, which is then dropped on all shards."""
-        self._act(lambda core: core.refuse(ticket, reason), ticket)
+        self._act(lambda core: core.refuse(proposal, reason), proposal.ticket)
 
     def postpone(self, ticket: Ticket) -> None:
         """Neither vote for a proposal nor refuse it: it cannot be judged now, and comes again."""

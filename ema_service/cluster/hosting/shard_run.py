@@ -274,7 +274,7 @@ class ShardRun:
         otherwise."""
         if isinstance(fault, SegmentUnusable):
             return
-        self.reporting.refuse(Ticket(self.record.revision, step, key), reason_of(fault))
+        self.reporting.refuse(Proposal(Ticket(self.record.revision, step, key)), reason_of(fault))
 
     # --- changes, which come by a coordinator -----------------------------------------------------------------------
 
@@ -539,11 +539,11 @@ class ShardRun:
                         return
                     held = self._others_return(proposal) or self._changed(proposal, _change_in(proposal.change or ""))
         except _Lacking as lacked:
-            self.reporting.refuse(ticket, lacking(lacked.versions))
+            self.reporting.refuse(proposal, lacking(lacked.versions))
         except EmaError as fault:
-            self.reporting.refuse(ticket, reason_of(fault))
+            self.reporting.refuse(proposal, reason_of(fault))
         except MalformedMessage as fault:
-            self.reporting.refuse(ticket, reason_of(InvalidRequest(f"no change: {fault}")))
+            self.reporting.refuse(proposal, reason_of(InvalidRequest(f"no change: {fault}")))
         else:
             self._vote_for(proposal, held)
 
@@ -553,12 +553,12 @@ class ShardRun:
         if fault:
             _log.error("run %s: a change could not be judged", self._run.config.run, exc_info=fault)
             defect = InternalError(f"a host failed at the change: {type(fault).__name__}")
-            self.reporting.refuse(proposal.ticket, reason_of(defect))
+            self.reporting.refuse(proposal, reason_of(defect))
 
     def _vote_for(self, proposal: Proposal, held: _Held | None) -> None:
         """Vote for a change. held: None where it was made before."""
         if held is None:
-            self.reporting.refuse(proposal.ticket, MADE_BEFORE)
+            self.reporting.refuse(proposal, MADE_BEFORE)
             return
         with contextlib.suppress(StorageFailed):  # the run tells so, and the change comes again
             self.reporting.vote(Vote(proposal, held.outcome), held)

@@ -198,7 +198,7 @@ def test_change_is_refused_with_its_reason() -> None:
     assert coordinator.propose("k", "rewind to s") == [Propose(place, coordinator.term, change) for place in (0, 1)]
     carry(coordinator, shards, shards[0].prepare(vote(change)))
 
-    answers = carry(coordinator, shards, [*shards[1].refuse(change.ticket, "damaged")])
+    answers = carry(coordinator, shards, [*shards[1].refuse(change, "damaged")])
 
     assert Answer("k", committed=False, reason="damaged") in answers
     assert [shard.record.vote for shard in shards] == [None, None]
@@ -209,9 +209,9 @@ def test_nobody_refuses_what_it_has_committed() -> None:
     change = Proposal(Ticket(0, None, "k"), "snapshot s")
     shard = Shard(0, Record(TERM, 2, 1, vote(change), None))
 
-    assert shard.refuse(change.ticket, "made before") == []
+    assert shard.refuse(change, "made before") == []
     again = Ticket(1, None, "k")
-    assert shard.refuse(again, "made before") == [Refusal(0, TERM, again, "made before")]
+    assert shard.refuse(change._replace(ticket=again), "made before") == [Refusal(0, TERM, again, "made before")]
 
 
 def test_update_waits_for_a_change_and_not_before() -> None:
@@ -238,7 +238,7 @@ def test_update_is_voted_for_again_where_a_change_is_refused() -> None:
     coordinator.propose("k", "snapshot s")
     carry(coordinator, shards, shards[0].prepare(vote(change)))
 
-    answers = carry(coordinator, shards, [*shards[1].refuse(change.ticket, "full")])
+    answers = carry(coordinator, shards, [*shards[1].refuse(change, "full")])
 
     assert {answer.key for answer in answers} == {"k"}
     assert shards[0].record.vote == vote(UPDATE)
@@ -378,12 +378,12 @@ def test_a_word_goes_back_to_the_newest_that_all_have() -> None:
     first = coordinator.propose("w", "", mends=True)
     second = [
         each
-        for refusal in shards[0].refuse(Ticket(2, None, "w-back-2"), "torn")
+        for refusal in shards[0].refuse(Proposal(Ticket(2, None, "w-back-2"), back=2), "torn")
         for each in coordinator.receive(refusal)
     ]
     third = [
         each
-        for refusal in shards[0].refuse(Ticket(2, None, "w-back-1"), "torn")
+        for refusal in shards[0].refuse(Proposal(Ticket(2, None, "w-back-1"), back=1), "torn")
         for each in coordinator.receive(refusal)
     ]
 

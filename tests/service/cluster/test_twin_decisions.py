@@ -20,6 +20,7 @@ from ema_service.cluster import (
     Proposal,
     Propose,
     Record,
+    Refusal,
     Report,
     Resolve,
     Seating,
@@ -151,6 +152,16 @@ class StartsAsNew(TwinHost):
         return Record()
 
 
+class RefusesAfterALoss(Shard):
+    """A host votes against what it may have voted for before it lost that."""
+
+    def refuse(self, proposal: Proposal, reason: str) -> list[Refusal]:
+        record, self.record = self.record, self.record._replace(lost=False)
+        said = super().refuse(proposal, reason)
+        self.record = record
+        return said
+
+
 class CountsEditionsAnew(TwinHost):
     """A host whose disk is empty gives editions that were given before."""
 
@@ -167,6 +178,7 @@ MUTANTS = (
     Mutant(Design(coordinator=ReturnsWithoutATurn, host=TwinHost), Torn, 100),
     Mutant(Design(host=KnowsTheSeatingInMemory), Broken, 200, first=1000),
     Mutant(Design(coordinator=HoldsUpWhatTheAbsentMayHave, host=TwinHost), Torn, 50, first=3260),
+    Mutant(Design(shard=RefusesAfterALoss, host=TwinHost), Torn, 10, first=62_565),
     Mutant(Design(host=StartsAsNew), Broken, 300),
     Mutant(Design(host=CountsEditionsAnew), Broken, 300),
 )
@@ -356,12 +368,24 @@ def test_a_host_that_was_left_behind_refuses_nothing() -> None:
         for report in shards[shard].prepare(Vote(UPDATE, "o")):
             coordinator.receive(report)  # type: ignore[arg-type]
 
-    for refusal in shards[2].refuse(UPDATE.ticket, "an older step"):
-        assert coordinator.receive(refusal) == []
+    assert shards[2].refuse(UPDATE, "an older step") == []
+    refusal = Refusal(2, coordinator.term, UPDATE.ticket, "an older step")  # before it knew that it was left behind
+    assert coordinator.receive(refusal) == []
     (report,) = shards[3].prepare(Vote(UPDATE, "o"))
     said = coordinator.receive(report)  # type: ignore[arg-type]
 
     assert [each.committed for each in said if isinstance(each, Resolve)] == [True] * 3
+
+
+def test_a_host_that_lost_what_it_had_refuses_nothing() -> None:
+    """It may have voted for that, and another have committed it who was left behind since. Its own return, and the way
+    back, it can refuse."""
+    behind = Seating(Term(1, "b"), 1, "2")
+    lost, absent = emptied(7), emptied(7)._replace(seating=behind)
+    back, own = UPDATE._replace(back=0), UPDATE._replace(change="", seating=behind._replace(number=2, without=""))
+
+    assert [bool(Shard(2, lost).refuse(each, "why")) for each in (UPDATE, back)] == [False, True]
+    assert [bool(Shard(2, absent).refuse(each, "why")) for each in (UPDATE, own)] == [False, True]
 
 
 def test_two_hosts_return_one_after_the_other() -> None:
@@ -392,8 +416,7 @@ def test_a_return_that_was_refused_is_proposed_again() -> None:
         return {each.proposal.ticket for each in said if isinstance(each, Propose)}
 
     (first,) = proposed()
-    for refusal in shards[0].refuse(first, "a defect"):
-        coordinator.receive(refusal)
+    coordinator.receive(Refusal(0, coordinator.term, first, "a defect"))
     assert proposed() == set()
     coordinator.ask()
     (second,) = proposed()

@@ -91,7 +91,7 @@ class TwinHost(Host):
         held = twin.disk.vote
         if self.shard and self.world.happens(_UNFILLED):
             self.pauses = True
-            self.carry_out(self.shard.refuse(proposal.ticket, "not filled"))
+            self.carry_out(self.shard.refuse(proposal, "not filled"))
         elif twin.shard and self.is_held(proposal, held) and twin.disk.revision == proposal.ticket.base:
             if self.world.happens(_EMPTIED):
                 self.let_go(proposal)

@@ -221,14 +221,14 @@ class Host:
         elif not proposal.change and ticket.step is None and proposal.seating is None:
             raise Torn(f"{ticket} is to go on with what all have, and was proposed as another change")
         elif self.knows(ticket.key):
-            self.carry_out(shard.refuse(ticket, "committed before"))
+            self.carry_out(shard.refuse(proposal, "committed before"))
         elif self.lacks_checkpoint(proposal):
-            self.carry_out(shard.refuse(ticket, "the checkpoint is not here"))
+            self.carry_out(shard.refuse(proposal, "the checkpoint is not here"))
         elif ticket.key in self.refuses or world.happens(world.refused):
             self.refuses.add(ticket.key)
             world.seen["refused"] += 1
             world.send(world, Said(self.place, ticket.key, committed=False, over=True))
-            self.carry_out(shard.refuse(ticket, "not finite"))
+            self.carry_out(shard.refuse(proposal, "not finite"))
         else:
             base = self.log[-1].ticket.key if self.log else "nothing"
             if world.happens(world.different):
@@ -239,9 +239,9 @@ class Host:
     def prepare_way_back(self, shard: Shard, proposal: Proposal, to: int) -> None:
         """Vote for the way back to a checkpoint, or refuse it where the checkpoint is not here."""
         if proposal.word and self.knows(proposal.word):
-            self.carry_out(shard.refuse(proposal.ticket, "committed before"))
+            self.carry_out(shard.refuse(proposal, "committed before"))
         elif not self.can_read(proposal, to):
-            self.carry_out(shard.refuse(proposal.ticket, "no such checkpoint"))
+            self.carry_out(shard.refuse(proposal, "no such checkpoint"))
         else:
             self.carry_out(shard.prepare(Vote(proposal, f"back to {proposal.to or to}, {proposal.change}")))
 

@@ -231,7 +231,7 @@ def test_change_is_handed_over_once(store: Store, talk: Reporting[str]) -> None:
     for _ in range(2):
         talk.hear(Propose(0, TERM, CHANGE))
     assert store.events == [CHANGE]
-    talk.refuse(CHANGE.ticket, "no such snapshot")
+    talk.refuse(CHANGE, "no such snapshot")
     assert spoken(talk).said == [Refusal(0, TERM, CHANGE.ticket, "no such snapshot")]
     talk.hear(Propose(0, TERM, CHANGE))
     assert store.events == [CHANGE, CHANGE]

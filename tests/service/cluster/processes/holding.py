@@ -132,10 +132,10 @@ class Holder:
         """Vote, or refuse."""
         ticket = proposal.ticket
         if ticket.key.startswith("bad"):
-            self._reporting.refuse(ticket, "not finite")
+            self._reporting.refuse(proposal, "not finite")
             self._store.answer(Answer(ticket.key, committed=False, reason="not finite"))
         elif any(outcome.split()[0] == ticket.key for outcome in self._store.log):
-            self._reporting.refuse(ticket, "made before")
+            self._reporting.refuse(proposal, "made before")
         else:
             self._reporting.vote(Vote(proposal, f"{ticket.key} {ticket.step or 0} {proposal.change or ''}"), None)
 
