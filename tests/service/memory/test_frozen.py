@@ -107,7 +107,7 @@ def test_a_reader_who_is_done_does_not_wait_for_a_copy(
     assert begun.wait(30)
     releasing = threading.Thread(target=frozen.release, args=(read,), daemon=True)
     releasing.start()
-    releasing.join(5)
+    releasing.join(30)
     finished = not releasing.is_alive()
     go_on.set()
     copying.join(30)
