@@ -225,7 +225,10 @@ def killed(program: str, url: str, path: Path, how: signal.Signals, *, after: in
     after: bytes that a part with a name has by then.
     """
     words = [url, str(path)] if program.endswith(LIBRARY) else ["--url", url, "pull", "r", "-o", str(path)]
-    process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE)
+    # Under nohup, SIGHUP is ignored here, and so it would be there.
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words], stderr=subprocess.PIPE, preexec_fn=_hear_hangups
+    )
     try:
         deadline = time.monotonic() + PATIENCE
         while not any(_size(part) >= after for part in path.parent.glob(".*.part")) and (
@@ -240,6 +243,10 @@ def killed(program: str, url: str, path: Path, how: signal.Signals, *, after: in
     finally:
         process.kill()
         process.communicate(timeout=PATIENCE)
+
+
+def _hear_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _writes_below(pid: int, folder: Path) -> bool:

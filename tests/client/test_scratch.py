@@ -43,7 +43,13 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
         env = os.environ | {"TMPDIR": str(tmp_path)}
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words], stdout=pipe, stderr=pipe, text=True, env=env
+            [sys.executable, "-c", PROGRAM, *words],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env=env,
+            # Under nohup, SIGHUP is ignored here, and so it would be there.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         begun.append(process)
         assert process.stdout is not None

@@ -7,7 +7,11 @@ Knows what a proposal may lead to. Does not know files, servers or time.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from unittest.mock import ANY
 
 import pytest
@@ -55,11 +59,20 @@ def play_all(first: int, count: int, design: Design) -> Counter[str]:
 # --- random schedules ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def played() -> Iterator[list[Future[Counter[str]]]]:
+    """By part, what happened, once its schedules are played: a process on each core plays them."""
+    cores = min(os.cpu_count() or 1, PARTS)
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as processes:
+        yield [processes.submit(play_all, part * PART, PART, Design()) for part in range(PARTS)]
+        processes.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("part", range(PARTS))
-def test_schedules(part: int) -> None:
+def test_schedules(part: int, played: list[Future[Counter[str]]]) -> None:
     """No update is on some shards only, none that was acknowledged is lost, no version is torn, and once the faults
     stop everything is resolved; and schedules are such that all of that could have failed."""
-    seen = play_all(part * PART, PART, Design())
+    seen = played[part].result()
 
     assert seen["committed"] > PART // 4
     assert seen["aborted"] > PART // 4
