@@ -7,6 +7,7 @@ how parts are put together (tests/service/runs/test_parts.py).
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +23,11 @@ from torch import Tensor
 from ema_client import EmaClient
 from ema_client.errors import StaleStep
 from ema_client.tensors.body import encode
+from ema_client.training import sender
 from ema_client.training.plan import ShardedPlan
 from ema_client.training.publisher import Publisher
 from ema_client.training.rounds import SendPolicy
+from ema_client.training.tally import Stats
 from ema_client.training.updates import Update
 from ema_client.wire import Box
 
@@ -125,6 +128,30 @@ def test_update_that_nobody_completes_is_told(ranks: list[Rank], run_name: str) 
 
     assert_as_whole(first.client, run_name, [2])
     assert (second.publisher.stats.sent, second.publisher.stats.failed) == (1, 1)
+
+
+def test_update_that_one_rank_skipped_is_skipped(
+    server: ServerProcess, ranks: list[Rank], run_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server was away, and a rank left an update out that the other sent: that one counts it as skipped too, and
+    goes on."""
+    monkeypatch.setattr(sender, "_AWAY_SECONDS", 0.2)
+    first, second = ranks
+    first.client.create_run(run_name, whole(0))
+    server.process.send_signal(signal.SIGSTOP)
+    for rank in ranks:
+        rank.push(1)
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGCONT)
+    second.push(2)
+    wait_for_parts(first.client, run_name, 2, (1,))
+    for rank in ranks:
+        rank.push(3)
+    for rank in ranks:
+        rank.publisher.flush(PATIENCE)
+
+    assert_as_whole(first.client, run_name, [1, 3])
+    assert [rank.publisher.stats for rank in ranks] == [Stats(sent=2), Stats(sent=2, skipped=1)]
 
 
 @pytest.mark.parametrize("durability", ["process", "disk"])

@@ -2,6 +2,8 @@
 
 A rank of a sharded trainer sends a part of each update. A part that arrived is kept until the service says that the
 whole update is applied, and sent again where the service has lost the part; the next update's part is sent meanwhile.
+While the service is away ranks leave updates out, each by itself: a part of an update that other ranks skipped counts
+as skipped too.
 
 Knows: what to do after each try, by the policy, and what the queue and the tally are told of it. Does not know:
 threads' beginnings, tensors, HTTP, or how an update came about.
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from ema_client.errors import EmaError, StaleStep, StepNotReached
 from ema_client.http.body import Body
-from ema_client.training.queue import UpdateQueue
+from ema_client.training.queue import SILENCE_SECONDS, UpdateQueue
 from ema_client.training.rounds import Again, Refused, SendPolicy, Stuck
 from ema_client.training.tally import Tally
 from ema_client.training.updates import Update
@@ -30,6 +32,8 @@ _log = logging.getLogger("ema_client")
 _FIRST_LOOK, _LONGEST_PAUSE = 0.01, 0.25
 #: Seconds that other ranks' parts may take before the trainer waits no more for room, and before a flush() ends.
 _ROOM_SECONDS, _FLUSH_SECONDS = 10.0, 60.0
+#: Where an update took so many seconds, the service was away, or near enough for some rank to have left updates out.
+_AWAY_SECONDS = SILENCE_SECONDS / 2
 #: Seconds that the model's own memory stays lent to a part that arrived, once the model needs the memory back.
 _LENT_SECONDS = 5.0
 
@@ -75,6 +79,9 @@ class Sender:
         #: The first updates of the queue, sent and not known to be applied.
         self._awaiting: list[_Awaiting] = []
         self._pause = _FIRST_LOOK
+        #: By step of the updates that are not removed: when the first try began; and when the service was away last.
+        self._begun: dict[int | None, float] = {}
+        self._away = float("-inf")
 
     def run(self) -> None:
         """Send updates until the queue ends; updates that are left then are given up. For a thread of its own."""
@@ -100,12 +107,17 @@ class Sender:
         """Try to send an update until the update is there, refused or given up. again: a part that was there before,
         and may have been applied, and others after it, while nobody could say so."""
         attempt, began = 0, time.monotonic()
+        self._begun.setdefault(update.step, began)
         body = replace(update.body, moved=_Progress(self._queue.moves))
         self._queue.moves()
         while isinstance(error := self._try(update.step, body), EmaError):
-            if again and isinstance(error, StaleStep) and self._ask(update.step):
-                self._applied(update)
-                return
+            if again and isinstance(error, StaleStep):
+                if self._ask(update.step):
+                    self._applied(update)
+                    return
+                if self._may_be_skipped(update):
+                    self._left_out(update)
+                    return
             elapsed = time.monotonic() - began
             match self._policy.after(attempt, error, elapsed=elapsed, rounds=self._queue.rounds, random=random.random):
                 case Refused():
@@ -179,21 +191,37 @@ class Sender:
             _log.error("%s", late)
         self._awaiting.append(each)
 
+    def _may_be_skipped(self, update: Update) -> bool:
+        """Whether another rank may have left an update out, for the service was away when this rank began with it."""
+        return self._begun[update.step] - self._away < SILENCE_SECONDS
+
     # An update is counted before its removal: flush() returns with the removal of the last update.
 
     def _applied(self, update: Update) -> None:
+        if (now := time.monotonic()) - self._begun[update.step] > _AWAY_SECONDS:
+            self._away = now
         self._tally.sent(was_stuck=self._queue.get_through(), counted=update.step is not None)
-        self._queue.remove(update)
+        self._remove(update)
 
     def _refused(self, update: Update, error: EmaError) -> None:
         self._queue.get_through()
         self._tally.failed(update.step, error)
-        self._queue.remove(update)
+        self._remove(update)
+
+    def _left_out(self, update: Update) -> None:
+        self._queue.get_through()
+        _log.warning("%s: %s was left out: other ranks skipped it, as the service was away", self._name, update.what)
+        self._tally.given_up()
+        self._remove(update)
 
     def _given_up(self, update: Update, error: EmaError) -> None:
         if self._queue.get_stuck(error, after_round=False):
             _log.error("%s: %s was given up: %s", self._name, update.what, error)
         self._tally.given_up()
+        self._remove(update)
+
+    def _remove(self, update: Update) -> None:
+        self._begun.pop(update.step, None)
         self._queue.remove(update)
 
     def _give_up_all(self) -> None:
@@ -201,7 +229,7 @@ class Sender:
             _log.error("%s: %d updates were not sent", self._name, pending)
         for update in self._queue.left():
             self._tally.given_up()
-            self._queue.remove(update)
+            self._remove(update)
 
 
 class _Progress:

@@ -403,6 +403,29 @@ def test_update_that_went_on_without_a_part_is_told(rank: Publisher, gathering: 
     assert rank.stats == Stats(sent=1, failed=1)
 
 
+def test_part_of_an_update_that_another_rank_skipped(
+    rank: Publisher, gathering: Gathering, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the service is away ranks leave updates out, each by itself: an update that only some sent is skipped on
+    these as well, and no rank's flush() raises alone."""
+    monkeypatch.setattr(sender, "_AWAY_SECONDS", 0.05)
+    push(rank, 1)
+    wait_until(lambda: gathering.asked > 1 and rank.pending == 1)
+    threading.Event().wait(0.1)
+    gathering.applied.add(1)
+    rank.flush(PATIENCE)
+    push(rank, 2)
+    push(rank, 3)
+    wait_until(lambda: gathering.sent == [1, 2, 3])
+    gathering.stale.add(2)
+    gathering.there.discard(2)
+    gathering.applied.add(3)
+
+    rank.flush(PATIENCE)
+    assert rank.stats == Stats(sent=2, skipped=1)
+    assert [each.message for each in caplog.records if "step 2 was left out" in each.message]
+
+
 def test_others_that_never_come_stop_nobody(
     rank: Publisher, gathering: Gathering, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
