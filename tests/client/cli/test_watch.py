@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
 from ema_client import EmaClient
+from tests.waiting import wait_until
 
 STATE = {"w": torch.arange(3.0)}
 PATIENCE = 60.0
@@ -110,9 +112,10 @@ def test_a_failing_command_is_reported(client: EmaClient, run: str, watch: Watch
 def test_snapshots(client: EmaClient, run: str, watch: Watch, tmp_path: Path) -> None:
     """--snapshots tells of new snapshots and not of versions; what is downloaded is the snapshot."""
     client.snapshot(run, "old")
+    wait_until(lambda: not _is_watched(client), "the watchers of earlier tests to be gone")
     process = watch("--snapshots", "--once", "--out", "{snapshot}.safetensors", "--exec", "echo {snapshot} {step}")
     # Started is not yet watching: the snapshots of the time before it looked are old.
-    _until_watched(client)
+    wait_until(lambda: _is_watched(client), "the watcher")
     client.push(run, {"w": STATE["w"] + 2}, step=1)
     client.snapshot(run, "new")
     client.push(run, {"w": STATE["w"] * 100}, step=2)
@@ -171,15 +174,10 @@ def test_timeout(watch: Watch) -> None:
     assert (code, len(out.splitlines()), err) == (0, 1, "")
 
 
-def _until_watched(client: EmaClient) -> None:
-    import time
-
-    import httpx
-
-    deadline = time.monotonic() + PATIENCE
-    while "ema_watchers 0.0" in httpx.get(f"{client.url}/metrics").text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def _is_watched(client: EmaClient) -> bool:
+    """Whether anybody waits for events, at a server or at the gateway of several."""
+    told = httpx.get(f"{client.url}/metrics").text
+    return not any(f"{gauge} 0.0" in told for gauge in ("ema_watchers", "ema_gateway_waiting"))
 
 
 def test_path_is_no_part_of_a_files_name(watch: Watch) -> None:
