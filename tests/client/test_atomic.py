@@ -337,16 +337,15 @@ def test_without_nameless_files_the_next_takes_over(
     assert (path.read_bytes(), names(tmp_path)) == (body(), ["w.safetensors"])
 
 
-def test_many_writers_of_one_named_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever wins, the file is always whole, nobody fails, and nothing is left."""
-    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-    path, faults, torn = tmp_path / "w", [], []
+def at_once(write: Callable[[int], bytes]) -> tuple[list[OSError], bool]:
+    """Have four threads write often. write: called with a thread's number, gives what was read back. Returns faults,
+    and whether anything read was not whole, or of several threads."""
+    faults, torn = [], []
 
     def write_often(number: int) -> None:
         try:
-            for _ in range(30):
-                write_whole(path, bytes([number]) * 4096)
-                data = path.read_bytes()
+            for _ in range(40):
+                data = write(number)
                 torn.append(len(data) != 4096 or len(set(data)) != 1)
         except OSError as fault:
             faults.append(fault)
@@ -356,30 +355,31 @@ def test_many_writers_of_one_named_file(tmp_path: Path, monkeypatch: pytest.Monk
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    assert (faults, any(torn), names(tmp_path)) == ([], False, ["w"])
+    return faults, any(torn)
+
+
+def test_many_writers_of_one_named_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wins, the file is always whole, nobody fails, and nothing is left."""
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    path = tmp_path / "w"
+
+    def write(number: int) -> bytes:
+        write_whole(path, bytes([number]) * 4096)
+        return path.read_bytes()
+
+    assert (*at_once(write), names(tmp_path)) == ([], False, ["w"])
 
 
 def test_many_downloads_to_one_place(tmp_path: Path) -> None:
     """As above: of several that begin at once none goes on with what another writes to."""
-    path, faults, torn = tmp_path / "w", [], []
 
-    def write_often(number: int) -> None:
-        try:
-            for _ in range(60):
-                with open_kept(path) as kept:
-                    kept.file.seek(0)
-                    for _ in range(4):
-                        kept.file.write(bytes([number]) * 1024)
-                        kept.file.flush()
-                    kept.file.seek(0)
-                    data = kept.file.read()
-                    torn.append(len(data) != 4096 or len(set(data)) != 1)
-        except OSError as fault:
-            faults.append(fault)
+    def write(number: int) -> bytes:
+        with open_kept(tmp_path / "w") as kept:
+            kept.file.seek(0)
+            for _ in range(4):
+                kept.file.write(bytes([number]) * 1024)
+                kept.file.flush()
+            kept.file.seek(0)
+            return kept.file.read()
 
-    threads = [threading.Thread(target=write_often, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert (faults, any(torn), names(tmp_path)) == ([], False, ["w"])
+    assert (*at_once(write), names(tmp_path)) == ([], False, ["w"])
