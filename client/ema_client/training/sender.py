@@ -198,7 +198,8 @@ class Sender:
     # An update is counted before its removal: flush() returns with the removal of the last update.
 
     def _applied(self, update: Update) -> None:
-        if (now := time.monotonic()) - self._begun[update.step] > _AWAY_SECONDS:
+        now = time.monotonic()
+        if now - self._begun.get(update.step, now) > _AWAY_SECONDS:  # of initial weights two may be under way
             self._away = now
         self._tally.sent(was_stuck=self._queue.get_through(), counted=update.step is not None)
         self._remove(update)

@@ -463,6 +463,15 @@ def test_initial_weights_that_others_do_not_give_are_given_up(
     assert rank.stats == Stats(sent=1, failed=1)
 
 
+def test_initial_weights_given_twice(rank: Publisher, gathering: Gathering) -> None:
+    """The second ones are sent while the first ones await other ranks' parts."""
+    push(rank, None)
+    push(rank, None)
+    wait_until(lambda: gathering.sent == [None, None])
+    gathering.applied.add(None)
+    rank.flush(PATIENCE)
+
+
 def test_initial_weights_are_no_update(rank: Publisher, gathering: Gathering) -> None:
     """Where all are there, nothing is counted."""
     gathering.applied |= {None, 1}
