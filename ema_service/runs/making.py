@@ -253,8 +253,8 @@ class Maker:
         """config: of the run as it was created. setup: its averages by now; None: those of ``config``. refusal: why the
         run's versions can't lie in memory files. writer: of a run without a row."""
         shard = self._store.shard(row) if self._store and row else None
-        whole = self._store.whole(row) if self._store and row and shard else ""
-        measurements = Measurements(config.run, layout, _averaged(row, whole) if row and whole else None)
+        whole = _whole(row, self._store.whole(row)) if self._store and row and shard else None
+        measurements = Measurements(config.run, layout, _averaged(whole) if whole else None)
         noted = measurements if self._measure else None
         if self._store is None or row is None:
             run = Run(config, layout, self._memory, created_at=created_at, writer=writer, measurements=noted)
@@ -270,7 +270,7 @@ class Maker:
             writer=row.writer,
             setup=setup,
             measurements=noted,
-            shard=ShardInfo(shard.place, shard.of, shard.birth) if shard else None,
+            shard=_told(shard, whole or config) if shard else None,
         )
         of = config, row, self._store, layout, memory
         snapshots = Snapshots(*of, run.changes.tell, most=self._max_snapshots, offload=self._offload)
@@ -348,15 +348,24 @@ def _setup_of(row: RunRow) -> Setup:
         raise _damaged(row, fault) from None
 
 
-def _averaged(row: RunRow, whole: str) -> list[str]:
-    """The names of the averaged tensors in the configuration of a whole run, of which a row has one shard. Raises
+def _whole(row: RunRow, text: str) -> RunConfig | None:
+    """The configuration of a whole run, of which a row has one shard; None where the shard was made alone. Raises
     CatalogUnusable where the row is damaged."""
     try:
-        config = from_json(RunConfig, json.loads(whole))
+        return from_json(RunConfig, json.loads(text)) if text else None
     except ValueError as fault:
         raise _damaged(row, fault) from None
+
+
+def _averaged(config: RunConfig) -> list[str]:
+    """The names of the averaged tensors."""
     copied = frozenset(config.copied)
     return [spec.name for spec in config.layout if spec.name not in copied]
+
+
+def _told(shard: ShardRow, whole: RunConfig) -> ShardInfo:
+    """What is told of a shard. whole: the configuration of the whole run."""
+    return ShardInfo(shard.place, shard.of, shard.birth, len(whole.layout), len(frozenset(whole.copied)))
 
 
 def _damaged(row: RunRow, fault: ValueError) -> CatalogUnusable:

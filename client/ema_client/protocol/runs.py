@@ -265,12 +265,15 @@ class ShardInfo:
     """Which shard of a run on several hosts a server has.
 
     place: from 0, among ``of`` shards. birth: how many runs the hosts had created and deleted by then, with this one: a
-    run that was made later in place of this one has another.
+    run that was made later in place of this one has another. tensors, copied: how many the whole run has, as RunInfo
+    tells it of the shard.
     """
 
     place: Count
     of: Count
     birth: Count
+    tensors: Count = 0
+    copied: Count = 0
 
 
 @dataclass(frozen=True, slots=True)

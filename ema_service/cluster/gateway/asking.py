@@ -35,8 +35,8 @@ _APART_SECONDS, _APART_PAUSE = 3.0, 0.02
 _DECISION_SECONDS = 90.0
 #: Seconds that a host may work before it answers a write for which all hosts read or write files.
 LONG_SECONDS = 900.0
-#: Runs whose layouts are remembered.
-_MOST_LAYOUTS = 256
+#: Tensors whose places on the hosts are remembered, of all runs together.
+_MOST_TENSORS = 200_000
 
 
 class Asking:
@@ -44,7 +44,7 @@ class Asking:
 
     def __init__(self, hosts: Hosts) -> None:
         self.hosts = hosts
-        #: run -> when it was created, and the hosts' shares of its tensors.
+        #: run -> when it was created, and the hosts' shares of its tensors; the run that was asked for last is last.
         self._maps: dict[str, tuple[float, LayoutMap]] = {}
 
     async def each(self, request: Request, path: str, kind: type[T]) -> list[T]:
@@ -76,20 +76,19 @@ class Asking:
         """The whole run, once all hosts are at one place. Raises Overloaded where they are not."""
 
         async def ask() -> RunInfo:
-            return await self.whole(await self.each(request, run_path(run), RunInfo), request)
+            return await self.whole(await self.each(request, run_path(run), RunInfo))
 
         return await self.agreed(ask)
 
-    async def whole(self, infos: Sequence[RunInfo], request: Request) -> RunInfo:
+    async def whole(self, infos: Sequence[RunInfo]) -> RunInfo:
         """The whole run of which the hosts tell so, degraded where nothing is decided for it. Raises Apart."""
-        shards = await self.map_of(infos[0], request)
         try:
-            return whole_info(infos, shards)
+            return whole_info(infos)
         except Apart:
             fault = await self._fault_of(infos[0])
             if not fault:
                 raise
-            return degraded_info(infos, shards, fault)
+            return degraded_info(infos, fault)
 
     async def _fault_of(self, info: RunInfo) -> str:
         """Why nothing is decided for a run, by the coordinator's word; empty where that is not known, or all is well.
@@ -112,13 +111,19 @@ class Asking:
 
     async def map_of(self, told: RunInfo, request: Request) -> LayoutMap:
         """The hosts' shares of the run that was created when one of them tells. Raises Apart."""
-        created_at, found = self._maps.get(told.run, (None, None))
+        created_at, found = self._maps.pop(told.run, (None, None))
         if found is None or created_at != told.created_at:
             found = await asyncio.to_thread(map_of, await self.each(request, layout_path(told.run), RunLayout))
-            while len(self._maps) >= _MOST_LAYOUTS:
-                del self._maps[next(iter(self._maps))]
-            self._maps[told.run] = told.created_at, found
+            self._make_room(len(found.layout))
+        self._maps[told.run] = told.created_at, found
         return found
+
+    def _make_room(self, tensors: int) -> None:
+        """Forget the runs that were not asked for longest, as far as so many tensors more ask for it."""
+        known = sum(len(shares.layout) for _, shares in self._maps.values())
+        while self._maps and known + tensors > _MOST_TENSORS:
+            _, shares = self._maps.pop(next(iter(self._maps)))
+            known -= len(shares.layout)
 
     async def agreed(self, ask: Callable[[], Awaitable[T]]) -> T:
         """What ``ask`` returns, which is called again while it raises Apart, or Superseded: while a run is being made

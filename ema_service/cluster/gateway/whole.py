@@ -101,7 +101,7 @@ def shards_of(
     shard where a host that counts has never come. Raises Apart."""
     if not all(host.address for each in hosts for host in each):
         return RunShards(infos[0].run, (), twins)
-    found = [each.shard.birth if each.shard else 0 for each in infos]
+    found = [*map(_birth, infos)]
     _check_same(found, infos[0].run)
     return RunShards(infos[0].run, tuple(map(_hosted, shards.shards, found, hosts)), twins)
 
@@ -114,40 +114,42 @@ def _hosted(shard: ShardLayout, birth: int, hosts: Sequence[HostAddress]) -> Hos
     return HostedShard(shard.place, birth, host.address, specs, firsts, host.replicas, twin)
 
 
-def whole_info(infos: Sequence[RunInfo], shards: LayoutMap) -> RunInfo:
+def whole_info(infos: Sequence[RunInfo]) -> RunInfo:
     """The whole run as it stands. Raises Apart."""
     first = infos[0]
     _check_same(((each.version, each.step, each.num_updates, each.averages) for each in infos), first.run)
-    return _together(infos, shards, first)
+    _check_same(map(_birth, infos), first.run)
+    return _together(infos, first)
 
 
-def degraded_info(infos: Sequence[RunInfo], shards: LayoutMap, fault: str) -> RunInfo:
+def degraded_info(infos: Sequence[RunInfo], fault: str) -> RunInfo:
     """As whole_info(), of hosts that have come apart for good: as the one says that is furthest behind. fault: why
     nothing is decided."""
     least = min(infos, key=lambda each: (_STATUSES.index(each.status), each.step is not None, each.step or 0))
-    found = _together(infos, shards, least)
+    found = _together(infos, least)
     # Of a host that is an older copy, and knows nothing of it, the coordinator alone can say what is wrong.
     return found if found.status == "degraded" else replace(found, status="degraded", reason=fault, remedy=_REMEDY)
 
 
-def _together(infos: Sequence[RunInfo], shards: LayoutMap, told: RunInfo) -> RunInfo:
+def _together(infos: Sequence[RunInfo], told: RunInfo) -> RunInfo:
     """What one host tells of its version, with what all have together, and the worst that one of them says."""
     worst = min(infos, key=lambda each: _STATUSES.index(each.status))
     place = infos.index(worst)
+    dtypes = (dtype for each in infos for dtype in each.shadow_dtype.split("+"))
     return replace(
         told,
         status=worst.status,
         reason=worst.reason and f"host {place}: {worst.reason}",
         remedy=worst.remedy,
-        tensors=len(shards.layout),
-        copied=len(shards.layout.copied),
+        tensors=told.shard.tensors if told.shard else told.tensors,
+        copied=told.shard.copied if told.shard else told.copied,
         parameters=sum(each.parameters for each in infos),
         bytes=sum(each.bytes for each in infos),
         durable_step=_least(each.durable_step for each in infos),
         checkpoint_step=_least(each.checkpoint_step for each in infos),
         updated_at=max(each.updated_at for each in infos),
         device=", ".join(dict.fromkeys(each.device for each in infos)),
-        shadow_dtype=shards.layout.shadow_dtype,
+        shadow_dtype="+".join(dict.fromkeys(dtypes)),  # hosts are in the layout's order, as sections are
         writer=max(each.writer for each in infos),
         refused=next((each.refused for each in infos if each.refused), None),
         shard=None,
@@ -242,6 +244,11 @@ def whole_server(infos: Sequence[ServerInfo]) -> ServerInfo:
         snapshots_waiting=_sum(each.snapshots_waiting for each in infos),
         snapshot_store_fault=f"host {faults[0][0]}: {faults[0][1]}" if faults else None,
     )
+
+
+def _birth(info: RunInfo) -> int:
+    """Of the run that a host tells of: one that was made later under the same name has another."""
+    return info.shard.birth if info.shard else 0
 
 
 def _check_same(values: Iterable[T], what: str) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -41,8 +42,10 @@ from ema_client.errors import (
 )
 from ema_client.protocol import DIGEST_FOLLOWS, HEADER_DIGEST, HEADER_PUSH, RunShards
 from ema_service.averaging.digest import Digest
+from ema_service.memory import Layout
 from tests.conftest import LitEmaOracle
 from tests.service.cluster.launched import Launched, gone
+from tests.service.conftest import specs_of
 from tests.waiting import wait_until
 
 DECAY = 0.9
@@ -109,10 +112,38 @@ def test_the_life_of_a_run(cluster: Launched, run_name: str, model: Model, litem
         assert len(config["layout"]) == len(model(0))
         told = client.run(run_name)
         assert (told.step, told.decay, told.num_updates) == (4, 0.5, 1)
-        assert run_name in [each.run for each in client.runs()]
+        layout = Layout(specs_of(model(0)))
+        assert (told.tensors, told.copied, told.parameters) == (len(layout), 0, layout.elements)
+        assert told.shadow_dtype == layout.shadow_dtype
+        assert told in client.runs()
         client.delete_run(run_name)
         with pytest.raises(RunNotFound):
             client.run(run_name)
+
+
+def test_runs_are_listed_while_they_move(cluster: Launched, run_name: str, model: Model) -> None:
+    """All of them each time, though at any moment some host has heard what became of an update, and another has not."""
+    names, over = {f"{run_name}-{number}" for number in range(4)}, threading.Event()
+
+    def train(run: str) -> None:
+        with EmaClient(cluster.url) as client:
+            for step in itertools.takewhile(lambda _: not over.is_set(), itertools.count(1)):
+                client.push(run, model(1), step=step)
+
+    with EmaClient(cluster.url) as client, cluster.http() as http, ThreadPoolExecutor(len(names)) as threads:
+        for name in names:
+            client.create_run(name, model(0))
+        trainers = [threads.submit(train, name) for name in names]
+        try:
+            for _ in range(60):
+                listed = http.get("/v1/runs").raise_for_status().json()["runs"]
+                assert names <= {each["run"] for each in listed}
+        finally:
+            over.set()
+        assert [each.result() for each in trainers] == [None] * len(names)
+        assert all((client.run(name).step or 0) > 0 for name in names)
+        for name in names:
+            client.delete_run(name)
 
 
 def test_snapshots(cluster: Launched, run_name: str, model: Model, litema: type[LitEmaOracle], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from ema_client.errors import EmaError, RunNotFound
+from ema_client.errors import EmaError
 from ema_client.protocol import (
     RunInfo,
     RunList,
@@ -62,21 +62,27 @@ class RunRoutes:
         )
 
     async def runs(self, request: Request) -> Response:
-        """All runs that are on all hosts, with the query of one server."""
+        """All runs that are on all hosts, with the query of one server. Hosts are asked for all their runs at once, and
+        again while some run is not at one place: a request for each of hundreds of runs would take seconds."""
         query = dict(request.query_params)
         await self.asking.hosts.check_directory()
-        ask = partial(self.asking.ask, request, runs_path(), RunList, params=query)
-        infos = [{each.run: each for each in told.runs} for told in await self.asking.hosts.each(ask)]
-        names = [name for name in infos[0] if all(name in each for each in infos)]
-        found = []
-        for name in names:
-            try:
-                found.append(await self.asking.whole([each[name] for each in infos], request))
-            except Apart:
-                found.append(await self.asking.info(request, name))
-            except RunNotFound:
-                continue
-        return json_answer(RunList(tuple(found)))
+        ask_host = partial(self.asking.ask, request, runs_path(), RunList, params=query)
+        found: dict[str, RunInfo] = {}
+
+        async def ask() -> RunList:
+            infos = [{each.run: each for each in told.runs} for told in await self.asking.hosts.each(ask_host)]
+            names = [name for name in infos[0] if all(name in each for each in infos)]
+            apart = ""
+            for name in names:
+                try:
+                    found[name] = found.get(name) or await self.asking.whole([each[name] for each in infos])
+                except Apart as fault:
+                    apart = str(fault)
+            if apart:
+                raise Apart(apart)
+            return RunList(tuple(found[name] for name in names))
+
+        return json_answer(await self.asking.agreed(ask))
 
     async def create(self, request: Request) -> Response:
         """Create a run on all hosts, or none."""

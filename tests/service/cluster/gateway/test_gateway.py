@@ -6,13 +6,16 @@ Knows what a server answers. Does not know how hosts decide (test_cluster): here
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl
 
 import httpx
@@ -29,10 +32,13 @@ from ema_client.protocol import (
     HEADER_DIGEST,
     HEADER_SEGMENT,
     RunLayout,
+    TensorSpec,
     UpdateStatus,
     from_json,
 )
 from ema_client.training.beginning import parameters_data
+from ema_service.cluster.gateway.asking import Asking
+from ema_service.memory import Layout
 from ema_service.tokens import create_token
 from tests.conftest import LitEmaOracle, PlainRun, ServerProcess
 from tests.service.cluster.plain_hosts import PlainHosts, pushed
@@ -40,6 +46,12 @@ from tests.service.cluster.ranks import digest_of
 from tests.service.cluster.servers import cut
 from tests.service.runs.gatherer import part_body, rows
 from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from ema_client.protocol import RunInfo
+    from ema_service.cluster.gateway.hosts import Hosts
 
 DECAY = 0.5
 
@@ -88,10 +100,56 @@ def test_a_run_is_told_as_one(run: PlainRun, whole: PlainRun) -> None:
     """What is told of the run is what one server tells, but for where it is."""
     expected, found = whole.info(), run.info()
     assert found["link"] == "a gateway to 3 hosts"
-    apart = ("created_at", "updated_at", "link", "versions_in", "writer", "shard")
+    # Here hosts do not know of how many tensors the whole run is: each has a run of its own.
+    apart = ("created_at", "updated_at", "link", "versions_in", "writer", "shard", "tensors", "copied")
     assert {n: v for n, v in found.items() if n not in apart} == {n: v for n, v in expected.items() if n not in apart}
     listed = run.http.get("/v1/runs").raise_for_status().json()["runs"]
     assert [each for each in listed if each["run"] == run.name] == [run.info()]
+
+
+def test_a_listing_asks_each_host_once(
+    hosts: PlainHosts, run_name: str, model: Callable[[int], dict[str, Tensor]]
+) -> None:
+    """However many runs there are, of none of which the gateway has heard before."""
+    for number in range(5):
+        hosts.runs(f"{run_name}-{number}", model(0))
+
+    def asked() -> list[dict[str, float]]:
+        pattern = re.compile(r'ema_requests_total\{method="GET",route="(/v1/runs[^"]*)",status="200"\} (\S+)')
+        texts = [httpx.get(f"{server.url}/metrics").text for server in hosts.servers]
+        return [{route: float(count) for route, count in pattern.findall(text)} for text in texts]
+
+    before = asked()
+    listed = hosts.gateway.get("/v1/runs").raise_for_status().json()["runs"]
+    assert {f"{run_name}-{number}" for number in range(5)} <= {each["run"] for each in listed}
+    for once, found in zip(before, asked(), strict=True):
+        assert found == {**once, "/v1/runs": once.get("/v1/runs", 0.0) + 1}
+
+
+def test_layouts_are_remembered_by_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many runs as have so many tensors together; the run that was not asked for longest goes first. A layout of
+    more than that is remembered alone."""
+    monkeypatch.setattr("ema_service.cluster.gateway.asking._MOST_TENSORS", 6)
+    sizes = {"a": 2, "b": 2, "c": 2, "d": 2, "large": 7}
+    layouts = {run: tuple(TensorSpec(f"w{at}", (4,), "F32") for at in range(count)) for run, count in sizes.items()}
+    asked: list[str] = []
+
+    class Known(Asking):
+        async def each(self, _request: object, path: str, _kind: object) -> list[Any]:
+            run = path.split("/")[3]
+            asked.append(run)
+            return [RunLayout(run, specs, (), Layout(specs).digest) for specs in [layouts[run]]]
+
+    async def ask(*runs: str) -> list[str]:
+        asked.clear()
+        for run in runs:
+            await known.map_of(cast("RunInfo", SimpleNamespace(run=run, created_at=1.0)), cast("Request", None))
+        return list(asked)
+
+    known = Known(cast("Hosts", None))
+    assert asyncio.run(ask("a", "b", "c", "a", "b", "c")) == ["a", "b", "c"]
+    assert asyncio.run(ask("a", "d", "a", "c", "b")) == ["d", "b"]
+    assert asyncio.run(ask("large", "large", "a")) == ["large", "a"]
 
 
 def test_the_layout_is_the_whole(run: PlainRun, whole: PlainRun) -> None:
@@ -300,7 +358,6 @@ def test_a_push_is_cut(run: PlainRun, whole: PlainRun, model: Callable[[int], di
 
 def _unordered(tensors: dict[str, Tensor]) -> bytes:
     """A body whose tensors come in another order than a layout's, with metadata."""
-    from ema_client.protocol import TensorSpec
     from ema_client.wire import build_header, place
     from tests.service.conftest import specs_of
 

@@ -10,8 +10,16 @@ from dataclasses import replace
 
 import pytest
 
-from ema_client.protocol import RingInfo, RunConfig, ServerInfo, SnapshotInfo, SnapshotList, TensorSpec
-from ema_service.cluster import LayoutMap
+from ema_client.protocol import (
+    RingInfo,
+    RunConfig,
+    RunInfo,
+    ServerInfo,
+    ShardInfo,
+    SnapshotInfo,
+    SnapshotList,
+    TensorSpec,
+)
 from ema_service.cluster.gateway.whole import (
     Apart,
     degraded_info,
@@ -21,7 +29,6 @@ from ema_service.cluster.gateway.whole import (
     whole_snapshot,
     whole_snapshots,
 )
-from ema_service.memory import Layout
 from tests.service.conftest import LocalServer
 
 
@@ -54,22 +61,36 @@ def test_a_store_that_fails_at_one_host_is_told() -> None:
     assert whole_server([replace(well, snapshots_waiting=None)]).snapshots_waiting is None
 
 
+def info_of_a_shard() -> RunInfo:
+    """What a host tells of its shard of a run of three tensors, one of them copied."""
+    server = LocalServer(None)
+    server.registry.create(RunConfig("r", (TensorSpec("a.w", (4, 2), "F32"),)))
+    return replace(server.run("r").info, shard=ShardInfo(0, 2, 5, tensors=3, copied=1))
+
+
+def test_a_run_is_counted_without_its_layout() -> None:
+    """A tensor that is cut is on two hosts and counts once; of dtypes each is told once. Hosts that tell of runs of two
+    times are apart, though either is as new as the other."""
+    info = info_of_a_shard()
+    other = replace(info, shadow_dtype="F64+F32", shard=ShardInfo(1, 2, 5, tensors=3, copied=1))
+    told = whole_info([other, info])
+    assert (told.tensors, told.copied, told.parameters, told.shadow_dtype) == (3, 1, 16, "F64+F32")
+    with pytest.raises(Apart):
+        whole_info([info, replace(other, shard=ShardInfo(1, 2, 6, tensors=3, copied=1))])
+
+
 def test_a_degraded_run_is_as_the_host_has_it_that_is_behind() -> None:
     """With that host's reason, or else the coordinator's; hosts that are apart for a moment are no answer."""
-    specs = (TensorSpec("a.w", (4, 2), "F32"),)
-    server = LocalServer(None)
-    server.registry.create(RunConfig("r", specs))
-    info = server.run("r").info
+    info = info_of_a_shard()
     ahead = replace(info, status="ready", version="1.4", step=4, parameters=8)
     behind = replace(ahead, version="1.2", step=2)
     damaged = replace(behind, status="degraded", reason="steps 3 and 4 are gone", remedy="ema rewind")
-    shards = LayoutMap(Layout(specs), 2)
     with pytest.raises(Apart):
-        whole_info([ahead, behind], shards)
-    told = degraded_info([ahead, behind], shards, "an older copy?")
+        whole_info([ahead, behind])
+    told = degraded_info([ahead, behind], "an older copy?")
     assert (told.status, told.version, told.step, told.reason) == ("degraded", "1.2", 2, "an older copy?")
     assert "ema rewind" in str(told.remedy)
-    told = degraded_info([ahead, damaged], shards, "shard 1 is damaged")
+    told = degraded_info([ahead, damaged], "shard 1 is damaged")
     assert (told.version, told.reason, told.remedy) == ("1.2", "host 1: steps 3 and 4 are gone", "ema rewind")
     assert told.parameters == 16
 

@@ -18,7 +18,7 @@ import pytest
 from torch import Tensor
 
 from ema_client.errors import EmaError, Overloaded, Superseded
-from ema_client.protocol import Posthoc, RunConfig, TensorSpec
+from ema_client.protocol import Posthoc, RunConfig, ShardInfo, TensorSpec
 from ema_service.cluster import (
     Arrival,
     Ask,
@@ -139,6 +139,17 @@ def test_run_that_is_voted_for_is_made_and_not_found(host: Host, config: RunConf
     assert [entry.spec for entry in run.layout.params] == [entry.spec for entry in part.params]
     assert (run.created_at, run.shard and run.shard.birth, host.came) == (12.5, 1, ["r"])
     assert host.server.registry.whole("r") == config
+
+
+def test_the_whole_run_is_counted_by_each_host(host: Host, config: RunConfig) -> None:
+    """How many tensors the run has, of which this host has some: nobody asks for layouts to tell that."""
+    host.propose(creation_of(replace(config, copied=(config.layout[0].name,)), 12.5))
+    host.resolve(committed=True)
+    for _ in range(2):
+        told = host.server.registry.get("r").info()
+        assert told.tensors < len(config.layout)
+        assert told.shard == ShardInfo(1, 2, 1, len(config.layout), 1)
+        host.restart()
 
 
 @pytest.mark.parametrize("restarts", [False, True])
