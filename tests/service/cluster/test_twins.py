@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -59,14 +60,21 @@ class Twins:
         for _ in range(times):
             self.step += 1
             self.oracle.update(model(self.step))
-            until = time.monotonic() + self.bound
-            while True:
-                try:
-                    assert self.client.push("r", model(self.step), step=self.step).step == self.step
-                    break
-                except EmaError:
-                    assert time.monotonic() < until, self.cluster.log
+            applied = self.again(lambda: self.client.push("r", model(self.step), step=self.step), self.bound)
+            assert applied.step == self.step
             self.check()
+
+    def again(self, act: Callable[[], T], seconds: float = 3 * BOUND) -> T:
+        """What a call of the client returns, made again while hosts are away."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return act()
+            except EmaError as fault:
+                if not fault.retryable:
+                    raise
+            assert time.monotonic() < until, self.cluster.log
+            time.sleep(0.1)
 
     def check(self) -> None:
         """What is pulled is what LitEma has, bit for bit."""
@@ -144,11 +152,11 @@ class Averages:
     def __init__(self, twins: Twins, run: str, durability: Durability) -> None:
         self.twins, self.run, self.step = twins, run, 0
         self.oracles: dict[str, LitEmaOracle | None] = {"ema": LitEmaOracle(model(0), decay=DECAY)}
-        self._again(lambda: twins.client.create_run(run, model(0), decay=DECAY, durability=durability, exist_ok=True))
+        twins.again(lambda: twins.client.create_run(run, model(0), decay=DECAY, durability=durability, exist_ok=True))
 
     def add(self, name: str) -> None:
         """One more average, which begins with the next update."""
-        self._again(lambda: self.twins.client.add_average(self.run, name, decay=0.5))
+        self.twins.again(lambda: self.twins.client.add_average(self.run, name, decay=0.5))
         self.oracles[name] = None
 
     def remove(self, name: str) -> None:
@@ -158,13 +166,13 @@ class Averages:
             with contextlib.suppress(AverageNotFound):  # a try before this one may have done it
                 self.twins.client.remove_average(self.run, name)
 
-        self._again(remove)
+        self.twins.again(remove)
         del self.oracles[name]
 
     def push(self) -> None:
         """An update, and a look at all averages."""
         self.step += 1
-        self._again(lambda: self.twins.client.push(self.run, model(self.step), step=self.step))
+        self.twins.again(lambda: self.twins.client.push(self.run, model(self.step), step=self.step))
         for name, oracle in self.oracles.items():
             if oracle:
                 oracle.update(model(self.step))
@@ -174,23 +182,12 @@ class Averages:
 
     def check(self) -> None:
         """Each average that the run is to have is what LitEma has, bit for bit."""
-        told = self._again(lambda: self.twins.client.run(self.run))
+        told = self.twins.again(lambda: self.twins.client.run(self.run))
         assert [each.name for each in told.averages] == list(self.oracles)
         for name, oracle in self.oracles.items():
-            found = self._again(lambda name=name: self.twins.client.pull(self.run, average=name))
+            found = self.twins.again(lambda name=name: self.twins.client.pull(self.run, average=name))
             assert oracle
             assert all(torch.equal(found[each], tensor) for each, tensor in oracle.shadow.items()), name
-
-    def _again(self, act: Callable[[], T]) -> T:
-        """What a call of the client returns, made again while hosts are away."""
-        until = time.monotonic() + 3 * BOUND
-        while True:
-            try:
-                return act()
-            except EmaError as fault:
-                if not fault.retryable or time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
 
 
 def model(seed: int) -> dict[str, Tensor]:
@@ -375,26 +372,26 @@ def test_random_losses(twins: Twins) -> None:
 
 @pytest.mark.soak
 def test_parts_go_to_both_hosts(twins: Twins) -> None:
-    """Of two ranks, each with half of the tensors; and an update of a run that was made while a host was away."""
+    """Of two ranks, each with half of the tensors, at a run that was made while a host was away: where the host is
+    filled after a part came, it lacks that, and the rank sends what is not there any more. Then its twin is lost."""
     twins.push()
     twins.lose(1)
     assert twins.first_answer(1, "r")["step"] == twins.step
-    tensors = {name: torch.randn(9, 3) for name in "abcd"}
+    client, tensors = twins.client, {name: torch.randn(9, 3) for name in "abcd"}
     halves = [{name: tensors[name] for name in names} for names in ("ab", "cd")]
-    until = time.monotonic() + 3 * BOUND  # of a try of the client's alone half a minute, where others are busy
-    while True:
-        try:
-            twins.client.create_run("parts", tensors, decay=DECAY, exist_ok=True)
-            break
-        except EmaError:
-            assert time.monotonic() < until, twins.cluster.log
-    for rank, half in enumerate(halves):
-        twins.client.push_part("parts", half, slices={}, step=1, part=rank, of=2, group="g")
-    wait_until(lambda: twins.client.update_status("parts", 1).state == "applied", "the parts")
+    twins.again(lambda: client.create_run("parts", tensors, decay=DECAY, exist_ok=True))
+
+    def applied() -> bool:
+        status = twins.again(lambda: client.update_status("parts", 1))
+        for rank in {0, 1} - {*status.parts} if status.state != "applied" else ():
+            part = partial(client.push_part, "parts", halves[rank], slices={}, step=1, part=rank, of=2, group="g")
+            twins.again(part)
+        return status.state == "applied"
+
+    wait_until(applied, "the parts", 3 * BOUND)
     twins.wait_whole()
     twins.lose(3)
-    wait_until(lambda: {3} == twins.left_behind(), "the loss of the twin")
-    assert twins.client.pull("parts").info.step == 1
+    assert twins.again(lambda: client.pull("parts")).info.step == 1
 
 
 @pytest.mark.soak
@@ -410,12 +407,7 @@ def test_a_ring_is_on_both_hosts(twins: Twins) -> None:
     settled(client, "ring")
 
     def worked_out() -> dict[str, Tensor]:
-        until = time.monotonic() + 3 * BOUND
-        while True:
-            try:
-                return dict(client.pull("ring", sigma_rel=0.1, max_error=1.0))
-            except EmaError:
-                assert time.monotonic() < until, twins.cluster.log
+        return twins.again(lambda: dict(client.pull("ring", sigma_rel=0.1, max_error=1.0)))
 
     before, ring = worked_out(), client.run("ring").ring
     client.snapshot("ring", "kept", sigma_rel=0.1, max_error=1.0)
