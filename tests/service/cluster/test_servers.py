@@ -71,7 +71,8 @@ def test_life_of_a_run(of: int, cluster: Callable[..., Servers], model: Model, l
     refused = servers.create(model(0), 0, decay=0.5)
     assert (refused.status_code, refused.json()["code"]) == (409, "run_exists")
     for place, info in enumerate(servers.infos()):
-        assert info["shard"] == {"place": place, "of": of, "birth": 1}
+        whole = {"tensors": len(model(0)), "copied": 0}
+        assert info["shard"] == {"place": place, "of": of, "birth": 1, **whole}
         assert info["status"] == "awaiting_weights"
     assert len({info["created_at"] for info in servers.infos()}) == 1
     config = servers.ask(last, "GET", "/v1/runs/r/config").json()
