@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from ema_client.errors import ConnectionLost, EmaError, NonFinite, Overloaded, ServiceUnreachable
+from ema_client.errors import ConnectionLost, EmaError, LayoutMismatch, NonFinite, Overloaded, ServiceUnreachable
 from ema_client.hosts import sending
 from ema_client.hosts.finding import GivenUp, Host, HostedRun, Hosts
 from ema_client.hosts.sending import Target, send_to_all
@@ -121,6 +121,21 @@ def test_a_host_that_says_nothing_is_left_once_the_others_go_on(cluster: Cluster
         return taken(name)
 
     assert cluster.send("AC B", answer) == {"B", "C"}
+
+
+@pytest.mark.parametrize("twins", [True, False])
+def test_who_waits_is_let_go_once_all_is_given_up(cluster: Cluster, twins: bool) -> None:
+    """A host that has its slice answers when all have theirs: half a minute after another's refusal, if at all."""
+
+    def answer(name: str, target: Target) -> Reply:
+        if name == "A":
+            wait_until(lambda: len(cluster.sent) == 2)
+            raise LayoutMismatch("another run")
+        wait_until(target.look)  # returns nothing, until it raises
+        return taken(name)
+
+    with pytest.raises(LayoutMismatch, match="another run"):
+        cluster.send("A B", answer, twins=twins)
 
 
 def test_a_host_that_comes_back_is_sent_it_as_well(cluster: Cluster) -> None:

@@ -170,7 +170,7 @@ class _Sending:
             copies = len(self._run.hosts[copy.place].both)
 
         def look() -> None:
-            if copy.transport is None:
+            if copy.transport is None or self._given_up:
                 raise _Needless
             if copy.transport is not to:
                 raise ConnectionLost(f"the host at {to.url} is elsewhere by now")
