@@ -52,7 +52,7 @@ class Pushes:
 
     def push(self, run: str, step: int, body: Body, headers: Mapping[str, str], *, once: bool) -> Reply:
         """Send an update; ``once``: tried once. Raises what the transport raises, and what the service answers."""
-        if hosted := self._hosted(run, body):
+        if hosted := self._hosted_whole(run, body):
             try:
                 return push_to_hosts(self._hosts, hosted, body, headers, partial(self._push_one, run, step))
             except (RunNotFound, LayoutMismatch):
@@ -70,7 +70,7 @@ class Pushes:
         """Send initial weights; ``once``: tried once. The answer is None where several hosts took them. Raises as
         push()."""
         self._doubt(run)  # what is known of the name may be of a run before
-        if hosted := self._hosted(run, body):
+        if hosted := self._hosted_whole(run, body):
             try:
                 initialise_hosts(self._hosts, hosted, body, query, headers)
                 return None
@@ -115,6 +115,11 @@ class Pushes:
                     self._servers.clear()
                 found = self._servers[to.url] = Server(to)
             return found
+
+    def _hosted_whole(self, run: str, body: Body) -> HostedRun | None:
+        """The hosts that a body of the whole run goes to past the gateway; None for any other body."""
+        found = self._hosted(run, body)
+        return found if found and self._service.fits(run, body) else None
 
     def _hosted(self, run: str, body: Body) -> HostedRun | None:
         """The hosts that a body goes to past the gateway; None for any other body."""

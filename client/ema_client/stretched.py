@@ -36,7 +36,7 @@ from ema_client.http.pace import PUSHES, Pace
 from ema_client.http.stretches import Stretch, Stretches
 from ema_client.http.transport import Query, Reply, Transport
 from ema_client.protocol import RunLayout, UpdateStatus
-from ema_client.wire import LENGTH_BYTES, PartCut, parse_header, stretches_of_part
+from ema_client.wire import LENGTH_BYTES, PartCut, build_header, parse_header, place, stretches_of_part
 
 __all__ = ["Server"]
 
@@ -60,8 +60,8 @@ class Server:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        #: run -> the run's layout.
-        self._layouts: dict[str, RunLayout] = {}
+        #: run -> the run's layout, without the tensors, and the hash of the header that a body of these has.
+        self._layouts: dict[str, tuple[RunLayout, int]] = {}
         #: The header of a part -> its stretches; none where it cannot be cut.
         self._cuts: dict[bytes, tuple[PartCut, ...]] = {}
         #: Whether a part went in stretches at its first try, the oldest first.
@@ -74,7 +74,7 @@ class Server:
         A call raises what the transport raises, and what the server answers.
         """
         pace = self._pace(run, body, above)
-        if pace is not None and pace.lanes > 1:
+        if pace is not None and pace.lanes > 1 and self.fits(run, body):
             return _LanedPush(self._transport, run, step, body, headers, self.layout(run), pace).attempt
         return _measured(self._transport, protocol.update_path(run, step), pace, body, {}, headers)
 
@@ -91,6 +91,20 @@ class Server:
 
     def layout(self, run: str) -> RunLayout:
         """What the server says of a run's layout, without the tensors. Raises as update()."""
+        return self._known(run)[0]
+
+    def fits(self, run: str, body: Body) -> bool:
+        """Whether the tensors of a body are the run's, in the order that they have there. Raises as update().
+
+        Stretches are bytes without names, and so is what a whole body's data are to hosts: of other tensors, as many
+        bytes would be averaged all the same. A body that does not fit goes as one body, whose header the service reads.
+        """
+        header = hash(next(iter(body.pieces())))
+        if self._known(run)[1] != header:
+            self.forget(run)  # the run may be another one by now
+        return self._known(run)[1] == header
+
+    def _known(self, run: str) -> tuple[RunLayout, int]:
         with self._lock:
             known = self._layouts.get(run)
         if known is not None:
@@ -100,12 +114,12 @@ class Server:
         except Forbidden:
             # A token that may push and not read: such a trainer has one connection.
             found = RunLayout(run, ())
-        found = replace(found, layout=())
+        known = replace(found, layout=()), hash(build_header(place(found.layout)))
         with self._lock:
             if len(self._layouts) >= _MOST_RUNS:
                 self._layouts.clear()
-            self._layouts[run] = found
-        return found
+            self._layouts[run] = known
+        return known
 
     def forget(self, run: str) -> None:
         """Ask for the run's layout anew the next time: the run may be another one by now."""

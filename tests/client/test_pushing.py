@@ -179,9 +179,13 @@ def test_what_is_refused(run: Run) -> None:
 
 
 def test_another_layout(run: Run) -> None:
-    """Tensors that are not the run's, of the same size, are refused; and a run that was made anew with others is asked
-    for its layout again."""
+    """Tensors that are not the run's, of the same size, are refused, whether or not the sender has sent any before; and
+    a run that was made anew with others is asked for its layout again."""
     run.push(1)
+    for others in ({"x" + name: each for name, each in state_of(2).items()}, swapped(state_of(2))):
+        with pytest.raises(LayoutMismatch):
+            run.push(2, others)
+    assert run.is_at(1)
     pushes = Pushes(run.transport, stretched_above=1 << 20)
     pushes.push(run.name, 2, encode(state_of(2)), {}, once=True)
     run.client.delete_run(run.name)
@@ -190,6 +194,11 @@ def test_another_layout(run: Run) -> None:
     with pytest.raises(LayoutMismatch):
         pushes.push(run.name, 1, encode(state_of(3)), {}, once=True)
     assert pushes.push(run.name, 1, encode(other), {}, once=True).data["applied"]
+
+
+def swapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same names and of as many bytes, two of which have each other's shape."""
+    return {**state, "a": state["b"], "b": state["a"]}
 
 
 def test_small_updates_are_one_body(run: Run) -> None:

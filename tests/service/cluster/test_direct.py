@@ -355,6 +355,25 @@ def test_hosts_that_are_not_reached(
     client.delete_run(run_name)
 
 
+def test_tensors_of_another_run_are_refused(cluster: Launched, client: EmaClient, run_name: str) -> None:
+    """Of as many bytes as the run's, by the first push of a client as by a later one, and as initial weights: hosts are
+    sent rows without the names that the sender has for them."""
+    client.create_run(run_name, model(0), decay=0.0, use_num_updates=False)
+    renamed = {"x" + name: each for name, each in model(1).items()}
+    turned = {name: each.reshape(-1) for name, each in model(1).items()}
+    with client_of(cluster) as fresh:
+        for pushing in (fresh, client):
+            for others in (renamed, turned):
+                with pytest.raises(LayoutMismatch):
+                    pushing.push(run_name, others, step=1)
+                with pytest.raises(LayoutMismatch):
+                    pushing.begin_anew(run_name, others)
+            assert same(client.pull(run_name), model(0))
+    assert client.push(run_name, model(1), step=1).applied
+    assert torch.allclose(client.pull(run_name)["w"], model(1)["w"], atol=1e-5)
+    client.delete_run(run_name)
+
+
 def test_a_run_made_anew(cluster: Launched, client: EmaClient, run_name: str) -> None:
     """A client that knows the hosts of a run finds those of the run that came in its place, of other tensors."""
     other = {"w": torch.randn(1200, 900), "v": torch.randn(500, 900)}
