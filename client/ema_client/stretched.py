@@ -99,7 +99,7 @@ class Server:
         Stretches are bytes without names, and so is what a whole body's data are to hosts: of other tensors, as many
         bytes would be averaged all the same. A body that does not fit goes as one body, whose header the service reads.
         """
-        header = hash(next(iter(body.pieces())))
+        header = hash(bytes(next(iter(body.pieces()))))
         if self._known(run)[1] != header:
             self.forget(run)  # the run may be another one by now
         return self._known(run)[1] == header
