@@ -1,5 +1,6 @@
 """Group replicas: one version pulled by 1, 4 and 8 evaluators at once, from one server and from one with 1, 2 and 4
-replicas, each behind a link of 100 MB/s of its own; and what a trainer's push takes meanwhile.
+replicas, each behind a link of 100 MB/s of its own; and what a trainer's push takes meanwhile, over the same link's
+other direction.
 
 The link is the limit, not the cores. Knows who reads where. Does not know how a round is timed or shown.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from lanes import PROCESSES
+from lanes import PROCESSES, paced
 from scale import Scale
 
 from ema_client import EmaClient
@@ -36,7 +37,7 @@ SHARE = 0.8
 MOST_SHARE = 3.5
 QUIET, READ, RELIEVED = "push, nobody reads", "push, 8 read at one server", "push, 8 read at 4 replicas"
 #: Of the rate of a push that nobody reads beside.
-PUSHED = 0.5
+PUSHED = 0.95
 PATIENCE = 60.0
 
 
@@ -45,6 +46,7 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
     nbytes = min(NBYTES, scale.wire_bytes)
     with contextlib.ExitStack() as stack:
         on_step(f"starting a server and {max(REPLICAS)} replicas")
+        stack.enter_context(paced(RATE))
         start = partial(_start, stack)
         urls = [first := start(), *(start("--replica-of", first) for _ in range(max(REPLICAS)))]
         trainer, traffic = stack.enter_context(EmaClient(first, lanes=1)), Traffic(RUN, nbytes)
@@ -72,7 +74,8 @@ def measure(scale: Scale, on_step: Callable[[str], object]) -> Group:
         for name in operations
     ]
     facts = (
-        "each server sends 100 MB/s in all, to whoever asks; evaluators are dealt out to the server and its replicas",
+        "each server sends 100 MB/s in all, to whoever asks, and the trainer 100 MB/s to the server",
+        "evaluators are dealt out to the server and its replicas",
         "a pull's rate is that of all evaluators together; replicas bring each push over the server's link as well",
     )
     return Group("replicas", f"replicas: {show_size(nbytes)} of float32, TCP", tuple(rows), facts)
