@@ -99,10 +99,10 @@ class Server:
         Stretches are bytes without names, and so is what a whole body's data are to hosts: of other tensors, as many
         bytes would be averaged all the same. A body that does not fit goes as one body, whose header the service reads.
         """
-        header = hash(bytes(next(iter(body.pieces()))))
-        if self._known(run)[1] != header:
-            self.forget(run)  # the run may be another one by now
-        return self._known(run)[1] == header
+        if self._known(run)[1] == hash(bytes(next(iter(body.pieces())))):
+            return True
+        self.forget(run)  # the run may be another one by now: the next body goes by its layout
+        return False
 
     def _known(self, run: str) -> tuple[RunLayout, int]:
         with self._lock:
